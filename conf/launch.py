@@ -1,0 +1,102 @@
+"""From the command line to an exit code: the one wrapper around every entry point.
+
+It composes the settings, runs the story, and owns what the user sees when something is wrong: one clear
+sentence a problem and exit code 1. HYDRA_FULL_ERROR=1 shows the stack trace instead.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from itertools import product
+from typing import Any, NoReturn
+
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+
+from conf.schema import compose, folder_name, groups, options
+
+FLAGS = """Flags:
+  --help      this text
+  --cfg job   print the composed configuration, run nothing
+"""
+SWEEP_FLAG = """  -m          sweep: one run for each combination of values separated by commas
+"""
+
+
+def launch(story: Callable[[Any], int], root: str, doc: str) -> NoReturn:
+    """Exit with the code of `story(settings)`; the settings are what `conf/ROOT.yaml` and the command line make."""
+    try:
+        code = obey(story, root, doc, sys.argv[1:])
+    except (ValueError, OSError) as error:
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        print(f"Error: {error}", file=sys.stderr)
+        code = 1
+    except KeyboardInterrupt:
+        code = 130
+    sys.exit(code)
+
+
+def obey(story: Callable[[Any], int], root: str, doc: str, words: list[str]) -> int:
+    """Do what the command line's `words` ask for; return the exit code."""
+    flags = [word for word in words if word.startswith("-")]
+    overrides = [word for word in words if not word.startswith("-")]
+    if "--help" in flags or "-h" in flags:
+        print(help_text(root, doc))
+        return 0
+    if flags == ["--cfg"] and "job" in overrides:
+        overrides.remove("job")
+        print(yaml.safe_dump(asdict(compose(root, overrides)), sort_keys=False, allow_unicode=True), end="")
+        return 0
+    if root == "config" and flags in (["-m"], ["--multirun"]):
+        return sweep(overrides)
+    if flags:
+        raise ValueError(f"{' '.join(flags)}: no such flag; settings are written key=value, and --help lists both.")
+    return story(compose(root, overrides))
+
+
+def help_text(root: str, doc: str) -> str:
+    """The entry point's own story, the presets, the flags."""
+    presets = "\n".join(f"  {group}={'|'.join(options(group))}" for group in groups())
+    if root == "sample":
+        return f"{doc.strip()}\n\n{FLAGS}"
+    return f"{doc.strip()}\n\nPresets, from conf/:\n{presets}\n\n{FLAGS}{SWEEP_FLAG}"
+
+
+def sweep(overrides: list[str]) -> int:
+    """Run this program once for each combination of swept values, as its own process, one after the other.
+
+    A failing job does not stop the others; the failures are listed at the end.
+    """
+    jobs = list(product(*map(choices, overrides)))
+    named = [word for word in overrides if word.startswith("name=")]
+    for job in jobs:  # every mistake shows before the first job starts
+        compose("config", list(job))
+    failed = []
+    for number, job in enumerate(jobs, 1):
+        swept = [word for word, override in zip(job, overrides, strict=True) if word != override]
+        command = [*job, f"{named[0]}/{folder_name(','.join(swept))}"] if named else list(job)
+        print(f"\nJob {number} of {len(jobs)}: {' '.join(swept)}", flush=True)
+        code = subprocess.run([sys.executable, *sys.orig_argv[1 : -len(sys.argv) + 1], *command]).returncode
+        if code in (130, 143, -2, -15):
+            return abs(code) if code > 0 else 128 - code
+        if code:
+            failed.append(f"  exit code {code}: {' '.join(swept)}")
+    print(f"\n{len(jobs) - len(failed)} of {len(jobs)} jobs finished." + "".join(f"\n{line}" for line in failed))
+    return 1 if failed else 0
+
+
+def choices(override: str) -> list[str]:
+    """The overrides that one swept override stands for; itself where it sweeps nothing."""
+    try:
+        parsed = OverridesParser.create().parse_override(override)
+    except HydraException:
+        return [override]  # free text, which Hydra's grammar need not understand
+    if not parsed.is_sweep_override():
+        return [override]
+    return [f"{parsed.get_key_element()}={value}" for value in parsed.sweep_string_iterator()]

@@ -1,0 +1,1 @@
+"""What is learned from: documents, tokenizers, token shards, batches. Knows text and tokens, no model."""

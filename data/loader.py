@@ -1,0 +1,116 @@
+"""Batches as a pure function of (seed, step, rank).
+
+There is no cursor and no shuffled list: where a training run stands is its step number, so resuming is exact
+and every world size reads the same global batches. The definition is frozen: changing it would change
+what each resumed run reads next.
+
+The split is cut into windows of `block_size` tokens. Epoch e visits each window once, in the order of a keyed
+permutation that is computed at any index. From epoch to epoch the cut itself moves by a drawn offset (the
+sequence is read as a ring), so that no token stays at the edge of its window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.shards import Tokens
+
+FEISTEL_ROUNDS = 6
+
+
+def mix(x: np.ndarray) -> np.ndarray:
+    """A 64-bit hash of each element (the finaliser of SplitMix64, Steele et al. 2014)."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def permute(index: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
+    """Where a permutation of `range(n)` sends `index`; `keys`, one an element, choose the permutation.
+
+    A Feistel network permutes the next power of four; what falls outside n is sent on until it is inside,
+    which keeps it a permutation (cycle walking, Black and Rogaway 2002). O(1) an element, no table.
+    """
+    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
+    low = (np.uint64(1) << half) - np.uint64(1)
+
+    def feistel(x: np.ndarray, keys: np.ndarray) -> np.ndarray:
+        left, right = x >> half, x & low
+        for r in range(FEISTEL_ROUNDS):
+            left, right = right, left ^ (mix(right ^ mix(keys + np.uint64(r))) & low)
+        return left << half | right
+
+    result = feistel(index.astype(np.uint64), keys)
+    while (outside := result >= n).any():
+        result[outside] = feistel(result[outside], keys[outside])
+    return result.astype(np.int64)
+
+
+class Loader:
+    """Training batches of `tokens`: inputs and, one position on, targets.
+
+    `batch_size` sequences a micro-step and rank; `micro_steps` and `world_size` of those make a step.
+    """
+
+    def __init__(self, tokens: Tokens, block_size: int, batch_size: int, micro_steps: int = 1,
+                 seed: int = 0, world_size: int = 1) -> None:
+        self.tokens, self.block_size = tokens, block_size
+        self.batch_size, self.micro_steps, self.world_size = batch_size, micro_steps, world_size
+        self.seed = mix(np.array([seed], dtype=np.uint64))
+        self.n_windows = (len(tokens) - 1) // block_size
+        if self.n_windows < 1:
+            raise ValueError(f"The training split has {len(tokens)} tokens, one context needs "
+                             f"{block_size + 1}: use more text or a smaller model.block_size.")
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.world_size * self.micro_steps * self.batch_size * self.block_size
+
+    def describe(self, step: int) -> str:
+        """Where a step's sequences are in the training split, to name them in a message."""
+        count = self.tokens_per_step // self.block_size
+        starts = self.starts(step * count + np.arange(count, dtype=np.int64))
+        return f"its {count} sequences start at the training tokens {', '.join(map(str, starts[:8]))}" + (
+            ", ..." if count > 8 else "")
+
+    def starts(self, index: np.ndarray) -> np.ndarray:
+        """Where the windows begin that are read as the `index`-th since the run began."""
+        epoch, within = np.divmod(index, self.n_windows)
+        keys = mix(self.seed ^ mix(epoch.astype(np.uint64)))
+        offset = (mix(keys ^ np.uint64(0xFF)) % np.uint64(self.block_size)).astype(np.int64)
+        return offset + permute(within, self.n_windows, keys) * self.block_size
+
+    def batch(self, step: int, micro_step: int = 0, rank: int = 0) -> tuple[Tensor, Tensor]:
+        """Inputs and targets, each int64 `[batch_size, block_size]`."""
+        first = (step * self.micro_steps + micro_step) * self.world_size + rank
+        index = first * self.batch_size + np.arange(self.batch_size, dtype=np.int64)
+        positions = self.starts(index)[:, None] + np.arange(self.block_size + 1)
+        return as_batch(self.tokens.read(positions % len(self.tokens)))
+
+
+class Validation:
+    """The held-out windows, the same at every evaluation: in order, without overlap, up to `max_tokens`."""
+
+    def __init__(self, tokens: Tokens, block_size: int, batch_size: int, max_tokens: int) -> None:
+        self.tokens, self.block_size, self.batch_size = tokens, block_size, batch_size
+        self.n_windows = min(len(tokens) - 1, max(max_tokens, block_size)) // block_size
+        if self.n_windows < 1:
+            raise ValueError(f"The validation split has {len(tokens)} tokens, one context needs {block_size + 1}: "
+                             f"raise data.val_fraction, use more text, or lower model.block_size.")
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Inputs and targets, each int64 `[batch_size or fewer, block_size]`."""
+        for first in range(0, self.n_windows, self.batch_size):
+            starts = np.arange(first, min(first + self.batch_size, self.n_windows)) * self.block_size
+            yield as_batch(self.tokens.read(starts[:, None] + np.arange(self.block_size + 1)))
+
+
+def as_batch(windows: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Windows `[B, T + 1]` -> what the model reads and what it should say, each `[B, T]`."""
+    ids = torch.from_numpy(windows)
+    return ids[:, :-1], ids[:, 1:]

@@ -1,0 +1,145 @@
+"""Text to token ids and back. Four kinds, one interface, saved as JSON beside the tokens they made.
+
+Knows no files but GPT-2's published ones, which tiktoken finds; knows no model.
+"""
+
+from __future__ import annotations
+
+import base64
+import codecs
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol
+
+import tiktoken
+
+END_OF_TEXT = "<|endoftext|>"  # written between documents; the same words inside a text stay words
+
+
+class Tokenizer(Protocol):
+    """What every kind can do. `end_of_text` is the id between documents, None where there is no such id."""
+
+    vocab_size: int
+    end_of_text: int | None
+
+    def encode(self, text: str) -> list[int]: ...
+    def decode_bytes(self, ids: Iterable[int]) -> bytes: ...
+    def to_json(self) -> dict[str, Any]: ...
+
+
+class CharTokenizer:
+    """One id a character, in the order of their code points. Knows just the characters it was made from."""
+
+    def __init__(self, characters: str, with_end_of_text: bool) -> None:
+        self.characters = characters
+        self.ids = {character: index for index, character in enumerate(characters)}
+        self.end_of_text = len(characters) if with_end_of_text else None
+        self.vocab_size = len(characters) + with_end_of_text
+
+    def encode(self, text: str) -> list[int]:
+        try:
+            return [self.ids[character] for character in text]
+        except KeyError as error:
+            raise ValueError(f"The tokenizer has no character {error.args[0]!r}: it knows only the "
+                             f"{len(self.characters)} that occur in the text it was made from.") from None
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        return "".join(self.characters[i] if i != self.end_of_text else END_OF_TEXT for i in ids).encode()
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": "char", "characters": self.characters, "end_of_text": self.end_of_text is not None}
+
+
+class ByteTokenizer:
+    """The 256 bytes of UTF-8, and one id for the end of a text."""
+
+    vocab_size, end_of_text = 257, 256
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        return b"".join(bytes((i,)) if i < 256 else END_OF_TEXT.encode() for i in ids)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": "byte"}
+
+
+class BPETokenizer:
+    """Byte-pair encoding by tiktoken: GPT-2's own, or one trained on the corpus."""
+
+    def __init__(self, encoding: tiktoken.Encoding) -> None:
+        self.encoding = encoding
+        self.vocab_size = encoding.n_vocab
+        self.end_of_text = encoding.eot_token
+
+    @classmethod
+    def gpt2(cls) -> BPETokenizer:
+        try:
+            return cls(tiktoken.get_encoding("gpt2"))
+        except OSError as error:  # what requests raises, offline
+            raise ValueError(f"The GPT-2 tokenizer's files could not be had ({type(error).__name__}): connect once, or "
+                             f"set TIKTOKEN_CACHE_DIR to a folder where tiktoken has kept them.") from None
+
+    @classmethod
+    def from_ranks(cls, ranks: list[bytes], pattern: str) -> BPETokenizer:
+        return cls(tiktoken.Encoding(
+            "nanohydra-bpe", pat_str=pattern, special_tokens={END_OF_TEXT: len(ranks)},
+            mergeable_ranks={token: rank for rank, token in enumerate(ranks)},
+        ))
+
+    @classmethod
+    def train(cls, texts: Iterator[str], vocab_size: int) -> BPETokenizer:
+        """Learn `vocab_size` tokens, the end of text among them. Raises ValueError if the texts hold too few pairs."""
+        import rustbpe
+
+        trainer = rustbpe.Tokenizer()
+        trainer.train_from_iterator(texts, vocab_size=vocab_size - 1)
+        ranks = sorted(trainer.get_mergeable_ranks(), key=lambda item: item[1])
+        if len(ranks) < vocab_size - 1:
+            raise ValueError(f"data.vocab_size={vocab_size} asks more of this text than it holds: "
+                             f"it gives {len(ranks) + 1} tokens; set data.vocab_size={len(ranks) + 1} or less.")
+        return cls.from_ranks([bytes(token) for token, _ in ranks], trainer.get_pattern())
+
+    def encode(self, text: str) -> list[int]:
+        return self.encoding.encode_ordinary(text)
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        return self.encoding.decode_bytes(list(ids))
+
+    def to_json(self) -> dict[str, Any]:
+        if self.encoding.name == "gpt2":
+            return {"kind": "gpt2"}
+        ranks = [self.encoding.decode_single_token_bytes(rank) for rank in range(self.end_of_text)]
+        return {"kind": "bpe", "pattern": self.encoding._pat_str,
+                "ranks": [base64.b64encode(token).decode() for token in ranks]}
+
+
+def from_json(saved: dict[str, Any]) -> Tokenizer:
+    """The tokenizer that `to_json` described."""
+    if saved["kind"] == "char":
+        return CharTokenizer(saved["characters"], saved["end_of_text"])
+    if saved["kind"] == "byte":
+        return ByteTokenizer()
+    if saved["kind"] == "gpt2":
+        return BPETokenizer.gpt2()
+    return BPETokenizer.from_ranks([base64.b64decode(token) for token in saved["ranks"]], saved["pattern"])
+
+
+def fingerprint(tokenizer: Tokenizer) -> str:
+    """The same for tokenizers that give the same ids."""
+    return hashlib.sha256(json.dumps(tokenizer.to_json(), sort_keys=True).encode()).hexdigest()
+
+
+def decode(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
+    """Ids to text; bytes that are no UTF-8 become U+FFFD."""
+    return tokenizer.decode_bytes(ids).decode(errors="replace")
+
+
+def decode_stream(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
+    """Ids to pieces of text as they come; a character of several tokens arrives whole."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    for token in ids:
+        yield decoder.decode(tokenizer.decode_bytes((token,)))
+    yield decoder.decode(b"", final=True)

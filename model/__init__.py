@@ -1,0 +1,7 @@
+"""What is learned: the Transformer and how it generates. Knows tensors, nothing else."""
+
+from model.attention import CausalSelfAttention, KVCache
+from model.generate import generate
+from model.gpt import GPT, GPTConfig
+
+__all__ = ["GPT", "CausalSelfAttention", "GPTConfig", "KVCache", "generate"]

@@ -1,0 +1,97 @@
+"""Causal self-attention with one fused projection, and the key-value cache that it fills.
+
+Knows tensors only: no files, no text, no training.
+Shapes: B batch, T time, C width, H heads, G key-value heads, D head width.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from model.gpt import GPTConfig
+
+
+class KVCache:
+    """Keys and values of the positions already seen: one preallocated pair of tensors a layer.
+
+    The modules stay stateless: whoever generates makes a cache and passes it to `GPT.forward`,
+    which writes behind `length` and moves it on.
+    """
+
+    def __init__(self, config: GPTConfig, batch_size: int, device: torch.device | str = "cpu",
+                 dtype: torch.dtype = torch.float32) -> None:
+        shape = (batch_size, config.kv_heads, config.block_size, config.head_width)
+        self.keys = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.values = [torch.empty_like(keys) for keys in self.keys]
+        self.length = 0
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append `k`, `v` `[B, G, T, D]` of one layer; return all `[B, G, length + T, D]` so far."""
+        end = self.length + k.size(2)
+        self.keys[layer][:, :, self.length : end] = k
+        self.values[layer][:, :, self.length : end] = v
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+
+def rotary_table(block_size: int, head_width: int, base: float = 10_000.0) -> Tensor:
+    """Cosines and sines `[2, block_size, D]` of rotary positions (Su et al. 2021, arXiv:2104.09864)."""
+    frequencies = base ** (-torch.arange(0, head_width, 2, dtype=torch.float32) / head_width)
+    angles = torch.arange(block_size, dtype=torch.float32).outer(frequencies).repeat(1, 2)
+    return torch.stack((angles.cos(), angles.sin()))
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Turn each pair (d, d + D/2) of `x` `[B, H, T, D]` by its position's angle; `table` `[2, T, D]`."""
+    cos, sin = table.to(x.dtype)
+    left, right = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-right, left), dim=-1) * sin
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head self-attention in which position t sees positions 0..t only.
+
+    One matrix product makes queries, keys and values together; the kernels of
+    `scaled_dot_product_attention` do the rest without storing the `[T, T]` weights.
+    Dropout acts on the attention weights and on the way back into the residual stream.
+    """
+
+    def __init__(self, config: GPTConfig, layer: int = 0) -> None:
+        super().__init__()
+        self.layer = layer
+        self.n_head, self.n_kv_head = config.n_head, config.kv_heads
+        self.head_width = config.head_width
+        self.qk_norm = config.qk_norm
+        self.dropout = config.dropout
+        fused_width = (self.n_head + 2 * self.n_kv_head) * self.head_width
+        self.c_attn = nn.Linear(config.n_embd, fused_width, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, rotary: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """`x` `[B, T, C]` -> `[B, T, C]`; `rotary` is the table of the T positions, where used."""
+        B, T, C = x.shape
+        heads = self.c_attn(x).view(B, T, -1, self.head_width).transpose(1, 2)  # [B, H + 2G, T, D]
+        q, k, v = heads.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)
+        if self.qk_norm:
+            q, k = F.rms_norm(q, (self.head_width,)), F.rms_norm(k, (self.head_width,))
+        if rotary is not None:
+            q, k = rotate(q, rotary), rotate(k, rotary)
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v)
+
+        # Without earlier positions the kernel's own causal mask serves; a single new position sees
+        # everything; several new ones behind a cache need a mask that is shifted by its length.
+        seen = k.size(2) - T
+        mask = torch.ones(T, seen + T, dtype=torch.bool, device=x.device).tril(seen) if seen and T > 1 else None
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=seen == 0 and T > 1,
+            dropout_p=self.dropout if self.training else 0.0, enable_gqa=self.n_kv_head != self.n_head,
+        )
+        y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
+        return self.resid_dropout(self.c_proj(y))

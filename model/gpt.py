@@ -1,0 +1,199 @@
+"""The model: token ids in, next-token logits or their mean loss out.
+
+One family, from GPT-2 exactly as published to a modern variant; each difference is a flag of `GPTConfig`.
+Knows tensors only: no files, no text, no training. Parameter names are GPT-2's own.
+Shapes: B batch, T time, C width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.attention import CausalSelfAttention, KVCache, rotary_table
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The shape of a GPT. The defaults are GPT-2 124M (Radford et al. 2019)."""
+
+    block_size: int = 1024  # the longest context, in tokens
+    vocab_size: int = 50257  # in training, the tokenizer decides it
+    n_layer: int = 12
+    n_head: int = 12
+    n_kv_head: int | None = None  # fewer than n_head: grouped-query attention (arXiv:2305.13245)
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = True  # in linear layers and layer norms
+    position: Literal["learned", "rotary"] = "learned"
+    norm: Literal["layer", "rms"] = "layer"  # rms: without parameters
+    qk_norm: bool = False  # normalise queries and keys (arXiv:2010.04245)
+    activation: Literal["gelu", "relu2"] = "gelu"  # relu2: squared ReLU (arXiv:2109.08668)
+    zero_init: bool = False  # output projections start at zero, and so does an untied head
+    tie_head: bool = True  # the head reads the token embedding instead of a matrix of its own
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_head or self.n_head
+
+    @property
+    def head_width(self) -> int:
+        return self.n_embd // self.n_head
+
+    def problems(self) -> Iterator[str]:
+        """One sentence for each value that cannot work."""
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+            if getattr(self, name) < 1:
+                yield f"{name}={getattr(self, name)} must be at least 1."
+                return
+        if not 0 <= self.dropout < 1:
+            yield f"dropout={self.dropout} is a probability: choose 0 <= dropout < 1."
+        if self.n_embd % self.n_head:
+            yield (f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: "
+                   f"choose n_embd={math.ceil(self.n_embd / self.n_head) * self.n_head} or another n_head.")
+        elif self.position == "rotary" and self.head_width % 2:
+            yield (f"n_embd={self.n_embd} over n_head={self.n_head} gives heads of odd width {self.head_width}: "
+                   f"rotary positions need an even one.")
+        if self.n_kv_head is not None and (self.n_kv_head < 1 or self.n_head % self.n_kv_head):
+            yield f"n_kv_head={self.n_kv_head} must divide n_head={self.n_head}."
+
+
+def make_norm(config: GPTConfig) -> nn.Module:
+    if config.norm == "rms":
+        return nn.RMSNorm(config.n_embd, elementwise_affine=False)
+    return nn.LayerNorm(config.n_embd, bias=config.bias)
+
+
+class MLP(nn.Module):
+    """Two linear layers, four times as wide inside."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.activation = config.activation
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.c_fc(x)
+        x = F.relu(x).square() if self.activation == "relu2" else F.gelu(x, approximate="tanh")
+        return self.dropout(self.c_proj(x))
+
+
+class Block(nn.Module):
+    """A pre-norm Transformer block: attention mixes positions, the MLP works within each."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.ln_1 = make_norm(config)
+        self.attn = CausalSelfAttention(config, layer)
+        self.ln_2 = make_norm(config)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, rotary: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), rotary, cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """A decoder-only Transformer language model.
+
+    Raises ValueError for a `config` whose values cannot work, with all reasons.
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        if problems := list(config.problems()):
+            raise ValueError("\n".join(problems))
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        if config.position == "learned":
+            self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        else:
+            self.register_buffer("rotary", rotary_table(config.block_size, config.head_width), persistent=False)
+        self.drop = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.ln_f = make_norm(config)
+        if not config.tie_head:
+            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """GPT-2's: normal with deviation 0.02, the residual projections smaller by sqrt(2 n_layer), biases 0."""
+        for name, weights in self.named_parameters():
+            if name.endswith("bias"):
+                weights.zero_()
+            elif weights.dim() == 1:  # the gain of a layer norm
+                weights.fill_(1.0)
+            elif self.config.zero_init and name.endswith(("c_proj.weight", "lm_head.weight")):
+                weights.zero_()
+            elif name.endswith("c_proj.weight"):
+                weights.normal_(std=0.02 / math.sqrt(2 * self.config.n_layer))
+            else:
+                weights.normal_(std=0.02)
+
+    def features(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Token ids `[B, T]` -> the final residual stream `[B, T, C]`.
+
+        With a `cache` the ids continue the positions it holds, and it moves on by T.
+        Raises ValueError where the positions would pass `block_size`.
+        """
+        start = cache.length if cache is not None else 0
+        end = start + idx.size(1)
+        if end > self.config.block_size:
+            raise ValueError(f"A context of {end} tokens is longer than block_size={self.config.block_size}.")
+        x, rotary = self.wte(idx), None
+        if self.config.position == "learned":
+            x = x + self.wpe.weight[start:end]
+        else:
+            rotary = self.rotary[:, start:end]
+        x = self.drop(x)
+        for block in self.h:
+            x = block(x, rotary, cache)
+        if cache is not None:
+            cache.length = end
+        return self.ln_f(x)
+
+    def head(self, features: Tensor) -> Tensor:
+        """Features `[..., C]` -> logits `[..., V]`."""
+        return F.linear(features, (self.wte if self.config.tie_head else self.lm_head).weight)
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """Logits `[B, T, V]` for ids `[B, T]`; with `targets` `[B, T]`, the mean loss in nats (a scalar) instead."""
+        logits = self.head(self.features(idx, cache))
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+    def parameters_by_role(self) -> dict[str, list[Tensor]]:
+        """The parameters, each once, by what they do: what optimizers and reports sort by."""
+        roles: dict[str, list[Tensor]] = {"embedding": [], "attention": [], "mlp": [], "vector": [], "head": []}
+        for name, weights in self.named_parameters():
+            if weights.dim() == 1:
+                roles["vector"].append(weights)  # biases and gains
+            elif name.startswith(("wte", "wpe")):
+                roles["embedding"].append(weights)
+            elif name.startswith("lm_head"):
+                roles["head"].append(weights)
+            else:
+                roles["attention" if ".attn." in name else "mlp"].append(weights)
+        return roles
+
+    def flops_per_token(self) -> int:
+        """Floating-point operations to train on one token, forward and backward (arXiv:2204.02311, appendix B).
+
+        Six for each weight of a matrix product (the head's counts, a looked-up embedding does not), and
+        12 * C * T a layer for the two products of attention, counted as if no mask saved half of them.
+        """
+        config, roles = self.config, self.parameters_by_role()
+        products = sum(w.numel() for role in ("attention", "mlp") for w in roles[role])
+        products += config.vocab_size * config.n_embd
+        return 6 * products + 12 * config.n_layer * config.n_embd * config.block_size

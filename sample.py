@@ -1,0 +1,174 @@
+"""Complete a prompt with a trained model.
+
+  python sample.py run=pydocs prompt="Return the number of"
+
+Settings, each with its default:
+  run=NAME              the run's name or folder; without it, the run that was trained last
+  prompt="To be, or"    any text, taken as it is; without it a new text is begun
+  prompt_file=FILE      the prompt from a file, or from standard input with prompt_file=-
+  interactive=true      ask for prompts until the input ends
+  max_new_tokens=200    how many tokens at most
+  temperature=0.8       0 always takes the most likely token
+  top_k=50  top_p=1     draw from the k most likely tokens; from the fewest that hold a probability of p
+  num_samples=1         several completions, each printed whole
+  seed=1337             the same seed gives the same text
+  stop="\\n\\n"           end where this text would come (a literal text: in bash, $'\\n\\n')
+  checkpoint=best       or last
+  device=auto  precision=auto  cache=true
+"""
+
+from __future__ import annotations
+
+import codecs
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from conf.launch import launch
+from conf.schema import SampleSettings
+from data.prepare import load_tokenizer
+from data.tokenizer import Tokenizer
+from model import GPT, GPTConfig, generate
+from training import checkpoint
+from training.device import Device
+
+
+def sample(settings: SampleSettings) -> int:
+    """Open a run and print completions as `settings` ask; return the exit code."""
+    device = Device(settings.device, settings.precision)
+    model, tokenizer = open_checkpoint(find_checkpoint(settings), device)
+    if settings.interactive:
+        for line in prompts():
+            print_completions(model, tokenizer, line, settings, device)
+    else:
+        print_completions(model, tokenizer, read_prompt(settings), settings, device)
+    return 0
+
+
+def find_checkpoint(settings: SampleSettings) -> checkpoint.Checkpoint:
+    """The checkpoint to sample from. Raises ValueError naming the runs there are."""
+    runs_dir = Path(settings.runs_dir)
+    runs = {str(folder.parent.relative_to(runs_dir)): folder for folder in runs_dir.rglob("checkpoints")
+            if any(folder.glob("step_*"))}
+    if not settings.run and runs:
+        folder = max(runs.values(), key=lambda checkpoints: checkpoints.stat().st_mtime)
+    else:
+        folder = runs.get(settings.run, Path(settings.run) / "checkpoints")
+    found = checkpoint.find(folder) if settings.run or runs else []
+    if not found:
+        there = f"there are: {', '.join(sorted(runs))}" if runs else f"{runs_dir} holds none; train one with python train.py"
+        raise ValueError(f"run={settings.run} is no run with a checkpoint: {there}.")
+    return found[-1] if settings.checkpoint == "last" else checkpoint.best(found)
+
+
+def open_checkpoint(found: checkpoint.Checkpoint, device: Device) -> tuple[GPT, Tokenizer]:
+    """The model, on the device and ready to generate, and the tokenizer it was trained with."""
+    model = GPT(GPTConfig(**found.state["model"]))
+    model.load_state_dict(found.model_tensors())
+    return model.to(device.torch).eval(), load_tokenizer(found.folder)
+
+
+def read_prompt(settings: SampleSettings) -> str:
+    """The prompt as given, from its file, or from standard input."""
+    if not settings.prompt_file:
+        return settings.prompt
+    if settings.prompt_file == "-":
+        return sys.stdin.read()
+    try:
+        return Path(settings.prompt_file).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"prompt_file={settings.prompt_file} is not UTF-8 at offset {error.start}.") from None
+
+
+def prompts():  # noqa: ANN201
+    """Lines that someone types, until end of input."""
+    while True:
+        try:
+            yield input("\nprompt> ")
+        except EOFError:
+            print()
+            return
+
+
+def print_completions(model: GPT, tokenizer: Tokenizer, prompt: str, settings: SampleSettings, device: Device) -> None:
+    """One completion is printed as it grows; of several, each is printed whole."""
+    if settings.num_samples == 1:
+        print(prompt, end="", flush=True)
+        complete(model, tokenizer, prompt, settings, device, show=lambda text: print(text, end="", flush=True))
+        print()
+        return
+    for number, text in enumerate(complete(model, tokenizer, prompt, settings, device), 1):
+        print(f"--- {number} of {settings.num_samples}\n{prompt}{text}")
+
+
+class Completion:
+    """The text of one row of a batch while its tokens come. Ends at the end of text, or before `stop`."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: str) -> None:
+        self.tokenizer, self.stop = tokenizer, stop
+        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self.text, self.finished = "", False
+
+    def add(self, token: int) -> None:
+        if self.finished:
+            return
+        if token == self.tokenizer.end_of_text:
+            self.finish()
+            return
+        self.text += self.decoder.decode(self.tokenizer.decode_bytes((token,)))
+        if self.stop and self.stop in self.text:
+            self.text, self.finished = self.text[: self.text.index(self.stop)], True
+
+    def finish(self) -> None:
+        """No more tokens will come: what the decoder still holds is no whole character."""
+        if not self.finished:
+            self.text, self.finished = self.text + self.decoder.decode(b"", final=True), True
+
+    def certain(self) -> str:
+        """The text without an end that could be the beginning of `stop`."""
+        if not self.finished:
+            for held in range(min(len(self.stop) - 1, len(self.text)), 0, -1):
+                if self.text.endswith(self.stop[:held]):
+                    return self.text[:-held]
+        return self.text
+
+
+def complete(model: GPT, tokenizer: Tokenizer, prompt: str, settings: SampleSettings, device: Device,
+             show: Callable[[str], None] | None = None) -> list[str]:
+    """`num_samples` completions of `prompt`, generated as one batch; `show` gets the first one piece by piece."""
+    ids = tokenizer.encode(prompt) or first_ids(tokenizer)
+    batch = torch.tensor([ids] * settings.num_samples, device=device.torch)
+    rows = [Completion(tokenizer, settings.stop) for _ in range(settings.num_samples)]
+    shown = 0
+    with device.autocast():
+        for tokens in generate(model, batch, settings.max_new_tokens, temperature=settings.temperature,
+                               top_k=settings.top_k, top_p=settings.top_p, seed=settings.seed,
+                               use_cache=settings.cache):
+            for row, token in zip(rows, tokens.tolist(), strict=True):
+                row.add(token)
+            if show is not None:
+                show(rows[0].certain()[shown:])
+                shown = len(rows[0].certain())
+            if all(row.finished for row in rows):
+                break
+    for row in rows:
+        row.finish()
+    if show is not None:
+        show(rows[0].text[shown:])
+    return [row.text for row in rows]
+
+
+def first_ids(tokenizer: Tokenizer) -> list[int]:
+    """What stands before a new text: the end of another, or where the tokenizer has no such token, a new line."""
+    if tokenizer.end_of_text is not None:
+        return [tokenizer.end_of_text]
+    try:
+        return tokenizer.encode("\n")
+    except ValueError:
+        return [0]
+
+
+if __name__ == "__main__":
+    launch(sample, "sample", __doc__)

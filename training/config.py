@@ -1,0 +1,46 @@
+"""How long to train, in what portions, and how often to look and save."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The course of a run. A step is one optimizer update; a micro-step one forward and backward of it."""
+
+    max_steps: int = 300
+    max_seconds: float | None = None  # of training; whichever limit comes first ends the run
+    batch_size: int = 32  # sequences in a micro-step
+    tokens_per_step: int | None = None  # more than one micro-step holds: gradients are accumulated
+    eval_every: int = 100  # steps; the last one is always evaluated
+    eval_tokens: int = 2**18  # of the validation split, from its start; a smaller split is read whole
+    sample_tokens: int = 48  # the length of the sample at each evaluation; 0 for none
+    checkpoint_every: int = 100  # steps; the last one is always saved
+    keep_last: int = 2  # checkpoints, beside the best one
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    compile: Literal["auto", "true", "false"] = "auto"
+
+    def problems(self) -> Iterator[str]:
+        """One sentence for each value that cannot work."""
+        for name in ("max_steps", "batch_size", "eval_every", "eval_tokens", "checkpoint_every", "keep_last"):
+            if getattr(self, name) < 1:
+                yield f"{name}={getattr(self, name)} must be at least 1."
+        if self.sample_tokens < 0:
+            yield f"sample_tokens={self.sample_tokens} must be at least 0."
+        if self.max_seconds is not None and not self.max_seconds > 0:
+            yield f"max_seconds={self.max_seconds} must be more than 0, or null for no limit."
+
+    def micro_steps(self, block_size: int, world_size: int = 1) -> int:
+        """How many micro-steps make a step. Raises ValueError where `tokens_per_step` is not a whole number of them."""
+        one = self.batch_size * block_size * world_size
+        if self.tokens_per_step is None:
+            return 1
+        if self.tokens_per_step < one or self.tokens_per_step % one:
+            nearest = max(1, round(self.tokens_per_step / one)) * one
+            raise ValueError(f"training.tokens_per_step={self.tokens_per_step} is not a multiple of the {one} tokens of a "
+                             f"micro-step (batch_size={self.batch_size} x block_size={block_size}): try {nearest}.")
+        return self.tokens_per_step // one

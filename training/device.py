@@ -1,0 +1,114 @@
+"""What a run computes on: device, precision, compilation. Resolves 'auto' and says why."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor, nn
+
+# Dense bf16 peaks in FLOP/s, from the makers' data sheets; the first name that fits counts.
+PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
+              "A10G": 70e12, "A10": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
+# Compiling takes minutes on a CPU and about one on a GPU, and saves a quarter to a half of each step after that.
+COMPILE_PAYS_AFTER_SECONDS = {"cuda": 300, "cpu": 900}
+
+
+class Device:
+    """Where and in what precision a run computes, and the reasons for the log.
+
+    `precision` is "fp32" or what autocast uses for products: "bf16" or "fp16".
+    Raises ValueError for a device that this machine does not have.
+    """
+
+    def __init__(self, device: str = "auto", precision: str = "auto") -> None:
+        available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+        if device != "auto" and not available[device]:
+            raise ValueError(f"training.device={device} is not available here: choose auto or one of "
+                             f"{', '.join(name for name, there in available.items() if there)}.")
+        self.type = device if device != "auto" else next(name for name, there in available.items() if there)
+        self.torch = torch.device(self.type)
+        self.native_bf16 = self._has_native_bf16()
+        self.chosen = precision == "auto"
+        self.precision = precision if precision != "auto" else self._best_precision()
+        if self.precision == "bf16" and self.type == "cuda" and not self.native_bf16:
+            raise ValueError("training.precision=bf16 is not native to this GPU: choose auto, fp16 or fp32.")
+        if self.type == "cuda":
+            torch.set_float32_matmul_precision("high")  # TF32 where a product stays in fp32
+
+    def _has_native_bf16(self) -> bool:
+        if self.type == "cuda":
+            return torch.cuda.is_bf16_supported(including_emulation=False)
+        return self.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+    def _best_precision(self) -> str:
+        if self.native_bf16:
+            return "bf16"
+        return "fp16" if self.type == "cuda" else "fp32"
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """Products in the run's precision inside this context; weights stay fp32."""
+        dtype = torch.float16 if self.precision == "fp16" else torch.bfloat16
+        return torch.autocast(self.type, dtype, enabled=self.precision != "fp32")
+
+    def describe(self) -> str:
+        """For the log: what was chosen, and why."""
+        reason = {"bf16": "native here", "fp16": "bf16 is not native here", "fp32": "no faster one is native here"}
+        return f"{self.name()}; {self.precision} ({reason[self.precision] if self.chosen else 'as asked'})"
+
+    def name(self) -> str:
+        if self.type == "cuda":
+            return torch.cuda.get_device_name()
+        return f"{self.type}, {torch.get_num_threads()} threads" if self.type == "cpu" else self.type
+
+    def peak_flops(self) -> float | None:
+        """The data sheet's FLOP/s in bf16, for model FLOPs utilisation; None where it is not known."""
+        if self.type != "cuda" or self.precision == "fp32":
+            return None
+        return next((peak for name, peak in PEAK_FLOPS.items() if name in self.name()), None)
+
+    def synchronize(self) -> None:
+        """Wait until the device has done what it was asked, so that a clock means something."""
+        if self.type == "cuda":
+            torch.cuda.synchronize()
+        elif self.type == "mps":
+            torch.mps.synchronize()
+
+
+def seconds_per_call(call: Callable[[], object], device: Device, repeats: int = 2) -> float:
+    """Time `call` after one warm-up call."""
+    call()
+    device.synchronize()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    device.synchronize()
+    return (time.perf_counter() - start) / repeats
+
+
+def maybe_compile(model: nn.Module, choice: str, device: Device, expected_seconds: float, trial: Callable[[nn.Module], Tensor],
+                  say: Callable[[str], None]) -> nn.Module:
+    """The model compiled, where `choice` ('auto', 'true', 'false') and the run's expected length ask for it.
+
+    `trial` runs the model once, so that a failure shows here: with 'auto' it is one warning and the plain
+    model, with 'true' a ValueError.
+    """
+    pays_after = COMPILE_PAYS_AFTER_SECONDS.get(device.type)
+    if choice == "false" or choice == "auto" and (pays_after is None or expected_seconds < pays_after):
+        return model
+    say("Compiling the model: the first step takes a minute or more.")
+    try:
+        if device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+            raise RuntimeError("no C++ compiler found")
+        compiled = torch.compile(model)
+        trial(compiled)
+        return compiled
+    except Exception as error:  # whatever a compiler can fail with
+        cause = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        if choice == "true":
+            raise ValueError(f"training.compile=true failed ({cause}): set training.compile=false.") from error
+        say(f"Warning: the model could not be compiled and runs uncompiled ({cause}).")
+        return model

@@ -1,0 +1,125 @@
+"""Optimizers and schedules: which parameter is updated how, and by how much at each step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.optim import AdamW, Muon, Optimizer
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """How weights change. The defaults are GPT-2's and GPT-3's usual ones (arXiv:2005.14165, table 2.1)."""
+
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    lr: float = 6e-4  # of AdamW: everything with adamw; embeddings, head, gains and biases with muon
+    muon_lr: float = 0.02  # of Muon: the blocks' matrices; the spectral norm of an update, not an AdamW rate
+    weight_decay: float = 0.1  # of matrices and embeddings; gains and biases are never decayed
+    beta1: float = 0.9
+    beta2: float = 0.95
+    momentum: float = 0.95  # of Muon
+    grad_clip: float = 1.0  # the largest norm of all gradients together; 0 for no limit
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    warmup_steps: int = 0
+    decay_fraction: float = 0.5  # wsd: the last part of the run, in which the rate falls
+    min_lr_ratio: float = 0.1  # cosine and wsd end at this part of the rate
+
+    def problems(self) -> Iterator[str]:
+        """One sentence for each value that cannot work."""
+        for name in ("lr", "muon_lr"):
+            if not 0 < getattr(self, name) < math.inf:
+                yield f"{name}={getattr(self, name)} must be more than 0: try {OptimConfig.__dataclass_fields__[name].default}."
+        for name in ("weight_decay", "grad_clip", "warmup_steps"):
+            if not 0 <= getattr(self, name) < math.inf:
+                yield f"{name}={getattr(self, name)} must be at least 0."
+        for name in ("beta1", "beta2", "momentum"):
+            if not 0 <= getattr(self, name) < 1:
+                yield f"{name}={getattr(self, name)} must satisfy 0 <= {name} < 1."
+        for name in ("decay_fraction", "min_lr_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                yield f"{name}={getattr(self, name)} must lie between 0 and 1."
+
+
+def lr_scale(step: int, config: OptimConfig, max_steps: int) -> float:
+    """The part of the full learning rate that step `step` (from 0) uses: a pure function of the step.
+
+    A linear warm-up, then: cosine, half a wave down to `min_lr_ratio` (arXiv:1608.03983); wsd, level and
+    then straight down in the last `decay_fraction` (arXiv:2404.06395); constant, level.
+    """
+    if step < config.warmup_steps:
+        return (step + 1) / (config.warmup_steps + 1)
+    if config.schedule == "constant":
+        return 1.0
+    start = config.warmup_steps if config.schedule == "cosine" else round(max_steps * (1 - config.decay_fraction))
+    progress = min(1.0, max(0, step - start) / max(1, max_steps - start))
+    fall = 0.5 * (1 - math.cos(math.pi * progress)) if config.schedule == "cosine" else progress
+    return 1.0 - (1.0 - config.min_lr_ratio) * fall
+
+
+class Optimizers:
+    """One or two torch optimizers that act as one.
+
+    `roles` are the parameters by what they do (`GPT.parameters_by_role`). Muon takes the matrices inside the
+    blocks (roles "attention" and "mlp"), where steps in all directions of a product's space should be alike
+    (Jordan 2024, kellerjordan.github.io/posts/muon); AdamW takes the rest, or with optimizer=adamw everything.
+    """
+
+    def __init__(self, roles: dict[str, list[Tensor]], config: OptimConfig) -> None:
+        matrices = roles["attention"] + roles["mlp"]
+        tables, vectors = roles["embedding"] + roles["head"], roles["vector"]
+        self.all: list[Optimizer] = []
+        if config.optimizer == "muon":
+            self.all.append(Muon(matrices, lr=config.muon_lr, momentum=config.momentum, weight_decay=config.weight_decay))
+        else:
+            tables = matrices + tables
+        groups = [{"params": tables, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        self.all.append(AdamW([group for group in groups if group["params"]],
+                              lr=config.lr, betas=(config.beta1, config.beta2), fused=True))
+        self.full_rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.all]
+        self.parameters = [weights for role in roles.values() for weights in role]
+
+    def set_scale(self, scale: float) -> None:
+        """Use this part of each group's full learning rate from now on."""
+        for optimizer, rates in zip(self.all, self.full_rates, strict=True):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * scale
+
+    def step(self, scaler: torch.amp.GradScaler, grad_clip: float) -> float:
+        """Clip, update, clear the gradients; return their norm before clipping."""
+        for optimizer in self.all:
+            scaler.unscale_(optimizer)
+        norm = torch.nn.utils.get_total_norm([weights.grad for weights in self.parameters if weights.grad is not None])
+        if grad_clip:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, grad_clip, norm)
+        for optimizer in self.all:
+            scaler.step(optimizer)
+        scaler.update()
+        for optimizer in self.all:
+            optimizer.zero_grad(set_to_none=True)
+        return norm.item()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All state by name, `OPTIMIZER.PARAMETER.WHAT`. Rates are no state: the schedule gives them."""
+        return {f"{number}.{index}.{what}": tensor
+                for number, optimizer in enumerate(self.all)
+                for index, state in optimizer.state_dict()["state"].items()
+                for what, tensor in state.items()}
+
+    def nbytes(self) -> int:
+        """The size that the state has once training began: two numbers a weight for AdamW, one for Muon."""
+        return sum((1 if isinstance(optimizer, Muon) else 2) * weights.nbytes
+                   for optimizer in self.all for group in optimizer.param_groups for weights in group["params"])
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Take back what `tensors` gave."""
+        states: list[dict[int, dict[str, Tensor]]] = [{} for _ in self.all]
+        for name, tensor in tensors.items():
+            number, index, what = name.split(".")
+            states[int(number)].setdefault(int(index), {})[what] = tensor
+        for optimizer, state in zip(self.all, states, strict=True):
+            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

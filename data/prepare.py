@@ -45,7 +45,7 @@ def build(source: PyDocs | TextFiles, config: DataConfig, folder: Path, recipe: 
     with atomic.new_folder(folder) as partial:
         writers = {split: ShardWriter(partial, split, tokenizer.vocab_size) for split in ("train", "val")}
         n_bytes, n_documents = {"train": 0, "val": 0}, {"train": 0, "val": 0}
-        with tqdm(desc=f"Tokenizing {config.source}", unit="B", unit_scale=True) as bar:
+        with tqdm(desc=f"Tokenizing {config.source}", unit="B", unit_scale=True, leave=False) as bar:
             for split, text in corpus.parts():
                 ids = tokenizer.encode(text)
                 if corpus.has_boundaries and tokenizer.end_of_text is not None:

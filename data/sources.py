@@ -14,8 +14,11 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
+
+from tqdm import tqdm
 
 import atomic
 
@@ -78,17 +81,23 @@ class PyDocs:
         return hashlib.sha256(f"pydocs {platform.python_version()}\n{names}".encode()).hexdigest()
 
     def documents(self) -> Iterator[str]:
-        for path in self.files:
+        yield from self.texts
+
+    @cached_property
+    def texts(self) -> list[str]:
+        """All of them, about 2 MB: parsing takes seconds, so it is done once."""
+        texts: list[str] = []
+        for path in tqdm(self.files, desc="Reading the standard library", unit="file", leave=False):
             try:
                 tree = ast.parse(path.read_bytes())
             except (SyntaxError, ValueError):
                 continue  # a template or an example of broken code: nothing to read
             if path.parent.name == "pydoc_data":
-                yield from self.topics(tree)
+                texts.extend(self.topics(tree))
             for node in ast.walk(tree):
                 if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                    if text := ast.get_docstring(node):
-                        yield text
+                    texts.append(ast.get_docstring(node) or "")
+        return [text for text in texts if text.strip()]
 
     @staticmethod
     def topics(tree: ast.Module) -> Iterator[str]:

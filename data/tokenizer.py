@@ -6,7 +6,6 @@ Knows no files but GPT-2's published ones, which tiktoken finds; knows no model.
 from __future__ import annotations
 
 import base64
-import codecs
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
@@ -130,16 +129,3 @@ def from_json(saved: dict[str, Any]) -> Tokenizer:
 def fingerprint(tokenizer: Tokenizer) -> str:
     """The same for tokenizers that give the same ids."""
     return hashlib.sha256(json.dumps(tokenizer.to_json(), sort_keys=True).encode()).hexdigest()
-
-
-def decode(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
-    """Ids to text; bytes that are no UTF-8 become U+FFFD."""
-    return tokenizer.decode_bytes(ids).decode(errors="replace")
-
-
-def decode_stream(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
-    """Ids to pieces of text as they come; a character of several tokens arrives whole."""
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    for token in ids:
-        yield decoder.decode(tokenizer.decode_bytes((token,)))
-    yield decoder.decode(b"", final=True)

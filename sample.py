@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import codecs
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -49,17 +49,7 @@ def sample(settings: SampleSettings) -> int:
 
 def find_checkpoint(settings: SampleSettings) -> checkpoint.Checkpoint:
     """The checkpoint to sample from. Raises ValueError naming the runs there are."""
-    runs_dir = Path(settings.runs_dir)
-    runs = {str(folder.parent.relative_to(runs_dir)): folder for folder in runs_dir.rglob("checkpoints")
-            if any(folder.glob("step_*"))}
-    if not settings.run and runs:
-        folder = max(runs.values(), key=lambda checkpoints: checkpoints.stat().st_mtime)
-    else:
-        folder = runs.get(settings.run, Path(settings.run) / "checkpoints")
-    found = checkpoint.find(folder) if settings.run or runs else []
-    if not found:
-        there = f"there are: {', '.join(sorted(runs))}" if runs else f"{runs_dir} holds none; train one with python train.py"
-        raise ValueError(f"run={settings.run} is no run with a checkpoint: {there}.")
+    found = checkpoint.find(checkpoint.find_run(Path(settings.runs_dir), settings.run) / "checkpoints")
     return found[-1] if settings.checkpoint == "last" else checkpoint.best(found)
 
 
@@ -82,7 +72,7 @@ def read_prompt(settings: SampleSettings) -> str:
         raise ValueError(f"prompt_file={settings.prompt_file} is not UTF-8 at offset {error.start}.") from None
 
 
-def prompts():  # noqa: ANN201
+def prompts() -> Iterator[str]:
     """Lines that someone types, until end of input."""
     while True:
         try:

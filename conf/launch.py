@@ -62,9 +62,9 @@ def obey(story: Callable[[Any], int], root: str, doc: str, words: list[str]) -> 
 
 def help_text(root: str, doc: str) -> str:
     """The entry point's own story, the presets, the flags."""
-    presets = "\n".join(f"  {group}={'|'.join(options(group))}" for group in groups())
-    if root == "sample":
+    if root != "config":
         return f"{doc.strip()}\n\n{FLAGS}"
+    presets = "\n".join(f"  {group}={'|'.join(options(group))}" for group in groups())
     return f"{doc.strip()}\n\nPresets, from conf/:\n{presets}\n\n{FLAGS}{SWEEP_FLAG}"
 
 

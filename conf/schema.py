@@ -13,7 +13,7 @@ import types
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
@@ -97,8 +97,21 @@ class SampleSettings:
             yield "prompt, prompt_file and interactive exclude each other: choose one."
 
 
-AnySettings = TypeVar("AnySettings", Settings, SampleSettings)
-SCHEMAS: dict[str, type[Settings] | type[SampleSettings]] = {"config": Settings, "sample": SampleSettings}
+@dataclass(frozen=True)
+class PlotSettings:
+    """Everything about a picture of a run."""
+
+    run: str = ""  # the run's name, or the path of its folder; empty: the run that was trained last
+    runs_dir: str = "runs"
+    out: str = ""  # empty: loss.png in the run's folder
+
+    def problems(self) -> Iterator[str]:
+        """One sentence for each value that cannot work."""
+        if self.out and Path(self.out).suffix not in (".png", ".svg", ".pdf"):
+            yield f"out={self.out} must end in .png, .svg or .pdf."
+
+
+SCHEMAS = {"config": Settings, "sample": SampleSettings, "plot": PlotSettings}  # by conf/NAME.yaml
 
 # What tells one run from another. The rest may change when a run goes on: how long it is, how often it looks
 # and saves, and what it computes on and reports to.
@@ -266,7 +279,7 @@ def closest(word: str, words: Any) -> str:
 def unknown(key: str, known: dict[str, Any], place: str) -> str:
     """The sentence about a key that does not exist."""
     by_name = {name.rpartition(".")[2]: name for name in known}  # a right name in a wrong or missing group
-    guess = closest(key, known)
+    guess = closest(key, [*known, *groups()])
     if not guess and (near := difflib.get_close_matches(key.rpartition(".")[2], list(by_name), n=1, cutoff=0.7)):
         guess = f" (did you mean {by_name[near[0]]}?)"
     return f"{key} ({place}) is not a setting{guess}; --help lists what there is."
@@ -287,7 +300,7 @@ def default_name(overrides: list[str], settings: Settings, experiment: str) -> s
     chosen = dict(override.split("=", 1) for override in overrides)
     presets = {group: chosen[group] for group in groups() if group in chosen}
     path = settings.data.path
-    plain = compose("config", ["name=plain", f"data.path={path}", *(f"{group}={preset}" for group, preset in presets.items())])
+    plain = compose("config", ["name=-", f"data.path={path}", *(f"{group}={preset}" for group, preset in presets.items())])
     start = presets.pop("experiment", "" if "data" in presets else experiment)
     presets.pop("logger", None)
     changed = (f"{key.rpartition('.')[2]}={new}" for key, (_, new) in differences(asdict(plain), asdict(settings)).items())

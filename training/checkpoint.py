@@ -69,6 +69,22 @@ def find(checkpoints: Path) -> list[Checkpoint]:
     return [Checkpoint(folder, json.loads((folder / "state.json").read_text())) for folder in folders]
 
 
+def find_run(runs_dir: Path, name: str) -> Path:
+    """The folder of the run `name`: below `runs_dir`, or a path; without a name, the run that was saved last.
+
+    Raises ValueError naming the runs there are.
+    """
+    runs = sorted(folder.parent for folder in runs_dir.rglob("checkpoints") if any(folder.glob("step_*")))
+    if not name and runs:
+        return max(runs, key=lambda run: (run / "checkpoints").stat().st_mtime)
+    for run in (runs_dir / name, Path(name)):
+        if name and any(run.glob("checkpoints/step_*")):
+            return run
+    there = f"There are: {', '.join(str(run.relative_to(runs_dir)) for run in runs)}." if runs else (
+        f"{runs_dir} holds no run with a checkpoint: train one with python train.py.")
+    raise ValueError(f"run={name} is not there. {there}" if name else there)
+
+
 def best(found: list[Checkpoint]) -> Checkpoint | None:
     """The checkpoint with the lowest validation loss; the newest where none was evaluated."""
     evaluated = [one for one in found if one.state.get("val_loss") is not None]

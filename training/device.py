@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 # Dense bf16 peaks in FLOP/s, from the makers' data sheets; the first name that fits counts.
 PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
@@ -89,15 +89,16 @@ def seconds_per_call(call: Callable[[], object], device: Device, repeats: int = 
     return (time.perf_counter() - start) / repeats
 
 
-def maybe_compile(model: nn.Module, choice: str, device: Device, expected_seconds: float, trial: Callable[[nn.Module], Tensor],
-                  say: Callable[[str], None]) -> nn.Module:
+def maybe_compile(model: nn.Module, choice: str, device: Device, expected_seconds: float,
+                  trial: Callable[[nn.Module], None], say: Callable[[str], None]) -> nn.Module:
     """The model compiled, where `choice` ('auto', 'true', 'false') and the run's expected length ask for it.
 
     `trial` runs the model once, so that a failure shows here: with 'auto' it is one warning and the plain
     model, with 'true' a ValueError.
     """
     pays_after = COMPILE_PAYS_AFTER_SECONDS.get(device.type)
-    if choice == "false" or choice == "auto" and (pays_after is None or expected_seconds < pays_after):
+    pays = pays_after is not None and expected_seconds >= pays_after
+    if choice == "false" or (choice == "auto" and not pays):
         return model
     say("Compiling the model: the first step takes a minute or more.")
     try:

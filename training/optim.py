@@ -33,7 +33,7 @@ class OptimConfig:
         """One sentence for each value that cannot work."""
         for name in ("lr", "muon_lr"):
             if not 0 < getattr(self, name) < math.inf:
-                yield f"{name}={getattr(self, name)} must be more than 0: try {OptimConfig.__dataclass_fields__[name].default}."
+                yield f"{name}={getattr(self, name)} must be more than 0; {name}={getattr(OptimConfig, name)} is usual."
         for name in ("weight_decay", "grad_clip", "warmup_steps"):
             if not 0 <= getattr(self, name) < math.inf:
                 yield f"{name}={getattr(self, name)} must be at least 0."

@@ -41,9 +41,10 @@ class Recorder:
         folder.mkdir(parents=True, exist_ok=True)
         self.metrics_path = folder / "metrics.jsonl"
         cut_back(self.metrics_path, start_step)
-        self.metrics = open(self.metrics_path, "a")
-        self.log = open(folder / "log.txt", "a")
+        self.metrics = open(self.metrics_path, "a")  # noqa: SIM115 (closed in __exit__)
+        self.log = open(folder / "log.txt", "a")  # noqa: SIM115
         self.bar = tqdm(total=max_steps, initial=start_step, unit="step", dynamic_ncols=True,
+                        mininterval=0.1 if sys.stderr.isatty() else 10,  # into a file, a line now and then is enough
                         bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]")
         self.wandb = self._start_wandb(folder, config, settings)
 
@@ -74,8 +75,9 @@ class Recorder:
             id_file = folder / "wandb.json"
             run_id = json.loads(id_file.read_text())["id"] if id_file.exists() else wandb.util.generate_id()
             atomic.write_bytes(id_file, json.dumps({"id": run_id}).encode())
-            return wandb.init(project=config.project, name=settings["name"], id=run_id, resume="allow", mode=config.wandb,
-                              dir=folder, config=settings, settings=wandb.Settings(silent=True, console="off", init_timeout=60))
+            quiet = wandb.Settings(silent=True, console="off", init_timeout=60)
+            return wandb.init(project=config.project, name=settings["name"], id=run_id, resume="allow",
+                              mode=config.wandb, dir=folder, config=settings, settings=quiet)
         except ImportError:
             self.say("Warning: logger.wandb needs the wandb package (pip install wandb); metrics stay local.")
         except Exception as error:  # no account, no network, no server: none of it may stop a run

@@ -1,0 +1,34 @@
+# Two commands do everything: `make train` and `make test`. Both set up .venv first.
+PYTHON ?= python3
+RUN := .venv/bin/python
+
+.PHONY: help train sample test test-fast lint clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/:/' | awk -F': *' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+train: .venv/ready  ## train the default model, or go on with it; print samples (ARGS="key=value ...")
+	@$(RUN) train.py $(ARGS)
+
+sample: .venv/ready  ## complete a prompt with the run trained last (ARGS='prompt="Return the"')
+	@$(RUN) sample.py $(ARGS)
+
+test: .venv/ready  ## run the whole test suite
+	$(RUN) -m pytest -q
+
+test-fast: .venv/ready  ## run the tests that take seconds
+	$(RUN) -m pytest -q -m "not slow"
+
+lint: .venv/ready  ## check the style
+	$(RUN) -m ruff check .
+
+clean:  ## remove .venv and caches; runs and prepared data stay
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+# The marker is made last, so that an interrupted installation starts again.
+.venv/ready: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "nanohydra needs Python 3.11 or later, this is " + sys.version.split()[0] + ": name another, as in make train PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	$(RUN) -m pip install --quiet --requirement requirements.txt
+	@touch .venv/ready

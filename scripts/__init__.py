@@ -1,0 +1,1 @@
+"""What train.py and sample.py can do without: `python -m scripts.NAME`."""

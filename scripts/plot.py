@@ -1,0 +1,57 @@
+"""Draw the loss of a run against its steps. Needs matplotlib (pip install matplotlib).
+
+  python -m scripts.plot run=pydocs out=loss.png
+
+Settings, each with its default:
+  run=NAME         the run's name or folder; without it, the run that was trained last
+  out=FILE         the picture, .png or .svg; without it, loss.png in the run's folder
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import atomic
+from conf.launch import launch
+from conf.schema import PlotSettings
+from training.checkpoint import find_run
+
+
+def main(settings: PlotSettings) -> int:
+    run = find_run(Path(settings.runs_dir), settings.run)
+    out = Path(settings.out) if settings.out else run / "loss.png"
+    atomic.write_bytes(out, draw(run, out.suffix.lstrip(".") or "png"))
+    print(f"Drew {out}")
+    return 0
+
+
+def draw(run: Path, kind: str) -> bytes:
+    """A picture of the file type `kind`. Raises ValueError if matplotlib is missing or cannot draw that type."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError("Drawing needs matplotlib: pip install matplotlib.") from None
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    trained = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+    validated = [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row]
+    figure, axes = pyplot.subplots(figsize=(7, 4), dpi=120, layout="constrained")
+    if trained:
+        axes.plot(*zip(*trained, strict=True), color="#9ecae1", linewidth=1, label="training, each step")
+    if validated:
+        axes.plot(*zip(*validated, strict=True), color="#d94801", marker="o", label="validation")
+    axes.set(xlabel="step", ylabel="loss (nats a token)", title=run.name)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    picture = io.BytesIO()
+    figure.savefig(picture, format=kind)
+    return picture.getvalue()
+
+
+if __name__ == "__main__":
+    launch(main, "plot", __doc__)

@@ -22,7 +22,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from yaml import MarkedYAMLError, YAMLError
 
 from data.sources import DataConfig
 from model.gpt import GPTConfig
@@ -31,6 +31,7 @@ from training.optim import OptimConfig
 from training.recorder import LoggerConfig
 
 CONF = Path(__file__).parent
+SWEEP_ADVICE = "several values are a sweep: add -m to run them all, or choose one."
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,9 @@ def compose(root: str, overrides: list[str]) -> Any:
         if value is None or not key:
             problems.append(f"{override!r} is not an override: write key=value, as in training.max_steps=100.")
         elif root == "config" and key in groups():
-            if value not in options(key):
+            if "," in value:
+                problems.append(f"{override}: {SWEEP_ADVICE}")
+            elif value not in options(key):
                 problems.append(f"{key}={value}: no such preset{closest(value, options(key))}. "
                                 f"There are: {', '.join(options(key))}.")
             for_hydra.append(f"{key}={value}")
@@ -224,7 +227,11 @@ def plain_sentence(error: Exception, overrides: list[str]) -> str:
         except HydraException:
             return f"{override}: the value cannot be read; write a number, a word, true, false or null."
         if parsed.is_sweep_override():
-            return f"{override}: several values are a sweep: add -m to run them all, or choose one."
+            return f"{override}: {SWEEP_ADVICE}"
+    if isinstance(error, MarkedYAMLError) and error.problem_mark:
+        place = Path(error.problem_mark.name)
+        return (f"conf/{place.parent.name}/{place.name} is not YAML that can be read, "
+                f"at line {error.problem_mark.line + 1}: {error.problem}.")
     return f"The configuration cannot be composed: {str(error).strip().splitlines()[0]}"
 
 

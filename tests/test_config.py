@@ -1,0 +1,218 @@
+"""Configuration: what composes, what is refused and in which words, and that free text arrives unchanged."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from conf import launch, schema
+from conf.schema import ConfigError, compose
+from model import GPTConfig
+
+
+def complaint(*overrides: str, root: str = "config") -> str:
+    with pytest.raises(ConfigError) as caught:
+        compose(root, list(overrides))
+    return str(caught.value)
+
+
+def test_the_default_is_the_pydocs_experiment():
+    settings = compose("config", [])
+    assert settings == compose("config", ["experiment=pydocs"])
+    assert (settings.name, settings.data.source, settings.optim.optimizer) == ("pydocs", "pydocs", "muon")
+
+
+def test_settings_are_frozen_all_the_way_down():
+    settings = compose("config", [])
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        settings.seed = 1
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        settings.model.n_layer = 1
+
+
+def test_gpt2_presets_are_the_published_shapes():
+    shapes = {preset: compose("config", [f"model={preset}"]).model for preset in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
+    assert shapes["gpt2"] == GPTConfig()
+    assert {preset: (shape.n_layer, shape.n_head, shape.n_embd) for preset, shape in shapes.items()} == {
+        "gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600)}
+
+
+@pytest.mark.parametrize("group", schema.groups())
+def test_every_preset_composes(group, tmp_path):
+    for preset in schema.options(group):
+        compose("config", [f"{group}={preset}", f"data.path={tmp_path}"])
+
+
+@pytest.mark.parametrize("experiment", schema.options("experiment"))
+def test_a_preset_on_the_command_line_wins_over_any_experiment(experiment, tmp_path):
+    chosen = ["model=gpt2", "optim=muon", "data=text", "training=smoke"]
+    settings = compose("config", [f"experiment={experiment}", *chosen, f"data.path={tmp_path}"])
+    assert settings.model == GPTConfig()
+    assert settings.optim == compose("config", ["optim=muon"]).optim
+    assert settings.data.source == "text" and settings.data.tokenizer == "bpe"
+
+
+def test_experiments_are_what_their_names_promise(tmp_path):
+    cpu = compose("config", ["experiment=shakespeare_cpu"])
+    assert (cpu.model.n_layer, cpu.model.n_head, cpu.model.n_embd, cpu.model.block_size) == (4, 4, 128, 64)
+    assert (cpu.training.batch_size, cpu.training.max_steps, cpu.data.source) == (12, 2000, "shakespeare")
+    gpu = compose("config", ["experiment=shakespeare_gpu"])
+    assert (gpu.model.n_layer, gpu.model.n_head, gpu.model.n_embd, gpu.model.block_size) == (6, 6, 384, 256)
+    assert (gpu.model.dropout, gpu.training.max_steps) == (0.2, 5000)
+    gpt2 = compose("config", ["experiment=gpt2_124m", f"data.path={tmp_path}"])
+    assert gpt2.model == GPTConfig() and gpt2.training.tokens_per_step == 2**19 and gpt2.data.tokenizer == "gpt2"
+    assert "data.path" in complaint("experiment=gpt2_124m")
+
+
+def test_a_whole_float_is_an_integer():
+    assert compose("config", ["training.max_steps=1e3"]).training.max_steps == 1000
+    assert "training.max_steps=1.5 is not a whole number" in complaint("training.max_steps=1.5")
+    assert "is not a whole number" in complaint("training.max_steps=inf")
+    assert "is not a whole number" in complaint("training.max_steps=true")
+
+
+def test_a_whole_float_in_yaml_is_an_integer(extra_preset):
+    extra_preset("model", "n_layer: 1e1")
+    assert compose("config", ["model=extra"]).model.n_layer == 10
+
+
+@pytest.fixture
+def extra_preset(tmp_path, monkeypatch):
+    """Write conf/GROUP/extra.yaml, in a copy of conf."""
+    import shutil
+
+    shutil.copytree(schema.CONF, tmp_path / "conf")
+    monkeypatch.setattr(schema, "CONF", tmp_path / "conf")
+    return lambda group, text: (tmp_path / "conf" / group / "extra.yaml").write_text(text)
+
+
+def test_a_wrong_key_in_yaml_is_named_with_its_file(extra_preset):
+    extra_preset("model", "n_layr: 3")
+    assert complaint("model=extra") == ("model.n_layr (in conf/model/extra.yaml) is not a setting "
+                                        "(did you mean model.n_layer?); --help lists what there is.")
+    extra_preset("experiment", "# @package _global_\ndefaults:\n- override /model: nano\n- override /data: pydocs\n"
+                               "- override /optim: muon\ntraning:\n  max_steps: 3")
+    assert "traning.max_steps (in conf/experiment/extra.yaml)" in complaint("experiment=extra")
+
+
+def test_yaml_that_cannot_be_read_is_one_sentence(extra_preset):
+    extra_preset("model", "n_layer: [")
+    said = complaint("model=extra")
+    assert "extra" in said and "\n" not in said
+
+
+@pytest.mark.parametrize("override", ["+model.foo=3", "++model.foo=3", "model.foo=3", "foo=3", "+foo.bar=1", "hydra.verbose=true",
+                                      "model.vocab_size=7"])
+def test_unknown_keys_are_refused_with_or_without_plus(override):
+    said = complaint(override)
+    assert override.lstrip("+").split("=")[0] in said and "on the command line" in said
+    assert "+" not in said.replace(override, "")  # Hydra's advice to append does not get through
+
+
+@pytest.mark.parametrize(("override", "guess"), [
+    ("model.n_layr=3", "model.n_layer"), ("lr=3", "optim.lr"), ("n_head=3", "model.n_head"), ("modle=gpt2", "model"),
+    ("model=gtp2", "gpt2"), ("training.presicion=fp32", "training.precision"), ("optim.schedule=cosin", "cosine"),
+])
+def test_the_error_says_what_was_probably_meant(override, guess):
+    assert f"did you mean {guess}?" in complaint(override)
+
+
+@pytest.mark.parametrize(("override", "words"), [
+    ("optim.lr=-1", "optim.lr=-1.0 must be more than 0"), ("optim.lr=nan", "optim.lr=nan"), ("optim.lr=abc", "is not a number"),
+    ("model.dropout=1.5", "model.dropout=1.5"), ("model.n_embd=130", "n_embd=130"), ("model.n_layer=0", "n_layer=0"),
+    ("training.max_steps=0", "training.max_steps=0"), ("training.max_seconds=-5", "max_seconds=-5"),
+    ("training.precision=fp8", "auto, fp32, bf16, fp16"), ("training.device=tpu", "auto, cpu, cuda, mps"),
+    ("training.tokens_per_step=100", "training.tokens_per_step=100"), ("training.tokens_per_step=4097", "try 4096"),
+    ("data=text", "data.path"), ("data.path=/no/such", "data.path=/no/such does not exist"), ("data.vocab_size=10", "vocab_size=10"),
+    ("data.val_fraction=1", "val_fraction=1"), ("name=../up", "name=../up"), ("name=/tmp/x", "name=/tmp/x"), ("seed=-1", "seed=-1"),
+    ("model.n_layer=2,4", "add -m"), ("model=nano,gpt2", "add -m"), ("optim.lr=[1", "cannot be read"), ("optim.lr=", "optim.lr="),
+    ("justaword", "key=value"), ("=3", "key=value"), ("~model.n_layer", "key=value"), ("+model.n_layer=2", "write model.n_layer=2"),
+    ("model=nope", "There are: "), ("model.bias=maybe", "true or false"), ("model={n_layer: 3}", "no such preset"),
+])
+def test_bad_values_are_one_clear_sentence(override, words):
+    said = complaint(override)
+    assert words in said and "\n" not in said
+    assert not any(word in said for word in ("Traceback", "hydra.cc", "full_key", "object_type"))
+
+
+def test_all_problems_come_in_one_report():
+    said = complaint("optim.lr=-1", "model.dropout=1.5", "model.n_embd=130", "training.max_steps=0")
+    assert said.startswith("4 problems") and all(key in said for key in ("optim.lr", "model.dropout", "model.n_embd", "max_steps"))
+    assert complaint("foo=1", "bar=2", "model=baz").startswith("3 problems")
+
+
+@pytest.mark.parametrize("override", ["temperature=-1", "top_p=0", "top_p=1.1", "top_k=-1", "num_samples=0", "max_new_tokens=0",
+                                      "promt=x", "checkpoint=first"])
+def test_sampling_settings_are_checked_too(override):
+    assert override.split("=")[0] in complaint(override, root="sample")
+
+
+@given(text=st.text(st.characters(codec="utf-8")))
+def test_any_prompt_arrives_unchanged(text):
+    settings = compose("sample", [f"prompt={text}", f"stop={text}", f"run={text}"])
+    assert (settings.prompt, settings.stop, settings.run) == (text, text, text)
+
+
+@pytest.mark.parametrize("text", ["To be, or not to be", "{x}", "a = b", "line\nline", "  spaces ", "${oc.env:HOME}", "null", "'", '"q"',
+                                  "a,b", "[1", "\\", "~", "1e3", "true", "=", "key=value", "naïve 🎉", "$(ls)", "#", "!x", "%"])
+def test_any_file_name_arrives_unchanged(text, tmp_path):
+    path = tmp_path / text
+    path.write_text("x")
+    assert compose("config", ["data=text", f"data.path={path}"]).data.path == str(path)
+
+
+def test_names_tell_runs_apart(tmp_path):
+    def name(*overrides):
+        return compose("config", list(overrides)).name
+
+    book = tmp_path / "book.txt"
+    book.write_text("x")
+    assert name("training.max_steps=7", "logger.wandb=offline", "training.eval_every=3") == "pydocs"
+    assert name("model.n_layer=6", "optim.lr=1e-4") == "pydocs-n_layer=6-lr=0.0001"
+    assert name("model=nano") == "pydocs-nano"
+    assert name("data=text", f"data.path={book}") == "text-book"
+    assert name("experiment=shakespeare_cpu", "seed=2") == "shakespeare_cpu-seed=2"
+    assert name("name=mine", "seed=2") == "mine"
+
+
+def test_cfg_job_prints_yaml_that_composes_to_the_same(capsys):
+    assert launch.obey(lambda settings: 99, "config", "", ["--cfg", "job", "model=nano", "seed=3"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out) == dataclasses.asdict(compose("config", ["model=nano", "seed=3"]))
+
+
+def test_help_lists_groups_and_common_overrides(capsys):
+    import train
+
+    assert launch.obey(lambda settings: 99, "config", train.__doc__, ["--help"]) == 0
+    said = capsys.readouterr().out
+    for word in ("experiment=", "gpt2-medium", "data.path=", "optim.lr=", "training.max_steps=", "logger.wandb=", "-m"):
+        assert word in said
+
+
+def test_composing_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    compose("config", ["model=nano"])
+    complaint("model.foo=1")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_flag_is_refused():
+    with pytest.raises(ValueError, match="--verbose: no such flag"):
+        launch.obey(lambda settings: 0, "config", "", ["--verbose"])
+
+
+def test_the_exit_code_is_the_storys_and_1_for_a_mistake(monkeypatch, capsys):
+    def code(story, *words):
+        monkeypatch.setattr("sys.argv", ["train.py", *words])
+        with pytest.raises(SystemExit) as caught:
+            launch.launch(story, "config", "")
+        return caught.value.code
+
+    assert code(lambda settings: 130) == 130
+    assert code(lambda settings: 0, "model.foo=1") == 1
+    said = capsys.readouterr()
+    assert said.err.startswith("Error: model.foo") and "Traceback" not in said.err and said.out == ""

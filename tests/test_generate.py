@@ -1,0 +1,263 @@
+"""Generation: the cache changes nothing but the time, and each rule draws from the distribution it promises."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.generate import generate, keep_top_k, keep_top_p, pick, window_start
+from model.gpt import GPT, GPTConfig
+
+V = 31
+FLAGS = {
+    "learned": {"tie_head": False},
+    "rotary": {"position": "rotary", "norm": "rms", "qk_norm": True, "bias": False, "tie_head": False},
+    "grouped": {"position": "rotary", "n_kv_head": 1, "tie_head": False},
+}
+every_model = pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS.keys())
+
+
+def make(block_size: int = 8, **flags: object) -> GPT:
+    """A model with weights so large that its text is no constant."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=block_size, vocab_size=V, n_layer=2, n_head=2, n_embd=16, **flags)).eval()
+    for weights in model.parameters():
+        if weights.dim() > 1:
+            torch.nn.init.normal_(weights, std=0.5)
+    return model
+
+
+def prompt_of(length: int, rows: int = 1) -> Tensor:
+    return torch.randint(V, (rows, length), generator=torch.Generator().manual_seed(length))
+
+
+def text(model: GPT, prompt: Tensor, max_new_tokens: int, **rules: object) -> list[list[int]]:
+    """The tokens of `generate`, row by row."""
+    return torch.stack(list(generate(model, prompt, max_new_tokens, **rules)), dim=1).tolist()
+
+
+def plain_greedy(model: GPT, prompt: Tensor, max_new_tokens: int) -> list[list[int]]:
+    """The largest logit of the window, again and again."""
+    ids = prompt
+    with torch.no_grad():
+        for _ in range(max_new_tokens):
+            window = ids[:, window_start(ids.size(1), model.config.block_size) :]
+            ids = torch.cat((ids, model(window)[:, -1:].argmax(-1)), dim=1)
+    return ids[:, prompt.size(1) :].tolist()
+
+
+# The window and the cache
+
+
+def test_the_window_fits_holds_half_a_block_at_least_and_only_moves_on():
+    for block_size in range(1, 20):
+        starts = [window_start(length, block_size) for length in range(1, 8 * block_size)]
+        assert starts == sorted(starts)
+        for length, start in enumerate(starts, 1):
+            context = length - start
+            assert 1 <= context <= block_size
+            if length <= block_size:
+                assert start == 0
+            else:
+                assert context >= block_size / 2
+                assert start % max(block_size // 2, 1) == 0  # it moves by half a block, and a cache lives as long
+
+
+@every_model
+@pytest.mark.parametrize("block_size", [1, 2, 5, 8])
+def test_greedy_text_is_the_same_with_a_cache_and_without(block_size, flags):
+    """Well past the block size, so that the window moves several times; from prompts shorter and longer than a block."""
+    model = make(block_size, **flags)
+    for length in {1, block_size, block_size + 1, 3 * block_size}:
+        prompt, steps = prompt_of(length), 3 * block_size + 2
+        expected = plain_greedy(model, prompt, steps)
+        assert text(model, prompt, steps, temperature=0, use_cache=True) == expected
+        assert text(model, prompt, steps, temperature=0, use_cache=False) == expected
+
+
+@every_model
+def test_sampled_text_is_the_same_with_a_cache_and_without(flags):
+    model = make(**flags)
+    prompt = prompt_of(3, rows=2)
+    cached, plain = (text(model, prompt, 30, temperature=0.9, top_k=9, use_cache=cache) for cache in (True, False))
+    assert cached == plain
+    assert len(set(cached[0])) > 5  # the comparison is not one of constants
+
+
+def test_with_a_cache_only_new_positions_are_computed():
+    model, widths = make(), []
+    model.h[0].register_forward_pre_hook(lambda _, inputs: widths.append(inputs[0].size(1)))
+    text(model, prompt_of(3), 14)
+    # The prompt; then one at a time up to the block of 8; then once in half a block the window is read anew.
+    assert widths == [3, 1, 1, 1, 1, 1, 5, 1, 1, 1, 5, 1, 1, 1]
+
+
+@every_model
+def test_rows_of_a_batch_are_completed_as_if_alone(flags):
+    model = make(**flags)
+    prompt = prompt_of(5, rows=3)
+    alone = [text(model, row[None], 20, temperature=0)[0] for row in prompt]
+    assert text(model, prompt, 20, temperature=0) == alone
+    assert alone[0] != alone[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_cache_takes_the_type_of_the_weights(dtype):
+    model = make(**FLAGS["rotary"]).to(dtype)
+    assert len(text(model, prompt_of(3), 12)[0]) == 12
+
+
+def test_generates_under_autocast():
+    model = make(**FLAGS["rotary"])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert len(text(model, prompt_of(3), 12)[0]) == 12
+
+
+# What generation promises its caller
+
+
+@pytest.mark.parametrize("max_new_tokens", [0, 1, 12])
+def test_yields_as_many_tokens_as_asked_for(max_new_tokens):
+    tokens = list(generate(make(), prompt_of(3, rows=2), max_new_tokens))
+    assert len(tokens) == max_new_tokens
+    assert all(token.shape == (2,) and token.dtype == torch.int64 for token in tokens)
+
+
+def test_a_prompt_without_tokens_is_refused():
+    with pytest.raises(ValueError, match="no tokens"):
+        next(generate(make(), torch.empty(1, 0, dtype=torch.int64), 3))
+
+
+def test_the_seed_alone_decides_the_tokens():
+    model, prompt = make(), prompt_of(3)
+    torch.manual_seed(1)
+    first = text(model, prompt, 20, temperature=2.0, seed=7)
+    torch.manual_seed(2)
+    assert text(model, prompt, 20, temperature=2.0, seed=7) == first
+    assert text(model, prompt, 20, temperature=2.0, seed=8) != first
+
+
+def test_the_global_random_stream_is_untouched():
+    model = make(dropout=0.5).train()
+    before = torch.get_rng_state()
+    text(model, prompt_of(3), 12)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_dropout_is_off_while_generating():
+    model = make(dropout=0.5)
+    expected = text(model, prompt_of(3), 20, temperature=0)
+    assert text(model.train(), prompt_of(3), 20, temperature=0) == expected
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_models_mode_is_restored_at_the_end(training):
+    model = make().train(training)
+    text(model, prompt_of(3), 3)
+    assert model.training == model.h[0].training == training
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_models_mode_is_restored_when_the_consumer_stops_early(training):
+    model = make().train(training)
+    tokens = generate(model, prompt_of(3), 10)
+    next(tokens)
+    assert not model.training
+    tokens.close()
+    assert model.training == model.h[0].training == training
+
+
+def test_the_models_mode_is_restored_after_an_error():
+    model = make().train()
+    with pytest.raises(IndexError):
+        text(model, torch.tensor([[V]]), 3)  # no such token
+    assert model.training
+
+
+def test_generated_tokens_need_no_gradient():
+    tokens = next(generate(make(), prompt_of(3), 1))
+    assert tokens.is_inference()
+
+
+# The rules
+
+
+def kept(logits: Tensor) -> list[list[int]]:
+    return [row.isfinite().nonzero().flatten().tolist() for row in logits]
+
+
+def log(*rows: list[float]) -> Tensor:
+    return torch.tensor(rows).log()
+
+
+PROBABILITIES = [0.1, 0.4, 0.05, 0.3, 0.15]  # not in order, so that positions could be mixed up
+
+
+@pytest.mark.parametrize(("k", "expected"), [
+    (1, [1]), (2, [1, 3]), (3, [1, 3, 4]), (5, [0, 1, 2, 3, 4]), (99, [0, 1, 2, 3, 4])])
+def test_top_k_keeps_the_k_largest(k, expected):
+    logits = log(PROBABILITIES)
+    after = keep_top_k(logits, k)
+    assert kept(after) == [expected]
+    assert torch.equal(after[0, expected], logits[0, expected])  # what is kept is unchanged
+
+
+def test_top_k_keeps_what_ties_with_the_last():
+    assert kept(keep_top_k(torch.tensor([[1.0, 2.0, 3.0, 2.0, 0.0]]), 2)) == [[1, 2, 3]]
+
+
+@pytest.mark.parametrize(("p", "expected"), [
+    (1e-6, [1]), (0.39, [1]), (0.41, [1, 3]), (0.69, [1, 3]), (0.71, [1, 3, 4]), (0.94, [0, 1, 3, 4]),
+    (0.96, [0, 1, 2, 3, 4]), (1.0, [0, 1, 2, 3, 4])])
+def test_top_p_keeps_the_fewest_that_reach_p(p, expected):
+    logits = log(PROBABILITIES)
+    after = keep_top_p(logits, p)
+    assert kept(after) == [expected]
+    assert torch.equal(after[0, expected], logits[0, expected])
+
+
+@pytest.mark.parametrize(("p", "count"), [(1e-6, 1), (0.2, 1), (0.3, 2), (0.6, 3), (0.9, 4)])
+def test_top_p_keeps_no_more_than_it_needs_where_all_tie(p, count):
+    assert len(kept(keep_top_p(torch.zeros(1, 4), p))[0]) == count
+
+
+def test_each_row_has_its_own_set():
+    logits = log([0.7, 0.2, 0.1], [0.1, 0.2, 0.7], [0.3, 0.4, 0.3])
+    assert kept(keep_top_k(logits, 1)) == [[0], [2], [1]]
+    assert kept(keep_top_p(logits, 0.8)) == [[0, 1], [1, 2], [0, 1, 2]]
+
+
+def test_temperature_zero_takes_the_largest_whatever_the_other_rules_say():
+    logits = log(PROBABILITIES, PROBABILITIES[::-1])
+    assert pick(logits, 0, 2, 0.5, torch.Generator()).tolist() == [1, 3]
+
+
+@pytest.mark.parametrize(("temperature", "top_k", "top_p", "expected"), [
+    (1.0, 0, 1.0, [0, 1, 2, 3, 4]),
+    (2.0, 0, 1.0, [0, 1, 2, 3, 4]),
+    (0.5, 0, 1.0, [0, 1, 2, 3, 4]),
+    (1.0, 3, 1.0, [1, 3, 4]),
+    (0.5, 2, 1.0, [1, 3]),
+    (1.0, 0, 0.6, [1, 3]),
+    (2.0, 0, 0.6, [1, 3, 4]),  # temperature comes first: at 2 the two largest hold 0.56
+    (1.0, 3, 0.8, [1, 3]),  # then top_k: of the three that stay the two largest hold 0.82
+])
+def test_pick_draws_from_the_promised_distribution(temperature, top_k, top_p, expected):
+    """p^(1/temperature) over the tokens kept; each frequency within five standard deviations, the others never drawn."""
+    draws = 20_000
+    logits = log(PROBABILITIES).expand(draws, -1)
+    tokens = pick(logits, temperature, top_k, top_p, torch.Generator().manual_seed(0))
+    weights = [p ** (1 / temperature) if token in expected else 0.0 for token, p in enumerate(PROBABILITIES)]
+    for token, count in enumerate(tokens.bincount(minlength=5).tolist()):
+        p = weights[token] / sum(weights)
+        assert abs(count / draws - p) <= 5 * math.sqrt(p * (1 - p) / draws)
+
+
+def test_generate_passes_its_rules_on():
+    """With top_k=1, a tiny top_p or a tiny temperature, sampling is greedy; hot and free, it is not."""
+    model, prompt = make(), prompt_of(3)
+    greedy = text(model, prompt, 20, temperature=0)
+    for rules in ({"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-4}):
+        assert text(model, prompt, 20, **rules) == greedy
+    assert text(model, prompt, 20, temperature=5.0) != greedy

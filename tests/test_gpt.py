@@ -1,0 +1,353 @@
+"""The model against its paper: sizes, names, the first loss, causality, and a second GPT-2 written plainly."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from model.attention import KVCache
+from model.gpt import GPT, GPTConfig
+
+PRESETS = Path(__file__).parents[1] / "conf" / "model"
+V = 65
+
+
+def preset(name: str, **changes: object) -> GPTConfig:
+    return GPTConfig(**yaml.safe_load((PRESETS / f"{name}.yaml").read_text()) | changes)
+
+
+SMALL = {
+    "gpt2": preset("nano", vocab_size=V),
+    "no bias": preset("nano", vocab_size=V, bias=False),
+    "modern": preset("modern-nano", vocab_size=V),
+    "grouped": preset("modern-nano", vocab_size=V, n_head=4, n_kv_head=2),
+    "grouped gpt2": preset("nano", vocab_size=V, n_head=4, n_kv_head=1),
+}
+every_small = pytest.mark.parametrize("config", SMALL.values(), ids=SMALL.keys())
+
+
+def shaken(config: GPTConfig) -> GPT:
+    """A model whose every weight is random and large: at its first weights attention is even and the head may be zero."""
+    torch.manual_seed(0)
+    model = GPT(config).eval()
+    for weights in model.parameters():
+        torch.nn.init.normal_(weights, std=0.2)
+    return model
+
+
+def random_ids(*shape: int, vocab_size: int = V, seed: int = 0) -> Tensor:
+    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+# Sizes, names and roles
+
+
+@pytest.mark.parametrize(("name", "published"), [
+    ("gpt2", 124_439_808), ("gpt2-medium", 354_823_168), ("gpt2-large", 774_030_080), ("gpt2-xl", 1_557_611_200)])
+def test_gpt2_presets_have_the_published_parameter_counts(name, published):
+    with torch.device("meta"):  # shapes without memory
+        model = GPT(preset(name))
+    assert sum(weights.numel() for weights in model.parameters()) == published
+
+
+@pytest.mark.parametrize("path", sorted(PRESETS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_preset_can_be_built_and_partitions_its_parameters_by_role(path):
+    with torch.device("meta"):
+        model = GPT(preset(path.stem))
+    by_role = [id(weights) for role in model.parameters_by_role().values() for weights in role]
+    assert sorted(by_role) == sorted(id(weights) for weights in model.parameters())
+
+
+def test_roles_are_what_their_names_say():
+    model = GPT(preset("nano", vocab_size=V, tie_head=False))
+    names = {id(weights): name for name, weights in model.named_parameters()}
+    roles = {role: [names[id(weights)] for weights in members] for role, members in model.parameters_by_role().items()}
+    assert roles["embedding"] == ["wte.weight", "wpe.weight"]
+    assert roles["attention"] == [f"h.{n}.attn.{part}.weight" for n in (0, 1) for part in ("c_attn", "c_proj")]
+    assert roles["mlp"] == [f"h.{n}.mlp.{part}.weight" for n in (0, 1) for part in ("c_fc", "c_proj")]
+    assert roles["head"] == ["lm_head.weight"]
+    assert all(".ln_" in name or name.startswith("ln_f") or name.endswith(".bias") for name in roles["vector"])
+
+
+def test_state_dict_has_gpt2s_names():
+    names = {"wte.weight", "wpe.weight", "ln_f.weight", "ln_f.bias"}
+    for part in ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj"):
+        names |= {f"h.0.{part}.weight", f"h.0.{part}.bias"}
+    assert set(GPT(preset("nano", vocab_size=V, n_layer=1)).state_dict()) == names
+
+
+def test_modern_state_dict_holds_no_table_and_no_norms():
+    names = {"wte.weight", "lm_head.weight"}
+    names |= {f"h.0.{part}.weight" for part in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")}
+    assert set(GPT(preset("modern-nano", vocab_size=V, n_layer=1)).state_dict()) == names
+
+
+@every_small
+def test_no_two_tensors_of_the_state_dict_share_memory(config):
+    """safetensors would refuse them; so a tied head has no entry of its own."""
+    state = GPT(config).state_dict()
+    assert len({tensor.data_ptr() for tensor in state.values()}) == len(state)
+    assert ("lm_head.weight" in state) == (not config.tie_head)
+
+
+# Values that cannot work
+
+
+@pytest.mark.parametrize(("changes", "named"), [
+    ({"n_layer": 0}, "n_layer=0"),
+    ({"n_head": 0}, "n_head=0"),
+    ({"block_size": -1}, "block_size=-1"),
+    ({"n_embd": 33}, "n_embd=33"),
+    ({"n_embd": 30, "position": "rotary"}, "odd width 15"),
+    ({"dropout": 1.5}, "dropout=1.5"),
+    ({"dropout": 1.0}, "dropout=1.0"),
+    ({"dropout": -0.1}, "dropout=-0.1"),
+    ({"dropout": math.nan}, "dropout=nan"),
+    ({"n_head": 4, "n_kv_head": 3}, "n_kv_head=3"),
+    ({"n_kv_head": 0}, "n_kv_head=0"),
+    ({"n_kv_head": -1}, "n_kv_head=-1"),
+], ids=str)
+def test_each_bad_value_is_one_problem_that_names_it(changes, named):
+    problems = list(preset("nano", **changes).problems())
+    assert len(problems) == 1
+    assert named in problems[0]
+
+
+def test_a_model_refuses_bad_values_with_all_reasons():
+    with pytest.raises(ValueError) as caught:
+        GPT(preset("nano", n_embd=33, dropout=1.5, n_kv_head=3))
+    assert all(part in str(caught.value) for part in ("n_embd=33", "n_embd=34", "dropout=1.5", "n_kv_head=3"))
+
+
+@every_small
+def test_good_values_have_no_problems(config):
+    assert list(config.problems()) == []
+
+
+@every_small
+def test_a_context_too_long_is_refused_with_both_numbers(config):
+    model = GPT(config)
+    assert model(random_ids(1, 32)).shape == (1, 32, V)
+    with pytest.raises(ValueError, match=r"33 tokens.*block_size=32"):
+        model(random_ids(1, 33))
+    cache = KVCache(config, 1)
+    model(random_ids(1, 30), cache=cache)
+    with pytest.raises(ValueError, match=r"33 tokens.*block_size=32"):
+        model(random_ids(1, 3), cache=cache)
+
+
+# The first weights
+
+
+def test_first_weights_have_gpt2s_deviations():
+    model = GPT(preset("nano", vocab_size=512, block_size=256, n_embd=128))
+    for name, weights in model.named_parameters():
+        if name.endswith("bias"):
+            assert not weights.any()
+        elif weights.dim() == 1:
+            assert (weights == 1).all()
+        else:
+            promised = 0.02 / math.sqrt(4) if name.endswith("c_proj.weight") else 0.02  # two layers write four times
+            assert weights.std().item() == pytest.approx(promised, rel=0.03), name
+
+
+@pytest.mark.parametrize("name", ["modern-nano", "modern-small"])
+@pytest.mark.parametrize("vocab_size", [2, 2048])
+def test_first_loss_with_a_zero_head_is_that_of_guessing(name, vocab_size):
+    model = GPT(preset(name, vocab_size=vocab_size))
+    idx, targets = (random_ids(2, 16, vocab_size=vocab_size, seed=seed) for seed in (0, 1))
+    assert model(idx, targets).item() == pytest.approx(math.log(vocab_size), rel=1e-6)
+
+
+def test_first_loss_of_gpt2_is_a_little_above_guessing():
+    """The loss is log(sum of exp z) - z_target, with z = f . wte and f the normalised residual stream.
+
+    f has C coordinates of mean square 1, a row of wte has deviation 0.02, so a logit is normal with variance
+    s2 = C * 0.02^2. A random target's logit is 0 on average, and V such logits have a mean exponential of e^(s2/2):
+    the loss is ln V + s2/2 at least. The tied head adds one thing: f holds the input token's own embedding, divided by
+    the deviation s of the stream, so that token's logit is about C * 0.02^2 / s. As wte and wpe alone make
+    s = 0.02 * sqrt(2) and the blocks only add to it, it is C * 0.02 / sqrt(2) at most.
+    The mean over N random targets strays by sqrt(s2 / N); four of these are allowed on both sides.
+    """
+    config = preset("nano", vocab_size=1024, n_embd=256, block_size=64)
+    torch.manual_seed(0)
+    idx, targets = (random_ids(32, 64, vocab_size=1024, seed=seed) for seed in (0, 1))
+    with torch.no_grad():
+        loss = GPT(config)(idx, targets).item()
+    s2, own = 256 * 0.02**2, 256 * 0.02 / math.sqrt(2)
+    stray = 4 * math.sqrt(s2 / targets.numel())
+    assert stray < s2 / 2  # so that the bounds tell this from guessing
+    assert math.log(1024) + s2 / 2 - stray < loss < math.log(1024 * math.exp(s2 / 2) + math.exp(own)) + stray
+
+
+@every_small
+def test_zero_init_makes_each_block_the_identity(config):
+    model = GPT(GPTConfig(**vars(config) | {"zero_init": True}))
+    x = torch.randn(2, 8, config.n_embd)
+    rotary = model.rotary[:, :8] if config.position == "rotary" else None
+    for block in model.h:
+        assert torch.equal(block(x, rotary), x)
+
+
+# Forward and loss
+
+
+@every_small
+def test_a_changed_token_changes_no_logit_before_it(config):
+    model = shaken(config)
+    idx = random_ids(2, 12)
+    with torch.no_grad():
+        before = model(idx)
+        for t in range(12):
+            changed = idx.clone()
+            changed[:, t] = (idx[:, t] + 1) % V
+            after = model(changed)
+            assert torch.equal(after[:, :t], before[:, :t])  # to the bit
+            assert (after[:, t:] != before[:, t:]).any(-1).all()
+
+
+def plain_gpt2(weights: dict[str, Tensor], idx: Tensor, n_layer: int, n_head: int) -> Tensor:
+    """GPT-2's logits `[T, V]` for one row of ids, from the published equations."""
+    def linear(x: Tensor, name: str) -> Tensor:
+        return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        x = x - x.mean(-1, keepdim=True)
+        x = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        return x * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+
+    T = len(idx)
+    future = torch.ones(T, T, dtype=torch.bool).triu(1)
+    x = weights["wte.weight"][idx] + weights["wpe.weight"][:T]
+    for layer in range(n_layer):
+        q, k, v = linear(norm(x, f"h.{layer}.ln_1"), f"h.{layer}.attn.c_attn").chunk(3, dim=-1)
+        heads = []
+        for qh, kh, vh in zip(q.chunk(n_head, -1), k.chunk(n_head, -1), v.chunk(n_head, -1), strict=True):
+            scores = (qh @ kh.T / math.sqrt(qh.size(-1))).masked_fill(future, -math.inf)
+            heads.append(scores.softmax(-1) @ vh)
+        x = x + linear(torch.cat(heads, -1), f"h.{layer}.attn.c_proj")
+        y = linear(norm(x, f"h.{layer}.ln_2"), f"h.{layer}.mlp.c_fc")
+        y = 0.5 * y * (1 + torch.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)))
+        x = x + linear(y, f"h.{layer}.mlp.c_proj")
+    return norm(x, "ln_f") @ weights["wte.weight"].T
+
+
+def test_logits_equal_a_plain_gpt2():
+    model = shaken(SMALL["gpt2"]).double()
+    idx = random_ids(2, 32)
+    expected = torch.stack([plain_gpt2(model.state_dict(), row, n_layer=2, n_head=2) for row in idx])
+    torch.testing.assert_close(model(idx), expected, rtol=0, atol=1e-9)
+
+
+def test_logits_equal_a_plain_modern_model():
+    """What differs from GPT-2 around attention, which test_attention.py covers: norms, squared ReLU, untied head."""
+    def norm(x: Tensor) -> Tensor:
+        return x / (x.square().mean(-1, keepdim=True) + torch.finfo(x.dtype).eps).sqrt()
+
+    model = shaken(SMALL["modern"]).double()
+    idx = random_ids(2, 32)
+    x = model.wte.weight[idx]
+    for block in model.h:
+        x = x + block.attn(norm(x), model.rotary)
+        x = x + (norm(x) @ block.mlp.c_fc.weight.T).clamp(min=0) ** 2 @ block.mlp.c_proj.weight.T
+    torch.testing.assert_close(model(idx), norm(x) @ model.lm_head.weight.T, rtol=0, atol=1e-9)
+
+
+@every_small
+def test_chunks_behind_a_cache_give_the_logits_of_the_whole(config):
+    model = shaken(config).double()
+    idx, cache = random_ids(2, 32), KVCache(config, 2, dtype=torch.float64)
+    chunks = [model(chunk, cache=cache) for chunk in idx.split((7, 1, 1, 10, 13), dim=1)]
+    assert cache.length == 32
+    torch.testing.assert_close(torch.cat(chunks, dim=1), model(idx), rtol=0, atol=1e-9)
+
+
+@every_small
+def test_loss_is_the_cross_entropy_of_the_logits(config):
+    model = shaken(config)
+    idx, targets = random_ids(2, 12), random_ids(2, 12, seed=1)
+    logits = model(idx)
+    assert logits.shape == (2, 12, V)
+    loss = model(idx, targets)
+    of_targets = logits.softmax(-1).gather(-1, targets[..., None]).log()
+    assert loss.shape == ()
+    torch.testing.assert_close(loss, -of_targets.mean())
+    torch.testing.assert_close(loss, F.cross_entropy(logits.flatten(0, 1), targets.flatten()))
+
+
+def test_the_heads_gradient_is_probabilities_less_targets_times_features():
+    model = shaken(SMALL["modern"])
+    idx, targets = random_ids(2, 12), random_ids(2, 12, seed=1)
+    model(idx, targets).backward()
+    with torch.no_grad():
+        surprise = model(idx).softmax(-1) - F.one_hot(targets, V)
+        expected = torch.einsum("btv,btc->vc", surprise, model.features(idx)) / targets.numel()
+    torch.testing.assert_close(model.lm_head.weight.grad, expected, rtol=1e-4, atol=1e-6)
+
+
+@every_small
+def test_gradients_predict_how_the_loss_changes_with_each_parameter(config):
+    """A small step along a parameter's gradient changes the loss by step * |gradient|: a central difference."""
+    model = shaken(config).double()
+    idx, targets = random_ids(2, 12), random_ids(2, 12, seed=1)
+
+    def loss() -> Tensor:  # written out, because the model's own is rounded to float32
+        return -model(idx).log_softmax(-1).gather(-1, targets[..., None]).mean()
+
+    model(idx, targets).backward()
+    with torch.no_grad():
+        for name, weights in model.named_parameters():
+            size = weights.grad.norm()
+            step = 1e-4 * weights.grad / size
+            weights += step
+            above = loss()
+            weights -= 2 * step
+            below = loss()
+            weights += step
+            assert ((above - below) / 2e-4).item() == pytest.approx(size.item(), rel=1e-4), name
+
+
+def test_dropout_is_off_in_evaluation_and_on_in_training():
+    idx = random_ids(2, 12)
+    model = shaken(preset("nano", vocab_size=V, dropout=0.5))
+    assert torch.equal(model(idx), shaken(SMALL["gpt2"])(idx))
+    for dropouts in ([model.drop], [block.mlp.dropout for block in model.h]):
+        model.eval()
+        for dropout in dropouts:
+            dropout.train()
+        assert not torch.equal(model(idx), model(idx))
+
+
+@every_small
+def test_bf16_autocast_stays_near_fp32(config):
+    """bfloat16 rounds by 2^-9 of a value, at a dozen places on the way; the errors add up like a random walk.
+
+    2^-9 * sqrt(12) is 0.7 % of the logits' deviation, where everything is of the same size; 2 % are allowed.
+    """
+    model = shaken(config)
+    idx = random_ids(4, 32)
+    with torch.no_grad():
+        exact = model(idx)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            rounded = model(idx)
+    assert rounded.dtype == torch.bfloat16
+    assert (rounded - exact).std() < 0.02 * exact.std()
+
+
+@every_small
+def test_flops_per_token_are_those_that_torch_counts(config):
+    """Every matrix product of a forward and backward over a full context; torch's counter ignores the rest, as ours does.
+
+    The math backend makes attention from plain products, masked ones included, which the counter sees.
+    """
+    model = GPT(config)
+    idx = random_ids(2, config.block_size)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(idx, idx).backward()
+    assert counter.get_total_flops() == model.flops_per_token() * idx.numel()

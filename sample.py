@@ -41,7 +41,10 @@ def sample(settings: SampleSettings) -> int:
     model, tokenizer = open_checkpoint(find_checkpoint(settings), device)
     if settings.interactive:
         for line in prompts():
-            print_completions(model, tokenizer, line, settings, device)
+            try:
+                print_completions(model, tokenizer, line, settings, device)
+            except ValueError as error:  # a character that the tokenizer lacks need not end the talk
+                print(f"Error: {error}")
     else:
         print_completions(model, tokenizer, read_prompt(settings), settings, device)
     return 0
@@ -85,8 +88,10 @@ def prompts() -> Iterator[str]:
 def print_completions(model: GPT, tokenizer: Tokenizer, prompt: str, settings: SampleSettings, device: Device) -> None:
     """One completion is printed as it grows; of several, each is printed whole."""
     if settings.num_samples == 1:
-        print(prompt, end="", flush=True)
-        complete(model, tokenizer, prompt, settings, device, show=lambda text: print(text, end="", flush=True))
+        def show(text: str) -> None:
+            print(text, end="", flush=True)
+
+        complete(model, tokenizer, prompt, settings, device, show)
         print()
         return
     for number, text in enumerate(complete(model, tokenizer, prompt, settings, device), 1):
@@ -127,9 +132,15 @@ class Completion:
 
 def complete(model: GPT, tokenizer: Tokenizer, prompt: str, settings: SampleSettings, device: Device,
              show: Callable[[str], None] | None = None) -> list[str]:
-    """`num_samples` completions of `prompt`, generated as one batch; `show` gets the first one piece by piece."""
+    """`num_samples` completions of `prompt`, generated as one batch.
+
+    `show` gets the prompt and then the first completion, piece by piece. Raises ValueError, showing nothing, for
+    a prompt that the tokenizer cannot encode.
+    """
     ids = tokenizer.encode(prompt) or first_ids(tokenizer)
     batch = torch.tensor([ids] * settings.num_samples, device=device.torch)
+    if show is not None:
+        show(prompt)
     rows = [Completion(tokenizer, settings.stop) for _ in range(settings.num_samples)]
     shown = 0
     with device.autocast():

@@ -37,11 +37,10 @@ class CharTokenizer:
         self.vocab_size = len(characters) + with_end_of_text
 
     def encode(self, text: str) -> list[int]:
-        try:
-            return [self.ids[character] for character in text]
-        except KeyError as error:
-            raise ValueError(f"The tokenizer has no character {error.args[0]!r}: it knows only the "
-                             f"{len(self.characters)} that occur in the text it was made from.") from None
+        if unknown := set(text) - self.ids.keys():
+            raise ValueError(f"The tokenizer has no character {', '.join(map(repr, sorted(unknown)))}: it knows only "
+                             f"the {len(self.characters)} that occur in the text it was made from.")
+        return [self.ids[character] for character in text]
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return "".join(self.characters[i] if i != self.end_of_text else END_OF_TEXT for i in ids).encode()

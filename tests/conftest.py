@@ -1,0 +1,71 @@
+"""What tests share: folders for prepared data that are thrown away, and files that not every machine has."""
+
+import hashlib
+import os
+import random
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+from conf.schema import compose
+
+settings.register_profile("nanohydra", deadline=None, max_examples=50)  # no deadline: the machine may be busy
+settings.load_profile("nanohydra")
+
+GPT2_URLS = [f"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{name}"
+             for name in ("vocab.bpe", "encoder.json")]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def prepared_data(tmp_path_factory):
+    """Prepared data goes to a folder of this session, never to the user's; so the pydocs corpus is made once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOHYDRA_DATA", str(folder := tmp_path_factory.mktemp("prepared")))
+        yield folder
+
+
+@pytest.fixture
+def fresh_data(tmp_path, monkeypatch):
+    """An empty folder for prepared data and downloads, of one test alone."""
+    monkeypatch.setenv("NANOHYDRA_DATA", str(folder := tmp_path / "prepared"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shakespeare():
+    """The path of a copy of Tiny Shakespeare."""
+    path = Path(os.environ.get("NANOHYDRA_SHAKESPEARE", "")).resolve()
+    if not path.is_file():
+        pytest.skip("needs Tiny Shakespeare: set NANOHYDRA_SHAKESPEARE to a copy of it")
+    return path
+
+
+@pytest.fixture(scope="session")
+def gpt2_files():
+    """The folder where tiktoken keeps GPT-2's vocabulary, made absolute for tests that run elsewhere."""
+    folder = Path(os.environ.get("TIKTOKEN_CACHE_DIR") or "unset").resolve()
+    if not all((folder / hashlib.sha1(url.encode()).hexdigest()).is_file() for url in GPT2_URLS):  # tiktoken's names
+        pytest.skip("needs GPT-2's vocabulary: set TIKTOKEN_CACHE_DIR to a folder where tiktoken has kept it")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TIKTOKEN_CACHE_DIR", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def book(tmp_path_factory):
+    """The path of a small text of made-up sentences, 30 KB, the same in every session."""
+    draw = random.Random(0)
+    words = [["a", "the", "every", "no"], ["small", "green", "old", "quiet"], ["dog", "house", "river", "model"],
+             ["sees", "keeps", "finds", "follows"], ["its", "another", "some"], ["shadow", "token", "path", "end"]]
+    path = tmp_path_factory.mktemp("text") / "book.txt"
+    path.write_text("\n".join(" ".join(map(draw.choice, words)).capitalize() + "." for _ in range(1000)))
+    return path
+
+
+@pytest.fixture
+def compose_tiny(book, tmp_path):
+    """Settings of a run that takes a second: `compose_tiny("training.max_steps=3", ...)`."""
+    small = ["model=nano", "data=text", f"data.path={book}", "data.tokenizer=char", "training=smoke", f"runs_dir={tmp_path / 'runs'}",
+             "name=tiny", "training.device=cpu", "training.precision=fp32", "training.eval_tokens=512", "optim.lr=3e-3"]
+    return lambda *overrides: compose("config", [*small, *overrides])

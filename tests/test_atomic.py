@@ -1,0 +1,169 @@
+"""What has its final name is whole, whatever goes wrong while it is being made."""
+
+import errno
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from threading import Thread
+
+import pytest
+
+import atomic
+
+
+def disk_full(*args):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture
+def journal(monkeypatch):
+    """What is asked of the disk, in order: ("sync", name) and ("rename", from, to)."""
+    calls = []
+    originals = {name: getattr(os, name) for name in ("fsync", "rename", "replace")}
+
+    def fsync(handle):
+        calls.append(("sync", Path(f"/proc/self/fd/{handle}").resolve().name))
+        originals["fsync"](handle)
+
+    def rename(name):
+        def renamed(source, target):
+            calls.append(("rename", Path(source).name, Path(target).name))
+            originals[name](source, target)
+        return renamed
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(os, name, rename(name))
+    return calls
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="names of open files come from /proc")
+
+
+# A folder
+
+
+def test_a_folder_gets_its_name_when_it_is_complete(tmp_path):
+    final = tmp_path / "deep" / "down" / "step_1"
+    with atomic.new_folder(final) as partial:
+        assert partial.parent == final.parent and partial.name.startswith(atomic.PARTIAL)
+        assert not any(partial.iterdir())
+        (partial / "a").write_bytes(b"one")
+        (partial / "b").write_bytes(b"two")
+        assert not final.exists()
+    assert tree(tmp_path) == {"deep/down/step_1/a": b"one", "deep/down/step_1/b": b"two"}
+    assert list(final.parent.iterdir()) == [final]
+    assert final.stat().st_mode & 0o777 == 0o755  # others may read it, unlike what mkdtemp makes
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_a_folder_whose_making_fails_leaves_nothing(tmp_path, error):
+    with pytest.raises(error), atomic.new_folder(tmp_path / "final") as partial:
+        (partial / "a").write_bytes(b"one")
+        raise error
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_already_there_stays_as_it_is(tmp_path):
+    final = tmp_path / "final"
+    with atomic.new_folder(final) as partial:
+        (partial / "a").write_bytes(b"mine")
+        final.mkdir()  # another process was faster
+        (final / "a").write_bytes(b"theirs")
+    assert tree(tmp_path) == {"final/a": b"theirs"}
+    assert list(tmp_path.iterdir()) == [final]
+
+
+def test_a_file_in_the_folders_place_is_an_error_and_stays(tmp_path):
+    (tmp_path / "final").write_bytes(b"a file")
+    with pytest.raises(OSError), atomic.new_folder(tmp_path / "final"):
+        pass
+    assert tree(tmp_path) == {"final": b"a file"}
+
+
+@pytest.mark.parametrize("call", ["fsync", "rename"])
+def test_a_full_disk_leaves_no_folder(tmp_path, monkeypatch, call):
+    monkeypatch.setattr(os, call, disk_full)
+    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)), atomic.new_folder(tmp_path / "final") as partial:
+        (partial / "a").write_bytes(b"one")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_kill_leaves_no_folder_of_the_final_name_and_the_next_attempt_works(tmp_path):
+    program = ("import atomic, os, pathlib, sys\n"
+               "with atomic.new_folder(pathlib.Path(sys.argv[1])) as partial:\n"
+               "    (partial / 'a').write_bytes(b'half')\n"
+               "    os._exit(9)")
+    final = tmp_path / "final"
+    assert subprocess.run([sys.executable, "-c", program, final], cwd=Path(atomic.__file__).parent).returncode == 9
+    [leftover] = tmp_path.iterdir()
+    assert leftover.name.startswith(atomic.PARTIAL)
+    with atomic.new_folder(final) as partial:
+        (partial / "a").write_bytes(b"whole")
+    assert (final / "a").read_bytes() == b"whole"
+
+
+@needs_proc
+def test_a_folder_is_on_the_disk_before_it_gets_its_name(tmp_path, journal):
+    with atomic.new_folder(tmp_path / "final") as partial:
+        for name in ("a", "b"):
+            (partial / name).write_bytes(b"content")
+    *before, rename, parent = journal
+    assert sorted(before[:-1]) == [("sync", "a"), ("sync", "b")] and before[-1] == ("sync", partial.name)
+    assert rename == ("rename", partial.name, "final")
+    assert parent == ("sync", tmp_path.name)
+
+
+# A file
+
+
+def test_a_file_is_written_and_replaced(tmp_path):
+    final = tmp_path / "deep" / "down" / "config.yaml"
+    for content in (b"old", b"", b"new\r\n\0"):
+        atomic.write_bytes(final, content)
+        assert tree(tmp_path) == {"deep/down/config.yaml": content}
+    assert final.stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace", "chmod"])
+def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch, call):
+    atomic.write_bytes(tmp_path / "final", b"old")
+    monkeypatch.setattr(os, call, disk_full)
+    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+        atomic.write_bytes(tmp_path / "final", b"new")
+    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+        atomic.write_bytes(tmp_path / "first", b"new")
+    assert tree(tmp_path) == {"final": b"old"}
+
+
+@needs_proc
+def test_a_file_is_on_the_disk_before_it_gets_its_name(tmp_path, journal):
+    atomic.write_bytes(tmp_path / "final", b"content")
+    file, rename, parent = journal
+    assert file[0] == "sync" and file[1].startswith(atomic.PARTIAL)
+    assert rename == ("rename", file[1], "final")
+    assert parent == ("sync", tmp_path.name)
+
+
+def test_a_reader_sees_the_old_file_or_the_new_one(tmp_path):
+    contents = [bytes([digit]) * 100_000 for digit in b"0123456789"]
+    atomic.write_bytes(tmp_path / "final", contents[0])
+
+    def rewrite():
+        for content in contents * 3:
+            atomic.write_bytes(tmp_path / "final", content)
+            time.sleep(0.002)
+
+    writer = Thread(target=rewrite)
+    writer.start()
+    seen = set()
+    while writer.is_alive():
+        seen.add((tmp_path / "final").read_bytes())
+    writer.join()
+    assert seen <= set(contents)

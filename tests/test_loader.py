@@ -1,0 +1,207 @@
+"""Batches as a pure function of (seed, step, rank)."""
+
+import tracemalloc
+
+import numpy as np
+import pytest
+import torch
+
+from data.loader import Loader, Validation, mix, permute
+from data.prepare import prepare
+from data.shards import Tokens
+from data.sources import DataConfig
+
+
+def positions(n_tokens: int) -> Tokens:
+    """A split in which each token is its own position, so that a batch shows where it was read."""
+    return Tokens([np.arange(n_tokens, dtype=np.uint32)])
+
+
+def endless(n_tokens: int) -> Tokens:
+    """A split of any length that takes no memory."""
+    return Tokens([np.broadcast_to(np.uint16(7), n_tokens)])
+
+
+def epochs(loader: Loader, n_epochs: int) -> torch.Tensor:
+    """What the loader reads in its first epochs, `[n_epochs, n_windows, block_size]`, whatever its batches straddle."""
+    n_steps = -(-n_epochs * loader.n_windows // loader.batch_size)
+    windows = torch.cat([loader.batch(step)[0] for step in range(n_steps)])[:n_epochs * loader.n_windows]
+    return windows.view(n_epochs, loader.n_windows, loader.block_size)
+
+
+SHAPES = [(1000, 8, 4), (1000, 8, 124), (257, 1, 10), (65, 64, 3), (129, 64, 5), (1001, 7, 31), (514, 16, 32), (513, 16, 32)]
+shapes = pytest.mark.parametrize(("n_tokens", "block_size", "batch_size"), SHAPES)
+
+
+# The permutation
+
+
+def keys(number: int, count: int) -> np.ndarray:
+    return np.full(count, mix(np.array([number], dtype=np.uint64)))
+
+
+@pytest.mark.parametrize("number", [0, 1, 2**63])
+def test_permute_permutes(number):
+    for n in range(1, 301):
+        assert sorted(permute(np.arange(n), n, keys(number, n))) == list(range(n)), n
+
+
+@pytest.mark.parametrize("n", [2**20, 2**20 + 1, 10**9 + 7, 10**12, 2**40])
+def test_permute_stays_in_range_and_distinct_for_large_n(n):
+    scattered = np.random.default_rng(0).integers(0, n, 2000)
+    index = np.unique(np.concatenate([np.arange(1000), np.arange(n - 1000, n), scattered]))
+    result = permute(index, n, keys(3, len(index)))
+    assert result.dtype == np.int64 and result.min() >= 0 and result.max() < n
+    assert len(np.unique(result)) == len(index)
+    assert n // 3 < result.mean() < 2 * n // 3  # spread over all of it, not just some corner
+
+
+def test_permute_depends_on_its_keys():
+    orders = {tuple(permute(np.arange(100), 100, keys(number, 100))) for number in range(50)}
+    assert len(orders) == 50
+
+
+def test_permute_takes_each_elements_own_key():
+    index, mixed = np.arange(100), np.where(np.arange(100) % 2, keys(1, 100), keys(2, 100))
+    expected = np.where(index % 2, permute(index, 100, keys(1, 100)), permute(index, 100, keys(2, 100)))
+    assert np.array_equal(permute(index, 100, mixed), expected)
+
+
+def test_permute_sends_each_index_everywhere():
+    """Over many keys every place is hit about equally often: 5,000 keys, 10 places, 500 each, give or take 5 sigma."""
+    index = np.tile(np.arange(10), 5000)
+    counts = np.zeros((10, 10), dtype=int)
+    np.add.at(counts, (index, permute(index, 10, mix(np.repeat(np.arange(5000, dtype=np.uint64), 10)))), 1)
+    assert abs(counts - 500).max() < 5 * 500**0.5
+
+
+# Training batches
+
+
+def test_the_order_is_frozen():
+    """Changing what these steps read breaks every resume: a run would go on with other text than it left."""
+    loader = Loader(positions(1000), block_size=8, batch_size=4, seed=0)
+    starts = {step: loader.batch(step)[0][:, 0].tolist() for step in (0, 7, 100, 10**9)}
+    assert starts == {0: [549, 437, 357, 29], 7: [61, 901, 517, 965], 100: [562, 154, 458, 938], 10**9: [964, 660, 788, 244]}
+    assert Loader(positions(1000), 8, 4, seed=1337).batch(0)[0][:, 0].tolist() == [496, 256, 264, 512]
+
+
+def test_a_batch_is_a_pure_function_of_seed_and_step():
+    """The same in a fresh loader, in any order, and whatever else draws random numbers."""
+    loader = Loader(positions(1000), 8, 4, seed=5)
+    first = [loader.batch(step) for step in range(40)]
+    torch.manual_seed(99)
+    np.random.seed(99)
+    states = torch.get_rng_state(), np.random.get_state()[1].copy()
+    for step in (39, 0, 17, 17, 3):
+        for again in (loader, Loader(positions(1000), 8, 4, seed=5)):
+            assert all(map(torch.equal, again.batch(step), first[step]))
+    assert torch.equal(torch.get_rng_state(), states[0]) and np.array_equal(np.random.get_state()[1], states[1])
+
+
+def test_a_batch_has_the_shape_and_type_that_a_model_takes():
+    loader = Loader(positions(1000), block_size=8, batch_size=4, micro_steps=3, world_size=2)
+    for part in loader.batch(0, micro_step=2, rank=1):
+        assert part.shape == (4, 8) and part.dtype == torch.int64
+    assert loader.tokens_per_step == 4 * 8 * 3 * 2
+
+
+@shapes
+def test_targets_are_the_next_tokens(n_tokens, block_size, batch_size):
+    """The split is read as a ring: behind its last token comes its first."""
+    loader = Loader(positions(n_tokens), block_size, batch_size)
+    for step in range(20):
+        inputs, targets = loader.batch(step)
+        assert torch.equal(targets, (inputs + 1) % n_tokens)
+        assert torch.equal(inputs, (inputs[:, :1] + torch.arange(block_size)) % n_tokens)
+
+
+@shapes
+def test_every_window_comes_once_an_epoch(n_tokens, block_size, batch_size):
+    """Also where batches straddle epochs; windows of one epoch lie side by side and do not overlap."""
+    loader = Loader(positions(n_tokens), block_size, batch_size, seed=2)
+    assert loader.n_windows == (n_tokens - 1) // block_size
+    for epoch in epochs(loader, 5):
+        assert epoch.unique().numel() == epoch.numel()
+        starts = epoch[:, 0].sort().values
+        assert torch.equal(starts, starts[0] + torch.arange(loader.n_windows) * block_size)
+
+
+def test_each_epoch_has_its_own_cut_and_order():
+    starts = epochs(Loader(positions(1000), 8, 10), 40)[:, :, 0]
+    assert len(set((starts.min(dim=1).values).tolist())) == 8  # each offset within a block comes up
+    assert len({tuple((one // 8).tolist()) for one in starts}) == 40
+
+
+def test_another_seed_gives_another_order():
+    orders = {tuple(epochs(Loader(positions(1000), 8, 10, seed=seed), 1)[0, :, 0].tolist()) for seed in range(20)}
+    assert len(orders) == 20
+
+
+@pytest.mark.parametrize(("batch_size", "micro_steps", "world_size"),
+                         [(8, 1, 1), (4, 2, 1), (1, 8, 1), (4, 1, 2), (2, 2, 2), (2, 1, 4), (1, 2, 4)])
+def test_every_split_over_ranks_and_micro_steps_reads_the_same_global_batch(batch_size, micro_steps, world_size):
+    whole = Loader(positions(1000), 8, 8, seed=3)
+    split = Loader(positions(1000), 8, batch_size, micro_steps, seed=3, world_size=world_size)
+    assert split.tokens_per_step == whole.tokens_per_step
+    for step in (0, 1, 15, 200):  # step 15 straddles two epochs
+        parts = [split.batch(step, micro_step, rank)[0] for micro_step in range(micro_steps) for rank in range(world_size)]
+        assert torch.equal(torch.cat(parts), whole.batch(step)[0])
+
+
+def test_a_message_names_where_the_sequences_of_a_step_are():
+    loader = Loader(positions(1000), 8, 2, micro_steps=2, seed=0, world_size=2)
+    read = [loader.batch(3, micro_step, rank)[0][:, 0] for micro_step in (0, 1) for rank in (0, 1)]
+    assert loader.describe(3).endswith(f"training tokens {', '.join(str(int(start)) for start in torch.cat(read))}")
+    assert Loader(positions(1000), 8, 9).describe(0).endswith(", ...")
+
+
+def test_a_huge_split_takes_no_memory_and_no_time():
+    """No list of windows anywhere: 10^12 tokens are as easy as 10^3."""
+    tracemalloc.start()
+    loader = Loader(endless(10**12), block_size=8, batch_size=64)
+    starts = loader.starts(np.arange(10**6, 10**6 + 64))
+    inputs, _ = loader.batch(10**6)
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak_bytes < 200_000
+    assert inputs.eq(7).all() and len(np.unique(starts)) == 64 and starts.max() > 10**11
+
+
+@pytest.mark.parametrize("n_tokens", [0, 1, 64])
+def test_a_split_shorter_than_a_context_is_an_error_with_both_numbers(n_tokens):
+    tokens = positions(n_tokens) if n_tokens else Tokens([])
+    with pytest.raises(ValueError, match=f"training split has {n_tokens} tokens, one context needs 65"):
+        Loader(tokens, block_size=64, batch_size=1)
+    with pytest.raises(ValueError, match=f"validation split has {n_tokens} tokens, one context needs 65.*val_fraction"):
+        Validation(tokens, block_size=64, batch_size=1, max_tokens=10**6)
+
+
+# Validation windows
+
+
+@pytest.mark.parametrize(("n_tokens", "max_tokens", "sizes"), [
+    (1000, 10**6, [50, 50, 24]),  # 124 windows of 8 and the last token's target
+    (801, 10**6, [50, 50]),
+    (800, 10**6, [50, 49]),  # the hundredth window would have no last target
+    (1000, 400, [50]),
+    (1000, 409, [50, 1]),
+    (1000, 415, [50, 1]),
+    (1000, 3, [1]),  # less than a context: one all the same
+    (9, 10**6, [1]),
+])
+def test_validation_reads_in_order_without_overlap_up_to_max_tokens(n_tokens, max_tokens, sizes):
+    validation = Validation(positions(n_tokens), block_size=8, batch_size=50, max_tokens=max_tokens)
+    for _ in range(2):  # the same at every evaluation
+        batches = list(validation)
+        assert [len(inputs) for inputs, _ in batches] == sizes
+        inputs, targets = (torch.cat(parts) for parts in zip(*batches, strict=True))
+        assert torch.equal(inputs.flatten(), torch.arange(sum(sizes) * 8))
+        assert torch.equal(targets, inputs + 1)
+        assert inputs.dtype == targets.dtype == torch.int64
+
+
+def test_shakespeare_has_1742_validation_windows_of_64(shakespeare):
+    folder = prepare(DataConfig(source="shakespeare", path=str(shakespeare), tokenizer="char"))
+    validation = Validation(Tokens.open(folder, "val"), block_size=64, batch_size=1000, max_tokens=10**9)
+    assert [len(inputs) for inputs, _ in validation] == [1000, 742]

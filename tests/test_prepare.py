@@ -1,0 +1,292 @@
+"""Documents to token shards: made when missing and never otherwise."""
+
+import json
+import math
+import multiprocessing
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import data.prepare
+from data.prepare import describe, load_tokenizer, prepare
+from data.shards import Tokens, read_meta
+from data.sources import DataConfig
+from data.tokenizer import BPETokenizer, fingerprint
+
+MANY = [f"Document {number} says {number * number}.\n" for number in range(200)]
+FEW = ["Once upon a time there was a text. " * 4, "Then came another one, and it was read. " * 5, "The end. " * 10]
+
+
+@pytest.fixture
+def corpus(tmp_path, fresh_data):
+    """Writes texts to a folder and returns the settings that read it, by bytes and a fifth held out."""
+
+    def write(texts: list[str], **settings) -> DataConfig:
+        folder = tmp_path / "corpus"
+        folder.mkdir(exist_ok=True)
+        for number, text in enumerate(texts):
+            (folder / f"{number:03d}.txt").write_bytes(text.encode())
+        return DataConfig(**{"source": "text", "path": str(folder), "tokenizer": "byte", "val_fraction": 0.2} | settings)
+
+    return write
+
+
+def read(folder: Path, split: str) -> list[int]:
+    tokens = Tokens.open(folder, split)
+    return tokens.read(np.arange(len(tokens))).tolist()
+
+
+def documents(folder: Path, split: str) -> list[str]:
+    """The texts between the ends of text; the last one has its end too."""
+    tokenizer, texts = load_tokenizer(folder), [[]]
+    for one in read(folder, split):
+        if one == tokenizer.end_of_text:
+            texts.append([])
+        else:
+            texts[-1].append(one)
+    assert not texts.pop()
+    return [tokenizer.decode_bytes(ids).decode() for ids in texts]
+
+
+def files(folder: Path) -> dict[str, tuple[bytes, int]]:
+    return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
+
+
+# The folder
+
+
+def test_the_folder_holds_shards_tokenizer_and_meta(corpus, fresh_data):
+    config = corpus(MANY)
+    folder = prepare(config)
+    assert list(fresh_data.iterdir()) == [folder] and folder.name.startswith("text-byte-")
+    assert set(files(folder)) == {"train_00000.npy", "val_00000.npy", "tokenizer.json", "meta.json"}
+    meta = read_meta(folder)
+    assert (meta["tokenizer"], meta["vocab_size"], meta["val_fraction"]) == ("byte", 257, 0.2)
+    assert meta["tokenizer_fingerprint"] == fingerprint(load_tokenizer(folder))
+
+
+@pytest.mark.parametrize("texts", [MANY, FEW, ["Only one, with an é. " * 9]], ids=["many", "few", "one"])
+@pytest.mark.parametrize("tokenizer", ["byte", "char", "bpe"])
+def test_the_counts_in_meta_add_up(corpus, texts, tokenizer):
+    folder = prepare(corpus(texts, tokenizer=tokenizer, vocab_size=260))
+    splits = read_meta(folder)["splits"]
+    for split, counts in splits.items():
+        assert counts["tokens"] == len(read(folder, split))
+        assert counts["bytes_per_token"] == pytest.approx(counts["bytes"] / counts["tokens"])
+    assert sum(counts["bytes"] for counts in splits.values()) == sum(len(text.encode()) for text in texts)
+    n_documents = [counts["documents"] for counts in splits.values()]
+    assert sum(n_documents) == len(MANY) if texts is MANY else n_documents == [len(texts)] * 2
+
+
+def test_bytes_count_utf8_and_not_characters(corpus):
+    train = read_meta(prepare(corpus(["é" * 100], tokenizer="char")))["splits"]["train"]
+    assert (train["bytes"], train["tokens"], train["bytes_per_token"]) == (160, 80, 2.0)
+
+
+def test_it_is_made_once_and_never_again(corpus, monkeypatch):
+    config = corpus(FEW)
+    before = files(folder := prepare(config))
+    monkeypatch.setattr("data.prepare.build", lambda *args: pytest.fail("built again"))
+    assert prepare(config) == folder and files(folder) == before
+
+
+def test_another_source_or_setting_gives_another_folder_and_the_old_one_stays(corpus, fresh_data):
+    config = corpus(FEW)
+    before = files(first := prepare(config))
+    folders = [first, prepare(replace(config, val_fraction=0.3)), prepare(replace(config, tokenizer="char"))]
+    folders += [prepare(replace(config, tokenizer="bpe", vocab_size=vocab_size)) for vocab_size in (258, 259)]
+    folders += [prepare(corpus([*FEW[:2], FEW[2].replace("end", "End")]))]
+    assert len(set(folders)) == len(folders) == len(list(fresh_data.iterdir()))
+    assert files(first) == before
+    assert prepare(corpus(FEW)) == first
+
+
+def test_the_vocabulary_asked_for_matters_only_to_a_tokenizer_that_is_trained(corpus):
+    config = corpus(FEW)
+    assert prepare(replace(config, vocab_size=300)) == prepare(replace(config, vocab_size=400))
+
+
+def test_the_same_text_is_prepared_the_same_in_every_place(corpus, tmp_path, monkeypatch):
+    """Nothing of time or place is in the name or the content."""
+    first = prepare(corpus(MANY, tokenizer="bpe", vocab_size=280))
+    (tmp_path / "corpus").rename(tmp_path / "moved")
+    monkeypatch.setenv("NANOHYDRA_DATA", str(tmp_path / "elsewhere"))
+    second = prepare(DataConfig("text", str(tmp_path / "moved"), "bpe", 280, 0.2))
+    assert second.name == first.name and second.parent != first.parent
+    assert {name: content for name, (content, _) in files(second).items()} == {
+        name: content for name, (content, _) in files(first).items()}
+
+
+def test_the_description_says_how_much_there_is(corpus):
+    folder = prepare(corpus(["a" * 100_000]))
+    assert describe(folder) == ("80,000 tokens to train on, 20,000 to validate on, vocabulary of 257, "
+                                f"1.00 bytes a token ({folder})")
+
+
+# What is in it
+
+
+def test_exact_duplicates_are_dropped(corpus):
+    folder = prepare(corpus([*MANY, *MANY[:50]]))
+    assert sorted(documents(folder, "train") + documents(folder, "val")) == sorted(MANY)
+
+
+def test_copies_of_one_document_are_one_document(corpus):
+    folder = prepare(corpus(["The same. " * 20] * 5))
+    assert "".join(map(chr, read(folder, "train") + read(folder, "val"))) == "The same. " * 20
+
+
+def test_many_documents_are_held_out_whole_and_are_never_trained_on(corpus):
+    folder = prepare(corpus(MANY))
+    train, val = documents(folder, "train"), documents(folder, "val")
+    assert sorted(train + val) == sorted(MANY) and not set(train) & set(val)
+    deviation = math.sqrt(len(MANY) * 0.2 * 0.8)
+    assert abs(len(val) - 0.2 * len(MANY)) < 4 * deviation
+    assert train == [text for text in MANY if text in set(train)]  # in the order of the source
+
+
+def test_a_documents_split_depends_on_its_text_alone(corpus):
+    """More documents, or another order of them, move none across."""
+    held_out = set(documents(prepare(corpus(MANY)), "val"))
+    more = [*(f"New {number}.\n" for number in range(50)), *reversed(MANY)]
+    assert {text for text in documents(prepare(corpus(more)), "val") if text in MANY} == held_out
+
+
+def test_a_larger_fraction_holds_out_more_of_the_same(corpus):
+    held_out = [set(documents(prepare(corpus(MANY, val_fraction=fraction)), "val")) for fraction in (0.1, 0.3, 0.6)]
+    assert held_out[0] < held_out[1] < held_out[2]
+
+
+def test_few_documents_give_their_tails(corpus):
+    folder = prepare(corpus(FEW))
+    train, val = documents(folder, "train"), documents(folder, "val")
+    assert [head + tail for head, tail in zip(train, val, strict=True)] == FEW
+    assert [len(tail) for tail in val] == [len(text) - int(0.8 * len(text)) for text in FEW]
+
+
+def test_a_single_document_gives_its_tail_and_has_no_end_of_text(corpus):
+    text = "0123456789" * 10
+    folder = prepare(corpus([text]))
+    assert bytes(read(folder, "train")).decode() == text[:80]
+    assert bytes(read(folder, "val")).decode() == text[80:]
+
+
+@pytest.mark.parametrize(("texts", "characters"), [(["banana é!"], " !abné"), (["banana", "é!"], "!abné")])
+def test_char_lists_the_whole_corpus_by_code_point(corpus, texts, characters):
+    """A character of the validation tail is known too; an end of text only where there is one to mark."""
+    tokenizer = load_tokenizer(prepare(corpus(texts, tokenizer="char", val_fraction=0.5)))
+    assert tokenizer.encode(characters) == list(range(len(characters)))
+    assert tokenizer.end_of_text == (len(characters) if len(texts) > 1 else None)
+    assert tokenizer.vocab_size == len(characters) + (len(texts) > 1)
+
+
+def test_bpe_learns_from_the_training_split_only(corpus):
+    tail = "zq" * 40
+    folder = prepare(corpus(["a quiet text. " * 20 + tail], tokenizer="bpe", vocab_size=265, val_fraction=80 / 360))
+    assert load_tokenizer(folder).decode_bytes(read(folder, "val")).decode() == tail
+    assert len(read(folder, "val")) == len(tail)  # no merge of z and q was learned
+
+
+def test_words_that_look_like_an_end_of_text_do_not_end_it(corpus):
+    texts = ["one<|endoftext|>two " * 5, "three " * 5]
+    folder = prepare(corpus(texts, tokenizer="bpe", vocab_size=258))
+    train, val = documents(folder, "train"), documents(folder, "val")
+    assert [head + tail for head, tail in zip(train, val, strict=True)] == texts
+
+
+@pytest.mark.parametrize("tokenizer", ["byte", "char", "bpe", "gpt2"])
+def test_the_saved_tokenizer_gives_the_same_ids(corpus, tokenizer, request):
+    if tokenizer == "gpt2":
+        request.getfixturevalue("gpt2_files")
+    folder = prepare(corpus(["It was the best of times. " * 20], tokenizer=tokenizer, vocab_size=270))
+    saved = load_tokenizer(folder)
+    assert saved.vocab_size == read_meta(folder)["vocab_size"]
+    for split in ("train", "val"):
+        ids = read(folder, split)
+        assert saved.encode(saved.decode_bytes(ids).decode()) == ids
+    if tokenizer == "bpe":
+        assert isinstance(saved, BPETokenizer) and len(json.loads((folder / "tokenizer.json").read_text())["ranks"]) == 269
+
+
+def test_shakespeare_has_nanogpts_characters_and_splits(shakespeare):
+    folder = prepare(DataConfig(source="shakespeare", path=str(shakespeare), tokenizer="char"))
+    tokenizer, splits = load_tokenizer(folder), read_meta(folder)["splits"]
+    assert (tokenizer.vocab_size, tokenizer.end_of_text) == (65, None)
+    assert tokenizer.encode("\n !AZaz") == [0, 1, 2, 13, 38, 39, 64]
+    assert (splits["train"]["tokens"], splits["val"]["tokens"]) == (1_003_854, 111_540)
+
+
+@pytest.mark.slow
+def test_the_default_corpus_is_the_english_of_the_standard_library(prepared_data):
+    """How much there is varies with the version of Python."""
+    folder = prepare(DataConfig())
+    assert folder.parent == prepared_data
+    train, val = (read_meta(folder)["splits"][split] for split in ("train", "val"))
+    assert train["documents"] + val["documents"] > 5000 and train["bytes"] + val["bytes"] > 1_500_000
+    assert 0.05 < val["bytes"] / (train["bytes"] + val["bytes"]) < 0.2
+    assert load_tokenizer(folder).vocab_size == 2048 and train["bytes_per_token"] > 3
+    texts = [documents(folder, split) for split in ("train", "val")]
+    assert not set(texts[0]) & set(texts[1])
+    assert "Pretty-print a Python object to a stream [default is sys.stdout]." in texts[0] + texts[1]
+
+
+# What can go wrong
+
+
+@pytest.mark.parametrize("texts", [[""], [" \n\t\r\n"], ["", " ", "\n"]])
+def test_a_source_of_blanks_is_an_error(corpus, fresh_data, texts):
+    with pytest.raises(ValueError, match="holds no text"):
+        prepare(corpus(texts))
+    assert not any(fresh_data.rglob("*"))
+
+
+def test_a_text_too_short_for_a_training_token_is_left_to_the_loader_to_report(corpus):
+    folder = prepare(corpus(["abc"], val_fraction=0.9))
+    assert read(folder, "train") == [] and read(folder, "val") == [97, 98, 99]
+    from data.loader import Loader  # here, or each process that is started below would import torch
+
+    with pytest.raises(ValueError, match="has 0 tokens"):
+        Loader(Tokens.open(folder, "train"), block_size=8, batch_size=1)
+
+
+@pytest.mark.parametrize("place", ["data.prepare.make_tokenizer", "data.shards.ShardWriter.add",
+                                   "data.shards.ShardWriter.close", "data.prepare.fingerprint"])
+def test_a_failure_in_the_middle_leaves_no_folder(corpus, fresh_data, monkeypatch, place):
+    config = corpus(FEW)
+
+    def fail(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(place, fail)
+        prepare(config)
+    assert not any(fresh_data.rglob("*"))
+    assert len(documents(prepare(config), "train")) == len(FEW)
+
+
+def prepare_together(config: DataConfig, barrier) -> None:
+    """Prepare, but wait in the middle until the other processes are there too."""
+    make_tokenizer = data.prepare.make_tokenizer
+
+    def wait_and_make(*args):
+        barrier.wait(timeout=60)
+        return make_tokenizer(*args)
+
+    data.prepare.make_tokenizer = wait_and_make
+    prepare(config)
+
+
+def test_parallel_processes_make_one_good_folder(corpus, fresh_data):
+    context = multiprocessing.get_context("spawn")
+    config, barrier = corpus(FEW), context.Barrier(4)
+    processes = [context.Process(target=prepare_together, args=(config, barrier)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=60)
+    assert [process.exitcode for process in processes] == [0] * 4
+    [folder] = fresh_data.iterdir()  # no leftovers
+    assert folder == prepare(config)
+    assert [head + tail for head, tail in zip(documents(folder, "train"), documents(folder, "val"), strict=True)] == FEW

@@ -77,13 +77,21 @@ def train(settings: Settings) -> int:
         print(f"{run} is finished: {step} steps, {seconds:.0f} s. To go on, raise training.max_steps.")
         return finish(run, device)
     checkpoint.check_disk(run, model, optimizers)
-    write_settings(run, settings)
+    atomic.write_bytes(run / "config.yaml", yaml.safe_dump(asdict(settings), sort_keys=False).encode())
+
+    def save(val_loss: float | None) -> int:
+        """Write a checkpoint of this moment; return its step."""
+        state = {"settings": identity, "model": asdict(model.config), "step": step, "seconds": seconds,
+                 "val_loss": val_loss, "scaler": scaler.state_dict()}
+        checkpoint.save(run / "checkpoints", model.state_dict(), optimizers.tensors(), tokenizer.to_json(), state)
+        checkpoint.prune(run / "checkpoints", limits.keep_last)
+        return step
 
     with Interrupt() as interrupt, Recorder(run, step, limits.max_steps, settings.logger, asdict(settings)) as recorder:
-        introduce(recorder, settings, device, model, loader, describe(prepared), step)
+        introduce(recorder, run, device, model, loader, describe(prepared), step)
         step_seconds = loader.micro_steps * seconds_per_call(lambda: trial(model, loader, device), device)
         expected = min(step_seconds * (limits.max_steps - step), max_seconds - seconds)
-        recorder.say(f"Expected time: {expected / 60:.1f} minutes and evaluation, measured on the first batch.")
+        recorder.say(f"Time: about {expected / 60:.1f} minutes on this machine, by its first batch, and evaluation.")
         forward = maybe_compile(model, limits.compile, device, expected,
                                 lambda compiled: trial(compiled, loader, device), recorder.say)
         saved = step
@@ -91,14 +99,7 @@ def train(settings: Settings) -> int:
             start = time.perf_counter()
             scale = lr_scale(step, settings.optim, limits.max_steps)
             optimizers.set_scale(scale)
-            loss = 0.0
-            for micro_step in range(loader.micro_steps):
-                inputs, targets = to(device, loader.batch(step, micro_step))
-                seed_dropout(settings.seed, step, micro_step)
-                with device.autocast():
-                    micro_loss = forward(inputs, targets) / loader.micro_steps
-                scaler.scale(micro_loss).backward()
-                loss += micro_loss.item()
+            loss = accumulate_gradients(forward, loader, step, scaler, device, settings.seed)
             if not math.isfinite(loss):
                 raise ValueError(f"The loss is {loss} at step {step} ({loader.describe(step)}); {saved} steps are "
                                  f"saved. Try a lower optim.lr, optim.grad_clip=1 or training.precision=fp32.")
@@ -112,24 +113,19 @@ def train(settings: Settings) -> int:
             recorder.progress(step, loss=f"{loss:.3f}", speed=f"{tokens_per_second:,.0f} tokens/s",
                               **mfu(model, tokens_per_second, device))
 
-            finished = step >= limits.max_steps or seconds >= max_seconds
+            last = step >= limits.max_steps or seconds >= max_seconds
             val_loss = None
-            if finished or step % limits.eval_every == 0:
+            if last or step % limits.eval_every == 0:
                 val_loss = evaluate(model, validation, device)
-                bits_per_byte = val_loss / math.log(2) / bytes_per_token
-                recorder.record(step, val_loss=val_loss, perplexity=math.exp(val_loss), bits_per_byte=bits_per_byte)
-                recorder.say(f"Step {step}: validation loss {val_loss:.4f}, perplexity {math.exp(val_loss):.2f}, "
-                             f"{bits_per_byte:.4f} bits per byte")
+                report(recorder, step, val_loss, bytes_per_token)
                 if limits.sample_tokens:
                     short = SampleSettings(max_new_tokens=limits.sample_tokens)
                     recorder.say(f"  {complete(model, tokenizer, '', short, device)[0]!r}")
-            if finished or interrupt or step % limits.checkpoint_every == 0:
-                state = {"settings": identity, "step": step, "seconds": seconds, "val_loss": val_loss,
-                                    "model": asdict(model.config), "scaler": scaler.state_dict()}
-                checkpoint.save(run / "checkpoints", model.state_dict(), optimizers.tensors(), tokenizer.to_json(), state)
-                checkpoint.prune(run / "checkpoints", limits.keep_last)
-                saved = step
+            if last or step % limits.checkpoint_every == 0:
+                saved = save(val_loss)
         if interrupt:
+            if saved < step:
+                saved = save(None)
             recorder.say(f"Interrupted: {saved} of {limits.max_steps} steps are saved in {run}; "
                          f"the same command goes on from there.")
             return interrupt.exit_code
@@ -157,17 +153,11 @@ def resume(run: Path, identity: dict[str, Any], model: GPT, optimizers: Optimize
     return last.step, last.state["seconds"]
 
 
-def write_settings(run: Path, settings: Settings) -> None:
-    """Keep the settings that this run was last started with beside its results, for people."""
-    atomic.write_bytes(run / "config.yaml", yaml.safe_dump(asdict(settings), sort_keys=False).encode())
-
-
-def introduce(recorder: Recorder, settings: Settings, device: Device, model: GPT, loader: Loader,
-              data: str, step: int) -> None:
+def introduce(recorder: Recorder, run: Path, device: Device, model: GPT, loader: Loader, data: str, step: int) -> None:
     """Say what is about to be trained, on what, and from where."""
     parts = {role: sum(weights.numel() for weights in parameters)
              for role, parameters in model.parameters_by_role().items()}
-    recorder.say(f"Run: {Path(settings.runs_dir) / settings.name}" + (f", from step {step}" if step else ""))
+    recorder.say(f"Run: {run}" + (f", from step {step}" if step else ""))
     recorder.say(f"Data: {data}")
     recorder.say(f"Model: {sum(parts.values()):,} parameters ("
                  + ", ".join(f"{role} {count:,}" for role, count in parts.items() if count)
@@ -175,6 +165,20 @@ def introduce(recorder: Recorder, settings: Settings, device: Device, model: GPT
     recorder.say(f"Step: {loader.tokens_per_step:,} tokens ({loader.micro_steps} x {loader.batch_size} sequences of "
                  f"{loader.block_size}), {loader.n_windows * loader.block_size / loader.tokens_per_step:.1f} steps an epoch")
     recorder.say(f"Device: {device.describe()}")
+
+
+def accumulate_gradients(forward: nn.Module, loader: Loader, step: int, scaler: torch.amp.GradScaler,
+                         device: Device, seed: int) -> float:
+    """Forward and backward of a step's micro-steps; return the mean loss, in nats a token."""
+    loss = 0.0
+    for micro_step in range(loader.micro_steps):
+        inputs, targets = to(device, loader.batch(step, micro_step))
+        seed_dropout(seed, step, micro_step)
+        with device.autocast():
+            micro_loss = forward(inputs, targets) / loader.micro_steps
+        scaler.scale(micro_loss).backward()
+        loss += micro_loss.item()
+    return loss
 
 
 def trial(model: nn.Module, loader: Loader, device: Device) -> None:
@@ -208,6 +212,15 @@ def evaluate(model: GPT, validation: Validation, device: Device) -> float:
     return total / validation.n_windows
 
 
+def report(recorder: Recorder, step: int, val_loss: float, bytes_per_token: float) -> None:
+    """Record a validation loss, and what it means where tokenizers differ: bits for each byte of text."""
+    perplexity = math.exp(min(val_loss, 700))  # past that a float cannot hold it
+    bits_per_byte = val_loss / math.log(2) / bytes_per_token
+    recorder.record(step, val_loss=val_loss, perplexity=perplexity, bits_per_byte=bits_per_byte)
+    recorder.say(f"Step {step}: validation loss {val_loss:.4f}, perplexity {perplexity:.2f}, "
+                 f"{bits_per_byte:.4f} bits per byte")
+
+
 def mfu(model: GPT, tokens_per_second: float, device: Device) -> dict[str, str]:
     """Model FLOPs utilisation (arXiv:2204.02311), where the device's peak is known."""
     peak = device.peak_flops()
@@ -219,7 +232,7 @@ def finish(run: Path, device: Device) -> int:
     best = checkpoint.best(checkpoint.find(run / "checkpoints"))
     model, tokenizer = open_checkpoint(best, device)
     print_completions(model, tokenizer, "", SampleSettings(num_samples=3), device)
-    print(f'More: python sample.py run={run.name} prompt="..."')
+    print(f'More: python sample.py run={run} prompt="..."')
     return 0
 
 

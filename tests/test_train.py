@@ -67,7 +67,7 @@ def test_a_run_learns_and_leaves_all_it_should(compose_tiny, tmp_path, capsys):
     assert last["perplexity"] == pytest.approx(math.exp(last["val_loss"]))
     assert last["bits_per_byte"] == pytest.approx(last["val_loss"] / math.log(2))  # ASCII characters: one byte a token
     said = capsys.readouterr().out
-    for words in ("parameters (embedding", "FLOPs a token", "tokens (1 x 4 sequences of 32)", "Expected time", "bits per byte",
+    for words in ("parameters (embedding", "FLOPs a token", "tokens (1 x 4 sequences of 32)", "Time: about", "bits per byte",
                   "--- 3 of 3", "cpu, "):
         assert words in said
     found = checkpoint.find(run / "checkpoints")
@@ -161,7 +161,7 @@ def test_another_run_under_the_same_name_is_refused(compose_tiny, tmp_path):
     story.train(compose_tiny("training.max_steps=2"))
     with pytest.raises(ValueError, match=r"model.n_layer was 2 and is now 3.*another name="):
         story.train(compose_tiny("model.n_layer=3"))
-    with pytest.raises(ValueError, match="data.val_fraction was 0.1 and is now 0.2"):
+    with pytest.raises(ValueError, match=r"data.val_fraction was 0.1 and is now 0.2"):
         story.train(compose_tiny("data.val_fraction=0.2"))
 
 
@@ -170,7 +170,7 @@ def test_a_changed_text_is_another_run(compose_tiny, tmp_path, book):
     text.write_text(book.read_text())
     story.train(compose_tiny(f"data.path={text}", "training.max_steps=2"))
     text.write_text(book.read_text() + "\nOne more sentence.")
-    with pytest.raises(ValueError, match="data.prepared was"):
+    with pytest.raises(ValueError, match=r"data.prepared was"):
         story.train(compose_tiny(f"data.path={text}"))
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -52,8 +53,11 @@ def save(checkpoints: Path, model: dict[str, Tensor], optimizer: dict[str, Tenso
     folder = checkpoints / f"step_{state['step']:08d}"
     state = {"format": FORMAT} | state | {"versions": {"python": platform.python_version(), "torch": torch.__version__}}
     with atomic.new_folder(folder) as partial:
-        save_file(contiguous(model), partial / "model.safetensors")
-        save_file(contiguous(optimizer), partial / "optimizer.safetensors")
+        try:
+            save_file(contiguous(model), partial / "model.safetensors")
+            save_file(contiguous(optimizer), partial / "optimizer.safetensors")
+        except SafetensorError as error:
+            raise OSError(f"{folder} could not be written ({error}): earlier checkpoints are as they were.") from None
         (partial / "tokenizer.json").write_text(json.dumps(tokenizer))
         (partial / "state.json").write_text(json.dumps(state, indent=2))
     return Checkpoint(folder, state)

@@ -6,6 +6,7 @@ The local files are the record. W&B is a copy of it: whatever fails there is one
 from __future__ import annotations
 
 import json
+import secrets
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -73,7 +74,7 @@ class Recorder:
             import wandb
 
             id_file = folder / "wandb.json"
-            run_id = json.loads(id_file.read_text())["id"] if id_file.exists() else wandb.util.generate_id()
+            run_id = json.loads(id_file.read_text())["id"] if id_file.exists() else secrets.token_hex(4)
             atomic.write_bytes(id_file, json.dumps({"id": run_id}).encode())
             quiet = wandb.Settings(silent=True, console="off", init_timeout=60)
             return wandb.init(project=config.project, name=settings["name"], id=run_id, resume="allow",

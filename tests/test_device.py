@@ -1,0 +1,113 @@
+"""Device, precision and compilation: what 'auto' picks, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from training import device as place
+from training.device import Device, maybe_compile
+
+
+def test_auto_on_a_cpu_takes_bf16_only_where_it_is_native(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    for native, precision in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda native=native: native)
+        device = Device()
+        assert (device.type, device.precision) == ("cpu", precision)
+        assert "native" in device.describe()
+
+
+def test_auto_on_an_old_gpu_takes_fp16(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    assert Device().precision == "fp16"
+    with pytest.raises(ValueError, match="bf16 is not native"):
+        Device(precision="bf16")
+
+
+def test_a_device_that_is_not_there_is_an_error_that_names_those_that_are(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"training.device=cuda is not available here: choose auto or one of .*cpu"):
+        Device("cuda")
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_products_are_in_the_precision_asked_for(precision, dtype):
+    with Device("cpu", precision).autocast():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
+
+
+def test_the_peak_is_known_by_the_name_of_the_gpu(monkeypatch):
+    device = Device("cpu", "bf16")
+    assert device.peak_flops() is None
+    device.type = "cuda"
+    for name, peak in (("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA A100-SXM4-40GB", 312e12), ("?", None)):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda name=name: name)
+        assert device.peak_flops() == peak
+
+
+class Spy:
+    def __init__(self, monkeypatch, fails=False):
+        self.said, self.tried, self.compiled = [], [], 0
+        self.fails = fails
+        monkeypatch.setattr(torch, "compile", self.compile)
+        monkeypatch.setattr(place.shutil, "which", lambda name: "/usr/bin/g++")
+
+    def compile(self, model):
+        self.compiled += 1
+        return ("compiled", model)
+
+    def trial(self, model):
+        self.tried.append(model)
+        if self.fails:
+            raise RuntimeError("no header Python.h\nand more")
+
+    def __call__(self, choice, expected_seconds, device=None):
+        return maybe_compile("model", choice, device or Device("cpu", "fp32"), expected_seconds, self.trial, self.said.append)
+
+
+def test_auto_compiles_only_where_it_pays_back(monkeypatch):
+    spy = Spy(monkeypatch)
+    assert spy("auto", 60) == "model" and spy.compiled == 0
+    assert spy("auto", 1e5) == ("compiled", "model") and spy.tried == [("compiled", "model")]
+    assert spy("false", 1e5) == "model" and spy("true", 1) == ("compiled", "model")
+
+
+def test_auto_falls_back_with_one_warning_that_names_the_cause(monkeypatch):
+    spy = Spy(monkeypatch, fails=True)
+    assert spy("auto", 1e5) == "model"
+    (warning,) = [line for line in spy.said if line.startswith("Warning")]
+    assert "no header Python.h" in warning and "and more" not in warning
+
+
+def test_true_fails_clearly(monkeypatch):
+    with pytest.raises(ValueError, match=r"training.compile=true failed .*no header Python.h.*training.compile=false"):
+        Spy(monkeypatch, fails=True)("true", 1)
+
+
+def test_a_machine_without_a_compiler_is_named_as_the_cause(monkeypatch):
+    spy = Spy(monkeypatch)
+    monkeypatch.setattr(place.shutil, "which", lambda name: None)
+    assert spy("auto", 1e5) == "model" and "no C++ compiler found" in spy.said[-1] and spy.compiled == 0
+
+
+@pytest.mark.slow
+def test_the_compiled_model_gives_the_same_loss_and_gradients():
+    from model import GPT, GPTConfig
+
+    if not any(map(place.shutil.which, ("c++", "g++", "clang++"))):
+        pytest.skip("needs a C++ compiler")
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=16, position="rotary", norm="rms", qk_norm=True))
+    ids = torch.randint(11, (3, 8))
+    results = []
+    for one in (model, torch.compile(model)):
+        model.zero_grad()
+        loss = one(ids, ids.roll(-1, 1))
+        loss.backward()
+        results.append((loss.item(), [weights.grad.clone() for weights in model.parameters()]))
+    assert results[0][0] == pytest.approx(results[1][0], abs=1e-5)
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-3, atol=1e-5)

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import http.client
 import os
 import platform
 import sysconfig
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -45,8 +45,8 @@ class DataConfig:
             yield f"path={self.path} does not exist: check the spelling, and that it is relative to {Path.cwd()}."
         if not 257 <= self.vocab_size <= 100_000:
             yield f"vocab_size={self.vocab_size} is out of range: a byte-pair vocabulary has 257 to 100000 tokens."
-        if not 0 < self.val_fraction < 1:
-            yield f"val_fraction={self.val_fraction} must lie between 0 and 1: 0.1 holds out a tenth."
+        if not 1e-6 <= self.val_fraction < 1:
+            yield f"val_fraction={self.val_fraction} must lie between 0.000001 and 1: 0.1 holds out a tenth."
 
 
 def data_root() -> Path:
@@ -92,7 +92,7 @@ class PyDocs:
                 tree = ast.parse(path.read_bytes())
             except (SyntaxError, ValueError):
                 continue  # a template or an example of broken code: nothing to read
-            if path.parent.name == "pydoc_data":
+            if path.relative_to(self.library).as_posix() == "pydoc_data/topics.py":
                 texts.extend(self.topics(tree))
             for node in ast.walk(tree):
                 if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
@@ -132,7 +132,7 @@ class TextFiles:
         for path in self.files:
             content = path.read_bytes()
             try:
-                text = content.decode("utf-8-sig")
+                text = content.decode().removeprefix("\ufeff")  # a byte order mark is no text
             except UnicodeDecodeError as error:
                 raise ValueError(f"{path} is not UTF-8: byte 0x{content[error.start]:02x} at offset {error.start}; "
                                  f"convert it (iconv -t utf-8) or leave it out.") from None
@@ -152,7 +152,7 @@ def fetch(url: str, sha256: str) -> Path:
         try:
             with urllib.request.urlopen(url, timeout=30) as response:
                 content = response.read()
-        except (urllib.error.URLError, OSError) as error:
+        except (OSError, http.client.HTTPException) as error:
             raise ValueError(f"No download of {url}: {getattr(error, 'reason', error)}. {by_hand}") from None
         if (found := hashlib.sha256(content).hexdigest()) != sha256:
             raise ValueError(f"{url} holds another file than expected "

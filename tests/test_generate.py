@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.generate import generate, keep_top_k, keep_top_p, pick, window_start
+from model.generate import cache_dtype, generate, keep_top_k, keep_top_p, pick, window_start
 from model.gpt import GPT, GPTConfig
 
 V = 31
@@ -107,12 +107,14 @@ def test_rows_of_a_batch_are_completed_as_if_alone(flags):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_the_cache_takes_the_type_of_the_weights(dtype):
     model = make(**FLAGS["rotary"]).to(dtype)
+    assert cache_dtype(model) == dtype
     assert len(text(model, prompt_of(3), 12)[0]) == 12
 
 
-def test_generates_under_autocast():
+def test_the_cache_takes_the_type_of_autocast_where_that_is_on():
     model = make(**FLAGS["rotary"])
     with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert cache_dtype(model) == torch.bfloat16
         assert len(text(model, prompt_of(3), 12)[0]) == 12
 
 

@@ -84,11 +84,11 @@ def test_char_ids_follow_the_given_characters():
     assert (tokenizer.vocab_size, tokenizer.end_of_text) == (4, 3)
 
 
-@pytest.mark.parametrize("unknown", ["z", "é", "\n", "'"])
-def test_an_unknown_character_is_named(unknown):
+@pytest.mark.parametrize("unknown", ["z", "é", "\n", "'", "zé"])
+def test_unknown_characters_are_named(unknown):
     with pytest.raises(ValueError) as caught:
-        CharTokenizer("abc", with_end_of_text=False).encode(f"ab{unknown}c")
-    assert repr(unknown) in str(caught.value) and "the 3 that" in str(caught.value)
+        CharTokenizer("abc", with_end_of_text=False).encode(f"ab{unknown}c{unknown}")
+    assert f"no character {', '.join(map(repr, unknown))}:" in str(caught.value) and "the 3 that" in str(caught.value)
 
 
 # Bytes

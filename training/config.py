@@ -11,7 +11,7 @@ from typing import Literal
 class TrainingConfig:
     """The course of a run. A step is one optimizer update; a micro-step one forward and backward of it."""
 
-    max_steps: int = 300
+    max_steps: int = 260
     max_seconds: float | None = None  # of training; whichever limit comes first ends the run
     batch_size: int = 32  # sequences in a micro-step
     tokens_per_step: int | None = None  # more than one micro-step holds: gradients are accumulated

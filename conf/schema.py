@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
 from data.sources import DataConfig
-from model.gpt import GPTConfig
+from model.config import GPTConfig
 from training.config import TrainingConfig
 from training.optim import OptimConfig
 from training.recorder import LoggerConfig

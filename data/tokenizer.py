@@ -101,7 +101,13 @@ class BPETokenizer:
         return cls.from_ranks([bytes(token) for token, _ in ranks], trainer.get_pattern())
 
     def encode(self, text: str) -> list[int]:
-        return self.encoding.encode_ordinary(text)
+        try:
+            return self.encoding.encode_ordinary(text)
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # what tiktoken's Rust code raises, and no Exception
+                raise
+            raise ValueError("The text is more than tiktoken can split: it holds about a million spaces or more in a row; "
+                             "break them up with line ends.") from None
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return self.encoding.decode_bytes(list(ids))

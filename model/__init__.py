@@ -1,7 +1,8 @@
 """What is learned: the Transformer and how it generates. Knows tensors, nothing else."""
 
 from model.attention import CausalSelfAttention, KVCache
+from model.config import GPTConfig
 from model.generate import generate
-from model.gpt import GPT, GPTConfig
+from model.gpt import GPT
 
 __all__ = ["GPT", "CausalSelfAttention", "GPTConfig", "KVCache", "generate"]

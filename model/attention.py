@@ -6,15 +6,12 @@ Shapes: B batch, T time, C width, H heads, G key-value heads, D head width.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from model.gpt import GPTConfig
+from model.config import GPTConfig
 
 
 class KVCache:

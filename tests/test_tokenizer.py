@@ -53,11 +53,13 @@ def test_the_words_endoftext_in_a_text_stay_words(tokenizer):
     assert tokenizer.decode_bytes([*ids, tokenizer.end_of_text]).decode() == f"the best{END_OF_TEXT}of times{END_OF_TEXT}"
 
 
-def test_a_very_long_run_of_spaces_is_text_too(tokenizer, request):
-    if isinstance(tokenizer, BPETokenizer):
-        request.applymarker(pytest.mark.xfail(strict=True, reason="tiktoken's pattern overflows its stack and panics"))
+def test_a_very_long_run_of_spaces_is_text_or_one_clear_error(tokenizer):
     text = " " * 1_000_000 + "x"
-    assert tokenizer.decode_bytes(tokenizer.encode(text)).decode() == text
+    if isinstance(tokenizer, BPETokenizer):  # tiktoken's pattern overflows its stack
+        with pytest.raises(ValueError, match="more than tiktoken can split"):
+            tokenizer.encode(text)
+    else:
+        assert tokenizer.decode_bytes(tokenizer.encode(text)).decode() == text
 
 
 def test_json_gives_the_same_tokenizer_back(tokenizer):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import platform
 import shutil
 import time
 from collections.abc import Callable
@@ -38,6 +40,8 @@ class Device:
             raise ValueError("training.precision=bf16 is not native to this GPU: choose auto, fp16 or fp32.")
         if self.type == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32 where a product stays in fp32
+        if self.type == "cpu":
+            keep_freed_memory()
 
     def _has_native_bf16(self) -> bool:
         if self.type == "cuda":
@@ -76,6 +80,18 @@ class Device:
             torch.cuda.synchronize()
         elif self.type == "mps":
             torch.mps.synchronize()
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed for the next step, instead of returning it and faulting every page in again.
+
+    A step frees and asks for the same hundreds of MB each time; see docs/benchmarks.md for what this saves.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
+        libc = ctypes.CDLL(None)
+        libc.mallopt(trim_threshold, 2**31 - 1)
+        libc.mallopt(mmap_max, 0)
 
 
 def seconds_per_call(call: Callable[[], object], device: Device, repeats: int = 2) -> float:

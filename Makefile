@@ -29,6 +29,7 @@ clean:  ## remove .venv and caches; runs and prepared data stay
 # The marker is made last, so that an interrupted installation starts again.
 .venv/ready: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "nanohydra needs Python 3.11 or later, this is " + sys.version.split()[0] + ": name another, as in make train PYTHON=python3.12")'
+	@echo "Installing into .venv: this takes a minute or more."
 	$(PYTHON) -m venv .venv
 	$(RUN) -m pip install --quiet --requirement requirements.txt
 	@touch .venv/ready

@@ -10,10 +10,10 @@ Common settings (--cfg job prints all, with their values):
   experiment=pydocs     presets that belong together: see below
   data.tokenizer=bpe    char, byte, gpt2, or bpe with data.vocab_size=2048
   model.n_layer=4       also model.n_head, model.n_embd, model.block_size, model.dropout
-  optim.lr=3e-3         also optim.weight_decay, optim.grad_clip, optim.schedule, optim.warmup_steps
+  optim.lr=1e-2         also optim.weight_decay, optim.grad_clip, optim.schedule, optim.warmup_steps
   training.max_steps=1e3        or training.max_seconds=120
   training.batch_size=32        sequences in a micro-step; training.tokens_per_step accumulates more
-  training.eval_every=100       also training.checkpoint_every, training.keep_last
+  training.eval_every=130       also training.checkpoint_every, training.keep_last
   training.device=auto          also training.precision=auto, training.compile=auto
   logger.wandb=offline          or online
 """

@@ -15,10 +15,10 @@ class TrainingConfig:
     max_seconds: float | None = None  # of training; whichever limit comes first ends the run
     batch_size: int = 32  # sequences in a micro-step
     tokens_per_step: int | None = None  # more than one micro-step holds: gradients are accumulated
-    eval_every: int = 100  # steps; the last one is always evaluated
+    eval_every: int = 130  # steps; the last one is always evaluated
     eval_tokens: int = 2**18  # of the validation split, from its start; a smaller split is read whole
     sample_tokens: int = 48  # the length of the sample at each evaluation; 0 for none
-    checkpoint_every: int = 100  # steps; the last one is always saved
+    checkpoint_every: int = 130  # steps; the last one is always saved
     keep_last: int = 2  # checkpoints, beside the best one
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"

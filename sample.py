@@ -9,7 +9,7 @@ Settings, each with its default:
   interactive=true      ask for prompts until the input ends
   max_new_tokens=200    how many tokens at most
   temperature=0.8       0 always takes the most likely token
-  top_k=50  top_p=1     draw from the k most likely tokens; from the fewest that hold a probability of p
+  top_k=50  top_p=0.9   draw from the k most likely tokens; from the fewest that hold a probability of p
   num_samples=1         several completions, each printed whole
   seed=1337             the same seed gives the same text
   stop="\\n\\n"           end where this text would come (a literal text: in bash, $'\\n\\n')

@@ -35,7 +35,8 @@ def launch(story: Callable[[Any], int], root: str, doc: str) -> NoReturn:
     except (ValueError, OSError) as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
-        print(f"Error: {error}", file=sys.stderr)
+        system = isinstance(error, OSError) and error.filename is not None  # as in a path that cannot be opened
+        print(f"Error: {error.filename}: {error.strerror}." if system else f"Error: {error}", file=sys.stderr)
         code = 1
     except KeyboardInterrupt:
         code = 130

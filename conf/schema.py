@@ -73,7 +73,7 @@ class SampleSettings:
     max_new_tokens: int = 200
     temperature: float = 0.8  # 0: always the most likely token
     top_k: int = 50  # 0: no such limit
-    top_p: float = 1.0  # 1: no such limit
+    top_p: float = 0.9  # the fewest likely tokens that hold this probability; 1: no such limit
     num_samples: int = 1
     seed: int = 1337
     stop: str = ""  # end at this text, which is not printed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import yaml
@@ -216,3 +217,10 @@ def test_the_exit_code_is_the_storys_and_1_for_a_mistake(monkeypatch, capsys):
     assert code(lambda settings: 0, "model.foo=1") == 1
     said = capsys.readouterr()
     assert said.err.startswith("Error: model.foo") and "Traceback" not in said.err and said.out == ""
+
+
+def test_a_path_that_cannot_be_opened_is_one_plain_sentence(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["sample.py"])
+    with pytest.raises(SystemExit):
+        launch.launch(lambda settings: Path("/no/such/file").read_text(), "sample", "")
+    assert capsys.readouterr().err == "Error: /no/such/file: No such file or directory.\n"

@@ -30,7 +30,7 @@ def test_auto_on_an_old_gpu_takes_fp16(monkeypatch):
 
 def test_a_device_that_is_not_there_is_an_error_that_names_those_that_are(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match=r"training.device=cuda is not available here: choose auto or one of .*cpu"):
+    with pytest.raises(ValueError, match=r"device=cuda is not available here: choose auto or one of .*cpu"):
         Device("cuda")
 
 

@@ -29,7 +29,7 @@ class Device:
     def __init__(self, device: str = "auto", precision: str = "auto") -> None:
         available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
         if device != "auto" and not available[device]:
-            raise ValueError(f"training.device={device} is not available here: choose auto or one of "
+            raise ValueError(f"device={device} is not available here: choose auto or one of "
                              f"{', '.join(name for name, there in available.items() if there)}.")
         self.type = device if device != "auto" else next(name for name, there in available.items() if there)
         self.torch = torch.device(self.type)
@@ -37,7 +37,7 @@ class Device:
         self.chosen = precision == "auto"
         self.precision = precision if precision != "auto" else self._best_precision()
         if self.precision == "bf16" and self.type == "cuda" and not self.native_bf16:
-            raise ValueError("training.precision=bf16 is not native to this GPU: choose auto, fp16 or fp32.")
+            raise ValueError("precision=bf16 is not native to this GPU: choose auto, fp16 or fp32.")
         if self.type == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32 where a product stays in fp32
         if self.type == "cpu":

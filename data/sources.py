@@ -70,14 +70,14 @@ class PyDocs:
     """
 
     def __init__(self, library: Path | None = None) -> None:
-        self.library = library or Path(sysconfig.get_paths()["stdlib"])
+        self.stdlib = library or Path(sysconfig.get_paths()["stdlib"])
         skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__"}
-        self.files = sorted(path for path in self.library.rglob("*.py")
-                            if skipped.isdisjoint(path.relative_to(self.library).parts))
+        self.files = sorted(path for path in self.stdlib.rglob("*.py")
+                            if skipped.isdisjoint(path.relative_to(self.stdlib).parts))
 
     def fingerprint(self) -> str:
         """Changes with the Python version or any file's name or size."""
-        names = "\n".join(f"{path.relative_to(self.library)} {path.stat().st_size}" for path in self.files)
+        names = "\n".join(f"{path.relative_to(self.stdlib)} {path.stat().st_size}" for path in self.files)
         return hashlib.sha256(f"pydocs {platform.python_version()}\n{names}".encode()).hexdigest()
 
     def documents(self) -> Iterator[str]:
@@ -92,7 +92,7 @@ class PyDocs:
                 tree = ast.parse(path.read_bytes())
             except (SyntaxError, ValueError):
                 continue  # a template or an example of broken code: nothing to read
-            if path.relative_to(self.library).as_posix() == "pydoc_data/topics.py":
+            if path.relative_to(self.stdlib).as_posix() == "pydoc_data/topics.py":
                 texts.extend(self.topics(tree))
             for node in ast.walk(tree):
                 if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):

@@ -74,7 +74,8 @@ def train(settings: Settings) -> int:
     identity["data"]["prepared"] = prepared.name
     step, seconds = resume(run, identity, model, optimizers, scaler)
     if step >= limits.max_steps or seconds >= max_seconds:
-        print(f"{run} is finished: {step} steps, {seconds:.0f} s. To go on, raise training.max_steps.")
+        limit = "max_steps" if step >= limits.max_steps else "max_seconds"
+        print(f"{run} is finished: {step} steps, {seconds:.0f} s. To go on, raise training.{limit}.")
         return finish(run, device)
     checkpoint.check_disk(run, model, optimizers)
     atomic.write_bytes(run / "config.yaml", yaml.safe_dump(asdict(settings), sort_keys=False).encode())

@@ -150,11 +150,12 @@ def test_a_finished_run_can_be_extended(compose_tiny, tmp_path):
     assert checkpoint.find(tmp_path / "runs/tiny/checkpoints")[-1].step == 5
 
 
-def test_max_seconds_ends_a_run(compose_tiny, tmp_path):
+def test_max_seconds_ends_a_run(compose_tiny, tmp_path, capsys):
     assert story.train(compose_tiny("training.max_steps=1e6", "training.max_seconds=0.5", "training.eval_every=1e6")) == 0
     last = checkpoint.find(tmp_path / "runs/tiny/checkpoints")[-1]
     assert 0.5 <= last.state["seconds"] < 5 and last.state["val_loss"] is not None
     assert story.train(compose_tiny("training.max_steps=1e6", "training.max_seconds=0.5")) == 0
+    assert "raise training.max_seconds" in capsys.readouterr().out
 
 
 def test_another_run_under_the_same_name_is_refused(compose_tiny, tmp_path):

@@ -1,24 +1,30 @@
-"""Writes that are whole or absent: a temporary name, fsync, rename, fsync of the folder.
+"""The one place that writes: files, folders and lines that are whole or absent, and a lock that dies with its holder.
 
-The one place that puts lasting files on a disk. What has its final name is complete, whatever was
-killed while it was being made.
+A temporary name, fsync, rename, fsync of the folder: what has its final name is complete, whatever was
+killed while it was being made. Raises OSError where the disk refuses, leaving what was there.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import hashlib
 import os
+import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 PARTIAL = ".partial-"  # names that start so are leftovers of a kill, never read
+PIECE_BYTES = 2**24  # the most that one system call is given: another thread gets its turn between two
 
 
 @contextmanager
 def new_folder(final: Path) -> Iterator[Path]:
-    """Yield an empty folder to fill; when the block ends well it becomes `final`, else it is removed.
+    """Yield an empty folder to fill with `write_file`; when the block ends well it becomes `final`, else it is removed.
 
     If `final` came into being meanwhile (another process made the same), that one stays.
     """
@@ -27,8 +33,7 @@ def new_folder(final: Path) -> Iterator[Path]:
     try:
         partial.chmod(0o755)
         yield partial
-        for path in [*partial.iterdir(), partial]:
-            sync(path)
+        sync(partial)
         try:
             os.rename(partial, final)
         except OSError:
@@ -39,26 +44,129 @@ def new_folder(final: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def remove_folder(folder: Path) -> None:
+    """Delete a folder, which loses its name first: a kill leaves no half of it behind that looks whole."""
+    if not folder.name.startswith(PARTIAL):
+        doomed = folder.with_name(f"{PARTIAL}{folder.name}-{secrets.token_hex(4)}")
+        os.rename(folder, doomed)
+        folder = doomed
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 def write_bytes(final: Path, content: bytes) -> None:
     """Write or replace one file."""
     final.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(prefix=f"{PARTIAL}{final.name}-", dir=final.parent)
+    partial = final.parent / f"{PARTIAL}{final.name}-{secrets.token_hex(4)}"
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(partial, 0o644)
+        write_file(partial, [content])
         os.replace(partial, final)
         sync(final.parent)
     finally:
-        Path(partial).unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
-def sync(path: Path) -> None:
-    """Ask the system to put a file's content, or a folder's names, on the disk."""
-    handle = os.open(path, os.O_RDONLY)
+def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> str:
+    """Write a new file and bring it to the disk; return the SHA-256 of its content. Not atomic in itself."""
+    digest = hashlib.sha256()
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    try:
+        for piece in pieces:
+            left = memoryview(piece).cast("B")
+            digest.update(left)
+            while left:
+                left = left[os.write(handle, left[:PIECE_BYTES]):]
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+    return digest.hexdigest()
+
+
+def shorten(path: Path, kept: bytes) -> None:
+    """Leave `kept` of a file: a part of its lines. Its beginning needs no room on the disk for that."""
+    content = path.read_bytes()
+    if content.startswith(kept):
+        os.truncate(path, len(kept))
+    else:
+        write_bytes(path, kept)
+
+
+def sync(folder: Path) -> None:
+    """Ask the system to put a folder's names on the disk."""
+    handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+class Lines:
+    """The end of a text file that grows by whole lines.
+
+    What a full disk refuses waits in memory for the next line's turn. Safe to use from several threads.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        self.size = os.fstat(self.handle).st_size
+        if self.size and os.pread(self.handle, 1, self.size - 1) != b"\n":  # a kill cut its last line short
+            self.size = path.read_bytes().rfind(b"\n") + 1
+            os.ftruncate(self.handle, self.size)
+        self.waiting = b""
+        self.turn = threading.Lock()
+
+    def add(self, line: str) -> None:
+        """Append a line, or keep it for later."""
+        with self.turn, suppress(OSError):
+            self.waiting += line.encode() + b"\n"
+            self._flush()
+
+    def sync(self) -> None:
+        """Bring all lines to the disk, which keeps them through a loss of power. Raises OSError if it does not take them."""
+        with self.turn:
+            self._flush()
+        os.fsync(self.handle)
+
+    def _flush(self) -> None:
+        if not self.waiting:
+            return
+        try:
+            written = os.write(self.handle, self.waiting)
+            if written < len(self.waiting):  # a disk that fills midway takes a part
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            os.ftruncate(self.handle, self.size)
+            raise OSError(f"{self.path} takes no more lines ({error.strerror})") from None
+        self.size += written
+        self.waiting = b""
+
+    def close(self) -> None:
+        os.close(self.handle)
+
+
+class Lock:
+    """A file that one process holds, until it lets go or ends in whatever way. The file says who holds it.
+
+    Raises BlockingIOError with the holder's own words if another process has it.
+    """
+
+    def __init__(self, path: Path, holder: str) -> None:
+        self.handle = None
+        while self.handle is None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):  # else it was moved away meanwhile
+                    self.handle = handle
+            except BlockingIOError:
+                words = os.pread(handle, 1000, 0).decode(errors="replace")
+                raise BlockingIOError(errno.EWOULDBLOCK, words or "another process") from None
+            finally:
+                if self.handle is None:
+                    os.close(handle)
+        os.ftruncate(self.handle, 0)
+        os.pwrite(self.handle, holder.encode(), 0)
+
+    def release(self) -> None:
+        os.close(self.handle)

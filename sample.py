@@ -27,18 +27,19 @@ from pathlib import Path
 import torch
 
 from conf.launch import launch
-from conf.schema import SampleSettings
-from data.prepare import load_tokenizer
-from data.tokenizer import Tokenizer
+from conf.schema import SampleSettings, rebuild
+from data.tokenizer import Tokenizer, from_json
 from model import GPT, GPTConfig, generate
 from training import checkpoint
 from training.device import Device
+from training.run import find_run
 
 
 def sample(settings: SampleSettings) -> int:
     """Open a run and print completions as `settings` ask; return the exit code."""
     device = Device(settings.device, settings.precision)
-    model, tokenizer = open_checkpoint(find_checkpoint(settings), device)
+    run = find_run(Path(settings.runs_dir), settings.run)
+    model, tokenizer = open_checkpoint(run, settings.checkpoint, device)
     if settings.interactive:
         for line in prompts():
             try:
@@ -50,17 +51,24 @@ def sample(settings: SampleSettings) -> int:
     return 0
 
 
-def find_checkpoint(settings: SampleSettings) -> checkpoint.Checkpoint:
-    """The checkpoint to sample from. Raises ValueError naming the runs there are."""
-    found = checkpoint.find(checkpoint.find_run(Path(settings.runs_dir), settings.run) / "checkpoints")
-    return found[-1] if settings.checkpoint == "last" else checkpoint.best(found)
+def open_checkpoint(run: Path, which: str, device: Device) -> tuple[GPT, Tokenizer]:
+    """The model, on the device and ready to generate, and the tokenizer it was trained with.
 
-
-def open_checkpoint(found: checkpoint.Checkpoint, device: Device) -> tuple[GPT, Tokenizer]:
-    """The model, on the device and ready to generate, and the tokenizer it was trained with."""
-    model = GPT(GPTConfig(**found.state["model"]))
-    model.load_state_dict(found.model_tensors())
-    return model.to(device.torch).eval(), load_tokenizer(found.folder)
+    Raises ValueError if the run's "best" or "last" checkpoint holds anything that nanohydra does not write.
+    """
+    needed = (checkpoint.MODEL, checkpoint.TOKENIZER)
+    found = checkpoint.choose(run / "checkpoints", which, needed, warn=lambda text: print(text, file=sys.stderr))
+    config = rebuild(GPTConfig, found.state["model"], f"{found.folder / checkpoint.STATE}, model")
+    tokenizer = from_json(found.json(checkpoint.TOKENIZER), f"{found.folder / checkpoint.TOKENIZER}")
+    if tokenizer.vocab_size != config.vocab_size:
+        raise ValueError(f"{found.folder} cannot be: its tokenizer has {tokenizer.vocab_size} tokens, "
+                         f"its model {config.vocab_size}.")
+    with torch.device("meta"):
+        shapes = GPT(config).state_dict()
+    weights = found.tensors(checkpoint.MODEL, like=shapes)  # the model takes memory only once its weights are there
+    model = GPT(config)
+    model.load_state_dict(weights)
+    return model.to(device.torch).eval(), tokenizer
 
 
 def read_prompt(settings: SampleSettings) -> str:

@@ -23,6 +23,8 @@ from __future__ import annotations
 import hashlib
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -32,133 +34,219 @@ import yaml
 from torch import Tensor, nn
 
 import atomic
+from conf.identity import differences, identity_differences, in_short, listed
 from conf.launch import launch
-from conf.schema import SampleSettings, Settings, differences
+from conf.schema import SampleSettings, Settings, folder_name, rebuild
 from data.loader import Loader, Validation
 from data.prepare import describe, load_tokenizer, prepare
 from data.shards import Tokens, read_meta
+from data.tokenizer import Tokenizer
 from model import GPT
 from sample import complete, open_checkpoint, print_completions
-from training import checkpoint
-from training.device import Device, maybe_compile, seconds_per_call
+from training import checkpoint, nonfinite
+from training.checkpoint import Checkpoint
+from training.config import TrainingConfig
+from training.device import Device, Environment, available, maybe_compile, seconds_per_call
 from training.interrupt import Interrupt
-from training.optim import Optimizers, lr_scale
+from training.optim import Optimizers, extension, lr_scale
 from training.recorder import Recorder
+from training.run import Run
+from training.saver import Saver
+from training.state import State
 
 
 def train(settings: Settings) -> int:
     """Run, or go on with, the training that `settings` describe; return the exit code."""
-    limits = settings.training
-    max_seconds = limits.max_seconds or math.inf
-    device = Device(limits.device, limits.precision)
-
     # What is learned from.
     prepared = prepare(settings.data)
     tokenizer = load_tokenizer(prepared)
     settings = replace(settings, model=replace(settings.model, vocab_size=tokenizer.vocab_size))
-    block_size = settings.model.block_size
+    block_size, limits = settings.model.block_size, settings.training
     loader = Loader(Tokens.open(prepared, "train"), block_size, limits.batch_size,
                     limits.micro_steps(block_size), settings.seed)
     validation = Validation(Tokens.open(prepared, "val"), block_size, limits.batch_size, limits.eval_tokens)
     bytes_per_token = read_meta(prepared)["splits"]["val"]["bytes_per_token"]
 
-    # What is learned, and how.
-    torch.manual_seed(settings.seed)
-    model = GPT(settings.model).to(device.torch)
-    optimizers = Optimizers(model.parameters_by_role(), settings.optim)
-    scaler = torch.amp.GradScaler(device.type, enabled=device.precision == "fp16")
+    with open_run(settings, prepared) as (run, settings, last):
+        # What is learned, on what, and how.
+        device = open_device(run, settings, last)
+        torch.manual_seed(settings.seed)
+        model = GPT(settings.model).to(device.torch)
+        optimizers = Optimizers(model.parameters_by_role(), settings.optim)
+        scaler = torch.amp.GradScaler(device.type, enabled=device.precision == "fp16")
 
-    # Where it stands: at the beginning, or at the last checkpoint of this run.
-    run = Path(settings.runs_dir) / settings.name
-    identity = asdict(settings)
-    identity["data"]["prepared"] = prepared.name
-    step, seconds = resume(run, identity, model, optimizers, scaler)
-    if step >= limits.max_steps or seconds >= max_seconds:
-        limit = "max_steps" if step >= limits.max_steps else "max_seconds"
-        print(f"{run} is finished: {step} steps, {seconds:.0f} s. To go on, raise training.{limit}.")
-        return finish(run, device)
-    checkpoint.check_disk(run, model, optimizers)
-    atomic.write_bytes(run / "config.yaml", yaml.safe_dump(asdict(settings), sort_keys=False).encode())
+        # Where it stands: at the beginning, or at the last checkpoint of this run.
+        state = State(model, optimizers, scaler)
+        if last:
+            state.restore(last)
+        if limit := reached(state, settings):
+            print(f"{run.folder} is finished: {state.step} steps, {state.seconds:.0f} s. "
+                  + how_to_go_on(limit, settings, last))
+            return finish(run, limits, device)
+        checkpoint.check_disk(run.checkpoints, state.nbytes())
+        atomic.write_bytes(run.folder / "config.yaml", yaml.safe_dump(asdict(settings), sort_keys=False).encode())
 
-    def save(val_loss: float | None) -> int:
-        """Write a checkpoint of this moment; return its step."""
-        state = {"settings": identity, "model": asdict(model.config), "step": step, "seconds": seconds,
-                 "val_loss": val_loss, "scaler": scaler.state_dict()}
-        checkpoint.save(run / "checkpoints", model.state_dict(), optimizers.tensors(), tokenizer.to_json(), state)
-        checkpoint.prune(run / "checkpoints", limits.keep_last)
-        return step
+        with (Interrupt() as interrupt,
+              Recorder(run.folder, state.step, limits.max_steps, settings.logger, asdict(settings)) as recorder,
+              Saver(run.checkpoints, limits.keep_last, state.step, recorder.sync, recorder.say,
+                    stop_on_error=limits.on_save_error == "stop") as saver):
+            introduce(recorder, run, device, model, loader, describe(prepared), state.step)
+            if last and last.state["max_steps"] != limits.max_steps:
+                recorder.say(extension(state.step, settings.optim, last.state["max_steps"], limits.max_steps))
+            step_seconds = loader.micro_steps * seconds_per_call(lambda: trial(model, loader, device), device)
+            expected = min(step_seconds * (limits.max_steps - state.step), (limits.max_seconds or math.inf) - state.seconds)
+            recorder.say(f"Time: about {expected / 60:.1f} minutes on this machine, by its first batch, and evaluation.")
+            forward = maybe_compile(model, settings.training.compile, device, expected,
+                                    lambda compiled: trial(compiled, loader, device), recorder.say)
+            facts = {"settings": identity(settings, prepared, device.precision), "max_steps": limits.max_steps,
+                     "model": asdict(model.config), "environment": asdict(device.environment(forward is not model))}
 
-    with Interrupt() as interrupt, Recorder(run, step, limits.max_steps, settings.logger, asdict(settings)) as recorder:
-        introduce(recorder, run, device, model, loader, describe(prepared), step)
-        step_seconds = loader.micro_steps * seconds_per_call(lambda: trial(model, loader, device), device)
-        expected = min(step_seconds * (limits.max_steps - step), max_seconds - seconds)
-        recorder.say(f"Time: about {expected / 60:.1f} minutes on this machine, by its first batch, and evaluation.")
-        forward = maybe_compile(model, limits.compile, device, expected,
-                                lambda compiled: trial(compiled, loader, device), recorder.say)
-        saved = step
-        while step < limits.max_steps and seconds < max_seconds and not interrupt:
-            start = time.perf_counter()
-            scale = lr_scale(step, settings.optim, limits.max_steps)
-            optimizers.set_scale(scale)
-            loss = accumulate_gradients(forward, loader, step, scaler, device, settings.seed)
-            if not math.isfinite(loss):
-                raise ValueError(f"The loss is {loss} at step {step} ({loader.describe(step)}); {saved} steps are "
-                                 f"saved. Try a lower optim.lr, optim.grad_clip=1 or training.precision=fp32.")
-            gradient_norm = optimizers.step(scaler, settings.optim.grad_clip)
-            step_seconds = time.perf_counter() - start
-            step, seconds = step + 1, seconds + step_seconds
+            def save(val_loss: float | None, scheduled: bool = False) -> None:
+                saver.save(state.snapshot(val_loss, scheduled, tokenizer.to_json(), facts))
 
-            tokens_per_second = loader.tokens_per_step / step_seconds
-            recorder.record(step, loss=loss, gradient_norm=gradient_norm, lr_scale=scale,
-                            tokens=step * loader.tokens_per_step, step_ms=1000 * step_seconds, seconds=seconds)
-            recorder.progress(step, loss=f"{loss:.3f}", speed=f"{tokens_per_second:,.0f} tokens/s",
-                              **mfu(model, tokens_per_second, device))
-
-            last = step >= limits.max_steps or seconds >= max_seconds
             val_loss = None
-            if last or step % limits.eval_every == 0:
-                val_loss = evaluate(model, validation, device)
-                report(recorder, step, val_loss, bytes_per_token)
-                if limits.sample_tokens:
-                    short = SampleSettings(max_new_tokens=limits.sample_tokens)
-                    recorder.say(f"  {complete(model, tokenizer, '', short, device)[0]!r}")
-            if last or step % limits.checkpoint_every == 0:
-                saved = save(val_loss)
-        if interrupt:
-            if saved < step:
-                saved = save(None)
-            recorder.say(f"Interrupted: {saved} of {limits.max_steps} steps are saved in {run}; "
-                         f"the same command goes on from there.")
-            return interrupt.exit_code
-    print(f"Trained {step} steps in {seconds:.0f} s.")
-    return finish(run, device)
+            if limits.on_nonfinite == "rollback" and not last:
+                save(val_loss, scheduled=True)  # there is always something to go back to
+            while not reached(state, settings) and not interrupt:
+                start = time.perf_counter()
+                scale = lr_scale(state.step, settings.optim, limits.max_steps)
+                optimizers.set_scale(scale)
+                loss = accumulate_gradients(forward, loader, state.batch, scaler, device, settings.seed, interrupt)
+                if loss is None:
+                    break  # interrupted within the step, which is not taken
+                norm = optimizers.gradient_norm(scaler)
+                if math.isfinite(loss) and (scaler.is_enabled() or norm.isfinite()):  # a scaler answers for its gradients
+                    optimizers.step(scaler, norm, settings.optim.grad_clip)
+                    measured = {"loss": loss, "gradient_norm": norm.item()}
+                else:
+                    if answer_nonfinite(loss, state, run, settings.training, loader, recorder, saver) == "rollback":
+                        continue
+                    measured = {"skipped": True}
+                step_seconds = time.perf_counter() - start
+                state.step, state.seconds = state.step + 1, state.seconds + step_seconds
+
+                tokens_per_second = loader.tokens_per_step / step_seconds
+                recorder.record(state.step, **measured, lr_scale=scale, tokens=state.step * loader.tokens_per_step,
+                                step_ms=1000 * step_seconds, seconds=state.seconds)
+                recorder.progress(state.step, loss=f"{loss:.3f}", speed=f"{tokens_per_second:,.0f} tokens/s",
+                                  **mfu(model, tokens_per_second, device))
+
+                val_loss = None
+                ending = bool(reached(state, settings))
+                if ending or state.step % limits.eval_every == 0:
+                    val_loss = evaluate(model, validation, device)
+                    report(recorder, state.step, val_loss, bytes_per_token)
+                    if limits.sample_tokens:
+                        recorder.say(f"  {short_sample(model, tokenizer, limits.sample_tokens, device)!r}")
+                due = state.step % limits.checkpoint_every == 0
+                if ending or due:
+                    save(val_loss, scheduled=due)
+                saver.check()
+            saver.finish()
+            if saver.saved < state.step:  # interrupted, or the disk was full
+                save(val_loss)
+                saver.finish()
+            if saver.saved < state.step:
+                raise OSError(f"Only {saver.saved} of {state.step} steps are saved in {run.folder}: "
+                              f"free some disk, and the same command goes on from there.")
+            if interrupt:
+                recorder.say(f"Interrupted: {state.step} of {limits.max_steps} steps are saved in {run.folder}; "
+                             f"the same command goes on from there.")
+                return interrupt.exit_code
+        print(f"Trained {state.step} steps in {state.seconds:.0f} s, and waited {saver.held_up_seconds:.1f} s for saving.")
+        return finish(run, limits, device)
 
 
-def resume(run: Path, identity: dict[str, Any], model: GPT, optimizers: Optimizers,
-           scaler: torch.amp.GradScaler) -> tuple[int, float]:
-    """Load the run's last checkpoint, if it has one; return the steps and seconds trained so far.
+@contextmanager
+def open_run(settings: Settings, prepared: Path) -> Iterator[tuple[Run, Settings, Checkpoint | None]]:
+    """Hold the run's folder; give it, the settings as they hold in it, and its last checkpoint if it has one.
 
-    Raises ValueError listing the differences if the run in this folder is another one.
+    A folder that holds another run is refused with a ValueError that lists the differences, or, where no name was
+    given, left alone for a folder that is named by them.
     """
-    found = checkpoint.find(run / "checkpoints")
-    if not found:
-        return 0, 0.0
-    last = found[-1]
-    if differing := differences(last.state["settings"], identity):
-        raise ValueError(f"{run} holds a run with other settings: "
-                         + ", ".join(f"{key} was {old} and is now {new}" for key, (old, new) in differing.items())
-                         + ". Choose another name=, or go on with the old settings.")
-    model.load_state_dict(last.model_tensors())
-    optimizers.load_tensors(last.optimizer_tensors())
-    scaler.load_state_dict(last.state["scaler"])
-    return last.step, last.state["seconds"]
+    name = settings.name or settings.auto_name
+    while True:
+        folder = Path(settings.runs_dir) / name
+        if settings.restart and folder.is_dir():
+            with Run(folder) as old:
+                old.move_aside()
+            print(f"{folder} is now {old.folder}.")
+        with Run(folder) as run:
+            last = checkpoint.choose(run.checkpoints, "last", checkpoint.FILES, warn=print, set_aside=True)
+            held = as_it_began(replace(settings, name=name), last)
+            now = identity(held, prepared, held.training.precision)
+            changes = identity_differences(last.state["settings"], now) if last else {}
+            if not changes:
+                yield run, held, last
+                return
+        if settings.name:
+            raise ValueError(f"{folder} holds a run with other settings: {listed(changes)}. Choose another name=, or "
+                             f"begin anew with restart=true (what is there stays, as {name}.old), or keep the old settings.")
+        name = folder_name("-".join([name, *in_short(changes)]))
+        print(f"{folder} holds a run with other settings ({listed(changes)}): this one goes to {folder.with_name(name)}.")
+
+
+def identity(settings: Settings, prepared: Path, precision: str) -> dict[str, Any]:
+    """The settings as a checkpoint keeps them, with the tokens and the precision that they came to."""
+    values = asdict(settings)
+    values["data"]["prepared"] = prepared.name.rpartition("-")[2]
+    values["training"]["precision"] = precision
+    return values
+
+
+def as_it_began(settings: Settings, last: Checkpoint | None) -> Settings:
+    """In a run that goes on, 'auto' is what it was when the run began."""
+    if not last:
+        return settings
+    began = environment_of(last)
+    was = {"precision": began.precision, "compile": str(began.compiled).lower(),
+           "device": began.device if available()[began.device] else "auto"}
+    auto = {name: value for name, value in was.items() if getattr(settings.training, name) == "auto"}
+    return replace(settings, training=replace(settings.training, **auto))
+
+
+def environment_of(saved: Checkpoint) -> Environment:
+    return rebuild(Environment, saved.state["environment"], f"{saved.folder / checkpoint.STATE}, environment")
+
+
+def open_device(run: Run, settings: Settings, last: Checkpoint | None) -> Device:
+    """The device, with the threads that the run began with.
+
+    Raises ValueError where anything else would change the last bits of its results, unless `allow_drift` is set.
+    """
+    limits = settings.training
+    device = Device(limits.device, limits.precision, limits.deterministic)
+    if last and not settings.allow_drift:
+        began = environment_of(last)
+        torch.set_num_threads(began.threads)
+        if drift := differences(asdict(began), asdict(device.environment(limits.compile == "true"))):
+            raise ValueError(f"{run.folder} would not go on with the same bits here: {listed(drift)}. Go on where it began, "
+                             f"or here with allow_drift=true, which lets the last bits differ from now on.")
+    return device
+
+
+def reached(state: State, settings: Settings) -> str:
+    """The limit that ends the run here, if one does."""
+    limits = settings.training
+    if state.step >= limits.max_steps:
+        return "max_steps"
+    return "max_seconds" if limits.max_seconds and state.seconds >= limits.max_seconds else ""
+
+
+def how_to_go_on(limit: str, settings: Settings, last: Checkpoint) -> str:
+    """What to type when a run is finished, and what that will mean."""
+    if limit == "max_seconds":
+        return "To go on, raise training.max_seconds."
+    more = 2 * last.step
+    return (f"To go on, raise training.max_steps, as in training.max_steps={more}. "
+            + extension(last.step, settings.optim, last.state["max_steps"], more))
 
 
 def introduce(recorder: Recorder, run: Path, device: Device, model: GPT, loader: Loader, data: str, step: int) -> None:
     """Say what is about to be trained, on what, and from where."""
     parts = {role: sum(weights.numel() for weights in parameters)
              for role, parameters in model.parameters_by_role().items()}
-    recorder.say(f"Run: {run}" + (f", from step {step}" if step else ""))
+    recorder.say(f"Run: {run.folder}" + (f", from step {step}" if step else ""))
     recorder.say(f"Data: {data}")
     recorder.say(f"Model: {sum(parts.values()):,} parameters ("
                  + ", ".join(f"{role} {count:,}" for role, count in parts.items() if count)
@@ -168,18 +256,54 @@ def introduce(recorder: Recorder, run: Path, device: Device, model: GPT, loader:
     recorder.say(f"Device: {device.describe()}")
 
 
-def accumulate_gradients(forward: nn.Module, loader: Loader, step: int, scaler: torch.amp.GradScaler,
-                         device: Device, seed: int) -> float:
-    """Forward and backward of a step's micro-steps; return the mean loss, in nats a token."""
+def accumulate_gradients(forward: nn.Module, loader: Loader, batch: int, scaler: torch.amp.GradScaler,
+                         device: Device, seed: int, interrupt: Interrupt) -> float | None:
+    """Forward and backward of a step's micro-steps; the mean loss, in nats a token, or None if interrupted between two."""
     loss = 0.0
     for micro_step in range(loader.micro_steps):
-        inputs, targets = to(device, loader.batch(step, micro_step))
-        seed_dropout(seed, step, micro_step)
+        if interrupt:
+            return None
+        inputs, targets = to(device, loader.batch(batch, micro_step))
+        seed_dropout(seed, batch, micro_step)
         with device.autocast():
             micro_loss = forward(inputs, targets) / loader.micro_steps
         scaler.scale(micro_loss).backward()
         loss += micro_loss.item()
     return loss
+
+
+def answer_nonfinite(loss: float, state: State, run: Run, limits: TrainingConfig, loader: Loader, recorder: Recorder,
+                     saver: Saver) -> str:
+    """Write down a loss or gradient that is NaN or infinite, and do what `on_nonfinite` says, which is returned.
+
+    "skip" leaves the weights as they are; "rollback" goes back to the last scheduled checkpoint, to step over all
+    batches since. Raises ValueError to stop: when asked to, and when it has happened too often.
+    """
+    state.nonfinite += 1
+    answer = limits.on_nonfinite if state.nonfinite <= limits.nonfinite_limit else "stop"
+    batch = {"index": state.batch, "sequences_start_at": loader.sequences(state.batch)}
+    path = nonfinite.report(run.folder, state.nonfinite, state.step, batch, loss, state.model, recorder.recent, answer)
+    state.optimizers.clear(state.scaler)
+    said = f"Step {state.step + 1} came to a loss of {loss:.4g} and a gradient that cannot be used: see {path}."
+    if answer == "stop":
+        saver.finish()
+        if state.nonfinite > 1:
+            said += f" That was time {state.nonfinite}, and training.nonfinite_limit={limits.nonfinite_limit}."
+        raise ValueError(f"{said} {saver.saved} steps are saved. Try a lower optim.lr, optim.grad_clip=1, "
+                         f"training.precision=fp32, or training.on_nonfinite=skip or rollback.")
+    if answer == "rollback":
+        saver.finish()
+        back = checkpoint.choose(run.checkpoints, "scheduled", checkpoint.FILES, recorder.say, set_aside=True)
+        if back is None:
+            raise ValueError(f"{said} There is no checkpoint to go back to.")
+        state.roll_back(back)
+        checkpoint.cut_back(run.checkpoints, state.step)
+        recorder.cut_back(state.step)
+        saver.saved = state.step
+        recorder.say(f"{said} Back to step {state.step}, past the batches since then.")
+    else:
+        recorder.say(f"{said} Its batch is skipped.")
+    return answer
 
 
 def trial(model: nn.Module, loader: Loader, device: Device) -> None:
@@ -222,18 +346,23 @@ def report(recorder: Recorder, step: int, val_loss: float, bytes_per_token: floa
                  f"{bits_per_byte:.4f} bits per byte")
 
 
+def short_sample(model: GPT, tokenizer: Tokenizer, length: int, device: Device) -> str:
+    """What the model writes at this point."""
+    return complete(model, tokenizer, "", SampleSettings(max_new_tokens=length), device)[0]
+
+
 def mfu(model: GPT, tokens_per_second: float, device: Device) -> dict[str, str]:
     """Model FLOPs utilisation (arXiv:2204.02311), where the device's peak is known."""
     peak = device.peak_flops()
     return {"mfu": f"{model.flops_per_token() * tokens_per_second / peak:.1%}"} if peak else {}
 
 
-def finish(run: Path, device: Device) -> int:
+def finish(run: Run, limits: TrainingConfig, device: Device) -> int:
     """Print what the best checkpoint writes, and how to see more."""
-    best = checkpoint.best(checkpoint.find(run / "checkpoints"))
-    model, tokenizer = open_checkpoint(best, device)
-    print_completions(model, tokenizer, "", SampleSettings(num_samples=3), device)
-    print(f'More: python sample.py run={run} prompt="..."')
+    if limits.sample_tokens:
+        model, tokenizer = open_checkpoint(run.folder, "best", device)
+        print_completions(model, tokenizer, "", SampleSettings(num_samples=3), device)
+    print(f'More: python sample.py run={run.folder} prompt="..."')
     return 0
 
 

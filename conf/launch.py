@@ -39,7 +39,8 @@ def launch(story: Callable[[Any], int], root: str, doc: str) -> NoReturn:
         print(f"Error: {error.filename}: {error.strerror}." if system else f"Error: {error}", file=sys.stderr)
         code = 1
     except KeyboardInterrupt:
-        code = 130
+        sys.stdout.flush()
+        os._exit(130)  # at once: not after what threads and libraries would like to finish
     sys.exit(code)
 
 

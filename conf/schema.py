@@ -8,6 +8,7 @@ come in one report: unknown keys, wrong types, values out of range.
 from __future__ import annotations
 
 import difflib
+import hashlib
 import re
 import types
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
+from conf.identity import flat, identity_differences, in_short
 from data.sources import DataConfig
 from model.config import GPTConfig
 from training.config import TrainingConfig
@@ -38,9 +40,12 @@ SWEEP_ADVICE = "several values are a sweep: add -m to run them all, or choose on
 class Settings:
     """Everything about a training run."""
 
-    name: str = ""  # of the run's folder; empty: made from the experiment and what differs from it
+    name: str = ""  # of the run's folder; empty: auto_name
+    auto_name: str = ""  # made from the experiment and what differs from it
     seed: int = 1337
     runs_dir: str = "runs"
+    restart: bool = False  # begin anew: what is in the run's folder is moved aside
+    allow_drift: bool = False  # go on although machine or versions are others, and the last bits with them
     model: GPTConfig = field(default_factory=GPTConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -112,13 +117,38 @@ class PlotSettings:
             yield f"out={self.out} must end in .png, .svg or .pdf."
 
 
-SCHEMAS = {"config": Settings, "sample": SampleSettings, "plot": PlotSettings}  # by conf/NAME.yaml
+@dataclass(frozen=True)
+class VerifySettings:
+    """How a training is stopped and compared; all other settings are the training's own."""
 
-# What tells one run from another. The rest may change when a run goes on: how long it is, how often it looks
-# and saves, and what it computes on and reports to.
-NOT_IDENTITY = re.compile(
-    r"name|runs_dir|logger\..*|data\.path"
-    r"|training\.(max_steps|max_seconds|eval_every|eval_tokens|sample_tokens|checkpoint_every|keep_last|device|compile)")
+    kills: int = 20  # each a kill -9
+    train: tuple[str, ...] = ()  # what the command line says about the training
+
+    def problems(self) -> Iterator[str]:
+        """One sentence for each value that cannot work."""
+        if self.kills < 0:
+            yield f"kills={self.kills} must be at least 0."
+
+
+@dataclass(frozen=True)
+class TortureSettings:
+    """How much of the campaign against runs is fought."""
+
+    kills: int = 200  # of whole programs, at random moments
+    every: int = 1  # fail at each call that writes, or at one in so many
+
+    def problems(self) -> Iterator[str]:
+        """One sentence for each value that cannot work."""
+        if self.kills < 0:
+            yield f"kills={self.kills} must be at least 0."
+        if self.every < 1:
+            yield f"every={self.every} must be at least 1."
+
+
+SCHEMAS = {"config": Settings, "sample": SampleSettings, "plot": PlotSettings, "verify": VerifySettings,
+           "torture": TortureSettings}  # by conf/NAME.yaml
+
+DERIVED = ("model.vocab_size", "auto_name", "train")  # nobody sets these: the tokenizer and the other settings decide them
 
 
 class ConfigError(ValueError):
@@ -143,19 +173,8 @@ def leaves(schema: Any, prefix: str = "") -> dict[str, Any]:
     """Each setting's full name and type, as in {"model.n_layer": int}."""
     found: dict[str, Any] = {}
     for name, hint in get_type_hints(schema).items():
-        if is_dataclass(hint):
-            found |= leaves(hint, f"{prefix}{name}.")
-        elif f"{prefix}{name}" != "model.vocab_size":  # the tokenizer decides that one
-            found[f"{prefix}{name}"] = hint
-    return found
-
-
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as {"model.n_layer": 4, ...}."""
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return found
+        found |= leaves(hint, f"{prefix}{name}.") if is_dataclass(hint) else {f"{prefix}{name}": hint}
+    return {name: hint for name, hint in found.items() if name not in DERIVED}
 
 
 def compose(root: str, overrides: list[str]) -> Any:
@@ -165,6 +184,11 @@ def compose(root: str, overrides: list[str]) -> Any:
     """
     schema = SCHEMAS[root]
     known = leaves(schema)
+    trains = any(field.name == "train" for field in fields(schema))
+    about_training = [word for word in overrides if trains and word.partition("=")[0] not in known]
+    if about_training:  # what a script does not know itself is for the training that it starts
+        compose("config", about_training)
+        overrides = [word for word in overrides if word not in about_training]
     problems: list[str] = []
     for_hydra: list[str] = []
     free_text: dict[str, str] = {}  # taken past Hydra, whose grammar would refuse most English
@@ -201,14 +225,16 @@ def compose(root: str, overrides: list[str]) -> Any:
     if problems:
         raise ConfigError(problems)
     if isinstance(settings, Settings) and not settings.name:
-        settings = replace(settings, name=default_name(overrides, settings, choices["experiment"]))
-    return settings
+        settings = replace(settings, auto_name=default_name(overrides, settings, choices["experiment"]))
+    return replace(settings, train=tuple(about_training)) if trains else settings
 
 
 def compose_with_hydra(root: str, schema: Any, overrides: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
     """What Hydra makes of defaults, presets and overrides, as plain containers, and the presets it chose."""
     defaults = asdict(schema())
     defaults.get("model", {}).pop("vocab_size", None)
+    for name in DERIVED:
+        defaults.pop(name, None)
     ConfigStore.instance().store(f"{root}_defaults", defaults)
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
@@ -250,9 +276,21 @@ def freeze(schema: Any, values: dict[str, Any], prefix: str, problems: list[str]
             continue
         try:
             arguments[name] = convert(values[name], hint)
-        except (TypeError, ValueError) as error:
-            problems.append(f"{prefix}{name}={values[name]} {error}.")
+        except (TypeError, ValueError, OverflowError) as error:
+            problems.append(f"{prefix}{name}={str(values[name])[:200]} {error}.")
     return schema(**arguments)
+
+
+def rebuild(schema: Any, values: dict[str, Any], place: str) -> Any:
+    """The dataclass instance that was saved as `values`, which are not to be trusted.
+
+    Raises ValueError naming the `place` they come from for what `schema` does not have and for what cannot be.
+    """
+    problems = [f"{key[:40]} is not a setting." for key in values if key not in leaves(schema)]
+    instance = freeze(schema, values, "", problems)
+    if problems := problems or list(instance.problems()):
+        raise ValueError(f"{place}: {' '.join(problems[:3])}")
+    return instance
 
 
 def convert(value: Any, hint: Any) -> Any:
@@ -310,18 +348,12 @@ def default_name(overrides: list[str], settings: Settings, experiment: str) -> s
     plain = compose("config", ["name=-", f"data.path={path}", *(f"{group}={preset}" for group, preset in presets.items())])
     start = presets.pop("experiment", "" if "data" in presets else experiment)
     presets.pop("logger", None)
-    changed = (f"{key.rpartition('.')[2]}={new}" for key, (_, new) in differences(asdict(plain), asdict(settings)).items())
-    parts = [start, *presets.values(), Path(path).stem, *changed]
+    changes = identity_differences(asdict(plain), asdict(settings))
+    parts = [start, *presets.values(), Path(path).stem, *in_short(changes)]
     return folder_name("-".join(part for part in parts if part))
 
 
 def folder_name(text: str) -> str:
-    """`text` as a name that every file system takes."""
-    return re.sub(r"[^\w.,=+-]+", "_", text)[:120]
-
-
-def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """The identity settings in which two runs differ, with both values."""
-    before, after = flat(old), flat(new)
-    return {key: (before.get(key), after.get(key)) for key in before | after
-            if not NOT_IDENTITY.fullmatch(key) and before.get(key) != after.get(key)}
+    """`text` as a name that every file system takes; what is cut off a long one leaves a hash."""
+    name = re.sub(r"[^\w.,=+-]+", "_", text)
+    return name if len(name) <= 120 else f"{name[:111]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"

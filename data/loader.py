@@ -71,12 +71,10 @@ class Loader:
     def tokens_per_step(self) -> int:
         return self.world_size * self.micro_steps * self.batch_size * self.block_size
 
-    def describe(self, step: int) -> str:
-        """Where a step's sequences are in the training split, to name them in a message."""
+    def sequences(self, step: int) -> list[int]:
+        """Where the sequences of a step, of all its ranks and micro-steps, begin in the training split."""
         count = self.tokens_per_step // self.block_size
-        starts = self.starts(step * count + np.arange(count, dtype=np.int64))
-        return f"its {count} sequences start at the training tokens {', '.join(map(str, starts[:8]))}" + (
-            ", ..." if count > 8 else "")
+        return self.starts(step * count + np.arange(count, dtype=np.int64)).tolist()
 
     def starts(self, index: np.ndarray) -> np.ndarray:
         """Where the windows begin that are read as the `index`-th since the run began."""

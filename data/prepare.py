@@ -62,8 +62,8 @@ def build(source: PyDocs | TextFiles, config: DataConfig, folder: Path, recipe: 
                                "bytes_per_token": n_bytes[split] / max(1, writer.n_tokens)}
                        for split, writer in writers.items()},
         }
-        (partial / "tokenizer.json").write_text(json.dumps(tokenizer.to_json()))
-        (partial / "meta.json").write_text(json.dumps(meta, indent=2))
+        atomic.write_file(partial / "tokenizer.json", [json.dumps(tokenizer.to_json()).encode()])
+        atomic.write_file(partial / "meta.json", [json.dumps(meta, indent=2).encode()])
 
 
 class Corpus:
@@ -117,8 +117,9 @@ def make_tokenizer(config: DataConfig, corpus: Corpus) -> Tokenizer:
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer that lies beside prepared tokens or in a checkpoint."""
-    return from_json(json.loads((folder / "tokenizer.json").read_text()))
+    """The tokenizer that lies beside prepared tokens."""
+    path = folder / "tokenizer.json"
+    return from_json(json.loads(path.read_text()), str(path))
 
 
 def describe(folder: Path) -> str:

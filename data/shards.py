@@ -5,11 +5,14 @@ Tokens are uint16 where the vocabulary allows, else uint32; shards are read thro
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+import atomic
 
 SHARD_TOKENS = 2**26  # 64 M tokens: 128 MB of uint16
 
@@ -36,7 +39,10 @@ class ShardWriter:
 
     def flush(self, n_tokens: int) -> None:
         tokens = np.concatenate(self.waiting)
-        np.save(self.folder / f"{self.split}_{self.n_shards:05d}.npy", tokens[:n_tokens])
+        header = io.BytesIO()
+        np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(tokens[:n_tokens]))
+        path = self.folder / f"{self.split}_{self.n_shards:05d}.npy"
+        atomic.write_file(path, [header.getvalue(), tokens[:n_tokens].data])
         self.waiting = [tokens[n_tokens:]]
         self.n_waiting -= n_tokens
         self.n_shards += 1

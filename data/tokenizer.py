@@ -6,6 +6,7 @@ Knows no files but GPT-2's published ones, which tiktoken finds; knows no model.
 from __future__ import annotations
 
 import base64
+import binascii
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
@@ -14,6 +15,10 @@ from typing import Any, Protocol
 import tiktoken
 
 END_OF_TEXT = "<|endoftext|>"  # written between documents; the same words inside a text stay words
+
+# How a trained BPE cuts text before it merges anything: GPT-4's way, words with the space before them, numbers by threes.
+PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*"
+           r"|\s*[\r\n]|\s+(?!\S)|\s+")
 
 
 class Tokenizer(Protocol):
@@ -81,9 +86,9 @@ class BPETokenizer:
                              f"set TIKTOKEN_CACHE_DIR to a folder where tiktoken has kept them.") from None
 
     @classmethod
-    def from_ranks(cls, ranks: list[bytes], pattern: str) -> BPETokenizer:
+    def from_ranks(cls, ranks: list[bytes]) -> BPETokenizer:
         return cls(tiktoken.Encoding(
-            "nanohydra-bpe", pat_str=pattern, special_tokens={END_OF_TEXT: len(ranks)},
+            "nanohydra-bpe", pat_str=PATTERN, special_tokens={END_OF_TEXT: len(ranks)},
             mergeable_ranks={token: rank for rank, token in enumerate(ranks)},
         ))
 
@@ -93,12 +98,12 @@ class BPETokenizer:
         import rustbpe
 
         trainer = rustbpe.Tokenizer()
-        trainer.train_from_iterator(texts, vocab_size=vocab_size - 1)
+        trainer.train_from_iterator(texts, vocab_size=vocab_size - 1, pattern=PATTERN)
         ranks = sorted(trainer.get_mergeable_ranks(), key=lambda item: item[1])
         if len(ranks) < vocab_size - 1:
             raise ValueError(f"data.vocab_size={vocab_size} asks more of this text than it holds: "
                              f"it gives {len(ranks) + 1} tokens; set data.vocab_size={len(ranks) + 1} or less.")
-        return cls.from_ranks([bytes(token) for token, _ in ranks], trainer.get_pattern())
+        return cls.from_ranks([bytes(token) for token, _ in ranks])
 
     def encode(self, text: str) -> list[int]:
         try:
@@ -116,19 +121,30 @@ class BPETokenizer:
         if self.encoding.name == "gpt2":
             return {"kind": "gpt2"}
         ranks = [self.encoding.decode_single_token_bytes(rank) for rank in range(self.end_of_text)]
-        return {"kind": "bpe", "pattern": self.encoding._pat_str,
+        return {"kind": "bpe", "pattern": PATTERN,
                 "ranks": [base64.b64encode(token).decode() for token in ranks]}
 
 
-def from_json(saved: dict[str, Any]) -> Tokenizer:
-    """The tokenizer that `to_json` described."""
-    if saved["kind"] == "char":
-        return CharTokenizer(saved["characters"], saved["end_of_text"])
-    if saved["kind"] == "byte":
-        return ByteTokenizer()
-    if saved["kind"] == "gpt2":
+def from_json(saved: dict[str, Any], place: str) -> Tokenizer:
+    """The tokenizer that `to_json` described. Raises ValueError naming the `place` for what it cannot have written."""
+    kind, keys = saved.get("kind"), saved.keys() - {"kind"}
+    if kind == "gpt2" and not keys:
         return BPETokenizer.gpt2()
-    return BPETokenizer.from_ranks([base64.b64decode(token) for token in saved["ranks"]], saved["pattern"])
+    if kind == "byte" and not keys:
+        return ByteTokenizer()
+    if kind == "char" and keys == {"characters", "end_of_text"}:
+        characters, with_end = saved["characters"], saved["end_of_text"]
+        if (isinstance(characters, str) and isinstance(with_end, bool) and list(characters) == sorted(set(characters))
+                and not any("\ud800" <= character <= "\udfff" for character in characters)):  # UTF-8 has no bytes for these
+            return CharTokenizer(characters, with_end)
+    if kind == "bpe" and keys == {"pattern", "ranks"} and saved["pattern"] == PATTERN and isinstance(saved["ranks"], list):
+        try:
+            ranks = [base64.b64decode(token, validate=True) for token in saved["ranks"]]
+        except (TypeError, ValueError, binascii.Error):
+            ranks = []
+        if all(ranks) and len(set(ranks)) == len(ranks) and {bytes((value,)) for value in range(256)} <= set(ranks):
+            return BPETokenizer.from_ranks(ranks)
+    raise ValueError(f"{place} holds no tokenizer of nanohydra's.")
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:

@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+# Far beyond what runs here; a checkpoint from a stranger cannot ask for more.
+LIMITS = {"block_size": 2**17, "vocab_size": 2**24, "n_layer": 2**10, "n_embd": 2**16}
+
 
 @dataclass(frozen=True)
 class GPTConfig:
@@ -40,6 +43,10 @@ class GPTConfig:
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
             if getattr(self, name) < 1:
                 yield f"{name}={getattr(self, name)} must be at least 1."
+                return
+        for name, most in LIMITS.items():
+            if getattr(self, name) > most:
+                yield f"{name}={getattr(self, name)} is too large: the most is {most}."
                 return
         if not 0 <= self.dropout < 1:
             yield f"dropout={self.dropout} is a probability: choose 0 <= dropout < 1."

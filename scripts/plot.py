@@ -16,7 +16,7 @@ from pathlib import Path
 import atomic
 from conf.launch import launch
 from conf.schema import PlotSettings
-from training.checkpoint import find_run
+from training.run import find_run
 
 
 def main(settings: PlotSettings) -> int:
@@ -37,8 +37,8 @@ def draw(run: Path, kind: str) -> bytes:
     from matplotlib import pyplot
 
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    trained = [(row["step"], row["loss"]) for row in rows if "loss" in row]
-    validated = [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row]
+    trained = [(row["step"], row["loss"]) for row in rows if row.get("loss") is not None]
+    validated = [(row["step"], row["val_loss"]) for row in rows if row.get("val_loss") is not None]
     figure, axes = pyplot.subplots(figsize=(7, 4), dpi=120, layout="constrained")
     if trained:
         axes.plot(*zip(*trained, strict=True), color="#9ecae1", linewidth=1, label="training, each step")

@@ -3,11 +3,13 @@
 import hashlib
 import os
 import random
+import signal
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
+import train
 from conf.schema import compose
 
 settings.register_profile("nanohydra", deadline=None, max_examples=50)  # no deadline: the machine may be busy
@@ -69,3 +71,19 @@ def compose_tiny(book, tmp_path):
     small = ["model=nano", "data=text", f"data.path={book}", "data.tokenizer=char", "training=smoke", f"runs_dir={tmp_path / 'runs'}",
              "name=tiny", "training.device=cpu", "training.precision=fp32", "training.eval_tokens=512", "optim.lr=3e-3"]
     return lambda *overrides: compose("config", [*small, *overrides])
+
+
+@pytest.fixture
+def interrupt_at(monkeypatch):
+    """Send this process a signal at the beginning of step `step`, once."""
+    def plan(step, number=signal.SIGINT):
+        def at_step(now, *arguments):
+            if now == step and not sent:
+                sent.append(number)
+                os.kill(os.getpid(), number)
+            return lr_scale(now, *arguments)
+
+        sent = []
+        lr_scale = train.lr_scale
+        monkeypatch.setattr(train, "lr_scale", at_step)
+    return plan

@@ -1,7 +1,9 @@
 """What has its final name is whole, whatever goes wrong while it is being made."""
 
 import errno
+import hashlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -113,9 +115,9 @@ def test_a_kill_leaves_no_folder_of_the_final_name_and_the_next_attempt_works(tm
 def test_a_folder_is_on_the_disk_before_it_gets_its_name(tmp_path, journal):
     with atomic.new_folder(tmp_path / "final") as partial:
         for name in ("a", "b"):
-            (partial / name).write_bytes(b"content")
+            atomic.write_file(partial / name, [b"content"])
     *before, rename, parent = journal
-    assert sorted(before[:-1]) == [("sync", "a"), ("sync", "b")] and before[-1] == ("sync", partial.name)
+    assert before == [("sync", "a"), ("sync", "b"), ("sync", partial.name)]
     assert rename == ("rename", partial.name, "final")
     assert parent == ("sync", tmp_path.name)
 
@@ -131,7 +133,7 @@ def test_a_file_is_written_and_replaced(tmp_path):
     assert final.stat().st_mode & 0o777 == 0o644
 
 
-@pytest.mark.parametrize("call", ["fsync", "replace", "chmod"])
+@pytest.mark.parametrize("call", ["write", "fsync", "replace"])
 def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch, call):
     atomic.write_bytes(tmp_path / "final", b"old")
     monkeypatch.setattr(os, call, disk_full)
@@ -167,3 +169,97 @@ def test_a_reader_sees_the_old_file_or_the_new_one(tmp_path):
         seen.add((tmp_path / "final").read_bytes())
     writer.join()
     assert seen <= set(contents)
+
+
+def test_a_file_is_written_in_pieces_and_its_sum_returned(tmp_path, monkeypatch):
+    monkeypatch.setattr(atomic, "PIECE_BYTES", 7)
+    content = os.urandom(100)
+    assert atomic.write_file(tmp_path / "a", [content[:33], b"", memoryview(content[33:])]) == hashlib.sha256(content).hexdigest()
+    assert (tmp_path / "a").read_bytes() == content
+    with pytest.raises(FileExistsError):
+        atomic.write_file(tmp_path / "a", [b"other"])
+
+
+def test_what_is_kept_of_a_file_needs_no_room_when_it_is_its_beginning(tmp_path, monkeypatch):
+    (tmp_path / "a").write_bytes(b"one\ntwo\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", disk_full)
+        atomic.shorten(tmp_path / "a", b"one\n")
+    assert tree(tmp_path) == {"a": b"one\n"}
+    (tmp_path / "a").write_bytes(b"one\ntwo\n")
+    atomic.shorten(tmp_path / "a", b"two\n")
+    assert tree(tmp_path) == {"a": b"two\n"}
+
+
+def test_a_folder_loses_its_name_before_its_content(tmp_path, monkeypatch):
+    (tmp_path / "step_1").mkdir()
+    (tmp_path / "step_1" / "a").write_bytes(b"one")
+    with monkeypatch.context() as patch:
+        patch.setattr(atomic.shutil, "rmtree", lambda *words, **options: None)  # killed here
+        atomic.remove_folder(tmp_path / "step_1")
+    [leftover] = tmp_path.iterdir()
+    assert leftover.name.startswith(f"{atomic.PARTIAL}step_1-")
+    atomic.remove_folder(leftover)
+    assert not any(tmp_path.iterdir())
+
+
+# Lines
+
+
+def test_lines_are_appended_at_once_and_a_torn_one_is_dropped(tmp_path):
+    path = tmp_path / "lines"
+    path.write_bytes(b"one\ntw")
+    lines = atomic.Lines(path)
+    assert path.read_bytes() == b"one\n"
+    lines.add("2")
+    assert path.read_bytes() == b"one\n2\n"
+    lines.sync()
+    lines.close()
+
+
+def test_a_line_that_is_half_taken_is_taken_back_and_offered_again(tmp_path, monkeypatch):
+    lines = atomic.Lines(tmp_path / "lines")
+    lines.add("first")
+    write = os.write
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", lambda handle, content: write(handle, content[:3]))
+        lines.add("second")
+        assert (tmp_path / "lines").read_bytes() == b"first\n"
+        with pytest.raises(OSError, match="takes no more lines"):
+            lines.sync()
+    lines.add("third")
+    assert (tmp_path / "lines").read_bytes() == b"first\nsecond\nthird\n"
+    lines.close()
+
+
+# A lock
+
+
+HOLD = "import atomic, pathlib, sys, time; atomic.Lock(pathlib.Path(sys.argv[1]), 'the first'); print('held', flush=True); time.sleep(99)"
+
+
+def test_a_lock_names_its_holder_and_dies_with_it(tmp_path):
+    path = tmp_path / "run" / "lock"
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, path], cwd=Path(atomic.__file__).parent, stdout=subprocess.PIPE)
+    assert holder.stdout.readline() == b"held\n"
+    for _ in range(2):
+        with pytest.raises(BlockingIOError) as refusal:
+            atomic.Lock(path, "the second")
+        assert refusal.value.strerror == "the first"
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    lock = atomic.Lock(path, "me")
+    assert path.read_text() == "me"
+    with pytest.raises(BlockingIOError):
+        atomic.Lock(path, "me again")
+    lock.release()
+    atomic.Lock(path, "x").release()
+
+
+def test_a_lock_moves_with_its_folder(tmp_path):
+    lock = atomic.Lock(tmp_path / "run" / "lock", "me")
+    (tmp_path / "run").rename(tmp_path / "run.old")
+    atomic.Lock(tmp_path / "run" / "lock", "another").release()
+    with pytest.raises(BlockingIOError):
+        atomic.Lock(tmp_path / "run.old" / "lock", "another")
+    lock.release()

@@ -24,7 +24,7 @@ def complaint(*overrides: str, root: str = "config") -> str:
 def test_the_default_is_the_pydocs_experiment():
     settings = compose("config", [])
     assert settings == compose("config", ["experiment=pydocs"])
-    assert (settings.name, settings.data.source, settings.optim.optimizer) == ("pydocs", "pydocs", "muon")
+    assert (settings.auto_name, settings.data.source, settings.optim.optimizer) == ("pydocs", "pydocs", "muon")
 
 
 def test_settings_are_frozen_all_the_way_down():
@@ -168,7 +168,8 @@ def test_any_file_name_arrives_unchanged(text, tmp_path):
 
 def test_names_tell_runs_apart(tmp_path):
     def name(*overrides):
-        return compose("config", list(overrides)).name
+        settings = compose("config", list(overrides))
+        return settings.name or settings.auto_name
 
     book = tmp_path / "book.txt"
     book.write_text("x")

@@ -8,10 +8,16 @@ import pytest
 import torch
 
 from model import GPT, GPTConfig
-from training.optim import OptimConfig, Optimizers, lr_scale
+from training.optim import OptimConfig, Optimizers, extension, lr_scale
 
 NANO = GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=16)
 PLAIN = torch.amp.GradScaler("cpu", enabled=False)
+
+
+def take_step(optimizers: Optimizers, grad_clip: float) -> torch.Tensor:
+    norm = optimizers.gradient_norm(PLAIN)
+    optimizers.step(PLAIN, norm, grad_clip)
+    return norm
 
 
 def model_with_gradients(config: GPTConfig = NANO, seed: int = 0) -> GPT:
@@ -55,7 +61,7 @@ def test_adamw_step_equals_its_published_equations():
     model = model_with_gradients()
     before = {name: weights.detach().clone() for name, weights in model.named_parameters()}
     gradients = {name: weights.grad.clone() for name, weights in model.named_parameters()}
-    Optimizers(model.parameters_by_role(), config).step(PLAIN, config.grad_clip)
+    take_step(Optimizers(model.parameters_by_role(), config), config.grad_clip)
     for name, weights in model.named_parameters():
         decayed = before[name] * (1 - 0.1 * (0.2 if weights.dim() > 1 else 0.0))
         first_step = decayed - 0.1 * gradients[name] / (gradients[name].abs() + 1e-8)  # both moments, bias-corrected
@@ -69,7 +75,7 @@ def test_clipping_bounds_the_norm_and_reports_it_unclipped():
     clipped = []
     for one in optimizers.all:
         one.register_step_pre_hook(lambda *_: clipped.extend(w.grad.square().sum().item() for w in model.parameters()))
-    assert optimizers.step(PLAIN, norm / 4) == pytest.approx(norm, rel=1e-5)
+    assert take_step(optimizers, norm / 4) == pytest.approx(norm, rel=1e-5)
     assert math.sqrt(sum(clipped)) == pytest.approx(norm / 4, rel=1e-3)
     assert all(weights.grad is None for weights in model.parameters())
 
@@ -83,7 +89,7 @@ def test_state_goes_out_and_comes_back_exactly(optimizer):
         torch.manual_seed(seed)
         ids = torch.randint(11, (3, 8))
         model(ids, ids.roll(-1, 1)).backward()
-        optimizers.step(PLAIN, 1.0)
+        take_step(optimizers, 1.0)
 
     straight = model_with_gradients()
     straight.zero_grad()
@@ -99,7 +105,33 @@ def test_state_goes_out_and_comes_back_exactly(optimizer):
     resumed.load_tensors(state)
     step(other, resumed, 2)
     assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), other.parameters(), strict=True))
-    assert sum(tensor.nbytes for tensor in state.values()) <= resumed.nbytes() + 8 * len(state)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_state_that_is_there_from_the_start_is_what_torch_begins_with(optimizer):
+    config = OptimConfig(optimizer=optimizer, lr=0.01)
+    ours, theirs = model_with_gradients(), model_with_gradients()
+    early, lazy = Optimizers(ours.parameters_by_role(), config), Optimizers(theirs.parameters_by_role(), config)
+    for one in lazy.all:
+        one.state.clear()
+    size = {name: (tensor.shape, tensor.dtype) for name, tensor in early.tensors().items()}
+    take_step(early, 1.0)
+    take_step(lazy, 1.0)
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+    assert early.tensors().keys() == lazy.tensors().keys()
+    assert all(torch.equal(tensor, lazy.tensors()[name]) for name, tensor in early.tensors().items())
+    assert size == {name: (tensor.shape, tensor.dtype) for name, tensor in early.tensors().items()}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_clearing_drops_the_gradients_and_changes_nothing_else(optimizer):
+    model = model_with_gradients()
+    optimizers = Optimizers(model.parameters_by_role(), OptimConfig(optimizer=optimizer))
+    before = {name: weights.detach().clone() for name, weights in model.named_parameters()}
+    optimizers.gradient_norm(PLAIN)
+    optimizers.clear(PLAIN)
+    assert all(torch.equal(weights, before[name]) and weights.grad is None for name, weights in model.named_parameters())
+    assert all(not tensor.any() for tensor in optimizers.tensors().values())
 
 
 def test_set_scale_multiplies_the_full_rates():
@@ -128,3 +160,17 @@ def test_a_schedule_rises_in_the_warm_up_and_never_rises_again(schedule):
     scales = [lr_scale(step, config, 200) for step in range(200)]
     assert scales[:21] == sorted(scales[:21]) and scales[20:] == sorted(scales[20:], reverse=True)
     assert max(scales) == 1.0 and min(scales) > 0
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd", "constant"])
+@pytest.mark.parametrize("step", [1, 20, 21, 49, 50, 51, 100])
+@pytest.mark.parametrize("max_steps", [101, 150, 400])
+def test_extending_says_whether_the_run_becomes_the_longer_one(schedule, step, max_steps):
+    """It does where all rates so far are the same; else the sentence gives the rates on both sides."""
+    config = OptimConfig(schedule=schedule, warmup_steps=20, decay_fraction=0.5)
+    so_far = [lr_scale(s, config, 100) == lr_scale(s, config, max_steps) for s in range(step)]
+    said = extension(step, config, 100, max_steps)
+    assert ("it becomes that run" in said) == all(so_far)
+    if not all(so_far):
+        for rate in (lr_scale(step - 1, config, 100), lr_scale(step, config, max_steps), lr_scale(max_steps - 1, config, max_steps)):
+            assert f"{rate:.0%}" in said

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sys
 import types
 
 import pytest
 
-from training.recorder import LoggerConfig, Recorder, cut_back
+import atomic
+from training.recorder import LoggerConfig, Recorder
 
 
 def rows(folder):
@@ -35,9 +38,41 @@ def test_going_on_cuts_off_what_was_recorded_after_the_checkpoint(tmp_path):
     assert [(row["step"], row["loss"]) for row in rows(tmp_path)] == [(1, 1), (2, 2), (3, 3), (4, 40)]
 
 
-def test_cutting_back_what_is_not_there_is_nothing(tmp_path):
-    cut_back(tmp_path / "metrics.jsonl", 3)
-    assert not (tmp_path / "metrics.jsonl").exists()
+def test_cutting_back_drops_damaged_lines_and_keeps_the_last_losses(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "loss": 3.0}\n{"loss": 1}\n\xff\n[1]\n"step"\n{"step": 2, "loss": 2.0}\n{"step": 3}\n')
+    with Recorder(tmp_path, 2, 9, LoggerConfig(), {}) as recorder:
+        assert list(recorder.recent) == [3.0, 2.0]
+        recorder.cut_back(1)
+        assert list(recorder.recent) == [3.0] and recorder.bar.n == 1
+    assert rows(tmp_path) == [{"step": 1, "loss": 3.0}]
+
+
+def test_what_is_not_finite_is_null_in_json(tmp_path):
+    with Recorder(tmp_path, 0, 9, LoggerConfig(), {}) as recorder:
+        recorder.record(1, loss=float("inf"), gradient_norm=float("nan"), skipped=True)
+    assert rows(tmp_path) == [{"step": 1, "loss": None, "gradient_norm": None, "skipped": True}]
+
+
+def test_metrics_that_a_full_disk_refuses_come_later_in_order(tmp_path, monkeypatch):
+    class Full:
+        def __getattr__(self, name):
+            return getattr(os, name)
+
+        def write(self, handle, content):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with Recorder(tmp_path, 0, 9, LoggerConfig(), {}) as recorder:
+        recorder.record(1, loss=1.0)
+        with monkeypatch.context() as patch:
+            patch.setattr(atomic, "os", Full())
+            recorder.record(2, loss=2.0)
+            recorder.say("words")
+            with pytest.raises(OSError, match=r"metrics.jsonl takes no more lines \(No space left"):
+                recorder.sync()
+        recorder.sync()
+        assert [row["step"] for row in rows(tmp_path)] == [1, 2]
+        recorder.record(3, loss=3.0)
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3]
 
 
 class FakeWandb(types.ModuleType):
@@ -53,9 +88,12 @@ class FakeWandb(types.ModuleType):
         self._break("init")
         return self
 
-    def log(self, values, step):
+    def define_metric(self, *names, **how):
+        self.defined = (names, how)
+
+    def log(self, values):
         self._break("log")
-        self.logged.append((step, values))
+        self.logged.append(values)
 
     def finish(self):
         self._break("finish")
@@ -91,7 +129,7 @@ def test_a_resumed_run_continues_the_same_wandb_run(tmp_path, monkeypatch):
             recorder.record(step + 1, loss=1.0)
     first, second = (arguments["id"] for arguments in fake.inits)
     assert first == second
-    assert [step for step, _ in fake.logged] == [1, 2]
+    assert [values["step"] for values in fake.logged] == [1, 2] and fake.defined == (("*",), {"step_metric": "step"})
 
 
 @pytest.mark.slow

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import sample as story
 import train
@@ -104,17 +106,21 @@ def test_a_run_that_is_not_there_is_an_error_that_names_those_that_are(say, tmp_
 def test_streamed_pieces_are_the_whole_text(runs_dir):
     settings = compose("sample", [f"runs_dir={runs_dir}", "max_new_tokens=50", "stop=zz"])
     device = Device("cpu", "fp32")
-    model, tokenizer = story.open_checkpoint(story.find_checkpoint(settings), device)
+    model, tokenizer = story.open_checkpoint(runs_dir / "tiny", "best", device)
     pieces = []
     whole = story.complete(model, tokenizer, "The", settings, device, show=pieces.append)[0]
     assert "".join(pieces) == "The" + whole and len([piece for piece in pieces if piece]) > 10
 
 
 def test_best_is_the_checkpoint_with_the_lowest_validation_loss(runs_dir):
-    found = checkpoint.find(runs_dir / "tiny/checkpoints")
-    best = story.find_checkpoint(compose("sample", [f"runs_dir={runs_dir}"]))
+    folder = runs_dir / "tiny/checkpoints"
+    found = checkpoint.find(folder)
+    best = checkpoint.choose(folder, "best", checkpoint.FILES, pytest.fail)
     assert best.state["val_loss"] == min(one.state["val_loss"] for one in found)
-    assert story.find_checkpoint(compose("sample", [f"runs_dir={runs_dir}", "checkpoint=last"])).step == 60
+    assert checkpoint.choose(folder, "last", checkpoint.FILES, pytest.fail).step == 60
+    model, _ = story.open_checkpoint(runs_dir / "tiny", "best", Device("cpu", "fp32"))
+    saved = load_file(best.folder / checkpoint.MODEL)
+    assert all(torch.equal(weights, saved[name]) for name, weights in model.state_dict().items())
 
 
 class Bytes:

@@ -1,14 +1,16 @@
 """Text to token ids and back."""
 
+import base64
 import json
 
 import pytest
 import requests
+import rustbpe
 import tiktoken
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.tokenizer import END_OF_TEXT, BPETokenizer, ByteTokenizer, CharTokenizer, fingerprint, from_json
+from data.tokenizer import END_OF_TEXT, PATTERN, BPETokenizer, ByteTokenizer, CharTokenizer, fingerprint, from_json
 
 TEXT = """It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness,
 it was the epoch of belief, it was the epoch of incredulity, it was the season of Light, it was the season of Darkness,
@@ -63,7 +65,7 @@ def test_a_very_long_run_of_spaces_is_text_or_one_clear_error(tokenizer):
 
 
 def test_json_gives_the_same_tokenizer_back(tokenizer):
-    again = from_json(json.loads(json.dumps(tokenizer.to_json())))
+    again = from_json(json.loads(json.dumps(tokenizer.to_json())), "here")
     assert again.encode(TEXT) == tokenizer.encode(TEXT)
     assert (again.vocab_size, again.end_of_text) == (tokenizer.vocab_size, tokenizer.end_of_text)
     assert fingerprint(again) == fingerprint(tokenizer)
@@ -149,7 +151,31 @@ def test_gpt2_offline_is_one_sentence_that_says_what_to_do(tmp_path, monkeypatch
     monkeypatch.setattr(requests, "get", no_network)
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     monkeypatch.delitem(tiktoken.registry.ENCODINGS, "gpt2", raising=False)  # what an earlier test may have loaded
-    for attempt in (BPETokenizer.gpt2, lambda: from_json({"kind": "gpt2"})):
+    for attempt in (BPETokenizer.gpt2, lambda: from_json({"kind": "gpt2"}, "here")):
         with pytest.raises(ValueError, match=r"ConnectionError.*TIKTOKEN_CACHE_DIR") as caught:
             attempt()
         assert "\n" not in str(caught.value) and caught.value.__suppress_context__
+
+
+BYTES = [base64.b64encode(bytes((value,))).decode() for value in range(256)]
+
+
+@pytest.mark.parametrize("saved", [
+    {}, {"kind": 3}, {"kind": []}, {"kind": "byte", "more": 1}, {"kind": "char"}, {"kind": "char", "characters": 5, "end_of_text": True},
+    {"kind": "char", "characters": ["a"], "end_of_text": True}, {"kind": "char", "characters": "ab", "end_of_text": 1},
+    {"kind": "char", "characters": "aa", "end_of_text": True}, {"kind": "char", "characters": "\ud800", "end_of_text": True},
+    {"kind": "bpe", "pattern": PATTERN}, {"kind": "bpe", "pattern": PATTERN, "ranks": BYTES[1:]},
+    {"kind": "bpe", "pattern": PATTERN, "ranks": [*BYTES, BYTES[0]]}, {"kind": "bpe", "pattern": PATTERN, "ranks": [*BYTES, "?"]},
+    {"kind": "bpe", "pattern": PATTERN, "ranks": [*BYTES, ""]}, {"kind": "bpe", "pattern": PATTERN, "ranks": [*BYTES, 7]},
+    {"kind": "bpe", "pattern": PATTERN, "ranks": {}}, {"kind": "bpe", "pattern": "(a+)+$", "ranks": BYTES},
+], ids=range(18))
+def test_what_is_no_tokenizer_of_ours_is_one_sentence(saved):
+    with pytest.raises(ValueError, match=r"^place holds no tokenizer of nanohydra's.$"):
+        from_json(saved, "place")
+
+
+def test_the_split_pattern_is_the_one_that_training_uses():
+    """The pattern is a constant, so that no file can bring one that takes for ever; rustbpe's own default is the same."""
+    trainer = rustbpe.Tokenizer()
+    trainer.train_from_iterator(iter(["hello world " * 10]), vocab_size=257)
+    assert trainer.get_pattern() == PATTERN

@@ -1,115 +1,331 @@
-"""Checkpoints: written whole or not at all, found by looking, pruned. safetensors and JSON, never pickle.
+"""Checkpoints: written whole or not at all, checked when read, found by looking, pruned. safetensors and JSON, never pickle.
 
     RUN/checkpoints/step_00000300/
         model.safetensors      the weights, by their plain names
         optimizer.safetensors  the optimizers' state
-        state.json             step, seconds trained, losses, settings, shape of the model, versions
+        state.json             where the run stands, its settings, the model's shape, what it was computed on
         tokenizer.json         what turns the ids back into text
+        manifest.json          size and SHA-256 of each of these, and of itself
 
-Knows tensors by name and nothing of what they mean.
+Opening one trusts nothing: not its checksums, which show accidents but not intent, and not its sizes. Knows tensors
+by name and nothing of what they mean.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import platform
+import math
+import os
 import shutil
+import stat
+import struct
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 import atomic
-from training.optim import Optimizers
 
-FORMAT = 1
+FORMAT = 2
+MODEL, OPTIMIZER, STATE, TOKENIZER = "model.safetensors", "optimizer.safetensors", "state.json", "tokenizer.json"
+FILES = (MODEL, OPTIMIZER, STATE, TOKENIZER)
+MANIFEST = "manifest.json"
+MAX_JSON_BYTES = 2**26  # more than any vocabulary needs
+DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64", torch.int64: "I64"}
+MAX_DEPTH = 4  # of what is inside what in these JSON files
+STATE_TYPES = {"step": int, "max_steps": int, "seconds": float, "batches_skipped": int, "nonfinite": int,
+               "scheduled": bool, "val_loss": (float, type(None)), "settings": dict, "model": dict, "environment": dict,
+               "scaler": dict}
+
+
+class Damaged(ValueError):
+    """A checkpoint that is not what was written; the message names the file and what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """All that a checkpoint is made of. `state` holds what STATE_TYPES lists."""
+
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    tokenizer: dict[str, Any]
+    state: dict[str, Any]
+
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (*self.model.values(), *self.optimizer.values()))
+
+    def copy(self) -> Snapshot:
+        """The same in memory of its own, which training does not change."""
+        def copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+
+        return Snapshot(copied(self.model), copied(self.optimizer), self.tokenizer, self.state)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One saved moment of a run. `state` is what `state.json` holds; tensors are read when asked for."""
+    """One saved moment of a run whose small files are whole; the large ones are checked when they are asked for."""
 
     folder: Path
+    manifest: dict[str, dict[str, Any]]  # of each file: "bytes" and "sha256"
     state: dict[str, Any]
+
+    @classmethod
+    def open(cls, folder: Path) -> Checkpoint:
+        """Raises Damaged unless the manifest, the sizes of all files, and the state are in order."""
+        manifest = parse(folder / MANIFEST, read_small(folder / MANIFEST))
+        if manifest.pop("sha256", None) != digest(manifest):
+            raise Damaged(f"{folder / MANIFEST} does not match its own checksum")
+        if manifest.get("format") != FORMAT:
+            raise ValueError(f"{folder} is of format {str(manifest.get('format'))[:40]}, this nanohydra reads {FORMAT}: "
+                             f"use the version that wrote it.")
+        files = manifest.get("files")
+        if not isinstance(files, dict) or sorted(files) != sorted(FILES):
+            raise Damaged(f"{folder / MANIFEST} does not list the files of a checkpoint")
+        for name, entry in files.items():
+            if not isinstance(entry, dict) or size(folder / name) != entry.get("bytes"):
+                raise Damaged(f"{folder / name} is not of the size that the manifest says")
+        checkpoint = cls(folder, files, {})
+        checkpoint.state.update(checkpoint.json(STATE))
+        for key, kinds in STATE_TYPES.items():
+            value = checkpoint.state.get(key, "nothing")
+            fits = isinstance(value, kinds) and (kinds is bool or not isinstance(value, bool))
+            if not fits or (isinstance(value, int | float) and not 0 <= value < 2**40):
+                raise Damaged(f"{folder / STATE} holds {key}={str(value)[:40]}, which cannot be")
+        if folder.name != folder_name(checkpoint.step):
+            raise Damaged(f"{folder / STATE} is of step {checkpoint.step}")
+        return checkpoint
 
     @property
     def step(self) -> int:
         return self.state["step"]
 
-    def model_tensors(self, device: str = "cpu") -> dict[str, Tensor]:
-        return load_file(self.folder / "model.safetensors", device=device)
+    def verify(self, names: Iterable[str] = FILES) -> None:
+        """Read the files `names` and raise Damaged if one is not what was written."""
+        for name in names:
+            with open(self.folder / name, "rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != self.manifest[name].get("sha256"):
+                    raise Damaged(f"{self.folder / name} does not match its checksum")
 
-    def optimizer_tensors(self) -> dict[str, Tensor]:
-        return load_file(self.folder / "optimizer.safetensors")
+    def json(self, name: str) -> dict[str, Any]:
+        """The content of state.json or tokenizer.json."""
+        content = read_small(self.folder / name)
+        if hashlib.sha256(content).hexdigest() != self.manifest[name].get("sha256"):
+            raise Damaged(f"{self.folder / name} does not match its checksum")
+        return parse(self.folder / name, content)
 
+    def tensors(self, name: str, like: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What model.safetensors or optimizer.safetensors hold: just what `like` has, in its shapes and types.
 
-def save(checkpoints: Path, model: dict[str, Tensor], optimizer: dict[str, Tensor],
-         tokenizer: dict[str, Any], state: dict[str, Any]) -> Checkpoint:
-    """Write `checkpoints/step_XXXXXXXX`; `state` needs a "step". Raises OSError if the disk is full, leaving nothing."""
-    folder = checkpoints / f"step_{state['step']:08d}"
-    state = {"format": FORMAT} | state | {"versions": {"python": platform.python_version(), "torch": torch.__version__}}
-    with atomic.new_folder(folder) as partial:
+        Reads nothing before the header agrees, so that no file can ask for more memory than `like` takes.
+        """
+        path = self.folder / name
+        with open(path, "rb") as file:
+            start = file.read(8)
+        header_bytes = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
+        if (header_bytes > 1000 + 400 * len(like)
+                or 8 + header_bytes + sum(tensor.nbytes for tensor in like.values()) != size(path)):
+            raise Damaged(f"{path} is not of the size that the settings ask for")
+        self.verify([name])
         try:
-            save_file(contiguous(model), partial / "model.safetensors")
-            save_file(contiguous(optimizer), partial / "optimizer.safetensors")
+            with safe_open(path, "pt") as file:
+                there = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+                found = {key: (one.get_dtype(), tuple(one.get_shape())) for key, one in there.items()}
+                wanted = {key: (DTYPES[tensor.dtype], tuple(tensor.shape)) for key, tensor in like.items()}
+                for key in sorted(found.keys() | wanted.keys()):
+                    if found.get(key) != wanted.get(key):
+                        raise Damaged(f"{path} holds {key[:80]} as {found.get(key)}, the settings ask for {wanted.get(key)}")
+                return {key: file.get_tensor(key).clone() for key in wanted}  # of its own memory, not the file's
         except SafetensorError as error:
-            raise OSError(f"{folder} could not be written ({error}): earlier checkpoints are as they were.") from None
-        (partial / "tokenizer.json").write_text(json.dumps(tokenizer))
-        (partial / "state.json").write_text(json.dumps(state, indent=2))
-    return Checkpoint(folder, state)
+            raise Damaged(f"{path} cannot be read ({error})") from None
 
 
-def contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+def read_small(path: Path) -> bytes:
+    if size(path) > MAX_JSON_BYTES:
+        raise Damaged(f"{path} is larger than any that nanohydra writes")
+    return path.read_bytes()
+
+
+def size(path: Path) -> int:
+    """In bytes. Raises Damaged for what is missing and for what is no plain file of this folder, such as a link."""
+    try:
+        status = os.lstat(path)
+    except OSError as error:
+        raise Damaged(f"{path} cannot be read ({error.strerror})") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise Damaged(f"{path} is no plain file")
+    return status.st_size
+
+
+def parse(path: Path, content: bytes) -> dict[str, Any]:
+    """A JSON object. Raises Damaged for anything else, such as numbers that are none and nests that are too deep."""
+    def refuse(word: str) -> None:
+        raise ValueError(word)
+
+    try:
+        value = json.loads(content, parse_constant=refuse)
+    except (ValueError, RecursionError):
+        value = None
+    inside = [value]
+    for _ in range(MAX_DEPTH):
+        inside = [one for outer in inside if isinstance(outer, dict | list)
+                  for one in (outer.values() if isinstance(outer, dict) else outer)]
+    if not isinstance(value, dict) or inside:
+        raise Damaged(f"{path} is not the JSON that nanohydra writes")
+    return value
+
+
+def digest(value: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def folder_name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def save(checkpoints: Path, snapshot: Snapshot, settle: Callable[[], None] = lambda: None) -> None:
+    """Write `checkpoints/step_XXXXXXXX`, after `settle`, which brings to the disk what must be there by then.
+
+    Raises OSError saying how much is needed if it cannot be, leaving no part of it.
+    """
+    folder = checkpoints / folder_name(snapshot.state["step"])
+    needed = int(1.01 * snapshot.nbytes()) + 2**20  # the tensors; the rest is small
+    try:
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        if shutil.disk_usage(checkpoints).free < needed:
+            raise OSError("the disk is full")
+        settle()
+        contents = {MODEL: pieces(snapshot.model), OPTIMIZER: pieces(snapshot.optimizer),
+                    TOKENIZER: [json.dumps(snapshot.tokenizer).encode()],
+                    STATE: [json.dumps(snapshot.state, indent=2, allow_nan=False).encode()]}
+        with atomic.new_folder(folder) as partial:
+            files = {}
+            for name, content in contents.items():
+                checksum = atomic.write_file(partial / name, content)
+                files[name] = {"bytes": size(partial / name), "sha256": checksum}
+            manifest = {"format": FORMAT, "files": files}
+            atomic.write_file(partial / MANIFEST, [json.dumps(manifest | {"sha256": digest(manifest)}, indent=2).encode()])
+    except OSError as error:
+        raise OSError(f"{folder} could not be written ({error.strerror or error}): it needs {megabytes(needed)} of free "
+                      f"disk. Earlier checkpoints are as they were.") from None
+
+
+def pieces(tensors: dict[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """A safetensors file, piece by piece, without another copy of the tensors (huggingface.co/docs/safetensors)."""
+    header, end = {}, 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    yield struct.pack("<Q", len(text)) + text
+    for tensor in tensors.values():
+        yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def look(checkpoints: Path) -> tuple[list[Checkpoint], dict[Path, str]]:
+    """The checkpoints that can be opened, oldest first, and what is wrong with the others."""
+    found, damage = [], {}
+    for folder in sorted(checkpoints.glob("step_*")):
+        try:
+            found.append(Checkpoint.open(folder))
+        except Damaged as error:
+            damage[folder] = str(error)
+    return found, damage
 
 
 def find(checkpoints: Path) -> list[Checkpoint]:
-    """All checkpoints, oldest first."""
-    folders = sorted(checkpoints.glob("step_*"))
-    return [Checkpoint(folder, json.loads((folder / "state.json").read_text())) for folder in folders]
+    """All checkpoints that can be opened, oldest first."""
+    return look(checkpoints)[0]
 
 
-def find_run(runs_dir: Path, name: str) -> Path:
-    """The folder of the run `name`: below `runs_dir`, or a path; without a name, the run that was saved last.
+def choose(checkpoints: Path, which: str, names: Iterable[str], warn: Callable[[str], None],
+           set_aside: bool = False) -> Checkpoint | None:
+    """The first checkpoint by ORDERS[which] whose files `names` are whole; None where there is none at all.
 
-    Raises ValueError naming the runs there are.
+    What is damaged on the way is named in one warning, and loses its place with `set_aside`. Raises ValueError
+    if nothing else is there.
     """
-    runs = sorted(folder.parent for folder in runs_dir.rglob("checkpoints") if any(folder.glob("step_*")))
-    if not name and runs:
-        return max(runs, key=lambda run: (run / "checkpoints").stat().st_mtime)
-    for run in (runs_dir / name, Path(name)):
-        if name and any(run.glob("checkpoints/step_*")):
-            return run
-    there = f"There are: {', '.join(str(run.relative_to(runs_dir)) for run in runs)}." if runs else (
-        f"{runs_dir} holds no run with a checkpoint: train one with python train.py.")
-    raise ValueError(f"run={name} is not there. {there}" if name else there)
+    found, damage = look(checkpoints)
+    chosen = None
+    for one in sorted(found, key=ORDERS[which]):
+        try:
+            one.verify(names)
+            chosen = one
+            break
+        except Damaged as error:
+            damage[one.folder] = str(error)
+    if damage and not chosen:
+        raise ValueError(f"No checkpoint in {checkpoints} is whole: {'; '.join(damage.values())}. "
+                         f"Put a copy back, or begin anew with restart=true.")
+    if damage:
+        warn(f"Warning: {'; '.join(damage.values())}: using {chosen.folder.name} instead.")
+    for folder in damage if set_aside else ():
+        folder.rename(free_name(folder.with_name(f"damaged-{folder.name}")))
+    return chosen
 
 
-def best(found: list[Checkpoint]) -> Checkpoint | None:
-    """The checkpoint with the lowest validation loss; the newest where none was evaluated."""
-    evaluated = [one for one in found if one.state.get("val_loss") is not None]
-    return min(evaluated, key=lambda one: one.state["val_loss"]) if evaluated else (found[-1] if found else None)
+def free_name(path: Path) -> Path:
+    """`path`, or `path` with the first number that makes it a name of its own."""
+    names = chain([path], (path.with_name(f"{path.name}-{number}") for number in count(2)))
+    return next(name for name in names if not name.exists())
+
+
+def quality(one: Checkpoint) -> tuple[float, int]:
+    """Sorts by validation loss; what was not evaluated comes last, the newest first."""
+    val_loss = one.state["val_loss"]
+    return (math.inf if val_loss is None else val_loss), -one.step
+
+
+def age(one: Checkpoint) -> int:
+    """Sorts the newest first."""
+    return -one.step
+
+
+def scheduled_age(one: Checkpoint) -> tuple[bool, int]:
+    """Sorts the newest first that any run with these settings has; what an interruption left comes last."""
+    return not one.state["scheduled"], -one.step
+
+
+ORDERS = {"best": quality, "last": age, "scheduled": scheduled_age}
 
 
 def prune(checkpoints: Path, keep_last: int) -> None:
-    """Delete all but the newest `keep_last` and the best, and what a kill left half-written."""
+    """Delete all but the newest `keep_last` and the first of each order, and what a kill left half-written.
+
+    What is damaged stays.
+    """
     found = find(checkpoints)
-    kept = {one.folder for one in found[-keep_last:]} | ({best(found).folder} if found else set())
+    kept = {one.folder for one in found[-keep_last:]}
+    kept |= {min(found, key=order).folder for order in ORDERS.values() if found}
     doomed = [one.folder for one in found if one.folder not in kept] + list(checkpoints.glob(f"{atomic.PARTIAL}*"))
     for folder in doomed:
-        shutil.rmtree(folder, ignore_errors=True)
+        atomic.remove_folder(folder)
 
 
-def check_disk(run: Path, model: nn.Module, optimizers: Optimizers) -> None:
-    """Raise ValueError unless the disk under `run` holds two checkpoints of this size."""
-    needed = 2 * (sum(weights.nbytes for weights in model.state_dict().values()) + optimizers.nbytes())
-    folder = run
+def cut_back(checkpoints: Path, step: int) -> None:
+    """Delete the checkpoints of later steps, which will come to be in another way."""
+    for one in find(checkpoints):
+        if one.step > step:
+            atomic.remove_folder(one.folder)
+
+
+def check_disk(checkpoints: Path, nbytes: int) -> None:
+    """Raise ValueError unless the disk under `checkpoints` holds two checkpoints of this size."""
+    needed = 2 * nbytes
+    folder = checkpoints
     while not folder.exists():
         folder = folder.parent
     if (free := shutil.disk_usage(folder).free) < needed:
-        raise ValueError(f"{folder} has {free / 2**20:,.0f} MB free, two checkpoints need {needed / 2**20:,.0f} MB: "
+        raise ValueError(f"{folder} has {megabytes(free)} free, two checkpoints need {megabytes(needed)}: "
                          f"free some, or choose another runs_dir.")
+
+
+def megabytes(count: float) -> str:
+    return f"{count / 2**20:,.0f} MB"

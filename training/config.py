@@ -17,20 +17,25 @@ class TrainingConfig:
     tokens_per_step: int | None = None  # more than one micro-step holds: gradients are accumulated
     eval_every: int = 130  # steps; the last one is always evaluated
     eval_tokens: int = 2**18  # of the validation split, from its start; a smaller split is read whole
-    sample_tokens: int = 48  # the length of the sample at each evaluation; 0 for none
+    sample_tokens: int = 48  # the length of the sample at each evaluation; 0 for none, at the end neither
     checkpoint_every: int = 130  # steps; the last one is always saved
     keep_last: int = 2  # checkpoints, beside the best one
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     compile: Literal["auto", "true", "false"] = "auto"
+    deterministic: bool = False  # on a GPU: only kernels that give the same bits each time, where torch has them
+    on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"  # what to do when a loss or gradient is NaN or infinite
+    nonfinite_limit: int = 5  # skip and rollback: how often in a run; the next one stops it
+    on_save_error: Literal["continue", "stop"] = "continue"  # when a checkpoint cannot be written, as on a full disk
 
     def problems(self) -> Iterator[str]:
         """One sentence for each value that cannot work."""
         for name in ("max_steps", "batch_size", "eval_every", "eval_tokens", "checkpoint_every", "keep_last"):
             if getattr(self, name) < 1:
                 yield f"{name}={getattr(self, name)} must be at least 1."
-        if self.sample_tokens < 0:
-            yield f"sample_tokens={self.sample_tokens} must be at least 0."
+        for name in ("sample_tokens", "nonfinite_limit"):
+            if getattr(self, name) < 0:
+                yield f"{name}={getattr(self, name)} must be at least 0."
         if self.max_seconds is not None and not self.max_seconds > 0:
             yield f"max_seconds={self.max_seconds} must be more than 0, or null for no limit."
 

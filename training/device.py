@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
@@ -19,6 +23,29 @@ PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e1
 COMPILE_PAYS_AFTER_SECONDS = {"cuda": 300, "cpu": 900}
 
 
+@dataclass(frozen=True)
+class Environment:
+    """What the last bits of a result depend on beside the settings."""
+
+    device: Literal["cpu", "cuda", "mps"] = "cpu"
+    processor: str = ""
+    threads: int = 1
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    deterministic: bool = False
+    compiled: bool = False
+    torch: str = ""
+
+    def problems(self) -> Iterator[str]:
+        """One sentence for each value that cannot be."""
+        if not 1 <= self.threads <= 1024:
+            yield f"threads={self.threads} is no number of threads."
+
+
+def available() -> dict[str, bool]:
+    """Which devices this machine has, the one to prefer first."""
+    return {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+
+
 class Device:
     """Where and in what precision a run computes, and the reasons for the log.
 
@@ -26,12 +53,11 @@ class Device:
     Raises ValueError for a device that this machine does not have.
     """
 
-    def __init__(self, device: str = "auto", precision: str = "auto") -> None:
-        available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-        if device != "auto" and not available[device]:
-            raise ValueError(f"device={device} is not available here: choose auto or one of "
-                             f"{', '.join(name for name, there in available.items() if there)}.")
-        self.type = device if device != "auto" else next(name for name, there in available.items() if there)
+    def __init__(self, device: str = "auto", precision: str = "auto", deterministic: bool = False) -> None:
+        here = [name for name, there in available().items() if there]
+        if device not in ("auto", *here):
+            raise ValueError(f"device={device} is not available here: choose auto or one of {', '.join(here)}.")
+        self.type = device if device != "auto" else here[0]
         self.torch = torch.device(self.type)
         self.native_bf16 = self._has_native_bf16()
         self.chosen = precision == "auto"
@@ -42,6 +68,11 @@ class Device:
             torch.set_float32_matmul_precision("high")  # TF32 where a product stays in fp32
         if self.type == "cpu":
             keep_freed_memory()
+        self.deterministic = deterministic
+        if deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # see cuBLAS, "Results reproducibility"
+            torch.use_deterministic_algorithms(True)
+            torch.utils.deterministic.fill_uninitialized_memory = False  # which would cost time and find no mistake of ours
 
     def _has_native_bf16(self) -> bool:
         if self.type == "cuda":
@@ -61,7 +92,11 @@ class Device:
     def describe(self) -> str:
         """For the log: what was chosen, and why."""
         reason = {"bf16": "native here", "fp16": "bf16 is not native here", "fp32": "no faster one is native here"}
-        return f"{self.name()}; {self.precision} ({reason[self.precision] if self.chosen else 'as asked'})"
+        return f"{self.name()}; {self.precision} ({reason[self.precision] if self.chosen else 'as set'})"
+
+    def environment(self, compiled: bool) -> Environment:
+        return Environment(self.type, processor() if self.type == "cpu" else self.name(), torch.get_num_threads(),
+                           self.precision, self.deterministic, compiled, torch.__version__)
 
     def name(self) -> str:
         if self.type == "cuda":
@@ -80,6 +115,16 @@ class Device:
             torch.cuda.synchronize()
         elif self.type == "mps":
             torch.mps.synchronize()
+
+
+def processor() -> str:
+    """The CPU's name, and the instructions that torch uses of it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 def keep_freed_memory() -> None:

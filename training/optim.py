@@ -61,6 +61,17 @@ def lr_scale(step: int, config: OptimConfig, max_steps: int) -> float:
     return 1.0 - (1.0 - config.min_lr_ratio) * fall
 
 
+def extension(step: int, config: OptimConfig, old_max_steps: int, max_steps: int) -> str:
+    """What it means that a run at `step` that was planned for `old_max_steps` is now one of `max_steps`."""
+    old, new = (lambda s: lr_scale(s, config, old_max_steps)), (lambda s: lr_scale(s, config, max_steps))
+    if old(step - 1) == new(step - 1):  # a schedule that has once left another does not meet it again
+        return f"The learning rates so far are those of a run planned for {max_steps} steps: it becomes that run."
+    return (f"The {config.schedule} schedule for {old_max_steps} steps becomes the one for {max_steps} from here on: the "
+            f"rate stood at {old(step - 1):.0%} of its peak, goes on at {new(step):.0%}, and ends at "
+            f"{new(max_steps - 1):.0%}. A run planned for {max_steps} steps from the start would have had other rates "
+            f"until here.")
+
+
 class Optimizers:
     """One or two torch optimizers that act as one.
 
@@ -82,6 +93,10 @@ class Optimizers:
                               lr=config.lr, betas=(config.beta1, config.beta2), fused=True))
         self.full_rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.all]
         self.parameters = [weights for role in roles.values() for weights in role]
+        for optimizer in self.all:  # the state exists from the start, so that its size is known before the first step
+            for group in optimizer.param_groups:
+                for weights in group["params"]:
+                    optimizer.state[weights] = first_state(optimizer, weights)
 
     def set_scale(self, scale: float) -> None:
         """Use this part of each group's full learning rate from now on."""
@@ -89,19 +104,25 @@ class Optimizers:
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * scale
 
-    def step(self, scaler: torch.amp.GradScaler, grad_clip: float) -> float:
-        """Clip, update, clear the gradients; return their norm before clipping."""
+    def gradient_norm(self, scaler: torch.amp.GradScaler) -> Tensor:
+        """The norm of all gradients together, unscaled."""
         for optimizer in self.all:
             scaler.unscale_(optimizer)
-        norm = torch.nn.utils.get_total_norm([weights.grad for weights in self.parameters if weights.grad is not None])
+        return torch.nn.utils.get_total_norm([weights.grad for weights in self.parameters if weights.grad is not None])
+
+    def step(self, scaler: torch.amp.GradScaler, norm: Tensor, grad_clip: float) -> None:
+        """Clip the gradients, whose norm is `norm`, update the weights, and clear the gradients."""
         if grad_clip:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, grad_clip, norm)
         for optimizer in self.all:
             scaler.step(optimizer)
+        self.clear(scaler)
+
+    def clear(self, scaler: torch.amp.GradScaler) -> None:
+        """Drop the gradients, used or not; a scaler learns from them what scale to use next."""
         scaler.update()
         for optimizer in self.all:
             optimizer.zero_grad(set_to_none=True)
-        return norm.item()
 
     def tensors(self) -> dict[str, Tensor]:
         """All state by name, `OPTIMIZER.PARAMETER.WHAT`. Rates are no state: the schedule gives them."""
@@ -109,11 +130,6 @@ class Optimizers:
                 for number, optimizer in enumerate(self.all)
                 for index, state in optimizer.state_dict()["state"].items()
                 for what, tensor in state.items()}
-
-    def nbytes(self) -> int:
-        """The size that the state has once training began: two numbers a weight for AdamW, one for Muon."""
-        return sum((1 if isinstance(optimizer, Muon) else 2) * weights.nbytes
-                   for optimizer in self.all for group in optimizer.param_groups for weights in group["params"])
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Take back what `tensors` gave."""
@@ -123,3 +139,11 @@ class Optimizers:
             states[int(number)].setdefault(int(index), {})[what] = tensor
         for optimizer, state in zip(self.all, states, strict=True):
             optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def first_state(optimizer: Optimizer, weights: Tensor) -> dict[str, Tensor]:
+    """What torch's optimizer would begin with at its first step."""
+    if isinstance(optimizer, Muon):
+        return {"momentum_buffer": torch.zeros_like(weights)}
+    return {"step": torch.zeros((), device=weights.device),
+            "exp_avg": torch.zeros_like(weights), "exp_avg_sq": torch.zeros_like(weights)}

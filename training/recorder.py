@@ -6,9 +6,12 @@ The local files are the record. W&B is a copy of it: whatever fails there is one
 from __future__ import annotations
 
 import json
+import math
 import secrets
 import sys
+from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +19,8 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 import atomic
+
+RECENT = 20  # losses that a report of a non-finite one shows
 
 
 @dataclass(frozen=True)
@@ -40,26 +45,48 @@ class Recorder:
     def __init__(self, folder: Path, start_step: int, max_steps: int, config: LoggerConfig,
                  settings: dict[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.metrics_path = folder / "metrics.jsonl"
-        cut_back(self.metrics_path, start_step)
-        self.metrics = open(self.metrics_path, "a")  # noqa: SIM115 (closed in __exit__)
-        self.log = open(folder / "log.txt", "a")  # noqa: SIM115
+        self.metrics = atomic.Lines(folder / "metrics.jsonl")
+        self.log = atomic.Lines(folder / "log.txt")
+        self.recent: deque[float] = deque(maxlen=RECENT)  # the last training losses
         self.bar = tqdm(total=max_steps, initial=start_step, unit="step", dynamic_ncols=True,
                         mininterval=0.1 if sys.stderr.isatty() else 10,  # into a file, a line now and then is enough
                         bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]")
+        self.cut_back(start_step)
         self.wandb = self._start_wandb(folder, config, settings)
 
     def say(self, text: str) -> None:
         """A line or more for people."""
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
-        print(text, file=self.log, flush=True)
+        self.log.add(text)
 
-    def record(self, step: int, **values: float | str | None) -> None:
-        """One line of metrics. `step` counts finished steps."""
-        print(json.dumps({"step": step} | values), file=self.metrics, flush=True)
+    def record(self, step: int, **values: float | bool) -> None:
+        """One line of metrics. `step` counts finished steps; what is not finite becomes null."""
+        values = {key: value if math.isfinite(value) else None for key, value in {"step": step, **values}.items()}
+        self.metrics.add(json.dumps(values))
+        if (loss := values.get("loss")) is not None:
+            self.recent.append(loss)
         if self.wandb is not None:
-            self._mirror(lambda: self.wandb.log(values, step=step))
+            self._mirror(lambda: self.wandb.log(values))
+
+    def cut_back(self, step: int) -> None:
+        """Go back to `step`: drop the metrics of later steps, and lines that are damaged."""
+        self.metrics.close()
+        kept = []
+        for line in self.metrics.path.read_bytes().splitlines(keepends=True):
+            with suppress(ValueError, KeyError, TypeError):
+                row = json.loads(line)
+                if row["step"] <= step:
+                    kept.append((line, row.get("loss")))
+        atomic.shorten(self.metrics.path, b"".join(line for line, _ in kept))
+        self.metrics = atomic.Lines(self.metrics.path)
+        self.recent.clear()
+        self.recent.extend(loss for _, loss in kept if loss is not None)
+        self.bar.n = step
+
+    def sync(self) -> None:
+        """Bring the metrics to the disk. Raises OSError if it does not take them; they are kept and offered again."""
+        self.metrics.sync()
 
     def progress(self, step: int, **shown: str) -> None:
         """Move the bar to `step` finished steps."""
@@ -77,8 +104,11 @@ class Recorder:
             run_id = json.loads(id_file.read_text())["id"] if id_file.exists() else secrets.token_hex(4)
             atomic.write_bytes(id_file, json.dumps({"id": run_id}).encode())
             quiet = wandb.Settings(silent=True, console="off", init_timeout=60)
-            return wandb.init(project=config.project, name=settings["name"], id=run_id, resume="allow",
-                              mode=config.wandb, dir=folder, config=settings, settings=quiet)
+            run = wandb.init(project=config.project, name=settings["name"], id=run_id, resume="allow",
+                             mode=config.wandb, dir=folder, config=settings, settings=quiet)
+            # W&B's own step only grows, ours goes back where a resumed run repeats what a kill cut off.
+            run.define_metric("*", step_metric="step")
+            return run
         except ImportError:
             self.say("Warning: logger.wandb needs the wandb package (pip install wandb); metrics stay local.")
         except Exception as error:  # no account, no network, no server: none of it may stop a run
@@ -95,9 +125,9 @@ class Recorder:
     def __enter__(self) -> Recorder:
         return self
 
-    def __exit__(self, *failure: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *failure: object) -> None:
         self.bar.close()
-        if self.wandb is not None:
+        if self.wandb is not None and kind is not KeyboardInterrupt:  # which does not wait
             self._mirror(self.wandb.finish)
         self.metrics.close()
         self.log.close()
@@ -105,17 +135,3 @@ class Recorder:
 
 def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or ["no message"])[0]
-
-
-def cut_back(metrics: Path, step: int) -> None:
-    """Drop the lines of steps after `step`, and a last line that was cut short."""
-    if not metrics.exists():
-        return
-    kept = []
-    for line in metrics.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError):
-            continue
-    atomic.write_bytes(metrics, "".join(kept).encode())

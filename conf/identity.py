@@ -1,0 +1,58 @@
+"""What makes a run that run: each setting is of one kind, and the kind says what a change of it means.
+
+docs/runs.md prints this table.
+"""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from typing import Any
+
+# The first pattern that fits a setting's name decides.
+KINDS = {
+    "free": "name auto_name runs_dir restart allow_drift data.path training.sample_tokens logger.*",
+    "extendable": "training.max_steps training.max_seconds training.eval_every training.eval_tokens "
+                  "training.checkpoint_every training.keep_last training.on_save_error "
+                  "training.on_nonfinite training.nonfinite_limit",
+    "machine": "training.device training.compile training.deterministic",
+    "identity": "seed model.* data.* optim.* training.batch_size training.tokens_per_step training.precision",
+}
+
+
+def kind(setting: str) -> str:
+    """The kind of a setting. Raises KeyError for one that the table does not have."""
+    for name, patterns in KINDS.items():
+        if any(fnmatchcase(setting, pattern) for pattern in patterns.split()):
+            return name
+    raise KeyError(setting)
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as {"model.n_layer": 4, ...}."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return found
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What differs, with both values; None stands for what one of the two does not have."""
+    before, after = flat(old), flat(new)
+    return {key: (before.get(key), after.get(key)) for key in before | after if before.get(key) != after.get(key)}
+
+
+def identity_differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The settings that make two runs of `old` and `new`; one that only an older version had is among them."""
+    known = flat(new)
+    return {key: values for key, values in differences(old, new).items() if key not in known or kind(key) == "identity"}
+
+
+def in_short(changes: dict[str, tuple[Any, Any]]) -> list[str]:
+    """Differences as a folder's name shows them. The vocabulary's size, which follows from the data, is not one of them."""
+    return [f"{key.rpartition('.')[2]}={new}" for key, (_, new) in changes.items() if key != "model.vocab_size"]
+
+
+def listed(changes: dict[str, tuple[Any, Any]]) -> str:
+    """Differences in words."""
+    words = [f"{key} was {old} and is now {new}" for key, (old, new) in changes.items()]
+    return ", ".join(word[:200] for word in words[:10]) + (f", and {len(words) - 10} more" if len(words) > 10 else "")

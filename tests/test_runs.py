@@ -1,0 +1,600 @@
+"""Runs that cannot be lost: whose run a folder is, that going on is exact, and that nothing breaks it."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+import atomic
+import train as story
+from conf import identity
+from conf.schema import Settings, leaves
+from model import GPT
+from scripts.verify_resume import compare, read_metrics
+from training import checkpoint, saver
+from training.checkpoint import MODEL, STATE
+from training.run import Run, find_run
+
+ROOT = Path(__file__).parent.parent
+
+
+def same(one: Path, other: Path) -> bool:
+    """Whether two runs agree in weights, optimizer, scaler, counts and metrics."""
+    print(found := compare(one, other))
+    return not any(found.values())
+
+
+def last_step(run: Path) -> int:
+    return checkpoint.find(run / "checkpoints")[-1].step
+
+
+# Identity
+
+
+def test_every_setting_is_of_one_kind():
+    settings = [*leaves(Settings), "auto_name"]
+    assert {identity.kind(setting) for setting in settings} == set(identity.KINDS)
+    for pattern in " ".join(identity.KINDS.values()).split():
+        assert any(identity.fnmatchcase(setting, pattern) for setting in [*settings, "model.vocab_size"]), pattern
+    assert [identity.kind(name) for name in ("seed", "optim.lr", "training.max_steps", "logger.wandb", "training.compile")] == [
+        "identity", "identity", "extendable", "free", "machine"]
+    with pytest.raises(KeyError):
+        identity.kind("training.something_new")
+
+
+def test_the_documented_table_is_the_one_in_the_code():
+    """Each row of docs/runs.md starts with a kind and lists its settings."""
+    lines = (ROOT / "docs/runs.md").read_text().splitlines()
+    for kind, patterns in identity.KINDS.items():
+        (row,) = [line for line in lines if line.startswith(f"| {kind} |")]
+        assert row.split("|")[2].replace("`", "").replace(",", "").split() == patterns.split()
+
+
+def test_a_free_or_extendable_change_goes_on_with_the_run(compose_tiny, tmp_path, capsys):
+    story.train(compose_tiny("training.max_steps=2"))
+    assert story.train(compose_tiny("training.max_steps=3", "training.eval_every=1", "logger.project=x", "training.keep_last=1")) == 0
+    assert "from step 2" in capsys.readouterr().out and last_step(tmp_path / "runs/tiny") == 3
+
+
+def test_another_run_under_the_same_name_is_refused_with_the_three_ways_on(compose_tiny, tmp_path):
+    story.train(compose_tiny("training.max_steps=2"))
+    before = {path: path.read_bytes() for path in (tmp_path / "runs").rglob("*") if path.is_file() and path.name != "lock"}
+    with pytest.raises(ValueError) as refusal:
+        story.train(compose_tiny("model.n_layer=3", "seed=5"))
+    for words in ("seed was 1337 and is now 5", "model.n_layer was 2 and is now 3", "another name=", "restart=true", "old settings"):
+        assert words in str(refusal.value)
+    with pytest.raises(ValueError, match=r"data.val_fraction was 0.1 and is now 0.2"):
+        story.train(compose_tiny("data.val_fraction=0.2"))
+    with pytest.raises(ValueError, match=r"training.precision was fp32 and is now bf16"):
+        story.train(compose_tiny("training.precision=bf16"))
+    assert before == {path: path.read_bytes() for path in (tmp_path / "runs").rglob("*") if path.is_file() and path.name != "lock"}
+
+
+def test_a_changed_text_is_another_run(compose_tiny, tmp_path, book):
+    text = tmp_path / "mine.txt"
+    text.write_text(book.read_text())
+    story.train(compose_tiny(f"data.path={text}", "training.max_steps=2"))
+    text.write_text(book.read_text() + "\nOne more sentence.")
+    with pytest.raises(ValueError, match=r"data.prepared was"):
+        story.train(compose_tiny(f"data.path={text}"))
+
+
+def test_without_a_name_another_run_gets_a_folder_named_by_what_differs(compose_tiny, tmp_path, book, capsys):
+    text = tmp_path / "mine.txt"
+    text.write_text(book.read_text())
+    unnamed = ["name=", f"data.path={text}", "training.max_steps=2"]
+    story.train(compose_tiny(*unnamed))
+    (first,) = (tmp_path / "runs").iterdir()
+    text.write_text(book.read_text() + "\nOne more sentence.")
+    story.train(compose_tiny(*unnamed))
+    assert "data.prepared was" in capsys.readouterr().out
+    (second,) = set((tmp_path / "runs").iterdir()) - {first}
+    assert second.name.startswith(f"{first.name}-prepared=") and last_step(second) == 2
+    story.train(compose_tiny(*unnamed, "training.max_steps=3"))  # and it is found again
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {first.name, second.name}
+    assert (last_step(first), last_step(second)) == (2, 3)
+
+
+def test_restart_moves_the_old_run_aside_and_deletes_nothing(compose_tiny, tmp_path, capsys):
+    runs = tmp_path / "runs"
+    story.train(compose_tiny("training.max_steps=2"))
+    content = (runs / "tiny/metrics.jsonl").read_text()
+    for aside in ("tiny.old", "tiny.old-2"):
+        story.train(compose_tiny("training.max_steps=3", "seed=3", "restart=true"))
+        assert f"{runs / 'tiny'} is now {runs / aside}" in capsys.readouterr().out
+        assert last_step(runs / "tiny") == 3
+    assert (runs / "tiny.old/metrics.jsonl").read_text() == content and last_step(runs / "tiny.old-2") == 3
+
+
+def test_restart_of_nothing_is_a_start(compose_tiny, tmp_path):
+    story.train(compose_tiny("training.max_steps=2", "restart=true"))
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["tiny"]
+
+
+# A finished run
+
+
+def test_a_finished_run_samples_says_how_to_go_on_and_changes_nothing(compose_tiny, tmp_path, capsys):
+    story.train(compose_tiny("training.max_steps=3"))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != "lock"}
+    capsys.readouterr()
+    assert story.train(compose_tiny("training.max_steps=3")) == 0
+    said = capsys.readouterr().out
+    assert "is finished: 3 steps" in said and "training.max_steps=6" in said and "--- 3 of 3" in said
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != "lock"}
+
+
+def test_max_seconds_ends_a_run_and_can_be_raised(compose_tiny, tmp_path, capsys):
+    limit = ["training.max_steps=1e6", "training.max_seconds=0.5", "training.eval_every=1e6"]
+    assert story.train(compose_tiny(*limit)) == 0
+    last = checkpoint.find(tmp_path / "runs/tiny/checkpoints")[-1]
+    assert 0.5 <= last.state["seconds"] < 5 and last.state["val_loss"] is not None
+    assert story.train(compose_tiny(*limit)) == 0
+    assert "raise training.max_seconds" in capsys.readouterr().out
+    assert story.train(compose_tiny(*limit, "training.max_seconds=0.6")) == 0
+    assert last_step(tmp_path / "runs/tiny") > last.step
+
+
+@pytest.mark.parametrize("schedule", ["optim.schedule=constant", "optim.schedule=wsd optim.decay_fraction=0.2"])
+def test_a_run_extended_before_its_rate_fell_becomes_the_longer_run(compose_tiny, tmp_path, capsys, interrupt_at, schedule):
+    """A constant rate at any time, wsd before its decay: bit by bit the run that was planned so from the start."""
+    words = [*schedule.split(), "training.eval_every=100", "training.checkpoint_every=100"]
+    story.train(compose_tiny(*words, "name=long", "training.max_steps=20"))
+    if "wsd" in schedule:
+        interrupt_at(7)
+        assert story.train(compose_tiny(*words, "training.max_steps=10")) == 130
+    else:
+        story.train(compose_tiny(*words, "training.max_steps=10", "training.eval_every=100"))
+    capsys.readouterr()
+    story.train(compose_tiny(*words, "training.max_steps=20"))
+    assert "it becomes that run" in capsys.readouterr().out
+    found = compare(tmp_path / "runs/long", tmp_path / "runs/tiny")
+    assert not any(difference for what, difference in found.items() if "wsd" in schedule or "metrics" not in what)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+def test_a_run_extended_later_goes_on_by_the_longer_runs_rates_and_says_so(compose_tiny, tmp_path, capsys, schedule):
+    words = [f"optim.schedule={schedule}", "optim.decay_fraction=0.5"]
+    story.train(compose_tiny(*words, "training.max_steps=10"))
+    capsys.readouterr()
+    story.train(compose_tiny(*words, "training.max_steps=20"))
+    assert f"The {schedule} schedule for 10 steps becomes the one for 20 from here on" in capsys.readouterr().out
+    config = compose_tiny(*words).optim
+    rates = [row["lr_scale"] for row in read_metrics(tmp_path / "runs/tiny") if "loss" in row]
+    assert rates == [story.lr_scale(step, config, 10 if step < 10 else 20) for step in range(20)]
+
+
+# Exactness
+
+
+@pytest.mark.parametrize("optim", ["adamw", "muon"])
+@pytest.mark.parametrize("extra", [[], ["training.tokens_per_step=256", "model.dropout=0.2"], ["training.precision=bf16"],
+                                   ["training.precision=fp16"], ["training.deterministic=true"]],
+                         ids=["plain", "accumulation+dropout", "bf16", "fp16", "deterministic"])
+def test_an_interrupted_run_goes_on_exactly(compose_tiny, tmp_path, interrupt_at, optim, extra):
+    words = [f"optim={optim}", *extra, "training.max_steps=14"]
+    try:
+        assert story.train(compose_tiny(*words, "name=straight")) == 0
+        interrupt_at(6)
+        assert story.train(compose_tiny(*words, "name=stopped")) == 130
+        runs = tmp_path / "runs"
+        assert last_step(runs / "stopped") == 6
+        assert story.train(compose_tiny(*words, "name=stopped")) == 0
+        assert same(runs / "straight", runs / "stopped")
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_a_signal_within_a_step_ends_it_after_the_micro_step_and_the_step_is_taken_anew(compose_tiny, tmp_path, monkeypatch):
+    words = ["training.tokens_per_step=512", "model.dropout=0.1", "training.max_steps=8"]  # 4 micro-steps
+    story.train(compose_tiny(*words, "name=straight"))
+    calls = []
+
+    def forward(model, idx, targets=None, cache=None):
+        calls.append(model.training and torch.is_grad_enabled())
+        if sum(calls) == 3 + 4 * 3 + 2:  # after the trial: the second micro-step of the fourth step
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(model, idx, targets, cache)
+
+    plain = GPT.forward
+    with monkeypatch.context() as patch:
+        patch.setattr(GPT, "forward", forward)
+        assert story.train(compose_tiny(*words, "name=stopped")) == 143
+    assert sum(calls) == 3 + 4 * 3 + 2 and last_step(tmp_path / "runs/stopped") == 3
+    story.train(compose_tiny(*words, "name=stopped"))
+    assert same(tmp_path / "runs/straight", tmp_path / "runs/stopped")
+
+
+def test_the_threads_the_run_began_with_are_used_again(compose_tiny, tmp_path, monkeypatch):
+    threads = torch.get_num_threads()
+    story.train(compose_tiny("training.max_steps=2"))
+    try:
+        torch.set_num_threads(threads + 1)
+        story.train(compose_tiny("training.max_steps=3"))
+        assert torch.get_num_threads() == threads
+        torch.set_num_threads(threads + 1)
+        story.train(compose_tiny("training.max_steps=4", "allow_drift=true"))
+        assert torch.get_num_threads() == threads + 1
+        assert checkpoint.find(tmp_path / "runs/tiny/checkpoints")[-1].state["environment"]["threads"] == threads + 1
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("key, value", [("torch", "2.0.0"), ("processor", "another"), ("deterministic", True), ("compiled", True)])
+def test_another_environment_is_named_and_goes_on_only_when_allowed(compose_tiny, tmp_path, monkeypatch, key, value):
+    environment = story.Device.environment
+    with monkeypatch.context() as patch:
+        patch.setattr(story.Device, "environment", lambda *words: story.replace(environment(*words), **{key: value}))
+        story.train(compose_tiny("training.max_steps=2"))
+    words = ["training.max_steps=3", "training.compile=false"]
+    with pytest.raises(ValueError, match=rf"not go on with the same bits here: {key} was {value} and is now .*allow_drift=true"):
+        story.train(compose_tiny(*words))
+    assert last_step(tmp_path / "runs/tiny") == 2
+    assert story.train(compose_tiny(*words, "allow_drift=true")) == 0
+
+
+def test_auto_is_what_it_was_when_the_run_began(compose_tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(story.Device, "_best_precision", lambda device: "bf16")
+    words = ["training.precision=auto", "training.device=auto"]
+    story.train(compose_tiny(*words, "training.max_steps=2"))
+    monkeypatch.setattr(story.Device, "_best_precision", lambda device: "fp32")
+    story.train(compose_tiny(*words, "training.max_steps=3"))
+    assert checkpoint.find(tmp_path / "runs/tiny/checkpoints")[-1].state["environment"]["precision"] == "bf16"
+
+
+# What breaks
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_save_and_exit_with_their_code(compose_tiny, tmp_path, interrupt_at, number, code):
+    interrupt_at(3, number)
+    assert story.train(compose_tiny()) == code
+    assert last_step(tmp_path / "runs/tiny") == 3
+
+
+def test_a_damaged_checkpoint_is_named_once_and_the_one_before_it_gives_the_same_run(compose_tiny, tmp_path, capsys):
+    words = ["training.max_steps=15", "training.checkpoint_every=5"]
+    story.train(compose_tiny(*words, "name=straight"))
+    shutil.copytree(tmp_path / "runs/straight", tmp_path / "runs/tiny")
+    broken = tmp_path / "runs/tiny/checkpoints/step_00000015" / MODEL
+    broken.write_bytes(broken.read_bytes()[:-1] + b"?")
+    capsys.readouterr()
+    assert story.train(compose_tiny(*words)) == 0
+    said = capsys.readouterr().out
+    assert said.count("Warning") == 1 and f"{broken} does not match its checksum" in said and "using step_00000010" in said
+    assert same(tmp_path / "runs/straight", tmp_path / "runs/tiny")
+    assert (tmp_path / "runs/tiny/checkpoints/damaged-step_00000015").is_dir()
+
+
+def test_sampling_from_a_damaged_run_warns_and_uses_another(compose_tiny, tmp_path, capsys):
+    story.train(compose_tiny("training.max_steps=15", "training.checkpoint_every=5"))
+    run = tmp_path / "runs/tiny"
+    (run / "checkpoints/step_00000015" / MODEL).write_bytes(b"")
+    capsys.readouterr()
+    story.open_checkpoint(run, "last", story.Device("cpu", "fp32"))
+    assert "using step_00000010" in capsys.readouterr().err
+    assert (run / "checkpoints/step_00000015").is_dir()  # whoever only reads moves nothing
+
+
+def resealed(run: Path, **changes: object) -> None:
+    """Change the state of a run's last checkpoint as someone would who means harm."""
+    folder = checkpoint.find(run / "checkpoints")[-1].folder
+    state = json.loads((folder / STATE).read_text())
+    (folder / STATE).write_text(json.dumps(state | changes))
+    manifest = json.loads((folder / checkpoint.MANIFEST).read_text())
+    manifest["files"][STATE] = {"bytes": (folder / STATE).stat().st_size,
+                                "sha256": checkpoint.hashlib.sha256((folder / STATE).read_bytes()).hexdigest()}
+    del manifest["sha256"]
+    (folder / checkpoint.MANIFEST).write_text(json.dumps(manifest | {"sha256": checkpoint.digest(manifest)}))
+
+
+@pytest.mark.parametrize("model", [{"n_layer": 10**6}, {"n_embd": 10**9}, {"block_size": 10**12}, {"vocab_size": 0}, {"n_layer": "x"},
+                                   {"n_layer": 1e308}, {"n_layer": 5}, {"more": 1}, {"dropout": -1}, {"vocab_size": 99}, {"position": "x"},
+                                   {"block_size": None}, {"n_layer": [1]}, {"n_embd": 2**16, "n_layer": 1024}], ids=str)
+def test_a_hostile_shape_is_one_sentence_and_takes_no_memory(compose_tiny, tmp_path, model):
+    story.train(compose_tiny("training.max_steps=2"))
+    run = tmp_path / "runs/tiny"
+    resealed(run, model=checkpoint.find(run / "checkpoints")[-1].state["model"] | model)
+    with pytest.raises(ValueError, match="step_00000002") as refusal:
+        story.open_checkpoint(run, "last", story.Device("cpu", "fp32"))
+    assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 1000
+
+
+@pytest.mark.parametrize("environment", [{}, {"threads": 10**9}, {"threads": "x"}, {"device": "../x"}, {"precision": 3}, {"more": 1}, {"torch": {}}], ids=str)
+def test_a_hostile_environment_is_one_sentence(compose_tiny, tmp_path, environment):
+    story.train(compose_tiny("training.max_steps=2"))
+    run = tmp_path / "runs/tiny"
+    resealed(run, environment=environment and checkpoint.find(run / "checkpoints")[-1].state["environment"] | environment)
+    with pytest.raises(ValueError) as refusal:
+        story.train(compose_tiny("training.max_steps=3"))
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("changes", [{"scaler": {"scale": 1.0}}, {"scaler": {"_growth_tracker": []}}, {"settings": {}}, {"settings": {"model": 3}},
+                                     {"settings": {"x": [1, 2]}}], ids=str)
+def test_a_hostile_state_is_one_sentence(compose_tiny, tmp_path, changes):
+    story.train(compose_tiny("training.max_steps=2"))
+    resealed(tmp_path / "runs/tiny", **changes)
+    with pytest.raises(ValueError) as refusal:
+        story.train(compose_tiny("training.max_steps=3"))
+    assert "\n" not in str(refusal.value)
+
+
+class Disk:
+    """Stands in for `os` inside atomic.py: the disk is full once `folder` is there, until it has refused `times` writes."""
+
+    def __init__(self, folder: Path, times: float = math.inf) -> None:
+        self.folder, self.left = folder, times
+
+    def __getattr__(self, name):
+        return getattr(os, name)
+
+    def write(self, handle, content):
+        if self.left > 0 and self.folder.exists():
+            self.left -= 1
+            if len(content) > 1 and self.left % 2:
+                return os.write(handle, content[: len(content) // 2])  # as much as there is room for
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return os.write(handle, content)
+
+
+@pytest.mark.parametrize("first, times", [("lock", 4), ("lock", 9), ("checkpoints/step_00000004", 5), ("checkpoints/step_00000016", 9)])
+def test_a_disk_that_is_full_for_a_while_loses_nothing(compose_tiny, tmp_path, monkeypatch, capsys, first, times):
+    words = ["training.max_steps=20", "training.checkpoint_every=4"]
+    story.train(compose_tiny(*words, "name=straight"))
+    (tmp_path / "runs/tiny").mkdir()
+    (tmp_path / "runs/tiny/config.yaml").touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(atomic, "os", disk := Disk(tmp_path / "runs/tiny" / first, times))
+        try:
+            assert story.train(compose_tiny(*words)) == 0
+        except OSError as error:  # before the first step
+            assert "No space left" in str(error)
+            disk.left = 0
+            assert story.train(compose_tiny(*words)) == 0
+    assert disk.left == 0 and same(tmp_path / "runs/straight", tmp_path / "runs/tiny")
+
+
+@pytest.mark.parametrize("reached", [4, 8])
+def test_a_disk_that_stays_full_ends_in_one_sentence_and_keeps_the_old_checkpoints(compose_tiny, tmp_path, monkeypatch, capsys, reached):
+    words = ["training.max_steps=20", "training.checkpoint_every=4"]
+    story.train(compose_tiny(*words, "name=straight"))
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(atomic, "os", Disk(tmp_path / f"runs/tiny/checkpoints/{checkpoint.folder_name(reached)}"))
+        with pytest.raises(OSError, match=rf"Only {reached} of 20 steps are saved in .*free some disk"):
+            story.train(compose_tiny(*words))
+    assert "Training goes on." in capsys.readouterr().out
+    assert last_step(tmp_path / "runs/tiny") == reached
+    assert story.train(compose_tiny(*words)) == 0
+    assert same(tmp_path / "runs/straight", tmp_path / "runs/tiny")
+
+
+def test_a_full_disk_stops_the_run_at_once_where_that_is_asked_for(compose_tiny, tmp_path, monkeypatch):
+    words = ["training.max_steps=2000", "training.checkpoint_every=4", "training.on_save_error=stop", "training.eval_every=1e6"]
+    with monkeypatch.context() as patch:
+        patch.setattr(atomic, "os", Disk(tmp_path / "runs/tiny/checkpoints/step_00000008"))
+        with pytest.raises(OSError, match=r"step_000000\d\d could not be written \(.*: it needs 1 MB of free disk"):
+            story.train(compose_tiny(*words))
+    assert last_step(tmp_path / "runs/tiny") == 8
+    assert story.train(compose_tiny(*words, "training.max_steps=10")) == 0
+
+
+def test_a_disk_too_small_for_two_checkpoints_is_said_before_step_0(compose_tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    with pytest.raises(ValueError, match=r"0 MB free, two checkpoints need \d"):
+        story.train(compose_tiny("model.n_embd=128"))
+    assert not any((tmp_path / "runs").iterdir())
+
+
+def test_texts_too_short_are_refused_with_both_numbers_before_a_run_exists(compose_tiny, tmp_path):
+    text = tmp_path / "short.txt"
+    text.write_text("x" * 200)
+    with pytest.raises(ValueError, match=r"validation split has 20 tokens, one context needs 33"):
+        story.train(compose_tiny(f"data.path={text}"))
+    text.write_text("x" * 20)
+    with pytest.raises(ValueError, match=r"training split has 18 tokens, one context needs 33"):
+        story.train(compose_tiny(f"data.path={text}"))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_where_memory_is_short_saving_is_not_put_beside_training(compose_tiny, tmp_path, monkeypatch):
+    story.train(compose_tiny("name=beside"))
+    monkeypatch.setattr(saver, "available_memory", lambda: 0.0)
+    monkeypatch.setattr(checkpoint.Snapshot, "copy", pytest.fail)
+    story.train(compose_tiny("name=at_once"))
+    assert same(tmp_path / "runs/beside", tmp_path / "runs/at_once")
+
+
+def test_a_second_process_is_told_who_holds_the_run(compose_tiny, tmp_path):
+    with Run(tmp_path / "runs/tiny"):
+        with pytest.raises(ValueError, match=rf"runs/tiny is being trained by process {os.getpid()} on .*: wait for it, stop it"):
+            story.train(compose_tiny())
+        with pytest.raises(ValueError, match="is being trained by"):
+            story.train(compose_tiny("restart=true"))
+    assert not (tmp_path / "runs/tiny").exists()  # it got no content
+    assert story.train(compose_tiny("training.max_steps=2")) == 0
+
+
+def test_runs_are_found_by_name_path_and_age(tmp_path):
+    for name in ("old", "sweep/lr=0.1"):
+        (tmp_path / name / "checkpoints/step_00000001").mkdir(parents=True)
+    os.utime(tmp_path / "old" / "checkpoints", (1, 1))
+    assert find_run(tmp_path, "old") == tmp_path / "old"
+    assert find_run(tmp_path, "sweep/lr=0.1") == tmp_path / "sweep/lr=0.1"
+    assert find_run(tmp_path / "elsewhere", str(tmp_path / "old")) == tmp_path / "old"
+    assert find_run(tmp_path, "") == tmp_path / "sweep/lr=0.1"
+    with pytest.raises(ValueError, match=r"run=new is not there. There are: old, sweep/lr=0.1"):
+        find_run(tmp_path, "new")
+
+
+def test_every_write_goes_through_the_one_helper():
+    """No other module opens a file to write, renames, or has a library write one; sampling prompts and such only read."""
+    writing = re.compile(r"""write_text|write_bytes\(|\.save\(|savefig|save_file|os\.replace|os\.rename|\.dump\(|copyfile|copytree"""
+                         r"""|open\(.*["'][wax]b?\+?["']""")
+    allowed = ("atomic.write_bytes(", "checkpoint.save(", "saver.save(", "figure.savefig(picture")
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("[cdmt]*/*.py"), *ROOT.glob("scripts/*.py")]:
+        if path.name in ("atomic.py", "torture.py") or path.parent.name == "tests":  # torture.py does harm
+            continue
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            code = line
+            for call in allowed:
+                code = code.replace(call, "")
+            assert not writing.search(code), f"{path}:{number}: {line}"
+
+
+# Losses that are not finite
+
+
+@pytest.fixture
+def plant(monkeypatch):
+    """Make the loss of certain batches NaN, or only its gradient: they are known by their tokens."""
+    def planted(settings, batches, how="loss"):
+        prepared = story.prepare(settings.data)
+        loader = story.Loader(story.Tokens.open(prepared, "train"), settings.model.block_size, settings.training.batch_size,
+                              settings.training.micro_steps(settings.model.block_size), settings.seed)
+        bad = [loader.batch(batch)[0] for batch in batches]
+
+        def forward(model, idx, targets=None, cache=None):
+            loss = plain(model, idx, targets, cache)
+            if model.training and targets is not None and any(torch.equal(idx, one) for one in bad):
+                return loss * math.nan if how == "loss" else loss + (loss * 0.0).sqrt()  # whose gradient is 0 * inf
+            return loss
+
+        monkeypatch.setattr(GPT, "forward", forward)
+
+    plain = GPT.forward
+    return planted
+
+
+def reports(run: Path) -> list[dict]:
+    return [json.loads(path.read_text()) for path in sorted((run / "nonfinite").iterdir())]
+
+
+@pytest.mark.parametrize("how", ["loss", "gradient"])
+def test_a_nan_stops_the_run_and_leaves_a_report(compose_tiny, tmp_path, plant, how):
+    words = ["training.max_steps=20", "training.checkpoint_every=4", "training.eval_every=100"]
+    plant(compose_tiny(), [10], how)
+    with pytest.raises(ValueError, match=r"Step 11 came to a loss of .*nonfinite/01-step_00000010.json.* 8 steps are saved. Try a lower"):
+        story.train(compose_tiny(*words))
+    run = tmp_path / "runs/tiny"
+    (found,) = reports(run)
+    losses = [row["loss"] for row in read_metrics(run)]
+    assert found["step"] == 10 and found["action"] == "stop" and found["last_losses"] == losses and len(losses) == 10
+    assert found["loss"] == "nan" if how == "loss" else math.isfinite(found["loss"])
+    assert found["batch"]["index"] == 10 and len(found["batch"]["sequences_start_at"]) == 4
+    assert found["gradient_norms"].keys() == {"wte", "wpe", "h.0", "h.1", "ln_f"} and set(found["gradient_norms"].values()) == {"nan"}
+    assert last_step(run) == 8
+
+
+def test_a_skipped_batch_changes_nothing_and_the_step_counts(compose_tiny, tmp_path, plant, capsys):
+    words = ["training.max_steps=20", "training.on_nonfinite=skip"]
+    plant(compose_tiny(), [7, 9])
+    assert story.train(compose_tiny(*words)) == 0
+    run = tmp_path / "runs/tiny"
+    rows = [row for row in read_metrics(run) if "val_loss" not in row]
+    assert [row["step"] for row in rows] == list(range(1, 21))
+    assert [row["step"] for row in rows if row.get("skipped")] == [8, 10] and all("loss" in row for row in rows if not row.get("skipped"))
+    assert [one["step"] for one in reports(run)] == [7, 9]
+    last = checkpoint.find(run / "checkpoints")[-1]
+    assert last.state["nonfinite"] == 2 and last.state["batches_skipped"] == 0
+    assert all(torch.isfinite(tensor).all() for tensor in checkpoint_weights(last).values())
+
+
+def checkpoint_weights(found):
+    from safetensors.torch import load_file
+    return load_file(found.folder / MODEL)
+
+
+def test_a_skipped_first_batch_leaves_the_weights_as_they_were(compose_tiny, tmp_path, plant):
+    plant(compose_tiny(), [0])
+    story.train(compose_tiny("training.max_steps=1", "training.on_nonfinite=skip"))
+    torch.manual_seed(compose_tiny().seed)
+    weights = checkpoint_weights(checkpoint.find(tmp_path / "runs/tiny/checkpoints")[-1])
+    fresh = GPT(story.replace(compose_tiny().model, vocab_size=weights["wte.weight"].size(0))).state_dict()
+    assert all(torch.equal(fresh[name], tensor) for name, tensor in weights.items())
+
+
+def test_a_rollback_goes_back_and_steps_over_the_batches_since(compose_tiny, tmp_path, plant, monkeypatch):
+    """Steps 0-7 are kept (the checkpoint of 8), batches 8, 9 and 10 are stepped over: step 8 reads batch 11."""
+    words = ["training.max_steps=20", "training.checkpoint_every=4", "training.eval_every=100", "training.on_nonfinite=rollback"]
+    plant(compose_tiny(), [10])
+    read = []
+    batch = story.Loader.batch
+    monkeypatch.setattr(story.Loader, "batch", lambda loader, step, micro_step=0: read.append(step) or batch(loader, step, micro_step))
+    assert story.train(compose_tiny(*words)) == 0
+    assert read[3:] == [*range(11), *range(11, 23)]  # after the trial's
+    run = tmp_path / "runs/tiny"
+    assert [row["step"] for row in read_metrics(run) if "loss" in row] == list(range(1, 21))
+    last = checkpoint.find(run / "checkpoints")[-1]
+    assert (last.step, last.state["batches_skipped"], last.state["nonfinite"]) == (20, 3, 1)
+
+
+def test_a_rollback_before_the_first_checkpoint_goes_back_to_the_start(compose_tiny, tmp_path, plant):
+    plant(compose_tiny(), [2])
+    assert story.train(compose_tiny("training.max_steps=8", "training.on_nonfinite=rollback")) == 0
+    assert checkpoint.find(tmp_path / "runs/tiny/checkpoints")[-1].state["batches_skipped"] == 3
+
+
+@pytest.mark.parametrize("action", ["skip", "rollback"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("stop", [5, 9, 10, 13])
+def test_answers_to_nan_are_deterministic_wherever_the_run_is_stopped(compose_tiny, tmp_path, plant, interrupt_at, action, precision, stop):
+    words = [f"training.on_nonfinite={action}", f"training.precision={precision}", "training.max_steps=20", "training.checkpoint_every=4",
+             "model.dropout=0.1", "optim=muon"]
+    plant(compose_tiny(), [10, 17])
+    story.train(compose_tiny(*words, "name=straight"))
+    interrupt_at(stop)
+    while story.train(compose_tiny(*words, "name=stopped")) == 130:
+        interrupt_at(99)
+    assert same(tmp_path / "runs/straight", tmp_path / "runs/stopped")
+    assert reports(tmp_path / "runs/straight") == reports(tmp_path / "runs/stopped")
+
+
+@pytest.mark.parametrize("action", ["skip", "rollback"])
+def test_answers_to_nan_are_bounded(compose_tiny, tmp_path, plant, action):
+    plant(compose_tiny(), [5, 6, 8, 9, 11, 14])
+    with pytest.raises(ValueError, match=r"That was time 3, and training.nonfinite_limit=2"):
+        story.train(compose_tiny(f"training.on_nonfinite={action}", "training.nonfinite_limit=2", "training.checkpoint_every=4"))
+    assert [one["action"] for one in reports(tmp_path / "runs/tiny")] == [action, action, "stop"]
+
+
+# The whole program
+
+
+@pytest.mark.slow
+def test_two_starts_at_once_and_two_signals(book, tmp_path):
+    """The second start names the first; the first one's second Ctrl-C ends it at once, and the run goes on undamaged."""
+    words = [sys.executable, "train.py", "model=nano", "data=text", f"data.path={book}", "data.tokenizer=char", "training=smoke", "name=tiny",
+             "training.max_steps=1e5", "training.sample_tokens=0", "training.eval_every=1e5", f"runs_dir={tmp_path}"]
+    first = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "tiny/checkpoints").exists():
+        assert first.poll() is None, first.stderr.read()
+    second = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert second.returncode == 1 and f"is being trained by process {first.pid} on" in second.stderr and "Traceback" not in second.stderr
+    first.send_signal(signal.SIGINT)
+    first.send_signal(signal.SIGINT)
+    _, complaints = first.communicate(timeout=60)
+    assert first.returncode == 130 and "Traceback" not in complaints
+    reached = last_step(tmp_path / "tiny")
+    third = subprocess.run([*words, f"training.max_steps={reached + 10}"], cwd=ROOT, capture_output=True, text=True)
+    assert third.returncode == 0 and f"from step {reached}" in third.stdout
+
+
+def test_settings_of_a_checkpoint_are_the_runs(compose_tiny, tmp_path):
+    settings = compose_tiny("training.max_steps=2")
+    story.train(settings)
+    state = checkpoint.find(tmp_path / "runs/tiny/checkpoints")[-1].state
+    assert state["settings"]["optim"] == asdict(settings)["optim"] and state["settings"]["data"]["prepared"]

@@ -1,0 +1,62 @@
+"""A run's folder: found by its name, held by one process at a time, moved aside but never deleted."""
+
+from __future__ import annotations
+
+import os
+import socket
+from datetime import datetime
+from pathlib import Path
+
+import atomic
+from training.checkpoint import free_name
+
+LOCK = "lock"
+
+
+class Run:
+    """The folder of a run, held by this process while the context lasts; a folder that got no content is removed.
+
+    Raises ValueError naming the holder if another process trains in it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        me = f"process {os.getpid()} on {socket.gethostname()}, since {datetime.now():%Y-%m-%d %H:%M:%S}"
+        try:
+            self.lock = atomic.Lock(folder / LOCK, me)
+        except BlockingIOError as error:
+            raise ValueError(f"{folder} is being trained by {error.strerror}: wait for it, stop it, "
+                             f"or choose another name=.") from None
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    def move_aside(self) -> None:
+        """Give the folder, which stays held, another name."""
+        self.folder = self.folder.rename(free_name(self.folder.with_name(f"{self.folder.name}.old")))
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        if self.folder.is_dir() and [path.name for path in self.folder.iterdir()] == [LOCK]:
+            (self.folder / LOCK).unlink()
+            self.folder.rmdir()
+        self.lock.release()
+
+
+def find_run(runs_dir: Path, name: str) -> Path:
+    """The folder of the run `name`: below `runs_dir`, or a path; without a name, the run that was saved last.
+
+    Raises ValueError naming the runs there are.
+    """
+    runs = sorted(folder.parent for folder in runs_dir.rglob("checkpoints") if any(folder.glob("step_*")))
+    if not name and runs:
+        return max(runs, key=lambda run: (run / "checkpoints").stat().st_mtime)
+    for run in (runs_dir / name, Path(name)):
+        if name and any(run.glob("checkpoints/step_*")):
+            return run
+    there = f"There are: {', '.join(str(run.relative_to(runs_dir)) for run in runs)}." if runs else (
+        f"{runs_dir} holds no run with a checkpoint: train one with python train.py.")
+    raise ValueError(f"run={name} is not there. {there}" if name else there)

@@ -1,0 +1,90 @@
+"""Saving beside the training: the state is copied, and a thread writes the copy while the next steps run."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from training import checkpoint
+from training.checkpoint import Snapshot
+
+
+class Saver:
+    """Writes one checkpoint at a time into the folder `checkpoints` and prunes the older ones. Use as a context manager.
+
+    `saved` is the last step that is on the disk. `settle` brings to the disk what must be there by then. What
+    the disk refuses is one warning each time, or with `stop_on_error` an OSError of the next call; it is left to the
+    caller to save again.
+    """
+
+    def __init__(self, checkpoints: Path, keep_last: int, saved: int, settle: Callable[[], None],
+                 warn: Callable[[str], None], stop_on_error: bool) -> None:
+        self.checkpoints, self.keep_last = checkpoints, keep_last
+        self.saved = saved
+        self.settle, self.warn, self.stop_on_error = settle, warn, stop_on_error
+        self.thread: threading.Thread | None = None
+        self.error: Exception | None = None
+        self.held_up_seconds = 0.0  # how long training waited for saving
+
+    def save(self, snapshot: Snapshot) -> None:
+        """Begin to save, once the save before is done; where memory is short for a copy, save at once."""
+        self.finish()
+        start = time.perf_counter()
+        if available_memory() > 1.5 * snapshot.nbytes():
+            self.thread = threading.Thread(target=self._write, args=[snapshot.copy()], daemon=True)
+            self.thread.start()
+        else:
+            self._write(snapshot)
+        self.held_up_seconds += time.perf_counter() - start
+
+    def check(self) -> None:
+        """Say or raise what went wrong, if writing has come to an end."""
+        if self.thread is None or not self.thread.is_alive():
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for what is being written; say or raise what went wrong with it."""
+        if self.thread:
+            start = time.perf_counter()
+            self.thread.join()
+            self.thread = None
+            self.held_up_seconds += time.perf_counter() - start
+        error, self.error = self.error, None
+        if isinstance(error, OSError) and not self.stop_on_error:
+            self.warn(f"Warning: {error} Training goes on.")
+        elif error:
+            raise error
+
+    def _write(self, snapshot: Snapshot) -> None:
+        try:
+            checkpoint.save(self.checkpoints, snapshot, self.settle)
+            self.saved = snapshot.state["step"]
+            checkpoint.prune(self.checkpoints, self.keep_last)
+        except Exception as error:  # it belongs to the thread that trains
+            self.error = error
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *failure: object) -> None:
+        if self.thread and kind is not KeyboardInterrupt:  # who presses Ctrl-C twice does not want to wait
+            self.thread.join()
+
+
+def available_memory() -> float:
+    """Bytes that could be had without swapping, by Linux's own estimate and the limit of a container; else all there are."""
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free = 1024 * int(lines["MemAvailable"].split()[0])
+    except (OSError, KeyError, ValueError):
+        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    group = Path("/sys/fs/cgroup")
+    try:
+        counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        used = int((group / "memory.current").read_text()) - int(counts["inactive_file"])
+        return min(free, int((group / "memory.max").read_text()) - used)
+    except (OSError, KeyError, ValueError):  # no such limit
+        return free

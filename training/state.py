@@ -1,0 +1,66 @@
+"""Where a run stands: all that training changes, to and from a checkpoint. What is not in here is a function of it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from training.checkpoint import MODEL, OPTIMIZER, STATE, Checkpoint, Damaged, Snapshot
+from training.optim import Optimizers
+
+
+@dataclass
+class State:
+    """The weights, what the optimizers and the loss scaler remember, and how far things are."""
+
+    model: nn.Module
+    optimizers: Optimizers
+    scaler: torch.amp.GradScaler
+    step: int = 0  # steps taken
+    seconds: float = 0.0  # of training
+    batches_skipped: int = 0  # those that a rollback stepped over
+    nonfinite: int = 0  # how often a loss or gradient was not finite
+
+    @property
+    def batch(self) -> int:
+        """Which of the loader's steps comes next."""
+        return self.step + self.batches_skipped
+
+    def snapshot(self, val_loss: float | None, scheduled: bool, tokenizer: dict[str, Any],
+                 facts: dict[str, Any]) -> Snapshot:
+        """This moment. `facts` are what training does not change: the settings, the model's shape, the environment."""
+        state = {"step": self.step, "seconds": self.seconds, "batches_skipped": self.batches_skipped,
+                 "nonfinite": self.nonfinite, "scheduled": scheduled, "scaler": self.scaler.state_dict(),
+                 "val_loss": val_loss if val_loss is not None and math.isfinite(val_loss) else None} | facts
+        return Snapshot(self.model.state_dict(), self.optimizers.tensors(), tokenizer, state)
+
+    def nbytes(self) -> int:
+        """The size of a checkpoint."""
+        return self.snapshot(None, True, {}, {}).nbytes()
+
+    def restore(self, saved: Checkpoint) -> None:
+        """Go back to a moment. Raises Damaged, changing nothing, if it is not of this model and these optimizers."""
+        scaler = saved.state["scaler"]
+        if scaler.keys() != self.scaler.state_dict().keys() or not all(plain_number(value) for value in scaler.values()):
+            raise Damaged(f"{saved.folder / STATE} holds no state of this run's loss scaler")
+        weights = saved.tensors(MODEL, self.model.state_dict())
+        remembered = saved.tensors(OPTIMIZER, self.optimizers.tensors())
+        self.model.load_state_dict(weights)
+        self.optimizers.load_tensors(remembered)
+        self.scaler.load_state_dict(scaler)
+        self.step, self.seconds = saved.step, saved.state["seconds"]
+        self.batches_skipped, self.nonfinite = saved.state["batches_skipped"], saved.state["nonfinite"]
+
+    def roll_back(self, saved: Checkpoint) -> None:
+        """Go back to a moment with what is known now: step over all batches since then, the present one included."""
+        reached, nonfinite = self.batch + 1, self.nonfinite
+        self.restore(saved)
+        self.batches_skipped, self.nonfinite = reached - self.step, nonfinite
+
+
+def plain_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 2**64

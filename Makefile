@@ -2,7 +2,7 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 
-.PHONY: help train sample test test-fast lint clean
+.PHONY: help train sample test test-fast torture lint clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/:/' | awk -F': *' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -18,6 +18,9 @@ test: .venv/ready  ## run the whole test suite
 
 test-fast: .venv/ready  ## run the tests that take seconds
 	$(RUN) -m pytest -q -m "not slow"
+
+torture: .venv/ready  ## try to lose a run in every way there is: half an hour
+	$(RUN) -m scripts.torture
 
 lint: .venv/ready  ## check the style
 	$(RUN) -m ruff check .

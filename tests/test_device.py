@@ -76,6 +76,16 @@ def test_auto_compiles_only_where_it_pays_back(monkeypatch):
     assert spy("false", 1e5) == "model" and spy("true", 1) == ("compiled", "model")
 
 
+@pytest.mark.parametrize("choice, expected", [("true", True), ("false", False)])
+def test_compiled_for_a_cpu_is_compiled_deterministically(monkeypatch, choice, expected):
+    """The compiler's own gradient of an embedding adds in any order; plain torch's on a CPU does not."""
+    Spy(monkeypatch)(choice, 1)
+    try:
+        assert torch.are_deterministic_algorithms_enabled() is expected
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_auto_falls_back_with_one_warning_that_names_the_cause(monkeypatch):
     spy = Spy(monkeypatch, fails=True)
     assert spy("auto", 1e5) == "model"

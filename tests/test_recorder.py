@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import struct
 import sys
 import types
 
@@ -132,11 +133,41 @@ def test_a_resumed_run_continues_the_same_wandb_run(tmp_path, monkeypatch):
     assert [values["step"] for values in fake.logged] == [1, 2] and fake.defined == (("*",), {"step_metric": "step"})
 
 
+def records(path):
+    """What a .wandb file holds: a header of 7 bytes, then LevelDB's log format (blocks of 32 KiB) around protobuf."""
+    from wandb.proto import wandb_internal_pb2
+
+    content, place, whole = path.read_bytes(), 7, b""
+    while place + 7 <= len(content):
+        if (left := 2**15 - place % 2**15) < 7:
+            place += left
+            continue
+        _, length, kind = struct.unpack("<IHB", content[place:place + 7])
+        whole += content[place + 7:place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(whole)
+            yield record
+            whole = b""
+
+
 @pytest.mark.slow
-def test_offline_wandb_works_without_an_account(tmp_path):
+def test_offline_wandb_needs_no_account_and_a_resumed_run_continues_the_same_run(tmp_path):
+    """Read back from what W&B wrote, which is what `wandb sync` sends: one id, each step, the settings."""
     pytest.importorskip("wandb")
-    with Recorder(tmp_path, 0, 3, LoggerConfig(wandb="offline"), {"name": "x"}) as recorder:
-        assert recorder.wandb is not None
-        recorder.record(1, loss=1.0)
+    for start in (0, 2):
+        with Recorder(tmp_path, start, 9, LoggerConfig(wandb="offline"), {"name": "x", "seed": 5}) as recorder:
+            assert recorder.wandb is not None
+            for step in (start + 1, start + 2, start + 3):  # the third was not saved: the resumed run repeats it
+                recorder.record(step, loss=float(step), tokens=10 * step)
     run_id = json.loads((tmp_path / "wandb.json").read_text())["id"]
-    assert list((tmp_path / "wandb").glob(f"offline-run-*-{run_id}/*.wandb"))
+    files = sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+    found = [record for path in files for record in records(path)]
+    assert len(files) == 2 and {record.run.run_id for record in found if record.run.run_id} == {run_id}
+    rows = [{item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+            for record in found if record.history.item]
+    assert [(row["step"], row["loss"], row["tokens"]) for row in rows] == [(s, s, 10 * s) for s in (1, 2, 3, 3, 4, 5)]
+    assert any(item.key == "seed" and item.value_json == "5" for record in found for item in record.run.config.update)
+    metrics = [record.metric for record in found if record.HasField("metric")]
+    assert any(metric.glob_name == "*" and metric.step_metric == "step" for metric in metrics)

@@ -70,9 +70,7 @@ class Device:
             keep_freed_memory()
         self.deterministic = deterministic
         if deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # see cuBLAS, "Results reproducibility"
-            torch.use_deterministic_algorithms(True)
-            torch.utils.deterministic.fill_uninitialized_memory = False  # which would cost time and find no mistake of ours
+            be_deterministic()
 
     def _has_native_bf16(self) -> bool:
         if self.type == "cuda":
@@ -127,6 +125,13 @@ def processor() -> str:
     return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
 
 
+def be_deterministic() -> None:
+    """From now on use only kernels that give the same bits each time, where torch has them."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # see cuBLAS, "Results reproducibility"
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # which would cost time and find no mistake of ours
+
+
 def keep_freed_memory() -> None:
     """Let glibc keep what is freed for the next step, instead of returning it and faulting every page in again.
 
@@ -165,6 +170,8 @@ def maybe_compile(model: nn.Module, choice: str, device: Device, expected_second
     try:
         if device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
             raise RuntimeError("no C++ compiler found")
+        if device.type == "cpu":  # where plain kernels always are; the compiler's add an embedding's gradients in any order
+            be_deterministic()
         compiled = torch.compile(model)
         trial(compiled)
         return compiled

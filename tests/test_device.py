@@ -9,6 +9,13 @@ from training import device as place
 from training.device import Device, maybe_compile
 
 
+@pytest.fixture(autouse=True)
+def any_kernel():
+    """What a test asks of torch's kernels ends with it."""
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 def test_auto_on_a_cpu_takes_bf16_only_where_it_is_native(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
@@ -80,10 +87,7 @@ def test_auto_compiles_only_where_it_pays_back(monkeypatch):
 def test_compiled_for_a_cpu_is_compiled_deterministically(monkeypatch, choice, expected):
     """The compiler's own gradient of an embedding adds in any order; plain torch's on a CPU does not."""
     Spy(monkeypatch)(choice, 1)
-    try:
-        assert torch.are_deterministic_algorithms_enabled() is expected
-    finally:
-        torch.use_deterministic_algorithms(False)
+    assert torch.are_deterministic_algorithms_enabled() is expected
 
 
 def test_auto_falls_back_with_one_warning_that_names_the_cause(monkeypatch):

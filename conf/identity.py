@@ -48,8 +48,9 @@ def identity_differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, 
 
 
 def in_short(changes: dict[str, tuple[Any, Any]]) -> list[str]:
-    """Differences as a folder's name shows them. The vocabulary's size, which follows from the data, is not one of them."""
-    return [f"{key.rpartition('.')[2]}={new}" for key, (_, new) in changes.items() if key != "model.vocab_size"]
+    """Differences as a folder's name shows them; the vocabulary's size follows from others."""
+    return [f"{key.rpartition('.')[2]}={new}" for key, (_, new) in changes.items()
+            if key != "model.vocab_size" or len(changes) == 1]
 
 
 def listed(changes: dict[str, tuple[Any, Any]]) -> str:

@@ -17,6 +17,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import itertools
+import math
 import os
 import shutil
 import subprocess
@@ -126,10 +128,12 @@ def faults(folder: Path, settings: TortureSettings) -> list[tuple[str, int, int]
     for name in ("warm", "straight"):  # the first one loads what torch loads late, once for all forks
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             train(compose("config", [*tiny, f"name={name}"]))
-    results, calls = [], 10**6
+    results, calls = [], math.inf
     for how in ("killed before", "killed within", "disk full once", "disk full for good"):
         tries, lost = 0, 0
-        for at in tqdm(range(1, calls, settings.every), desc=how, unit="call", leave=False):
+        for at in tqdm(itertools.count(1, settings.every), desc=how, unit="call", leave=False):
+            if at >= calls:
+                break
             shutil.rmtree(folder / "data")
             code = in_a_fork([*tiny, "name=run"], Faulty(at, how))
             if how == "killed before" and code == 0:

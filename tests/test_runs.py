@@ -11,7 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -25,6 +25,7 @@ from model import GPT
 from scripts.verify_resume import compare, read_metrics
 from training import checkpoint, saver
 from training.checkpoint import MODEL, STATE
+from training.device import Device
 from training.run import Run, find_run
 
 ROOT = Path(__file__).parent.parent
@@ -234,9 +235,9 @@ def test_the_threads_the_run_began_with_are_used_again(compose_tiny, tmp_path, m
 
 @pytest.mark.parametrize("key, value", [("torch", "2.0.0"), ("processor", "another"), ("deterministic", True), ("compiled", True)])
 def test_another_environment_is_named_and_goes_on_only_when_allowed(compose_tiny, tmp_path, monkeypatch, key, value):
-    environment = story.Device.environment
+    environment = Device.environment
     with monkeypatch.context() as patch:
-        patch.setattr(story.Device, "environment", lambda *words: story.replace(environment(*words), **{key: value}))
+        patch.setattr(Device, "environment", lambda *words: replace(environment(*words), **{key: value}))
         story.train(compose_tiny("training.max_steps=2"))
     words = ["training.max_steps=3", "training.compile=false"]
     with pytest.raises(ValueError, match=rf"not go on with the same bits here: {key} was {value} and is now .*allow_drift=true"):
@@ -246,10 +247,10 @@ def test_another_environment_is_named_and_goes_on_only_when_allowed(compose_tiny
 
 
 def test_auto_is_what_it_was_when_the_run_began(compose_tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(story.Device, "_best_precision", lambda device: "bf16")
+    monkeypatch.setattr(Device, "_best_precision", lambda device: "bf16")
     words = ["training.precision=auto", "training.device=auto"]
     story.train(compose_tiny(*words, "training.max_steps=2"))
-    monkeypatch.setattr(story.Device, "_best_precision", lambda device: "fp32")
+    monkeypatch.setattr(Device, "_best_precision", lambda device: "fp32")
     story.train(compose_tiny(*words, "training.max_steps=3"))
     assert checkpoint.find(tmp_path / "runs/tiny/checkpoints")[-1].state["environment"]["precision"] == "bf16"
 
@@ -283,7 +284,7 @@ def test_sampling_from_a_damaged_run_warns_and_uses_another(compose_tiny, tmp_pa
     run = tmp_path / "runs/tiny"
     (run / "checkpoints/step_00000015" / MODEL).write_bytes(b"")
     capsys.readouterr()
-    story.open_checkpoint(run, "last", story.Device("cpu", "fp32"))
+    story.open_checkpoint(run, "last", Device("cpu", "fp32"))
     assert "using step_00000010" in capsys.readouterr().err
     assert (run / "checkpoints/step_00000015").is_dir()  # whoever only reads moves nothing
 
@@ -308,7 +309,7 @@ def test_a_hostile_shape_is_one_sentence_and_takes_no_memory(compose_tiny, tmp_p
     run = tmp_path / "runs/tiny"
     resealed(run, model=checkpoint.find(run / "checkpoints")[-1].state["model"] | model)
     with pytest.raises(ValueError, match="step_00000002") as refusal:
-        story.open_checkpoint(run, "last", story.Device("cpu", "fp32"))
+        story.open_checkpoint(run, "last", Device("cpu", "fp32"))
     assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 1000
 
 
@@ -523,7 +524,7 @@ def test_a_skipped_first_batch_leaves_the_weights_as_they_were(compose_tiny, tmp
     story.train(compose_tiny("training.max_steps=1", "training.on_nonfinite=skip"))
     torch.manual_seed(compose_tiny().seed)
     weights = checkpoint_weights(checkpoint.find(tmp_path / "runs/tiny/checkpoints")[-1])
-    fresh = GPT(story.replace(compose_tiny().model, vocab_size=weights["wte.weight"].size(0))).state_dict()
+    fresh = GPT(replace(compose_tiny().model, vocab_size=weights["wte.weight"].size(0))).state_dict()
     assert all(torch.equal(fresh[name], tensor) for name, tensor in weights.items())
 
 

@@ -1,0 +1,89 @@
+"""From settings to the run they mean: its folder, held; where it stands; the device and the ways it began with.
+
+The same run goes on. Another one is told apart, and named or refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from conf.identity import differences, identity_differences, in_short, listed
+from conf.schema import Settings, folder_name, rebuild
+from training import checkpoint
+from training.checkpoint import Checkpoint
+from training.device import Device, Environment, available
+from training.run import Run
+
+
+@contextmanager
+def open_run(settings: Settings, prepared: Path) -> Iterator[tuple[Run, Settings, Checkpoint | None]]:
+    """Hold the run's folder; give it, the settings as they hold in it, and its last checkpoint if it has one.
+
+    A folder that holds another run is refused with a ValueError that lists the differences, or, where no name was
+    given, left alone for a folder that is named by them.
+    """
+    name = settings.name or settings.auto_name
+    while True:
+        folder = Path(settings.runs_dir) / name
+        if settings.restart and folder.is_dir():
+            with Run(folder) as old:
+                old.move_aside()
+            print(f"{folder} is now {old.folder}.")
+        with Run(folder) as run:
+            last = checkpoint.choose(run.checkpoints, "last", checkpoint.FILES, warn=print, set_aside=True)
+            held = as_it_began(replace(settings, name=name), last)
+            now = identity(held, prepared, held.training.precision)
+            changes = identity_differences(last.state["settings"], now) if last else {}
+            if not changes:
+                yield run, held, last
+                return
+        if settings.name:
+            raise ValueError(f"{folder} holds a run with other settings: {listed(changes)}. Choose another name=, or "
+                             f"begin anew with restart=true (what is there stays, as {name}.old), or keep the old settings.")
+        name = folder_name("-".join([name, *in_short(changes)]))
+        print(f"{folder} holds a run with other settings ({listed(changes)}): this one goes to {folder.with_name(name)}.")
+
+
+def identity(settings: Settings, prepared: Path, precision: str) -> dict[str, Any]:
+    """The settings as a checkpoint keeps them, with the tokens and the precision that they came to."""
+    values = asdict(settings)
+    values["data"]["prepared"] = prepared.name.rpartition("-")[2]
+    values["training"]["precision"] = precision
+    return values
+
+
+def as_it_began(settings: Settings, last: Checkpoint | None) -> Settings:
+    """In a run that goes on, 'auto' is what it was when the run began."""
+    if not last:
+        return settings
+    began = environment_of(last)
+    was = {"precision": began.precision, "compile": str(began.compiled).lower(),
+           "device": began.device if available()[began.device] else "auto"}
+    auto = {name: value for name, value in was.items() if getattr(settings.training, name) == "auto"}
+    return replace(settings, training=replace(settings.training, **auto))
+
+
+def environment_of(saved: Checkpoint) -> Environment:
+    return rebuild(Environment, saved.state["environment"], f"{saved.folder / checkpoint.STATE}, environment")
+
+
+def open_device(run: Run, settings: Settings, last: Checkpoint | None) -> Device:
+    """The device, with the threads that the run began with.
+
+    Raises ValueError where anything else would change the last bits of its results, unless `allow_drift` is set.
+    """
+    limits = settings.training
+    device = Device(limits.device, limits.precision, limits.deterministic)
+    if last and not settings.allow_drift:
+        began = environment_of(last)
+        torch.set_num_threads(began.threads)
+        if drift := differences(asdict(began), asdict(device.environment(limits.compile == "true"))):
+            raise ValueError(f"{run.folder} would not go on with the same bits here: {listed(drift)}. Go on where it began, "
+                             f"or here with allow_drift=true, which lets the last bits differ from now on.")
+    return device

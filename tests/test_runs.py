@@ -22,6 +22,7 @@ import train as story
 from conf import identity
 from conf.schema import Settings, leaves
 from model import GPT
+from scripts import verify_resume as verify
 from scripts.verify_resume import compare, read_metrics
 from training import checkpoint, saver
 from training.checkpoint import MODEL, STATE
@@ -599,3 +600,24 @@ def test_settings_of_a_checkpoint_are_the_runs(compose_tiny, tmp_path):
     story.train(settings)
     state = checkpoint.find(tmp_path / "runs/tiny/checkpoints")[-1].state
     assert state["settings"]["optim"] == asdict(settings)["optim"] and state["settings"]["data"]["prepared"]
+
+
+@pytest.mark.slow
+def test_the_proof_that_ships_holds_and_shows_a_difference(book, monkeypatch):
+    """`scripts.verify_resume` as users run it; and with dropout that is not the step's, which it must notice."""
+    words = [sys.executable, "-m", "scripts.verify_resume", "model=nano", "data=text", f"data.path={book}", "data.tokenizer=char",
+             "training.batch_size=4", "training.max_steps=20", "training.checkpoint_every=4", "kills=3"]
+    honest = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert honest.returncode == 0 and "bit by bit" in honest.stdout and honest.stdout.count("the same") == 8
+    forgetful = "import train; train.seed_dropout = lambda *place: train.torch.seed(); train.launch(train.train, 'config', '')"
+    plain = subprocess.Popen
+    monkeypatch.setattr(verify.subprocess, "Popen", lambda command, **options: plain([command[0], "-c", forgetful, *command[2:]], **options))
+    assert verify.verify(verify.VerifySettings(kills=1, train=(*words[3:-1], "model.dropout=0.2"))) == 1
+
+
+@pytest.mark.slow
+def test_a_short_campaign_loses_nothing():
+    done = subprocess.run([sys.executable, "-m", "scripts.torture", "kills=4", "every=75"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "Nothing was lost." in done.stdout, done.stdout + done.stderr[-2000:]
+    for words in ("killed before", "killed within", "disk full once", "disk full for good", "damaged: manifest.json", "kill -9"):
+        assert words in done.stdout

@@ -307,6 +307,18 @@ def test_a_manifest_that_lists_anything_else_is_refused(tmp_path, files):
     assert_refused(folder, LIKE)
 
 
+@pytest.mark.parametrize("own", ["0" * 64, "", None, 3, ...], ids=str)
+def test_a_manifest_that_does_not_agree_with_itself_is_refused(tmp_path, own):
+    """Though each file is as it says."""
+    folder = save(tmp_path, 2)
+    manifest = json.loads((folder / MANIFEST).read_text()) | {"sha256": own}
+    if own is ...:
+        del manifest["sha256"]
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(Damaged, match="does not match its own checksum"):
+        Checkpoint.open(folder)
+
+
 def test_files_of_two_checkpoints_do_not_mix(tmp_path):
     one, two = save(tmp_path, 1), save(tmp_path, 2)
     for name in FILES:

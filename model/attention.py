@@ -6,6 +6,8 @@ Shapes: B batch, T time, C width, H heads, G key-value heads, D head width.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -72,7 +74,28 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor, rotary: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """`x` `[B, T, C]` -> `[B, T, C]`; `rotary` is the table of the T positions, where used."""
-        B, T, C = x.shape
+        q, k, v = self.project(x, rotary, cache)
+        # Without earlier positions the kernel's own causal mask serves; a single new position sees
+        # everything; several new ones behind a cache need a mask that is shifted by its length.
+        T, S = q.size(2), k.size(2)
+        mask = visible(T, S, x.device) if T < S and T > 1 else None
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=T == S and T > 1,
+            dropout_p=self.dropout if self.training else 0.0, enable_gqa=self.n_kv_head != self.n_head,
+        )
+        return self.merge(y)
+
+    def explicit(self, x: Tensor, rotary: Tensor | None = None, cache: KVCache | None = None) -> tuple[Tensor, Tensor]:
+        """The same by plain products, and the weights `[B, H, T, S]` before dropout, over all S positions seen."""
+        q, k, v = self.project(x, rotary, cache)
+        k, v = (shared.repeat_interleave(self.n_head // self.n_kv_head, dim=1) for shared in (k, v))
+        scores = q @ k.transpose(2, 3) / math.sqrt(self.head_width)
+        weights = scores.masked_fill(~visible(q.size(2), k.size(2), x.device), -torch.inf).softmax(-1)
+        return self.merge(F.dropout(weights, self.dropout, self.training) @ v), weights
+
+    def project(self, x: Tensor, rotary: Tensor | None, cache: KVCache | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries `[B, H, T, D]` of `x`, and keys and values `[B, G, S, D]` of it and of what the cache holds."""
+        B, T, _ = x.shape
         heads = self.c_attn(x).view(B, T, -1, self.head_width).transpose(1, 2)  # [B, H + 2G, T, D]
         q, k, v = heads.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)
         if self.qk_norm:
@@ -81,14 +104,13 @@ class CausalSelfAttention(nn.Module):
             q, k = rotate(q, rotary), rotate(k, rotary)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
+        return q, k, v
 
-        # Without earlier positions the kernel's own causal mask serves; a single new position sees
-        # everything; several new ones behind a cache need a mask that is shifted by its length.
-        seen = k.size(2) - T
-        mask = torch.ones(T, seen + T, dtype=torch.bool, device=x.device).tril(seen) if seen and T > 1 else None
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=seen == 0 and T > 1,
-            dropout_p=self.dropout if self.training else 0.0, enable_gqa=self.n_kv_head != self.n_head,
-        )
-        y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
-        return self.resid_dropout(self.c_proj(y))
+    def merge(self, y: Tensor) -> Tensor:
+        """What the heads took `[B, H, T, D]`, side by side and projected: `[B, T, C]`."""
+        return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))
+
+
+def visible(T: int, S: int, device: torch.device) -> Tensor:
+    """True `[T, S]` where one of the last T of S positions may look: at itself and at what comes before it."""
+    return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)

@@ -1,11 +1,13 @@
 """Attention against plain arithmetic, in float64 where rounding hides nothing; its cache against attention at once."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
+from conf.schema import compose, options
 from model.attention import CausalSelfAttention, KVCache, rotary_table, rotate
 from model.gpt import GPTConfig
 
@@ -164,3 +166,50 @@ def test_dropout_is_on_in_training_in_both_places(place):
         attention.dropout = 0.0
     attention.train()
     assert not torch.equal(attention(x), attention(x))
+
+
+@pytest.mark.parametrize("preset", options("model"))
+@pytest.mark.parametrize("cached", [0, 1, 3, T - 1])
+def test_the_fast_path_equals_the_explicit_one_for_every_presets_flags_and_with_the_cache(preset, cached):
+    config = replace(compose("config", [f"model={preset}"]).model, block_size=T, n_layer=1, n_head=H, n_embd=C)
+    torch.manual_seed(0)
+    attention = CausalSelfAttention(config).double().eval()
+    for weights in attention.parameters():
+        torch.nn.init.normal_(weights, std=0.3)
+    x = torch.randn(B, T, C, dtype=torch.float64, requires_grad=True)
+    table = TABLE if config.position == "rotary" else None
+    caches = [KVCache(config, B, dtype=torch.float64) if cached else None for _ in range(2)]
+    with torch.no_grad():
+        for cache in caches if cached else []:
+            attention(x[:, :cached], table[:, :cached] if table is not None else None, cache)
+            cache.length = cached
+    new = x[:, cached:]
+    table = table[:, cached:] if table is not None else None
+    fast = attention(new, table, caches[0])
+    plain, weights = attention.explicit(new, table, caches[1])
+    torch.testing.assert_close(fast, plain, rtol=0, atol=1e-10)
+    assert weights.shape == (B, H, T - cached, T)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(B, H, T - cached, dtype=torch.float64))
+    assert not weights.triu(cached + 1).any()
+    if not cached:
+        direction = torch.randn_like(fast)
+        one, other = (torch.autograd.grad((y * direction).sum(), [x, *attention.parameters()]) for y in (fast, plain))
+        for a, b in zip(one, other, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("n_kv_head", [1, 2])
+def test_grouped_heads_take_the_explicit_path_too(n_kv_head):
+    _, attention, x = make(n_kv_head=n_kv_head)
+    plain, weights = attention.explicit(x)
+    torch.testing.assert_close(attention(x), plain, rtol=0, atol=1e-10)
+    assert weights.shape == (B, H, T, T)
+
+
+def test_dropout_in_the_explicit_path_is_off_in_eval_and_not_in_the_weights():
+    _, attention, x = make(dropout=0.5)
+    quiet, weights = attention.explicit(x)
+    torch.testing.assert_close(quiet, attention(x), rtol=0, atol=1e-10)
+    attention.train()
+    loud, also = attention.explicit(x)
+    assert not torch.allclose(loud, quiet) and torch.equal(weights, also)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model.attention import CausalSelfAttention, KVCache, rotary_table
+from model.attention import CausalSelfAttention
 from model.config import GPTConfig
 from model.reference import (
     CausalAttention,

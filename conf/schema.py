@@ -118,6 +118,32 @@ class PlotSettings:
 
 
 @dataclass(frozen=True)
+class AttentionMapSettings:
+    """Everything about a page that shows what a model attends to."""
+
+    run: str = ""  # the run's name, or the path of its folder; empty: the run that was trained last
+    runs_dir: str = "runs"
+    checkpoint: Literal["best", "last"] = "best"
+    fresh: str = ""  # instead of a run: a preset of conf/model with random weights, on bytes
+    seed: int = 1337  # of the random weights
+    prompt: str = "The quick brown fox jumps over the lazy dog."
+    out: str = ""  # empty: attention.html in the run's folder, or here
+    png: bool = False  # a still picture of the grid beside the page
+
+    def problems(self) -> Iterator[str]:
+        """One sentence for each value that cannot work."""
+        if self.run and self.fresh:
+            yield "run and fresh exclude each other: choose one."
+        if self.fresh and self.fresh not in options("model"):
+            yield (f"fresh={self.fresh}: no such preset{closest(self.fresh, options('model'))}. "
+                   f"There are: {', '.join(options('model'))}.")
+        if self.out and Path(self.out).suffix not in (".html", ".htm"):
+            yield f"out={self.out} must end in .html."
+        if not self.prompt:
+            yield "prompt is empty: a map needs tokens to show."
+
+
+@dataclass(frozen=True)
 class VerifySettings:
     """How a training is stopped and compared; all other settings are the training's own."""
 
@@ -146,7 +172,7 @@ class TortureSettings:
 
 
 SCHEMAS = {"config": Settings, "sample": SampleSettings, "plot": PlotSettings, "verify": VerifySettings,
-           "torture": TortureSettings}  # by conf/NAME.yaml
+           "torture": TortureSettings, "attention_map": AttentionMapSettings}  # by conf/NAME.yaml
 
 DERIVED = ("model.vocab_size", "auto_name", "train")  # nobody sets these: the tokenizer and the other settings decide them
 

@@ -1,0 +1,134 @@
+"""Show what each head of a model attends to, as one page that opens from disk, without a network.
+
+  python -m scripts.attention_map run=pydocs prompt="Return the number of items."
+  python -m scripts.attention_map fresh=gpt2 prompt="an untrained model"
+
+Settings, each with its default:
+  run=NAME         the run's name or folder; without it, the run that was trained last
+  checkpoint=best  or last
+  fresh=PRESET     instead of a run, a model of that shape with random weights, reading bytes
+  prompt=TEXT      what the model reads, up to its block_size in tokens
+  out=FILE         the page; without it, attention.html in the run's folder, or here with fresh=
+  png=true         also a still picture, beside the page (needs matplotlib)
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import atomic
+from conf.launch import launch
+from conf.schema import AttentionMapSettings, compose
+from data.tokenizer import ByteTokenizer, Tokenizer
+from model import GPT
+from sample import open_checkpoint
+from training.device import Device
+from training.run import find_run
+
+TEMPLATE = Path(__file__).with_suffix(".html")
+PLACE = '{"this": "is replaced"}'  # where the template holds data
+N_NEXT = 8  # tokens that are shown as likely to come next
+
+
+def main(settings: AttentionMapSettings) -> int:
+    model, tokenizer, name, folder = open_model(settings)
+    ids = tokenizer.encode(settings.prompt)
+    if len(ids) > model.config.block_size:
+        raise ValueError(f"The prompt is {len(ids)} tokens long, this model reads {model.config.block_size}: shorten it.")
+    logits, weights = look(model, torch.tensor([ids]))
+    out = Path(settings.out) if settings.out else folder / "attention.html"
+    words = [word(tokenizer, token) for token in ids]
+    atomic.write_bytes(out, page(name, words, weights, likely(logits, tokenizer)).encode())
+    print(f"Wrote {out} ({out.stat().st_size / 2**20:.1f} MB): open it in a browser.")
+    if settings.png:
+        atomic.write_bytes(picture := out.with_suffix(".png"), draw(name, weights))
+        print(f"Drew {picture}")
+    return 0
+
+
+def open_model(settings: AttentionMapSettings) -> tuple[GPT, Tokenizer, str, Path]:
+    """A model, its tokenizer, what to call it, and the folder where its page goes."""
+    if settings.fresh:
+        tokenizer = ByteTokenizer()
+        config = compose("config", [f"model={settings.fresh}"]).model
+        torch.manual_seed(settings.seed)
+        model = GPT(replace(config, vocab_size=tokenizer.vocab_size)).eval()
+        return model, tokenizer, f"{settings.fresh}, random weights", Path()
+    run = find_run(Path(settings.runs_dir), settings.run)
+    return *open_checkpoint(run, settings.checkpoint, Device("cpu", "fp32")), run.name, run
+
+
+@torch.inference_mode()
+def look(model: GPT, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits `[T, V]` for ids `[1, T]`, and the weights `[L, H, T, T]` of all layers and heads that led to them."""
+    weights: list[Tensor] = []
+    handles = [block.attn.register_forward_hook(lambda attention, given, _: weights.append(attention.explicit(*given)[1]))
+               for block in model.h]
+    try:
+        logits = model(ids)[0]
+    finally:
+        for handle in handles:
+            handle.remove()
+    return logits, torch.cat(weights)
+
+
+def likely(logits: Tensor, tokenizer: Tokenizer) -> list[list[tuple[str, float]]]:
+    """For each position the likeliest next tokens, with their probabilities."""
+    top = logits.float().softmax(-1).topk(min(N_NEXT, logits.size(-1)))
+    return [[(word(tokenizer, token), round(p, 5)) for token, p in zip(*row, strict=True)]
+            for row in zip(top.indices.tolist(), top.values.tolist(), strict=True)]
+
+
+def word(tokenizer: Tokenizer, token: int) -> str:
+    """A token's text; bytes that are no whole character as in \\xff."""
+    return tokenizer.decode_bytes([token]).decode(errors="backslashreplace")
+
+
+def page(name: str, words: list[str], weights: Tensor, following: list[list[tuple[str, float]]]) -> str:
+    """The template with everything in it. Weights go as 16-bit fractions: 4 digits, in a fifth of JSON's space."""
+    fractions = (weights * 65535).round().to(torch.int32).numpy().astype("<u2")
+    content: dict[str, Any] = {"name": name, "words": words, "next": following, "layers": weights.size(0),
+                               "heads": weights.size(1), "weights": base64.b64encode(fractions.tobytes()).decode()}
+    text = json.dumps(content).replace("<", "\\u003c")  # so that no word can end the script it stands in
+    return TEMPLATE.read_text(encoding="utf-8").replace(PLACE, text)
+
+
+def draw(name: str, weights: Tensor) -> bytes:
+    """The grid of all layers and heads, as PNG. Raises ValueError if matplotlib is missing."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError("Drawing needs matplotlib: pip install matplotlib.") from None
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    layers, heads = weights.shape[:2]
+    figure, axes = pyplot.subplots(layers, heads, figsize=(1 + 1.6 * heads, 0.8 + 1.6 * layers), dpi=100, squeeze=False,
+                                   layout="constrained")
+    for layer in range(layers):
+        for head in range(heads):
+            cell = axes[layer][head]
+            roots = weights[layer, head].sqrt().numpy()  # so that small weights show too
+            cell.imshow(roots, cmap="cividis", vmin=0, vmax=1)
+            cell.set(xticks=[], yticks=[])
+            if layer == 0:
+                cell.set_title(f"head {head}", fontsize=8)
+            if head == 0:
+                cell.set_ylabel(f"layer {layer}", fontsize=8)
+    figure.suptitle(f"{name}: rows attend to columns", fontsize=10)
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    pyplot.close(figure)
+    return content.getvalue()
+
+
+if __name__ == "__main__":
+    launch(main, "attention_map", __doc__)

@@ -28,8 +28,8 @@ SWEEP_FLAG = """  -m          sweep: one run for each combination of values sepa
 """
 
 
-def launch(story: Callable[[Any], int], root: str, doc: str) -> NoReturn:
-    """Exit with the code of `story(settings)`; the settings are what `conf/ROOT.yaml` and the command line make."""
+def launch(story: Callable[[Any], int], root: str | type, doc: str) -> NoReturn:
+    """Exit with the code of `story(settings)`; the settings are what `compose(root, ...)` makes of the command line."""
     try:
         code = obey(story, root, doc, sys.argv[1:])
     except (ValueError, OSError) as error:
@@ -44,7 +44,7 @@ def launch(story: Callable[[Any], int], root: str, doc: str) -> NoReturn:
     sys.exit(code)
 
 
-def obey(story: Callable[[Any], int], root: str, doc: str, words: list[str]) -> int:
+def obey(story: Callable[[Any], int], root: str | type, doc: str, words: list[str]) -> int:
     """Do what the command line's `words` ask for; return the exit code."""
     flags = [word for word in words if word.startswith("-")]
     overrides = [word for word in words if not word.startswith("-")]
@@ -62,7 +62,7 @@ def obey(story: Callable[[Any], int], root: str, doc: str, words: list[str]) -> 
     return story(compose(root, overrides))
 
 
-def help_text(root: str, doc: str) -> str:
+def help_text(root: str | type, doc: str) -> str:
     """The entry point's own story, the presets, the flags."""
     if root != "config":
         return f"{doc.strip()}\n\n{FLAGS}"

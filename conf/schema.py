@@ -103,76 +103,7 @@ class SampleSettings:
             yield "prompt, prompt_file and interactive exclude each other: choose one."
 
 
-@dataclass(frozen=True)
-class PlotSettings:
-    """Everything about a picture of a run."""
-
-    run: str = ""  # the run's name, or the path of its folder; empty: the run that was trained last
-    runs_dir: str = "runs"
-    out: str = ""  # empty: loss.png in the run's folder
-
-    def problems(self) -> Iterator[str]:
-        """One sentence for each value that cannot work."""
-        if self.out and Path(self.out).suffix not in (".png", ".svg", ".pdf"):
-            yield f"out={self.out} must end in .png, .svg or .pdf."
-
-
-@dataclass(frozen=True)
-class AttentionMapSettings:
-    """Everything about a page that shows what a model attends to."""
-
-    run: str = ""  # the run's name, or the path of its folder; empty: the run that was trained last
-    runs_dir: str = "runs"
-    checkpoint: Literal["best", "last"] = "best"
-    fresh: str = ""  # instead of a run: a preset of conf/model with random weights, on bytes
-    seed: int = 1337  # of the random weights
-    prompt: str = "The quick brown fox jumps over the lazy dog."
-    out: str = ""  # empty: attention.html in the run's folder, or here
-    png: bool = False  # a still picture of the grid beside the page
-
-    def problems(self) -> Iterator[str]:
-        """One sentence for each value that cannot work."""
-        if self.run and self.fresh:
-            yield "run and fresh exclude each other: choose one."
-        if self.fresh and self.fresh not in options("model"):
-            yield (f"fresh={self.fresh}: no such preset{closest(self.fresh, options('model'))}. "
-                   f"There are: {', '.join(options('model'))}.")
-        if self.out and Path(self.out).suffix not in (".html", ".htm"):
-            yield f"out={self.out} must end in .html."
-        if not self.prompt:
-            yield "prompt is empty: a map needs tokens to show."
-
-
-@dataclass(frozen=True)
-class VerifySettings:
-    """How a training is stopped and compared; all other settings are the training's own."""
-
-    kills: int = 20  # each a kill -9
-    train: tuple[str, ...] = ()  # what the command line says about the training
-
-    def problems(self) -> Iterator[str]:
-        """One sentence for each value that cannot work."""
-        if self.kills < 0:
-            yield f"kills={self.kills} must be at least 0."
-
-
-@dataclass(frozen=True)
-class TortureSettings:
-    """How much of the campaign against runs is fought."""
-
-    kills: int = 200  # of whole programs, at random moments
-    every: int = 1  # fail at each call that writes, or at one in so many
-
-    def problems(self) -> Iterator[str]:
-        """One sentence for each value that cannot work."""
-        if self.kills < 0:
-            yield f"kills={self.kills} must be at least 0."
-        if self.every < 1:
-            yield f"every={self.every} must be at least 1."
-
-
-SCHEMAS = {"config": Settings, "sample": SampleSettings, "plot": PlotSettings, "verify": VerifySettings,
-           "torture": TortureSettings, "attention_map": AttentionMapSettings}  # by conf/NAME.yaml
+SCHEMAS = {"config": Settings, "sample": SampleSettings}  # by conf/NAME.yaml
 
 DERIVED = ("model.vocab_size", "auto_name", "train")  # nobody sets these: the tokenizer and the other settings decide them
 
@@ -203,12 +134,13 @@ def leaves(schema: Any, prefix: str = "") -> dict[str, Any]:
     return {name: hint for name, hint in found.items() if name not in DERIVED}
 
 
-def compose(root: str, overrides: list[str]) -> Any:
+def compose(root: str | type, overrides: list[str]) -> Any:
     """The frozen settings that `conf/ROOT.yaml` and the command line's `overrides` make.
 
-    Raises ConfigError with every problem found. Writes nothing.
+    `root` can also be a dataclass of a script's own settings, which needs no YAML. Raises ConfigError with every
+    problem found. Writes nothing.
     """
-    schema = SCHEMAS[root]
+    schema = SCHEMAS[root] if isinstance(root, str) else root
     known = leaves(schema)
     trains = any(field.name == "train" for field in fields(schema))
     about_training = [word for word in overrides if trains and word.partition("=")[0] not in known]
@@ -255,16 +187,17 @@ def compose(root: str, overrides: list[str]) -> Any:
     return replace(settings, train=tuple(about_training)) if trains else settings
 
 
-def compose_with_hydra(root: str, schema: Any, overrides: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
+def compose_with_hydra(root: str | type, schema: Any, overrides: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
     """What Hydra makes of defaults, presets and overrides, as plain containers, and the presets it chose."""
     defaults = asdict(schema())
     defaults.get("model", {}).pop("vocab_size", None)
     for name in DERIVED:
         defaults.pop(name, None)
-    ConfigStore.instance().store(f"{root}_defaults", defaults)
+    name = root if isinstance(root, str) else f"{root.__module__}.{root.__name__}"
+    ConfigStore.instance().store(f"{name}_defaults" if isinstance(root, str) else name, defaults)
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            composed = hydra_compose(root, overrides, return_hydra_config=True)
+            composed = hydra_compose(name, overrides, return_hydra_config=True)
             ours = OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"])
             return OmegaConf.to_container(ours, resolve=True), dict(composed.hydra.runtime.choices)
     except (HydraException, OmegaConfBaseException, YAMLError) as error:

@@ -17,16 +17,17 @@ from __future__ import annotations
 import base64
 import io
 import json
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 import atomic
 from conf.launch import launch
-from conf.schema import AttentionMapSettings, compose
+from conf.schema import closest, compose, options
 from data.tokenizer import ByteTokenizer, Tokenizer
 from model import GPT
 from sample import open_checkpoint
@@ -36,6 +37,32 @@ from training.run import find_run
 TEMPLATE = Path(__file__).with_suffix(".html")
 PLACE = '{"this": "is replaced"}'  # where the template holds data
 N_NEXT = 8  # tokens that are shown as likely to come next
+
+
+@dataclass(frozen=True)
+class AttentionMapSettings:
+    """Everything about a page that shows what a model attends to."""
+
+    run: str = ""  # the run's name, or the path of its folder; empty: the run that was trained last
+    runs_dir: str = "runs"
+    checkpoint: Literal["best", "last"] = "best"
+    fresh: str = ""  # instead of a run: a preset of conf/model with random weights, on bytes
+    seed: int = 1337  # of the random weights
+    prompt: str = "The quick brown fox jumps over the lazy dog."
+    out: str = ""  # empty: attention.html in the run's folder, or here
+    png: bool = False  # a still picture of the grid beside the page
+
+    def problems(self) -> Iterator[str]:
+        """One sentence for each value that cannot work."""
+        if self.run and self.fresh:
+            yield "run and fresh exclude each other: choose one."
+        if self.fresh and self.fresh not in options("model"):
+            yield (f"fresh={self.fresh}: no such preset{closest(self.fresh, options('model'))}. "
+                   f"There are: {', '.join(options('model'))}.")
+        if self.out and Path(self.out).suffix not in (".html", ".htm"):
+            yield f"out={self.out} must end in .html."
+        if not self.prompt:
+            yield "prompt is empty: a map needs tokens to show."
 
 
 def main(settings: AttentionMapSettings) -> int:
@@ -131,4 +158,4 @@ def draw(name: str, weights: Tensor) -> bytes:
 
 
 if __name__ == "__main__":
-    launch(main, "attention_map", __doc__)
+    launch(main, AttentionMapSettings, __doc__)

@@ -11,12 +11,27 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import atomic
 from conf.launch import launch
-from conf.schema import PlotSettings
 from training.run import find_run
+
+
+@dataclass(frozen=True)
+class PlotSettings:
+    """Everything about a picture of a run."""
+
+    run: str = ""  # the run's name, or the path of its folder; empty: the run that was trained last
+    runs_dir: str = "runs"
+    out: str = ""  # empty: loss.png in the run's folder
+
+    def problems(self) -> Iterator[str]:
+        """One sentence for each value that cannot work."""
+        if self.out and Path(self.out).suffix not in (".png", ".svg", ".pdf"):
+            yield f"out={self.out} must end in .png, .svg or .pdf."
 
 
 def main(settings: PlotSettings) -> int:
@@ -54,4 +69,4 @@ def draw(run: Path, kind: str) -> bytes:
 
 
 if __name__ == "__main__":
-    launch(main, "plot", __doc__)
+    launch(main, PlotSettings, __doc__)

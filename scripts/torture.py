@@ -25,7 +25,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -33,7 +34,7 @@ from tqdm import tqdm
 
 import atomic
 from conf.launch import launch
-from conf.schema import TortureSettings, compose
+from conf.schema import compose
 from scripts.verify_resume import ROOT, compare, finish, start, steps, train_under_kills
 from train import train
 from training import checkpoint
@@ -50,6 +51,21 @@ KILLED = {
 }
 BROKEN = 70  # the exit code where something was raised that should not be
 WRITING = ("open", "write", "pwrite", "fsync", "ftruncate", "truncate", "rename", "replace")  # what atomic.py asks for
+
+
+@dataclass(frozen=True)
+class TortureSettings:
+    """How much of the campaign against runs is fought."""
+
+    kills: int = 200  # of whole programs, at random moments
+    every: int = 1  # fail at each call that writes, or at one in so many
+
+    def problems(self) -> Iterator[str]:
+        """One sentence for each value that cannot work."""
+        if self.kills < 0:
+            yield f"kills={self.kills} must be at least 0."
+        if self.every < 1:
+            yield f"every={self.every} must be at least 1."
 
 
 class Faulty:
@@ -237,4 +253,4 @@ def kills(folder: Path, settings: TortureSettings) -> list[tuple[str, int, int]]
 
 
 if __name__ == "__main__":
-    launch(torture, "torture", __doc__)
+    launch(torture, TortureSettings, __doc__)

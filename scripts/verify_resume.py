@@ -18,6 +18,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +29,26 @@ from tqdm import tqdm
 
 import atomic
 from conf.launch import launch
-from conf.schema import VerifySettings, compose
+from conf.schema import compose
 from training import checkpoint
 
 ROOT = Path(__file__).parent.parent
 SHORT = ("training.max_steps=40", "training.checkpoint_every=7", "training.eval_every=10", "training.eval_tokens=8192",
          "training.sample_tokens=0")
 TIMES = ("step_ms", "seconds")  # what a clock gives is not compared
+
+
+@dataclass(frozen=True)
+class VerifySettings:
+    """How a training is stopped and compared; all other settings are the training's own."""
+
+    kills: int = 20  # each a kill -9
+    train: tuple[str, ...] = ()  # what the command line says about the training
+
+    def problems(self) -> Iterator[str]:
+        """One sentence for each value that cannot work."""
+        if self.kills < 0:
+            yield f"kills={self.kills} must be at least 0."
 
 
 def verify(settings: VerifySettings) -> int:
@@ -124,4 +139,4 @@ def compare(one: Path, other: Path) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    launch(verify, "verify", __doc__)
+    launch(verify, VerifySettings, __doc__)

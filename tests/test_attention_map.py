@@ -31,7 +31,7 @@ PROMPT = "The <b>fox</b> & the </script> dog."
 def made(tmp_path: Path, *overrides: str) -> tuple[Path, dict]:
     """The page for a fresh model, and the data in it."""
     out = tmp_path / "page.html"
-    assert story.main(compose("attention_map", ["fresh=modern-nano", f"prompt={PROMPT[:32]}", f"out={out}", *overrides])) == 0
+    assert story.main(compose(story.AttentionMapSettings, ["fresh=modern-nano", f"prompt={PROMPT[:32]}", f"out={out}", *overrides])) == 0
     return out, data_of(out)
 
 
@@ -78,7 +78,7 @@ def test_the_page_holds_the_tokens_the_weights_and_the_likely_next_tokens(tmp_pa
 
 def test_a_trained_run_gets_its_page_in_its_folder(compose_tiny, tmp_path, capsys):
     train(compose_tiny("training.max_steps=3", "training.sample_tokens=0"))
-    assert story.main(compose("attention_map", [f"runs_dir={tmp_path / 'runs'}", "prompt=The quiet dog"])) == 0
+    assert story.main(compose(story.AttentionMapSettings, [f"runs_dir={tmp_path / 'runs'}", "prompt=The quiet dog"])) == 0
     page = tmp_path / "runs/tiny/attention.html"
     assert "".join(data_of(page)["words"]) == "The quiet dog" and str(page) in capsys.readouterr().out
 
@@ -101,12 +101,12 @@ def test_128_tokens_and_144_heads_stay_under_20_megabytes():
 ])
 def test_bad_settings_are_one_sentence(overrides, words):
     with pytest.raises(ConfigError, match=words):
-        compose("attention_map", overrides)
+        compose(story.AttentionMapSettings, overrides)
 
 
 def test_a_prompt_that_is_too_long_is_refused_with_both_numbers(tmp_path):
     with pytest.raises(ValueError, match="33 tokens long, this model reads 32"):
-        story.main(compose("attention_map", ["fresh=nano", f"prompt={'x' * 33}", f"out={tmp_path / 'x.html'}"]))
+        story.main(compose(story.AttentionMapSettings, ["fresh=nano", f"prompt={'x' * 33}", f"out={tmp_path / 'x.html'}"]))
 
 
 def browse(page: Path, tmp_path: Path, script: str) -> tuple[object, str]:

@@ -89,19 +89,25 @@ def train_under_kills(overrides: list[str], run: Path, kills: int, max_steps: in
     moments = sorted(random.randrange(max_steps) for _ in range(kills))
     inside = lost = 0
     for number, step in enumerate(tqdm(moments, desc="Kills", unit="kill", leave=False)):
+        earlier, aimed = half_written(run), number % 3 == 0
         with start(overrides, run) as program:
             while program.poll() is None and steps(run) < step:
                 time.sleep(0.002)
-            while number % 3 == 0 and program.poll() is None and not any(run.glob(f"checkpoints/{atomic.PARTIAL}step_*")):
+            while aimed and program.poll() is None and half_written(run) <= earlier:
                 pass
-            time.sleep(random.random() * (0.003 if number % 3 == 0 else 0.1))
+            time.sleep(random.random() * (0.003 if aimed else 0.1))
             program.kill()
             program.communicate()
-        inside += any(run.glob(f"checkpoints/{atomic.PARTIAL}step_*"))
+        inside += not half_written(run) <= earlier
         saved = checkpoint.find(run / "checkpoints")
         lost += steps(run) - (saved[-1].step if saved else 0)
     finish(overrides, run)
     return inside, lost
+
+
+def half_written(run: Path) -> set[Path]:
+    """The checkpoints that are being written, or that a kill left so."""
+    return set(run.glob(f"checkpoints/{atomic.PARTIAL}step_*"))
 
 
 def steps(run: Path) -> int:

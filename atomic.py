@@ -44,13 +44,16 @@ def new_folder(final: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def remove_folder(folder: Path) -> None:
-    """Delete a folder, which loses its name first: a kill leaves no half of it behind that looks whole."""
-    if not folder.name.startswith(PARTIAL):
-        doomed = folder.with_name(f"{PARTIAL}{folder.name}-{secrets.token_hex(4)}")
-        os.rename(folder, doomed)
-        folder = doomed
-    shutil.rmtree(folder, ignore_errors=True)
+def remove(path: Path) -> None:
+    """Delete a file, or a folder, which loses its name first: a kill leaves no half of it behind that looks whole."""
+    if not path.is_dir():
+        path.unlink(missing_ok=True)
+        return
+    if not path.name.startswith(PARTIAL):
+        doomed = path.with_name(f"{PARTIAL}{path.name}-{secrets.token_hex(4)}")
+        os.rename(path, doomed)
+        path = doomed
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def write_bytes(final: Path, content: bytes) -> None:
@@ -107,7 +110,7 @@ class Lines:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        self.handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o644)
         self.size = os.fstat(self.handle).st_size
         if self.size and os.pread(self.handle, 1, self.size - 1) != b"\n":  # a kill cut its last line short
             self.size = path.read_bytes().rfind(b"\n") + 1
@@ -151,10 +154,16 @@ class Lock:
     """
 
     def __init__(self, path: Path, holder: str) -> None:
-        self.handle = None
+        self.handle, attempts = None, 0
         while self.handle is None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+            except (FileNotFoundError, FileExistsError):  # its last holder removed the folder just now
+                attempts += 1
+                if attempts == 100:
+                    raise
+                continue
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):  # else it was moved away meanwhile

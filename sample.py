@@ -31,6 +31,7 @@ from conf.schema import SampleSettings, rebuild
 from data.tokenizer import Tokenizer, from_json
 from model import GPT, GPTConfig, generate
 from training import checkpoint
+from training.checkpoint import Checkpoint
 from training.device import Device
 from training.run import find_run
 
@@ -56,19 +57,26 @@ def open_checkpoint(run: Path, which: str, device: Device) -> tuple[GPT, Tokeniz
 
     Raises ValueError if the run's "best" or "last" checkpoint holds anything that nanohydra does not write.
     """
-    needed = (checkpoint.MODEL, checkpoint.TOKENIZER)
-    found = checkpoint.choose(run / "checkpoints", which, needed, warn=lambda text: print(text, file=sys.stderr))
-    config = rebuild(GPTConfig, found.state["model"], f"{found.folder / checkpoint.STATE}, model")
-    tokenizer = from_json(found.json(checkpoint.TOKENIZER), f"{found.folder / checkpoint.TOKENIZER}")
-    if tokenizer.vocab_size != config.vocab_size:
-        raise ValueError(f"{found.folder} cannot be: its tokenizer has {tokenizer.vocab_size} tokens, "
-                         f"its model {config.vocab_size}.")
-    with torch.device("meta"):
-        shapes = GPT(config).state_dict()
-    weights = found.tensors(checkpoint.MODEL, like=shapes)  # the model takes memory only once its weights are there
-    model = GPT(config)
-    model.load_state_dict(weights)
-    return model.to(device.torch).eval(), tokenizer
+    def load(found: Checkpoint) -> tuple[GPT, Tokenizer]:
+        config = rebuild(GPTConfig, found.state["model"], f"{found.folder / checkpoint.STATE}, model")
+        tokenizer = from_json(found.tokenizer(), f"{found.folder / checkpoint.TOKENIZER}")
+        if tokenizer.vocab_size != config.vocab_size:
+            raise ValueError(f"{found.folder} cannot be: its tokenizer has {tokenizer.vocab_size} tokens, "
+                             f"its model {config.vocab_size}.")
+        with torch.device("meta"):
+            shapes = GPT(config).state_dict()
+        weights = found.tensors(checkpoint.MODEL, like=shapes)  # the model takes memory only once its weights are there
+        model = GPT(config)
+        model.load_state_dict(weights)
+        return model.to(device.torch).eval(), tokenizer
+
+    def warn(text: str) -> None:
+        print(text, file=sys.stderr)
+
+    loaded = checkpoint.choose(run / "checkpoints", which, load, warn)
+    if loaded is None:
+        raise ValueError(f"{run} has no checkpoint.")
+    return loaded
 
 
 def read_prompt(settings: SampleSettings) -> str:

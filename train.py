@@ -44,7 +44,7 @@ from training.checkpoint import Checkpoint
 from training.config import TrainingConfig
 from training.device import Device, maybe_compile, seconds_per_call
 from training.interrupt import Interrupt
-from training.optim import Optimizers, extension, lr_scale
+from training.optim import Optimizers, extension, lr_scale, same_rates
 from training.recorder import Recorder
 from training.run import Run
 from training.saver import Saver
@@ -57,13 +57,20 @@ def train(settings: Settings) -> int:
     prepared = prepare(settings.data)
     tokenizer = load_tokenizer(prepared)
     settings = replace(settings, model=replace(settings.model, vocab_size=tokenizer.vocab_size))
-    block_size, limits = settings.model.block_size, settings.training
-    loader = Loader(Tokens.open(prepared, "train"), block_size, limits.batch_size,
-                    limits.micro_steps(block_size), settings.seed)
-    validation = Validation(Tokens.open(prepared, "val"), block_size, limits.batch_size, limits.eval_tokens)
+    block_size, batch_size = settings.model.block_size, settings.training.batch_size
+    loader = Loader(Tokens.open(prepared, "train"), block_size, batch_size,
+                    settings.training.micro_steps(block_size), settings.seed)
+    validation = Validation(Tokens.open(prepared, "val"), block_size, batch_size, settings.training.eval_tokens)
     bytes_per_token = read_meta(prepared)["splits"]["val"]["bytes_per_token"]
+    Device(settings.training.device, settings.training.precision)  # what this machine lacks is said before a run is touched
 
     with open_run(settings, prepared) as (run, settings, last):
+        limits = settings.training
+        if last and (limit := reached(last.step, last.state["seconds"], limits)):
+            print(f"{run.folder} is finished: {last.step} steps, {last.state['seconds']:.0f} s. "
+                  + how_to_go_on(limit, settings, last))
+            return finish(run, limits)
+
         # What is learned, on what, and how.
         device = open_device(run, settings, last)
         torch.manual_seed(settings.seed)
@@ -75,10 +82,6 @@ def train(settings: Settings) -> int:
         state = State(model, optimizers, scaler)
         if last:
             state.restore(last)
-        if limit := reached(state, settings):
-            print(f"{run.folder} is finished: {state.step} steps, {state.seconds:.0f} s. "
-                  + how_to_go_on(limit, settings, last))
-            return finish(run, limits, device)
         checkpoint.check_disk(run.checkpoints, state.nbytes())
         atomic.write_bytes(run.folder / "config.yaml", yaml.safe_dump(asdict(settings), sort_keys=False).encode())
 
@@ -87,23 +90,27 @@ def train(settings: Settings) -> int:
               Saver(run.checkpoints, limits.keep_last, state.step, recorder.sync, recorder.say,
                     stop_on_error=limits.on_save_error == "stop") as saver):
             introduce(recorder, run, device, model, loader, describe(prepared), state.step)
-            if last and last.state["max_steps"] != limits.max_steps:
-                recorder.say(extension(state.step, settings.optim, last.state["max_steps"], limits.max_steps))
+            if last and (planned := last.state["max_steps"]) != limits.max_steps:
+                state.replanned |= not same_rates(state.step, settings.optim, planned, limits.max_steps)
+                recorder.say(extension(state.step, settings.optim, planned, limits.max_steps, state.replanned))
             step_seconds = loader.micro_steps * seconds_per_call(lambda: trial(model, loader, device), device)
             expected = min(step_seconds * (limits.max_steps - state.step), (limits.max_seconds or math.inf) - state.seconds)
             recorder.say(f"Time: about {expected / 60:.1f} minutes on this machine, by its first batch, and evaluation.")
-            forward = maybe_compile(model, settings.training.compile, device, expected,
+            forward = maybe_compile(model, limits.compile, device, expected,
                                     lambda compiled: trial(compiled, loader, device), recorder.say)
             facts = {"settings": identity(settings, prepared, device.precision), "max_steps": limits.max_steps,
                      "model": asdict(model.config), "environment": asdict(device.environment(forward is not model))}
 
-            def save(val_loss: float | None, scheduled: bool = False) -> None:
-                saver.save(state.snapshot(val_loss, scheduled, tokenizer.to_json(), facts))
+            def due() -> bool:
+                return state.step % limits.checkpoint_every == 0
+
+            def save(val_loss: float | None) -> None:
+                saver.save(state.snapshot(val_loss, due(), tokenizer.to_json(), facts))
 
             val_loss = None
             if limits.on_nonfinite == "rollback" and not last:
-                save(val_loss, scheduled=True)  # there is always something to go back to
-            while not reached(state, settings) and not interrupt:
+                save(val_loss)  # there is always something to go back to
+            while not reached(state.step, state.seconds, limits) and not interrupt:
                 start = time.perf_counter()
                 scale = lr_scale(state.step, settings.optim, limits.max_steps)
                 optimizers.set_scale(scale)
@@ -111,11 +118,11 @@ def train(settings: Settings) -> int:
                 if loss is None:
                     break  # interrupted within the step, which is not taken
                 norm = optimizers.gradient_norm(scaler)
-                if math.isfinite(loss) and (scaler.is_enabled() or norm.isfinite()):  # a scaler answers for its gradients
+                if math.isfinite(loss) and (norm.isfinite() or scaler.is_enabled()):  # a scaler answers for its gradients
                     optimizers.step(scaler, norm, settings.optim.grad_clip)
                     measured = {"loss": loss, "gradient_norm": norm.item()}
                 else:
-                    if answer_nonfinite(loss, state, run, settings.training, loader, recorder, saver) == "rollback":
+                    if answer_nonfinite(loss, state, run, limits, loader, recorder, saver) == "rollback":
                         continue
                     measured = {"skipped": True}
                 step_seconds = time.perf_counter() - start
@@ -128,15 +135,14 @@ def train(settings: Settings) -> int:
                                   **mfu(model, tokens_per_second, device))
 
                 val_loss = None
-                ending = bool(reached(state, settings))
+                ending = bool(reached(state.step, state.seconds, limits))
                 if ending or state.step % limits.eval_every == 0:
                     val_loss = evaluate(model, validation, device)
                     report(recorder, state.step, val_loss, bytes_per_token)
                     if limits.sample_tokens:
                         recorder.say(f"  {short_sample(model, tokenizer, limits.sample_tokens, device)!r}")
-                due = state.step % limits.checkpoint_every == 0
-                if ending or due:
-                    save(val_loss, scheduled=due)
+                if ending or due():
+                    save(val_loss)
                 saver.check()
             saver.finish()
             if saver.saved < state.step:  # interrupted, or the disk was full
@@ -150,15 +156,14 @@ def train(settings: Settings) -> int:
                              f"the same command goes on from there.")
                 return interrupt.exit_code
         print(f"Trained {state.step} steps in {state.seconds:.0f} s, and waited {saver.held_up_seconds:.1f} s for saving.")
-        return finish(run, limits, device)
+        return finish(run, limits)
 
 
-def reached(state: State, settings: Settings) -> str:
+def reached(step: int, seconds: float, limits: TrainingConfig) -> str:
     """The limit that ends the run here, if one does."""
-    limits = settings.training
-    if state.step >= limits.max_steps:
+    if step >= limits.max_steps:
         return "max_steps"
-    return "max_seconds" if limits.max_seconds and state.seconds >= limits.max_seconds else ""
+    return "max_seconds" if limits.max_seconds and seconds >= limits.max_seconds else ""
 
 
 def how_to_go_on(limit: str, settings: Settings, last: Checkpoint) -> str:
@@ -167,7 +172,7 @@ def how_to_go_on(limit: str, settings: Settings, last: Checkpoint) -> str:
         return "To go on, raise training.max_seconds."
     more = 2 * last.step
     return (f"To go on, raise training.max_steps, as in training.max_steps={more}. "
-            + extension(last.step, settings.optim, last.state["max_steps"], more))
+            + extension(last.step, settings.optim, last.state["max_steps"], more, last.state["replanned"]))
 
 
 def introduce(recorder: Recorder, run: Run, device: Device, model: GPT, loader: Loader, data: str, step: int) -> None:
@@ -210,9 +215,13 @@ def answer_nonfinite(loss: float, state: State, run: Run, limits: TrainingConfig
     state.nonfinite += 1
     answer = limits.on_nonfinite if state.nonfinite <= limits.nonfinite_limit else "stop"
     batch = {"index": state.batch, "sequences_start_at": loader.sequences(state.batch)}
-    path = nonfinite.report(run.folder, state.nonfinite, state.step, batch, loss, state.model, recorder.recent, answer)
+    said = f"Step {state.step + 1} came to a loss of {loss:.4g} and a gradient that cannot be used"
+    try:
+        path = nonfinite.report(run.folder, state.nonfinite, state.step, batch, loss, state.model, recorder.recent, answer)
+        said += f": see {path}."
+    except OSError as error:
+        said += f"; no report of it could be written ({error.strerror})."
     state.optimizers.clear(state.scaler)
-    said = f"Step {state.step + 1} came to a loss of {loss:.4g} and a gradient that cannot be used: see {path}."
     if answer == "stop":
         saver.finish()
         if state.nonfinite > 1:
@@ -221,7 +230,7 @@ def answer_nonfinite(loss: float, state: State, run: Run, limits: TrainingConfig
                          f"training.precision=fp32, or training.on_nonfinite=skip or rollback.")
     if answer == "rollback":
         saver.finish()
-        back = checkpoint.choose(run.checkpoints, "scheduled", checkpoint.FILES, recorder.say, set_aside=True)
+        back = checkpoint.choose(run.checkpoints, "scheduled", checkpoint.whole, recorder.say, set_aside=True)
         if back is None:
             raise ValueError(f"{said} There is no checkpoint to go back to.")
         state.roll_back(back)
@@ -275,8 +284,11 @@ def report(recorder: Recorder, step: int, val_loss: float, bytes_per_token: floa
 
 
 def short_sample(model: GPT, tokenizer: Tokenizer, length: int, device: Device) -> str:
-    """What the model writes at this point."""
-    return complete(model, tokenizer, "", SampleSettings(max_new_tokens=length), device)[0]
+    """What the model writes at this point, or why it cannot."""
+    try:
+        return complete(model, tokenizer, "", SampleSettings(max_new_tokens=length), device)[0]
+    except ValueError as error:  # as for a model that has diverged, which is for the next loss to judge
+        return str(error)
 
 
 def mfu(model: GPT, tokens_per_second: float, device: Device) -> dict[str, str]:
@@ -285,9 +297,10 @@ def mfu(model: GPT, tokens_per_second: float, device: Device) -> dict[str, str]:
     return {"mfu": f"{model.flops_per_token() * tokens_per_second / peak:.1%}"} if peak else {}
 
 
-def finish(run: Run, limits: TrainingConfig, device: Device) -> int:
+def finish(run: Run, limits: TrainingConfig) -> int:
     """Print what the best checkpoint writes, and how to see more."""
     if limits.sample_tokens:
+        device = Device(limits.device, limits.precision)
         model, tokenizer = open_checkpoint(run.folder, "best", device)
         print_completions(model, tokenizer, "", SampleSettings(num_samples=3), device)
     print(f'More: python sample.py run={run.folder} prompt="..."')

@@ -55,5 +55,10 @@ def in_short(changes: dict[str, tuple[Any, Any]]) -> list[str]:
 
 def listed(changes: dict[str, tuple[Any, Any]]) -> str:
     """Differences in words."""
-    words = [f"{key} was {old} and is now {new}" for key, (old, new) in changes.items()]
-    return ", ".join(word[:200] for word in words[:10]) + (f", and {len(words) - 10} more" if len(words) > 10 else "")
+    words = [printable(f"{key} was {old} and is now {new}") for key, (old, new) in changes.items()]
+    return ", ".join(words[:10]) + (f", and {len(words) - 10} more" if len(words) > 10 else "")
+
+
+def printable(text: str) -> str:
+    """The beginning of a text that is not to be trusted, with nothing in it that a terminal would obey."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text[:200])

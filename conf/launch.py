@@ -30,6 +30,8 @@ SWEEP_FLAG = """  -m          sweep: one run for each combination of values sepa
 
 def launch(story: Callable[[Any], int], root: str | type, doc: str) -> NoReturn:
     """Exit with the code of `story(settings)`; the settings are what `compose(root, ...)` makes of the command line."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # what cannot be printed must not stop anything
     try:
         code = obey(story, root, doc, sys.argv[1:])
     except (ValueError, OSError) as error:

@@ -15,6 +15,7 @@ import torch
 
 from conf.identity import differences, identity_differences, in_short, listed
 from conf.schema import Settings, folder_name, rebuild
+from model import GPT, GPTConfig
 from training import checkpoint
 from training.checkpoint import Checkpoint
 from training.device import Device, Environment, available
@@ -26,28 +27,57 @@ def open_run(settings: Settings, prepared: Path) -> Iterator[tuple[Run, Settings
     """Hold the run's folder; give it, the settings as they hold in it, and its last checkpoint if it has one.
 
     A folder that holds another run is refused with a ValueError that lists the differences, or, where no name was
-    given, left alone for a folder that is named by them.
+    given, left alone for a folder that is named by them. With `restart` the run that is there is moved aside.
     """
-    name = settings.name or settings.auto_name
+    name, restart = settings.name or settings.auto_name, settings.restart
     while True:
         folder = Path(settings.runs_dir) / name
-        if settings.restart and folder.is_dir():
-            with Run(folder) as old:
-                old.move_aside()
-            print(f"{folder} is now {old.folder}.")
         with Run(folder) as run:
-            last = checkpoint.choose(run.checkpoints, "last", checkpoint.FILES, warn=print, set_aside=True)
-            held = as_it_began(replace(settings, name=name), last)
-            now = identity(held, prepared, held.training.precision)
-            changes = identity_differences(last.state["settings"], now) if last else {}
+            run.sweep()
+            last, changes = look_into(run, settings, prepared)
+            if restart and run.has_content() and (settings.name or not changes):
+                run.move_aside()
+                print(f"{folder} is now {run.folder}.")
+                restart = False
+                continue
             if not changes:
-                yield run, held, last
+                yield run, as_it_began(replace(settings, name=name), last), last
                 return
         if settings.name:
             raise ValueError(f"{folder} holds a run with other settings: {listed(changes)}. Choose another name=, or "
                              f"begin anew with restart=true (what is there stays, as {name}.old), or keep the old settings.")
         name = folder_name("-".join([name, *in_short(changes)]))
         print(f"{folder} holds a run with other settings ({listed(changes)}): this one goes to {folder.with_name(name)}.")
+
+
+def look_into(run: Run, settings: Settings, prepared: Path) -> tuple[Checkpoint | None, dict[str, tuple[Any, Any]]]:
+    """The run's last checkpoint, and how its identity differs from that of `settings`.
+
+    Raises ValueError if checkpoints are there and none is whole, unless the run is to begin anew.
+    """
+    def changes(one: Checkpoint) -> dict[str, tuple[Any, Any]]:
+        held = as_it_began(settings, one)
+        return identity_differences(one.state["settings"], identity(held, prepared, held.training.precision))
+
+    def load(one: Checkpoint) -> Checkpoint:
+        if not changes(one):  # of another run, the large files are not read
+            one.verify(most_bytes=largest_file(settings.model))
+        return one
+
+    try:
+        last = checkpoint.choose(run.checkpoints, "last", load, warn=print, set_aside=True)
+        return last, changes(last) if last else {}
+    except ValueError:
+        if settings.restart:
+            return None, {}
+        raise
+
+
+def largest_file(config: GPTConfig) -> int:
+    """The bytes that no file of a checkpoint can pass: AdamW's two moments, or the largest tokenizer."""
+    with torch.device("meta"):
+        parameters = sum(weights.numel() for weights in GPT(config).parameters())
+    return 8 * parameters + 2**24
 
 
 def identity(settings: Settings, prepared: Path, precision: str) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
-from conf.identity import flat, identity_differences, in_short
+from conf.identity import flat, identity_differences, in_short, printable
 from data.sources import DataConfig
 from model.config import GPTConfig
 from training.config import TrainingConfig
@@ -56,7 +56,7 @@ class Settings:
         """One sentence for each value that cannot work, the groups' own included."""
         if self.seed < 0:
             yield f"seed={self.seed} must be at least 0."
-        if Path(self.name).is_absolute() or ".." in Path(self.name).parts:
+        if Path(self.name).is_absolute() or ".." in Path(self.name).parts or (self.name and not Path(self.name).parts):
             yield f"name={self.name} would leave runs_dir={self.runs_dir}: use a plain name."
         for group in ("model", "data", "optim", "training", "logger"):
             yield from (f"{group}.{problem}" for problem in getattr(self, group).problems())
@@ -248,7 +248,7 @@ def rebuild(schema: Any, values: dict[str, Any], place: str) -> Any:
     problems = [f"{key[:40]} is not a setting." for key in values if key not in leaves(schema)]
     instance = freeze(schema, values, "", problems)
     if problems := problems or list(instance.problems()):
-        raise ValueError(f"{place}: {' '.join(problems[:3])}")
+        raise ValueError(f"{place}: {printable(' '.join(problems[:3]))}")
     return instance
 
 

@@ -151,10 +151,10 @@ def draw(name: str, weights: Tensor) -> bytes:
             if head == 0:
                 cell.set_ylabel(f"layer {layer}", fontsize=8)
     figure.suptitle(f"{name}: rows attend to columns", fontsize=10)
-    content = io.BytesIO()
-    figure.savefig(content, format="png")
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
     pyplot.close(figure)
-    return content.getvalue()
+    return picture.getvalue()
 
 
 if __name__ == "__main__":

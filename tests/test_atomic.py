@@ -196,10 +196,10 @@ def test_a_folder_loses_its_name_before_its_content(tmp_path, monkeypatch):
     (tmp_path / "step_1" / "a").write_bytes(b"one")
     with monkeypatch.context() as patch:
         patch.setattr(atomic.shutil, "rmtree", lambda *words, **options: None)  # killed here
-        atomic.remove_folder(tmp_path / "step_1")
+        atomic.remove(tmp_path / "step_1")
     [leftover] = tmp_path.iterdir()
     assert leftover.name.startswith(f"{atomic.PARTIAL}step_1-")
-    atomic.remove_folder(leftover)
+    atomic.remove(leftover)
     assert not any(tmp_path.iterdir())
 
 

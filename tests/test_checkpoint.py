@@ -6,6 +6,7 @@ import errno
 import hashlib
 import io
 import json
+import math
 import os
 import pickle
 import random
@@ -25,7 +26,8 @@ from training.checkpoint import FILES, MANIFEST, MODEL, OPTIMIZER, STATE, TOKENI
 def snapshot(step, val_loss=None, scheduled=True, seed=0):
     draw = torch.Generator().manual_seed(seed + step)
     weights = {"w": torch.randn(2, 3, generator=draw), "b": torch.randn(3, generator=draw)}
-    state = {"step": step, "max_steps": 9, "seconds": 1.5, "batches_skipped": 0, "nonfinite": 0, "scheduled": scheduled,
+    state = {"step": step, "max_steps": 9, "seconds": 1.5, "batches_skipped": 0, "nonfinite": 0, "replanned": False,
+             "scheduled": scheduled,
              "val_loss": val_loss, "settings": {"model": {"n_layer": 1}}, "model": {}, "environment": {}, "scaler": {}}
     return Snapshot(weights, {"0.0.exp_avg": weights["w"] * 2, "0.0.step": torch.tensor(float(step))}, {"kind": "byte"}, state)
 
@@ -38,7 +40,7 @@ def save(folder, step, *arguments, **options):
 def load_all(found, like):
     """Everything that a resumed run reads."""
     found.verify()
-    return found.tensors(MODEL, like.model), found.tensors(OPTIMIZER, like.optimizer), found.json(TOKENIZER), found.state
+    return found.tensors(MODEL, like.model), found.tensors(OPTIMIZER, like.optimizer), found.tokenizer(), found.state
 
 
 def reseal(folder):
@@ -96,15 +98,15 @@ def test_pruning_keeps_the_newest_the_best_and_the_newest_scheduled(tmp_path):
     (tmp_path / f"{atomic.PARTIAL}step_00000006-x").mkdir()
     checkpoint.prune(tmp_path, keep_last=1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000002", "step_00000003", "step_00000005"]
-    chosen = {which: checkpoint.choose(tmp_path, which, FILES, pytest.fail).step for which in checkpoint.ORDERS}
+    chosen = {which: checkpoint.choose(tmp_path, which, checkpoint.whole, pytest.fail).step for which in checkpoint.ORDERS}
     assert chosen == {"best": 2, "last": 5, "scheduled": 3}
 
 
 def test_without_evaluations_the_newest_is_the_best(tmp_path):
-    assert checkpoint.choose(tmp_path, "best", FILES, pytest.fail) is None
+    assert checkpoint.choose(tmp_path, "best", checkpoint.whole, pytest.fail) is None
     save(tmp_path, 1)
     save(tmp_path, 2)
-    assert checkpoint.choose(tmp_path, "best", FILES, pytest.fail).step == 2
+    assert checkpoint.choose(tmp_path, "best", checkpoint.whole, pytest.fail).step == 2
 
 
 def test_a_disk_that_fills_midway_leaves_the_old_checkpoints_and_no_half_one(tmp_path, monkeypatch):
@@ -159,7 +161,7 @@ def test_the_previous_good_one_is_used_with_one_warning_that_names_what_is_damag
     if harm == "gone":
         path.unlink()
     warnings = []
-    assert checkpoint.choose(tmp_path, "last", FILES, warnings.append, set_aside=True).step == 1
+    assert checkpoint.choose(tmp_path, "last", checkpoint.whole, warnings.append, set_aside=True).step == 1
     (warning,) = warnings
     assert str(path) in warning and "using step_00000001 instead" in warning
     assert sorted(one.name for one in tmp_path.iterdir()) == ["damaged-step_00000002", "step_00000001"]
@@ -170,14 +172,14 @@ def test_the_previous_good_one_is_used_with_one_warning_that_names_what_is_damag
 def test_when_nothing_is_whole_the_sentence_says_so_and_nothing_is_moved(tmp_path):
     (save(tmp_path, 1) / MODEL).write_bytes(b"")
     with pytest.raises(ValueError, match=r"No checkpoint in .* is whole: .*model.safetensors .*restart=true"):
-        checkpoint.choose(tmp_path, "last", FILES, pytest.fail, set_aside=True)
+        checkpoint.choose(tmp_path, "last", checkpoint.whole, pytest.fail, set_aside=True)
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
 
 
 def test_what_sampling_does_not_read_may_be_damaged(tmp_path):
     path = save(tmp_path, 1) / OPTIMIZER
     path.write_bytes(path.read_bytes()[:-1] + b"?")
-    assert checkpoint.choose(tmp_path, "last", [MODEL, TOKENIZER], pytest.fail).step == 1
+    assert checkpoint.choose(tmp_path, "last", lambda one: one.verify([MODEL, TOKENIZER]) or one, pytest.fail).step == 1
 
 
 def test_a_checkpoint_of_another_format_is_named_as_such(tmp_path):
@@ -264,9 +266,9 @@ def test_hostile_json_is_refused(tmp_path, name, content):
 
 
 @pytest.mark.parametrize("key", checkpoint.STATE_TYPES)
-@pytest.mark.parametrize("value", ["x", -1, 1e999, 2**70, True, [1], {"a": {"b": {"c": 1}}}, ...], ids=str)
+@pytest.mark.parametrize("value", ["x", -1, 1e999, 2**70, True, [1], "\ud800", {"a": {"b": {"c": 1}}}, ...], ids=str)
 def test_a_state_with_a_value_that_cannot_be_is_refused(tmp_path, key, value):
-    if (key == "scheduled" and value is True) or (isinstance(value, dict) and checkpoint.STATE_TYPES[key] is dict):
+    if (key in ("scheduled", "replanned") and value is True) or (isinstance(value, dict) and checkpoint.STATE_TYPES[key] is dict):
         pytest.skip("is a value that can be")
     folder = save(tmp_path, 2)
     state = json.loads((folder / STATE).read_text()) | {key: value}
@@ -275,6 +277,67 @@ def test_a_state_with_a_value_that_cannot_be_is_refused(tmp_path, key, value):
     (folder / STATE).write_text(json.dumps(state))
     reseal(folder)
     assert_refused(folder, LIKE)
+
+
+def test_a_state_that_holds_more_is_refused(tmp_path):
+    folder = save(tmp_path, 2)
+    (folder / STATE).write_text(json.dumps(json.loads((folder / STATE).read_text()) | {"more": [{}] * 10}))
+    reseal(folder)
+    assert_refused(folder, LIKE)
+
+
+@pytest.mark.parametrize("name", [STATE, MANIFEST, TOKENIZER])
+def test_json_that_is_large_is_refused_unread(tmp_path, monkeypatch, name):
+    folder = save(tmp_path, 2)
+    if name != MANIFEST:
+        os.truncate(folder / name, 2**25)
+    reseal(folder)
+    os.truncate(folder / name, 2**25)
+    parse = checkpoint.parse
+    monkeypatch.setattr(checkpoint, "parse", lambda path, content: pytest.fail("was read") if path.name == name else parse(path, content))
+    assert_refused(folder, LIKE)
+
+
+def test_what_cannot_be_read_is_not_written(tmp_path):
+    one = snapshot(1)
+    for key, value in (("step", 2**63), ("val_loss", math.inf), ("seconds", -1.0)):
+        with pytest.raises(AssertionError, match=key):
+            checkpoint.save(tmp_path, Snapshot(one.model, one.optimizer, one.tokenizer, one.state | {key: value}))
+    checkpoint.save(tmp_path, Snapshot(one.model, one.optimizer, one.tokenizer, one.state | {"max_steps": 2**62, "val_loss": 1e300}))
+    assert len(checkpoint.find(tmp_path)) == 1
+
+
+def test_a_model_that_takes_more_memory_than_there_is_is_refused(tmp_path, monkeypatch):
+    folder = save(tmp_path, 2)
+    monkeypatch.setattr(checkpoint, "available_memory", lambda: 30.0)
+    with pytest.raises(ValueError, match=r"takes 0 MB of memory, 0 MB are free"):
+        Checkpoint.open(folder).tensors(MODEL, LIKE.model)
+
+
+def test_a_file_larger_than_the_settings_allow_is_not_read(tmp_path):
+    folder = save(tmp_path, 2)
+    Checkpoint.open(folder).verify(most_bytes=10_000)
+    with pytest.raises(Damaged, match="larger than any of these settings"):
+        Checkpoint.open(folder).verify(most_bytes=100)
+
+
+def test_a_checkpoint_that_is_pruned_while_it_is_chosen_is_no_damage(tmp_path):
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+
+    def load(one):
+        if one.step == 2:
+            shutil.rmtree(one.folder)
+        one.verify()
+        return one
+
+    assert checkpoint.choose(tmp_path, "last", load, pytest.fail).step == 1
+
+
+def test_a_checkpoint_folder_that_is_a_link_is_refused(tmp_path):
+    elsewhere = save(tmp_path / "elsewhere", 2)
+    (tmp_path / "step_00000002").symlink_to(elsewhere)
+    assert_refused(tmp_path / "step_00000002", LIKE)
 
 
 def test_a_folder_that_is_of_another_step_is_refused(tmp_path):

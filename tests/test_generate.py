@@ -265,3 +265,10 @@ def test_generate_passes_its_rules_on():
     for rules in ({"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-4}):
         assert text(model, prompt, 20, **rules) == greedy
     assert text(model, prompt, 20, temperature=5.0) != greedy
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_an_output_that_is_not_finite_is_one_sentence(value, temperature):
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        pick(torch.tensor([[0.0, value]]), temperature, 0, 1.0, torch.Generator())

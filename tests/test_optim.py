@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from model import GPT, GPTConfig
-from training.optim import OptimConfig, Optimizers, extension, lr_scale
+from training.optim import OptimConfig, Optimizers, extension, lr_scale, same_rates
 
 NANO = GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=16)
 PLAIN = torch.amp.GradScaler("cpu", enabled=False)
@@ -169,8 +169,23 @@ def test_extending_says_whether_the_run_becomes_the_longer_one(schedule, step, m
     """It does where all rates so far are the same; else the sentence gives the rates on both sides."""
     config = OptimConfig(schedule=schedule, warmup_steps=20, decay_fraction=0.5)
     so_far = [lr_scale(s, config, 100) == lr_scale(s, config, max_steps) for s in range(step)]
-    said = extension(step, config, 100, max_steps)
-    assert ("it becomes that run" in said) == all(so_far)
+    said = extension(step, config, 100, max_steps, replanned=False)
+    assert ("it becomes that run" in said) == all(so_far) == same_rates(step, config, 100, max_steps)
+    assert "it becomes that run" not in extension(step, config, 100, max_steps, replanned=True)
     if not all(so_far):
         for rate in (lr_scale(step - 1, config, 100), lr_scale(step, config, max_steps), lr_scale(max_steps - 1, config, max_steps)):
             assert f"{rate:.0%}" in said
+
+
+@pytest.mark.parametrize("where", ["wte", "c_attn"])
+def test_a_scale_that_was_too_high_stops_both_optimizers(where):
+    """An overflow in the parameters of one passes the step over for the other too, and lowers the scale."""
+    model = model_with_gradients()
+    optimizers = Optimizers(model.parameters_by_role(), OptimConfig(optimizer="muon"))
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(torch.zeros(()))
+    before = [weights.detach().clone() for weights in model.parameters()]
+    next(weights for name, weights in model.named_parameters() if where in name).grad.view(-1)[0] = math.inf
+    optimizers.step(scaler, optimizers.gradient_norm(scaler), 1.0)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
+    assert scaler.get_scale() == 512.0 and not any(tensor.any() for tensor in optimizers.tensors().values())

@@ -40,12 +40,35 @@ def test_going_on_cuts_off_what_was_recorded_after_the_checkpoint(tmp_path):
 
 
 def test_cutting_back_drops_damaged_lines_and_keeps_the_last_losses(tmp_path):
-    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "loss": 3.0}\n{"loss": 1}\n\xff\n[1]\n"step"\n{"step": 2, "loss": 2.0}\n{"step": 3}\n')
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "loss": 3.0}\n{"loss": 1}\n\xff\n[1]\n"step"\n{"step": 2, "loss": 2.0}\n{"step": 3}\n'
+                                           b'{"step": 1, "loss": {"a": 1}}\n' + b"[" * 100_000 + b"\n")
     with Recorder(tmp_path, 2, 9, LoggerConfig(), {}) as recorder:
         assert list(recorder.recent) == [3.0, 2.0]
         recorder.cut_back(1)
         assert list(recorder.recent) == [3.0] and recorder.bar.n == 1
     assert rows(tmp_path) == [{"step": 1, "loss": 3.0}]
+
+
+def test_a_terminal_that_takes_nothing_stops_nothing(tmp_path, monkeypatch):
+    class Closed:
+        def __getattr__(self, name):
+            raise OSError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+    with Recorder(tmp_path, 0, 9, LoggerConfig(), {}) as recorder:
+        monkeypatch.setattr(sys, "stdout", Closed())
+        recorder.say("words")
+        monkeypatch.undo()
+    assert (tmp_path / "log.txt").read_text() == "words\n"
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "log.txt"])
+def test_a_link_in_a_strangers_run_does_not_lead_us_to_overwrite_other_files(tmp_path, name):
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).symlink_to(tmp_path / "precious")
+    with pytest.raises(OSError):
+        Recorder(tmp_path / "run", 0, 9, LoggerConfig(), {})
+    assert (tmp_path / "precious").read_text() == "mine"
 
 
 def test_what_is_not_finite_is_null_in_json(tmp_path):

@@ -125,6 +125,48 @@ def test_restart_of_nothing_is_a_start(compose_tiny, tmp_path):
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["tiny"]
 
 
+def test_restart_without_a_name_is_of_the_run_that_is_meant(compose_tiny, tmp_path, book):
+    text = tmp_path / "mine.txt"
+    text.write_text(book.read_text())
+    unnamed = ["name=", f"data.path={text}", "training.max_steps=2"]
+    story.train(compose_tiny(*unnamed))
+    (first,) = (tmp_path / "runs").iterdir()
+    text.write_text(book.read_text() + "\nOne more sentence.")
+    story.train(compose_tiny(*unnamed))
+    story.train(compose_tiny(*unnamed, "restart=true", "training.max_steps=3"))
+    (second,) = [path for path in (tmp_path / "runs").iterdir() if path.name.startswith(f"{first.name}-") and not path.name.endswith(".old")]
+    assert last_step(first) == 2 and last_step(second) == 3 and last_step(second.with_name(f"{second.name}.old")) == 2
+
+
+def test_restart_of_a_run_in_ruins_begins_anew(compose_tiny, tmp_path):
+    story.train(compose_tiny("training.max_steps=2"))
+    (tmp_path / "runs/tiny/checkpoints/step_00000002" / MODEL).write_bytes(b"")
+    with pytest.raises(ValueError, match="restart=true"):
+        story.train(compose_tiny("training.max_steps=2"))
+    assert story.train(compose_tiny("training.max_steps=2", "restart=true")) == 0
+
+
+def test_restart_moves_nothing_when_this_machine_lacks_what_is_asked_for(compose_tiny, tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("needs a machine without CUDA")
+    story.train(compose_tiny("training.max_steps=2"))
+    with pytest.raises(ValueError, match="device=cuda is not available"):
+        story.train(compose_tiny("training.max_steps=2", "restart=true", "training.device=cuda"))
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["tiny"]
+
+
+def test_a_run_does_not_lie_inside_another_nor_take_it_along(compose_tiny, tmp_path):
+    story.train(compose_tiny("name=a/b", "training.max_steps=2"))
+    story.train(compose_tiny("name=c", "training.max_steps=2"))
+    with pytest.raises(ValueError, match=r"c/checkpoints/x lies inside the run .*/c"):
+        story.train(compose_tiny("name=c/checkpoints/x"))
+    story.train(compose_tiny("name=a", "training.max_steps=2"))
+    with pytest.raises(ValueError, match=r"cannot be moved aside, it also holds the run .*a/b"):
+        story.train(compose_tiny("name=a", "restart=true"))
+    with pytest.raises(ValueError, match="would leave runs_dir"):
+        compose_tiny("name=.")
+
+
 # A finished run
 
 
@@ -164,6 +206,38 @@ def test_a_run_extended_before_its_rate_fell_becomes_the_longer_run(compose_tiny
     assert "it becomes that run" in capsys.readouterr().out
     found = compare(tmp_path / "runs/long", tmp_path / "runs/tiny")
     assert not any(difference for what, difference in found.items() if "wsd" in schedule or "metrics" not in what)
+
+
+def test_a_run_that_was_extended_in_its_decay_never_becomes_another_run(compose_tiny, tmp_path, capsys, interrupt_at):
+    words = ["optim.schedule=wsd", "optim.decay_fraction=0.5"]
+    story.train(compose_tiny(*words, "training.max_steps=10"))
+    interrupt_at(12)
+    assert story.train(compose_tiny(*words, "training.max_steps=100")) == 130
+    interrupt_at(14)
+    capsys.readouterr()
+    assert story.train(compose_tiny(*words, "training.max_steps=200")) == 130
+    assert "would have had other rates" in capsys.readouterr().out
+
+
+def test_a_finished_run_is_finished_on_any_machine(compose_tiny, tmp_path, monkeypatch, capsys):
+    story.train(compose_tiny("training.max_steps=2"))
+    monkeypatch.setattr(Device, "environment", pytest.fail)
+    assert story.train(compose_tiny("training.max_steps=2")) == 0 and "is finished" in capsys.readouterr().out
+
+
+def test_a_run_planned_for_ever_that_ends_by_time_goes_on(compose_tiny, tmp_path):
+    for seconds in (0.2, 0.4):
+        story.train(compose_tiny("training.max_steps=1e15", f"training.max_seconds={seconds}", "training.eval_every=1e15"))
+    assert checkpoint.find(tmp_path / "runs/tiny/checkpoints")[-1].state["seconds"] >= 0.4
+
+
+def test_what_a_kill_left_half_written_is_removed_at_the_next_start(compose_tiny, tmp_path):
+    story.train(compose_tiny("training.max_steps=2"))
+    run = tmp_path / "runs/tiny"
+    (run / f"checkpoints/{atomic.PARTIAL}step_00000003-x").mkdir()
+    (run / f"{atomic.PARTIAL}config.yaml-x").write_bytes(b"half")
+    story.train(compose_tiny("training.max_steps=2"))
+    assert not list(run.rglob(f"{atomic.PARTIAL}*"))
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "wsd"])
@@ -259,7 +333,7 @@ def test_auto_is_what_it_was_when_the_run_began(compose_tiny, tmp_path, monkeypa
 # What breaks
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_signals_save_and_exit_with_their_code(compose_tiny, tmp_path, interrupt_at, number, code):
     interrupt_at(3, number)
     assert story.train(compose_tiny()) == code
@@ -325,13 +399,31 @@ def test_a_hostile_environment_is_one_sentence(compose_tiny, tmp_path, environme
 
 
 @pytest.mark.parametrize("changes", [{"scaler": {"scale": 1.0}}, {"scaler": {"_growth_tracker": []}}, {"settings": {}}, {"settings": {"model": 3}},
-                                     {"settings": {"x": [1, 2]}}], ids=str)
+                                     {"settings": {"x": [1, 2]}}, {"settings": {"\x1b[31m": "\ud800"}}], ids=ascii)
 def test_a_hostile_state_is_one_sentence(compose_tiny, tmp_path, changes):
     story.train(compose_tiny("training.max_steps=2"))
     resealed(tmp_path / "runs/tiny", **changes)
     with pytest.raises(ValueError) as refusal:
         story.train(compose_tiny("training.max_steps=3"))
-    assert "\n" not in str(refusal.value)
+    assert "\n" not in str(refusal.value) and str(refusal.value).isprintable()
+
+
+@pytest.mark.parametrize("changes", [{"_growth_tracker": 2**63}, {"_growth_tracker": 1.5}, {"growth_interval": 1.5}, {"growth_interval": 0},
+                                     {"scale": 0.0}, {"scale": 1e300}, {"scale": "x"}, {"more": 1}, {"backoff_factor": 3.0}], ids=str)
+def test_a_hostile_loss_scaler_is_one_sentence(compose_tiny, tmp_path, changes):
+    words = ["training.precision=fp16"]
+    story.train(compose_tiny(*words, "training.max_steps=2"))
+    run = tmp_path / "runs/tiny"
+    resealed(run, scaler=checkpoint.find(run / "checkpoints")[-1].state["scaler"] | changes)
+    with pytest.raises(ValueError, match="no state of this run's loss scaler"):
+        story.train(compose_tiny(*words, "training.max_steps=3"))
+
+
+def test_a_model_that_diverged_does_not_end_a_run_by_its_sample(compose_tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(story, "evaluate", lambda model, *words: (model.wte.weight.data.fill_(math.nan), 1.0)[1])
+    with pytest.raises(ValueError, match="came to a loss of nan"):
+        story.train(compose_tiny("training.max_steps=4", "training.eval_every=1", "training.sample_tokens=8"))
+    assert "output is NaN or infinite" in capsys.readouterr().out
 
 
 class Disk:
@@ -378,7 +470,7 @@ def test_a_disk_that_stays_full_ends_in_one_sentence_and_keeps_the_old_checkpoin
         patch.setattr(atomic, "os", Disk(tmp_path / f"runs/tiny/checkpoints/{checkpoint.folder_name(reached)}"))
         with pytest.raises(OSError, match=rf"Only {reached} of 20 steps are saved in .*free some disk"):
             story.train(compose_tiny(*words))
-    assert "Training goes on." in capsys.readouterr().out
+    assert "could not be written" in capsys.readouterr().out
     assert last_step(tmp_path / "runs/tiny") == reached
     assert story.train(compose_tiny(*words)) == 0
     assert same(tmp_path / "runs/straight", tmp_path / "runs/tiny")
@@ -563,6 +655,19 @@ def test_answers_to_nan_are_deterministic_wherever_the_run_is_stopped(compose_ti
         interrupt_at(99)
     assert same(tmp_path / "runs/straight", tmp_path / "runs/stopped")
     assert reports(tmp_path / "runs/straight") == reports(tmp_path / "runs/stopped")
+
+
+def test_a_report_that_a_full_disk_refuses_does_not_end_a_run_that_skips(compose_tiny, tmp_path, plant, monkeypatch, capsys):
+    plant(compose_tiny(), [7])
+
+    write = atomic.write_bytes
+
+    def full():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(story.nonfinite.atomic, "write_bytes", lambda path, content: full() if "nonfinite" in str(path) else write(path, content))
+    assert story.train(compose_tiny("training.on_nonfinite=skip")) == 0
+    assert "no report of it could be written (No space left on device)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("action", ["skip", "rollback"])

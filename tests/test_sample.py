@@ -115,9 +115,9 @@ def test_streamed_pieces_are_the_whole_text(runs_dir):
 def test_best_is_the_checkpoint_with_the_lowest_validation_loss(runs_dir):
     folder = runs_dir / "tiny/checkpoints"
     found = checkpoint.find(folder)
-    best = checkpoint.choose(folder, "best", checkpoint.FILES, pytest.fail)
+    best = checkpoint.choose(folder, "best", checkpoint.whole, pytest.fail)
     assert best.state["val_loss"] == min(one.state["val_loss"] for one in found)
-    assert checkpoint.choose(folder, "last", checkpoint.FILES, pytest.fail).step == 60
+    assert checkpoint.choose(folder, "last", checkpoint.whole, pytest.fail).step == 60
     model, _ = story.open_checkpoint(runs_dir / "tiny", "best", Device("cpu", "fp32"))
     saved = load_file(best.folder / checkpoint.MODEL)
     assert all(torch.equal(weights, saved[name]) for name, weights in model.state_dict().items())

@@ -24,24 +24,27 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 import atomic
+from training.device import available_memory
 
 FORMAT = 2
+Loaded = TypeVar("Loaded")
 MODEL, OPTIMIZER, STATE, TOKENIZER = "model.safetensors", "optimizer.safetensors", "state.json", "tokenizer.json"
 FILES = (MODEL, OPTIMIZER, STATE, TOKENIZER)
 MANIFEST = "manifest.json"
-MAX_JSON_BYTES = 2**26  # more than any vocabulary needs
+MAX_BYTES = {MANIFEST: 2**20, STATE: 2**20, TOKENIZER: 2**24}  # more than these JSON files ever need
+MAX_DEPTH = 4  # of what is inside what in them
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64", torch.int64: "I64"}
-MAX_DEPTH = 4  # of what is inside what in these JSON files
-STATE_TYPES = {"step": int, "max_steps": int, "seconds": float, "batches_skipped": int, "nonfinite": int,
-               "scheduled": bool, "val_loss": (float, type(None)), "settings": dict, "model": dict, "environment": dict,
-               "scaler": dict}
+STATE_TYPES = {  # what state.json holds; numbers are finite and at least 0
+    "step": int, "max_steps": int, "replanned": bool, "seconds": float, "batches_skipped": int, "nonfinite": int,
+    "scheduled": bool, "val_loss": (float, type(None)), "settings": dict, "model": dict, "environment": dict, "scaler": dict,
+}
 
 
 class Damaged(ValueError):
@@ -79,11 +82,13 @@ class Checkpoint:
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:
         """Raises Damaged unless the manifest, the sizes of all files, and the state are in order."""
+        if folder.is_symlink():
+            raise Damaged(f"{folder} is a link")
         manifest = parse(folder / MANIFEST, read_small(folder / MANIFEST))
         if manifest.pop("sha256", None) != digest(manifest):
             raise Damaged(f"{folder / MANIFEST} does not match its own checksum")
         if manifest.get("format") != FORMAT:
-            raise ValueError(f"{folder} is of format {str(manifest.get('format'))[:40]}, this nanohydra reads {FORMAT}: "
+            raise ValueError(f"{folder} is of format {ascii(manifest.get('format'))[:40]}, this nanohydra reads {FORMAT}: "
                              f"use the version that wrote it.")
         files = manifest.get("files")
         if not isinstance(files, dict) or sorted(files) != sorted(FILES):
@@ -91,47 +96,53 @@ class Checkpoint:
         for name, entry in files.items():
             if not isinstance(entry, dict) or size(folder / name) != entry.get("bytes"):
                 raise Damaged(f"{folder / name} is not of the size that the manifest says")
-        checkpoint = cls(folder, files, {})
-        checkpoint.state.update(checkpoint.json(STATE))
-        for key, kinds in STATE_TYPES.items():
-            value = checkpoint.state.get(key, "nothing")
-            fits = isinstance(value, kinds) and (kinds is bool or not isinstance(value, bool))
-            if not fits or (isinstance(value, int | float) and not 0 <= value < 2**40):
-                raise Damaged(f"{folder / STATE} holds {key}={str(value)[:40]}, which cannot be")
-        if folder.name != folder_name(checkpoint.step):
-            raise Damaged(f"{folder / STATE} is of step {checkpoint.step}")
-        return checkpoint
+        content = read_small(folder / STATE)
+        if hashlib.sha256(content).hexdigest() != files[STATE].get("sha256"):
+            raise Damaged(f"{folder / STATE} does not match its checksum")
+        state = parse(folder / STATE, content)
+        if problem := problem_of(state):
+            raise Damaged(f"{folder / STATE} {problem}")
+        if folder.name != folder_name(state["step"]):
+            raise Damaged(f"{folder / STATE} is of step {state['step']}")
+        return cls(folder, files, state)
 
     @property
     def step(self) -> int:
         return self.state["step"]
 
-    def verify(self, names: Iterable[str] = FILES) -> None:
-        """Read the files `names` and raise Damaged if one is not what was written."""
+    def verify(self, names: Iterable[str] = FILES, most_bytes: float = math.inf) -> None:
+        """Read the files `names` and raise Damaged if one is not what was written, or larger than can be."""
         for name in names:
-            with open(self.folder / name, "rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != self.manifest[name].get("sha256"):
-                    raise Damaged(f"{self.folder / name} does not match its checksum")
+            path = self.folder / name
+            if size(path) > most_bytes:
+                raise Damaged(f"{path} is larger than any of these settings")
+            try:
+                with open(path, "rb") as file:
+                    found = hashlib.file_digest(file, "sha256").hexdigest()
+            except OSError as error:
+                raise Damaged(f"{path} cannot be read ({error.strerror})") from None
+            if found != self.manifest[name].get("sha256"):
+                raise Damaged(f"{path} does not match its checksum")
 
-    def json(self, name: str) -> dict[str, Any]:
-        """The content of state.json or tokenizer.json."""
-        content = read_small(self.folder / name)
-        if hashlib.sha256(content).hexdigest() != self.manifest[name].get("sha256"):
-            raise Damaged(f"{self.folder / name} does not match its checksum")
-        return parse(self.folder / name, content)
+    def tokenizer(self) -> dict[str, Any]:
+        """The content of tokenizer.json."""
+        self.verify([TOKENIZER])
+        return parse(self.folder / TOKENIZER, read_small(self.folder / TOKENIZER))
 
     def tensors(self, name: str, like: dict[str, Tensor]) -> dict[str, Tensor]:
         """What model.safetensors or optimizer.safetensors hold: just what `like` has, in its shapes and types.
 
-        Reads nothing before the header agrees, so that no file can ask for more memory than `like` takes.
+        Takes no memory before size and header agree, so that no file can ask for more than `like` takes. Raises
+        ValueError where that is more than there is.
         """
-        path = self.folder / name
+        path, nbytes = self.folder / name, sum(tensor.nbytes for tensor in like.values())
         with open(path, "rb") as file:
             start = file.read(8)
         header_bytes = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
-        if (header_bytes > 1000 + 400 * len(like)
-                or 8 + header_bytes + sum(tensor.nbytes for tensor in like.values()) != size(path)):
+        if header_bytes > 1000 + 400 * len(like) or 8 + header_bytes + nbytes != size(path):
             raise Damaged(f"{path} is not of the size that the settings ask for")
+        if nbytes > (free := available_memory()):
+            raise ValueError(f"{path} takes {megabytes(nbytes)} of memory, {megabytes(free)} are free.")
         self.verify([name])
         try:
             with safe_open(path, "pt") as file:
@@ -140,16 +151,33 @@ class Checkpoint:
                 wanted = {key: (DTYPES[tensor.dtype], tuple(tensor.shape)) for key, tensor in like.items()}
                 for key in sorted(found.keys() | wanted.keys()):
                     if found.get(key) != wanted.get(key):
-                        raise Damaged(f"{path} holds {key[:80]} as {found.get(key)}, the settings ask for {wanted.get(key)}")
+                        raise Damaged(f"{path} holds {ascii(key)[:80]} as {found.get(key)}, the settings ask for "
+                                      f"{wanted.get(key)}")
                 return {key: file.get_tensor(key).clone() for key in wanted}  # of its own memory, not the file's
         except SafetensorError as error:
             raise Damaged(f"{path} cannot be read ({error})") from None
 
 
+def problem_of(state: dict[str, Any]) -> str:
+    """What is wrong with the content of a state.json; empty if nothing is."""
+    if state.keys() != STATE_TYPES.keys():
+        return f"does not hold just {', '.join(STATE_TYPES)}"
+    for key, kinds in STATE_TYPES.items():
+        value = state[key]
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool) or (
+                number and not 0 <= value < (2**63 if isinstance(value, int) else math.inf)):
+            return f"holds {key}={ascii(value)[:40]}, which cannot be"
+    return ""
+
+
 def read_small(path: Path) -> bytes:
-    if size(path) > MAX_JSON_BYTES:
+    if size(path) > MAX_BYTES[path.name]:
         raise Damaged(f"{path} is larger than any that nanohydra writes")
-    return path.read_bytes()
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise Damaged(f"{path} cannot be read ({error.strerror})") from None
 
 
 def size(path: Path) -> int:
@@ -196,8 +224,11 @@ def save(checkpoints: Path, snapshot: Snapshot, settle: Callable[[], None] = lam
     """
     folder = checkpoints / folder_name(snapshot.state["step"])
     needed = int(1.01 * snapshot.nbytes()) + 2**20  # the tensors; the rest is small
+    assert not problem_of(snapshot.state), problem_of(snapshot.state)  # what cannot be read must not be written
     try:
         checkpoints.mkdir(parents=True, exist_ok=True)
+        if folder.exists():
+            raise OSError("it is there already")
         if shutil.disk_usage(checkpoints).free < needed:
             raise OSError("the disk is full")
         settle()
@@ -236,7 +267,8 @@ def look(checkpoints: Path) -> tuple[list[Checkpoint], dict[Path, str]]:
         try:
             found.append(Checkpoint.open(folder))
         except Damaged as error:
-            damage[folder] = str(error)
+            if folder.exists():  # else it was pruned just now
+                damage[folder] = str(error)
     return found, damage
 
 
@@ -245,30 +277,37 @@ def find(checkpoints: Path) -> list[Checkpoint]:
     return look(checkpoints)[0]
 
 
-def choose(checkpoints: Path, which: str, names: Iterable[str], warn: Callable[[str], None],
-           set_aside: bool = False) -> Checkpoint | None:
-    """The first checkpoint by ORDERS[which] whose files `names` are whole; None where there is none at all.
+def choose(checkpoints: Path, which: str, load: Callable[[Checkpoint], Loaded], warn: Callable[[str], None],
+           set_aside: bool = False) -> Loaded | None:
+    """What `load` makes of the first checkpoint by ORDERS[which] that it can load; None where there is none at all.
 
-    What is damaged on the way is named in one warning, and loses its place with `set_aside`. Raises ValueError
-    if nothing else is there.
+    `load` raises Damaged to have the next one tried. What is damaged on the way is named in one warning, and loses its
+    place with `set_aside`. Raises ValueError if nothing else is there.
     """
     found, damage = look(checkpoints)
-    chosen = None
     for one in sorted(found, key=ORDERS[which]):
         try:
-            one.verify(names)
-            chosen = one
-            break
+            loaded = load(one)
         except Damaged as error:
+            if not one.folder.exists():  # pruned by the training that goes on: look again
+                return choose(checkpoints, which, load, warn, set_aside)
             damage[one.folder] = str(error)
-    if damage and not chosen:
+            continue
+        if damage:
+            warn(f"Warning: {'; '.join(damage.values())}: using {one.folder.name} instead.")
+        for folder in damage if set_aside else ():
+            folder.rename(free_name(folder.with_name(f"damaged-{folder.name}")))
+        return loaded
+    if damage:
         raise ValueError(f"No checkpoint in {checkpoints} is whole: {'; '.join(damage.values())}. "
                          f"Put a copy back, or begin anew with restart=true.")
-    if damage:
-        warn(f"Warning: {'; '.join(damage.values())}: using {chosen.folder.name} instead.")
-    for folder in damage if set_aside else ():
-        folder.rename(free_name(folder.with_name(f"damaged-{folder.name}")))
-    return chosen
+    return None
+
+
+def whole(one: Checkpoint) -> Checkpoint:
+    """The checkpoint itself, all of it verified: a `load` for `choose`."""
+    one.verify()
+    return one
 
 
 def free_name(path: Path) -> Path:
@@ -306,14 +345,14 @@ def prune(checkpoints: Path, keep_last: int) -> None:
     kept |= {min(found, key=order).folder for order in ORDERS.values() if found}
     doomed = [one.folder for one in found if one.folder not in kept] + list(checkpoints.glob(f"{atomic.PARTIAL}*"))
     for folder in doomed:
-        atomic.remove_folder(folder)
+        atomic.remove(folder)
 
 
 def cut_back(checkpoints: Path, step: int) -> None:
     """Delete the checkpoints of later steps, which will come to be in another way."""
     for one in find(checkpoints):
         if one.step > step:
-            atomic.remove_folder(one.folder)
+            atomic.remove(one.folder)
 
 
 def check_disk(checkpoints: Path, nbytes: int) -> None:

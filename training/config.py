@@ -36,6 +36,8 @@ class TrainingConfig:
         for name in ("sample_tokens", "nonfinite_limit"):
             if getattr(self, name) < 0:
                 yield f"{name}={getattr(self, name)} must be at least 0."
+        if self.max_steps >= 2**63:
+            yield f"max_steps={self.max_steps} is too large to count."
         if self.max_seconds is not None and not self.max_seconds > 0:
             yield f"max_seconds={self.max_seconds} must be more than 0, or null for no limit."
 

@@ -144,6 +144,22 @@ def keep_freed_memory() -> None:
         libc.mallopt(mmap_max, 0)
 
 
+def available_memory() -> float:
+    """Bytes that could be had without swapping, by Linux's own estimate and the limit of a container; else all there are."""
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free = 1024 * int(lines["MemAvailable"].split()[0])
+    except (OSError, KeyError, ValueError):
+        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    group = Path("/sys/fs/cgroup")
+    try:
+        counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        used = int((group / "memory.current").read_text()) - int(counts["inactive_file"])
+        return min(free, int((group / "memory.max").read_text()) - used)
+    except (OSError, KeyError, ValueError):  # no such limit
+        return free
+
+
 def seconds_per_call(call: Callable[[], object], device: Device, repeats: int = 2) -> float:
     """Time `call` after one warm-up call."""
     call()

@@ -1,4 +1,4 @@
-"""How a run is asked to stop: the first Ctrl-C or SIGTERM lets it finish its step and save, the second does not wait."""
+"""How a run is asked to stop: the first signal lets it finish its micro-step and save, the second does not wait."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from types import FrameType
 
 
 class Interrupt:
-    """Notes SIGINT and SIGTERM while the context lasts; `exit_code` is 128 plus the signal, or 0 without one."""
+    """Notes SIGINT (Ctrl-C), SIGTERM and SIGHUP (the terminal is gone; not under nohup) while the context lasts.
+
+    `exit_code` is 128 plus the signal, or 0 without one.
+    """
 
     def __init__(self) -> None:
         self.exit_code = 0
@@ -16,7 +19,10 @@ class Interrupt:
         return self.exit_code != 0
 
     def __enter__(self) -> Interrupt:
-        self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
+        self.before = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
     def __exit__(self, *failure: object) -> None:

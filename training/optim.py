@@ -61,15 +61,24 @@ def lr_scale(step: int, config: OptimConfig, max_steps: int) -> float:
     return 1.0 - (1.0 - config.min_lr_ratio) * fall
 
 
-def extension(step: int, config: OptimConfig, old_max_steps: int, max_steps: int) -> str:
-    """What it means that a run at `step` that was planned for `old_max_steps` is now one of `max_steps`."""
-    old, new = (lambda s: lr_scale(s, config, old_max_steps)), (lambda s: lr_scale(s, config, max_steps))
-    if old(step - 1) == new(step - 1):  # a schedule that has once left another does not meet it again
+def same_rates(step: int, config: OptimConfig, old_max_steps: int, max_steps: int) -> bool:
+    """Whether the rates before `step` are the same for both numbers of steps."""
+    # The last one tells: a schedule that has once left another does not meet it again.
+    return step == 0 or lr_scale(step - 1, config, old_max_steps) == lr_scale(step - 1, config, max_steps)
+
+
+def extension(step: int, config: OptimConfig, old_max_steps: int, max_steps: int, replanned: bool) -> str:
+    """What it means that a run at `step` that was planned for `old_max_steps` is now one of `max_steps`.
+
+    `replanned`: it had other rates earlier, from another such change.
+    """
+    if same_rates(step, config, old_max_steps, max_steps) and not replanned:
         return f"The learning rates so far are those of a run planned for {max_steps} steps: it becomes that run."
+    before, after, end = (lr_scale(step - 1, config, old_max_steps), lr_scale(step, config, max_steps),
+                          lr_scale(max_steps - 1, config, max_steps))
     return (f"The {config.schedule} schedule for {old_max_steps} steps becomes the one for {max_steps} from here on: the "
-            f"rate stood at {old(step - 1):.0%} of its peak, goes on at {new(step):.0%}, and ends at "
-            f"{new(max_steps - 1):.0%}. A run planned for {max_steps} steps from the start would have had other rates "
-            f"until here.")
+            f"rate stood at {before:.0%} of its peak, goes on at {after:.0%}, and ends at {end:.0%}. A run planned for "
+            f"{max_steps} steps from the start would have had other rates until here.")
 
 
 class Optimizers:
@@ -111,7 +120,13 @@ class Optimizers:
         return torch.nn.utils.get_total_norm([weights.grad for weights in self.parameters if weights.grad is not None])
 
     def step(self, scaler: torch.amp.GradScaler, norm: Tensor, grad_clip: float) -> None:
-        """Clip the gradients, whose norm is `norm`, update the weights, and clear the gradients."""
+        """Clip the gradients, whose norm is `norm`, update the weights, and clear the gradients.
+
+        A scaler whose scale was too high for some of them has all optimizers pass this step over.
+        """
+        if scaler.is_enabled() and not norm.isfinite():
+            self.clear(scaler)
+            return
         if grad_clip:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, grad_clip, norm)
         for optimizer in self.all:

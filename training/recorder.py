@@ -56,9 +56,10 @@ class Recorder:
 
     def say(self, text: str) -> None:
         """A line or more for people."""
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
         self.log.add(text)
+        with suppress(OSError):  # a terminal that was closed, a full disk behind a redirection
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
 
     def record(self, step: int, **values: float | bool) -> None:
         """One line of metrics. `step` counts finished steps; what is not finite becomes null."""
@@ -74,10 +75,10 @@ class Recorder:
         self.metrics.close()
         kept = []
         for line in self.metrics.path.read_bytes().splitlines(keepends=True):
-            with suppress(ValueError, KeyError, TypeError):
+            with suppress(ValueError, KeyError, TypeError, RecursionError):
                 row = json.loads(line)
                 if row["step"] <= step:
-                    kept.append((line, row.get("loss")))
+                    kept.append((line, float(row["loss"]) if row.get("loss") is not None else None))
         atomic.shorten(self.metrics.path, b"".join(line for line, _ in kept))
         self.metrics = atomic.Lines(self.metrics.path)
         self.recent.clear()
@@ -90,8 +91,9 @@ class Recorder:
 
     def progress(self, step: int, **shown: str) -> None:
         """Move the bar to `step` finished steps."""
-        self.bar.set_postfix(shown, refresh=False)
-        self.bar.update(step - self.bar.n)
+        with suppress(OSError):
+            self.bar.set_postfix(shown, refresh=False)
+            self.bar.update(step - self.bar.n)
 
     def _start_wandb(self, folder: Path, config: LoggerConfig, settings: dict[str, Any]) -> Any:
         """The W&B run that this folder belongs to: its id lives in `wandb.json`, so a resumed run continues it."""
@@ -126,7 +128,8 @@ class Recorder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *failure: object) -> None:
-        self.bar.close()
+        with suppress(OSError):
+            self.bar.close()
         if self.wandb is not None and kind is not KeyboardInterrupt:  # which does not wait
             self._mirror(self.wandb.finish)
         self.metrics.close()

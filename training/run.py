@@ -16,11 +16,13 @@ LOCK = "lock"
 class Run:
     """The folder of a run, held by this process while the context lasts; a folder that got no content is removed.
 
-    Raises ValueError naming the holder if another process trains in it.
+    Raises ValueError naming the holder if another process trains in it, and for a folder inside another run's.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        if outer := next(filter(is_run, folder.parents), None):
+            raise ValueError(f"{folder} lies inside the run {outer}: choose another name=.")
         me = f"process {os.getpid()} on {socket.gethostname()}, since {datetime.now():%Y-%m-%d %H:%M:%S}"
         try:
             self.lock = atomic.Lock(folder / LOCK, me)
@@ -32,18 +34,37 @@ class Run:
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
 
+    def sweep(self) -> None:
+        """Remove what a kill left half-written, so that it takes no room."""
+        for place in (self.folder, self.checkpoints, self.folder / "nonfinite"):
+            for leftover in place.glob(f"{atomic.PARTIAL}*"):
+                atomic.remove(leftover)
+
+    def has_content(self) -> bool:
+        return any(path.name != LOCK for path in self.folder.iterdir())
+
     def move_aside(self) -> None:
-        """Give the folder, which stays held, another name."""
+        """Give the folder, which stays held, another name. Raises ValueError if it also holds other runs."""
+        if inner := next(filter(is_run, (lock.parent for lock in self.folder.glob(f"*/**/{LOCK}"))), None):
+            raise ValueError(f"{self.folder} cannot be moved aside, it also holds the run {inner}: choose another name=.")
         self.folder = self.folder.rename(free_name(self.folder.with_name(f"{self.folder.name}.old")))
 
     def __enter__(self) -> Run:
         return self
 
     def __exit__(self, *failure: object) -> None:
-        if self.folder.is_dir() and [path.name for path in self.folder.iterdir()] == [LOCK]:
-            (self.folder / LOCK).unlink()
-            self.folder.rmdir()
-        self.lock.release()
+        try:
+            if not self.has_content():
+                (self.folder / LOCK).unlink()
+                self.folder.rmdir()
+        except OSError:  # someone else removed it, or begins there already
+            pass
+        finally:
+            self.lock.release()
+
+
+def is_run(folder: Path) -> bool:
+    return (folder / LOCK).exists() and (folder / "config.yaml").exists()
 
 
 def find_run(runs_dir: Path, name: str) -> Path:

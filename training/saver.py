@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from training import checkpoint
 from training.checkpoint import Snapshot
+from training.device import available_memory
 
 
 class Saver:
@@ -54,7 +54,7 @@ class Saver:
             self.held_up_seconds += time.perf_counter() - start
         error, self.error = self.error, None
         if isinstance(error, OSError) and not self.stop_on_error:
-            self.warn(f"Warning: {error} Training goes on.")
+            self.warn(f"Warning: {error}")
         elif error:
             raise error
 
@@ -72,19 +72,3 @@ class Saver:
     def __exit__(self, kind: type[BaseException] | None, *failure: object) -> None:
         if self.thread and kind is not KeyboardInterrupt:  # who presses Ctrl-C twice does not want to wait
             self.thread.join()
-
-
-def available_memory() -> float:
-    """Bytes that could be had without swapping, by Linux's own estimate and the limit of a container; else all there are."""
-    try:
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        free = 1024 * int(lines["MemAvailable"].split()[0])
-    except (OSError, KeyError, ValueError):
-        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    group = Path("/sys/fs/cgroup")
-    try:
-        counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        used = int((group / "memory.current").read_text()) - int(counts["inactive_file"])
-        return min(free, int((group / "memory.max").read_text()) - used)
-    except (OSError, KeyError, ValueError):  # no such limit
-        return free

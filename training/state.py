@@ -24,6 +24,7 @@ class State:
     seconds: float = 0.0  # of training
     batches_skipped: int = 0  # those that a rollback stepped over
     nonfinite: int = 0  # how often a loss or gradient was not finite
+    replanned: bool = False  # whether learning rates so far were those of another max_steps
 
     @property
     def batch(self) -> int:
@@ -34,18 +35,19 @@ class State:
                  facts: dict[str, Any]) -> Snapshot:
         """This moment. `facts` are what training does not change: the settings, the model's shape, the environment."""
         state = {"step": self.step, "seconds": self.seconds, "batches_skipped": self.batches_skipped,
-                 "nonfinite": self.nonfinite, "scheduled": scheduled, "scaler": self.scaler.state_dict(),
+                 "nonfinite": self.nonfinite, "replanned": self.replanned, "scheduled": scheduled,
+                 "scaler": self.scaler.state_dict(),
                  "val_loss": val_loss if val_loss is not None and math.isfinite(val_loss) else None} | facts
         return Snapshot(self.model.state_dict(), self.optimizers.tensors(), tokenizer, state)
 
     def nbytes(self) -> int:
         """The size of a checkpoint."""
-        return self.snapshot(None, True, {}, {}).nbytes()
+        return sum(tensor.nbytes for tensor in (*self.model.state_dict().values(), *self.optimizers.tensors().values()))
 
     def restore(self, saved: Checkpoint) -> None:
         """Go back to a moment. Raises Damaged, changing nothing, if it is not of this model and these optimizers."""
         scaler = saved.state["scaler"]
-        if scaler.keys() != self.scaler.state_dict().keys() or not all(plain_number(value) for value in scaler.values()):
+        if not fits(scaler, self.scaler.state_dict()):
             raise Damaged(f"{saved.folder / STATE} holds no state of this run's loss scaler")
         weights = saved.tensors(MODEL, self.model.state_dict())
         remembered = saved.tensors(OPTIMIZER, self.optimizers.tensors())
@@ -54,13 +56,20 @@ class State:
         self.scaler.load_state_dict(scaler)
         self.step, self.seconds = saved.step, saved.state["seconds"]
         self.batches_skipped, self.nonfinite = saved.state["batches_skipped"], saved.state["nonfinite"]
+        self.replanned = saved.state["replanned"]
 
     def roll_back(self, saved: Checkpoint) -> None:
         """Go back to a moment with what is known now: step over all batches since then, the present one included."""
-        reached, nonfinite = self.batch + 1, self.nonfinite
+        reached, nonfinite, replanned = self.batch + 1, self.nonfinite, self.replanned
         self.restore(saved)
-        self.batches_skipped, self.nonfinite = reached - self.step, nonfinite
+        self.batches_skipped, self.nonfinite, self.replanned = reached - self.step, nonfinite, replanned
 
 
-def plain_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 2**64
+def fits(scaler: dict[str, Any], own: dict[str, Any]) -> bool:
+    """Whether a loss scaler that is `own` now can have been in the state `scaler`: only its scale and its count change."""
+    if not own:
+        return not scaler
+    scale, count = scaler.get("scale"), scaler.get("_growth_tracker")
+    changing = {"scale": scale, "_growth_tracker": count}
+    return (scaler | changing == own | changing and isinstance(scale, float) and 0 < scale < 2.0**64
+            and type(count) is int and 0 <= count < 2**31)

@@ -7,6 +7,7 @@ import json
 import os
 import struct
 import sys
+import time
 import types
 
 import pytest
@@ -180,6 +181,7 @@ def test_offline_wandb_needs_no_account_and_a_resumed_run_continues_the_same_run
     """Read back from what W&B wrote, which is what `wandb sync` sends: one id, each step, the settings."""
     pytest.importorskip("wandb")
     for start in (0, 2):
+        time.sleep(1.1)  # W&B names its folders by the second; no two processes of a run begin in the same one
         with Recorder(tmp_path, start, 9, LoggerConfig(wandb="offline"), {"name": "x", "seed": 5}) as recorder:
             assert recorder.wandb is not None
             for step in (start + 1, start + 2, start + 3):  # the third was not saved: the resumed run repeats it

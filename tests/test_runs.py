@@ -335,9 +335,23 @@ def test_auto_is_what_it_was_when_the_run_began(compose_tiny, tmp_path, monkeypa
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_signals_save_and_exit_with_their_code(compose_tiny, tmp_path, interrupt_at, number, code):
-    interrupt_at(3, number)
-    assert story.train(compose_tiny()) == code
+    before = signal.signal(number, signal.default_int_handler)  # these tests may run under nohup
+    try:
+        interrupt_at(3, number)
+        assert story.train(compose_tiny()) == code
+        assert signal.getsignal(number) == signal.default_int_handler
+    finally:
+        signal.signal(number, before)
     assert last_step(tmp_path / "runs/tiny") == 3
+
+
+def test_under_nohup_a_closed_terminal_ends_nothing(compose_tiny, tmp_path, interrupt_at):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        interrupt_at(3, signal.SIGHUP)
+        assert story.train(compose_tiny()) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_damaged_checkpoint_is_named_once_and_the_one_before_it_gives_the_same_run(compose_tiny, tmp_path, capsys):

@@ -75,15 +75,16 @@ def compose_tiny(book, tmp_path):
 
 @pytest.fixture
 def interrupt_at(monkeypatch):
-    """Send this process a signal at the beginning of step `step`, once."""
-    def plan(step, number=signal.SIGINT):
+    """Send this process a signal at the beginning of step `step`, once, when it comes for the `time`-th time."""
+    def plan(step, number=signal.SIGINT, time=1):
         def at_step(now, *arguments):
-            if now == step and not sent:
-                sent.append(number)
-                os.kill(os.getpid(), number)
+            if now == step:
+                seen.append(now)
+                if len(seen) == time:
+                    os.kill(os.getpid(), number)
             return lr_scale(now, *arguments)
 
-        sent = []
+        seen = []
         lr_scale = train.lr_scale
         monkeypatch.setattr(train, "lr_scale", at_step)
     return plan

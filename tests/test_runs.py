@@ -650,6 +650,19 @@ def test_a_rollback_goes_back_and_steps_over_the_batches_since(compose_tiny, tmp
     assert (last.step, last.state["batches_skipped"], last.state["nonfinite"]) == (20, 3, 1)
 
 
+def test_a_rollback_takes_the_checkpoints_after_it_back_too(compose_tiny, tmp_path, plant, interrupt_at):
+    """Stopped at step 9, before the NaN and again after it: the second checkpoint of that step is another one."""
+    words = ["training.max_steps=20", "training.checkpoint_every=4", "training.on_nonfinite=rollback"]
+    plant(compose_tiny(), [10])
+    skipped = []
+    for time in (1, 2):
+        interrupt_at(9, time=time)
+        assert story.train(compose_tiny(*words)) == 130
+        last = checkpoint.find(tmp_path / "runs/tiny/checkpoints")[-1]
+        skipped.append((last.step, last.state["batches_skipped"]))
+    assert skipped == [(9, 0), (9, 3)]
+
+
 def test_a_rollback_before_the_first_checkpoint_goes_back_to_the_start(compose_tiny, tmp_path, plant):
     plant(compose_tiny(), [2])
     assert story.train(compose_tiny("training.max_steps=8", "training.on_nonfinite=rollback")) == 0

@@ -468,11 +468,11 @@ def test_a_disk_that_is_full_for_a_while_loses_nothing(compose_tiny, tmp_path, m
         patch.setattr(atomic, "os", disk := Disk(tmp_path / "runs/tiny" / first, times))
         try:
             assert story.train(compose_tiny(*words)) == 0
-        except OSError as error:  # before the first step
-            assert "No space left" in str(error)
+        except OSError as error:  # before the first step, or when nothing is left to do but to save
+            assert "No space left" in str(error) or "16 of 20 steps are saved" in str(error)
             disk.left = 0
             assert story.train(compose_tiny(*words)) == 0
-    assert disk.left == 0 and same(tmp_path / "runs/straight", tmp_path / "runs/tiny")
+    assert disk.left < times and same(tmp_path / "runs/straight", tmp_path / "runs/tiny")
 
 
 @pytest.mark.parametrize("reached", [4, 8])

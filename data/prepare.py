@@ -15,10 +15,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 import atomic
+from data.files import Document
 from data.shards import ShardWriter, read_meta
-from data.sources import DataConfig, PyDocs, TextFiles, data_root, open_source
+from data.sources import DataConfig, Source, data_root, open_source
 from data.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer, fingerprint, from_json
 
+SAMPLE_BYTES = 2**28  # of the training split, from its start: what a tokenizer is trained on
 FORMAT = 1  # part of the fingerprint: raise it when the same source would give other tokens
 
 
@@ -38,7 +40,7 @@ def prepare(config: DataConfig) -> Path:
     return folder
 
 
-def build(source: PyDocs | TextFiles, config: DataConfig, folder: Path, recipe: dict[str, object]) -> None:
+def build(source: Source, config: DataConfig, folder: Path, recipe: dict[str, object]) -> None:
     """Read the source (twice where a tokenizer is trained), encode it, and put the result in place."""
     corpus = Corpus(source, config.val_fraction)
     tokenizer = make_tokenizer(config, corpus)
@@ -46,14 +48,14 @@ def build(source: PyDocs | TextFiles, config: DataConfig, folder: Path, recipe: 
         writers = {split: ShardWriter(partial, split, tokenizer.vocab_size) for split in ("train", "val")}
         n_bytes, n_documents = {"train": 0, "val": 0}, {"train": 0, "val": 0}
         with tqdm(desc=f"Tokenizing {config.source}", unit="B", unit_scale=True, leave=False) as bar:
-            for split, text in corpus.parts():
-                ids = tokenizer.encode(text)
+            for split, pieces in corpus.parts():
+                for piece in pieces:
+                    writers[split].add(tokenizer.encode(piece))
+                    n_bytes[split] += (size := len(piece.encode()))
+                    bar.update(size)
                 if corpus.has_boundaries and tokenizer.end_of_text is not None:
-                    ids.append(tokenizer.end_of_text)
-                writers[split].add(ids)
+                    writers[split].add([tokenizer.end_of_text])
                 n_documents[split] += 1
-                n_bytes[split] += (size := len(text.encode()))
-                bar.update(size)
         for writer in writers.values():
             writer.close()
         meta = recipe | {
@@ -73,33 +75,56 @@ class Corpus:
     chance would make the validation split too small or too large, so each gives its own tail.
     """
 
-    def __init__(self, source: PyDocs | TextFiles, val_fraction: float) -> None:
+    def __init__(self, source: Source, val_fraction: float) -> None:
         self.source, self.val_fraction = source, val_fraction
         many = int(10 / val_fraction)  # then ten are held out on average, and none at all once in 22,000 corpora
-        first = list(islice(self.documents(), many))
-        if not first:
+        count = sum(1 for _ in islice(self.documents(), many))
+        if not count:
             raise ValueError("The source holds no text: every document is empty.")
-        self.by_hash = len(first) == many
-        self.has_boundaries = len(first) > 1
+        self.by_hash, self.has_boundaries = count == many, count > 1
 
-    def documents(self) -> Iterator[tuple[str, float]]:
-        """Each distinct text with a number in [0, 1) that is drawn by its hash."""
+    def documents(self) -> Iterator[tuple[Document, float, int]]:
+        """Each distinct document with a number in [0, 1) that is drawn by its hash, and its length in characters."""
         seen = set()
-        for text in self.source.documents():
-            digest = hashlib.sha256(text.encode()).digest()[:16]
+        for document in self.source.documents():
+            hashed, length = hashlib.sha256(), 0
+            for piece in document.pieces():
+                hashed.update(piece.encode())
+                length += len(piece)
+            digest = hashed.digest()[:16]
             if digest not in seen:
                 seen.add(digest)
-                yield text, int.from_bytes(digest[:8]) / 2**64
+                yield document, int.from_bytes(digest[:8]) / 2**64, length
 
-    def parts(self) -> Iterator[tuple[str, str]]:
-        """Pairs of split ("train" or "val") and text."""
-        for text, number in self.documents():
+    def parts(self) -> Iterator[tuple[str, Iterator[str]]]:
+        """Pairs of split ("train" or "val") and the pieces of a text, to be read at once."""
+        for document, number, length in self.documents():
             if self.by_hash:
-                yield ("val" if number < self.val_fraction else "train"), text
+                yield ("val" if number < self.val_fraction else "train"), document.pieces()
             else:
-                cut = int(len(text) * (1 - self.val_fraction))
-                yield "train", text[:cut]
-                yield "val", text[cut:]
+                cut = int(length * (1 - self.val_fraction))
+                yield "train", between(document.pieces(), 0, cut)
+                yield "val", between(document.pieces(), cut, length)
+
+    def training_text(self) -> Iterator[str]:
+        """The first SAMPLE_BYTES of the training split, in pieces: what a tokenizer is trained on."""
+        left = SAMPLE_BYTES
+        for split, pieces in self.parts():
+            for piece in pieces if split == "train" else ():
+                yield piece
+                left -= len(piece.encode())
+                if left <= 0:
+                    return
+
+
+def between(pieces: Iterator[str], start: int, end: int) -> Iterator[str]:
+    """The characters from `start` to `end` of a text in pieces."""
+    place = 0
+    for piece in pieces:
+        part = piece[max(0, start - place) : max(0, end - place)]
+        place += len(piece)
+        if part:
+            yield part
 
 
 def make_tokenizer(config: DataConfig, corpus: Corpus) -> Tokenizer:
@@ -109,10 +134,11 @@ def make_tokenizer(config: DataConfig, corpus: Corpus) -> Tokenizer:
     if config.tokenizer == "gpt2":
         return BPETokenizer.gpt2()
     if config.tokenizer == "bpe":
-        return BPETokenizer.train((text for split, text in corpus.parts() if split == "train"), config.vocab_size)
+        return BPETokenizer.train(corpus.training_text(), config.vocab_size)
     characters: set[str] = set()
-    for text, _ in corpus.documents():
-        characters.update(text)
+    for document, _, _ in corpus.documents():
+        for piece in document.pieces():
+            characters.update(piece)
     return CharTokenizer("".join(sorted(characters)), with_end_of_text=corpus.has_boundaries)
 
 

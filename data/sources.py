@@ -16,32 +16,36 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 from tqdm import tqdm
 
 import atomic
+from data import files
+from data.files import Document
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-TEXT_SUFFIXES = (".txt", ".md")
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """What to learn from, and in which tokens."""
 
-    source: Literal["pydocs", "shakespeare", "text"] = "pydocs"
-    path: str = ""  # text: a file, or a folder of .txt and .md; shakespeare: a local copy
+    source: Literal["pydocs", "stdlib", "shakespeare", "text"] = "pydocs"
+    path: str = ""  # text: a file, a folder or a glob; shakespeare: a local copy
     tokenizer: Literal["char", "byte", "gpt2", "bpe"] = "bpe"
     vocab_size: int = 2048  # of a tokenizer that is trained here (bpe); the others have their own
     val_fraction: float = 0.1  # held out to validate on, never trained on
+    text_field: str = "text"  # of a .jsonl or .parquet record
+    errors: Literal["strict", "replace"] = "strict"  # at bytes that are no UTF-8: stop, or read a replacement character
 
     def problems(self) -> Iterator[str]:
         """One sentence for each value that cannot work."""
         if self.source == "text" and not self.path:
-            yield "path is missing: name a UTF-8 file or a folder of .txt and .md files, as in data.path=book.txt."
-        if self.path and not Path(self.path).exists():
+            yield ("path is missing: name a UTF-8 file, or a folder or glob of .txt, .md, .jsonl or .parquet files, "
+                   "as in data.path=book.txt.")
+        if self.path and not Path(self.path).exists() and not set(self.path) & set("*?["):
             yield f"path={self.path} does not exist: check the spelling, and that it is relative to {Path.cwd()}."
         if not 257 <= self.vocab_size <= 100_000:
             yield f"vocab_size={self.vocab_size} is out of range: a byte-pair vocabulary has 257 to 100000 tokens."
@@ -54,13 +58,35 @@ def data_root() -> Path:
     return Path(os.environ.get("NANOHYDRA_DATA") or Path(__file__).parent / "prepared")
 
 
-def open_source(config: DataConfig) -> PyDocs | TextFiles:
+class Source(Protocol):
+    """Where documents come from; they can be read again and again."""
+
+    def fingerprint(self) -> str: ...
+    def documents(self) -> Iterator[Document]: ...
+
+
+def open_source(config: DataConfig) -> Source:
     """The source that `config` names. Downloads where that is what it takes."""
     if config.source == "pydocs":
         return PyDocs()
-    if config.source == "shakespeare":
-        return TextFiles(Path(config.path) if config.path else fetch(SHAKESPEARE_URL, SHAKESPEARE_SHA256))
-    return TextFiles(Path(config.path))
+    if config.source == "stdlib":
+        return StdLib()
+    path = config.path
+    if config.source == "shakespeare" and not path:
+        path = str(fetch(SHAKESPEARE_URL, SHAKESPEARE_SHA256))
+    return Files(path, config.text_field, config.errors)
+
+
+def library_files(library: Path | None = None) -> tuple[Path, list[Path]]:
+    """The folder of the standard library, and its files without tests and what was installed beside it."""
+    folder = library or Path(sysconfig.get_paths()["stdlib"])
+    skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__"}
+    return folder, sorted(path for path in folder.rglob("*.py") if skipped.isdisjoint(path.relative_to(folder).parts))
+
+
+def library_fingerprint(kind: str, folder: Path, paths: list[Path]) -> str:
+    names = "\n".join(f"{path.relative_to(folder)} {path.stat().st_size}" for path in paths)
+    return hashlib.sha256(f"{kind} {platform.python_version()}\n{names}".encode()).hexdigest()
 
 
 class PyDocs:
@@ -70,18 +96,14 @@ class PyDocs:
     """
 
     def __init__(self, library: Path | None = None) -> None:
-        self.stdlib = library or Path(sysconfig.get_paths()["stdlib"])
-        skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__"}
-        self.files = sorted(path for path in self.stdlib.rglob("*.py")
-                            if skipped.isdisjoint(path.relative_to(self.stdlib).parts))
+        self.stdlib, self.files = library_files(library)
 
     def fingerprint(self) -> str:
         """Changes with the Python version or any file's name or size."""
-        names = "\n".join(f"{path.relative_to(self.stdlib)} {path.stat().st_size}" for path in self.files)
-        return hashlib.sha256(f"pydocs {platform.python_version()}\n{names}".encode()).hexdigest()
+        return library_fingerprint("pydocs", self.stdlib, self.files)
 
-    def documents(self) -> Iterator[str]:
-        yield from self.texts
+    def documents(self) -> Iterator[Document]:
+        yield from map(Document.of, self.texts)
 
     @cached_property
     def texts(self) -> list[str]:
@@ -107,37 +129,41 @@ class PyDocs:
                 yield from ast.literal_eval(node.value).values()
 
 
-class TextFiles:
-    """A UTF-8 file, or all .txt and .md files below a folder in the order of their names; each is a document."""
+class StdLib:
+    """The source code of Python's standard library, about 20 MB, each file a document: code to learn, without a download."""
 
-    def __init__(self, path: Path) -> None:
-        if path.is_dir():
-            self.files = sorted(file for file in path.rglob("*")
-                                if file.suffix.lower() in TEXT_SUFFIXES and file.is_file())
-            if not self.files:
-                raise ValueError(f"data.path={path} holds no .txt or .md file: "
-                                 f"put some there, or name a single file of any ending.")
-        else:
-            self.files = [path]
+    def __init__(self, library: Path | None = None) -> None:
+        self.stdlib, self.files = library_files(library)
 
     def fingerprint(self) -> str:
-        """Changes with any byte of any file."""
-        digest = hashlib.sha256(b"text")
+        """Changes with the Python version or any file's name or size."""
+        return library_fingerprint("stdlib", self.stdlib, self.files)
+
+    def documents(self) -> Iterator[Document]:
         for path in self.files:
+            text = path.read_bytes().decode("utf-8", "replace")
+            if text.strip():
+                yield Document.of(text)
+
+
+class Files:
+    """What `data.path` names: a file, a folder, or a glob. `data/files.py` says what is a document in it."""
+
+    def __init__(self, path: str, text_field: str = "text", errors: str = "strict") -> None:
+        self.files, self.text_field, self.errors = files.find(path), text_field, errors
+
+    def fingerprint(self) -> str:
+        """Changes with any byte of any file, and with what is read of them."""
+        digest = hashlib.sha256(f"files {self.text_field} {self.errors}".encode())
+        for path in self.files:
+            digest.update(files.kind(path).encode())
             with open(path, "rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
         return digest.hexdigest()
 
-    def documents(self) -> Iterator[str]:
+    def documents(self) -> Iterator[Document]:
         for path in self.files:
-            content = path.read_bytes()
-            try:
-                text = content.decode().removeprefix("\ufeff")  # a byte order mark is no text
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{path} is not UTF-8: byte 0x{content[error.start]:02x} at offset {error.start}; "
-                                 f"convert it (iconv -t utf-8) or leave it out.") from None
-            if text.strip():
-                yield text
+            yield from files.documents(path, self.text_field, self.errors)
 
 
 def fetch(url: str, sha256: str) -> Path:

@@ -14,7 +14,13 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from data.sources import DataConfig, PyDocs, TextFiles, data_root, fetch, open_source
+from data.sources import DataConfig, Files, PyDocs, data_root, fetch, open_source
+
+
+def texts(source):
+    """The source's documents, each in one piece."""
+    return [document.text for document in source.documents()]
+
 
 PRESETS = sorted((Path(__file__).parent.parent / "conf" / "data").glob("*.yaml"))
 BOM = b"\xef\xbb\xbf"
@@ -54,26 +60,26 @@ def library(tmp_path):
 
 
 def test_pydocs_reads_docstrings_and_topics_and_skips_tests_and_broken_files(library):
-    assert sorted(PyDocs(library).documents()) == [
+    assert sorted(texts(PyDocs(library))) == [
         "A reader.", "About topics.", "Café.", "I am read and never run.", "Read\nit.", "Read and write JSON.",
         "See if.", "The if\nstatement.", "Write it."]
 
 
 def test_pydocs_leaves_out_the_addresses_that_newer_pythons_keep_beside_the_topics(library):
     write(library, {"pydoc_data/module_docs.py": "module_docs = {'abc': 'abc#module-abc'}\n"})
-    assert "abc#module-abc" not in list(PyDocs(library).documents())
+    assert "abc#module-abc" not in texts(PyDocs(library))
 
 
 def test_pydocs_never_imports(library):
     before = set(sys.modules)
-    assert "I am read and never run." in list(PyDocs(library).documents())
+    assert "I am read and never run." in texts(PyDocs(library))
     assert not (library / "danger.py.ran").exists()
     assert before == set(sys.modules)
 
 
 def test_pydocs_gives_the_same_documents_again(library):
     source = PyDocs(library)
-    assert list(source.documents()) == list(source.documents()) == list(PyDocs(library).documents())
+    assert texts(source) == texts(source) == texts(PyDocs(library))
 
 
 def test_pydocs_fingerprint_changes_with_a_files_size_or_name_or_the_python_version(library, monkeypatch):
@@ -95,20 +101,20 @@ def test_pydocs_fingerprint_changes_with_a_files_size_or_name_or_the_python_vers
 
 def test_a_single_file_of_any_ending_is_one_document(tmp_path):
     write(tmp_path, {"book.rst": "Once upon a time.\n"})
-    assert list(TextFiles(tmp_path / "book.rst").documents()) == ["Once upon a time.\n"]
+    assert texts(Files(str(tmp_path / "book.rst"))) == ["Once upon a time.\n"]
 
 
 def test_a_folder_gives_txt_and_md_below_it_in_the_order_of_their_names(tmp_path):
     write(tmp_path, {"b.txt": "b", "a.md": "a", "c/d/deep.TXT": "deep", "c/e.md": "e", "code.py": "no", "data.csv": "no",
                      "txt": "no"})
     (tmp_path / "folder.txt").mkdir()
-    assert list(TextFiles(tmp_path).documents()) == ["a", "b", "deep", "e"]
+    assert texts(Files(str(tmp_path))) == ["a", "b", "deep", "e"]
 
 
 def test_a_folder_without_text_is_an_error_that_names_it(tmp_path):
     write(tmp_path, {"code.py": "no"})
     with pytest.raises(ValueError, match=re.escape(str(tmp_path)) + r".*\.txt"):
-        TextFiles(tmp_path)
+        Files(str(tmp_path))
 
 
 @pytest.mark.parametrize(("content", "byte", "offset"), [
@@ -121,7 +127,7 @@ def test_a_folder_without_text_is_an_error_that_names_it(tmp_path):
 def test_a_bad_byte_is_reported_with_file_offset_and_value(tmp_path, content, byte, offset):
     write(tmp_path, {"good.txt": "fine", "worse.txt": content})
     with pytest.raises(ValueError) as caught:
-        list(TextFiles(tmp_path).documents())
+        texts(Files(str(tmp_path)))
     assert not isinstance(caught.value, UnicodeDecodeError)
     assert str(tmp_path / "worse.txt") in str(caught.value)
     assert f"byte {byte} at offset {offset};" in str(caught.value)
@@ -129,23 +135,23 @@ def test_a_bad_byte_is_reported_with_file_offset_and_value(tmp_path, content, by
 
 def test_a_byte_order_mark_is_stripped_and_line_ends_are_kept(tmp_path):
     write(tmp_path, {"windows.txt": BOM + b"one\r\ntwo\rthree\n"})
-    assert list(TextFiles(tmp_path).documents()) == ["one\r\ntwo\rthree\n"]
+    assert texts(Files(str(tmp_path))) == ["one\r\ntwo\rthree\n"]
 
 
 def test_files_without_words_are_skipped(tmp_path):
     write(tmp_path, {"a.txt": "", "b.txt": " \n\t\r\n", "c.txt": "c", "d.txt": BOM})
-    assert list(TextFiles(tmp_path).documents()) == ["c"]
+    assert texts(Files(str(tmp_path))) == ["c"]
 
 
 def test_text_fingerprint_changes_with_any_byte_of_any_file(tmp_path):
     write(tmp_path, {"a.txt": "one", "b.txt": "two"})
-    before = TextFiles(tmp_path).fingerprint()
+    before = Files(str(tmp_path)).fingerprint()
     write(tmp_path, {"not_read.py": "x"})
-    assert TextFiles(tmp_path).fingerprint() == before
+    assert Files(str(tmp_path)).fingerprint() == before
     write(tmp_path, {"b.txt": "twO"})
-    changed = TextFiles(tmp_path).fingerprint()
+    changed = Files(str(tmp_path)).fingerprint()
     write(tmp_path, {"c.txt": "three"})
-    assert len({before, changed, TextFiles(tmp_path).fingerprint()}) == 3
+    assert len({before, changed, Files(str(tmp_path)).fingerprint()}) == 3
 
 
 # A download
@@ -243,7 +249,7 @@ def test_shakespeare_from_a_local_copy_asks_no_network(tmp_path, monkeypatch):
     write(tmp_path, {"mine.txt": "Speak, speak."})
     monkeypatch.setattr("data.sources.fetch", lambda *args: pytest.fail("fetched though a path is given"))
     source = open_source(DataConfig(source="shakespeare", path=str(tmp_path / "mine.txt")))
-    assert list(source.documents()) == ["Speak, speak."]
+    assert texts(source) == ["Speak, speak."]
 
 
 # The settings

@@ -1,0 +1,181 @@
+"""Files to documents: every ending, every compression, pieces that change no token, one sentence for what cannot be read."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data import files
+from data.tokenizer import BPETokenizer
+
+RECORDS = ["one", "two\nlines", "žluťoučký 🐎", "  ", "three"]
+KEPT = ["one", "two\nlines", "žluťoučký 🐎", "three"]
+
+
+def read(path, text_field="text", errors="strict"):
+    return [document.text for document in files.documents(path, text_field, errors)]
+
+
+def json_lines(records, field="text"):
+    return "".join(json.dumps({field: text, "more": 1}) + "\n" for text in records).encode()
+
+
+def test_json_lines_are_a_document_a_record(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(json_lines(RECORDS) + b"\n")
+    assert read(tmp_path / "a.jsonl") == KEPT
+    (tmp_path / "b.jsonl").write_bytes(json_lines(RECORDS, "content").rstrip(b"\n"))
+    assert read(tmp_path / "b.jsonl", "content") == KEPT
+
+
+@pytest.mark.parametrize("name, content", [("a.txt", "Žluť 🐎\r\n".encode()), ("a.md", b"# One"), ("a.jsonl", json_lines(RECORDS))])
+def test_gzip_is_read_as_what_is_in_it(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    (tmp_path / f"{name}.gz").write_bytes(gzip.compress(content))
+    assert read(tmp_path / f"{name}.gz") == read(tmp_path / name)
+
+
+def test_zstandard_is_read_as_what_is_in_it(tmp_path):
+    zstandard = pytest.importorskip("zstandard")
+    (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(json_lines(RECORDS)))
+    assert read(tmp_path / "a.jsonl.zst") == KEPT
+    (tmp_path / "cut.txt.zst").write_bytes(zstandard.compress(b"x" * 10_000)[:-5] + b"?????")
+    with pytest.raises(ValueError, match=r"cut.txt.zst is damaged or cut short"):
+        read(tmp_path / "cut.txt.zst")
+
+
+def test_parquet_is_a_document_a_row(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+    parquet.write_table(pyarrow.table({"text": RECORDS * 200, "n": list(range(1000))}), tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet") == KEPT * 200
+    with pytest.raises(ValueError, match=r"a.parquet has no text in the field body \(it has text, n\): set data.text_field"):
+        read(tmp_path / "a.parquet", "body")
+    (tmp_path / "b.parquet").write_bytes(b"no parquet at all")
+    with pytest.raises(ValueError, match=r"b.parquet is no Parquet file"):
+        read(tmp_path / "b.parquet")
+
+
+@pytest.mark.parametrize("name, package", [("a.parquet", "pyarrow"), ("a.txt.zst", "zstandard")])
+def test_a_package_that_is_not_here_is_named(tmp_path, monkeypatch, name, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(ValueError, match=f"pip install {package}"):
+        read(tmp_path / name)
+
+
+@pytest.mark.parametrize("content, words", [
+    (b'{"text": "a"}\n{"body": "b"}\n', r"line 2 has no text in the field text \(it has body\): set data.text_field=NAME"),
+    (b'{"text": 3}\n', r"line 1 has no text in the field text"), (b'"a"\n', r"line 1 has no text .*it is no record"),
+    (b'{"text": "a"}\n{"text": "b"', r"line 2 is not JSON"), (b"[" * 100_000, "line 1 is not JSON"),
+    (b'{"text": "\xff"}\n', r"line 1 is not UTF-8 \(byte 11 of the line\)"),
+], ids=range(6))
+def test_a_record_that_cannot_be_read_is_named_by_file_and_line(tmp_path, content, words):
+    (tmp_path / "bad.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match=r"bad\.jsonl, " + words):
+        read(tmp_path / "bad.jsonl")
+
+
+def test_a_record_that_is_too_long_is_refused_with_the_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "RECORD_BYTES", 2**20)
+    (tmp_path / "long.jsonl").write_bytes(json_lines(["fine", "x" * 2**20]))
+    with pytest.raises(ValueError, match=r"long.jsonl, line 2 is longer than 1 MB"):
+        read(tmp_path / "long.jsonl")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_bytes_that_are_no_utf8_can_be_replaced(tmp_path, name):
+    (tmp_path / name).write_bytes(b'{"text": "a\xffb"}')
+    assert "a\ufffdb" in read(tmp_path / name, errors="replace")[0]
+
+
+def test_half_a_character_that_json_can_spell_is_replaced(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a\\ud800b"}')
+    assert read(tmp_path / "a.jsonl") == ["a?b"]
+
+
+def test_compression_that_is_cut_short_is_one_sentence(tmp_path):
+    for name in ("a.txt.gz", "a.jsonl.gz"):
+        (tmp_path / name).write_bytes(gzip.compress(json_lines(RECORDS * 1000))[:-20])
+        with pytest.raises(ValueError, match=rf"{re.escape(name)} is damaged or cut short"):
+            read(tmp_path / name)
+    (tmp_path / "b.txt.gz").write_bytes(b"no gzip")
+    with pytest.raises(ValueError, match=r"b.txt.gz is damaged"):
+        read(tmp_path / "b.txt.gz")
+
+
+def test_a_folder_gives_all_kinds_a_glob_what_it_says(tmp_path):
+    for name in ("b.md", "a.txt", "deep/c.jsonl.gz", "deep/d.TXT", "e.py", "f.txt.zst", "g.gz"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+
+    def names(path):
+        return [str(one.relative_to(tmp_path)) for one in files.find(str(path))]
+    assert names(tmp_path) == ["a.txt", "b.md", "deep/c.jsonl.gz", "deep/d.TXT", "f.txt.zst"]
+    assert names(tmp_path / "**/*.gz") == ["deep/c.jsonl.gz", "g.gz"] and names(tmp_path / "?.py") == ["e.py"]
+    with pytest.raises(ValueError, match=r"none\*.txt holds no file to read"):
+        files.find(str(tmp_path / "none*.txt"))
+
+
+def test_a_glob_may_be_relative(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_bytes(b"x")
+    assert files.find("*.txt") == [Path("a.txt")]
+
+
+# Pieces
+
+
+@pytest.mark.parametrize("content, offset", [(b"abc\xff", 3), (("é" * 50).encode() + b"\xc3", 100), (b"\xef\xbb\xbfab\xe2\x82", 5)])
+def test_a_bad_byte_is_named_by_its_offset_whatever_the_pieces(tmp_path, monkeypatch, content, offset):
+    (tmp_path / "a.txt").write_bytes(content)
+    for piece in (1, 2, 3, 7, 2**20):
+        monkeypatch.setattr(files, "PIECE", piece)
+        with pytest.raises(ValueError, match=f"at offset {offset};"):
+            read(tmp_path / "a.txt")
+
+
+@given(st.text(), st.integers(1, 30))
+def test_pieces_joined_are_the_text(tmp_path_factory, text, piece):
+    path = tmp_path_factory.mktemp("pieces") / "a.txt"
+    path.write_bytes(text.encode())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "PIECE", piece)
+        pieces = list(files.text_pieces(path, "strict"))
+    assert "".join(pieces) == text.removeprefix("\ufeff") and all(pieces) and all(len(one) < 3 * piece + 3 for one in pieces)
+
+
+WORDS = st.sampled_from(["the", "can't", "I'll", "Ünï", "日本", "語", "中文", "، ", "عربي", "a1", "42", "²", "e\u0301", "  ", " ", "\n", "\r\n",
+                         "\n\n", "\t", ".", ",", "...", "!?", "，", "。", "「", "（", "_", "🐎", "'s", "’s", "HTTPServer", "\u00a0"])
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    return BPETokenizer.train(iter(["the cat can't sit on the mat. I'll see 42 of them, 日本語 中文 عربي!"] * 5), 300)
+
+
+@given(st.lists(WORDS, max_size=60).map("".join))
+def test_cutting_a_text_changes_no_token(bpe, text):
+    whole = bpe.encode(text)
+    for match in files.CUT.finditer(text):
+        assert bpe.encode(text[: match.start()]) + bpe.encode(text[match.start():]) == whole, match
+
+
+@given(st.lists(WORDS, max_size=60).map("".join))
+def test_cutting_a_text_changes_no_token_of_gpt2(gpt2_files, text):
+    gpt2 = BPETokenizer.gpt2()
+    whole = gpt2.encode(text)
+    for match in files.CUT.finditer(text):
+        assert gpt2.encode(text[: match.start()]) + gpt2.encode(text[match.start():]) == whole, match
+
+
+def test_ordinary_texts_have_places_to_cut():
+    for text in ("Some words in a line. " * 100, "一些中文，没有空格。" * 100, "كلمات عربية هنا " * 100, "a\nb\n" * 100):
+        assert 0 < files.place_to_cut(text) < len(text)
+    assert files.place_to_cut("x" * 500) == 500

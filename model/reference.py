@@ -1,6 +1,6 @@
 """Attention from two matrix products to the block that the model uses, one idea a class.
 
-For reading from top to bottom, and as oracles: tests prove that each class computes what the one before it does
+For reading from top to bottom, and as oracles: tests prove how each class follows from the one before it
 (docs/attention.md walks along). Nothing in training or sampling imports this file.
 
 Shapes: B batch, T time, H heads, D head width; `d_in` and `d_out` are the widths of what comes in and goes out.
@@ -56,7 +56,7 @@ class SelfAttention_v2(nn.Module):
 
     def forward(self, x: Tensor, return_weights: bool = False) -> Attended:
         """`x` `[T, d_in]` -> `[T, d_out]`, and weights `[T, T]`."""
-        queries, keys, values = self.W_query(x), self.W_key(x), self.W_value(x)
+        queries, keys, values = self.W_query(x), self.W_key(x), self.W_value(x)  # [T, d_out] each
         weights = torch.softmax(queries @ keys.T / math.sqrt(keys.size(-1)), dim=-1)
         context = weights @ values
         return (context, weights) if return_weights else context
@@ -110,8 +110,8 @@ class CausalMechanismV1(nn.Module):
         T = fitting(x, self.mask)
         padding = padded(x, lengths)  # [B, T]
         x = x.masked_fill(padding[:, :, None], 0.0)  # even NaN, which no weight of 0 could hide
-        queries, keys, values = self.W_query(x), self.W_key(x), self.W_value(x)
-        scores = queries @ keys.transpose(1, 2) / math.sqrt(keys.size(-1))
+        queries, keys, values = self.W_query(x), self.W_key(x), self.W_value(x)  # [B, T, d_out] each
+        scores = queries @ keys.transpose(1, 2) / math.sqrt(keys.size(-1))  # [B, T, T]
         # Padding comes last, so the causal mask already hides it from each real position. Its own rows must go.
         weights = torch.softmax(scores.masked_fill(self.mask[:T, :T], -torch.inf), dim=-1)
         weights = weights.masked_fill(padding[:, :, None], 0.0)
@@ -120,11 +120,16 @@ class CausalMechanismV1(nn.Module):
 
 
 class MultiHeadAttentionWrapper(nn.Module):
-    """Several causal heads side by side, each `d_out` wide, each free to look for something else."""
+    """Several causal heads side by side, each `d_out` wide, each free to look for something else.
+
+    Raises ValueError for less than one head.
+    """
 
     def __init__(self, d_in: int, d_out: int, context_length: int, dropout: float, num_heads: int,
                  qkv_bias: bool = False) -> None:
         super().__init__()
+        if num_heads < 1:
+            raise ValueError(f"num_heads={num_heads} must be at least 1.")
         self.heads = nn.ModuleList(CausalAttention(d_in, d_out, context_length, dropout, qkv_bias)
                                    for _ in range(num_heads))
 
@@ -138,12 +143,14 @@ class MultiHeadAttentionWrapper(nn.Module):
 class MultiHeadAttention(nn.Module):
     """All heads at once: one projection each for queries, keys and values, cut into heads; `out_proj` mixes the heads.
 
-    `d_out` is the width of all heads together. Raises ValueError if it is not divisible by `num_heads`.
+    `d_out` is the width of all heads together from here on. Raises ValueError if it is not divisible by `num_heads`.
     """
 
     def __init__(self, d_in: int, d_out: int, context_length: int, dropout: float, num_heads: int,
                  qkv_bias: bool = False) -> None:
         super().__init__()
+        if num_heads < 1:
+            raise ValueError(f"num_heads={num_heads} must be at least 1.")
         if d_out % num_heads:
             raise ValueError(f"d_out={d_out} is not divisible by num_heads={num_heads}.")
         self.num_heads, self.head_width = num_heads, d_out // num_heads
@@ -186,9 +193,10 @@ def padded(x: Tensor, lengths: Tensor | None) -> Tensor:
     B, T = x.shape[:2]
     if lengths is None:
         return torch.zeros(B, T, dtype=torch.bool, device=x.device)
-    if lengths.shape != (B,):
-        raise ValueError(f"lengths has the shape {list(lengths.shape)}, a batch of {B} needs [{B}].")
-    if lengths.min() < 0 or lengths.max() > T:
+    if lengths.shape != (B,) or lengths.is_floating_point():
+        raise ValueError(f"lengths is {lengths.dtype} of the shape {list(lengths.shape)}, a batch of {B} needs whole "
+                         f"numbers of the shape [{B}].")
+    if ((lengths < 0) | (lengths > T)).any():
         raise ValueError(f"lengths={lengths.tolist()} must lie between 0 and the {T} positions of the input.")
     return torch.arange(T, device=x.device) >= lengths[:, None]
 
@@ -197,7 +205,8 @@ def padded(x: Tensor, lengths: Tensor | None) -> Tensor:
 def fuse(attention: MultiHeadAttention) -> CausalSelfAttention:
     """The fused block with the same weights: the three projections become the rows of one.
 
-    Raises ValueError unless `d_in` is `d_out`, as in a block whose output is added to its input.
+    In training it differs in one thing: it has dropout on its output too, on the way into the residual stream. Raises
+    ValueError unless `d_in` is `d_out`, as in a block whose output is added to its input.
     """
     d_out, d_in = attention.W_query.weight.shape
     if d_in != d_out:
@@ -217,7 +226,8 @@ def fuse(attention: MultiHeadAttention) -> CausalSelfAttention:
 def split(fused: CausalSelfAttention, context_length: int) -> MultiHeadAttention:
     """The way back: three projections from one; key-value heads that several heads share are repeated.
 
-    Raises ValueError for a block that normalises its queries and keys, which these classes do not do.
+    For blocks that are called without rotary positions, which these classes do not have. Raises ValueError for one
+    that normalises its queries and keys, which they do not do either.
     """
     if fused.qk_norm:
         raise ValueError("A block with qk_norm has no equal among the plain classes.")

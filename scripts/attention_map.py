@@ -37,6 +37,7 @@ from training.run import find_run
 TEMPLATE = Path(__file__).with_suffix(".html")
 PLACE = '{"this": "is replaced"}'  # where the template holds data
 N_NEXT = 8  # tokens that are shown as likely to come next
+MOST_VALUES = 2**24  # weights on a page: 45 MB, which a browser opens in some seconds
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class AttentionMapSettings:
     checkpoint: Literal["best", "last"] = "best"
     fresh: str = ""  # instead of a run: a preset of conf/model with random weights, on bytes
     seed: int = 1337  # of the random weights
-    prompt: str = "The quick brown fox jumps over the lazy dog."
+    prompt: str = "The quick brown fox jumps."
     out: str = ""  # empty: attention.html in the run's folder, or here
     png: bool = False  # a still picture of the grid beside the page
 
@@ -59,7 +60,7 @@ class AttentionMapSettings:
         if self.fresh and self.fresh not in options("model"):
             yield (f"fresh={self.fresh}: no such preset{closest(self.fresh, options('model'))}. "
                    f"There are: {', '.join(options('model'))}.")
-        if self.out and Path(self.out).suffix not in (".html", ".htm"):
+        if self.out and Path(self.out).suffix.lower() not in (".html", ".htm"):
             yield f"out={self.out} must end in .html."
         if not self.prompt:
             yield "prompt is empty: a map needs tokens to show."
@@ -70,7 +71,13 @@ def main(settings: AttentionMapSettings) -> int:
     ids = tokenizer.encode(settings.prompt)
     if len(ids) > model.config.block_size:
         raise ValueError(f"The prompt is {len(ids)} tokens long, this model reads {model.config.block_size}: shorten it.")
+    layers, heads = model.config.n_layer, model.config.n_head
+    if (values := layers * heads * len(ids) ** 2) > MOST_VALUES:
+        raise ValueError(f"{len(ids)} tokens in {layers} layers of {heads} heads are {values:,} weights, a page holds "
+                         f"{MOST_VALUES:,}: shorten the prompt.")
     logits, weights = look(model, torch.tensor([ids]))
+    if not logits.isfinite().all():
+        raise ValueError("The model's output is NaN or infinite: its weights are damaged, or its training diverged.")
     out = Path(settings.out) if settings.out else folder / "attention.html"
     words = [word(tokenizer, token) for token in ids]
     atomic.write_bytes(out, page(name, words, weights, likely(logits, tokenizer)).encode())

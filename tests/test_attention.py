@@ -213,3 +213,16 @@ def test_dropout_in_the_explicit_path_is_off_in_eval_and_not_in_the_weights():
     attention.train()
     loud, also = attention.explicit(x)
     assert not torch.allclose(loud, quiet) and torch.equal(weights, also)
+
+
+@pytest.mark.parametrize("where", ["weights", "residual"])
+def test_the_explicit_path_has_dropout_in_both_places(where):
+    _, attention, x = make(dropout=0.5)
+    quiet = attention.explicit(x)[0]
+    attention.train()
+    if where == "weights":
+        attention.resid_dropout.p = 0.0
+    else:
+        attention.dropout = 0.0
+    loud = attention.explicit(x)[0]
+    assert not torch.allclose(loud, quiet) and ((loud == 0).double().mean() > 0.3) == (where == "residual")

@@ -8,8 +8,8 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 import time
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +31,7 @@ PROMPT = "The <b>fox</b> & the </script> dog."
 def made(tmp_path: Path, *overrides: str) -> tuple[Path, dict]:
     """The page for a fresh model, and the data in it."""
     out = tmp_path / "page.html"
-    assert story.main(compose(story.AttentionMapSettings, ["fresh=modern-nano", f"prompt={PROMPT[:32]}", f"out={out}", *overrides])) == 0
+    assert story.main(compose(story.AttentionMapSettings, ["fresh=nano", f"prompt={PROMPT[:32]}", f"out={out}", *overrides])) == 0
     return out, data_of(out)
 
 
@@ -70,10 +70,51 @@ def test_the_page_holds_the_tokens_the_weights_and_the_likely_next_tokens(tmp_pa
     weights = weights_of(data)
     assert "".join(data["words"]) == PROMPT[:32] and weights.shape == (2, 2, 32, 32)
     assert np.allclose(weights.sum(-1), 1, atol=32 / 65535) and not np.triu(weights, 1).any()
-    assert len(data["next"]) == 32 and all(len(row) == story.N_NEXT for row in data["next"])
-    assert all(a[1] >= b[1] for row in data["next"] for a, b in pairwise(row))
-    text = page.read_text()
-    assert not re.search(r"https?://|<link|@import|src=", text) and "is replaced" not in text
+    model, tokenizer, name, _ = story.open_model(compose(story.AttentionMapSettings, ["fresh=nano"]))
+    assert not model.training and name == "nano, random weights"
+    with torch.inference_mode():
+        logits, expected = story.look(model, torch.tensor([tokenizer.encode(PROMPT[:32])]))
+    assert np.allclose(weights, expected.numpy(), atol=0.51 / 65535)
+    top = logits.softmax(-1).topk(story.N_NEXT)
+    assert top.values[:, 0].std() > 1e-4  # they differ from position to position
+    for position, row in enumerate(data["next"]):
+        assert [word for word, _ in row] == [story.word(tokenizer, token) for token in top.indices[position].tolist()]
+        assert np.allclose([p for _, p in row], top.values[position], atol=1e-5)
+    assert not re.search(r"https?:|<link|@import|src=|url\(|[\"']//", story.TEMPLATE.read_text()) and "is replaced" not in page.read_text()
+
+
+def test_the_seed_decides_the_random_weights(tmp_path):
+    first, again, other = (made(tmp_path, f"seed={seed}")[1]["weights"] for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_words_cannot_end_the_script_they_stand_in():
+    page = story.page("</script><b>", ["</script>", "<!--"], torch.eye(2).expand(1, 1, 2, 2), [[("</script>", 1.0)]] * 2)
+    assert page.lower().count("</script>") == story.TEMPLATE.read_text().lower().count("</script>")
+    content = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
+    assert content["words"] == ["</script>", "<!--"] and content["name"] == "</script><b>"
+
+
+def test_an_output_that_is_not_finite_or_too_large_for_a_page_is_one_sentence(tmp_path, monkeypatch):
+    settings = compose(story.AttentionMapSettings, ["fresh=nano", f"out={tmp_path / 'x.html'}"])
+    with monkeypatch.context() as patch:
+        patch.setattr(story, "MOST_VALUES", 100)
+        with pytest.raises(ValueError, match=r"26 tokens in 2 layers of 2 heads are 2,704 weights, a page holds 100"):
+            story.main(settings)
+    monkeypatch.setattr(story, "look", lambda model, ids: (torch.full((26, 257), torch.nan), torch.zeros(2, 2, 26, 26)))
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        story.main(settings)
+    assert not (tmp_path / "x.html").exists()
+
+
+@pytest.mark.parametrize("which", ["best", "last"])
+def test_the_checkpoint_that_is_asked_for_is_shown(compose_tiny, tmp_path, monkeypatch, which):
+    train(compose_tiny("training.max_steps=2", "training.sample_tokens=0"))
+    opened = story.open_checkpoint
+    asked = []
+    monkeypatch.setattr(story, "open_checkpoint", lambda run, which, device: asked.append(which) or opened(run, which, device))
+    story.main(compose(story.AttentionMapSettings, [f"runs_dir={tmp_path / 'runs'}", "prompt=The quiet", f"checkpoint={which}"]))
+    assert asked == [which]
 
 
 def test_a_trained_run_gets_its_page_in_its_folder(compose_tiny, tmp_path, capsys):
@@ -81,6 +122,12 @@ def test_a_trained_run_gets_its_page_in_its_folder(compose_tiny, tmp_path, capsy
     assert story.main(compose(story.AttentionMapSettings, [f"runs_dir={tmp_path / 'runs'}", "prompt=The quiet dog"])) == 0
     page = tmp_path / "runs/tiny/attention.html"
     assert "".join(data_of(page)["words"]) == "The quiet dog" and str(page) in capsys.readouterr().out
+
+
+def test_a_missing_matplotlib_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ValueError, match="pip install matplotlib"):
+        story.draw("x", torch.zeros(1, 1, 2, 2))
 
 
 def test_a_still_picture_lies_beside_it(tmp_path):
@@ -129,12 +176,13 @@ def test_it_opens_without_errors_and_all_heads_are_there(tmp_path):
     found, console = browse(page, tmp_path, """
       const buttons = [...document.querySelectorAll("#grid button")];
       done({words: document.querySelectorAll("#words button").length, heads: buttons.length, title: document.title,
-            sizes: buttons.map((button) => button.firstChild.width), large: document.getElementById("large-title").textContent,
+            sizes: buttons.map((button) => button.firstChild.width),
+            different: new Set(buttons.map((button) => button.firstChild.toDataURL())).size, large: document.getElementById("large-title").textContent,
             reachable: [...document.querySelectorAll("#grid button, #words button")].every((button) => button.tabIndex === 0),
-            named: buttons.every((button) => button.getAttribute("aria-label"))});""")
+            named: buttons.map((button) => button.getAttribute("aria-label"))});""")
     assert console == ""
-    assert found == {"words": 32, "heads": 4, "title": "Attention of modern-nano, random weights", "sizes": [32] * 4,
-                     "large": "Mean of all heads", "reachable": True, "named": True}
+    assert found == {"words": 32, "heads": 4, "title": "Attention of nano, random weights", "sizes": [32] * 4, "different": 4,
+                     "large": "Mean of all heads", "reachable": True, "named": ["layer 0, head 0", "layer 0, head 1", "layer 1, head 0", "layer 1, head 1"]}
 
 
 @needs_chromium
@@ -154,22 +202,40 @@ def test_a_click_enlarges_and_a_hover_shows_what_the_tensor_says(tmp_path):
       const chosen = words.findIndex((word) => word.classList.contains("chosen"));
       const row = document.getElementById("row").style.top;
       const next = [...document.querySelectorAll("#next tr")].map((line) => Number(line.cells[1].textContent));
-      words[12].focus();
-      document.dispatchEvent(new KeyboardEvent("keydown", {key: "ArrowRight"}));
+      const nextWords = [...document.querySelectorAll("#next tr")].map((line) => line.cells[0].textContent);
+      const pressed = [...document.querySelectorAll("#grid button")].map((button) => button.getAttribute("aria-pressed"));
+      const said = document.getElementById("cell").textContent;
+      const press = (key) => document.dispatchEvent(new KeyboardEvent("keydown", {key}));
+      words[5].focus();
+      const byFocus = words.findIndex((word) => word.classList.contains("chosen"));
+      hover(words[20]);
+      press("ArrowRight"); press("ArrowRight"); press("ArrowLeft");
       const focused = words.indexOf(document.activeElement);
-      document.dispatchEvent(new KeyboardEvent("keydown", {key: "Escape"}));
-      done({mean, head, title, chosen, row, next, focused, bright, after: document.getElementById("large-title").textContent,
+      const box = large.getBoundingClientRect();
+      large.dispatchEvent(new MouseEvent("mousemove", {clientX: box.left + box.width * 3.5 / 32, clientY: box.top + box.height * 9.5 / 32}));
+      const cell = document.getElementById("cell").textContent, column = document.getElementById("column").style.left;
+      press("Escape");
+      const reset = document.getElementById("cell").textContent;
+      done({nextWords, pressed, said, byFocus, cell, column, reset, chosenCount: words.filter((word) => word.classList.contains("chosen")).length, mean, head, title, chosen, row, next, focused, bright, after: document.getElementById("large-title").textContent,
             colours: [words[3].style.background, words[25].style.background]});""")
     assert console == ""
     assert found["title"] == "Layer 1, head 0" and found["chosen"] == 12 and found["after"] == "Mean of all heads"
     for values, token, shown in ((weights.mean((0, 1)), 20, found["mean"]), (weights[1, 0], 12, found["head"])):
         expected = [values[token, other] if other <= token else values[other, token] for other in range(32)]
         assert np.allclose(shown, expected, atol=6e-5)
-    assert found["row"] == "37.5%" and found["focused"] == 13
+    assert found["row"] == "37.5%" and found["byFocus"] == 5 and found["focused"] == 6 and found["chosenCount"] == 1
+    assert found["pressed"] == ["false", "false", "true", "false"]
+    assert found["nextWords"] == [word.replace(" ", "·").replace("\n", "⏎").replace("\t", "⇥") if word.isprintable() or word in "\n\t" else "�"
+                                  for word, _ in data["next"][12]] or any(word in "\r" for word, _ in data["next"][12])
+    head = weights[1, 0]
+    for token, weight in sorted(enumerate(head[12, :13]), key=lambda pair: -pair[1])[:3]:
+        assert f"({token}) {weight:.4f}" in found["said"]
+    assert f"by {head[9, 3]:.4f}" in found["cell"] and found["column"] == "9.375%"
+    assert found["reset"] != found["cell"] and f"{weights.mean((0, 1))[9, :10].max():.4f}" in found["reset"]
     assert np.allclose(found["next"], [p for _, p in data["next"][12]], atol=6e-4)
     assert "--back" in found["colours"][0] and "--ahead" in found["colours"][1]
     red = np.array(found["bright"])[np.argsort(weights[1, 0].ravel(), kind="stable")]
-    assert (np.diff(red) >= 0).all() and red[0] == 0 and red[-1] > 200  # more weight, more light
+    assert (np.diff(red) >= 0).all() and red[0] == 0 and red[-1] == 255  # more weight, more light, up to cividis' yellow
 
 
 @needs_chromium

@@ -134,6 +134,19 @@ def test_padding_does_not_leak_whatever_lies_in_it():
         assert torch.equal(attention(dirty, lengths), clean)
 
 
+def test_each_head_of_the_wrapper_is_causal_attention():
+    wrapper = double(MultiHeadAttentionWrapper(C, 4, T, 0.0, H, True))
+    x = inputs(B, T, C)
+    agree(wrapper(x), torch.cat([head(x) for head in wrapper.heads], dim=-1), x, [(w, w) for w in wrapper.parameters()])
+    assert len(wrapper.heads) == H and all(type(head) is CausalAttention for head in wrapper.heads)
+
+
+def test_the_weights_of_v2_are_those_that_mix_the_values():
+    attention, x = double(SelfAttention_v2(C, 5)), inputs(T, C)
+    context, weights = attention(x, return_weights=True)
+    agree(context, weights @ attention.W_value(x), x)
+
+
 def test_the_wrapper_is_multi_head_attention_without_its_output_projection():
     wrapper, attention = double(MultiHeadAttentionWrapper(C, 4, T, 0.0, H, True)), double(MultiHeadAttention(C, 4 * H, T, 0.0, H, True))
     names = [f"{matrix}.{part}" for matrix in ("W_query", "W_key", "W_value") for part in ("weight", "bias")]
@@ -146,6 +159,12 @@ def test_the_wrapper_is_multi_head_attention_without_its_output_projection():
     (one, one_weights), (other, other_weights) = wrapper(x, return_weights=True), attention(x, return_weights=True)
     agree(one, other, x)
     agree(one_weights, other_weights, x)
+    direction = torch.randn(one.shape, dtype=one.dtype)
+    (one * direction).sum().backward(retain_graph=True)
+    (other * direction).sum().backward()
+    for name in names:
+        stacked = torch.cat([head.get_parameter(name).grad for head in wrapper.heads])
+        torch.testing.assert_close(attention.get_parameter(name).grad, stacked, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -215,20 +234,24 @@ def test_a_perturbation_changes_nothing_before_it_exactly(name, dtype):
 
 
 def test_masking_after_the_softmax_leaks_the_future():
-    """Rescaled or not: weights that were divided by a sum over the future change with the future. Ours do not."""
+    """Weights that were divided by a sum over the future change with it. To divide again by what is left undoes that."""
     attention = double(CausalAttention(C, C, T, 0.0))
     x = inputs(1, T, C).detach()
     changed = x.clone()
     changed[:, -1] += 1
 
-    def masked_after(x: Tensor) -> Tensor:
+    def masked_after(x: Tensor, divided_again: bool) -> Tensor:
         q, k, v = attention.W_query(x), attention.W_key(x), attention.W_value(x)
         weights = torch.softmax(q @ k.transpose(1, 2) / math.sqrt(C), dim=-1).tril()
-        return weights @ v
+        return (weights / weights.sum(-1, keepdim=True) if divided_again else weights) @ v
 
-    leak = (masked_after(changed) - masked_after(x))[:, :-1].abs().max()
-    assert leak > 0.1  # of outputs of about 1
-    assert (attention(changed) - attention(x))[:, :-1].abs().max() == 0
+    def leak(call):
+        return (call(changed) - call(x))[:, :-1].abs().max() / call(x)[:, :-1].std()
+
+    assert leak(lambda x: masked_after(x, divided_again=False)) > 0.1
+    assert leak(attention) == 0
+    assert leak(lambda x: masked_after(x, divided_again=True)) < 1e-12
+    torch.testing.assert_close(masked_after(x, divided_again=True), attention(x), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", CAUSAL)
@@ -247,8 +270,12 @@ def test_widths_and_lengths_that_do_not_fit_are_errors_with_the_numbers():
     for lengths in ([8, 1, 1], [-1, 1, 1]):
         with pytest.raises(ValueError, match=r"between 0 and the 7 positions"):
             attention(torch.zeros(B, T, C), torch.tensor(lengths))
-    with pytest.raises(ValueError, match=r"shape \[2\], a batch of 3 needs \[3\]"):
-        attention(torch.zeros(B, T, C), torch.tensor([1, 2]))
+    for lengths in (torch.tensor([1, 2]), torch.tensor([[1, 2, 3]]), torch.tensor([1.0, math.nan, 2.0])):
+        with pytest.raises(ValueError, match=r"a batch of 3 needs whole numbers of the shape \[3\]"):
+            attention(torch.zeros(B, T, C), lengths)
+    for kind in (MultiHeadAttention, MultiHeadAttentionWrapper):
+        with pytest.raises(ValueError, match="num_heads=0 must be at least 1"):
+            kind(C, C, T, 0.0, 0)
     with pytest.raises(ValueError, match="d_in=12 and d_out=6"):
         fuse(MultiHeadAttention(C, 6, T, 0.0, 3))
     with pytest.raises(ValueError, match="qk_norm"):
@@ -271,9 +298,28 @@ def test_dropout_is_on_the_context_vectors_too_in_the_mechanism():
     assert (attention(x)[0, 300:] == 0).double().mean() == pytest.approx(0.25, abs=0.03)  # with weights alone, none would be 0
 
 
-def test_the_mask_is_a_buffer_and_not_trained():
+def test_dropout_is_on_the_weights_in_the_mechanism():
+    """A single position attends to itself alone: dropout on its weight empties the whole row, and doubles it otherwise."""
+    attention, x = double(CausalMechanismV1(C, 50, T, 0.5)), torch.ones(400, 1, C, dtype=torch.float64)
+    rows = attention.train()(x)[:, 0]
+    assert (rows == 0).all(-1).double().mean() == pytest.approx(0.5, abs=0.1)
+
+
+def test_the_mask_is_a_buffer_saved_and_not_trained():
     attention = CausalAttention(C, C, T, 0.0)
-    assert "mask" in dict(attention.named_buffers()) and len(list(attention.parameters())) == 3
+    assert "mask" in attention.state_dict() and len(list(attention.parameters())) == 3
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_fuse_and_split_keep_dropout_and_mode_and_share_nothing(training):
+    attention = double(MultiHeadAttention(C, C, T, 0.3, H, True)).train(training)
+    fused = fuse(attention)
+    again = split(fused, T)
+    assert fused.training is again.training is training and fused.dropout == again.dropout.p == 0.3
+    before = fused(inputs(B, T, C)) if not training else None
+    for weights in (*attention.parameters(), *again.parameters()):
+        weights.data.zero_()
+    assert training or torch.equal(fused(inputs(B, T, C)), before)
 
 
 def test_parameters_are_drawn_in_the_order_query_key_value_output():

@@ -57,10 +57,10 @@ def main(settings: BenchAttentionSettings) -> int:
 
 
 def make_ways(C: int, T: int, H: int, device: torch.device) -> dict[str, nn.Module | Callable[[Tensor], Tensor]]:
-    """The same function of `[B, T, C]` four times, but for the first, which has no output projection."""
+    """The same kind of function of `[B, T, C]` four times, each with an output projection."""
     split = MultiHeadAttention(C, C, T, 0.0, H, qkv_bias=True).to(device)
     fused = fuse(split)
-    wrapper = MultiHeadAttentionWrapper(C, C // H, T, 0.0, H, qkv_bias=True).to(device)
+    wrapper = nn.Sequential(MultiHeadAttentionWrapper(C, C // H, T, 0.0, H, qkv_bias=True), nn.Linear(C, C)).to(device)
     return {"head by head": wrapper, "split projections": split,
             "one projection, plain products": lambda x: fused.explicit(x)[0],
             "one projection, fused kernel": fused}

@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
 
 import train
@@ -14,6 +15,7 @@ from conf.schema import compose
 
 settings.register_profile("nanohydra", deadline=None, max_examples=50)  # no deadline: the machine may be busy
 settings.load_profile("nanohydra")
+torch.set_num_threads(1)  # in models this small, threads wait for each other; the tests of whole programs use all
 
 GPT2_URLS = [f"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{name}"
              for name in ("vocab.bpe", "encoder.json")]

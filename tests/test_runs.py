@@ -670,8 +670,8 @@ def test_a_rollback_before_the_first_checkpoint_goes_back_to_the_start(compose_t
 
 
 @pytest.mark.parametrize("action", ["skip", "rollback"])
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-@pytest.mark.parametrize("stop", [5, 9, 10, 13])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("fp16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stop", [pytest.param(5, marks=pytest.mark.slow), 9, 10, pytest.param(13, marks=pytest.mark.slow)])
 def test_answers_to_nan_are_deterministic_wherever_the_run_is_stopped(compose_tiny, tmp_path, plant, interrupt_at, action, precision, stop):
     words = [f"training.on_nonfinite={action}", f"training.precision={precision}", "training.max_steps=20", "training.checkpoint_every=4",
              "model.dropout=0.1", "optim=muon"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -225,3 +227,10 @@ def test_a_path_that_cannot_be_opened_is_one_plain_sentence(monkeypatch, capsys)
     with pytest.raises(SystemExit):
         launch.launch(lambda settings: Path("/no/such/file").read_text(), "sample", "")
     assert capsys.readouterr().err == "Error: /no/such/file: No such file or directory.\n"
+
+
+@pytest.mark.slow
+def test_what_cannot_be_printed_stops_nothing():
+    program = "from conf.launch import launch; launch(lambda settings: print('\\ud800'), 'sample', '')"
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert ran.stdout == "\\ud800\n" and not ran.stderr

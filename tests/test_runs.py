@@ -402,6 +402,19 @@ def test_a_hostile_shape_is_one_sentence_and_takes_no_memory(compose_tiny, tmp_p
     assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 1000
 
 
+def test_another_runs_tokenizer_is_refused_with_both_numbers(compose_tiny, tmp_path):
+    story.train(compose_tiny("training.max_steps=2"))
+    folder = tmp_path / "runs/tiny/checkpoints/step_00000002"
+    (folder / checkpoint.TOKENIZER).write_text('{"kind": "byte"}')
+    manifest = json.loads((folder / checkpoint.MANIFEST).read_text())
+    content = (folder / checkpoint.TOKENIZER).read_bytes()
+    manifest["files"][checkpoint.TOKENIZER] = {"bytes": len(content), "sha256": checkpoint.hashlib.sha256(content).hexdigest()}
+    del manifest["sha256"]
+    (folder / checkpoint.MANIFEST).write_text(json.dumps(manifest | {"sha256": checkpoint.digest(manifest)}))
+    with pytest.raises(ValueError, match=r"its tokenizer has 257 tokens, its model 28"):
+        story.open_checkpoint(tmp_path / "runs/tiny", "last", Device("cpu", "fp32"))
+
+
 @pytest.mark.parametrize("environment", [{}, {"threads": 10**9}, {"threads": "x"}, {"device": "../x"}, {"precision": 3}, {"more": 1}, {"torch": {}}], ids=str)
 def test_a_hostile_environment_is_one_sentence(compose_tiny, tmp_path, environment):
     story.train(compose_tiny("training.max_steps=2"))

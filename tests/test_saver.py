@@ -1,0 +1,75 @@
+"""Saving beside training: what it waits for, and where its failures come out."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+from test_checkpoint import snapshot
+
+from training import checkpoint, saver
+from training.saver import Saver
+
+
+@pytest.fixture
+def slow(tmp_path):
+    """A saver whose writing begins when `go` is set, and what it warned of."""
+    go, warnings = threading.Event(), []
+
+    def make(stop_on_error=False):
+        return Saver(tmp_path, 2, 0, lambda: go.wait(5), warnings.append, stop_on_error), go, warnings
+    return make
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(slow, tmp_path):
+    one, go, _ = slow()
+    with one:
+        one.save(snapshot(1))
+        one.check()
+        assert one.saved == 0 and not list(tmp_path.glob("step_*"))
+        go.set()
+        one.finish()
+        assert one.saved == 1 and len(checkpoint.find(tmp_path)) == 1
+
+
+def test_a_failing_run_still_gets_its_last_checkpoint_and_ctrl_c_does_not_wait(slow, tmp_path):
+    one, go, _ = slow()
+    with pytest.raises(ValueError), one:
+        one.save(snapshot(1))
+        threading.Timer(0.2, go.set).start()
+        raise ValueError
+    assert [found.step for found in checkpoint.find(tmp_path)] == [1]
+    other, go, _ = slow()
+    go.clear()
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), other:
+        other.save(snapshot(2))
+        raise KeyboardInterrupt
+    assert other.thread.is_alive() and time.monotonic() - start < 4
+    go.set()
+    other.thread.join()
+
+
+@pytest.mark.parametrize("stop", [True, False])
+def test_what_the_disk_refuses_is_a_warning_or_an_error_of_the_next_call(slow, monkeypatch, stop):
+    one, go, warnings = slow(stop)
+    go.set()
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 0}))
+    with one:
+        one.save(snapshot(1))
+        if stop:
+            with pytest.raises(OSError, match="could not be written"):
+                one.finish()
+        else:
+            one.finish()
+    assert one.saved == 0 and len(warnings) == (not stop)
+
+
+def test_a_mistake_of_ours_is_not_taken_for_a_full_disk(slow, monkeypatch):
+    one, go, _ = slow()
+    go.set()
+    monkeypatch.setattr(saver.checkpoint, "prune", lambda *words: 1 / 0)
+    with pytest.raises(ZeroDivisionError), one:
+        one.save(snapshot(1))
+        one.finish()

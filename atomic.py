@@ -33,15 +33,20 @@ def new_folder(final: Path) -> Iterator[Path]:
     try:
         partial.chmod(0o755)
         yield partial
-        sync(partial)
-        try:
-            os.rename(partial, final)
-        except OSError:
-            if not final.is_dir():
-                raise
-        sync(final.parent)
+        name_folder(partial, final)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def name_folder(partial: Path, final: Path) -> None:
+    """Give a folder that is whole its final name, unless another process has made that one."""
+    sync(partial)
+    try:
+        os.rename(partial, final)
+    except OSError:
+        if not final.is_dir():
+            raise
+    sync(final.parent)
 
 
 def remove(path: Path) -> None:
@@ -59,13 +64,40 @@ def remove(path: Path) -> None:
 def write_bytes(final: Path, content: bytes) -> None:
     """Write or replace one file."""
     final.parent.mkdir(parents=True, exist_ok=True)
-    partial = final.parent / f"{PARTIAL}{final.name}-{secrets.token_hex(4)}"
-    try:
-        write_file(partial, [content])
-        os.replace(partial, final)
-        sync(final.parent)
-    finally:
-        partial.unlink(missing_ok=True)
+    with NewFile(final) as file:
+        file.write(content)
+
+
+class NewFile:
+    """A file that grows under a temporary name; when the `with` block ends well it gets its own, else it is removed."""
+
+    def __init__(self, final: Path) -> None:
+        self.final = final
+        self.partial = final.parent / f"{PARTIAL}{final.name}-{secrets.token_hex(4)}"
+        self.handle = os.open(self.partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+
+    def write(self, piece: bytes | memoryview) -> None:
+        write_all(self.handle, piece)
+
+    def replace_head(self, head: bytes) -> None:
+        """Put `head` in place of as many bytes at the file's beginning."""
+        os.pwrite(self.handle, head, 0)
+
+    def __enter__(self) -> NewFile:
+        return self
+
+    def __exit__(self, failure: type | None, *rest: object) -> None:
+        try:
+            try:
+                if not failure:
+                    os.fsync(self.handle)
+            finally:
+                os.close(self.handle)
+            if not failure:
+                os.replace(self.partial, self.final)
+                sync(self.final.parent)
+        finally:
+            self.partial.unlink(missing_ok=True)
 
 
 def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> str:
@@ -74,14 +106,18 @@ def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> str:
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     try:
         for piece in pieces:
-            left = memoryview(piece).cast("B")
-            digest.update(left)
-            while left:
-                left = left[os.write(handle, left[:PIECE_BYTES]):]
+            digest.update(piece)
+            write_all(handle, piece)
         os.fsync(handle)
     finally:
         os.close(handle)
     return digest.hexdigest()
+
+
+def write_all(handle: int, piece: bytes | memoryview) -> None:
+    left = memoryview(piece).cast("B")
+    while left:
+        left = left[os.write(handle, left[:PIECE_BYTES]):]
 
 
 def shorten(path: Path, kept: bytes) -> None:

@@ -48,9 +48,10 @@ def identity_differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, 
 
 
 def in_short(changes: dict[str, tuple[Any, Any]]) -> list[str]:
-    """Differences as a folder's name shows them; the vocabulary's size follows from others."""
-    return [f"{key.rpartition('.')[2]}={new}" for key, (_, new) in changes.items()
-            if key != "model.vocab_size" or len(changes) == 1]
+    """Differences as a folder's name shows them, without those that follow from others."""
+    follow = ("model.vocab_size", "data.tokenizer_fingerprint")
+    telling = {key: values for key, values in changes.items() if key not in follow}
+    return [f"{key.rpartition('.')[2]}={new}" for key, (_, new) in (telling or changes).items()]
 
 
 def listed(changes: dict[str, tuple[Any, Any]]) -> str:

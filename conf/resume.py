@@ -15,6 +15,7 @@ import torch
 
 from conf.identity import differences, identity_differences, in_short, listed
 from conf.schema import Settings, folder_name, rebuild
+from data.shards import read_meta
 from model import GPT, GPTConfig
 from training import checkpoint
 from training.checkpoint import Checkpoint
@@ -83,7 +84,8 @@ def largest_file(config: GPTConfig) -> int:
 def identity(settings: Settings, prepared: Path, precision: str) -> dict[str, Any]:
     """The settings as a checkpoint keeps them, with the tokens and the precision that they came to."""
     values = asdict(settings)
-    values["data"]["prepared"] = prepared.name.rpartition("-")[2]
+    meta = read_meta(prepared)
+    values["data"] |= {"prepared": meta["fingerprint"][:12], "tokenizer_fingerprint": meta["tokenizer_fingerprint"][:12]}
     values["training"]["precision"] = precision
     return values
 

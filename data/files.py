@@ -12,6 +12,7 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,7 +27,7 @@ COMPRESSIONS = ("", ".gz", ".zst")
 LETTER = r"[^\W\d_]"
 MARK = r"[\u3001\u3002\u300a-\u300f\uff01\uff08\uff09\uff0c\uff1a\uff1b\uff1f]"  # of Chinese and Japanese
 CUT = re.compile(rf"(?<={LETTER})(?= {LETTER})|(?<=\S\n)(?={LETTER})|(?<={LETTER})(?={MARK})")
-CUT_WITHIN = 2**16  # characters at a piece's end in which a place to cut is looked for
+CUT_WITHIN = (2**10, 2**16)  # characters at a piece's end in which a place to cut is looked for, first in few of them
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Document:
 
     @classmethod
     def of(cls, text: str) -> Document:
-        return cls(lambda: iter((text,)))
+        return cls(lambda: cut_up(text))
 
     @property
     def text(self) -> str:
@@ -65,119 +66,131 @@ def find(path: str) -> list[Path]:
     return files
 
 
-def documents(path: Path, text_field: str, errors: str) -> Iterator[Document]:
-    """The documents in a file: each record of JSON lines or Parquet, else the file as a whole; blank ones are left out.
+class File:
+    """A file of documents, each in one piece of JSON lines or Parquet, else the file as a whole; blank ones are left out.
 
-    `errors` is what to do about bytes that are no UTF-8, "strict" or "replace". Raises ValueError with file and place
-    for what cannot be read.
+    `errors` is what to do about bytes that are no UTF-8, "strict" or "replace".
     """
-    if kind(path) == ".jsonl":
-        found = (Document.of(text) for text in json_lines(path, text_field, errors))
-    elif kind(path) == ".parquet":
-        found = (Document.of(text) for text in parquet(path, text_field))
-    else:
-        found = iter([Document(lambda: text_pieces(path, errors))])
-    return (document for document in found if any(piece.strip() for piece in document.pieces()))
 
+    def __init__(self, path: Path, text_field: str = "text", errors: str = "strict") -> None:
+        self.path, self.text_field, self.errors = path, text_field, errors
+        name = path.name.lower().removesuffix(".gz").removesuffix(".zst")
+        self.kind = next((kind for kind in (".jsonl", ".parquet") if name.endswith(kind)), "text")
+        self.raw: BinaryIO | None = None
 
-def kind(path: Path) -> str:
-    """How a file is read: .jsonl or .parquet, and everything else as text."""
-    name = path.name.lower().removesuffix(".gz").removesuffix(".zst")
-    return next((one for one in (".jsonl", ".parquet") if name.endswith(one)), "text")
+    def documents(self) -> Iterator[Document]:
+        """Raises ValueError with file and place for what cannot be read."""
+        if self.kind == ".jsonl":
+            found = (Document.of(text) for text in self.json_lines())
+        elif self.kind == ".parquet":
+            found = (Document.of(text) for text in self.parquet())
+        else:
+            found = iter([Document(self.text_pieces)])
+        return (document for document in found if any(piece.strip() for piece in document.pieces()))
 
+    def position(self) -> int:
+        """The bytes on the disk that are behind the place where it is read now."""
+        return self.raw.tell() if self.raw and not self.raw.closed else 0
 
-def opened(path: Path) -> BinaryIO:
-    """The file, uncompressed as it is read. Raises ValueError where that takes a package that is not here."""
-    if path.name.lower().endswith(".gz"):
-        return gzip.open(path)
-    if path.name.lower().endswith(".zst"):
+    @contextmanager
+    def opened(self) -> Iterator[BinaryIO]:
+        """The content, uncompressed as it is read. Raises ValueError where that takes a package that is not here."""
+        name = self.path.name.lower()
+        with open(self.path, "rb") as self.raw:
+            if name.endswith(".gz"):
+                yield gzip.GzipFile(fileobj=self.raw)
+            elif name.endswith(".zst"):
+                try:
+                    import zstandard
+                except ImportError:
+                    raise ValueError(f"{self.path}: reading .zst needs zstandard: pip install zstandard.") from None
+                yield io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(self.raw, read_across_frames=True))
+            else:
+                yield self.raw
+
+    def whole(self, read: Callable[[], bytes]) -> bytes:
+        """What `read` gives, or one sentence about a file that is cut short or damaged."""
         try:
-            import zstandard
+            return read()
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise ValueError(f"{self.path} is damaged or cut short ({error}).") from None
+        except Exception as error:  # zstandard's own, which is not always there to be named
+            if type(error).__name__ != "ZstdError":
+                raise
+            raise ValueError(f"{self.path} is damaged or cut short ({error}).") from None
+
+    def text_pieces(self) -> Iterator[str]:
+        """A UTF-8 file in pieces that end where tokens end. Raises ValueError naming the offset of what is no UTF-8."""
+        decoder = codecs.getincrementaldecoder("utf-8")(self.errors)
+        waiting, offset = "", 0
+        with self.opened() as file:
+            while block := self.whole(lambda: file.read(PIECE)):
+                waiting += self.decoded(decoder, block, offset)
+                if offset == 0:
+                    waiting = waiting.removeprefix("\ufeff")  # a byte order mark is no text
+                offset += len(block)
+                while len(waiting) >= 2 * PIECE:
+                    cut = place_to_cut(waiting, 0)
+                    yield waiting[:cut]
+                    waiting = waiting[cut:]
+        waiting += self.decoded(decoder, b"", offset, final=True)
+        if waiting:
+            yield waiting
+
+    def decoded(self, decoder: codecs.IncrementalDecoder, block: bytes, offset: int, final: bool = False) -> str:
+        advice = "convert it (iconv -t utf-8), leave it out, or set data.errors=replace."
+        if self.errors == "strict" and (zero := block.find(0)) >= 0:
+            raise ValueError(f"{self.path} is no text, or UTF-16: byte 0x00 at offset {offset + zero}; {advice}")
+        held = len(decoder.getstate()[0])  # the beginning of a character that the block before ended in
+        try:
+            return decoder.decode(block, final)
+        except UnicodeDecodeError as error:
+            byte = error.object[error.start]
+            place = offset - held + error.start
+            raise ValueError(f"{self.path} is not UTF-8: byte 0x{byte:02x} at offset {place}; {advice}") from None
+
+    def json_lines(self) -> Iterator[str]:
+        """The text of each line's record."""
+        with self.opened() as file:
+            number = 0
+            while line := self.whole(lambda: file.readline(RECORD_BYTES + 1)):
+                number += 1
+                if len(line) > RECORD_BYTES:
+                    raise ValueError(f"{self.path}, line {number} is longer than {RECORD_BYTES // 2**20} MB, the most that "
+                                     f"a JSON record may be: split it, or keep long texts as plain text.")
+                if line.strip():
+                    yield self.field_of(line, f"{self.path}, line {number}")
+
+    def field_of(self, line: bytes, place: str) -> str:
+        try:
+            record = json.loads(line.decode("utf-8", self.errors))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{place} is not UTF-8 (byte {error.start + 1} of the line): convert it, "
+                             f"or set data.errors=replace.") from None
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{place} is not JSON ({error}).") from None
+        if not isinstance(record, dict):
+            return checked(None, place, self.text_field, [])
+        return checked(record.get(self.text_field), place, self.text_field, sorted(record))
+
+    def parquet(self) -> Iterator[str]:
+        """The text of each row, some at a time."""
+        try:
+            from pyarrow import ArrowInvalid
+            from pyarrow.parquet import ParquetFile
         except ImportError:
-            raise ValueError(f"{path}: reading .zst needs zstandard: pip install zstandard.") from None
-        return io.BufferedReader(zstandard.open(path, "rb"))
-    return open(path, "rb")
-
-
-def blocks(path: Path) -> Iterator[bytes]:
-    """A file's content, piece by piece. Raises ValueError for compression that is damaged."""
-    with opened(path) as file:
-        while block := whole(path, lambda: file.read(PIECE)):
-            yield block
-
-
-def whole(path: Path, read: Callable[[], bytes]) -> bytes:
-    """What `read` gives, or one sentence about a file that is cut short or damaged."""
-    try:
-        return read()
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path} is damaged or cut short ({error}).") from None
-    except Exception as error:  # zstandard's own, which is not always there to be named
-        if type(error).__name__ != "ZstdError":
-            raise
-        raise ValueError(f"{path} is damaged or cut short ({error}).") from None
-
-
-def text_pieces(path: Path, errors: str) -> Iterator[str]:
-    """A UTF-8 file in pieces that end where tokens end. Raises ValueError naming the offset of what is no UTF-8."""
-    decoder = codecs.getincrementaldecoder("utf-8")(errors)
-    waiting, offset = "", 0
-    for block in blocks(path):
-        waiting += decoded(path, decoder, block, offset)
-        if offset == 0:
-            waiting = waiting.removeprefix("\ufeff")  # a byte order mark is no text
-        offset += len(block)
-        while len(waiting) >= 2 * PIECE:
-            cut = place_to_cut(waiting[:PIECE])
-            yield waiting[:cut]
-            waiting = waiting[cut:]
-    waiting += decoded(path, decoder, b"", offset, final=True)
-    if waiting:
-        yield waiting
-
-
-def decoded(path: Path, decoder: codecs.IncrementalDecoder, block: bytes, offset: int, final: bool = False) -> str:
-    held = len(decoder.getstate()[0])  # the beginning of a character that the block before ended in
-    try:
-        return decoder.decode(block, final)
-    except UnicodeDecodeError as error:
-        byte = error.object[error.start]
-        raise ValueError(f"{path} is not UTF-8: byte 0x{byte:02x} at offset {offset - held + error.start}; convert it "
-                         f"(iconv -t utf-8), leave it out, or set data.errors=replace.") from None
-
-
-def place_to_cut(text: str) -> int:
-    """Where to cut a piece's end off; the whole length where there is no good place, as in a line without spaces."""
-    start = max(1, len(text) - CUT_WITHIN)
-    place = len(text)
-    for match in CUT.finditer(text, start):
-        place = match.start()
-    return place
-
-
-def json_lines(path: Path, text_field: str, errors: str) -> Iterator[str]:
-    """The text of each line's record."""
-    with opened(path) as file:
-        number = 0
-        while line := whole(path, lambda: file.readline(RECORD_BYTES + 1)):
-            number += 1
-            if len(line) > RECORD_BYTES:
-                raise ValueError(f"{path}, line {number} is longer than {RECORD_BYTES // 2**20} MB, the most that a JSON "
-                                 f"record may be: split it, or keep long texts as plain text.")
-            if line.strip():
-                yield field_of(line, f"{path}, line {number}", text_field, errors)
-
-
-def field_of(line: bytes, place: str, text_field: str, errors: str) -> str:
-    try:
-        record = json.loads(line.decode("utf-8", errors))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{place} is not UTF-8 (byte {error.start + 1} of the line): convert it, "
-                         f"or set data.errors=replace.") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{place} is not JSON ({error}).") from None
-    return checked(record.get(text_field) if isinstance(record, dict) else None, place, text_field,
-                   sorted(record) if isinstance(record, dict) else [])
+            raise ValueError(f"{self.path}: reading .parquet needs pyarrow: pip install pyarrow.") from None
+        try:
+            with open(self.path, "rb") as self.raw, ParquetFile(self.raw, buffer_size=PIECE, pre_buffer=False) as file:
+                if self.text_field not in file.schema_arrow.names:
+                    checked(None, str(self.path), self.text_field, file.schema_arrow.names)
+                row = 0
+                for batch in file.iter_batches(batch_size=64, columns=[self.text_field], use_threads=False):
+                    for value in batch.column(0).to_pylist():
+                        row += 1
+                        yield checked(value, f"{self.path}, row {row}", self.text_field, [self.text_field])
+        except ArrowInvalid as error:
+            raise ValueError(f"{self.path} is no Parquet file ({str(error).splitlines()[0]}).") from None
 
 
 def checked(value: Any, place: str, text_field: str, there: list[str]) -> str:
@@ -188,21 +201,21 @@ def checked(value: Any, place: str, text_field: str, there: list[str]) -> str:
     return value.encode("utf-8", "replace").decode()  # JSON can spell half of a character, which UTF-8 cannot
 
 
-def parquet(path: Path, text_field: str) -> Iterator[str]:
-    """The text of each row, some hundred rows at a time."""
-    try:
-        from pyarrow import ArrowInvalid
-        from pyarrow.parquet import ParquetFile
-    except ImportError:
-        raise ValueError(f"{path}: reading .parquet needs pyarrow: pip install pyarrow.") from None
-    try:
-        with ParquetFile(path) as file:
-            if text_field not in file.schema_arrow.names:
-                checked(None, str(path), text_field, file.schema_arrow.names)
-            row = 0
-            for batch in file.iter_batches(batch_size=256, columns=[text_field]):
-                for value in batch.column(0).to_pylist():
-                    row += 1
-                    yield checked(value, f"{path}, row {row}", text_field, [text_field])
-    except ArrowInvalid as error:
-        raise ValueError(f"{path} is no Parquet file ({str(error).splitlines()[0]}).") from None
+def cut_up(text: str) -> Iterator[str]:
+    """A text in pieces that end where tokens end."""
+    start = 0
+    while len(text) - start >= 2 * PIECE:
+        end = place_to_cut(text, start)
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+def place_to_cut(text: str, start: int) -> int:
+    """Where the piece that begins at `start` is to end: at PIECE characters where there is no good place before it."""
+    end = start + PIECE
+    for within in CUT_WITHIN:
+        places = [match.start() for match in CUT.finditer(text, max(start + 1, end - within), end)]
+        if places:
+            return places[-1]
+    return end

@@ -1,6 +1,7 @@
-"""The format on disk: a folder of `.npy` shards a split, a `tokenizer.json`, and a `meta.json` about them.
+"""The format on disk: a folder of `.npy` shards, a `tokenizer.json`, and a `meta.json` about them.
 
-Tokens are uint16 where the vocabulary allows, else uint32; shards are read through memory maps.
+Tokens are uint16 where the vocabulary allows, else uint32; shards are read through memory maps. `meta.json` lists
+each shard with its length and checksum, so that what is missing, cut short or altered is found and named.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from typing import Any
 import numpy as np
 
 import atomic
+from data.store import sha256_of
 
-SHARD_TOKENS = 2**26  # 64 M tokens: 128 MB of uint16
+SPLITS = ("train", "val")
 
 
 def token_dtype(vocab_size: int) -> type[np.unsignedinteger]:
@@ -22,48 +24,58 @@ def token_dtype(vocab_size: int) -> type[np.unsignedinteger]:
 
 
 class ShardWriter:
-    """Collects the tokens of one split and writes a shard each time enough have come."""
+    """A shard of one split, which grows as tokens come and gets its name when it is closed."""
 
-    def __init__(self, folder: Path, split: str, vocab_size: int, shard_tokens: int = SHARD_TOKENS) -> None:
-        self.folder, self.split = folder, split
-        self.shard_tokens = shard_tokens
-        self.dtype = token_dtype(vocab_size)
-        self.waiting: list[np.ndarray] = []
-        self.n_waiting = self.n_shards = self.n_tokens = 0
+    def __init__(self, path: Path, vocab_size: int) -> None:
+        self.path, self.vocab_size, self.dtype = path, vocab_size, token_dtype(vocab_size)
+        self.file: atomic.NewFile | None = None
+        self.n_tokens = 0
 
-    def add(self, ids: list[int]) -> None:
-        self.waiting.append(np.asarray(ids, dtype=self.dtype))
-        self.n_waiting += len(ids)
-        while self.n_waiting >= self.shard_tokens:
-            self.flush(self.shard_tokens)
+    def add(self, ids: np.ndarray) -> None:
+        """Raises ValueError for an id that the vocabulary does not have."""
+        if not len(ids):
+            return
+        if (largest := int(ids.max())) >= self.vocab_size:
+            raise ValueError(f"{self.path}: the id {largest} is beyond the vocabulary of {self.vocab_size}.")
+        if self.file is None:
+            self.file = atomic.NewFile(self.path)
+            self.file.write(self.header())
+        self.file.write(np.ascontiguousarray(ids, dtype=self.dtype).data)
+        self.n_tokens += len(ids)
 
-    def flush(self, n_tokens: int) -> None:
-        tokens = np.concatenate(self.waiting)
-        header = io.BytesIO()
-        np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(tokens[:n_tokens]))
-        path = self.folder / f"{self.split}_{self.n_shards:05d}.npy"
-        atomic.write_file(path, [header.getvalue(), tokens[:n_tokens].data])
-        self.waiting = [tokens[n_tokens:]]
-        self.n_waiting -= n_tokens
-        self.n_shards += 1
-        self.n_tokens += n_tokens
+    def header(self) -> bytes:
+        """What a .npy file begins with; NumPy leaves room in it, so that its size does not depend on the length."""
+        written = io.BytesIO()
+        np.lib.format.write_array_header_1_0(written, {
+            "descr": np.dtype(self.dtype).str, "fortran_order": False, "shape": (self.n_tokens,)})
+        return written.getvalue()
 
-    def close(self) -> None:
-        if self.n_waiting:
-            self.flush(self.n_waiting)
+    def close(self) -> list[dict[str, Any]]:
+        """What `meta.json` says about the shard; of one without tokens, there is no file and nothing to say."""
+        if self.file is None:
+            return []
+        with self.file as file:
+            file.replace_head(self.header())
+        return [{"file": self.path.name, "offset": len(self.header()), "tokens": self.n_tokens,
+                 "sha256": sha256_of([self.path])[0]}]
 
 
 class Tokens:
-    """One split's shards as one long sequence, read-only, in constant memory."""
+    """Shards as one long sequence, read-only, in constant memory."""
 
     def __init__(self, shards: list[np.ndarray]) -> None:
         self.shards = shards
         self.ends = np.cumsum([len(shard) for shard in shards], dtype=np.int64)
 
     @classmethod
-    def open(cls, folder: Path, split: str) -> Tokens:
-        paths = sorted(folder.glob(f"{split}_*.npy"))
-        return cls([np.load(path, mmap_mode="r", allow_pickle=False) for path in paths])
+    def open(cls, folder: Path, split: str, part: int = 0) -> Tokens:
+        """One split of prepared tokens; of a mixture, the split of one of its parts.
+
+        Raises ValueError naming a shard that is missing or cut short.
+        """
+        meta = read_meta(folder)
+        dtype = token_dtype(meta["vocab_size"])
+        return cls([map_shard(folder, shard, dtype) for shard in meta["parts"][part][split]["shards"]])
 
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
@@ -79,5 +91,37 @@ class Tokens:
         return tokens
 
 
+def map_shard(folder: Path, shard: dict[str, Any], dtype: type[np.unsignedinteger]) -> np.ndarray:
+    path = folder / shard["file"]  # a path of its own where tokens are used where they lie
+    expected = shard["offset"] + shard["tokens"] * np.dtype(dtype).itemsize
+    if not path.is_file() or path.stat().st_size != expected:
+        found = f"has {path.stat().st_size:,} bytes, not {expected:,}" if path.is_file() else "is missing"
+        raise ValueError(f"{path} {found}: {again(folder)}")
+    return np.memmap(path, dtype, "r", shard["offset"], (shard["tokens"],))
+
+
+def check(folder: Path) -> None:
+    """Raises ValueError naming what is not as `meta.json` says it was written."""
+    for part in read_meta(folder)["parts"]:
+        shards = [shard for split in SPLITS for shard in part[split]["shards"]]
+        for split in SPLITS:
+            Tokens.open(folder, split)
+        for shard, sha256 in zip(shards, sha256_of([folder / shard["file"] for shard in shards]), strict=True):
+            if sha256 != shard["sha256"]:
+                raise ValueError(f"{folder / shard['file']} does not belong to {folder / 'meta.json'} or was altered: its "
+                                 f"SHA-256 is {sha256[:12]}..., not {shard['sha256'][:12]}...; {again(folder)}")
+
+
+def again(folder: Path) -> str:
+    return f"delete {folder}, and the same command prepares it again."
+
+
 def read_meta(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "meta.json").read_text())
+    """Raises ValueError for a `meta.json` that is missing or is none."""
+    path = folder / "meta.json"
+    try:
+        meta = json.loads(path.read_text())
+        meta["vocab_size"], [part[split]["shards"] for part in meta["parts"] for split in SPLITS]
+    except (OSError, ValueError, LookupError, TypeError):
+        raise ValueError(f"{path} cannot be read: {again(folder)}") from None
+    return meta

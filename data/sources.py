@@ -8,7 +8,6 @@ from __future__ import annotations
 import ast
 import hashlib
 import http.client
-import os
 import platform
 import sysconfig
 import urllib.request
@@ -22,7 +21,8 @@ from tqdm import tqdm
 
 import atomic
 from data import files
-from data.files import Document
+from data.files import Document, File
+from data.store import data_root, sha256_of
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -38,6 +38,7 @@ class DataConfig:
     vocab_size: int = 2048  # of a tokenizer that is trained here (bpe); the others have their own
     val_fraction: float = 0.1  # held out to validate on, never trained on
     text_field: str = "text"  # of a .jsonl or .parquet record
+    mix: str = ""
     errors: Literal["strict", "replace"] = "strict"  # at bytes that are no UTF-8: stop, or read a replacement character
 
     def problems(self) -> Iterator[str]:
@@ -53,16 +54,12 @@ class DataConfig:
             yield f"val_fraction={self.val_fraction} must lie between 0.000001 and 1: 0.1 holds out a tenth."
 
 
-def data_root() -> Path:
-    """The folder for prepared tokens and downloads: `data/prepared`, or where NANOHYDRA_DATA says."""
-    return Path(os.environ.get("NANOHYDRA_DATA") or Path(__file__).parent / "prepared")
-
-
 class Source(Protocol):
     """Where documents come from; they can be read again and again."""
 
     def fingerprint(self) -> str: ...
     def documents(self) -> Iterator[Document]: ...
+    def fraction(self) -> float: ...  # how far the reading has come, from 0 to 1; 0 where nobody knows
 
 
 def open_source(config: DataConfig) -> Source:
@@ -75,6 +72,11 @@ def open_source(config: DataConfig) -> Source:
     if config.source == "shakespeare" and not path:
         path = str(fetch(SHAKESPEARE_URL, SHAKESPEARE_SHA256))
     return Files(path, config.text_field, config.errors)
+
+
+def open_sources(config: DataConfig) -> dict[str, Source]:
+    """The sources that `config` names, by name: one, or the parts of a mixture."""
+    return {config.source: open_source(config)}
 
 
 def library_files(library: Path | None = None) -> tuple[Path, list[Path]]:
@@ -104,6 +106,9 @@ class PyDocs:
 
     def documents(self) -> Iterator[Document]:
         yield from map(Document.of, self.texts)
+
+    def fraction(self) -> float:
+        return 0.0
 
     @cached_property
     def texts(self) -> list[str]:
@@ -145,25 +150,35 @@ class StdLib:
             if text.strip():
                 yield Document.of(text)
 
+    def fraction(self) -> float:
+        return 0.0
+
 
 class Files:
     """What `data.path` names: a file, a folder, or a glob. `data/files.py` says what is a document in it."""
 
     def __init__(self, path: str, text_field: str = "text", errors: str = "strict") -> None:
-        self.files, self.text_field, self.errors = files.find(path), text_field, errors
+        self.files = [File(one, text_field, errors) for one in files.find(path)]
+        self.read_as = f"files {text_field} {errors}"
+        self.done_bytes, self.reading = 0, self.files[0]
 
     def fingerprint(self) -> str:
         """Changes with any byte of any file, and with what is read of them."""
-        digest = hashlib.sha256(f"files {self.text_field} {self.errors}".encode())
-        for path in self.files:
-            digest.update(files.kind(path).encode())
-            with open(path, "rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+        digest = hashlib.sha256(self.read_as.encode())
+        for file, sha256 in zip(self.files, sha256_of([file.path for file in self.files]), strict=True):
+            digest.update(file.kind.encode() + bytes.fromhex(sha256))
         return digest.hexdigest()
 
     def documents(self) -> Iterator[Document]:
-        for path in self.files:
-            yield from files.documents(path, self.text_field, self.errors)
+        self.done_bytes = 0
+        for file in self.files:
+            self.reading = file
+            yield from file.documents()
+            self.done_bytes += file.path.stat().st_size
+
+    def fraction(self) -> float:
+        size = sum(file.path.stat().st_size for file in self.files)
+        return (self.done_bytes + self.reading.position()) / max(1, size)
 
 
 def fetch(url: str, sha256: str) -> Path:

@@ -47,6 +47,10 @@ class CharTokenizer:
                              f"the {len(self.characters)} that occur in the text it was made from.")
         return [self.ids[character] for character in text]
 
+    def encode_array(self, text):
+        import numpy as np
+        return np.array(self.encode(text), dtype=np.uint32)
+
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return "".join(self.characters[i] if i != self.end_of_text else END_OF_TEXT for i in ids).encode()
 
@@ -61,6 +65,10 @@ class ByteTokenizer:
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
+
+    def encode_array(self, text):
+        import numpy as np
+        return np.frombuffer(text.encode(), dtype=np.uint8)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return b"".join(bytes((i,)) if i < 256 else END_OF_TEXT.encode() for i in ids)
@@ -113,6 +121,9 @@ class BPETokenizer:
                 raise
             raise ValueError("The text is more than tiktoken can split: it holds about a million spaces or more in a row; "
                              "break them up with line ends.") from None
+
+    def encode_array(self, text):
+        return self.encoding.encode_to_numpy(text, disallowed_special=())
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return self.encoding.decode_bytes(list(ids))

@@ -20,7 +20,7 @@ KEPT = ["one", "two\nlines", "žluťoučký 🐎", "three"]
 
 
 def read(path, text_field="text", errors="strict"):
-    return [document.text for document in files.documents(path, text_field, errors)]
+    return [document.text for document in files.File(path, text_field, errors).documents()]
 
 
 def json_lines(records, field="text"):
@@ -89,6 +89,15 @@ def test_a_record_that_is_too_long_is_refused_with_the_limit(tmp_path, monkeypat
         read(tmp_path / "long.jsonl")
 
 
+@pytest.mark.parametrize("content, offset", [(b"\x7fELF\0", 4), ("UTF-16".encode("utf-16-le"), 1), (b"a" * 3_000_000 + b"\0", 3_000_000)],
+                         ids=["binary", "utf-16", "late"])
+def test_a_binary_file_is_named_with_the_offset(tmp_path, content, offset):
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=f"a.txt is no text, or UTF-16: byte 0x00 at offset {offset}.*data.errors=replace"):
+        read(tmp_path / "a.txt")
+    assert "\0" in read(tmp_path / "a.txt", errors="replace")[0]
+
+
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
 def test_bytes_that_are_no_utf8_can_be_replaced(tmp_path, name):
     (tmp_path / name).write_bytes(b'{"text": "a\xffb"}')
@@ -141,13 +150,13 @@ def test_a_bad_byte_is_named_by_its_offset_whatever_the_pieces(tmp_path, monkeyp
             read(tmp_path / "a.txt")
 
 
-@given(st.text(), st.integers(1, 30))
+@given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")), st.integers(1, 30))
 def test_pieces_joined_are_the_text(tmp_path_factory, text, piece):
     path = tmp_path_factory.mktemp("pieces") / "a.txt"
     path.write_bytes(text.encode())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(files, "PIECE", piece)
-        pieces = list(files.text_pieces(path, "strict"))
+        pieces = list(files.File(path).text_pieces())
     assert "".join(pieces) == text.removeprefix("\ufeff") and all(pieces) and all(len(one) < 3 * piece + 3 for one in pieces)
 
 
@@ -175,7 +184,8 @@ def test_cutting_a_text_changes_no_token_of_gpt2(gpt2_files, text):
         assert gpt2.encode(text[: match.start()]) + gpt2.encode(text[match.start():]) == whole, match
 
 
-def test_ordinary_texts_have_places_to_cut():
+def test_ordinary_texts_have_places_to_cut(monkeypatch):
+    monkeypatch.setattr(files, "PIECE", 100)
     for text in ("Some words in a line. " * 100, "一些中文，没有空格。" * 100, "كلمات عربية هنا " * 100, "a\nb\n" * 100):
-        assert 0 < files.place_to_cut(text) < len(text)
-    assert files.place_to_cut("x" * 500) == 500
+        assert 0 < files.place_to_cut(text, 0) < 100
+    assert files.place_to_cut("x" * 500, 0) == 100

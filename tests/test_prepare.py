@@ -1,8 +1,15 @@
 """Documents to token shards: made when missing and never otherwise."""
 
+import errno
 import json
 import math
 import multiprocessing
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,10 +18,11 @@ import pytest
 
 import data.prepare
 from data.prepare import describe, load_tokenizer, prepare
-from data.shards import Tokens, read_meta
+from data.shards import ShardWriter, Tokens, read_meta
 from data.sources import DataConfig
 from data.tokenizer import BPETokenizer, fingerprint
 
+ROOT = Path(__file__).parent.parent
 MANY = [f"Document {number} says {number * number}.\n" for number in range(200)]
 FEW = ["Once upon a time there was a text. " * 4, "Then came another one, and it was read. " * 5, "The end. " * 10]
 
@@ -251,9 +259,12 @@ def test_a_text_too_short_for_a_training_token_is_left_to_the_loader_to_report(c
         Loader(Tokens.open(folder, "train"), block_size=8, batch_size=1)
 
 
-@pytest.mark.parametrize("place", ["data.prepare.make_tokenizer", "data.shards.ShardWriter.add",
-                                   "data.shards.ShardWriter.close", "data.prepare.fingerprint"])
-def test_a_failure_in_the_middle_leaves_no_folder(corpus, fresh_data, monkeypatch, place):
+PLACES = ["data.prepare.make_tokenizer", "data.shards.ShardWriter.add", "data.shards.ShardWriter.close", "data.prepare.fingerprint",
+          "data.prepare.write_meta"]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_failure_in_the_middle_leaves_nothing_that_looks_whole(corpus, fresh_data, monkeypatch, place):
     config = corpus(FEW)
 
     def fail(*args):
@@ -262,31 +273,210 @@ def test_a_failure_in_the_middle_leaves_no_folder(corpus, fresh_data, monkeypatc
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(place, fail)
         prepare(config)
-    assert not any(fresh_data.rglob("*"))
-    assert len(documents(prepare(config), "train")) == len(FEW)
+    assert all(path.name.startswith(".building-") for path in fresh_data.iterdir())
+    assert len(documents(folder := prepare(config), "train")) == len(FEW)
+    assert list(fresh_data.iterdir()) == [folder]
 
 
-def prepare_together(config: DataConfig, barrier) -> None:
-    """Prepare, but wait in the middle until the other processes are there too."""
-    make_tokenizer = data.prepare.make_tokenizer
+def test_what_cannot_be_prepared_leaves_nothing(corpus, fresh_data, monkeypatch):
+    """Nothing to go on with either: a source that is mended has another fingerprint."""
+    config = corpus([*FEW, "bad"])
+    (Path(config.path) / "003.txt").write_bytes(b"bad \xff byte")
+    with pytest.raises(ValueError, match=r"003.txt is not UTF-8"):
+        prepare(config)
+    assert not any(fresh_data.iterdir())
 
-    def wait_and_make(*args):
-        barrier.wait(timeout=60)
-        return make_tokenizer(*args)
 
-    data.prepare.make_tokenizer = wait_and_make
+# Going on after a kill
+
+
+@pytest.fixture
+def small_steps(monkeypatch):
+    """Batches of some documents, segments of some batches: many of both in a small corpus."""
+    monkeypatch.setattr("data.encode.BATCH_BYTES", 300)
+    monkeypatch.setattr("data.encode.SEGMENT_BYTES", 1000)
+
+
+@pytest.mark.parametrize("texts", [MANY, ["One long text, read in many pieces. " * 500]], ids=["many", "one"])
+@pytest.mark.parametrize("tokenizer", ["bpe", "char"])
+def test_it_goes_on_after_any_kill_to_the_same_bytes(corpus, tmp_path, monkeypatch, small_steps, texts, tokenizer):
+    monkeypatch.setattr("data.files.PIECE", 100)
+    config = corpus(texts, tokenizer=tokenizer, vocab_size=270)
+    straight = {name: content for name, (content, _) in files(prepare(config)).items()}
+    assert len(straight) > 8
+    monkeypatch.setenv("NANOHYDRA_DATA", str(tmp_path / "killed"))
+    add, encoded = ShardWriter.add, 0
+
+    def killed(writer, ids):
+        nonlocal encoded
+        encoded += 1
+        if encoded % 9 == 0:  # more than a segment takes
+            raise KeyboardInterrupt
+        add(writer, ids)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "add", killed)
+        kills, folder = 0, None
+        while folder is None and kills < 1000:
+            try:
+                folder = prepare(config)
+            except KeyboardInterrupt:
+                kills += 1
+    assert kills > 2
+    assert {name: content for name, (content, _) in files(folder).items()} == straight
+    assert encoded < 2.5 * len(straight) * 8  # what was whole was not made again
+
+
+def test_what_is_whole_is_not_made_again(corpus, monkeypatch, small_steps):
+    config = corpus(MANY, tokenizer="bpe", vocab_size=270)
+    add = ShardWriter.add
+
+    def killed(writer, ids):
+        if writer.path.name.endswith("00003.npy"):
+            raise KeyboardInterrupt
+        add(writer, ids)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ShardWriter, "add", killed)
+        prepare(config)
+    begun = []
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "add", lambda writer, ids: (begun.append(writer.path.name), add(writer, ids)))
+        patch.setattr("data.prepare.make_tokenizer", lambda *args: pytest.fail("trained again"))
+        prepare(config)
+    assert min(begun) == "train_00003.npy"
+
+
+PREPARING = """
+import sys
+import data.encode, data.files
+from data.prepare import prepare
+from data.sources import DataConfig
+data.encode.BATCH_BYTES, data.encode.SEGMENT_BYTES = 2**12, 2**15
+data.files.PIECE = 2**10
+print(prepare(DataConfig("text", sys.argv[1], "bpe", 300, 0.1)))
+"""
+
+
+@pytest.mark.slow
+def test_kill_9_at_any_moment_costs_no_more_than_a_segment(tmp_path):
+    book = tmp_path / "book.txt"
+    draw = random.Random(1)
+    book.write_text(" ".join("".join(draw.choices("etaoin shrdlu", k=draw.randint(1, 9))) for _ in range(150_000)))
+
+    def start(place):
+        return subprocess.Popen([sys.executable, "-c", PREPARING, book], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+                                cwd=ROOT, env=os.environ | {"NANOHYDRA_DATA": str(tmp_path / place)})
+    began = time.monotonic()
+    straight = Path(start("straight").communicate()[0].strip())
+    seconds = time.monotonic() - began
+    grown = [0]
+    for _ in range(10):
+        process = start("killed")
+        time.sleep(seconds * draw.uniform(0.5, 1))
+        process.kill()
+        process.communicate()
+        grown.append(len(list((tmp_path / "killed").rglob("train_*.npy"))))
+    killed = Path(start("killed").communicate()[0].strip())
+    assert grown == sorted(grown)
+    assert {path.name: path.read_bytes() for path in killed.iterdir()} == {path.name: path.read_bytes() for path in straight.iterdir()}
+    assert [path.name for path in (tmp_path / "killed").iterdir()] == [killed.name]
+
+
+# Prepared tokens that are not what was written
+
+
+def damaged(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage, words", [
+    (lambda folder: os.truncate(folder / "train_00000.npy", 200), r"train_00000.npy has 200 bytes, not [\d,]+: delete"),
+    (lambda folder: (folder / "val_00000.npy").unlink(), r"val_00000.npy is missing: delete"),
+    (lambda folder: damaged(folder / "train_00000.npy"), r"train_00000.npy does not belong to .*meta.json or was altered"),
+    (lambda folder: (folder / "meta.json").write_text("{}"), r"meta.json cannot be read: delete"),
+    (lambda folder: (folder / "meta.json").unlink(), r"meta.json cannot be read: delete"),
+], ids=["truncated", "missing", "altered", "no meta", "meta gone"])
+def test_tokens_that_are_not_what_was_written_are_named(corpus, damage, words):
+    config = corpus(MANY)
+    damage(folder := prepare(config))
+    with pytest.raises(ValueError, match=words) as caught:
+        prepare(config)
+    assert str(folder) in str(caught.value)
+    shutil.rmtree(folder)
+    assert prepare(config) == folder
+
+
+def test_a_meta_file_of_other_shards_is_refused(corpus):
+    other = prepare(corpus([text.replace("t", "T") for text in FEW]))
+    one = prepare(config := corpus(FEW))
+    shutil.copy(other / "meta.json", one / "meta.json")
+    with pytest.raises(ValueError, match=r"_00000.npy does not belong to .*meta.json"):
+        prepare(config)
+
+
+def test_a_tokenizer_that_did_not_make_the_tokens_is_refused_with_both_names(corpus):
+    folder = prepare(corpus(MANY, tokenizer="bpe", vocab_size=270))
+    other = prepare(corpus(MANY, tokenizer="bpe", vocab_size=271))
+    shutil.copy(other / "tokenizer.json", folder / "tokenizer.json")
+    names = [read_meta(one)["tokenizer_fingerprint"][:12] for one in (other, folder)]
+    with pytest.raises(ValueError, match=rf"fingerprint {names[0]}\) is not the tokenizer .*fingerprint {names[1]}\)"):
+        load_tokenizer(folder)
+
+
+def test_a_full_disk_is_one_sentence_and_what_is_whole_stays(corpus, monkeypatch, small_steps):
+    config = corpus(MANY)
+    add = ShardWriter.add
+
+    def full(writer, ids):
+        if writer.path.name.endswith("00002.npy"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        add(writer, ids)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=r"takes no more \(No space left.*the same command goes on"):
+        patch.setattr(ShardWriter, "add", full)
+        prepare(config)
+    assert len(list(Path(os.environ["NANOHYDRA_DATA"]).rglob("train_0000?.npy"))) == 2
+    assert len(documents(prepare(config), "train")) + len(documents(prepare(config), "val")) == len(MANY)
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence(corpus, monkeypatch):
+    config = corpus(MANY)
+
+    def refuse(*args):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), f"{os.environ['NANOHYDRA_DATA']}/x")
+
+    monkeypatch.setattr("data.store.fill", refuse)
+    with pytest.raises(OSError, match=r"cannot be written \(Read-only file system\): set NANOHYDRA_DATA"):
+        prepare(config)
+
+
+def prepare_together(config: DataConfig, barrier, made) -> None:
+    """Begin when the other processes do, and count who makes the tokens."""
+    build = data.prepare.build
+
+    def slow(*args):
+        made.release()
+        time.sleep(0.5)  # the others come meanwhile
+        build(*args)
+
+    data.prepare.build = slow
+    barrier.wait(timeout=60)
     prepare(config)
 
 
-def test_parallel_processes_make_one_good_folder(corpus, fresh_data):
+def test_of_parallel_processes_one_makes_the_folder_and_the_others_wait(corpus, fresh_data):
     context = multiprocessing.get_context("spawn")
-    config, barrier = corpus(FEW), context.Barrier(4)
-    processes = [context.Process(target=prepare_together, args=(config, barrier)) for _ in range(4)]
+    config, barrier, made = corpus(FEW), context.Barrier(4), context.Semaphore(0)
+    processes = [context.Process(target=prepare_together, args=(config, barrier, made)) for _ in range(4)]
     for process in processes:
         process.start()
     for process in processes:
         process.join(timeout=60)
     assert [process.exitcode for process in processes] == [0] * 4
+    assert made.get_value() == 1
     [folder] = fresh_data.iterdir()  # no leftovers
     assert folder == prepare(config)
     assert [head + tail for head, tail in zip(documents(folder, "train"), documents(folder, "val"), strict=True)] == FEW

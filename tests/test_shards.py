@@ -1,5 +1,7 @@
 """The format on disk: shards of tokens, read as one sequence."""
 
+import hashlib
+import json
 import pickle
 from itertools import chain
 from pathlib import Path
@@ -10,38 +12,42 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.shards import ShardWriter, Tokens, token_dtype
+from data.shards import ShardWriter, Tokens, check, token_dtype
 
 
-def write_shards(folder: Path, documents: list[list[int]], shard_tokens: int, vocab_size: int = 1000) -> list[Path]:
-    writer = ShardWriter(folder, "train", vocab_size, shard_tokens)
-    for ids in documents:
-        writer.add(ids)
-    writer.close()
-    assert writer.n_tokens == sum(map(len, documents))
-    return sorted(folder.iterdir())
+def write_shards(folder: Path, arrays: list[list[int]], split: str = "train", vocab_size: int = 1000) -> list[Path]:
+    """A shard an array, and a `meta.json` that says so."""
+    shards = []
+    for number, ids in enumerate(arrays):
+        writer = ShardWriter(folder / f"{split}_{number:05d}.npy", vocab_size)
+        for start in range(0, len(ids), 7):
+            writer.add(np.array(ids[start : start + 7], dtype=np.uint32))
+        shards += writer.close()
+    part = {"train": {"shards": []}, "val": {"shards": []}} | {split: {"shards": shards}}
+    (folder / "meta.json").write_text(json.dumps({"vocab_size": vocab_size, "parts": [part]}))
+    return sorted(folder.glob("*.npy"))
 
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(257, np.uint16), (65_536, np.uint16), (65_537, np.uint32)])
 def test_tokens_take_two_bytes_where_the_vocabulary_allows(tmp_path, vocab_size, dtype):
     assert token_dtype(vocab_size) is dtype
-    [path] = write_shards(tmp_path, [[0, vocab_size - 1]], shard_tokens=10, vocab_size=vocab_size)
+    [path] = write_shards(tmp_path, [[0, vocab_size - 1]], vocab_size=vocab_size)
     assert np.load(path).dtype == dtype
     assert Tokens.open(tmp_path, "train").read(np.arange(2)).tolist() == [0, vocab_size - 1]
 
 
-def test_an_id_beyond_the_vocabularys_type_is_refused_not_wrapped(tmp_path):
-    with pytest.raises(OverflowError):
-        write_shards(tmp_path, [[65_536]], shard_tokens=10)
+@pytest.mark.parametrize("one", [1000, 65_536 + 7])
+def test_an_id_beyond_the_vocabulary_is_refused_not_wrapped(tmp_path, one):
+    with pytest.raises(ValueError, match=f"the id {one} is beyond the vocabulary of 1000"):
+        write_shards(tmp_path, [[1, one]])
 
 
-@given(documents=st.lists(st.lists(st.integers(0, 999), max_size=25), max_size=8), shard_tokens=st.integers(1, 12))
-def test_reading_across_shards_equals_the_concatenation(documents, shard_tokens):
-    expected = np.array(list(chain(*documents)), dtype=np.int64)
+@given(arrays=st.lists(st.lists(st.integers(0, 999), max_size=25), max_size=8))
+def test_reading_across_shards_equals_the_concatenation(arrays):
+    expected = np.array(list(chain(*arrays)), dtype=np.int64)
     with TemporaryDirectory() as folder:
-        paths = write_shards(Path(folder), documents, shard_tokens)
-        sizes = [len(np.load(path)) for path in paths]
-        assert sizes[:-1] == [shard_tokens] * (len(sizes) - 1) and all(0 < size <= shard_tokens for size in sizes)
+        paths = write_shards(Path(folder), arrays)
+        assert [np.load(path).tolist() for path in paths] == [array for array in arrays if array]
 
         tokens = Tokens.open(Path(folder), "train")
         assert len(tokens) == len(expected)
@@ -53,25 +59,25 @@ def test_reading_across_shards_equals_the_concatenation(documents, shard_tokens)
             assert np.array_equal(read, expected[positions])
 
 
-def test_a_split_reads_its_own_shards_only(tmp_path):
-    for split, ids in (("train", [1, 2, 3]), ("val", [4, 5])):
-        writer = ShardWriter(tmp_path, split, 257, shard_tokens=2)
-        writer.add(ids)
-        writer.close()
-    assert Tokens.open(tmp_path, "train").read(np.arange(3)).tolist() == [1, 2, 3]
-    assert Tokens.open(tmp_path, "val").read(np.arange(2)).tolist() == [4, 5]
-
-
 def test_a_split_without_tokens_is_empty(tmp_path):
-    assert write_shards(tmp_path, [[]], shard_tokens=10) == []
+    assert write_shards(tmp_path, [[]]) == []
     assert len(Tokens.open(tmp_path, "train")) == 0
 
 
 def test_shards_are_read_only_memory_maps(tmp_path):
-    write_shards(tmp_path, [[1, 2, 3]], shard_tokens=2)
+    write_shards(tmp_path, [[1, 2], [3]])
     shards = Tokens.open(tmp_path, "train").shards
     assert len(shards) == 2
     assert all(isinstance(shard, np.memmap) and not shard.flags.writeable for shard in shards)
+
+
+def test_a_shard_has_its_name_only_when_it_is_whole(tmp_path):
+    writer = ShardWriter(tmp_path / "train_00000.npy", 1000)
+    writer.add(np.arange(10))
+    assert not list(tmp_path.glob("*.npy"))
+    [shard] = writer.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["train_00000.npy"]
+    assert shard["sha256"] == hashlib.sha256((tmp_path / "train_00000.npy").read_bytes()).hexdigest() and shard["tokens"] == 10
 
 
 class Bomb:
@@ -85,12 +91,17 @@ class Bomb:
 
 
 def test_no_pickle_is_loaded(tmp_path):
-    """Neither an array of objects nor a bare pickle under the name of a shard."""
+    """Neither an array of objects nor a bare pickle in place of a shard, whatever `meta.json` says of its size."""
     for name in ("array", "bare"):
         (tmp_path / name).mkdir()
-    np.save(tmp_path / "array" / "train_00000.npy", np.array([Bomb(tmp_path / "went off")], dtype=object))
-    (tmp_path / "bare" / "train_00000.npy").write_bytes(pickle.dumps(Bomb(tmp_path / "went off")))
-    for name in ("array", "bare"):
-        with pytest.raises(ValueError):
+        [path] = write_shards(tmp_path / name, [[1, 2, 3]])
+        if name == "array":
+            np.save(path, np.array([Bomb(tmp_path / "went off")], dtype=object))
+        else:
+            path.write_bytes(pickle.dumps(Bomb(tmp_path / "went off")))
+        with pytest.raises(ValueError, match="has .* bytes, not"):
             Tokens.open(tmp_path / name, "train")
+        path.write_bytes(path.read_bytes().ljust(134)[:134])
+        with pytest.raises(ValueError, match="was altered"):
+            check(tmp_path / name)
     assert not (tmp_path / "went off").exists()

@@ -1,0 +1,132 @@
+"""Where prepared data lies: folders that are made once, and the SHA-256 of files, which is remembered.
+
+Knows nothing of what is in them.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from tqdm import tqdm
+
+import atomic
+
+BUILDING = ".building-"  # how the names of folders begin that are not whole yet
+BLOCK = 2**20
+LARGE = 2**24  # bytes; smaller files are read each time, which takes no time
+SETTLED = 2.0  # seconds; a file that changed just now might change again without another time to show it
+
+
+def data_root() -> Path:
+    """The folder for prepared tokens and downloads: `data/prepared`, or where NANOHYDRA_DATA says."""
+    return Path(os.environ.get("NANOHYDRA_DATA") or Path(__file__).parent / "prepared")
+
+
+def sha256_of(paths: list[Path]) -> list[str]:
+    """The SHA-256 of each file. Raises OSError for one that cannot be read."""
+    memory = data_root() / "digests.json"
+    known = read_digests(memory)
+    before = len(known)
+    digests = []
+    total = sum(path.stat().st_size for path in paths)
+    with tqdm(desc="Checking files", total=total, unit="B", unit_scale=True, leave=False, delay=2) as bar:
+        for path in paths:
+            status = path.stat()
+            key = f"{path.resolve()} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"
+            if (digest := known.get(key)) is None:
+                digest = hash_file(path, bar)
+                if status.st_size >= LARGE and time.time() - status.st_mtime > SETTLED:
+                    known[key] = digest
+            digests.append(digest)
+    if len(known) > before:
+        with suppress(OSError):  # not to remember costs time only
+            atomic.write_bytes(memory, json.dumps(known, indent=0).encode())
+    return digests
+
+
+def hash_file(path: Path, bar: tqdm) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+            bar.update(len(block))
+    return digest.hexdigest()
+
+
+def read_digests(memory: Path) -> dict[str, str]:
+    """What is remembered of files that are still there; nothing where that cannot be read."""
+    try:
+        known = json.loads(memory.read_text())
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(known, dict):
+        return {}
+    return {key: digest for key, digest in known.items() if Path(key.rsplit(" ", 4)[0]).exists()}
+
+
+def made_once(folder: Path, make: Callable[[Path], None]) -> None:
+    """Where `folder` is not there, let `make` fill what becomes it, in one process at a time; the others wait.
+
+    What is filled has the same name each time, so that `make` can go on with what it finds there. Raises OSError saying
+    what to do where the disk is full or cannot be written.
+    """
+    if folder.is_dir():
+        return
+    with saying_what_to_do(folder.parent):
+        lock_path = folder.with_name(f".lock-{folder.name}")
+        lock = wait_for(lock_path)
+        try:
+            if not folder.is_dir():
+                fill(folder, make)
+        finally:
+            lock_path.unlink(missing_ok=True)
+            lock.release()
+
+
+def fill(folder: Path, make: Callable[[Path], None]) -> None:
+    partial = folder.with_name(f"{BUILDING}{folder.name}")
+    partial.mkdir(exist_ok=True)
+    for leftover in partial.glob(f"{atomic.PARTIAL}*"):
+        leftover.unlink()
+    try:
+        make(partial)
+    except BaseException as failure:
+        if isinstance(failure, ValueError) or not any(partial.glob("*.json")):  # nothing to go on with
+            atomic.remove(partial)
+        raise
+    atomic.name_folder(partial, folder)
+
+
+def wait_for(path: Path) -> atomic.Lock:
+    waiting = False
+    while True:
+        try:
+            return atomic.Lock(path, f"process {os.getpid()}")
+        except BlockingIOError as error:
+            if not waiting:
+                print(f"Waiting for {error.strerror}, which prepares the same tokens.", flush=True)
+            waiting = True
+            time.sleep(0.2)
+
+
+@contextmanager
+def saying_what_to_do(root: Path) -> Iterator[None]:
+    """Turn what the system says when it refuses to write into a sentence with the way out."""
+    try:
+        yield
+    except OSError as error:
+        ours = error.filename is None or Path(os.fsdecode(error.filename)).is_relative_to(root)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OSError(f"{root} takes no more ({os.strerror(error.errno)}): free some disk, and the same command goes on "
+                          f"with what is whole; or set NANOHYDRA_DATA to a folder with more room.") from None
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and ours:
+            raise OSError(f"{root} cannot be written ({os.strerror(error.errno)}): set NANOHYDRA_DATA to a folder "
+                          f"that can.") from None
+        raise

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ class Batch:
     segment: int
     pieces: list[Piece]
     n_bytes: int
+    read: float  # how much of all sources had been read when its end was, from 0 to 1; 0 where nobody knows
 
     def total(self, split: str) -> tuple[int, int]:
         """Documents and bytes of one split."""
@@ -47,18 +48,17 @@ def batches(corpora: list[Corpus]) -> Iterator[Batch]:
     for part, corpus in enumerate(corpora):
         pieces: list[Piece] = []
         n_bytes, in_segment = 0, 0
-        for piece in corpus.pieces():
-            pieces.append(piece)
-            n_bytes += len(piece.text.encode())
-            if n_bytes >= BATCH_BYTES:
-                yield Batch(part, segment, pieces, n_bytes)
+        for piece in chain(corpus.pieces(), [None]):
+            if n_bytes >= BATCH_BYTES or not piece:
+                read = corpus.source.fraction()
+                yield Batch(part, segment, pieces, n_bytes, read and (part + read) / len(corpora))
                 in_segment += n_bytes
                 pieces, n_bytes = [], 0
-                if in_segment >= SEGMENT_BYTES:
+                if in_segment >= SEGMENT_BYTES or not piece:
                     segment, in_segment = segment + 1, 0
-        if pieces:
-            yield Batch(part, segment, pieces, n_bytes)
-        segment += 1
+            if piece:
+                pieces.append(piece)
+                n_bytes += len(piece.text.encode())
 
 
 def segments(corpora: list[Corpus], tokenizer: Tokenizer, folder: Path, first: int, title: str) -> Iterator[dict[str, Any]]:
@@ -83,7 +83,7 @@ def segments(corpora: list[Corpus], tokenizer: Tokenizer, folder: Path, first: i
                 if batch.segment >= first:
                     yield batch
                 else:
-                    show(bar, batch, corpora)
+                    show(bar, batch)
                     bar.initial, bar.start_t = bar.n, time.time()  # which took no time worth telling
 
         for number, encoded in groupby(in_order(encode, to_do(), threads()), key=lambda pair: pair[0].segment):
@@ -96,7 +96,7 @@ def segments(corpora: list[Corpus], tokenizer: Tokenizer, folder: Path, first: i
                     documents, n_bytes = batch.total(split)
                     segment[split]["documents"] += documents
                     segment[split]["bytes"] += n_bytes
-                show(bar, batch, corpora)
+                show(bar, batch)
             for split, writer in writers.items():
                 segment[split] |= {"tokens": writer.n_tokens, "shards": writer.close()}
             yield segment
@@ -123,8 +123,7 @@ def threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def show(bar: tqdm, batch: Batch, corpora: list[Corpus]) -> None:
-    """Move the bar on; how much there is in all is known only by how far the source has been read."""
+def show(bar: tqdm, batch: Batch) -> None:
+    """Move the bar on; how much text there is in all is known only by how far the source has been read."""
+    bar.total = int((bar.n + batch.n_bytes) / batch.read) if batch.read else None
     bar.update(batch.n_bytes)
-    read = (batch.part + corpora[batch.part].source.fraction()) / len(corpora)
-    bar.total = max(bar.n, int(bar.n / read)) if read else None

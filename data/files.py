@@ -89,8 +89,10 @@ class File:
         return (document for document in found if any(piece.strip() for piece in document.pieces()))
 
     def position(self) -> int:
-        """The bytes on the disk that are behind the place where it is read now."""
-        return self.raw.tell() if self.raw and not self.raw.closed else 0
+        """The bytes on the disk that are behind the place where it is read now: none before, all after reading."""
+        if self.raw is None:
+            return 0
+        return self.path.stat().st_size if self.raw.closed else self.raw.tell()
 
     @contextmanager
     def opened(self) -> Iterator[BinaryIO]:

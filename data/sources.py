@@ -160,7 +160,8 @@ class Files:
     def __init__(self, path: str, text_field: str = "text", errors: str = "strict") -> None:
         self.files = [File(one, text_field, errors) for one in files.find(path)]
         self.read_as = f"files {text_field} {errors}"
-        self.done_bytes, self.reading = 0, self.files[0]
+        self.sizes = [file.path.stat().st_size for file in self.files]
+        self.reading = 0  # the index of the file that is read now
 
     def fingerprint(self) -> str:
         """Changes with any byte of any file, and with what is read of them."""
@@ -170,15 +171,12 @@ class Files:
         return digest.hexdigest()
 
     def documents(self) -> Iterator[Document]:
-        self.done_bytes = 0
-        for file in self.files:
-            self.reading = file
+        for number, file in enumerate(self.files):
+            self.reading = number
             yield from file.documents()
-            self.done_bytes += file.path.stat().st_size
 
     def fraction(self) -> float:
-        size = sum(file.path.stat().st_size for file in self.files)
-        return (self.done_bytes + self.reading.position()) / max(1, size)
+        return (sum(self.sizes[: self.reading]) + self.files[self.reading].position()) / max(1, sum(self.sizes))
 
 
 def fetch(url: str, sha256: str) -> Path:

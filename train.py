@@ -34,8 +34,8 @@ from conf.launch import launch
 from conf.resume import identity, open_device, open_run
 from conf.schema import SampleSettings, Settings
 from data.loader import Loader, Validation
-from data.prepare import describe, load_tokenizer, prepare
-from data.shards import Tokens, read_meta
+from data.prepare import describe, load_tokenizer, prepare, val_bytes_per_token
+from data.shards import open_parts
 from data.tokenizer import Tokenizer
 from model import GPT
 from sample import complete, open_checkpoint, print_completions
@@ -58,10 +58,11 @@ def train(settings: Settings) -> int:
     tokenizer = load_tokenizer(prepared)
     settings = replace(settings, model=replace(settings.model, vocab_size=tokenizer.vocab_size))
     block_size, batch_size = settings.model.block_size, settings.training.batch_size
-    loader = Loader(Tokens.open(prepared, "train"), block_size, batch_size,
-                    settings.training.micro_steps(block_size), settings.seed)
-    validation = Validation(Tokens.open(prepared, "val"), block_size, batch_size, settings.training.eval_tokens)
-    bytes_per_token = read_meta(prepared)["splits"]["val"]["bytes_per_token"]
+    weights = settings.data.weights()
+    loader = Loader(open_parts(prepared, "train"), block_size, batch_size, settings.training.micro_steps(block_size),
+                    settings.seed, weights=weights)
+    validation = Validation(open_parts(prepared, "val"), block_size, batch_size, settings.training.eval_tokens, weights)
+    bytes_per_token = val_bytes_per_token(prepared, weights)
     Device(settings.training.device, settings.training.precision)  # what this machine lacks is said before a run is touched
 
     with open_run(settings, prepared) as (run, settings, last):
@@ -185,7 +186,7 @@ def introduce(recorder: Recorder, run: Run, device: Device, model: GPT, loader: 
                  + ", ".join(f"{role} {count:,}" for role, count in parts.items() if count)
                  + f"), {model.flops_per_token() / 1e6:,.1f} MFLOPs a token")
     recorder.say(f"Step: {loader.tokens_per_step:,} tokens ({loader.micro_steps} x {loader.batch_size} sequences of "
-                 f"{loader.block_size}), {loader.n_windows * loader.block_size / loader.tokens_per_step:.1f} steps an epoch")
+                 f"{loader.block_size}), " + " and ".join(f"{steps:,.1f}" for steps in loader.steps_an_epoch()) + " steps an epoch")
     recorder.say(f"Device: {device.describe()}")
 
 
@@ -266,12 +267,12 @@ def evaluate(model: GPT, validation: Validation, device: Device) -> float:
     """The mean loss over the validation windows, in nats a token."""
     model.eval()
     total = 0.0
-    for batch in validation:
+    for *batch, weight in validation:
         inputs, targets = to(device, batch)
         with device.autocast():
-            total += model(inputs, targets).item() * len(inputs)
+            total += model(inputs, targets).item() * weight
     model.train()
-    return total / validation.n_windows
+    return total
 
 
 def report(recorder: Recorder, step: int, val_loss: float, bytes_per_token: float) -> None:

@@ -6,7 +6,8 @@ what each resumed run reads next.
 
 The split is cut into windows of `block_size` tokens. Epoch e visits each window once, in the order of a keyed
 permutation that is computed at any index. From epoch to epoch the cut itself moves by a drawn offset (the
-sequence is read as a ring), so that no token stays at the edge of its window.
+sequence is read as a ring), so that no token stays at the edge of its window. The parts of a mixture are cut
+and shuffled each on its own, and take turns.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.mixture import Turns
 from data.shards import Tokens
 
 FEISTEL_ROUNDS = 6
@@ -51,61 +53,95 @@ def permute(index: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
     return result.astype(np.int64)
 
 
-class Loader:
-    """Training batches of `tokens`: inputs and, one position on, targets.
+class Windows:
+    """The windows of a split, `[block_size + 1]` tokens each, in an endless order that depends on `seed` alone."""
 
-    `batch_size` sequences a micro-step and rank; `micro_steps` and `world_size` of those make a step.
-    """
-
-    def __init__(self, tokens: Tokens, block_size: int, batch_size: int, micro_steps: int = 1,
-                 seed: int = 0, world_size: int = 1) -> None:
-        self.tokens, self.block_size = tokens, block_size
-        self.batch_size, self.micro_steps, self.world_size = batch_size, micro_steps, world_size
-        self.seed = mix(np.array([seed], dtype=np.uint64))
-        self.n_windows = (len(tokens) - 1) // block_size
-        if self.n_windows < 1:
+    def __init__(self, tokens: Tokens, block_size: int, seed: np.ndarray) -> None:
+        self.tokens, self.block_size, self.seed = tokens, block_size, seed
+        self.count = (len(tokens) - 1) // block_size
+        if self.count < 1:
             raise ValueError(f"The training split has {len(tokens)} tokens, one context needs "
                              f"{block_size + 1}: use more text or a smaller model.block_size.")
+
+    def starts(self, index: np.ndarray) -> np.ndarray:
+        """Where the windows begin that are read as the `index`-th since the run began."""
+        epoch, within = np.divmod(index, self.count)
+        keys = mix(self.seed ^ mix(epoch.astype(np.uint64)))
+        offset = (mix(keys ^ np.uint64(0xFF)) % np.uint64(self.block_size)).astype(np.int64)
+        return (offset + permute(within, self.count, keys) * self.block_size) % len(self.tokens)
+
+    def read(self, index: np.ndarray) -> np.ndarray:
+        positions = self.starts(index)[:, None] + np.arange(self.block_size + 1)
+        return self.tokens.read(positions % len(self.tokens))
+
+
+class Loader:
+    """Training batches: inputs and, one position on, targets.
+
+    `tokens` are a training split, or those of the parts of a mixture, which take turns by their `weights`.
+    `batch_size` sequences a micro-step and rank; `micro_steps` and `world_size` of those make a step.
+    Raises ValueError for a split that is shorter than one context.
+    """
+
+    def __init__(self, tokens: list[Tokens], block_size: int, batch_size: int, micro_steps: int = 1,
+                 seed: int = 0, world_size: int = 1, weights: list[int] | None = None) -> None:
+        self.block_size = block_size
+        self.batch_size, self.micro_steps, self.world_size = batch_size, micro_steps, world_size
+        seeds = [mix(np.array([seed], dtype=np.uint64)) ^ np.uint64(part) for part in range(len(tokens))]
+        self.parts = [Windows(split, block_size, seed) for split, seed in zip(tokens, seeds, strict=True)]
+        self.turns = Turns(weights or [1] * len(tokens))
 
     @property
     def tokens_per_step(self) -> int:
         return self.world_size * self.micro_steps * self.batch_size * self.block_size
 
-    def sequences(self, step: int) -> list[int]:
-        """Where the sequences of a step, of all its ranks and micro-steps, begin in the training split."""
-        count = self.tokens_per_step // self.block_size
-        return self.starts(step * count + np.arange(count, dtype=np.int64)).tolist()
+    def steps_an_epoch(self) -> list[float]:
+        """In how many steps each part has been read once."""
+        shares = self.turns.counts / self.turns.period
+        return [part.count * self.block_size / (self.tokens_per_step * share)
+                for part, share in zip(self.parts, shares, strict=True)]
 
-    def starts(self, index: np.ndarray) -> np.ndarray:
-        """Where the windows begin that are read as the `index`-th since the run began."""
-        epoch, within = np.divmod(index, self.n_windows)
-        keys = mix(self.seed ^ mix(epoch.astype(np.uint64)))
-        offset = (mix(keys ^ np.uint64(0xFF)) % np.uint64(self.block_size)).astype(np.int64)
-        return offset + permute(within, self.n_windows, keys) * self.block_size
+    def sequences(self, step: int) -> list[int]:
+        """Where the sequences of a step, of all its ranks and micro-steps, begin in the training split of their part."""
+        count = self.tokens_per_step // self.block_size
+        source, index = self.turns.at(step * count + np.arange(count, dtype=np.int64))
+        return [int(self.parts[part].starts(one[None])[0]) for part, one in zip(source, index, strict=True)]
 
     def batch(self, step: int, micro_step: int = 0, rank: int = 0) -> tuple[Tensor, Tensor]:
         """Inputs and targets, each int64 `[batch_size, block_size]`."""
         first = (step * self.micro_steps + micro_step) * self.world_size + rank
-        index = first * self.batch_size + np.arange(self.batch_size, dtype=np.int64)
-        positions = self.starts(index)[:, None] + np.arange(self.block_size + 1)
-        return as_batch(self.tokens.read(positions % len(self.tokens)))
+        source, index = self.turns.at(first * self.batch_size + np.arange(self.batch_size, dtype=np.int64))
+        windows = np.empty((self.batch_size, self.block_size + 1), dtype=np.int64)
+        for part in np.unique(source):
+            windows[source == part] = self.parts[part].read(index[source == part])
+        return as_batch(windows)
 
 
 class Validation:
-    """The held-out windows, the same at every evaluation: in order, without overlap, up to `max_tokens`."""
+    """The held-out windows, the same at every evaluation: in order, without overlap, up to `max_tokens`.
 
-    def __init__(self, tokens: Tokens, block_size: int, batch_size: int, max_tokens: int) -> None:
+    The parts of a mixture have their shares of `max_tokens` and, however few tokens they hold, of the mean.
+    """
+
+    def __init__(self, tokens: list[Tokens], block_size: int, batch_size: int, max_tokens: int,
+                 weights: list[int] | None = None) -> None:
         self.tokens, self.block_size, self.batch_size = tokens, block_size, batch_size
-        self.n_windows = min(len(tokens) - 1, max(max_tokens, block_size)) // block_size
-        if self.n_windows < 1:
-            raise ValueError(f"The validation split has {len(tokens)} tokens, one context needs {block_size + 1}: "
-                             f"raise data.val_fraction, use more text, or lower model.block_size.")
+        weights = weights or [1] * len(tokens)
+        self.shares = [weight / sum(weights) for weight in weights]
+        self.n_windows = [min(len(split) - 1, max(int(max_tokens * share), block_size)) // block_size
+                          for split, share in zip(tokens, self.shares, strict=True)]
+        for split, n_windows in zip(tokens, self.n_windows, strict=True):
+            if n_windows < 1:
+                raise ValueError(f"The validation split has {len(split)} tokens, one context needs {block_size + 1}: "
+                                 f"raise data.val_fraction, use more text, or lower model.block_size.")
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Inputs and targets, each int64 `[batch_size or fewer, block_size]`."""
-        for first in range(0, self.n_windows, self.batch_size):
-            starts = np.arange(first, min(first + self.batch_size, self.n_windows)) * self.block_size
-            yield as_batch(self.tokens.read(starts[:, None] + np.arange(self.block_size + 1)))
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, float]]:
+        """Inputs and targets, each int64 `[batch_size or fewer, block_size]`, and what they weigh in the mean."""
+        for split, n_windows, share in zip(self.tokens, self.n_windows, self.shares, strict=True):
+            for first in range(0, n_windows, self.batch_size):
+                starts = np.arange(first, min(first + self.batch_size, n_windows)) * self.block_size
+                windows = split.read(starts[:, None] + np.arange(self.block_size + 1))
+                yield *as_batch(windows), share * len(windows) / n_windows
 
 
 def as_batch(windows: np.ndarray) -> tuple[Tensor, Tensor]:

@@ -112,6 +112,12 @@ def read_tokenizer(path: Path) -> Tokenizer:
     return from_json(json.loads(path.read_text()), str(path))
 
 
+def val_bytes_per_token(folder: Path, weights: list[int]) -> float:
+    """The mean bytes of a token to validate on; of a mixture, by its parts' weights."""
+    parts = read_meta(folder)["parts"]
+    return sum(weight * part["val"]["bytes_per_token"] for weight, part in zip(weights, parts, strict=True)) / sum(weights)
+
+
 def describe(folder: Path) -> str:
     """One line about prepared tokens."""
     meta = read_meta(folder)

@@ -91,6 +91,11 @@ class Tokens:
         return tokens
 
 
+def open_parts(folder: Path, split: str) -> list[Tokens]:
+    """One split of prepared tokens, of each part where they are a mixture."""
+    return [Tokens.open(folder, split, part) for part in range(len(read_meta(folder)["parts"]))]
+
+
 def map_shard(folder: Path, shard: dict[str, Any], dtype: type[np.unsignedinteger]) -> np.ndarray:
     path = folder / shard["file"]  # a path of its own where tokens are used where they lie
     expected = shard["offset"] + shard["tokens"] * np.dtype(dtype).itemsize
@@ -102,10 +107,10 @@ def map_shard(folder: Path, shard: dict[str, Any], dtype: type[np.unsignedintege
 
 def check(folder: Path) -> None:
     """Raises ValueError naming what is not as `meta.json` says it was written."""
+    for split in SPLITS:
+        open_parts(folder, split)
     for part in read_meta(folder)["parts"]:
         shards = [shard for split in SPLITS for shard in part[split]["shards"]]
-        for split in SPLITS:
-            Tokens.open(folder, split)
         for shard, sha256 in zip(shards, sha256_of([folder / shard["file"] for shard in shards]), strict=True):
             if sha256 != shard["sha256"]:
                 raise ValueError(f"{folder / shard['file']} does not belong to {folder / 'meta.json'} or was altered: its "

@@ -12,16 +12,17 @@ import platform
 import sysconfig
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args, get_type_hints
 
 from tqdm import tqdm
 
 import atomic
 from data import files
 from data.files import Document, File
+from data.mixture import read_mix
 from data.store import data_root, sha256_of
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -38,20 +39,42 @@ class DataConfig:
     vocab_size: int = 2048  # of a tokenizer that is trained here (bpe); the others have their own
     val_fraction: float = 0.1  # held out to validate on, never trained on
     text_field: str = "text"  # of a .jsonl or .parquet record
-    mix: str = ""
     errors: Literal["strict", "replace"] = "strict"  # at bytes that are no UTF-8: stop, or read a replacement character
+    mix: str = ""  # instead of one source, several with their weights, as in "pydocs:0.7 book.txt:0.3"
 
     def problems(self) -> Iterator[str]:
         """One sentence for each value that cannot work."""
+        if self.mix:
+            try:
+                names = read_mix(self.mix)
+            except ValueError as error:
+                yield f"mix={self.mix}: {error}"
+            else:
+                for name in names:
+                    yield from (f"mix={self.mix}: {problem}" for problem in self.part(name).path_problems())
+        else:
+            yield from self.path_problems()
+        if not 257 <= self.vocab_size <= 100_000:
+            yield f"vocab_size={self.vocab_size} is out of range: a byte-pair vocabulary has 257 to 100000 tokens."
+        if not 1e-6 <= self.val_fraction < 1:
+            yield f"val_fraction={self.val_fraction} must lie between 0.000001 and 1: 0.1 holds out a tenth."
+
+    def path_problems(self) -> Iterator[str]:
         if self.source == "text" and not self.path:
             yield ("path is missing: name a UTF-8 file, or a folder or glob of .txt, .md, .jsonl or .parquet files, "
                    "as in data.path=book.txt.")
         if self.path and not Path(self.path).exists() and not set(self.path) & set("*?["):
             yield f"path={self.path} does not exist: check the spelling, and that it is relative to {Path.cwd()}."
-        if not 257 <= self.vocab_size <= 100_000:
-            yield f"vocab_size={self.vocab_size} is out of range: a byte-pair vocabulary has 257 to 100000 tokens."
-        if not 1e-6 <= self.val_fraction < 1:
-            yield f"val_fraction={self.val_fraction} must lie between 0.000001 and 1: 0.1 holds out a tenth."
+
+    def part(self, name: str) -> DataConfig:
+        """The settings of one part of the mixture: a source by its name, else files by their path."""
+        if name in get_args(get_type_hints(DataConfig)["source"]):
+            return replace(self, mix="", source=name)
+        return replace(self, mix="", source="text", path=name)
+
+    def weights(self) -> list[int]:
+        """How many sequences of a period each source gives."""
+        return list(read_mix(self.mix).values()) if self.mix else [1]
 
 
 class Source(Protocol):
@@ -76,7 +99,9 @@ def open_source(config: DataConfig) -> Source:
 
 def open_sources(config: DataConfig) -> dict[str, Source]:
     """The sources that `config` names, by name: one, or the parts of a mixture."""
-    return {config.source: open_source(config)}
+    if not config.mix:
+        return {config.source: open_source(config)}
+    return {name: open_source(config.part(name)) for name in read_mix(config.mix)}
 
 
 def library_files(library: Path | None = None) -> tuple[Path, list[Path]]:

@@ -24,9 +24,9 @@ def endless(n_tokens: int) -> Tokens:
 
 def epochs(loader: Loader, n_epochs: int) -> torch.Tensor:
     """What the loader reads in its first epochs, `[n_epochs, n_windows, block_size]`, whatever its batches straddle."""
-    n_steps = -(-n_epochs * loader.n_windows // loader.batch_size)
-    windows = torch.cat([loader.batch(step)[0] for step in range(n_steps)])[:n_epochs * loader.n_windows]
-    return windows.view(n_epochs, loader.n_windows, loader.block_size)
+    n_steps = -(-n_epochs * loader.parts[0].count // loader.batch_size)
+    windows = torch.cat([loader.batch(step)[0] for step in range(n_steps)])[:n_epochs * loader.parts[0].count]
+    return windows.view(n_epochs, loader.parts[0].count, loader.block_size)
 
 
 SHAPES = [(1000, 8, 4), (1000, 8, 124), (257, 1, 10), (65, 64, 3), (129, 64, 5), (1001, 7, 31), (514, 16, 32), (513, 16, 32)]
@@ -80,27 +80,27 @@ def test_permute_sends_each_index_everywhere():
 
 def test_the_order_is_frozen():
     """Changing what these steps read breaks every resume: a run would go on with other text than it left."""
-    loader = Loader(positions(1000), block_size=8, batch_size=4, seed=0)
+    loader = Loader([positions(1000)], block_size=8, batch_size=4, seed=0)
     starts = {step: loader.batch(step)[0][:, 0].tolist() for step in (0, 7, 100, 10**9)}
     assert starts == {0: [549, 437, 357, 29], 7: [61, 901, 517, 965], 100: [562, 154, 458, 938], 10**9: [964, 660, 788, 244]}
-    assert Loader(positions(1000), 8, 4, seed=1337).batch(0)[0][:, 0].tolist() == [496, 256, 264, 512]
+    assert Loader([positions(1000)], 8, 4, seed=1337).batch(0)[0][:, 0].tolist() == [496, 256, 264, 512]
 
 
 def test_a_batch_is_a_pure_function_of_seed_and_step():
     """The same in a fresh loader, in any order, and whatever else draws random numbers."""
-    loader = Loader(positions(1000), 8, 4, seed=5)
+    loader = Loader([positions(1000)], 8, 4, seed=5)
     first = [loader.batch(step) for step in range(40)]
     torch.manual_seed(99)
     np.random.seed(99)
     states = torch.get_rng_state(), np.random.get_state()[1].copy()
     for step in (39, 0, 17, 17, 3):
-        for again in (loader, Loader(positions(1000), 8, 4, seed=5)):
+        for again in (loader, Loader([positions(1000)], 8, 4, seed=5)):
             assert all(map(torch.equal, again.batch(step), first[step]))
     assert torch.equal(torch.get_rng_state(), states[0]) and np.array_equal(np.random.get_state()[1], states[1])
 
 
 def test_a_batch_has_the_shape_and_type_that_a_model_takes():
-    loader = Loader(positions(1000), block_size=8, batch_size=4, micro_steps=3, world_size=2)
+    loader = Loader([positions(1000)], block_size=8, batch_size=4, micro_steps=3, world_size=2)
     for part in loader.batch(0, micro_step=2, rank=1):
         assert part.shape == (4, 8) and part.dtype == torch.int64
     assert loader.tokens_per_step == 4 * 8 * 3 * 2
@@ -109,7 +109,7 @@ def test_a_batch_has_the_shape_and_type_that_a_model_takes():
 @shapes
 def test_targets_are_the_next_tokens(n_tokens, block_size, batch_size):
     """The split is read as a ring: behind its last token comes its first."""
-    loader = Loader(positions(n_tokens), block_size, batch_size)
+    loader = Loader([positions(n_tokens)], block_size, batch_size)
     for step in range(20):
         inputs, targets = loader.batch(step)
         assert torch.equal(targets, (inputs + 1) % n_tokens)
@@ -119,30 +119,30 @@ def test_targets_are_the_next_tokens(n_tokens, block_size, batch_size):
 @shapes
 def test_every_window_comes_once_an_epoch(n_tokens, block_size, batch_size):
     """Also where batches straddle epochs; windows of one epoch lie side by side and do not overlap."""
-    loader = Loader(positions(n_tokens), block_size, batch_size, seed=2)
-    assert loader.n_windows == (n_tokens - 1) // block_size
+    loader = Loader([positions(n_tokens)], block_size, batch_size, seed=2)
+    assert loader.parts[0].count == (n_tokens - 1) // block_size
     for epoch in epochs(loader, 5):
         assert epoch.unique().numel() == epoch.numel()
         starts = epoch[:, 0].sort().values
-        assert torch.equal(starts, starts[0] + torch.arange(loader.n_windows) * block_size)
+        assert torch.equal(starts, starts[0] + torch.arange(loader.parts[0].count) * block_size)
 
 
 def test_each_epoch_has_its_own_cut_and_order():
-    starts = epochs(Loader(positions(1000), 8, 10), 40)[:, :, 0]
+    starts = epochs(Loader([positions(1000)], 8, 10), 40)[:, :, 0]
     assert len(set((starts.min(dim=1).values).tolist())) == 8  # each offset within a block comes up
     assert len({tuple((one // 8).tolist()) for one in starts}) == 40
 
 
 def test_another_seed_gives_another_order():
-    orders = {tuple(epochs(Loader(positions(1000), 8, 10, seed=seed), 1)[0, :, 0].tolist()) for seed in range(20)}
+    orders = {tuple(epochs(Loader([positions(1000)], 8, 10, seed=seed), 1)[0, :, 0].tolist()) for seed in range(20)}
     assert len(orders) == 20
 
 
 @pytest.mark.parametrize(("batch_size", "micro_steps", "world_size"),
                          [(8, 1, 1), (4, 2, 1), (1, 8, 1), (4, 1, 2), (2, 2, 2), (2, 1, 4), (1, 2, 4)])
 def test_every_split_over_ranks_and_micro_steps_reads_the_same_global_batch(batch_size, micro_steps, world_size):
-    whole = Loader(positions(1000), 8, 8, seed=3)
-    split = Loader(positions(1000), 8, batch_size, micro_steps, seed=3, world_size=world_size)
+    whole = Loader([positions(1000)], 8, 8, seed=3)
+    split = Loader([positions(1000)], 8, batch_size, micro_steps, seed=3, world_size=world_size)
     assert split.tokens_per_step == whole.tokens_per_step
     for step in (0, 1, 15, 200):  # step 15 straddles two epochs
         parts = [split.batch(step, micro_step, rank)[0] for micro_step in range(micro_steps) for rank in range(world_size)]
@@ -150,7 +150,7 @@ def test_every_split_over_ranks_and_micro_steps_reads_the_same_global_batch(batc
 
 
 def test_the_sequences_of_a_step_are_those_of_all_ranks_and_micro_steps():
-    loader = Loader(positions(1000), 8, 2, micro_steps=2, seed=0, world_size=2)
+    loader = Loader([positions(1000)], 8, 2, micro_steps=2, seed=0, world_size=2)
     read = [loader.batch(3, micro_step, rank)[0][:, 0] for micro_step in (0, 1) for rank in (0, 1)]
     assert loader.sequences(3) == torch.cat(read).tolist()
 
@@ -158,8 +158,8 @@ def test_the_sequences_of_a_step_are_those_of_all_ranks_and_micro_steps():
 def test_a_huge_split_takes_no_memory_and_no_time():
     """No list of windows anywhere: 10^12 tokens are as easy as 10^3."""
     tracemalloc.start()
-    loader = Loader(endless(10**12), block_size=8, batch_size=64)
-    starts = loader.starts(np.arange(10**6, 10**6 + 64))
+    loader = Loader([endless(10**12)], block_size=8, batch_size=64)
+    starts = loader.parts[0].starts(np.arange(10**6, 10**6 + 64))
     inputs, _ = loader.batch(10**6)
     _, peak_bytes = tracemalloc.get_traced_memory()
     tracemalloc.stop()
@@ -171,9 +171,63 @@ def test_a_huge_split_takes_no_memory_and_no_time():
 def test_a_split_shorter_than_a_context_is_an_error_with_both_numbers(n_tokens):
     tokens = positions(n_tokens) if n_tokens else Tokens([])
     with pytest.raises(ValueError, match=f"training split has {n_tokens} tokens, one context needs 65"):
-        Loader(tokens, block_size=64, batch_size=1)
+        Loader([tokens], block_size=64, batch_size=1)
     with pytest.raises(ValueError, match=f"validation split has {n_tokens} tokens, one context needs 65.*val_fraction"):
-        Validation(tokens, block_size=64, batch_size=1, max_tokens=10**6)
+        Validation([tokens], block_size=64, batch_size=1, max_tokens=10**6)
+
+
+# Mixtures
+
+
+def parts(loader: Loader, n_sequences: int) -> list[int]:
+    """Which part each of the first sequences comes from; their tokens lie a thousand apart."""
+    n_steps = -(-n_sequences // loader.batch_size)
+    return (torch.cat([loader.batch(step)[0][:, 0] for step in range(n_steps)])[:n_sequences] // 1000).tolist()
+
+
+def three_parts(seed: int = 0, batch_size: int = 4, **rest) -> Loader:
+    tokens = [Tokens([np.arange(1000 * part, 1000 * part + size, dtype=np.uint32)]) for part, size in enumerate((1000, 100, 500))]
+    return Loader(tokens, 8, batch_size, seed=seed, weights=[6, 1, 3], **rest)
+
+
+def test_the_parts_of_a_mixture_take_turns_by_their_weights():
+    source = np.array(parts(three_parts(), 400))
+    for length in (1, 7, 10, 33, 100):
+        for start in range(0, 400 - length):
+            counts = np.bincount(source[start : start + length], minlength=3)
+            assert abs(counts - length * np.array([0.6, 0.1, 0.3])).max() < 2
+
+
+def test_each_part_of_a_mixture_is_read_whole_and_shuffled_on_its_own():
+    """The second part, 12 windows of 8, comes round once in 120 sequences."""
+    loader = three_parts(batch_size=10)
+    for epoch in range(3):
+        read = torch.cat([loader.batch(step)[0] for step in range(12 * epoch, 12 * epoch + 12)]).flatten()
+        mine = read[read // 1000 == 1]
+        assert len(mine) == mine.unique().numel() == 96
+    assert loader.steps_an_epoch() == pytest.approx([124 / 6, 12 / 1, 62 / 3])
+
+
+def test_a_mixed_batch_is_a_pure_function_of_seed_step_and_rank():
+    first = [three_parts().batch(step)[0] for step in range(30)]
+    for step in (29, 3, 3):
+        assert torch.equal(three_parts().batch(step)[0], first[step])
+    assert not torch.equal(three_parts(seed=1).batch(0)[0], first[0])
+    for world_size in (2, 4):
+        split = three_parts(batch_size=4 // world_size, world_size=world_size)
+        assert torch.equal(torch.cat([split.batch(17, rank=rank)[0] for rank in range(world_size)]), first[17])
+
+
+def test_the_order_of_a_mixture_is_frozen():
+    assert three_parts().batch(0)[0][:, 0].tolist() == [549, 437, 2047, 357]
+    assert three_parts().batch(100)[0][:, 0].tolist() == [644, 804, 2395, 572]
+
+
+def test_a_mixed_validation_weighs_its_parts_by_their_shares_however_small_they_are():
+    tokens = [Tokens([np.full(size, part, dtype=np.uint32)]) for part, size in enumerate((10_000, 100))]
+    batches = list(Validation(tokens, block_size=8, batch_size=16, max_tokens=800, weights=[1, 3]))
+    mean = sum(inputs.float().mean().item() * weight for inputs, _, weight in batches)
+    assert mean == pytest.approx(0.75) and sum(len(inputs) for inputs, _, _ in batches) == 25 + 12
 
 
 # Validation windows
@@ -190,11 +244,12 @@ def test_a_split_shorter_than_a_context_is_an_error_with_both_numbers(n_tokens):
     (9, 10**6, [1]),
 ])
 def test_validation_reads_in_order_without_overlap_up_to_max_tokens(n_tokens, max_tokens, sizes):
-    validation = Validation(positions(n_tokens), block_size=8, batch_size=50, max_tokens=max_tokens)
+    validation = Validation([positions(n_tokens)], block_size=8, batch_size=50, max_tokens=max_tokens)
     for _ in range(2):  # the same at every evaluation
         batches = list(validation)
-        assert [len(inputs) for inputs, _ in batches] == sizes
-        inputs, targets = (torch.cat(parts) for parts in zip(*batches, strict=True))
+        assert [len(inputs) for inputs, _, _ in batches] == sizes
+        assert [weight for _, _, weight in batches] == pytest.approx([size / sum(sizes) for size in sizes])
+        inputs, targets = (torch.cat(parts) for parts in list(zip(*batches, strict=True))[:2])
         assert torch.equal(inputs.flatten(), torch.arange(sum(sizes) * 8))
         assert torch.equal(targets, inputs + 1)
         assert inputs.dtype == targets.dtype == torch.int64
@@ -202,5 +257,5 @@ def test_validation_reads_in_order_without_overlap_up_to_max_tokens(n_tokens, ma
 
 def test_shakespeare_has_1742_validation_windows_of_64(shakespeare):
     folder = prepare(DataConfig(source="shakespeare", path=str(shakespeare), tokenizer="char"))
-    validation = Validation(Tokens.open(folder, "val"), block_size=64, batch_size=1000, max_tokens=10**9)
-    assert [len(inputs) for inputs, _ in validation] == [1000, 742]
+    validation = Validation([Tokens.open(folder, "val")], block_size=64, batch_size=1000, max_tokens=10**9)
+    assert [len(inputs) for inputs, _, _ in validation] == [1000, 742]

@@ -256,7 +256,7 @@ def test_a_text_too_short_for_a_training_token_is_left_to_the_loader_to_report(c
     from data.loader import Loader  # here, or each process that is started below would import torch
 
     with pytest.raises(ValueError, match="has 0 tokens"):
-        Loader(Tokens.open(folder, "train"), block_size=8, batch_size=1)
+        Loader([Tokens.open(folder, "train")], block_size=8, batch_size=1)
 
 
 PLACES = ["data.prepare.make_tokenizer", "data.shards.ShardWriter.add", "data.shards.ShardWriter.close", "data.prepare.fingerprint",

@@ -584,7 +584,7 @@ def plant(monkeypatch):
     """Make the loss of certain batches NaN, or only its gradient: they are known by their tokens."""
     def planted(settings, batches, how="loss"):
         prepared = story.prepare(settings.data)
-        loader = story.Loader(story.Tokens.open(prepared, "train"), settings.model.block_size, settings.training.batch_size,
+        loader = story.Loader(story.open_parts(prepared, "train"), settings.model.block_size, settings.training.batch_size,
                               settings.training.micro_steps(settings.model.block_size), settings.seed)
         bad = [loader.batch(batch)[0] for batch in batches]
 

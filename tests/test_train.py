@@ -53,8 +53,20 @@ def test_reported_validation_loss_is_the_loss_of_the_saved_model(compose_tiny, t
     saved = checkpoint.find(tmp_path / "runs/tiny/checkpoints")[-1]
     model, _ = open_checkpoint(tmp_path / "runs/tiny", "last", Device("cpu", "fp32"))
     prepared = story.prepare(settings.data)
-    validation = story.Validation(story.Tokens.open(prepared, "val"), 32, 4, 512)
+    validation = story.Validation(story.open_parts(prepared, "val"), 32, 4, 512)
     assert story.evaluate(model, validation, Device("cpu", "fp32")) == pytest.approx(saved.state["val_loss"], abs=1e-6)
+
+
+def test_a_mixture_is_trained_on_and_goes_on_where_it_was(compose_tiny, book, tmp_path, capsys):
+    (tmp_path / "digits.txt").write_text("0123456789 " * 300)
+    mix = f"data.mix={book}:2 {tmp_path / 'digits.txt'}:1"
+    story.train(compose_tiny(mix, "name=straight", "training.max_steps=8"))
+    assert "steps an epoch" in capsys.readouterr().out
+    for steps in (4, 8):
+        story.train(compose_tiny(mix, "name=twice", f"training.max_steps={steps}", "optim.schedule=constant"))
+    story.train(compose_tiny(mix, "name=once", "training.max_steps=8", "optim.schedule=constant"))
+    once, twice = (load_file(tmp_path / "runs" / name / "checkpoints/step_00000008/model.safetensors") for name in ("once", "twice"))
+    assert all(torch.equal(weights, twice[name]) for name, weights in once.items())
 
 
 def test_looking_more_often_does_not_change_what_is_learned(compose_tiny, tmp_path):

@@ -1,0 +1,90 @@
+"""Whose turn it is: what a mixture says, and counts that keep to the weights in any stretch."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data.mixture import Turns, read_mix
+from data.prepare import describe, load_tokenizer, prepare, val_bytes_per_token
+from data.shards import open_parts, read_meta
+from data.sources import DataConfig
+
+
+@pytest.mark.parametrize("mix, counts", [
+    ("pydocs:0.7 book.txt:0.3", {"pydocs": 7, "book.txt": 3}), ("a:1 b:1", {"a": 1, "b": 1}), ("a:2 b:4", {"a": 1, "b": 2}),
+    ("  a:1/3   b:2/3 ", {"a": 1, "b": 2}), ("c:/x.txt:1e-1 b:9e-1", {"c:/x.txt": 1, "b": 9}), ("a:5", {"a": 1}),
+])
+def test_weights_become_counts(mix, counts):
+    assert read_mix(mix) == counts
+
+
+@pytest.mark.parametrize("mix, words", [
+    ("pydocs", "pydocs is no source with its weight"), ("a:0.5 b:-1", "b:-1 is no source"), ("a:x", "a:x is no source"),
+    (":1", ":1 is no source"), ("a:nan", "a:nan"), ("a:1/0", "a:1/0"), ("a:1 a:2", "a comes twice"), (" ", "no source is named"),
+    ("a:0.12345 b:0.87655", r"only after 20,000 sequences: round them, so that it is at most 10,000"),
+])
+def test_what_is_no_mixture_is_one_sentence(mix, words):
+    with pytest.raises(ValueError, match=words):
+        read_mix(mix)
+
+
+def test_a_mixture_that_cannot_work_is_a_problem_of_the_settings():
+    [problem] = DataConfig(mix="pydocs:1 no/such.txt:1").problems()
+    assert problem.startswith("mix=") and "no/such.txt does not exist" in problem
+    [problem] = DataConfig(mix="pydocs").problems()
+    assert problem.startswith("mix=pydocs: pydocs is no source with its weight")
+    assert list(DataConfig(mix="pydocs:1 stdlib:2").problems()) == []
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=9))
+def test_in_any_stretch_the_counts_are_within_two_of_the_weights(counts):
+    """Prefixes within one, whatever the weights; so stretches within two."""
+    turns = Turns(counts)
+    source, _ = turns.at(np.arange(2 * turns.period))
+    n = np.arange(1, 2 * turns.period + 1)
+    for part, count in enumerate(counts):
+        taken = np.cumsum(source == part)
+        assert np.abs(taken - n * count / turns.period).max() < 1
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=6), st.integers(0, 10**12))
+def test_each_sequence_of_a_source_comes_once_and_in_order(counts, start):
+    turns = Turns(counts)
+    source, index = turns.at(start + np.arange(3 * turns.period))
+    for part in range(len(counts)):
+        mine = index[source == part]
+        assert np.array_equal(mine, np.arange(mine[0], mine[0] + len(mine)))
+    first_source, first_index = Turns(counts).at(np.arange(turns.period))
+    assert all(first_index[first_source == part][0] == 0 for part in range(len(counts)))
+
+
+@pytest.fixture
+def mixed(tmp_path, fresh_data):
+    """Settings of a mixture of two files."""
+    (tmp_path / "a.txt").write_text("All work and no play. " * 300)
+    (tmp_path / "b.txt").write_text("0123456789 " * 100)
+    return lambda **rest: DataConfig(**{"mix": f"{tmp_path}/a.txt:3 {tmp_path}/b.txt:1", "tokenizer": "char"} | rest)
+
+
+def test_a_mixture_is_prepared_with_one_tokenizer_and_each_part_apart(mixed):
+    folder = prepare(config := mixed())
+    meta, tokenizer = read_meta(folder), load_tokenizer(folder)
+    assert folder.name.startswith("mix-char-") and [part["source"] for part in meta["parts"]] == config.mix.replace(":3", "").replace(":1", "").split()
+    texts = [tokenizer.decode_bytes(tokens.read(np.arange(len(tokens)))).decode() for tokens in open_parts(folder, "train")]
+    assert texts == ["All work and no play. " * 270 + "<|endoftext|>", "0123456789 " * 90 + "<|endoftext|>"]
+    assert meta["splits"]["train"]["documents"] == 2 and meta["splits"]["train"]["tokens"] == 270 * 22 + 90 * 11 + 2
+    assert f"{270 * 22 + 90 * 11 + 2:,} tokens to train on" in describe(folder)
+    assert val_bytes_per_token(folder, [3, 1]) == pytest.approx(0.75 * 660 / 661 + 0.25 * 110 / 111)
+
+
+def test_other_weights_take_the_same_tokens(mixed):
+    config = mixed()
+    assert prepare(config) == prepare(mixed(mix=config.mix.replace(":3", ":5")))
+
+
+def test_a_mixture_learns_its_tokens_from_all_its_parts(mixed):
+    tokenizer = load_tokenizer(prepare(mixed(tokenizer="bpe", vocab_size=275)))
+    assert len(tokenizer.encode(" work")) == 1 and len(tokenizer.encode("0123456789")) < 10

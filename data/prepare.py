@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import atomic
+from data.bins import prepare_bins
 from data.corpus import Corpus
 from data.encode import segments
-from data.shards import SPLITS, again, check, read_meta
+from data.shards import SPLITS, again, check, read_meta, write_meta
 from data.sources import DataConfig, Source, open_sources
 from data.store import data_root, made_once
 from data.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer, fingerprint, from_json
@@ -29,6 +30,8 @@ def prepare(config: DataConfig) -> Path:
     Raises ValueError where the source cannot be read or cannot be split, and where tokens that were prepared are
     not what was written; OSError where they cannot be written.
     """
+    if config.source == "bin" and not config.mix:
+        return prepare_bins(config.path, config.tokenizer)
     sources = open_sources(config)
     fingerprints = [source.fingerprint() for source in sources.values()]
     vocabulary = config.vocab_size if config.tokenizer == "bpe" else None
@@ -53,17 +56,8 @@ def build(partial: Path, sources: dict[str, Source], config: DataConfig, recipe:
     for segment in segments(corpora, tokenizer, partial, first, f"Tokenizing {config.mix or config.source}"):
         done.append(segment)
         atomic.write_bytes(progress, json.dumps(done).encode())
-    write_meta(partial, recipe, tokenizer, summary(done, list(sources)))
+    write_meta(partial, recipe, fingerprint(tokenizer), tokenizer.vocab_size, summary(done, list(sources)))
     progress.unlink()
-
-
-def write_meta(folder: Path, recipe: dict[str, Any], tokenizer: Tokenizer, tokens: dict[str, Any]) -> None:
-    """Describe prepared tokens; their fingerprint says which tokens they are, and of which tokenizer."""
-    made_with = fingerprint(tokenizer)
-    shards = [[[shard["sha256"] for shard in part[split]["shards"]] for split in SPLITS] for part in tokens["parts"]]
-    meta = recipe | {"tokenizer_fingerprint": made_with, "vocab_size": tokenizer.vocab_size,
-                     "fingerprint": hashlib.sha256(json.dumps([made_with, shards]).encode()).hexdigest()} | tokens
-    atomic.write_bytes(folder / "meta.json", json.dumps(meta, indent=2).encode())
 
 
 def summary(done: list[dict[str, Any]], names: list[str]) -> dict[str, Any]:

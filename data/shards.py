@@ -6,6 +6,7 @@ each shard with its length and checksum, so that what is missing, cut short or a
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 from pathlib import Path
@@ -56,8 +57,8 @@ class ShardWriter:
             return []
         with self.file as file:
             file.replace_head(self.header())
-        return [{"file": self.path.name, "offset": len(self.header()), "tokens": self.n_tokens,
-                 "sha256": sha256_of([self.path])[0]}]
+        return [{"file": self.path.name, "offset": len(self.header()), "dtype": np.dtype(self.dtype).name,
+                 "tokens": self.n_tokens, "sha256": sha256_of([self.path])[0]}]
 
 
 class Tokens:
@@ -73,9 +74,7 @@ class Tokens:
 
         Raises ValueError naming a shard that is missing or cut short.
         """
-        meta = read_meta(folder)
-        dtype = token_dtype(meta["vocab_size"])
-        return cls([map_shard(folder, shard, dtype) for shard in meta["parts"][part][split]["shards"]])
+        return cls([map_shard(folder, shard) for shard in read_meta(folder)["parts"][part][split]["shards"]])
 
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
@@ -96,13 +95,13 @@ def open_parts(folder: Path, split: str) -> list[Tokens]:
     return [Tokens.open(folder, split, part) for part in range(len(read_meta(folder)["parts"]))]
 
 
-def map_shard(folder: Path, shard: dict[str, Any], dtype: type[np.unsignedinteger]) -> np.ndarray:
+def map_shard(folder: Path, shard: dict[str, Any]) -> np.ndarray:
     path = folder / shard["file"]  # a path of its own where tokens are used where they lie
-    expected = shard["offset"] + shard["tokens"] * np.dtype(dtype).itemsize
+    expected = shard["offset"] + shard["tokens"] * np.dtype(shard["dtype"]).itemsize
     if not path.is_file() or path.stat().st_size != expected:
         found = f"has {path.stat().st_size:,} bytes, not {expected:,}" if path.is_file() else "is missing"
         raise ValueError(f"{path} {found}: {again(folder)}")
-    return np.memmap(path, dtype, "r", shard["offset"], (shard["tokens"],))
+    return np.memmap(path, shard["dtype"], "r", shard["offset"], (shard["tokens"],))
 
 
 def check(folder: Path) -> None:
@@ -119,6 +118,14 @@ def check(folder: Path) -> None:
 
 def again(folder: Path) -> str:
     return f"delete {folder}, and the same command prepares it again."
+
+
+def write_meta(folder: Path, recipe: dict[str, Any], made_with: str, vocab_size: int, tokens: dict[str, Any]) -> None:
+    """Describe prepared tokens; their fingerprint says which tokens they are, and of which tokenizer (`made_with`)."""
+    shards = [[[shard["sha256"] for shard in part[split]["shards"]] for split in SPLITS] for part in tokens["parts"]]
+    meta = recipe | {"tokenizer_fingerprint": made_with, "vocab_size": vocab_size,
+                     "fingerprint": hashlib.sha256(json.dumps([made_with, shards]).encode()).hexdigest()} | tokens
+    atomic.write_bytes(folder / "meta.json", json.dumps(meta, indent=2).encode())
 
 
 def read_meta(folder: Path) -> dict[str, Any]:

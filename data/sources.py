@@ -33,8 +33,8 @@ SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2d
 class DataConfig:
     """What to learn from, and in which tokens."""
 
-    source: Literal["pydocs", "stdlib", "shakespeare", "text"] = "pydocs"
-    path: str = ""  # text: a file, a folder or a glob; shakespeare: a local copy
+    source: Literal["pydocs", "stdlib", "shakespeare", "text", "bin"] = "pydocs"
+    path: str = ""  # text: a file, a folder or a glob; bin: where .bin files lie; shakespeare: a local copy
     tokenizer: Literal["char", "byte", "gpt2", "bpe"] = "bpe"
     vocab_size: int = 2048  # of a tokenizer that is trained here (bpe); the others have their own
     val_fraction: float = 0.1  # held out to validate on, never trained on
@@ -50,6 +50,8 @@ class DataConfig:
             except ValueError as error:
                 yield f"mix={self.mix}: {error}"
             else:
+                if "bin" in names:
+                    yield f"mix={self.mix}: bin is tokens already, and a mixture is made of text."
                 for name in names:
                     yield from (f"mix={self.mix}: {problem}" for problem in self.part(name).path_problems())
         else:
@@ -63,6 +65,8 @@ class DataConfig:
         if self.source == "text" and not self.path:
             yield ("path is missing: name a UTF-8 file, or a folder or glob of .txt, .md, .jsonl or .parquet files, "
                    "as in data.path=book.txt.")
+        if self.source == "bin" and not self.path:
+            yield "path is missing: name the folder where train.bin and val.bin lie, as in data.path=../nanoGPT/data/openwebtext."
         if self.path and not Path(self.path).exists() and not set(self.path) & set("*?["):
             yield f"path={self.path} does not exist: check the spelling, and that it is relative to {Path.cwd()}."
 

@@ -1,0 +1,119 @@
+"""Tokens that nanoGPT and llm.c have prepared, used where they lie."""
+
+from __future__ import annotations
+
+import os
+import pickle
+
+import numpy as np
+import pytest
+
+from data.prepare import describe, load_tokenizer, prepare
+from data.shards import Tokens, read_meta
+from data.sources import DataConfig
+from data.tokenizer import BPETokenizer
+
+TEXT = "It was the best of times, it was the worst of times. Žluťoučký kůň! " * 20
+
+
+@pytest.fixture
+def nanogpt(tmp_path):
+    """A folder as nanoGPT's data/shakespeare_char/prepare.py leaves it."""
+    (tmp_path / "bins").mkdir()
+    (tmp_path / "bins" / "input.txt").write_text(TEXT, encoding="utf-8")
+    characters = sorted(set(TEXT))
+    ids = np.array([characters.index(one) for one in TEXT], dtype=np.uint16)
+    cut = int(len(TEXT) * 0.9)
+    ids[:cut].tofile(tmp_path / "bins" / "train.bin")
+    ids[cut:].tofile(tmp_path / "bins" / "val.bin")
+    (tmp_path / "bins" / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": len(characters)}))
+    return tmp_path / "bins"
+
+
+def llmc(path, ids, magic=20240520, version=1, dtype=np.uint16):
+    header = np.zeros(256, dtype=np.int32)
+    header[:3] = magic, version, len(ids)
+    path.write_bytes(header.tobytes() + np.array(ids, dtype=dtype).tobytes())
+
+
+def config(path, tokenizer="char"):
+    return DataConfig("bin", str(path), tokenizer)
+
+
+def everything(folder, split):
+    tokens = Tokens.open(folder, split)
+    return tokens.read(np.arange(len(tokens)))
+
+
+def test_nanogpts_characters_are_read_as_they_are(nanogpt, fresh_data):
+    folder = prepare(config(nanogpt))
+    tokenizer = load_tokenizer(folder)
+    texts = [tokenizer.decode_bytes(everything(folder, split)).decode() for split in ("train", "val")]
+    assert "".join(texts) == TEXT and len(texts[0]) == int(len(TEXT) * 0.9)
+    train = read_meta(folder)["splits"]["train"]
+    assert (train["tokens"], train["bytes"]) == (len(texts[0]), len(texts[0].encode()))
+    assert {path.name for path in folder.iterdir()} == {"meta.json", "tokenizer.json"}  # nothing is copied
+    assert f"vocabulary of {len(set(TEXT))}," in describe(folder)
+
+
+def test_nanogpts_tokens_of_gpt2(tmp_path, fresh_data, gpt2_files):
+    gpt2 = BPETokenizer.published("gpt2")
+    ids = [*gpt2.encode(TEXT), gpt2.end_of_text] * 3
+    for name in ("train.bin", "val.bin"):
+        np.array(ids, dtype=np.uint16).tofile(tmp_path / name)
+    folder = prepare(config(tmp_path, "gpt2"))
+    assert everything(folder, "train").tolist() == ids
+    splits = read_meta(folder)["splits"]
+    assert splits["val"]["documents"] == 3 and splits["val"]["bytes"] == 3 * len(TEXT.encode())
+
+
+@pytest.mark.parametrize("magic, dtype", [(20240520, np.uint16), (20240801, np.uint32)])
+def test_llmcs_shards_are_read_in_order(tmp_path, fresh_data, magic, dtype):
+    for number in range(3):
+        llmc(tmp_path / f"fineweb_train_{number:06d}.bin", range(10 * number, 10 * number + 10), magic, dtype=dtype)
+    llmc(tmp_path / "fineweb_val_000000.bin", [7] * 20, magic, dtype=dtype)
+    folder = prepare(config(tmp_path, "byte"))
+    assert everything(folder, "train").tolist() == list(range(30)) and everything(folder, "val").tolist() == [7] * 20
+    assert prepare(config(tmp_path / "fineweb*.bin", "byte")) == folder
+
+
+def test_files_that_move_stay_the_same_data(nanogpt, tmp_path, fresh_data):
+    before = prepare(config(nanogpt))
+    nanogpt.rename(tmp_path / "moved")
+    assert prepare(config(tmp_path / "moved")) == before
+    assert len(everything(before, "train")) == int(len(TEXT) * 0.9)
+
+
+def test_other_tokens_are_other_data(nanogpt, fresh_data):
+    before = prepare(config(nanogpt))
+    content = bytearray((nanogpt / "train.bin").read_bytes())
+    content[0] ^= 1
+    (nanogpt / "train.bin").write_bytes(content)
+    assert prepare(config(nanogpt)) != before
+
+
+@pytest.mark.parametrize("damage, words", [
+    (lambda bins: (bins / "val.bin").unlink(), "holds no .bin file with val in its name"),
+    (lambda bins: [path.unlink() for path in bins.glob("*.bin")], "train and none with val in its name"),
+    (lambda bins: os.truncate(bins / "val.bin", 21), "val.bin is no file of 16-bit tokens: it has 21 bytes"),
+    (lambda bins: llmc(bins / "val.bin", range(50)) or os.truncate(bins / "val.bin", 1100), "val.bin is cut short or damaged: its header promises 50"),
+    (lambda bins: np.array([1, 300], dtype=np.uint16).tofile(bins / "val.bin"), r"val.bin holds the id 300 \(token 1\), beyond the vocabulary of"),
+    (lambda bins: (bins / "input.txt").unlink(), "input.txt is not there"),
+], ids=["no val", "none", "odd", "cut", "beyond", "no text"])
+def test_what_cannot_be_used_is_one_sentence(nanogpt, fresh_data, damage, words):
+    damage(nanogpt)
+    with pytest.raises(ValueError, match=words):
+        prepare(config(nanogpt))
+    assert not any(fresh_data.glob("*"))
+
+
+def test_a_trained_tokenizer_must_lie_beside_its_tokens(nanogpt, fresh_data):
+    with pytest.raises(ValueError, match="tokenizer.json is not there: name the tokenizer"):
+        prepare(config(nanogpt, "bpe"))
+
+
+def test_the_settings_ask_for_a_path():
+    [problem] = DataConfig("bin").problems()
+    assert problem.startswith("path is missing: name the folder where train.bin")
+    [problem] = DataConfig(mix="bin:1 pydocs:1", path=".").problems()
+    assert "bin is tokens already" in problem

@@ -26,9 +26,10 @@ from pathlib import Path
 
 import torch
 
+from conf.identity import flat, printable
 from conf.launch import launch
 from conf.schema import SampleSettings, rebuild
-from data.tokenizer import Tokenizer, from_json
+from data.tokenizer import Tokenizer, fingerprint, from_json
 from model import GPT, GPTConfig, generate
 from training import checkpoint
 from training.checkpoint import Checkpoint
@@ -63,6 +64,10 @@ def open_checkpoint(run: Path, which: str, device: Device) -> tuple[GPT, Tokeniz
         if tokenizer.vocab_size != config.vocab_size:
             raise ValueError(f"{found.folder} cannot be: its tokenizer has {tokenizer.vocab_size} tokens, "
                              f"its model {config.vocab_size}.")
+        given, trained = fingerprint(tokenizer)[:12], flat(found.state["settings"]).get("data.tokenizer_fingerprint")
+        if trained not in (None, given):
+            raise ValueError(f"{found.folder / checkpoint.TOKENIZER} (fingerprint {given}) is not the tokenizer that the model "
+                             f"was trained with (fingerprint {printable(str(trained))}): put that one back.")
         with torch.device("meta"):
             shapes = GPT(config).state_dict()
         weights = found.tensors(checkpoint.MODEL, like=shapes)  # the model takes memory only once its weights are there

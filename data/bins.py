@@ -1,4 +1,4 @@
-"""Tokens that someone else has prepared: nanoGPT's `train.bin` and `val.bin` (bare uint16) and llm.c's shards (with a header).
+"""Tokens that others have prepared: nanoGPT's `train.bin` and `val.bin` (bare uint16), and llm.c's shards (with a header).
 
 They are used where they lie, read through memory maps like our own shards.
 """
@@ -18,7 +18,7 @@ from data.shards import SPLITS, read_meta, write_meta
 from data.store import data_root, made_once, sha256_of
 from data.tokenizer import CharTokenizer, Tokenizer, fingerprint, from_json
 
-HEADER_BYTES = 1024  # of llm.c's files: 256 int32, of which the first three are the magic number, a version, the number of tokens
+HEADER_BYTES = 1024  # of llm.c's files: 256 int32, the first three a magic number, a version, and how many tokens follow
 MAGIC = {20240520: "uint16", 20240801: "uint32"}  # GPT-2's tokens; Llama 3's
 CHUNK = 2**24  # tokens that are looked at together
 
@@ -78,8 +78,8 @@ def find_bins(path: str) -> dict[str, list[Path]]:
         files = sorted(Path(place.anchor).glob(str(place.relative_to(place.anchor))))
     found = {split: [file for file in files if split in file.name.lower()] for split in SPLITS}
     if missing := [split for split in SPLITS if not found[split]]:
-        raise ValueError(f"data.path={path} holds no .bin file with {' and none with '.join(missing)} in its name: name the folder "
-                         f"where train.bin and val.bin lie, or a glob such as 'fineweb10B/*.bin'.")
+        raise ValueError(f"data.path={path} holds no .bin file with {' and none with '.join(missing)} in its name: name the "
+                         f"folder where train.bin and val.bin lie, or a glob such as 'fineweb10B/*.bin'.")
     return found
 
 
@@ -91,7 +91,7 @@ def describe_bin(path: Path) -> dict[str, Any]:
     if len(header) == 3 and int(header[0]) in MAGIC:
         dtype, offset, tokens = MAGIC[int(header[0])], HEADER_BYTES, int(header[2])
         if offset + tokens * np.dtype(dtype).itemsize != size:
-            raise ValueError(f"{path} is cut short or damaged: its header promises {tokens:,} tokens, and it has {size:,} bytes.")
+            raise ValueError(f"{path} is cut short or damaged: its header promises {tokens:,} tokens, it has {size:,} bytes.")
         return {"file": str(path.resolve()), "offset": offset, "dtype": dtype, "tokens": tokens}
     if size % 2:
         raise ValueError(f"{path} is no file of 16-bit tokens: it has {size:,} bytes, an odd number.")

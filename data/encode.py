@@ -34,31 +34,29 @@ class Batch:
     part: int
     segment: int
     pieces: list[Piece]
-    n_bytes: int
+    n_bytes: dict[str, int]  # by split
     read: float  # how much of all sources had been read when its end was, from 0 to 1; 0 where nobody knows
 
-    def total(self, split: str) -> tuple[int, int]:
-        """Documents and bytes of one split."""
-        mine = [piece for piece in self.pieces if piece.split == split]
-        return sum(piece.ends for piece in mine), sum(len(piece.text.encode()) for piece in mine)
+    def documents(self, split: str) -> int:
+        return sum(piece.ends for piece in self.pieces if piece.split == split)
 
 
 def batches(corpora: list[Corpus]) -> Iterator[Batch]:
     segment = 0
     for part, corpus in enumerate(corpora):
         pieces: list[Piece] = []
-        n_bytes, in_segment = 0, 0
+        n_bytes, in_segment = dict.fromkeys(SPLITS, 0), 0
         for piece in chain(corpus.pieces(), [None]):
-            if n_bytes >= BATCH_BYTES or not piece:
+            if sum(n_bytes.values()) >= BATCH_BYTES or not piece:
                 read = corpus.source.fraction()
                 yield Batch(part, segment, pieces, n_bytes, read and (part + read) / len(corpora))
-                in_segment += n_bytes
-                pieces, n_bytes = [], 0
+                in_segment += sum(n_bytes.values())
+                pieces, n_bytes = [], dict.fromkeys(SPLITS, 0)
                 if in_segment >= SEGMENT_BYTES or not piece:
                     segment, in_segment = segment + 1, 0
             if piece:
                 pieces.append(piece)
-                n_bytes += len(piece.text.encode())
+                n_bytes[piece.split] += len(piece.text.encode())
 
 
 def segments(corpora: list[Corpus], tokenizer: Tokenizer, folder: Path, first: int, title: str) -> Iterator[dict[str, Any]]:
@@ -93,9 +91,8 @@ def segments(corpora: list[Corpus], tokenizer: Tokenizer, folder: Path, first: i
                 segment["part"] = batch.part
                 for split in SPLITS:
                     writers[split].add(ids[split])
-                    documents, n_bytes = batch.total(split)
-                    segment[split]["documents"] += documents
-                    segment[split]["bytes"] += n_bytes
+                    segment[split]["documents"] += batch.documents(split)
+                    segment[split]["bytes"] += batch.n_bytes[split]
                 show(bar, batch)
             for split, writer in writers.items():
                 segment[split] |= {"tokens": writer.n_tokens, "shards": writer.close()}
@@ -125,5 +122,6 @@ def threads() -> int:
 
 def show(bar: tqdm, batch: Batch) -> None:
     """Move the bar on; how much text there is in all is known only by how far the source has been read."""
-    bar.total = int((bar.n + batch.n_bytes) / batch.read) if batch.read else None
-    bar.update(batch.n_bytes)
+    n_bytes = sum(batch.n_bytes.values())
+    bar.total = int((bar.n + n_bytes) / batch.read) if batch.read else None
+    bar.update(n_bytes)

@@ -66,7 +66,7 @@ class DataConfig:
             yield ("path is missing: name a UTF-8 file, or a folder or glob of .txt, .md, .jsonl or .parquet files, "
                    "as in data.path=book.txt.")
         if self.source == "bin" and not self.path:
-            yield "path is missing: name the folder where train.bin and val.bin lie, as in data.path=../nanoGPT/data/openwebtext."
+            yield "path is missing: name the folder where train.bin and val.bin lie, as in data.path=nanoGPT/data/openwebtext."
         if self.path and not Path(self.path).exists() and not set(self.path) & set("*?["):
             yield f"path={self.path} does not exist: check the spelling, and that it is relative to {Path.cwd()}."
 
@@ -164,7 +164,7 @@ class PyDocs:
 
 
 class StdLib:
-    """The source code of Python's standard library, about 20 MB, each file a document: code to learn, without a download."""
+    """The source code of Python's standard library, about 12 MB, each file a document: code to learn, without a download."""
 
     def __init__(self, library: Path | None = None) -> None:
         self.stdlib, self.files = library_files(library)

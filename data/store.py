@@ -90,6 +90,18 @@ def made_once(folder: Path, make: Callable[[Path], None]) -> None:
             lock.release()
 
 
+def in_use(building: Path) -> bool:
+    """Whether a process is filling the folder."""
+    path = building.with_name(f".lock-{building.name.removeprefix(BUILDING)}")
+    if not path.exists():
+        return False
+    try:
+        atomic.Lock(path, "nobody").release()
+    except BlockingIOError:
+        return True
+    return False
+
+
 def fill(folder: Path, make: Callable[[Path], None]) -> None:
     partial = folder.with_name(f"{BUILDING}{folder.name}")
     partial.mkdir(exist_ok=True)

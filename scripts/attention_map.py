@@ -15,7 +15,6 @@ Settings, each with its default:
 from __future__ import annotations
 
 import base64
-import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -31,6 +30,7 @@ from conf.schema import closest, compose, options
 from data.tokenizer import ByteTokenizer, Tokenizer
 from model import GPT
 from sample import open_checkpoint
+from scripts.plot import pyplot, save
 from training.device import Device
 from training.run import find_run
 
@@ -137,15 +137,8 @@ def page(name: str, words: list[str], weights: Tensor, following: list[list[tupl
 
 def draw(name: str, weights: Tensor) -> bytes:
     """The grid of all layers and heads, as PNG. Raises ValueError if matplotlib is missing."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise ValueError("Drawing needs matplotlib: pip install matplotlib.") from None
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
     layers, heads = weights.shape[:2]
-    figure, axes = pyplot.subplots(layers, heads, figsize=(1 + 1.6 * heads, 0.8 + 1.6 * layers), dpi=100, squeeze=False,
+    figure, axes = pyplot().subplots(layers, heads, figsize=(1 + 1.6 * heads, 0.8 + 1.6 * layers), dpi=100, squeeze=False,
                                    layout="constrained")
     for layer in range(layers):
         for head in range(heads):
@@ -158,10 +151,7 @@ def draw(name: str, weights: Tensor) -> bytes:
             if head == 0:
                 cell.set_ylabel(f"layer {layer}", fontsize=8)
     figure.suptitle(f"{name}: rows attend to columns", fontsize=10)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png")
-    pyplot.close(figure)
-    return picture.getvalue()
+    return save(figure, "png")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ Settings, each with its default:
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -121,12 +122,13 @@ def memory(settings: BenchPrepareSettings, scratch: Path) -> None:
     """Print the resident memory of a process that prepares a large text, along its way."""
     path = scratch / "memory.txt"
     write_text(path, int(settings.gigabytes * 10**9))
-    command = [sys.executable, "-m", "scripts.prepare", "data=text", f"data.path={path}", f"data.tokenizer={settings.tokenizer}"]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    words = ["data=text", f"data.path={path}", f"data.tokenizer={settings.tokenizer}"]
+    process = subprocess.Popen([sys.executable, "-m", "scripts.prepare", *words], cwd=ROOT, stderr=subprocess.DEVNULL)
     start, curve = time.monotonic(), []
     while process.poll() is None:
         status = Path(f"/proc/{process.pid}/status").read_text()
-        curve += [(time.monotonic() - start, int(line.split()[1]) / 1000) for line in status.splitlines() if line.startswith("VmRSS")]
+        resident = re.search(r"VmRSS:\s+(\d+) kB", status)
+        curve += [(time.monotonic() - start, int(resident[1]) / 1000)] if resident else []
         time.sleep(0.25)
     print(f"\n{settings.gigabytes:g} GB, {settings.tokenizer}: {curve[-1][0]:.0f} s, "
           f"at most {max(size for _, size in curve):.0f} MB\n\n| of the time | resident, MB |\n|---|---|")

@@ -14,6 +14,8 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import atomic
 from conf.launch import launch
@@ -42,19 +44,23 @@ def main(settings: PlotSettings) -> int:
     return 0
 
 
-def draw(run: Path, kind: str) -> bytes:
-    """A picture of the file type `kind`. Raises ValueError if matplotlib is missing or cannot draw that type."""
+def pyplot() -> ModuleType:
+    """matplotlib's, which draws without a screen. Raises ValueError if it is not installed."""
     try:
         import matplotlib
     except ImportError:
         raise ValueError("Drawing needs matplotlib: pip install matplotlib.") from None
     matplotlib.use("agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot as drawing
+    return drawing
 
+
+def draw(run: Path, kind: str) -> bytes:
+    """A picture of the file type `kind`. Raises ValueError if matplotlib is missing."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     trained = [(row["step"], row["loss"]) for row in rows if row.get("loss") is not None]
     validated = [(row["step"], row["val_loss"]) for row in rows if row.get("val_loss") is not None]
-    figure, axes = pyplot.subplots(figsize=(7, 4), dpi=120, layout="constrained")
+    figure, axes = pyplot().subplots(figsize=(7, 4), dpi=120, layout="constrained")
     if trained:
         axes.plot(*zip(*trained, strict=True), color="#9ecae1", linewidth=1, label="training, each step")
     if validated:
@@ -63,6 +69,11 @@ def draw(run: Path, kind: str) -> bytes:
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
+    return save(figure, kind)
+
+
+def save(figure: Any, kind: str) -> bytes:
+    """A matplotlib figure as the content of a file of the type `kind`."""
     picture = io.BytesIO()
     figure.savefig(picture, format=kind)
     return picture.getvalue()

@@ -108,7 +108,7 @@ def test_what_cannot_be_used_is_one_sentence(nanogpt, fresh_data, damage, words)
 
 
 def test_a_trained_tokenizer_must_lie_beside_its_tokens(nanogpt, fresh_data):
-    with pytest.raises(ValueError, match="tokenizer.json is not there: name the tokenizer"):
+    with pytest.raises(ValueError, match=r"tokenizer.json is not there: name the tokenizer"):
         prepare(config(nanogpt, "bpe"))
 
 

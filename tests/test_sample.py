@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import io
+import json
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_checkpoint import reseal
 
 import sample as story
 import train
 from conf.schema import compose
+from data.tokenizer import fingerprint, from_json
 from training import checkpoint
 from training.device import Device
 
@@ -38,6 +42,20 @@ def say(runs_dir, capsys):
 
 def test_the_same_seed_gives_the_same_text_and_another_another(say):
     assert say("prompt=The", "seed=1") == say("prompt=The", "seed=1") != say("prompt=The", "seed=2")
+
+
+def test_a_tokenizer_that_the_model_was_not_trained_with_is_refused_with_both_names(runs_dir, tmp_path):
+    """Although the vocabularies are of one size, and all checksums agree."""
+    shutil.copytree(runs_dir / "tiny", tmp_path / "tiny")
+    for one in checkpoint.find(tmp_path / "tiny" / "checkpoints"):
+        saved = json.loads((one.folder / "tokenizer.json").read_text())
+        other = saved | {"characters": saved["characters"].replace("a", "!")}
+        other["characters"] = "".join(sorted(other["characters"]))
+        (one.folder / "tokenizer.json").write_text(json.dumps(other))
+        reseal(one.folder)
+        names = fingerprint(from_json(other, ""))[:12], fingerprint(from_json(saved, ""))[:12]
+    with pytest.raises(ValueError, match=r"tokenizer.json \(fingerprint {}\) is not the tokenizer .*\(fingerprint {}\)".format(*names)):
+        story.open_checkpoint(tmp_path / "tiny", "last", Device("cpu", "fp32"))
 
 
 def test_the_prompt_comes_first_and_as_many_tokens_as_asked_follow(say):

@@ -99,7 +99,7 @@ def test_no_pickle_is_loaded(tmp_path):
             np.save(path, np.array([Bomb(tmp_path / "went off")], dtype=object))
         else:
             path.write_bytes(pickle.dumps(Bomb(tmp_path / "went off")))
-        with pytest.raises(ValueError, match="has .* bytes, not"):
+        with pytest.raises(ValueError, match=r"has .* bytes, not"):
             Tokens.open(tmp_path / name, "train")
         path.write_bytes(path.read_bytes().ljust(134)[:134])
         with pytest.raises(ValueError, match="was altered"):

@@ -22,11 +22,11 @@ RECORD_BYTES = 2**26  # the most that one JSON line may hold: it is one string, 
 KINDS = (".txt", ".md", ".jsonl", ".parquet")
 COMPRESSIONS = ("", ".gz", ".zst")
 
-# Where a long text can be cut without changing its tokens: every split pattern begins a new word at a space between two
-# letters, after the end of a line (blank ones are another matter), and at a mark after a word of a script without spaces.
-LETTER = r"[^\W\d_]"
+# Where a long text can be cut without changing its tokens: every split pattern begins anew at a space behind a word or
+# number, after the end of a line (blank ones are another matter), and at a mark after a word of a script without spaces.
+LETTER, WORD = r"[^\W\d_]", r"[^\W_]"
 MARK = r"[\u3001\u3002\u300a-\u300f\uff01\uff08\uff09\uff0c\uff1a\uff1b\uff1f]"  # of Chinese and Japanese
-CUT = re.compile(rf"(?<={LETTER})(?= {LETTER})|(?<=\S\n)(?={LETTER})|(?<={LETTER})(?={MARK})")
+CUT = re.compile(rf"(?<={WORD})(?= \S)|(?<=\S\n)(?=\S)|(?<={LETTER})(?={MARK})")
 CUT_WITHIN = (2**10, 2**16)  # characters at a piece's end in which a place to cut is looked for, first in few of them
 
 

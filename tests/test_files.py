@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+import tiktoken
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiktoken_ext import openai_public
 
 from data import files
 from data.tokenizer import BPETokenizer
@@ -164,24 +166,44 @@ WORDS = st.sampled_from(["the", "can't", "I'll", "Ünï", "日本", "語", "中�
                          "\n\n", "\t", ".", ",", "...", "!?", "，", "。", "「", "（", "_", "🐎", "'s", "’s", "HTTPServer", "\u00a0"])
 
 
-@pytest.fixture(scope="module")
-def bpe():
-    return BPETokenizer.train(iter(["the cat can't sit on the mat. I'll see 42 of them, 日本語 中文 عربي!"] * 5), 300)
+SAMPLE = "the cat can't sit on the mat. I'll see 42 of them, 日本語 中文 عربي! 100 200\n300\n🐎🐎 "
 
 
+@pytest.fixture(scope="module", params=["bpe", "gpt2", "cl100k_base", "o200k_base"])
+def any_bpe(request):
+    """GPT-2's tokenizer, our own, and our own tokens with the patterns by which tiktoken's others split a text."""
+    ours = BPETokenizer.train(iter([SAMPLE] * 5), 310)
+    if request.param == "gpt2":
+        request.getfixturevalue("gpt2_files")
+        return BPETokenizer.gpt2()
+    if request.param != "bpe":
+        ranks = {ours.decode_bytes([one]): one for one in range(ours.end_of_text)}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(openai_public, "load_tiktoken_bpe", lambda *args, **options: ranks)
+            pattern = getattr(openai_public, request.param)()["pat_str"]
+        return BPETokenizer(tiktoken.Encoding("test", pat_str=pattern, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": len(ranks)}))
+    return ours
+
+
+@settings(max_examples=300)
 @given(st.lists(WORDS, max_size=60).map("".join))
-def test_cutting_a_text_changes_no_token(bpe, text):
-    whole = bpe.encode(text)
+def test_cutting_a_text_changes_no_token(any_bpe, text):
+    whole = any_bpe.encode(text)
     for match in files.CUT.finditer(text):
-        assert bpe.encode(text[: match.start()]) + bpe.encode(text[match.start():]) == whole, match
+        assert any_bpe.encode(text[: match.start()]) + any_bpe.encode(text[match.start():]) == whole, match
 
 
-@given(st.lists(WORDS, max_size=60).map("".join))
-def test_cutting_a_text_changes_no_token_of_gpt2(gpt2_files, text):
-    gpt2 = BPETokenizer.gpt2()
-    whole = gpt2.encode(text)
-    for match in files.CUT.finditer(text):
-        assert gpt2.encode(text[: match.start()]) + gpt2.encode(text[match.start():]) == whole, match
+@pytest.mark.parametrize("text", [
+    "第一回 甄士隱夢幻識通靈，賈雨村風塵懷閨秀。此開卷第一回也。「作者自云」：", "كان يا ما كان في قديم الزمان، وسالف العصر والأوان. ", "🐎 🏳️‍🌈 👩‍👩‍👧‍👦 emoji ",
+    "one\r\ntwo\nthree\rfour\r\n\r\n five ", "12,5;13,7;-4\n15,9;1e-5;22\n", "def f(x):\n    return x ** 2\n\n\n",
+], ids=["chinese", "arabic", "emoji", "line ends", "numbers", "code"])
+def test_a_long_text_in_pieces_has_the_tokens_of_the_whole(any_bpe, text, tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_bytes((text * 100).encode())
+    whole = any_bpe.encode(text * 100)
+    for piece in (100, 333, 1000):
+        monkeypatch.setattr(files, "PIECE", piece)
+        pieces = list(files.File(tmp_path / "a.txt").text_pieces())
+        assert len(pieces) > 1 and [one for piece in pieces for one in any_bpe.encode(piece)] == whole
 
 
 def test_ordinary_texts_have_places_to_cut(monkeypatch):

@@ -105,15 +105,21 @@ def in_use(building: Path) -> bool:
 def fill(folder: Path, make: Callable[[Path], None]) -> None:
     partial = folder.with_name(f"{BUILDING}{folder.name}")
     partial.mkdir(exist_ok=True)
-    for leftover in partial.glob(f"{atomic.PARTIAL}*"):
-        leftover.unlink()
+    sweep(partial)
     try:
         make(partial)
     except BaseException as failure:
+        sweep(partial)
         if isinstance(failure, ValueError) or not any(partial.glob("*.json")):  # nothing to go on with
             atomic.remove(partial)
         raise
     atomic.name_folder(partial, folder)
+
+
+def sweep(folder: Path) -> None:
+    """Remove files that a failure left unfinished: they take room, and nothing else comes of them."""
+    for leftover in folder.glob(f"{atomic.PARTIAL}*"):
+        leftover.unlink()
 
 
 def wait_for(path: Path) -> atomic.Lock:

@@ -439,6 +439,7 @@ def test_a_full_disk_is_one_sentence_and_what_is_whole_stays(corpus, monkeypatch
         patch.setattr(ShardWriter, "add", full)
         prepare(config)
     assert len(list(Path(os.environ["NANOHYDRA_DATA"]).rglob("train_0000?.npy"))) == 2
+    assert not list(Path(os.environ["NANOHYDRA_DATA"]).rglob(".partial*"))  # which would take what room there is
     assert len(documents(prepare(config), "train")) + len(documents(prepare(config), "val")) == len(MANY)
 
 

@@ -1,42 +1,92 @@
 """Text to token ids and back."""
 
 import base64
+import hashlib
+import io
 import json
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import requests
 import rustbpe
 import tiktoken
 from hypothesis import given
 from hypothesis import strategies as st
+from tiktoken_ext import openai_public
 
-from data.tokenizer import END_OF_TEXT, PATTERN, BPETokenizer, ByteTokenizer, CharTokenizer, fingerprint, from_json
+from data.tokenizer import (
+    END_OF_TEXT,
+    PATTERN,
+    PUBLISHED,
+    BPETokenizer,
+    ByteTokenizer,
+    CharTokenizer,
+    Tokenizer,
+    fingerprint,
+    from_json,
+)
 
 TEXT = """It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness,
 it was the epoch of belief, it was the epoch of incredulity, it was the season of Light, it was the season of Darkness,
 it was the spring of hope, it was the winter of despair, we had everything before us, we had nothing before us."""
-CHARACTERS = "".join(sorted(set(TEXT + END_OF_TEXT + "\ré\u2028🎉")))
+SCRIPTS = {
+    "latin": "Ça va? Straße, naïve façade: “don’t” I'LL we've THEY'RE  e\u0301 ﬁn ſo ŉ",
+    "cyrillic": "Съешь же ещё этих мягких французских булок, да выпей чаю.",
+    "greek": "Ξεσκεπάζω την ψυχοφθόρα βδελυγμία· ὦ ἄνδρες",
+    "arabic": "نص حكيم له سر قاطع وذو شأن عظيم، ١٢٣٤٥ لَا",
+    "hebrew": "דג סקרן שט בים מאוכזב ולפתע מצא חברה, שָׁלוֹם",
+    "devanagari": "ऋषियों को सताने वाले दुष्ट राक्षसों के राजा १२३४",
+    "thai": "เป็นมนุษย์สุดประเสริฐเลิศคุณค่า ๑๒๓",
+    "chinese": "我能吞下玻璃而不伤身体。「你好」，世界！𠀀𪚥",
+    "japanese": "いろはにほへと ちりぬるを。カタカナー、１２３４５",
+    "korean": "키스의 고유조건은 입술끼리 만나야 하고 특별한 기술은 필요치 않다. \u1112\u1161\u11ab",
+    "emoji": "👩‍👩‍👧‍👦🏳️‍🌈 👍🏽! 🇺🇳❤️‍🔥1️⃣",
+    "line ends": "one\r\ntwo\rthree\n\n\n  four \t\n \r\n\v\f\x85\u2028\u2029 \xa0\u3000 five   ",
+    "numbers": "34 34 34 1 12 123 1234 12345678.90e-10 ½ Ⅻ ²³ 1,000,000",
+    "code": "def f(x):\n    return {'a': x[0] ** 2, \"b\": lambda *y: None}  # ==== !!!\n\tif a&&b || !c: <div/>\n",
+    "odd": "\0\x01\x7f\ufeff\ufffd\uffff\U0010ffff\u200b\u202e",
+}
+CHARACTERS = "".join(sorted(set(TEXT + END_OF_TEXT + "".join(SCRIPTS.values()))))
+EVERY_CHARACTER = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x110000)]))
 
 
 def train_bpe(vocab_size: int = 300) -> BPETokenizer:
     return BPETokenizer.train(iter(TEXT.splitlines()), vocab_size)
 
 
-@pytest.fixture(scope="module", params=["char", "byte", "bpe", "gpt2"])
+@pytest.fixture(scope="module", params=["char", "byte", "bpe", "gpt2", "cl100k_base", "o200k_base"])
 def tokenizer(request):
-    """Each kind; `char` knows CHARACTERS."""
+    """Each kind. `char` knows CHARACTERS; the two large published ones have their own way to split a text and their own
+    special tokens with holes between the ids, but, for want of their files, ranks that are learned here."""
     if request.param == "gpt2":
         request.getfixturevalue("gpt2_files")
-        return BPETokenizer.gpt2()
-    if request.param == "bpe":
-        return train_bpe()
-    return ByteTokenizer() if request.param == "byte" else CharTokenizer(CHARACTERS, with_end_of_text=True)
+        yield BPETokenizer.published("gpt2")
+    elif request.param in PUBLISHED:
+        learned = BPETokenizer.train(iter([TEXT, *SCRIPTS.values()] * 2), 700)
+        ranks = {token: rank for rank, token in enumerate(learned.ranks())}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tiktoken.registry, "ENCODINGS", {})  # where tiktoken finds it again
+            with pytest.MonkeyPatch.context() as loading:
+                loading.setattr(openai_public, "load_tiktoken_bpe", lambda url, expected_hash: ranks)
+                made = BPETokenizer.published(request.param)
+            yield made
+    elif request.param == "bpe":
+        yield train_bpe()
+    else:
+        yield ByteTokenizer() if request.param == "byte" else CharTokenizer(CHARACTERS, with_end_of_text=True)
 
 
-def texts(tokenizer) -> st.SearchStrategy[str]:
-    """Whatever a tokenizer should take, with the words of the special token among it."""
+def texts(tokenizer: Tokenizer) -> st.SearchStrategy[str]:
+    """Whatever a tokenizer should take, with the words of special tokens among it."""
     some = st.text(CHARACTERS) if isinstance(tokenizer, CharTokenizer) else st.text()
-    return st.lists(some | st.sampled_from([END_OF_TEXT, "<|endof", " ", "\r\n", "it was the "])).map("".join)
+    known = [END_OF_TEXT, "<|endof", " ", "\r\n", "it was the ", "'ll ", *SCRIPTS.values()]
+    return st.lists(some | st.sampled_from(known)).map("".join)
+
+
+def special_ids(tokenizer: Tokenizer) -> set[int]:
+    return set(tokenizer.special.values()) if isinstance(tokenizer, BPETokenizer) else {tokenizer.end_of_text}
 
 
 @given(data=st.data())
@@ -47,21 +97,71 @@ def test_decoding_gives_back_any_text(tokenizer, data):
     assert all(0 <= one < tokenizer.vocab_size for one in ids)
 
 
-def test_the_words_endoftext_in_a_text_stay_words(tokenizer):
-    """A text cannot forge the end of itself."""
-    ids = tokenizer.encode(f"the best{END_OF_TEXT}of times")
-    assert tokenizer.end_of_text == tokenizer.vocab_size - 1  # behind all others
-    assert tokenizer.end_of_text not in ids
-    assert tokenizer.decode_bytes([*ids, tokenizer.end_of_text]).decode() == f"the best{END_OF_TEXT}of times{END_OF_TEXT}"
+@given(data=st.data())
+def test_encoding_what_ids_say_gives_the_same_ids(tokenizer, data):
+    ids = tokenizer.encode(data.draw(texts(tokenizer)))
+    assert tokenizer.encode(tokenizer.decode_bytes(ids).decode()) == ids
 
 
-def test_a_very_long_run_of_spaces_is_text_or_one_clear_error(tokenizer):
-    text = " " * 1_000_000 + "x"
-    if isinstance(tokenizer, BPETokenizer):  # tiktoken's pattern overflows its stack
-        with pytest.raises(ValueError, match="more than tiktoken can split"):
-            tokenizer.encode(text)
-    else:
+def test_every_character_of_unicode_comes_back(tokenizer):
+    if isinstance(tokenizer, CharTokenizer):
+        tokenizer = CharTokenizer(EVERY_CHARACTER, with_end_of_text=True)
+    for text in (EVERY_CHARACTER, " ".join(EVERY_CHARACTER[::7])):
         assert tokenizer.decode_bytes(tokenizer.encode(text)).decode() == text
+
+
+@given(data=st.data())
+def test_the_array_of_ids_is_the_list_of_ids(tokenizer, data):
+    text = data.draw(texts(tokenizer))
+    ids = tokenizer.encode_array(text)
+    assert ids.dtype == (np.uint8 if isinstance(tokenizer, ByteTokenizer) else np.uint32)
+    assert ids.tolist() == tokenizer.encode(text) and tokenizer.decode_bytes(ids).decode() == text
+    if isinstance(tokenizer, BPETokenizer):
+        assert ids.tolist() == tokenizer.encoding.encode_ordinary(text)
+
+
+def test_threads_can_encode_at_the_same_time(tokenizer):
+    many = [script * (number % 5) for number in range(200) for script in SCRIPTS.values()]
+    with ThreadPoolExecutor(8) as threads:
+        for text, ids in zip(many, threads.map(tokenizer.encode_array, many), strict=True):
+            assert tokenizer.decode_bytes(ids).decode() == text
+
+
+def test_the_words_of_special_tokens_in_a_text_stay_words(tokenizer):
+    """A text cannot forge the end of itself."""
+    for word in tokenizer.special if isinstance(tokenizer, BPETokenizer) else [END_OF_TEXT]:
+        ids = tokenizer.encode(f"the best{word}of times")
+        assert not set(ids) & special_ids(tokenizer)
+        assert tokenizer.decode_bytes([*ids, tokenizer.end_of_text]).decode() == f"the best{word}of times{END_OF_TEXT}"
+
+
+def test_every_id_below_the_size_of_the_vocabulary_can_be_decoded(tokenizer):
+    """A model can give any of them, also one that no token has."""
+    assert max(special_ids(tokenizer)) == tokenizer.vocab_size - 1
+    tokens = [tokenizer.decode_bytes([one]) for one in range(tokenizer.vocab_size)]
+    assert tokenizer.decode_bytes(range(tokenizer.vocab_size)) == b"".join(tokens)
+    used = [token for token in tokens if token]
+    assert len(set(used)) == len(used) and END_OF_TEXT.encode() == tokens[tokenizer.end_of_text]
+
+
+def test_a_very_long_run_of_blanks_is_text_or_one_clear_error(tokenizer):
+    text = " " * 1_000_000 + "x"
+    try:
+        ids = tokenizer.encode(text)
+    except ValueError as error:  # the split pattern overflows its stack
+        assert isinstance(tokenizer, BPETokenizer) and "a million or more blank characters" in str(error)
+        assert "\n" not in str(error) and error.__suppress_context__
+    else:
+        assert tokenizer.decode_bytes(ids).decode() == text
+
+
+@pytest.mark.parametrize("text", ["abc\ud800", "abc\udcffdef"])
+def test_half_a_character_is_one_clear_error(tokenizer, text):
+    with pytest.raises(ValueError) as caught:
+        tokenizer.encode(text)
+    assert type(caught.value) is ValueError and ascii(text[3]) in str(caught.value) and "\n" not in str(caught.value)
+    if not isinstance(tokenizer, CharTokenizer):
+        assert "at character 3" in str(caught.value)
 
 
 def test_json_gives_the_same_tokenizer_back(tokenizer):
@@ -88,7 +188,15 @@ def test_char_ids_follow_the_given_characters():
     assert (tokenizer.vocab_size, tokenizer.end_of_text) == (4, 3)
 
 
-@pytest.mark.parametrize("unknown", ["z", "é", "\n", "'", "zé"])
+@given(text=st.text())
+def test_characters_of_any_text_come_back(text):
+    tokenizer = CharTokenizer("".join(sorted(set(text))), with_end_of_text=True)
+    ids = tokenizer.encode(text)
+    assert [tokenizer.characters[one] for one in ids] == list(text)
+    assert tokenizer.decode_bytes([*ids, tokenizer.end_of_text]).decode() == text + END_OF_TEXT
+
+
+@pytest.mark.parametrize("unknown", ["z", "\0", "\U0010ffff", "é", "\n", "'", "zé"])
 def test_unknown_characters_are_named(unknown):
     with pytest.raises(ValueError) as caught:
         CharTokenizer("abc", with_end_of_text=False).encode(f"ab{unknown}c{unknown}")
@@ -134,27 +242,188 @@ def test_too_small_a_corpus_is_an_error_with_both_numbers():
     assert train_bpe(possible).vocab_size == possible
 
 
-# GPT-2's
+def test_a_run_of_blanks_that_training_cannot_split_is_one_clear_error():
+    with pytest.raises(ValueError, match="a million or more blank characters") as caught:
+        BPETokenizer.train(iter([TEXT, " " * 1_000_000 + "x"]), 300)
+    assert "\n" not in str(caught.value) and caught.value.__suppress_context__
+
+
+def test_training_holds_some_dozens_of_texts_at_once():
+    """They can be large. One that cannot be split ends the training before it takes the next ones."""
+    def reading():
+        yield " " * 1_000_000 + "x"
+        for number in range(1000):
+            taken.append(number)
+            yield TEXT
+
+    taken = []
+    with pytest.raises(ValueError):
+        BPETokenizer.train(reading(), 300)
+    assert len(taken) < 100
+
+
+@pytest.mark.parametrize("mistake", [ValueError("book.txt is not UTF-8"), KeyboardInterrupt()])
+def test_what_goes_wrong_while_reading_the_sample_is_said_as_it_is(mistake):
+    def reading():
+        yield TEXT
+        raise mistake
+
+    with pytest.raises(type(mistake)) as caught:
+        BPETokenizer.train(reading(), 300)
+    assert caught.value is mistake
+
+
+def test_a_hundred_thousand_tokens_can_be_trained_saved_and_loaded():
+    letters = np.random.default_rng(0).choice(list("abcdefghijklmnop"), (60_000, 12))
+    text = " ".join(map("".join, letters.tolist()))
+    tokenizer = BPETokenizer.train(iter([text]), 100_000)
+    assert (tokenizer.vocab_size, tokenizer.end_of_text) == (100_000, 99_999)
+    again = from_json(json.loads(json.dumps(tokenizer.to_json())), "here")
+    assert again.encode(text[:5000]) == tokenizer.encode(text[:5000]) and max(again.encode(text)) > 90_000
+
+
+def test_the_saved_json_is_all_that_tiktoken_needs():
+    saved = json.loads(json.dumps(train_bpe().to_json()))
+    encoding = tiktoken.Encoding("mine", pat_str=saved["pattern"], special_tokens={END_OF_TEXT: len(saved["ranks"])},
+                                 mergeable_ranks={base64.b64decode(token): rank for rank, token in enumerate(saved["ranks"])})
+    for text in (TEXT, *SCRIPTS.values()):
+        assert encoding.encode(text) == train_bpe().encode(text)
+    assert encoding.eot_token == train_bpe().end_of_text
+
+
+# The published ones
 
 
 def test_gpt2_ids_are_the_published_ones(gpt2_files):
-    tokenizer = BPETokenizer.gpt2()
+    tokenizer = BPETokenizer.published("gpt2")
     assert tokenizer.encode("Hello, I'm a language model,") == [15496, 11, 314, 1101, 257, 3303, 2746, 11]
     assert (tokenizer.vocab_size, tokenizer.end_of_text) == (50257, 50256)
-    assert tokenizer.to_json() == {"kind": "gpt2"}
+    assert not tokenizer.unused
 
 
-def test_gpt2_offline_is_one_sentence_that_says_what_to_do(tmp_path, monkeypatch):
-    def no_network(*args, **kwargs):
-        raise requests.ConnectionError("no network")
+@pytest.mark.parametrize("tokenizer", ["gpt2", "cl100k_base", "o200k_base"], indirect=True)
+def test_a_published_vocabulary_keeps_its_published_ids(tokenizer):
+    name = tokenizer.encoding.name
+    assert (tokenizer.vocab_size, tokenizer.end_of_text) == {
+        "gpt2": (50257, 50256), "cl100k_base": (100277, 100257), "o200k_base": (200019, 199999)}[name]
+    assert tokenizer.to_json() == {"kind": name}
+    holes = [one for one in range(tokenizer.n_ranks, tokenizer.vocab_size) if not tokenizer.decode_bytes([one])]
+    assert len(holes) == tokenizer.vocab_size - tokenizer.n_ranks - len(tokenizer.special)
 
-    monkeypatch.setattr(requests, "get", no_network)
+
+def answer(content: bytes, status: int = 200) -> requests.Response:
+    response = requests.Response()
+    response.status_code, response.raw = status, io.BytesIO(content)
+    return response
+
+
+@pytest.fixture
+def network(monkeypatch, tmp_path):
+    """Sets what every download comes to: `network(exception or response)`. tiktoken has loaded nothing and kept nothing."""
+    def get(url, *args, **kwargs):
+        if isinstance(outcome[0], BaseException):
+            raise outcome[0]
+        return outcome[0]
+
+    outcome = [requests.ConnectionError("no network")]
+    monkeypatch.setattr(requests, "get", get)
+    monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
+    monkeypatch.delenv("DATA_GYM_CACHE_DIR", raising=False)
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
-    monkeypatch.delitem(tiktoken.registry.ENCODINGS, "gpt2", raising=False)  # what an earlier test may have loaded
-    for attempt in (BPETokenizer.gpt2, lambda: from_json({"kind": "gpt2"}, "here")):
-        with pytest.raises(ValueError, match=r"ConnectionError.*TIKTOKEN_CACHE_DIR") as caught:
-            attempt()
-        assert "\n" not in str(caught.value) and caught.value.__suppress_context__
+    return lambda new: outcome.__setitem__(0, new)
+
+
+def kept_as(url: str) -> str:
+    return hashlib.sha1(url.encode()).hexdigest()
+
+
+def failure(name: str) -> str:
+    """The one sentence that loading `name` ends with."""
+    with pytest.raises(ValueError) as caught:
+        BPETokenizer.published(name)
+    assert "\n" not in str(caught.value) and caught.value.__suppress_context__ and type(caught.value) is ValueError
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_offline_the_sentence_names_files_folder_and_variable(name, network, tmp_path):
+    sentence = failure(name)
+    for url in PUBLISHED[name]:
+        assert f"the file {kept_as(url)} (a copy of {url})" in sentence
+    assert f"in the folder {tmp_path}," in sentence and "set TIKTOKEN_CACHE_DIR" in sentence and "ConnectionError" in sentence
+    with pytest.raises(ValueError, match=f"The tokenizer {name} needs"):
+        from_json({"kind": name}, "here")
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_named_files_are_those_that_tiktoken_loads(name, monkeypatch):
+    def read(url, expected_hash):
+        asked.append(url)
+        return b"{}"
+
+    asked = []
+    monkeypatch.setattr(tiktoken.load, "read_file_cached", read)
+    with pytest.raises((AssertionError, ValueError)):  # for that is no vocabulary
+        openai_public.ENCODING_CONSTRUCTORS[name]()
+    assert asked == list(PUBLISHED[name])
+
+
+@pytest.mark.parametrize(("variables", "place"), [
+    ({"TIKTOKEN_CACHE_DIR": "mine"}, "mine"), ({"DATA_GYM_CACHE_DIR": "gym"}, "gym"), ({}, "temporary/data-gym-cache"),
+    ({"TIKTOKEN_CACHE_DIR": "mine", "DATA_GYM_CACHE_DIR": "gym"}, "mine"),
+], ids=str)
+def test_the_named_folder_is_where_tiktoken_looks(variables, place, network, tmp_path, monkeypatch):
+    """It throws away what is damaged, so that shows where it has looked."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.delenv("TIKTOKEN_CACHE_DIR")
+    for variable, value in variables.items():
+        monkeypatch.setenv(variable, value)
+    sentence = failure("cl100k_base")
+    assert f"in the folder {tmp_path / place}," in sentence
+    kept = tmp_path / place / kept_as(PUBLISHED["cl100k_base"][0])
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(b"damaged")
+    assert failure("cl100k_base") == sentence and not kept.exists()
+
+
+def test_an_empty_folder_variable_turns_keeping_off_and_is_named(network, monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")
+    sentence = failure("o200k_base")
+    assert "in a folder that TIKTOKEN_CACHE_DIR names," in sentence and kept_as(PUBLISHED["o200k_base"][0]) in sentence
+
+
+@pytest.mark.parametrize("there", [0, 1])
+def test_of_two_files_only_the_missing_one_is_named(there, network, tmp_path, gpt2_files):
+    kept, missing = PUBLISHED["gpt2"][there], PUBLISHED["gpt2"][1 - there]
+    (tmp_path / kept_as(kept)).write_bytes((gpt2_files / kept_as(kept)).read_bytes())
+    sentence = failure("gpt2")
+    assert missing in sentence and kept not in sentence and "put it there" in sentence
+
+
+@pytest.mark.parametrize("outcome", [
+    requests.ConnectTimeout("too slow"), requests.exceptions.SSLError("who is this"), requests.exceptions.ProxyError("no way"),
+    requests.exceptions.ChunkedEncodingError("cut short"), requests.exceptions.InvalidProxyURL("what proxy"),
+    OSError("no certificates"), PermissionError(13, "Permission denied"), answer(b"not here", 404), answer(b"", 503),
+    answer(b"<html>Please log in to this network</html>"), answer(b""),
+], ids=lambda outcome: type(outcome).__name__ if isinstance(outcome, Exception) else str(outcome.status_code))
+def test_however_the_network_fails_it_is_one_sentence(outcome, network):
+    network(outcome)
+    sentence = failure("cl100k_base")
+    reason = type(outcome).__name__ if isinstance(outcome, Exception) else "another file came" if outcome.ok else "HTTPError"
+    assert f"({reason})" in sentence and PUBLISHED["cl100k_base"][0] in sentence
+
+
+def test_a_file_that_is_there_but_cannot_be_read_is_named(network, tmp_path, monkeypatch):
+    def unreadable(url, expected_hash):
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / kept_as(PUBLISHED["o200k_base"][0])).write_bytes(b"something")
+    monkeypatch.setattr(tiktoken.load, "read_file_cached", unreadable)
+    assert "PermissionError" in (sentence := failure("o200k_base")) and PUBLISHED["o200k_base"][0] in sentence
+
+
+# Saved
 
 
 BYTES = [base64.b64encode(bytes((value,))).decode() for value in range(256)]

@@ -12,10 +12,12 @@ import pytest
 import requests
 import rustbpe
 import tiktoken
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tiktoken_ext import openai_public
 
+from conf.schema import ConfigError, compose
+from data.hugging_face import to_hugging_face
 from data.tokenizer import (
     END_OF_TEXT,
     PATTERN,
@@ -27,6 +29,8 @@ from data.tokenizer import (
     fingerprint,
     from_json,
 )
+from scripts import export_tokenizer
+from train import train
 
 TEXT = """It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness,
 it was the epoch of belief, it was the epoch of incredulity, it was the season of Light, it was the season of Darkness,
@@ -448,3 +452,121 @@ def test_the_split_pattern_is_the_one_that_training_uses():
     trainer = rustbpe.Tokenizer()
     trainer.train_from_iterator(iter(["hello world " * 10]), vocab_size=257)
     assert trainer.get_pattern() == PATTERN
+
+
+# Hugging Face's format
+
+
+@pytest.fixture(scope="module")
+def tokenizers():
+    return pytest.importorskip("tokenizers", reason="needs tokenizers: pip install tokenizers")
+
+
+@pytest.fixture(scope="module")
+def load(tokenizers):
+    """Makes of a tokenizer of ours what a program with the package tokenizers has. It takes special words for words."""
+    def load(tokenizer):
+        loaded = tokenizers.Tokenizer.from_str(json.dumps(to_hugging_face(tokenizer)))
+        loaded.encode_special_tokens = True
+        return loaded
+    return load
+
+
+@pytest.fixture(scope="module")
+def exported(tokenizer, load):
+    return load(tokenizer)
+
+
+@given(data=st.data())
+@example(data=None)
+def test_an_exported_tokenizer_gives_the_same_ids_and_text(tokenizer, exported, data):
+    for text in [data.draw(texts(tokenizer))] if data else [TEXT, "", *SCRIPTS.values(), "\n".join(SCRIPTS.values())]:
+        ids = exported.encode(text).ids
+        assert ids == tokenizer.encode(text)
+        assert exported.decode(ids, skip_special_tokens=False) == text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tokenizer", ["bpe", "gpt2", "cl100k_base", "o200k_base"], indirect=True)
+def test_an_exported_tokenizer_splits_at_every_character_of_unicode_as_ours(tokenizer, exported):
+    """Two libraries of regular expressions, and each has its own tables of what is a letter, a number, a blank."""
+    around = "a{0}b {0}1{0}!{0}'{0}\n{0}A{0}"
+    new_ones_come_below = EVERY_CHARACTER.index("\U00020000")  # the rest is Chinese, private, or not given to anything
+    some = EVERY_CHARACTER[:new_ones_come_below] + EVERY_CHARACTER[new_ones_come_below::16]
+    for start in range(0, len(some), 4096):
+        text = "".join(map(around.format, some[start : start + 4096]))
+        assert exported.encode(text).ids == tokenizer.encode(text), f"from {some[start]!a}"
+
+
+def test_an_exported_tokenizer_takes_special_words_for_the_token_unless_told_otherwise(tokenizer, exported):
+    words = f"the best{END_OF_TEXT}of times"
+    assert tokenizer.end_of_text not in exported.encode(words).ids
+    exported.encode_special_tokens = False
+    try:
+        assert exported.encode(words).ids == [
+            *tokenizer.encode("the best"), tokenizer.end_of_text, *tokenizer.encode("of times")]
+    finally:
+        exported.encode_special_tokens = True
+
+
+def test_an_exported_tokenizer_has_every_token_under_its_id(tokenizer, exported):
+    assert exported.token_to_id(END_OF_TEXT) == tokenizer.end_of_text
+    words = tokenizer.special if isinstance(tokenizer, BPETokenizer) else {END_OF_TEXT: tokenizer.end_of_text}
+    assert {token: added.content for token, added in exported.get_added_tokens_decoder().items()} == {
+        token: word for word, token in words.items()}
+    unused = tokenizer.unused if isinstance(tokenizer, BPETokenizer) else set()
+    assert set(exported.get_vocab().values()) == set(range(tokenizer.vocab_size)) - unused
+
+
+def test_an_exported_tokenizer_of_characters_refuses_what_it_does_not_know(load):
+    exported = load(CharTokenizer("ab", with_end_of_text=False))
+    assert exported.encode("abba").ids == [0, 1, 1, 0] and not exported.get_added_tokens_decoder()
+    with pytest.raises(Exception, match="UNK"):
+        exported.encode("abc")
+
+
+def test_a_merge_that_looks_like_a_heading_is_exported_too(load):
+    """In a list of merges, each as one string, "#version s" would be skipped."""
+    tokenizer = BPETokenizer.train(iter(["\n#version\n#version\n#versions"] * 10), 265)
+    assert b"#version" in (ranks := tokenizer.ranks()) and b"#versions" in ranks
+    assert load(tokenizer).encode("\n#versions").ids == tokenizer.encode("\n#versions")
+
+
+def test_ranks_that_no_training_gives_are_not_exported():
+    tokenizer = BPETokenizer.from_ranks([*(bytes((value,)) for value in range(256)), b"abc"])
+    with pytest.raises(ValueError, match=r"cannot be exported: its token b'abc'"):
+        to_hugging_face(tokenizer)
+
+
+@pytest.fixture
+def export(tmp_path):
+    """Run the script for the run in `tmp_path`."""
+    return lambda *overrides: export_tokenizer.main(
+        compose(export_tokenizer.ExportTokenizerSettings, [f"runs_dir={tmp_path / 'runs'}", *overrides]))
+
+
+def test_a_run_gives_a_file_that_the_package_loads(compose_tiny, tokenizers, export, tmp_path, capsys):
+    train(compose_tiny("data.tokenizer=bpe", "data.vocab_size=300", "training.max_steps=1", "training.sample_tokens=0"))
+    tokenizer = export_tokenizer.tokenizer_of(tmp_path / "runs" / "tiny")
+    for overrides, path in ([], tmp_path / "runs/tiny/tokenizer.json"), ([f"out={tmp_path / 'new/mine.json'}"], tmp_path / "new/mine.json"):
+        assert export("run=tiny", *overrides) == 0
+        assert f"Wrote {path}: 300 tokens" in capsys.readouterr().out
+        for text in SCRIPTS.values():
+            assert tokenizers.Tokenizer.from_file(str(path)).encode(text).ids == tokenizer.encode(text)
+
+
+def test_an_export_replaces_itself_and_no_other_file(compose_tiny, export, tmp_path):
+    train(compose_tiny("training.max_steps=1", "training.sample_tokens=0"))
+    assert export() == export() == 0
+    ours = next(tmp_path.glob("runs/tiny/checkpoints/*/tokenizer.json"))
+    before = ours.read_bytes()
+    with pytest.raises(ValueError, match=r"tokenizer.json is there already, and another file: .*out=FILE"):
+        export(f"out={ours}")
+    assert ours.read_bytes() == before
+
+
+def test_where_there_is_nothing_to_export_it_is_one_sentence(export):
+    with pytest.raises(ValueError, match="holds no run with a checkpoint"):
+        export()
+    with pytest.raises(ConfigError, match=r"out=vocab.txt must end in .json"):
+        export("out=vocab.txt")

@@ -1,0 +1,71 @@
+"""Write a run's tokenizer as Hugging Face's tokenizer.json, for the packages tokenizers and transformers.
+
+  python -m scripts.export_tokenizer run=pydocs out=tokenizer.json
+
+It gives the same ids. One thing differs: <|endoftext|> inside a text becomes the token there, unless the program that loads
+it sets `encode_special_tokens = True`.
+
+Settings, each with its default:
+  run=NAME         the run's name or folder; without it, the run that was trained last
+  out=FILE         the file; without it, tokenizer.json in the run's folder
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import atomic
+from conf.launch import launch
+from data.hugging_face import to_hugging_face
+from data.tokenizer import Tokenizer, from_json
+from training import checkpoint
+from training.checkpoint import Checkpoint
+from training.run import find_run
+
+
+@dataclass(frozen=True)
+class ExportTokenizerSettings:
+    """Everything about a tokenizer for other programs."""
+
+    run: str = ""  # the run's name, or the path of its folder; empty: the run that was trained last
+    runs_dir: str = "runs"
+    out: str = ""  # empty: tokenizer.json in the run's folder
+
+    def problems(self) -> Iterator[str]:
+        """One sentence for each value that cannot work."""
+        if self.out and Path(self.out).suffix != ".json":
+            yield f"out={self.out} must end in .json."
+
+
+def main(settings: ExportTokenizerSettings) -> int:
+    run = find_run(Path(settings.runs_dir), settings.run)
+    out = Path(settings.out) if settings.out else run / "tokenizer.json"
+    tokenizer = tokenizer_of(run)
+    content = json.dumps(to_hugging_face(tokenizer), ensure_ascii=False).encode()
+    if out.exists() and out.read_bytes() != content:  # it may be a tokenizer of nanohydra's own, with the same name
+        raise ValueError(f"{out} is there already, and another file: remove it, or name a new one with out=FILE.")
+    atomic.write_bytes(out, content)
+    print(f"Wrote {out}: {tokenizer.vocab_size:,} tokens, for tokenizers.Tokenizer.from_file.")
+    return 0
+
+
+def tokenizer_of(run: Path) -> Tokenizer:
+    """The tokenizer in the run's last checkpoint. Raises ValueError if no checkpoint is whole."""
+    def load(found: Checkpoint) -> Tokenizer:
+        return from_json(found.tokenizer(), str(found.folder / checkpoint.TOKENIZER))
+
+    def warn(text: str) -> None:
+        print(text, file=sys.stderr)
+
+    tokenizer = checkpoint.choose(run / "checkpoints", "last", load, warn)
+    if tokenizer is None:
+        raise ValueError(f"{run} has no checkpoint.")
+    return tokenizer
+
+
+if __name__ == "__main__":
+    launch(main, ExportTokenizerSettings, __doc__)

@@ -66,8 +66,8 @@ def open_checkpoint(run: Path, which: str, device: Device) -> tuple[GPT, Tokeniz
                              f"its model {config.vocab_size}.")
         given, trained = fingerprint(tokenizer)[:12], flat(found.state["settings"]).get("data.tokenizer_fingerprint")
         if trained not in (None, given):
-            raise ValueError(f"{found.folder / checkpoint.TOKENIZER} (fingerprint {given}) is not the tokenizer that the model "
-                             f"was trained with (fingerprint {printable(str(trained))}): put that one back.")
+            raise ValueError(f"{found.folder / checkpoint.TOKENIZER} (fingerprint {given}) is not the tokenizer that the "
+                             f"model was trained with (fingerprint {printable(str(trained))}): put that one back.")
         with torch.device("meta"):
             shapes = GPT(config).state_dict()
         weights = found.tensors(checkpoint.MODEL, like=shapes)  # the model takes memory only once its weights are there

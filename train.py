@@ -185,8 +185,9 @@ def introduce(recorder: Recorder, run: Run, device: Device, model: GPT, loader: 
     recorder.say(f"Model: {sum(parts.values()):,} parameters ("
                  + ", ".join(f"{role} {count:,}" for role, count in parts.items() if count)
                  + f"), {model.flops_per_token() / 1e6:,.1f} MFLOPs a token")
+    epochs = " and ".join(f"{steps:,.1f}" for steps in loader.steps_an_epoch())
     recorder.say(f"Step: {loader.tokens_per_step:,} tokens ({loader.micro_steps} x {loader.batch_size} sequences of "
-                 f"{loader.block_size}), {' and '.join(f'{steps:,.1f}' for steps in loader.steps_an_epoch())} steps an epoch")
+                 f"{loader.block_size}), {epochs} steps an epoch")
     recorder.say(f"Device: {device.describe()}")
 
 

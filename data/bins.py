@@ -91,7 +91,7 @@ def describe_bin(path: Path) -> dict[str, Any]:
     if len(header) == 3 and int(header[0]) in MAGIC:
         dtype, offset, tokens = MAGIC[int(header[0])], HEADER_BYTES, int(header[2])
         if offset + tokens * np.dtype(dtype).itemsize != size:
-            raise ValueError(f"{path} is cut short or damaged: its header promises {tokens:,} tokens, it has {size:,} bytes.")
+            raise ValueError(f"{path} is cut short or damaged: its header promises {tokens:,} tokens, not {size:,} bytes.")
         return {"file": str(path.resolve()), "offset": offset, "dtype": dtype, "tokens": tokens}
     if size % 2:
         raise ValueError(f"{path} is no file of 16-bit tokens: it has {size:,} bytes, an odd number.")

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-PIECE = 2**20  # the characters of a long text that are read at once
+PIECE = 2**18  # the characters of a long text that are read at once; no tokenizer fails on a million blanks then
 RECORD_BYTES = 2**26  # the most that one JSON line may hold: it is one string, and must be in memory whole
 KINDS = (".txt", ".md", ".jsonl", ".parquet")
 COMPRESSIONS = ("", ".gz", ".zst")

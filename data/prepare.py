@@ -18,7 +18,7 @@ from data.encode import segments
 from data.shards import SPLITS, again, check, read_meta, write_meta
 from data.sources import DataConfig, Source, open_sources
 from data.store import data_root, made_once
-from data.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer, fingerprint, from_json
+from data.tokenizer import PUBLISHED, BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer, fingerprint, from_json
 
 SAMPLE_BYTES = 2**28  # of the training split, from its start: what a tokenizer is trained on
 FORMAT = 2  # part of the fingerprint: raise it when the same source would give other tokens
@@ -80,8 +80,8 @@ def make_tokenizer(config: DataConfig, corpora: list[Corpus]) -> Tokenizer:
     """The tokenizer that `config` names; `bpe` learns from the training split, `char` lists the whole corpus."""
     if config.tokenizer == "byte":
         return ByteTokenizer()
-    if config.tokenizer == "gpt2":
-        return BPETokenizer.gpt2()
+    if config.tokenizer in PUBLISHED:
+        return BPETokenizer.published(config.tokenizer)
     if config.tokenizer == "bpe":
         share = SAMPLE_BYTES // len(corpora)
         return BPETokenizer.train((text for corpus in corpora for text in corpus.training_text(share)), config.vocab_size)

@@ -35,7 +35,7 @@ class DataConfig:
 
     source: Literal["pydocs", "stdlib", "shakespeare", "text", "bin"] = "pydocs"
     path: str = ""  # text: a file, a folder or a glob; bin: where .bin files lie; shakespeare: a local copy
-    tokenizer: Literal["char", "byte", "gpt2", "bpe"] = "bpe"
+    tokenizer: Literal["char", "byte", "gpt2", "cl100k_base", "o200k_base", "bpe"] = "bpe"
     vocab_size: int = 2048  # of a tokenizer that is trained here (bpe); the others have their own
     val_fraction: float = 0.1  # held out to validate on, never trained on
     text_field: str = "text"  # of a .jsonl or .parquet record
@@ -66,7 +66,7 @@ class DataConfig:
             yield ("path is missing: name a UTF-8 file, or a folder or glob of .txt, .md, .jsonl or .parquet files, "
                    "as in data.path=book.txt.")
         if self.source == "bin" and not self.path:
-            yield "path is missing: name the folder where train.bin and val.bin lie, as in data.path=nanoGPT/data/openwebtext."
+            yield "path is missing: name the folder where train.bin and val.bin lie, as in data.path=nanoGPT/data/owt."
         if self.path and not Path(self.path).exists() and not set(self.path) & set("*?["):
             yield f"path={self.path} does not exist: check the spelling, and that it is relative to {Path.cwd()}."
 

@@ -34,9 +34,9 @@ PUBLISHED = {
     "o200k_base": (f"{OPENAI}/encodings/o200k_base.tiktoken",),
 }
 
-# Texts that training holds at once. They are pieces of a megabyte or two, so this is 64 to 128 MB; with fewer, handing
-# over many small documents costs more than counting their words.
-TEXTS_AT_ONCE = 64
+# Texts that training holds at once. They are pieces of up to half a megabyte, so this is 128 MB at most; with fewer,
+# handing over many small documents costs more than counting their words.
+TEXTS_AT_ONCE = 256
 
 UNKNOWN = 2**32 - 1  # in a table from characters to ids, and no id
 
@@ -83,10 +83,6 @@ class CharTokenizer(Tokenizer):
                              f"the {len(self.characters)} that occur in the text it was made from.")
         return ids
 
-    def encode_array(self, text):
-        import numpy as np
-        return np.array(self.encode(text), dtype=np.uint32)
-
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return "".join(self.characters[i] if i != self.end_of_text else END_OF_TEXT for i in ids).encode()
 
@@ -109,10 +105,6 @@ class ByteTokenizer(Tokenizer):
             return np.frombuffer(text.encode(), dtype=np.uint8)
         except UnicodeEncodeError as error:
             raise half_character(error) from None
-
-    def encode_array(self, text):
-        import numpy as np
-        return np.frombuffer(text.encode(), dtype=np.uint8)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return b"".join(bytes((i,)) if i < 256 else END_OF_TEXT.encode() for i in ids)
@@ -137,10 +129,6 @@ class BPETokenizer(Tokenizer):
         self.vocab_size = encoding.n_vocab
         self.end_of_text = encoding.eot_token
         self.unused = set(range(self.n_ranks, self.vocab_size)) - set(self.special.values())  # published ones have holes
-
-    @classmethod
-    def gpt2(cls) -> BPETokenizer:
-        return cls.published("gpt2")
 
     @classmethod
     def published(cls, name: str) -> BPETokenizer:
@@ -185,9 +173,6 @@ class BPETokenizer(Tokenizer):
             raise half_character(error) from None
         except ValueError:  # the split pattern ran out of stack
             raise ValueError(LONG_BLANK) from None
-
-    def encode_array(self, text):
-        return self.encoding.encode_to_numpy(text, disallowed_special=())
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Ids that no token has, which only a model can give, are no bytes."""

@@ -12,13 +12,11 @@ from hypothesis import settings
 
 import train
 from conf.schema import compose
+from data.tokenizer import PUBLISHED
 
 settings.register_profile("nanohydra", deadline=None, max_examples=50)  # no deadline: the machine may be busy
 settings.load_profile("nanohydra")
 torch.set_num_threads(1)  # in models this small, threads wait for each other; the tests of whole programs use all
-
-GPT2_URLS = [f"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{name}"
-             for name in ("vocab.bpe", "encoder.json")]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -49,7 +47,7 @@ def shakespeare():
 def gpt2_files():
     """The folder where tiktoken keeps GPT-2's vocabulary, made absolute for tests that run elsewhere."""
     folder = Path(os.environ.get("TIKTOKEN_CACHE_DIR") or "unset").resolve()
-    if not all((folder / hashlib.sha1(url.encode()).hexdigest()).is_file() for url in GPT2_URLS):  # tiktoken's names
+    if not all((folder / hashlib.sha1(url.encode()).hexdigest()).is_file() for url in PUBLISHED["gpt2"]):  # tiktoken's names
         pytest.skip("needs GPT-2's vocabulary: set TIKTOKEN_CACHE_DIR to a folder where tiktoken has kept it")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TIKTOKEN_CACHE_DIR", str(folder))

@@ -197,6 +197,15 @@ def test_bpe_learns_from_the_training_split_only(corpus):
     assert len(read(folder, "val")) == len(tail)  # no merge of z and q was learned
 
 
+@pytest.mark.parametrize("tokenizer", ["bpe", "byte"])
+def test_millions_of_blanks_in_a_row_are_text(corpus, tokenizer):
+    """tiktoken and rustbpe fail on a million of them; nothing so long reaches them."""
+    text = "It was a dark and stormy night. " * 40 + " " * 2_500_000 + "The end. " * 100
+    folder = prepare(corpus([text], tokenizer=tokenizer, vocab_size=270, val_fraction=0.0001))
+    both = [load_tokenizer(folder).decode_bytes(read(folder, split)).decode() for split in ("train", "val")]
+    assert "".join(both) == text
+
+
 def test_words_that_look_like_an_end_of_text_do_not_end_it(corpus):
     texts = ["one<|endoftext|>two " * 5, "three " * 5]
     folder = prepare(corpus(texts, tokenizer="bpe", vocab_size=258))

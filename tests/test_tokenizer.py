@@ -252,7 +252,7 @@ def test_a_run_of_blanks_that_training_cannot_split_is_one_clear_error():
     assert "\n" not in str(caught.value) and caught.value.__suppress_context__
 
 
-def test_training_holds_some_dozens_of_texts_at_once():
+def test_training_holds_some_hundred_texts_at_once():
     """They can be large. One that cannot be split ends the training before it takes the next ones."""
     def reading():
         yield " " * 1_000_000 + "x"
@@ -263,7 +263,7 @@ def test_training_holds_some_dozens_of_texts_at_once():
     taken = []
     with pytest.raises(ValueError):
         BPETokenizer.train(reading(), 300)
-    assert len(taken) < 100
+    assert len(taken) < 300
 
 
 @pytest.mark.parametrize("mistake", [ValueError("book.txt is not UTF-8"), KeyboardInterrupt()])

@@ -12,6 +12,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 
 from model.config import GPTConfig
 
@@ -38,6 +39,45 @@ class KVCache:
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
 
+class Documents:
+    """Rows in which several documents lie one behind the other: where each position is in its own, and what it sees.
+
+    Made once a forward pass, for all layers, from `numbers` `[B, T]`: the document of each position, rising along a row.
+    A mask hides the others. Where flash attention can be had (`packed`), it takes the documents of the whole batch end to
+    end instead, and spends nothing on what lies between two of them: chosen for that, and not yet run on a GPU.
+    """
+
+    def __init__(self, numbers: Tensor, packed: bool = False) -> None:
+        T = numbers.size(1)
+        begins = F.pad(numbers.diff() != 0, (1, 0), value=True)  # [B, T]
+        index = torch.arange(T, device=numbers.device)
+        self.positions = index - (index * begins).cummax(dim=1).values  # [B, T], from 0 in each document
+        self.mask = self.cuts = None
+        if packed:
+            self.cuts = F.pad(begins.flatten().nonzero().flatten(), (0, 1), value=numbers.numel()).int()  # [documents + 1]
+        else:
+            same = numbers[:, None, :, None] == numbers[:, None, None, :]
+            self.mask = visible(T, T, numbers.device) & same  # [B, 1, T, T]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+        """What the heads take `[B, H, T, D]`, for queries of that shape, keys and values `[B, G, T, D]`."""
+        if self.cuts is None:
+            if k.size(1) != q.size(1):  # kernels that take a mask have no grouped heads on GPUs
+                k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, dropout_p=dropout)
+        B, _, T, _ = q.shape
+        q, k, v = (x.to(v.dtype).transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # [B * T, H or G, D]
+        y = varlen_attn(q, k, v, self.cuts, self.cuts, T, T, window_size=(-1, 0), enable_gqa=True)
+        return y.unflatten(0, (B, T)).transpose(1, 2)
+
+
+def can_pack(config: GPTConfig, device: torch.device, training: bool) -> bool:
+    """Whether flash attention takes documents end to end here: in bfloat16, on GPUs that have it, without dropout."""
+    bf16 = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.bfloat16
+    return (device.type == "cuda" and bf16 and not (training and config.dropout)
+            and config.head_width % 8 == 0 and config.head_width <= 256)
+
+
 def rotary_table(block_size: int, head_width: int, base: float = 10_000.0) -> Tensor:
     """Cosines and sines `[2, block_size, D]` of rotary positions (Su et al. 2021, arXiv:2104.09864)."""
     frequencies = base ** (-torch.arange(0, head_width, 2, dtype=torch.float32) / head_width)
@@ -46,7 +86,10 @@ def rotary_table(block_size: int, head_width: int, base: float = 10_000.0) -> Te
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Turn each pair (d, d + D/2) of `x` `[B, H, T, D]` by its position's angle; `table` `[2, T, D]`."""
+    """Turn each pair (d, d + D/2) of `x` `[B, H, T, D]` by its position's angle; `table` `[2, T, D]`.
+
+    A `table` `[2, B, 1, T, D]` gives each row positions of its own.
+    """
     cos, sin = table.to(x.dtype)
     left, right = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-right, left), dim=-1) * sin
@@ -72,16 +115,20 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, rotary: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, rotary: Tensor | None = None, cache: KVCache | None = None,
+                documents: Documents | None = None) -> Tensor:
         """`x` `[B, T, C]` -> `[B, T, C]`; `rotary` is the table of the T positions, where used."""
         q, k, v = self.project(x, rotary, cache)
+        dropout = self.dropout if self.training else 0.0
+        if documents is not None:
+            return self.merge(documents.attend(q, k, v, dropout))
         # Without earlier positions the kernel's own causal mask serves; a single new position sees
         # everything; several new ones behind a cache need a mask that is shifted by its length.
         T, S = q.size(2), k.size(2)
         mask = visible(T, S, x.device) if T < S and T > 1 else None
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=T == S and T > 1,
-            dropout_p=self.dropout if self.training else 0.0, enable_gqa=self.n_kv_head != self.n_head,
+            dropout_p=dropout, enable_gqa=self.n_kv_head != self.n_head,
         )
         return self.merge(y)
 

@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.attention import CausalSelfAttention, KVCache, rotary_table
+from model.attention import CausalSelfAttention, Documents, KVCache, can_pack, rotary_table
 from model.config import GPTConfig
 
 
@@ -50,8 +50,9 @@ class Block(nn.Module):
         self.ln_2 = make_norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rotary: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), rotary, cache)
+    def forward(self, x: Tensor, rotary: Tensor | None = None, cache: KVCache | None = None,
+                documents: Documents | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), rotary, cache, documents)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -93,24 +94,28 @@ class GPT(nn.Module):
             else:
                 weights.normal_(std=0.02)
 
-    def features(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+    def features(self, idx: Tensor, cache: KVCache | None = None, documents: Tensor | None = None) -> Tensor:
         """Token ids `[B, T]` -> the final residual stream `[B, T, C]`.
 
-        With a `cache` the ids continue the positions it holds, and it moves on by T.
+        With a `cache` the ids continue the positions it holds, and it moves on by T. With `documents` `[B, T]`, numbers
+        that rise along a row, those of one number are a sequence of their own: positions restart, attention stays within.
         Raises ValueError where the positions would pass `block_size`.
         """
         start = cache.length if cache is not None else 0
         end = start + idx.size(1)
         if end > self.config.block_size:
             raise ValueError(f"A context of {end} tokens is longer than block_size={self.config.block_size}.")
-        x, rotary = self.wte(idx), None
+        x, rotary, within = self.wte(idx), None, None
+        if documents is not None:
+            assert cache is None, "a cache continues one document"
+            within = Documents(documents, can_pack(self.config, idx.device, self.training))
         if self.config.position == "learned":
-            x = x + self.wpe.weight[start:end]
+            x = x + (self.wpe.weight[start:end] if within is None else self.wpe(within.positions))
         else:
-            rotary = self.rotary[:, start:end]
+            rotary = self.rotary[:, start:end] if within is None else self.rotary[:, within.positions[:, None]]
         x = self.drop(x)
         for block in self.h:
-            x = block(x, rotary, cache)
+            x = block(x, rotary, cache, within)
         if cache is not None:
             cache.length = end
         return self.ln_f(x)
@@ -119,9 +124,13 @@ class GPT(nn.Module):
         """Features `[..., C]` -> logits `[..., V]`."""
         return F.linear(features, (self.wte if self.config.tie_head else self.lm_head).weight)
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        """Logits `[B, T, V]` for ids `[B, T]`; with `targets` `[B, T]`, the mean loss in nats (a scalar) instead."""
-        logits = self.head(self.features(idx, cache))
+    def forward(self, idx: Tensor, targets: Tensor | None = None, cache: KVCache | None = None,
+                documents: Tensor | None = None) -> Tensor:
+        """Logits `[B, T, V]` for ids `[B, T]`; with `targets` `[B, T]`, the mean loss in nats (a scalar) instead.
+
+        `cache` and `documents` are as `features` takes them.
+        """
+        logits = self.head(self.features(idx, cache, documents))
         if targets is None:
             return logits
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())

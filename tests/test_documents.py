@@ -1,0 +1,291 @@
+"""Documents that share a row: equal to separate sequences, by the mask and by flash attention's packed documents.
+
+That kernel runs on GPUs only. Here torch's operator around it runs with plain arithmetic in the kernel's place, which
+also refuses what the kernel refuses; what is left to a GPU is the kernel itself.
+"""
+
+import math
+import shutil
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import model.gpt
+from model.attention import CausalSelfAttention, Documents, KVCache, can_pack
+from model.gpt import GPT, GPTConfig
+
+V, T = 65, 32
+END = 0  # the id that ends a document and begins the next
+BASE = {"block_size": T, "vocab_size": V, "n_layer": 2, "n_head": 2, "n_embd": 32}
+MODERN = BASE | {"position": "rotary", "norm": "rms", "qk_norm": True, "activation": "relu2", "tie_head": False}
+SMALL = {
+    "learned": GPTConfig(**BASE),
+    "learned, grouped": GPTConfig(**BASE | {"n_head": 4, "n_kv_head": 2}),
+    "rotary": GPTConfig(**BASE | {"position": "rotary"}),
+    "modern": GPTConfig(**MODERN),
+    "modern, grouped": GPTConfig(**MODERN | {"n_head": 4, "n_kv_head": 1}),
+}
+every_small = pytest.mark.parametrize("config", SMALL.values(), ids=SMALL.keys())
+
+
+def in_plain_arithmetic(q: Tensor, k: Tensor, cuts: Tensor, scale: float | None):
+    """Each document's place and attention weights `[H, T, T]`, checked as the kernel checks what it is given."""
+    assert q.dtype == k.dtype and cuts.dtype == torch.int32 and cuts.is_contiguous()
+    assert q.dim() == 3 and q.stride(-1) == k.stride(-1) == 1 and q.size(-1) % 8 == 0
+    assert cuts[0] == 0 and cuts[-1] == len(q) and (cuts.diff() > 0).all()
+    for start, end in pairwise(cuts.tolist()):
+        keys = k[start:end].repeat_interleave(q.size(1) // k.size(1), dim=1)
+        scores = torch.einsum("thd,shd->hts", q[start:end], keys) * (scale or q.size(-1) ** -0.5)
+        future = torch.ones(end - start, end - start, dtype=torch.bool).triu(1)
+        yield slice(start, end), scores.masked_fill(future, -math.inf).softmax(-1)
+
+
+@torch.library.register_kernel("torch_attn::_varlen_attn", "cpu")
+def forward(q, k, v, cuts, cuts_k, most, most_k, is_causal=False, scale=None, window_size=None, enable_gqa=False, *rest):
+    assert is_causal and (enable_gqa or q.size(1) == k.size(1)) and v.dtype == q.dtype and v.stride(-1) == 1
+    assert torch.equal(cuts, cuts_k) and most == most_k >= cuts.diff().max()
+    out = torch.empty_like(q)
+    for own, weights in in_plain_arithmetic(q, k, cuts, scale):
+        out[own] = torch.einsum("hts,shd->thd", weights, v[own].repeat_interleave(q.size(1) // v.size(1), dim=1))
+    return out, torch.zeros(q.size(1), len(q)), torch.zeros(2, dtype=torch.uint64)
+
+
+@torch.library.register_kernel("torch_attn::_varlen_attn_backward", "cpu")
+def backward(grad, q, k, v, out, lse, cuts, cuts_k, most, most_k, is_causal, state, scale=None, window_size=None):
+    assert is_causal and grad.dtype == q.dtype and grad.stride(-1) == 1
+    grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    shared = q.size(1) // k.size(1)
+    for own, weights in in_plain_arithmetic(q, k, cuts, scale):
+        keys, values = (x[own].repeat_interleave(shared, dim=1) for x in (k, v))
+        of_weights = torch.einsum("thd,shd->hts", grad[own], values)
+        of_scores = weights * (of_weights - (of_weights * weights).sum(-1, keepdim=True)) * (scale or q.size(-1) ** -0.5)
+        grads[0][own] = torch.einsum("hts,shd->thd", of_scores, keys)
+        for whole, per_head in ((grads[1], torch.einsum("hts,thd->shd", of_scores, q[own])),
+                                (grads[2], torch.einsum("hts,thd->shd", weights, grad[own]))):
+            whole[own] = per_head.unflatten(1, (-1, shared)).sum(2)
+    return grads
+
+
+@pytest.fixture(params=["mask", "packed"])
+def kernel(request, monkeypatch):
+    """A test that takes this runs with both."""
+    monkeypatch.setattr(model.gpt, "can_pack", lambda *_: request.param == "packed")
+    return request.param
+
+
+def shaken(config: GPTConfig) -> GPT:
+    torch.manual_seed(0)
+    gpt = GPT(config).eval()
+    with torch.no_grad():
+        for weights in gpt.parameters():
+            weights += 0.3 * torch.randn_like(weights)
+    return gpt
+
+
+def packed_rows() -> tuple[Tensor, Tensor, list[tuple[int, slice]]]:
+    """Ids `[3, T]`, their documents' numbers, and where each document is: the second row is one, the third begins within one."""
+    idx = torch.randint(1, V, (3, T), generator=torch.Generator().manual_seed(0))
+    begins = [[0, 5, 6, 23], [0], [0, 9, 31]]
+    for row, places in enumerate(begins):
+        idx[row, places] = END
+    idx[2, 0] = 7
+    where = [(row, slice(*place)) for row, places in enumerate(begins) for place in pairwise([*places, T])]
+    return idx, (idx == END).cumsum(1), where
+
+
+def test_positions_count_from_the_beginning_of_each_document():
+    numbers = torch.tensor([[0, 0, 0, 1, 2, 2, 2, 2], [3, 3, 3, 3, 3, 3, 3, 9]])
+    assert Documents(numbers).positions.tolist() == [[0, 1, 2, 0, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5, 6, 0]]
+
+
+def test_a_position_sees_itself_and_what_comes_before_it_in_its_document():
+    _, numbers, _ = packed_rows()
+    mask = Documents(numbers).mask
+    assert mask.shape == (3, 1, T, T)
+    for row in range(3):
+        for t in range(T):
+            for s in range(T):
+                assert mask[row, 0, t, s].item() == (s <= t and numbers[row, s].item() == numbers[row, t].item())
+
+
+def test_packed_documents_are_cut_at_their_beginnings_and_at_the_end_of_each_row():
+    cuts = Documents(packed_rows()[1], packed=True).cuts
+    assert cuts.tolist() == [0, 5, 6, 23, T, 2 * T, 2 * T + 9, 2 * T + 31, 3 * T]
+
+
+@every_small
+def test_documents_in_a_row_equal_separate_sequences(config, kernel):
+    """Their logits, and the gradients of all parameters."""
+    idx, documents, where = packed_rows()
+    together, apart = shaken(config).double(), shaken(config).double()
+    direction = torch.randn(3, T, V, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    logits = together(idx, documents=documents)
+    (logits * direction).sum().backward()
+    for row, own in where:
+        alone = apart(idx[row : row + 1, own])
+        torch.testing.assert_close(logits[row : row + 1, own], alone, rtol=0, atol=1e-9)
+        (alone * direction[row : row + 1, own]).sum().backward()
+    for (name, one), other in zip(together.named_parameters(), apart.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-9, atol=1e-9, msg=name)
+
+
+@every_small
+def test_another_document_in_the_row_changes_nothing(config, kernel):
+    """To the bit; and each document does depend on itself."""
+    idx, documents, where = packed_rows()
+    gpt = shaken(config)
+    before = gpt(idx, documents=documents)
+    for row, own in where:
+        changed = idx.clone()
+        changed[row, own] = (changed[row, own] + 1) % V
+        same = gpt(changed, documents=documents) == before
+        assert not same[row, own].all(-1).any()
+        same[row, own] = True
+        assert same.all()
+
+
+@every_small
+def test_the_loss_of_documents_is_that_of_their_logits(config):
+    idx, documents, _ = packed_rows()
+    gpt, targets = shaken(config), idx.roll(-1, 1)
+    expected = F.cross_entropy(gpt(idx, documents=documents).flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(gpt(idx, targets, documents=documents), expected)
+
+
+@every_small
+def test_one_document_a_row_is_the_plain_path(config, kernel):
+    idx, _, _ = packed_rows()
+    gpt = shaken(config).double()
+    for documents in (torch.zeros_like(idx), torch.full_like(idx, 7)):
+        torch.testing.assert_close(gpt(idx, documents=documents), gpt(idx), rtol=0, atol=1e-9)
+
+
+@every_small
+def test_without_documents_nothing_of_them_runs_and_the_causal_kernel_does(config, monkeypatch):
+    def spy(*arguments, **options):
+        asked.append((options["attn_mask"], options["is_causal"]))
+        return attention(*arguments, **options)
+
+    asked, attention = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    monkeypatch.setattr(model.gpt, "Documents", None)
+    monkeypatch.setattr(model.gpt, "can_pack", None)
+    shaken(config)(packed_rows()[0])
+    assert asked == [(None, True)] * config.n_layer
+
+
+def test_dropout_acts_on_documents_and_keeps_them_apart():
+    config = GPTConfig(**BASE | {"dropout": 0.3})
+    idx, documents, where = packed_rows()
+    gpt = shaken(config)
+    quiet = gpt(idx, documents=documents)
+    gpt.train()
+    row, own = where[2]
+
+    def loud(ids: Tensor) -> Tensor:
+        torch.manual_seed(3)
+        return gpt(ids, documents=documents)
+
+    changed = idx.clone()
+    changed[row, own] = 1
+    same = loud(changed) == loud(idx)
+    assert not same[row, own].all() and not torch.allclose(loud(idx), quiet)
+    same[row, own] = True
+    assert same.all()
+
+
+def test_dropout_acts_on_the_weights_of_documents():
+    attention = CausalSelfAttention(GPTConfig(**BASE | {"dropout": 0.5}))
+    attention.resid_dropout.p = 0.0
+    documents, x = Documents(torch.zeros(1, T, dtype=torch.int64)), torch.randn(1, T, 32)
+    assert not torch.equal(attention(x, documents=documents), attention(x, documents=documents))
+
+
+def test_a_cache_takes_no_documents():
+    config = SMALL["learned"]
+    with pytest.raises(AssertionError, match="one document"):
+        GPT(config)(torch.zeros(1, 4, dtype=torch.int64), cache=KVCache(config, 1), documents=torch.zeros(1, 4))
+
+
+@every_small
+def test_under_autocast_the_kernels_get_what_they_take_and_agree(config, monkeypatch):
+    """Rounding to bfloat16 is what they may differ by, as in test_gpt.py."""
+    idx, documents, _ = packed_rows()
+    gpt, found = shaken(config), {}
+    for packed in (False, True):
+        monkeypatch.setattr(model.gpt, "can_pack", lambda *_, packed=packed: packed)
+        gpt.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            gpt(idx, idx.roll(-1, 1), documents=documents).backward()
+            found[packed] = gpt(idx, documents=documents), [weights.grad for weights in gpt.parameters()]
+    assert found[True][0].dtype == torch.bfloat16
+    assert (found[True][0] - found[False][0]).std() < 0.02 * found[False][0].std()
+    for one, other in zip(found[True][1], found[False][1], strict=True):
+        assert (one - other).norm() < 0.05 * other.norm()
+
+
+def test_packed_queries_and_keys_come_in_the_type_of_the_values():
+    """On GPUs autocast can leave what was normalised in float32, which the kernel would refuse."""
+    documents = Documents(packed_rows()[1], packed=True)
+    q, k, v = torch.randn(3, 3, 2, T, 16)
+    rounded = documents.attend(q, k, v.bfloat16(), 0.0)
+    assert rounded.dtype == torch.bfloat16
+    assert (rounded - documents.attend(q, k, v, 0.0)).abs().max() < 0.05
+
+
+@pytest.mark.parametrize(("changes", "device", "autocast", "training", "expected"), [
+    ({}, "cuda", torch.bfloat16, True, True),
+    ({"dropout": 0.1}, "cuda", torch.bfloat16, True, False),
+    ({"dropout": 0.1}, "cuda", torch.bfloat16, False, True),
+    ({}, "cuda", torch.float16, True, False),  # what older GPUs compute in, which flash attention does not support
+    ({}, "cuda", None, True, False),
+    ({}, "cpu", torch.bfloat16, True, False),
+    ({"n_embd": 4 * 12}, "cuda", torch.bfloat16, True, False),
+    ({"n_embd": 4 * 264}, "cuda", torch.bfloat16, True, False),
+], ids=str)
+def test_documents_are_packed_where_flash_attention_can_be_had(monkeypatch, changes, device, autocast, training, expected):
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type: autocast is not None)
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda device_type: autocast)
+    config = GPTConfig(**{"n_head": 4, "n_embd": 64} | changes)
+    assert can_pack(config, torch.device(device), training) == expected
+
+
+@pytest.mark.slow
+def test_a_compiled_model_takes_batches_of_more_and_of_fewer_documents(kernel):
+    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        pytest.skip("needs a C++ compiler")
+    torch._dynamo.reset()  # the kernel is chosen anew
+    gpt = shaken(replace(SMALL["modern, grouped"], n_layer=1))
+    compiled = torch.compile(gpt)
+    for more in (0, 3, 1):
+        idx, _, _ = packed_rows()
+        idx[1, 3 : 3 + more] = END
+        found = []
+        for one in (gpt, compiled):
+            gpt.zero_grad()
+            loss = one(idx, idx.roll(-1, 1), documents=(idx == END).cumsum(1))
+            loss.backward()
+            found.append([loss.detach(), *(weights.grad for weights in gpt.parameters())])
+        torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@every_small
+def test_on_a_gpu_packed_documents_agree_with_the_mask(config, monkeypatch):
+    idx, documents, _ = (x.cuda() if isinstance(x, Tensor) else x for x in packed_rows())
+    gpt, losses, grads = shaken(config).cuda(), [], []
+    for packed in (False, True):
+        monkeypatch.setattr(model.gpt, "can_pack", lambda *_, packed=packed: packed)
+        gpt.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = gpt(idx, idx.roll(-1, 1), documents=documents)
+        loss.backward()
+        losses.append(loss.item())
+        grads.append([weights.grad for weights in gpt.parameters()])
+    assert losses[0] == pytest.approx(losses[1], rel=0.01)
+    for one, other in zip(*grads, strict=True):
+        assert (one - other).norm() < 0.05 * other.norm()

@@ -13,6 +13,7 @@ and shuffled each on its own, and take turns.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -115,6 +116,36 @@ class Loader:
         for part in np.unique(source):
             windows[source == part] = self.parts[part].read(index[source == part])
         return as_batch(windows)
+
+
+class Prefetch:
+    """A loader for a device. While a GPU computes on a batch, a thread reads the next one.
+
+    It reads into pinned memory, from which a GPU copies without holding anyone up. For other devices there is neither
+    thread nor pinning: a batch is the loader's own. Any batch can be asked for at any time; what is not the next one, as
+    after a rollback, is read when it is asked for. What goes wrong on the thread is raised where its batch is asked for.
+    """
+
+    def __init__(self, loader: Loader, device: torch.device) -> None:
+        self.loader, self.device, self.micro_steps = loader, device, loader.micro_steps
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")  # which starts with the first batch to read
+        self.next_place: tuple[int, int] | None = None
+        self.next_batch: Future[list[Tensor]]
+
+    def batch(self, step: int, micro_step: int = 0) -> tuple[Tensor, Tensor]:
+        """Inputs and targets, each int64 `[batch_size, block_size]`; of a GPU, on it."""
+        if self.device.type != "cuda":
+            return self.loader.batch(step, micro_step)
+        place = step, micro_step
+        pinned = self.next_batch.result() if place == self.next_place else self.read(*place)
+        self.next_place = (step, micro_step + 1) if micro_step + 1 < self.micro_steps else (step + 1, 0)
+        self.next_batch = self.thread.submit(self.read, *self.next_place)
+        inputs, targets = (ids.to(self.device, non_blocking=True) for ids in pinned)
+        return inputs, targets
+
+    def read(self, step: int, micro_step: int) -> list[Tensor]:
+        """A batch in pinned memory; in one piece, because a copy of scattered rows would wait after all."""
+        return [ids.contiguous().pin_memory() for ids in self.loader.batch(step, micro_step)]
 
 
 class Validation:

@@ -1,12 +1,17 @@
 """Batches as a pure function of (seed, step, rank)."""
 
+import subprocess
+import sys
+import threading
+import time
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from data.loader import Loader, Validation, mix, permute
+from data.loader import Loader, Prefetch, Validation, mix, permute
 from data.prepare import prepare
 from data.shards import Tokens
 from data.sources import DataConfig
@@ -259,3 +264,134 @@ def test_shakespeare_has_1742_validation_windows_of_64(shakespeare):
     folder = prepare(DataConfig(source="shakespeare", path=str(shakespeare), tokenizer="char"))
     validation = Validation([Tokens.open(folder, "val")], block_size=64, batch_size=1000, max_tokens=10**9)
     assert [len(inputs) for inputs, _, _ in validation] == [1000, 742]
+
+
+# Prefetching
+
+
+@pytest.fixture
+def pretend_gpu(monkeypatch):
+    """A "cuda" whose memory is this machine's; the list of what was copied to it, pinned ones by their identity."""
+    def pin(ids):
+        pinned.append(torch.empty_strided(ids.shape, ids.stride(), dtype=ids.dtype).copy_(ids))  # scattered stays scattered
+        return pinned[-1]
+
+    def to(ids, device, non_blocking=False):
+        copied.append({"device": device, "non_blocking": non_blocking, "contiguous": ids.is_contiguous(),
+                       "pinned": any(ids is one for one in pinned)})
+        return ids
+
+    pinned, copied = [], []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    return copied
+
+
+class Watched(Loader):
+    """A loader that writes down what is read, and by whom; it can be told to fail or to wait."""
+
+    def __init__(self, **options):
+        super().__init__([positions(1000)], 8, 4, **options)
+        self.read, self.fail_at, self.go_on = [], None, threading.Event()
+        self.go_on.set()
+
+    def batch(self, step, micro_step=0, rank=0):
+        assert self.go_on.wait(30)
+        self.read.append((step, micro_step, threading.current_thread() is threading.main_thread()))
+        if (step, micro_step) == self.fail_at:
+            raise OSError("the disk is gone")
+        return super().batch(step, micro_step, rank)
+
+    def wait_for(self, count):
+        until = time.monotonic() + 30
+        while len(self.read) < count:
+            assert time.monotonic() < until
+            time.sleep(0.001)
+
+
+GPU = torch.device("cuda")
+
+
+def test_prefetched_batches_are_the_loaders_own_each_read_once_ahead_on_a_thread(pretend_gpu):
+    loader, plain = Watched(micro_steps=3), Loader(positions(1000), 8, 4, micro_steps=3)
+    batches = Prefetch(loader, GPU)
+    order = [(step, micro_step) for step in range(5, 9) for micro_step in range(3)]
+    for count, place in enumerate(order, start=2):
+        assert all(map(torch.equal, batches.batch(*place), plain.batch(*place)))
+        loader.wait_for(count)  # the next one is read although nobody has asked for it
+    assert loader.read == [(5, 0, True), *((*place, False) for place in order[1:]), (9, 0, False)]
+
+
+def test_asking_for_a_batch_waits_for_no_later_one(pretend_gpu):
+    loader = Watched()
+    batches = Prefetch(loader, GPU)
+    batches.batch(0)
+    loader.wait_for(2)
+    loader.go_on.clear()
+    batches.batch(1)  # would hang
+    assert len(loader.read) == 2
+    loader.go_on.set()
+    assert all(map(torch.equal, batches.batch(2), Loader(positions(1000), 8, 4).batch(2)))
+
+
+def test_batches_are_copied_from_pinned_memory_in_one_piece_without_blocking(pretend_gpu):
+    batches = Prefetch(Watched(), GPU)
+    for step in range(3):
+        batches.batch(step)
+    assert len(pretend_gpu) == 6
+    assert all(copy == {"device": GPU, "non_blocking": True, "contiguous": True, "pinned": True} for copy in pretend_gpu)
+
+
+@pytest.mark.parametrize("jump", [(0, 0), (3, 1), (4, 0), (100, 1), (10**9, 0)])
+def test_a_jump_gives_the_batch_that_is_asked_for(pretend_gpu, jump):
+    plain = Loader(positions(1000), 8, 4, micro_steps=2)
+    batches = Prefetch(Watched(micro_steps=2), GPU)
+    for place in ((3, 0), jump, (7, 0), (7, 0)):
+        assert all(map(torch.equal, batches.batch(*place), plain.batch(*place)))
+
+
+def test_what_goes_wrong_on_the_thread_is_raised_where_its_batch_is_asked_for(pretend_gpu):
+    loader = Watched()
+    loader.fail_at = 2, 0
+    batches = Prefetch(loader, GPU)
+    batches.batch(0)
+    batches.batch(1)
+    loader.wait_for(3)
+    with pytest.raises(OSError, match="the disk is gone"):
+        batches.batch(2)
+    batches.batch(7)  # what does not fail still comes
+    assert loader.read[2] == (2, 0, False)
+
+
+def test_a_cpu_gets_the_loaders_batches_without_a_thread(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "pin_memory", None)
+    loader = Watched(micro_steps=2)
+    batches = Prefetch(loader, torch.device("cpu"))
+    threads = threading.active_count()
+    for place in ((0, 0), (0, 1), (1, 0)):
+        assert all(map(torch.equal, batches.batch(*place), Loader(positions(1000), 8, 4, micro_steps=2).batch(*place)))
+    assert loader.read == [(0, 0, True), (0, 1, True), (1, 0, True)] and threading.active_count() == threads
+
+
+@pytest.mark.parametrize(("ending", "said"), [
+    ("", ""),
+    ("raise KeyboardInterrupt", "KeyboardInterrupt"),
+    ("threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start(); batches.batch(1)", "KeyboardInterrupt"),
+], ids=["at its end", "raising", "interrupted as it waits for the batch"])
+def test_a_program_ends_while_a_batch_is_being_read(ending, said):
+    program = f"""
+import os, signal, threading, time
+import numpy as np, torch
+from data.loader import Loader, Prefetch
+from data.shards import Tokens
+class Slow(Loader):
+    def batch(self, step, micro_step=0):
+        time.sleep(step)
+        return super().batch(step, micro_step)
+torch.Tensor.pin_memory = torch.Tensor.to = lambda ids, *_, **__: ids
+batches = Prefetch(Slow(Tokens([np.arange(100)]), 8, 4), torch.device("cuda"))
+batches.batch(0)
+{ending}
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parent.parent, timeout=60, capture_output=True, text=True)
+    assert (done.returncode == 0) == (not ending) and said in done.stderr

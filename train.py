@@ -33,7 +33,7 @@ import atomic
 from conf.launch import launch
 from conf.resume import identity, open_device, open_run
 from conf.schema import SampleSettings, Settings
-from data.loader import Loader, Validation
+from data.loader import Loader, Prefetch, Validation
 from data.prepare import describe, load_tokenizer, prepare, val_bytes_per_token
 from data.shards import open_parts
 from data.tokenizer import Tokenizer
@@ -56,6 +56,7 @@ def train(settings: Settings) -> int:
     # What is learned from.
     prepared = prepare(settings.data)
     tokenizer = load_tokenizer(prepared)
+    boundary = boundary_of(tokenizer) if settings.data.respect_documents else None
     settings = replace(settings, model=replace(settings.model, vocab_size=tokenizer.vocab_size))
     block_size, batch_size = settings.model.block_size, settings.training.batch_size
     weights = settings.data.weights()
@@ -94,11 +95,11 @@ def train(settings: Settings) -> int:
             if last and (planned := last.state["max_steps"]) != limits.max_steps:
                 state.replanned |= not same_rates(state.step, settings.optim, planned, limits.max_steps)
                 recorder.say(extension(state.step, settings.optim, planned, limits.max_steps, state.replanned))
-            step_seconds = loader.micro_steps * seconds_per_call(lambda: trial(model, loader, device), device)
+            step_seconds = loader.micro_steps * seconds_per_call(lambda: trial(model, loader, device, boundary), device)
             expected = min(step_seconds * (limits.max_steps - state.step), (limits.max_seconds or math.inf) - state.seconds)
             recorder.say(f"Time: about {expected / 60:.1f} minutes on this machine, by its first batch, and evaluation.")
             forward = maybe_compile(model, limits.compile, device, expected,
-                                    lambda compiled: trial(compiled, loader, device), recorder.say)
+                                    lambda compiled: trial(compiled, loader, device, boundary), recorder.say)
             facts = {"settings": identity(settings, prepared, device.precision), "max_steps": limits.max_steps,
                      "model": asdict(model.config), "environment": asdict(device.environment(forward is not model))}
 
@@ -108,6 +109,7 @@ def train(settings: Settings) -> int:
             def save(val_loss: float | None) -> None:
                 saver.save(state.snapshot(val_loss, due(), tokenizer.to_json(), facts))
 
+            batches = Prefetch(loader, device.torch)
             val_loss = None
             if limits.on_nonfinite == "rollback" and not last:
                 save(val_loss)  # there is always something to go back to
@@ -115,7 +117,8 @@ def train(settings: Settings) -> int:
                 start = time.perf_counter()
                 scale = lr_scale(state.step, settings.optim, limits.max_steps)
                 optimizers.set_scale(scale)
-                loss = accumulate_gradients(forward, loader, state.batch, scaler, device, settings.seed, interrupt)
+                loss = accumulate_gradients(forward, batches, boundary, state.batch, scaler, device, settings.seed,
+                                            interrupt)
                 if loss is None:
                     break  # interrupted within the step, which is not taken
                 norm = optimizers.gradient_norm(scaler)
@@ -138,7 +141,7 @@ def train(settings: Settings) -> int:
                 val_loss = None
                 ending = bool(reached(state.step, state.seconds, limits))
                 if ending or state.step % limits.eval_every == 0:
-                    val_loss = evaluate(model, validation, device)
+                    val_loss = evaluate(model, validation, device, boundary)
                     report(recorder, state.step, val_loss, bytes_per_token)
                     if limits.sample_tokens:
                         recorder.say(f"  {short_sample(model, tokenizer, limits.sample_tokens, device)!r}")
@@ -191,17 +194,16 @@ def introduce(recorder: Recorder, run: Run, device: Device, model: GPT, loader: 
     recorder.say(f"Device: {device.describe()}")
 
 
-def accumulate_gradients(forward: nn.Module, loader: Loader, batch: int, scaler: torch.amp.GradScaler,
-                         device: Device, seed: int, interrupt: Interrupt) -> float | None:
+def accumulate_gradients(forward: nn.Module, batches: Prefetch, boundary: int | None, step: int,
+                         scaler: torch.amp.GradScaler, device: Device, seed: int, interrupt: Interrupt) -> float | None:
     """Forward and backward of a step's micro-steps; the mean loss, in nats a token, or None if interrupted between two."""
     loss = 0.0
-    for micro_step in range(loader.micro_steps):
+    for micro_step in range(batches.micro_steps):
         if interrupt:
             return None
-        inputs, targets = to(device, loader.batch(batch, micro_step))
-        seed_dropout(seed, batch, micro_step)
-        with device.autocast():
-            micro_loss = forward(inputs, targets) / loader.micro_steps
+        batch = batches.batch(step, micro_step)
+        seed_dropout(seed, step, micro_step)
+        micro_loss = loss_of(forward, batch, device, boundary) / batches.micro_steps
         scaler.scale(micro_loss).backward()
         loss += micro_loss.item()
     return loss
@@ -245,16 +247,26 @@ def answer_nonfinite(loss: float, state: State, run: Run, limits: TrainingConfig
     return answer
 
 
-def trial(model: nn.Module, loader: Loader, device: Device) -> None:
+def trial(model: nn.Module, loader: Loader, device: Device, boundary: int | None) -> None:
     """One micro-step that changes nothing: to time it, and to see that it works."""
-    inputs, targets = to(device, loader.batch(0))
-    with device.autocast():
-        model(inputs, targets).backward()
+    loss_of(model, loader.batch(0), device, boundary).backward()
     model.zero_grad(set_to_none=True)
 
 
-def to(device: Device, batch: tuple[Tensor, Tensor]) -> list[Tensor]:
-    return [ids.to(device.torch) for ids in batch]
+def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor], device: Device, boundary: int | None) -> Tensor:
+    """The mean loss of inputs and targets, in nats a token; with a `boundary`, no document sees another of its row."""
+    inputs, targets = (ids.to(device.torch) for ids in batch)
+    documents = None if boundary is None else (inputs == boundary).cumsum(dim=1)  # [B, T]
+    with device.autocast():
+        return model(inputs, targets, documents=documents)
+
+
+def boundary_of(tokenizer: Tokenizer) -> int:
+    """The id that a document begins with: the one that ended the text before it, as in sampling."""
+    if tokenizer.end_of_text is None:
+        raise ValueError("data.respect_documents=true has no documents to respect: the text is a single one, and its "
+                         "tokenizer has no token that ends it. Leave it out, or name several texts.")
+    return tokenizer.end_of_text
 
 
 def seed_dropout(seed: int, step: int, micro_step: int) -> None:
@@ -264,14 +276,12 @@ def seed_dropout(seed: int, step: int, micro_step: int) -> None:
 
 
 @torch.inference_mode()
-def evaluate(model: GPT, validation: Validation, device: Device) -> float:
+def evaluate(model: GPT, validation: Validation, device: Device, boundary: int | None = None) -> float:
     """The mean loss over the validation windows, in nats a token."""
     model.eval()
     total = 0.0
     for *batch, weight in validation:
-        inputs, targets = to(device, batch)
-        with device.autocast():
-            total += model(inputs, targets).item() * weight
+        total += loss_of(model, batch, device, boundary).item() * weight
     model.train()
     return total
 

@@ -41,6 +41,7 @@ class DataConfig:
     text_field: str = "text"  # of a .jsonl or .parquet record
     errors: Literal["strict", "replace"] = "strict"  # at bytes that are no UTF-8: stop, or read a replacement character
     mix: str = ""  # instead of one source, several with their weights, as in "pydocs:0.7 book.txt:0.3"
+    respect_documents: bool = False  # attention stays within a document, and positions count from its beginning
 
     def problems(self) -> Iterator[str]:
         """One sentence for each value that cannot work."""

@@ -313,7 +313,7 @@ GPU = torch.device("cuda")
 
 
 def test_prefetched_batches_are_the_loaders_own_each_read_once_ahead_on_a_thread(pretend_gpu):
-    loader, plain = Watched(micro_steps=3), Loader(positions(1000), 8, 4, micro_steps=3)
+    loader, plain = Watched(micro_steps=3), Loader([positions(1000)], 8, 4, micro_steps=3)
     batches = Prefetch(loader, GPU)
     order = [(step, micro_step) for step in range(5, 9) for micro_step in range(3)]
     for count, place in enumerate(order, start=2):
@@ -331,7 +331,7 @@ def test_asking_for_a_batch_waits_for_no_later_one(pretend_gpu):
     batches.batch(1)  # would hang
     assert len(loader.read) == 2
     loader.go_on.set()
-    assert all(map(torch.equal, batches.batch(2), Loader(positions(1000), 8, 4).batch(2)))
+    assert all(map(torch.equal, batches.batch(2), Loader([positions(1000)], 8, 4).batch(2)))
 
 
 def test_batches_are_copied_from_pinned_memory_in_one_piece_without_blocking(pretend_gpu):
@@ -344,7 +344,7 @@ def test_batches_are_copied_from_pinned_memory_in_one_piece_without_blocking(pre
 
 @pytest.mark.parametrize("jump", [(0, 0), (3, 1), (4, 0), (100, 1), (10**9, 0)])
 def test_a_jump_gives_the_batch_that_is_asked_for(pretend_gpu, jump):
-    plain = Loader(positions(1000), 8, 4, micro_steps=2)
+    plain = Loader([positions(1000)], 8, 4, micro_steps=2)
     batches = Prefetch(Watched(micro_steps=2), GPU)
     for place in ((3, 0), jump, (7, 0), (7, 0)):
         assert all(map(torch.equal, batches.batch(*place), plain.batch(*place)))
@@ -369,7 +369,7 @@ def test_a_cpu_gets_the_loaders_batches_without_a_thread(monkeypatch):
     batches = Prefetch(loader, torch.device("cpu"))
     threads = threading.active_count()
     for place in ((0, 0), (0, 1), (1, 0)):
-        assert all(map(torch.equal, batches.batch(*place), Loader(positions(1000), 8, 4, micro_steps=2).batch(*place)))
+        assert all(map(torch.equal, batches.batch(*place), Loader([positions(1000)], 8, 4, micro_steps=2).batch(*place)))
     assert loader.read == [(0, 0, True), (0, 1, True), (1, 0, True)] and threading.active_count() == threads
 
 

@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -104,6 +106,62 @@ def test_every_experiment_takes_its_first_step_scaled_down(experiment, book, tmp
     data = [] if "shakespeare" in experiment else ["data=text"]
     assert story.train(compose("config", [f"experiment={experiment}", *data, *small])) == 0
     assert checkpoint.find(tmp_path / "first/checkpoints")[-1].step == 1
+
+
+@pytest.fixture
+def compose_letters(compose_tiny, tmp_path):
+    """Settings of a tiny run on many short documents."""
+    folder = tmp_path / "letters"
+    folder.mkdir()
+    for number in range(300):
+        (folder / f"{number:03}.txt").write_text(f"Dear {number}, " + "abcdefghij"[number % 10] * (number % 23) + ".")
+    return lambda *overrides: compose_tiny(f"data.path={folder}", "data.tokenizer=byte", *overrides)
+
+
+def test_a_run_that_respects_documents_learns_and_evaluates_each_by_itself(compose_letters, tmp_path):
+    settings = compose_letters("data.respect_documents=true", "training.max_steps=10")
+    assert story.train(settings) == 0
+    prepared = story.prepare(settings.data)
+    assert prepared == story.prepare(compose_letters().data)  # the same tokens
+
+    def losses(model, inputs, targets) -> float:
+        """Document by document, each a sequence of its own; rows begin within one."""
+        total = 0.0
+        for row, aims in zip(inputs, targets, strict=True):
+            cuts = [0, *(at for at in range(1, len(row)) if row[at] == 256), len(row)]
+            for start, end in pairwise(cuts):
+                total += model(row[None, start:end], aims[None, start:end]).item() * (end - start)
+        return total / inputs.numel()
+
+    torch.manual_seed(settings.seed)
+    model, device = story.GPT(replace(settings.model, vocab_size=257)), Device("cpu", "fp32")
+    batch = story.Loader(story.Tokens.open(prepared, "train"), 32, 4, 1, settings.seed).batch(0)
+    rows = read_metrics(tmp_path / "runs/tiny")
+    assert rows[0]["loss"] == pytest.approx(losses(model, *batch), abs=1e-6)
+    assert abs(rows[0]["loss"] - story.loss_of(model, batch, device, None).item()) > 1e-4
+
+    model, _ = open_checkpoint(tmp_path / "runs/tiny", "last", device)
+    validation = story.Validation(story.Tokens.open(prepared, "val"), 32, 4, 512)
+    by_hand = sum(losses(model, *batch) * len(batch[0]) for batch in validation) / validation.n_windows
+    assert rows[-1]["val_loss"] == pytest.approx(by_hand, abs=1e-5)
+    assert abs(rows[-1]["val_loss"] - story.evaluate(model, validation, device)) > 1e-4
+
+
+def test_a_run_that_respects_documents_goes_on_bit_by_bit_and_is_another_than_one_that_does_not(compose_letters, tmp_path):
+    respectful = "data.respect_documents=true", "model.dropout=0.1", "optim.schedule=constant"
+    story.train(compose_letters("name=whole", *respectful, "training.max_steps=6"))
+    story.train(compose_letters("name=halves", *respectful, "training.max_steps=3"))
+    story.train(compose_letters("name=halves", *respectful, "training.max_steps=6"))
+    whole, halves = (load_file(tmp_path / "runs" / name / "checkpoints/step_00000006/model.safetensors") for name in ("whole", "halves"))
+    assert all(torch.equal(weights, halves[name]) for name, weights in whole.items())
+    with pytest.raises(ValueError, match=r"data\.respect_documents was True and is now False"):
+        story.train(compose_letters("name=whole", *respectful[1:], "training.max_steps=6"))
+
+
+def test_documents_cannot_be_respected_where_there_are_none(compose_tiny, tmp_path):
+    with pytest.raises(ValueError, match=r"data\.respect_documents=true has no documents to respect"):
+        story.train(compose_tiny("data.respect_documents=true"))
+    assert not (tmp_path / "runs").exists()
 
 
 def run_program(*words: str, **options: object) -> subprocess.Popen:

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import atomic
 from conf.launch import launch
 from data import encode
 from data.files import cut_up
@@ -64,19 +65,21 @@ def main(settings: BenchPrepareSettings) -> int:
     return 0
 
 
-def write_text(path: Path, n_bytes: int) -> None:
+def make_text(path: Path, n_bytes: int) -> None:
     source = [document.text.encode() for document in StdLib().documents()]
-    with open(path, "xb") as file:
+    with atomic.NewFile(path) as file:
         number = 0
-        while file.tell() < n_bytes:
-            file.write(b"# %d\n" % number + source[number % len(source)][: n_bytes - file.tell()])
+        while n_bytes > 0:
+            piece = b"# %d\n" % number + source[number % len(source)][:n_bytes]
+            file.write(piece)
+            n_bytes -= len(piece)
             number += 1
 
 
 def rates(settings: BenchPrepareSettings, scratch: Path) -> None:
     """Print the rate of each way, and its ratio to bare encoding."""
     path = scratch / "rates.txt"
-    write_text(path, settings.megabytes * 10**6)
+    make_text(path, settings.megabytes * 10**6)
     config = DataConfig("text", str(path), settings.tokenizer)
     folder = prepare(config)  # and the tokenizer is trained, the file in memory
     tokenizer = load_tokenizer(folder)
@@ -121,7 +124,7 @@ def encode_there(text: str) -> object:
 def memory(settings: BenchPrepareSettings, scratch: Path) -> None:
     """Print the resident memory of a process that prepares a large text, along its way."""
     path = scratch / "memory.txt"
-    write_text(path, int(settings.gigabytes * 10**9))
+    make_text(path, int(settings.gigabytes * 10**9))
     words = ["data=text", f"data.path={path}", f"data.tokenizer={settings.tokenizer}"]
     process = subprocess.Popen([sys.executable, "-m", "scripts.prepare", *words], cwd=ROOT, stderr=subprocess.DEVNULL)
     start, curve = time.monotonic(), []

@@ -389,7 +389,7 @@ class Slow(Loader):
         time.sleep(step)
         return super().batch(step, micro_step)
 torch.Tensor.pin_memory = torch.Tensor.to = lambda ids, *_, **__: ids
-batches = Prefetch(Slow(Tokens([np.arange(100)]), 8, 4), torch.device("cuda"))
+batches = Prefetch(Slow([Tokens([np.arange(100)])], 8, 4), torch.device("cuda"))
 batches.batch(0)
 {ending}
 """

@@ -278,11 +278,11 @@ def test_a_signal_within_a_step_ends_it_after_the_micro_step_and_the_step_is_tak
     story.train(compose_tiny(*words, "name=straight"))
     calls = []
 
-    def forward(model, idx, targets=None, cache=None):
+    def forward(model, idx, targets=None, cache=None, documents=None):
         calls.append(model.training and torch.is_grad_enabled())
         if sum(calls) == 3 + 4 * 3 + 2:  # after the trial: the second micro-step of the fourth step
             os.kill(os.getpid(), signal.SIGTERM)
-        return plain(model, idx, targets, cache)
+        return plain(model, idx, targets, cache, documents)
 
     plain = GPT.forward
     with monkeypatch.context() as patch:
@@ -588,8 +588,8 @@ def plant(monkeypatch):
                               settings.training.micro_steps(settings.model.block_size), settings.seed)
         bad = [loader.batch(batch)[0] for batch in batches]
 
-        def forward(model, idx, targets=None, cache=None):
-            loss = plain(model, idx, targets, cache)
+        def forward(model, idx, targets=None, cache=None, documents=None):
+            loss = plain(model, idx, targets, cache, documents)
             if model.training and targets is not None and any(torch.equal(idx, one) for one in bad):
                 return loss * math.nan if how == "loss" else loss + (loss * 0.0).sqrt()  # whose gradient is 0 * inf
             return loss

@@ -135,14 +135,14 @@ def test_a_run_that_respects_documents_learns_and_evaluates_each_by_itself(compo
 
     torch.manual_seed(settings.seed)
     model, device = story.GPT(replace(settings.model, vocab_size=257)), Device("cpu", "fp32")
-    batch = story.Loader(story.Tokens.open(prepared, "train"), 32, 4, 1, settings.seed).batch(0)
+    batch = story.Loader(story.open_parts(prepared, "train"), 32, 4, 1, settings.seed).batch(0)
     rows = read_metrics(tmp_path / "runs/tiny")
     assert rows[0]["loss"] == pytest.approx(losses(model, *batch), abs=1e-6)
     assert abs(rows[0]["loss"] - story.loss_of(model, batch, device, None).item()) > 1e-4
 
     model, _ = open_checkpoint(tmp_path / "runs/tiny", "last", device)
-    validation = story.Validation(story.Tokens.open(prepared, "val"), 32, 4, 512)
-    by_hand = sum(losses(model, *batch) * len(batch[0]) for batch in validation) / validation.n_windows
+    validation = story.Validation(story.open_parts(prepared, "val"), 32, 4, 512)
+    by_hand = sum(losses(model, *batch) * weight for *batch, weight in validation)
     assert rows[-1]["val_loss"] == pytest.approx(by_hand, abs=1e-5)
     assert abs(rows[-1]["val_loss"] - story.evaluate(model, validation, device)) > 1e-4
 

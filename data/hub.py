@@ -1,0 +1,224 @@
+"""A data set of the Hugging Face Hub, or a folder laid out like one, as a source of documents.
+
+Knows the `datasets` package, which is optional, and text; knows no tokens. `datasets` finds the files of a configuration
+and a split; they are read as they arrive, and nothing of them is kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import atomic
+from data.files import Document, checked
+
+if TYPE_CHECKING:
+    from datasets import DatasetBuilder
+
+ASK_SECONDS = 10  # the longest that the Hub may take to say which commit a revision is
+
+
+class Version(NamedTuple):
+    """One state of a data set: its commit, empty for a folder, and a hash of the content of the split's files."""
+
+    commit: str
+    files: str
+
+
+class Hub:
+    """A split of a data set: `name` is OWNER/NAME on the Hub, or a folder; an empty `config` or `revision` is the default.
+
+    What the Hub said last is remembered in the folder `memory`, so that prepared tokens need no network, nor `datasets`.
+    """
+
+    def __init__(self, name: str, config: str, split: str, text_field: str, revision: str, memory: Path) -> None:
+        self.name, self.config, self.split, self.text_field, self.revision = name, config, split, text_field, revision
+        self.folder = Path(name).expanduser().resolve() if Path(name).expanduser().is_dir() else None
+        words = "-".join(filter(None, (name, config, split)))
+        self.memory = memory / f"{re.sub(r'[^-+.0-9A-Z_a-z]+', '--', words)}.json"
+        self.done = 0.0
+
+    def fingerprint(self) -> str:
+        """Changes with the content of any file of the split, not with the rest of the data set, such as its card.
+
+        Raises ValueError where there is no such data set, or the Hub cannot be asked and was not before.
+        """
+        recipe = ["hub", self.config, self.split, self.text_field, self.version.files]
+        return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
+
+    def documents(self) -> Iterator[Document]:
+        """Each example's text; blank ones are left out. Raises ValueError with the example that cannot be read."""
+        builder = self.builder(self.version.commit)
+        texts = self.parquet_texts(builder) if builder.name == "parquet" else self.streamed_texts(builder)
+        self.done, number = 0.0, 0
+        try:
+            for number, text in enumerate(texts, 1):
+                if text is not None and checked(text, f"{self.name}, example {number}", self.text_field, []).strip():
+                    yield Document.of(text)
+        except Exception as error:  # of whichever library reads this format, or speaks to the network
+            if type(error) is ValueError:
+                raise  # a sentence already
+            place = f"at example {number + 1:,} ({in_one_line(error)})"
+            if isinstance(error, ValueError):
+                raise ValueError(f"{self.name} cannot be read {place}.") from None
+            raise ValueError(f"{self.name} broke off {place}: run the same command again, which goes on where it "
+                             f"was.") from None
+
+    def fraction(self) -> float:
+        """How far the reading that was begun last has come, from 0 to 1; 0 where the data set does not say its size."""
+        return self.done
+
+    # What there is to read
+
+    @cached_property
+    def version(self) -> Version:
+        """The data set as it is now, or, where that cannot be known, as it was when it was last seen."""
+        if self.folder:
+            return self.look("")
+        known = json.loads(self.memory.read_text()) if self.memory.is_file() else {"commits": {}, "files": {}}
+        last = known["commits"].get(self.revision)
+        try:
+            commit = self.revision if self.revision in known["files"] else self.ask()  # a commit stays what it is
+            version = Version(commit, known["files"][commit]) if commit in known["files"] else self.look(commit)
+        except ValueError as error:
+            if not last:
+                raise
+            print(f"{error} {self.name} is taken as it was when it was last seen, at commit {last}.", flush=True)
+            return Version(last, known["files"][last])
+        if last and known["files"][last] != version.files:
+            print(f"{self.name} has changed on the Hugging Face Hub since it was last seen: data.hub_revision={last} stays "
+                  f"with what it was.", flush=True)
+        if last != commit:
+            known["commits"][self.revision] = commit
+            known["files"][commit] = version.files
+            with suppress(OSError):  # prepared tokens can lie where this user may only read
+                atomic.write_bytes(self.memory, json.dumps(known, indent=2).encode())
+        return version
+
+    def ask(self) -> str:
+        """The commit that the revision is now on the Hub. Raises ValueError if there is none, or no answer."""
+        datasets_package()
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+        try:
+            return HfApi().dataset_info(self.name, revision=self.revision or None, timeout=ASK_SECONDS, expand=["sha"]).sha
+        except RevisionNotFoundError:
+            raise ValueError(f"data.hub_revision={self.revision}: {self.name} has no such branch, tag or commit.") from None
+        except (HFValidationError, RepositoryNotFoundError):
+            raise ValueError(f"data.hub_name={self.name} is no folder here, and no data set that the Hugging Face Hub shows "
+                             f"you: check the spelling, or, if it is private, log in with hf auth login.") from None
+        except Exception as error:  # of whichever library speaks to the network
+            raise no_answer(error) from None
+
+    def look(self, commit: str) -> Version:
+        """The data set at a commit. Raises ValueError where it cannot be opened."""
+        digest = hashlib.sha256()
+        for path in self.paths(self.builder(commit)):
+            digest.update(self.content(path).encode())
+        return Version(commit, digest.hexdigest())
+
+    def content(self, path: str) -> str:
+        """What changes with the content of a file: of one on the Hub, the name that Git has for it."""
+        if self.folder:
+            with open(path, "rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        from huggingface_hub import HfFileSystem
+        try:
+            return HfFileSystem().info(path)["blob_id"]
+        except Exception as error:  # of whichever library speaks to the network
+            raise no_answer(error) from None
+
+    def builder(self, commit: str) -> DatasetBuilder:
+        """What `datasets` knows of the configuration at a commit. Raises ValueError saying why it knows nothing."""
+        datasets = datasets_package()
+        try:
+            place = str(self.folder or self.name)
+            found = datasets.load_dataset_builder(place, self.config or None, revision=commit or None)
+            if found.name == "cache":  # what it falls back to: another download of this user, of whatever commit
+                raise ConnectionError("the Hugging Face Hub does not answer")
+            return found
+        except Exception as error:  # of whichever library speaks to the network
+            raise ValueError(self.complaint(error)) from None
+
+    def complaint(self, error: Exception) -> str:
+        """Why `datasets` cannot open the data set, with what to do."""
+        said = in_one_line(error)
+        if "scripts are no longer supported" in said:
+            return (f"{self.name} comes with a program that makes it, which is not run: data.hub_revision="
+                    f"refs/convert/parquet names the Hub's own copy of it without one, if there is one.")
+        if "gated" in said:
+            return (f"{self.name} is for those who agreed to its terms: agree at https://huggingface.co/datasets/"
+                    f"{self.name}, then log in with hf auth login, or set HF_TOKEN.")
+        if isinstance(error, FileNotFoundError):
+            return f"{self.name} holds no files that can be read as a data set: {said}."
+        if names := re.search(r"[Cc]onfig.*\[(.*)\]", str(error), re.DOTALL):
+            there = names[1].replace("'", "")
+            return f"data.hub_config={self.config}: {self.name} has the configurations {there}; choose one of them."
+        return f"{self.name} cannot be opened: {said}."
+
+    def paths(self, builder: DatasetBuilder) -> list[str]:
+        """The files of the split, or of several, as in train+test. Raises ValueError naming the splits that there are."""
+        found = {str(split): paths for split, paths in (builder.config.data_files or {}).items()}
+        splits = self.split.split("+")
+        if not set(splits) <= set(found):
+            raise ValueError(f"data.split={self.split}: {self.name} has the splits {', '.join(found)}.")
+        return [path for split in splits for path in found[split]]
+
+    # Reading it
+
+    def parquet_texts(self, builder: DatasetBuilder) -> Iterator[Any]:
+        """The text of each row; of large other columns nothing is downloaded.
+
+        `datasets` itself leaves threads behind where a reader stops early, and they can abort or hang Python at its exit
+        (https://github.com/apache/arrow/issues/45214).
+        """
+        from datasets.utils.file_utils import xopen  # open, of what is on the Hub too; for minutes it tries again
+        from pyarrow.parquet import ParquetFile
+        paths = self.paths(builder)
+        for index, path in enumerate(paths):
+            with xopen(path, "rb") as file, ParquetFile(file) as parquet:
+                if self.text_field not in parquet.schema_arrow.names:
+                    checked(None, self.name, self.text_field, parquet.schema_arrow.names)
+                row = 0
+                for batch in parquet.iter_batches(batch_size=256, columns=[self.text_field]):
+                    for text in batch.column(0).to_pylist():
+                        row += 1
+                        self.done = (index + row / parquet.metadata.num_rows) / len(paths)
+                        yield text
+
+    def streamed_texts(self, builder: DatasetBuilder) -> Iterator[Any]:
+        """The text of each example of any other format."""
+        self.paths(builder)  # which knows the splits
+        splits, stated, number = self.split.split("+"), builder.info.splits or {}, 0
+        examples = sum(stated[split].num_examples or 0 for split in splits if split in stated)
+        for split in splits:
+            for example in builder.as_streaming_dataset(split=split):
+                if self.text_field not in example:
+                    checked(None, self.name, self.text_field, list(example))
+                number += 1
+                self.done = min(1.0, number / examples) if examples else 0.0
+                yield example[self.text_field]
+
+
+def datasets_package() -> Any:
+    """The package. Raises ValueError saying how to install it."""
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError("data=hub needs the package datasets: pip install datasets.") from None
+    return datasets
+
+
+def no_answer(error: Exception) -> ValueError:
+    return ValueError(f"The Hugging Face Hub does not answer ({in_one_line(error)}): check the network.")
+
+
+def in_one_line(error: Exception) -> str:
+    """What an error says, without the advice that follows in further lines."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

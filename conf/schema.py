@@ -303,12 +303,14 @@ def default_name(overrides: list[str], settings: Settings, experiment: str) -> s
     """A short, readable name for a run: its experiment, and what the command line changes of its identity."""
     chosen = dict(override.split("=", 1) for override in overrides)
     presets = {group: chosen[group] for group in groups() if group in chosen}
-    path = settings.data.path
-    plain = compose("config", ["name=-", f"data.path={path}", *(f"{group}={preset}" for group, preset in presets.items())])
+    places = {"data.path": settings.data.path, "data.hub_name": settings.data.hub_name}
+    given = [f"{key}={value}" for key, value in (places | presets).items()]
+    plain = compose("config", ["name=-", *given])
     start = presets.pop("experiment", "" if "data" in presets else experiment)
     presets.pop("logger", None)
     changes = identity_differences(asdict(plain), asdict(settings))
-    parts = [start, *presets.values(), Path(path).stem, *in_short(changes)]
+    named = [Path(settings.data.path).stem, Path(chosen.get("data.hub_name", "")).name]
+    parts = [start, *presets.values(), *named, *in_short(changes)]
     return folder_name("-".join(part for part in parts if part))
 
 

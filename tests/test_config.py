@@ -47,7 +47,7 @@ def test_gpt2_presets_are_the_published_shapes():
 @pytest.mark.parametrize("group", schema.groups())
 def test_every_preset_composes(group, tmp_path):
     for preset in schema.options(group):
-        compose("config", [f"{group}={preset}", f"data.path={tmp_path}"])
+        compose("config", [f"{group}={preset}", f"data.path={tmp_path}", "data.hub_name=owner/name"])
 
 
 @pytest.mark.parametrize("experiment", schema.options("experiment"))

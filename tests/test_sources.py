@@ -259,6 +259,7 @@ def test_shakespeare_from_a_local_copy_asks_no_network(tmp_path, monkeypatch):
     ({"source": "text"}, "path", "missing"),
     ({"source": "text", "path": "no/such/book.txt"}, "path", "no/such/book.txt"),
     ({"source": "shakespeare", "path": "no/such/book.txt"}, "path", "no/such/book.txt"),
+    ({"source": "hub"}, "hub_name", "missing"),
     ({"vocab_size": 256}, "vocab_size", "256"),
     ({"vocab_size": 100_001}, "vocab_size", "100001"),
     ({"val_fraction": 0.0}, "val_fraction", "0.0"),
@@ -282,9 +283,9 @@ def test_settings_that_work_give_no_problem(settings):
 
 
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: preset.stem)
-def test_each_preset_works_once_text_has_a_path(preset):
+def test_each_preset_works_once_text_has_a_path_and_a_data_set_its_name(preset):
     config = DataConfig(**(yaml.safe_load(preset.read_text()) or {}))
-    assert all(problem.startswith("path is missing") for problem in config.problems())
+    assert all(problem.startswith(("path is missing", "hub_name is missing")) for problem in config.problems())
 
 
 def test_data_root_is_where_the_environment_says(tmp_path, monkeypatch):

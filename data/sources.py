@@ -22,6 +22,7 @@ from tqdm import tqdm
 import atomic
 from data import files
 from data.files import Document, File
+from data.hub import Hub
 from data.mixture import read_mix
 from data.store import data_root, sha256_of
 
@@ -33,13 +34,17 @@ SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2d
 class DataConfig:
     """What to learn from, and in which tokens."""
 
-    source: Literal["pydocs", "stdlib", "shakespeare", "text", "bin"] = "pydocs"
+    source: Literal["pydocs", "stdlib", "shakespeare", "text", "hub", "bin"] = "pydocs"
     path: str = ""  # text: a file, a folder or a glob; bin: where .bin files lie; shakespeare: a local copy
     tokenizer: Literal["char", "byte", "gpt2", "cl100k_base", "o200k_base", "bpe"] = "bpe"
     vocab_size: int = 2048  # of a tokenizer that is trained here (bpe); the others have their own
     val_fraction: float = 0.1  # held out to validate on, never trained on
-    text_field: str = "text"  # of a .jsonl or .parquet record
+    text_field: str = "text"  # of a .jsonl or .parquet record, or a data set's example
     errors: Literal["strict", "replace"] = "strict"  # at bytes that are no UTF-8: stop, or read a replacement character
+    hub_name: str = ""  # hub: OWNER/NAME of a data set on the Hugging Face Hub, or a folder laid out like one
+    hub_config: str = ""  # hub: which of its configurations; empty: its default
+    hub_revision: str = ""  # hub: a branch, tag or commit of it; empty: its newest state
+    split: str = "train"  # hub: which of its splits, or several, as in train+validation
     mix: str = ""  # instead of one source, several with their weights, as in "pydocs:0.7 book.txt:0.3"
     respect_documents: bool = False  # attention stays within a document, and positions count from its beginning
 
@@ -66,6 +71,9 @@ class DataConfig:
         if self.source == "text" and not self.path:
             yield ("path is missing: name a UTF-8 file, or a folder or glob of .txt, .md, .jsonl or .parquet files, "
                    "as in data.path=book.txt.")
+        if self.source == "hub" and not self.hub_name:
+            yield ("hub_name is missing: name a data set of the Hugging Face Hub, as in "
+                   "data.hub_name=HuggingFaceFW/fineweb-edu, or a folder laid out like one.")
         if self.source == "bin" and not self.path:
             yield "path is missing: name the folder where train.bin and val.bin lie, as in data.path=nanoGPT/data/owt."
         if self.path and not Path(self.path).exists() and not set(self.path) & set("*?["):
@@ -96,6 +104,9 @@ def open_source(config: DataConfig) -> Source:
         return PyDocs()
     if config.source == "stdlib":
         return StdLib()
+    if config.source == "hub":
+        return Hub(config.hub_name, config.hub_config, config.split, config.text_field, config.hub_revision,
+                   data_root() / "hub")
     path = config.path
     if config.source == "shakespeare" and not path:
         path = str(fetch(SHAKESPEARE_URL, SHAKESPEARE_SHA256))

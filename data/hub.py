@@ -53,7 +53,10 @@ class Hub:
         return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
 
     def documents(self) -> Iterator[Document]:
-        """Each example's text; blank ones are left out. Raises ValueError with the example that cannot be read."""
+        """Each example's text; blank ones are left out. Raises ValueError with the example that cannot be read.
+
+        Raises ConnectionError where the network fails in between.
+        """
         builder = self.builder(self.version.commit)
         texts = self.parquet_texts(builder) if builder.name == "parquet" else self.streamed_texts(builder)
         self.done, number = 0.0, 0
@@ -67,8 +70,8 @@ class Hub:
             place = f"at example {number + 1:,} ({in_one_line(error)})"
             if isinstance(error, ValueError):
                 raise ValueError(f"{self.name} cannot be read {place}.") from None
-            raise ValueError(f"{self.name} broke off {place}: run the same command again, which goes on where it "
-                             f"was.") from None
+            raise ConnectionError(f"{self.name} broke off {place}: run the same command again, which goes on where it "
+                                  f"was.") from None
 
     def fraction(self) -> float:
         """How far the reading that was begun last has come, from 0 to 1; 0 where the data set does not say its size."""

@@ -38,14 +38,19 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     return logits.masked_fill((before >= p).gather(-1, order.argsort(-1)), -torch.inf)
 
 
+def finite(logits: Tensor) -> Tensor:
+    """The logits. Raises ValueError if there is one that nothing can be drawn from."""
+    if not logits.isfinite().all():
+        raise ValueError("The model's output is NaN or infinite: its weights are damaged, or its training diverged.")
+    return logits
+
+
 def pick(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> Tensor:
     """Draw one token id a row from logits `[B, V]` -> `[B]`; temperature 0 takes the largest.
 
     Raises ValueError for logits that are not finite.
     """
-    logits = logits.float()
-    if not logits.isfinite().all():
-        raise ValueError("The model's output is NaN or infinite: its weights are damaged, or its training diverged.")
+    logits = finite(logits.float())
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits / temperature

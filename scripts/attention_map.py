@@ -29,6 +29,7 @@ from conf.launch import launch
 from conf.schema import closest, compose, options
 from data.tokenizer import ByteTokenizer, Tokenizer
 from model import GPT
+from model.generate import finite
 from sample import open_checkpoint
 from scripts.plot import pyplot, save
 from training.device import Device
@@ -76,8 +77,7 @@ def main(settings: AttentionMapSettings) -> int:
         raise ValueError(f"{len(ids)} tokens in {layers} layers of {heads} heads are {values:,} weights, a page holds "
                          f"{MOST_VALUES:,}: shorten the prompt.")
     logits, weights = look(model, torch.tensor([ids]))
-    if not logits.isfinite().all():
-        raise ValueError("The model's output is NaN or infinite: its weights are damaged, or its training diverged.")
+    finite(logits)
     out = Path(settings.out) if settings.out else folder / "attention.html"
     words = [word(tokenizer, token) for token in ids]
     atomic.write_bytes(out, page(name, words, weights, likely(logits, tokenizer)).encode())

@@ -61,6 +61,7 @@ class Snapshot:
     state: dict[str, Any]
 
     def nbytes(self) -> int:
+        """Of the tensors; the rest is small."""
         return sum(tensor.nbytes for tensor in (*self.model.values(), *self.optimizer.values()))
 
     def copy(self) -> Snapshot:
@@ -223,7 +224,7 @@ def save(checkpoints: Path, snapshot: Snapshot, settle: Callable[[], None] = lam
     Raises OSError saying how much is needed if it cannot be, leaving no part of it.
     """
     folder = checkpoints / folder_name(snapshot.state["step"])
-    needed = int(1.01 * snapshot.nbytes()) + 2**20  # the tensors; the rest is small
+    needed = int(1.01 * snapshot.nbytes()) + 2**20
     assert not problem_of(snapshot.state), problem_of(snapshot.state)  # what cannot be read must not be written
     try:
         checkpoints.mkdir(parents=True, exist_ok=True)

@@ -256,9 +256,10 @@ def trial(model: nn.Module, loader: Loader, device: Device, boundary: int | None
 def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor], device: Device, boundary: int | None) -> Tensor:
     """The mean loss of inputs and targets, in nats a token; with a `boundary`, no document sees another of its row."""
     inputs, targets = (ids.to(device.torch) for ids in batch)
-    documents = None if boundary is None else (inputs == boundary).cumsum(dim=1)  # [B, T]
     with device.autocast():
-        return model(inputs, targets, documents=documents)
+        if boundary is None:
+            return model(inputs, targets)
+        return model(inputs, targets, documents=(inputs == boundary).cumsum(dim=1))  # [B, T]
 
 
 def boundary_of(tokenizer: Tokenizer) -> int:

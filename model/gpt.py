@@ -52,7 +52,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, rotary: Tensor | None = None, cache: KVCache | None = None,
                 documents: Documents | None = None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), rotary, cache, documents)
+        x = x + self.attn(self.ln_1(x), rotary, cache, documents=documents)
         return x + self.mlp(self.ln_2(x))
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from conf.identity import differences, identity_differences, in_short, listed
+from conf.identity import differences, flat, identity_differences, in_short, listed
 from conf.schema import Settings, folder_name, rebuild
 from data.shards import read_meta
 from model import GPT, GPTConfig
@@ -58,7 +58,8 @@ def look_into(run: Run, settings: Settings, prepared: Path) -> tuple[Checkpoint 
     """
     def changes(one: Checkpoint) -> dict[str, tuple[Any, Any]]:
         held = as_it_began(settings, one)
-        return identity_differences(one.state["settings"], identity(held, prepared, held.training.precision))
+        began = flat(asdict(Settings())) | flat(one.state["settings"])  # what is newer than the run was at its default
+        return identity_differences(began, identity(held, prepared, held.training.precision))
 
     def load(one: Checkpoint) -> Checkpoint:
         if not changes(one):  # of another run, the large files are not read

@@ -104,7 +104,7 @@ def open_model(settings: AttentionMapSettings) -> tuple[GPT, Tokenizer, str, Pat
 def look(model: GPT, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Logits `[T, V]` for ids `[1, T]`, and the weights `[L, H, T, T]` of all layers and heads that led to them."""
     weights: list[Tensor] = []
-    handles = [block.attn.register_forward_hook(lambda attn, given, _: weights.append(attn.explicit(*given[:3])[1]))
+    handles = [block.attn.register_forward_hook(lambda attn, given, _: weights.append(attn.explicit(*given)[1]))
                for block in model.h]
     try:
         logits = model(ids)[0]

@@ -390,6 +390,19 @@ def resealed(run: Path, **changes: object) -> None:
     (folder / checkpoint.MANIFEST).write_text(json.dumps(manifest | {"sha256": checkpoint.digest(manifest)}))
 
 
+def test_a_setting_that_is_newer_than_the_run_had_its_default(compose_tiny, tmp_path):
+    story.train(compose_tiny("training.max_steps=2"))
+    run = tmp_path / "runs/tiny"
+    settings = checkpoint.find(run / "checkpoints")[-1].state["settings"]
+    del settings["data"]["mix"], settings["data"]["respect_documents"]
+    resealed(run, settings=settings)
+    story.train(compose_tiny("training.max_steps=3"))
+    assert last_step(run) == 3
+    resealed(run, settings=settings)
+    with pytest.raises(ValueError, match=r"data.errors was strict and is now replace"):
+        story.train(compose_tiny("training.max_steps=3", "data.errors=replace"))
+
+
 @pytest.mark.parametrize("model", [{"n_layer": 10**6}, {"n_embd": 10**9}, {"block_size": 10**12}, {"vocab_size": 0}, {"n_layer": "x"},
                                    {"n_layer": 1e308}, {"n_layer": 5}, {"more": 1}, {"dropout": -1}, {"vocab_size": 99}, {"position": "x"},
                                    {"block_size": None}, {"n_layer": [1]}, {"n_embd": 2**16, "n_layer": 1024}], ids=str)

@@ -374,10 +374,11 @@ def test_a_cpu_gets_the_loaders_batches_without_a_thread(monkeypatch):
 
 
 @pytest.mark.parametrize(("ending", "said"), [
-    ("", ""),
-    ("raise KeyboardInterrupt", "KeyboardInterrupt"),
-    ("threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start(); batches.batch(1)", "KeyboardInterrupt"),
-], ids=["at its end", "raising", "interrupted as it waits for the batch"])
+    pytest.param("", "", id="at its end"),
+    pytest.param("raise KeyboardInterrupt", "KeyboardInterrupt", id="raising", marks=pytest.mark.slow),
+    pytest.param("threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start(); batches.batch(1)", "KeyboardInterrupt",
+                 id="interrupted as it waits for the batch", marks=pytest.mark.slow),
+])
 def test_a_program_ends_while_a_batch_is_being_read(ending, said):
     program = f"""
 import os, signal, threading, time

@@ -256,9 +256,11 @@ def test_a_run_extended_later_goes_on_by_the_longer_runs_rates_and_says_so(compo
 
 
 @pytest.mark.parametrize("optim", ["adamw", "muon"])
-@pytest.mark.parametrize("extra", [[], ["training.tokens_per_step=256", "model.dropout=0.2"], ["training.precision=bf16"],
-                                   ["training.precision=fp16"], ["training.deterministic=true"]],
-                         ids=["plain", "accumulation+dropout", "bf16", "fp16", "deterministic"])
+@pytest.mark.parametrize("extra", [
+    pytest.param([], id="plain"), pytest.param(["training.tokens_per_step=256", "model.dropout=0.2"], id="accumulation+dropout"),
+    pytest.param(["training.precision=bf16"], id="bf16", marks=pytest.mark.slow),
+    pytest.param(["training.precision=fp16"], id="fp16", marks=pytest.mark.slow),
+    pytest.param(["training.deterministic=true"], id="deterministic", marks=pytest.mark.slow)])
 def test_an_interrupted_run_goes_on_exactly(compose_tiny, tmp_path, interrupt_at, optim, extra):
     words = [f"optim={optim}", *extra, "training.max_steps=14"]
     try:
@@ -378,6 +380,23 @@ def test_sampling_from_a_damaged_run_warns_and_uses_another(compose_tiny, tmp_pa
     assert (run / "checkpoints/step_00000015").is_dir()  # whoever only reads moves nothing
 
 
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory):
+    return tmp_path_factory.mktemp("shelf")
+
+
+@pytest.fixture
+def two_steps(compose_tiny, tmp_path, shelf):
+    """A run of two steps with these settings, in the place where they put it: trained once, then copied."""
+    def of(*words: str) -> Path:
+        kept = shelf / "-".join(["run", *words])
+        if not kept.exists():
+            story.train(compose_tiny("training.max_steps=2", *words, f"runs_dir={kept}"))
+        shutil.copytree(kept / "tiny", tmp_path / "runs/tiny")
+        return tmp_path / "runs/tiny"
+    return of
+
+
 def resealed(run: Path, **changes: object) -> None:
     """Change the state of a run's last checkpoint as someone would who means harm."""
     folder = checkpoint.find(run / "checkpoints")[-1].folder
@@ -406,9 +425,8 @@ def test_a_setting_that_is_newer_than_the_run_had_its_default(compose_tiny, tmp_
 @pytest.mark.parametrize("model", [{"n_layer": 10**6}, {"n_embd": 10**9}, {"block_size": 10**12}, {"vocab_size": 0}, {"n_layer": "x"},
                                    {"n_layer": 1e308}, {"n_layer": 5}, {"more": 1}, {"dropout": -1}, {"vocab_size": 99}, {"position": "x"},
                                    {"block_size": None}, {"n_layer": [1]}, {"n_embd": 2**16, "n_layer": 1024}], ids=str)
-def test_a_hostile_shape_is_one_sentence_and_takes_no_memory(compose_tiny, tmp_path, model):
-    story.train(compose_tiny("training.max_steps=2"))
-    run = tmp_path / "runs/tiny"
+def test_a_hostile_shape_is_one_sentence_and_takes_no_memory(compose_tiny, two_steps, model):
+    run = two_steps()
     resealed(run, model=checkpoint.find(run / "checkpoints")[-1].state["model"] | model)
     with pytest.raises(ValueError, match="step_00000002") as refusal:
         story.open_checkpoint(run, "last", Device("cpu", "fp32"))
@@ -429,9 +447,8 @@ def test_another_runs_tokenizer_is_refused_with_both_numbers(compose_tiny, tmp_p
 
 
 @pytest.mark.parametrize("environment", [{}, {"threads": 10**9}, {"threads": "x"}, {"device": "../x"}, {"precision": 3}, {"more": 1}, {"torch": {}}], ids=str)
-def test_a_hostile_environment_is_one_sentence(compose_tiny, tmp_path, environment):
-    story.train(compose_tiny("training.max_steps=2"))
-    run = tmp_path / "runs/tiny"
+def test_a_hostile_environment_is_one_sentence(compose_tiny, two_steps, environment):
+    run = two_steps()
     resealed(run, environment=environment and checkpoint.find(run / "checkpoints")[-1].state["environment"] | environment)
     with pytest.raises(ValueError) as refusal:
         story.train(compose_tiny("training.max_steps=3"))
@@ -440,9 +457,8 @@ def test_a_hostile_environment_is_one_sentence(compose_tiny, tmp_path, environme
 
 @pytest.mark.parametrize("changes", [{"scaler": {"scale": 1.0}}, {"scaler": {"_growth_tracker": []}}, {"settings": {}}, {"settings": {"model": 3}},
                                      {"settings": {"x": [1, 2]}}, {"settings": {"\x1b[31m": "\ud800"}}], ids=ascii)
-def test_a_hostile_state_is_one_sentence(compose_tiny, tmp_path, changes):
-    story.train(compose_tiny("training.max_steps=2"))
-    resealed(tmp_path / "runs/tiny", **changes)
+def test_a_hostile_state_is_one_sentence(compose_tiny, two_steps, changes):
+    resealed(two_steps(), **changes)
     with pytest.raises(ValueError) as refusal:
         story.train(compose_tiny("training.max_steps=3"))
     assert "\n" not in str(refusal.value) and str(refusal.value).isprintable()
@@ -450,10 +466,9 @@ def test_a_hostile_state_is_one_sentence(compose_tiny, tmp_path, changes):
 
 @pytest.mark.parametrize("changes", [{"_growth_tracker": 2**63}, {"_growth_tracker": 1.5}, {"growth_interval": 1.5}, {"growth_interval": 0},
                                      {"scale": 0.0}, {"scale": 1e300}, {"scale": "x"}, {"more": 1}, {"backoff_factor": 3.0}], ids=str)
-def test_a_hostile_loss_scaler_is_one_sentence(compose_tiny, tmp_path, changes):
+def test_a_hostile_loss_scaler_is_one_sentence(compose_tiny, two_steps, changes):
     words = ["training.precision=fp16"]
-    story.train(compose_tiny(*words, "training.max_steps=2"))
-    run = tmp_path / "runs/tiny"
+    run = two_steps(*words)
     resealed(run, scaler=checkpoint.find(run / "checkpoints")[-1].state["scaler"] | changes)
     with pytest.raises(ValueError, match="no state of this run's loss scaler"):
         story.train(compose_tiny(*words, "training.max_steps=3"))
@@ -697,7 +712,7 @@ def test_a_rollback_before_the_first_checkpoint_goes_back_to_the_start(compose_t
 
 @pytest.mark.parametrize("action", ["skip", "rollback"])
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("fp16", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("stop", [pytest.param(5, marks=pytest.mark.slow), 9, 10, pytest.param(13, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stop", [pytest.param(5, marks=pytest.mark.slow), 9, *(pytest.param(stop, marks=pytest.mark.slow) for stop in (10, 13))])
 def test_answers_to_nan_are_deterministic_wherever_the_run_is_stopped(compose_tiny, tmp_path, plant, interrupt_at, action, precision, stop):
     words = [f"training.on_nonfinite={action}", f"training.precision={precision}", "training.max_steps=20", "training.checkpoint_every=4",
              "model.dropout=0.1", "optim=muon"]

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW, Muon, Optimizer
 
+from training.muon import BatchedMuon
+
 
 @dataclass(frozen=True)
 class OptimConfig:
@@ -94,7 +96,7 @@ class Optimizers:
         tables, vectors = roles["embedding"] + roles["head"], roles["vector"]
         self.all: list[Optimizer] = []
         if config.optimizer == "muon":
-            self.all.append(Muon(matrices, lr=config.muon_lr, momentum=config.momentum, weight_decay=config.weight_decay))
+            self.all.append(BatchedMuon(matrices, lr=config.muon_lr, momentum=config.momentum, weight_decay=config.weight_decay))
         else:
             tables = matrices + tables
         groups = [{"params": tables, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]

@@ -96,7 +96,8 @@ class Optimizers:
         tables, vectors = roles["embedding"] + roles["head"], roles["vector"]
         self.all: list[Optimizer] = []
         if config.optimizer == "muon":
-            self.all.append(BatchedMuon(matrices, lr=config.muon_lr, momentum=config.momentum, weight_decay=config.weight_decay))
+            self.all.append(BatchedMuon(matrices, lr=config.muon_lr, momentum=config.momentum,
+                                        weight_decay=config.weight_decay))
         else:
             tables = matrices + tables
         groups = [{"params": tables, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]

@@ -1,0 +1,240 @@
+"""Measure training steps: beside nanoGPT's, against the machine's own limit, and where their time goes.
+
+  python -m scripts.bench speed peer=../nanoGPT     tokens a second, and peak memory, of both
+  python -m scripts.bench profile                   what a step of the default run spends its time on
+
+`peer` is a folder with a nanoGPT checkout, which is not part of nanohydra; without it, only our side is measured. Each
+side runs in processes of its own, in turn, as its README says for CPUs; the medians count.
+
+Settings of speed, each with its default:
+  shape=all        or one of: wide, narrow, gpt2 (GPT-2 124M)
+  rounds=3         processes a side
+  steps=6          timed in each, after two that warm up
+  out=FILE         also as JSON
+Settings of profile: those of train.py, and
+  rows=12          of the table
+  trace=FILE       a trace for a browser's tracing page
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+import atomic
+from conf.launch import launch
+from conf.schema import compose
+from data.loader import Loader
+from data.shards import Tokens
+from model import GPT, GPTConfig
+from train import loss_of
+from training.device import Device
+from training.optim import OptimConfig, Optimizers
+
+ROOT = Path(__file__).parent.parent
+GPT2_LIKE = GPTConfig(dropout=0.0, bias=False)  # as nanoGPT trains it
+SHAPES = {  # the model, and the sequences in a batch
+    "wide": (replace(GPT2_LIKE, n_layer=4, n_head=4, n_embd=256, block_size=128, vocab_size=65), 64),
+    "narrow": (replace(GPT2_LIKE, n_layer=4, n_head=4, n_embd=128, block_size=64, vocab_size=65), 12),
+    "gpt2": (replace(GPT2_LIKE, vocab_size=50304), 4),
+}
+
+
+@dataclass(frozen=True)
+class SpeedSettings:
+    """What is timed, and how often."""
+
+    peer: str = ""  # a nanoGPT checkout
+    shape: Literal["all", "wide", "narrow", "gpt2"] = "all"
+    rounds: int = 3
+    steps: int = 6
+    out: str = ""
+
+    def problems(self) -> Iterator[str]:
+        """One sentence for each value that cannot work."""
+        if self.peer and not Path(self.peer, "model.py").is_file():
+            yield f"peer={self.peer} is no nanoGPT checkout: it has no model.py."
+        for name in ("rounds", "steps"):
+            if getattr(self, name) < 1:
+                yield f"{name}={getattr(self, name)} must be at least 1."
+
+
+def speed(settings: SpeedSettings) -> int:
+    limit = product_rate()
+    device = Device()
+    print(f"torch {torch.__version__}, {device.describe()}; best measured product in bf16: {limit / 1e9:,.0f} GFLOP/s\n")
+    print("| shape | nanoGPT, tokens/s | ours | x | of the product rate | peak memory, nanoGPT | ours | x |\n" + "|---" * 8 + "|")
+    measured: dict[str, Any] = {"product_flops": limit}
+    for shape in SHAPES if settings.shape == "all" else [settings.shape]:
+        config, batch_size = SHAPES[shape]
+        sides = ["nanogpt", "ours"] if settings.peer else ["ours"]
+        runs: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
+        for _ in range(settings.rounds):
+            for side in sides:
+                runs[side].append(in_a_process(side, shape, settings))
+        tokens = batch_size * config.block_size
+        rate = {side: tokens / statistics.median(time for run in of for time in run["seconds"]) for side, of in runs.items()}
+        memory = {side: statistics.median(run["peak_bytes"] for run in of) for side, of in runs.items()}
+        share = rate["ours"] * GPT(config).flops_per_token() / limit
+        measured[shape] = {"tokens_per_second": rate, "peak_bytes": memory, "of_product_rate": share, "runs": runs}
+        there = "nanogpt" in runs
+        print(f"| {shape} | {rate['nanogpt']:,.0f} | " if there else f"| {shape} | not measured | ", end="")
+        print(f"{rate['ours']:,.0f} | " + (f"{rate['ours'] / rate['nanogpt']:.2f}" if there else "") + f" | {share:.0%} | "
+              + (f"{memory['nanogpt'] / 2**20:,.0f} MB" if there else "") + f" | {memory['ours'] / 2**20:,.0f} MB | "
+              + (f"{memory['ours'] / memory['nanogpt']:.2f}" if there else "") + " |", flush=True)
+    if settings.out:
+        atomic.write_bytes(Path(settings.out), json.dumps(measured, indent=2).encode())
+    return 0
+
+
+def product_rate() -> float:
+    """The most FLOP/s of a product of square bf16 matrices, over several sizes."""
+    best = 0.0
+    for size in (512, 1024, 2048):
+        a, b = torch.randn(size, size).bfloat16(), torch.randn(size, size).bfloat16()
+        for _ in range(8):
+            start = time.perf_counter()
+            a @ b
+            best = max(best, 2 * size**3 / (time.perf_counter() - start))
+    return best
+
+
+def in_a_process(side: str, shape: str, settings: SpeedSettings) -> dict[str, Any]:
+    call = f"from scripts.bench import measure; measure({side!r}, {shape!r}, {settings.steps}, {settings.peer!r})"
+    done = subprocess.run([sys.executable, "-c", call], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(f"{side}, {shape}: {done.stderr.strip().splitlines()[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure(side: str, shape: str, n_steps: int, peer: str) -> None:
+    """Time steps in this process and print them as JSON."""
+    config, batch_size = SHAPES[shape]
+    torch.manual_seed(0)
+    tokens = Tokens([np.random.default_rng(0).integers(0, config.vocab_size, 2_000_000, dtype=np.uint16)])
+    loader = Loader([tokens], config.block_size, batch_size)
+    step = our_step(config, loader) if side == "ours" else nanogpt_step(Path(peer), config, loader)
+    seconds = []
+    for number in range(n_steps + 2):
+        start = time.perf_counter()
+        step(number)
+        seconds.append(time.perf_counter() - start)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    print(json.dumps({"seconds": seconds[2:], "peak_bytes": peak}))
+
+
+def our_step(config: GPTConfig, loader: Loader) -> Callable[[int], None]:
+    device = Device()
+    model = GPT(config).to(device.torch)
+    optim = OptimConfig()
+    optimizers = Optimizers(model.parameters_by_role(), optim)
+    scaler = torch.amp.GradScaler(device.type, enabled=device.precision == "fp16")
+
+    def step(number: int) -> None:
+        loss = loss_of(model, loader.batch(number), device, None)
+        scaler.scale(loss).backward()
+        loss.item()
+        optimizers.step(scaler, optimizers.gradient_norm(scaler), optim.grad_clip)
+    return step
+
+
+def nanogpt_step(peer: Path, config: GPTConfig, loader: Loader) -> Callable[[int], None]:
+    """A step of nanoGPT's own model and optimizer, in the order of its training loop, in fp32 as it trains on CPUs."""
+    specification = importlib.util.spec_from_file_location("nanogpt_model", peer / "model.py")
+    module = importlib.util.module_from_spec(specification)
+    sys.modules["nanogpt_model"] = module
+    specification.loader.exec_module(module)
+    names = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
+    model = module.GPT(module.GPTConfig(**{name: getattr(config, name) for name in names}))
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), "cpu")
+
+    def step(number: int) -> None:
+        inputs, targets = (ids.contiguous() for ids in loader.batch(number))
+        _, loss = model(inputs, targets)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        loss.item()
+    return step
+
+
+@dataclass(frozen=True)
+class ProfileSettings:
+    """How a profile is shown; all other settings are the training's own."""
+
+    rows: int = 12
+    trace: str = ""
+    train: tuple[str, ...] = ()
+
+    def problems(self) -> Iterator[str]:
+        """One sentence for each value that cannot work."""
+        if self.rows < 1:
+            yield f"rows={self.rows} must be at least 1."
+
+
+def profile(own: ProfileSettings) -> int:
+    """Steps of the training that the settings describe, on random tokens, by torch's profiler."""
+    settings = compose("config", list(own.train))
+    vocab_size = settings.data.vocab_size if settings.data.tokenizer == "bpe" else 50257
+    config = replace(settings.model, vocab_size=vocab_size)
+    device = Device(settings.training.device, settings.training.precision)
+    tokens = Tokens([np.random.default_rng(0).integers(0, vocab_size, 2_000_000, dtype=np.uint16)])
+    loader = Loader([tokens], config.block_size, settings.training.batch_size)
+    model = GPT(config).to(device.torch)
+    optimizers = Optimizers(model.parameters_by_role(), settings.optim)
+    scaler = torch.amp.GradScaler(device.type, enabled=device.precision == "fp16")
+    parts: dict[str, list[float]] = {"forward": [], "backward": [], "optimizer": []}
+
+    def step(number: int) -> None:
+        times = [time.perf_counter()]
+        loss = loss_of(model, loader.batch(number), device, None)
+        device.synchronize()
+        times.append(time.perf_counter())
+        scaler.scale(loss).backward()
+        device.synchronize()
+        times.append(time.perf_counter())
+        optimizers.step(scaler, optimizers.gradient_norm(scaler), settings.optim.grad_clip)
+        device.synchronize()
+        times.append(time.perf_counter())
+        for part, start, end in zip(parts.values(), times, times[1:], strict=False):
+            part.append(end - start)
+
+    for number in range(8):
+        step(number)
+    medians = {name: 1000 * statistics.median(part[2:]) for name, part in parts.items()}
+    total = sum(medians.values())
+    print(f"torch {torch.__version__}, {device.describe()}; {loader.tokens_per_step:,} tokens a step\n\n"
+          "| part | ms | share |\n|---|---|---|")
+    for name, milliseconds in medians.items():
+        print(f"| {name} | {milliseconds:.1f} | {milliseconds / total:.0%} |")
+    activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * (device.type == "cuda")
+    with torch.profiler.profile(activities=activities, record_shapes=True) as found:
+        for number in range(3):
+            step(number)
+    by = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    print(found.key_averages(group_by_input_shape=True).table(sort_by=by, row_limit=own.rows, max_shapes_column_width=60,
+                                                              max_name_column_width=40))
+    if own.trace:
+        found.export_chrome_trace(own.trace)
+        print(f"Wrote {own.trace}")
+    return 0
+
+
+MODES = {"speed": (speed, SpeedSettings), "profile": (profile, ProfileSettings)}
+
+if __name__ == "__main__":
+    mode = sys.argv.pop(1) if len(sys.argv) > 1 and sys.argv[1] in MODES else "speed"
+    launch(*MODES[mode], __doc__)

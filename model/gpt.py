@@ -16,6 +16,7 @@ from torch import Tensor
 
 from model.attention import CausalSelfAttention, Documents, KVCache, can_pack, rotary_table
 from model.config import GPTConfig
+from model.loss import next_token_loss
 
 
 def make_norm(config: GPTConfig) -> nn.Module:
@@ -120,9 +121,14 @@ class GPT(nn.Module):
             cache.length = end
         return self.ln_f(x)
 
+    @property
+    def head_weight(self) -> Tensor:
+        """The matrix `[V, C]` from features to logits."""
+        return (self.wte if self.config.tie_head else self.lm_head).weight
+
     def head(self, features: Tensor) -> Tensor:
         """Features `[..., C]` -> logits `[..., V]`."""
-        return F.linear(features, (self.wte if self.config.tie_head else self.lm_head).weight)
+        return F.linear(features, self.head_weight)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, cache: KVCache | None = None,
                 documents: Tensor | None = None) -> Tensor:
@@ -130,10 +136,10 @@ class GPT(nn.Module):
 
         `cache` and `documents` are as `features` takes them.
         """
-        logits = self.head(self.features(idx, cache, documents))
+        features = self.features(idx, cache, documents)
         if targets is None:
-            return logits
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+            return self.head(features)
+        return next_token_loss(features.flatten(0, 1), self.head_weight, targets.flatten())
 
     def parameters_by_role(self) -> dict[str, list[Tensor]]:
         """The parameters, each once, by what they do: what optimizers and reports sort by."""

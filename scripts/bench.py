@@ -75,7 +75,7 @@ def speed(settings: SpeedSettings) -> int:
     limit = product_rate()
     device = Device()
     print(f"torch {torch.__version__}, {device.describe()}; best measured product in bf16: {limit / 1e9:,.0f} GFLOP/s\n")
-    print("| shape | nanoGPT, tokens/s | ours | x | of the product rate | peak memory, nanoGPT | ours | x |\n" + "|---" * 8 + "|")
+    print("| shape | nanoGPT, tokens/s | ours | x | of product rate | memory, nanoGPT | ours | x |\n" + "|---" * 8 + "|")
     measured: dict[str, Any] = {"product_flops": limit}
     for shape in SHAPES if settings.shape == "all" else [settings.shape]:
         config, batch_size = SHAPES[shape]

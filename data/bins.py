@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,10 @@ import numpy as np
 from tqdm import tqdm
 
 import atomic
-from data.shards import SPLITS, read_meta, write_meta
+from data.files import File
+from data.shards import SPLITS, check, read_meta, write_meta
 from data.store import data_root, made_once, sha256_of
-from data.tokenizer import CharTokenizer, Tokenizer, fingerprint, from_json
+from data.tokenizer import CharTokenizer, Tokenizer, fingerprint, from_json, read_tokenizer
 
 HEADER_BYTES = 1024  # of llm.c's files: 256 int32, the first three a magic number, a version, and how many tokens follow
 MAGIC = {20240520: "uint16", 20240801: "uint32"}  # GPT-2's tokens; Llama 3's
@@ -48,6 +51,7 @@ def prepare_bins(path: str, tokenizer_name: str) -> Path:
     made_once(folder, describe_there)
     if any(read_meta(folder)["parts"][0][split]["shards"] != shards[split] for split in SPLITS):
         describe_there(folder)
+    check(folder, recipe)
     return folder
 
 
@@ -57,12 +61,13 @@ def tokenizer_of(folder: Path, name: str) -> Tokenizer:
         text = folder / "input.txt"
         if not text.is_file():
             raise ValueError(f"{text} is not there: of tokens by characters, their text must lie beside them.")
-        return CharTokenizer("".join(sorted(set(text.read_text(encoding="utf-8")))), with_end_of_text=False)
+        characters = {letter for piece in File(text).text_pieces() for letter in piece}
+        return CharTokenizer("".join(sorted(characters)), with_end_of_text=False)
     if name == "bpe":
         saved = folder / "tokenizer.json"
         if not saved.is_file():
             raise ValueError(f"{saved} is not there: name the tokenizer that made these tokens, as in data.tokenizer=gpt2.")
-        return from_json(json.loads(saved.read_text()), str(saved))
+        return read_tokenizer(saved)
     return from_json({"kind": name}, f"data.tokenizer={name}")
 
 
@@ -76,7 +81,12 @@ def find_bins(path: str) -> dict[str, list[Path]]:
         files = sorted(place.glob("*.bin"))
     else:
         files = sorted(Path(place.anchor).glob(str(place.relative_to(place.anchor))))
-    found = {split: [file for file in files if split in file.name.lower()] for split in SPLITS}
+    def named(split: str, file: Path) -> bool:
+        return re.search(rf"(?<![a-z]){split}(?![a-z])", file.name.lower()) is not None
+
+    found = {split: [file for file in files if named(split, file)] for split in SPLITS}
+    if both := set(found["train"]) & set(found["val"]):
+        raise ValueError(f"{both.pop()} is named for both splits: what is held out must not be trained on.")
     if missing := [split for split in SPLITS if not found[split]]:
         raise ValueError(f"data.path={path} holds no .bin file with {' and none with '.join(missing)} in its name: name the "
                          f"folder where train.bin and val.bin lie, or a glob such as 'fineweb10B/*.bin'.")
@@ -87,14 +97,17 @@ def describe_bin(path: Path) -> dict[str, Any]:
     """What `meta.json` says of a shard, from its size and header. Raises ValueError for a file that is neither kind."""
     size = path.stat().st_size
     with open(path, "rb") as file:
-        header = np.frombuffer(file.read(12), dtype="<i4")
-    if len(header) == 3 and int(header[0]) in MAGIC:
-        dtype, offset, tokens = MAGIC[int(header[0])], HEADER_BYTES, int(header[2])
-        if offset + tokens * np.dtype(dtype).itemsize != size:
+        header = file.read(12).ljust(12, b"\0")
+    magic, _version, tokens = struct.unpack("<3i", header)
+    if struct.unpack(">i", header[:4])[0] in MAGIC:
+        raise ValueError(f"{path} was written with its bytes the other way round: convert it.")
+    if magic in MAGIC:
+        dtype, offset = MAGIC[magic], HEADER_BYTES
+        if tokens < 0 or offset + tokens * np.dtype(dtype).itemsize != size:
             raise ValueError(f"{path} is cut short or damaged: its header promises {tokens:,} tokens, not {size:,} bytes.")
         return {"file": str(path.resolve()), "offset": offset, "dtype": dtype, "tokens": tokens}
-    if size % 2:
-        raise ValueError(f"{path} is no file of 16-bit tokens: it has {size:,} bytes, an odd number.")
+    if size % 2 or not size:
+        raise ValueError(f"{path} is no file of 16-bit tokens: it has {size:,} bytes.")
     return {"file": str(path.resolve()), "offset": 0, "dtype": "uint16", "tokens": size // 2}
 
 
@@ -118,4 +131,6 @@ def count(shards: list[dict[str, Any]], tokenizer: Tokenizer) -> dict[str, Any]:
         counts[tokenizer.end_of_text] = 0  # no bytes of any text
     used = np.flatnonzero(counts)
     n_bytes = sum(int(counts[one]) * len(tokenizer.decode_bytes((int(one),))) for one in used)
+    if not n_bytes:
+        raise ValueError(f"{shards[0]['file']} holds no text: only ends of text.")
     return {"documents": documents, "bytes": n_bytes, "tokens": total, "bytes_per_token": n_bytes / max(1, total)}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from typing import NamedTuple
+
+from tqdm import tqdm
 
 from data.files import Document
 from data.sources import Source
@@ -31,13 +33,23 @@ class Corpus:
     def __init__(self, source: Source, val_fraction: float) -> None:
         self.source, self.val_fraction = source, val_fraction
         many = int(10 / val_fraction)  # then ten are held out on average, and none at all once in 22,000 corpora
-        first = {index: length for index, _, _, length in islice(self.distinct(), many)}
+        with self.watched("Reading") as watch:
+            first = {index: length for index, _, _, length in islice(self.distinct(watch), many)}
         if not first:
             raise ValueError("The source holds no text: every document is empty.")
         self.has_boundaries = len(first) > 1
         self.lengths = first if len(first) < many else {}
 
-    def distinct(self) -> Iterator[tuple[int, Document, float, int]]:
+    @contextmanager
+    def watched(self, title: str) -> Iterator[Callable[[str], None]]:
+        """Something to call for each piece that is read; where that takes long, a bar shows how far it has come."""
+        look = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+        with tqdm(desc=title, total=100, leave=False, delay=2, bar_format=look) as bar:
+            def watch(text: str) -> None:
+                bar.update(100 * self.source.fraction() - bar.n)
+            yield watch
+
+    def distinct(self, watch: Callable[[str], None] = lambda text: None) -> Iterator[tuple[int, Document, float, int]]:
         """Each distinct document: its index, itself, a number in [0, 1) drawn by its hash, its length in characters."""
         seen = Seen()
         for index, document in enumerate(self.source.documents()):
@@ -45,6 +57,7 @@ class Corpus:
             for text in document.pieces():
                 hashed.update(text.encode())
                 length += len(text)
+                watch(text)
             digest = hashed.digest()[:16]
             if seen.add(digest):
                 yield index, document, int.from_bytes(digest[:8]) / 2**64, length
@@ -75,12 +88,14 @@ class Corpus:
 
     def training_text(self, most_bytes: int) -> Iterator[str]:
         """The beginning of the training split, in pieces: what a tokenizer is trained on."""
-        for piece in self.pieces():
-            if piece.split == "train" and piece.text:
-                yield piece.text
-                most_bytes -= len(piece.text.encode())
-                if most_bytes <= 0:
-                    return
+        with self.watched("Reading a sample") as watch:
+            for piece in self.pieces():
+                watch(piece.text)
+                if piece.split == "train" and piece.text:
+                    yield piece.text
+                    most_bytes -= len(piece.text.encode())
+                    if most_bytes <= 0:
+                        return
 
 
 class Seen:
@@ -97,4 +112,5 @@ class Seen:
         try:
             return self.table.execute("INSERT OR IGNORE INTO seen VALUES (?)", (digest,)).rowcount == 1
         except sqlite3.OperationalError as error:
-            raise OSError(errno.ENOSPC, f"no room to look for duplicates ({error})", "temporary files") from None
+            raise OSError(f"No room for temporary files, in which copies are looked for ({error}): free some disk, or set "
+                          f"SQLITE_TMPDIR to a folder with more room.") from None

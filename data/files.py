@@ -9,6 +9,7 @@ import codecs
 import gzip
 import io
 import json
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterator
@@ -19,14 +20,14 @@ from typing import Any, BinaryIO
 
 PIECE = 2**18  # the characters of a long text that are read at once; no tokenizer fails on a million blanks then
 RECORD_BYTES = 2**26  # the most that one JSON line may hold: it is one string, and must be in memory whole
-KINDS = (".txt", ".md", ".jsonl", ".parquet")
-COMPRESSIONS = ("", ".gz", ".zst")
+TEXTS = tuple(f"{kind}{compression}" for kind in (".txt", ".md", ".jsonl") for compression in ("", ".gz", ".zst"))
+LARGEST_WINDOW = 2**31  # of zstd, which keeps so much of a text to refer back to
 
 # Where a long text can be cut without changing its tokens: every split pattern begins anew at a space behind a word or
 # number, after the end of a line (blank ones are another matter), and at a mark after a word of a script without spaces.
 LETTER, WORD = r"[^\W\d_]", r"[^\W_]"
 MARK = r"[\u3001\u3002\u300a-\u300f\uff01\uff08\uff09\uff0c\uff1a\uff1b\uff1f]"  # of Chinese and Japanese
-CUT = re.compile(rf"(?<={WORD})(?= \S)|(?<=\S\n)(?=\S)|(?<={LETTER})(?={MARK})")
+CUT = re.compile(rf"(?<={WORD})(?= \S)|(?<=\S\n)(?=[^\s/])|(?<={LETTER})(?={MARK})")
 CUT_WITHIN = (2**10, 2**16)  # characters at a piece's end in which a place to cut is looked for, first in few of them
 
 
@@ -54,16 +55,31 @@ def find(path: str) -> list[Path]:
     place = Path(path)
     if place.is_file():
         return [place]
-    kinds = tuple(kind + compression for kind in KINDS for compression in COMPRESSIONS)
     if place.is_dir():
-        files = sorted(file for file in place.rglob("*") if file.name.lower().endswith(kinds) and file.is_file())
+        files = sorted(file for file in below(place) if file.name.lower().endswith((*TEXTS, ".parquet")))
     else:
         base = Path(place.anchor)
         files = sorted(file for file in base.glob(str(place.relative_to(base))) if file.is_file())
     if not files:
-        raise ValueError(f"data.path={path} holds no file to read: put some of {', '.join(KINDS)} there (also compressed, "
-                         f".gz or .zst), or name a single file of any ending.")
+        raise ValueError(f"data.path={path} holds no file to read: put .txt, .md, .jsonl (also compressed, .gz or .zst) or "
+                         f".parquet there, or name a single file of any ending.")
     return files
+
+
+def below(folder: Path) -> Iterator[Path]:
+    """All files in a folder and its subfolders, those that links lead to as well. Raises OSError for what cannot be seen."""
+    seen = set()
+    for place, subfolders, names in os.walk(folder, followlinks=True, onerror=refuse):
+        status = os.stat(place)
+        if (status.st_dev, status.st_ino) in seen:
+            subfolders.clear()  # a link that leads back up
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        yield from (file for file in map(Path(place).joinpath, names) if file.is_file())
+
+
+def refuse(error: OSError) -> None:
+    raise error
 
 
 class File:
@@ -106,7 +122,7 @@ class File:
                     import zstandard
                 except ImportError:
                     raise ValueError(f"{self.path}: reading .zst needs zstandard: pip install zstandard.") from None
-                yield io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(self.raw, read_across_frames=True))
+                yield io.BufferedReader(Unzstd(self.raw, zstandard.ZstdDecompressor(max_window_size=LARGEST_WINDOW)))
             else:
                 yield self.raw
 
@@ -114,7 +130,7 @@ class File:
         """What `read` gives, or one sentence about a file that is cut short or damaged."""
         try:
             return read()
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:  # Unzstd raises EOFError too
             raise ValueError(f"{self.path} is damaged or cut short ({error}).") from None
         except Exception as error:  # zstandard's own, which is not always there to be named
             if type(error).__name__ != "ZstdError":
@@ -157,6 +173,7 @@ class File:
             number = 0
             while line := self.whole(lambda: file.readline(RECORD_BYTES + 1)):
                 number += 1
+                line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
                 if len(line) > RECORD_BYTES:
                     raise ValueError(f"{self.path}, line {number} is longer than {RECORD_BYTES // 2**20} MB, the most that "
                                      f"a JSON record may be: split it, or keep long texts as plain text.")
@@ -178,21 +195,56 @@ class File:
     def parquet(self) -> Iterator[str]:
         """The text of each row, some at a time."""
         try:
-            from pyarrow import ArrowInvalid
-            from pyarrow.parquet import ParquetFile
+            from pyarrow import parquet
         except ImportError:
             raise ValueError(f"{self.path}: reading .parquet needs pyarrow: pip install pyarrow.") from None
         try:
-            with open(self.path, "rb") as self.raw, ParquetFile(self.raw, buffer_size=PIECE, pre_buffer=False) as file:
+            with open(self.path, "rb") as self.raw, parquet.ParquetFile(self.raw, buffer_size=PIECE) as file:
                 if self.text_field not in file.schema_arrow.names:
                     checked(None, str(self.path), self.text_field, file.schema_arrow.names)
-                row = 0
-                for batch in file.iter_batches(batch_size=64, columns=[self.text_field], use_threads=False):
-                    for value in batch.column(0).to_pylist():
-                        row += 1
-                        yield checked(value, f"{self.path}, row {row}", self.text_field, [self.text_field])
-        except ArrowInvalid as error:
-            raise ValueError(f"{self.path} is no Parquet file ({str(error).splitlines()[0]}).") from None
+                for row, value in enumerate(parquet_column(file, self.text_field), 1):
+                    yield checked(value, f"{self.path}, row {row}", self.text_field, [self.text_field])
+        except Exception as error:  # pyarrow has many kinds for damage: its own, OSError, UnicodeDecodeError
+            if type(error) is ValueError:
+                raise  # a sentence already
+            said = (str(error) or type(error).__name__).splitlines()[0]
+            raise ValueError(f"{self.path} is damaged, or no Parquet file ({said}).") from None
+
+
+def parquet_column(file: Any, name: str) -> Iterator[Any]:
+    """The values of a pyarrow ParquetFile's column, about PIECE bytes of them in memory at a time."""
+    for number in range(file.num_row_groups):
+        group = file.metadata.row_group(number)
+        columns = [group.column(index) for index in range(group.num_columns)]
+        size = sum(column.total_uncompressed_size for column in columns if column.path_in_schema == name)
+        at_once = max(1, min(1024, PIECE * group.num_rows // max(1, size)))
+        for batch in file.iter_batches(batch_size=at_once, row_groups=[number], columns=[name], use_threads=False):
+            yield from batch.column(0).to_pylist()
+
+
+class Unzstd(io.RawIOBase):
+    """A zstd file's content, of one frame or several. Raises EOFError where the last one is cut short."""
+
+    def __init__(self, raw: BinaryIO, decompressor: Any) -> None:
+        self.raw, self.decompressor = raw, decompressor
+        self.frame, self.left = decompressor.decompressobj(), b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:
+        while not self.left:
+            block = self.frame.unused_data or self.raw.read(PIECE // 16)
+            if self.frame.eof and block:
+                self.frame = self.decompressor.decompressobj()
+            elif not block:
+                if not self.frame.eof:
+                    raise EOFError("its last frame has no end")
+                return 0
+            self.left = self.frame.decompress(block)
+        size = min(len(buffer), len(self.left))
+        buffer[:size], self.left = self.left[:size], self.left[size:]
+        return size
 
 
 def checked(value: Any, place: str, text_field: str, there: list[str]) -> str:

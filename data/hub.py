@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import atomic
-from data.files import Document, checked
+from data.files import Document, checked, parquet_column
 
 if TYPE_CHECKING:
     from datasets import DatasetBuilder
@@ -68,7 +68,7 @@ class Hub:
             if type(error) is ValueError:
                 raise  # a sentence already
             place = f"at example {number + 1:,} ({in_one_line(error)})"
-            if isinstance(error, ValueError):
+            if isinstance(error, ValueError) or self.folder:
                 raise ValueError(f"{self.name} cannot be read {place}.") from None
             raise ConnectionError(f"{self.name} broke off {place}: run the same command again, which goes on where it "
                                   f"was.") from None
@@ -188,12 +188,9 @@ class Hub:
             with xopen(path, "rb") as file, ParquetFile(file) as parquet:
                 if self.text_field not in parquet.schema_arrow.names:
                     checked(None, self.name, self.text_field, parquet.schema_arrow.names)
-                row = 0
-                for batch in parquet.iter_batches(batch_size=256, columns=[self.text_field]):
-                    for text in batch.column(0).to_pylist():
-                        row += 1
-                        self.done = (index + row / parquet.metadata.num_rows) / len(paths)
-                        yield text
+                for row, text in enumerate(parquet_column(parquet, self.text_field), 1):
+                    self.done = (index + row / parquet.metadata.num_rows) / len(paths)
+                    yield text
 
     def streamed_texts(self, builder: DatasetBuilder) -> Iterator[Any]:
         """The text of each example of any other format."""

@@ -57,11 +57,11 @@ def permute(index: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
 class Windows:
     """The windows of a split, `[block_size + 1]` tokens each, in an endless order that depends on `seed` alone."""
 
-    def __init__(self, tokens: Tokens, block_size: int, seed: np.ndarray) -> None:
+    def __init__(self, tokens: Tokens, block_size: int, seed: np.ndarray, of: str = "") -> None:
         self.tokens, self.block_size, self.seed = tokens, block_size, seed
         self.count = (len(tokens) - 1) // block_size
         if self.count < 1:
-            raise ValueError(f"The training split has {len(tokens)} tokens, one context needs "
+            raise ValueError(f"The training split{of} has {len(tokens)} tokens, one context needs "
                              f"{block_size + 1}: use more text or a smaller model.block_size.")
 
     def starts(self, index: np.ndarray) -> np.ndarray:
@@ -89,7 +89,8 @@ class Loader:
         self.block_size = block_size
         self.batch_size, self.micro_steps, self.world_size = batch_size, micro_steps, world_size
         seeds = [mix(np.array([seed], dtype=np.uint64)) ^ np.uint64(part) for part in range(len(tokens))]
-        self.parts = [Windows(split, block_size, seed) for split, seed in zip(tokens, seeds, strict=True)]
+        self.parts = [Windows(split, block_size, seed, part_of(tokens, part))
+                      for part, (split, seed) in enumerate(zip(tokens, seeds, strict=True))]
         self.turns = Turns(weights or [1] * len(tokens))
 
     @property
@@ -161,10 +162,10 @@ class Validation:
         self.shares = [weight / sum(weights) for weight in weights]
         self.n_windows = [min(len(split) - 1, max(int(max_tokens * share), block_size)) // block_size
                           for split, share in zip(tokens, self.shares, strict=True)]
-        for split, n_windows in zip(tokens, self.n_windows, strict=True):
+        for part, (split, n_windows) in enumerate(zip(tokens, self.n_windows, strict=True)):
             if n_windows < 1:
-                raise ValueError(f"The validation split has {len(split)} tokens, one context needs {block_size + 1}: "
-                                 f"raise data.val_fraction, use more text, or lower model.block_size.")
+                raise ValueError(f"The validation split{part_of(tokens, part)} has {len(split)} tokens, one context needs "
+                                 f"{block_size + 1}: raise data.val_fraction, use more text, or lower model.block_size.")
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, float]]:
         """Inputs and targets, each int64 `[batch_size or fewer, block_size]`, and what they weigh in the mean."""
@@ -173,6 +174,11 @@ class Validation:
                 starts = np.arange(first, min(first + self.batch_size, n_windows)) * self.block_size
                 windows = split.read(starts[:, None] + np.arange(self.block_size + 1))
                 yield *as_batch(windows), share * len(windows) / n_windows
+
+
+def part_of(tokens: list[Tokens], part: int) -> str:
+    """Which split is meant, where a mixture has several."""
+    return f" of part {part + 1} of the mixture" if len(tokens) > 1 else ""
 
 
 def as_batch(windows: np.ndarray) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from fractions import Fraction
 from math import gcd, lcm
 
@@ -13,10 +14,11 @@ LONGEST_PERIOD = 10_000  # sequences; weights with four digits
 def read_mix(mix: str) -> dict[str, int]:
     """Each source's share of a period of sequences, as in {"pydocs": 7, "book.txt": 3} for "pydocs:0.7 book.txt:0.3".
 
+    A name with blanks stands in quotes, as in a shell.
     Raises ValueError with one sentence for what is no mixture.
     """
     weights: dict[str, Fraction] = {}
-    for word in mix.split():
+    for word in shlex.split(mix):
         name, _, number = word.rpartition(":")
         try:
             weight = Fraction(number)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ import atomic
 from data.bins import prepare_bins
 from data.corpus import Corpus
 from data.encode import segments
-from data.shards import SPLITS, again, check, read_meta, write_meta
+from data.shards import SPLITS, again, check, check_shards, read_meta, write_meta
 from data.sources import DataConfig, Source, open_sources
 from data.store import data_root, made_once
-from data.tokenizer import PUBLISHED, BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer, fingerprint, from_json
+from data.tokenizer import PUBLISHED, BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer, fingerprint, read_tokenizer
 
 SAMPLE_BYTES = 2**28  # of the training split, from its start: what a tokenizer is trained on
+PROGRESS = "progress.json"  # what is whole of tokens that are being prepared
 FORMAT = 2  # part of the fingerprint: raise it when the same source would give other tokens
 
 
@@ -33,31 +35,52 @@ def prepare(config: DataConfig) -> Path:
     if config.source == "bin" and not config.mix:
         return prepare_bins(config.path, config.tokenizer)
     sources = open_sources(config)
-    fingerprints = [source.fingerprint() for source in sources.values()]
     vocabulary = config.vocab_size if config.tokenizer == "bpe" else None
-    recipe = {"format": FORMAT, "source": fingerprints[0] if len(fingerprints) == 1 else fingerprints,
-              "tokenizer": config.tokenizer, "vocab_size": vocabulary, "val_fraction": config.val_fraction}
+    recipe = {"format": FORMAT, "sources": [source.fingerprint() for source in sources.values()],
+              "tokenizer": config.tokenizer, "asked_vocab_size": vocabulary, "val_fraction": config.val_fraction}
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
     name = "mix" if config.mix else config.source
     folder = data_root() / f"{name}-{config.tokenizer}-{digest[:12]}"
     made_once(folder, lambda partial: build(partial, sources, config, recipe))
-    check(folder)
+    check(folder, recipe)
     return folder
 
 
 def build(partial: Path, sources: dict[str, Source], config: DataConfig, recipe: dict[str, Any]) -> None:
-    """Read the sources (twice where a tokenizer is trained), encode them, and describe what came of it."""
+    """Read the sources (twice where a tokenizer is trained), encode them, and describe what came of it.
+
+    Raises ValueError for a source that changes meanwhile.
+    """
+    if (partial / "meta.json").exists():
+        return  # all was done, but for the name
     corpora = [Corpus(source, config.val_fraction) for source in sources.values()]
-    progress, tokens = partial / "progress.json", partial / "tokenizer.json"
-    done = json.loads(progress.read_text()) if progress.exists() else []
-    tokenizer = read_tokenizer(tokens) if tokens.exists() else make_tokenizer(config, corpora)
-    atomic.write_bytes(tokens, json.dumps(tokenizer.to_json()).encode())
-    first = done[-1]["number"] + 1 if done else 0
-    for segment in segments(corpora, tokenizer, partial, first, f"Tokenizing {config.mix or config.source}"):
+    tokens = partial / "tokenizer.json"
+    done = read_progress(partial)
+    tokenizer = read_tokenizer(tokens) if done else make_tokenizer(config, corpora)
+    made_with = fingerprint(tokenizer)
+    if not done:
+        atomic.write_bytes(tokens, json.dumps(tokenizer.to_json()).encode())
+    for segment in segments(corpora, tokenizer, partial, len(done), f"Tokenizing {config.mix or config.source}"):
         done.append(segment)
-        atomic.write_bytes(progress, json.dumps(done).encode())
-    write_meta(partial, recipe, fingerprint(tokenizer), tokenizer.vocab_size, summary(done, list(sources)))
-    progress.unlink()
+        atomic.write_bytes(partial / PROGRESS, json.dumps({"tokenizer": made_with, "segments": done}).encode())
+    if [source.fingerprint() for source in sources.values()] != recipe["sources"]:
+        raise ValueError(f"{config.mix or config.path or config.source} changed while it was read: run the command again.")
+    write_meta(partial, recipe, made_with, tokenizer.vocab_size, summary(done, list(sources)))
+    (partial / PROGRESS).unlink()
+
+
+def read_progress(partial: Path) -> list[dict[str, Any]]:
+    """The segments that an earlier attempt has finished, as far as they are what was written."""
+    whole: list[dict[str, Any]] = []
+    with suppress(OSError, ValueError, LookupError, TypeError):  # what is damaged is made again
+        progress = json.loads((partial / PROGRESS).read_text())
+        if fingerprint(read_tokenizer(partial / "tokenizer.json")) == progress["tokenizer"]:
+            for segment in progress["segments"]:
+                check_shards(partial, [shard for split in SPLITS for shard in segment[split]["shards"]])
+                if segment["number"] != len(whole):
+                    break
+                whole.append(segment)
+    return whole
 
 
 def summary(done: list[dict[str, Any]], names: list[str]) -> dict[str, Any]:
@@ -87,8 +110,10 @@ def make_tokenizer(config: DataConfig, corpora: list[Corpus]) -> Tokenizer:
         return BPETokenizer.train((text for corpus in corpora for text in corpus.training_text(share)), config.vocab_size)
     characters: set[str] = set()
     for corpus in corpora:
-        for piece in corpus.pieces():
-            characters.update(piece.text)
+        with corpus.watched("Listing characters") as watch:
+            for piece in corpus.pieces():
+                characters.update(piece.text)
+                watch(piece.text)
     return CharTokenizer("".join(sorted(characters)), with_end_of_text=len(corpora) > 1 or corpora[0].has_boundaries)
 
 
@@ -100,10 +125,6 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         raise ValueError(f"{path} (fingerprint {found[:12]}) is not the tokenizer that made the tokens beside it "
                          f"(fingerprint {made_with[:12]}): {again(folder)}")
     return tokenizer
-
-
-def read_tokenizer(path: Path) -> Tokenizer:
-    return from_json(json.loads(path.read_text()), str(path))
 
 
 def val_bytes_per_token(folder: Path, weights: list[int]) -> float:

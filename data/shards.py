@@ -104,16 +104,33 @@ def map_shard(folder: Path, shard: dict[str, Any]) -> np.ndarray:
     return np.memmap(path, shard["dtype"], "r", shard["offset"], (shard["tokens"],))
 
 
-def check(folder: Path) -> None:
-    """Raises ValueError naming what is not as `meta.json` says it was written."""
-    for split in SPLITS:
-        open_parts(folder, split)
-    for part in read_meta(folder)["parts"]:
-        shards = [shard for split in SPLITS for shard in part[split]["shards"]]
-        for shard, sha256 in zip(shards, sha256_of([folder / shard["file"] for shard in shards]), strict=True):
-            if sha256 != shard["sha256"]:
-                raise ValueError(f"{folder / shard['file']} does not belong to {folder / 'meta.json'} or was altered: its "
-                                 f"SHA-256 is {sha256[:12]}..., not {shard['sha256'][:12]}...; {again(folder)}")
+def check(folder: Path, recipe: dict[str, Any]) -> None:
+    """Raises ValueError naming what is not as `meta.json` says it was written, or not what `recipe` asks for."""
+    meta = read_meta(folder)
+    if differs := [name for name in recipe if meta.get(name) != recipe[name]]:
+        name = differs[0]
+        raise ValueError(f"{folder / 'meta.json'} is of other tokens ({name} is {meta.get(name)}, not {recipe[name]}): "
+                         f"{again(folder)}")
+    for part in meta["parts"]:
+        check_shards(folder, [shard for split in SPLITS for shard in part[split]["shards"]])
+    if meta["fingerprint"] != fingerprint_of(meta["tokenizer_fingerprint"], meta["parts"]):
+        raise ValueError(f"{folder / 'meta.json'} was altered: {again(folder)}")
+
+
+def check_shards(folder: Path, shards: list[dict[str, Any]]) -> None:
+    """Raises ValueError naming a shard that is missing, cut short or altered."""
+    for shard in shards:
+        map_shard(folder, shard)
+    for shard, sha256 in zip(shards, sha256_of([folder / shard["file"] for shard in shards]), strict=True):
+        if sha256 != shard["sha256"]:
+            raise ValueError(f"{folder / shard['file']} does not belong to {folder / 'meta.json'} or was altered: its "
+                             f"SHA-256 is {sha256[:12]}..., not {shard['sha256'][:12]}...; {again(folder)}")
+
+
+def fingerprint_of(made_with: str, parts: list[dict[str, Any]]) -> str:
+    """Of tokens: the same for the same ids in the same order, by the same tokenizer."""
+    shards = [[[shard["sha256"] for shard in part[split]["shards"]] for split in SPLITS] for part in parts]
+    return hashlib.sha256(json.dumps([made_with, shards]).encode()).hexdigest()
 
 
 def again(folder: Path) -> str:
@@ -122,9 +139,8 @@ def again(folder: Path) -> str:
 
 def write_meta(folder: Path, recipe: dict[str, Any], made_with: str, vocab_size: int, tokens: dict[str, Any]) -> None:
     """Describe prepared tokens; their fingerprint says which tokens they are, and of which tokenizer (`made_with`)."""
-    shards = [[[shard["sha256"] for shard in part[split]["shards"]] for split in SPLITS] for part in tokens["parts"]]
     meta = recipe | {"tokenizer_fingerprint": made_with, "vocab_size": vocab_size,
-                     "fingerprint": hashlib.sha256(json.dumps([made_with, shards]).encode()).hexdigest()} | tokens
+                     "fingerprint": fingerprint_of(made_with, tokens["parts"])} | tokens
     atomic.write_bytes(folder / "meta.json", json.dumps(meta, indent=2).encode())
 
 
@@ -133,7 +149,9 @@ def read_meta(folder: Path) -> dict[str, Any]:
     path = folder / "meta.json"
     try:
         meta = json.loads(path.read_text())
-        meta["vocab_size"], [part[split]["shards"] for part in meta["parts"] for split in SPLITS]
+        meta["vocab_size"], meta["fingerprint"], meta["tokenizer_fingerprint"], [meta["splits"][split] for split in SPLITS]
+        shards = [shard for part in meta["parts"] for split in SPLITS for shard in part[split]["shards"]]
+        [(shard["file"], shard["offset"], shard["dtype"], shard["tokens"], shard["sha256"]) for shard in shards]
     except (OSError, ValueError, LookupError, TypeError):
         raise ValueError(f"{path} cannot be read: {again(folder)}") from None
     return meta

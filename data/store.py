@@ -92,11 +92,15 @@ def made_once(folder: Path, make: Callable[[Path], None]) -> None:
 
 def in_use(building: Path) -> bool:
     """Whether a process is filling the folder."""
-    path = building.with_name(f".lock-{building.name.removeprefix(BUILDING)}")
-    if not path.exists():
+    return is_held(building.with_name(f".lock-{building.name.removeprefix(BUILDING)}"))
+
+
+def is_held(lock: Path) -> bool:
+    """Whether a process holds a lock."""
+    if not lock.exists():
         return False
     try:
-        atomic.Lock(path, "nobody").release()
+        atomic.Lock(lock, "nobody").release()
     except BlockingIOError:
         return True
     return False

@@ -225,6 +225,15 @@ def from_json(saved: dict[str, Any], place: str) -> Tokenizer:
     raise ValueError(f"{place} holds no tokenizer of nanohydra's.")
 
 
+def read_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer in a file. Raises ValueError naming it where it holds none."""
+    try:
+        saved = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        saved = None
+    return from_json(saved if isinstance(saved, dict) else {}, str(path))
+
+
 def fingerprint(tokenizer: Tokenizer) -> str:
     """The same for tokenizers that give the same ids."""
     return hashlib.sha256(json.dumps(tokenizer.to_json(), sort_keys=True).encode()).hexdigest()

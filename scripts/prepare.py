@@ -26,11 +26,12 @@ from conf.schema import Settings, compose
 from data.contents import Contents
 from data.prepare import describe, load_tokenizer, prepare
 from data.shards import SPLITS, read_meta
-from data.store import BUILDING, data_root, in_use
+from data.store import BUILDING, data_root, in_use, is_held
 from data.tokenizer import Tokenizer
 from scripts.plot import pyplot, save
 from training import checkpoint
 from training.checkpoint import megabytes
+from training.run import LOCK
 
 FREQUENT = 20  # tokens that are listed
 SHOWN = 600  # characters of a document
@@ -110,16 +111,16 @@ def clean(runs_dir: Path) -> int:
     """Delete what no run uses and what was left unfinished, and say what stays and why."""
     users = runs_by_tokens(runs_dir)
     doomed: dict[Path, str] = {}
-    for folder in sorted(path.parent for path in data_root().glob("*/meta.json")):
-        if mine := users.get(read_meta(folder)["fingerprint"][:12]):
-            print(f"Kept {folder} ({megabytes(n_bytes(folder))}), used by {', '.join(mine)}")
-        elif not folder.name.startswith("."):
-            doomed[folder] = f"no run in {runs_dir} uses it"
-    for folder in sorted(data_root().glob(f"{BUILDING}*")):
-        if in_use(folder):
+    for folder in sorted(path for path in data_root().glob("*-*-*") if path.is_dir()):
+        mine = users.get(fingerprint_of(folder))
+        if folder.name.startswith(BUILDING) and in_use(folder):
             print(f"Kept {folder}, which is being prepared")
+        elif folder.name.startswith("."):
+            doomed[folder] = "it was left unfinished"
+        elif mine:
+            print(f"Kept {folder} ({megabytes(n_bytes(folder))}), used by {', '.join(mine)}")
         else:
-            doomed[folder] = "preparing it was interrupted"
+            doomed[folder] = f"no run in {runs_dir} uses it"
     sizes = [n_bytes(folder) for folder in doomed]
     for (folder, why), size in zip(doomed.items(), sizes, strict=True):
         atomic.remove(folder)
@@ -128,13 +129,27 @@ def clean(runs_dir: Path) -> int:
     return 0
 
 
+def fingerprint_of(folder: Path) -> str:
+    """Of the tokens in a folder, as runs name it; empty where it holds none that can be used."""
+    try:
+        return read_meta(folder)["fingerprint"][:12]
+    except ValueError:
+        return ""
+
+
 def n_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.iterdir())
+    return sum(path.lstat().st_size for path in [folder, *folder.rglob("*")])
 
 
 def runs_by_tokens(runs_dir: Path) -> dict[str, list[str]]:
     """The runs that each fingerprint of tokens is used by. Raises ValueError for a run that does not tell."""
+    if not runs_dir.is_dir():
+        raise ValueError(f"runs_dir={runs_dir} is no folder, so nobody knows which tokens are used. Nothing was removed.")
     users: dict[str, list[str]] = {}
+    for lock in runs_dir.rglob(LOCK):
+        if not any((lock.parent / "checkpoints").glob("step_*")) and is_held(lock):
+            raise ValueError(f"{lock.parent} is being trained and has no checkpoint that says which tokens it uses: wait "
+                             f"for the first one. Nothing was removed.")
     for folder in sorted(runs_dir.rglob("checkpoints")):
         found, damage = checkpoint.look(folder)
         if damage and not found:

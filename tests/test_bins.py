@@ -99,7 +99,11 @@ def test_other_tokens_are_other_data(nanogpt, fresh_data):
     (lambda bins: llmc(bins / "val.bin", range(50)) or os.truncate(bins / "val.bin", 1100), "val.bin is cut short or damaged: its header promises 50"),
     (lambda bins: np.array([1, 300], dtype=np.uint16).tofile(bins / "val.bin"), r"val.bin holds the id 300 \(token 1\), beyond the vocabulary of"),
     (lambda bins: (bins / "input.txt").unlink(), "input.txt is not there"),
-], ids=["no val", "none", "odd", "cut", "beyond", "no text"])
+    (lambda bins: (bins / "val.bin").write_bytes(b""), r"val.bin is no file of 16-bit tokens: it has 0 bytes"),
+    (lambda bins: llmc(bins / "val.bin", range(50), magic=int.from_bytes((20240520).to_bytes(4, "little"), "big") - 2**32), "the other way round"),
+    (lambda bins: (bins / "train_val.bin").write_bytes(b"abcd"), "train_val.bin is named for both splits"),
+    (lambda bins: (bins / "input.txt").write_bytes(b"\xff"), "input.txt is not UTF-8"),
+], ids=["no val", "none", "odd", "cut", "beyond", "no text", "empty", "swapped", "both", "no utf-8"])
 def test_what_cannot_be_used_is_one_sentence(nanogpt, fresh_data, damage, words):
     damage(nanogpt)
     with pytest.raises(ValueError, match=words):
@@ -110,6 +114,22 @@ def test_what_cannot_be_used_is_one_sentence(nanogpt, fresh_data, damage, words)
 def test_a_trained_tokenizer_must_lie_beside_its_tokens(nanogpt, fresh_data):
     with pytest.raises(ValueError, match=r"tokenizer.json is not there: name the tokenizer"):
         prepare(config(nanogpt, "bpe"))
+
+
+def test_a_name_counts_by_its_words(nanogpt, fresh_data):
+    before = prepare(config(nanogpt))
+    (nanogpt / "interval.bin").write_bytes(b"abc")
+    (nanogpt / "trained.bin").write_bytes(b"abc")
+    assert prepare(config(nanogpt)) == before
+
+
+def test_a_few_tokens_are_tokens_and_ends_of_text_alone_are_none(tmp_path, fresh_data):
+    np.array([104, 105, 256, 104], dtype=np.uint16).tofile(tmp_path / "train.bin")
+    np.array([104], dtype=np.uint16).tofile(tmp_path / "val.bin")
+    assert everything(prepare(config(tmp_path, "byte")), "val").tolist() == [104]
+    np.array([256, 256], dtype=np.uint16).tofile(tmp_path / "val.bin")
+    with pytest.raises(ValueError, match=r"val.bin holds no text"):
+        prepare(config(tmp_path, "byte"))
 
 
 def test_the_settings_ask_for_a_path():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -52,6 +54,43 @@ def test_zstandard_is_read_as_what_is_in_it(tmp_path):
         read(tmp_path / "cut.txt.zst")
 
 
+def test_frames_of_zstandard_are_read_to_the_last_which_must_have_its_end(tmp_path):
+    zstandard = pytest.importorskip("zstandard")
+    text = "".join(f"Line {number}.\n" for number in range(30_000))
+    frame, path = zstandard.compress(text.encode()), tmp_path / "a.txt.zst"
+    for content, times in ((frame, 1), (frame * 3, 3), (zstandard.ZstdCompressor(level=1).compress(b"") + frame, 1)):
+        path.write_bytes(content)
+        assert read(path) == [text * times]
+    for content in (frame[: len(frame) // 2], frame[:-3], frame + frame[:-1], b""):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"a.txt.zst is damaged or cut short"):
+            read(path)
+
+
+def test_large_rows_of_parquet_are_read_a_few_at_a_time(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+    parquet.write_table(pyarrow.table({"text": ["ab" * 200_000] * 40, "n": list(range(40))}), tmp_path / "a.parquet", use_dictionary=False)
+    file = parquet.ParquetFile(tmp_path / "a.parquet")
+    sizes = []
+    plain = file.iter_batches
+    file.iter_batches = lambda **rest: (sizes.append(rest["batch_size"]), plain(**rest))[1]
+    assert sum(map(len, files.parquet_column(file, "text"))) == 40 * 400_000
+    assert sizes == [1]
+
+
+@pytest.mark.parametrize("place", [4, 2000, -40])
+def test_a_damaged_parquet_file_is_named(tmp_path, place):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+    parquet.write_table(pyarrow.table({"text": [f"text {number * 7919 % 1009} " * 9 for number in range(2000)]}), tmp_path / "a.parquet")
+    content = bytearray((tmp_path / "a.parquet").read_bytes())
+    content[place : place + 30] = b"\xff" * 30
+    (tmp_path / "a.parquet").write_bytes(content)
+    with pytest.raises(ValueError, match=r"a.parquet(, row \d+)? (is damaged|has no text)"):
+        read(tmp_path / "a.parquet")
+
+
 def test_parquet_is_a_document_a_row(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
@@ -60,7 +99,7 @@ def test_parquet_is_a_document_a_row(tmp_path):
     with pytest.raises(ValueError, match=r"a.parquet has no text in the field body \(it has text, n\): set data.text_field"):
         read(tmp_path / "a.parquet", "body")
     (tmp_path / "b.parquet").write_bytes(b"no parquet at all")
-    with pytest.raises(ValueError, match=r"b.parquet is no Parquet file"):
+    with pytest.raises(ValueError, match=r"b.parquet is damaged, or no Parquet file"):
         read(tmp_path / "b.parquet")
 
 
@@ -134,6 +173,37 @@ def test_a_folder_gives_all_kinds_a_glob_what_it_says(tmp_path):
         files.find(str(tmp_path / "none*.txt"))
 
 
+def test_a_folder_is_read_through_links_and_once(tmp_path):
+    (tmp_path / "corpus" / "deep").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("corpus/deep/a.txt", "elsewhere/b.txt"):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "corpus" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "corpus" / "deep" / "back").symlink_to(tmp_path / "corpus")
+    (tmp_path / "corpus" / "dangling.txt").symlink_to(tmp_path / "nothing")
+    assert [path.name for path in files.find(str(tmp_path / "corpus"))] == ["a.txt", "b.txt"]
+
+
+def test_a_folder_that_cannot_be_seen_is_an_error(tmp_path, monkeypatch):
+    (tmp_path / "hidden").mkdir()
+    (tmp_path / "a.txt").write_bytes(b"x")
+    scandir = os.scandir
+
+    def refusing(path):
+        if str(path).endswith("hidden"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(PermissionError, match="hidden"):
+        files.find(str(tmp_path))
+
+
+def test_a_byte_order_mark_before_json_lines_is_no_text(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + json_lines(RECORDS))
+    assert read(tmp_path / "a.jsonl") == KEPT
+
+
 def test_a_glob_may_be_relative(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.txt").write_bytes(b"x")
@@ -195,8 +265,8 @@ def test_cutting_a_text_changes_no_token(any_bpe, text):
 
 @pytest.mark.parametrize("text", [
     "第一回 甄士隱夢幻識通靈，賈雨村風塵懷閨秀。此開卷第一回也。「作者自云」：", "كان يا ما كان في قديم الزمان، وسالف العصر والأوان. ", "🐎 🏳️‍🌈 👩‍👩‍👧‍👦 emoji ",
-    "one\r\ntwo\nthree\rfour\r\n\r\n five ", "12,5;13,7;-4\n15,9;1e-5;22\n", "def f(x):\n    return x ** 2\n\n\n",
-], ids=["chinese", "arabic", "emoji", "line ends", "numbers", "code"])
+    "one\r\ntwo\nthree\rfour\r\n\r\n five ", "12,5;13,7;-4\n15,9;1e-5;22\n", "/usr/share/doc/\n/usr/lib/ and so on\n", "def f(x):\n    return x ** 2\n\n\n",
+], ids=["chinese", "arabic", "emoji", "line ends", "numbers", "paths", "code"])
 def test_a_long_text_in_pieces_has_the_tokens_of_the_whole(any_bpe, text, tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_bytes((text * 100).encode())
     whole = any_bpe.encode(text * 100)

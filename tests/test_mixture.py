@@ -15,7 +15,7 @@ from data.sources import DataConfig
 
 @pytest.mark.parametrize("mix, counts", [
     ("pydocs:0.7 book.txt:0.3", {"pydocs": 7, "book.txt": 3}), ("a:1 b:1", {"a": 1, "b": 1}), ("a:2 b:4", {"a": 1, "b": 2}),
-    ("  a:1/3   b:2/3 ", {"a": 1, "b": 2}), ("c:/x.txt:1e-1 b:9e-1", {"c:/x.txt": 1, "b": 9}), ("a:5", {"a": 1}),
+    ("  a:1/3   b:2/3 ", {"a": 1, "b": 2}), ("'my book.txt:1' \"c d\":1", {"my book.txt": 1, "c d": 1}), ("c:/x.txt:1e-1 b:9e-1", {"c:/x.txt": 1, "b": 9}), ("a:5", {"a": 1}),
 ])
 def test_weights_become_counts(mix, counts):
     assert read_mix(mix) == counts

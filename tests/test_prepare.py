@@ -421,9 +421,72 @@ def test_tokens_that_are_not_what_was_written_are_named(corpus, damage, words):
 def test_a_meta_file_of_other_shards_is_refused(corpus):
     other = prepare(corpus([text.replace("t", "T") for text in FEW]))
     one = prepare(config := corpus(FEW))
+    before = (one / "meta.json").read_text()
     shutil.copy(other / "meta.json", one / "meta.json")
+    with pytest.raises(ValueError, match=r"meta.json is of other tokens \(sources is .*, not .*\): delete"):
+        prepare(config)
+    meta = read_meta(one) | {key: value for key, value in json.loads(before).items() if key in ("sources", "format")}
+    (one / "meta.json").write_text(json.dumps(meta))
     with pytest.raises(ValueError, match=r"_00000.npy does not belong to .*meta.json"):
         prepare(config)
+    (one / "meta.json").write_text(json.dumps(json.loads(before) | {"fingerprint": "0"}))
+    with pytest.raises(ValueError, match=r"meta.json was altered"):
+        prepare(config)
+
+
+@pytest.mark.parametrize("text, after", [("Another text of another length. " * 9, 1), ("", 1)])
+def test_a_source_that_changes_while_it_is_read_is_refused(corpus, fresh_data, monkeypatch, text, after):
+    config = corpus(FEW)
+    make_tokenizer = data.prepare.make_tokenizer
+
+    def meanwhile(*args):
+        (Path(config.path) / "001.txt").write_text(text)
+        return make_tokenizer(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="changed while it was read: run the command again"):
+        patch.setattr("data.prepare.make_tokenizer", meanwhile)
+        prepare(config)
+    assert not any(fresh_data.iterdir())
+
+
+@pytest.mark.parametrize("damage", [
+    lambda partial: (partial / "tokenizer.json").write_text('{"kind": "byte"}'),
+    lambda partial: (partial / "tokenizer.json").write_text("[]"),
+    lambda partial: (partial / "progress.json").write_text("null"),
+    lambda partial: (partial / "progress.json").write_text('{"a": 1}'),
+    lambda partial: (partial / "progress.json").write_bytes(b"\xff"),
+    lambda partial: (partial / "progress.json").write_text(json.dumps(json.loads((partial / "progress.json").read_text()) | {"segments": [1]})),
+    lambda partial: os.truncate(partial / "train_00001.npy", 200),
+    lambda partial: damaged(partial / "train_00000.npy"),
+    lambda partial: (lambda saved: (partial / "progress.json").write_text(json.dumps(saved | {"segments": saved["segments"][1:]})))(
+        json.loads((partial / "progress.json").read_text())),
+], ids=["another tokenizer", "no tokenizer", "null", "keys", "binary", "no segments", "cut", "altered", "first one gone"])
+def test_what_was_damaged_before_a_resume_is_made_again(corpus, tmp_path, monkeypatch, small_steps, damage):
+    config = corpus(MANY, tokenizer="bpe", vocab_size=270)
+    straight = {name: content for name, (content, _) in files(prepare(config)).items()}
+    monkeypatch.setenv("NANOHYDRA_DATA", str(tmp_path / "killed"))
+    add = ShardWriter.add
+
+    def killed(writer, ids):
+        if writer.path.name.endswith("00003.npy"):
+            raise KeyboardInterrupt
+        add(writer, ids)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ShardWriter, "add", killed)
+        prepare(config)
+    [partial] = (tmp_path / "killed").glob(".building-*")
+    damage(partial)
+    assert {name: content for name, (content, _) in files(prepare(config)).items()} == straight
+
+
+def test_a_kill_before_the_last_rename_costs_nothing(corpus, monkeypatch):
+    config = corpus(MANY)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("atomic.name_folder", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        prepare(config)
+    monkeypatch.setattr(ShardWriter, "add", lambda *args: pytest.fail("encoded again"))
+    assert len(documents(prepare(config), "val")) > 0
 
 
 def test_a_tokenizer_that_did_not_make_the_tokens_is_refused_with_both_names(corpus):

@@ -85,8 +85,24 @@ def test_cleaning_removes_what_no_run_uses(compose_tiny, folder_of_texts, tmp_pa
     assert re.search(r"Kept \S*building-text-byte-2, which is being prepared", said)
     assert sorted(path.name for path in fresh_data.iterdir()) == sorted([used.name, ".building-text-byte-2", ".lock-text-byte-2"])
     lock.release()
+    (fresh_data / ".partial-text-byte-3-abc").mkdir()
+    (used / "meta.json").write_text("damaged")
+    (tmp_path / "elsewhere").mkdir()
     run("clean=true", f"runs_dir={tmp_path / 'elsewhere'}")
     assert not any(path.is_dir() for path in fresh_data.iterdir())
+
+
+def test_nothing_is_removed_while_a_run_without_a_checkpoint_trains_or_where_there_are_no_runs(folder_of_texts, tmp_path, fresh_data):
+    unused = prepare(DataConfig("text", str(folder_of_texts), "byte"))
+    with pytest.raises(ValueError, match=r"runs_dir=\S*nowhere is no folder.*Nothing was removed"):
+        run("clean=true", f"runs_dir={tmp_path / 'nowhere'}")
+    lock = atomic.Lock(tmp_path / "runs" / "live" / "lock", "a test")
+    with pytest.raises(ValueError, match=r"live is being trained .*Nothing was removed"):
+        run("clean=true", f"runs_dir={tmp_path / 'runs'}")
+    assert unused.is_dir()
+    lock.release()
+    run("clean=true", f"runs_dir={tmp_path / 'runs'}")
+    assert not unused.exists()
 
 
 def test_nothing_is_removed_where_a_run_cannot_be_read(compose_tiny, tmp_path, fresh_data):

@@ -1,7 +1,6 @@
 """The format on disk: shards of tokens, read as one sequence."""
 
 import hashlib
-import json
 import pickle
 from itertools import chain
 from pathlib import Path
@@ -12,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.shards import ShardWriter, Tokens, check, token_dtype
+from data.shards import ShardWriter, Tokens, check, token_dtype, write_meta
 
 
 def write_shards(folder: Path, arrays: list[list[int]], split: str = "train", vocab_size: int = 1000) -> list[Path]:
@@ -24,7 +23,7 @@ def write_shards(folder: Path, arrays: list[list[int]], split: str = "train", vo
             writer.add(np.array(ids[start : start + 7], dtype=np.uint32))
         shards += writer.close()
     part = {"train": {"shards": []}, "val": {"shards": []}} | {split: {"shards": shards}}
-    (folder / "meta.json").write_text(json.dumps({"vocab_size": vocab_size, "parts": [part]}))
+    write_meta(folder, {}, "a tokenizer", vocab_size, {"splits": {"train": {}, "val": {}}, "parts": [part]})
     return sorted(folder.glob("*.npy"))
 
 
@@ -103,5 +102,5 @@ def test_no_pickle_is_loaded(tmp_path):
             Tokens.open(tmp_path / name, "train")
         path.write_bytes(path.read_bytes().ljust(134)[:134])
         with pytest.raises(ValueError, match="was altered"):
-            check(tmp_path / name)
+            check(tmp_path / name, {})
     assert not (tmp_path / "went off").exists()

@@ -1,0 +1,112 @@
+"""The benchmark of preparing: it times what it says, and the table follows from the times."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from hashlib import sha256
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from conf.schema import ConfigError, compose
+from data.files import Document
+from data.shards import Tokens
+from scripts import bench_prepare
+from scripts.bench_prepare import BenchPrepareSettings, main, make_text
+
+WAYS = ["bare, threads", "bare, processes", "prepared, from file to file"]
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """A small library in place of the standard one, two threads, and a folder for prepared data that is given back."""
+    def line(number, row):
+        word = sha256(bytes((number, row))).hexdigest().translate(str.maketrans("0123456789", "ghijklmnop"))
+        return f"def f{number}():\n    return '{word}'\n"
+
+    texts = ["".join(line(number, row) for row in range(20)) for number in range(20)]
+    monkeypatch.setattr(bench_prepare, "StdLib", lambda: SimpleNamespace(documents=lambda: map(Document.of, texts)))
+    monkeypatch.setattr(bench_prepare.encode, "threads", lambda: 2)
+    monkeypatch.setenv("NANOHYDRA_DATA", str(tmp_path / "untouched"))
+
+
+def rows(said: str) -> dict[str, list[str]]:
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in said.splitlines() if line.startswith("| ")]
+    return {first: rest for first, *rest in cells}
+
+
+def test_it_prints_a_table_with_a_line_for_each_way_and_leaves_nothing(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench_prepare.tempfile, "tempdir", str(tmp_path))
+    assert main(BenchPrepareSettings(megabytes=1, rounds=1, gigabytes=0, tokenizer="byte")) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("1 MB, byte, 2 threads or processes, medians of 1 alternating rounds")
+    head, *lines = rows(said).items()
+    assert head == ("way", ["MB/s", "x"]) and [way for way, _ in lines] == WAYS and lines[0][1][1] == "1.00"
+    rates, ratios = zip(*[map(float, cells) for _, cells in lines], strict=True)
+    for rate, ratio in zip(rates, ratios, strict=True):
+        assert (rate - 0.05) / (rates[0] + 0.05) - 0.005 <= ratio <= (rate + 0.05) / (rates[0] - 0.05) + 0.005
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_table_follows_from_the_medians(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench_prepare, "medians", lambda ways, rounds: dict(zip(ways, (0.5, 0.25, 2.0), strict=True)))
+    bench_prepare.rates(BenchPrepareSettings(megabytes=1, tokenizer="byte"), tmp_path)
+    assert list(rows(capsys.readouterr().out).values())[1:] == [["2.0", "1.00"], ["4.0", "2.00"], ["0.5", "0.25"]]
+
+
+@pytest.mark.parametrize("tokenizer", ["byte", "bpe"])
+def test_every_way_makes_the_tokens_of_the_whole_text_anew_each_time(tiny, tmp_path, monkeypatch, tokenizer):
+    made, build = [], bench_prepare.prepare.__globals__["build"]
+    monkeypatch.setattr("data.prepare.build", lambda partial, *rest: made.append(sorted(one.name for one in partial.iterdir())) or build(partial, *rest))
+
+    def medians(ways, rounds):
+        threads, processes = (ways[way]() for way in WAYS[:2])
+        assert [list(one) for one in threads] == [list(one) for one in processes]
+        for _ in range(2):
+            ways[WAYS[2]]()
+        [folder] = Path(os.environ["NANOHYDRA_DATA"]).iterdir()
+        ids = np.concatenate([(tokens := Tokens.open(folder, split)).read(np.arange(len(tokens))) for split in ("train", "val")])
+        if tokenizer == "byte":  # whose pieces end anywhere
+            assert bytes(ids.tolist()) == (tmp_path / "rates.txt").read_bytes() and ids.tolist() == [one for ids in threads for one in ids]
+        return dict.fromkeys(ways, 1.0)
+
+    monkeypatch.setattr(bench_prepare, "medians", medians)
+    bench_prepare.rates(BenchPrepareSettings(megabytes=1, tokenizer=tokenizer), tmp_path)
+    assert 10**6 <= (tmp_path / "rates.txt").stat().st_size < 10**6 + 20
+    assert made == [[], ["tokenizer.json"], ["tokenizer.json"]]  # only the tokenizer is trained once
+
+
+def test_the_text_is_as_large_as_asked_for_and_no_document_comes_twice(tiny, tmp_path):
+    make_text(tmp_path / "a.txt", 100_000)
+    text = (tmp_path / "a.txt").read_text()
+    assert 100_000 <= len(text) < 100_020 and text.startswith("# 0\ndef f0():")
+    assert text.count("# 0\n") == text.count("# 25\ndef f5():") == 1  # it begins again, under another number
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_memory_is_that_of_a_process_that_prepares_the_text_along_its_way(tiny, tmp_path, monkeypatch, capsys):
+    started, Popen = [], subprocess.Popen
+    program = "import time; time.sleep(0.1); some = bytearray(60_000_000); time.sleep(0.4)"
+    monkeypatch.setattr(bench_prepare.subprocess, "Popen", lambda words, **rest: started.append(words) or Popen([sys.executable, "-S", "-c", program]))
+    (tmp_path / "untouched").mkdir()
+    bench_prepare.memory(BenchPrepareSettings(gigabytes=1e-4, tokenizer="byte"), tmp_path)
+    said = capsys.readouterr().out
+    [words] = started
+    assert words[1:] == ["-m", "scripts.prepare", "data=text", f"data.path={tmp_path / 'memory.txt'}", "data.tokenizer=byte"]
+    assert 100_000 <= (tmp_path / "memory.txt").stat().st_size < 100_020
+    sizes = [int(size) for eighth, [size] in rows(said).items() if eighth != "of the time"]
+    assert list(rows(said))[1:] == [f"{eighth}/8" for eighth in range(9)]
+    peak = int(re.search(r"at most (\d+) MB", said)[1])
+    assert sizes[0] < 60 <= max(sizes) <= peak
+    assert not (tmp_path / "untouched").exists()
+
+
+@pytest.mark.parametrize("word", ["megabytes=0", "rounds=0", "gigabytes=-1", "tokenizer=char"])
+def test_a_setting_that_cannot_work_is_named(word):
+    with pytest.raises(ConfigError, match=word.split("=")[0]):
+        compose(BenchPrepareSettings, [word])

@@ -9,17 +9,22 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import data.prepare
+from data import encode
+from data.corpus import Corpus, Seen
 from data.prepare import describe, load_tokenizer, prepare
 from data.shards import ShardWriter, Tokens, read_meta
-from data.sources import DataConfig
+from data.sources import DataConfig, Files
 from data.tokenizer import BPETokenizer, fingerprint
 
 ROOT = Path(__file__).parent.parent
@@ -111,6 +116,13 @@ def test_another_source_or_setting_gives_another_folder_and_the_old_one_stays(co
     assert prepare(corpus(FEW)) == first
 
 
+def test_another_format_gives_another_folder(corpus, monkeypatch):
+    """Tokens that an older version made of the same source are left alone."""
+    first = prepare(config := corpus(FEW))
+    monkeypatch.setattr("data.prepare.FORMAT", data.prepare.FORMAT + 1)
+    assert prepare(config) != first
+
+
 def test_the_vocabulary_asked_for_matters_only_to_a_tokenizer_that_is_trained(corpus):
     config = corpus(FEW)
     assert prepare(replace(config, vocab_size=300)) == prepare(replace(config, vocab_size=400))
@@ -162,6 +174,12 @@ def test_a_documents_split_depends_on_its_text_alone(corpus):
     assert {text for text in documents(prepare(corpus(more)), "val") if text in MANY} == held_out
 
 
+def test_which_documents_are_held_out_is_frozen(corpus):
+    """A folder made again under its old name must not train on what a run made with it validates on."""
+    held_out = documents(prepare(corpus(MANY, val_fraction=0.06)), "val")
+    assert [int(text.split()[1]) for text in held_out] == [0, 7, 11, 26, 50, 73, 95, 117, 121]
+
+
 def test_a_larger_fraction_holds_out_more_of_the_same(corpus):
     held_out = [set(documents(prepare(corpus(MANY, val_fraction=fraction)), "val")) for fraction in (0.1, 0.3, 0.6)]
     assert held_out[0] < held_out[1] < held_out[2]
@@ -172,6 +190,17 @@ def test_few_documents_give_their_tails(corpus):
     train, val = documents(folder, "train"), documents(folder, "val")
     assert [head + tail for head, tail in zip(train, val, strict=True)] == FEW
     assert [len(tail) for tail in val] == [len(text) - int(0.8 * len(text)) for text in FEW]
+
+
+def test_a_document_of_many_pieces_is_divided_once_wherever_they_end(corpus, monkeypatch):
+    """Also where the training part ends just where a piece does: one end of text in each split, and no character lost."""
+    monkeypatch.setattr("data.files.PIECE", 10)
+    texts = [letter * length for letter, length in zip("abcd", (50, 100, 87, 49), strict=True)]
+    folder = prepare(corpus(texts))
+    heads = [int(0.8 * len(text)) for text in texts]
+    assert documents(folder, "train") == [text[:head] for text, head in zip(texts, heads, strict=True)]
+    assert documents(folder, "val") == [text[head:] for text, head in zip(texts, heads, strict=True)]
+    assert [counts["documents"] for counts in read_meta(folder)["splits"].values()] == [4, 4]
 
 
 def test_a_single_document_gives_its_tail_and_has_no_end_of_text(corpus):
@@ -195,6 +224,14 @@ def test_bpe_learns_from_the_training_split_only(corpus):
     folder = prepare(corpus(["a quiet text. " * 20 + tail], tokenizer="bpe", vocab_size=265, val_fraction=80 / 360))
     assert load_tokenizer(folder).decode_bytes(read(folder, "val")).decode() == tail
     assert len(read(folder, "val")) == len(tail)  # no merge of z and q was learned
+
+
+def test_a_tokenizer_is_trained_on_the_beginning_of_the_text_counted_in_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr("data.files.PIECE", 10)
+    (tmp_path / "a.txt").write_text("é" * 1000, encoding="utf-8")
+    corpus = Corpus(Files(str(tmp_path / "a.txt")), 0.1)
+    assert "".join(corpus.training_text(100)) == "é" * 50
+    assert "".join(corpus.training_text(10**6)) == "é" * 900
 
 
 @pytest.mark.parametrize("tokenizer", ["bpe", "byte"])
@@ -296,6 +333,76 @@ def test_what_cannot_be_prepared_leaves_nothing(corpus, fresh_data, monkeypatch)
     assert not any(fresh_data.iterdir())
 
 
+def test_no_room_to_look_for_duplicates_is_a_full_disk():
+    seen = Seen()
+    seen.table.execute("PRAGMA max_page_count=3")
+    with pytest.raises(OSError, match="no room to look for duplicates") as caught:
+        for number in range(10_000):
+            seen.add(number.to_bytes(16))
+    assert caught.value.errno == errno.ENOSPC
+
+
+# On all cores
+
+
+def test_results_come_in_order_and_little_is_read_ahead_of_them():
+    asked = []
+
+    def items():
+        for number in range(100):
+            asked.append(number)
+            yield number
+
+    results = encode.in_order(lambda number: number * number, items(), 3)
+    assert next(results) == (0, 0) and len(asked) == 3 + 2
+    assert list(results) == [(number, number * number) for number in range(1, 100)]
+
+
+def test_where_it_stops_no_thread_goes_on_and_what_was_not_begun_is_dropped(monkeypatch):
+    class Pool(ThreadPoolExecutor):
+        def shutdown(self, **options):
+            super().shutdown(wait=False, **options)
+            go_on.set()
+            super().shutdown()
+
+    def work(number):
+        begun.append(number)
+        assert number == 0 or go_on.wait(30)
+
+    monkeypatch.setattr(encode, "ThreadPoolExecutor", Pool)
+    begun, go_on, before = [], threading.Event(), threading.active_count()
+    try:
+        results = encode.in_order(work, iter(range(100)), 1)
+        next(results)
+        results.close()
+        assert begun in ([0], [0, 1]) and threading.active_count() == before
+    finally:
+        go_on.set()
+
+
+def test_there_are_as_many_threads_as_cores_that_this_process_may_use(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 3, 5}, raising=False)
+    assert encode.threads() == 3
+
+
+def test_how_far_it_is_counts_the_parts_of_a_mixture_alike(tmp_path, monkeypatch):
+    monkeypatch.setattr("data.files.PIECE", 100)
+    monkeypatch.setattr(encode, "BATCH_BYTES", 1000)
+    for name, length in (("a.txt", 10_000), ("b.txt", 5_000)):
+        (tmp_path / name).write_text("word " * (length // 5))
+    found = list(encode.batches([Corpus(Files(str(tmp_path / name)), 0.1) for name in ("a.txt", "b.txt")]))
+    read = [batch.read for batch in found]
+    assert read == sorted(read) and len(set(read)) > 10 and 0 < read[0] < 0.1
+    assert [max(batch.read for batch in found if batch.part == part) for part in (0, 1)] == [0.5, 1]
+
+
+@pytest.mark.parametrize(("read", "total"), [(0.5, 800), (0.8, 500), (0, None)])
+def test_the_bar_tells_how_much_there_is_from_how_far_it_is(read, total):
+    bar = SimpleNamespace(n=300, total=None, update=lambda n_bytes: None)
+    encode.show(bar, encode.Batch(0, 0, [], {"train": 80, "val": 20}, read))
+    assert bar.total == total
+
+
 # Going on after a kill
 
 
@@ -360,7 +467,7 @@ PREPARING = """
 import sys
 import data.encode, data.files
 from data.prepare import prepare
-from data.sources import DataConfig
+from data.sources import DataConfig, Files
 data.encode.BATCH_BYTES, data.encode.SEGMENT_BYTES = 2**12, 2**15
 data.files.PIECE = 2**10
 print(prepare(DataConfig("text", sys.argv[1], "bpe", 300, 0.1)))
@@ -403,11 +510,12 @@ def damaged(path: Path) -> None:
 
 @pytest.mark.parametrize("damage, words", [
     (lambda folder: os.truncate(folder / "train_00000.npy", 200), r"train_00000.npy has 200 bytes, not [\d,]+: delete"),
+    (lambda folder: damaged(folder / "val_00000.npy"), r"val_00000.npy does not belong to .*meta.json or was altered"),
     (lambda folder: (folder / "val_00000.npy").unlink(), r"val_00000.npy is missing: delete"),
     (lambda folder: damaged(folder / "train_00000.npy"), r"train_00000.npy does not belong to .*meta.json or was altered"),
     (lambda folder: (folder / "meta.json").write_text("{}"), r"meta.json cannot be read: delete"),
     (lambda folder: (folder / "meta.json").unlink(), r"meta.json cannot be read: delete"),
-], ids=["truncated", "missing", "altered", "no meta", "meta gone"])
+], ids=["truncated", "altered val", "missing", "altered", "no meta", "meta gone"])
 def test_tokens_that_are_not_what_was_written_are_named(corpus, damage, words):
     config = corpus(MANY)
     damage(folder := prepare(config))

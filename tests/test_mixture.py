@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data.corpus import Corpus
 from data.mixture import Turns, read_mix
 from data.prepare import describe, load_tokenizer, prepare, val_bytes_per_token
 from data.shards import open_parts, read_meta
@@ -16,6 +17,7 @@ from data.sources import DataConfig
 @pytest.mark.parametrize("mix, counts", [
     ("pydocs:0.7 book.txt:0.3", {"pydocs": 7, "book.txt": 3}), ("a:1 b:1", {"a": 1, "b": 1}), ("a:2 b:4", {"a": 1, "b": 2}),
     ("  a:1/3   b:2/3 ", {"a": 1, "b": 2}), ("'my book.txt:1' \"c d\":1", {"my book.txt": 1, "c d": 1}), ("c:/x.txt:1e-1 b:9e-1", {"c:/x.txt": 1, "b": 9}), ("a:5", {"a": 1}),
+    ("a:0.1233 b:0.8767", {"a": 1233, "b": 8767}),  # the longest period
 ])
 def test_weights_become_counts(mix, counts):
     assert read_mix(mix) == counts
@@ -61,6 +63,12 @@ def test_each_sequence_of_a_source_comes_once_and_in_order(counts, start):
     assert all(first_index[first_source == part][0] == 0 for part in range(len(counts)))
 
 
+def test_the_turns_are_frozen():
+    """Another order that keeps to the weights as well would read other text in each run that goes on."""
+    expected = {(14, 8, 2): [0, 1, 0, 0, 1, 0, 0, 1, 0, 1, 0, 2], (9, 14, 12): [1, 2, 0, 1, 2, 0, 1, 2, 1, 0, 2, 1]}
+    assert {counts: Turns(list(counts)).at(np.arange(12))[0].tolist() for counts in expected} == expected
+
+
 @pytest.fixture
 def mixed(tmp_path, fresh_data):
     """Settings of a mixture of two files."""
@@ -88,3 +96,31 @@ def test_other_weights_take_the_same_tokens(mixed):
 def test_a_mixture_learns_its_tokens_from_all_its_parts(mixed):
     tokenizer = load_tokenizer(prepare(mixed(tokenizer="bpe", vocab_size=275)))
     assert len(tokenizer.encode(" work")) == 1 and len(tokenizer.encode("0123456789")) < 10
+
+
+def test_the_parts_of_a_mixture_share_what_a_tokenizer_is_trained_on(mixed, monkeypatch):
+    monkeypatch.setattr("data.prepare.SAMPLE_BYTES", 1000)
+    asked, training_text = [], Corpus.training_text
+    monkeypatch.setattr(Corpus, "training_text", lambda corpus, most_bytes: asked.append(most_bytes) or training_text(corpus, most_bytes))
+    prepare(mixed(tokenizer="bpe", vocab_size=260))
+    assert asked == [500, 500]
+
+
+def test_a_change_of_any_part_is_another_mixture(mixed, tmp_path):
+    folders = [prepare(config := mixed())]
+    for name in "ab":
+        with open(tmp_path / f"{name}.txt", "a") as file:
+            file.write("1")
+        folders.append(prepare(config))
+    assert len(set(folders)) == 3
+
+
+def test_each_part_of_a_mixture_is_checked(mixed):
+    folder = prepare(config := mixed())
+    for path in (folder / "train_00000.npy", folder / "train_00001.npy"):
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-2] + b"\0\0")
+        with pytest.raises(ValueError, match=f"{path.name} does not belong to"):
+            prepare(config)
+        path.write_bytes(whole)
+    assert prepare(config) == folder

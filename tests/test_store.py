@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import time
 
 import pytest
 
+import atomic
 from data import store
-from data.store import made_once, sha256_of
+from data.store import in_use, made_once, sha256_of
 
 
 @pytest.fixture
@@ -32,6 +34,22 @@ def test_a_file_that_did_not_change_is_not_read_again(tmp_path, fresh_data, larg
         assert sha256_of([path]) == expected
     write_long_ago(path, b"two")  # of the same size
     assert sha256_of([path]) == [hashlib.sha256(b"two").hexdigest()]
+
+
+def test_a_changed_file_that_was_given_its_old_time_again_is_read_again(tmp_path, fresh_data, large_is_small):
+    write_long_ago(path := tmp_path / "a", b"one")
+    sha256_of([path])
+    before = path.stat()
+    path.write_bytes(b"two")
+    while path.stat().st_ctime_ns == before.st_ctime_ns or path.stat().st_mtime_ns != before.st_mtime_ns:  # clocks of files are coarse
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert sha256_of([path]) == [hashlib.sha256(b"two").hexdigest()]
+
+
+def test_a_file_of_many_blocks_is_read_to_its_end(tmp_path, fresh_data, monkeypatch):
+    monkeypatch.setattr(store, "BLOCK", 4)
+    (tmp_path / "a").write_bytes(b"0123456789")
+    assert sha256_of([tmp_path / "a"]) == [hashlib.sha256(b"0123456789").hexdigest()]
 
 
 def test_a_file_that_changed_just_now_or_is_small_is_read_each_time(tmp_path, fresh_data, large_is_small, monkeypatch):
@@ -71,3 +89,74 @@ def test_what_is_there_is_not_made_again(tmp_path):
     made_once(tmp_path / "a", lambda partial: (partial / "x.json").write_text("1"))
     made_once(tmp_path / "a", lambda partial: pytest.fail("made again"))
     assert [path.name for path in tmp_path.iterdir()] == ["a"] and (tmp_path / "a" / "x.json").read_text() == "1"
+
+
+def test_what_is_there_needs_no_lock(tmp_path, monkeypatch):
+    """It may lie where nothing can be written."""
+    (tmp_path / "a").mkdir()
+    monkeypatch.setattr(store, "wait_for", lambda *args: pytest.fail("asked for the lock"))
+    made_once(tmp_path / "a", lambda partial: pytest.fail("made again"))
+
+
+def test_what_was_made_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    synced, sync = [], atomic.sync
+    monkeypatch.setattr(atomic, "sync", lambda folder: synced.append((folder.name, (tmp_path / "a").exists())) or sync(folder))
+    made_once(tmp_path / "a", lambda partial: (partial / "x.json").write_text("1"))
+    assert synced == [(".building-a", False), (tmp_path.name, True)]
+
+
+def test_what_a_kill_left_unfinished_does_not_come_along(tmp_path):
+    (tmp_path / ".building-a").mkdir()
+    for name in (".partial-x.json-1234", "whole.json"):
+        (tmp_path / ".building-a" / name).write_text("1")
+    made_once(tmp_path / "a", lambda partial: (partial / "x.json").write_text("1"))
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["whole.json", "x.json"]
+
+
+@pytest.mark.parametrize(("failure", "begun", "stays"), [
+    (KeyboardInterrupt(), True, True), (OSError(errno.EIO, "the disk is gone"), True, True), (ValueError("no text"), True, False),
+    (KeyboardInterrupt(), False, False)])
+def test_a_failure_leaves_only_what_can_be_gone_on_with(tmp_path, failure, begun, stays):
+    def make(partial):
+        if begun:
+            (partial / "progress.json").write_text("1")
+        (partial / ".partial-x-1234").write_text("half")
+        raise failure
+
+    with pytest.raises(type(failure)):
+        made_once(tmp_path / "a", make)
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()] == [".building-a/progress.json"] * stays
+    assert (tmp_path / ".building-a").exists() == stays
+
+
+def test_making_leaves_no_file_open(tmp_path):
+    descriptors = len(os.listdir("/dev/fd"))
+    for name in "abc":
+        made_once(tmp_path / name, lambda partial: (partial / "x.json").write_text("1"))
+        assert not in_use(tmp_path / f".building-{name}")
+    assert len(os.listdir("/dev/fd")) == descriptors
+
+
+def test_a_lock_that_nobody_holds_any_more_is_no_use_however_often_it_is_asked(tmp_path):
+    (tmp_path / ".lock-a").write_text("process 1")
+    assert [in_use(tmp_path / ".building-a") for _ in range(3)] == [False] * 3
+
+
+@pytest.mark.parametrize(("number", "words"), [
+    (errno.ENOSPC, "takes no more .*: free some disk, and the same command goes on"), (errno.EDQUOT, "takes no more"),
+    (errno.EACCES, r"cannot be written \(Permission denied\): set NANOHYDRA_DATA"), (errno.EPERM, "cannot be written"), (errno.EROFS, "cannot be written"),
+    (errno.EIO, "^[^:]*Input/output error: '[^']*x'$")])
+def test_a_disk_that_refuses_is_one_sentence_with_the_way_out(tmp_path, number, words):
+    def make(partial):
+        raise OSError(number, os.strerror(number), str(partial / "x"))
+
+    with pytest.raises(OSError, match=words):
+        made_once(tmp_path / "a", make)
+
+
+def test_a_source_that_may_not_be_read_is_not_blamed_on_the_folder_for_tokens(tmp_path):
+    def make(partial):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/elsewhere/secret.txt")
+
+    with pytest.raises(PermissionError, match=r"/elsewhere/secret\.txt"):
+        made_once(tmp_path / "a", make)

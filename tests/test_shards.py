@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.shards import ShardWriter, Tokens, check, token_dtype, write_meta
+from data.shards import ShardWriter, Tokens, check, read_meta, token_dtype, write_meta
 
 
 def write_shards(folder: Path, arrays: list[list[int]], split: str = "train", vocab_size: int = 1000) -> list[Path]:
@@ -77,6 +77,20 @@ def test_a_shard_has_its_name_only_when_it_is_whole(tmp_path):
     [shard] = writer.close()
     assert [path.name for path in tmp_path.iterdir()] == ["train_00000.npy"]
     assert shard["sha256"] == hashlib.sha256((tmp_path / "train_00000.npy").read_bytes()).hexdigest() and shard["tokens"] == 10
+
+
+def test_the_fingerprint_tells_tokens_apart_by_every_shard_and_the_tokenizer(tmp_path):
+    """And by nothing else: not by where they lie, nor what they were made from."""
+    def fingerprint(made_with="x", train="a", val="b", second="c", place="train_00000.npy", source="pydocs"):
+        def part(*sums):
+            return {split: {"shards": [{"file": place, "sha256": one}]} for split, one in zip(("train", "val"), sums, strict=True)}
+
+        write_meta(tmp_path, {"source": source}, made_with, 1000, {"parts": [part(train, val), part(second, "d")]})
+        return read_meta(tmp_path)["fingerprint"]
+
+    changed = [fingerprint(**{name: "other"}) for name in ("made_with", "train", "val", "second")]
+    assert len({fingerprint(), *changed}) == 5
+    assert fingerprint(place="/elsewhere/train.bin", source="other") == fingerprint()
 
 
 class Bomb:

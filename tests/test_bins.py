@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 
@@ -77,6 +78,43 @@ def test_llmcs_shards_are_read_in_order(tmp_path, fresh_data, magic, dtype):
     assert prepare(config(tmp_path / "fineweb*.bin", "byte")) == folder
 
 
+def test_counts_are_those_of_all_shards_however_they_are_read(tmp_path, fresh_data, monkeypatch):
+    monkeypatch.setattr("data.bins.CHUNK", 3)
+    for number, ids in enumerate(([65, 66, 256, 67], [68, 256, 69, 70, 71])):
+        llmc(tmp_path / f"train_{number}.bin", ids)
+    llmc(tmp_path / "val.bin", [256, 65])
+    splits = read_meta(prepare(config(tmp_path, "byte")))["splits"]
+    assert splits["train"] == {"documents": 2, "bytes": 7, "tokens": 9, "bytes_per_token": 7 / 9}
+    assert splits["val"] == {"documents": 1, "bytes": 1, "tokens": 2, "bytes_per_token": 0.5}
+
+
+@pytest.mark.parametrize("one", [257, 300])
+def test_an_id_beyond_the_vocabulary_is_named_with_its_place_in_the_file(tmp_path, fresh_data, monkeypatch, one):
+    monkeypatch.setattr("data.bins.CHUNK", 4)
+    llmc(tmp_path / "train.bin", [1, 2, 3, 4, 5, 6, one, 8])
+    llmc(tmp_path / "val.bin", [1])
+    with pytest.raises(ValueError, match=rf"train.bin holds the id {one} \(token 6\), beyond the vocabulary of 257"):
+        prepare(config(tmp_path, "byte"))
+
+
+def test_tokens_of_a_trained_tokenizer_are_read_with_the_one_beside_them(tmp_path, fresh_data):
+    folders = []
+    for vocab_size in (270, 280):
+        tokenizer = BPETokenizer.train(iter([TEXT]), vocab_size)
+        (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer.to_json()))
+        for name in ("train.bin", "val.bin"):
+            np.arange(260, dtype=np.uint16).tofile(tmp_path / name)
+        folders.append(prepare(config(tmp_path, "bpe")))
+        assert load_tokenizer(folders[-1]).ranks() == tokenizer.ranks()
+    assert folders[0] != folders[1]  # the same numbers are other text
+
+
+def test_names_of_any_case_are_found(nanogpt, fresh_data):
+    before = prepare(config(nanogpt))
+    (nanogpt / "train.bin").rename(nanogpt / "Train.bin")
+    assert prepare(config(nanogpt)) == before
+
+
 def test_files_that_move_stay_the_same_data(nanogpt, tmp_path, fresh_data):
     before = prepare(config(nanogpt))
     nanogpt.rename(tmp_path / "moved")
@@ -84,11 +122,12 @@ def test_files_that_move_stay_the_same_data(nanogpt, tmp_path, fresh_data):
     assert len(everything(before, "train")) == int(len(TEXT) * 0.9)
 
 
-def test_other_tokens_are_other_data(nanogpt, fresh_data):
+@pytest.mark.parametrize("name", ["train.bin", "val.bin"])
+def test_other_tokens_are_other_data(nanogpt, fresh_data, name):
     before = prepare(config(nanogpt))
-    content = bytearray((nanogpt / "train.bin").read_bytes())
+    content = bytearray((nanogpt / name).read_bytes())
     content[0] ^= 1
-    (nanogpt / "train.bin").write_bytes(content)
+    (nanogpt / name).write_bytes(content)
     assert prepare(config(nanogpt)) != before
 
 
@@ -97,6 +136,7 @@ def test_other_tokens_are_other_data(nanogpt, fresh_data):
     (lambda bins: [path.unlink() for path in bins.glob("*.bin")], "train and none with val in its name"),
     (lambda bins: os.truncate(bins / "val.bin", 21), "val.bin is no file of 16-bit tokens: it has 21 bytes"),
     (lambda bins: llmc(bins / "val.bin", range(50)) or os.truncate(bins / "val.bin", 1100), "val.bin is cut short or damaged: its header promises 50"),
+    (lambda bins: llmc(bins / "val.bin", range(50)) or os.truncate(bins / "val.bin", 1126), "val.bin is cut short or damaged: its header promises 50"),
     (lambda bins: np.array([1, 300], dtype=np.uint16).tofile(bins / "val.bin"), r"val.bin holds the id 300 \(token 1\), beyond the vocabulary of"),
     (lambda bins: (bins / "input.txt").unlink(), "input.txt is not there"),
     (lambda bins: (bins / "val.bin").write_bytes(b""), r"val.bin is no file of 16-bit tokens: it has 0 bytes"),
@@ -104,6 +144,7 @@ def test_other_tokens_are_other_data(nanogpt, fresh_data):
     (lambda bins: (bins / "train_val.bin").write_bytes(b"abcd"), "train_val.bin is named for both splits"),
     (lambda bins: (bins / "input.txt").write_bytes(b"\xff"), "input.txt is not UTF-8"),
 ], ids=["no val", "none", "odd", "cut", "beyond", "no text", "empty", "swapped", "both", "no utf-8"])
+], ids=["no val", "none", "odd", "cut", "too long", "beyond", "no text"])
 def test_what_cannot_be_used_is_one_sentence(nanogpt, fresh_data, damage, words):
     damage(nanogpt)
     with pytest.raises(ValueError, match=words):

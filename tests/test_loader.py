@@ -228,6 +228,20 @@ def test_the_order_of_a_mixture_is_frozen():
     assert three_parts().batch(100)[0][:, 0].tolist() == [644, 804, 2395, 572]
 
 
+def test_the_sequences_of_a_mixed_step_begin_in_their_own_parts():
+    loader = three_parts(batch_size=10)
+    starts = loader.batch(3)[0][:, 0]
+    assert loader.sequences(3) == (starts % 1000).tolist() and len(set((starts // 1000).tolist())) == 3
+
+
+def test_a_part_of_a_mixture_that_is_shorter_than_a_context_is_an_error_wherever_it_stands():
+    for tokens in ([positions(100), positions(8)], [positions(8), positions(100)]):
+        with pytest.raises(ValueError, match="training split has 8 tokens, one context needs 9"):
+            Loader(tokens, block_size=8, batch_size=1)
+        with pytest.raises(ValueError, match="validation split has 8 tokens, one context needs 9"):
+            Validation(tokens, block_size=8, batch_size=1, max_tokens=100)
+
+
 def test_a_mixed_validation_weighs_its_parts_by_their_shares_however_small_they_are():
     tokens = [Tokens([np.full(size, part, dtype=np.uint32)]) for part, size in enumerate((10_000, 100))]
     batches = list(Validation(tokens, block_size=8, batch_size=16, max_tokens=800, weights=[1, 3]))

@@ -103,6 +103,21 @@ def test_parquet_is_a_document_a_row(tmp_path):
         read(tmp_path / "b.parquet")
 
 
+def test_zstandard_of_several_frames_is_read_to_its_end(tmp_path):
+    """What tools that compress on several cores write, and `cat` of two files."""
+    zstandard = pytest.importorskip("zstandard")
+    (tmp_path / "a.txt.zst").write_bytes(zstandard.compress(b"one ") + zstandard.compress(b"two"))
+    assert read(tmp_path / "a.txt.zst") == ["one two"]
+
+
+def test_a_row_without_a_text_is_named(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+    parquet.write_table(pyarrow.table({"text": [*["fine"] * 99, None]}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a.parquet, row 100 has no text in the field text"):
+        read(tmp_path / "a.parquet")
+
+
 @pytest.mark.parametrize("name, package", [("a.parquet", "pyarrow"), ("a.txt.zst", "zstandard")])
 def test_a_package_that_is_not_here_is_named(tmp_path, monkeypatch, name, package):
     monkeypatch.setitem(sys.modules, package, None)
@@ -123,8 +138,16 @@ def test_a_record_that_cannot_be_read_is_named_by_file_and_line(tmp_path, conten
         read(tmp_path / "bad.jsonl")
 
 
+def test_blank_lines_count_in_the_number_of_a_line(tmp_path):
+    (tmp_path / "bad.jsonl").write_bytes(b'{"text": "a"}\n\n \nno json\n')
+    with pytest.raises(ValueError, match=r"bad\.jsonl, line 4 is not JSON"):
+        read(tmp_path / "bad.jsonl")
+
+
 def test_a_record_that_is_too_long_is_refused_with_the_limit(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "RECORD_BYTES", 2**20)
+    (tmp_path / "fine.jsonl").write_bytes(b'{"text": "'.ljust(2**20 - 3, b"x") + b'"}\n')
+    assert len(read(tmp_path / "fine.jsonl")[0]) == 2**20 - 13  # just as long as may be
     (tmp_path / "long.jsonl").write_bytes(json_lines(["fine", "x" * 2**20]))
     with pytest.raises(ValueError, match=r"long.jsonl, line 2 is longer than 1 MB"):
         read(tmp_path / "long.jsonl")
@@ -155,6 +178,11 @@ def test_compression_that_is_cut_short_is_one_sentence(tmp_path):
         (tmp_path / name).write_bytes(gzip.compress(json_lines(RECORDS * 1000))[:-20])
         with pytest.raises(ValueError, match=rf"{re.escape(name)} is damaged or cut short"):
             read(tmp_path / name)
+    damaged = bytearray(gzip.compress(json_lines(RECORDS)))
+    damaged[10] ^= 0b110  # a kind of block that there is not
+    (tmp_path / "c.txt.gz").write_bytes(damaged)
+    with pytest.raises(ValueError, match=r"c.txt.gz is damaged or cut short"):
+        read(tmp_path / "c.txt.gz")
     (tmp_path / "b.txt.gz").write_bytes(b"no gzip")
     with pytest.raises(ValueError, match=r"b.txt.gz is damaged"):
         read(tmp_path / "b.txt.gz")
@@ -202,6 +230,10 @@ def test_a_folder_that_cannot_be_seen_is_an_error(tmp_path, monkeypatch):
 def test_a_byte_order_mark_before_json_lines_is_no_text(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + json_lines(RECORDS))
     assert read(tmp_path / "a.jsonl") == KEPT
+def test_a_glob_gives_no_folders(tmp_path):
+    (tmp_path / "folder.txt").mkdir()
+    (tmp_path / "a.txt").write_bytes(b"x")
+    assert files.find(str(tmp_path / "*.txt")) == [tmp_path / "a.txt"]
 
 
 def test_a_glob_may_be_relative(tmp_path, monkeypatch):
@@ -230,6 +262,42 @@ def test_pieces_joined_are_the_text(tmp_path_factory, text, piece):
         patch.setattr(files, "PIECE", piece)
         pieces = list(files.File(path).text_pieces())
     assert "".join(pieces) == text.removeprefix("\ufeff") and all(pieces) and all(len(one) < 3 * piece + 3 for one in pieces)
+
+
+def test_only_the_first_character_of_a_file_can_be_a_byte_order_mark(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "PIECE", 10)
+    text = "\ufeff" * 50  # so that pieces begin with it
+    (tmp_path / "a.txt").write_text("x" + text, encoding="utf-8")
+    assert read(tmp_path / "a.txt") == ["x" + text]
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    assert read(tmp_path / "a.txt") == [text[1:]]
+
+
+def test_a_text_that_begins_with_pieces_of_blanks_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "PIECE", 10)
+    (tmp_path / "a.txt").write_text("\n" * 100 + "text")
+    assert read(tmp_path / "a.txt") == ["\n" * 100 + "text"]
+    (tmp_path / "a.txt").write_text("\n" * 100)
+    assert read(tmp_path / "a.txt") == []
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.txt.gz", "a.parquet"])
+def test_a_file_knows_how_far_it_is_read(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(files, "PIECE", 100)
+    content = "".join(f'{{"text": "{number} {number**9}"}}\n' for number in range(20_000)).encode()
+    if name == "a.parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        from pyarrow import parquet
+        parquet.write_table(pyarrow.table({"text": content.decode().split("\n")}), tmp_path / name, row_group_size=1000)
+    else:
+        (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    file = files.File(tmp_path / name)
+    assert file.position() == 0
+    places = [file.position() for document in file.documents() for _ in document.pieces()]
+    size = (tmp_path / name).stat().st_size
+    assert len({place * 4 // size for place in places}) >= 4 and file.position() == size
+    if name != "a.parquet":  # whose end is read first
+        assert places == sorted(places)
 
 
 WORDS = st.sampled_from(["the", "can't", "I'll", "Ünï", "日本", "語", "中文", "، ", "عربي", "a1", "42", "²", "e\u0301", "  ", " ", "\n", "\r\n",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -37,6 +38,9 @@ def test_inspecting_says_what_is_there(folder_of_texts, tmp_path, fresh_data, ca
     words = ["data=text", f"data.path={folder_of_texts}", "data.tokenizer=byte", "inspect=true", f"out={out}"]
     assert run(*words) == 0
     said = capsys.readouterr().out
+    everything = "".join(DOCUMENTS)
+    assert f"{everything.count('o') / (len(everything) + 120):>9.2%}  'o'" in said
+    assert said.count(f"{everything.count('o'):,}") >= 1 and said.count("  'o'") == 1
     train_documents, val_documents = (int(re.search(rf"{split} +(\d+) ", said)[1]) for split in ("train", "val"))
     assert train_documents + val_documents == 120
     assert re.search(r"111 +\d,\d{3} +\d+\.\d\d%  'o'", said)  # "o" comes in "Document" and in each "word"
@@ -62,6 +66,52 @@ def test_contents_are_those_of_the_texts(folder_of_texts, fresh_data):
     edges, heights = contents.lengths()
     assert heights.sum() == len(texts) and np.histogram([len(text) for text in texts], edges)[0].tolist() == heights.tolist()
     assert {index for index, _, _ in contents.some_documents(1000, 0)} == set(range(len(texts)))
+
+
+def test_contents_do_not_depend_on_how_much_is_read_at_once(folder_of_texts, fresh_data, monkeypatch):
+    folder = prepare(DataConfig("text", str(folder_of_texts), "byte", val_fraction=0.1))
+    whole = Contents(folder, load_tokenizer(folder))
+    monkeypatch.setattr("data.contents.CHUNK", 100)
+    pieces = Contents(folder, load_tokenizer(folder))
+    assert pieces.counts.tolist() == whole.counts.tolist() and pieces.by_length == whole.by_length
+    assert list(pieces.some_documents(10, 0)) == list(whole.some_documents(10, 0))
+
+
+def test_a_document_is_shown_from_its_beginning_and_not_beyond_its_end(folder_of_texts, fresh_data, monkeypatch):
+    monkeypatch.setattr("data.contents.BEGINNING", 200)
+    folder = prepare(DataConfig("text", str(folder_of_texts), "byte", val_fraction=0.1))
+    shown = list(Contents(folder, load_tokenizer(folder)).some_documents(1000, 0))
+    assert {len(ids) < length for _, length, ids in shown} == {True, False}
+    by_length = {len(text): text for text in DOCUMENTS}
+    assert [bytes(ids).decode() for _, _, ids in shown] == [by_length[length][:200] for _, length, _ in shown]
+
+
+def test_documents_of_each_part_of_a_mixture_are_shown(folder_of_texts, tmp_path, fresh_data):
+    (tmp_path / "digits.txt").write_text("0123456789" * 30)
+    folder = prepare(DataConfig(mix=f"{folder_of_texts}:1 {tmp_path}/digits.txt:1", tokenizer="byte"))
+    contents = Contents(folder, load_tokenizer(folder))
+    shown = list(contents.some_documents(1000, 0))
+    assert [index for index, _, _ in shown] == list(range(contents.n_documents))
+    assert [bytes(ids).decode() for _, _, ids in shown][-1] == "0123456789" * 27
+
+
+def test_the_picture_goes_into_the_folder_and_each_split_is_told_for_itself(tmp_path, fresh_data, capsys):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "a.txt").write_text("abcdefghij" * 100)
+    assert run("data=text", f"data.path={tmp_path / 'a.txt'}", "data.tokenizer=char", "inspect=true") == 0
+    said = capsys.readouterr().out
+    [folder] = fresh_data.iterdir()
+    assert (folder / "inspect.png").read_bytes().startswith(b"\x89PNG")
+    assert re.search(r"train +1 +900 +900 +1\.00\n", said) and re.search(r"val +1 +100 +100 +1\.00\n", said)
+    assert "10 of 10 tokens occur" in said and len(re.findall(r"100   10\.00%", said)) == 10
+
+
+def test_only_tokens_that_occur_are_listed(tmp_path, fresh_data, capsys):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "a.txt").write_text("abab" * 100)
+    run("data=text", f"data.path={tmp_path / 'a.txt'}", "data.tokenizer=byte", "inspect=true")
+    said = capsys.readouterr().out
+    assert "2 of 257 tokens occur" in said and len(re.findall(r"^ +\d+ +\d+ +\d+\.\d\d%  ", said, re.MULTILINE)) == 2
 
 
 def test_a_single_text_is_one_document(tmp_path, fresh_data):
@@ -103,6 +153,27 @@ def test_nothing_is_removed_while_a_run_without_a_checkpoint_trains_or_where_the
     lock.release()
     run("clean=true", f"runs_dir={tmp_path / 'runs'}")
     assert not unused.exists()
+def test_tokens_of_a_run_in_a_folder_of_runs_are_kept_with_all_their_users(compose_tiny, tmp_path, fresh_data, capsys):
+    train.train(settings := compose_tiny("training.max_steps=1", "name=sweep/one"))
+    shutil.copytree(tmp_path / "runs/sweep/one", tmp_path / "runs/two")
+    capsys.readouterr()
+    run("clean=true", f"runs_dir={tmp_path / 'runs'}")
+    said = capsys.readouterr().out
+    assert prepare(settings.data).is_dir() and "Removed" not in said
+    assert all(f"{tmp_path / 'runs'}/{name}" in said for name in ("sweep/one", "two"))
+
+
+def test_tokens_that_are_whole_but_for_their_name_are_kept_while_they_are_being_prepared(folder_of_texts, tmp_path, fresh_data, capsys):
+    folder = prepare(DataConfig("text", str(folder_of_texts), "byte"))
+    (folder / "inspect.png").write_bytes(bytes(3 * 2**20))
+    (building := folder.with_name(f".building-{folder.name}")).mkdir()
+    shutil.copytree(folder, building, dirs_exist_ok=True)
+    lock = atomic.Lock(fresh_data / f".lock-{folder.name}", "a test")
+    run("clean=true", f"runs_dir={tmp_path / 'runs'}")
+    said = capsys.readouterr().out
+    assert building.is_dir() and not folder.exists()
+    assert f"Removed {folder} (3 MB): no run in" in said and "\n3 MB removed." in said
+    lock.release()
 
 
 def test_nothing_is_removed_where_a_run_cannot_be_read(compose_tiny, tmp_path, fresh_data):

@@ -58,6 +58,17 @@ def test_a_tokenizer_that_the_model_was_not_trained_with_is_refused_with_both_na
         story.open_checkpoint(tmp_path / "tiny", "last", Device("cpu", "fp32"))
 
 
+def test_a_run_older_than_the_note_of_its_tokenizer_is_sampled_as_it_is(runs_dir, tmp_path):
+    shutil.copytree(runs_dir / "tiny", tmp_path / "tiny")
+    for one in checkpoint.find(tmp_path / "tiny" / "checkpoints"):
+        state = json.loads((one.folder / checkpoint.STATE).read_text())
+        del state["settings"]["data"]["tokenizer_fingerprint"]
+        (one.folder / checkpoint.STATE).write_text(json.dumps(state))
+        reseal(one.folder)
+    _, tokenizer = story.open_checkpoint(tmp_path / "tiny", "last", Device("cpu", "fp32"))
+    assert tokenizer.vocab_size > 1
+
+
 def test_the_prompt_comes_first_and_as_many_tokens_as_asked_follow(say):
     said = say("prompt=The quiet", "temperature=0", "max_new_tokens=25")
     assert said.startswith("The quiet") and len(said) == len("The quiet") + 25 + 1

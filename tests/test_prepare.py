@@ -333,13 +333,11 @@ def test_what_cannot_be_prepared_leaves_nothing(corpus, fresh_data, monkeypatch)
     assert not any(fresh_data.iterdir())
 
 
-def test_no_room_to_look_for_duplicates_is_a_full_disk():
-    seen = Seen()
-    seen.table.execute("PRAGMA max_page_count=3")
-    with pytest.raises(OSError, match="no room to look for duplicates") as caught:
-        for number in range(10_000):
-            seen.add(number.to_bytes(16))
-    assert caught.value.errno == errno.ENOSPC
+def test_no_room_to_look_for_copies_is_said_with_the_folder_that_is_meant(corpus, monkeypatch):
+    begin = Seen.__init__
+    monkeypatch.setattr(Seen, "__init__", lambda seen: (begin(seen), seen.table.execute("PRAGMA max_page_count=2"))[0])
+    with pytest.raises(OSError, match=r"^No room for temporary files.*set SQLITE_TMPDIR"):
+        prepare(corpus(MANY))
 
 
 # On all cores

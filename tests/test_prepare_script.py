@@ -169,6 +169,7 @@ def test_tokens_that_are_whole_but_for_their_name_are_kept_while_they_are_being_
     (building := folder.with_name(f".building-{folder.name}")).mkdir()
     shutil.copytree(folder, building, dirs_exist_ok=True)
     lock = atomic.Lock(fresh_data / f".lock-{folder.name}", "a test")
+    (tmp_path / "runs").mkdir()
     run("clean=true", f"runs_dir={tmp_path / 'runs'}")
     said = capsys.readouterr().out
     assert building.is_dir() and not folder.exists()

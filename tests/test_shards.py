@@ -83,9 +83,9 @@ def test_the_fingerprint_tells_tokens_apart_by_every_shard_and_the_tokenizer(tmp
     """And by nothing else: not by where they lie, nor what they were made from."""
     def fingerprint(made_with="x", train="a", val="b", second="c", place="train_00000.npy", source="pydocs"):
         def part(*sums):
-            return {split: {"shards": [{"file": place, "sha256": one}]} for split, one in zip(("train", "val"), sums, strict=True)}
+            return {split: {"shards": [{"file": place, "sha256": one, "offset": 0, "tokens": 0, "dtype": "uint16"}]} for split, one in zip(("train", "val"), sums, strict=True)}
 
-        write_meta(tmp_path, {"source": source}, made_with, 1000, {"parts": [part(train, val), part(second, "d")]})
+        write_meta(tmp_path, {"source": source}, made_with, 1000, {"splits": {"train": {}, "val": {}}, "parts": [part(train, val), part(second, "d")]})
         return read_meta(tmp_path)["fingerprint"]
 
     changed = [fingerprint(**{name: "other"}) for name in ("made_with", "train", "val", "second")]

@@ -235,10 +235,10 @@ def test_the_sequences_of_a_mixed_step_begin_in_their_own_parts():
 
 
 def test_a_part_of_a_mixture_that_is_shorter_than_a_context_is_an_error_wherever_it_stands():
-    for tokens in ([positions(100), positions(8)], [positions(8), positions(100)]):
-        with pytest.raises(ValueError, match="training split of part 2 of the mixture has 8 tokens, one context needs 9"):
+    for part, tokens in ((2, [positions(100), positions(8)]), (1, [positions(8), positions(100)])):
+        with pytest.raises(ValueError, match=f"training split of part {part} of the mixture has 8 tokens, one context needs 9"):
             Loader(tokens, block_size=8, batch_size=1)
-        with pytest.raises(ValueError, match="validation split of part 2 of the mixture has 8 tokens, one context needs 9"):
+        with pytest.raises(ValueError, match=f"validation split of part {part} of the mixture has 8 tokens, one context needs 9"):
             Validation(tokens, block_size=8, batch_size=1, max_tokens=100)
 
 

@@ -170,6 +170,7 @@ def test_dropout_is_on_in_training_in_both_places(place):
 
 @pytest.mark.parametrize("preset", options("model"))
 @pytest.mark.parametrize("cached", [0, 1, 3, T - 1])
+@pytest.mark.slow
 def test_the_fast_path_equals_the_explicit_one_for_every_presets_flags_and_with_the_cache(preset, cached):
     config = replace(compose("config", [f"model={preset}"]).model, block_size=T, n_layer=1, n_head=H, n_embd=C)
     torch.manual_seed(0)

@@ -394,6 +394,7 @@ def test_files_of_two_checkpoints_do_not_mix(tmp_path):
 
 
 @pytest.mark.parametrize("sealed", [False, True], ids=["as damaged", "sealed again"])
+@pytest.mark.slow
 def test_mutated_checkpoints_are_refused_or_change_only_what_their_author_may(tmp_path, sealed):
     """Cuts, bit flips in header and body, growth and swaps, 400 drawn at random, in every file.
 

@@ -155,6 +155,7 @@ def test_sampling_settings_are_checked_too(override):
 
 
 @given(text=st.text(st.characters(codec="utf-8")))
+@pytest.mark.slow
 def test_any_prompt_arrives_unchanged(text):
     settings = compose("sample", [f"prompt={text}", f"stop={text}", f"run={text}"])
     assert (settings.prompt, settings.stop, settings.run) == (text, text, text)
@@ -162,12 +163,14 @@ def test_any_prompt_arrives_unchanged(text):
 
 @pytest.mark.parametrize("text", ["To be, or not to be", "{x}", "a = b", "line\nline", "  spaces ", "${oc.env:HOME}", "null", "'", '"q"',
                                   "a,b", "[1", "\\", "~", "1e3", "true", "=", "key=value", "naïve 🎉", "$(ls)", "#", "!x", "%"])
+@pytest.mark.slow
 def test_any_file_name_arrives_unchanged(text, tmp_path):
     path = tmp_path / text
     path.write_text("x")
     assert compose("config", ["data=text", f"data.path={path}"]).data.path == str(path)
 
 
+@pytest.mark.slow
 def test_names_tell_runs_apart(tmp_path):
     def name(*overrides):
         settings = compose("config", list(overrides))

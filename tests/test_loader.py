@@ -393,6 +393,7 @@ def test_a_cpu_gets_the_loaders_batches_without_a_thread(monkeypatch):
     pytest.param("threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start(); batches.batch(1)", "KeyboardInterrupt",
                  id="interrupted as it waits for the batch", marks=pytest.mark.slow),
 ])
+@pytest.mark.slow
 def test_a_program_ends_while_a_batch_is_being_read(ending, said):
     program = f"""
 import os, signal, threading, time

@@ -235,6 +235,7 @@ def test_a_tokenizer_is_trained_on_the_beginning_of_the_text_counted_in_bytes(tm
 
 
 @pytest.mark.parametrize("tokenizer", ["bpe", "byte"])
+@pytest.mark.slow
 def test_millions_of_blanks_in_a_row_are_text(corpus, tokenizer):
     """tiktoken and rustbpe fail on a million of them; nothing so long reaches them."""
     text = "It was a dark and stormy night. " * 40 + " " * 2_500_000 + "The end. " * 100

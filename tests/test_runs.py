@@ -311,6 +311,7 @@ def test_the_threads_the_run_began_with_are_used_again(compose_tiny, tmp_path, m
 
 
 @pytest.mark.parametrize("key, value", [("torch", "2.0.0"), ("processor", "another"), ("deterministic", True), ("compiled", True)])
+@pytest.mark.slow
 def test_another_environment_is_named_and_goes_on_only_when_allowed(compose_tiny, tmp_path, monkeypatch, key, value):
     environment = Device.environment
     with monkeypatch.context() as patch:
@@ -500,6 +501,7 @@ class Disk:
 
 
 @pytest.mark.parametrize("first, times", [("lock", 4), ("lock", 9), ("checkpoints/step_00000004", 5), ("checkpoints/step_00000016", 9)])
+@pytest.mark.slow
 def test_a_disk_that_is_full_for_a_while_loses_nothing(compose_tiny, tmp_path, monkeypatch, capsys, first, times):
     words = ["training.max_steps=20", "training.checkpoint_every=4"]
     story.train(compose_tiny(*words, "name=straight"))
@@ -517,6 +519,7 @@ def test_a_disk_that_is_full_for_a_while_loses_nothing(compose_tiny, tmp_path, m
 
 
 @pytest.mark.parametrize("reached", [4, 8])
+@pytest.mark.slow
 def test_a_disk_that_stays_full_ends_in_one_sentence_and_keeps_the_old_checkpoints(compose_tiny, tmp_path, monkeypatch, capsys, reached):
     words = ["training.max_steps=20", "training.checkpoint_every=4"]
     story.train(compose_tiny(*words, "name=straight"))

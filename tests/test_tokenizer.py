@@ -107,6 +107,7 @@ def test_encoding_what_ids_say_gives_the_same_ids(tokenizer, data):
     assert tokenizer.encode(tokenizer.decode_bytes(ids).decode()) == ids
 
 
+@pytest.mark.slow
 def test_every_character_of_unicode_comes_back(tokenizer):
     if isinstance(tokenizer, CharTokenizer):
         tokenizer = CharTokenizer(EVERY_CHARACTER, with_end_of_text=True)
@@ -124,6 +125,7 @@ def test_the_array_of_ids_is_the_list_of_ids(tokenizer, data):
         assert ids.tolist() == tokenizer.encoding.encode_ordinary(text)
 
 
+@pytest.mark.slow
 def test_threads_can_encode_at_the_same_time(tokenizer):
     many = [script * (number % 5) for number in range(200) for script in SCRIPTS.values()]
     with ThreadPoolExecutor(8) as threads:
@@ -277,6 +279,7 @@ def test_what_goes_wrong_while_reading_the_sample_is_said_as_it_is(mistake):
     assert caught.value is mistake
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_tokens_can_be_trained_saved_and_loaded():
     letters = np.random.default_rng(0).choice(list("abcdefghijklmnop"), (60_000, 12))
     text = " ".join(map("".join, letters.tolist()))
@@ -479,6 +482,7 @@ def exported(tokenizer, load):
 
 @given(data=st.data())
 @example(data=None)
+@pytest.mark.slow
 def test_an_exported_tokenizer_gives_the_same_ids_and_text(tokenizer, exported, data):
     for text in [data.draw(texts(tokenizer))] if data else [TEXT, "", *SCRIPTS.values(), "\n".join(SCRIPTS.values())]:
         ids = exported.encode(text).ids

@@ -5,7 +5,6 @@ They are used where they lie, read through memory maps like our own shards.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import struct
@@ -18,7 +17,7 @@ from tqdm import tqdm
 import atomic
 from data.files import File
 from data.shards import SPLITS, check, read_meta, write_meta
-from data.store import data_root, made_once, sha256_of
+from data.store import folder_for, made_once, sha256_of
 from data.tokenizer import CharTokenizer, Tokenizer, fingerprint, from_json, read_tokenizer
 
 HEADER_BYTES = 1024  # of llm.c's files: 256 int32, the first three a magic number, a version, and how many tokens follow
@@ -39,8 +38,7 @@ def prepare_bins(path: str, tokenizer_name: str) -> Path:
             shard["sha256"] = sha256
     recipe = {"source": {split: [shard["sha256"] for shard in shards[split]] for split in SPLITS},
               "tokenizer": tokenizer_name, "tokenizer_fingerprint": fingerprint(tokenizer)}
-    digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
-    folder = data_root() / f"bin-{tokenizer_name}-{digest[:12]}"
+    folder = folder_for(f"bin-{tokenizer_name}", recipe)
 
     def describe_there(folder: Path) -> None:
         splits = {split: count(shards[split], tokenizer) for split in SPLITS}
@@ -81,6 +79,7 @@ def find_bins(path: str) -> dict[str, list[Path]]:
         files = sorted(place.glob("*.bin"))
     else:
         files = sorted(Path(place.anchor).glob(str(place.relative_to(place.anchor))))
+
     def named(split: str, file: Path) -> bool:
         return re.search(rf"(?<![a-z]){split}(?![a-z])", file.name.lower()) is not None
 

@@ -6,7 +6,6 @@ what a kill leaves there goes on from its last whole segment, to the same bytes.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from contextlib import suppress
 from pathlib import Path
@@ -18,7 +17,7 @@ from data.corpus import Corpus
 from data.encode import segments
 from data.shards import SPLITS, again, check, check_shards, read_meta, write_meta
 from data.sources import DataConfig, Source, open_sources
-from data.store import data_root, made_once
+from data.store import folder_for, made_once
 from data.tokenizer import PUBLISHED, BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer, fingerprint, read_tokenizer
 
 SAMPLE_BYTES = 2**28  # of the training split, from its start: what a tokenizer is trained on
@@ -38,9 +37,7 @@ def prepare(config: DataConfig) -> Path:
     vocabulary = config.vocab_size if config.tokenizer == "bpe" else None
     recipe = {"format": FORMAT, "sources": [source.fingerprint() for source in sources.values()],
               "tokenizer": config.tokenizer, "asked_vocab_size": vocabulary, "val_fraction": config.val_fraction}
-    digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
-    name = "mix" if config.mix else config.source
-    folder = data_root() / f"{name}-{config.tokenizer}-{digest[:12]}"
+    folder = folder_for(f"{'mix' if config.mix else config.source}-{config.tokenizer}", recipe)
     made_once(folder, lambda partial: build(partial, sources, config, recipe))
     check(folder, recipe)
     return folder

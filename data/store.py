@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -27,6 +28,12 @@ SETTLED = 2.0  # seconds; a file that changed just now might change again withou
 def data_root() -> Path:
     """The folder for prepared tokens and downloads: `data/prepared`, or where NANOHYDRA_DATA says."""
     return Path(os.environ.get("NANOHYDRA_DATA") or Path(__file__).parent / "prepared")
+
+
+def folder_for(name: str, recipe: dict[str, Any]) -> Path:
+    """Where what a recipe makes lies: the name carries a fingerprint of everything in the recipe."""
+    digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
+    return data_root() / f"{name}-{digest[:12]}"
 
 
 def sha256_of(paths: list[Path]) -> list[str]:

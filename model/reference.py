@@ -87,20 +87,12 @@ class CausalAttention(nn.Module):
         return (context, weights) if return_weights else context
 
 
-class CausalMechanismV1(nn.Module):
+class CausalMechanismV1(CausalAttention):
     """Sequences of different lengths in one batch, the shorter ones padded at their end.
 
     Nobody attends to padding, and padding attends to nobody: its rows are zero, whatever lies in it. Dropout on
     the weights, and on the context vectors too.
     """
-
-    def __init__(self, d_in: int, d_out: int, context_length: int, dropout: float, qkv_bias: bool = False) -> None:
-        super().__init__()
-        self.W_query = nn.Linear(d_in, d_out, bias=qkv_bias)
-        self.W_key = nn.Linear(d_in, d_out, bias=qkv_bias)
-        self.W_value = nn.Linear(d_in, d_out, bias=qkv_bias)
-        self.dropout = nn.Dropout(dropout)
-        self.register_buffer("mask", future(context_length))
 
     def forward(self, x: Tensor, lengths: Tensor | None = None, return_weights: bool = False) -> Attended:
         """`x` `[B, T, d_in]`, `lengths` `[B]` (all T without it) -> `[B, T, d_out]`, and weights `[B, T, T]`.

@@ -32,8 +32,7 @@ class PlotSettings:
 
     def problems(self) -> Iterator[str]:
         """One sentence for each value that cannot work."""
-        if self.out and Path(self.out).suffix not in (".png", ".svg", ".pdf"):
-            yield f"out={self.out} must end in .png, .svg or .pdf."
+        yield from picture_problems(self.out)
 
 
 def main(settings: PlotSettings) -> int:
@@ -42,6 +41,12 @@ def main(settings: PlotSettings) -> int:
     atomic.write_bytes(out, draw(run, out.suffix.lstrip(".") or "png"))
     print(f"Drew {out}")
     return 0
+
+
+def picture_problems(out: str) -> Iterator[str]:
+    """One sentence where `out` names a file of a type that cannot be drawn; empty, it names none."""
+    if out and Path(out).suffix not in (".png", ".svg", ".pdf"):
+        yield f"out={out} must end in .png, .svg or .pdf."
 
 
 def pyplot() -> ModuleType:

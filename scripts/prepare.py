@@ -28,7 +28,7 @@ from data.prepare import describe, load_tokenizer, prepare
 from data.shards import SPLITS, read_meta
 from data.store import BUILDING, data_root, in_use, is_held
 from data.tokenizer import Tokenizer
-from scripts.plot import pyplot, save
+from scripts.plot import picture_problems, pyplot, save
 from training import checkpoint
 from training.checkpoint import megabytes
 from training.run import LOCK
@@ -50,8 +50,7 @@ class PrepareSettings:
         """One sentence for each value that cannot work."""
         if self.inspect and self.clean:
             yield "inspect and clean exclude each other: choose one."
-        if self.out and Path(self.out).suffix not in (".png", ".svg", ".pdf"):
-            yield f"out={self.out} must end in .png, .svg or .pdf."
+        yield from picture_problems(self.out)
 
 
 def main(own: PrepareSettings) -> int:

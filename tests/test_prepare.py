@@ -442,8 +442,8 @@ def test_it_goes_on_after_any_kill_to_the_same_bytes(corpus, tmp_path, monkeypat
     assert encoded < 2.5 * len(straight) * 8  # what was whole was not made again
 
 
-def test_what_is_whole_is_not_made_again(corpus, monkeypatch, small_steps):
-    config = corpus(MANY, tokenizer="bpe", vocab_size=270)
+def killed_in_the_fourth_segment(config: DataConfig, monkeypatch) -> None:
+    """Prepare until three segments are whole."""
     add = ShardWriter.add
 
     def killed(writer, ids):
@@ -454,6 +454,12 @@ def test_what_is_whole_is_not_made_again(corpus, monkeypatch, small_steps):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(ShardWriter, "add", killed)
         prepare(config)
+
+
+def test_what_is_whole_is_not_made_again(corpus, monkeypatch, small_steps):
+    config = corpus(MANY, tokenizer="bpe", vocab_size=270)
+    killed_in_the_fourth_segment(config, monkeypatch)
+    add = ShardWriter.add
     begun = []
     with monkeypatch.context() as patch:
         patch.setattr(ShardWriter, "add", lambda writer, ids: (begun.append(writer.path.name), add(writer, ids)))
@@ -572,16 +578,7 @@ def test_what_was_damaged_before_a_resume_is_made_again(corpus, tmp_path, monkey
     config = corpus(MANY, tokenizer="bpe", vocab_size=270)
     straight = {name: content for name, (content, _) in files(prepare(config)).items()}
     monkeypatch.setenv("NANOHYDRA_DATA", str(tmp_path / "killed"))
-    add = ShardWriter.add
-
-    def killed(writer, ids):
-        if writer.path.name.endswith("00003.npy"):
-            raise KeyboardInterrupt
-        add(writer, ids)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(ShardWriter, "add", killed)
-        prepare(config)
+    killed_in_the_fourth_segment(config, monkeypatch)
     [partial] = (tmp_path / "killed").glob(".building-*")
     damage(partial)
     assert {name: content for name, (content, _) in files(prepare(config)).items()} == straight

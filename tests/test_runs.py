@@ -93,7 +93,8 @@ def test_a_changed_text_is_another_run(compose_tiny, tmp_path, book):
         story.train(compose_tiny(f"data.path={text}"))
 
 
-def test_without_a_name_another_run_gets_a_folder_named_by_what_differs(compose_tiny, tmp_path, book, capsys):
+def trained_on_two_texts(compose_tiny, tmp_path, book) -> tuple[list[str], Path]:
+    """Two runs without a name by the same words, between which the text has changed: the words, and the first one's folder."""
     text = tmp_path / "mine.txt"
     text.write_text(book.read_text())
     unnamed = ["name=", f"data.path={text}", "training.max_steps=2"]
@@ -101,6 +102,11 @@ def test_without_a_name_another_run_gets_a_folder_named_by_what_differs(compose_
     (first,) = (tmp_path / "runs").iterdir()
     text.write_text(book.read_text() + "\nOne more sentence.")
     story.train(compose_tiny(*unnamed))
+    return unnamed, first
+
+
+def test_without_a_name_another_run_gets_a_folder_named_by_what_differs(compose_tiny, tmp_path, book, capsys):
+    unnamed, first = trained_on_two_texts(compose_tiny, tmp_path, book)
     assert "data.prepared was" in capsys.readouterr().out
     (second,) = set((tmp_path / "runs").iterdir()) - {first}
     assert second.name.startswith(f"{first.name}-prepared=") and last_step(second) == 2
@@ -126,13 +132,7 @@ def test_restart_of_nothing_is_a_start(compose_tiny, tmp_path):
 
 
 def test_restart_without_a_name_is_of_the_run_that_is_meant(compose_tiny, tmp_path, book):
-    text = tmp_path / "mine.txt"
-    text.write_text(book.read_text())
-    unnamed = ["name=", f"data.path={text}", "training.max_steps=2"]
-    story.train(compose_tiny(*unnamed))
-    (first,) = (tmp_path / "runs").iterdir()
-    text.write_text(book.read_text() + "\nOne more sentence.")
-    story.train(compose_tiny(*unnamed))
+    unnamed, first = trained_on_two_texts(compose_tiny, tmp_path, book)
     story.train(compose_tiny(*unnamed, "restart=true", "training.max_steps=3"))
     (second,) = [path for path in (tmp_path / "runs").iterdir() if path.name.startswith(f"{first.name}-") and not path.name.endswith(".old")]
     assert last_step(first) == 2 and last_step(second) == 3 and last_step(second.with_name(f"{second.name}.old")) == 2

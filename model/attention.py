@@ -6,8 +6,6 @@ Shapes: B batch, T time, C width, H heads, G key-value heads, D head width.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -15,6 +13,9 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
 from model.config import GPTConfig
+
+
+QUERIES_AT_ONCE = 256  # of products on a CPU: what a block of queries cannot see is not computed
 
 
 class KVCache:
@@ -62,9 +63,7 @@ class Documents:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
         """What the heads take `[B, H, T, D]`, for queries of that shape, keys and values `[B, G, T, D]`."""
         if self.cuts is None:
-            if k.size(1) != q.size(1):  # kernels that take a mask have no grouped heads on GPUs
-                k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, dropout_p=dropout)
+            return attend(q, k, v, self.mask, dropout)
         B, _, T, _ = q.shape
         q, k, v = (x.to(v.dtype).transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # [B * T, H or G, D]
         y = varlen_attn(q, k, v, self.cuts, self.cuts, T, T, window_size=(-1, 0), enable_gqa=True)
@@ -120,35 +119,25 @@ class CausalSelfAttention(nn.Module):
         """`x` `[B, T, C]` -> `[B, T, C]`; `rotary` is the table of the T positions, where used."""
         q, k, v = self.project(x, rotary, cache)
         dropout = self.dropout if self.training else 0.0
-        if documents is not None:
-            return self.merge(documents.attend(q, k, v, dropout))
-        # Without earlier positions the kernel's own causal mask serves; a single new position sees
-        # everything; several new ones behind a cache need a mask that is shifted by its length.
-        T, S = q.size(2), k.size(2)
-        mask = visible(T, S, x.device) if T < S and T > 1 else None
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=T == S and T > 1,
-            dropout_p=dropout, enable_gqa=self.n_kv_head != self.n_head,
-        )
-        return self.merge(y)
+        return self.merge(attend(q, k, v, None, dropout) if documents is None else documents.attend(q, k, v, dropout))
 
     def explicit(self, x: Tensor, rotary: Tensor | None = None, cache: KVCache | None = None) -> tuple[Tensor, Tensor]:
         """The same by plain products, and the weights `[B, H, T, S]` before dropout, over all S positions seen."""
         q, k, v = self.project(x, rotary, cache)
-        k, v = (shared.repeat_interleave(self.n_head // self.n_kv_head, dim=1) for shared in (k, v))
-        scores = q @ k.transpose(2, 3) / math.sqrt(self.head_width)
-        weights = scores.masked_fill(~visible(q.size(2), k.size(2), x.device), -torch.inf).softmax(-1)
-        return self.merge(F.dropout(weights, self.dropout, self.training) @ v), weights
+        mask = visible(q.size(2), k.size(2), x.device)
+        y, weights = attend_by_products(q, k, v, mask, self.dropout if self.training else 0.0)
+        return self.merge(y), weights
 
     def project(self, x: Tensor, rotary: Tensor | None, cache: KVCache | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries `[B, H, T, D]` of `x`, and keys and values `[B, G, S, D]` of it and of what the cache holds."""
         B, T, _ = x.shape
         heads = self.c_attn(x).view(B, T, -1, self.head_width).transpose(1, 2)  # [B, H + 2G, T, D]
-        q, k, v = heads.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)
+        qk, v = heads.split((self.n_head + self.n_kv_head, self.n_kv_head), dim=1)
         if self.qk_norm:
-            q, k = F.rms_norm(q, (self.head_width,)), F.rms_norm(k, (self.head_width,))
+            qk = F.rms_norm(qk, (self.head_width,))
         if rotary is not None:
-            q, k = rotate(q, rotary), rotate(k, rotary)
+            qk = rotate(qk, rotary)
+        q, k = qk.split((self.n_head, self.n_kv_head), dim=1)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
         return q, k, v
@@ -156,6 +145,43 @@ class CausalSelfAttention(nn.Module):
     def merge(self, y: Tensor) -> Tensor:
         """What the heads took `[B, H, T, D]`, side by side and projected: `[B, T, C]`."""
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    """What the heads take `[B, H, T, D]`, for queries of that shape, keys and values `[B, G, S, D]`.
+
+    A `mask` `[..., T, S]` is True where one may look; None: at all that is not later.
+    """
+    T, S = q.size(2), k.size(2)
+    if products_are_faster(v):
+        mask = visible(T, S, v.device) if mask is None else mask
+        parts = [attend_by_products(q[:, :, start:end], k[:, :, : S - T + end], v[:, :, : S - T + end],
+                                    mask[..., start:end, : S - T + end], dropout)[0]
+                 for start, end in ((start, min(start + QUERIES_AT_ONCE, T)) for start in range(0, T, QUERIES_AT_ONCE))]
+        return torch.cat(parts, dim=2)
+    if mask is not None and k.size(1) != q.size(1):  # kernels that take a mask have no grouped heads on GPUs
+        k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
+    # Without earlier positions the kernel's own causal mask serves; a single new position sees
+    # everything; several new ones behind a cache need a mask that is shifted by its length.
+    if mask is None and 1 < T < S:
+        mask = visible(T, S, v.device)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout,
+                                          is_causal=mask is None and T == S > 1, enable_gqa=k.size(1) != q.size(1))
+
+
+def products_are_faster(v: Tensor) -> bool:
+    """On CPUs in bf16 the fused kernel takes up to three times as long: docs/benchmarks.md."""
+    return v.is_cpu and v.dtype == torch.bfloat16
+
+
+def attend_by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout: float) -> tuple[Tensor, Tensor]:
+    """As `attend`, and the weights `[B, H, T, S]` before dropout."""
+    k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) if x.size(1) != q.size(1) else x for x in (k, v))
+    hidden = torch.zeros_like(mask, dtype=v.dtype).masked_fill(~mask, -torch.inf).expand(*q.shape[:3], k.size(2))
+    hidden, q, k = (x.to(v.dtype).flatten(0, 1) for x in (hidden, q, k))  # one product of two stacks of matrices
+    scores = torch.baddbmm(hidden, q, k.mT, alpha=q.size(-1) ** -0.5).unflatten(0, v.shape[:2])
+    weights = scores.softmax(-1)
+    return F.dropout(weights, dropout) @ v, weights
 
 
 def visible(T: int, S: int, device: torch.device) -> Tensor:

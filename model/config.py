@@ -26,7 +26,7 @@ class GPTConfig:
     position: Literal["learned", "rotary"] = "learned"
     norm: Literal["layer", "rms"] = "layer"  # rms: without parameters
     qk_norm: bool = False  # normalise queries and keys (arXiv:2010.04245)
-    activation: Literal["gelu", "relu2"] = "gelu"  # relu2: squared ReLU (arXiv:2109.08668)
+    activation: Literal["gelu", "gelu_erf", "relu2"] = "gelu"  # GPT-2's by tanh, the exact one, squared ReLU (arXiv:2109.08668)
     zero_init: bool = False  # output projections start at zero, and so does an untied head
     tie_head: bool = True  # the head reads the token embedding instead of a matrix of its own
 

@@ -37,7 +37,10 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.c_fc(x)
-        x = F.relu(x).square() if self.activation == "relu2" else F.gelu(x, approximate="tanh")
+        if self.activation == "relu2":
+            x = F.relu(x).square()
+        else:
+            x = F.gelu(x, approximate="tanh" if self.activation == "gelu" else "none")
         return self.dropout(self.c_proj(x))
 
 

@@ -44,7 +44,7 @@ from training.device import Device
 from training.optim import OptimConfig, Optimizers
 
 ROOT = Path(__file__).parent.parent
-GPT2_LIKE = GPTConfig(dropout=0.0, bias=False)  # as nanoGPT trains it
+GPT2_LIKE = GPTConfig(dropout=0.0, bias=False, activation="gelu_erf")  # as nanoGPT trains it
 SHAPES = {  # the model, and the sequences in a batch
     "wide": (replace(GPT2_LIKE, n_layer=4, n_head=4, n_embd=256, block_size=128, vocab_size=65), 64),
     "narrow": (replace(GPT2_LIKE, n_layer=4, n_head=4, n_embd=128, block_size=64, vocab_size=65), 12),

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import model.attention
 from conf.schema import compose, options
 from model.attention import CausalSelfAttention, KVCache, rotary_table, rotate
 from model.gpt import GPTConfig
@@ -197,6 +198,42 @@ def test_the_fast_path_equals_the_explicit_one_for_every_presets_flags_and_with_
         one, other = (torch.autograd.grad((y * direction).sum(), [x, *attention.parameters()]) for y in (fast, plain))
         for a, b in zip(one, other, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("cached", [0, 3, T - 1])
+@pytest.mark.parametrize("flags", [{}, {"n_kv_head": 2}, {"qk_norm": True}], ids=str)
+@pytest.mark.parametrize("queries_at_once", [2, 3, 100])
+def test_blocks_of_products_equal_the_fused_kernel(queries_at_once, flags, cached, monkeypatch):
+    config, attention, x = make(**flags)
+    x.requires_grad_()
+    found = []
+    for faster in (False, True):
+        monkeypatch.setattr(model.attention, "products_are_faster", lambda _, faster=faster: faster)
+        monkeypatch.setattr(model.attention, "QUERIES_AT_ONCE", queries_at_once)
+        cache = KVCache(config, B, dtype=torch.float64) if cached else None
+        if cached:
+            with torch.no_grad():
+                attention(x[:, :cached], TABLE[:, :cached], cache)
+            cache.length = cached
+        y = attention(x[:, cached:], TABLE[:, cached:], cache)
+        gradients = torch.autograd.grad(y.square().sum(), [x, *attention.parameters()]) if not cached else ()
+        found.append((y, *gradients))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
+
+
+def test_on_a_cpu_bfloat16_takes_products_and_nothing_else_does(monkeypatch):
+    used = []
+    original = model.attention.attend_by_products
+    monkeypatch.setattr(model.attention, "attend_by_products", lambda *args: used.append(args) or original(*args))
+    for dtype in (torch.float32, torch.float64, torch.float16):
+        _, attention, x = make()
+        attention.to(dtype)(x.to(dtype))
+    assert not used
+    _, attention, x = make()
+    y = attention.to(torch.bfloat16)(x.to(torch.bfloat16))
+    assert used and y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.double(), attention.double()(x), rtol=0.05, atol=0.1)
 
 
 @pytest.mark.parametrize("n_kv_head", [1, 2])

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.attention import KVCache
-from model.gpt import GPT, GPTConfig
+from model.gpt import MLP, GPT, GPTConfig
 
 PRESETS = Path(__file__).parents[1] / "conf" / "model"
 V = 65
@@ -353,3 +353,14 @@ def test_flops_per_token_are_those_that_torch_counts(config):
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(idx, idx).backward()
     assert counter.get_total_flops() == model.flops_per_token() * idx.numel()
+
+
+@pytest.mark.parametrize(("activation", "expected"), [
+    ("gelu", lambda x: 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))),
+    ("gelu_erf", lambda x: 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))),
+    ("relu2", lambda x: torch.where(x > 0, x, 0) ** 2),
+])
+def test_activations_are_what_their_names_say(activation, expected):
+    mlp = MLP(GPTConfig(n_embd=8, activation=activation)).double()
+    x = torch.linspace(-3, 3, 16, dtype=torch.float64).view(2, 8)
+    torch.testing.assert_close(mlp(x), mlp.c_proj(expected(mlp.c_fc(x))), rtol=0, atol=1e-12)

@@ -14,7 +14,6 @@ from torch.nn.attention.varlen import varlen_attn
 
 from model.config import GPTConfig
 
-
 QUERIES_AT_ONCE = 256  # of products on a CPU: what a block of queries cannot see is not computed
 
 
@@ -31,6 +30,7 @@ class KVCache:
         self.keys = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
         self.values = [torch.empty_like(keys) for keys in self.keys]
         self.length = 0
+        self.before: Tensor | None = None  # the ids behind which the next ones come, where n-grams need them
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append `k`, `v` `[B, G, T, D]` of one layer; return all `[B, G, length + T, D]` so far."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 # Far beyond what runs here; a checkpoint from a stranger cannot ask for more.
-LIMITS = {"block_size": 2**17, "vocab_size": 2**24, "n_layer": 2**10, "n_embd": 2**16}
+LIMITS = {"block_size": 2**17, "vocab_size": 2**24, "n_layer": 2**10, "n_embd": 2**16, "ngrams": 2**4, "ngram_rows": 2**24}
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,12 @@ class GPTConfig:
     position: Literal["learned", "rotary"] = "learned"
     norm: Literal["layer", "rms"] = "layer"  # rms: without parameters
     qk_norm: bool = False  # normalise queries and keys (arXiv:2010.04245)
-    activation: Literal["gelu", "gelu_erf", "relu2"] = "gelu"  # GPT-2's by tanh, the exact one, squared ReLU (arXiv:2109.08668)
+    activation: Literal["gelu", "gelu_erf", "relu2"] = "gelu"  # by tanh as in GPT-2, exact, squared (arXiv:2109.08668)
     zero_init: bool = False  # output projections start at zero, and so does an untied head
     tie_head: bool = True  # the head reads the token embedding instead of a matrix of its own
+    embedding_norm: bool = False  # normalise what goes into the first block
+    ngrams: int = 1  # more than 1: embed the last 2, ..., ngrams tokens together, too (model/ngram.py)
+    ngram_rows: int = 2**14  # of their table
 
     @property
     def kv_heads(self) -> int:
@@ -40,7 +43,7 @@ class GPTConfig:
 
     def problems(self) -> Iterator[str]:
         """One sentence for each value that cannot work."""
-        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "ngrams", "ngram_rows"):
             if getattr(self, name) < 1:
                 yield f"{name}={getattr(self, name)} must be at least 1."
                 return

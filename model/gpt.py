@@ -17,6 +17,7 @@ from torch import Tensor
 from model.attention import CausalSelfAttention, Documents, KVCache, can_pack, rotary_table
 from model.config import GPTConfig
 from model.loss import next_token_loss
+from model.ngram import NGramEmbedding
 
 
 def make_norm(config: GPTConfig) -> nn.Module:
@@ -76,6 +77,8 @@ class GPT(nn.Module):
             self.wpe = nn.Embedding(config.block_size, config.n_embd)
         else:
             self.register_buffer("rotary", rotary_table(config.block_size, config.head_width), persistent=False)
+        if config.ngrams > 1:
+            self.ngram = NGramEmbedding(config)
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = make_norm(config)
@@ -117,6 +120,13 @@ class GPT(nn.Module):
             x = x + (self.wpe.weight[start:end] if within is None else self.wpe(within.positions))
         else:
             rotary = self.rotary[:, start:end] if within is None else self.rotary[:, within.positions[:, None]]
+        if self.config.ngrams > 1:
+            before = cache.before if cache is not None else None
+            x = x + self.ngram(idx, before, within.positions if within is not None else None)
+            if cache is not None:
+                cache.before = self.ngram.following(idx, before)
+        if self.config.embedding_norm:
+            x = F.rms_norm(x, (self.config.n_embd,))
         x = self.drop(x)
         for block in self.h:
             x = block(x, rotary, cache, within)
@@ -150,7 +160,7 @@ class GPT(nn.Module):
         for name, weights in self.named_parameters():
             if weights.dim() == 1:
                 roles["vector"].append(weights)  # biases and gains
-            elif name.startswith(("wte", "wpe")):
+            elif name.startswith(("wte", "wpe", "ngram")):
                 roles["embedding"].append(weights)
             elif name.startswith("lm_head"):
                 roles["head"].append(weights)

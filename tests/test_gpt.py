@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.attention import KVCache
-from model.gpt import MLP, GPT, GPTConfig
+from model.gpt import GPT, MLP, GPTConfig
 
 PRESETS = Path(__file__).parents[1] / "conf" / "model"
 V = 65

@@ -77,6 +77,7 @@ def train(settings: Settings) -> int:
         device = open_device(run, settings, last)
         torch.manual_seed(settings.seed)
         model = GPT(settings.model).to(device.torch)
+        model.recompute = limits.recompute
         optimizers = Optimizers(model.parameters_by_role(), settings.optim)
         scaler = torch.amp.GradScaler(device.type, enabled=device.precision == "fp16")
 

@@ -11,7 +11,7 @@ from typing import Any
 # The first pattern that fits a setting's name decides.
 KINDS = {
     "free": "name auto_name runs_dir restart allow_drift data.path data.hub_revision training.sample_tokens "
-            "logger.*",
+            "training.recompute logger.*",
     "extendable": "training.max_steps training.max_seconds training.eval_every training.eval_tokens "
                   "training.checkpoint_every training.keep_last training.on_save_error "
                   "training.on_nonfinite training.nonfinite_limit",

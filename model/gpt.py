@@ -13,6 +13,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from model.attention import CausalSelfAttention, Documents, KVCache, can_pack, rotary_table
 from model.config import GPTConfig
@@ -72,6 +73,7 @@ class GPT(nn.Module):
         if problems := list(config.problems()):
             raise ValueError("\n".join(problems))
         self.config = config
+        self.recompute = False  # keep what goes into each block, and compute the rest again for the gradients: less memory
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         if config.position == "learned":
             self.wpe = nn.Embedding(config.block_size, config.n_embd)
@@ -129,7 +131,10 @@ class GPT(nn.Module):
             x = F.rms_norm(x, (self.config.n_embd,))
         x = self.drop(x)
         for block in self.h:
-            x = block(x, rotary, cache, within)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, rotary, cache, within, use_reentrant=False)
+            else:
+                x = block(x, rotary, cache, within)
         if cache is not None:
             cache.length = end
         return self.ln_f(x)

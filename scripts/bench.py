@@ -1,6 +1,7 @@
 """Measure training steps: beside nanoGPT's, against the machine's own limit, and where their time goes.
 
   python -m scripts.bench speed peer=../nanoGPT     tokens a second, and peak memory, of both
+  python -m scripts.bench result peer=../nanoGPT    seconds of training to its result, and the result in its seconds
   python -m scripts.bench profile                   what a step of the default run spends its time on
 
 `peer` is a folder with a nanoGPT checkout, which is not part of nanohydra; without it, only our side is measured. Each
@@ -11,6 +12,9 @@ Settings of speed, each with its default:
   rounds=3         processes a side
   steps=6          timed in each, after two that warm up
   out=FILE         also as JSON
+Settings of result, which trains nanoGPT's Shakespeare for CPUs and our two experiments on the same text (ten minutes):
+  rounds=3         each from another seed; seed=1337 is the first
+  out=FILE         also as JSON
 Settings of profile: those of train.py, and
   rows=12          of the table
   trace=FILE       a trace for a browser's tracing page
@@ -18,7 +22,6 @@ Settings of profile: those of train.py, and
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import resource
 import statistics
@@ -39,6 +42,8 @@ from conf.schema import compose
 from data.loader import Loader
 from data.shards import Tokens
 from model import GPT, GPTConfig
+from scripts.bench_result import ResultSettings, result
+from scripts.peer import nanogpt_module
 from train import loss_of
 from training.device import Device
 from training.optim import OptimConfig, Optimizers
@@ -152,10 +157,7 @@ def our_step(config: GPTConfig, loader: Loader) -> Callable[[int], None]:
 
 def nanogpt_step(peer: Path, config: GPTConfig, loader: Loader) -> Callable[[int], None]:
     """A step of nanoGPT's own model and optimizer, in the order of its training loop, in fp32 as it trains on CPUs."""
-    specification = importlib.util.spec_from_file_location("nanogpt_model", peer / "model.py")
-    module = importlib.util.module_from_spec(specification)
-    sys.modules["nanogpt_model"] = module
-    specification.loader.exec_module(module)
+    module = nanogpt_module(peer)
     names = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
     model = module.GPT(module.GPTConfig(**{name: getattr(config, name) for name in names}))
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), "cpu")
@@ -233,7 +235,7 @@ def profile(own: ProfileSettings) -> int:
     return 0
 
 
-MODES = {"speed": (speed, SpeedSettings), "profile": (profile, ProfileSettings)}
+MODES = {"speed": (speed, SpeedSettings), "result": (result, ResultSettings), "profile": (profile, ProfileSettings)}
 
 if __name__ == "__main__":
     mode = sys.argv.pop(1) if len(sys.argv) > 1 and sys.argv[1] in MODES else "speed"

@@ -84,7 +84,7 @@ def test_state_dict_has_gpt2s_names():
 
 
 def test_modern_state_dict_holds_no_table_and_no_norms():
-    names = {"wte.weight", "lm_head.weight"}
+    names = {"wte.weight", "ngram.table.weight", "lm_head.weight"}
     names |= {f"h.0.{part}.weight" for part in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")}
     assert set(GPT(preset("modern-nano", vocab_size=V, n_layer=1)).state_dict()) == names
 
@@ -247,13 +247,13 @@ def test_logits_equal_a_plain_gpt2():
 
 
 def test_logits_equal_a_plain_modern_model():
-    """What differs from GPT-2 around attention, which test_attention.py covers: norms, squared ReLU, untied head."""
+    """What differs from GPT-2 around attention, which test_attention.py covers: n-grams (test_ngram.py), norms, squared ReLU, untied head."""
     def norm(x: Tensor) -> Tensor:
         return x / (x.square().mean(-1, keepdim=True) + torch.finfo(x.dtype).eps).sqrt()
 
     model = shaken(SMALL["modern"]).double()
     idx = random_ids(2, 32)
-    x = model.wte.weight[idx]
+    x = norm(model.wte.weight[idx] + model.ngram(idx))
     for block in model.h:
         x = x + block.attn(norm(x), model.rotary)
         x = x + (norm(x) @ block.mlp.c_fc.weight.T).clamp(min=0) ** 2 @ block.mlp.c_proj.weight.T
@@ -364,3 +364,20 @@ def test_activations_are_what_their_names_say(activation, expected):
     mlp = MLP(GPTConfig(n_embd=8, activation=activation)).double()
     x = torch.linspace(-3, 3, 16, dtype=torch.float64).view(2, 8)
     torch.testing.assert_close(mlp(x), mlp.c_proj(expected(mlp.c_fc(x))), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_recomputing_gives_the_same_gradients_and_keeps_less(dropout):
+    found, kept = [], []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        gpt = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=4, n_head=2, n_embd=8, dropout=dropout))
+        gpt.recompute = recompute
+        idx, saved = torch.arange(8)[None] % 11, []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, saved=saved: saved.append(x.numel()) or x, lambda x: x):
+            loss = gpt(idx, idx)
+        loss.backward()
+        found.append([weights.grad for weights in gpt.parameters()])
+        kept.append(sum(saved))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    assert kept[1] < 0.5 * kept[0]

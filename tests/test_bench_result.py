@@ -1,0 +1,74 @@
+"""python -m scripts.bench result: what is taken from a peer's run; no times are asserted."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from conf.schema import ConfigError, compose
+from scripts import bench_result
+from tests.test_bench import PEER
+
+TRAIN = '''
+import sys, torch
+from model import GPT, GPTConfig
+torch.manual_seed(1337 + 0)
+folder = next(word.partition("=")[2] for word in sys.argv if word.startswith("--out_dir="))
+args = dict(block_size=4, vocab_size=5, n_layer=1, n_head=1, n_embd=2, dropout=0.0, bias=False)
+model = GPT(GPTConfig(**args))
+model.wte.weight.data.zero_()
+for step in range(501):
+    print(f"iter {step}: loss 1.6094, time {9000 if step % 250 == 0 else 20:.2f}ms, mfu 0.00%")
+torch.save({"model": model.state_dict(), "model_args": args, "seed": torch.initial_seed()}, folder + "/ckpt.pt")
+print("seed", torch.initial_seed(), file=open(folder + "/../seed", "w"))
+'''
+
+
+@pytest.fixture
+def peer(tmp_path):
+    folder = tmp_path / "peer/data/shakespeare_char"
+    folder.mkdir(parents=True)
+    (tmp_path / "peer/model.py").write_text(PEER)
+    (tmp_path / "peer/train.py").write_text(TRAIN)
+    np.arange(100, dtype=np.uint16).__mod__(5).tofile(folder / "val.bin")
+    for name in ("input.txt", "train.bin", "meta.pkl"):
+        (folder / name).touch()
+    return tmp_path / "peer"
+
+
+def test_the_peers_steps_are_summed_without_what_it_spends_on_evaluating(peer):
+    found = bench_result.train_nanogpt(peer, 7)
+    assert found["seconds"] == pytest.approx(501 * 0.02)
+    assert found["parameters"] == 10
+
+
+def test_the_peer_is_judged_by_the_whole_validation_split(peer, monkeypatch):
+    read = []
+    original = bench_result.Validation
+    monkeypatch.setattr(bench_result, "Validation", lambda *args: read.append(original(*args)) or read[0])
+    assert bench_result.train_nanogpt(peer, 7)["val_loss"] == pytest.approx(math.log(5))
+    assert sum(len(inputs) for inputs, _, _ in read[0]) == 99 // 4
+
+
+def test_a_peer_that_fails_is_one_sentence(peer):
+    (peer / "train.py").write_text("raise RuntimeError('no such device')")
+    with pytest.raises(ValueError, match="no such device"):
+        bench_result.train_nanogpt(peer, 7)
+
+
+def test_each_round_has_another_seed(peer, monkeypatch, tmp_path, capsys):
+    seeds = []
+    for side in ("nanogpt", "ours"):
+        monkeypatch.setattr(bench_result, f"train_{side}", lambda *args, side=side: seeds.append((side, args[-1])) or {
+            "seconds": 8.0 if side == "nanogpt" else 2.0, "val_loss": 1.5, "parameters": 1})
+    assert bench_result.result(compose(bench_result.ResultSettings, [f"peer={peer}", "rounds=2", f"out={tmp_path / 'r.json'}"])) == 0
+    assert seeds == [(side, seed) for seed in (1337, 1338) for side in ("nanogpt", "ours", "ours")]
+    assert "nanoGPT trains 4.0 times as long" in capsys.readouterr().out and (tmp_path / "r.json").is_file()
+
+
+@pytest.mark.parametrize("words, problem", [([], "must name"), (["peer=/nowhere"], "no prepared text"), (["rounds=0"], "at least 1")])
+def test_bad_settings_are_one_sentence(words, problem):
+    with pytest.raises(ConfigError, match=problem):
+        compose(bench_result.ResultSettings, words)

@@ -2,6 +2,7 @@
 
   python -m scripts.bench speed peer=../nanoGPT     tokens a second, and peak memory, of both
   python -m scripts.bench result peer=../nanoGPT    seconds of training to its result, and the result in its seconds
+  python -m scripts.bench ablation                  what each ingredient of a recipe gives
   python -m scripts.bench profile                   what a step of the default run spends its time on
 
 `peer` is a folder with a nanoGPT checkout, which is not part of nanohydra; without it, only our side is measured. Each
@@ -15,6 +16,8 @@ Settings of speed, each with its default:
 Settings of result, which trains nanoGPT's Shakespeare for CPUs and our two experiments on the same text (ten minutes):
   rounds=3         each from another seed; seed=1337 is the first
   out=FILE         also as JSON
+Settings of ablation: those of train.py, and
+  seeds=3          a row
 Settings of profile: those of train.py, and
   rows=12          of the table
   trace=FILE       a trace for a browser's tracing page
@@ -42,6 +45,7 @@ from conf.schema import compose
 from data.loader import Loader
 from data.shards import Tokens
 from model import GPT, GPTConfig
+from scripts.bench_ablation import AblationSettings, ablation
 from scripts.bench_result import ResultSettings, result
 from scripts.peer import nanogpt_module
 from train import loss_of
@@ -235,7 +239,8 @@ def profile(own: ProfileSettings) -> int:
     return 0
 
 
-MODES = {"speed": (speed, SpeedSettings), "result": (result, ResultSettings), "profile": (profile, ProfileSettings)}
+MODES = {"speed": (speed, SpeedSettings), "result": (result, ResultSettings),
+         "ablation": (ablation, AblationSettings), "profile": (profile, ProfileSettings)}
 
 if __name__ == "__main__":
     mode = sys.argv.pop(1) if len(sys.argv) > 1 and sys.argv[1] in MODES else "speed"

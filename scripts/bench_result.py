@@ -38,7 +38,8 @@ ROOT = Path(__file__).parent.parent
 EVAL_INTERVAL = 250
 # Its README's for CPUs; but each step is logged, with its time.
 RECIPE = ("--device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 --batch_size=12 --n_layer=4 "
-          f"--n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0 --eval_interval={EVAL_INTERVAL}").split()
+          "--n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0 "
+          f"--eval_interval={EVAL_INTERVAL}").split()
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,10 @@ class ResultSettings:
 
 def result(settings: ResultSettings) -> int:
     """Train all three in turn, `rounds` times, each time from another seed."""
+    text = f"data.path={Path(settings.peer).resolve() / 'data/shakespeare_char/input.txt'}"
     sides = {"nanoGPT": lambda seed: train_nanogpt(Path(settings.peer), seed),
-             "speedrun_shakespeare": lambda seed: train_ours("speedrun_shakespeare", settings, seed),
-             "modern_shakespeare": lambda seed: train_ours("modern_shakespeare", settings, seed)}
+             "speedrun_shakespeare": lambda seed: train_ours("experiment=speedrun_shakespeare", text, f"seed={seed}"),
+             "modern_shakespeare": lambda seed: train_ours("experiment=modern_shakespeare", text, f"seed={seed}")}
     found: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
     print(f"torch {torch.__version__}, {Device().describe()}\n\n"
           "| round | side | parameters | seconds of training | seconds in all | validation loss |\n" + "|---" * 6 + "|")
@@ -89,11 +91,10 @@ def result(settings: ResultSettings) -> int:
     return 0
 
 
-def train_ours(experiment: str, settings: ResultSettings, seed: int) -> dict[str, Any]:
-    text = Path(settings.peer).resolve() / "data/shakespeare_char/input.txt"
+def train_ours(*words: str) -> dict[str, Any]:
+    """What a run of train.py with these settings came to."""
     with tempfile.TemporaryDirectory() as folder:
-        succeed([sys.executable, "train.py", f"experiment={experiment}", f"seed={seed}", f"runs_dir={folder}", "name=run",
-                 f"data.path={text}", "training.sample_tokens=0"], ROOT)
+        succeed([sys.executable, "train.py", f"runs_dir={folder}", "name=run", "training.sample_tokens=0", *words], ROOT)
         rows = [json.loads(line) for line in (Path(folder) / "run/metrics.jsonl").read_text().splitlines()]
         log = (Path(folder) / "run/log.txt").read_text()
     return {"seconds": [row["seconds"] for row in rows if "seconds" in row][-1],
@@ -102,7 +103,7 @@ def train_ours(experiment: str, settings: ResultSettings, seed: int) -> dict[str
 
 
 def train_nanogpt(peer: Path, seed: int) -> dict[str, Any]:
-    """Its own program, from another seed, and the model that it leaves. A step that also evaluates counts as a median one."""
+    """Its own program, from another seed, and the model it leaves. A step that also evaluates counts as a median one."""
     with tempfile.TemporaryDirectory() as folder:
         program = (peer / "train.py").read_text().replace("torch.manual_seed(1337", f"torch.manual_seed({seed}")
         printed = succeed([sys.executable, "-c", program, "config/train_shakespeare_char.py", *RECIPE,

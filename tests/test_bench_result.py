@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from conf.schema import ConfigError, compose
-from scripts import bench_result
+from scripts import bench_ablation, bench_result
 from tests.test_bench import PEER
 
 TRAIN = '''
@@ -61,10 +61,10 @@ def test_a_peer_that_fails_is_one_sentence(peer):
 def test_each_round_has_another_seed(peer, monkeypatch, tmp_path, capsys):
     seeds = []
     for side in ("nanogpt", "ours"):
-        monkeypatch.setattr(bench_result, f"train_{side}", lambda *args, side=side: seeds.append((side, args[-1])) or {
+        monkeypatch.setattr(bench_result, f"train_{side}", lambda *args, side=side: seeds.append((side, str(args[-1]))) or {
             "seconds": 8.0 if side == "nanogpt" else 2.0, "val_loss": 1.5, "parameters": 1})
     assert bench_result.result(compose(bench_result.ResultSettings, [f"peer={peer}", "rounds=2", f"out={tmp_path / 'r.json'}"])) == 0
-    assert seeds == [(side, seed) for seed in (1337, 1338) for side in ("nanogpt", "ours", "ours")]
+    assert seeds == [word for seed in (1337, 1338) for word in (("nanogpt", f"{seed}"), ("ours", f"seed={seed}"), ("ours", f"seed={seed}"))]
     assert "nanoGPT trains 4.0 times as long" in capsys.readouterr().out and (tmp_path / "r.json").is_file()
 
 
@@ -72,3 +72,16 @@ def test_each_round_has_another_seed(peer, monkeypatch, tmp_path, capsys):
 def test_bad_settings_are_one_sentence(words, problem):
     with pytest.raises(ConfigError, match=problem):
         compose(bench_result.ResultSettings, words)
+
+
+def test_an_ablation_compares_the_same_seeds_with_and_without(monkeypatch, capsys):
+    ran = []
+    monkeypatch.setattr(bench_ablation, "train_ours", lambda *words: ran.append(words) or {"val_loss": 2.0 + ("model.ngrams=1" in words) + int(words[-1][-1])})
+    assert bench_ablation.ablation(compose(bench_ablation.AblationSettings, ["seeds=2", "experiment=shakespeare_cpu"])) == 0
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert rows[0] == ["the recipe", "2.5000", "1.0000", "+0.0000"] and rows[1] == ["n-grams", "3.5000", "1.0000", "+1.0000"]
+    assert len(rows) == len(bench_ablation.WITHOUT) and len(ran) == 2 * len(rows)
+    assert all(words[0] == "experiment=shakespeare_cpu" for words in ran)
+    assert {"training.batch_size=24", "training.max_steps=1000"} <= set(ran[-1])
+    for words in {words[:-1] for words in ran}:
+        compose("config", list(words))  # each is something that train.py knows

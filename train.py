@@ -42,7 +42,7 @@ from sample import complete, open_checkpoint, print_completions
 from training import checkpoint, nonfinite
 from training.checkpoint import Checkpoint
 from training.config import TrainingConfig
-from training.device import Device, maybe_compile, seconds_per_call
+from training.device import Device, maybe_compile, seconds_of
 from training.interrupt import Interrupt
 from training.optim import Optimizers, extension, lr_scale, same_rates
 from training.recorder import Recorder
@@ -96,7 +96,7 @@ def train(settings: Settings) -> int:
             if last and (planned := last.state["max_steps"]) != limits.max_steps:
                 state.replanned |= not same_rates(state.step, settings.optim, planned, limits.max_steps)
                 recorder.say(extension(state.step, settings.optim, planned, limits.max_steps, state.replanned))
-            step_seconds = loader.micro_steps * seconds_per_call(lambda: trial(model, loader, device, boundary), device)
+            step_seconds = loader.micro_steps * seconds_of(lambda: trial(model, loader, device, boundary), device)
             expected = min(step_seconds * (limits.max_steps - state.step), (limits.max_seconds or math.inf) - state.seconds)
             recorder.say(f"Time: about {expected / 60:.1f} minutes on this machine, by its first batch, and evaluation.")
             forward = maybe_compile(model, limits.compile, device, expected,

@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
+from torch.utils.checkpoint import checkpoint
 
 from model.config import GPTConfig
 
@@ -64,6 +64,8 @@ class Documents:
         """What the heads take `[B, H, T, D]`, for queries of that shape, keys and values `[B, G, T, D]`."""
         if self.cuts is None:
             return attend(q, k, v, self.mask, dropout)
+        from torch.nn.attention.varlen import varlen_attn  # here, since it takes a second to import
+
         B, _, T, _ = q.shape
         q, k, v = (x.to(v.dtype).transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # [B * T, H or G, D]
         y = varlen_attn(q, k, v, self.cuts, self.cuts, T, T, window_size=(-1, 0), enable_gqa=True)
@@ -155,9 +157,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float)
     T, S = q.size(2), k.size(2)
     if products_are_faster(v):
         mask = visible(T, S, v.device) if mask is None else mask
-        parts = [attend_by_products(q[:, :, start:end], k[:, :, : S - T + end], v[:, :, : S - T + end],
-                                    mask[..., start:end, : S - T + end], dropout)[0]
-                 for start, end in ((start, min(start + QUERIES_AT_ONCE, T)) for start in range(0, T, QUERIES_AT_ONCE))]
+        if T <= QUERIES_AT_ONCE:
+            return attend_by_products(q, k, v, mask, dropout)[0]
+        parts = []
+        for queries, seen in zip(q.split(QUERIES_AT_ONCE, 2), mask.split(QUERIES_AT_ONCE, -2), strict=True):
+            end = S - T + sum(part.size(2) for part in parts) + queries.size(2)
+            # The weights of a long context would be most of what a step keeps: they are computed again for the gradients.
+            parts.append(checkpoint(attend_by_products, queries, k[:, :, :end], v[:, :, :end], seen[..., :end], dropout,
+                                    use_reentrant=False)[0])
         return torch.cat(parts, dim=2)
     if mask is not None and k.size(1) != q.size(1):  # kernels that take a mask have no grouped heads on GPUs
         k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))

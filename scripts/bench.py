@@ -3,6 +3,7 @@
   python -m scripts.bench speed peer=../nanoGPT     tokens a second, and peak memory, of both
   python -m scripts.bench result peer=../nanoGPT    seconds of training to its result, and the result in its seconds
   python -m scripts.bench ablation                  what each ingredient of a recipe gives
+  python -m scripts.bench start peer=../nanoGPT     from the start of the process to the end of its first step
   python -m scripts.bench profile                   what a step of the default run spends its time on
 
 `peer` is a folder with a nanoGPT checkout, which is not part of nanohydra; without it, only our side is measured. Each
@@ -16,6 +17,8 @@ Settings of speed, each with its default:
 Settings of result, which trains nanoGPT's Shakespeare for CPUs and our two experiments on the same text (ten minutes):
   rounds=3         each from another seed; seed=1337 is the first
   out=FILE         also as JSON
+Settings of start:
+  rounds=5
 Settings of ablation: those of train.py, and
   seeds=3          a row
 Settings of profile: those of train.py, and
@@ -47,6 +50,7 @@ from data.shards import Tokens
 from model import GPT, GPTConfig
 from scripts.bench_ablation import AblationSettings, ablation
 from scripts.bench_result import ResultSettings, result
+from scripts.bench_start import StartSettings, start
 from scripts.peer import nanogpt_module
 from train import loss_of
 from training.device import Device
@@ -240,7 +244,7 @@ def profile(own: ProfileSettings) -> int:
 
 
 MODES = {"speed": (speed, SpeedSettings), "result": (result, ResultSettings),
-         "ablation": (ablation, AblationSettings), "profile": (profile, ProfileSettings)}
+         "ablation": (ablation, AblationSettings), "start": (start, StartSettings), "profile": (profile, ProfileSettings)}
 
 if __name__ == "__main__":
     mode = sys.argv.pop(1) if len(sys.argv) > 1 and sys.argv[1] in MODES else "speed"

@@ -53,13 +53,18 @@ class ResultSettings:
 
     def problems(self) -> Iterator[str]:
         """One sentence for each value that cannot work."""
-        text = Path(self.peer, "data/shakespeare_char")
-        if not self.peer:
-            yield "peer= must name a nanoGPT checkout, as in peer=../nanoGPT."
-        elif not all((text / name).is_file() for name in ("input.txt", "train.bin", "val.bin", "meta.pkl")):
-            yield f"peer={self.peer} has no prepared text: run python {text / 'prepare.py'} first."
+        yield from prepared_text(self.peer)
         if self.rounds < 1:
             yield f"rounds={self.rounds} must be at least 1."
+
+
+def prepared_text(peer: str) -> Iterator[str]:
+    """What is wrong with a checkout that is to train on Shakespeare's characters."""
+    text = Path(peer, "data/shakespeare_char")
+    if not peer:
+        yield "peer= must name a nanoGPT checkout, as in peer=../nanoGPT."
+    elif not all((text / name).is_file() for name in ("input.txt", "train.bin", "val.bin", "meta.pkl")):
+        yield f"peer={peer} has no prepared text: run python {text / 'prepare.py'} first."
 
 
 def result(settings: ResultSettings) -> int:

@@ -236,6 +236,18 @@ def test_on_a_cpu_bfloat16_takes_products_and_nothing_else_does(monkeypatch):
     torch.testing.assert_close(y.double(), attention.double()(x), rtol=0.05, atol=0.1)
 
 
+def test_blocks_of_a_long_context_keep_no_weights_for_the_gradients(monkeypatch):
+    kept = {}
+    for queries_at_once in (T, 2):
+        monkeypatch.setattr(model.attention, "QUERIES_AT_ONCE", queries_at_once)
+        q, k, v = torch.randn(3, 1, H, T, 4, dtype=torch.bfloat16, requires_grad=True)
+        shapes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, shapes=shapes: shapes.append(x.shape) or x, lambda x: x):
+            model.attention.attend(q, k, v, None, 0.0)
+        kept[queries_at_once] = any(len(shape) > 2 and shape[-1] == T for shape in shapes)
+    assert kept == {T: True, 2: False}
+
+
 @pytest.mark.parametrize("n_kv_head", [1, 2])
 def test_grouped_heads_take_the_explicit_path_too(n_kv_head):
     _, attention, x = make(n_kv_head=n_kv_head)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import numpy as np
 import pytest
 
 from conf.schema import ConfigError, compose
-from scripts import bench_ablation, bench_result
+from scripts import bench_ablation, bench_result, bench_start
 from tests.test_bench import PEER
 
 TRAIN = '''
@@ -85,3 +86,10 @@ def test_an_ablation_compares_the_same_seeds_with_and_without(monkeypatch, capsy
     assert {"training.batch_size=24", "training.max_steps=1000"} <= set(ran[-1])
     for words in {words[:-1] for words in ran}:
         compose("config", list(words))  # each is something that train.py knows
+
+
+def test_the_clock_stops_at_the_first_step():
+    program = "import time; print('loading'); time.sleep(0.2); print('Step 1: done'); time.sleep(60)"
+    assert 0.2 <= bench_start.seconds_until("Step 1:", [sys.executable, "-c", program], ".") < 30
+    with pytest.raises(ValueError, match="before its first step"):
+        bench_start.seconds_until("Step 2:", [sys.executable, "-c", "print('Step 1: done')"], ".")

@@ -206,3 +206,18 @@ def test_a_sweep_runs_each_job_and_lists_the_one_that_fails(book, tmp_path):
     assert "1 of 2 jobs finished" in said and "exit code 1: model.block_size=1" in said and "Traceback" not in complaints
     assert checkpoint.find(tmp_path / "sweep/model.block_size=16/checkpoints")[-1].step == 2
     assert not (ROOT / "outputs").exists() and not (ROOT / "multirun").exists()
+
+
+@pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="bf16 is not native here")
+@pytest.mark.parametrize("model", ["gpt2", "modern-small"])
+def test_a_run_in_bfloat16_stays_near_the_one_in_float32(model, compose_tiny, tmp_path):
+    """Within 2% of each step's loss over 40 steps."""
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        settings = compose_tiny(f"model={model}", "model.block_size=32", "model.n_layer=2", "model.n_head=2", "model.n_embd=32",
+                                "training.max_steps=40", f"training.precision={precision}", f"name={precision}")
+        story.train(settings)
+        losses[precision] = [row["loss"] for row in read_metrics(tmp_path / "runs" / precision) if "loss" in row]
+    assert losses["bf16"] != losses["fp32"]
+    for one, other in zip(losses["bf16"], losses["fp32"], strict=True):
+        assert one == pytest.approx(other, rel=0.02)

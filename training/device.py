@@ -160,15 +160,15 @@ def available_memory() -> float:
         return free
 
 
-def seconds_per_call(call: Callable[[], object], device: Device, repeats: int = 2) -> float:
-    """Time `call` after one warm-up call."""
+def seconds_of(call: Callable[[], object], device: Device) -> float:
+    """Time `call`; where the first one sets a device up, the second."""
+    if device.type != "cpu":
+        call()
+        device.synchronize()
+    start = time.perf_counter()
     call()
     device.synchronize()
-    start = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    device.synchronize()
-    return (time.perf_counter() - start) / repeats
+    return time.perf_counter() - start
 
 
 def maybe_compile(model: nn.Module, choice: str, device: Device, expected_seconds: float,

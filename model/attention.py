@@ -21,12 +21,14 @@ class KVCache:
     """Keys and values of the positions already seen: one preallocated pair of tensors a layer.
 
     The modules stay stateless: whoever generates makes a cache and passes it to `GPT.forward`,
-    which writes behind `length` and moves it on.
+    which writes behind `length` and moves it on. It holds `positions` of them: as many as a block, if not said.
     """
 
+    within = None  # see model/decode.py
+
     def __init__(self, config: GPTConfig, batch_size: int, device: torch.device | str = "cpu",
-                 dtype: torch.dtype = torch.float32) -> None:
-        shape = (batch_size, config.kv_heads, config.block_size, config.head_width)
+                 dtype: torch.dtype = torch.float32, positions: int = 0) -> None:
+        shape = (batch_size, config.kv_heads, positions or config.block_size, config.head_width)
         self.keys = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
         self.values = [torch.empty_like(keys) for keys in self.keys]
         self.length = 0

@@ -1,52 +1,46 @@
-"""Generation: prefill, decode, and the rules that pick the next token.
+"""Generation: the rules that pick the next token, and the loop that asks for it.
 
 Knows token ids only; what they mean is the tokenizer's business.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import random
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from model.attention import KVCache
+from model.decode import Decoder, window_start
 from model.gpt import GPT
 
-
-def window_start(length: int, block_size: int) -> int:
-    """Where the context of a text of `length` tokens starts.
-
-    At 0 while everything fits. Past `block_size` the window moves on in steps of half a block, so that a
-    cache is filled anew only once in half a block, and the same tokens see the same context without one.
-    """
-    half = max(block_size // 2, 1)
-    return max(0, -((block_size - length) // half) * half)
-
-
-def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """All but the `k` largest logits `[B, V]` of each row become -inf (more than k stay where they tie)."""
-    smallest = logits.topk(min(k, logits.size(-1))).values[:, -1:]
-    return logits.masked_fill(logits < smallest, -torch.inf)
-
-
-def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """Keep the fewest largest logits whose probabilities reach `p` (nucleus sampling, arXiv:1904.09751)."""
-    ordered, order = logits.sort(descending=True)
-    probabilities = ordered.softmax(-1)
-    before = probabilities.cumsum(-1) - probabilities  # what the larger ones hold already; 0 for the largest
-    return logits.masked_fill((before >= p).gather(-1, order.argsort(-1)), -torch.inf)
+LIKELY = 1024  # so many of the likeliest tokens are ordered first: a nucleus is seldom larger
 
 
 def finite(logits: Tensor) -> Tensor:
     """The logits. Raises ValueError if there is one that nothing can be drawn from."""
-    if not logits.isfinite().all():
+    if not logits.sum().isfinite() and not logits.isfinite().all():  # the sum is the faster question
         raise ValueError("The model's output is NaN or infinite: its weights are damaged, or its training diverged.")
     return logits
 
 
-def pick(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> Tensor:
-    """Draw one token id a row from logits `[B, V]` -> `[B]`; temperature 0 takes the largest.
+def candidates(logits: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
+    """The likeliest tokens of each row of `[B, V]`, in order: probabilities `[B, K]`, and ids `[B, K]`.
+
+    They are the `top_k` largest (0: all), and of these the fewest that hold `top_p` (nucleus sampling, arXiv:1904.09751);
+    what is not among them has probability 0. The probabilities need not sum to 1.
+    """
+    for k in [top_k] if top_k else [LIKELY, logits.size(-1)]:
+        likeliest, ids = logits.topk(min(k, logits.size(-1)))
+        probabilities = (likeliest - (likeliest if top_k else logits).logsumexp(-1, keepdim=True)).exp()
+        reached = probabilities.cumsum(-1)
+        if (reached[:, -1] >= top_p).all():
+            break
+    return probabilities.masked_fill(reached - probabilities >= top_p, 0), ids
+
+
+def pick(logits: Tensor, temperature: float, top_k: int, top_p: float, draws: Tensor) -> Tensor:
+    """One token id a row from logits `[B, V]` -> `[B]`, by numbers `draws` `[B]` from (0, 1]; temperature 0 takes the largest.
 
     Raises ValueError for logits that are not finite.
     """
@@ -54,48 +48,57 @@ def pick(logits: Tensor, temperature: float, top_k: int, top_p: float, generator
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits / temperature
-    if top_k:
-        logits = keep_top_k(logits, top_k)
-    if top_p < 1:
-        logits = keep_top_p(logits, top_p)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
+    probabilities, ids = candidates(logits, top_k, top_p) if top_k or top_p < 1 else (logits.softmax(-1), None)
+    reached = probabilities.cumsum(-1)
+    places = torch.searchsorted(reached, draws[:, None] * reached[:, -1:])  # the first that reaches it: never one of probability 0
+    return (places if ids is None else ids.gather(-1, places)).squeeze(-1)
+
+
+def generate(model: GPT, prompts: Tensor | Sequence[Sequence[int]], max_new_tokens: int, **rules: object) -> Iterator[Tensor]:
+    """Continue `prompts`, yielding the next ids `[B]` one position at a time; all else is as `steps` has it."""
+    for tokens, _ in steps(model, prompts, max_new_tokens, **rules):
+        yield tokens
 
 
 @torch.inference_mode()
-def generate(
-    model: GPT, prompt: Tensor, max_new_tokens: int, *,
-    temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0, use_cache: bool = True,
-) -> Iterator[Tensor]:
-    """Continue `prompt` `[B, T]`, yielding the next ids `[B]` one position at a time.
+def steps(
+    model: GPT, prompts: Tensor | Sequence[Sequence[int]], max_new_tokens: int, *, temperature: float = 1.0, top_k: int = 0,
+    top_p: float = 1.0, seed: int = 0, use_cache: bool = True, decoder: Decoder | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Continue `prompts`, `[B, T]` or B rows of any lengths, yielding the next ids `[B]` and the logits `[B, V]` they are from.
 
-    `top_k=0` and `top_p=1` switch those rules off. The same seed gives the same tokens, and no other
-    random stream is touched. Raises ValueError for a prompt without tokens.
+    `top_k=0` and `top_p=1` switch those rules off. What is drawn is a function of the seed and the row's number: the same with
+    and without a cache, alone and in a batch. No other random stream is touched. A `decoder` made before spares making one.
+    Raises ValueError for a prompt without tokens.
     """
-    if prompt.size(1) == 0:
+    texts = [list(row) for row in (prompts.tolist() if isinstance(prompts, Tensor) else prompts)]
+    if not all(texts):
         raise ValueError("The prompt has no tokens: generation continues at least one.")
+    device = model.wte.weight.device
+    streams = [random.Random(f"{seed} {row}") for row in range(len(texts))]
     was_training = model.training
     model.eval()
-    generator = torch.Generator(prompt.device).manual_seed(seed)
-    block_size = model.config.block_size
-    ids, cache, cache_start = prompt, None, -1
     try:
+        if use_cache:
+            decoder = decoder or Decoder(model, len(texts))
+            decoder.begin(len(texts), max(map(len, texts)) + max_new_tokens)
         for _ in range(max_new_tokens):
-            start = window_start(ids.size(1), block_size)
-            if not use_cache:
-                features = model.features(ids[:, start:])
-            elif start == cache_start:
-                features = model.features(ids[:, -1:], cache)
-            else:  # the first step, or the window moved: prefill
-                cache = KVCache(model.config, ids.size(0), ids.device, cache_dtype(model))
-                features, cache_start = model.features(ids[:, start:], cache), start
-            token = pick(model.head(features[:, -1]), temperature, top_k, top_p, generator)
-            ids = torch.cat((ids, token[:, None]), dim=1)
-            yield token
+            logits = decoder.next_logits(texts) if use_cache else uncached_logits(model, texts)
+            draws = torch.tensor([1 - stream.random() for stream in streams], device=device)
+            tokens = pick(logits, temperature, top_k, top_p, draws)
+            for text, token in zip(texts, tokens.tolist(), strict=True):
+                text.append(token)
+            yield tokens, logits
     finally:
         model.train(was_training)
 
 
-def cache_dtype(model: GPT) -> torch.dtype:
-    """What attention computes in: autocast's type where it is on, else the weights'."""
-    device_type = model.wte.weight.device.type
-    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else model.wte.weight.dtype
+def uncached_logits(model: GPT, texts: list[list[int]]) -> Tensor:
+    """Logits `[B, V]` behind `texts`, each window read as a whole; those of one length together."""
+    lengths = [len(text) for text in texts]
+    logits = torch.empty(len(texts), model.config.vocab_size, device=model.wte.weight.device)
+    for length in set(lengths):
+        rows = [row for row, one in enumerate(lengths) if one == length]
+        window = torch.tensor([texts[row][window_start(length, model.config.block_size) :] for row in rows], device=logits.device)
+        logits[rows] = model.head(model.features(window)[:, -1]).float()
+    return logits

@@ -114,7 +114,7 @@ class GPT(nn.Module):
         end = start + idx.size(1)
         if end > self.config.block_size:
             raise ValueError(f"A context of {end} tokens is longer than block_size={self.config.block_size}.")
-        x, rotary, within = self.wte(idx), None, None
+        x, rotary, within = self.wte(idx), None, cache.within if cache is not None else None
         if documents is not None:
             assert cache is None, "a cache continues one document"
             within = Documents(documents, can_pack(self.config, idx.device, self.training))

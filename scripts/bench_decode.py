@@ -1,0 +1,158 @@
+"""Measure decoding beside nanoGPT's and transformers' `generate`: the same weights and prompts, sides in turn."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+import atomic
+from model import GPT, GPTConfig, generate
+from model.decode import Decoder
+from training.device import keep_freed_memory
+
+ROOT = Path(__file__).parent.parent
+RULES = {"temperature": 0.8, "top_k": 50}
+GPT2 = GPTConfig()
+MODERN = replace(GPT2, position="rotary", norm="rms", qk_norm=True, activation="relu2", bias=False, tie_head=False)
+SHAPES = {"gpt2": GPT2, "gpt2-medium": replace(GPT2, n_layer=24, n_head=16, n_embd=1024), "modern": MODERN,
+          "grouped": replace(MODERN, n_kv_head=4)}
+
+
+@dataclass(frozen=True)
+class DecodeSettings:
+    """What is decoded, and how often."""
+
+    peer: str = ""  # a nanoGPT checkout
+    shape: Literal["gpt2", "gpt2-medium", "modern", "grouped"] = "gpt2"
+    prompt: int = 768
+    tokens: int = 64
+    batch: int = 16
+    rounds: int = 3
+    out: str = ""
+
+    def problems(self) -> Iterator[str]:
+        """One sentence for each value that cannot work."""
+        if self.peer and not Path(self.peer, "model.py").is_file():
+            yield f"peer={self.peer} is no nanoGPT checkout: it has no model.py."
+        for name, least in (("prompt", 1), ("tokens", 2), ("batch", 1), ("rounds", 1)):
+            if getattr(self, name) < least:
+                yield f"{name}={getattr(self, name)} must be at least {least}."
+        if self.prompt + self.tokens > SHAPES[self.shape].block_size:
+            yield (f"prompt={self.prompt} and tokens={self.tokens} are more than a block of {SHAPES[self.shape].block_size}: "
+                   "the sides do not do the same there.")
+
+
+def decode(settings: DecodeSettings) -> int:
+    like_gpt2 = SHAPES[settings.shape].position == "learned"
+    peers = [("nanogpt", "fp32", 1)] * bool(settings.peer and like_gpt2)
+    if like_gpt2 and importlib.util.find_spec("transformers"):
+        peers += [("transformers", precision, rows) for precision, rows in (("fp32", 1), ("bf16", 1), ("bf16", settings.batch))]
+    ours = [("ours", precision, rows) for precision, rows in
+            (("fp32", 1), ("bf16", 1), ("int8", 1), ("fp32", settings.batch), ("bf16", settings.batch))]
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; {settings.shape}, prompt of {settings.prompt}, "
+          f"{settings.tokens} tokens; memory is read at {read_rate() / 1e9:.0f} GB/s here\n\n"
+          "| side | precision | batch | prefill, s | tokens/s | weights and cache, GB/s | prepared in, s |\n" + "|---" * 7 + "|")
+    runs: dict[tuple[str, str, int], list[dict[str, float]]] = {case: [] for case in dict.fromkeys(peers + ours)}
+    for _ in range(settings.rounds):
+        for case, found in runs.items():
+            found.append(in_a_process(case, settings))
+    for (side, precision, rows), found in runs.items():
+        middle = {name: statistics.median(run[name] for run in found) for name in found[0]}
+        print(f"| {side} | {precision} | {rows} | {middle['prefill']:.2f} | {middle['rate']:.1f} | {middle['bytes_rate'] / 1e9:.1f} "
+              f"| {middle['prepare']:.2f} |", flush=True)
+    if settings.out:
+        measured = [{"side": side, "precision": precision, "batch": rows, "runs": found} for (side, precision, rows), found in runs.items()]
+        atomic.write_bytes(Path(settings.out), json.dumps(measured, indent=2).encode())
+    return 0
+
+
+def read_rate() -> float:
+    """The most bytes a second that a sum of 400 MB reads."""
+    values, best = torch.ones(100_000_000), 0.0
+    for _ in range(6):
+        start = time.perf_counter()
+        values.sum()
+        best = max(best, 4e8 / (time.perf_counter() - start))
+    return best
+
+
+def in_a_process(case: tuple[str, str, int], settings: DecodeSettings) -> dict[str, float]:
+    call = f"from scripts.bench_decode import *; measure(*{case!r}, DecodeSettings(**{asdict(settings)!r}))"
+    done = subprocess.run([sys.executable, "-c", call], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(f"{case[0]}, {case[1]}: {done.stderr.strip().splitlines()[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure(side: str, precision: str, rows: int, settings: DecodeSettings) -> None:
+    """Time one side in this process, and print it as JSON."""
+    config = SHAPES[settings.shape]
+    torch.manual_seed(0)
+    keep_freed_memory()
+    model = GPT(config).eval()
+    prompts = torch.randint(config.vocab_size, (rows, settings.prompt))
+    tokens = settings.tokens if side != "nanogpt" else min(settings.tokens, 4)
+    start = time.perf_counter()
+    peers = {"nanogpt": lambda: nanogpt(model, Path(settings.peer)), "transformers": lambda: transformers(model, precision)}
+    run = peers[side]() if side in peers else our_side(model, rows, precision)
+    prepare = time.perf_counter() - start
+    run(prompts, 2)  # warms up
+    prefill, whole = [], []
+    for times, count in ((prefill, 1), (whole, tokens)) * 2:
+        start = time.perf_counter()
+        run(prompts, count)
+        times.append(time.perf_counter() - start)
+    rate = rows * (tokens - 1) / (min(whole) - min(prefill))
+    weights = sum(each.numel() for name, each in model.named_parameters() if not name.startswith("wpe"))
+    held = config.n_layer * 2 * rows * config.kv_heads * config.head_width * (settings.prompt + tokens / 2)
+    read = weights * {"fp32": 4, "bf16": 2, "int8": 1}[precision] + held * (2 if side != "ours" and precision == "bf16" else 4)
+    print(json.dumps({"prepare": prepare, "prefill": min(prefill), "rate": rate, "bytes_rate": rate / rows * read}))
+
+
+def our_side(model: GPT, rows: int, precision: str) -> Callable[[Tensor, int], object]:
+    autocast = nullcontext() if precision == "fp32" else torch.autocast("cpu", torch.bfloat16)
+    decoder = Decoder(model, rows, precision)
+
+    def run(prompts: Tensor, count: int) -> object:
+        with autocast:
+            return list(generate(model, prompts, count, decoder=decoder, **RULES))
+    return run
+
+
+def nanogpt(model: GPT, peer: Path) -> Callable[[Tensor, int], object]:
+    specification = importlib.util.spec_from_file_location("nanogpt_model", peer / "model.py")
+    module = importlib.util.module_from_spec(specification)
+    sys.modules["nanogpt_model"] = module
+    specification.loader.exec_module(module)
+    names = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
+    other = module.GPT(module.GPTConfig(**{name: getattr(model.config, name) for name in names})).eval()
+    weights = {f"transformer.{name}": each for name, each in model.state_dict().items()}
+    other.load_state_dict(weights | {"lm_head.weight": model.head_weight}, strict=False)  # it also keeps masks, in some versions
+    return lambda prompts, count: other.generate(prompts, count, **RULES)
+
+
+def transformers(model: GPT, precision: str) -> Callable[[Tensor, int], object]:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = model.config
+    shape = GPT2Config(vocab_size=config.vocab_size, n_positions=config.block_size, n_embd=config.n_embd,
+                       n_layer=config.n_layer, n_head=config.n_head)
+    other = GPT2LMHeadModel(shape).eval()
+    weights = {f"transformer.{name}": each.t() if ".c_" in name and each.dim() == 2 else each
+               for name, each in model.state_dict().items()}
+    other.load_state_dict(weights | {"lm_head.weight": model.head_weight})
+    other = other.to(torch.bfloat16 if precision == "bf16" else torch.float32)
+    return lambda prompts, count: other.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=count,
+                                                 min_new_tokens=count, do_sample=True, pad_token_id=0, **RULES)

@@ -6,50 +6,67 @@ Settings, each with its default:
   run=NAME              the run's name or folder; without it, the run that was trained last
   prompt="To be, or"    any text, taken as it is; without it a new text is begun
   prompt_file=FILE      the prompt from a file, or from standard input with prompt_file=-
+  prompts=FILE          a prompt a line: complete all, batch_size=16 at once, and write a JSON line each to
+  out=FILE.jsonl        (prompt, text, tokens, mean log probability, how it ended); again, it goes on
   interactive=true      ask for prompts until the input ends
   max_new_tokens=200    how many tokens at most
   temperature=0.8       0 always takes the most likely token
   top_k=50  top_p=0.9   draw from the k most likely tokens; from the fewest that hold a probability of p
   num_samples=1         several completions, each printed whole
   seed=1337             the same seed gives the same text
+  logprobs=true         print each token with its probability (the model's own, before temperature and such)
   stop="\\n\\n"           end where this text would come (a literal text: in bash, $'\\n\\n')
   checkpoint=best       or last
   device=auto  precision=auto  cache=true
+  int8=false            weights of 8 bits: faster for one sample on a CPU, and a little worse
 """
 
 from __future__ import annotations
 
 import codecs
+import hashlib
+import json
+import math
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from tqdm import tqdm
 
+import atomic
 from conf.identity import flat, printable
 from conf.launch import launch
 from conf.schema import SampleSettings, rebuild
 from data.tokenizer import Tokenizer, fingerprint, from_json
-from model import GPT, GPTConfig, generate
+from model import GPT, Decoder, GPTConfig, steps
 from training import checkpoint
 from training.checkpoint import Checkpoint
 from training.device import Device
 from training.run import find_run
 
+RULES = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop", "cache", "int8", "precision", "checkpoint")
+
 
 def sample(settings: SampleSettings) -> int:
-    """Open a run and print completions as `settings` ask; return the exit code."""
+    """Open a run and print completions as `settings` ask, or write them; return the exit code."""
     device = Device(settings.device, settings.precision)
     run = find_run(Path(settings.runs_dir), settings.run)
     model, tokenizer = open_checkpoint(run, settings.checkpoint, device)
-    if settings.interactive:
+    decoder = prepare(model, settings, device)
+    if settings.prompts:
+        complete_file(model, tokenizer, settings, device, decoder)
+    elif settings.interactive:
         for line in prompts():
             try:
-                print_completions(model, tokenizer, line, settings, device)
+                print_completions(model, tokenizer, line, settings, device, decoder)
             except ValueError as error:  # a character that the tokenizer lacks need not end the talk
                 print(f"Error: {error}")
     else:
-        print_completions(model, tokenizer, read_prompt(settings), settings, device)
+        print_completions(model, tokenizer, read_prompt(settings), settings, device, decoder)
     return 0
 
 
@@ -68,10 +85,11 @@ def open_checkpoint(run: Path, which: str, device: Device) -> tuple[GPT, Tokeniz
         if trained not in (None, given):
             raise ValueError(f"{found.folder / checkpoint.TOKENIZER} (fingerprint {given}) is not the tokenizer that the "
                              f"model was trained with (fingerprint {printable(str(trained))}): put that one back.")
-        with torch.device("meta"):
+        with Undrawn("meta"):
             shapes = GPT(config).state_dict()
         weights = found.tensors(checkpoint.MODEL, like=shapes)  # the model takes memory only once its weights are there
-        model = GPT(config)
+        with Undrawn():
+            model = GPT(config)
         model.load_state_dict(weights)
         return model.to(device.torch).eval(), tokenizer
 
@@ -84,16 +102,46 @@ def open_checkpoint(run: Path, which: str, device: Device) -> tuple[GPT, Tokeniz
     return loaded
 
 
+class Undrawn(TorchFunctionMode):
+    """Weights inside this context are not drawn, for they come from a file. On the device "meta" they take no memory either.
+
+    (As `torch.device("meta")` has it, torch imports its compiler first, which takes a second.)
+    """
+
+    def __init__(self, device: str = "cpu") -> None:
+        super().__init__()
+        self.device = device
+
+    def __torch_function__(self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (),
+                           kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if function.__name__ in ("normal_", "uniform_", "kaiming_uniform_"):
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        if function is torch.empty:
+            kwargs["device"] = self.device
+        return function(*args, **kwargs)
+
+
+def prepare(model: GPT, settings: SampleSettings, device: Device) -> Decoder | None:
+    """What reads texts, for as many at once as `settings` ask; None without the cache."""
+    if not settings.cache:
+        return None
+    with device.autocast():
+        return Decoder(model, settings.batch_size if settings.prompts else settings.num_samples, "int8" * settings.int8)
+
+
 def read_prompt(settings: SampleSettings) -> str:
     """The prompt as given, from its file, or from standard input."""
     if not settings.prompt_file:
         return settings.prompt
-    if settings.prompt_file == "-":
-        return sys.stdin.read()
+    return sys.stdin.read() if settings.prompt_file == "-" else read_file("prompt_file", settings.prompt_file)
+
+
+def read_file(name: str, path: str) -> str:
     try:
-        return Path(settings.prompt_file).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"prompt_file={settings.prompt_file} is not UTF-8 at offset {error.start}.") from None
+        raise ValueError(f"{name}={path} is not UTF-8 at offset {error.start}.") from None
 
 
 def prompts() -> Iterator[str]:
@@ -106,17 +154,22 @@ def prompts() -> Iterator[str]:
             return
 
 
-def print_completions(model: GPT, tokenizer: Tokenizer, prompt: str, settings: SampleSettings, device: Device) -> None:
+def print_completions(model: GPT, tokenizer: Tokenizer, prompt: str, settings: SampleSettings, device: Device,
+                      decoder: Decoder | None = None) -> None:
     """One completion is printed as it grows; of several, each is printed whole."""
-    if settings.num_samples == 1:
+    if settings.num_samples == 1 and not settings.logprobs:
         def show(text: str) -> None:
             print(text, end="", flush=True)
 
-        complete(model, tokenizer, prompt, settings, device, show)
+        complete(model, tokenizer, prompt, settings, device, show, decoder)
         print()
         return
-    for number, text in enumerate(complete(model, tokenizer, prompt, settings, device), 1):
-        print(f"--- {number} of {settings.num_samples}\n{prompt}{text}")
+    jobs = [(prompt, number) for number in range(settings.num_samples)]
+    rows = write(model, tokenizer, jobs, settings, device, decoder=decoder)
+    for number, row in enumerate(rows, 1):
+        if settings.num_samples > 1:
+            print(f"--- {number} of {settings.num_samples}")
+        print(f"{prompt}\n{row.listing()}" if settings.logprobs else f"{prompt}{row.text}")
 
 
 class Completion:
@@ -126,16 +179,22 @@ class Completion:
         self.tokenizer, self.stop = tokenizer, stop
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self.text, self.finished = "", False
+        self.tokens: list[int] = []  # all that were drawn, the end of text too
+        self.logprobs: list[float] = []
+        self.reason = "length"
 
-    def add(self, token: int) -> None:
+    def add(self, token: int, logprob: float = math.nan) -> None:
         if self.finished:
             return
+        self.tokens.append(token)
+        self.logprobs.append(logprob)
         if token == self.tokenizer.end_of_text:
             self.finish()
+            self.reason = "end_of_text"
             return
         self.text += self.decoder.decode(self.tokenizer.decode_bytes((token,)))
         if self.stop and self.stop in self.text:
-            self.text, self.finished = self.text[: self.text.index(self.stop)], True
+            self.text, self.finished, self.reason = self.text[: self.text.index(self.stop)], True, "stop"
 
     def finish(self) -> None:
         """No more tokens will come: what the decoder still holds is no whole character."""
@@ -150,26 +209,43 @@ class Completion:
                     return self.text[:-held]
         return self.text
 
+    def listing(self) -> str:
+        """A line for each token: its probability, and what it stands for; on a terminal red, yellow or green as it rises."""
+        lines = []
+        for token, logprob in zip(self.tokens, self.logprobs, strict=True):
+            p, end = math.exp(logprob), token == self.tokenizer.end_of_text
+            word = "end of text" if end else repr(self.tokenizer.decode_bytes((token,)).decode(errors="backslashreplace"))
+            color = 31 + (p >= 0.1) * 2 - (p >= 0.5)  # red, yellow, green
+            lines.append(f"\x1b[{color}m{p:7.2%}  {word}\x1b[0m" if sys.stdout.isatty() else f"{p:7.2%}  {word}")
+        return "\n".join(lines)
+
 
 def complete(model: GPT, tokenizer: Tokenizer, prompt: str, settings: SampleSettings, device: Device,
-             show: Callable[[str], None] | None = None) -> list[str]:
-    """`num_samples` completions of `prompt`, generated as one batch.
+             show: Callable[[str], None] | None = None, decoder: Decoder | None = None) -> list[str]:
+    """`num_samples` completions of `prompt`, generated as one batch; all else is as `write` has it."""
+    jobs = [(prompt, number) for number in range(settings.num_samples)]
+    return [row.text for row in write(model, tokenizer, jobs, settings, device, show, decoder)]
 
-    `show` gets the prompt and then the first completion, piece by piece. Raises ValueError, showing nothing, for
+
+def write(model: GPT, tokenizer: Tokenizer, jobs: list[tuple[str, int]], settings: SampleSettings, device: Device,
+          show: Callable[[str], None] | None = None, decoder: Decoder | None = None) -> list[Completion]:
+    """A completion for each of `jobs`, which are prompts and numbers: prompt, number and seed decide what is drawn.
+
+    `show` gets the first prompt and then its completion, piece by piece. Raises ValueError, showing nothing, for
     a prompt that the tokenizer cannot encode.
     """
-    ids = tokenizer.encode(prompt) or first_ids(tokenizer)
-    batch = torch.tensor([ids] * settings.num_samples, device=device.torch)
+    ids = [tokenizer.encode(prompt) or first_ids(tokenizer) for prompt, _ in jobs]
     if show is not None:
-        show(prompt)
-    rows = [Completion(tokenizer, settings.stop) for _ in range(settings.num_samples)]
-    shown = 0
+        show(jobs[0][0])
+    rows = [Completion(tokenizer, settings.stop) for _ in jobs]
+    shown, wanted = 0, settings.logprobs or bool(settings.prompts)
     with device.autocast():
-        for tokens in generate(model, batch, settings.max_new_tokens, temperature=settings.temperature,
-                               top_k=settings.top_k, top_p=settings.top_p, seed=settings.seed,
-                               use_cache=settings.cache):
-            for row, token in zip(rows, tokens.tolist(), strict=True):
-                row.add(token)
+        for tokens, logits in steps(model, ids, settings.max_new_tokens, temperature=settings.temperature,
+                                    top_k=settings.top_k, top_p=settings.top_p, seed=settings.seed,
+                                    numbers=[number for _, number in jobs], use_cache=settings.cache, decoder=decoder):
+            logprobs = own_logprobs(logits, tokens) if wanted else [math.nan] * len(rows)
+            for row, token, logprob in zip(rows, tokens.tolist(), logprobs, strict=True):
+                row.add(token, logprob)
             if show is not None:
                 show(rows[0].certain()[shown:])
                 shown = len(rows[0].certain())
@@ -179,7 +255,62 @@ def complete(model: GPT, tokenizer: Tokenizer, prompt: str, settings: SampleSett
         row.finish()
     if show is not None:
         show(rows[0].text[shown:])
-    return [row.text for row in rows]
+    return rows
+
+
+def own_logprobs(logits: Tensor, tokens: Tensor) -> list[float]:
+    """What the model itself gives `tokens` `[B]` in `logits` `[B, V]`, before temperature and the other rules."""
+    logits = logits.float()
+    return (logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(1)).tolist()
+
+
+def complete_file(model: GPT, tokenizer: Tokenizer, settings: SampleSettings, device: Device,
+                  decoder: Decoder | None) -> None:
+    """Complete each line of `prompts` `num_samples` times into `out`, in order, going on behind the lines that are there.
+
+    Raises ValueError, changing nothing, if those are of other prompts or settings.
+    """
+    lines = [line.removesuffix("\r") for line in read_file("prompts", settings.prompts).split("\n")]
+    jobs = [(line, number) for line in lines if line for number in range(settings.num_samples)]
+    rules = {name: getattr(settings, name) for name in RULES} | {"weights": weights_id(model)}
+    settings_id = hashlib.sha256(json.dumps(rules).encode()).hexdigest()[:12]
+    for prompt, _ in jobs:
+        tokenizer.encode(prompt)  # what cannot be encoded is said before anything is written
+    done = lines_of(Path(settings.out))
+    for number, (line, (prompt, sample)) in enumerate(zip(done, jobs, strict=False), 1):
+        if (line.get("prompt"), line.get("sample"), line.get("settings")) != (prompt, sample, settings_id):
+            raise ValueError(f"out={settings.out}, line {number}, is of another prompt, model or setting: choose another "
+                             "file.")
+    if len(done) > len(jobs):
+        raise ValueError(f"out={settings.out} has {len(done)} lines, and {len(jobs)} are asked for: choose another file.")
+    out = atomic.Lines(Path(settings.out))
+    with tqdm(total=len(jobs), initial=len(done), unit="completion") as bar:
+        for start in range(len(done), len(jobs), settings.batch_size):
+            batch = jobs[start : start + settings.batch_size]
+            rows = write(model, tokenizer, batch, settings, device, decoder=decoder)
+            for (prompt, number), row in zip(batch, rows, strict=True):
+                out.add(json.dumps({"prompt": prompt, "sample": number, "text": row.text, "tokens": len(row.tokens),
+                                    "mean_logprob": sum(row.logprobs) / len(row.logprobs), "finish_reason": row.reason,
+                                    "settings": settings_id}, ensure_ascii=False))
+            out.sync()
+            bar.update(len(batch))
+    out.close()
+    print(f"{settings.out}: {len(jobs)} completions")
+
+
+def weights_id(model: GPT) -> float:
+    """A number that other weights do not have, but by chance."""
+    return math.fsum(weights.double().square().sum().item() for weights in model.parameters())
+
+
+def lines_of(path: Path) -> list[dict[str, object]]:
+    """The lines of a file of JSON, if it is there; a last one that a kill cut short does not count."""
+    if not path.exists():
+        return []
+    try:
+        return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
+    except ValueError:
+        raise ValueError(f"out={path} holds something else than completions: choose another file.") from None
 
 
 def first_ids(tokenizer: Tokenizer) -> list[int]:

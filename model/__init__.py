@@ -2,7 +2,8 @@
 
 from model.attention import CausalSelfAttention, KVCache
 from model.config import GPTConfig
-from model.generate import generate
+from model.decode import Decoder
+from model.generate import generate, steps
 from model.gpt import GPT
 
-__all__ = ["GPT", "CausalSelfAttention", "GPTConfig", "KVCache", "generate"]
+__all__ = ["GPT", "CausalSelfAttention", "Decoder", "GPTConfig", "KVCache", "generate", "steps"]

@@ -26,9 +26,10 @@ FP16_MOST = 65504.0
 
 
 def can_decode_fast(config: GPTConfig, device: torch.device) -> bool:
-    """Whether `decoding_copy` keeps to all flags of `config`. Others, and GPUs, decode with the model itself."""
-    return device.type == "cpu" and all(getattr(config, field.name) == field.default
-                                        for field in fields(config) if field.name not in KNOWN)
+    """Whether `decoding_copy` has the kernels it needs and knows all flags of `config`; else the model itself decodes."""
+    kernels = torch.backends.mkldnn.is_available() and torch.backends.quantized.engine in ("x86", "fbgemm")
+    return device.type == "cpu" and kernels and all(getattr(config, field.name) == field.default
+                                                    for field in fields(config) if field.name not in KNOWN)
 
 
 class RaggedCache(KVCache):
@@ -58,7 +59,7 @@ class RaggedCache(KVCache):
         self.mask = None
         if min(self.lengths) < self.length:
             hidden = torch.arange(self.length + 1, device=device) > self.positions  # [B, S]
-            self.mask = torch.zeros(hidden.shape, device=device).masked_fill(hidden, -torch.inf)[:, None, None]  # [B, 1, 1, S]
+            self.mask = torch.zeros(hidden.shape, device=device).masked_fill(hidden, -torch.inf)[:, None, None]
         self.lengths = [length + 1 for length in self.lengths]
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,8 +122,8 @@ class TableCache(RaggedCache):
         B, H, _, D = q.shape
         numbers = (q / math.sqrt(D)).to(k.dtype).view(B * H, D)
         scores = F.embedding_bag(self.key_rows, k, per_sample_weights=numbers, mode="sum").view(B, H, 1, -1)
-        scores = scores[..., : self.length + 1].float()
-        weights = (scores if self.mask is None else scores + self.mask).softmax(-1).to(v.dtype)
+        scores = scores[..., : self.length + 1]
+        weights = (scores if self.mask is None else scores + self.mask).softmax(-1, dtype=torch.float32).to(v.dtype)
         return F.embedding_bag(self.seen, v, per_sample_weights=weights.view(B * H, -1), mode="sum").float().view(q.shape)
 
 
@@ -140,11 +141,13 @@ class Packed(nn.Module):
 def product(weight: Tensor, bias: Tensor | None, rows: int, precision: str) -> Callable[[Tensor], Tensor]:
     """The fastest way that was found on CPUs to multiply a few rows `[..., in]` by `weight` `[out, in]`."""
     if precision == "int8" and rows < 100:
-        scales = weight.abs().amax(dim=1).clamp(min=1e-12).double() / 127
-        quantized = torch.quantize_per_channel(weight, scales, torch.zeros(len(scales), dtype=torch.int64), 0, torch.qint8)
+        scales = weight.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / 127
+        integers, zeros = (weight / scales).round().to(torch.int8), torch.zeros(len(scales), dtype=torch.int64)
+        quantized = torch._make_per_channel_quantized_tensor(integers, scales[:, 0], zeros, 0)
         packed = torch.ops.quantized.linear_prepack(quantized, bias)
         return lambda x: torch.ops.quantized.linear_dynamic(x, packed, True)
-    if precision == "bf16" and rows <= 10 and weight.abs().max() <= FP16_MOST:  # fp16 has more digits than bf16, and is read faster
+    if precision == "bf16" and rows <= 10 and weight.abs().max() <= FP16_MOST:
+        # As small as bf16, with more digits, and read faster.
         packed = torch.ops.quantized.linear_prepack_fp16(weight, bias)
         return lambda x: torch.ops.quantized.linear_dynamic_fp16(x, packed)
     pieces = next((n for n in range(8, 65) if weight.size(0) % n == 0), 0)
@@ -180,12 +183,15 @@ def decoding_copy(model: GPT, rows: int, precision: str) -> GPT:
 class Decoder:
     """Reads texts that grow by a token a step, and says what comes next. Holds what can be prepared before the texts come.
 
-    `precision` is "fp32", "bf16" (weights of 16 bits) or "int8" (weights of 8). Prefill is the model's own, in what autocast says.
+    `precision` is "fp32", "bf16" (weights and cache of 16 bits) or "int8" (weights of 8); if not said, what autocast has.
+    Raises ValueError for int8 where `can_decode_fast` says no.
     """
 
     def __init__(self, model: GPT, rows: int, precision: str = "") -> None:
         self.model, self.config, self.device = model, model.config, model.wte.weight.device
         self.fast = can_decode_fast(model.config, self.device)
+        if precision == "int8" and not self.fast:
+            raise ValueError("int8=true is for CPUs of the x86 kind, and not for every flag of a model: leave it out.")
         precision = precision or ("fp32" if cache_dtype(model) == torch.float32 else "bf16")
         self.dtype = (torch.float32 if precision == "fp32" else torch.float16) if self.fast else cache_dtype(model)
         self.reader = decoding_copy(model, rows, precision) if self.fast else model
@@ -193,7 +199,8 @@ class Decoder:
 
     def begin(self, rows: int, positions: int) -> None:
         """Texts begin, which need no more than `positions` positions each."""
-        self.cache = (TableCache if self.fast else RaggedCache)(self.config, rows, min(positions, self.config.block_size), self.device, self.dtype)
+        kind = TableCache if self.fast else RaggedCache
+        self.cache = kind(self.config, rows, min(positions, self.config.block_size), self.device, self.dtype)
         self.starts = [-1] * rows
 
     def next_logits(self, texts: list[list[int]]) -> Tensor:

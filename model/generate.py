@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ def candidates(logits: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor
 
 
 def pick(logits: Tensor, temperature: float, top_k: int, top_p: float, draws: Tensor) -> Tensor:
-    """One token id a row from logits `[B, V]` -> `[B]`, by numbers `draws` `[B]` from (0, 1]; temperature 0 takes the largest.
+    """One token id a row from logits `[B, V]` -> `[B]`, by `draws` `[B]` from (0, 1]; temperature 0 takes the largest.
 
     Raises ValueError for logits that are not finite.
     """
@@ -50,11 +51,11 @@ def pick(logits: Tensor, temperature: float, top_k: int, top_p: float, draws: Te
     logits = logits / temperature
     probabilities, ids = candidates(logits, top_k, top_p) if top_k or top_p < 1 else (logits.softmax(-1), None)
     reached = probabilities.cumsum(-1)
-    places = torch.searchsorted(reached, draws[:, None] * reached[:, -1:])  # the first that reaches it: never one of probability 0
+    places = torch.searchsorted(reached, draws[:, None] * reached[:, -1:])  # the first that reaches it has a probability
     return (places if ids is None else ids.gather(-1, places)).squeeze(-1)
 
 
-def generate(model: GPT, prompts: Tensor | Sequence[Sequence[int]], max_new_tokens: int, **rules: object) -> Iterator[Tensor]:
+def generate(model: GPT, prompts: Tensor | Sequence[Sequence[int]], max_new_tokens: int, **rules: Any) -> Iterator[Tensor]:
     """Continue `prompts`, yielding the next ids `[B]` one position at a time; all else is as `steps` has it."""
     for tokens, _ in steps(model, prompts, max_new_tokens, **rules):
         yield tokens
@@ -62,20 +63,21 @@ def generate(model: GPT, prompts: Tensor | Sequence[Sequence[int]], max_new_toke
 
 @torch.inference_mode()
 def steps(
-    model: GPT, prompts: Tensor | Sequence[Sequence[int]], max_new_tokens: int, *, temperature: float = 1.0, top_k: int = 0,
-    top_p: float = 1.0, seed: int = 0, use_cache: bool = True, decoder: Decoder | None = None,
+    model: GPT, prompts: Tensor | Sequence[Sequence[int]], max_new_tokens: int, *,
+    temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0, numbers: Sequence[int] | None = None,
+    use_cache: bool = True, decoder: Decoder | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Continue `prompts`, `[B, T]` or B rows of any lengths, yielding the next ids `[B]` and the logits `[B, V]` they are from.
+    """Continue `prompts`, `[B, T]` or rows of any lengths: yields the next ids `[B]`, and the logits `[B, V]` they are from.
 
-    `top_k=0` and `top_p=1` switch those rules off. What is drawn is a function of the seed and the row's number: the same with
-    and without a cache, alone and in a batch. No other random stream is touched. A `decoder` made before spares making one.
-    Raises ValueError for a prompt without tokens.
+    `top_k=0` and `top_p=1` switch those rules off. What is drawn is a function of the seed and of the row's number (its
+    place, or what `numbers` say): the same with and without a cache, alone and in a batch. No other random stream is
+    touched. A `decoder` made before spares making one. Raises ValueError for a prompt without tokens.
     """
     texts = [list(row) for row in (prompts.tolist() if isinstance(prompts, Tensor) else prompts)]
     if not all(texts):
         raise ValueError("The prompt has no tokens: generation continues at least one.")
     device = model.wte.weight.device
-    streams = [random.Random(f"{seed} {row}") for row in range(len(texts))]
+    streams = [random.Random(f"{seed} {number}") for number in numbers or range(len(texts))]
     was_training = model.training
     model.eval()
     try:
@@ -95,10 +97,10 @@ def steps(
 
 def uncached_logits(model: GPT, texts: list[list[int]]) -> Tensor:
     """Logits `[B, V]` behind `texts`, each window read as a whole; those of one length together."""
-    lengths = [len(text) for text in texts]
     logits = torch.empty(len(texts), model.config.vocab_size, device=model.wte.weight.device)
-    for length in set(lengths):
-        rows = [row for row, one in enumerate(lengths) if one == length]
-        window = torch.tensor([texts[row][window_start(length, model.config.block_size) :] for row in rows], device=logits.device)
+    for length in set(map(len, texts)):
+        rows = [row for row, text in enumerate(texts) if len(text) == length]
+        start = window_start(length, model.config.block_size)
+        window = torch.tensor([texts[row][start:] for row in rows], device=logits.device)
         logits[rows] = model.head(model.features(window)[:, -1]).float()
     return logits

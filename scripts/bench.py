@@ -1,10 +1,11 @@
-"""Measure training steps: beside nanoGPT's, against the machine's own limit, and where their time goes.
+"""Measure training steps: beside nanoGPT's, against the machine's own limit, and where their time goes; and decoding.
 
   python -m scripts.bench speed peer=../nanoGPT     tokens a second, and peak memory, of both
   python -m scripts.bench result peer=../nanoGPT    seconds of training to its result, and the result in its seconds
   python -m scripts.bench ablation                  what each ingredient of a recipe gives
   python -m scripts.bench start peer=../nanoGPT     from the start of the process to the end of its first step
   python -m scripts.bench profile                   what a step of the default run spends its time on
+  python -m scripts.bench decode peer=../nanoGPT    sampling: tokens a second, beside transformers too if it is installed
 
 `peer` is a folder with a nanoGPT checkout, which is not part of nanohydra; without it, only our side is measured. Each
 side runs in processes of its own, in turn, as its README says for CPUs; the medians count.
@@ -24,6 +25,9 @@ Settings of ablation: those of train.py, and
 Settings of profile: those of train.py, and
   rows=12          of the table
   trace=FILE       a trace for a browser's tracing page
+Settings of decode:
+  shape=gpt2       or gpt2-medium, modern, grouped
+  prompt=768  tokens=64  batch=16  rounds=3  out=FILE
 """
 
 from __future__ import annotations
@@ -49,8 +53,9 @@ from data.loader import Loader
 from data.shards import Tokens
 from model import GPT, GPTConfig
 from scripts.bench_ablation import AblationSettings, ablation
+from scripts.bench_decode import DecodeSettings, decode
 from scripts.bench_result import ResultSettings, result
-from scripts.bench_start import StartSettings, start
+from scripts.bench_start import StartSettings, to_first_step
 from scripts.peer import nanogpt_module
 from train import loss_of
 from training.device import Device
@@ -243,8 +248,8 @@ def profile(own: ProfileSettings) -> int:
     return 0
 
 
-MODES = {"speed": (speed, SpeedSettings), "result": (result, ResultSettings),
-         "ablation": (ablation, AblationSettings), "start": (start, StartSettings), "profile": (profile, ProfileSettings)}
+MODES = {"speed": (speed, SpeedSettings), "result": (result, ResultSettings), "ablation": (ablation, AblationSettings),
+         "start": (to_first_step, StartSettings), "profile": (profile, ProfileSettings), "decode": (decode, DecodeSettings)}
 
 if __name__ == "__main__":
     mode = sys.argv.pop(1) if len(sys.argv) > 1 and sys.argv[1] in MODES else "speed"

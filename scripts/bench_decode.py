@@ -1,4 +1,7 @@
-"""Measure decoding beside nanoGPT's and transformers' `generate`: the same weights and prompts, sides in turn."""
+"""Measure decoding beside nanoGPT's and transformers' `generate`: `python -m scripts.bench decode`.
+
+The same weights and prompts, each case in a process of its own, in turn. A side's rate is of the tokens after the first.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -50,30 +53,31 @@ class DecodeSettings:
             if getattr(self, name) < least:
                 yield f"{name}={getattr(self, name)} must be at least {least}."
         if self.prompt + self.tokens > SHAPES[self.shape].block_size:
-            yield (f"prompt={self.prompt} and tokens={self.tokens} are more than a block of {SHAPES[self.shape].block_size}: "
-                   "the sides do not do the same there.")
+            yield (f"prompt={self.prompt} and tokens={self.tokens} pass the block of {SHAPES[self.shape].block_size}, "
+                   "behind which each side does something else.")
 
 
 def decode(settings: DecodeSettings) -> int:
     like_gpt2 = SHAPES[settings.shape].position == "learned"
     peers = [("nanogpt", "fp32", 1)] * bool(settings.peer and like_gpt2)
     if like_gpt2 and importlib.util.find_spec("transformers"):
-        peers += [("transformers", precision, rows) for precision, rows in (("fp32", 1), ("bf16", 1), ("bf16", settings.batch))]
-    ours = [("ours", precision, rows) for precision, rows in
-            (("fp32", 1), ("bf16", 1), ("int8", 1), ("fp32", settings.batch), ("bf16", settings.batch))]
+        peers += [("transformers", "fp32", 1), ("transformers", "bf16", 1), ("transformers", "bf16", settings.batch)]
+    ours = [("ours", "fp32", 1), ("ours", "bf16", 1), ("ours", "int8", 1), ("ours", "bf16", settings.batch)]
+    limit = read_rate()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; {settings.shape}, prompt of {settings.prompt}, "
-          f"{settings.tokens} tokens; memory is read at {read_rate() / 1e9:.0f} GB/s here\n\n"
-          "| side | precision | batch | prefill, s | tokens/s | weights and cache, GB/s | prepared in, s |\n" + "|---" * 7 + "|")
+          f"{settings.tokens} tokens; memory is read at {limit / 1e9:.0f} GB/s here\n\n"
+          "| side | precision | batch | prefill, s | tokens/s | of that rate | prepared in, s |\n" + "|---" * 7 + "|")
     runs: dict[tuple[str, str, int], list[dict[str, float]]] = {case: [] for case in dict.fromkeys(peers + ours)}
     for _ in range(settings.rounds):
         for case, found in runs.items():
             found.append(in_a_process(case, settings))
     for (side, precision, rows), found in runs.items():
         middle = {name: statistics.median(run[name] for run in found) for name in found[0]}
-        print(f"| {side} | {precision} | {rows} | {middle['prefill']:.2f} | {middle['rate']:.1f} | {middle['bytes_rate'] / 1e9:.1f} "
-              f"| {middle['prepare']:.2f} |", flush=True)
+        print(f"| {side} | {precision} | {rows} | {middle['prefill']:.2f} | {middle['rate']:.1f} "
+              f"| {middle['bytes_rate'] / limit:.0%} | {middle['prepare']:.2f} |", flush=True)
     if settings.out:
-        measured = [{"side": side, "precision": precision, "batch": rows, "runs": found} for (side, precision, rows), found in runs.items()]
+        measured = [{"side": side, "precision": precision, "batch": rows, "runs": found}
+                    for (side, precision, rows), found in runs.items()]
         atomic.write_bytes(Path(settings.out), json.dumps(measured, indent=2).encode())
     return 0
 
@@ -115,9 +119,9 @@ def measure(side: str, precision: str, rows: int, settings: DecodeSettings) -> N
         run(prompts, count)
         times.append(time.perf_counter() - start)
     rate = rows * (tokens - 1) / (min(whole) - min(prefill))
-    weights = sum(each.numel() for name, each in model.named_parameters() if not name.startswith("wpe"))
+    weights = sum(each.numel() for each in model.h.parameters()) + model.head_weight.numel()
     held = config.n_layer * 2 * rows * config.kv_heads * config.head_width * (settings.prompt + tokens / 2)
-    read = weights * {"fp32": 4, "bf16": 2, "int8": 1}[precision] + held * (2 if side != "ours" and precision == "bf16" else 4)
+    read = weights * {"fp32": 4, "bf16": 2, "int8": 1}[precision] + held * (4 if precision == "fp32" else 2)
     print(json.dumps({"prepare": prepare, "prefill": min(prefill), "rate": rate, "bytes_rate": rate / rows * read}))
 
 
@@ -139,7 +143,7 @@ def nanogpt(model: GPT, peer: Path) -> Callable[[Tensor, int], object]:
     names = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
     other = module.GPT(module.GPTConfig(**{name: getattr(model.config, name) for name in names})).eval()
     weights = {f"transformer.{name}": each for name, each in model.state_dict().items()}
-    other.load_state_dict(weights | {"lm_head.weight": model.head_weight}, strict=False)  # it also keeps masks, in some versions
+    other.load_state_dict(weights | {"lm_head.weight": model.head_weight}, strict=False)  # some keep masks too
     return lambda prompts, count: other.generate(prompts, count, **RULES)
 
 

@@ -34,7 +34,7 @@ class StartSettings:
             yield f"rounds={self.rounds} must be at least 1."
 
 
-def start(settings: StartSettings) -> int:
+def to_first_step(settings: StartSettings) -> int:
     """Start both in turn, `rounds` times and once before."""
     with tempfile.TemporaryDirectory() as folder:
         ours = ["train.py", f"runs_dir={folder}", "restart=true", "training.eval_every=1", "training.eval_tokens=1"]

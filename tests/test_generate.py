@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.generate import cache_dtype, generate, keep_top_k, keep_top_p, pick, window_start
+from model.decode import cache_dtype, window_start
+from model.generate import candidates, generate, pick, steps
 from model.gpt import GPT, GPTConfig
 
 V = 31

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import fields
@@ -25,11 +26,13 @@ KNOWN = {"block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd",
 FP16_MOST = 65504.0
 
 
-def can_decode_fast(config: GPTConfig, device: torch.device) -> bool:
-    """Whether `decoding_copy` has the kernels it needs and knows all flags of `config`; else the model itself decodes."""
-    kernels = torch.backends.mkldnn.is_available() and torch.backends.quantized.engine in ("x86", "fbgemm")
-    return device.type == "cpu" and kernels and all(getattr(config, field.name) == field.default
-                                                    for field in fields(config) if field.name not in KNOWN)
+def can_decode_fast(model: GPT) -> bool:
+    """Whether `decoding_copy` has the kernels it needs and knows all flags of the model; else the model itself decodes."""
+    weight = model.wte.weight
+    kernels = (torch.backends.mkldnn.is_available() and torch.backends.quantized.engine in ("x86", "fbgemm")
+               and hasattr(torch.ops.quantized, "linear_prepack_fp16") and hasattr(torch.ops.mkldnn, "_linear_pointwise"))
+    return weight.device.type == "cpu" and weight.dtype == torch.float32 and kernels and all(
+        getattr(model.config, field.name) == field.default for field in fields(model.config) if field.name not in KNOWN)
 
 
 class RaggedCache(KVCache):
@@ -120,7 +123,7 @@ class TableCache(RaggedCache):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
         """What the heads take `[B, H, 1, D]`."""
         B, H, _, D = q.shape
-        numbers = (q / math.sqrt(D)).to(k.dtype).view(B * H, D)
+        numbers = (q / math.sqrt(D)).to(k.dtype).reshape(B * H, D)
         scores = F.embedding_bag(self.key_rows, k, per_sample_weights=numbers, mode="sum").view(B, H, 1, -1)
         scores = scores[..., : self.length + 1]
         weights = (scores if self.mask is None else scores + self.mask).softmax(-1, dtype=torch.float32).to(v.dtype)
@@ -143,7 +146,8 @@ def product(weight: Tensor, bias: Tensor | None, rows: int, precision: str) -> C
     if precision == "int8" and rows < 100:
         scales = weight.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / 127
         integers, zeros = (weight / scales).round().to(torch.int8), torch.zeros(len(scales), dtype=torch.int64)
-        quantized = torch._make_per_channel_quantized_tensor(integers, scales[:, 0], zeros, 0)
+        with warnings.catch_warnings(action="ignore"):  # that some day there will be another way
+            quantized = torch._make_per_channel_quantized_tensor(integers, scales[:, 0], zeros, 0)
         packed = torch.ops.quantized.linear_prepack(quantized, bias)
         return lambda x: torch.ops.quantized.linear_dynamic(x, packed, True)
     if precision == "bf16" and rows <= 10 and weight.abs().max() <= FP16_MOST:
@@ -189,7 +193,7 @@ class Decoder:
 
     def __init__(self, model: GPT, rows: int, precision: str = "") -> None:
         self.model, self.config, self.device = model, model.config, model.wte.weight.device
-        self.fast = can_decode_fast(model.config, self.device)
+        self.fast = can_decode_fast(model)
         if precision == "int8" and not self.fast:
             raise ValueError("int8=true is for CPUs of the x86 kind, and not for every flag of a model: leave it out.")
         precision = precision or ("fp32" if cache_dtype(model) == torch.float32 else "bf16")

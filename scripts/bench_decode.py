@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -148,6 +148,13 @@ def nanogpt(model: GPT, peer: Path) -> Callable[[Tensor, int], object]:
 
 
 def transformers(model: GPT, precision: str) -> Callable[[Tensor, int], object]:
+    other = as_transformers(model, precision)
+    return lambda prompts, count: other.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=count,
+                                                 min_new_tokens=count, do_sample=True, pad_token_id=0, **RULES)
+
+
+def as_transformers(model: GPT, precision: str) -> Any:
+    """Their GPT-2 with our weights."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = model.config
@@ -157,6 +164,4 @@ def transformers(model: GPT, precision: str) -> Callable[[Tensor, int], object]:
     weights = {f"transformer.{name}": each.t() if ".c_" in name and each.dim() == 2 else each
                for name, each in model.state_dict().items()}
     other.load_state_dict(weights | {"lm_head.weight": model.head_weight})
-    other = other.to(torch.bfloat16 if precision == "bf16" else torch.float32)
-    return lambda prompts, count: other.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=count,
-                                                 min_new_tokens=count, do_sample=True, pad_token_id=0, **RULES)
+    return other.to(torch.bfloat16 if precision == "bf16" else torch.float32)

@@ -92,8 +92,8 @@ def test_with_a_cache_only_new_positions_are_computed():
     model, widths = make(), []
     model.h[0].register_forward_pre_hook(lambda _, inputs: widths.append(inputs[0].size(1)))
     text(model, prompt_of(3), 14)
-    # The prompt; then one at a time up to the block of 8; then once in half a block the window is read anew.
-    assert widths == [3, 1, 1, 1, 1, 1, 5, 1, 1, 1, 5, 1, 1, 1]
+    # The prompt but its last token; then one at a time up to the block of 8; then once in half a block the window is read anew.
+    assert widths == [2, *[1] * 6, 4, *[1] * 4, 4, *[1] * 4]
 
 
 @every_model
@@ -103,6 +103,32 @@ def test_rows_of_a_batch_are_completed_as_if_alone(flags):
     alone = [text(model, row[None], 20, temperature=0)[0] for row in prompt]
     assert text(model, prompt, 20, temperature=0) == alone
     assert alone[0] != alone[1]
+
+
+@every_model
+def test_rows_of_different_lengths_are_completed_as_if_alone(flags):
+    """Each with its own window, which moves at its own time; some begin beyond the block, two are equal."""
+    model = make(**flags)
+    prompts = [prompt_of(length)[0].tolist() for length in (3, 1, 8, 13, 3, 7, 30)]
+    for rules in ({"temperature": 0.9, "top_k": 9}, {"temperature": 0, "use_cache": False}):
+        together = text(model, prompts, 14, **rules)
+        assert together == [text(model, [prompt], 14, numbers=[row], **rules)[0] for row, prompt in enumerate(prompts)]
+
+
+@every_model
+def test_the_same_seed_gives_the_same_text_alone_and_in_a_batch(flags):
+    model, prompt = make(**flags), prompt_of(5)
+    batch = text(model, prompt.expand(6, -1), 30, temperature=0.9, top_p=0.95, seed=3)
+    assert len({tuple(row) for row in batch}) == 6
+    for number, row in enumerate(batch):
+        for use_cache in (True, False):
+            assert text(model, prompt, 30, temperature=0.9, top_p=0.95, seed=3, numbers=[number], use_cache=use_cache) == [row]
+
+
+def test_the_logits_are_those_that_the_tokens_came_from():
+    model = make()
+    for tokens, logits in steps(model, prompt_of(3, rows=2), 12, temperature=0):
+        assert torch.equal(logits.argmax(-1), tokens)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -188,8 +214,13 @@ def test_generated_tokens_need_no_gradient():
 # The rules
 
 
-def kept(logits: Tensor) -> list[list[int]]:
-    return [row.isfinite().nonzero().flatten().tolist() for row in logits]
+def kept(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> list[list[int]]:
+    """The ids that stay candidates, the likeliest first; the probabilities of those are as they were."""
+    probabilities, ids = candidates(logits, top_k, top_p)
+    for row in range(len(logits)):
+        expected = logits[row, ids[row]].softmax(-1) if top_k else logits[row].softmax(-1)[ids[row]]
+        assert torch.allclose(probabilities[row], torch.where(probabilities[row] > 0, expected, 0))
+    return [row[p > 0].tolist() for p, row in zip(probabilities, ids, strict=True)]
 
 
 def log(*rows: list[float]) -> Tensor:
@@ -200,42 +231,47 @@ PROBABILITIES = [0.1, 0.4, 0.05, 0.3, 0.15]  # not in order, so that positions c
 
 
 @pytest.mark.parametrize(("k", "expected"), [
-    (1, [1]), (2, [1, 3]), (3, [1, 3, 4]), (5, [0, 1, 2, 3, 4]), (99, [0, 1, 2, 3, 4])])
+    (1, [1]), (2, [1, 3]), (3, [1, 3, 4]), (5, [1, 3, 4, 0, 2]), (99, [1, 3, 4, 0, 2])])
 def test_top_k_keeps_the_k_largest(k, expected):
-    logits = log(PROBABILITIES)
-    after = keep_top_k(logits, k)
-    assert kept(after) == [expected]
-    assert torch.equal(after[0, expected], logits[0, expected])  # what is kept is unchanged
+    assert kept(log(PROBABILITIES), top_k=k) == [expected]
 
 
-def test_top_k_keeps_what_ties_with_the_last():
-    assert kept(keep_top_k(torch.tensor([[1.0, 2.0, 3.0, 2.0, 0.0]]), 2)) == [[1, 2, 3]]
+def test_top_k_keeps_k_where_they_tie():
+    first, *rest = kept(torch.tensor([[1.0, 2.0, 3.0, 2.0, 0.0]]), top_k=2)[0]
+    assert first == 2 and rest in ([1], [3])
 
 
 @pytest.mark.parametrize(("p", "expected"), [
-    (1e-6, [1]), (0.39, [1]), (0.41, [1, 3]), (0.69, [1, 3]), (0.71, [1, 3, 4]), (0.94, [0, 1, 3, 4]),
-    (0.96, [0, 1, 2, 3, 4]), (1.0, [0, 1, 2, 3, 4])])
+    (1e-6, [1]), (0.39, [1]), (0.41, [1, 3]), (0.69, [1, 3]), (0.71, [1, 3, 4]), (0.94, [1, 3, 4, 0]), (0.96, [1, 3, 4, 0, 2])])
 def test_top_p_keeps_the_fewest_that_reach_p(p, expected):
-    logits = log(PROBABILITIES)
-    after = keep_top_p(logits, p)
-    assert kept(after) == [expected]
-    assert torch.equal(after[0, expected], logits[0, expected])
+    assert kept(log(PROBABILITIES), top_p=p) == [expected]
 
 
 @pytest.mark.parametrize(("p", "count"), [(1e-6, 1), (0.2, 1), (0.3, 2), (0.6, 3), (0.9, 4)])
 def test_top_p_keeps_no_more_than_it_needs_where_all_tie(p, count):
-    assert len(kept(keep_top_p(torch.zeros(1, 4), p))[0]) == count
+    assert len(kept(torch.zeros(1, 4), top_p=p)[0]) == count
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("spread", [0.0, 4.0])
+def test_top_p_of_a_large_vocabulary_is_the_same_whether_few_or_many_are_likely(p, spread):
+    """More are asked for than are ordered at first where the spread is none; by hand, in double precision."""
+    logits = torch.randn(2, 5000, generator=torch.Generator().manual_seed(0)) * spread
+    for row, found in zip(logits, kept(logits, top_p=p), strict=True):
+        ordered = row.double().softmax(-1).sort(descending=True).values
+        needed = int((ordered.cumsum(-1) < p).sum()) + 1
+        assert abs(len(found) - needed) <= 1  # the last may be a matter of rounding
 
 
 def test_each_row_has_its_own_set():
     logits = log([0.7, 0.2, 0.1], [0.1, 0.2, 0.7], [0.3, 0.4, 0.3])
-    assert kept(keep_top_k(logits, 1)) == [[0], [2], [1]]
-    assert kept(keep_top_p(logits, 0.8)) == [[0, 1], [1, 2], [0, 1, 2]]
+    assert kept(logits, top_k=1) == [[0], [2], [1]]
+    assert [sorted(row) for row in kept(logits, top_p=0.8)] == [[0, 1], [1, 2], [0, 1, 2]]
 
 
 def test_temperature_zero_takes_the_largest_whatever_the_other_rules_say():
     logits = log(PROBABILITIES, PROBABILITIES[::-1])
-    assert pick(logits, 0, 2, 0.5, torch.Generator()).tolist() == [1, 3]
+    assert pick(logits, 0, 2, 0.5, torch.ones(2)).tolist() == [1, 3]
 
 
 @pytest.mark.parametrize(("temperature", "top_k", "top_p", "expected"), [
@@ -252,11 +288,32 @@ def test_pick_draws_from_the_promised_distribution(temperature, top_k, top_p, ex
     """p^(1/temperature) over the tokens kept; each frequency within five standard deviations, the others never drawn."""
     draws = 20_000
     logits = log(PROBABILITIES).expand(draws, -1)
-    tokens = pick(logits, temperature, top_k, top_p, torch.Generator().manual_seed(0))
+    tokens = pick(logits, temperature, top_k, top_p, 1 - torch.rand(draws, generator=torch.Generator().manual_seed(0)))
     weights = [p ** (1 / temperature) if token in expected else 0.0 for token, p in enumerate(PROBABILITIES)]
     for token, count in enumerate(tokens.bincount(minlength=5).tolist()):
         p = weights[token] / sum(weights)
         assert abs(count / draws - p) <= 5 * math.sqrt(p * (1 - p) / draws)
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (3, 1.0), (0, 0.8)])
+def test_the_smallest_and_the_largest_draw_take_tokens_that_can_come(top_k, top_p):
+    logits = log([0.0, 0.2, 0.5, 0.3, 0.0], [0.0, 0.2, 0.5, 0.3, 0.0]).clamp(min=-1e4)
+    assert set(pick(logits, 1.0, top_k, top_p, torch.tensor([2.0**-53, 1.0])).tolist()) <= {1, 2, 3}
+
+
+@pytest.mark.parametrize("rules", [{"temperature": 0.7}, {"temperature": 1.5, "top_k": 4}, {"top_p": 0.7}], ids=str)
+def test_the_first_tokens_of_many_rows_are_drawn_from_the_promised_distribution(rules):
+    """The streams of 4,000 rows together, by generate itself: each frequency within five standard deviations."""
+    model, rows = make(), 4000
+    prompt = prompt_of(3)
+    with torch.no_grad():
+        p = (model(prompt)[0, -1] / rules.get("temperature", 1.0)).softmax(-1).double()
+    order = p.argsort(descending=True)
+    keep = rules.get("top_k", V) if "top_k" in rules else int((p[order].cumsum(-1) < rules.get("top_p", 2.0)).sum()) + 1
+    p[order[keep:]] = 0
+    p /= p.sum()
+    counts = next(generate(model, prompt.expand(rows, -1), 1, **rules)).bincount(minlength=V)
+    assert ((counts / rows - p).abs() <= 5 * (p * (1 - p) / rows).sqrt()).all() and (counts > 0).sum() > 1
 
 
 def test_generate_passes_its_rules_on():
@@ -272,4 +329,4 @@ def test_generate_passes_its_rules_on():
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_an_output_that_is_not_finite_is_one_sentence(value, temperature):
     with pytest.raises(ValueError, match="NaN or infinite"):
-        pick(torch.tensor([[0.0, value]]), temperature, 0, 1.0, torch.Generator())
+        pick(torch.tensor([[0.0, value]]), temperature, 0, 1.0, torch.ones(1))

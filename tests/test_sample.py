@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import json
+import re
 import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,10 +19,12 @@ from test_checkpoint import reseal
 
 import sample as story
 import train
-from conf.schema import compose
+from conf.schema import ConfigError, compose
 from data.tokenizer import fingerprint, from_json
 from training import checkpoint
 from training.device import Device
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +158,121 @@ def test_best_is_the_checkpoint_with_the_lowest_validation_loss(runs_dir):
     model, _ = story.open_checkpoint(runs_dir / "tiny", "best", Device("cpu", "fp32"))
     saved = load_file(best.folder / checkpoint.MODEL)
     assert all(torch.equal(weights, saved[name]) for name, weights in model.state_dict().items())
+
+
+def test_a_checkpoint_is_opened_as_it_would_be_with_drawn_weights_and_buffers(runs_dir):
+    """Weights that are not drawn first are all from the file; the caller's random stream is untouched."""
+    before = torch.get_rng_state()
+    model, _ = story.open_checkpoint(runs_dir / "tiny", "best", Device("cpu", "fp32"))
+    assert torch.equal(torch.get_rng_state(), before) and not any(weights.is_meta for weights in model.state_dict().values())
+    with story.Undrawn("meta"):
+        shapes = story.GPT(replace(model.config, position="rotary", tie_head=False))
+    assert all(weights.is_meta for weights in shapes.parameters()) and shapes.rotary.isfinite().all()
+
+
+@pytest.mark.slow
+def test_neither_opening_nor_sampling_imports_torchs_compiler(runs_dir):
+    """Which takes a second: what `python sample.py` needs until its first token."""
+    code = ("import sys; from conf.schema import compose; import sample; "
+            f"sample.sample(compose('sample', ['runs_dir={runs_dir}', 'max_new_tokens=3'])); print('torch._dynamo' in sys.modules)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.endswith("False\n"), done.stdout + done.stderr
+
+
+# Files of prompts
+
+
+@pytest.fixture
+def fill(runs_dir, tmp_path, capsys):
+    """The lines that `prompts=... out=...` writes, after what `out` holds at first."""
+    def run(prompts: list[str], *overrides: str, held: str = "") -> list[dict]:
+        (tmp_path / "prompts.txt").write_text("\n".join(prompts), newline="")
+        out = tmp_path / "out.jsonl"
+        out.write_text(held) if held else out.unlink(missing_ok=True)
+        base = [f"runs_dir={runs_dir}", "precision=fp32", "max_new_tokens=20", f"prompts={tmp_path / 'prompts.txt'}", f"out={out}"]
+        assert story.sample(compose("sample", [*base, *overrides])) == 0
+        return [json.loads(line) for line in out.read_text().splitlines()]
+    return run
+
+
+PROMPTS = ["The", "", "Every old house\r", "A", "No", "The"]
+
+
+def test_each_prompt_of_a_file_is_completed_as_if_alone(fill, say):
+    lines = fill(PROMPTS, "num_samples=2", "batch_size=3")
+    assert [(line["prompt"], line["sample"]) for line in lines] == [
+        (prompt, number) for prompt in ("The", "Every old house", "A", "No", "The") for number in (0, 1)]
+    for first, second in zip(lines[::2], lines[1::2], strict=True):
+        said = say(f"prompt={first['prompt']}", "num_samples=2", "max_new_tokens=20")
+        assert said == "".join(f"--- {n} of 2\n{line['prompt']}{line['text']}\n" for n, line in ((1, first), (2, second)))
+
+
+def test_a_line_says_how_many_tokens_how_likely_and_how_it_ended(fill, runs_dir):
+    free = fill(["The quiet"], "temperature=0")[0]
+    assert (free["tokens"], free["finish_reason"]) == (20, "length")
+    model, tokenizer = story.open_checkpoint(runs_dir / "tiny", "best", Device("cpu", "fp32"))
+    prompt, drawn = tokenizer.encode("The quiet"), tokenizer.encode(free["text"])
+    loss = model(torch.tensor([[*prompt, *drawn][-33:-1]]))[0, -20:].log_softmax(-1).gather(1, torch.tensor(drawn)[:, None])
+    assert free["mean_logprob"] == pytest.approx(loss.mean().item(), abs=1e-4)
+    stop = free["text"][5:7]
+    stopped = fill(["The quiet"], "temperature=0", f"stop={stop}")[0]
+    assert stopped["finish_reason"] == "stop" and stopped["text"] == free["text"][: free["text"].index(stop)]
+    assert stopped["tokens"] == free["text"].index(stop) + 2
+
+
+def test_a_file_of_completions_is_gone_on_with_where_a_kill_left_it(fill, tmp_path, monkeypatch):
+    whole = fill(PROMPTS, "batch_size=2")
+    content = (tmp_path / "out.jsonl").read_text()
+    written = []
+    write = story.write
+    monkeypatch.setattr(story, "write", lambda *arguments, **rest: written.append(arguments[2]) or write(*arguments, **rest))
+    assert fill(PROMPTS, "batch_size=2", held=content[: len(content) // 2]) == whole
+    kept = content[: len(content) // 2].count("\n")
+    assert sum(map(len, written)) == len(whole) - kept > 0
+    assert fill(PROMPTS, "batch_size=2", held=content) == whole and sum(map(len, written)) == len(whole) - kept
+
+
+@pytest.mark.parametrize(("prompts", "override", "problem"), [
+    (["A", "No"], "seed=1337", "line 1, is of another prompt"), (["The", "No"], "temperature=0.5", "line 1, is of another prompt, model or setting"),
+    (["The"], "seed=1337", "has 2 lines, and 1 are asked for"), (["The", "café"], "seed=1337", "no character")])
+def test_completions_of_something_else_are_left_as_they_are(fill, tmp_path, prompts, override, problem):
+    fill(["The", "No"])
+    content = (tmp_path / "out.jsonl").read_text()
+    with pytest.raises(ValueError, match=problem):
+        fill(prompts, override, held=content)
+    assert (tmp_path / "out.jsonl").read_text() == content
+
+
+def test_a_file_that_holds_something_else_is_left_as_it_is(fill, tmp_path):
+    with pytest.raises(ValueError, match="holds something else"):
+        fill(["The"], held="my notes\n")
+    assert (tmp_path / "out.jsonl").read_text() == "my notes\n"
+
+
+@pytest.mark.parametrize(("words", "problem"), [
+    (["prompts=a.txt"], "belong together"), (["out=a.jsonl"], "belong together"),
+    (["prompts=a.txt", "out=b", "prompt=The"], "exclude each other"), (["prompts=a.txt", "out=b", "logprobs=true"], "prints"),
+    (["int8=true", "cache=false"], "needs the cache"), (["batch_size=0"], "at least 1")])
+def test_settings_that_cannot_be_together_are_one_sentence(words, problem):
+    with pytest.raises(ConfigError, match=problem):
+        compose("sample", words)
+
+
+# Probabilities
+
+
+def test_probabilities_are_listed_token_by_token_and_coloured_on_a_terminal(say, monkeypatch):
+    plain = say("prompt=The", "temperature=0", "logprobs=true", "max_new_tokens=30")
+    free = say("prompt=The", "temperature=0", "max_new_tokens=30")
+    rows = [re.fullmatch(r" *([\d.]+)%  ('.+')", line) for line in plain.splitlines()[1:]]
+    assert plain.startswith("The\n") and "The" + "".join(ast.literal_eval(row[2]) for row in rows) + "\n" == free
+    assert all(100 / 28 <= float(row[1]) <= 100 for row in rows)  # the likeliest of 28
+    monkeypatch.setattr(story.sys.stdout, "isatty", lambda: True, raising=False)
+    colours = {"31": (0, 10), "33": (10, 50), "32": (50, 100)}
+    said = say("prompt=The", "temperature=2.0", "top_k=0", "top_p=1", "logprobs=true", "num_samples=4")
+    found = re.findall(r"\x1b\[(\d+)m *([\d.]+)%.*\x1b\[0m", said)
+    assert {colour for colour, _ in found} == set(colours) and len(found) == 160
+    assert all(colours[colour][0] - 0.01 <= float(p) <= colours[colour][1] + 0.01 for colour, p in found)
 
 
 class Bytes:

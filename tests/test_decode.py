@@ -1,0 +1,162 @@
+"""Decoding: the copy, its products and its cache give what the model gives, in the memory they need."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from conf.schema import compose
+from model import decode
+from model.config import GPTConfig
+from model.decode import Decoder, RaggedCache, TableCache, can_decode_fast, decoding_copy, product
+from model.generate import steps, uncached_logits
+from model.gpt import GPT
+
+V = 96
+SHAPES = {
+    "gpt2": {},
+    "modern": {"position": "rotary", "norm": "rms", "qk_norm": True, "bias": False, "tie_head": False, "activation": "relu2"},
+    "grouped": {"position": "rotary", "n_kv_head": 2},
+    "one group": {"n_kv_head": 1, "tie_head": False},
+}
+every_shape = pytest.mark.parametrize("flags", SHAPES.values(), ids=SHAPES.keys())
+
+
+def make(block_size: int = 16, **flags: object) -> GPT:
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=block_size, vocab_size=V, n_layer=2, n_head=4, n_embd=32, **flags)).eval()
+    for weights in model.parameters():
+        torch.nn.init.normal_(weights, mean=float(weights.dim() == 1), std=0.2)
+    return model
+
+
+def texts_of(*lengths: int) -> list[list[int]]:
+    return [torch.randint(V, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in lengths]
+
+
+@every_shape
+@pytest.mark.parametrize("lengths", [(5,), (16, 1, 9), (3, 3, 40, 15, 7, 1, 2, 16, 5, 11, 30)], ids=str)
+@pytest.mark.parametrize("fast", [True, False])
+def test_logits_are_those_without_a_cache(flags, lengths, fast, monkeypatch):
+    """By an uncached pass at every step, for one row, few and many, by the copy and by the model itself."""
+    model = make(**flags)
+    if not fast:
+        monkeypatch.setattr(decode, "can_decode_fast", lambda model: False)
+    decoder = Decoder(model, len(lengths))
+    assert decoder.fast == fast
+    seen = [list(text) for text in texts_of(*lengths)]
+    for tokens, logits in steps(model, texts_of(*lengths), 24, decoder=decoder):
+        torch.testing.assert_close(logits, uncached_logits(model, seen), rtol=1e-4, atol=1e-4)
+        for text, token in zip(seen, tokens.tolist(), strict=True):
+            text.append(token)
+
+
+@every_shape
+@pytest.mark.parametrize(("precision", "most"), [("bf16", 0.03), ("int8", 0.12)])
+@pytest.mark.parametrize("rows", [1, 12])
+def test_with_fewer_bits_logits_are_near(flags, precision, most, rows):
+    model = make(**flags)
+    seen, prompts = texts_of(*[9] * rows), texts_of(*[9] * rows)
+    for tokens, logits in steps(model, prompts, 12, decoder=Decoder(model, rows, precision), temperature=0):
+        exact = uncached_logits(model, seen)
+        assert 0 < (logits - exact).std() / exact.std() < most
+        for text, token in zip(seen, tokens.tolist(), strict=True):
+            text.append(token)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("rows", [1, 3, 16])
+@pytest.mark.parametrize("size", [(24, 32), (53, 32), (50257, 16)], ids=str)
+def test_a_product_is_a_linear_layer(precision, rows, size):
+    torch.manual_seed(0)
+    weight, bias, x = torch.randn(size), torch.randn(size[0]), torch.randn(rows, 1, size[1])
+    expected = F.linear(x, weight, bias)
+    y = product(weight, bias, rows, precision)(x)
+    assert y.shape == expected.shape and y.dtype == torch.float32
+    assert (y - expected).std() / expected.std() < {"fp32": 1e-6, "bf16": 0.01, "int8": 0.02}[precision]
+    torch.testing.assert_close(product(weight, None, rows, precision)(x), y - bias, rtol=0.05, atol=0.05)
+
+
+def test_weights_beyond_the_range_of_fp16_are_not_cut_off():
+    weight = torch.full((8, 8), 1e5)
+    torch.testing.assert_close(product(weight, None, 1, "bf16")(torch.ones(1, 8)), torch.full((1, 8), 8e5), rtol=0.01, atol=0.0)
+
+
+def test_the_copy_shares_what_it_does_not_lay_out_anew_and_leaves_the_model_as_it_is():
+    model = make(tie_head=False).train()
+    before = {name: weights.clone() for name, weights in model.state_dict().items()}
+    twin = decoding_copy(model, 1, "bf16")
+    assert twin.wte.weight is model.wte.weight and not twin.training and model.training
+    assert isinstance(model.h[0].mlp.c_fc, torch.nn.Linear) and model.head.__func__ is GPT.head
+    assert all(torch.equal(weights, before[name]) for name, weights in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [(TableCache, torch.float32), (TableCache, torch.float16), (RaggedCache, torch.bfloat16)])
+@pytest.mark.parametrize("groups", [4, 2, 1])
+def test_the_cache_takes_what_keys_and_values_need_and_no_more(kind, dtype, groups):
+    config = GPTConfig(block_size=64, vocab_size=V, n_layer=3, n_head=4, n_kv_head=groups, n_embd=32)
+    cache = kind(config, 5, 48, torch.device("cpu"), dtype)
+    held = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in (*cache.keys, *cache.values)}
+    assert sum(held.values()) == 2 * 3 * 5 * groups * 8 * 48 * dtype.itemsize
+
+
+@every_shape
+def test_the_cache_is_made_once_and_for_no_more_positions_than_will_come(flags):
+    model = make(block_size=64, **flags)
+    decoder, made = Decoder(model, 2), []
+    for number, _ in enumerate(steps(model, texts_of(5, 9), 20, decoder=decoder)):
+        made.append([each.data_ptr() for each in (*decoder.cache.keys, *decoder.cache.values)])
+        assert decoder.cache.values[0].shape[2] == 29 and made[number] == made[0]
+    decoder.begin(1, 1000)
+    assert decoder.cache.values[0].shape[2] == 64
+
+
+def test_equal_prompts_are_read_once():
+    model, read = make(block_size=32), []
+    model.register_forward_pre_hook(lambda *_: pytest.fail("logits of all positions are not needed"))
+    features = model.features
+    model.features = lambda idx, cache: read.append(tuple(idx.shape)) or features(idx, cache)
+    list(steps(model, texts_of(20) * 64 + texts_of(7), 3, decoder=(decoder := Decoder(model, 65))))
+    assert decoder.fast and decoder.prefiller is model
+    assert [shape for shape in read if shape[1] > 1] == [(1, 19), (1, 6)]
+
+
+def test_a_flag_that_the_copy_does_not_know_leaves_decoding_to_the_model():
+    @dataclass(frozen=True)
+    class Later(GPTConfig):
+        softcap: float = 0.0
+
+    model = make()
+    model.config = Later(**vars(model.config))
+    assert can_decode_fast(model)
+    model.config = Later(**vars(model.config) | {"softcap": 15.0})
+    assert not can_decode_fast(model)
+    decoder = Decoder(model, 1)
+    assert decoder.reader is model
+    with pytest.raises(ValueError, match="int8=true"):
+        Decoder(model, 1, "int8")
+
+
+@pytest.mark.parametrize("preset", ["gpt2", "modern-nano", "modern-small", "modern-124m"])
+def test_presets_decode_fast(preset):
+    config = compose("config", [f"model={preset}"]).model
+    tiny = GPTConfig(**vars(config) | {"n_layer": 1, "vocab_size": V, "block_size": 16, "n_embd": 16 * config.n_head})
+    assert can_decode_fast(GPT(tiny))
+
+
+@pytest.mark.slow
+def test_transformers_says_the_same_with_the_same_weights():
+    """In fp32, through the very function that the benchmark uses."""
+    pytest.importorskip("transformers")
+    from scripts.bench_decode import as_transformers
+
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=32, vocab_size=V, n_layer=2, n_head=4, n_embd=32)).eval()
+    prompt = torch.tensor(texts_of(9, 9))
+    ours = torch.stack([tokens for tokens, _ in steps(model, prompt, 12, temperature=0)], dim=1)
+    theirs = as_transformers(model, "fp32").generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12,
+                                                     min_new_tokens=12, do_sample=False, pad_token_id=0)
+    assert torch.equal(theirs[:, 9:], ours)

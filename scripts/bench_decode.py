@@ -113,16 +113,17 @@ def measure(side: str, precision: str, rows: int, settings: DecodeSettings) -> N
     run = peers[side]() if side in peers else our_side(model, rows, precision)
     prepare = time.perf_counter() - start
     run(prompts, 2)  # warms up
-    prefill, whole = [], []
-    for times, count in ((prefill, 1), (whole, tokens)) * 2:
+    seconds = []
+    for count in (1, tokens):
         start = time.perf_counter()
         run(prompts, count)
-        times.append(time.perf_counter() - start)
-    rate = rows * (tokens - 1) / (min(whole) - min(prefill))
+        seconds.append(time.perf_counter() - start)
+    prefill, whole = seconds
+    rate = rows * (tokens - 1) / (whole - prefill)
     weights = sum(each.numel() for each in model.h.parameters()) + model.head_weight.numel()
     held = config.n_layer * 2 * rows * config.kv_heads * config.head_width * (settings.prompt + tokens / 2)
     read = weights * {"fp32": 4, "bf16": 2, "int8": 1}[precision] + held * (4 if precision == "fp32" else 2)
-    print(json.dumps({"prepare": prepare, "prefill": min(prefill), "rate": rate, "bytes_rate": rate / rows * read}))
+    print(json.dumps({"prepare": prepare, "prefill": prefill, "rate": rate, "bytes_rate": rate / rows * read}))
 
 
 def our_side(model: GPT, rows: int, precision: str) -> Callable[[Tensor, int], object]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from conf.schema import ConfigError, compose
-from scripts import bench
+from scripts import bench, bench_decode
 
 PEER = '''
 from dataclasses import dataclass
@@ -72,3 +72,44 @@ def test_a_profile_shows_the_parts_of_a_step(capsys, tmp_path):
 def test_bad_settings_are_one_sentence(words, problem):
     with pytest.raises(ConfigError, match=problem):
         compose(bench.SpeedSettings, words)
+
+
+GENERATES = PEER.replace("        self.wte = ", "        self.transformer = torch.nn.Module()\n        self.transformer.wte = ").replace(
+    "self.wte(idx) @ self.wte", "self.transformer.wte(idx) @ self.transformer.wte") + '''
+    def generate(self, idx, max_new_tokens, temperature, top_k):
+        for _ in range(max_new_tokens):
+            idx = torch.cat((idx, self(idx, idx)[0][:, -1:].argmax(-1)), dim=1)
+        return idx
+'''
+
+
+def test_decoding_is_measured_side_by_side(tmp_path, monkeypatch, capsys):
+    """With a stand-in for nanoGPT, and without transformers: every case once a round, in turn, and a row a case."""
+    (tmp_path / "model.py").write_text(GENERATES)
+    tiny = replace(bench.GPT2_LIKE, n_layer=1, n_head=1, n_embd=8, block_size=16, vocab_size=80)
+    monkeypatch.setattr(bench_decode, "SHAPES", {"gpt2": tiny})
+    monkeypatch.setattr(bench_decode, "read_rate", lambda: 1e9)
+    monkeypatch.setattr(bench_decode.importlib.util, "find_spec", lambda name: None)
+    order = []
+
+    def here(case, settings):
+        order.append(case)
+        capsys.readouterr()
+        bench_decode.measure(*case, settings)
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    monkeypatch.setattr(bench_decode, "in_a_process", here)
+    out = tmp_path / "decode.json"
+    words = [f"peer={tmp_path}", "prompt=6", "tokens=5", "batch=3", "rounds=2", f"out={out}"]
+    assert bench_decode.decode(compose(bench_decode.DecodeSettings, words)) == 0
+    assert len(order) == 10 and order[:5] == order[5:] and order[0] == ("nanogpt", "fp32", 1) and order[4] == ("ours", "bf16", 3)
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][-5:]
+    for row, case in zip(rows, json.loads(out.read_text()), strict=True):
+        assert row.startswith(f"| {case['side']} | {case['precision']} | {case['batch']} |") and len(case["runs"]) == 2
+        assert all(set(run) == {"prepare", "prefill", "rate", "bytes_rate"} and run["prefill"] > 0 for run in case["runs"])
+
+
+@pytest.mark.parametrize("words, problem", [(["peer=/nowhere"], "no nanoGPT checkout"), (["tokens=1"], "at least 2"), (["prompt=1000"], "pass the block")])
+def test_bad_settings_of_decode_are_one_sentence(words, problem):
+    with pytest.raises(ConfigError, match=problem):
+        compose(bench_decode.DecodeSettings, words)

@@ -10,7 +10,7 @@ import copy
 import math
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import fields
 
 import torch
@@ -43,8 +43,6 @@ class RaggedCache(KVCache):
 
     def __init__(self, config: GPTConfig, batch_size: int, positions: int, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__(config, batch_size, device, dtype, positions)
-        for each in (*self.keys, *self.values):
-            each.zero_()  # what a mask hides is still multiplied, by 0
         self.lengths = [0] * batch_size
         self.rows = torch.arange(batch_size, device=device)
         self.within = self
@@ -81,8 +79,12 @@ class RaggedCache(KVCache):
         return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).reshape(q.shape)
 
 
+class Enough(Exception):
+    """The last layer's keys and values are there: what it makes of them is nobody's input."""
+
+
 class FirstReading:
-    """What `GPT.features` fills when it reads the beginning of a row's text: attention sees it as it was before rounding."""
+    """What `GPT.features` fills when it reads the beginning of a row's text, until it is `Enough`."""
 
     within, length = None, 0
 
@@ -92,7 +94,9 @@ class FirstReading:
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         self.cache.keys[layer][self.row, :, : k.size(2)] = k[0]
         self.cache.values[layer][self.row, :, : v.size(2)] = v[0]
-        return k, v
+        if layer == len(self.cache.keys) - 1:
+            raise Enough
+        return k, v  # as they were before rounding
 
 
 class TableCache(RaggedCache):
@@ -201,10 +205,15 @@ class Decoder:
         self.reader = decoding_copy(model, rows, precision) if self.fast else model
         self.prefiller = decoding_copy(model, 512, precision) if self.fast and precision != "fp32" else model
 
-    def begin(self, rows: int, positions: int) -> None:
-        """Texts begin, which need no more than `positions` positions each."""
+    def begin(self, texts: list[list[int]], max_new_tokens: int) -> None:
+        """Make the cache for `texts` that grow by so many tokens at most."""
+        lengths, rows = [len(text) for text in texts], len(texts)
+        positions = max(lengths) + max_new_tokens
         kind = TableCache if self.fast else RaggedCache
         self.cache = kind(self.config, rows, min(positions, self.config.block_size), self.device, self.dtype)
+        if min(lengths) < max(lengths):
+            for each in (*self.cache.keys, *self.cache.values):
+                each.zero_()  # what a mask hides is still multiplied, by 0
         self.starts = [-1] * rows
 
     def next_logits(self, texts: list[list[int]]) -> Tensor:
@@ -228,7 +237,7 @@ class Decoder:
     def prefill(self, row: int, ids: tuple[int, ...]) -> None:
         self.cache.lengths[row] = len(ids)
         if ids:
-            with torch.autocast(self.device.type, enabled=False) if self.fast else nullcontext():
+            with torch.autocast(self.device.type, enabled=False) if self.fast else nullcontext(), suppress(Enough):
                 self.prefiller.features(torch.tensor([ids], device=self.device), FirstReading(self.cache, row))
 
 

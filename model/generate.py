@@ -83,7 +83,7 @@ def steps(
     try:
         if use_cache:
             decoder = decoder or Decoder(model, len(texts))
-            decoder.begin(len(texts), max(map(len, texts)) + max_new_tokens)
+            decoder.begin(texts, max_new_tokens)
         for _ in range(max_new_tokens):
             logits = decoder.next_logits(texts) if use_cache else uncached_logits(model, texts)
             draws = torch.tensor([1 - stream.random() for stream in streams], device=device)

@@ -110,18 +110,19 @@ def test_the_cache_is_made_once_and_for_no_more_positions_than_will_come(flags):
     for number, _ in enumerate(steps(model, texts_of(5, 9), 20, decoder=decoder)):
         made.append([each.data_ptr() for each in (*decoder.cache.keys, *decoder.cache.values)])
         assert decoder.cache.values[0].shape[2] == 29 and made[number] == made[0]
-    decoder.begin(1, 1000)
+    decoder.begin([[1]], 1000)
     assert decoder.cache.values[0].shape[2] == 64
 
 
-def test_equal_prompts_are_read_once():
-    model, read = make(block_size=32), []
-    model.register_forward_pre_hook(lambda *_: pytest.fail("logits of all positions are not needed"))
+def test_equal_prompts_are_read_once_and_no_further_than_the_last_keys_and_values():
+    model, read, widths = make(block_size=32), [], []
+    model.h[-1].mlp.register_forward_pre_hook(lambda _, inputs: widths.append(inputs[0].size(1)))
     features = model.features
     model.features = lambda idx, cache: read.append(tuple(idx.shape)) or features(idx, cache)
     list(steps(model, texts_of(20) * 64 + texts_of(7), 3, decoder=(decoder := Decoder(model, 65))))
     assert decoder.fast and decoder.prefiller is model
     assert [shape for shape in read if shape[1] > 1] == [(1, 19), (1, 6)]
+    assert set(widths) == {1}  # only the steps themselves
 
 
 def test_a_flag_that_the_copy_does_not_know_leaves_decoding_to_the_model():

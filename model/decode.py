@@ -49,9 +49,9 @@ class RaggedCache(KVCache):
 
     def repeat(self, source: int, target: int) -> None:
         """Let row `target` hold what row `source` holds."""
-        self.lengths[target] = end = self.lengths[source]
+        self.lengths[target] = self.lengths[source]
         for each in (*self.keys, *self.values):
-            each[target, :, :end] = each[source, :, :end]
+            each[target] = each[source]  # the whole row: one piece of memory, whichever way it is turned
 
     def begin_step(self) -> None:
         """Say where the next position of each row is, and what it sees."""

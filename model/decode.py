@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from model.attention import KVCache
 from model.config import GPTConfig
 from model.gpt import GPT
+from model.ngram import NOTHING
 
 KNOWN = {"block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "dropout", "bias", "position", "norm",
-         "qk_norm", "activation", "zero_init", "tie_head"}
+         "qk_norm", "activation", "zero_init", "tie_head", "embedding_norm", "ngrams", "ngram_rows"}
 FP16_MOST = 65504.0
 
 
@@ -86,7 +87,7 @@ class Enough(Exception):
 class FirstReading:
     """What `GPT.features` fills when it reads the beginning of a row's text, until it is `Enough`."""
 
-    within, length = None, 0
+    within, before, length = None, None, 0
 
     def __init__(self, cache: KVCache, row: int) -> None:
         self.cache, self.row = cache, row
@@ -230,6 +231,9 @@ class Decoder:
                     self.prefill(row, earlier)
                     read[earlier] = row
         self.cache.begin_step()
+        if reach := self.config.ngrams - 1:
+            ends = [text[max(start, len(text) - 1 - reach) : -1] for text, start in zip(texts, self.starts, strict=True)]
+            self.cache.before = torch.tensor([[NOTHING] * (reach - len(end)) + end for end in ends], device=self.device)
         last = torch.tensor([[text[-1]] for text in texts], device=self.device)
         with torch.autocast(self.device.type, enabled=False) if self.fast else nullcontext():
             return self.reader.head(self.reader.features(last, self.cache)[:, -1])

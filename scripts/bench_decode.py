@@ -23,6 +23,7 @@ from torch import Tensor
 import atomic
 from model import GPT, GPTConfig, generate
 from model.decode import Decoder
+from scripts.peer import nanogpt_module
 from training.device import keep_freed_memory
 
 ROOT = Path(__file__).parent.parent
@@ -137,10 +138,7 @@ def our_side(model: GPT, rows: int, precision: str) -> Callable[[Tensor, int], o
 
 
 def nanogpt(model: GPT, peer: Path) -> Callable[[Tensor, int], object]:
-    specification = importlib.util.spec_from_file_location("nanogpt_model", peer / "model.py")
-    module = importlib.util.module_from_spec(specification)
-    sys.modules["nanogpt_model"] = module
-    specification.loader.exec_module(module)
+    module = nanogpt_module(peer)
     names = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
     other = module.GPT(module.GPTConfig(**{name: getattr(model.config, name) for name in names})).eval()
     weights = {f"transformer.{name}": each for name, each in model.state_dict().items()}

@@ -21,6 +21,7 @@ SHAPES = {
     "modern": {"position": "rotary", "norm": "rms", "qk_norm": True, "bias": False, "tie_head": False, "activation": "relu2"},
     "grouped": {"position": "rotary", "n_kv_head": 2},
     "one group": {"n_kv_head": 1, "tie_head": False},
+    "n-grams": {"position": "rotary", "ngrams": 4, "ngram_rows": 50, "embedding_norm": True},
 }
 every_shape = pytest.mark.parametrize("flags", SHAPES.values(), ids=SHAPES.keys())
 
@@ -141,7 +142,7 @@ def test_a_flag_that_the_copy_does_not_know_leaves_decoding_to_the_model():
         Decoder(model, 1, "int8")
 
 
-@pytest.mark.parametrize("preset", ["gpt2", "modern-nano", "modern-small", "modern-124m"])
+@pytest.mark.parametrize("preset", ["gpt2", "modern-nano", "modern-small", "modern-char", "modern-124m"])
 def test_presets_decode_fast(preset):
     config = compose("config", [f"model={preset}"]).model
     tiny = GPTConfig(**vars(config) | {"n_layer": 1, "vocab_size": V, "block_size": 16, "n_embd": 16 * config.n_head})

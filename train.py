@@ -68,7 +68,7 @@ def train(settings: Settings) -> int:
 
     with open_run(settings, prepared) as (run, settings, last):
         limits = settings.training
-        if last and (limit := reached(last.step, last.state["seconds"], limits)):
+        if last and (limit := limits.reached(last.step, last.state["seconds"])):
             print(f"{run.folder} is finished: {last.step} steps, {last.state['seconds']:.0f} s. "
                   + how_to_go_on(limit, settings, last))
             return finish(run, limits)
@@ -114,7 +114,7 @@ def train(settings: Settings) -> int:
             val_loss = None
             if limits.on_nonfinite == "rollback" and not last:
                 save(val_loss)  # there is always something to go back to
-            while not reached(state.step, state.seconds, limits) and not interrupt:
+            while not limits.reached(state.step, state.seconds) and not interrupt:
                 start = time.perf_counter()
                 scale = lr_scale(state.step, settings.optim, limits.max_steps)
                 optimizers.set_scale(scale)
@@ -140,7 +140,7 @@ def train(settings: Settings) -> int:
                                   **mfu(model, tokens_per_second, device))
 
                 val_loss = None
-                ending = bool(reached(state.step, state.seconds, limits))
+                ending = bool(limits.reached(state.step, state.seconds))
                 if ending or state.step % limits.eval_every == 0:
                     val_loss = evaluate(model, validation, device, boundary)
                     report(recorder, state.step, val_loss, bytes_per_token)
@@ -162,13 +162,6 @@ def train(settings: Settings) -> int:
                 return interrupt.exit_code
         print(f"Trained {state.step} steps in {state.seconds:.0f} s, and waited {saver.held_up_seconds:.1f} s for saving.")
         return finish(run, limits)
-
-
-def reached(step: int, seconds: float, limits: TrainingConfig) -> str:
-    """The limit that ends the run here, if one does."""
-    if step >= limits.max_steps:
-        return "max_steps"
-    return "max_seconds" if limits.max_seconds and seconds >= limits.max_seconds else ""
 
 
 def how_to_go_on(limit: str, settings: Settings, last: Checkpoint) -> str:

@@ -7,29 +7,29 @@ sentence a problem and exit code 1. HYDRA_FULL_ERROR=1 shows the stack trace ins
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
-from itertools import product
 from typing import Any, NoReturn
 
 import yaml
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
 
-from conf.schema import compose, folder_name, groups, options
+from conf.grid import run_grid
+from conf.schema import compose, groups, options
+from conf.slots import stop_with_parent
 
 FLAGS = """Flags:
   --help      this text
   --cfg job   print the composed configuration, run nothing
 """
-SWEEP_FLAG = """  -m          sweep: one run for each combination of values separated by commas
+SWEEP_FLAG = """  -m          sweep: one run for each combination of values separated by commas; jobs=2 at a time,
+              or on a cluster with hydra/launcher=slurm
 """
 
 
 def launch(story: Callable[[Any], int], root: str | type, doc: str) -> NoReturn:
     """Exit with the code of `story(settings)`; the settings are what `compose(root, ...)` makes of the command line."""
+    stop_with_parent()
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # what cannot be printed must not stop anything
     try:
@@ -58,7 +58,7 @@ def obey(story: Callable[[Any], int], root: str | type, doc: str, words: list[st
         print(yaml.safe_dump(asdict(compose(root, overrides)), sort_keys=False, allow_unicode=True), end="")
         return 0
     if root == "config" and flags in (["-m"], ["--multirun"]):
-        return sweep(overrides)
+        return run_grid(overrides)
     if flags:
         raise ValueError(f"{' '.join(flags)}: no such flag; settings are written key=value, and --help lists both.")
     return story(compose(root, overrides))
@@ -70,37 +70,3 @@ def help_text(root: str | type, doc: str) -> str:
         return f"{doc.strip()}\n\n{FLAGS}"
     presets = "\n".join(f"  {group}={'|'.join(options(group))}" for group in groups())
     return f"{doc.strip()}\n\nPresets, from conf/:\n{presets}\n\n{FLAGS}{SWEEP_FLAG}"
-
-
-def sweep(overrides: list[str]) -> int:
-    """Run this program once for each combination of swept values, as its own process, one after the other.
-
-    A failing job does not stop the others; the failures are listed at the end.
-    """
-    jobs = list(product(*map(choices, overrides)))
-    named = [word for word in overrides if word.startswith("name=")]
-    for job in jobs:  # every mistake shows before the first job starts
-        compose("config", list(job))
-    failed = []
-    for number, job in enumerate(jobs, 1):
-        swept = [word for word, override in zip(job, overrides, strict=True) if word != override]
-        command = [*job, f"{named[0]}/{folder_name(','.join(swept))}"] if named else list(job)
-        print(f"\nJob {number} of {len(jobs)}: {' '.join(swept)}", flush=True)
-        code = subprocess.run([sys.executable, *sys.orig_argv[1 : -len(sys.argv) + 1], *command]).returncode
-        if code in (130, 143, -2, -15):
-            return abs(code) if code > 0 else 128 - code
-        if code:
-            failed.append(f"  exit code {code}: {' '.join(swept)}")
-    print(f"\n{len(jobs) - len(failed)} of {len(jobs)} jobs finished." + "".join(f"\n{line}" for line in failed))
-    return 1 if failed else 0
-
-
-def choices(override: str) -> list[str]:
-    """The overrides that one swept override stands for; itself where it sweeps nothing."""
-    try:
-        parsed = OverridesParser.create().parse_override(override)
-    except HydraException:
-        return [override]  # free text, which Hydra's grammar need not understand
-    if not parsed.is_sweep_override():
-        return [override]
-    return [f"{parsed.get_key_element()}={value}" for value in parsed.sweep_string_iterator()]

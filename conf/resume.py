@@ -15,6 +15,7 @@ import torch
 
 from conf.identity import differences, flat, identity_differences, in_short, listed
 from conf.schema import Settings, folder_name, rebuild
+from data.prepare import prepare
 from data.shards import read_meta
 from model import GPT, GPTConfig
 from training import checkpoint
@@ -56,23 +57,44 @@ def look_into(run: Run, settings: Settings, prepared: Path) -> tuple[Checkpoint 
 
     Raises ValueError if checkpoints are there and none is whole, unless the run is to begin anew.
     """
-    def changes(one: Checkpoint) -> dict[str, tuple[Any, Any]]:
-        held = as_it_began(settings, one)
-        began = flat(asdict(Settings())) | flat(one.state["settings"])  # what is newer than the run was at its default
-        return identity_differences(began, identity(held, prepared, held.training.precision))
-
     def load(one: Checkpoint) -> Checkpoint:
-        if not changes(one):  # of another run, the large files are not read
+        if not changes_since(one, settings, prepared):  # of another run, the large files are not read
             one.verify(most_bytes=largest_file(settings.model))
         return one
 
     try:
         last = checkpoint.choose(run.checkpoints, "last", load, warn=print, set_aside=True)
-        return last, changes(last) if last else {}
+        return last, changes_since(last, settings, prepared) if last else {}
     except ValueError:
         if settings.restart:
             return None, {}
         raise
+
+
+def changes_since(one: Checkpoint, settings: Settings, prepared: Path) -> dict[str, tuple[Any, Any]]:
+    """How the identity of a run with these settings differs from that of the run that saved `one`."""
+    held = as_it_began(settings, one)
+    began = flat(asdict(Settings())) | flat(one.state["settings"])  # what is newer than the run was at its default
+    return identity_differences(began, identity(held, prepared, held.training.precision))
+
+
+def is_finished(settings: Settings, folder: Path) -> bool:
+    """Whether `folder` holds the run of these settings and it has nothing left to do. Changes nothing there.
+
+    Raises ValueError with the differences if it holds another run.
+    """
+    saved = checkpoint.find(folder / "checkpoints")
+    if not saved or settings.restart:
+        return False
+    try:
+        prepared = prepare(settings.data)
+    except (ValueError, OSError):  # for the run itself to say
+        return False
+    learned = replace(settings, model=replace(settings.model, vocab_size=read_meta(prepared)["vocab_size"]))
+    if changes := changes_since(saved[-1], learned, prepared):
+        raise ValueError(f"{folder} holds a run with other settings: {listed(changes)}. Choose another name=, or begin "
+                         f"anew with restart=true (what is there stays, as {folder.name}.old), or keep the old settings.")
+    return bool(settings.training.reached(saved[-1].step, saved[-1].state["seconds"]))
 
 
 def largest_file(config: GPTConfig) -> int:

@@ -134,7 +134,7 @@ def options(group: str) -> list[str]:
 
 def groups() -> list[str]:
     """The configuration groups: the folders of `conf`."""
-    return sorted(path.name for path in CONF.iterdir() if path.is_dir() and options(path.name))
+    return sorted(path.name for path in CONF.iterdir() if path.name != "sweep" and path.is_dir() and options(path.name))
 
 
 def leaves(schema: Any, prefix: str = "") -> dict[str, Any]:
@@ -211,6 +211,16 @@ def compose_with_hydra(root: str | type, schema: Any, overrides: list[str]) -> t
             composed = hydra_compose(name, overrides, return_hydra_config=True)
             ours = OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"])
             return OmegaConf.to_container(ours, resolve=True), dict(composed.hydra.runtime.choices)
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+        raise ConfigError([plain_sentence(error, overrides)]) from None
+
+
+def launcher_settings(overrides: list[str]) -> dict[str, Any]:
+    """What hydra/launcher=... and hydra.launcher.SETTING=... come to. Raises ConfigError for what does not exist."""
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            composed = hydra_compose(overrides=overrides, return_hydra_config=True)
+            return OmegaConf.to_container(composed.hydra.launcher)
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise ConfigError([plain_sentence(error, overrides)]) from None
 

@@ -42,6 +42,12 @@ class TrainingConfig:
         if self.max_seconds is not None and not self.max_seconds > 0:
             yield f"max_seconds={self.max_seconds} must be more than 0, or null for no limit."
 
+    def reached(self, step: int, seconds: float) -> str:
+        """The limit that ends the run here, if one does."""
+        if step >= self.max_steps:
+            return "max_steps"
+        return "max_seconds" if self.max_seconds and seconds >= self.max_seconds else ""
+
     def micro_steps(self, block_size: int, world_size: int = 1) -> int:
         """How many micro-steps make a step. Raises ValueError where `tokens_per_step` is not a whole number of them."""
         one = self.batch_size * block_size * world_size

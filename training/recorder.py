@@ -29,6 +29,8 @@ class LoggerConfig:
 
     wandb: Literal["disabled", "offline", "online"] = "disabled"
     project: str = "nanohydra"
+    group: str = ""  # what W&B shows together; a sweep's jobs have the sweep's name
+    tags: str = ""  # separated by blanks
 
     def problems(self) -> Iterator[str]:
         """One sentence for each value that cannot work."""
@@ -107,7 +109,8 @@ class Recorder:
             atomic.write_bytes(id_file, json.dumps({"id": run_id}).encode())
             quiet = wandb.Settings(silent=True, console="off", init_timeout=60)
             run = wandb.init(project=config.project, name=settings["name"], id=run_id, resume="allow",
-                             mode=config.wandb, dir=folder, config=settings, settings=quiet)
+                             group=config.group or None, tags=config.tags.split(), mode=config.wandb, dir=folder,
+                             config=settings, settings=quiet)
             # W&B's own step only grows, ours goes back where a resumed run repeats what a kill cut off.
             run.define_metric("*", step_metric="step")
             return run

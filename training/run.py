@@ -23,9 +23,8 @@ class Run:
         self.folder = folder
         if outer := next(filter(is_run, folder.parents), None):
             raise ValueError(f"{folder} lies inside the run {outer}: choose another name=.")
-        me = f"process {os.getpid()} on {socket.gethostname()}, since {datetime.now():%Y-%m-%d %H:%M:%S}"
         try:
-            self.lock = atomic.Lock(folder / LOCK, me)
+            self.lock = atomic.Lock(folder / LOCK, this_process())
         except BlockingIOError as error:
             raise ValueError(f"{folder} is being trained by {error.strerror}: wait for it, stop it, "
                              f"or choose another name=.") from None
@@ -61,6 +60,11 @@ class Run:
             pass
         finally:
             self.lock.release()
+
+
+def this_process() -> str:
+    """What a lock's file says of its holder."""
+    return f"process {os.getpid()} on {socket.gethostname()}, since {datetime.now():%Y-%m-%d %H:%M:%S}"
 
 
 def is_run(folder: Path) -> bool:

@@ -1,0 +1,150 @@
+"""A grid: one run for each combination of the values that a command line separates by commas, in runs/SWEEP/JOB/.
+
+Hydra's grammar says what the values are. Each job is a process of its own (conf/slots.py), or one on a cluster
+(conf/cluster.py), and what becomes of one stops no other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import QuotedString
+from hydra.errors import HydraException
+
+from conf.cluster import Cluster
+from conf.identity import flat
+from conf.resume import is_finished
+from conf.schema import ConfigError, Settings, compose, folder_name
+from conf.slots import Job, Slots, held, in_words, metric_of, report_failures, run_jobs
+
+OWN = ("jobs=", "name=", "hydra/launcher=", "hydra.launcher.")  # how the words begin that are not for the jobs
+
+
+@dataclass(frozen=True)
+class GridSettings:
+    """How a grid is run; all else on its command line is for its jobs."""
+
+    jobs: int = 1  # at a time, on this machine
+
+    def problems(self) -> Iterator[str]:
+        """One sentence for each value that cannot work."""
+        if self.jobs < 1:
+            yield f"jobs={self.jobs} must be at least 1."
+
+
+class Grid:
+    """The jobs that wait for their turn, and why others failed."""
+
+    def __init__(self, waiting: list[Job], failures: list[str]) -> None:
+        self.waiting, self.failures, self.done = waiting, failures, 0
+
+    def next_job(self) -> Job | None:
+        return self.waiting.pop(0) if self.waiting else None
+
+    def heard(self, job: Job) -> None:
+        pass
+
+    def ended(self, job: Job, code: int) -> None:
+        if job.failed(code):
+            self.failures.append(f"{job.name}: {job.reason(code)} Log: {job.log}")
+        self.done += code == 0
+
+
+def run_grid(overrides: list[str]) -> int:
+    """Run all combinations, or what is left of them; return the exit code.
+
+    Raises ValueError for what no job can be made of, and where a folder holds another run, before any job starts.
+    """
+    def about(*beginnings: str) -> list[str]:
+        return [word for word in overrides if word.startswith(beginnings)]
+
+    limits = compose(GridSettings, about("jobs="))
+    choices = {word: values_of(word) for word in overrides if not word.startswith(OWN)}
+    swept = {word.partition("=")[0]: word for word, values in choices.items() if values != [word]}
+    if not swept:
+        raise ValueError("-m runs several values, and there are none: separate them by commas, as in optim.lr=1e-3,3e-3, "
+                         "or leave -m out.")
+    name = about("name=")[-1] if about("name=") else f"name={automatic_name(choices, swept)}"
+    composed, failures = compose_all([[*words, name] for words in product(*choices.values())], list(swept))
+    some = next(iter(composed.values()))[1]
+    folder = Path(some.runs_dir) / some.name
+    launcher = about("hydra/launcher=", "hydra.launcher.")
+    slots = Cluster(launcher, folder) if launcher else Slots(limits.jobs)
+    with held(folder):
+        jobs = [Job(job, folder, in_words(words, folder), settings.training.max_steps, metric_of(list(swept)))
+                for job, (words, settings) in composed.items()]
+        finished = [job for job in jobs if is_finished(composed[job.name][1], job.folder)]
+        source = Grid([job for job in jobs if job not in finished], failures)
+        print(f"Sweep: {folder}, {len(jobs) + len(failures)} jobs" + f", {len(finished)} finished before" * bool(finished)
+              + f", {len(failures)} that cannot be: see below" * bool(failures), flush=True)
+        code = run_jobs(source, slots, len(jobs) + len(failures), finished, len(failures))
+    print(f"{len(finished) + source.done} of {len(composed) + len(failures)} jobs are finished in {folder}."
+          + " The same command goes on." * bool(code))
+    return code or report_failures(source.failures)
+
+
+def compose_all(combinations: list[list[str]], swept: list[str]) -> tuple[dict[str, tuple[list[str], Settings]], list[str]]:
+    """Each job's name, words and settings, and what is wrong with those that cannot be composed.
+
+    Raises ConfigError if none can, and ValueError if two would share a name.
+    """
+    composed: dict[str, tuple[list[str], Settings]] = {}
+    errors: dict[str, ConfigError] = {}
+    for words in combinations:
+        values = dict(word.partition("=")[::2] for word in words)
+        try:
+            settings = compose("config", words)
+        except ConfigError as error:
+            errors[job_name(swept, values)] = error
+            continue
+        name = job_name(swept, values | flat(asdict(settings)))
+        if composed.setdefault(name, (words, settings))[1] != settings:
+            raise ValueError(f"{' '.join(words)} and {' '.join(composed[name][0])} would both be the run {name}: "
+                             f"sweep them apart, each with a name= of its own.")
+    if not composed:
+        raise next(iter(errors.values()))
+    return composed, [f"{name}: {error}" for name, error in errors.items()]
+
+
+def job_name(swept: list[str], values: dict[str, object]) -> str:
+    """As in "lr=0.001,n_layer=2": what is swept, by the last part of its name, which no other setting has."""
+    shown = {key: str(values[key]).lower() if isinstance(values[key], bool | None) else values[key] for key in swept}
+    return folder_name(",".join(f"{key.rpartition('.')[2]}={value}" for key, value in shown.items()))
+
+
+def automatic_name(choices: dict[str, list[str]], swept: dict[str, str]) -> str:
+    """A name for the sweep that other values of the same settings share: new values join the old ones in their folder."""
+    fixed = [word for word in choices if word not in swept.values()]
+    try:
+        base = compose("config", fixed).auto_name
+    except ConfigError:  # without what is swept it is nothing yet
+        base = "sweep"
+    return folder_name(f"{base}-by-{','.join(key.rpartition('.')[2] for key in swept)}")
+
+
+def values_of(override: str) -> list[str]:
+    """The overrides that one swept override stands for; itself where it sweeps nothing.
+
+    Raises ValueError for what cannot be listed, such as interval(0, 1).
+    """
+    try:
+        parsed = OverridesParser.create().parse_override(override)
+    except HydraException:
+        return [override]  # free text, which Hydra's grammar need not understand
+    if not parsed.is_sweep_override():
+        return [override]
+    try:
+        plain, values = list(parsed.sweep_string_iterator()), list(parsed.sweep_iterator())
+    except HydraException:
+        values = []
+    if not values:
+        raise ValueError(f"{override} has no values that can be listed: write them with commas between, or as range(1,4); "
+                         f"for what lies between two limits there is python -m scripts.sweep.")
+    # Text as it is: Hydra's own form of it has quotes and backslashes, which nobody would take out again.
+    text = [value.text if isinstance(value, QuotedString) else value if isinstance(value, str) else word
+            for value, word in zip(values, plain, strict=True)]
+    return [f"{override.partition('=')[0]}={word}" for word in text]

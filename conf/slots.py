@@ -1,0 +1,305 @@
+"""Jobs in slots: each training a child process of its own, some at a time, each with its share of the machine.
+
+A child whose parent is gone, however that went, notices by the end of its standard input: it saves and stops, as after
+SIGTERM. Knows nothing of what the jobs are for; conf/grid.py and scripts/sweep.py do.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from tqdm import tqdm
+
+import atomic
+from training.interrupt import Interrupt
+from training.run import is_run, this_process
+
+TRAIN = Path(__file__).parent.parent / "train.py"
+CHILD = "NANOHYDRA_CHILD"  # in the environment of a process that is to stop when its standard input ends
+INTERRUPTED = (129, 130, 143, *(-number for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGKILL)))
+
+
+class Process(Protocol):
+    """What runs a job: a child process, or something on a cluster that stands for one."""
+
+    def poll(self) -> int | None: ...
+    def terminate(self) -> None: ...
+    def kill(self) -> None: ...
+
+
+@dataclass(eq=False)
+class Job:
+    """One training of a sweep: `python train.py` with the overrides `words`, into the folder SWEEP/NAME."""
+
+    name: str
+    sweep: Path
+    words: list[str]
+    max_steps: int
+    metric: str = "val_loss"
+    process: Process | None = None
+    slot: int = 0
+    began: float = 0.0
+    stopped: bool = False  # by us
+    best: float = math.inf
+    step: int = 0
+    read: int = 0  # bytes of the metrics that were heard of
+    said: int = 0  # bytes of the log that earlier attempts wrote
+    heard: list[dict[str, Any]] = field(default_factory=list)  # what the last look at the metrics found
+
+    @property
+    def folder(self) -> Path:
+        return self.sweep / self.name
+
+    @property
+    def log(self) -> Path:
+        """What the process printed, all attempts in turn; beside the runs, for a run may be moved aside."""
+        return self.sweep / "logs" / f"{self.name}.txt"
+
+    @property
+    def command(self) -> list[str]:
+        return [sys.executable, str(TRAIN), *self.words, f"runs_dir={self.sweep.parent}",
+                f"name={self.sweep.name}/{self.name}"]
+
+    def look(self) -> None:
+        """Read what the metrics have grown by."""
+        self.heard = []
+        with suppress(FileNotFoundError), open(self.folder / "metrics.jsonl", "rb") as file:
+            if os.fstat(file.fileno()).st_size < self.read:
+                self.read = 0  # going on from a checkpoint cut them back
+            file.seek(self.read)
+            new = file.read()
+            whole = new[: new.rfind(b"\n") + 1]
+            self.read += len(whole)
+            for line in whole.splitlines():
+                with suppress(ValueError):
+                    self.heard.append(json.loads(line))
+        for row in self.heard:
+            self.step = row["step"]
+            if row.get(self.metric) is not None:
+                self.best = min(self.best, row[self.metric])
+
+    def stop(self) -> None:
+        """Have it save and end."""
+        self.stopped = True
+        self.process.terminate()
+
+    def failed(self, code: int) -> bool:
+        """Whether it ended by itself, and not well."""
+        return code != 0 and not (self.stopped and code in INTERRUPTED)
+
+    def reason(self, code: int) -> str:
+        """Why it ended as it did: its last words, or the signal that it died of."""
+        if code < 0:
+            return f"killed by {signal.Signals(-code).name}; the same command goes on with it"
+        said = self.log.read_bytes()[self.said :].decode(errors="replace") if self.log.exists() else ""
+        lines = [line.strip() for line in said.replace("\r", "\n").splitlines() if line.strip()]
+        errors = [line.removeprefix("Error: ") for line in lines if line.startswith("Error: ")]
+        return (errors or lines or [f"exit code {code}"])[-1]
+
+
+class Source(Protocol):
+    """Where jobs come from, and who hears how they go."""
+
+    def next_job(self) -> Job | None:
+        """The next one to start; None if there is none now."""
+
+    def heard(self, job: Job) -> None:
+        """A running job has written metrics: `job.heard`."""
+
+    def ended(self, job: Job, code: int) -> None:
+        """A job has ended, with an exit code that is 0 if it is finished."""
+
+
+class Slots:
+    """Starts jobs on this machine, `count` at a time. None outlives the context."""
+
+    look_seconds = 0.1
+
+    def __init__(self, count: int) -> None:
+        self.running: list[Job] = []
+        self.count = count
+        given = os.environ.get("CUDA_VISIBLE_DEVICES")
+        self.gpus = [str(number) for number in range(torch.cuda.device_count())]
+        if given is not None and self.gpus:
+            self.gpus = given.split(",")[: len(self.gpus)]
+
+    def environment(self, slot: int) -> dict[str, str]:
+        """As many threads for each, or their results would differ in the last bits; a GPU of its own where there is one."""
+        share = {CHILD: "1"}
+        if self.count > 1:
+            share["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // self.count))
+            if self.gpus:
+                share["CUDA_VISIBLE_DEVICES"] = self.gpus[slot % len(self.gpus)]
+        return os.environ | share
+
+    def start(self, jobs: list[Job]) -> None:
+        for job in jobs:
+            job.slot = min(set(range(self.count)) - {one.slot for one in self.running})
+            job.process = start(job.command, self.environment(job.slot), log_of(job))
+            self.running.append(job)
+
+    def __enter__(self) -> Slots:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *failure: object) -> None:
+        """Whatever happened, no job is left behind: they save, unless a second Ctrl-C does not wait for that."""
+        for job in self.running:
+            job.process.kill() if kind is KeyboardInterrupt else job.stop()
+        while any(job.process.poll() is None for job in self.running):
+            time.sleep(self.look_seconds)
+
+
+def log_of(job: Job) -> Path:
+    """The log of a job that is about to start."""
+    job.log.parent.mkdir(parents=True, exist_ok=True)
+    job.said = job.log.stat().st_size if job.log.exists() else 0
+    job.began = time.monotonic()
+    return job.log
+
+
+def start(command: list[str], environment: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
+    """A child in a session of its own, which Ctrl-C in our terminal does not reach: we decide what becomes of it."""
+    lines = atomic.Lines(log)
+    try:
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=lines.handle, stderr=lines.handle, env=environment,
+                                start_new_session=True)
+    finally:
+        lines.close()
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold a grid's folder: no second one starts the same jobs. Raises ValueError naming the holder, or for a run."""
+    if is_run(folder):
+        raise ValueError(f"{folder} holds a run, not a sweep: choose another name=.")
+    try:
+        lock = atomic.Lock(folder / "sweep.lock", this_process())
+    except BlockingIOError as error:
+        raise ValueError(f"{folder} is being swept by {error.strerror}: wait for it, or choose another name=.") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def in_words(words: list[str], folder: Path) -> list[str]:
+    """A job's overrides, with what W&B knows a sweep's jobs by unless they say it themselves."""
+    return [f"logger.group={folder.name}", "logger.tags=sweep", *words]
+
+
+def metric_of(keys: list[str]) -> str:
+    """What tells jobs apart that differ in these settings: tokens of other texts and tokenizers have losses of their own."""
+    return "bits_per_byte" if any(key.startswith("data") or key == "experiment" for key in keys) else "val_loss"
+
+
+def stop_with_parent() -> None:
+    """In a child: end as after SIGTERM when the parent is gone, which closes the pipe that is our standard input."""
+    def wait() -> None:
+        os.read(0, 1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    if os.environ.pop(CHILD, None):
+        threading.Thread(target=wait, daemon=True).start()
+
+
+def run_jobs(source: Source, slots: Slots, total: int | None, finished: list[Job], failed: int = 0) -> int:
+    """Run what `source` gives until there is no more; show how it goes. Returns the exit code of an interruption, or 0.
+
+    `total` jobs are expected, if that is known, of which some are `finished` already, and so many have `failed`.
+    """
+    with Interrupt() as interrupt, Progress(total, finished, failed) as progress, slots:
+        told = False
+        while True:
+            jobs: list[Job] = []
+            while not interrupt and len(slots.running) + len(jobs) < slots.count and (job := source.next_job()):
+                jobs.append(job)
+            slots.start(jobs)
+            if not slots.running:
+                return interrupt.exit_code
+            if interrupt and not told:
+                told = True
+                progress.say(f"Stopping: {len(slots.running)} running jobs save first; Ctrl-C again does not wait for that.")
+                for job in slots.running:
+                    job.stop()
+            for job in list(slots.running):
+                code = job.process.poll()
+                job.look()  # once more after its end
+                source.heard(job)
+                if code is not None:
+                    slots.running.remove(job)
+                    progress.ended(job, code)
+                    source.ended(job, code)
+            progress.show(slots.running)
+            time.sleep(slots.look_seconds)
+
+
+def report_failures(failures: list[str]) -> int:
+    """Say which jobs failed, and why; return the exit code."""
+    if failures:
+        print(f"{len(failures)} failed:\n  " + "\n  ".join(failures))
+    return 1 if failures else 0
+
+
+class Progress:
+    """One line: how many jobs run, are done, have failed; the best so far; the time left."""
+
+    def __init__(self, total: int | None, finished: list[Job], failed: int) -> None:
+        self.counts = {"done": len(finished), "failed": failed}
+        self.best, self.best_name = math.inf, ""
+        for job in finished:
+            job.look()
+            self.note(job)
+        # The share of a running job that is done counts: smoothing=0 makes the time left that of the mean speed.
+        self.bar = tqdm(total=total, initial=len(finished) + failed, smoothing=0, dynamic_ncols=True,
+                        mininterval=0.5 if sys.stderr.isatty() else 10,
+                        bar_format="|{bar:10}| {desc} [{elapsed}<{remaining}]" if total else "{desc} [{elapsed}]")
+
+    def ended(self, job: Job, code: int) -> None:
+        minutes, seconds = divmod(round(time.monotonic() - job.began), 60)
+        result = f"{job.metric} {job.best:.4f}" if math.isfinite(job.best) else f"no {job.metric}"
+        self.note(job)
+        if job.failed(code):
+            self.counts["failed"] += 1
+            self.say(f"{job.name}: FAILED, {job.reason(code)}")
+        else:
+            self.counts["done"] += code == 0
+            self.say(f"{job.name}: {'stopped' if code else 'done'} after {minutes}:{seconds:02d}, {result}")
+
+    def show(self, running: list[Job]) -> None:
+        for job in running:
+            self.note(job)
+        shown = f"{len(running)} running, " + ", ".join(f"{count} {what}" for what, count in self.counts.items())
+        with suppress(OSError):
+            best = f", best {self.best:.4f} ({self.best_name})" if self.best_name else ""
+            self.bar.set_description_str(shown + best, refresh=False)
+            share = sum(min(1.0, job.step / job.max_steps) for job in running)
+            self.bar.update(sum(self.counts.values()) + share - self.bar.n)
+
+    def note(self, job: Job) -> None:
+        if job.best < self.best:
+            self.best, self.best_name = job.best, job.name
+
+    def say(self, text: str) -> None:
+        with suppress(OSError):
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        with suppress(OSError):
+            self.bar.close()

@@ -19,7 +19,7 @@ from conf.cluster import Cluster
 from conf.identity import flat
 from conf.resume import is_finished
 from conf.schema import ConfigError, Settings, compose, folder_name
-from conf.slots import Job, Slots, held, in_words, metric_of, report_failures, run_jobs
+from conf.slots import Job, Progress, Slots, held, in_words, metric_of, report_failures, run_jobs
 
 OWN = ("jobs=", "name=", "hydra/launcher=", "hydra.launcher.")  # how the words begin that are not for the jobs
 
@@ -81,7 +81,11 @@ def run_grid(overrides: list[str]) -> int:
         source = Grid([job for job in jobs if job not in finished], failures)
         print(f"Sweep: {folder}, {len(jobs) + len(failures)} jobs" + f", {len(finished)} finished before" * bool(finished)
               + f", {len(failures)} that cannot be: see below" * bool(failures), flush=True)
-        code = run_jobs(source, slots, len(jobs) + len(failures), finished, len(failures))
+        progress = Progress(len(jobs) + len(failures), len(finished), len(failures))
+        for job in finished:
+            job.look()
+            progress.note(job.best, job.name)
+        code = run_jobs(source, slots, progress)
     print(f"{len(finished) + source.done} of {len(composed) + len(failures)} jobs are finished in {folder}."
           + " The same command goes on." * bool(code))
     return code or report_failures(source.failures)

@@ -315,9 +315,21 @@ def place_in_yaml(key: str, choices: dict[str, str]) -> str:
     candidates = [(CONF / group / f"{choice}.yaml", "" if group == "experiment" else f"{group}.")
                   for group, choice in choices.items() if choice]
     for path, prefix in [*candidates, (CONF / "config.yaml", "")]:
-        if path.exists() and key in {prefix + name for name in flat(OmegaConf.to_container(OmegaConf.load(path)))}:
+        if path.exists() and key in {prefix + name for name in flat(read_yaml(path))}:
             return f"in conf/{path.relative_to(CONF)}"
     return "in conf/"
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The settings in a YAML file, numbers such as 1e-3 included, which YAML itself takes for text."""
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path))
+    except (OmegaConfBaseException, YAMLError) as error:
+        mark = error.problem_mark if isinstance(error, MarkedYAMLError) else None
+        raise ConfigError([f"{path} is not YAML that can be read{f', at line {mark.line + 1}' if mark else ''}."]) from None
+    if not isinstance(content, dict):
+        raise ConfigError([f"{path} holds no settings."])
+    return content
 
 
 def default_name(overrides: list[str], settings: Settings, experiment: str) -> str:

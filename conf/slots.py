@@ -215,12 +215,9 @@ def stop_with_parent() -> None:
         threading.Thread(target=wait, daemon=True).start()
 
 
-def run_jobs(source: Source, slots: Slots, total: int | None, finished: list[Job], failed: int = 0) -> int:
-    """Run what `source` gives until there is no more; show how it goes. Returns the exit code of an interruption, or 0.
-
-    `total` jobs are expected, if that is known, of which some are `finished` already, and so many have `failed`.
-    """
-    with Interrupt() as interrupt, Progress(total, finished, failed) as progress, slots:
+def run_jobs(source: Source, slots: Slots, progress: Progress) -> int:
+    """Run what `source` gives until there is no more; show how it goes. Returns the exit code of an interruption, or 0."""
+    with Interrupt() as interrupt, progress, slots:
         told = False
         while True:
             jobs: list[Job] = []
@@ -254,33 +251,30 @@ def report_failures(failures: list[str]) -> int:
 
 
 class Progress:
-    """One line: how many jobs run, are done, have failed; the best so far; the time left."""
+    """One line: how many jobs run, are done, have failed; the best so far; the time left.
 
-    def __init__(self, total: int | None, finished: list[Job], failed: int) -> None:
-        self.counts = {"done": len(finished), "failed": failed}
+    `total` jobs are expected, if that is known, of which some are done and some have failed before.
+    """
+
+    def __init__(self, total: int | None, done: int, failed: int) -> None:
+        self.counts = {"done": done, "stopped": 0, "failed": failed}
         self.best, self.best_name = math.inf, ""
-        for job in finished:
-            job.look()
-            self.note(job)
         # The share of a running job that is done counts: smoothing=0 makes the time left that of the mean speed.
-        self.bar = tqdm(total=total, initial=len(finished) + failed, smoothing=0, dynamic_ncols=True,
+        self.bar = tqdm(total=total, initial=done + failed, smoothing=0, dynamic_ncols=True,
                         mininterval=0.5 if sys.stderr.isatty() else 10,
                         bar_format="|{bar:10}| {desc} [{elapsed}<{remaining}]" if total else "{desc} [{elapsed}]")
 
     def ended(self, job: Job, code: int) -> None:
         minutes, seconds = divmod(round(time.monotonic() - job.began), 60)
         result = f"{job.metric} {job.best:.4f}" if math.isfinite(job.best) else f"no {job.metric}"
-        self.note(job)
-        if job.failed(code):
-            self.counts["failed"] += 1
-            self.say(f"{job.name}: FAILED, {job.reason(code)}")
-        else:
-            self.counts["done"] += code == 0
-            self.say(f"{job.name}: {'stopped' if code else 'done'} after {minutes}:{seconds:02d}, {result}")
+        self.note(job.best, job.name)
+        how = "failed" if job.failed(code) else "stopped" if code else "done"
+        self.counts[how] += 1
+        self.say(f"{job.name}: {how} after {minutes}:{seconds:02d}, {job.reason(code) if how == 'failed' else result}")
 
     def show(self, running: list[Job]) -> None:
         for job in running:
-            self.note(job)
+            self.note(job.best, job.name)
         shown = f"{len(running)} running, " + ", ".join(f"{count} {what}" for what, count in self.counts.items())
         with suppress(OSError):
             best = f", best {self.best:.4f} ({self.best_name})" if self.best_name else ""
@@ -288,9 +282,10 @@ class Progress:
             share = sum(min(1.0, job.step / job.max_steps) for job in running)
             self.bar.update(sum(self.counts.values()) + share - self.bar.n)
 
-    def note(self, job: Job) -> None:
-        if job.best < self.best:
-            self.best, self.best_name = job.best, job.name
+    def note(self, best: float, name: str) -> None:
+        """A result, perhaps of earlier."""
+        if best < self.best:
+            self.best, self.best_name = best, name
 
     def say(self, text: str) -> None:
         with suppress(OSError):

@@ -1,0 +1,317 @@
+"""Search a space of settings with Optuna (pip install optuna), each trial a training of its own.
+
+  python -m scripts.sweep sweep=lr_width                      20 trials, into runs/lr_width/trial_0000, trial_0001, ...
+  python -m scripts.sweep sweep=lr_width trials=100 jobs=4    four at a time
+  python -m scripts.sweep sweep=my.yaml training.max_steps=50      any setting of train.py, fixed for all trials
+
+Typed again it goes on where it was, and with what was cut off; typed on several machines that share the folder it works on
+one study. Trials whose validation loss is hopeless are stopped early. At the end it prints the best command line.
+
+  sweep=NAME       the space: conf/sweep/NAME.yaml, or a YAML file; see conf/space.py
+  name=NAME        of the folder below runs_dir, and of the study; without it, the space's
+  trials=20        in all, those of earlier times and other machines included; null for no limit
+  hours=null       of this search; what runs then is saved and left for the next time
+  jobs=1           trials at a time
+  pruner=median    how hopeless trials are told: median, hyperband or none
+  storage=URL      where the study lies, for Optuna; without it, a journal in the folder: study.log
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+import secrets
+import shlex
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import atomic
+from conf.identity import differences, listed
+from conf.launch import launch
+from conf.schema import ConfigError, Settings, compose, folder_name
+from conf.slots import INTERRUPTED, Job, Progress, Slots, in_words, metric_of, report_failures, run_jobs
+from conf.space import Point, Range, Space, read_space
+from training.run import is_run, this_process
+
+JOURNAL = "study.log"
+REFUSALS = 100  # points in a row that Optuna may suggest and the space not allow
+
+
+@dataclass(frozen=True)
+class SweepSettings:
+    """What is searched, for how long, and how; all other settings are the trainings' own."""
+
+    sweep: str = ""  # the space: a name in conf/sweep, or a YAML file
+    name: str = ""  # of the folder and of the study; empty: the space's
+    runs_dir: str = "runs"
+    trials: int | None = 20  # in all; null for no limit
+    hours: float | None = None  # of this search; whichever limit comes first ends it
+    jobs: int = 1  # trials at a time
+    pruner: Literal["median", "hyperband", "none"] = "median"
+    storage: str = ""  # a URL for Optuna; empty: a journal in the folder
+    train: tuple[str, ...] = ()  # what the command line says about the trainings
+
+    def problems(self) -> Iterator[str]:
+        """One sentence for each value that cannot work."""
+        if not self.sweep:
+            yield "sweep= is empty: name a space, as in sweep=lr_width."
+        for name in ("trials", "jobs"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                yield f"{name}={getattr(self, name)} must be at least 1."
+        if self.hours is not None and not self.hours > 0:
+            yield f"hours={self.hours} must be more than 0, or null for no limit."
+        if self.trials is None and self.hours is None:
+            yield "trials=null and hours=null have no end: give one of them."
+        yield from Settings(name=self.name, runs_dir=self.runs_dir).problems()
+
+
+def search(settings: SweepSettings) -> int:
+    """Search, or go on with it; print the best. Returns the exit code."""
+    space = read_space(settings.sweep, settings.train)
+    folder = Path(settings.runs_dir) / (settings.name or folder_name(Path(settings.sweep).stem))
+    usual = compose("config", [*space.words(space.draw(0)), "name=-"])
+    if is_run(folder):
+        raise ValueError(f"{folder} holds a run, not a sweep: choose another name=.")
+    folder.mkdir(parents=True, exist_ok=True)
+    source = Search(settings, space, folder, usual)
+    ended = [trial for trial in source.taken() if trial.state.is_finished()]
+    print(f"Sweep: {folder}, its study in {hidden(settings.storage) or folder / JOURNAL}"
+          + f", {len(ended)} trials before" * bool(ended), flush=True)
+    try:
+        code = run_jobs(source, Slots(settings.jobs), Progress(settings.trials, len(ended), 0))
+        tell_best(source, "\nThe same command goes on." * bool(code))
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # of which each kind of storage has its own
+        raise ValueError(f"{unreachable(settings, error)} The same command goes on.") from error
+    finally:
+        source.release()
+    return code or report_failures(source.failures)
+
+
+class Turn:
+    """A lock that is waited for, and dies with its holder; Optuna's own for a journal outlives a kill. See atomic.Lock.
+
+    Optuna takes it as a journal's lock. Whoever has its turn finds only whole lines in `journal`.
+    """
+
+    def __init__(self, path: Path, journal: Path | None = None) -> None:
+        self.path, self.journal = path, journal
+
+    def acquire(self) -> bool:
+        while True:
+            try:
+                self.lock = atomic.Lock(self.path, this_process())
+                break
+            except BlockingIOError:
+                time.sleep(0.01)
+        if self.journal:
+            atomic.Lines(self.journal).close()  # which removes a line that a kill cut short
+        return True
+
+    def release(self) -> None:
+        self.lock.release()
+
+    def __enter__(self) -> None:
+        self.acquire()
+
+    def __exit__(self, *failure: object) -> None:
+        self.release()
+
+
+class Search:
+    """Asks Optuna for trials, tells it how they go, and takes over those whose worker is gone.
+
+    A trial that is trained carries its `worker`, a file that this one holds as long as it lives. A suggestion that the
+    space does not allow is told as failed and carries none.
+    """
+
+    def __init__(self, settings: SweepSettings, space: Space, folder: Path, usual: Settings) -> None:
+        self.optuna = import_optuna()
+        self.settings, self.space, self.folder, self.usual = settings, space, folder, usual
+        self.metric = metric_of(list(space.varied))
+        self.turn = Turn(folder / "turn.lock")
+        self.failures: list[str] = []
+        self.trials: dict[Job, Any] = {}
+        self.hopeless: set[Job] = set()
+        self.looked = -math.inf
+        self.ends = time.monotonic() + 3600 * (settings.hours or math.inf)
+        with self.turn:
+            self.study = self.open_study()
+        self.worker = f"{socket.gethostname()}-{secrets.token_hex(4)}"
+        self.alive = atomic.Lock(self.worker_file(self.worker), this_process())
+
+    def open_study(self) -> Any:
+        """The study, begun or gone on with. Raises ValueError if it is out of reach, or of another space."""
+        optuna, settings = self.optuna, self.settings
+        limits = self.usual.training
+        pruner = {"median": lambda: optuna.pruners.MedianPruner(),
+                  "hyperband": lambda: optuna.pruners.HyperbandPruner(limits.eval_every, limits.max_steps),
+                  "none": lambda: optuna.pruners.NopPruner()}[settings.pruner]()
+        journal = self.folder / JOURNAL
+        try:
+            storage = settings.storage or optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(
+                str(journal), Turn(self.folder / "journal.lock", journal)))
+            study = optuna.create_study(storage=storage, study_name=self.folder.name, load_if_exists=True, pruner=pruner)
+            began = study.user_attrs.get("space")
+            if began is None:
+                study.set_user_attr("space", self.space.description())
+                study.set_user_attr("metric", self.metric)
+        except Exception as error:  # of which each kind of storage has its own
+            raise ValueError(unreachable(settings, error)) from error
+        if began and (changes := differences(began, self.space.description())):
+            raise ValueError(f"{self.folder} is the search of another space: {listed(changes)}. Choose another name=, or "
+                             f"keep the old space.")
+        return study
+
+    def worker_file(self, worker: str) -> Path:
+        return self.folder / "workers" / worker
+
+    def taken(self) -> list[Any]:
+        """The trials that are trained or were, by whatever worker."""
+        return [trial for trial in self.study.get_trials(deepcopy=False) if "worker" in trial.user_attrs]
+
+    def next_job(self) -> Job | None:
+        if time.monotonic() > self.ends or time.monotonic() - self.looked < 1:
+            return None
+        with self.turn:
+            trial = self.left_behind() or self.fresh()
+            if trial is None:
+                self.looked = time.monotonic()
+                return None
+            trial.set_user_attr("worker", self.worker)
+        point = {key: trial.params[key] for key in self.space.varied}
+        job = Job(f"trial_{trial.number:04d}", self.folder, in_words(self.space.words(point), self.folder),
+                  self.composed(point).training.max_steps, self.metric)
+        self.trials[job] = trial
+        return job
+
+    def left_behind(self) -> Any:
+        """A trial whose worker is gone: its file is there, and nobody holds it."""
+        for trial in self.taken():
+            worker = trial.user_attrs["worker"]
+            if trial.state.is_finished() or worker == self.worker or not self.worker_file(worker).exists():
+                continue
+            try:
+                atomic.Lock(self.worker_file(worker), this_process()).release()
+            except BlockingIOError:
+                continue
+            return self.optuna.trial.Trial(self.study, trial._trial_id)
+        return None
+
+    def fresh(self) -> Any:
+        """A new trial that the space allows; None if there are enough."""
+        refused: ConfigError | None = None
+        for attempt in range(2 * REFUSALS):
+            if self.settings.trials is not None and len(self.taken()) >= self.settings.trials:
+                return None
+            if attempt >= REFUSALS:  # what Optuna believes in is not allowed
+                self.study.enqueue_trial(self.space.draw(self.seed()))
+            self.study.sampler = self.optuna.samplers.TPESampler(seed=self.seed(), constant_liar=True)
+            trial = self.study.ask()
+            point = {key: suggested(trial, key, values) for key, values in self.space.varied.items()}
+            try:
+                if self.space.allows(point):
+                    self.composed(point)
+                    return trial
+            except ConfigError as error:
+                refused = error
+            self.study.tell(trial, state=self.optuna.trial.TrialState.FAIL)
+        raise refused or ValueError(f"{self.space.place}: the constraints allow too little to search: widen the space.")
+
+    def seed(self) -> int:
+        """A function of how many trials there are: going on does not draw again what was drawn at the beginning."""
+        number = len(self.study.get_trials(deepcopy=False))
+        return int.from_bytes(hashlib.sha256(f"{self.usual.seed} {number}".encode()).digest()[:4])
+
+    def composed(self, point: Point) -> Settings:
+        return compose("config", [*self.space.words(point), "name=-"])
+
+    def heard(self, job: Job) -> None:
+        trial = self.trials[job]
+        for row in job.heard:
+            if row.get(self.metric) is not None and row["step"] not in self.reported(trial):
+                trial.report(row[self.metric], row["step"])
+                if row["step"] < job.max_steps and not job.stopped and trial.should_prune():
+                    self.hopeless.add(job)
+                    job.stop()
+        if time.monotonic() > self.ends and not job.stopped:
+            job.stop()
+
+    def reported(self, trial: Any) -> dict[int, float]:
+        """What Optuna knows of the trial's course: one that goes on tells it again."""
+        return self.study.get_trials(deepcopy=False)[trial.number].intermediate_values
+
+    def ended(self, job: Job, code: int) -> None:
+        trial, states = self.trials[job], self.optuna.trial.TrialState
+        if job.failed(code):
+            self.failures.append(f"{job.name}: {job.reason(code)} Log: {job.log}")
+        if code == 0 and math.isfinite(job.best):
+            self.study.tell(trial, job.best)
+        elif code in INTERRUPTED and job not in self.hopeless:
+            return  # it is left for the next time
+        elif code in INTERRUPTED:
+            self.study.tell(trial, state=states.PRUNED)
+        else:
+            trial.set_user_attr("reason", job.reason(code) if code else f"It has no {self.metric}.")
+            self.study.tell(trial, state=states.FAIL)
+        del self.trials[job]
+
+    def release(self) -> None:
+        """Let go of what is not finished: the next worker finds it by our file."""
+        if not self.trials:
+            self.worker_file(self.worker).unlink()
+        self.alive.release()
+
+
+def import_optuna() -> Any:
+    try:
+        import optuna
+    except ImportError:
+        raise ValueError("Searching needs optuna: pip install optuna.") from None
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    return optuna
+
+
+def suggested(trial: Any, key: str, values: Range | list[Any]) -> Any:
+    """Optuna's value for a setting."""
+    if isinstance(values, list):
+        return trial.suggest_categorical(key, values)
+    if isinstance(values.low, int):
+        return trial.suggest_int(key, values.low, values.high, step=values.step or 1, log=values.log)
+    return trial.suggest_float(key, values.low, values.high, step=values.step, log=values.log)
+
+
+def unreachable(settings: SweepSettings, error: Exception) -> str:
+    """The sentence about a storage that does not answer."""
+    said = " ".join(str(error).split())
+    return (f"storage={hidden(settings.storage) or JOURNAL} cannot be reached or used "
+            f"({type(error).__name__}: {hidden(said)[:200]}).")
+
+
+def hidden(text: str) -> str:
+    """A URL without the password in it."""
+    return re.sub(r"://[^@/\s]*@", "://...@", text)
+
+
+def tell_best(source: Search, advice: str) -> None:
+    """Print how the trials ended, and the command line of the best one."""
+    trials = source.taken()
+    states = {"finished": "COMPLETE", "stopped early": "PRUNED", "failed": "FAIL", "not finished": "RUNNING"}
+    counts = {word: sum(trial.state.name == name for trial in trials) for word, name in states.items()}
+    print(f"{len(trials)} trials: " + ", ".join(f"{count} {word}" for word, count in counts.items() if count) + "." + advice)
+    complete = [trial for trial in trials if trial.state.name == "COMPLETE"]
+    if complete:
+        best = min(complete, key=lambda trial: trial.value)
+        words = source.space.words({key: best.params[key] for key in source.space.varied})
+        print(f"Best: {source.folder / f'trial_{best.number:04d}'}, {source.metric} {best.value:.4f}\n"
+              f"  {shlex.join(['python', 'train.py', *words])}")
+
+
+if __name__ == "__main__":
+    launch(search, SweepSettings, __doc__)

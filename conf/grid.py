@@ -18,7 +18,7 @@ from hydra.errors import HydraException
 from conf.cluster import Cluster
 from conf.identity import flat
 from conf.resume import is_finished
-from conf.schema import ConfigError, Settings, compose, folder_name
+from conf.schema import ConfigError, Settings, as_word, compose, folder_name
 from conf.slots import Job, Progress, Slots, held, in_words, metric_of, report_failures, run_jobs
 
 OWN = ("jobs=", "name=", "hydra/launcher=", "hydra.launcher.")  # how the words begin that are not for the jobs
@@ -39,11 +39,18 @@ class GridSettings:
 class Grid:
     """The jobs that wait for their turn, and why others failed."""
 
-    def __init__(self, waiting: list[Job], failures: list[str]) -> None:
-        self.waiting, self.failures, self.done = waiting, failures, 0
+    def __init__(self, left: list[Job], failures: list[str]) -> None:
+        self.left, self.failures, self.done = left, failures, 0
+
+    @property
+    def waiting(self) -> bool:
+        return bool(self.left)
 
     def next_job(self) -> Job | None:
-        return self.waiting.pop(0) if self.waiting else None
+        job = next((job for job in self.left if not job.busy()), None)
+        if job:
+            self.left.remove(job)
+        return job
 
     def heard(self, job: Job) -> None:
         pass
@@ -79,14 +86,15 @@ def run_grid(overrides: list[str]) -> int:
                 for job, (words, settings) in composed.items()]
         finished = [job for job in jobs if is_finished(composed[job.name][1], job.folder)]
         source = Grid([job for job in jobs if job not in finished], failures)
-        print(f"Sweep: {folder}, {len(jobs) + len(failures)} jobs" + f", {len(finished)} finished before" * bool(finished)
+        total = len(jobs) + len(failures)
+        print(f"Sweep: {folder}, {total} jobs" + f", {len(finished)} finished before" * bool(finished)
               + f", {len(failures)} that cannot be: see below" * bool(failures), flush=True)
-        progress = Progress(len(jobs) + len(failures), len(finished), len(failures))
+        progress = Progress(total, len(finished), len(failures))
         for job in finished:
             job.look()
             progress.note(job.best, job.name)
         code = run_jobs(source, slots, progress)
-    print(f"{len(finished) + source.done} of {len(composed) + len(failures)} jobs are finished in {folder}."
+    print(f"{len(finished) + source.done} of {total} jobs are finished in {folder}."
           + " The same command goes on." * bool(code))
     return code or report_failures(source.failures)
 
@@ -116,8 +124,7 @@ def compose_all(combinations: list[list[str]], swept: list[str]) -> tuple[dict[s
 
 def job_name(swept: list[str], values: dict[str, object]) -> str:
     """As in "lr=0.001,n_layer=2": what is swept, by the last part of its name, which no other setting has."""
-    shown = {key: str(values[key]).lower() if isinstance(values[key], bool | None) else values[key] for key in swept}
-    return folder_name(",".join(f"{key.rpartition('.')[2]}={value}" for key, value in shown.items()))
+    return folder_name(",".join(f"{key.rpartition('.')[2]}={as_word(values[key])}" for key in swept))
 
 
 def automatic_name(choices: dict[str, list[str]], swept: dict[str, str]) -> str:

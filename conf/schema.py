@@ -347,6 +347,11 @@ def default_name(overrides: list[str], settings: Settings, experiment: str) -> s
     return folder_name("-".join(part for part in parts if part))
 
 
+def as_word(value: Any) -> str:
+    """A value as the command line takes it."""
+    return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
+
+
 def folder_name(text: str) -> str:
     """`text` as a name that every file system takes; what is cut off a long one leaves a hash."""
     name = re.sub(r"[^\w.,=+-]+", "_", text)

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import atomic
 from training.interrupt import Interrupt
-from training.run import is_run, this_process
+from training.run import LOCK, is_run, this_process
 
 TRAIN = Path(__file__).parent.parent / "train.py"
 CHILD = "NANOHYDRA_CHILD"  # in the environment of a process that is to stop when its standard input ends
@@ -73,6 +73,15 @@ class Job:
         return [sys.executable, str(TRAIN), *self.words, f"runs_dir={self.sweep.parent}",
                 f"name={self.sweep.name}/{self.name}"]
 
+    def busy(self) -> bool:
+        """Whether another process trains in its folder: the child of a sweep that was killed may still be saving."""
+        try:
+            if (self.folder / LOCK).exists():
+                atomic.Lock(self.folder / LOCK, this_process()).release()
+        except BlockingIOError:
+            return True
+        return False
+
     def look(self) -> None:
         """Read what the metrics have grown by."""
         self.heard = []
@@ -112,6 +121,8 @@ class Job:
 
 class Source(Protocol):
     """Where jobs come from, and who hears how they go."""
+
+    waiting: bool  # there will be a next job, though not now
 
     def next_job(self) -> Job | None:
         """The next one to start; None if there is none now."""
@@ -156,10 +167,19 @@ class Slots:
 
     def __exit__(self, kind: type[BaseException] | None, *failure: object) -> None:
         """Whatever happened, no job is left behind: they save, unless a second Ctrl-C does not wait for that."""
-        for job in self.running:
-            job.process.kill() if kind is KeyboardInterrupt else job.stop()
-        while any(job.process.poll() is None for job in self.running):
-            time.sleep(self.look_seconds)
+        try:
+            if kind is KeyboardInterrupt:
+                raise KeyboardInterrupt
+            for job in self.running:
+                job.stop()
+            while any(job.process.poll() is None for job in self.running):
+                time.sleep(self.look_seconds)
+        except KeyboardInterrupt:
+            for job in self.running:
+                job.process.kill()
+            while any(job.process.poll() is None for job in self.running):
+                time.sleep(self.look_seconds)
+            raise
 
 
 def log_of(job: Job) -> Path:
@@ -224,7 +244,7 @@ def run_jobs(source: Source, slots: Slots, progress: Progress) -> int:
             while not interrupt and len(slots.running) + len(jobs) < slots.count and (job := source.next_job()):
                 jobs.append(job)
             slots.start(jobs)
-            if not slots.running:
+            if not slots.running and (interrupt or not source.waiting):
                 return interrupt.exit_code
             if interrupt and not told:
                 told = True

@@ -17,14 +17,16 @@ from __future__ import annotations
 import ast
 import math
 import random
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import CodeType
 from typing import Any
 
 from conf.identity import flat, kind
-from conf.schema import CONF, ConfigError, Settings, compose, convert, groups, leaves, options, read_yaml, unknown
+from conf.schema import CONF, ConfigError, Settings, as_word, compose, convert, groups, leaves, options, read_yaml, unknown
 
+TRIES = 50  # points of which one must make settings that can be trained
 DRAWS = 10_000  # points among which one must satisfy the constraints
 ARITHMETIC = (ast.Expression, ast.BoolOp, ast.And, ast.Or, ast.UnaryOp, ast.Not, ast.USub, ast.Compare, ast.cmpop, ast.BinOp,
               ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.Constant, ast.Name, ast.Load)
@@ -80,6 +82,10 @@ class Space:
         raise ValueError(f"The space {self.place}: none of {DRAWS:,} points drawn from it satisfies {which}: widen the "
                          f"space, or loosen the constraint.")
 
+    def usual(self) -> Settings:
+        """The settings of one of its points. Raises ConfigError if none of some can be trained."""
+        return first_settings(self.words(self.draw(seed)) for seed in range(TRIES))
+
     def description(self) -> dict[str, Any]:
         """What makes it this space and no other, as JSON can hold it."""
         varied = {f"space of {key}": asdict(values) if isinstance(values, Range) else values
@@ -131,9 +137,20 @@ def read_space(name: str, overrides: tuple[str, ...]) -> Space:
     space = Space(place, read, fixed, constraints, {})
     if not constraints:
         return space
-    point = {key: drawn(values, random.Random(0)) for key, values in read.items()}
-    known = flat(asdict(compose("config", ["name=-", *space.words(point)])))
+    chance = random.Random(0)
+    some = first_settings(space.words({key: drawn(values, chance) for key, values in read.items()}) for _ in range(TRIES))
+    known = flat(asdict(some))
     return Space(place, read, fixed, constraints, {key: known[key] for key in fixed if key in known})
+
+
+def first_settings(candidates: Iterable[list[str]]) -> Settings:
+    """The first of several lists of overrides that can be trained. Raises ConfigError if none can."""
+    for words in candidates:
+        try:
+            return compose("config", ["name=-", *words])
+        except ConfigError as error:
+            refused = error
+    raise refused
 
 
 def read_values(values: Any, hint: Any) -> Range | list[Any]:
@@ -182,8 +199,3 @@ def drawn(values: Range | list[Any], chance: random.Random) -> Any:
         step = values.step or 1
         return values.low + step * chance.randint(0, int((values.high - values.low) / step + 1e-9))
     return chance.uniform(values.low, values.high)
-
-
-def as_word(value: Any) -> str:
-    """A value as the command line takes it."""
-    return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)

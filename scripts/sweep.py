@@ -74,7 +74,7 @@ def search(settings: SweepSettings) -> int:
     """Search, or go on with it; print the best. Returns the exit code."""
     space = read_space(settings.sweep, settings.train)
     folder = Path(settings.runs_dir) / (settings.name or folder_name(Path(settings.sweep).stem))
-    usual = compose("config", [*space.words(space.draw(0)), "name=-"])
+    usual = space.usual()
     if is_run(folder):
         raise ValueError(f"{folder} holds a run, not a sweep: choose another name=.")
     folder.mkdir(parents=True, exist_ok=True)
@@ -139,7 +139,7 @@ class Search:
         self.failures: list[str] = []
         self.trials: dict[Job, Any] = {}
         self.hopeless: set[Job] = set()
-        self.looked = -math.inf
+        self.looked, self.waiting = -math.inf, False
         self.ends = time.monotonic() + 3600 * (settings.hours or math.inf)
         with self.turn:
             self.study = self.open_study()
@@ -185,14 +185,18 @@ class Search:
                 self.looked = time.monotonic()
                 return None
             trial.set_user_attr("worker", self.worker)
-        point = {key: trial.params[key] for key in self.space.varied}
-        job = Job(f"trial_{trial.number:04d}", self.folder, in_words(self.space.words(point), self.folder),
-                  self.composed(point).training.max_steps, self.metric)
+        job = self.job_of(trial)
         self.trials[job] = trial
         return job
 
+    def job_of(self, trial: Any) -> Job:
+        point = {key: trial.params[key] for key in self.space.varied}
+        return Job(f"trial_{trial.number:04d}", self.folder, in_words(self.space.words(point), self.folder),
+                   self.composed(point).training.max_steps, self.metric)
+
     def left_behind(self) -> Any:
-        """A trial whose worker is gone: its file is there, and nobody holds it."""
+        """A trial whose worker is gone: its file is there and nobody holds it. While its last process saves, we wait."""
+        self.waiting = False
         for trial in self.taken():
             worker = trial.user_attrs["worker"]
             if trial.state.is_finished() or worker == self.worker or not self.worker_file(worker).exists():
@@ -201,7 +205,9 @@ class Search:
                 atomic.Lock(self.worker_file(worker), this_process()).release()
             except BlockingIOError:
                 continue
-            return self.optuna.trial.Trial(self.study, trial._trial_id)
+            if not self.job_of(trial).busy():
+                return self.optuna.trial.Trial(self.study, trial._trial_id)
+            self.waiting = True
         return None
 
     def fresh(self) -> Any:

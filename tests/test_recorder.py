@@ -182,13 +182,14 @@ def test_offline_wandb_needs_no_account_and_a_resumed_run_continues_the_same_run
     pytest.importorskip("wandb")
     for start in (0, 2):
         time.sleep(1.1)  # W&B names its folders by the second; no two processes of a run begin in the same one
-        with Recorder(tmp_path, start, 9, LoggerConfig(wandb="offline"), {"name": "x", "seed": 5}) as recorder:
+        with Recorder(tmp_path, start, 9, LoggerConfig(wandb="offline", group="lrs", tags="sweep small"), {"name": "x", "seed": 5}) as recorder:
             assert recorder.wandb is not None
             for step in (start + 1, start + 2, start + 3):  # the third was not saved: the resumed run repeats it
                 recorder.record(step, loss=float(step), tokens=10 * step)
     run_id = json.loads((tmp_path / "wandb.json").read_text())["id"]
     files = sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
     found = [record for path in files for record in records(path)]
+    assert {(record.run.run_group, *record.run.tags) for record in found if record.run.run_id} == {("lrs", "sweep", "small")}
     assert len(files) == 2 and {record.run.run_id for record in found if record.run.run_id} == {run_id}
     rows = [{item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
             for record in found if record.history.item]

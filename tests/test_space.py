@@ -1,0 +1,118 @@
+"""Spaces to search: what a YAML file may say, in which words the rest is refused, and which points are drawn."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from conf.schema import ConfigError, compose
+from conf.space import Range, read_space
+
+WHOLE = """
+space:
+  optim.lr: {low: 1e-4, high: 1e-1, log: true}
+  model.n_embd: {low: 64, high: 256, step: 32}
+  model.n_layer: {low: 1, high: 16, log: true}
+  model.dropout: {low: 0, high: 0.5}
+  model.n_head: [1, 2, 3, 4]
+  model.bias: [true, false]
+  training.max_seconds: [null, 60]
+fixed:
+  experiment: pydocs
+  training.max_steps: 1e2
+constraints:
+  - model.n_embd % (2 * model.n_head) == 0
+  - model.n_layer * model.n_embd <= 1024 and training.max_steps < 1000
+"""
+
+
+@pytest.fixture
+def space(tmp_path):
+    def read(text, *overrides):
+        (tmp_path / "mine.yaml").write_text(text)
+        return read_space(str(tmp_path / "mine.yaml"), overrides)
+    return read
+
+
+def test_points_lie_in_the_space_and_satisfy_the_constraints(space):
+    whole = space(WHOLE)
+    points = [whole.draw(seed) for seed in range(300)]
+    assert whole.draw(7) == whole.draw(7) and points[0] != points[1]
+    for point in points:
+        assert 1e-4 <= point["optim.lr"] <= 1e-1 and 0 <= point["model.dropout"] <= 0.5
+        assert point["model.n_embd"] in range(64, 257, 32) and point["model.n_embd"] % (2 * point["model.n_head"]) == 0
+        assert isinstance(point["model.n_layer"], int) and 1 <= point["model.n_layer"] * point["model.n_embd"] <= 1024
+    assert {point["model.n_head"] for point in points} == {1, 2, 3, 4} and {point["model.bias"] for point in points} == {True, False}
+    middle = sum(math.log10(point["optim.lr"]) for point in points) / 300
+    assert -2.75 < middle < -2.25  # on a scale of logarithms; evenly it would be -1.4
+
+
+def test_a_points_words_make_the_settings_that_it_says(space):
+    whole = space(WHOLE, "seed=5")
+    point = whole.draw(1) | {"training.max_seconds": None, "model.bias": False}
+    settings = compose("config", whole.words(point))
+    assert settings.optim.lr == point["optim.lr"] and settings.model.n_embd == point["model.n_embd"]
+    assert (settings.training.max_steps, settings.training.max_seconds, settings.model.bias, settings.seed) == (100, None, False, 5)
+
+
+def test_what_is_whole_and_what_is_not_follows_from_the_setting(space):
+    read = space("space:\n  model.n_layer: {low: 1e0, high: 4}\n  optim.lr: {low: 1, high: 2}").varied
+    assert read == {"model.n_layer": Range(1, 4), "optim.lr": Range(1.0, 2.0)} and isinstance(read["model.n_layer"].low, int)
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ("space: {optim.lrr: [1]}", "optim.lrr .* is not a setting .did you mean optim.lr"), ("spcae: {optim.lr: [1]}\nspace: {seed: [1]}", "spcae .* is not a part"),
+    ("space: {}", "has no space"), ("fixed: {seed: 1}", "has no space"), ("- 1", "holds no settings"), ("space: [", "not YAML .* line 1"),
+    ("space: {optim.lr: {low: 3, high: 1}}", "which has no values"), ("space: {optim.lr: {low: 0, high: 1, log: true}}", "more than 0"),
+    ("space: {optim.lr: {low: 1, high: 2, step: 0}}", "which has no values"), ("space: {optim.lr: {low: 1, high: 2, lgo: 3}}", "neither a range"),
+    ("space: {optim.lr: 3}", "neither a range"), ("space: {optim.lr: []}", "neither a range"), ("space: {optim.lr: [abc]}", "is not a number"),
+    ("space: {model.bias: {low: false, high: true}}", "takes no range"), ("space: {model.n_layer: {low: 1, high: 2.5}}", "whole number"),
+    ("space: {model: [nano, nope]}", "has no preset nope"), ("space: {model: {low: 1, high: 2}}", "takes no range"),
+    ("space: {seed: [1]}\nfixed: {seed: 2}", "is fixed too"), ("space: {seed: [1]}\nfixed: 3", "are settings with their values"),
+    ("space: {seed: [1]}\nconstraints: [seed <]", "cannot be read"), ("space: {seed: [1]}\nconstraints: [model.n_layer < 3]", "speaks of model.n_layer"),
+    ("space: {seed: [1]}\nconstraints: ['__import__(\"os\")']", "more than arithmetic"), ("space: {seed: [1]}\nconstraints: [seed.real > 0]", "speaks of seed.real"),
+    ("space: {seed: [1]}\nconstraints: ['[seed for x in (1,)]']", "more than arithmetic|speaks of"), ("space: {seed: [1]}\nconstraints: [seed ** seed > 0]", "more than"),
+])
+def test_what_is_wrong_with_a_space_is_one_sentence(text, words, space):
+    with pytest.raises(ConfigError, match=words) as caught:
+        space(text)
+    assert "\n" not in str(caught.value) and "mine.yaml" in str(caught.value)
+
+
+def test_all_that_is_wrong_comes_at_once(space):
+    with pytest.raises(ConfigError, match="2 problems"):
+        space("space: {optim.lr: 3, seed: {low: 2, high: 1}}")
+
+
+def test_a_constraint_that_nothing_satisfies_is_named(space):
+    impossible = space("space: {seed: [1, 2], model.n_head: [1, 2]}\nconstraints: [seed > 0, seed > 2]")
+    with pytest.raises(ValueError, match="none of 10,000 points drawn from it satisfies the constraint 'seed > 2'"):
+        impossible.draw(0)
+    together = space("space: {seed: [1, 2], model.n_head: [1, 2]}\nconstraints: [seed > model.n_head, seed < 2]")
+    with pytest.raises(ValueError, match="satisfies all of"):
+        together.draw(0)
+    with pytest.raises(ValueError, match=r"cannot be computed for .*: .*zero"):
+        space("space: {seed: [0]}\nconstraints: [1 / seed > 0]").draw(0)
+
+
+def test_what_varies_cannot_be_fixed_on_the_command_line(space):
+    with pytest.raises(ConfigError, match=r"optim.lr varies .* fixed too"):
+        space("space: {optim.lr: [1]}", "optim.lr=2")
+
+
+def test_a_space_that_is_not_there_is_named_with_those_that_are():
+    with pytest.raises(ConfigError, match=r"sweep=lr_widht is not there: choose one of lr_width"):
+        read_space("lr_widht", ())
+
+
+def test_the_space_that_comes_along_has_points():
+    shipped = read_space("lr_width", ())
+    for seed in range(3):
+        assert compose("config", shipped.words(shipped.draw(seed))).training.max_steps == 100
+
+
+def test_two_spaces_differ_by_all_but_what_is_free(space):
+    one = space(WHOLE).description()
+    assert one == space(WHOLE, "logger.wandb=offline").description() != space(WHOLE, "seed=1").description()
+    assert one != space(WHOLE.replace("high: 1e-1", "high: 1")).description() != space(WHOLE.replace("1024", "1000")).description()

@@ -1,0 +1,270 @@
+"""Searches: what Optuna is asked and told, budgets, several workers, and what is left after kills."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+
+from conf.schema import compose
+from conf.space import read_space
+from scripts import sweep
+from scripts.sweep import JOURNAL, Search, SweepSettings, hidden, tell_best
+
+ROOT = Path(__file__).parent.parent
+optuna = pytest.importorskip("optuna")
+
+
+class Process:
+    """In place of a child: it only knows whether it was asked to end."""
+
+    def terminate(self):
+        self.asked = True
+
+
+@pytest.fixture
+def begin(book, tmp_path):
+    """A worker on the study in `tmp_path`/study: `begin(trials=3)`."""
+    def make(text="space:\n  optim.lr: {low: 1e-4, high: 1e-1, log: true}\n", *overrides, **settings):
+        path = tmp_path / "space.yaml"
+        path.write_text(f"{text}\nfixed:\n  model: nano\n  training: smoke\n  data: text\n  data.path: {book}\n")
+        space = read_space(str(path), overrides)
+        (tmp_path / "study").mkdir(exist_ok=True)
+        return Search(SweepSettings(sweep=str(path), **settings), space, tmp_path / "study", space.usual())
+    return make
+
+
+def take(search):
+    """The worker's next job, begun."""
+    search.looked = float("-inf")
+    if job := search.next_job():
+        job.process = Process()
+    return job
+
+
+def go(search, job, *losses):
+    """The job's validation losses at steps 2, 4, ...; then it ends, or it was stopped."""
+    for number, loss in enumerate(losses, 1):
+        job.heard = [{"step": 2 * number, "loss": 9.0}, {"step": 2 * number, "val_loss": loss}]
+        job.best = min(job.best, loss)
+        search.heard(job)
+    search.ended(job, 143 if job.stopped else 0)
+
+
+def states(search):
+    return [trial.state.name for trial in search.study.get_trials()]
+
+
+def test_the_best_validation_loss_is_told_and_the_best_command_line_printed(begin, tmp_path, capsys):
+    search = begin(trials=3)
+    for loss in (3.0, 2.0, 2.5):
+        go(search, job := take(search), 9.0, loss, loss + 0.1)
+    assert take(search) is None and [trial.value for trial in search.study.trials] == [3.0, 2.0, 2.5]
+    assert search.study.trials[1].intermediate_values == {2: 9.0, 4: 2.0, 6: 2.1}
+    tell_best(search, "")
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "3 trials: 3 finished." and said[1] == f"Best: {tmp_path}/study/trial_0001, val_loss 2.0000"
+    words = shlex.split(said[2])
+    assert words[:2] == ["python", "train.py"]
+    assert compose("config", words[2:]).optim.lr == search.study.trials[1].params["optim.lr"]
+    assert job.folder == tmp_path / "study/trial_0002" and f"optim.lr={search.study.trials[2].params['optim.lr']}" in job.command
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("pruner", "stopped"), [("median", True), ("none", False)])
+def test_a_hopeless_trial_is_stopped(begin, pruner, stopped):
+    search = begin(trials=9, pruner=pruner)
+    for _ in range(5):
+        go(search, take(search), 2.0, 1.0)
+    go(search, job := take(search), 8.0)
+    assert job.stopped == stopped and states(search)[5] == ("PRUNED" if stopped else "COMPLETE")
+    go(search, job := take(search), 1.5)
+    assert not job.stopped and not search.failures
+
+
+@pytest.mark.slow
+def test_hyperband_stops_what_is_hopeless_too(begin):
+    search = begin(trials=40, pruner="hyperband")
+    for number in range(20):
+        go(search, take(search), *[1.0 + number] * 9)
+    assert "PRUNED" in states(search)
+
+
+def test_a_last_evaluation_stops_nothing(begin):
+    search = begin(trials=9)
+    for _ in range(5):
+        go(search, take(search), *[1.0] * 10)
+    go(search, job := take(search), *[1.0] * 9, 8.0)
+    assert not job.stopped and states(search)[5] == "COMPLETE"  # training=smoke has 20 steps
+
+
+def test_two_workers_share_one_budget_and_one_study(begin):
+    one, other = begin(trials=5), begin(trials=5)
+    jobs = [take(worker) for worker in (one, other, one, other, one)]
+    assert take(one) is None and take(other) is None
+    assert sorted(job.name for job in jobs) == [f"trial_{number:04d}" for number in range(5)]
+    for worker, job in zip((one, other, one, other, one), jobs, strict=True):
+        go(worker, job, 1.0)
+    assert states(one) == states(other) == ["COMPLETE"] * 5 and len({trial.params["optim.lr"] for trial in one.study.trials}) == 5
+
+
+def test_a_trial_of_a_worker_that_died_is_gone_on_with(begin):
+    one, other = begin(trials=2), begin(trials=2)
+    first, second = take(one), take(other)
+    assert take(other) is None
+    first.heard = [{"step": 2, "val_loss": 2.0}]
+    one.heard(first)
+    one.alive.release()  # as the end of its process does
+    again = take(other)
+    assert again.name == first.name and again.command == first.command
+    with warnings.catch_warnings(record=True) as complaints:
+        go(other, again, 2.0, 1.0)  # it goes on from a checkpoint: its metrics begin with what was told before
+    assert not complaints and other.study.trials[0].intermediate_values == {2: 2.0, 4: 1.0}
+    go(other, second, 1.0)
+    assert take(other) is None and states(other) == ["COMPLETE"] * 2
+
+
+def test_a_killed_job_is_left_for_the_next_time_and_a_failed_one_is_not(begin):
+    one = begin(trials=2)
+    one.ended(killed := take(one), -signal.SIGKILL)
+    failed = take(one)
+    failed.log.parent.mkdir()
+    failed.log.write_text("Error: the loss is nan\n")
+    one.ended(failed, 1)
+    assert states(one) == ["RUNNING", "FAIL"] and one.study.trials[1].user_attrs["reason"] == "the loss is nan"
+    assert one.failures[0].startswith("trial_0000: killed by SIGKILL") and one.failures[1].startswith("trial_0001: the loss is nan")
+    assert take(one) is None  # in this life it would only be killed again
+    one.release()
+    other = begin(trials=2)
+    assert take(other).name == killed.name and take(other) is None
+
+
+def test_a_trial_that_ends_without_a_loss_failed(begin):
+    search = begin(trials=1)
+    search.ended(take(search), 0)
+    assert states(search) == ["FAIL"] and "val_loss" in search.study.trials[0].user_attrs["reason"]
+
+
+def test_hours_end_a_search_and_leave_its_trials(begin):
+    search = begin(trials=None, hours=1)
+    job = take(search)
+    search.heard(job)
+    assert not job.stopped
+    search.ends = time.monotonic() - 1
+    search.heard(job)
+    assert job.stopped and take(search) is None
+    search.ended(job, 143)
+    assert states(search) == ["RUNNING"] and not search.failures
+
+
+def test_a_worker_that_leaves_nothing_leaves_no_file(begin, tmp_path):
+    search = begin(trials=1)
+    go(search, take(search), 1.0)
+    search.release()
+    assert not list((tmp_path / "study" / "workers").iterdir())
+
+
+def test_a_line_of_the_journal_that_a_kill_cut_short_loses_no_trial(begin, tmp_path):
+    one = begin(trials=2)
+    go(one, take(one), 1.0)
+    with open(tmp_path / "study" / JOURNAL, "a") as file:
+        file.write('{"op_code":5,"worker_id":"x')
+    other = begin(trials=2)
+    go(other, take(other), 2.0)
+    assert [trial.value for trial in begin(trials=2).study.trials] == [1.0, 2.0]
+
+
+@pytest.mark.slow
+def test_going_on_draws_no_point_again(begin):
+    one = begin(trials=8)
+    for _ in range(4):
+        go(one, take(one), 1.0)
+    one.release()
+    other = begin(trials=8)
+    for _ in range(4):
+        go(other, take(other), 1.0)
+    assert len({trial.params["optim.lr"] for trial in other.study.trials}) == 8
+
+
+def test_points_that_are_not_allowed_take_none_of_the_budget(begin, monkeypatch):
+    monkeypatch.setattr(sweep, "REFUSALS", 3)
+    search = begin("space: {seed: {low: 1, high: 200}, optim.lr: [0.1]}\nconstraints: [seed == 7]", trials=2)
+    for _ in range(2):
+        go(search, take(search), 1.0)
+    assert [trial.params["seed"] for trial in search.taken()] == [7, 7] and take(search) is None
+
+
+def test_points_that_make_no_training_are_refused(begin, monkeypatch):
+    monkeypatch.setattr(sweep, "REFUSALS", 3)
+    search = begin("space: {model.n_embd: [32, 33]}", trials=5)
+    for _ in range(5):
+        go(search, job := take(search), 1.0)
+        assert "model.n_embd=32" in job.command
+    with pytest.raises(ValueError, match="not divisible by n_head"):
+        begin("space: {model.n_embd: [33, 35]}")
+
+
+def test_another_space_under_the_same_name_is_refused(begin):
+    begin().release()
+    with pytest.raises(ValueError, match=r"is the search of another space: space of optim.lr.high was 0.1 and is now 0.5"):
+        begin("space:\n  optim.lr: {low: 1e-4, high: 0.5, log: true}")
+    with pytest.raises(ValueError, match=r"training.max_steps was None and is now 9"):
+        begin("space:\n  optim.lr: {low: 1e-4, high: 1e-1, log: true}", "training.max_steps=9")
+    begin("space:\n  optim.lr: {low: 1e-4, high: 1e-1, log: true}", "logger.project=other")
+
+
+@pytest.mark.slow
+def test_a_database_is_a_storage_too(begin, tmp_path):
+    url = f"sqlite:///{tmp_path}/study.db"
+    go(one := begin(trials=2, storage=url), take(one), 1.0)
+    assert take(begin(trials=2, storage=url)).name == "trial_0001" and not (tmp_path / "study" / JOURNAL).exists()
+
+
+@pytest.mark.parametrize("storage", ["sqlite:////no/such/folder/study.db", "nonsense", "nodatabase://me:secret@host/x"])
+def test_a_storage_that_cannot_be_reached_is_one_sentence(begin, storage):
+    with pytest.raises(ValueError, match="cannot be reached or used") as caught:
+        begin(storage=storage)
+    assert "secret" not in str(caught.value) and "\n" not in str(caught.value)
+    assert hidden("mysql://me:secret@host/x") == "mysql://...@host/x"
+
+
+def test_without_optuna_it_says_what_to_install(begin, monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(ValueError, match="pip install optuna"):
+        begin()
+
+
+@pytest.mark.parametrize(("settings", "words"), [({}, "sweep= is empty"), ({"trials": 0}, "trials=0"), ({"jobs": 0}, "jobs=0"), ({"hours": -1.0}, "hours=-1"),
+                                                 ({"trials": None}, "have no end"), ({"name": "../x"}, "would leave")])
+def test_bad_settings_are_named(settings, words):
+    assert any(words in problem for problem in SweepSettings(**settings).problems())
+
+
+@pytest.mark.slow
+def test_two_workers_one_of_them_killed_finish_one_study(book, tmp_path):
+    (tmp_path / "space.yaml").write_text("space:\n  optim.lr: {low: 1e-4, high: 1e-1, log: true}\n")
+    words = ["-m", "scripts.sweep", f"sweep={tmp_path}/space.yaml", f"runs_dir={tmp_path}", "name=study", "trials=4", "pruner=none", "model=nano",
+             "data=text", f"data.path={book}", "data.tokenizer=char", "training=smoke", "training.max_steps=150", "training.sample_tokens=0"]
+
+    def worker():
+        return subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    doomed, other = worker(), worker()
+    until = time.monotonic() + 120
+    while len(list((tmp_path / "study").glob("trial_*/metrics.jsonl"))) < 2:
+        assert time.monotonic() < until and other.poll() is None
+        time.sleep(0.05)
+    doomed.kill()
+    doomed.communicate()
+    said, complaints = other.communicate(timeout=300)
+    assert other.returncode == 0 and "4 trials: 4 finished." in said and "python train.py" in said, said + complaints
+    assert len(list((tmp_path / "study").glob("trial_*/checkpoints"))) == 4
+    again = worker()
+    said, _ = again.communicate(timeout=120)
+    assert again.returncode == 0 and "4 trials before" in said and "4 trials: 4 finished." in said

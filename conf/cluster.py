@@ -39,7 +39,10 @@ class Cluster(Slots):
             raise ValueError(f"{overrides[0]}: choose slurm, submitit_slurm or submitit_local; without a launcher, the "
                              f"jobs run here.")
         timeouts = {f"{executor}_max_num_timeout": settings.pop("max_num_timeout")} if executor == "slurm" else {}
-        self.executor = submitit.AutoExecutor(folder / "submitit" / "%j", cluster=executor, **timeouts)
+        try:
+            self.executor = submitit.AutoExecutor(folder / "submitit" / "%j", cluster=executor, **timeouts)
+        except RuntimeError as error:  # such as no SLURM here
+            raise ValueError(f"{overrides[0]} cannot be used here: {error}") from None
         del settings["submitit_folder"]
         settings["name"] = folder.name
         self.executor.update_parameters(**{key if key in COMMON else f"{executor}_{key}": value

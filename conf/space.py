@@ -26,7 +26,7 @@ from typing import Any
 from conf.identity import flat, kind
 from conf.schema import CONF, ConfigError, Settings, as_word, compose, convert, groups, leaves, options, read_yaml, unknown
 
-TRIES = 50  # points of which one must make settings that can be trained
+TRIES = 20  # points of which one must make settings that can be trained
 DRAWS = 10_000  # points among which one must satisfy the constraints
 ARITHMETIC = (ast.Expression, ast.BoolOp, ast.And, ast.Or, ast.UnaryOp, ast.Not, ast.USub, ast.Compare, ast.cmpop, ast.BinOp,
               ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.Constant, ast.Name, ast.Load)

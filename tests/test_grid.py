@@ -295,9 +295,10 @@ def test_a_cluster_runs_the_jobs_and_loses_no_failure(book, tmp_path):
 @pytest.mark.slow
 def test_a_launcher_that_is_none_or_misses_its_settings_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))  # where no srun is
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     for words, said in ((["hydra/launcher=basic"], "choose slurm"), (["hydra/launcher=nope"], "nope"),
-                        (["hydra/launcher=slurm", "hydra.launcher.partitoin=a"], "partitoin")):
+                        (["hydra/launcher=slurm", "hydra.launcher.partitoin=a"], "partitoin"), (["hydra/launcher=slurm"], "slurm cluster")):
         with pytest.raises(ValueError, match=said) as caught:
             grid.run_grid(["seed=1,2", *words])
         assert "\n" not in str(caught.value)

@@ -18,7 +18,8 @@ from scripts import sweep
 from scripts.sweep import JOURNAL, Search, SweepSettings, hidden, tell_best
 
 ROOT = Path(__file__).parent.parent
-optuna = pytest.importorskip("optuna")
+pytest.importorskip("optuna")
+pytestmark = pytest.mark.slow  # each about a second, and they are many
 
 
 class Process:
@@ -76,7 +77,6 @@ def test_the_best_validation_loss_is_told_and_the_best_command_line_printed(begi
     assert job.folder == tmp_path / "study/trial_0002" and f"optim.lr={search.study.trials[2].params['optim.lr']}" in job.command
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("pruner", "stopped"), [("median", True), ("none", False)])
 def test_a_hopeless_trial_is_stopped(begin, pruner, stopped):
     search = begin(trials=9, pruner=pruner)
@@ -88,7 +88,6 @@ def test_a_hopeless_trial_is_stopped(begin, pruner, stopped):
     assert not job.stopped and not search.failures
 
 
-@pytest.mark.slow
 def test_hyperband_stops_what_is_hopeless_too(begin):
     search = begin(trials=40, pruner="hyperband")
     for number in range(20):
@@ -180,7 +179,6 @@ def test_a_line_of_the_journal_that_a_kill_cut_short_loses_no_trial(begin, tmp_p
     assert [trial.value for trial in begin(trials=2).study.trials] == [1.0, 2.0]
 
 
-@pytest.mark.slow
 def test_going_on_draws_no_point_again(begin):
     one = begin(trials=8)
     for _ in range(4):
@@ -219,7 +217,6 @@ def test_another_space_under_the_same_name_is_refused(begin):
     begin("space:\n  optim.lr: {low: 1e-4, high: 1e-1, log: true}", "logger.project=other")
 
 
-@pytest.mark.slow
 def test_a_database_is_a_storage_too(begin, tmp_path):
     url = f"sqlite:///{tmp_path}/study.db"
     go(one := begin(trials=2, storage=url), take(one), 1.0)
@@ -246,7 +243,6 @@ def test_bad_settings_are_named(settings, words):
     assert any(words in problem for problem in SweepSettings(**settings).problems())
 
 
-@pytest.mark.slow
 def test_two_workers_one_of_them_killed_finish_one_study(book, tmp_path):
     (tmp_path / "space.yaml").write_text("space:\n  optim.lr: {low: 1e-4, high: 1e-1, log: true}\n")
     words = ["-m", "scripts.sweep", f"sweep={tmp_path}/space.yaml", f"runs_dir={tmp_path}", "name=study", "trials=4", "pruner=none", "model=nano",

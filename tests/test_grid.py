@@ -69,6 +69,7 @@ def test_equal_jobs_are_one_and_different_ones_share_no_name(tmp_path):
         grid.compose_all([["data=text", f"data.path={tmp_path / name}", "name=x"] for name in ("a b", "a_b")], ["data.path"])
 
 
+@pytest.mark.slow
 def test_other_values_of_the_same_settings_are_the_same_sweep():
     def name(*words):
         choices = {word: grid.values_of(word) for word in words}
@@ -142,6 +143,7 @@ def test_an_interruption_stops_all_jobs_and_starts_no_other(tmp_path, number, ca
     assert [one.process.poll() for one in jobs[:2]] == [143, 143]
 
 
+@pytest.mark.slow
 def test_a_second_interruption_does_not_wait(tmp_path):
     stubborn = job(tmp_path, "a", f"trap '' TERM; touch {tmp_path}/on-a; while true; do sleep 0.05; done")
 
@@ -157,6 +159,7 @@ def test_a_second_interruption_does_not_wait(tmp_path):
     assert stubborn.process.poll() == -signal.SIGKILL
 
 
+@pytest.mark.slow
 def test_a_folder_that_another_process_trains_in_is_waited_for(tmp_path):
     """As that of a sweep that was killed, whose child still saves."""
     (tmp_path / "a").mkdir()

@@ -35,6 +35,7 @@ def space(tmp_path):
     return read
 
 
+@pytest.mark.slow
 def test_points_lie_in_the_space_and_satisfy_the_constraints(space):
     whole = space(WHOLE)
     points = [whole.draw(seed) for seed in range(300)]
@@ -48,6 +49,7 @@ def test_points_lie_in_the_space_and_satisfy_the_constraints(space):
     assert -2.75 < middle < -2.25  # on a scale of logarithms; evenly it would be -1.4
 
 
+@pytest.mark.slow
 def test_a_points_words_make_the_settings_that_it_says(space):
     whole = space(WHOLE, "seed=5")
     point = whole.draw(1) | {"training.max_seconds": None, "model.bias": False}
@@ -106,12 +108,14 @@ def test_a_space_that_is_not_there_is_named_with_those_that_are():
         read_space("lr_widht", ())
 
 
+@pytest.mark.slow
 def test_the_space_that_comes_along_has_points():
     shipped = read_space("lr_width", ())
     for seed in range(3):
         assert compose("config", shipped.words(shipped.draw(seed))).training.max_steps == 100
 
 
+@pytest.mark.slow
 def test_two_spaces_differ_by_all_but_what_is_free(space):
     one = space(WHOLE).description()
     assert one == space(WHOLE, "logger.wandb=offline").description() != space(WHOLE, "seed=1").description()

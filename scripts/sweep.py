@@ -198,11 +198,11 @@ class Search:
         """A trial whose worker is gone: its file is there and nobody holds it. While its last process saves, we wait."""
         self.waiting = False
         for trial in self.taken():
-            worker = trial.user_attrs["worker"]
-            if trial.state.is_finished() or worker == self.worker or not self.worker_file(worker).exists():
+            file = self.worker_file(trial.user_attrs["worker"])
+            if trial.state.is_finished() or not file.exists():
                 continue
             try:
-                atomic.Lock(self.worker_file(worker), this_process()).release()
+                atomic.Lock(file, this_process()).release()  # our own is held too
             except BlockingIOError:
                 continue
             if not self.job_of(trial).busy():

@@ -38,6 +38,7 @@ from data.prepare import describe, load_tokenizer, prepare, val_bytes_per_token
 from data.shards import open_parts
 from data.tokenizer import Tokenizer
 from model import GPT
+from report.page import after_training
 from sample import complete, open_checkpoint, print_completions
 from training import checkpoint, nonfinite
 from training.checkpoint import Checkpoint
@@ -45,6 +46,7 @@ from training.config import TrainingConfig
 from training.device import Device, maybe_compile, seconds_of
 from training.interrupt import Interrupt
 from training.optim import Optimizers, extension, lr_scale, same_rates
+from training.provenance import record_start
 from training.recorder import Recorder
 from training.run import Run
 from training.saver import Saver
@@ -103,6 +105,7 @@ def train(settings: Settings) -> int:
                                     lambda compiled: trial(compiled, loader, device, boundary), recorder.say)
             facts = {"settings": identity(settings, prepared, device.precision), "max_steps": limits.max_steps,
                      "model": asdict(model.config), "environment": asdict(device.environment(forward is not model))}
+            record_start(run.folder, state.step, facts["environment"])
 
             def due() -> bool:
                 return state.step % limits.checkpoint_every == 0
@@ -145,7 +148,7 @@ def train(settings: Settings) -> int:
                     val_loss = evaluate(model, validation, device, boundary)
                     report(recorder, state.step, val_loss, bytes_per_token)
                     if limits.sample_tokens:
-                        recorder.say(f"  {short_sample(model, tokenizer, limits.sample_tokens, device)!r}")
+                        recorder.sample(state.step, short_sample(model, tokenizer, limits.sample_tokens, device))
                 if ending or due():
                     save(val_loss)
                 saver.check()
@@ -160,6 +163,8 @@ def train(settings: Settings) -> int:
                 recorder.say(f"Interrupted: {state.step} of {limits.max_steps} steps are saved in {run.folder}; "
                              f"the same command goes on from there.")
                 return interrupt.exit_code
+            if settings.logger.report:
+                recorder.say(after_training(run.folder))
         print(f"Trained {state.step} steps in {state.seconds:.0f} s, and waited {saver.held_up_seconds:.1f} s for saving.")
         return finish(run, limits)
 

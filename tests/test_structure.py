@@ -38,21 +38,26 @@ def test_conf_imports_no_entry_point():
         assert not imports(path) & {"train", "sample", "scripts"}, path
 
 
+def test_reports_know_runs_and_no_entry_point():
+    for path in files("report"):
+        assert not imports(path) & {"model", "data", "train", "sample", "scripts", "torch"}, path
+
+
 def test_the_model_knows_no_files_and_no_configuration_framework():
     for path in files("model"):
         assert not imports(path) & {"hydra", "omegaconf", "pathlib", "os", "json", "tiktoken", "numpy", "atomic"}, path
 
 
 def test_only_conf_knows_hydra():
-    for path in [*files(*WINGS, "scripts"), ROOT / "train.py", ROOT / "sample.py"]:
+    for path in [*files(*WINGS, "report", "scripts"), ROOT / "train.py", ROOT / "sample.py"]:
         assert not imports(path) & {"hydra", "omegaconf"}, path
 
 
 def test_a_dict_config_lives_in_the_schema_only():
-    for path in [*files(*WINGS, "scripts"), ROOT / "train.py", ROOT / "sample.py", ROOT / "conf" / "launch.py"]:
+    for path in [*files(*WINGS, "report", "scripts"), ROOT / "train.py", ROOT / "sample.py", ROOT / "conf" / "launch.py"]:
         assert "omegaconf" not in path.read_text().lower(), path
 
 
 def test_no_pickle_and_no_torch_load():
-    for path in [*files(*WINGS, "conf", "scripts"), *ROOT.glob("*.py")]:
+    for path in [*files(*WINGS, "conf", "report", "scripts"), *ROOT.glob("*.py")]:
         assert "pickle" not in imports(path) and "torch.load(" not in path.read_text(), path

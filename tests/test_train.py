@@ -29,7 +29,7 @@ def test_a_run_learns_and_leaves_all_it_should(compose_tiny, tmp_path, capsys):
     settings = compose_tiny("training.max_steps=40", "training.checkpoint_every=10", "training.keep_last=2")
     assert story.train(settings) == 0
     run = tmp_path / "runs" / "tiny"
-    assert {path.name for path in run.iterdir()} == {"config.yaml", "metrics.jsonl", "log.txt", "checkpoints", "lock"}
+    assert {path.name for path in run.iterdir()} == {"config.yaml", "metrics.jsonl", "log.txt", "environment.jsonl", "checkpoints", "lock"}
     rows = read_metrics(run)
     losses = [row["loss"] for row in rows if "loss" in row]
     evaluations = [row for row in rows if "val_loss" in row]

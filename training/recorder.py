@@ -31,6 +31,7 @@ class LoggerConfig:
     project: str = "nanohydra"
     group: str = ""  # what W&B shows together; a sweep's jobs have the sweep's name
     tags: str = ""  # separated by blanks
+    report: bool = True  # at the end, report.html in the run's folder
 
     def problems(self) -> Iterator[str]:
         """One sentence for each value that cannot work."""
@@ -63,6 +64,12 @@ class Recorder:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
 
+    def sample(self, step: int, text: str) -> None:
+        """What the model writes after `step` steps: for people, and as a line of metrics."""
+        self.say(f"  {text!r}")
+        self.metrics.add(json.dumps({"step": step, "sample": text}))
+        self.samples.append((step, text))
+
     def record(self, step: int, **values: float | bool) -> None:
         """One line of metrics. `step` counts finished steps; what is not finite becomes null."""
         values = {key: value if math.isfinite(value) else None for key, value in {"step": step, **values}.items()}
@@ -75,12 +82,13 @@ class Recorder:
     def cut_back(self, step: int) -> None:
         """Go back to `step`: drop the metrics of later steps, and lines that are damaged."""
         self.metrics.close()
-        kept = []
+        kept, self.samples = [], []
         for line in self.metrics.path.read_bytes().splitlines(keepends=True):
             with suppress(ValueError, KeyError, TypeError, RecursionError):
                 row = json.loads(line)
                 if row["step"] <= step:
                     kept.append((line, float(row["loss"]) if row.get("loss") is not None else None))
+                    self.samples += [(row["step"], row["sample"])] if "sample" in row else []
         atomic.shorten(self.metrics.path, b"".join(line for line, _ in kept))
         self.metrics = atomic.Lines(self.metrics.path)
         self.recent.clear()
@@ -120,6 +128,15 @@ class Recorder:
             self.say(f"Warning: W&B could not start ({type(error).__name__}: {first_line(error)}); metrics stay local.")
         return None
 
+    def _end_wandb(self) -> None:
+        """Send all samples of the run as one table, and take leave."""
+        if self.samples:
+            import wandb
+
+            table = wandb.Table(columns=["step", "sample"], data=self.samples)
+            self.wandb.log({"step": self.samples[-1][0], "samples": table})
+        self.wandb.finish()
+
     def _mirror(self, send: Any) -> None:
         try:
             send()
@@ -134,7 +151,7 @@ class Recorder:
         with suppress(OSError):
             self.bar.close()
         if self.wandb is not None and kind is not KeyboardInterrupt:  # which does not wait
-            self._mirror(self.wandb.finish)
+            self._mirror(self._end_wandb)
         self.metrics.close()
         self.log.close()
 

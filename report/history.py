@@ -1,0 +1,178 @@
+"""A run as its folder tells it: settings, losses, samples, where it was computed. Reads, and changes nothing.
+
+A training under way or killed leaves a last line that is cut short: lines that cannot be read are passed over.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from conf.identity import flat, kind
+from training.provenance import STARTS
+from training.run import find_run
+
+POINTS = 250  # of a curve: more than a picture can show
+AXES = ("steps", "tokens", "seconds")
+
+
+@dataclass(frozen=True, eq=False)
+class History:
+    """What a run's folder holds. Losses are in nats a token; None where there is none."""
+
+    folder: Path
+    name: str
+    settings: dict[str, Any]  # {"model.n_layer": 4, ...}
+    environment: dict[str, Any]  # of the last start
+    training: np.ndarray  # [n, 6]: steps, tokens, seconds, and the mean, least and highest loss since the point before
+    validation: np.ndarray  # the same
+    samples: list[tuple[int, str]]  # of a step
+    reached: tuple[int, int, float]  # steps, tokens, seconds
+    first_loss: float | None  # before anything was learned
+    train_loss: float | None  # the mean of the last twentieth of the steps
+    last_loss: float | None  # in validation
+    best_loss: float | None
+    best_step: int | None
+    bits_per_byte: float | None  # at the best step
+    nonfinite: int  # how often a loss or gradient could not be used
+
+    @property
+    def state(self) -> str:
+        """How far it came, in words."""
+        steps, _, seconds = self.reached
+        planned, most = self.settings.get("training.max_steps"), self.settings.get("training.max_seconds")
+        done = planned is not None and (steps >= planned or bool(most and seconds >= most))
+        return ("finished" if done else f"{steps:,} of {planned:,} steps" if planned else f"{steps:,} steps") + (
+            f", {self.nonfinite} not finite" if self.nonfinite else "")
+
+    @property
+    def finished(self) -> bool:
+        return self.state.startswith("finished")
+
+
+def quality(one: History) -> tuple[float, str]:
+    """Sorts by the best validation loss; what has none comes last."""
+    return (math.inf if one.best_loss is None else one.best_loss), one.name
+
+
+def open_history(folder: Path, name: str) -> History:
+    """Raises ValueError for a folder that is not a run's, or holds what no training writes."""
+    if not (folder / "config.yaml").is_file():
+        raise ValueError(f"{folder} is not a run: it has no config.yaml.")
+    try:
+        settings = flat(yaml.safe_load((folder / "config.yaml").read_bytes()))
+        rows = read_rows(folder / "metrics.jsonl")
+        starts = read_rows(folder / STARTS)
+        trained = table(rows, "loss")
+        validated = table(rows, "val_loss")
+        if len(validated) and len(trained):  # where a validation stands in tokens and seconds, the training knows
+            for axis in (1, 2):
+                validated[:, axis] = np.interp(validated[:, 0], trained[:, 0], trained[:, axis])
+        best = min((row for row in rows if row.get("val_loss") is not None), key=lambda row: row["val_loss"], default={})
+        return History(
+            folder, name, settings, starts[-1] | {"starts": len(starts)} if starts else {},
+            thinned(trained), thinned(validated),
+            [(row["step"], str(row["sample"])) for row in rows if "sample" in row],
+            (int(rows[-1]["step"]), *map(float, trained[-1, 1:3])) if len(trained) else (0, 0, 0.0),
+            first_loss=float(trained[0, 3]) if len(trained) else None,
+            train_loss=float(trained[-math.ceil(len(trained) / 20):, 3].mean()) if len(trained) else None,
+            last_loss=float(validated[-1, 3]) if len(validated) else None,
+            best_loss=best.get("val_loss"), best_step=best.get("step"), bits_per_byte=best.get("bits_per_byte"),
+            nonfinite=len(list(folder.glob("nonfinite/*.json"))))
+    except (ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
+        raise ValueError(f"{folder} is not a run that nanohydra wrote ({str(error).splitlines()[0][:100]}).") from None
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file of JSON objects; none if it is not there."""
+    lines = path.read_bytes().splitlines() if path.is_file() else []
+    try:
+        rows = json.loads(b"[" + b",".join(lines) + b"]")  # in one call: half the time
+    except (ValueError, RecursionError):
+        rows = []
+        for line in lines:
+            with suppress(ValueError, RecursionError):
+                rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("step"), int)]
+
+
+def table(rows: list[dict[str, Any]], key: str) -> np.ndarray:
+    """Steps, tokens, seconds and the value `key` `[N, 4]` of the rows that have it."""
+    return np.array([(row["step"], row.get("tokens", 0), row.get("seconds", 0), row[key])
+                     for row in rows if row.get(key) is not None], dtype=float).reshape(-1, 4)
+
+
+def thinned(points: np.ndarray) -> np.ndarray:
+    """At most POINTS of `[N, 4]`: where each stretch ends, and the mean, least and highest of its losses `[n, 6]`."""
+    if not len(points):
+        return np.empty((0, 6))
+    starts = np.unique(np.linspace(0, len(points), min(len(points), POINTS), endpoint=False).astype(int))
+    ends = np.append(starts[1:], len(points))
+    losses = points[:, 3]
+    return np.column_stack((points[ends - 1, :3], np.add.reduceat(losses, starts) / (ends - starts),
+                            np.minimum.reduceat(losses, starts), np.maximum.reduceat(losses, starts)))
+
+
+def choose(runs_dir: Path, words: str) -> tuple[list[tuple[Path, str]], Path]:
+    """The runs that `words` name, each with what to call it, and the folder that is about them all.
+
+    Names are separated by commas, and are below `runs_dir` or paths; a folder of runs stands for those in it. Without
+    any, it is the run that was saved last. Raises ValueError for what is neither.
+    """
+    if not words:
+        run = find_run(runs_dir, "")
+        return [(run, run.name)], run
+    folders = list(named(runs_dir, words.split(",")))
+    for folder in folders:
+        if not runs_in(folder):
+            raise ValueError(f"{folder} is not a run and holds none: a run's folder has a config.yaml.")
+    chosen = [(run, str(run.relative_to(folder.parent if run == folder else folder)))
+              for folder in folders for run in runs_in(folder)]
+    return chosen, folders[0] if len(folders) == 1 else runs_dir
+
+
+def named(runs_dir: Path, words: list[str]) -> Iterator[Path]:
+    """The folders; a comma can also be part of a name, as in lr=0.1,n_layer=2."""
+    while words:
+        for count in range(len(words), 0, -1):
+            name = ",".join(words[:count])
+            found = next((place for place in (runs_dir / name, Path(name)) if name and place.is_dir()), None)
+            if found:
+                yield found
+                words = words[count:]
+                break
+        else:
+            raise ValueError(f"runs={words[0]} is neither a folder in {runs_dir} nor a path of one.")
+
+
+def runs_in(folder: Path) -> list[Path]:
+    """The folder itself if it is a run's, else the runs in it, without those that were moved aside."""
+    if (folder / "config.yaml").is_file():
+        return [folder]
+    inner = (path for path in sorted(folder.iterdir()) if path.is_dir() and not path.is_symlink())
+    return [run for path in inner if not re.search(r"^\.|\.old(-\d+)?$", path.name) for run in runs_in(path)]
+
+
+def differing(runs: list[History]) -> list[str]:
+    """The settings that are not the same in all runs, of those that mean something to what is learned."""
+    def matters(key: str) -> bool:
+        try:
+            return kind(key) != "free" and key != "model.vocab_size"  # which follows from the tokenizer
+        except KeyError:  # a setting of another version
+            return True
+
+    keys = dict.fromkeys(key for run in runs for key in run.settings)
+    return [key for key in keys if matters(key) and len({str(run.settings.get(key)) for run in runs}) > 1]
+
+
+def are_numbers(values: list[Any]) -> bool:
+    return all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)

@@ -1,0 +1,214 @@
+"""One page about runs that opens from disk, without a network: curves, leaderboard, what mattered, samples, settings."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from html import escape
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+import atomic
+from report.curves import MOST_BANDS, color, curve_svg, curves_png, slice_svg, slices_png
+from report.history import AXES, History, differing, open_history, quality
+from report.importance import importance
+
+TEMPLATE = Path(__file__).with_suffix(".html")
+MOST_COLUMNS = 6  # runs that stand side by side in a table
+MOST_SLICES = 12
+MOST_SAMPLES = 60
+
+
+def after_training(run: Path) -> str:
+    """Write the report of a run that has just ended; say where it is. A failure is a sentence, never an exception."""
+    try:
+        write([(run, run.name)], run / "report.html", pictures=False)
+        missing = "" if find_spec("matplotlib") else ", without curves: they need matplotlib (pip install matplotlib)"
+        return f"Report: {run / 'report.html'}{missing}"
+    except Exception as error:  # whatever drawing can fail with, it is no reason for a training to fail
+        return f"No report was written: {error}"
+
+
+def write(chosen: list[tuple[Path, str]], out: Path, pictures: bool = True) -> list[Path]:
+    """Write the page about the chosen runs, and beside it the pictures as PNG; return all of these.
+
+    Raises ValueError for a folder that is not a run's, and if matplotlib is not installed.
+    """
+    quiet = len(chosen) < 20
+    reading = tqdm(chosen, "Reading", unit="run", leave=False, disable=quiet)
+    runs = sorted((open_history(folder, name) for folder, name in reading), key=quality)
+    contents = {out: page(runs, out.parent.resolve().name if len(runs) > 1 else runs[0].name).encode()}
+    if pictures:
+        contents[out.with_name(f"{out.stem}-curves.png")] = curves_png(runs)
+        compared, keys = comparable(runs)
+        if compared and keys:
+            numbers = {run: number for number, run in enumerate(runs)}
+            contents[out.with_name(f"{out.stem}-slices.png")] = slices_png(compared, keys[:MOST_SLICES], numbers, len(runs))
+    for path, content in contents.items():
+        atomic.write_bytes(path, content)
+    return list(contents)
+
+
+def comparable(runs: list[History]) -> tuple[list[History], list[str]]:
+    """The finished runs that can be compared, and the settings in which they differ."""
+    keys = set(differing(runs))
+    whole = [run for run in runs if run.finished and run.best_loss is not None and keys <= run.settings.keys()]
+    return whole, [key for key in differing(runs) if len({str(run.settings[key]) for run in whole}) > 1]
+
+
+def page(runs: list[History], title: str) -> str:
+    """The page about `runs`, the best first."""
+    sections = (summary(runs, title), curves(runs), leaderboard(runs), what_mattered(runs), samples(runs), comparison(runs))
+    body = "\n".join(part for section in sections for part in section)
+    return TEMPLATE.read_text(encoding="utf-8").replace("{{title}}", escape(f"Report: {title}")).replace("{{body}}", body)
+
+
+def summary(runs: list[History], title: str) -> Iterator[str]:
+    yield f"<h1>{escape(title)}</h1>"
+    best = runs[0]
+    if best.best_loss is not None:
+        of = "" if len(runs) == 1 else f" in <code>{escape(best.name)}</code>, the best of {len(runs)} runs"
+        yield (f"<p>Validation loss {best.best_loss:.4f}"
+               + (f", {best.bits_per_byte:.4f} bits per byte" if best.bits_per_byte is not None else "")
+               + f", at step {best.best_step:,}{of}.</p>")
+    else:
+        yield "<p>No validation loss yet.</p>"
+
+
+def curves(runs: list[History]) -> Iterator[str]:
+    yield "<h2>Loss</h2>"
+    buttons = "".join(f'<button value="{axis}" aria-pressed="{str(axis == "steps").lower()}">{axis}</button>'
+                      for axis in AXES)
+    yield f'<div class="choice" role="group" aria-label="against">{buttons}</div>'
+    try:
+        for axis in AXES:
+            pictures = "".join(curve_svg(runs, which, axis) for which in ("validation", "training"))
+            yield f'<div class="curves" data-axis="{axis}"{"" if axis == "steps" else " hidden"}>{pictures}</div>'
+    except ValueError as error:  # a page without pictures is still a page
+        yield f"<p>{escape(str(error))}</p>"
+        return
+    yield ("<p>Training losses are smoothed over a fifteenth of the run"
+           + ("; behind them, as they were" if len(runs) <= MOST_BANDS else "")
+           + (". Point at a row below to bring out its run.</p>" if len(runs) > 1 else ".</p>"))
+
+
+def leaderboard(runs: list[History]) -> Iterator[str]:
+    """A table whose heads sort it; cells carry what to sort by."""
+    columns: dict[str, Callable[[History], tuple[Any, str]]] = {
+        "run": lambda run: (run.name, run.name),
+        "state": lambda run: (run.state, run.state),
+        "best validation loss": lambda run: shown(run.best_loss, ".4f"),
+        "at step": lambda run: shown(run.best_step, ",d"),
+        "bits per byte": lambda run: shown(run.bits_per_byte, ".4f"),
+        "last validation loss": lambda run: shown(run.last_loss, ".4f"),
+        "training loss": lambda run: shown(run.train_loss, ".4f"),
+        "tokens": lambda run: shown(run.reached[1], ",.0f"),
+        "time": lambda run: (run.reached[2], duration(run.reached[2])),
+        "tokens/s": lambda run: shown(run.reached[1] / run.reached[2] if run.reached[2] else None, ",.0f"),
+    }
+    for key in differing(runs) if len(runs) > 1 else []:
+        columns[key] = lambda run, key=key: (run.settings.get(key, ""), str(run.settings.get(key, "")))
+    yield "<h2>Leaderboard</h2>" if len(runs) > 1 else "<h2>Result</h2>"
+    rows = []
+    for number, run in enumerate(runs):
+        cells = []
+        for name, cell in columns.items():
+            value, text = cell(run)
+            dot = swatch(number, len(runs)) if name == "run" else ""
+            kind = "name" if name == "run" else "number" if isinstance(value, int | float) else ""
+            cells.append(f'<td class="{kind}" data-value="{escape(str(value))}">{dot}{escape(text)}</td>')
+        rows.append(f'<tr data-run="{number}">{"".join(cells)}</tr>')
+    first = {"best validation loss": ' aria-sort="ascending"'}
+    heads = "".join(f"<th{first.get(name, '')}><button>{escape(name)}</button></th>" for name in columns)
+    yield (f'<div class="wide"><table id="leaderboard"><thead><tr>{heads}</tr></thead>'
+           f"<tbody>{''.join(rows)}</tbody></table></div>")
+
+
+def what_mattered(runs: list[History]) -> Iterator[str]:
+    """Importance and slices of the settings that differ."""
+    if len(runs) < 2:
+        return
+    whole, keys = comparable(runs)
+    if not keys:
+        return
+    yield "<h2>What mattered</h2>"
+    try:
+        shares = importance(whole, keys)
+        rows = "".join(f'<tr><td><code>{escape(key)}</code></td><td class="number">{share:.0%}</td>'
+                       f'<td><span class="bar" style="width: {16 * share:.2f}rem"></span></td></tr>'
+                       for key, share in shares.items())
+        yield (f"<p>The share of each setting in reaching the best losses, of {len(whole)} finished runs (PED-ANOVA, by "
+               f'Optuna): an estimate, and a rough one for few runs.</p><table id="importance">{rows}</table>')
+        keys = list(shares)
+    except ValueError as error:
+        yield f"<p>{escape(str(error))}</p>"
+    numbers = {run: number for number, run in enumerate(runs)}
+    with suppress(ValueError):  # which was said above, where there are no curves
+        pictures = "".join(slice_svg(whole, key, numbers, len(runs)) for key in keys[:MOST_SLICES])
+        yield f'<div class="slices">{pictures}</div>'
+    if len(keys) > MOST_SLICES:
+        yield f"<p>And {len(keys) - MOST_SLICES} more settings, which are not drawn.</p>"
+
+
+def samples(runs: list[History]) -> Iterator[str]:
+    """What the runs wrote last, side by side, the best first; what they wrote before is folded away."""
+    wrote = [(number, run) for number, run in enumerate(runs) if run.samples]
+    if not wrote:
+        return
+    yield "<h2>Samples</h2>" + ("<p>Of the best runs.</p>" if len(wrote) > MOST_SAMPLES else "")
+    cards = []
+    for number, run in wrote[:MOST_SAMPLES]:
+        texts = [f"<p>step {step:,}</p><blockquote>{escape(text)}</blockquote>"
+                 for step, text in reversed(run.samples[-10:])]
+        earlier = f"<details><summary>earlier</summary>{''.join(texts[1:])}</details>" if len(texts) > 1 else ""
+        cards.append(f'<div class="card" data-run="{number}"><h3>{swatch(number, len(runs))}{escape(run.name)}</h3>'
+                     f"{texts[0]}{earlier}</div>")
+    yield f'<div class="cards">{"".join(cards)}</div>'
+
+
+def comparison(runs: list[History]) -> Iterator[str]:
+    """Settings and environments, what differs marked; of many runs, each value with how many have it."""
+    if len(runs) > 1:
+        yield '<p id="which"><label><input type="checkbox" id="only-differences"> only what differs</label></p>'
+    for title, of in (("Settings", [run.settings for run in runs]), ("Environment", [run.environment for run in runs])):
+        keys = [key for key in dict.fromkeys(key for values in of for key in values) if key not in ("name", "auto_name")]
+        yield f"<h2>{title}</h2>"
+        if not keys:
+            yield "<p>Not recorded: these runs are older than the record of it.</p>"
+            continue
+        side_by_side = len(runs) <= MOST_COLUMNS
+        heads = [run.name for run in runs] if side_by_side else ["value (runs)"]
+        rows = []
+        for key in keys:
+            texts = [as_text(values[key]) if key in values else "-" for values in of]
+            cells = texts if side_by_side else [", ".join(
+                text if count == len(runs) else f"{text} ({count})" for text, count in Counter(texts).most_common(20))]
+            kind = ' class="differs"' if len(set(texts)) > 1 else ""
+            rows.append(f"<tr{kind}><th>{escape(key)}</th>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>")
+        first = "".join(f"<th>{escape(head)}</th>" for head in heads)
+        yield (f'<div class="wide"><table class="settings"><thead><tr><th></th>{first}</tr></thead>'
+               f"<tbody>{''.join(rows)}</tbody></table></div>")
+
+
+def swatch(number: int, count: int) -> str:
+    """A dot in the colour of a run's curves."""
+    return f'<span class="swatch" style="background: {color(number, count)}"></span>'
+
+
+def as_text(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def shown(value: float | None, how: str) -> tuple[Any, str]:
+    """What to sort by and what to show; nothing where there is no value."""
+    return ("", "") if value is None else (value, format(value, how))
+
+
+def duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -33,14 +33,19 @@ def prepare(config: DataConfig) -> Path:
     """
     if config.source == "bin" and not config.mix:
         return prepare_bins(config.path, config.tokenizer)
+    folder, recipe, sources = planned(config)
+    made_once(folder, lambda partial: build(partial, sources, config, recipe))
+    check(folder, recipe)
+    return folder
+
+
+def planned(config: DataConfig) -> tuple[Path, dict[str, Any], dict[str, Source]]:
+    """Where the tokens of `config` lie or will lie, all that they depend on, and the sources that they come from."""
     sources = open_sources(config)
     vocabulary = config.vocab_size if config.tokenizer == "bpe" else None
     recipe = {"format": FORMAT, "sources": [source.fingerprint() for source in sources.values()],
               "tokenizer": config.tokenizer, "asked_vocab_size": vocabulary, "val_fraction": config.val_fraction}
-    folder = folder_for(f"{'mix' if config.mix else config.source}-{config.tokenizer}", recipe)
-    made_once(folder, lambda partial: build(partial, sources, config, recipe))
-    check(folder, recipe)
-    return folder
+    return folder_for(f"{'mix' if config.mix else config.source}-{config.tokenizer}", recipe), recipe, sources
 
 
 def build(partial: Path, sources: dict[str, Source], config: DataConfig, recipe: dict[str, Any]) -> None:

@@ -37,29 +37,30 @@ def color(number: int, count: int) -> str:
     """Of the run that came out as `number`, from 0: its own, or among many from the best one's to the last one's."""
     if count <= len(COLORS):
         return COLORS[number]
-    share = (number / (count - 1)) ** 0.5  # the first few differ most
+    share = (number / (count - 1)) ** 0.35  # the first few differ most
     return "#" + "".join(f"{round(a + (b - a) * share):02x}" for a, b in zip(BEST, WORST, strict=True))
 
 
 def draw_losses(axes: Any, runs: list[History], which: str, axis: str) -> None:
     """The "training" or "validation" losses of `runs`, the best first, against "steps", "tokens" or "seconds"."""
-    column = AXES.index(axis)
+    column, few, drawn = AXES.index(axis), len(runs) <= len(COLORS), []
     for number, run in reversed(list(enumerate(runs))):  # the best on top
         points = getattr(run, which)
         x, mean, least, highest = points[:, column], points[:, 3], points[:, 4], points[:, 5]
         how = {"color": color(number, len(runs)), "gid": f"run-{number}"}
-        few = len(runs) <= len(COLORS)
-        mark = "o" if few and len(points) <= 30 and which == "validation" else ""
-        axes.plot(x, smooth(mean) if which == "training" else mean, marker=mark, markersize=3, linewidth=1.5 if few else 1,
-                  label=run.name, **how)
         if which == "training" and len(runs) <= MOST_BANDS:
             axes.plot(x, mean, linewidth=0.7, alpha=0.35, **how)
             axes.fill_between(x, least, highest, alpha=0.15, linewidth=0, **how)
-    if there := [getattr(run, which) for run in runs if len(getattr(run, which))]:
-        low, high = min(points[:, 4].min() for points in there), max(points[:, 3].max() for points in there)
-        high = min(high, max(run.first_loss for run in runs if run.first_loss is not None))
-        if high > low:  # what rises above where training began would hide the rest
-            axes.set_ylim(low - 0.04 * (high - low), high + 0.04 * (high - low))
+            drawn.append(least)
+        line = smooth(mean) if which == "training" else mean
+        mark = "o" if few and len(points) <= 30 and which == "validation" else ""
+        axes.plot(x, line, marker=mark, markersize=3, linewidth=1.5 if few else 1, label=run.name, **how)
+        drawn.append(line)
+    seen = np.concatenate(drawn)
+    starts = [run.first_loss for run in runs if run.first_loss is not None]
+    if len(seen) and (high := min(seen.max(), max(starts, default=math.inf))) > (low := seen.min()):
+        margin = 0.04 * (high - low)  # what rises above where training began would hide the rest
+        axes.set_ylim(low - margin, high + margin)
     axes.set(xlabel=LABELS[axis], ylabel=f"{which} loss (nats a token)")
     thousands(axes)
 
@@ -72,14 +73,14 @@ def smooth(values: np.ndarray) -> np.ndarray:
     return (sums[index + reach + 1] - sums[index - reach]) / (2 * reach + 1)
 
 
-def draw_slice(axes: Any, runs: list[History], key: str, numbers: dict[History, int], count: int) -> None:
-    """The best validation loss of each run against its value of the setting `key`."""
+def draw_slice(axes: Any, runs: list[History], key: str, numbers: dict[History, int]) -> None:
+    """The best validation loss of each run against its value of the setting `key`; `numbers` are those of all runs."""
     values = [run.settings.get(key) for run in runs]
     numeric = are_numbers(values)
     places = sorted(set(values)) if numeric else sorted(set(map(str, values)))
     x = values if numeric else [places.index(str(value)) for value in values]
-    for run, place in zip(runs, x, strict=True):
-        axes.plot([place], [run.best_loss], "o", markersize=5, color=color(numbers[run], count), gid=f"run-{numbers[run]}")
+    for run, place in reversed(list(zip(runs, x, strict=True))):
+        axes.plot([place], [run.best_loss], "o", markersize=5, color=color(numbers[run], len(numbers)), gid=f"run-{numbers[run]}")
     if not numeric:
         axes.set_xticks(range(len(places)), [place[:20] for place in places])
         axes.set_xlim(-0.5, len(places) - 0.5)
@@ -105,23 +106,24 @@ def curve_svg(runs: list[History], which: str, axis: str) -> str:
     figure, style = new_figure(6, 3.6, f"{which} {axis}")
     with style:
         draw_losses(figure.subplots(), runs, which, axis)
-        return as_element(figure, f"{which} loss against {axis}")
+        return as_element(figure, f"{which} loss against {axis}", [run.name for run in runs])
 
 
-def slice_svg(runs: list[History], key: str, numbers: dict[History, int], count: int) -> str:
+def slice_svg(runs: list[History], key: str, numbers: dict[History, int]) -> str:
     figure, style = new_figure(3.6, 2.7, f"slice {key}")
     with style:
-        draw_slice(figure.subplots(), runs, key, numbers, count)
-        return as_element(figure, f"best validation loss against {key}")
+        draw_slice(figure.subplots(), runs, key, numbers)
+        return as_element(figure, f"best validation loss against {key}", [run.name for run in numbers])
 
 
-def as_element(figure: Any, label: str) -> str:
-    """A figure as an <svg> element of a page, without a background."""
+def as_element(figure: Any, label: str, names: list[str]) -> str:
+    """A figure as an <svg> element of a page, without a background; what it shows of a run says its name."""
     content = io.StringIO()
     figure.savefig(content, format="svg", transparent=True, metadata={"Date": None})
     svg = content.getvalue()
     svg = svg[svg.index("<svg "):].replace(INK, "var(--ink)").replace(LINE, "var(--line)")
-    svg = re.sub(r'<g id="run-(\d+)">', r'<g class="run" data-run="\1">', svg)
+    svg = re.sub(r'<g id="run-(\d+)">', lambda found: f'<g class="run" data-run="{found[1]}">'
+                 f"<title>{escape(names[int(found[1])])}</title>", svg)
     svg = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d)\d+", r"\1", path[0]), svg)  # as fine as a screen
     return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(label)}" ', 1)
 
@@ -142,7 +144,7 @@ def curves_png(runs: list[History]) -> bytes:
         return as_png(figure)
 
 
-def slices_png(runs: list[History], keys: list[str], numbers: dict[History, int], count: int) -> bytes:
+def slices_png(runs: list[History], keys: list[str], numbers: dict[History, int]) -> bytes:
     """The slices of all `keys`."""
     columns = min(4, len(keys))
     rows = math.ceil(len(keys) / columns)
@@ -150,7 +152,7 @@ def slices_png(runs: list[History], keys: list[str], numbers: dict[History, int]
     with style:
         grid = list(figure.subplots(rows, columns, squeeze=False).flat)
         for axes, key in zip(grid, keys, strict=False):
-            draw_slice(axes, runs, key, numbers, count)
+            draw_slice(axes, runs, key, numbers)
         for axes in grid[len(keys):]:
             axes.set_axis_off()
         return as_png(figure)

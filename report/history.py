@@ -21,6 +21,7 @@ from conf.identity import flat, kind
 from training.provenance import STARTS
 from training.run import find_run
 
+SAFE_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where it was built
 POINTS = 250  # of a curve: more than a picture can show
 AXES = ("steps", "tokens", "seconds")
 
@@ -69,7 +70,7 @@ def open_history(folder: Path, name: str) -> History:
     if not (folder / "config.yaml").is_file():
         raise ValueError(f"{folder} is not a run: it has no config.yaml.")
     try:
-        settings = flat(yaml.safe_load((folder / "config.yaml").read_bytes()))
+        settings = flat(yaml.load((folder / "config.yaml").read_bytes(), SAFE_LOADER))
         rows = read_rows(folder / "metrics.jsonl")
         starts = read_rows(folder / STARTS)
         trained = table(rows, "loss")

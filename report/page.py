@@ -47,7 +47,7 @@ def write(chosen: list[tuple[Path, str]], out: Path, pictures: bool = True) -> l
         compared, keys = comparable(runs)
         if compared and keys:
             numbers = {run: number for number, run in enumerate(runs)}
-            contents[out.with_name(f"{out.stem}-slices.png")] = slices_png(compared, keys[:MOST_SLICES], numbers, len(runs))
+            contents[out.with_name(f"{out.stem}-slices.png")] = slices_png(compared, keys[:MOST_SLICES], numbers)
     for path, content in contents.items():
         atomic.write_bytes(path, content)
     return list(contents)
@@ -112,6 +112,7 @@ def leaderboard(runs: list[History]) -> Iterator[str]:
     }
     for key in differing(runs) if len(runs) > 1 else []:
         columns[key] = lambda run, key=key: (run.settings.get(key, ""), str(run.settings.get(key, "")))
+    numeric = {name for name, cell in columns.items() if any(isinstance(cell(run)[0], int | float) for run in runs)}
     yield "<h2>Leaderboard</h2>" if len(runs) > 1 else "<h2>Result</h2>"
     rows = []
     for number, run in enumerate(runs):
@@ -119,12 +120,13 @@ def leaderboard(runs: list[History]) -> Iterator[str]:
         for name, cell in columns.items():
             value, text = cell(run)
             dot = swatch(number, len(runs)) if name == "run" else ""
-            kind = "name" if name == "run" else "number" if isinstance(value, int | float) else ""
+            kind = "name" if name == "run" else "number" if name in numeric else ""
             cells.append(f'<td class="{kind}" data-value="{escape(str(value))}">{dot}{escape(text)}</td>')
         rows.append(f'<tr data-run="{number}">{"".join(cells)}</tr>')
     first = {"best validation loss": ' aria-sort="ascending"'}
-    heads = "".join(f"<th{first.get(name, '')}><button>{escape(name)}</button></th>" for name in columns)
-    yield (f'<div class="wide"><table id="leaderboard"><thead><tr>{heads}</tr></thead>'
+    heads = "".join(f"<th{first.get(name, '')}{' class=number' if name in numeric else ''}>"
+                    f"<button>{escape(name)}</button></th>" for name in columns)
+    yield (f'<div class="wide tall"><table id="leaderboard"><thead><tr>{heads}</tr></thead>'
            f"<tbody>{''.join(rows)}</tbody></table></div>")
 
 
@@ -148,7 +150,7 @@ def what_mattered(runs: list[History]) -> Iterator[str]:
         yield f"<p>{escape(str(error))}</p>"
     numbers = {run: number for number, run in enumerate(runs)}
     with suppress(ValueError):  # which was said above, where there are no curves
-        pictures = "".join(slice_svg(whole, key, numbers, len(runs)) for key in keys[:MOST_SLICES])
+        pictures = "".join(slice_svg(whole, key, numbers) for key in keys[:MOST_SLICES])
         yield f'<div class="slices">{pictures}</div>'
     if len(keys) > MOST_SLICES:
         yield f"<p>And {len(keys) - MOST_SLICES} more settings, which are not drawn.</p>"

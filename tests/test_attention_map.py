@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import base64
-import html
 import json
 import re
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from browser import browse, needs_chromium
 
 from conf.schema import ConfigError, compose
 from model import GPT, GPTConfig
 from scripts import attention_map as story
 from train import train
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "headless_shell"))), None)
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync", "--enable-logging=stderr", "--window-size=1400,1000"]
 PROMPT = "The <b>fox</b> & the </script> dog."
 
 
@@ -153,20 +147,6 @@ def test_bad_settings_are_one_sentence(overrides, words):
 def test_a_prompt_that_is_too_long_is_refused_with_both_numbers(tmp_path):
     with pytest.raises(ValueError, match="33 tokens long, this model reads 32"):
         story.main(compose(story.AttentionMapSettings, ["fresh=nano", f"prompt={'x' * 33}", f"out={tmp_path / 'x.html'}"]))
-
-
-def browse(page: Path, tmp_path: Path, script: str) -> tuple[object, str]:
-    """Open a copy of the page that also runs `script`, which calls done(value); return that value and the console."""
-    tried = tmp_path / "tried.html"
-    tried.write_text(page.read_text().replace("</body>", f"""<pre id="result"></pre><script>
-      window.addEventListener("error", (event) => console.error("uncaught", event.message));
-      const done = (value) => {{ document.getElementById("result").textContent = JSON.stringify(value); }};
-      const hover = (element) => element.dispatchEvent(new MouseEvent("mouseenter"));
-      {{ {script} }}</script></body>"""))
-    ran = subprocess.run([CHROMIUM, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=10000", "--dump-dom",
-                          tried.as_uri()], capture_output=True, text=True, timeout=120)
-    result = re.search(r'<pre id="result">(.*?)</pre>', ran.stdout, re.DOTALL)[1]
-    return json.loads(html.unescape(result)), "\n".join(line for line in ran.stderr.splitlines() if "CONSOLE" in line)
 
 
 @needs_chromium

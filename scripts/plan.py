@@ -1,0 +1,208 @@
+"""Say what a training will take, without training: parameters, tokens, FLOPs, memory, disk, and time.
+
+  python -m scripts.plan experiment=gpt2_124m data.path=folder
+  python -m scripts.plan model=gpt2-medium training.batch_size=8 measure=false
+
+Takes the settings of train.py, and
+  measure=true     time three micro-steps of the model on this machine; false takes no time, and says none
+
+Memory is counted in a step of the training itself, on tensors that have shapes but no content; on a CPU comes what the
+process takes without a model, and what the heap loses to holes. What the data are is known once they are prepared.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import shutil
+import statistics
+import sys
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from conf.launch import launch
+from conf.schema import Settings, compose
+from data.loader import Loader
+from data.prepare import planned
+from data.shards import Tokens, read_meta
+from data.sources import DataConfig
+from data.tokenizer import ByteTokenizer
+from model import GPT
+from train import loss_of
+from training.checkpoint import megabytes
+from training.device import Device, available_memory
+from training.optim import Optimizers
+from training.state import State
+
+PUBLISHED_SIZES = {"gpt2": 50257, "cl100k_base": 100277, "o200k_base": 200019}
+ASSUMED_CHARACTERS = 65  # as many as Tiny Shakespeare has
+MEASURED_STEPS = 3
+CPU_HOLES = 1.4  # what activations take of the heap, by what they hold; measured 1.1 to 1.8, see docs/benchmarks.md
+CPU_RUNTIME = 50 * 2**20  # that torch takes once it computes
+
+
+@dataclass(frozen=True)
+class PlanSettings:
+    """How to plan; all other settings are the training's own."""
+
+    measure: bool = True
+    train: tuple[str, ...] = ()
+
+    def problems(self) -> Iterator[str]:
+        """None: every value can work."""
+        return iter(())
+
+
+def plan(own: PlanSettings) -> int:
+    settings = compose("config", list(own.train))
+    limits, base = settings.training, resident()
+    device = Device(limits.device, limits.precision)
+    vocab_size, prepared, data = look_up(settings.data)
+    settings = replace(settings, model=replace(settings.model, vocab_size=vocab_size))
+    print(f"Data: {data}")
+
+    with torch.device("meta"):
+        model = GPT(settings.model)
+    parts = {role: sum(weights.numel() for weights in of) for role, of in model.parameters_by_role().items()}
+    tokens_per_step = limits.batch_size * settings.model.block_size * limits.micro_steps(settings.model.block_size)
+    tokens = tokens_per_step * limits.max_steps
+    flops = model.flops_per_token() * tokens
+    print(f"Model: {sum(parts.values()):,} parameters")
+    for role, count in parts.items():
+        print(f"  {role:<10} {count:>15,}")
+    print(f"Tokens: {tokens:,}, in {limits.max_steps:,} steps of {tokens_per_step:,}"
+          + (f"; {tokens / prepared['splits']['train']['tokens']:,.1f} epochs" if prepared else "")
+          + f"; {tokens / sum(parts.values()):,.1f} a parameter")
+    print(f"FLOPs: {flops:.3g}, {model.flops_per_token() / 1e6:,.1f} M a token")
+
+    kept, peak = count_memory(settings, device)
+    gradients = 4 * sum(parts.values())
+    memory = {"weights and optimizer": kept, "gradients": gradients, "activations": peak - kept - gradients}
+    if device.type == "cpu":
+        memory["activations"] *= CPU_HOLES
+        memory["Python and torch"] = base + CPU_RUNTIME
+    total = max(sum(memory.values()), 2 * kept + memory.get("Python and torch", 0))  # a save copies when a step is over
+    print(f"Memory: {megabytes(total)} at the peak; a save can take up to {megabytes(kept)} more while it lasts, if they are free")
+    for what, nbytes in memory.items():
+        print(f"  {what:<22} {megabytes(nbytes):>10}")
+    most = min(math.ceil(limits.max_steps / limits.checkpoint_every), limits.keep_last + 1)
+    folder = Path(settings.runs_dir)
+    free = shutil.disk_usage(next(place for place in (folder, *folder.absolute().parents) if place.exists())).free
+    print(f"Disk: {megabytes((most + 1) * kept)} for checkpoints of {megabytes(kept)}: {most} that are kept, and one that "
+          f"is being written; {megabytes(free)} are free")
+    if own.measure and total > available_memory():
+        print(f"Time: not measured, {megabytes(available_memory())} of memory are free")
+    elif own.measure:
+        print(f"Time: {expected_time(settings, device, prepared)}")
+    return 0
+
+
+def look_up(config: DataConfig) -> tuple[int, dict[str, Any] | None, str]:
+    """The size of the vocabulary, what is known of the tokens if they are prepared, and a line about both."""
+    sizes = PUBLISHED_SIZES | {"byte": ByteTokenizer.vocab_size, "bpe": config.vocab_size, "char": ASSUMED_CHARACTERS}
+    size = sizes[config.tokenizer]
+    if config.source in ("pydocs", "stdlib", "text") and not config.mix:  # what can be found without a network
+        folder = planned(config)[0]
+        if folder.is_dir():
+            meta = read_meta(folder)
+            return meta["vocab_size"], meta, f"{meta['splits']['train']['tokens']:,} tokens to train on ({folder})"
+    sure = "assumed" if config.tokenizer == "char" else f"of {config.tokenizer}"
+    return size, None, f"not looked into: a vocabulary of {size:,} ({sure})"
+
+
+class Counter(TorchDispatchMode):
+    """Counts the bytes of all tensors that come to be while it is active, as long as they live, and their peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.seen: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, call: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+        result = call(*arguments, **(named or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()) not in self.seen:
+                self.seen.add(storage)
+                self.change(storage.nbytes())
+                weakref.finalize(storage, self.change, -storage.nbytes())
+        return result
+
+    def change(self, nbytes: int) -> None:
+        self.now += nbytes
+        self.peak = max(self.peak, self.now)
+
+
+def count_memory(settings: Settings, device: Device) -> tuple[int, int]:
+    """Bytes of what a checkpoint holds, and of the most that a step takes with it: counted in one, on empty tensors."""
+    from torch._subclasses.fake_tensor import FakeTensorMode  # torch's own way to run a model without its memory
+
+    scaler = torch.amp.GradScaler(device.type, enabled=False)
+    with FakeTensorMode(), Counter() as counter, device.torch:
+        model = GPT(settings.model)
+        optimizers = Optimizers(model.parameters_by_role(), settings.optim)
+        ids = torch.zeros((settings.training.batch_size, settings.model.block_size), dtype=torch.int64)
+        for _ in range(2):
+            loss_of(model, (ids, ids), device, 0 if settings.data.respect_documents else None).backward()
+        optimizers.step(scaler, optimizers.gradient_norm(scaler), settings.optim.grad_clip)
+        return State(model, optimizers, scaler).nbytes(), counter.peak
+
+
+def expected_time(settings: Settings, device: Device, prepared: dict[str, Any] | None) -> str:
+    """How long training will take, by micro-steps on random tokens."""
+    config, limits = settings.model, settings.training
+    micro_steps = limits.micro_steps(config.block_size)
+    ids = np.random.default_rng(0).integers(0, config.vocab_size, 4 * limits.batch_size * config.block_size + 1)
+    loader = Loader([Tokens([ids.astype(np.uint32)])], config.block_size, limits.batch_size)
+    boundary = 0 if settings.data.respect_documents else None
+    model = GPT(config).to(device.torch)
+    optimizers = Optimizers(model.parameters_by_role(), settings.optim)
+    scaler = torch.amp.GradScaler(device.type, enabled=device.precision == "fp16")
+
+    def micro_step() -> None:
+        scaler.scale(loss_of(model, loader.batch(0), device, boundary)).backward()
+
+    @torch.inference_mode()
+    def evaluate() -> None:
+        loss_of(model, loader.batch(0), device, boundary)
+
+    def update() -> None:
+        optimizers.step(scaler, optimizers.gradient_norm(scaler), settings.optim.grad_clip)
+
+    def timed(act: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        act()
+        device.synchronize()
+        return time.perf_counter() - start
+
+    times = [(timed(micro_step), timed(update), timed(evaluate)) for _ in range(MEASURED_STEPS + 1)][1:]  # one warms up
+    learning, updating, looking = (statistics.median(of) for of in zip(*times, strict=True))
+    step = micro_steps * learning + updating
+    n_evaluations = math.ceil(limits.max_steps / limits.eval_every)
+    tokens = min(limits.eval_tokens, prepared["splits"]["val"]["tokens"] if prepared else math.inf)
+    evaluation = looking * tokens / (limits.batch_size * config.block_size)
+    training = min(limits.max_steps * step, limits.max_seconds or math.inf)
+    return (f"about {minutes(training + n_evaluations * evaluation)} on this machine ({device.describe()}): "
+            f"{limits.max_steps:,} steps of {step:.2f} s, {n_evaluations} evaluations of {evaluation:.1f} s")
+
+
+def minutes(seconds: float) -> str:
+    return f"{seconds / 60:.1f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
+
+
+def resident() -> int:
+    """The most bytes that this process has held so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+if __name__ == "__main__":
+    launch(plan, PlanSettings, __doc__)

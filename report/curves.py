@@ -80,7 +80,8 @@ def draw_slice(axes: Any, runs: list[History], key: str, numbers: dict[History, 
     places = sorted(set(values)) if numeric else sorted(set(map(str, values)))
     x = values if numeric else [places.index(str(value)) for value in values]
     for run, place in reversed(list(zip(runs, x, strict=True))):
-        axes.plot([place], [run.best_loss], "o", markersize=5, color=color(numbers[run], len(numbers)), gid=f"run-{numbers[run]}")
+        number = numbers[run]
+        axes.plot([place], [run.best_loss], "o", markersize=5, color=color(number, len(numbers)), gid=f"run-{number}")
     if not numeric:
         axes.set_xticks(range(len(places)), [place[:20] for place in places])
         axes.set_xlim(-0.5, len(places) - 0.5)

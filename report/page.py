@@ -143,8 +143,8 @@ def what_mattered(runs: list[History]) -> Iterator[str]:
         rows = "".join(f'<tr><td><code>{escape(key)}</code></td><td class="number">{share:.0%}</td>'
                        f'<td><span class="bar" style="width: {16 * share:.2f}rem"></span></td></tr>'
                        for key, share in shares.items())
-        yield (f"<p>The share of each setting in reaching the best losses, of {len(whole)} finished runs (PED-ANOVA, by "
-               f'Optuna): an estimate, and a rough one for few runs.</p><table id="importance">{rows}</table>')
+        yield (f"<p>The share of each setting in how the best validation losses of {len(whole)} finished runs differ "
+               f'(fANOVA, by Optuna): an estimate, a rough one for few runs.</p><table id="importance">{rows}</table>')
         keys = list(shares)
     except ValueError as error:
         yield f"<p>{escape(str(error))}</p>"

@@ -87,12 +87,13 @@ def plan(own: PlanSettings) -> int:
 
     kept, peak = count_memory(settings, device)
     gradients = 4 * sum(parts.values())
-    memory = {"weights and optimizer": kept, "gradients": gradients, "activations": peak - kept - gradients}
+    memory = {"weights and optimizer": kept, "gradients": gradients, "activations": max(0, peak - kept - gradients)}
     if device.type == "cpu":
         memory["activations"] *= CPU_HOLES
         memory["Python and torch"] = base + CPU_RUNTIME
-    total = max(sum(memory.values()), 2 * kept + memory.get("Python and torch", 0))  # a save copies when a step is over
-    print(f"Memory: {megabytes(total)} at the peak; a save can take up to {megabytes(kept)} more while it lasts, if they are free")
+    saving = 2 * kept + memory.get("Python and torch", 0)  # which makes a copy, and may go on beside the next step
+    total = max(sum(memory.values()), saving)
+    print(f"Memory: {megabytes(total)} at the peak; {megabytes(kept)} more, where they are free, while a save lasts")
     for what, nbytes in memory.items():
         print(f"  {what:<22} {megabytes(nbytes):>10}")
     most = min(math.ceil(limits.max_steps / limits.checkpoint_every), limits.keep_last + 1)

@@ -72,6 +72,17 @@ def test_a_link_in_a_strangers_run_does_not_lead_us_to_overwrite_other_files(tmp
     assert (tmp_path / "precious").read_text() == "mine"
 
 
+def test_samples_are_said_kept_and_cut_back_with_the_metrics(tmp_path, capsys):
+    with Recorder(tmp_path, 0, 9, LoggerConfig(), {}) as recorder:
+        for step in (2, 4):
+            recorder.record(step, loss=1.0)
+            recorder.sample(step, f"text\nof {step}")
+    assert "  'text\\nof 4'" in capsys.readouterr().out and rows(tmp_path)[3] == {"step": 4, "sample": "text\nof 4"}
+    with Recorder(tmp_path, 3, 9, LoggerConfig(), {}) as recorder:
+        assert recorder.samples == [(2, "text\nof 2")] and list(recorder.recent) == [1.0]
+    assert [row["step"] for row in rows(tmp_path)] == [2, 2]
+
+
 def test_what_is_not_finite_is_null_in_json(tmp_path):
     with Recorder(tmp_path, 0, 9, LoggerConfig(), {}) as recorder:
         recorder.record(1, loss=float("inf"), gradient_norm=float("nan"), skipped=True)
@@ -186,6 +197,7 @@ def test_offline_wandb_needs_no_account_and_a_resumed_run_continues_the_same_run
             assert recorder.wandb is not None
             for step in (start + 1, start + 2, start + 3):  # the third was not saved: the resumed run repeats it
                 recorder.record(step, loss=float(step), tokens=10 * step)
+            recorder.sample(start + 2, f"text of {start + 2}")
     run_id = json.loads((tmp_path / "wandb.json").read_text())["id"]
     files = sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
     found = [record for path in files for record in records(path)]
@@ -193,6 +205,10 @@ def test_offline_wandb_needs_no_account_and_a_resumed_run_continues_the_same_run
     assert len(files) == 2 and {record.run.run_id for record in found if record.run.run_id} == {run_id}
     rows = [{item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
             for record in found if record.history.item]
+    tables = [json.loads(path.read_text()) for path in sorted((tmp_path / "wandb").glob("offline-run-*/files/media/table/*.json"))]
+    assert [table["columns"] for table in tables] == [["step", "sample"]] * 2
+    assert [table["data"] for table in tables] == [[[2, "text of 2"]], [[2, "text of 2"], [4, "text of 4"]]]  # the second start sends all
+    rows = [row for row in rows if "loss" in row]
     assert [(row["step"], row["loss"], row["tokens"]) for row in rows] == [(s, s, 10 * s) for s in (1, 2, 3, 3, 4, 5)]
     assert any(item.key == "seed" and item.value_json == "5" for record in found for item in record.run.config.update)
     metrics = [record.metric for record in found if record.HasField("metric")]

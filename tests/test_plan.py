@@ -1,0 +1,155 @@
+"""python -m scripts.plan: what it says is what training comes to. No times are asserted."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from conf.schema import ConfigError, compose
+from data.prepare import prepare
+from data.tokenizer import PUBLISHED
+from model import GPT
+from scripts import plan as story
+from train import train
+from training import checkpoint
+from training.device import Device
+
+ROOT = Path(__file__).parent.parent
+
+
+def said(capsys: pytest.CaptureFixture, *words: str) -> str:
+    assert story.plan(compose(story.PlanSettings, ["model=nano", "data=text", "data.tokenizer=char", "training=smoke", *words])) == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_parameters_tokens_and_work_are_those_of_the_model(capsys, book, tmp_path):
+    words = [f"data.path={book}", "training.tokens_per_step=512", "training.max_steps=50", "measure=false", f"runs_dir={tmp_path}"]
+    assert "a vocabulary of 65 (assumed)" in said(capsys, *words)
+    settings = compose("config", ["model=nano", "data=text", f"data.path={book}", "data.tokenizer=char"])
+    meta = story.read_meta(prepare(settings.data))
+    out = said(capsys, *words)  # now the vocabulary is known
+    model = GPT(story.replace(settings.model, vocab_size=meta["vocab_size"]))
+    count = sum(weights.numel() for weights in model.parameters())
+    assert f"Model: {count:,} parameters" in out and "Time" not in out
+    parts = [int(number.replace(",", "")) for number in re.findall(r"^  (?:embedding|attention|mlp|vector|head) +([\d,]+)$", out, re.MULTILINE)]
+    assert len(parts) == 5 and sum(parts) == count
+    epochs = 50 * 512 / meta["splits"]["train"]["tokens"]
+    assert f"Tokens: 25,600, in 50 steps of 512; {epochs:,.1f} epochs" in out
+    assert f"FLOPs: {model.flops_per_token() * 25_600:.3g}" in out
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("tokenizer, size", [("byte", 257), ("gpt2", 50257), ("bpe", 777)])
+def test_vocabularies_are_known_without_the_data(tokenizer, size):
+    config = compose("config", ["data=hub", "data.hub_name=a/b", f"data.tokenizer={tokenizer}", "data.vocab_size=777"]).data
+    assert story.look_up(config) == (size, None, f"not looked into: a vocabulary of {size:,} (of {tokenizer})")
+
+
+def test_sizes_of_published_vocabularies(gpt2_files):
+    from data.tokenizer import BPETokenizer
+
+    assert story.PUBLISHED_SIZES.keys() == PUBLISHED.keys()
+    assert BPETokenizer.published("gpt2").vocab_size == story.PUBLISHED_SIZES["gpt2"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optim", ["adamw", "muon"])
+def test_a_checkpoint_is_as_large_as_planned(compose_tiny, tmp_path, optim):
+    settings = compose_tiny("training.max_steps=1", "training.sample_tokens=0", f"optim={optim}")
+    train(settings)
+    folder = checkpoint.find(tmp_path / "runs/tiny/checkpoints")[-1].folder
+    there = sum((folder / name).stat().st_size for name in (checkpoint.MODEL, checkpoint.OPTIMIZER))
+    vocab_size = story.look_up(settings.data)[0]
+    kept, peak = story.count_memory(story.replace(settings, model=story.replace(settings.model, vocab_size=vocab_size)), Device("cpu", "fp32"))
+    assert kept <= there <= kept + 20_000 and peak > kept  # the rest is names
+
+
+def test_bytes_are_counted_as_long_as_they_live():
+    with story.Counter() as counter:
+        a = torch.zeros(1000)
+        b = a + 1
+        view = b[10:]
+        assert counter.now == 8000
+        del a
+        assert counter.now == 4000 and counter.peak == 8000
+        b.add_(1)
+        del b
+        assert counter.now == 4000  # the view holds it
+        del view
+        assert counter.now == 0
+        layer = nn.Linear(10, 100, bias=False)
+        loss = layer(torch.zeros(50, 10)).relu().sum()  # 4,000 + 2,000 + 20,000 + 20,000 that are kept for the way back, + 4
+        assert 4000 + 20_000 <= counter.now <= 46_004
+        del loss
+        assert counter.now == 4000 and counter.peak >= 46_000
+
+
+@pytest.mark.slow
+def test_nothing_is_really_computed_to_count(monkeypatch):
+    """A part of GPT-2 XL: more than 8 GB would be needed."""
+    settings = compose("config", ["model=gpt2-xl", "model.n_layer=8", "optim=adamw", "training.batch_size=16"])
+    before = story.resident()
+    kept, peak = story.count_memory(settings, Device("cpu", "bf16"))
+    assert kept > 3.9e9 and peak > 8e9 and story.resident() - before < 2**30
+
+
+@pytest.mark.slow
+def test_batch_context_and_what_documents_see_cost_memory():
+    def activations(*words: str) -> int:
+        settings = compose("config", ["model=modern-nano", "data=pydocs", *words])
+        kept, peak = story.count_memory(story.replace(settings, model=story.replace(settings.model, vocab_size=257)), Device("cpu", "fp32"))
+        return peak - kept
+
+    small, large = activations("training.batch_size=64"), activations("training.batch_size=128")
+    assert 1.6 < large / small < 2.1
+    assert activations("training.batch_size=64", "data.respect_documents=true") > small
+
+
+@pytest.mark.slow
+def test_a_time_is_measured_unless_memory_is_short(capsys, monkeypatch, book):
+    words = [f"data.path={book}", "training.max_steps=1e6", "training.device=cpu"]
+    out = said(capsys, *words)
+    assert re.search(r"Time: about [\d.]+ (minutes|hours) on this machine \(cpu, .*\): 1,000,000 steps of [\d.]+ s, 100000 evaluations of [\d.]+ s", out)
+    monkeypatch.setattr(story, "available_memory", lambda: 10 * 2**20)
+    assert "Time: not measured, 10 MB of memory are free" in said(capsys, *words)
+
+
+@pytest.mark.slow
+def test_checkpoints_that_are_kept_are_counted(capsys, book):
+    def disk(*words: str) -> tuple[int, int]:
+        found = re.search(r"Disk: ([\d,]+) MB for checkpoints of ([\d,]+) MB: (\d+) that are kept", said(capsys, f"data.path={book}", "measure=false", "model=baby-cpu", *words))
+        return round(int(found[1].replace(",", "")) / int(found[2].replace(",", ""))), int(found[3])
+
+    assert disk("training.keep_last=4", "training.max_steps=100", "training.checkpoint_every=10") == (6, 5)
+    assert disk("training.keep_last=4", "training.max_steps=20", "training.checkpoint_every=10") == (3, 2)
+
+
+@pytest.mark.parametrize("words, complaint", [(["model.n_layr=3"], "did you mean model.n_layer"), (["measure=perhaps"], "measure=perhaps is not true or false")])
+def test_bad_settings_are_one_sentence(words, complaint):
+    with pytest.raises(ConfigError, match=complaint):
+        compose(story.PlanSettings, words)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [["model=nano"], ["model=modern-small", "optim=muon", "training.batch_size=32"], ["model=modern-124m", "optim=muon", "training.batch_size=2", "model.block_size=512"]], ids=["nano", "default", "124m"])
+def test_memory_is_planned_within_a_quarter_of_what_a_training_takes(tmp_path, prepared_data, words):
+    """A training of two steps in a process of its own, which is asked for the most that it held."""
+    if sys.platform != "linux":
+        pytest.skip("measured on Linux")
+    words = ["data=pydocs", *words, "training.max_steps=2", "training.eval_tokens=1024", "training.sample_tokens=0", f"runs_dir={tmp_path}", "training.device=cpu"]
+    here = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    planned = subprocess.run([sys.executable, "-m", "scripts.plan", *words, "measure=false"], **here).stdout
+    training = subprocess.Popen([sys.executable, "train.py", *words, "logger.report=false"], **here)
+    training.stdout.read()
+    _, status, used = os.wait4(training.pid, 0)
+    assert status == 0
+    measured, expected = used.ru_maxrss / 1024, int(re.search(r"Memory: ([\d,]+) MB", planned)[1].replace(",", ""))
+    assert 0.75 < expected / measured < 1.25, (expected, measured)

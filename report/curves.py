@@ -87,6 +87,7 @@ def draw_slice(axes: Any, runs: list[History], key: str, numbers: dict[History, 
         axes.set_xlim(-0.5, len(places) - 0.5)
     elif min(places) > 0 and max(places) >= 10 * min(places):
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
     if numeric and len(places) <= 5:
         axes.set_xticks(places, [f"{place:g}" for place in places])
         axes.minorticks_off()

@@ -157,7 +157,7 @@ def what_mattered(runs: list[History]) -> Iterator[str]:
 
 
 def samples(runs: list[History]) -> Iterator[str]:
-    """What the runs wrote last, side by side, the best first; what they wrote before is folded away."""
+    """What the runs wrote last, side by side, the best first, and before, folded away; of a single run all of it."""
     wrote = [(number, run) for number, run in enumerate(runs) if run.samples]
     if not wrote:
         return
@@ -166,6 +166,9 @@ def samples(runs: list[History]) -> Iterator[str]:
     for number, run in wrote[:MOST_SAMPLES]:
         texts = [f"<p>step {step:,}</p><blockquote>{escape(text)}</blockquote>"
                  for step, text in reversed(run.samples[-10:])]
+        if len(runs) == 1:
+            cards = [f'<div class="card">{text}</div>' for text in texts]
+            break
         earlier = f"<details><summary>earlier</summary>{''.join(texts[1:])}</details>" if len(texts) > 1 else ""
         cards.append(f'<div class="card" data-run="{number}"><h3>{swatch(number, len(runs))}{escape(run.name)}</h3>'
                      f"{texts[0]}{earlier}</div>")

@@ -205,6 +205,15 @@ def test_the_page_needs_no_network_and_nothing_in_it_is_obeyed(tmp_path):
 
 
 @pytest.mark.slow
+def test_axes_are_written_in_plain_numbers(tmp_path):
+    pytest.importorskip("matplotlib")
+    for number in range(7):  # more values than have a tick each
+        write_run(tmp_path / f"runs/{number}", steps=6000, planned=6000, optim__lr=10.0 ** -number)
+    page = make(tmp_path / "runs")
+    assert "mathdefault" not in page and ">0.001</text>" in page and ">2 k</text>" in page
+
+
+@pytest.mark.slow
 def test_pictures_lie_beside_the_page(grid, capsys):
     pytest.importorskip("matplotlib")
     assert script.main(compose(script.ReportSettings, [f"runs_dir={grid.parent}", "runs=sweep"])) == 0
@@ -223,6 +232,7 @@ def test_runs_without_a_loss_are_no_obstacle(tmp_path):
     write_run(tmp_path / "runs/empty", steps=0)
     write_run(tmp_path / "runs/short", steps=5)
     (write_run(tmp_path / "runs/old") / "environment.jsonl").unlink()
+    assert "earlier" not in make(tmp_path / "runs/old") and "text of 20" in make(tmp_path / "runs/old")
     page = make(tmp_path / "runs", pictures=True)
     assert page.index("old") < page.index("empty") and "5 of 60 steps" in page
     assert "No validation loss yet" in make(tmp_path / "runs/empty")

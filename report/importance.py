@@ -17,10 +17,12 @@ def importance(runs: list[History], keys: list[str]) -> dict[str, float]:
 
     It is fANOVA's (Hutter et al. 2014): a forest learns the loss, and its variance is divided. PED-ANOVA, which needs no
     scikit-learn, came out at anything from 5 to 99% for the setting that decided all, with a dozen runs. All `runs` have a
-    validation loss. Raises ValueError if there are too few, and if Optuna or scikit-learn is not installed.
+    validation loss. Raises ValueError if there are too few or all are alike, and if Optuna or scikit-learn is not installed.
     """
     if len(runs) < FEWEST:
         raise ValueError(f"Importance needs {FEWEST} finished runs with all these settings, and there are {len(runs)}.")
+    if len({run.best_loss for run in runs}) == 1:
+        raise ValueError("Importance cannot be told: all losses are the same.")
     try:
         import optuna
         import sklearn  # noqa: F401 (what Optuna's fANOVA is made with)

@@ -210,6 +210,7 @@ def test_axes_are_written_in_plain_numbers(tmp_path):
     for number in range(7):  # more values than have a tick each
         write_run(tmp_path / f"runs/{number}", steps=6000, planned=6000, optim__lr=10.0 ** -number)
     page = make(tmp_path / "runs")
+    assert "all losses are the same" in page
     assert "mathdefault" not in page and ">0.001</text>" in page and ">2 k</text>" in page
 
 

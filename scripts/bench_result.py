@@ -9,8 +9,6 @@ context that do not overlap. Seconds are those of training: evaluation and the s
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import re
 import statistics
@@ -23,15 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 import atomic
-from data.loader import Validation
-from data.shards import Tokens
-from scripts.peer import nanogpt_module
-from train import evaluate
 from training.device import Device
 
 ROOT = Path(__file__).parent.parent
@@ -40,6 +33,17 @@ EVAL_INTERVAL = 250
 RECIPE = ("--device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 --batch_size=12 --n_layer=4 "
           "--n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0 "
           f"--eval_interval={EVAL_INTERVAL}").split()
+
+# In the words of its train.py, behind whose last line this runs: the loss over the whole validation split.
+JUDGE = """
+raw_model.eval()
+tokens = torch.from_numpy(np.fromfile(os.path.join(data_dir, "val.bin"), dtype=np.uint16).astype(np.int64))
+count = (len(tokens) - 1) // block_size
+inputs, targets = (tokens[first : first + count * block_size].view(count, block_size) for first in (0, 1))
+with torch.inference_mode():
+    total = sum(raw_model(x, y)[1].item() * len(x) for x, y in zip(inputs.split(64), targets.split(64)))
+print(total / count, sum(weights.numel() for weights in raw_model.parameters()))
+"""
 
 
 @dataclass(frozen=True)
@@ -108,34 +112,17 @@ def train_ours(*words: str) -> dict[str, Any]:
 
 
 def train_nanogpt(peer: Path, seed: int) -> dict[str, Any]:
-    """Its own program, from another seed, and the model it leaves. A step that also evaluates counts as a median one."""
+    """Its own program, from another seed, and then JUDGE. A step that also evaluates counts as a median one."""
+    program = (peer / "train.py").read_text().replace("torch.manual_seed(1337", f"torch.manual_seed({seed}") + JUDGE
     with tempfile.TemporaryDirectory() as folder:
-        program = (peer / "train.py").read_text().replace("torch.manual_seed(1337", f"torch.manual_seed({seed}")
-        printed = succeed([sys.executable, "-c", program, "config/train_shakespeare_char.py", *RECIPE,
-                           f"--out_dir={folder}", "--always_save_checkpoint=True"], peer)
-        saved = torch.load(Path(folder) / "ckpt.pt", weights_only=True)
+        words = ["config/train_shakespeare_char.py", *RECIPE, f"--out_dir={folder}"]
+        printed = succeed([sys.executable, "-c", program, *words], peer)
     steps = {int(step): float(milliseconds) / 1000
              for step, milliseconds in re.findall(r"^iter (\d+): .*time ([\d.]+)ms", printed, re.MULTILINE)}
     usual = statistics.median(steps.values())
-    seconds = sum(usual if step % EVAL_INTERVAL == 0 else took for step, took in steps.items())
-    module = nanogpt_module(peer)
-    with contextlib.redirect_stdout(io.StringIO()):  # it says how many parameters it has
-        model = module.GPT(module.GPTConfig(**saved["model_args"]))
-    model.load_state_dict(saved["model"])
-    return {"seconds": seconds, "val_loss": nanogpt_loss(model, peer, saved["model_args"]["block_size"]),
-            "parameters": sum(weights.numel() for weights in model.parameters())}
-
-
-def nanogpt_loss(model: torch.nn.Module, peer: Path, block_size: int) -> float:
-    """In nats a character, over the whole validation split."""
-    val = np.fromfile(peer / "data/shakespeare_char/val.bin", dtype=np.uint16)
-    validation = Validation([Tokens([val])], block_size, 64, len(val))
-
-    class Loss(torch.nn.Module):
-        def forward(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-            return model.eval()(inputs.contiguous(), targets.contiguous())[1]
-
-    return evaluate(Loss(), validation, Device("cpu", "fp32"))
+    val_loss, parameters = printed.splitlines()[-1].split()
+    return {"seconds": sum(usual if step % EVAL_INTERVAL == 0 else took for step, took in steps.items()),
+            "val_loss": float(val_loss), "parameters": int(parameters)}
 
 
 def succeed(command: list[str], folder: Path) -> str:

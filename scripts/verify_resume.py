@@ -117,10 +117,10 @@ def steps(run: Path) -> int:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The whole lines of a run's metrics."""
+    """The whole lines of a run's metrics, without those that hold samples."""
     path = run / "metrics.jsonl"
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
+    return [row for row in map(json.loads, lines) if "sample" not in row]
 
 
 def compare(one: Path, other: Path) -> dict[str, str]:

@@ -282,7 +282,7 @@ def test_a_signal_within_a_step_ends_it_after_the_micro_step_and_the_step_is_tak
 
     def forward(model, idx, targets=None, cache=None, documents=None):
         calls.append(model.training and torch.is_grad_enabled())
-        if sum(calls) == 3 + 4 * 3 + 2:  # after the trial: the second micro-step of the fourth step
+        if sum(calls) == 1 + 4 * 3 + 2:  # after the trial: the second micro-step of the fourth step
             os.kill(os.getpid(), signal.SIGTERM)
         return plain(model, idx, targets, cache, documents)
 
@@ -290,7 +290,7 @@ def test_a_signal_within_a_step_ends_it_after_the_micro_step_and_the_step_is_tak
     with monkeypatch.context() as patch:
         patch.setattr(GPT, "forward", forward)
         assert story.train(compose_tiny(*words, "name=stopped")) == 143
-    assert sum(calls) == 3 + 4 * 3 + 2 and last_step(tmp_path / "runs/stopped") == 3
+    assert sum(calls) == 1 + 4 * 3 + 2 and last_step(tmp_path / "runs/stopped") == 3
     story.train(compose_tiny(*words, "name=stopped"))
     assert same(tmp_path / "runs/straight", tmp_path / "runs/stopped")
 
@@ -596,7 +596,8 @@ def test_every_write_goes_through_the_one_helper():
     """No other module opens a file to write, renames, or has a library write one; sampling prompts and such only read."""
     writing = re.compile(r"""write_text|write_bytes\(|\.save\(|savefig|save_file|os\.replace|os\.rename|\.dump\(|copyfile|copytree"""
                          r"""|open\(.*["'][wax]b?\+?["']""")
-    allowed = ("atomic.write_bytes(", "checkpoint.save(", "saver.save(", "figure.savefig(picture")
+    allowed = ("atomic.write_bytes(", "checkpoint.save(", "saver.save(", "figure.savefig(picture",
+               'open(log, "ab") as output')  # a process's output, on a cluster's node that need not know this code
     for path in [*ROOT.glob("*.py"), *ROOT.glob("[cdmt]*/*.py"), *ROOT.glob("scripts/*.py")]:
         if path.name in ("atomic.py", "torture.py") or path.parent.name == "tests":  # torture.py does harm
             continue

@@ -90,9 +90,11 @@ def test_accumulated_micro_steps_equal_one_large_batch(compose_tiny, tmp_path):
     assert one[4]["loss"] == pytest.approx(four[4]["loss"], abs=2e-3)
 
 
-def test_bf16_stays_close_to_fp32(compose_tiny, tmp_path):
+@pytest.mark.parametrize("model", ["nano", "modern-nano"])
+def test_bf16_stays_close_to_fp32(model, compose_tiny, tmp_path):
+    """The distance that docs/benchmarks.md states."""
     for precision in ("fp32", "bf16", "fp16"):
-        story.train(compose_tiny(f"name={precision}", f"training.precision={precision}", "training.max_steps=20"))
+        story.train(compose_tiny(f"name={precision}", f"model={model}", f"training.precision={precision}", "training.max_steps=20"))
     losses = {precision: read_metrics(tmp_path / "runs" / precision)[-1]["val_loss"] for precision in ("fp32", "bf16", "fp16")}
     assert losses["bf16"] == pytest.approx(losses["fp32"], abs=0.02)
     assert losses["fp16"] == pytest.approx(losses["fp32"], abs=0.02)
@@ -193,18 +195,3 @@ def test_the_program_survives_kill_9_and_ends_cleanly_on_sigint(book, tmp_path):
     said, _ = program.communicate(timeout=60)
     assert program.returncode == 130
     assert f"from step {reached}" in said and "Interrupted" in said
-
-
-@pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="bf16 is not native here")
-@pytest.mark.parametrize("model", ["gpt2", "modern-small"])
-def test_a_run_in_bfloat16_stays_near_the_one_in_float32(model, compose_tiny, tmp_path):
-    """Within 2% of each step's loss over 40 steps."""
-    losses = {}
-    for precision in ("fp32", "bf16"):
-        settings = compose_tiny(f"model={model}", "model.block_size=32", "model.n_layer=2", "model.n_head=2", "model.n_embd=32",
-                                "training.max_steps=40", f"training.precision={precision}", f"name={precision}")
-        story.train(settings)
-        losses[precision] = [row["loss"] for row in read_metrics(tmp_path / "runs" / precision) if "loss" in row]
-    assert losses["bf16"] != losses["fp32"]
-    for one, other in zip(losses["bf16"], losses["fp32"], strict=True):
-        assert one == pytest.approx(other, rel=0.02)

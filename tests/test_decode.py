@@ -61,7 +61,9 @@ def test_logits_are_those_without_a_cache(flags, lengths, fast, monkeypatch):
 def test_with_fewer_bits_logits_are_near(flags, precision, most, rows):
     model = make(**flags)
     seen, prompts = texts_of(*[9] * rows), texts_of(*[9] * rows)
-    for tokens, logits in steps(model, prompts, 12, decoder=Decoder(model, rows, precision), temperature=0):
+    decoder = Decoder(model, rows, precision)
+    for tokens, logits in steps(model, prompts, 12, decoder=decoder, temperature=0):
+        assert decoder.cache.values[0].dtype == torch.float16
         exact = uncached_logits(model, seen)
         assert 0 < (logits - exact).std() / exact.std() < most
         for text, token in zip(seen, tokens.tolist(), strict=True):

@@ -70,7 +70,7 @@ def compose_tiny(book, tmp_path):
     """Settings of a run that takes a second: `compose_tiny("training.max_steps=3", ...)`."""
     small = ["model=nano", "data=text", f"data.path={book}", "data.tokenizer=char", "training=smoke", f"runs_dir={tmp_path / 'runs'}",
              "name=tiny", "training.device=cpu", "training.precision=fp32", "training.eval_tokens=512", "optim.lr=3e-3",
-             "logger.report=false"]
+             "logger.report=false", "training.sample_tokens=0"]
     return lambda *overrides: compose("config", [*small, *overrides])
 
 

@@ -40,6 +40,7 @@ def peer(tmp_path):
     return tmp_path / "peer"
 
 
+@pytest.mark.slow
 def test_the_peer_trains_from_the_seed_and_is_judged_by_the_whole_validation_split(peer, monkeypatch):
     said = []
     original = bench_result.succeed
@@ -73,6 +74,7 @@ def test_bad_settings_are_one_sentence(words, problem):
         compose(bench_result.ResultSettings, words)
 
 
+@pytest.mark.slow
 def test_an_ablation_compares_the_same_seeds_with_and_without(monkeypatch, capsys):
     ran = []
     monkeypatch.setattr(bench_ablation, "train_ours", lambda *words: ran.append(words) or {"val_loss": 2.0 + ("model.ngrams=1" in words) + int(words[-1][-1])})

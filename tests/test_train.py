@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_a_run_learns_and_leaves_all_it_should(compose_tiny, tmp_path, capsys):
-    settings = compose_tiny("training.max_steps=40", "training.checkpoint_every=10", "training.keep_last=2")
+    settings = compose_tiny("training.max_steps=40", "training.checkpoint_every=10", "training.keep_last=2", "training.sample_tokens=20")
     assert story.train(settings) == 0
     run = tmp_path / "runs" / "tiny"
     assert {path.name for path in run.iterdir()} == {"config.yaml", "metrics.jsonl", "log.txt", "environment.jsonl", "checkpoints", "lock"}

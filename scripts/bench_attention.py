@@ -14,11 +14,13 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 
 from conf.launch import launch
+from model import attention
 from model.reference import MultiHeadAttention, MultiHeadAttentionWrapper, fuse
 from training.device import Device
 
@@ -57,13 +59,19 @@ def main(settings: BenchAttentionSettings) -> int:
 
 
 def make_ways(C: int, T: int, H: int, device: torch.device) -> dict[str, nn.Module | Callable[[Tensor], Tensor]]:
-    """The same kind of function of `[B, T, C]` four times, each with an output projection."""
+    """The same kind of function of `[B, T, C]` five times, each with an output projection."""
     split = MultiHeadAttention(C, C, T, 0.0, H, qkv_bias=True).to(device)
     fused = fuse(split)
     wrapper = nn.Sequential(MultiHeadAttentionWrapper(C, C // H, T, 0.0, H, qkv_bias=True), nn.Linear(C, C)).to(device)
+
+    def by_kernel(x: Tensor) -> Tensor:
+        with patch.object(attention, "products_are_faster", lambda v: False):
+            return fused(x)
+
     return {"head by head": wrapper, "split projections": split,
             "one projection, plain products": lambda x: fused.explicit(x)[0],
-            "one projection, fused kernel": fused}
+            "one projection, fused kernel": by_kernel,
+            "the block, which chooses": fused}
 
 
 def once(device: Device, call: Callable[[Tensor], Tensor], x: Tensor, backward: bool) -> Callable[[], None]:

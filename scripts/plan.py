@@ -13,6 +13,7 @@ process takes without a model, and what the heap loses to holes. What the data a
 from __future__ import annotations
 
 import math
+import os
 import resource
 import shutil
 import statistics
@@ -201,8 +202,11 @@ def minutes(seconds: float) -> str:
 
 
 def resident() -> int:
-    """The most bytes that this process has held so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    """The bytes that this process holds now. (The most that it held would count what the process that started it held.)"""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:  # no Linux
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 if __name__ == "__main__":

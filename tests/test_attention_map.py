@@ -123,6 +123,7 @@ def test_a_missing_matplotlib_is_named(monkeypatch):
         story.draw("x", torch.zeros(1, 1, 2, 2))
 
 
+@pytest.mark.slow
 def test_a_still_picture_lies_beside_it(tmp_path):
     pytest.importorskip("matplotlib")
     page, _ = made(tmp_path, "png=true")
@@ -149,6 +150,7 @@ def test_a_prompt_that_is_too_long_is_refused_with_both_numbers(tmp_path):
         story.main(compose(story.AttentionMapSettings, ["fresh=nano", f"prompt={'x' * 33}", f"out={tmp_path / 'x.html'}"]))
 
 
+@pytest.mark.slow
 @needs_chromium
 def test_it_opens_without_errors_and_all_heads_are_there(tmp_path):
     page, _ = made(tmp_path)
@@ -164,6 +166,7 @@ def test_it_opens_without_errors_and_all_heads_are_there(tmp_path):
                      "large": "Mean of all heads", "reachable": True, "named": ["layer 0, head 0", "layer 0, head 1", "layer 1, head 0", "layer 1, head 1"]}
 
 
+@pytest.mark.slow
 @needs_chromium
 def test_a_click_enlarges_and_a_hover_shows_what_the_tensor_says(tmp_path):
     page, data = made(tmp_path)

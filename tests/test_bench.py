@@ -35,6 +35,7 @@ class GPT(torch.nn.Module):
 '''
 
 
+@pytest.mark.slow
 def test_both_sides_are_measured_in_turn_and_the_ratios_agree(tmp_path, monkeypatch, capsys):
     """With a stand-in for the peer that has the same interface."""
     (tmp_path / "model.py").write_text(PEER)
@@ -59,6 +60,7 @@ def test_both_sides_are_measured_in_turn_and_the_ratios_agree(tmp_path, monkeypa
     assert float(cells[4]) == pytest.approx(ratio, abs=0.01)
 
 
+@pytest.mark.slow
 def test_a_profile_shows_the_parts_of_a_step(capsys, tmp_path):
     words = ["model.n_layer=1", "model.n_embd=16", "model.block_size=8", "training.batch_size=2", "data.vocab_size=300", "rows=5"]
     assert bench.profile(compose(bench.ProfileSettings, [*words, f"trace={tmp_path / 'trace.json'}"])) == 0

@@ -644,6 +644,7 @@ def prepare_together(config: DataConfig, barrier, made) -> None:
     prepare(config)
 
 
+@pytest.mark.slow
 def test_of_parallel_processes_one_makes_the_folder_and_the_others_wait(corpus, fresh_data):
     context = multiprocessing.get_context("spawn")
     config, barrier, made = corpus(FEW), context.Barrier(4), context.Semaphore(0)

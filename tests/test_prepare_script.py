@@ -32,6 +32,7 @@ def run(*overrides):
     return main(compose(PrepareSettings, list(overrides)))
 
 
+@pytest.mark.slow
 def test_inspecting_says_what_is_there(folder_of_texts, tmp_path, fresh_data, capsys):
     pytest.importorskip("matplotlib")
     out = tmp_path / "picture.png"
@@ -121,6 +122,7 @@ def test_a_single_text_is_one_document(tmp_path, fresh_data):
     assert contents.n_documents == 1 and [length for _, length, _ in contents.some_documents(3, 0)] == [270]
 
 
+@pytest.mark.slow
 def test_cleaning_removes_what_no_run_uses(compose_tiny, folder_of_texts, tmp_path, fresh_data, capsys):
     train.train(settings := compose_tiny("training.max_steps=1"))
     used, unused = prepare(settings.data), prepare(DataConfig("text", str(folder_of_texts), "byte"))
@@ -142,6 +144,7 @@ def test_cleaning_removes_what_no_run_uses(compose_tiny, folder_of_texts, tmp_pa
     assert not any(path.is_dir() for path in fresh_data.iterdir())
 
 
+@pytest.mark.slow
 def test_nothing_is_removed_while_a_run_without_a_checkpoint_trains_or_where_there_are_no_runs(folder_of_texts, tmp_path, fresh_data):
     unused = prepare(DataConfig("text", str(folder_of_texts), "byte"))
     with pytest.raises(ValueError, match=r"runs_dir=\S*nowhere is no folder.*Nothing was removed"):

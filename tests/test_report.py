@@ -173,6 +173,7 @@ def test_a_missing_optuna_is_a_sentence_on_the_page(grid, monkeypatch):
     assert "pip install optuna scikit-learn" in page and 'class="slices"><svg' in page
 
 
+@pytest.mark.slow
 def test_a_missing_matplotlib_stops_a_command_and_no_training(grid, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ValueError, match="pip install matplotlib"):

@@ -12,7 +12,7 @@ def test_every_way_computes_attention_with_a_gradient():
     x = torch.randn(3, 8, 16, requires_grad=True)
     outputs = {name: call(x) for name, call in ways.items()}
     assert all(y.shape == x.shape for y in outputs.values())
-    for name in ("one projection, plain products", "one projection, fused kernel"):
+    for name in ("one projection, plain products", "one projection, fused kernel", "the block, which chooses"):
         torch.testing.assert_close(outputs[name], outputs["split projections"], rtol=0, atol=1e-5)
     changed = x.detach().clone()
     changed[:, -1] += 1
@@ -23,7 +23,7 @@ def test_it_prints_a_table_with_a_line_for_each_way(monkeypatch, capsys):
     monkeypatch.setattr(bench_attention, "SIZES", {"small": (2, 8, 16, 2)})
     assert bench_attention.main(bench_attention.BenchAttentionSettings(rounds=2, device="cpu", precision="fp32")) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    assert len(lines) == 5 and lines[1].startswith("| head by head |") and lines[1].count("1.00") == 2
+    assert len(lines) == 6 and lines[1].startswith("| head by head |") and lines[1].count("1.00") == 2
 
 
 def test_calls_take_turns_and_the_first_round_does_not_count(monkeypatch):

@@ -154,10 +154,9 @@ def compose(root: str | type, overrides: list[str]) -> Any:
     schema = SCHEMAS[root] if isinstance(root, str) else root
     known = leaves(schema)
     trains = any(field.name == "train" for field in fields(schema))
+    # What a script does not know itself is for the training that it starts, which composes it with what else it knows.
     about_training = [word for word in overrides if trains and word.partition("=")[0] not in known]
-    if about_training:  # what a script does not know itself is for the training that it starts
-        compose("config", about_training)
-        overrides = [word for word in overrides if word not in about_training]
+    overrides = [word for word in overrides if word not in about_training]
     problems: list[str] = []
     for_hydra: list[str] = []
     free_text: dict[str, str] = {}  # taken past Hydra, whose grammar would refuse most English
@@ -338,7 +337,7 @@ def default_name(overrides: list[str], settings: Settings, experiment: str) -> s
     presets = {group: chosen[group] for group in groups() if group in chosen}
     places = {"data.path": settings.data.path, "data.hub_name": settings.data.hub_name}
     given = [f"{key}={value}" for key, value in (places | presets).items()]
-    plain = compose("config", ["name=-", *given])
+    plain = compose("config", ["name=-", *given]) if set(overrides) - set(given) else settings
     start = presets.pop("experiment", "" if "data" in presets else experiment)
     presets.pop("logger", None)
     changes = identity_differences(asdict(plain), asdict(settings))

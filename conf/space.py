@@ -114,6 +114,7 @@ def read_space(name: str, overrides: tuple[str, ...]) -> Space:
     if not varied:
         problems.append(f"{path} has no space: name what varies, as in optim.lr: {{low: 1e-4, high: 1e-2, log: true}}.")
     given = dict(word.partition("=")[::2] for word in overrides)
+    problems += [unknown(key, settings, "on the command line") for key in given if key not in (*settings, *presets)]
     problems += [f"{key} varies {place}, and is fixed too: leave one of them out." for key in varied if key in fixed | given]
     if problems:
         raise ConfigError(problems)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import http.client
+import os
 import platform
 import sysconfig
 import urllib.request
@@ -124,7 +125,11 @@ def library_files(library: Path | None = None) -> tuple[Path, list[Path]]:
     """The folder of the standard library, and its files without tests and what was installed beside it."""
     folder = library or Path(sysconfig.get_paths()["stdlib"])
     skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__"}
-    return folder, sorted(path for path in folder.rglob("*.py") if skipped.isdisjoint(path.relative_to(folder).parts))
+    paths: list[Path] = []
+    for parent, inner, names in os.walk(folder):
+        inner[:] = set(inner) - skipped  # not even looked into: what is installed is many times as much
+        paths += (Path(parent, name) for name in names if name.endswith(".py"))
+    return folder, sorted(paths)
 
 
 def library_fingerprint(kind: str, folder: Path, paths: list[Path]) -> str:

@@ -54,12 +54,13 @@ class VerifySettings:
 def verify(settings: VerifySettings) -> int:
     """Train twice, compare, and print; 0 if nothing differs."""
     overrides = [*SHORT, *settings.train]
+    max_steps = compose("config", overrides).training.max_steps
     with tempfile.TemporaryDirectory(prefix="verify-resume-") as scratch:
         straight, killed = Path(scratch, "straight"), Path(scratch, "killed")
         print("Training straight through.", flush=True)
         finish(overrides, straight)
         print(f"Training under {settings.kills} kills.", flush=True)
-        inside, lost = train_under_kills(overrides, killed, settings.kills, compose("config", overrides).training.max_steps)
+        inside, lost = train_under_kills(overrides, killed, settings.kills, max_steps)
         found = compare(straight, killed)
         print(f"\n{settings.kills} kills, {inside} of them inside a save; {lost} steps were lost and taken again.\n")
         for what, difference in found.items():

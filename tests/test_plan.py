@@ -134,7 +134,7 @@ def test_checkpoints_that_are_kept_are_counted(capsys, book):
 @pytest.mark.parametrize("words, complaint", [(["model.n_layr=3"], "did you mean model.n_layer"), (["measure=perhaps"], "measure=perhaps is not true or false")])
 def test_bad_settings_are_one_sentence(words, complaint):
     with pytest.raises(ConfigError, match=complaint):
-        compose(story.PlanSettings, words)
+        story.plan(compose(story.PlanSettings, words))
 
 
 # Between this process and the training: a process is said to have held what the one that started it held, and tests hold much.

@@ -194,4 +194,4 @@ def test_nothing_is_removed_where_a_run_cannot_be_read(compose_tiny, tmp_path, f
                                             (["data.pth=x"], "did you mean data.path")])
 def test_bad_settings_are_one_sentence(words, problem):
     with pytest.raises(ConfigError, match=problem):
-        compose(PrepareSettings, words)
+        main(compose(PrepareSettings, words))

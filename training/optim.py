@@ -9,9 +9,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.optim import AdamW, Muon, Optimizer
 
-from training.muon import BatchedMuon
+from training.updates import AdamW, Muon, Optimizer
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ def extension(step: int, config: OptimConfig, old_max_steps: int, max_steps: int
 
 
 class Optimizers:
-    """One or two torch optimizers that act as one.
+    """One or two optimizers that act as one.
 
     `roles` are the parameters by what they do (`GPT.parameters_by_role`). Muon takes the matrices inside the
     blocks (roles "attention" and "mlp"), where steps in all directions of a product's space should be alike
@@ -96,19 +95,14 @@ class Optimizers:
         tables, vectors = roles["embedding"] + roles["head"], roles["vector"]
         self.all: list[Optimizer] = []
         if config.optimizer == "muon":
-            self.all.append(BatchedMuon(matrices, lr=config.muon_lr, momentum=config.momentum,
-                                        weight_decay=config.weight_decay))
+            groups = [{"params": matrices, "weight_decay": config.weight_decay}]
+            self.all.append(Muon(groups, config.muon_lr, config.momentum))
         else:
             tables = matrices + tables
         groups = [{"params": tables, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        self.all.append(AdamW([group for group in groups if group["params"]],
-                              lr=config.lr, betas=(config.beta1, config.beta2), fused=True))
+        self.all.append(AdamW(groups, config.lr, (config.beta1, config.beta2)))
         self.full_rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.all]
         self.parameters = [weights for role in roles.values() for weights in role]
-        for optimizer in self.all:  # the state exists from the start, so that its size is known before the first step
-            for group in optimizer.param_groups:
-                for weights in group["params"]:
-                    optimizer.state[weights] = first_state(optimizer, weights)
 
     def set_scale(self, scale: float) -> None:
         """Use this part of each group's full learning rate from now on."""
@@ -140,28 +134,16 @@ class Optimizers:
         """Drop the gradients, used or not; a scaler learns from them what scale to use next."""
         scaler.update()
         for optimizer in self.all:
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.clear()
 
     def tensors(self) -> dict[str, Tensor]:
         """All state by name, `OPTIMIZER.PARAMETER.WHAT`. Rates are no state: the schedule gives them."""
         return {f"{number}.{index}.{what}": tensor
                 for number, optimizer in enumerate(self.all)
-                for index, state in optimizer.state_dict()["state"].items()
+                for index, state in enumerate(optimizer.state.values())
                 for what, tensor in state.items()}
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Take back what `tensors` gave."""
-        states: list[dict[int, dict[str, Tensor]]] = [{} for _ in self.all]
-        for name, tensor in tensors.items():
-            number, index, what = name.split(".")
-            states[int(number)].setdefault(int(index), {})[what] = tensor
-        for optimizer, state in zip(self.all, states, strict=True):
-            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def first_state(optimizer: Optimizer, weights: Tensor) -> dict[str, Tensor]:
-    """What torch's optimizer would begin with at its first step."""
-    if isinstance(optimizer, Muon):
-        return {"momentum_buffer": torch.zeros_like(weights)}
-    return {"step": torch.zeros((), device=weights.device),
-            "exp_avg": torch.zeros_like(weights), "exp_avg_sq": torch.zeros_like(weights)}
+        for name, tensor in self.tensors().items():
+            tensor.copy_(tensors[name])

@@ -98,11 +98,13 @@ def train(settings: Settings) -> int:
             if last and (planned := last.state["max_steps"]) != limits.max_steps:
                 state.replanned |= not same_rates(state.step, settings.optim, planned, limits.max_steps)
                 recorder.say(extension(state.step, settings.optim, planned, limits.max_steps, state.replanned))
-            step_seconds = loader.micro_steps * seconds_of(lambda: trial(model, loader, device, boundary), device)
+            rows = math.ceil(batch_size / 4)  # enough to tell how long all take
+            trial_seconds = seconds_of(lambda: trial(model, loader, device, boundary, rows), device)
+            step_seconds = loader.micro_steps * trial_seconds * batch_size / rows
             expected = min(step_seconds * (limits.max_steps - state.step), (limits.max_seconds or math.inf) - state.seconds)
-            recorder.say(f"Time: about {expected / 60:.1f} minutes on this machine, by its first batch, and evaluation.")
+            recorder.say(f"Time: about {expected / 60:.1f} minutes on this machine, by its first sequences, and evaluation.")
             forward = maybe_compile(model, limits.compile, device, expected,
-                                    lambda compiled: trial(compiled, loader, device, boundary), recorder.say)
+                                    lambda compiled: trial(compiled, loader, device, boundary, batch_size), recorder.say)
             facts = {"settings": identity(settings, prepared, device.precision), "max_steps": limits.max_steps,
                      "model": asdict(model.config), "environment": asdict(device.environment(forward is not model))}
             record_start(run.folder, state.step, facts["environment"])
@@ -246,9 +248,10 @@ def answer_nonfinite(loss: float, state: State, run: Run, limits: TrainingConfig
     return answer
 
 
-def trial(model: nn.Module, loader: Loader, device: Device, boundary: int | None) -> None:
-    """One micro-step that changes nothing: to time it, and to see that it works."""
-    loss_of(model, loader.batch(0), device, boundary).backward()
+def trial(model: nn.Module, loader: Loader, device: Device, boundary: int | None, rows: int) -> None:
+    """A micro-step of so many sequences that changes nothing: to time it, and to see that it works."""
+    inputs, targets = loader.batch(0)
+    loss_of(model, (inputs[:rows], targets[:rows]), device, boundary).backward()
     model.zero_grad(set_to_none=True)
 
 

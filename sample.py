@@ -30,11 +30,8 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 import atomic
@@ -42,7 +39,7 @@ from conf.identity import flat, printable
 from conf.launch import launch
 from conf.schema import SampleSettings, rebuild
 from data.tokenizer import Tokenizer, fingerprint, from_json
-from model import GPT, Decoder, GPTConfig, steps
+from model import GPT, Decoder, GPTConfig, Undrawn, steps
 from training import checkpoint
 from training.checkpoint import Checkpoint
 from training.device import Device
@@ -100,26 +97,6 @@ def open_checkpoint(run: Path, which: str, device: Device) -> tuple[GPT, Tokeniz
     if loaded is None:
         raise ValueError(f"{run} has no checkpoint.")
     return loaded
-
-
-class Undrawn(TorchFunctionMode):
-    """Weights inside this context are not drawn, for they come from a file. On the device "meta" they take no memory either.
-
-    (As `torch.device("meta")` has it, torch imports its compiler first, which takes a second.)
-    """
-
-    def __init__(self, device: str = "cpu") -> None:
-        super().__init__()
-        self.device = device
-
-    def __torch_function__(self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (),
-                           kwargs: dict[str, Any] | None = None) -> Any:
-        kwargs = kwargs or {}
-        if function.__name__ in ("normal_", "uniform_", "kaiming_uniform_"):
-            return kwargs["tensor"] if "tensor" in kwargs else args[0]
-        if function is torch.empty:
-            kwargs["device"] = self.device
-        return function(*args, **kwargs)
 
 
 def prepare(model: GPT, settings: SampleSettings, device: Device) -> Decoder | None:

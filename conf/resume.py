@@ -17,7 +17,7 @@ from conf.identity import differences, flat, identity_differences, in_short, lis
 from conf.schema import Settings, folder_name, rebuild
 from data.prepare import prepare
 from data.shards import read_meta
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, Undrawn
 from training import checkpoint
 from training.checkpoint import Checkpoint
 from training.device import Device, Environment, available
@@ -99,7 +99,7 @@ def is_finished(settings: Settings, folder: Path) -> bool:
 
 def largest_file(config: GPTConfig) -> int:
     """The bytes that no file of a checkpoint can pass: AdamW's two moments, or the largest tokenizer."""
-    with torch.device("meta"):
+    with Undrawn("meta"):
         parameters = sum(weights.numel() for weights in GPT(config).parameters())
     return 8 * parameters + 2**24
 

@@ -5,5 +5,6 @@ from model.config import GPTConfig
 from model.decode import Decoder
 from model.generate import generate, steps
 from model.gpt import GPT
+from model.undrawn import Undrawn
 
-__all__ = ["GPT", "CausalSelfAttention", "Decoder", "GPTConfig", "KVCache", "generate", "steps"]
+__all__ = ["GPT", "CausalSelfAttention", "Decoder", "GPTConfig", "KVCache", "Undrawn", "generate", "steps"]

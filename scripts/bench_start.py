@@ -37,7 +37,7 @@ class StartSettings:
 def to_first_step(settings: StartSettings) -> int:
     """Start both in turn, `rounds` times and once before."""
     with tempfile.TemporaryDirectory() as folder:
-        ours = ["train.py", f"runs_dir={folder}", "restart=true", "training.eval_every=1", "training.eval_tokens=1"]
+        ours = ["train.py", "name=new", "training.eval_every=1", "training.eval_tokens=1"]
         text = f"data.path={Path(settings.peer).resolve() / 'data/shakespeare_char/input.txt'}"
         sides = {"nanoGPT": (["train.py", "config/train_shakespeare_char.py", *RECIPE, "--eval_iters=1",
                               f"--out_dir={folder}/peer"], Path(settings.peer), "iter 0:"),
@@ -46,7 +46,8 @@ def to_first_step(settings: StartSettings) -> int:
         seconds: dict[str, list[float]] = {side: [] for side in sides}
         for number in range(settings.rounds + 1):
             for side, (words, where, sign) in sides.items():
-                took = seconds_until(sign, [sys.executable, *words], where)
+                fresh = [f"runs_dir={folder}/{side}-{number}"] * (where == ROOT)
+                took = seconds_until(sign, [sys.executable, *words, *fresh], where)
                 seconds[side] += [took] if number else []  # the first time prepares the data
     for side, times in seconds.items():
         print(f"{side}: {statistics.median(times):.2f} s to the end of the first step, "

@@ -21,6 +21,7 @@ import sample as story
 import train
 from conf.schema import ConfigError, compose
 from data.tokenizer import fingerprint, from_json
+from model import Undrawn
 from training import checkpoint
 from training.device import Device
 
@@ -165,15 +166,16 @@ def test_a_checkpoint_is_opened_as_it_would_be_with_drawn_weights_and_buffers(ru
     before = torch.get_rng_state()
     model, _ = story.open_checkpoint(runs_dir / "tiny", "best", Device("cpu", "fp32"))
     assert torch.equal(torch.get_rng_state(), before) and not any(weights.is_meta for weights in model.state_dict().values())
-    with story.Undrawn("meta"):
+    with Undrawn("meta"):
         shapes = story.GPT(replace(model.config, position="rotary", tie_head=False))
     assert all(weights.is_meta for weights in shapes.parameters()) and shapes.rotary.isfinite().all()
 
 
 @pytest.mark.slow
-def test_neither_opening_nor_sampling_imports_torchs_compiler(runs_dir):
+def test_neither_opening_nor_sampling_nor_going_on_imports_torchs_compiler(runs_dir):
     """Which takes a second: what `python sample.py` needs until its first token."""
-    code = ("import sys; from conf.schema import compose; import sample; "
+    code = ("import sys; from conf.schema import compose; import sample; from conf.resume import largest_file; "
+            "from model import GPTConfig; largest_file(GPTConfig()); "  # as going on with a run asks
             f"sample.sample(compose('sample', ['runs_dir={runs_dir}', 'max_new_tokens=3'])); print('torch._dynamo' in sys.modules)")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.endswith("False\n"), done.stdout + done.stderr

@@ -1,5 +1,7 @@
 """What tests share: folders for prepared data that are thrown away, and files that not every machine has."""
 
+import copy
+import functools
 import hashlib
 import os
 import random
@@ -11,6 +13,7 @@ import torch
 from hypothesis import settings
 
 import train
+from conf import schema
 from conf.schema import compose
 from data.tokenizer import PUBLISHED
 
@@ -25,6 +28,22 @@ def prepared_data(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOHYDRA_DATA", str(folder := tmp_path_factory.mktemp("prepared")))
         yield folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def composed_once():
+    """Hydra takes a tenth of a second for a composition, and many tests ask for the same one."""
+    compose_with_hydra, conf = schema.compose_with_hydra, schema.CONF
+    remembered = functools.cache(lambda root, settings, words: compose_with_hydra(root, settings, list(words)))
+
+    def compose_or_remember(root, settings, words):
+        if conf != schema.CONF:
+            return compose_with_hydra(root, settings, words)
+        return copy.deepcopy(remembered(root, settings, tuple(words)))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(schema, "compose_with_hydra", compose_or_remember)
+        yield
 
 
 @pytest.fixture

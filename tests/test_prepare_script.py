@@ -96,6 +96,7 @@ def test_documents_of_each_part_of_a_mixture_are_shown(folder_of_texts, tmp_path
     assert [bytes(ids).decode() for _, _, ids in shown][-1] == "0123456789" * 27
 
 
+@pytest.mark.slow
 def test_the_picture_goes_into_the_folder_and_each_split_is_told_for_itself(tmp_path, fresh_data, capsys):
     pytest.importorskip("matplotlib")
     (tmp_path / "a.txt").write_text("abcdefghij" * 100)

@@ -180,6 +180,7 @@ def test_a_finished_run_samples_says_how_to_go_on_and_changes_nothing(compose_ti
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != "lock"}
 
 
+@pytest.mark.slow
 def test_max_seconds_ends_a_run_and_can_be_raised(compose_tiny, tmp_path, capsys):
     limit = ["training.max_steps=1e6", "training.max_seconds=0.5", "training.eval_every=1e6"]
     assert story.train(compose_tiny(*limit)) == 0
@@ -225,6 +226,7 @@ def test_a_finished_run_is_finished_on_any_machine(compose_tiny, tmp_path, monke
     assert story.train(compose_tiny("training.max_steps=2")) == 0 and "is finished" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_planned_for_ever_that_ends_by_time_goes_on(compose_tiny, tmp_path):
     for seconds in (0.2, 0.4):
         story.train(compose_tiny("training.max_steps=1e15", f"training.max_seconds={seconds}", "training.eval_every=1e15"))
@@ -423,6 +425,7 @@ def test_a_setting_that_is_newer_than_the_run_had_its_default(compose_tiny, tmp_
         story.train(compose_tiny("training.max_steps=3", "data.errors=replace"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [{"n_layer": 10**6}, {"n_embd": 10**9}, {"block_size": 10**12}, {"vocab_size": 0}, {"n_layer": "x"},
                                    {"n_layer": 1e308}, {"n_layer": 5}, {"more": 1}, {"dropout": -1}, {"vocab_size": 99}, {"position": "x"},
                                    {"block_size": None}, {"n_layer": [1]}, {"n_embd": 2**16, "n_layer": 1024}], ids=str)
@@ -447,6 +450,7 @@ def test_another_runs_tokenizer_is_refused_with_both_numbers(compose_tiny, tmp_p
         story.open_checkpoint(tmp_path / "runs/tiny", "last", Device("cpu", "fp32"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("environment", [{}, {"threads": 10**9}, {"threads": "x"}, {"device": "../x"}, {"precision": 3}, {"more": 1}, {"torch": {}}], ids=str)
 def test_a_hostile_environment_is_one_sentence(compose_tiny, two_steps, environment):
     run = two_steps()

@@ -90,6 +90,7 @@ def test_accumulated_micro_steps_equal_one_large_batch(compose_tiny, tmp_path):
     assert one[4]["loss"] == pytest.approx(four[4]["loss"], abs=2e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["nano", "modern-nano"])
 def test_bf16_stays_close_to_fp32(model, compose_tiny, tmp_path):
     """The distance that docs/benchmarks.md states."""
@@ -100,6 +101,7 @@ def test_bf16_stays_close_to_fp32(model, compose_tiny, tmp_path):
     assert losses["fp16"] == pytest.approx(losses["fp32"], abs=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("experiment", options("experiment"))
 def test_every_experiment_takes_its_first_step_scaled_down(experiment, book, tmp_path):
     small = ["model.n_layer=1", "model.n_head=2", "model.n_embd=16", "model.block_size=16", "training.batch_size=2",

@@ -55,6 +55,7 @@ def test_every_step_of_adamw_is_that_of_torchs_own_to_the_bit():
                    for what, tensor in other.state[its].items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_torchs_compiler_is_not_imported_for_a_step(optimizer):
     """It takes a second."""

@@ -98,9 +98,7 @@ def train(settings: Settings) -> int:
             if last and (planned := last.state["max_steps"]) != limits.max_steps:
                 state.replanned |= not same_rates(state.step, settings.optim, planned, limits.max_steps)
                 recorder.say(extension(state.step, settings.optim, planned, limits.max_steps, state.replanned))
-            rows = math.ceil(batch_size / 4)  # enough to tell how long all take
-            trial_seconds = seconds_of(lambda: trial(model, loader, device, boundary, rows), device)
-            step_seconds = loader.micro_steps * trial_seconds * batch_size / rows
+            step_seconds = expected_seconds(model, loader, device, boundary)
             expected = min(step_seconds * (limits.max_steps - state.step), (limits.max_seconds or math.inf) - state.seconds)
             recorder.say(f"Time: about {expected / 60:.1f} minutes on this machine, by its first sequences, and evaluation.")
             forward = maybe_compile(model, limits.compile, device, expected,
@@ -246,6 +244,15 @@ def answer_nonfinite(loss: float, state: State, run: Run, limits: TrainingConfig
     else:
         recorder.say(f"{said} Its batch is skipped.")
     return answer
+
+
+def expected_seconds(model: nn.Module, loader: Loader, device: Device, boundary: int | None) -> float:
+    """What a step will take: by a part of a micro-step, where all of it would be a wait."""
+    rows = math.ceil(loader.batch_size / 8)
+    first = seconds_of(lambda: trial(model, loader, device, boundary, rows), device)  # which also sets the device up
+    rows = loader.batch_size if first < 0.1 else rows
+    seconds = seconds_of(lambda: trial(model, loader, device, boundary, rows), device)
+    return loader.micro_steps * seconds * loader.batch_size / rows
 
 
 def trial(model: nn.Module, loader: Loader, device: Device, boundary: int | None, rows: int) -> None:

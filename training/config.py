@@ -23,7 +23,7 @@ class TrainingConfig:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     compile: Literal["auto", "true", "false"] = "auto"
-    recompute: bool = False  # keep less for the backward pass and compute it again: less memory, a third more time
+    recompute: bool = False  # keep less for the backward pass and compute it again: less memory, about a sixth more time
     deterministic: bool = False  # on a GPU: only kernels that give the same bits each time, where torch has them
     on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"  # what to do when a loss or gradient is NaN or infinite
     nonfinite_limit: int = 5  # skip and rollback: how often in a run; the next one stops it

@@ -66,8 +66,7 @@ class Device:
             raise ValueError("precision=bf16 is not native to this GPU: choose auto, fp16 or fp32.")
         if self.type == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32 where a product stays in fp32
-        if self.type == "cpu":
-            keep_freed_memory()
+        self.keeps_memory = self.type == "cpu" and keep_freed_memory()
         self.deterministic = deterministic
         if deterministic:
             be_deterministic()
@@ -90,7 +89,8 @@ class Device:
     def describe(self) -> str:
         """For the log: what was chosen, and why."""
         reason = {"bf16": "native here", "fp16": "bf16 is not native here", "fp32": "no faster one is native here"}
-        return f"{self.name()}; {self.precision} ({reason[self.precision] if self.chosen else 'as set'})"
+        kept = "; memory that a step frees is kept for the next" if self.keeps_memory else ""
+        return f"{self.name()}; {self.precision} ({reason[self.precision] if self.chosen else 'as set'}){kept}"
 
     def environment(self, compiled: bool) -> Environment:
         return Environment(self.type, processor() if self.type == "cpu" else self.name(), torch.get_num_threads(),
@@ -132,16 +132,17 @@ def be_deterministic() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # which would cost time and find no mistake of ours
 
 
-def keep_freed_memory() -> None:
+def keep_freed_memory() -> bool:
     """Let glibc keep what is freed for the next step, instead of returning it and faulting every page in again.
 
-    A step frees and asks for the same hundreds of MB each time; see docs/benchmarks.md for what this saves.
+    A step frees and asks for the same hundreds of MB each time; see docs/benchmarks.md for what this saves. False where
+    the C library is another.
     """
-    if platform.libc_ver()[0] == "glibc":
-        trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
-        libc = ctypes.CDLL(None)
-        libc.mallopt(trim_threshold, 2**31 - 1)
-        libc.mallopt(mmap_max, 0)
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
+    libc = ctypes.CDLL(None)
+    return bool(libc.mallopt(trim_threshold, 2**31 - 1) and libc.mallopt(mmap_max, 0))
 
 
 def available_memory() -> float:
@@ -161,10 +162,8 @@ def available_memory() -> float:
 
 
 def seconds_of(call: Callable[[], object], device: Device) -> float:
-    """Time `call`; where the first one sets a device up, the second."""
-    if device.type != "cpu":
-        call()
-        device.synchronize()
+    """Time `call`."""
+    device.synchronize()
     start = time.perf_counter()
     call()
     device.synchronize()

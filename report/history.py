@@ -81,7 +81,8 @@ def open_history(folder: Path, name: str) -> History:
                 validated[:, axis] = np.interp(validated[:, 0], trained[:, 0], trained[:, axis])
         best = min((row for row in rows if row.get("val_loss") is not None), key=lambda row: row["val_loss"], default={})
         return History(
-            folder, name, settings, starts[-1] | {"starts": len(starts)} if starts else {},
+            folder, name, resolved(settings, starts[-1]) if starts else settings,
+            starts[-1] | {"starts": len(starts)} if starts else {},
             thinned(trained), thinned(validated),
             [(row["step"], str(row["sample"])) for row in rows if "sample" in row],
             (int(rows[-1]["step"]), *map(float, trained[-1, 1:3])) if len(trained) else (0, 0, 0.0),
@@ -92,6 +93,13 @@ def open_history(folder: Path, name: str) -> History:
             nonfinite=len(list(folder.glob("nonfinite/*.json"))))
     except (ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
         raise ValueError(f"{folder} is not a run that nanohydra wrote ({str(error).splitlines()[0][:100]}).") from None
+
+
+def resolved(settings: dict[str, Any], start: dict[str, Any]) -> dict[str, Any]:
+    """The settings with what "auto" came to at that start. A run that went on has it so, and is no other run for that."""
+    came_to = {"training.device": start.get("device"), "training.precision": start.get("precision"),
+               "training.compile": {True: "true", False: "false"}.get(start.get("compiled"))}
+    return settings | {key: value for key, value in came_to.items() if settings.get(key) == "auto" and value is not None}
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -143,6 +143,18 @@ def test_settings_that_differ_are_found_and_what_follows_is_left_out(grid):
     assert differing(histories(grid)) == ["model.n_layer", "optim.lr"]
 
 
+def test_a_run_that_went_on_is_no_other_for_saying_what_auto_came_to(tmp_path):
+    chosen = {"training__device": "cpu", "training__precision": "bf16", "training__compile": "false"}
+    for name, settings in {"straight": dict.fromkeys(chosen, "auto"), "went_on": chosen, "other": chosen | {"training__precision": "fp32"}}.items():
+        run = write_run(tmp_path / "runs" / name, **settings)
+        start = {"step": 0, "device": "cpu", "precision": settings["training__precision"].replace("auto", "bf16"), "compiled": False}
+        (run / "environment.jsonl").write_text(json.dumps(start) + "\n")
+    straight, went_on, other = (open_history(tmp_path / "runs" / name, name) for name in ("straight", "went_on", "other"))
+    assert differing([straight, went_on]) == [] and differing([straight, other]) == ["training.precision"]
+    (tmp_path / "runs/straight/environment.jsonl").unlink()  # nobody knows what it came to
+    assert open_history(tmp_path / "runs/straight", "straight").settings["training.precision"] == "auto"
+
+
 @pytest.mark.slow
 def test_importance_finds_what_mattered(grid):
     pytest.importorskip("optuna")

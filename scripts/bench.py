@@ -19,7 +19,7 @@ Settings of result, which trains nanoGPT's Shakespeare for CPUs and our two expe
   rounds=3         each from another seed; seed=1337 is the first
   out=FILE         also as JSON
 Settings of start:
-  rounds=5
+  rounds=5  out=FILE
 Settings of ablation: those of train.py, and
   seeds=3          a row
 Settings of profile: those of train.py, and

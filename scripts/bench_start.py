@@ -8,6 +8,7 @@ recipe and the default run, their data prepared.
 
 from __future__ import annotations
 
+import json
 import statistics
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import atomic
 from scripts.bench_result import RECIPE, ROOT, prepared_text
 
 
@@ -26,6 +28,7 @@ class StartSettings:
 
     peer: str = ""  # a nanoGPT checkout, its data/shakespeare_char prepared
     rounds: int = 5
+    out: str = ""
 
     def problems(self) -> Iterator[str]:
         """One sentence for each value that cannot work."""
@@ -49,9 +52,12 @@ def to_first_step(settings: StartSettings) -> int:
                 fresh = [f"runs_dir={folder}/{side}-{number}"] * (where == ROOT)
                 took = seconds_until(sign, [sys.executable, *words, *fresh], where)
                 seconds[side] += [took] if number else []  # the first time prepares the data
+    print("| side | seconds to the end of the first step | x |\n|---|---|---|")
     for side, times in seconds.items():
-        print(f"{side}: {statistics.median(times):.2f} s to the end of the first step, "
-              f"x {statistics.median(times) / statistics.median(seconds['nanoGPT']):.2f}")
+        middle = statistics.median(times)
+        print(f"| {side} | {middle:.2f} | {middle / statistics.median(seconds['nanoGPT']):.2f} |")
+    if settings.out:
+        atomic.write_bytes(Path(settings.out), json.dumps(seconds, indent=2).encode())
     return 0
 
 

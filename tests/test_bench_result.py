@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 
 import numpy as np
@@ -93,3 +94,12 @@ def test_the_clock_stops_at_the_first_step():
     assert 0.2 <= bench_start.seconds_until("Step 1:", [sys.executable, "-c", program], ".") < 30
     with pytest.raises(ValueError, match="before its first step"):
         bench_start.seconds_until("Step 2:", [sys.executable, "-c", "print('Step 1: done')"], ".")
+
+
+def test_starts_are_compared_with_the_first_one_left_out(tmp_path, monkeypatch, capsys):
+    times = iter([90, 90, 90, 2, 1, 4, 3, 2, 5])
+    monkeypatch.setattr(bench_start, "seconds_until", lambda sign, command, folder: next(times))
+    out = tmp_path / "out.json"
+    assert bench_start.to_first_step(bench_start.StartSettings(str(tmp_path), rounds=2, out=str(out))) == 0
+    assert capsys.readouterr().out.splitlines()[2:] == ["| nanoGPT | 2.50 | 1.00 |", "| the same recipe | 1.50 | 0.60 |", "| the default run | 4.50 | 1.80 |"]
+    assert json.loads(out.read_text()) == {"nanoGPT": [2, 3], "the same recipe": [1, 2], "the default run": [4, 5]}

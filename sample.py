@@ -116,7 +116,7 @@ def read_prompt(settings: SampleSettings) -> str:
 
 def read_file(name: str, path: str) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")  # some editors mark the beginning of a file
     except UnicodeDecodeError as error:
         raise ValueError(f"{name}={path} is not UTF-8 at offset {error.start}.") from None
 
@@ -253,24 +253,32 @@ def complete_file(model: GPT, tokenizer: Tokenizer, settings: SampleSettings, de
     settings_id = hashlib.sha256(json.dumps(rules).encode()).hexdigest()[:12]
     for prompt, _ in jobs:
         tokenizer.encode(prompt)  # what cannot be encoded is said before anything is written
-    done = lines_of(Path(settings.out))
+    done, cut = lines_of(Path(settings.out))
     for number, (line, (prompt, sample)) in enumerate(zip(done, jobs, strict=False), 1):
         if (line.get("prompt"), line.get("sample"), line.get("settings")) != (prompt, sample, settings_id):
             raise ValueError(f"out={settings.out}, line {number}, is of another prompt, model or setting: choose another "
                              "file.")
-    if len(done) > len(jobs):
-        raise ValueError(f"out={settings.out} has {len(done)} lines, and {len(jobs)} are asked for: choose another file.")
+    if (found := len(done) + bool(cut)) > len(jobs):
+        raise ValueError(f"out={settings.out} has {found} lines, and {len(jobs)} are asked for: choose another file.")
+    if cut:
+        prompt, sample = jobs[len(done)]
+        begun = json.dumps({"prompt": prompt, "sample": sample}, ensure_ascii=False)[:-1].encode()
+        if cut[: len(begun)] != begun[: len(cut)]:
+            raise something_else(Path(settings.out))
     out = atomic.Lines(Path(settings.out))
     with tqdm(total=len(jobs), initial=len(done), unit="completion") as bar:
-        for start in range(len(done), len(jobs), settings.batch_size):
+        for start in range(0, len(jobs), settings.batch_size):
             batch = jobs[start : start + settings.batch_size]
+            if start + len(batch) <= len(done):
+                continue
+            # A batch that a kill cut is made again as a whole: in int8, a row is not quite the same among others.
             rows = write(model, tokenizer, batch, settings, device, decoder=decoder)
-            for (prompt, number), row in zip(batch, rows, strict=True):
+            for (prompt, number), row in list(zip(batch, rows, strict=True))[max(len(done) - start, 0) :]:
                 out.add(json.dumps({"prompt": prompt, "sample": number, "text": row.text, "tokens": len(row.tokens),
                                     "mean_logprob": sum(row.logprobs) / len(row.logprobs), "finish_reason": row.reason,
                                     "settings": settings_id}, ensure_ascii=False))
+                bar.update()
             out.sync()
-            bar.update(len(batch))
     out.close()
     print(f"{settings.out}: {len(jobs)} completions")
 
@@ -280,14 +288,25 @@ def weights_id(model: GPT) -> float:
     return math.fsum(weights.double().square().sum().item() for weights in model.parameters())
 
 
-def lines_of(path: Path) -> list[dict[str, object]]:
-    """The lines of a file of JSON, if it is there; a last one that a kill cut short does not count."""
-    if not path.exists():
-        return []
+def lines_of(path: Path) -> tuple[list[dict[str, object]], bytes]:
+    """The lines of a file of completions, if it is there, and the beginning of a last one that a kill cut short.
+
+    Raises ValueError for what cannot be such a file.
+    """
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise ValueError(f"out={path} is not a plain file: choose another.")
+    *whole, cut = path.read_bytes().split(b"\n") if path.exists() else [b""]
     try:
-        return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
-    except ValueError:
-        raise ValueError(f"out={path} holds something else than completions: choose another file.") from None
+        lines = [json.loads(line) for line in whole]
+    except (ValueError, RecursionError):
+        raise something_else(path) from None
+    if not all(isinstance(line, dict) for line in lines):
+        raise something_else(path)
+    return lines, cut
+
+
+def something_else(path: Path) -> ValueError:
+    return ValueError(f"out={path} holds something else than completions: choose another file.")
 
 
 def first_ids(tokenizer: Tokenizer) -> list[int]:

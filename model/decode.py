@@ -169,7 +169,7 @@ def product(weight: Tensor, bias: Tensor | None, rows: int, precision: str) -> C
             return y if bias is None else y + bias
         return by_pieces
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype), rows)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype), min(rows, 2**16))  # it cannot count to 2**31
     bias = bias if bias is None else bias.to(dtype)
     return lambda x: torch.ops.mkldnn._linear_pointwise(x.to(dtype), packed, bias, "none", [], "").float()
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from model.decode import Decoder, window_start
 from model.gpt import GPT
 
+COLD = 1e-20  # below it only the largest logit can be drawn, and dividing by it would soon give infinities
 LIKELY = 1024  # so many of the likeliest tokens are ordered first: a nucleus is seldom larger
 
 
@@ -46,7 +47,7 @@ def pick(logits: Tensor, temperature: float, top_k: int, top_p: float, draws: Te
     Raises ValueError for logits that are not finite.
     """
     logits = finite(logits.float())
-    if temperature == 0:
+    if temperature < COLD:
         return logits.argmax(-1)
     logits = logits / temperature
     probabilities, ids = candidates(logits, top_k, top_p) if top_k or top_p < 1 else (logits.softmax(-1), None)

@@ -88,6 +88,12 @@ def test_weights_beyond_the_range_of_fp16_are_not_cut_off():
     torch.testing.assert_close(product(weight, None, 1, "bf16")(torch.ones(1, 8)), torch.full((1, 8), 8e5), rtol=0.01, atol=0.0)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+def test_a_product_laid_out_for_more_rows_than_will_ever_come_is_made(precision):
+    y = product(torch.ones(8, 8), None, 10**11, precision)(torch.ones(1, 8))
+    torch.testing.assert_close(y, torch.full((1, 8), 8.0), rtol=0.01, atol=0.0)
+
+
 def test_the_copy_shares_what_it_does_not_lay_out_anew_and_leaves_the_model_as_it_is():
     model = make(tie_head=False).train()
     before = {name: weights.clone() for name, weights in model.state_dict().items()}

@@ -274,6 +274,13 @@ def test_temperature_zero_takes_the_largest_whatever_the_other_rules_say():
     assert pick(logits, 0, 2, 0.5, torch.ones(2)).tolist() == [1, 3]
 
 
+@pytest.mark.parametrize("temperature", [1e-10, 1e-30, 1e-44, 1e-300])
+@pytest.mark.parametrize("rules", [(0, 1.0), (3, 1.0), (0, 0.9)], ids=str)
+def test_a_temperature_near_zero_takes_the_largest_too(temperature, rules):
+    logits = torch.tensor([[-40.0, 90.0, 89.9], [3.0, -2.0, 1.0]])
+    assert pick(logits, temperature, *rules, torch.tensor([1.0, 0.5])).tolist() == [1, 0]
+
+
 @pytest.mark.parametrize(("temperature", "top_k", "top_p", "expected"), [
     (1.0, 0, 1.0, [0, 1, 2, 3, 4]),
     (2.0, 0, 1.0, [0, 1, 2, 3, 4]),

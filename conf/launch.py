@@ -34,6 +34,10 @@ def launch(story: Callable[[Any], int], root: str | type, doc: str) -> NoReturn:
         stream.reconfigure(errors="backslashreplace")  # what cannot be printed must not stop anything
     try:
         code = obey(story, root, doc, sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read what we print has seen enough, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
     except (ValueError, OSError) as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise

@@ -237,3 +237,12 @@ def test_what_cannot_be_printed_stops_nothing():
     program = "from conf.launch import launch; launch(lambda settings: print('\\ud800'), 'sample', '')"
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=Path(__file__).parent.parent)
     assert ran.stdout == "\\ud800\n" and not ran.stderr
+
+
+@pytest.mark.slow
+def test_a_reader_that_has_seen_enough_is_no_error():
+    program = "from conf.launch import launch; launch(lambda settings: print('line\\n' * 100_000), 'sample', '')"
+    ran = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent)
+    assert ran.stdout.readline() == "line\n"
+    ran.stdout.close()
+    assert ran.stderr.read() == "" and ran.wait() == 1

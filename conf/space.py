@@ -62,9 +62,9 @@ class Space:
         try:
             names = {plain_name(key): value for key, value in (self.known | point).items()}
             return bool(eval(self.constraints[constraint], {"__builtins__": {}}, names))
-        except (ArithmeticError, TypeError) as error:
+        except (ArithmeticError, TypeError, ValueError, MemoryError) as error:
             raise ValueError(f"The constraint {constraint!r} ({self.place}) cannot be computed for "
-                             f"{' '.join(self.words(point))}: {error}.") from None
+                             f"{' '.join(self.words(point))}: {str(error) or type(error).__name__}.") from None
 
     def allows(self, point: Point) -> bool:
         return all(self.holds(constraint, point) for constraint in self.constraints)
@@ -110,7 +110,7 @@ def read_space(name: str, overrides: tuple[str, ...]) -> Space:
     varied, fixed = (content.get(part) or {} for part in ("space", "fixed"))
     if not isinstance(varied, dict) or not isinstance(fixed, dict) or not isinstance(content.get("constraints") or [], list):
         raise ConfigError([f"{path}: space and fixed are settings with their values, constraints is a list."])
-    problems += [unknown(key, settings, place) for key in (*varied, *fixed) if key not in (*settings, *presets)]
+    problems += [unknown(str(key), settings, place) for key in (*varied, *fixed) if key not in (*settings, *presets)]
     if not varied:
         problems.append(f"{path} has no space: name what varies, as in optim.lr: {{low: 1e-4, high: 1e-2, log: true}}.")
     given = dict(word.partition("=")[::2] for word in overrides)
@@ -131,7 +131,7 @@ def read_space(name: str, overrides: tuple[str, ...]) -> Space:
     for text in map(str, content.get("constraints") or []):
         try:
             constraints[text] = arithmetic(text, [*read, *fixed])
-        except (SyntaxError, ValueError) as error:
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # the last two: too deep
             problems.append(f"the constraint {text!r} ({place}) {error if type(error) is ValueError else 'cannot be read'}.")
     if problems:
         raise ConfigError(problems)
@@ -140,8 +140,8 @@ def read_space(name: str, overrides: tuple[str, ...]) -> Space:
         return space
     chance = random.Random(0)
     some = first_settings(space.words({key: drawn(values, chance) for key, values in read.items()}) for _ in range(TRIES))
-    known = flat(asdict(some))
-    return Space(place, read, fixed, constraints, {key: known[key] for key in fixed if key in known})
+    known = fixed | flat(asdict(some))  # a preset is the word that chose it
+    return Space(place, read, fixed, constraints, {key: known[key] for key in fixed})
 
 
 def first_settings(candidates: Iterable[list[str]]) -> Settings:

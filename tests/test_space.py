@@ -76,6 +76,7 @@ def test_what_is_whole_and_what_is_not_follows_from_the_setting(space):
     ("space: {seed: [1]}\nconstraints: [seed <]", "cannot be read"), ("space: {seed: [1]}\nconstraints: [model.n_layer < 3]", "speaks of model.n_layer"),
     ("space: {seed: [1]}\nconstraints: ['__import__(\"os\")']", "more than arithmetic"), ("space: {seed: [1]}\nconstraints: [seed.real > 0]", "speaks of seed.real"),
     ("space: {seed: [1]}\nconstraints: ['[seed for x in (1,)]']", "more than arithmetic|speaks of"), ("space: {seed: [1]}\nconstraints: [seed ** seed > 0]", "more than"),
+    pytest.param(f"space: {{seed: [1]}}\nconstraints: ['{'-' * 20_000}seed > 0']", "cannot be read", id="deep"), ("space: {1: [1]}", "1 .* is not a setting"),
 ])
 def test_what_is_wrong_with_a_space_is_one_sentence(text, words, space):
     with pytest.raises(ConfigError, match=words) as caught:
@@ -95,8 +96,14 @@ def test_a_constraint_that_nothing_satisfies_is_named(space):
     together = space("space: {seed: [1, 2], model.n_head: [1, 2]}\nconstraints: [seed > model.n_head, seed < 2]")
     with pytest.raises(ValueError, match="satisfies all of"):
         together.draw(0)
-    with pytest.raises(ValueError, match=r"cannot be computed for .*: .*zero"):
-        space("space: {seed: [0]}\nconstraints: [1 / seed > 0]").draw(0)
+    for constraint, why in (("1 / seed > 0", ".*zero"), ("'%q' % seed == 1", "unsupported"), ("'a' * 99999999999999 == seed", "MemoryError")):
+        with pytest.raises(ValueError, match=rf"cannot be computed for .*: {why}"):
+            space(f'space: {{seed: [0]}}\nconstraints: ["{constraint}"]').draw(0)
+
+
+def test_a_constraint_may_speak_of_a_preset_that_is_fixed(space):
+    presets = "space: {seed: [1, 2]}\nfixed: {model: nano}\nconstraints: [\"model == 'nano' or seed == 2\"]"
+    assert space(presets).allows({"seed": 1}) and not space(presets, "model=modern-nano").allows({"seed": 1})
 
 
 def test_what_varies_cannot_be_fixed_on_the_command_line(space):

@@ -203,8 +203,7 @@ def start(command: list[str], environment: dict[str, str], log: Path) -> subproc
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
     """Hold a grid's folder: no second one starts the same jobs. Raises ValueError naming the holder, or for a run."""
-    if is_run(folder):
-        raise ValueError(f"{folder} holds a run, not a sweep: choose another name=.")
+    refuse_run(folder)
     try:
         lock = atomic.Lock(folder / "sweep.lock", this_process())
     except BlockingIOError as error:
@@ -213,6 +212,12 @@ def held(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def refuse_run(folder: Path) -> None:
+    """Raises ValueError for the folder of a run, and for one inside it: no job could be trained there."""
+    if run := next(filter(is_run, (folder, *folder.parents)), None):
+        raise ValueError(f"{run} holds a run, not a sweep: choose another name=.")
 
 
 def in_words(words: list[str], folder: Path) -> list[str]:

@@ -34,9 +34,9 @@ import atomic
 from conf.identity import differences, listed
 from conf.launch import launch
 from conf.schema import ConfigError, Settings, compose, folder_name
-from conf.slots import INTERRUPTED, Job, Progress, Slots, in_words, metric_of, report_failures, run_jobs
+from conf.slots import INTERRUPTED, Job, Progress, Slots, in_words, metric_of, refuse_run, report_failures, run_jobs
 from conf.space import Point, Range, Space, read_space
-from training.run import is_run, this_process
+from training.run import this_process
 
 JOURNAL = "study.log"
 REFUSALS = 100  # points in a row that Optuna may suggest and the space not allow
@@ -75,8 +75,7 @@ def search(settings: SweepSettings) -> int:
     space = read_space(settings.sweep, settings.train)
     folder = Path(settings.runs_dir) / (settings.name or folder_name(Path(settings.sweep).stem))
     usual = space.usual()
-    if is_run(folder):
-        raise ValueError(f"{folder} holds a run, not a sweep: choose another name=.")
+    refuse_run(folder)
     folder.mkdir(parents=True, exist_ok=True)
     source = Search(settings, space, folder, usual)
     ended = [trial for trial in source.taken() if trial.state.is_finished()]

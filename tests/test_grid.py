@@ -174,8 +174,9 @@ def test_a_sweep_is_run_once_at_a_time_and_not_in_a_runs_folder(tmp_path):
         pass
     for name in ("lock", "config.yaml"):
         (tmp_path / name).touch()
-    with pytest.raises(ValueError, match="holds a run"), slots.held(tmp_path):
-        pass
+    for folder in (tmp_path, tmp_path / "inner" / "sweep"):  # a job in it would lie inside the run, and be refused
+        with pytest.raises(ValueError, match=f"{tmp_path} holds a run"), slots.held(folder):
+            pass
 
 
 def test_metrics_are_read_as_they_come(tmp_path):

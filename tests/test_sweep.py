@@ -15,7 +15,7 @@ import pytest
 from conf.schema import compose
 from conf.space import read_space
 from scripts import sweep
-from scripts.sweep import JOURNAL, Search, SweepSettings, hidden, tell_best
+from scripts.sweep import JOURNAL, Search, SweepSettings, hidden, search, tell_best
 
 ROOT = Path(__file__).parent.parent
 pytest.importorskip("optuna")
@@ -218,6 +218,15 @@ def test_another_space_under_the_same_name_is_refused(begin):
     with pytest.raises(ValueError, match=r"training.max_steps was None and is now 9"):
         begin("space:\n  optim.lr: {low: 1e-4, high: 1e-1, log: true}", "training.max_steps=9")
     begin("space:\n  optim.lr: {low: 1e-4, high: 1e-1, log: true}", "logger.project=other")
+
+
+def test_a_search_in_a_runs_folder_is_refused_before_it_spends_its_trials(begin, tmp_path):
+    begin().release()
+    for name in ("lock", "config.yaml"):
+        (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=f"{tmp_path} holds a run"):
+        search(SweepSettings(sweep=str(tmp_path / "space.yaml"), runs_dir=str(tmp_path / "inner")))
+    assert not (tmp_path / "inner").exists()
 
 
 def test_a_database_is_a_storage_too(begin, tmp_path):

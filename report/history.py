@@ -45,16 +45,7 @@ class History:
     best_loss: float | None
     best_step: int | None
     bits_per_byte: float | None  # at the best step
-    nonfinite: int  # how often a loss or gradient could not be used
-
-    @property
-    def state(self) -> str:
-        """How far it came, in words."""
-        steps, _, seconds = self.reached
-        planned, most = self.settings.get("training.max_steps"), self.settings.get("training.max_seconds")
-        done = planned is not None and (steps >= planned or bool(most and seconds >= most))
-        return ("finished" if done else f"{steps:,} of {planned:,} steps" if planned else f"{steps:,} steps") + (
-            f", {self.nonfinite} not finite" if self.nonfinite else "")
+    state: str  # how far it came, in words
 
     @property
     def finished(self) -> bool:
@@ -80,19 +71,34 @@ def open_history(folder: Path, name: str) -> History:
             for axis in (1, 2):
                 validated[:, axis] = np.interp(validated[:, 0], trained[:, 0], trained[:, axis])
         best = min((row for row in rows if row.get("val_loss") is not None), key=lambda row: row["val_loss"], default={})
+        reached = (int(rows[-1]["step"]), *map(float, trained[-1, 1:3])) if len(trained) else (0, 0, 0.0)
         return History(
             folder, name, resolved(settings, starts[-1]) if starts else settings,
             starts[-1] | {"starts": len(starts)} if starts else {},
             thinned(trained), thinned(validated),
             [(row["step"], str(row["sample"])) for row in rows if "sample" in row],
-            (int(rows[-1]["step"]), *map(float, trained[-1, 1:3])) if len(trained) else (0, 0, 0.0),
+            reached,
             first_loss=float(trained[0, 3]) if len(trained) else None,
             train_loss=float(trained[-math.ceil(len(trained) / 20):, 3].mean()) if len(trained) else None,
             last_loss=float(validated[-1, 3]) if len(validated) else None,
-            best_loss=best.get("val_loss"), best_step=best.get("step"), bits_per_byte=best.get("bits_per_byte"),
-            nonfinite=len(list(folder.glob("nonfinite/*.json"))))
-    except (ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
+            best_loss=number(best.get("val_loss")), best_step=best.get("step"),
+            bits_per_byte=number(best.get("bits_per_byte")),
+            state=state(reached, settings, len(list(folder.glob("nonfinite/*.json")))))
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(f"{folder} is not a run that nanohydra wrote ({str(error).splitlines()[0][:100]}).") from None
+
+
+def number(value: Any) -> float | None:
+    return None if value is None else float(value)
+
+
+def state(reached: tuple[int, int, float], settings: dict[str, Any], nonfinite: int) -> str:
+    """How far a run came; `nonfinite` is how often a loss or gradient could not be used."""
+    steps, _, seconds = reached
+    planned, most = settings.get("training.max_steps"), settings.get("training.max_seconds")
+    done = planned is not None and (steps >= planned or bool(most and seconds >= most))
+    return ("finished" if done else f"{steps:,} of {planned:,} steps" if planned else f"{steps:,} steps") + (
+        f", {nonfinite} not finite" if nonfinite else "")
 
 
 def resolved(settings: dict[str, Any], start: dict[str, Any]) -> dict[str, Any]:

@@ -134,6 +134,17 @@ def test_what_is_not_a_run_is_one_sentence(grid, words, complaint):
     assert "\n" not in str(raised.value) and not (grid.parent / "report.html").exists()
 
 
+@pytest.mark.parametrize("settings, row", [
+    ("training: {max_steps: lots}", ""), ("training: {max_steps: [1]}", ""), ("a: &a {b: *a}", ""), ("seed: 1", '{"step": 1%s, "loss": 1}' % ("0" * 400)),
+    ("seed: 1", '{"step": 1, "val_loss": 1.0, "bits_per_byte": "few"}')])
+def test_what_no_training_writes_is_one_sentence(tmp_path, settings, row):
+    run = write_run(tmp_path / "one")
+    (run / "config.yaml").write_text(settings)
+    (run / "metrics.jsonl").write_text(row)
+    with pytest.raises(ValueError, match="one is not a run that nanohydra wrote"):
+        open_history(run, "one")
+
+
 def test_a_page_must_be_called_html():
     with pytest.raises(ConfigError, match=r"out=x\.pdf must end in \.html"):
         compose(script.ReportSettings, ["out=x.pdf"])

@@ -300,8 +300,8 @@ def unreachable(settings: SweepSettings, error: Exception) -> str:
 
 
 def hidden(text: str) -> str:
-    """A URL without the password in it."""
-    return re.sub(r"://[^@/\s]*@", "://...@", text)
+    """A URL without the password in it, wherever that stands and whatever it is made of."""
+    return re.sub(r"\?\S*", "?...", re.sub(r"://.*@", "://...@", text))
 
 
 def tell_best(source: Search, advice: str) -> None:

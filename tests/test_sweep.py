@@ -243,6 +243,12 @@ def test_a_storage_that_cannot_be_reached_is_one_sentence(begin, storage):
     assert hidden("mysql://me:secret@host/x") == "mysql://...@host/x"
 
 
+@pytest.mark.parametrize("url", ["mysql://me:secret@host/x", "mysql://me:a/secret@host/x", "mysql://me:a@secret@host/x", "mysql://me:a secret@host/x",
+                                 "postgresql://host/x?user=me&password=secret"])
+def test_a_password_is_never_shown(url):
+    assert "secret" not in hidden(f"Cannot connect to {url}: no route") and "host/x" in hidden(url)
+
+
 def test_without_optuna_it_says_what_to_install(begin, monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(ValueError, match="pip install optuna"):

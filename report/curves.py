@@ -74,14 +74,14 @@ def smooth(values: np.ndarray) -> np.ndarray:
 
 
 def draw_slice(axes: Any, runs: list[History], key: str, numbers: dict[History, int]) -> None:
-    """The best validation loss of each run against its value of the setting `key`; `numbers` are those of all runs."""
+    """The score of each run against its value of the setting `key`; `numbers` are those of all runs."""
     values = [run.settings.get(key) for run in runs]
     numeric = are_numbers(values)
     places = sorted(set(values)) if numeric else sorted(set(map(str, values)))
     x = values if numeric else [places.index(str(value)) for value in values]
     for run, place in reversed(list(zip(runs, x, strict=True))):
         number = numbers[run]
-        axes.plot([place], [run.best_loss], "o", markersize=5, color=color(number, len(numbers)), gid=f"run-{number}")
+        axes.plot([place], [run.score], "o", markersize=5, color=color(number, len(numbers)), gid=f"run-{number}")
     if not numeric:
         axes.set_xticks(range(len(places)), [place[:20] for place in places])
         axes.set_xlim(-0.5, len(places) - 0.5)
@@ -91,7 +91,7 @@ def draw_slice(axes: Any, runs: list[History], key: str, numbers: dict[History, 
     if numeric and len(places) <= 5:
         axes.set_xticks(places, [f"{place:g}" for place in places])
         axes.minorticks_off()
-    axes.set(xlabel=key, ylabel="best validation loss")
+    axes.set(xlabel=key, ylabel=runs[0].measure)
 
 
 def thousands(axes: Any) -> None:
@@ -115,7 +115,7 @@ def slice_svg(runs: list[History], key: str, numbers: dict[History, int]) -> str
     figure, style = new_figure(3.6, 2.7, f"slice {key}")
     with style:
         draw_slice(figure.subplots(), runs, key, numbers)
-        return as_element(figure, f"best validation loss against {key}", [run.name for run in numbers])
+        return as_element(figure, f"{runs[0].measure} against {key}", [run.name for run in numbers])
 
 
 def as_element(figure: Any, label: str, names: list[str]) -> str:

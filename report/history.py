@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from training.run import find_run
 SAFE_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where it was built
 POINTS = 250  # of a curve: more than a picture can show
 AXES = ("steps", "tokens", "seconds")
+LOSS, BITS = "best validation loss", "bits per byte"
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,15 +47,27 @@ class History:
     best_step: int | None
     bits_per_byte: float | None  # at the best step
     state: str  # how far it came, in words
+    measure: str = LOSS  # what it is compared by: see best_first
 
     @property
     def finished(self) -> bool:
         return self.state.startswith("finished")
 
 
-def quality(one: History) -> tuple[float, str]:
-    """Sorts by the best validation loss; what has none comes last."""
-    return (math.inf if one.best_loss is None else one.best_loss), one.name
+    @property
+    def score(self) -> float | None:
+        """How good it came out, the lower the better."""
+        return self.best_loss if self.measure == LOSS else self.bits_per_byte
+
+
+def best_first(runs: list[History]) -> list[History]:
+    """The runs by their best losses, or by bits per byte: tokens of other data and tokenizers have losses of their own.
+
+    What has none comes last.
+    """
+    if any(key.startswith("data.") for key in differing(runs)):
+        runs = [replace(run, measure=BITS) for run in runs]
+    return sorted(runs, key=lambda run: (math.inf if run.score is None else run.score, run.name))
 
 
 def open_history(folder: Path, name: str) -> History:

@@ -17,11 +17,11 @@ def importance(runs: list[History], keys: list[str]) -> dict[str, float]:
 
     It is fANOVA's (Hutter et al. 2014): a forest learns the loss, and its variance is divided. PED-ANOVA, which needs no
     scikit-learn, came out at anything from 5 to 99% for the setting that decided all, with a dozen runs. All `runs` have a
-    validation loss. Raises ValueError if there are too few or all are alike, and if Optuna or scikit-learn is not installed.
+    score. Raises ValueError if there are too few or all are alike, and if Optuna or scikit-learn is not installed.
     """
     if len(runs) < FEWEST:
         raise ValueError(f"Importance needs {FEWEST} finished runs with all these settings, and there are {len(runs)}.")
-    if len({run.best_loss for run in runs}) == 1:
+    if len({run.score for run in runs}) == 1:
         raise ValueError("Importance cannot be told: all losses are the same.")
     try:
         import optuna
@@ -35,7 +35,7 @@ def importance(runs: list[History], keys: list[str]) -> dict[str, float]:
     study = optuna.create_study()
     for run in runs:
         values = {key: run.settings[key] if hasattr(kinds[key], "low") else str(run.settings[key]) for key in keys}
-        study.add_trial(optuna.trial.create_trial(params=values, distributions=kinds, value=run.best_loss))
+        study.add_trial(optuna.trial.create_trial(params=values, distributions=kinds, value=run.score))
     return get_param_importances(study, evaluator=FanovaImportanceEvaluator(seed=0))
 
 

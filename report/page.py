@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 import atomic
 from report.curves import MOST_BANDS, color, curve_svg, curves_png, slice_svg, slices_png
-from report.history import AXES, History, differing, open_history, quality
+from report.history import AXES, BITS, LOSS, History, best_first, differing, open_history
 from report.importance import importance
 
 TEMPLATE = Path(__file__).with_suffix(".html")
@@ -40,7 +40,7 @@ def write(chosen: list[tuple[Path, str]], out: Path, pictures: bool = True) -> l
     """
     quiet = len(chosen) < 20
     reading = tqdm(chosen, "Reading", unit="run", leave=False, disable=quiet)
-    runs = sorted((open_history(folder, name) for folder, name in reading), key=quality)
+    runs = best_first([open_history(folder, name) for folder, name in reading])
     contents = {out: page(runs, out.parent.resolve().name if len(runs) > 1 else runs[0].name).encode()}
     if pictures:
         contents[out.with_name(f"{out.stem}-curves.png")] = curves_png(runs)
@@ -56,7 +56,7 @@ def write(chosen: list[tuple[Path, str]], out: Path, pictures: bool = True) -> l
 def comparable(runs: list[History]) -> tuple[list[History], list[str]]:
     """The finished runs that can be compared, and the settings in which they differ."""
     keys = set(differing(runs))
-    whole = [run for run in runs if run.finished and run.best_loss is not None and keys <= run.settings.keys()]
+    whole = [run for run in runs if run.finished and run.score is not None and keys <= run.settings.keys()]
     return whole, [key for key in differing(runs) if len({str(run.settings[key]) for run in whole}) > 1]
 
 
@@ -71,10 +71,10 @@ def summary(runs: list[History], title: str) -> Iterator[str]:
     yield f"<h1>{escape(title)}</h1>"
     best = runs[0]
     if best.best_loss is not None:
-        of = "" if len(runs) == 1 else f" in <code>{escape(best.name)}</code>, the best of {len(runs)} runs"
+        by = f" in <code>{escape(best.name)}</code>, the best of {len(runs)} runs by {best.measure}" if len(runs) > 1 else ""
         yield (f"<p>Validation loss {best.best_loss:.4f}"
                + (f", {best.bits_per_byte:.4f} bits per byte" if best.bits_per_byte is not None else "")
-               + f", at step {best.best_step:,}{of}.</p>")
+               + f", at step {best.best_step:,}{by}.</p>")
     else:
         yield "<p>No validation loss yet.</p>"
 
@@ -101,9 +101,9 @@ def leaderboard(runs: list[History]) -> Iterator[str]:
     columns: dict[str, Callable[[History], tuple[Any, str]]] = {
         "run": lambda run: (run.name, run.name),
         "state": lambda run: (run.state, run.state),
-        "best validation loss": lambda run: shown(run.best_loss, ".4f"),
+        LOSS: lambda run: shown(run.best_loss, ".4f"),
         "at step": lambda run: shown(run.best_step, ",d"),
-        "bits per byte": lambda run: shown(run.bits_per_byte, ".4f"),
+        BITS: lambda run: shown(run.bits_per_byte, ".4f"),
         "last validation loss": lambda run: shown(run.last_loss, ".4f"),
         "training loss": lambda run: shown(run.train_loss, ".4f"),
         "tokens": lambda run: shown(run.reached[1], ",.0f"),
@@ -123,7 +123,7 @@ def leaderboard(runs: list[History]) -> Iterator[str]:
             kind = "name" if name == "run" else "number" if name in numeric else ""
             cells.append(f'<td class="{kind}" data-value="{escape(str(value))}">{dot}{escape(text)}</td>')
         rows.append(f'<tr data-run="{number}">{"".join(cells)}</tr>')
-    first = {"best validation loss": ' aria-sort="ascending"'}
+    first = {runs[0].measure: ' aria-sort="ascending"'}
     heads = "".join(f"<th{first.get(name, '')}{' class=number' if name in numeric else ''}>"
                     f"<button>{escape(name)}</button></th>" for name in columns)
     yield (f'<div class="wide tall"><table id="leaderboard"><thead><tr>{heads}</tr></thead>'
@@ -143,7 +143,7 @@ def what_mattered(runs: list[History]) -> Iterator[str]:
         rows = "".join(f'<tr><td><code>{escape(key)}</code></td><td class="number">{share:.0%}</td>'
                        f'<td><span class="bar" style="width: {16 * share:.2f}rem"></span></td></tr>'
                        for key, share in shares.items())
-        yield (f"<p>The share of each setting in how the best validation losses of {len(whole)} finished runs differ "
+        yield (f"<p>The share of each setting in how the {whole[0].measure} of {len(whole)} finished runs differs "
                f'(fANOVA, by Optuna): an estimate, a rough one for few runs.</p><table id="importance">{rows}</table>')
         keys = list(shares)
     except ValueError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 import time
 from pathlib import Path
@@ -54,7 +55,7 @@ def grid(tmp_path):
 
 
 def histories(folder: Path) -> list:
-    return sorted((open_history(run, name) for run, name in choose(folder.parent, folder.name)[0]), key=story.quality)
+    return story.best_first([open_history(run, name) for run, name in choose(folder.parent, folder.name)[0]])
 
 
 def make(folder: Path, pictures: bool = False) -> str:
@@ -82,6 +83,20 @@ def test_the_best_loss_need_not_be_the_last(tmp_path):
         file.write(json.dumps({"step": 60, "val_loss": 9.0, "bits_per_byte": 5.0}) + "\n")
     one = open_history(run, "one")
     assert one.last_loss == 9.0 and one.best_loss < 4 and one.bits_per_byte < 2
+
+
+def test_runs_of_other_tokenizers_are_compared_by_what_a_byte_takes(tmp_path):
+    """A token of a BPE is several letters: its loss is higher where the model is better."""
+    for name, end, bits in (("char", 1.5, 2.2), ("bpe", 3.5, 1.6)):
+        run = write_run(tmp_path / "sweep" / name, end=end)
+        settings = yaml.safe_load((run / "config.yaml").read_text()) | {"data": {"tokenizer": name}}
+        (run / "config.yaml").write_text(yaml.safe_dump(settings))
+        with open(run / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({"step": 60, "val_loss": end, "bits_per_byte": bits}) + "\n")
+    page = make(tmp_path / "sweep")
+    assert "in <code>bpe</code>, the best of 2 runs by bits per byte" in page
+    assert re.findall('aria-sort="ascending".*?<button>(.*?)</button>', page) == ["bits per byte"] and "bits per byte against data.tokenizer" in page
+    assert [run.name for run in histories(tmp_path / "sweep")] == ["bpe", "char"]
 
 
 @pytest.mark.parametrize("changes, words", [

@@ -258,10 +258,10 @@ class Search:
             self.failures.append(f"{job.name}: {job.reason(code)} Log: {job.log}")
         if code == 0 and math.isfinite(job.best):
             self.study.tell(trial, job.best)
-        elif code in INTERRUPTED and job not in self.hopeless:
-            return  # it is left for the next time
-        elif code in INTERRUPTED:
+        elif code in INTERRUPTED and job in self.hopeless:
             self.study.tell(trial, state=states.PRUNED)
+        elif code in INTERRUPTED or (code != 0 and not (job.folder / "nonfinite").exists()):
+            return  # a kill, a full disk: no fault of its settings, and left for the next time
         else:
             trial.set_user_attr("reason", job.reason(code) if code else f"It has no {self.metric}.")
             self.study.tell(trial, state=states.FAIL)

@@ -132,19 +132,23 @@ def test_a_trial_of_a_worker_that_died_is_gone_on_with(begin):
     assert take(other) is None and states(other) == ["COMPLETE"] * 2
 
 
-def test_a_killed_job_is_left_for_the_next_time_and_a_failed_one_is_not(begin):
-    one = begin(trials=2)
-    one.ended(killed := take(one), -signal.SIGKILL)
-    failed = take(one)
-    failed.log.parent.mkdir()
-    failed.log.write_text("Error: the loss is nan\n")
-    one.ended(failed, 1)
-    assert states(one) == ["RUNNING", "FAIL"] and one.study.trials[1].user_attrs["reason"] == "the loss is nan"
-    assert one.failures[0].startswith("trial_0000: killed by SIGKILL") and one.failures[1].startswith("trial_0001: the loss is nan")
-    assert take(one) is None  # in this life it would only be killed again
+def test_only_a_trial_whose_loss_is_not_finite_has_failed_for_good(begin):
+    """What a kill or a full disk did to another is no fault of its settings: the next command goes on with it."""
+    one = begin(trials=3)
+    killed, failed, full = take(one), take(one), take(one)
+    for job in (killed, failed):  # the first skipped what was not finite
+        (job.folder / "nonfinite").mkdir(parents=True)
+    one.ended(killed, -signal.SIGKILL)
+    for job, said in ((failed, "the loss is nan"), (full, "No space left on device")):
+        job.log.parent.mkdir(exist_ok=True)
+        job.log.write_text(f"Error: {said}\n")
+        one.ended(job, 1)
+    assert states(one) == ["RUNNING", "FAIL", "RUNNING"] and one.study.trials[1].user_attrs["reason"] == "the loss is nan"
+    assert [line.partition(" ")[2][:15] for line in one.failures] == ["killed by SIGKI", "the loss is nan", "No space left o"]
+    assert take(one) is None  # in this life they would only fail again
     one.release()
-    other = begin(trials=2)
-    assert take(other).name == killed.name and take(other) is None
+    other = begin(trials=3)
+    assert [take(other).name, take(other).name] == [killed.name, full.name] and take(other) is None
 
 
 def test_a_trial_that_ends_without_a_loss_failed(begin):

@@ -83,14 +83,19 @@ def draw_slice(axes: Any, runs: list[History], key: str, numbers: dict[History, 
         number = numbers[run]
         axes.plot([place], [run.score], "o", markersize=5, color=color(number, len(numbers)), gid=f"run-{number}")
     if not numeric:
-        axes.set_xticks(range(len(places)), [place[:20] for place in places])
+        words = [place if len(place) <= 20 else f"{place[:9]}…{place[-10:]}" for place in places]
+        leaning = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if len("".join(words)) > 32 else {}
+        axes.set_xticks(range(len(places)), words, **leaning)
         axes.set_xlim(-0.5, len(places) - 0.5)
-    elif min(places) > 0 and max(places) >= 10 * min(places):
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter("{x:g}")
-    if numeric and len(places) <= 5:
-        axes.set_xticks(places, [f"{place:g}" for place in places])
-        axes.minorticks_off()
+    else:
+        if logarithmic := min(places) > 0 and max(places) >= 10 * min(places):
+            axes.set_xscale("log")
+            axes.xaxis.set_major_formatter("{x:g}")
+        at = np.log(places) if logarithmic else np.array(places)
+        words = [f"{place:g}" for place in places]
+        if len(places) <= 5 and (np.diff(at) > np.ptp(at) * max(map(len, words)) / 36).all():  # letters that fit below
+            axes.set_xticks(places, words)
+            axes.minorticks_off()
     axes.set(xlabel=key, ylabel=runs[0].measure)
 
 

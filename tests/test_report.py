@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from browser import browse, needs_chromium
 
 import report.page as story
 from conf.schema import ConfigError, compose
-from report.curves import COLORS, color, smooth
+from report.curves import COLORS, color, draw_slice, new_figure, smooth
 from report.history import POINTS, choose, differing, open_history, thinned
 from report.importance import importance
 from scripts import report as script
@@ -122,6 +124,24 @@ def test_smoothing_leaves_lines_straight_and_takes_noise_away():
     line, noise = np.linspace(8, 3, 250), np.random.default_rng(0).normal(0, 1, 250)
     assert np.allclose(smooth(line), line) and smooth(line + noise).std() < (line + noise).std()
     assert np.abs(smooth(noise)[20:-20]).max() < 1 and len(smooth(np.empty(0))) == 0
+
+
+@pytest.mark.parametrize("values", [["corpus/of a long name/one.jsonl.gz", "corpus/of a long name/two.jsonl.gz", "b.txt"], [f"preset-{n}" for n in range(12)],
+                                    [0.0, 0.001, 0.1], [0.0, 0.1, 0.22], [1e-4, 3e-4, 1e-3], ["adamw", "muon"]])
+def test_the_values_below_a_slice_neither_overlap_nor_look_alike(tmp_path, values):
+    pytest.importorskip("matplotlib")
+    runs = [replace(open_history(write_run(tmp_path / str(number)), str(number)), settings={"key": value}) for number, value in enumerate(values)]
+    figure, style = new_figure(3.6, 2.7, "test")
+    with style:
+        draw_slice(axes := figure.subplots(), runs, "key", {run: number for number, run in enumerate(runs)})
+        figure.draw_without_rendering()
+        labels = [label for label in axes.get_xticklabels() if label.get_text()]
+        bounds = [label.get_window_extent() for label in labels]
+    assert len({label.get_text() for label in labels}) == len(labels) >= 2
+    if not labels[0].get_rotation():
+        assert all(one.x1 < two.x0 for one, two in itertools.pairwise(bounds))
+    else:  # lines that rise side by side
+        assert labels[0].get_ha() == "right" and bounds[1].x1 - bounds[0].x1 >= labels[0].get_fontsize()
 
 
 def test_names_may_hold_commas_and_folders_stand_for_their_runs(grid):

@@ -84,9 +84,9 @@ def search(settings: SweepSettings) -> int:
     try:
         code = run_jobs(source, Slots(settings.jobs), Progress(settings.trials, len(ended), 0))
         tell_best(source, "\nThe same command goes on." * bool(code))
-    except (ValueError, OSError):
-        raise
     except Exception as error:  # of which each kind of storage has its own
+        if isinstance(error, ValueError) or getattr(error, "filename", None):  # which says what is wrong with what
+            raise
         raise ValueError(f"{unreachable(settings, error)} The same command goes on.") from error
     finally:
         source.release()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shlex
 import signal
 import subprocess
@@ -231,6 +233,21 @@ def test_a_search_in_a_runs_folder_is_refused_before_it_spends_its_trials(begin,
     with pytest.raises(ValueError, match=f"{tmp_path} holds a run"):
         search(SweepSettings(sweep=str(tmp_path / "space.yaml"), runs_dir=str(tmp_path / "inner")))
     assert not (tmp_path / "inner").exists()
+
+
+def test_a_journal_on_a_full_disk_is_one_sentence_that_says_so(begin, tmp_path, monkeypatch):
+    begin().release()
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def fail(*_):
+        raise full
+
+    monkeypatch.setattr(sweep, "run_jobs", fail)
+    with pytest.raises(ValueError, match=r"storage=study.log cannot be .*No space left.*The same command goes on"):
+        search(SweepSettings(sweep=str(tmp_path / "space.yaml"), runs_dir=str(tmp_path / "other")))
+    full.filename = "logs/trial_0000.txt"
+    with pytest.raises(OSError, match="logs/trial_0000"):  # which says itself what could not be written
+        search(SweepSettings(sweep=str(tmp_path / "space.yaml"), runs_dir=str(tmp_path / "other")))
 
 
 def test_a_database_is_a_storage_too(begin, tmp_path):

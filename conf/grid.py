@@ -74,7 +74,7 @@ def run_grid(overrides: list[str]) -> int:
     swept = {word.partition("=")[0]: word for word, values in choices.items() if values != [word]}
     if not swept:
         raise ValueError("-m runs several values, and there are none: separate them by commas, as in optim.lr=1e-3,3e-3, "
-                         "or leave -m out.")
+                         "with quotes around what has a = or a quote in it, or leave -m out.")
     name = about("name=")[-1] if about("name=") else f"name={automatic_name(choices, swept)}"
     composed, failures = compose_all([[*words, name] for words in product(*choices.values())], list(swept))
     some = next(iter(composed.values()))[1]

@@ -42,7 +42,7 @@ def test_what_cannot_be_listed_is_one_sentence(override):
 
 
 @pytest.mark.parametrize(("overrides", "words"), [
-    (["seed=1"], "there are none"), (["jobs=2", "name=x"], "there are none"), (["seed=1,2", "jobs=0"], "jobs=0 must be"),
+    (["seed=1"], "there are none"), (["data.path=x=y.txt,z.txt"], "with quotes around what has a ="), (["jobs=2", "name=x"], "there are none"), (["seed=1,2", "jobs=0"], "jobs=0 must be"),
     (["sed=1,2"], "did you mean seed"), (["seed=1,2", "name=../up"], "would leave"), (["seed=-1,-2"], "seed=-1 must be"),
 ])
 def test_a_sweep_that_cannot_be_is_refused_before_anything_is_written(overrides, words, tmp_path, monkeypatch):

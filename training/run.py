@@ -16,13 +16,16 @@ LOCK = "lock"
 class Run:
     """The folder of a run, held by this process while the context lasts; a folder that got no content is removed.
 
-    Raises ValueError naming the holder if another process trains in it, and for a folder inside another run's.
+    Raises ValueError naming the holder if another process trains in it, and where one run would lie inside another.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         if outer := next(filter(is_run, folder.parents), None):
             raise ValueError(f"{folder} lies inside the run {outer}: choose another name=.")
+        inner = next((lock.parent for lock in folder.glob(f"*/**/{LOCK}") if is_run(lock.parent)), None)
+        if inner and not is_run(folder):
+            raise ValueError(f"{folder} holds runs, such as {inner.relative_to(folder)}: choose another name=.")
         try:
             self.lock = atomic.Lock(folder / LOCK, this_process())
         except BlockingIOError as error:
@@ -43,9 +46,7 @@ class Run:
         return any(path.name != LOCK for path in self.folder.iterdir())
 
     def move_aside(self) -> None:
-        """Give the folder, which stays held, another name. Raises ValueError if it also holds other runs."""
-        if inner := next(filter(is_run, (lock.parent for lock in self.folder.glob(f"*/**/{LOCK}"))), None):
-            raise ValueError(f"{self.folder} cannot be moved aside, it also holds the run {inner}: choose another name=.")
+        """Give the folder, which stays held, another name."""
         self.folder = self.folder.rename(free_name(self.folder.with_name(f"{self.folder.name}.old")))
 
     def __enter__(self) -> Run:

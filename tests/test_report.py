@@ -9,6 +9,7 @@ import re
 import sys
 import time
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -97,7 +98,8 @@ def test_runs_of_other_tokenizers_are_compared_by_what_a_byte_takes(tmp_path):
             file.write(json.dumps({"step": 60, "val_loss": end, "bits_per_byte": bits}) + "\n")
     page = make(tmp_path / "sweep")
     assert "in <code>bpe</code>, the best of 2 runs by bits per byte" in page
-    assert re.findall('aria-sort="ascending".*?<button>(.*?)</button>', page) == ["bits per byte"] and "bits per byte against data.tokenizer" in page
+    assert re.findall('aria-sort="ascending".*?<button>(.*?)</button>', page) == ["bits per byte"]
+    assert not find_spec("matplotlib") or "bits per byte against data.tokenizer" in page
     assert [run.name for run in histories(tmp_path / "sweep")] == ["bpe", "char"]
 
 

@@ -253,27 +253,16 @@ def complete_file(model: GPT, tokenizer: Tokenizer, settings: SampleSettings, de
     settings_id = hashlib.sha256(json.dumps(rules).encode()).hexdigest()[:12]
     for prompt, _ in jobs:
         tokenizer.encode(prompt)  # what cannot be encoded is said before anything is written
-    done, cut = lines_of(Path(settings.out))
-    for number, (line, (prompt, sample)) in enumerate(zip(done, jobs, strict=False), 1):
-        if (line.get("prompt"), line.get("sample"), line.get("settings")) != (prompt, sample, settings_id):
-            raise ValueError(f"out={settings.out}, line {number}, is of another prompt, model or setting: choose another "
-                             "file.")
-    if (found := len(done) + bool(cut)) > len(jobs):
-        raise ValueError(f"out={settings.out} has {found} lines, and {len(jobs)} are asked for: choose another file.")
-    if cut:
-        prompt, sample = jobs[len(done)]
-        begun = json.dumps({"prompt": prompt, "sample": sample}, ensure_ascii=False)[:-1].encode()
-        if cut[: len(begun)] != begun[: len(cut)]:
-            raise something_else(Path(settings.out))
+    done = already_done(Path(settings.out), jobs, settings_id)
     out = atomic.Lines(Path(settings.out))
-    with tqdm(total=len(jobs), initial=len(done), unit="completion") as bar:
+    with tqdm(total=len(jobs), initial=done, unit="completion") as bar:
         for start in range(0, len(jobs), settings.batch_size):
             batch = jobs[start : start + settings.batch_size]
-            if start + len(batch) <= len(done):
+            if start + len(batch) <= done:
                 continue
             # A batch that a kill cut is made again as a whole: in int8, a row is not quite the same among others.
             rows = write(model, tokenizer, batch, settings, device, decoder=decoder)
-            for (prompt, number), row in list(zip(batch, rows, strict=True))[max(len(done) - start, 0) :]:
+            for (prompt, number), row in list(zip(batch, rows, strict=True))[max(done - start, 0) :]:
                 out.add(json.dumps({"prompt": prompt, "sample": number, "text": row.text, "tokens": len(row.tokens),
                                     "mean_logprob": sum(row.logprobs) / len(row.logprobs), "finish_reason": row.reason,
                                     "settings": settings_id}, ensure_ascii=False))
@@ -286,6 +275,22 @@ def complete_file(model: GPT, tokenizer: Tokenizer, settings: SampleSettings, de
 def weights_id(model: GPT) -> float:
     """A number that other weights do not have, but by chance."""
     return math.fsum(weights.double().square().sum().item() for weights in model.parameters())
+
+
+def already_done(path: Path, jobs: list[tuple[str, int]], settings_id: str) -> int:
+    """How many of `jobs` the file holds lines of. Raises ValueError if it holds anything else."""
+    done, cut = lines_of(path)
+    for number, (line, (prompt, sample)) in enumerate(zip(done, jobs, strict=False), 1):
+        if (line.get("prompt"), line.get("sample"), line.get("settings")) != (prompt, sample, settings_id):
+            raise ValueError(f"out={path}, line {number}, is of another prompt, model or setting: choose another file.")
+    if (found := len(done) + bool(cut)) > len(jobs):
+        raise ValueError(f"out={path} has {found} lines, and {len(jobs)} are asked for: choose another file.")
+    if cut:
+        prompt, sample = jobs[len(done)]
+        begun = json.dumps({"prompt": prompt, "sample": sample}, ensure_ascii=False)[:-1].encode()
+        if cut[: len(begun)] != begun[: len(cut)]:
+            raise something_else(path)
+    return len(done)
 
 
 def lines_of(path: Path) -> tuple[list[dict[str, object]], bytes]:

@@ -46,8 +46,7 @@ def open_run(settings: Settings, prepared: Path) -> Iterator[tuple[Run, Settings
                 yield run, as_it_began(replace(settings, name=name), last), last
                 return
         if settings.name:
-            raise ValueError(f"{folder} holds a run with other settings: {listed(changes)}. Choose another name=, or "
-                             f"begin anew with restart=true (what is there stays, as {name}.old), or keep the old settings.")
+            raise another_run(folder, name, changes)
         name = folder_name("-".join([name, *in_short(changes)]))
         print(f"{folder} holds a run with other settings ({listed(changes)}): this one goes to {folder.with_name(name)}.")
 
@@ -92,9 +91,13 @@ def is_finished(settings: Settings, folder: Path) -> bool:
         return False
     learned = replace(settings, model=replace(settings.model, vocab_size=read_meta(prepared)["vocab_size"]))
     if changes := changes_since(saved[-1], learned, prepared):
-        raise ValueError(f"{folder} holds a run with other settings: {listed(changes)}. Choose another name=, or begin "
-                         f"anew with restart=true (what is there stays, as {folder.name}.old), or keep the old settings.")
+        raise another_run(folder, folder.name, changes)
     return bool(settings.training.reached(saved[-1].step, saved[-1].state["seconds"]))
+
+
+def another_run(folder: Path, name: str, changes: dict[str, tuple[Any, Any]]) -> ValueError:
+    return ValueError(f"{folder} holds a run with other settings: {listed(changes)}. Choose another name=, or begin anew "
+                      f"with restart=true (what is there stays, as {name}.old), or keep the old settings.")
 
 
 def largest_file(config: GPTConfig) -> int:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import atomic
 from training.interrupt import Interrupt
-from training.run import LOCK, is_run, this_process
+from training.run import LOCK, first_run, this_process
 
 TRAIN = Path(__file__).parent.parent / "train.py"
 CHILD = "NANOHYDRA_CHILD"  # in the environment of a process that is to stop when its standard input ends
@@ -216,7 +216,7 @@ def held(folder: Path) -> Iterator[None]:
 
 def refuse_run(folder: Path) -> None:
     """Raises ValueError for the folder of a run, and for one inside it: no job could be trained there."""
-    if run := next(filter(is_run, (folder, *folder.parents)), None):
+    if run := first_run((folder, *folder.parents)):
         raise ValueError(f"{run} holds a run, not a sweep: choose another name=.")
 
 

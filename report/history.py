@@ -46,13 +46,9 @@ class History:
     best_loss: float | None
     best_step: int | None
     bits_per_byte: float | None  # at the best step
+    finished: bool
     state: str  # how far it came, in words
     measure: str = LOSS  # what it is compared by: see best_first
-
-    @property
-    def finished(self) -> bool:
-        return self.state.startswith("finished")
-
 
     @property
     def score(self) -> float | None:
@@ -84,7 +80,9 @@ def open_history(folder: Path, name: str) -> History:
             for axis in (1, 2):
                 validated[:, axis] = np.interp(validated[:, 0], trained[:, 0], trained[:, axis])
         best = min((row for row in rows if row.get("val_loss") is not None), key=lambda row: row["val_loss"], default={})
+        nonfinite = len(list(folder.glob("nonfinite/*.json")))
         reached = (int(rows[-1]["step"]), *map(float, trained[-1, 1:3])) if len(trained) else (0, 0, 0.0)
+        finished, state = how_far(reached, settings, nonfinite)
         return History(
             folder, name, resolved(settings, starts[-1]) if starts else settings,
             starts[-1] | {"starts": len(starts)} if starts else {},
@@ -96,7 +94,7 @@ def open_history(folder: Path, name: str) -> History:
             last_loss=float(validated[-1, 3]) if len(validated) else None,
             best_loss=number(best.get("val_loss")), best_step=best.get("step"),
             bits_per_byte=number(best.get("bits_per_byte")),
-            state=state(reached, settings, len(list(folder.glob("nonfinite/*.json")))))
+            finished=finished, state=state)
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(f"{folder} is not a run that nanohydra wrote ({str(error).splitlines()[0][:100]}).") from None
 
@@ -105,13 +103,13 @@ def number(value: Any) -> float | None:
     return None if value is None else float(value)
 
 
-def state(reached: tuple[int, int, float], settings: dict[str, Any], nonfinite: int) -> str:
-    """How far a run came; `nonfinite` is how often a loss or gradient could not be used."""
+def how_far(reached: tuple[int, int, float], settings: dict[str, Any], nonfinite: int) -> tuple[bool, str]:
+    """Whether a run is finished, and how far it came in words; `nonfinite`: how often it met what could not be used."""
     steps, _, seconds = reached
     planned, most = settings.get("training.max_steps"), settings.get("training.max_seconds")
     done = planned is not None and (steps >= planned or bool(most and seconds >= most))
-    return ("finished" if done else f"{steps:,} of {planned:,} steps" if planned else f"{steps:,} steps") + (
-        f", {nonfinite} not finite" if nonfinite else "")
+    came = "finished" if done else f"{steps:,} of {planned:,} steps" if planned else f"{steps:,} steps"
+    return done, came + (f", {nonfinite} not finite" if nonfinite else "")
 
 
 def resolved(settings: dict[str, Any], start: dict[str, Any]) -> dict[str, Any]:

@@ -56,7 +56,7 @@ from scripts.bench_ablation import AblationSettings, ablation
 from scripts.bench_decode import DecodeSettings, decode
 from scripts.bench_result import ResultSettings, result
 from scripts.bench_start import StartSettings, to_first_step
-from scripts.peer import nanogpt_module
+from scripts.peer import nanogpt_module, peer_problems
 from train import loss_of
 from training.device import Device
 from training.optim import OptimConfig, Optimizers
@@ -82,8 +82,7 @@ class SpeedSettings:
 
     def problems(self) -> Iterator[str]:
         """One sentence for each value that cannot work."""
-        if self.peer and not Path(self.peer, "model.py").is_file():
-            yield f"peer={self.peer} is no nanoGPT checkout: it has no model.py."
+        yield from peer_problems(self.peer)
         for name in ("rounds", "steps"):
             if getattr(self, name) < 1:
                 yield f"{name}={getattr(self, name)} must be at least 1."

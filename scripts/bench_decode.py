@@ -23,7 +23,7 @@ from torch import Tensor
 import atomic
 from model import GPT, GPTConfig, generate
 from model.decode import Decoder
-from scripts.peer import nanogpt_module
+from scripts.peer import nanogpt_module, peer_problems
 from training.device import keep_freed_memory
 
 ROOT = Path(__file__).parent.parent
@@ -48,8 +48,7 @@ class DecodeSettings:
 
     def problems(self) -> Iterator[str]:
         """One sentence for each value that cannot work."""
-        if self.peer and not Path(self.peer, "model.py").is_file():
-            yield f"peer={self.peer} is no nanoGPT checkout: it has no model.py."
+        yield from peer_problems(self.peer)
         for name, least in (("prompt", 1), ("tokens", 2), ("batch", 1), ("rounds", 1)):
             if getattr(self, name) < least:
                 yield f"{name}={getattr(self, name)} must be at least {least}."

@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+
+
+def peer_problems(peer: str) -> Iterator[str]:
+    """What is wrong with a setting that may name a checkout."""
+    if peer and not Path(peer, "model.py").is_file():
+        yield f"peer={peer} is no nanoGPT checkout: it has no model.py."
 
 
 def nanogpt_module(peer: Path) -> ModuleType:

@@ -18,9 +18,8 @@ import resource
 import shutil
 import statistics
 import sys
-import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,10 +37,10 @@ from data.prepare import planned
 from data.shards import Tokens, read_meta
 from data.sources import DataConfig
 from data.tokenizer import ByteTokenizer
-from model import GPT
+from model import GPT, Undrawn
 from train import loss_of
 from training.checkpoint import megabytes
-from training.device import Device, available_memory
+from training.device import Device, available_memory, seconds_of
 from training.optim import Optimizers
 from training.state import State
 
@@ -72,7 +71,7 @@ def plan(own: PlanSettings) -> int:
     settings = replace(settings, model=replace(settings.model, vocab_size=vocab_size))
     print(f"Data: {data}")
 
-    with torch.device("meta"):
+    with Undrawn("meta"):
         model = GPT(settings.model)
     parts = {role: sum(weights.numel() for weights in of) for role, of in model.parameters_by_role().items()}
     tokens_per_step = limits.batch_size * settings.model.block_size * limits.micro_steps(settings.model.block_size)
@@ -180,13 +179,8 @@ def expected_time(settings: Settings, device: Device, prepared: dict[str, Any] |
     def update() -> None:
         optimizers.step(scaler, optimizers.gradient_norm(scaler), settings.optim.grad_clip)
 
-    def timed(act: Callable[[], object]) -> float:
-        start = time.perf_counter()
-        act()
-        device.synchronize()
-        return time.perf_counter() - start
-
-    times = [(timed(micro_step), timed(update), timed(evaluate)) for _ in range(MEASURED_STEPS + 1)][1:]  # one warms up
+    # The first of each warms up.
+    times = [[seconds_of(act, device) for act in (micro_step, update, evaluate)] for _ in range(MEASURED_STEPS + 1)][1:]
     learning, updating, looking = (statistics.median(of) for of in zip(*times, strict=True))
     step = micro_steps * learning + updating
     n_evaluations = math.ceil(limits.max_steps / limits.eval_every)

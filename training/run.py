@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
 
@@ -21,10 +22,9 @@ class Run:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        if outer := next(filter(is_run, folder.parents), None):
+        if outer := first_run(folder.parents):
             raise ValueError(f"{folder} lies inside the run {outer}: choose another name=.")
-        inner = next((lock.parent for lock in folder.glob(f"*/**/{LOCK}") if is_run(lock.parent)), None)
-        if inner and not is_run(folder):
+        if not is_run(folder) and (inner := first_run(lock.parent for lock in folder.glob(f"*/**/{LOCK}"))):
             raise ValueError(f"{folder} holds runs, such as {inner.relative_to(folder)}: choose another name=.")
         try:
             self.lock = atomic.Lock(folder / LOCK, this_process())
@@ -70,6 +70,11 @@ def this_process() -> str:
 
 def is_run(folder: Path) -> bool:
     return (folder / LOCK).exists() and (folder / "config.yaml").exists()
+
+
+def first_run(folders: Iterable[Path]) -> Path | None:
+    """The first of these folders that is a run's."""
+    return next(filter(is_run, folders), None)
 
 
 def find_run(runs_dir: Path, name: str) -> Path:

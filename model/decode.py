@@ -1,39 +1,24 @@
-"""What makes decoding fast: a copy of the model whose weights are laid out to be read once a token, and its cache.
-
-With one new position a row a step does few operations for each weight: it is as fast as memory is read. How fast a product
-reads its weights depends on their layout; docs/benchmarks.md has what was measured. The copy runs the model's own code.
-"""
+"""What makes decoding fast: a cache in which each row has its own length, and who reads texts with it, a token at a time."""
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
-from dataclasses import fields
+from contextlib import AbstractContextManager, nullcontext, suppress
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from model.attention import KVCache
 from model.config import GPTConfig
 from model.gpt import GPT
 from model.ngram import NOTHING
+from model.packed import can_copy, can_pack, cast, decoding_copy, packed
 
-KNOWN = {"block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "dropout", "bias", "position", "norm",
-         "qk_norm", "activation", "zero_init", "tie_head", "embedding_norm", "ngrams", "ngram_rows"}
-FP16_MOST = 65504.0
-
-
-def can_decode_fast(model: GPT) -> bool:
-    """Whether `decoding_copy` has the kernels it needs and knows all flags of the model; else the model itself decodes."""
-    weight = model.wte.weight
-    kernels = (torch.backends.mkldnn.is_available() and torch.backends.quantized.engine in ("x86", "fbgemm")
-               and hasattr(torch.ops.quantized, "linear_prepack_fp16") and hasattr(torch.ops.mkldnn, "_linear_pointwise"))
-    return weight.device.type == "cpu" and weight.dtype == torch.float32 and kernels and all(
-        getattr(model.config, field.name) == field.default for field in fields(model.config) if field.name not in KNOWN)
+STEADY = 256  # so many positions on end a `SteadyCache` does the same with
 
 
 class RaggedCache(KVCache):
@@ -48,6 +33,11 @@ class RaggedCache(KVCache):
         self.rows = torch.arange(batch_size, device=device)
         self.within = self
 
+    def clear(self) -> None:
+        """Hold zeros: what a mask hides is still multiplied, by 0."""
+        for each in (*self.keys, *self.values):
+            each.zero_()
+
     def repeat(self, source: int, target: int) -> None:
         """Let row `target` hold what row `source` holds."""
         self.lengths[target] = self.lengths[source]
@@ -55,29 +45,91 @@ class RaggedCache(KVCache):
             each[target] = each[source]  # the whole row: one piece of memory, whichever way it is turned
 
     def begin_step(self) -> None:
-        """Say where the next position of each row is, and what it sees."""
-        self.length, device = max(self.lengths), self.rows.device
-        self.positions = torch.tensor(self.lengths, device=device)[:, None]  # [B, 1]
-        self.mask = None
+        """Say where the next position of each row is, and what it sees: of the first `end` positions, what no mask hides."""
+        self.length = max(self.lengths)
+        self.end, self.mask = self.length + 1, None
+        self.positions = torch.tensor(self.lengths, device=self.rows.device)[:, None]  # [B, 1]
         if min(self.lengths) < self.length:
-            hidden = torch.arange(self.length + 1, device=device) > self.positions  # [B, S]
-            self.mask = torch.zeros(hidden.shape, device=device).masked_fill(hidden, -torch.inf)[:, None, None]
+            self.mask = self.hidden()
         self.lengths = [length + 1 for length in self.lengths]
+
+    def hidden(self) -> Tensor:
+        """What is added to scores of `end` positions: -infinity where a row has none yet, `[B, 1, 1, end]`."""
+        later = torch.arange(self.end, device=self.rows.device) > self.positions  # [B, end]
+        mask = torch.zeros(later.shape, device=later.device, dtype=self.keys[0].dtype)
+        return mask.masked_fill_(later, -torch.inf)[:, None, None]
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """As `KVCache.extend`, for one new position at each row's own place."""
         if self.mask is None:
             return super().extend(layer, k, v)
-        end = self.length + 1
         for held, new in ((self.keys[layer], k), (self.values[layer], v)):
             held[self.rows, :, self.positions[:, 0]] = new[:, :, 0].to(held.dtype)
-        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+        return self.keys[layer][:, :, : self.end], self.values[layer][:, :, : self.end]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
         """What the heads take `[B, H, 1, D]`. The heads that share keys are asked as rows of one product."""
-        mask = None if self.mask is None else self.mask.to(k.dtype)
         grouped = q.to(k.dtype).reshape(q.size(0), k.size(1), -1, q.size(3))  # [B, G, H / G, D]
-        return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).reshape(q.shape)
+        return F.scaled_dot_product_attention(grouped, k, v, attn_mask=self.mask).to(q.dtype).view(q.shape)
+
+
+class SteadyCache(RaggedCache):
+    """The same for GPUs: a step works on the same memory as the one before, in the same shapes while `end` is the same.
+
+    So it can be recorded, and played again.
+    """
+
+    def __init__(self, config: GPTConfig, batch_size: int, positions: int, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__(config, batch_size, positions, device, dtype)
+        self.clear()
+        self.positions = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
+        self.masks: dict[int, Tensor] = {}
+
+    def begin_step(self) -> None:
+        self.length = max(self.lengths)
+        self.end = min(-(-(self.length + 1) // STEADY) * STEADY, self.keys[0].size(2))
+        self.positions.copy_(torch.tensor(self.lengths)[:, None])
+        hidden = self.hidden()
+        self.mask = self.masks.setdefault(self.end, hidden)
+        self.mask.copy_(hidden)
+        self.lengths = [length + 1 for length in self.lengths]
+
+
+class TableCache(RaggedCache):
+    """The same for CPUs, where no attention kernel reads many keys for one query at the memory's speed.
+
+    But `embedding_bag` does: it sums rows of a table, each times a number. A head's scores are the D rows of its turned keys
+    `[D, positions]`, each times a number of the query; what it takes is the S rows of its values, each times its weight.
+    """
+
+    def __init__(self, config: GPTConfig, batch_size: int, positions: int, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__(config, batch_size, positions, device, dtype)
+        turned = [keys.view(batch_size, config.kv_heads, -1, positions) for keys in self.keys]  # [B, G, D, positions]
+        self.keys = [keys.transpose(2, 3) for keys in turned]
+        self.tables = [(keys.flatten(0, 2), values.flatten(0, 2)) for keys, values in zip(turned, self.values, strict=True)]
+        self.sums = torch.arange(batch_size * config.n_head)
+        groups = self.sums[:, None] // (config.n_head // config.kv_heads)  # [B * H, 1]
+        self.key_rows = (groups * config.head_width + torch.arange(config.head_width)).flatten()  # [B * H * D]
+        self.value_rows = groups * positions + torch.arange(positions)  # [B * H, positions]
+
+    def begin_step(self) -> None:
+        super().begin_step()
+        self.seen = self.value_rows[:, : self.end].flatten()  # [B * H * S]
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys `[B * G * D, positions]` and values `[B * G * positions, D]`, with the new ones in them."""
+        super().extend(layer, k, v)
+        return self.tables[layer]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+        """What the heads take `[B, H, 1, D]`."""
+        B, H, _, D = q.shape
+        numbers = (q / math.sqrt(D)).to(k.dtype).flatten()
+        scores = F.embedding_bag(self.key_rows, k, self.sums * D, mode="sum", per_sample_weights=numbers)
+        scores = scores.view(B, H, 1, -1)[..., : self.end]
+        weights = (scores if self.mask is None else scores + self.mask).softmax(-1).flatten()
+        y = F.embedding_bag(self.seen, v, self.sums * self.end, mode="sum", per_sample_weights=weights)
+        return y.to(q.dtype).view(q.shape)
 
 
 class Enough(Exception):
@@ -100,122 +152,54 @@ class FirstReading:
         return k, v  # as they were before rounding
 
 
-class TableCache(RaggedCache):
-    """The same for CPUs, where no attention kernel reads many keys for one query at the memory's speed.
+class Recording:
+    """What a GPU was asked to do in a `call`, to be done again at once: launching a step's small kernels takes longer."""
 
-    But `embedding_bag` does: it sums rows of a table, each times a number. A head's scores are the D rows of its turned keys
-    `[D, positions]`, each times a number of the query; what it takes is the S rows of its values, each times its weight.
-    """
+    def __init__(self, call: Callable[[], Tensor]) -> None:
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.result = call()
 
-    def __init__(self, config: GPTConfig, batch_size: int, positions: int, device: torch.device, dtype: torch.dtype) -> None:
-        super().__init__(config, batch_size, positions, device, dtype)
-        turned = [keys.view(batch_size, config.kv_heads, -1, positions) for keys in self.keys]  # [B, G, D, positions]
-        self.keys = [keys.transpose(2, 3) for keys in turned]
-        self.tables = [(keys.flatten(0, 2), values.flatten(0, 2)) for keys, values in zip(turned, self.values, strict=True)]
-        groups = torch.arange(batch_size * config.n_head)[:, None] // (config.n_head // config.kv_heads)  # [B * H, 1]
-        self.key_rows = groups * config.head_width + torch.arange(config.head_width)  # [B * H, D]
-        self.value_rows = groups * positions + torch.arange(positions)  # [B * H, positions]
-
-    def begin_step(self) -> None:
-        super().begin_step()
-        self.seen = self.value_rows[:, : self.length + 1].contiguous()
-
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys `[B * G * D, positions]` and values `[B * G * positions, D]`, with the new ones in them."""
-        super().extend(layer, k, v)
-        return self.tables[layer]
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-        """What the heads take `[B, H, 1, D]`."""
-        B, H, _, D = q.shape
-        numbers = (q / math.sqrt(D)).to(k.dtype).reshape(B * H, D)
-        scores = F.embedding_bag(self.key_rows, k, per_sample_weights=numbers, mode="sum").view(B, H, 1, -1)
-        scores = scores[..., : self.length + 1]
-        weights = (scores if self.mask is None else scores + self.mask).softmax(-1, dtype=torch.float32).to(v.dtype)
-        return F.embedding_bag(self.seen, v, per_sample_weights=weights.view(B * H, -1), mode="sum").float().view(q.shape)
-
-
-class Packed(nn.Module):
-    """`nn.Linear` without gradients, its weights laid out for `rows` rows of input, which is fp32 and stays it."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, rows: int, precision: str) -> None:
-        super().__init__()
-        self.product = product(weight.detach(), None if bias is None else bias.detach(), rows, precision)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.product(x)
-
-
-def product(weight: Tensor, bias: Tensor | None, rows: int, precision: str) -> Callable[[Tensor], Tensor]:
-    """The fastest way that was found on CPUs to multiply a few rows `[..., in]` by `weight` `[out, in]`."""
-    if precision == "int8" and rows < 100:
-        scales = weight.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / 127
-        integers, zeros = (weight / scales).round().to(torch.int8), torch.zeros(len(scales), dtype=torch.int64)
-        with warnings.catch_warnings(action="ignore"):  # that some day there will be another way
-            quantized = torch._make_per_channel_quantized_tensor(integers, scales[:, 0], zeros, 0)
-        packed = torch.ops.quantized.linear_prepack(quantized, bias)
-        return lambda x: torch.ops.quantized.linear_dynamic(x, packed, True)
-    if precision == "bf16" and rows <= 10 and weight.abs().max() <= FP16_MOST:
-        # As small as bf16, with more digits, and read faster.
-        packed = torch.ops.quantized.linear_prepack_fp16(weight, bias)
-        return lambda x: torch.ops.quantized.linear_dynamic_fp16(x, packed)
-    pieces = next((n for n in range(8, 65) if weight.size(0) % n == 0), 0)
-    if precision == "fp32" and rows <= 4 and pieces:
-        parts = weight.view(pieces, -1, weight.size(1))
-
-        def by_pieces(x: Tensor) -> Tensor:
-            y = torch.bmm(parts, x.flatten(0, -2).t().expand(pieces, -1, -1))  # [pieces, out / pieces, rows]
-            y = y.flatten(0, 1).t().view(*x.shape[:-1], -1)
-            return y if bias is None else y + bias
-        return by_pieces
-    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype), min(rows, 2**16))  # it cannot count to 2**31
-    bias = bias if bias is None else bias.to(dtype)
-    return lambda x: torch.ops.mkldnn._linear_pointwise(x.to(dtype), packed, bias, "none", [], "").float()
-
-
-@torch.no_grad()
-def decoding_copy(model: GPT, rows: int, precision: str) -> GPT:
-    """A model like `model` that shares its tensors, but whose products have weights laid out for `rows` rows."""
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    twin = copy.deepcopy(model, shared).eval()
-    twin.head = product(twin.head_weight, None, rows, precision)
-    if not model.config.tie_head:
-        del twin.lm_head
-    for module in list(twin.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, nn.Linear):
-                setattr(module, name, Packed(child.weight, child.bias, rows, precision))
-    return twin
+    def play(self) -> Tensor:
+        """The result, in new memory, of the same on what the same tensors hold now."""
+        self.graph.replay()
+        return self.result.clone()
 
 
 class Decoder:
     """Reads texts that grow by a token a step, and says what comes next. Holds what can be prepared before the texts come.
 
     `precision` is "fp32", "bf16" (weights and cache of 16 bits) or "int8" (weights of 8); if not said, what autocast has.
-    Raises ValueError for int8 where `can_decode_fast` says no.
+    Raises ValueError for int8 where there is no way to do it.
     """
 
     def __init__(self, model: GPT, rows: int, precision: str = "") -> None:
         self.model, self.config, self.device = model, model.config, model.wte.weight.device
-        self.fast = can_decode_fast(model)
-        if precision == "int8" and not self.fast:
+        self.kind = kind_of_cache(model)
+        if precision == "int8" and self.kind is not TableCache:
             raise ValueError("int8=true is for CPUs of the x86 kind, and not for every flag of a model: leave it out.")
-        precision = precision or ("fp32" if cache_dtype(model) == torch.float32 else "bf16")
-        self.dtype = (torch.float32 if precision == "fp32" else torch.float16) if self.fast else cache_dtype(model)
-        self.reader = decoding_copy(model, rows, precision) if self.fast else model
-        self.prefiller = decoding_copy(model, 512, precision) if self.fast and precision != "fp32" else model
+        self.dtype, self.records = cache_dtype(model), self.kind is SteadyCache
+        self.reader = self.prefiller = model
+        if self.kind is SteadyCache:
+            self.reader = decoding_copy(model, partial(cast, dtype=self.dtype))
+        elif self.kind is TableCache:
+            precision = precision or ("fp32" if self.dtype == torch.float32 else "bf16")
+            self.dtype = torch.float32 if precision == "fp32" else torch.float16
+            self.reader = decoding_copy(model, partial(packed, rows=rows, precision=precision))
+            if precision != "fp32":
+                self.prefiller = decoding_copy(model, partial(packed, rows=512, precision=precision))
 
     def begin(self, texts: list[list[int]], max_new_tokens: int) -> None:
         """Make the cache for `texts` that grow by so many tokens at most."""
         lengths, rows = [len(text) for text in texts], len(texts)
-        positions = max(lengths) + max_new_tokens
-        kind = TableCache if self.fast else RaggedCache
-        self.cache = kind(self.config, rows, min(positions, self.config.block_size), self.device, self.dtype)
+        positions = min(max(lengths) + max_new_tokens, self.config.block_size)
+        self.cache = self.kind(self.config, rows, positions, self.device, self.dtype)
         if min(lengths) < max(lengths):
-            for each in (*self.cache.keys, *self.cache.values):
-                each.zero_()  # what a mask hides is still multiplied, by 0
+            self.cache.clear()
         self.starts = [-1] * rows
+        self.last = torch.zeros(rows, 1, dtype=torch.long, device=self.device)
+        self.before = torch.zeros(rows, self.config.ngrams - 1, dtype=torch.long, device=self.device)
+        self.recordings: dict[int, Recording | None] = {}
 
     def next_logits(self, texts: list[list[int]]) -> Tensor:
         """Logits `[B, V]` behind `texts`, each of which has one token more than the last time."""
@@ -233,16 +217,47 @@ class Decoder:
         self.cache.begin_step()
         if reach := self.config.ngrams - 1:
             ends = [text[max(start, len(text) - 1 - reach) : -1] for text, start in zip(texts, self.starts, strict=True)]
-            self.cache.before = torch.tensor([[NOTHING] * (reach - len(end)) + end for end in ends], device=self.device)
-        last = torch.tensor([[text[-1]] for text in texts], device=self.device)
-        with torch.autocast(self.device.type, enabled=False) if self.fast else nullcontext():
-            return self.reader.head(self.reader.features(last, self.cache)[:, -1])
+            self.before.copy_(torch.tensor([[NOTHING] * (reach - len(end)) + end for end in ends]))
+        self.last.copy_(torch.tensor([[text[-1]] for text in texts]))
+        return self.recorded_step() if self.records else self.step()
+
+    def step(self) -> Tensor:
+        """Logits `[B, V]` behind `last`, by what the cache holds, which then holds `last` too."""
+        self.cache.before = self.before if self.config.ngrams > 1 else None
+        with self.own_precision(self.reader):
+            return self.reader.head(self.reader.features(self.last, self.cache)[:, -1])
+
+    def recorded_step(self) -> Tensor:
+        """The same, from the second step with an `end` on by playing a recording of it."""
+        end = self.cache.end
+        if end not in self.recordings:
+            self.recordings[end] = None
+            return self.step()  # in which libraries set themselves up, as they may not in a recording
+        try:
+            recording = self.recordings[end] = self.recordings[end] or Recording(self.step)
+        except RuntimeError as error:
+            warnings.warn(f"This GPU could not record a step, and takes longer without: {error}", stacklevel=1)
+            self.records = False
+            return self.step()
+        return recording.play()
 
     def prefill(self, row: int, ids: tuple[int, ...]) -> None:
         self.cache.lengths[row] = len(ids)
         if ids:
-            with torch.autocast(self.device.type, enabled=False) if self.fast else nullcontext(), suppress(Enough):
+            with self.own_precision(self.prefiller), suppress(Enough):
                 self.prefiller.features(torch.tensor([ids], device=self.device), FirstReading(self.cache, row))
+
+    def own_precision(self, model: GPT) -> AbstractContextManager[None]:
+        """A copy's is in its products, the model's autocast's; but beside a `TableCache` it is that of its weights."""
+        autocast = model is self.model and self.kind is not TableCache
+        return nullcontext() if autocast else torch.autocast(self.device.type, enabled=False)
+
+
+def kind_of_cache(model: GPT) -> type[RaggedCache]:
+    """What suits the device, and the flags of the model."""
+    if not can_copy(model):
+        return RaggedCache
+    return TableCache if can_pack(model) else SteadyCache if model.wte.weight.is_cuda else RaggedCache
 
 
 def window_start(length: int, block_size: int) -> int:

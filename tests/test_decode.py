@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 from conf.schema import compose
 from model import decode
 from model.config import GPTConfig
-from model.decode import Decoder, RaggedCache, TableCache, can_decode_fast, decoding_copy, product
+from model.decode import Decoder, RaggedCache, SteadyCache, TableCache, kind_of_cache
 from model.generate import steps, uncached_logits
 from model.gpt import GPT
+from model.packed import can_copy, cast, decoding_copy, packed
 
 V = 96
 SHAPES = {
@@ -38,21 +43,47 @@ def texts_of(*lengths: int) -> list[list[int]]:
     return [torch.randint(V, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in lengths]
 
 
+class Traced:
+    """A `Recording` on a CPU: the tensor operations of a call, with the very tensors that it used, and no Python of its own."""
+
+    made = 0
+
+    def __init__(self, call: Callable[[], Tensor]) -> None:
+        Traced.made += 1
+        self.graph = make_fx(lambda _: call())(torch.zeros(()))
+
+    def play(self) -> Tensor:
+        return self.graph(torch.zeros(()))
+
+
+@pytest.fixture
+def steady(monkeypatch):
+    """A CPU decodes as a GPU does."""
+    monkeypatch.setattr(decode, "kind_of_cache", lambda model: SteadyCache)
+    monkeypatch.setattr(decode, "Recording", Traced)
+    monkeypatch.setattr(decode, "STEADY", 8)
+    monkeypatch.setattr(Traced, "made", 0)
+
+
 @every_shape
 @pytest.mark.parametrize("lengths", [(5,), (16, 1, 9), (3, 3, 40, 15, 7, 1, 2, 16, 5, 11, 30)], ids=str)
-@pytest.mark.parametrize("fast", [True, False])
-def test_logits_are_those_without_a_cache(flags, lengths, fast, monkeypatch):
-    """By an uncached pass at every step, for one row, few and many, by the copy and by the model itself."""
+@pytest.mark.parametrize("kind", [TableCache, SteadyCache, RaggedCache])
+def test_logits_are_those_without_a_cache(flags, lengths, kind, monkeypatch, request):
+    """By an uncached pass at every step, for one row, few and many, by the copies and by the model itself."""
     model = make(**flags)
-    if not fast:
-        monkeypatch.setattr(decode, "can_decode_fast", lambda model: False)
+    monkeypatch.setattr(Traced, "made", 0)
+    if kind is SteadyCache:
+        request.getfixturevalue("steady")
+    if kind is RaggedCache:
+        monkeypatch.setattr(decode, "kind_of_cache", lambda model: RaggedCache)
     decoder = Decoder(model, len(lengths))
-    assert decoder.fast == fast
+    assert decoder.kind is kind and (decoder.reader is model) == (kind is RaggedCache)
     seen = [list(text) for text in texts_of(*lengths)]
     for tokens, logits in steps(model, texts_of(*lengths), 24, decoder=decoder):
         torch.testing.assert_close(logits, uncached_logits(model, seen), rtol=1e-4, atol=1e-4)
         for text, token in zip(seen, tokens.tolist(), strict=True):
             text.append(token)
+    assert (Traced.made > 0) == (kind is SteadyCache)
 
 
 @every_shape
@@ -70,6 +101,31 @@ def test_with_fewer_bits_logits_are_near(flags, precision, most, rows):
             text.append(token)
 
 
+def test_a_step_is_recorded_once_for_as_many_positions_as_look_alike(steady):
+    """Of 24 positions: 5 to 7 (the first step sets up, the second is recorded), 8 to 15, 16 to 23."""
+    decoder, ends = Decoder(make(block_size=24), 1), []
+    for _ in steps(decoder.model, texts_of(5), 19, decoder=decoder):
+        ends.append(decoder.cache.end)
+    assert ends == [8] * 4 + [16] * 8 + [24] * 7 and Traced.made == 3
+    addresses = {each.data_ptr() for each in (decoder.last, decoder.cache.positions, decoder.cache.mask, *decoder.cache.keys)}
+    decoder.begin([[1]], 9)
+    assert not decoder.recordings, "another cache is other memory"
+    assert {decoder.last.data_ptr()}.isdisjoint(addresses)
+
+
+def test_a_gpu_that_cannot_record_goes_on_without(steady, monkeypatch):
+    def fail(call: object) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(decode, "Recording", fail)
+    model = make()
+    decoder, seen = Decoder(model, 1), texts_of(5)
+    with pytest.warns(UserWarning, match="could not record a step.*not permitted"):
+        for tokens, logits in steps(model, texts_of(5), 12, decoder=decoder):
+            torch.testing.assert_close(logits, uncached_logits(model, seen), rtol=1e-4, atol=1e-4)
+            seen[0].append(tokens.item())
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
 @pytest.mark.parametrize("rows", [1, 3, 16])
 @pytest.mark.parametrize("size", [(24, 32), (53, 32), (50257, 16)], ids=str)
@@ -77,27 +133,35 @@ def test_a_product_is_a_linear_layer(precision, rows, size):
     torch.manual_seed(0)
     weight, bias, x = torch.randn(size), torch.randn(size[0]), torch.randn(rows, 1, size[1])
     expected = F.linear(x, weight, bias)
-    y = product(weight, bias, rows, precision)(x)
+    y = packed(weight, bias, rows, precision)(x)
     assert y.shape == expected.shape and y.dtype == torch.float32
     assert (y - expected).std() / expected.std() < {"fp32": 1e-6, "bf16": 0.01, "int8": 0.02}[precision]
-    torch.testing.assert_close(product(weight, None, rows, precision)(x), y - bias, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(packed(weight, None, rows, precision)(x), y - bias, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_cast_product_is_a_linear_layer_in_fewer_bits(dtype):
+    weight, bias, x = torch.randn(24, 32), torch.randn(24), torch.randn(3, 1, 32)
+    y = cast(weight, bias, dtype)(x)
+    assert y.dtype == torch.float32
+    assert torch.equal(y, F.linear(x.to(dtype), weight.to(dtype), bias.to(dtype)).float())
 
 
 def test_weights_beyond_the_range_of_fp16_are_not_cut_off():
     weight = torch.full((8, 8), 1e5)
-    torch.testing.assert_close(product(weight, None, 1, "bf16")(torch.ones(1, 8)), torch.full((1, 8), 8e5), rtol=0.01, atol=0.0)
+    torch.testing.assert_close(packed(weight, None, 1, "bf16")(torch.ones(1, 8)), torch.full((1, 8), 8e5), rtol=0.01, atol=0.0)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
 def test_a_product_laid_out_for_more_rows_than_will_ever_come_is_made(precision):
-    y = product(torch.ones(8, 8), None, 10**11, precision)(torch.ones(1, 8))
+    y = packed(torch.ones(8, 8), None, 10**11, precision)(torch.ones(1, 8))
     torch.testing.assert_close(y, torch.full((1, 8), 8.0), rtol=0.01, atol=0.0)
 
 
 def test_the_copy_shares_what_it_does_not_lay_out_anew_and_leaves_the_model_as_it_is():
     model = make(tie_head=False).train()
     before = {name: weights.clone() for name, weights in model.state_dict().items()}
-    twin = decoding_copy(model, 1, "bf16")
+    twin = decoding_copy(model, partial(packed, rows=1, precision="bf16"))
     assert twin.wte.weight is model.wte.weight and not twin.training and model.training
     assert isinstance(model.h[0].mlp.c_fc, torch.nn.Linear) and model.head.__func__ is GPT.head
     assert all(torch.equal(weights, before[name]) for name, weights in model.state_dict().items())
@@ -129,7 +193,7 @@ def test_equal_prompts_are_read_once_and_no_further_than_the_last_keys_and_value
     features = model.features
     model.features = lambda idx, cache: read.append(tuple(idx.shape)) or features(idx, cache)
     list(steps(model, texts_of(20) * 64 + texts_of(7), 3, decoder=(decoder := Decoder(model, 65))))
-    assert decoder.fast and decoder.prefiller is model
+    assert decoder.kind is TableCache and decoder.prefiller is model
     assert [shape for shape in read if shape[1] > 1] == [(1, 19), (1, 6)]
     assert set(widths) == {1}  # only the steps themselves
 
@@ -141,11 +205,11 @@ def test_a_flag_that_the_copy_does_not_know_leaves_decoding_to_the_model():
 
     model = make()
     model.config = Later(**vars(model.config))
-    assert can_decode_fast(model)
+    assert can_copy(model)
     model.config = Later(**vars(model.config) | {"softcap": 15.0})
-    assert not can_decode_fast(model)
+    assert not can_copy(model)
     decoder = Decoder(model, 1)
-    assert decoder.reader is model
+    assert decoder.reader is model and decoder.kind is RaggedCache
     with pytest.raises(ValueError, match="int8=true"):
         Decoder(model, 1, "int8")
 
@@ -154,7 +218,7 @@ def test_a_flag_that_the_copy_does_not_know_leaves_decoding_to_the_model():
 def test_presets_decode_fast(preset):
     config = compose("config", [f"model={preset}"]).model
     tiny = GPTConfig(**vars(config) | {"n_layer": 1, "vocab_size": V, "block_size": 16, "n_embd": 16 * config.n_head})
-    assert can_decode_fast(GPT(tiny))
+    assert kind_of_cache(GPT(tiny)) is TableCache
 
 
 @pytest.mark.slow

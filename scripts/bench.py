@@ -13,7 +13,7 @@ side runs in processes of its own, in turn, as its README says for CPUs; the med
 Settings of speed, each with its default:
   shape=all        or one of: wide, narrow, gpt2 (GPT-2 124M)
   rounds=3         processes a side
-  steps=6          timed in each, after two that warm up
+  seconds=5        of steps that are timed in each (two of them at least), after two that warm up
   out=FILE         also as JSON
 Settings of result, which trains nanoGPT's Shakespeare for CPUs and our two experiments on the same text (ten minutes):
   rounds=3         each from another seed; seed=1337 is the first
@@ -77,15 +77,16 @@ class SpeedSettings:
     peer: str = ""  # a nanoGPT checkout
     shape: Literal["all", "wide", "narrow", "gpt2"] = "all"
     rounds: int = 3
-    steps: int = 6
+    seconds: float = 5.0
     out: str = ""
 
     def problems(self) -> Iterator[str]:
         """One sentence for each value that cannot work."""
         yield from peer_problems(self.peer)
-        for name in ("rounds", "steps"):
-            if getattr(self, name) < 1:
-                yield f"{name}={getattr(self, name)} must be at least 1."
+        if self.rounds < 1:
+            yield f"rounds={self.rounds} must be at least 1."
+        if not 0 < self.seconds < 3600:
+            yield f"seconds={self.seconds} must be more than 0, and less than an hour."
 
 
 def speed(settings: SpeedSettings) -> int:
@@ -102,18 +103,24 @@ def speed(settings: SpeedSettings) -> int:
             for side in sides:
                 runs[side].append(in_a_process(side, shape, settings))
         tokens = batch_size * config.block_size
-        rate = {side: tokens / statistics.median(time for run in of for time in run["seconds"]) for side, of in runs.items()}
+        rates = {side: [tokens / statistics.median(run["seconds"]) for run in of] for side, of in runs.items()}
+        rate = {side: statistics.median(of) for side, of in rates.items()}
         memory = {side: statistics.median(run["peak_bytes"] for run in of) for side, of in runs.items()}
         share = rate["ours"] * GPT(config).flops_per_token() / limit
-        measured[shape] = {"tokens_per_second": rate, "peak_bytes": memory, "of_product_rate": share, "runs": runs}
+        measured[shape] = {"tokens_per_second": rates, "peak_bytes": memory, "of_product_rate": share, "runs": runs}
         there = "nanogpt" in runs
         print(f"| {shape} | {rate['nanogpt']:,.0f} | " if there else f"| {shape} | not measured | ", end="")
-        print(f"{rate['ours']:,.0f} | " + (f"{rate['ours'] / rate['nanogpt']:.2f}" if there else "") + f" | {share:.0%} | "
+        print(f"{rate['ours']:,.0f} | " + (f"{middle_ratio(rates):.2f}" if there else "") + f" | {share:.0%} | "
               + (f"{memory['nanogpt'] / 2**20:,.0f} MB" if there else "") + f" | {memory['ours'] / 2**20:,.0f} MB | "
               + (f"{memory['ours'] / memory['nanogpt']:.2f}" if there else "") + " |", flush=True)
     if settings.out:
         atomic.write_bytes(Path(settings.out), json.dumps(measured, indent=2).encode())
     return 0
+
+
+def middle_ratio(rates: dict[str, list[float]]) -> float:
+    """Our rate by nanoGPT's, of each round: what both had to share then counts for neither."""
+    return statistics.median(ours / theirs for ours, theirs in zip(rates["ours"], rates["nanogpt"], strict=True))
 
 
 def product_rate() -> float:
@@ -129,24 +136,24 @@ def product_rate() -> float:
 
 
 def in_a_process(side: str, shape: str, settings: SpeedSettings) -> dict[str, Any]:
-    call = f"from scripts.bench import measure; measure({side!r}, {shape!r}, {settings.steps}, {settings.peer!r})"
+    call = f"from scripts.bench import measure; measure({side!r}, {shape!r}, {settings.seconds}, {settings.peer!r})"
     done = subprocess.run([sys.executable, "-c", call], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise ValueError(f"{side}, {shape}: {done.stderr.strip().splitlines()[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def measure(side: str, shape: str, n_steps: int, peer: str) -> None:
+def measure(side: str, shape: str, least_seconds: float, peer: str) -> None:
     """Time steps in this process and print them as JSON."""
     config, batch_size = SHAPES[shape]
     torch.manual_seed(0)
     tokens = Tokens([np.random.default_rng(0).integers(0, config.vocab_size, 2_000_000, dtype=np.uint16)])
     loader = Loader([tokens], config.block_size, batch_size)
     step = our_step(config, loader) if side == "ours" else nanogpt_step(Path(peer), config, loader)
-    seconds = []
-    for number in range(n_steps + 2):
+    seconds: list[float] = []
+    while len(seconds) < 4 or sum(seconds[2:]) < least_seconds:
         start = time.perf_counter()
-        step(number)
+        step(len(seconds))
         seconds.append(time.perf_counter() - start)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     print(json.dumps({"seconds": seconds[2:], "peak_bytes": peak}))

@@ -63,10 +63,10 @@ def decode(settings: DecodeSettings) -> int:
     if like_gpt2 and importlib.util.find_spec("transformers"):
         peers += [("transformers", "fp32", 1), ("transformers", "bf16", 1), ("transformers", "bf16", settings.batch)]
     ours = [("ours", "fp32", 1), ("ours", "bf16", 1), ("ours", "int8", 1), ("ours", "bf16", settings.batch)]
-    limit = read_rate()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; {settings.shape}, prompt of {settings.prompt}, "
-          f"{settings.tokens} tokens; memory is read at {limit / 1e9:.0f} GB/s here\n\n"
-          "| side | precision | batch | prefill, s | tokens/s | of that rate | prepared in, s |\n" + "|---" * 7 + "|")
+          f"{settings.tokens} tokens\n\n"
+          "| side | precision | batch | prefill, s | tokens/s | memory is read at, GB/s | of that rate | prepared in, s |\n"
+          + "|---" * 8 + "|")
     runs: dict[tuple[str, str, int], list[dict[str, float]]] = {case: [] for case in dict.fromkeys(peers + ours)}
     for _ in range(settings.rounds):
         for case, found in runs.items():
@@ -74,7 +74,7 @@ def decode(settings: DecodeSettings) -> int:
     for (side, precision, rows), found in runs.items():
         middle = {name: statistics.median(run[name] for run in found) for name in found[0]}
         print(f"| {side} | {precision} | {rows} | {middle['prefill']:.2f} | {middle['rate']:.1f} "
-              f"| {middle['bytes_rate'] / limit:.0%} | {middle['prepare']:.2f} |", flush=True)
+              f"| {middle['reading'] / 1e9:.0f} | {middle['of_reading']:.0%} | {middle['prepare']:.2f} |", flush=True)
     if settings.out:
         measured = [{"side": side, "precision": precision, "batch": rows, "runs": found}
                     for (side, precision, rows), found in runs.items()]
@@ -113,17 +113,19 @@ def measure(side: str, precision: str, rows: int, settings: DecodeSettings) -> N
     run = peers[side]() if side in peers else our_side(model, rows, precision)
     prepare = time.perf_counter() - start
     run(prompts, 2)  # warms up
-    seconds = []
+    seconds, reading = [], [read_rate()]
     for count in (1, tokens):
         start = time.perf_counter()
         run(prompts, count)
         seconds.append(time.perf_counter() - start)
+    reading.append(read_rate())  # before and after: on a shared machine it changes from second to second
     prefill, whole = seconds
     rate = rows * (tokens - 1) / (whole - prefill)
     weights = sum(each.numel() for each in model.h.parameters()) + model.head_weight.numel()
     held = config.n_layer * 2 * rows * config.kv_heads * config.head_width * (settings.prompt + tokens / 2)
     read = weights * {"fp32": 4, "bf16": 2, "int8": 1}[precision] + held * (4 if precision == "fp32" else 2)
-    print(json.dumps({"prepare": prepare, "prefill": prefill, "rate": rate, "bytes_rate": rate / rows * read}))
+    print(json.dumps({"prepare": prepare, "prefill": prefill, "rate": rate, "reading": statistics.mean(reading),
+                      "of_reading": rate / rows * read / statistics.mean(reading)}))
 
 
 def our_side(model: GPT, rows: int, precision: str) -> Callable[[Tensor, int], object]:

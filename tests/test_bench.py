@@ -46,18 +46,21 @@ def test_both_sides_are_measured_in_turn_and_the_ratios_agree(tmp_path, monkeypa
     def here(side, shape, settings):
         order.append(side)
         capsys.readouterr()
-        bench.measure(side, shape, settings.steps, settings.peer)
+        bench.measure(side, shape, settings.seconds, settings.peer)
         return json.loads(capsys.readouterr().out.splitlines()[-1])
 
     monkeypatch.setattr(bench, "in_a_process", here)
     out = tmp_path / "speed.json"
-    assert bench.speed(compose(bench.SpeedSettings, [f"peer={tmp_path}", "shape=narrow", "rounds=2", "steps=3", f"out={out}"])) == 0
+    assert bench.speed(compose(bench.SpeedSettings, [f"peer={tmp_path}", "shape=narrow", "rounds=2", "seconds=0.05", f"out={out}"])) == 0
     assert order == ["nanogpt", "ours"] * 2
     measured = json.loads(out.read_text())["narrow"]
-    assert all(len(run["seconds"]) == 3 for side in measured["runs"].values() for run in side)
+    assert all(sum(run["seconds"]) >= 0.05 and len(run["seconds"]) >= 2 for side in measured["runs"].values() for run in side)
     cells = capsys.readouterr().out.splitlines()[-1].split("|")
-    ratio = measured["tokens_per_second"]["ours"] / measured["tokens_per_second"]["nanogpt"]
-    assert float(cells[4]) == pytest.approx(ratio, abs=0.01)
+    assert float(cells[4]) == pytest.approx(bench.middle_ratio(measured["tokens_per_second"]), abs=0.01)
+
+
+def test_a_ratio_is_of_the_two_sides_of_one_round():
+    assert bench.middle_ratio({"nanogpt": [10, 100, 1000], "ours": [20, 300, 1000]}) == 2
 
 
 @pytest.mark.slow
@@ -70,7 +73,7 @@ def test_a_profile_shows_the_parts_of_a_step(capsys, tmp_path):
     assert "aten::" in said and json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
 
 
-@pytest.mark.parametrize("words, problem", [(["peer=/nowhere"], "no nanoGPT checkout"), (["rounds=0"], "at least 1"), (["shape=tall"], "is not one of")])
+@pytest.mark.parametrize("words, problem", [(["peer=/nowhere"], "no nanoGPT checkout"), (["rounds=0"], "at least 1"), (["seconds=0"], "more than 0"), (["shape=tall"], "is not one of")])
 def test_bad_settings_are_one_sentence(words, problem):
     with pytest.raises(ConfigError, match=problem):
         compose(bench.SpeedSettings, words)
@@ -108,7 +111,8 @@ def test_decoding_is_measured_side_by_side(tmp_path, monkeypatch, capsys):
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][-5:]
     for row, case in zip(rows, json.loads(out.read_text()), strict=True):
         assert row.startswith(f"| {case['side']} | {case['precision']} | {case['batch']} |") and len(case["runs"]) == 2
-        assert all(set(run) == {"prepare", "prefill", "rate", "bytes_rate"} and run["prefill"] > 0 for run in case["runs"])
+        assert all(set(run) == {"prepare", "prefill", "rate", "of_reading", "reading"} and run["prefill"] > 0 for run in case["runs"])
+        assert all(run["reading"] == 1e9 for run in case["runs"])
 
 
 @pytest.mark.parametrize("words, problem", [(["peer=/nowhere"], "no nanoGPT checkout"), (["tokens=1"], "at least 2"), (["prompt=1000"], "pass the block")])

@@ -139,6 +139,25 @@ def test_a_product_is_a_linear_layer(precision, rows, size):
     torch.testing.assert_close(packed(weight, None, rows, precision)(x), y - bias, rtol=0.05, atol=0.05)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+def test_a_product_laid_out_for_one_row_takes_several(precision):
+    torch.manual_seed(0)
+    weight, bias, x = torch.randn(500, 32), torch.randn(500), torch.randn(3, 1, 32)
+    product = packed(weight, bias, 1, precision)
+    torch.testing.assert_close(product(x), torch.cat([product(row[None]) for row in x]), rtol=1e-5, atol=1e-5)
+
+
+def test_what_8_bits_cost_one_row_is_the_rounding_of_weights_alone():
+    """A 255th of the spread of a few hundred of them, evenly distributed; what is multiplied is not rounded."""
+    torch.manual_seed(0)
+    weight, x = torch.randn(384, 256), torch.randn(1, 256)
+    off = packed(weight, None, 1, "int8")(x) - F.linear(x, weight)
+    pieces = weight.view(2, 192, 256)
+    steps_of = (pieces.amax(1) - pieces.amin(1)) / 255
+    expected = (steps_of.square() / 12 * x.square()).sum(1).mean().sqrt()
+    assert off.std() == pytest.approx(expected.item(), rel=0.15)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_cast_product_is_a_linear_layer_in_fewer_bits(dtype):
     weight, bias, x = torch.randn(24, 32), torch.randn(24), torch.randn(3, 1, 32)

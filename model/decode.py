@@ -19,6 +19,7 @@ from model.ngram import NOTHING
 from model.packed import can_copy, can_pack, cast, decoding_copy, packed
 
 STEADY = 256  # so many positions on end a `SteadyCache` does the same with
+BLOCK = 128  # positions at most in a block of keys of a `TableCache`
 
 
 class RaggedCache(KVCache):
@@ -29,7 +30,7 @@ class RaggedCache(KVCache):
 
     def __init__(self, config: GPTConfig, batch_size: int, positions: int, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__(config, batch_size, device, dtype, positions)
-        self.lengths = [0] * batch_size
+        self.dtype, self.lengths = dtype, [0] * batch_size
         self.rows = torch.arange(batch_size, device=device)
         self.within = self
 
@@ -44,6 +45,11 @@ class RaggedCache(KVCache):
         for each in (*self.keys, *self.values):
             each[target] = each[source]  # the whole row: one piece of memory, whichever way it is turned
 
+    def fill(self, layer: int, row: int, k: Tensor, v: Tensor) -> None:
+        """Hold the first keys and values `[G, T, D]` of a row."""
+        self.keys[layer][row, :, : k.size(1)] = k
+        self.values[layer][row, :, : v.size(1)] = v
+
     def begin_step(self) -> None:
         """Say where the next position of each row is, and what it sees: of the first `end` positions, what no mask hides."""
         self.length = max(self.lengths)
@@ -56,7 +62,7 @@ class RaggedCache(KVCache):
     def hidden(self) -> Tensor:
         """What is added to scores of `end` positions: -infinity where a row has none yet, `[B, 1, 1, end]`."""
         later = torch.arange(self.end, device=self.rows.device) > self.positions  # [B, end]
-        mask = torch.zeros(later.shape, device=later.device, dtype=self.keys[0].dtype)
+        mask = torch.zeros(later.shape, device=later.device, dtype=self.dtype)
         return mask.masked_fill_(later, -torch.inf)[:, None, None]
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,7 +70,7 @@ class RaggedCache(KVCache):
         if self.mask is None:
             return super().extend(layer, k, v)
         for held, new in ((self.keys[layer], k), (self.values[layer], v)):
-            held[self.rows, :, self.positions[:, 0]] = new[:, :, 0].to(held.dtype)
+            held[self.rows, :, self.positions[:, 0]] = new[:, :, 0].to(self.dtype)
         return self.keys[layer][:, :, : self.end], self.values[layer][:, :, : self.end]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
@@ -98,37 +104,58 @@ class SteadyCache(RaggedCache):
 class TableCache(RaggedCache):
     """The same for CPUs, where no attention kernel reads many keys for one query at the memory's speed.
 
-    But `embedding_bag` does: it sums rows of a table, each times a number. A head's scores are the D rows of its turned keys
-    `[D, positions]`, each times a number of the query; what it takes is the S rows of its values, each times its weight.
+    But `embedding_bag` does: it sums rows of a table, each times a number. What a head takes is the S rows of its values,
+    each times its weight. Its scores are D rows of keys, each times a number of the query: keys lie turned, in blocks of a
+    few positions, so that no more are read than there are, and their sums stay in the processor's registers.
     """
 
     def __init__(self, config: GPTConfig, batch_size: int, positions: int, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__(config, batch_size, positions, device, dtype)
-        turned = [keys.view(batch_size, config.kv_heads, -1, positions) for keys in self.keys]  # [B, G, D, positions]
-        self.keys = [keys.transpose(2, 3) for keys in turned]
-        self.tables = [(keys.flatten(0, 2), values.flatten(0, 2)) for keys, values in zip(turned, self.values, strict=True)]
-        self.sums = torch.arange(batch_size * config.n_head)
-        groups = self.sums[:, None] // (config.n_head // config.kv_heads)  # [B * H, 1]
-        self.key_rows = (groups * config.head_width + torch.arange(config.head_width)).flatten()  # [B * H * D]
-        self.value_rows = groups * positions + torch.arange(positions)  # [B * H, positions]
+        blocks = -(-positions // BLOCK)
+        self.wide = -(-positions // blocks)
+        groups, D = config.kv_heads, config.head_width
+        self.keys = [torch.empty(batch_size, groups, blocks, D, self.wide, dtype=dtype) for _ in self.keys]
+        self.tables = [(self.keys[layer].flatten(0, 3), self.values[layer].flatten(0, 2)) for layer in range(config.n_layer)]
+        self.sums = torch.arange(batch_size * config.n_head, dtype=torch.int32)
+        group = self.sums[:, None] // (config.n_head // groups)  # [B * H, 1]
+        self.key_rows = group * blocks * D + torch.arange(blocks * D, dtype=torch.int32)  # [B * H, blocks * D]
+        self.value_rows = group * positions + torch.arange(positions, dtype=torch.int32)  # [B * H, positions]
 
     def begin_step(self) -> None:
         super().begin_step()
-        self.seen = self.value_rows[:, : self.end].flatten()  # [B * H * S]
+        D, heads = self.values[0].size(3), len(self.sums)
+        self.blocks = -(-self.end // self.wide)  # that hold something
+        self.seen_keys = self.key_rows[:, : self.blocks * D].flatten()  # [B * H * blocks * D]
+        self.seen_values = self.value_rows[:, : self.end].flatten()  # [B * H * S]
+        self.key_sums = torch.arange(heads * self.blocks, dtype=torch.int32) * D
+        self.value_sums = self.sums * self.end
+
+    def fill(self, layer: int, row: int, k: Tensor, v: Tensor) -> None:
+        T = k.size(1)
+        for block, part in enumerate(k.split(self.wide, dim=1)):
+            self.keys[layer][row, :, block, :, : part.size(1)] = part.mT
+        self.values[layer][row, :, :T] = v
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys `[B * G * D, positions]` and values `[B * G * positions, D]`, with the new ones in them."""
-        super().extend(layer, k, v)
+        """Keys `[B * G * blocks * D, wide]` and values `[B * G * positions, D]`, with the new ones in them."""
+        if self.mask is None:
+            block, place = divmod(self.length, self.wide)
+            self.keys[layer][:, :, block, :, place] = k[:, :, 0]
+            self.values[layer][:, :, self.length] = v[:, :, 0]
+        else:
+            places = self.positions[:, 0]
+            self.keys[layer][self.rows, :, places // self.wide, :, places % self.wide] = k[:, :, 0].to(self.dtype)
+            self.values[layer][self.rows, :, places] = v[:, :, 0].to(self.dtype)
         return self.tables[layer]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
         """What the heads take `[B, H, 1, D]`."""
         B, H, _, D = q.shape
-        numbers = (q / math.sqrt(D)).to(k.dtype).flatten()
-        scores = F.embedding_bag(self.key_rows, k, self.sums * D, mode="sum", per_sample_weights=numbers)
+        numbers = (q / math.sqrt(D)).to(k.dtype).expand(B, H, self.blocks, D).flatten()
+        scores = F.embedding_bag(self.seen_keys, k, self.key_sums, mode="sum", per_sample_weights=numbers)
         scores = scores.view(B, H, 1, -1)[..., : self.end]
         weights = (scores if self.mask is None else scores + self.mask).softmax(-1).flatten()
-        y = F.embedding_bag(self.seen, v, self.sums * self.end, mode="sum", per_sample_weights=weights)
+        y = F.embedding_bag(self.seen_values, v, self.value_sums, mode="sum", per_sample_weights=weights)
         return y.to(q.dtype).view(q.shape)
 
 
@@ -141,12 +168,11 @@ class FirstReading:
 
     within, before, length = None, None, 0
 
-    def __init__(self, cache: KVCache, row: int) -> None:
+    def __init__(self, cache: RaggedCache, row: int) -> None:
         self.cache, self.row = cache, row
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        self.cache.keys[layer][self.row, :, : k.size(2)] = k[0]
-        self.cache.values[layer][self.row, :, : v.size(2)] = v[0]
+        self.cache.fill(layer, self.row, k[0], v[0])
         if layer == len(self.cache.keys) - 1:
             raise Enough
         return k, v  # as they were before rounding

@@ -67,11 +67,12 @@ def steady(monkeypatch):
 
 @every_shape
 @pytest.mark.parametrize("lengths", [(5,), (16, 1, 9), (3, 3, 40, 15, 7, 1, 2, 16, 5, 11, 30)], ids=str)
-@pytest.mark.parametrize("kind", [TableCache, SteadyCache, RaggedCache])
-def test_logits_are_those_without_a_cache(flags, lengths, kind, monkeypatch, request):
+@pytest.mark.parametrize(("kind", "block"), [(TableCache, 128), (TableCache, 5), (SteadyCache, 128), (RaggedCache, 128)])
+def test_logits_are_those_without_a_cache(flags, lengths, kind, block, monkeypatch, request):
     """By an uncached pass at every step, for one row, few and many, by the copies and by the model itself."""
     model = make(**flags)
     monkeypatch.setattr(Traced, "made", 0)
+    monkeypatch.setattr(decode, "BLOCK", block)
     if kind is SteadyCache:
         request.getfixturevalue("steady")
     if kind is RaggedCache:
@@ -193,6 +194,16 @@ def test_the_cache_takes_what_keys_and_values_need_and_no_more(kind, dtype, grou
     cache = kind(config, 5, 48, torch.device("cpu"), dtype)
     held = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in (*cache.keys, *cache.values)}
     assert sum(held.values()) == 2 * 3 * 5 * groups * 8 * 48 * dtype.itemsize
+
+
+@pytest.mark.parametrize(("positions", "held"), [(48, 48), (128, 128), (129, 130), (300, 300), (1024, 1024)])
+def test_blocks_of_keys_hold_hardly_more_positions_than_there_are_and_only_those_in_use_are_read(positions, held):
+    config = GPTConfig(block_size=1024, vocab_size=V, n_layer=1, n_head=2, n_embd=16)
+    cache = TableCache(config, 3, positions, torch.device("cpu"), torch.float32)
+    assert cache.keys[0].numel() == 3 * 16 * held
+    cache.lengths = [0, 40, 5]
+    cache.begin_step()
+    assert len(cache.seen_keys) == 3 * 2 * 8 and len(cache.seen_values) == 3 * 2 * 41
 
 
 @every_shape

@@ -18,7 +18,7 @@ Settings, each with its default:
   stop="\\n\\n"           end where this text would come (a literal text: in bash, $'\\n\\n')
   checkpoint=best       or last
   device=auto  precision=auto  cache=true
-  int8=false            weights of 8 bits: faster for one sample on a CPU, and a little worse
+  int8=false            weights of 8 bits: faster for one sample on a CPU; of several, they are a little worse
 """
 
 from __future__ import annotations
@@ -74,14 +74,10 @@ def open_checkpoint(run: Path, which: str, device: Device) -> tuple[GPT, Tokeniz
     """
     def load(found: Checkpoint) -> tuple[GPT, Tokenizer]:
         config = rebuild(GPTConfig, found.state["model"], f"{found.folder / checkpoint.STATE}, model")
-        tokenizer = from_json(found.tokenizer(), f"{found.folder / checkpoint.TOKENIZER}")
+        tokenizer = tokenizer_of(found)
         if tokenizer.vocab_size != config.vocab_size:
             raise ValueError(f"{found.folder} cannot be: its tokenizer has {tokenizer.vocab_size} tokens, "
                              f"its model {config.vocab_size}.")
-        given, trained = fingerprint(tokenizer)[:12], flat(found.state["settings"]).get("data.tokenizer_fingerprint")
-        if trained not in (None, given):
-            raise ValueError(f"{found.folder / checkpoint.TOKENIZER} (fingerprint {given}) is not the tokenizer that the "
-                             f"model was trained with (fingerprint {printable(str(trained))}): put that one back.")
         with Undrawn("meta"):
             shapes = GPT(config).state_dict()
         weights = found.tensors(checkpoint.MODEL, like=shapes)  # the model takes memory only once its weights are there
@@ -97,6 +93,17 @@ def open_checkpoint(run: Path, which: str, device: Device) -> tuple[GPT, Tokeniz
     if loaded is None:
         raise ValueError(f"{run} has no checkpoint.")
     return loaded
+
+
+def tokenizer_of(found: Checkpoint) -> Tokenizer:
+    """The tokenizer that a checkpoint's model was trained with. Raises ValueError if the one beside it is another."""
+    path = found.folder / checkpoint.TOKENIZER
+    tokenizer = from_json(found.tokenizer(), f"{path}")
+    given, trained = fingerprint(tokenizer)[:12], flat(found.state["settings"]).get("data.tokenizer_fingerprint")
+    if trained not in (None, given):
+        raise ValueError(f"{path} (fingerprint {given}) is not the tokenizer that the model was trained with (fingerprint "
+                         f"{printable(str(trained))}): put that one back.")
+    return tokenizer
 
 
 def prepare(model: GPT, settings: SampleSettings, device: Device) -> Decoder | None:

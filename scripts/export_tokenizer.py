@@ -21,9 +21,9 @@ from pathlib import Path
 import atomic
 from conf.launch import launch
 from data.hugging_face import to_hugging_face
-from data.tokenizer import Tokenizer, from_json
+from data.tokenizer import Tokenizer
+from sample import tokenizer_of
 from training import checkpoint
-from training.checkpoint import Checkpoint
 from training.run import find_run
 
 
@@ -44,7 +44,7 @@ class ExportTokenizerSettings:
 def main(settings: ExportTokenizerSettings) -> int:
     run = find_run(Path(settings.runs_dir), settings.run)
     out = Path(settings.out) if settings.out else run / "tokenizer.json"
-    tokenizer = tokenizer_of(run)
+    tokenizer = last_tokenizer(run)
     content = json.dumps(to_hugging_face(tokenizer), ensure_ascii=False).encode()
     if out.exists() and out.read_bytes() != content:  # it may be a tokenizer of nanohydra's own, with the same name
         raise ValueError(f"{out} is there already, and another file: remove it, or name a new one with out=FILE.")
@@ -53,15 +53,12 @@ def main(settings: ExportTokenizerSettings) -> int:
     return 0
 
 
-def tokenizer_of(run: Path) -> Tokenizer:
+def last_tokenizer(run: Path) -> Tokenizer:
     """The tokenizer in the run's last checkpoint. Raises ValueError if no checkpoint is whole."""
-    def load(found: Checkpoint) -> Tokenizer:
-        return from_json(found.tokenizer(), str(found.folder / checkpoint.TOKENIZER))
-
     def warn(text: str) -> None:
         print(text, file=sys.stderr)
 
-    tokenizer = checkpoint.choose(run / "checkpoints", "last", load, warn)
+    tokenizer = checkpoint.choose(run / "checkpoints", "last", tokenizer_of, warn)
     if tokenizer is None:
         raise ValueError(f"{run} has no checkpoint.")
     return tokenizer

@@ -14,6 +14,7 @@ import rustbpe
 import tiktoken
 from hypothesis import example, given
 from hypothesis import strategies as st
+from test_checkpoint import reseal
 from tiktoken_ext import openai_public
 
 from conf.schema import ConfigError, compose
@@ -551,7 +552,7 @@ def export(tmp_path):
 
 def test_a_run_gives_a_file_that_the_package_loads(compose_tiny, tokenizers, export, tmp_path, capsys):
     train(compose_tiny("data.tokenizer=bpe", "data.vocab_size=300", "training.max_steps=1", "training.sample_tokens=0"))
-    tokenizer = export_tokenizer.tokenizer_of(tmp_path / "runs" / "tiny")
+    tokenizer = export_tokenizer.last_tokenizer(tmp_path / "runs" / "tiny")
     for overrides, path in ([], tmp_path / "runs/tiny/tokenizer.json"), ([f"out={tmp_path / 'new/mine.json'}"], tmp_path / "new/mine.json"):
         assert export("run=tiny", *overrides) == 0
         assert f"Wrote {path}: 300 tokens" in capsys.readouterr().out
@@ -567,6 +568,16 @@ def test_an_export_replaces_itself_and_no_other_file(compose_tiny, export, tmp_p
     with pytest.raises(ValueError, match=r"tokenizer.json is there already, and another file: .*out=FILE"):
         export(f"out={ours}")
     assert ours.read_bytes() == before
+
+
+def test_a_tokenizer_that_the_model_was_not_trained_with_is_not_exported(compose_tiny, export, tmp_path):
+    train(compose_tiny("training.max_steps=1", "training.sample_tokens=0"))
+    [ours] = tmp_path.glob("runs/tiny/checkpoints/*/tokenizer.json")
+    saved = json.loads(ours.read_text())
+    ours.write_text(json.dumps(saved | {"characters": "".join(sorted(saved["characters"].replace("a", "!")))}))
+    reseal(ours.parent)
+    with pytest.raises(ValueError, match="is not the tokenizer that the model was trained with"):
+        export()
 
 
 def test_where_there_is_nothing_to_export_it_is_one_sentence(export):

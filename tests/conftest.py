@@ -19,6 +19,7 @@ from data.tokenizer import PUBLISHED
 
 settings.register_profile("nanohydra", deadline=None, max_examples=50)  # no deadline: the machine may be busy
 settings.load_profile("nanohydra")
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a script that starts the tests in the background has ignored
 torch.set_num_threads(1)  # in models this small, threads wait for each other; the tests of whole programs use all
 
 

@@ -150,7 +150,7 @@ def test_a_second_interruption_does_not_wait(tmp_path):
     def twice():
         wait_for((tmp_path / "on-a").exists)
         os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.5)
+        wait_for(lambda: stubborn.stopped)  # two signals at once may count as one
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=twice).start()

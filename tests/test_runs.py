@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_checkpoint import reseal
 
 import atomic
 import train as story
@@ -438,14 +439,17 @@ def test_a_hostile_shape_is_one_sentence_and_takes_no_memory(compose_tiny, two_s
 
 
 def test_another_runs_tokenizer_is_refused_with_both_numbers(compose_tiny, tmp_path):
+    """By its size, too: where a checkpoint does not tell what its tokenizer's fingerprint was."""
     story.train(compose_tiny("training.max_steps=2"))
     folder = tmp_path / "runs/tiny/checkpoints/step_00000002"
     (folder / checkpoint.TOKENIZER).write_text('{"kind": "byte"}')
-    manifest = json.loads((folder / checkpoint.MANIFEST).read_text())
-    content = (folder / checkpoint.TOKENIZER).read_bytes()
-    manifest["files"][checkpoint.TOKENIZER] = {"bytes": len(content), "sha256": checkpoint.hashlib.sha256(content).hexdigest()}
-    del manifest["sha256"]
-    (folder / checkpoint.MANIFEST).write_text(json.dumps(manifest | {"sha256": checkpoint.digest(manifest)}))
+    reseal(folder)
+    with pytest.raises(ValueError, match=r"\(fingerprint \w{12}\) is not the tokenizer that .*\(fingerprint \w{12}\)"):
+        story.open_checkpoint(tmp_path / "runs/tiny", "last", Device("cpu", "fp32"))
+    state = json.loads((folder / checkpoint.STATE).read_text())
+    del state["settings"]["data"]["tokenizer_fingerprint"]
+    (folder / checkpoint.STATE).write_text(json.dumps(state))
+    reseal(folder)
     with pytest.raises(ValueError, match=r"its tokenizer has 257 tokens, its model 28"):
         story.open_checkpoint(tmp_path / "runs/tiny", "last", Device("cpu", "fp32"))
 

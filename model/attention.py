@@ -68,10 +68,10 @@ class Documents:
             return attend(q, k, v, self.mask, dropout)
         from torch.nn.attention.varlen import varlen_attn  # here, since it takes a second to import
 
-        B, _, T, _ = q.shape
-        q, k, v = (x.to(v.dtype).transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # [B * T, H or G, D]
-        y = varlen_attn(q, k, v, self.cuts, self.cuts, T, T, window_size=(-1, 0), enable_gqa=True)
-        return y.unflatten(0, (B, T)).transpose(1, 2)
+        B, H, T, _ = q.shape
+        k, v = for_all_heads(k, H), for_all_heads(v, H)
+        q, k, v = (x.to(v.dtype).transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # [B * T, H, D]
+        return varlen_attn(q, k, v, self.cuts, self.cuts, T, T, window_size=(-1, 0)).unflatten(0, (B, T)).transpose(1, 2)
 
 
 def can_pack(config: GPTConfig, device: torch.device, training: bool) -> bool:
@@ -168,8 +168,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float)
             parts.append(checkpoint(attend_by_products, queries, k[:, :, :end], v[:, :, :end], seen[..., :end], dropout,
                                     use_reentrant=False)[0])
         return torch.cat(parts, dim=2)
-    if mask is not None and k.size(1) != q.size(1):  # kernels that take a mask have no grouped heads on GPUs
-        k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
+    if mask is not None:  # kernels that take one have no grouped heads on GPUs
+        k, v = for_all_heads(k, q.size(1)), for_all_heads(v, q.size(1))
     # Without earlier positions the kernel's own causal mask serves; a single new position sees
     # everything; several new ones behind a cache need a mask that is shifted by its length.
     if mask is None and 1 < T < S:
@@ -185,12 +185,17 @@ def products_are_faster(v: Tensor) -> bool:
 
 def attend_by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout: float) -> tuple[Tensor, Tensor]:
     """As `attend`, and the weights `[B, H, T, S]` before dropout."""
-    k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) if x.size(1) != q.size(1) else x for x in (k, v))
+    k, v = for_all_heads(k, q.size(1)), for_all_heads(v, q.size(1))
     hidden = torch.zeros_like(mask, dtype=v.dtype).masked_fill(~mask, -torch.inf).expand(*q.shape[:3], k.size(2))
     hidden, q, k = (x.to(v.dtype).flatten(0, 1) for x in (hidden, q, k))  # one product of two stacks of matrices
     scores = torch.baddbmm(hidden, q, k.mT, alpha=q.size(-1) ** -0.5).unflatten(0, v.shape[:2])
     weights = scores.softmax(-1)
     return F.dropout(weights, dropout) @ v, weights
+
+
+def for_all_heads(x: Tensor, heads: int) -> Tensor:
+    """Keys or values `[B, G, S, D]`, each group's once for every head that shares it: `[B, H, S, D]`."""
+    return x if x.size(1) == heads else x.repeat_interleave(heads // x.size(1), dim=1)
 
 
 def visible(T: int, S: int, device: torch.device) -> Tensor:

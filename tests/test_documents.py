@@ -38,19 +38,18 @@ def in_plain_arithmetic(q: Tensor, k: Tensor, cuts: Tensor, scale: float | None)
     assert q.dim() == 3 and q.stride(-1) == k.stride(-1) == 1 and q.size(-1) % 8 == 0
     assert cuts[0] == 0 and cuts[-1] == len(q) and (cuts.diff() > 0).all()
     for start, end in pairwise(cuts.tolist()):
-        keys = k[start:end].repeat_interleave(q.size(1) // k.size(1), dim=1)
-        scores = torch.einsum("thd,shd->hts", q[start:end], keys) * (scale or q.size(-1) ** -0.5)
+        scores = torch.einsum("thd,shd->hts", q[start:end], k[start:end]) * (scale or q.size(-1) ** -0.5)
         future = torch.ones(end - start, end - start, dtype=torch.bool).triu(1)
         yield slice(start, end), scores.masked_fill(future, -math.inf).softmax(-1)
 
 
 @torch.library.register_kernel("torch_attn::_varlen_attn", "cpu")
-def forward(q, k, v, cuts, cuts_k, most, most_k, is_causal=False, scale=None, window_size=None, enable_gqa=False, *rest):
-    assert is_causal and (enable_gqa or q.size(1) == k.size(1)) and v.dtype == q.dtype and v.stride(-1) == 1
+def forward(q, k, v, cuts, cuts_k, most, most_k, is_causal=False, scale=None, window_size=None, *rest):
+    assert is_causal and q.shape == k.shape == v.shape and v.dtype == q.dtype and v.stride(-1) == 1
     assert torch.equal(cuts, cuts_k) and most == most_k >= cuts.diff().max()
     out = torch.empty_like(q)
     for own, weights in in_plain_arithmetic(q, k, cuts, scale):
-        out[own] = torch.einsum("hts,shd->thd", weights, v[own].repeat_interleave(q.size(1) // v.size(1), dim=1))
+        out[own] = torch.einsum("hts,shd->thd", weights, v[own])
     return out, torch.zeros(q.size(1), len(q)), torch.zeros(2, dtype=torch.uint64)
 
 
@@ -58,15 +57,12 @@ def forward(q, k, v, cuts, cuts_k, most, most_k, is_causal=False, scale=None, wi
 def backward(grad, q, k, v, out, lse, cuts, cuts_k, most, most_k, is_causal, state, scale=None, window_size=None):
     assert is_causal and grad.dtype == q.dtype and grad.stride(-1) == 1
     grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    shared = q.size(1) // k.size(1)
     for own, weights in in_plain_arithmetic(q, k, cuts, scale):
-        keys, values = (x[own].repeat_interleave(shared, dim=1) for x in (k, v))
-        of_weights = torch.einsum("thd,shd->hts", grad[own], values)
+        of_weights = torch.einsum("thd,shd->hts", grad[own], v[own])
         of_scores = weights * (of_weights - (of_weights * weights).sum(-1, keepdim=True)) * (scale or q.size(-1) ** -0.5)
-        grads[0][own] = torch.einsum("hts,shd->thd", of_scores, keys)
-        for whole, per_head in ((grads[1], torch.einsum("hts,thd->shd", of_scores, q[own])),
-                                (grads[2], torch.einsum("hts,thd->shd", weights, grad[own]))):
-            whole[own] = per_head.unflatten(1, (-1, shared)).sum(2)
+        grads[0][own] = torch.einsum("hts,shd->thd", of_scores, k[own])
+        grads[1][own] = torch.einsum("hts,thd->shd", of_scores, q[own])
+        grads[2][own] = torch.einsum("hts,thd->shd", weights, grad[own])
     return grads
 
 

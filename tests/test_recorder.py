@@ -6,14 +6,18 @@ import errno
 import json
 import os
 import struct
+import subprocess
 import sys
 import time
 import types
+from pathlib import Path
 
 import pytest
 
 import atomic
 from training.recorder import LoggerConfig, Recorder
+
+ROOT = Path(__file__).parent.parent
 
 
 def rows(folder):
@@ -187,17 +191,28 @@ def records(path):
             whole = b""
 
 
+OFFLINE_START = """
+import sys
+from pathlib import Path
+from training.recorder import LoggerConfig, Recorder
+
+folder, start = Path(sys.argv[1]), int(sys.argv[2])
+logger = LoggerConfig(wandb="offline", group="lrs", tags="sweep small")
+with Recorder(folder, start, 9, logger, {"name": "x", "seed": 5}) as recorder:
+    assert recorder.wandb is not None
+    for step in (start + 1, start + 2, start + 3):  # the third was not saved: the resumed run repeats it
+        recorder.record(step, loss=float(step), tokens=10 * step)
+    recorder.sample(start + 2, f"text of {start + 2}")
+"""
+
+
 @pytest.mark.slow
 def test_offline_wandb_needs_no_account_and_a_resumed_run_continues_the_same_run(tmp_path):
     """Read back from what W&B wrote, which is what `wandb sync` sends: one id, each step, the settings."""
     pytest.importorskip("wandb")
-    for start in (0, 2):
+    for start in (0, 2):  # each in a process of its own, with whose end W&B's writer is done
         time.sleep(1.1)  # W&B names its folders by the second; no two processes of a run begin in the same one
-        with Recorder(tmp_path, start, 9, LoggerConfig(wandb="offline", group="lrs", tags="sweep small"), {"name": "x", "seed": 5}) as recorder:
-            assert recorder.wandb is not None
-            for step in (start + 1, start + 2, start + 3):  # the third was not saved: the resumed run repeats it
-                recorder.record(step, loss=float(step), tokens=10 * step)
-            recorder.sample(start + 2, f"text of {start + 2}")
+        subprocess.run([sys.executable, "-c", OFFLINE_START, str(tmp_path), str(start)], cwd=ROOT, check=True)
     run_id = json.loads((tmp_path / "wandb.json").read_text())["id"]
     files = sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
     found = [record for path in files for record in records(path)]

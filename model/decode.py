@@ -16,7 +16,7 @@ from model.attention import KVCache
 from model.config import GPTConfig
 from model.gpt import GPT
 from model.ngram import NOTHING
-from model.packed import can_copy, can_pack, cast, decoding_copy, packed
+from model.packed import can_copy, cast, decoding_copy, has_kernels, packed
 
 STEADY = 256  # so many positions on end a `SteadyCache` does the same with
 BLOCK = 128  # positions at most in a block of keys of a `TableCache`
@@ -76,7 +76,7 @@ class RaggedCache(KVCache):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
         """What the heads take `[B, H, 1, D]`. The heads that share keys are asked as rows of one product."""
         grouped = q.to(k.dtype).reshape(q.size(0), k.size(1), -1, q.size(3))  # [B, G, H / G, D]
-        return F.scaled_dot_product_attention(grouped, k, v, attn_mask=self.mask).to(q.dtype).view(q.shape)
+        return F.scaled_dot_product_attention(grouped, k, v, attn_mask=self.mask).to(q.dtype).reshape(q.shape)
 
 
 class SteadyCache(RaggedCache):
@@ -96,7 +96,7 @@ class SteadyCache(RaggedCache):
         self.end = min(-(-(self.length + 1) // STEADY) * STEADY, self.keys[0].size(2))
         self.positions.copy_(torch.tensor(self.lengths)[:, None])
         hidden = self.hidden()
-        self.mask = self.masks.setdefault(self.end, hidden)
+        self.mask = self.masks.setdefault(self.end, hidden)  # what a recording reads stays where it is
         self.mask.copy_(hidden)
         self.lengths = [length + 1 for length in self.lengths]
 
@@ -114,21 +114,21 @@ class TableCache(RaggedCache):
         blocks = -(-positions // BLOCK)
         self.wide = -(-positions // blocks)
         groups, D = config.kv_heads, config.head_width
-        self.keys = [torch.empty(batch_size, groups, blocks, D, self.wide, dtype=dtype) for _ in self.keys]
+        self.keys = [torch.empty(batch_size, groups, blocks, D, self.wide, dtype=dtype) for _ in range(config.n_layer)]
         self.tables = [(self.keys[layer].flatten(0, 3), self.values[layer].flatten(0, 2)) for layer in range(config.n_layer)]
-        self.sums = torch.arange(batch_size * config.n_head, dtype=torch.int32)
-        group = self.sums[:, None] // (config.n_head // groups)  # [B * H, 1]
+        self.heads = torch.arange(batch_size * config.n_head, dtype=torch.int32)
+        group = self.heads[:, None] // (config.n_head // groups)  # [B * H, 1]
         self.key_rows = group * blocks * D + torch.arange(blocks * D, dtype=torch.int32)  # [B * H, blocks * D]
         self.value_rows = group * positions + torch.arange(positions, dtype=torch.int32)  # [B * H, positions]
 
     def begin_step(self) -> None:
         super().begin_step()
-        D, heads = self.values[0].size(3), len(self.sums)
+        D, heads = self.values[0].size(3), len(self.heads)
         self.blocks = -(-self.end // self.wide)  # that hold something
         self.seen_keys = self.key_rows[:, : self.blocks * D].flatten()  # [B * H * blocks * D]
         self.seen_values = self.value_rows[:, : self.end].flatten()  # [B * H * S]
-        self.key_sums = torch.arange(heads * self.blocks, dtype=torch.int32) * D
-        self.value_sums = self.sums * self.end
+        self.key_starts = torch.arange(heads * self.blocks, dtype=torch.int32) * D  # where the rows of each sum begin
+        self.value_starts = self.heads * self.end
 
     def fill(self, layer: int, row: int, k: Tensor, v: Tensor) -> None:
         T = k.size(1)
@@ -151,11 +151,11 @@ class TableCache(RaggedCache):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
         """What the heads take `[B, H, 1, D]`."""
         B, H, _, D = q.shape
-        numbers = (q / math.sqrt(D)).to(k.dtype).expand(B, H, self.blocks, D).flatten()
-        scores = F.embedding_bag(self.seen_keys, k, self.key_sums, mode="sum", per_sample_weights=numbers)
+        numbers = (q / math.sqrt(D)).to(k.dtype).expand(B, H, self.blocks, D).contiguous().flatten()
+        scores = F.embedding_bag(self.seen_keys, k, self.key_starts, mode="sum", per_sample_weights=numbers)
         scores = scores.view(B, H, 1, -1)[..., : self.end]
         weights = (scores if self.mask is None else scores + self.mask).softmax(-1).flatten()
-        y = F.embedding_bag(self.seen_values, v, self.value_sums, mode="sum", per_sample_weights=weights)
+        y = F.embedding_bag(self.seen_values, v, self.value_starts, mode="sum", per_sample_weights=weights)
         return y.to(q.dtype).view(q.shape)
 
 
@@ -181,9 +181,10 @@ class FirstReading:
 class Recording:
     """What a GPU was asked to do in a `call`, to be done again at once: launching a step's small kernels takes longer."""
 
-    def __init__(self, call: Callable[[], Tensor]) -> None:
+    def __init__(self, call: Callable[[], Tensor], device: torch.device) -> None:
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        ours = torch.cuda.current_stream(device)
+        with torch.cuda.device(device), torch.cuda.stream(ours), torch.cuda.graph(self.graph):  # back to ours if it fails
             self.result = call()
 
     def play(self) -> Tensor:
@@ -219,13 +220,15 @@ class Decoder:
         """Make the cache for `texts` that grow by so many tokens at most."""
         lengths, rows = [len(text) for text in texts], len(texts)
         positions = min(max(lengths) + max_new_tokens, self.config.block_size)
+        self.cache = self.recordings = None  # their memory is there for the new ones
         self.cache = self.kind(self.config, rows, positions, self.device, self.dtype)
         if min(lengths) < max(lengths):
             self.cache.clear()
         self.starts = [-1] * rows
         self.last = torch.zeros(rows, 1, dtype=torch.long, device=self.device)
         self.before = torch.zeros(rows, self.config.ngrams - 1, dtype=torch.long, device=self.device)
-        self.recordings: dict[int, Recording | None] = {}
+        self.recordings: dict[int, Recording] = {}
+        self.warm: set[int] = set()
 
     def next_logits(self, texts: list[list[int]]) -> Tensor:
         """Logits `[B, V]` behind `texts`, each of which has one token more than the last time."""
@@ -256,16 +259,18 @@ class Decoder:
     def recorded_step(self) -> Tensor:
         """The same, from the second step with an `end` on by playing a recording of it."""
         end = self.cache.end
-        if end not in self.recordings:
-            self.recordings[end] = None
+        if end not in self.warm:
+            self.warm.add(end)
             return self.step()  # in which libraries set themselves up, as they may not in a recording
         try:
-            recording = self.recordings[end] = self.recordings[end] or Recording(self.step)
+            if end not in self.recordings:
+                self.recordings[end] = Recording(self.step, self.device)
         except RuntimeError as error:
             warnings.warn(f"This GPU could not record a step, and takes longer without: {error}", stacklevel=1)
             self.records = False
+            self.cache.length = max(self.cache.lengths) - 1  # it may have come so far as to move on
             return self.step()
-        return recording.play()
+        return self.recordings[end].play()
 
     def prefill(self, row: int, ids: tuple[int, ...]) -> None:
         self.cache.lengths[row] = len(ids)
@@ -283,7 +288,7 @@ def kind_of_cache(model: GPT) -> type[RaggedCache]:
     """What suits the device, and the flags of the model."""
     if not can_copy(model):
         return RaggedCache
-    return TableCache if can_pack(model) else SteadyCache if model.wte.weight.is_cuda else RaggedCache
+    return TableCache if has_kernels(model) else SteadyCache if model.wte.weight.is_cuda else RaggedCache
 
 
 def window_start(length: int, block_size: int) -> int:

@@ -25,15 +25,14 @@ Product = Callable[[Tensor], Tensor]
 
 
 def can_copy(model: GPT) -> bool:
-    """Whether `decoding_copy` knows all flags of the model; else the model itself must decode."""
-    return all(getattr(model.config, field.name) == field.default
-               for field in fields(model.config) if field.name not in KNOWN)
+    """Whether `decoding_copy` knows all flags of the model, and its products fit it; else the model itself must decode."""
+    return model.wte.weight.dtype == torch.float32 and all(
+        getattr(model.config, field.name) == field.default for field in fields(model.config) if field.name not in KNOWN)
 
 
-def can_pack(model: GPT) -> bool:
-    """Whether there are kernels here for `packed` copies of these weights."""
-    weight = model.wte.weight
-    return (weight.is_cpu and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+def has_kernels(model: GPT) -> bool:
+    """Whether there are kernels for `packed` copies where the model is."""
+    return (model.wte.weight.is_cpu and torch.backends.mkldnn.is_available()
             and torch.backends.quantized.engine in ("x86", "fbgemm")
             and hasattr(torch.ops.quantized, "linear_prepack_fp16") and hasattr(torch.ops.mkldnn, "_linear_pointwise"))
 
@@ -102,7 +101,7 @@ def by_sums_of_bytes(weight: Tensor, bias: Tensor | None) -> Product:
     def by_sums(x: Tensor) -> Tensor:
         if x.numel() > inputs:
             return torch.stack([by_sums(row) for row in x.view(-1, inputs)]).view(*x.shape[:-1], size)
-        numbers = x.view(1, inputs).expand(pieces, inputs).flatten()
+        numbers = x.view(1, inputs).expand(pieces, inputs).contiguous().flatten()
         y = sums(held, all_rows, starts, per_sample_weights=numbers).view(-1)[:size]
         return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], size)
     return by_sums

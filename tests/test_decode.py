@@ -48,7 +48,7 @@ class Traced:
 
     made = 0
 
-    def __init__(self, call: Callable[[], Tensor]) -> None:
+    def __init__(self, call: Callable[[], Tensor], device: torch.device) -> None:
         Traced.made += 1
         self.graph = make_fx(lambda _: call())(torch.zeros(()))
 
@@ -114,17 +114,45 @@ def test_a_step_is_recorded_once_for_as_many_positions_as_look_alike(steady):
     assert {decoder.last.data_ptr()}.isdisjoint(addresses)
 
 
-def test_a_gpu_that_cannot_record_goes_on_without(steady, monkeypatch):
-    def fail(call: object) -> None:
+@pytest.mark.parametrize("late", [False, True])
+def test_a_gpu_that_cannot_record_goes_on_without(late, steady, monkeypatch):
+    """To the last position of the block, whether the recording failed before the step or behind it."""
+    def fail(call: Callable[[], Tensor], device: torch.device) -> None:
+        if late:
+            call()
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(decode, "Recording", fail)
+    monkeypatch.setattr(decode, "STEADY", 1)
     model = make()
-    decoder, seen = Decoder(model, 1), texts_of(5)
+    decoder, seen = Decoder(model, 1), texts_of(16)
+    monkeypatch.setattr(SteadyCache, "begin_step", set_up_before(SteadyCache.begin_step, decoder))
     with pytest.warns(UserWarning, match="could not record a step.*not permitted"):
-        for tokens, logits in steps(model, texts_of(5), 12, decoder=decoder):
+        for tokens, logits in steps(model, texts_of(16), 2, decoder=decoder):
             torch.testing.assert_close(logits, uncached_logits(model, seen), rtol=1e-4, atol=1e-4)
             seen[0].append(tokens.item())
+
+
+def set_up_before(begin_step: Callable[[SteadyCache], None], decoder: Decoder) -> Callable[[SteadyCache], None]:
+    """Every step is one to record."""
+    def begin(cache: SteadyCache) -> None:
+        begin_step(cache)
+        decoder.warm.add(cache.end)
+    return begin
+
+
+@pytest.mark.parametrize("kind", [SteadyCache, RaggedCache])
+def test_kernels_may_lay_out_what_they_give_as_they_like(kind, monkeypatch):
+    """As those on GPUs do with grouped heads."""
+    plain = F.scaled_dot_product_attention
+    monkeypatch.setattr(decode, "kind_of_cache", lambda model: kind)
+    monkeypatch.setattr(F, "scaled_dot_product_attention",
+                        lambda *args, **more: plain(*args, **more).transpose(1, 2).contiguous().transpose(1, 2))
+    model = make(position="rotary", n_kv_head=2)
+    decoder, seen = Decoder(model, 2), texts_of(5, 9)
+    decoder.records = False
+    _, logits = next(steps(model, texts_of(5, 9), 1, decoder=decoder))
+    torch.testing.assert_close(logits, uncached_logits(model, seen), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
@@ -146,6 +174,11 @@ def test_a_product_laid_out_for_one_row_takes_several(precision):
     weight, bias, x = torch.randn(500, 32), torch.randn(500), torch.randn(3, 1, 32)
     product = packed(weight, bias, 1, precision)
     torch.testing.assert_close(product(x), torch.cat([product(row[None]) for row in x]), rtol=1e-5, atol=1e-5)
+
+
+def test_a_product_of_one_number_reads_it_and_nothing_else():
+    weight = torch.randn(400, 1)
+    torch.testing.assert_close(packed(weight, None, 1, "int8")(torch.full((1, 1), 2.0)), 2 * weight.T, rtol=0.05, atol=0.05)
 
 
 def test_what_8_bits_cost_one_row_is_the_rounding_of_weights_alone():
@@ -240,6 +273,7 @@ def test_a_flag_that_the_copy_does_not_know_leaves_decoding_to_the_model():
     assert not can_copy(model)
     decoder = Decoder(model, 1)
     assert decoder.reader is model and decoder.kind is RaggedCache
+    assert not can_copy(make().bfloat16()) and not can_copy(make().double())
     with pytest.raises(ValueError, match="int8=true"):
         Decoder(model, 1, "int8")
 

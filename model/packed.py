@@ -64,7 +64,13 @@ def packed(weight: Tensor, bias: Tensor | None, rows: int, precision: str) -> Pr
         with warnings.catch_warnings(action="ignore"):  # that some day there will be another way
             quantized = torch._make_per_channel_quantized_tensor(integers, scales[:, 0], zeros, 0)
         held = torch.ops.quantized.linear_prepack(quantized, bias)
-        return lambda x: torch.ops.quantized.linear_dynamic(x, held, True)
+
+        def by_integers(x: Tensor) -> Tensor:
+            try:
+                return torch.ops.quantized.linear_dynamic(x, held, True)
+            except RuntimeError:  # what is not finite has no scale
+                return x.new_full((*x.shape[:-1], len(weight)), torch.nan)
+        return by_integers
     if precision == "bf16" and rows <= 10 and weight.abs().max() <= FP16_MOST:
         # As small as bf16, with more digits, and read faster.
         held = torch.ops.quantized.linear_prepack_fp16(weight, bias)

@@ -176,6 +176,13 @@ def test_a_product_laid_out_for_one_row_takes_several(precision):
     torch.testing.assert_close(product(x), torch.cat([product(row[None]) for row in x]), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("number", [torch.inf, torch.nan])
+def test_of_what_is_not_finite_nothing_finite_comes(precision, rows, number):
+    assert not packed(torch.ones(8, 8), None, rows, precision)(torch.full((rows, 8), number)).isfinite().any()
+
+
 def test_a_product_of_one_number_reads_it_and_nothing_else():
     weight = torch.randn(400, 1)
     torch.testing.assert_close(packed(weight, None, 1, "int8")(torch.full((1, 1), 2.0)), 2 * weight.T, rtol=0.05, atol=0.05)

@@ -51,13 +51,17 @@ class RaggedCache(KVCache):
         self.values[layer][row, :, : v.size(1)] = v
 
     def begin_step(self) -> None:
-        """Say where the next position of each row is, and what it sees: of the first `end` positions, what no mask hides."""
+        """Say where the next position of each row is, and what it sees; then each row is longer by it."""
         self.length = max(self.lengths)
+        self.look()
+        self.lengths = [length + 1 for length in self.lengths]
+
+    def look(self) -> None:
+        """The next `positions` `[B, 1]` see of the first `end` positions what no `mask` hides."""
         self.end, self.mask = self.length + 1, None
-        self.positions = torch.tensor(self.lengths, device=self.rows.device)[:, None]  # [B, 1]
+        self.positions = torch.tensor(self.lengths, device=self.rows.device)[:, None]
         if min(self.lengths) < self.length:
             self.mask = self.hidden()
-        self.lengths = [length + 1 for length in self.lengths]
 
     def hidden(self) -> Tensor:
         """What is added to scores of `end` positions: -infinity where a row has none yet, `[B, 1, 1, end]`."""
@@ -91,14 +95,12 @@ class SteadyCache(RaggedCache):
         self.positions = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
         self.masks: dict[int, Tensor] = {}
 
-    def begin_step(self) -> None:
-        self.length = max(self.lengths)
+    def look(self) -> None:
         self.end = min(-(-(self.length + 1) // STEADY) * STEADY, self.keys[0].size(2))
         self.positions.copy_(torch.tensor(self.lengths)[:, None])
         hidden = self.hidden()
         self.mask = self.masks.setdefault(self.end, hidden)  # what a recording reads stays where it is
         self.mask.copy_(hidden)
-        self.lengths = [length + 1 for length in self.lengths]
 
 
 class TableCache(RaggedCache):
@@ -121,8 +123,8 @@ class TableCache(RaggedCache):
         self.key_rows = group * blocks * D + torch.arange(blocks * D, dtype=torch.int32)  # [B * H, blocks * D]
         self.value_rows = group * positions + torch.arange(positions, dtype=torch.int32)  # [B * H, positions]
 
-    def begin_step(self) -> None:
-        super().begin_step()
+    def look(self) -> None:
+        super().look()
         D, heads = self.values[0].size(3), len(self.heads)
         self.blocks = -(-self.end // self.wide)  # that hold something
         self.seen_keys = self.key_rows[:, : self.blocks * D].flatten()  # [B * H * blocks * D]

@@ -131,6 +131,7 @@ class TableCache(RaggedCache):
         self.seen_values = self.value_rows[:, : self.end].flatten()  # [B * H * S]
         self.key_starts = torch.arange(heads * self.blocks, dtype=torch.int32) * D  # where the rows of each sum begin
         self.value_starts = self.heads * self.end
+        self.numbers = torch.empty(len(self.rows), heads // len(self.rows), self.blocks, D, dtype=self.dtype)
 
     def fill(self, layer: int, row: int, k: Tensor, v: Tensor) -> None:
         T = k.size(1)
@@ -152,10 +153,9 @@ class TableCache(RaggedCache):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
         """What the heads take `[B, H, 1, D]`."""
-        B, H, _, D = q.shape
-        numbers = (q / math.sqrt(D)).to(k.dtype).expand(B, H, self.blocks, D).contiguous().flatten()
+        numbers = torch.mul(q.expand_as(self.numbers), 1 / math.sqrt(q.size(3)), out=self.numbers).view(-1)
         scores = F.embedding_bag(self.seen_keys, k, self.key_starts, mode="sum", per_sample_weights=numbers)
-        scores = scores.view(B, H, 1, -1)[..., : self.end]
+        scores = scores.view(*q.shape[:3], -1)[..., : self.end]
         weights = (scores if self.mask is None else scores + self.mask).softmax(-1).flatten()
         y = F.embedding_bag(self.seen_values, v, self.value_starts, mode="sum", per_sample_weights=weights)
         return y.to(q.dtype).view(q.shape)

@@ -37,17 +37,6 @@ def has_kernels(model: GPT) -> bool:
             and hasattr(torch.ops.quantized, "linear_prepack_fp16") and hasattr(torch.ops.mkldnn, "_linear_pointwise"))
 
 
-class Laid(nn.Module):
-    """`nn.Linear` without gradients by another `product`, of an input that is fp32 and stays it."""
-
-    def __init__(self, product: Product) -> None:
-        super().__init__()
-        self.product = product
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.product(x)
-
-
 def cast(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Product:
     """The plain product of rows `[..., in]` with `weight` `[out, in]`, which is cast once."""
     weight, bias = weight.to(dtype), bias if bias is None else bias.to(dtype)
@@ -101,14 +90,15 @@ def by_sums_of_bytes(weight: Tensor, bias: Tensor | None) -> Product:
     width = -(-size // pieces)
     tables = F.pad(weight, (0, 0, 0, pieces * width - size)).view(pieces, width, inputs).transpose(1, 2)
     held = torch.ops.quantized.embedding_bag_byte_prepack(tables.reshape(pieces * inputs, width))
+    numbers = torch.empty(pieces, inputs)
     all_rows, starts = torch.arange(len(held), dtype=torch.int32), torch.arange(pieces, dtype=torch.int32) * inputs
     sums = torch.ops.quantized.embedding_bag_byte_rowwise_offsets
 
     def by_sums(x: Tensor) -> Tensor:
         if x.numel() > inputs:
             return torch.stack([by_sums(row) for row in x.view(-1, inputs)]).view(*x.shape[:-1], size)
-        numbers = x.view(1, inputs).expand(pieces, inputs).contiguous().flatten()
-        y = sums(held, all_rows, starts, per_sample_weights=numbers).view(-1)[:size]
+        numbers.copy_(x.view(1, inputs))
+        y = sums(held, all_rows, starts, per_sample_weights=numbers.view(-1)).view(-1)[:size]
         return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], size)
     return by_sums
 
@@ -122,8 +112,9 @@ def decoding_copy(model: GPT, lay_out: Callable[[Tensor, Tensor | None], Product
     if not model.config.tie_head:
         del twin.lm_head
     for module in list(twin.modules()):
-        for name, child in module.named_children():
+        for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):
                 bias = child.bias if child.bias is None else child.bias.detach()
-                setattr(module, name, Laid(lay_out(child.weight.detach(), bias)))
+                delattr(module, name)  # a function cannot stand in a module's place
+                setattr(module, name, lay_out(child.weight.detach(), bias))
     return twin

@@ -260,8 +260,12 @@ def complete_file(model: GPT, tokenizer: Tokenizer, settings: SampleSettings, de
     settings_id = hashlib.sha256(json.dumps(rules).encode()).hexdigest()[:12]
     for prompt, _ in jobs:
         tokenizer.encode(prompt)  # what cannot be encoded is said before anything is written
-    done = already_done(Path(settings.out), jobs, settings_id)
-    out = atomic.Lines(Path(settings.out))
+    already_done(Path(settings.out), jobs, settings_id)  # what is not of these jobs is not opened
+    try:
+        out = atomic.Lines(Path(settings.out), alone=True)
+    except BlockingIOError:
+        raise ValueError(f"out={settings.out} is being written by another process: wait, or choose another file.") from None
+    done = already_done(Path(settings.out), jobs, settings_id)  # what another process wrote meanwhile, too
     with tqdm(total=len(jobs), initial=done, unit="completion") as bar:
         for start in range(0, len(jobs), settings.batch_size):
             batch = jobs[start : start + settings.batch_size]

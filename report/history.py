@@ -71,7 +71,10 @@ def open_history(folder: Path, name: str) -> History:
     if not (folder / "config.yaml").is_file():
         raise ValueError(f"{folder} is not a run: it has no config.yaml.")
     try:
-        settings = flat(yaml.load((folder / "config.yaml").read_bytes(), SAFE_LOADER))
+        config = (folder / "config.yaml").read_bytes()
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(config, SAFE_LOADER)):
+            raise ValueError("config.yaml repeats itself by aliases")  # a few of which stand for more than any memory holds
+        settings = flat(yaml.load(config, SAFE_LOADER))
         rows = read_rows(folder / "metrics.jsonl")
         starts = read_rows(folder / STARTS)
         trained = table(rows, "loss")

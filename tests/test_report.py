@@ -171,8 +171,11 @@ def test_what_is_not_a_run_is_one_sentence(grid, words, complaint):
     assert "\n" not in str(raised.value) and not (grid.parent / "report.html").exists()
 
 
+BOMB = "a0: &a0 {x: 1}\n" + "".join(f"a{n}: &a{n} {{x: *a{n - 1}, y: *a{n - 1}}}\n" for n in range(1, 50))  # 2**49 settings
+
+
 @pytest.mark.parametrize("settings, row", [
-    ("training: {max_steps: lots}", ""), ("training: {max_steps: [1]}", ""), ("a: &a {b: *a}", ""), ("seed: 1", '{"step": 1%s, "loss": 1}' % ("0" * 400)),
+    ("training: {max_steps: lots}", ""), ("training: {max_steps: [1]}", ""), ("a: &a {b: *a}", ""), (BOMB, ""), ("seed: 1", '{"step": 1%s, "loss": 1}' % ("0" * 400)),
     ("seed: 1", '{"step": 1, "val_loss": 1.0, "bits_per_byte": "few"}')])
 def test_what_no_training_writes_is_one_sentence(tmp_path, settings, row):
     run = write_run(tmp_path / "one")

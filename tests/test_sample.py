@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import fcntl
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -275,6 +277,18 @@ def test_completions_go_into_plain_files_only(fill, tmp_path, make):
     make(tmp_path / "there")
     with pytest.raises(ValueError, match="there is not a plain file"):
         fill(["The"], f"out={tmp_path / 'there'}")
+
+
+def test_two_processes_do_not_write_one_file(fill, tmp_path):
+    fill(["The"])
+    content = (tmp_path / "out.jsonl").read_text()
+    other = os.open(tmp_path / "out.jsonl", os.O_RDWR)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    with pytest.raises(ValueError, match=r"out=.*out.jsonl is being written by another process: wait, or choose another file"):
+        fill(["The", "No"], held=content[:-30])
+    assert (tmp_path / "out.jsonl").read_text() == content[:-30]
+    os.close(other)
+    assert len(fill(["The", "No"], held=content[:-30])) == 2
 
 
 def test_the_mark_at_the_beginning_of_a_file_is_not_part_of_a_prompt(fill):

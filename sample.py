@@ -223,18 +223,20 @@ def write(model: GPT, tokenizer: Tokenizer, jobs: list[tuple[str, int]], setting
         show(jobs[0][0])
     rows = [Completion(tokenizer, settings.stop) for _ in jobs]
     shown, wanted = 0, settings.logprobs or bool(settings.prompts)
+    done: set[int] = set()
     with device.autocast():
-        for tokens, logits in steps(model, ids, settings.max_new_tokens, temperature=settings.temperature,
-                                    top_k=settings.top_k, top_p=settings.top_p, seed=settings.seed,
-                                    numbers=[number for _, number in jobs], use_cache=settings.cache, decoder=decoder):
-            logprobs = own_logprobs(logits, tokens) if wanted else [math.nan] * len(rows)
-            for row, token, logprob in zip(rows, tokens.tolist(), logprobs, strict=True):
-                row.add(token, logprob)
+        for going, tokens, logits in steps(model, ids, settings.max_new_tokens, temperature=settings.temperature,
+                                           top_k=settings.top_k, top_p=settings.top_p, seed=settings.seed,
+                                           numbers=[number for _, number in jobs], use_cache=settings.cache,
+                                           decoder=decoder, done=done):
+            logprobs = own_logprobs(logits, tokens) if wanted else [math.nan] * len(going)
+            for number, token, logprob in zip(going, tokens.tolist(), logprobs, strict=True):
+                rows[number].add(token, logprob)
+                if rows[number].finished:
+                    done.add(number)
             if show is not None:
                 show(rows[0].certain()[shown:])
                 shown = len(rows[0].certain())
-            if all(row.finished for row in rows):
-                break
     for row in rows:
         row.finish()
     if show is not None:

@@ -45,6 +45,15 @@ class RaggedCache(KVCache):
         for each in (*self.keys, *self.values):
             each[target] = each[source]  # the whole row: one piece of memory, whichever way it is turned
 
+    def drop(self, row: int) -> None:
+        """Hold a row less: the last takes the place of `row`."""
+        last = len(self.lengths) - 1
+        if row != last:
+            self.repeat(last, row)
+        self.lengths.pop()
+        self.rows = self.rows[:last]
+        self.keys, self.values = [keys[:last] for keys in self.keys], [values[:last] for values in self.values]
+
     def fill(self, layer: int, row: int, k: Tensor, v: Tensor) -> None:
         """Hold the first keys and values `[G, T, D]` of a row."""
         self.keys[layer][row, :, : k.size(1)] = k
@@ -122,6 +131,11 @@ class TableCache(RaggedCache):
         group = self.heads[:, None] // (config.n_head // groups)  # [B * H, 1]
         self.key_rows = group * blocks * D + torch.arange(blocks * D, dtype=torch.int32)  # [B * H, blocks * D]
         self.value_rows = group * positions + torch.arange(positions, dtype=torch.int32)  # [B * H, positions]
+
+    def drop(self, row: int) -> None:
+        kept = len(self.heads) - len(self.heads) // len(self.lengths)
+        super().drop(row)
+        self.heads, self.key_rows, self.value_rows = self.heads[:kept], self.key_rows[:kept], self.value_rows[:kept]
 
     def look(self) -> None:
         super().look()
@@ -208,6 +222,7 @@ class Decoder:
         if precision == "int8" and self.kind is not TableCache:
             raise ValueError("int8=true is for CPUs of the x86 kind, and not for every flag of a model: leave it out.")
         self.dtype, self.records = cache_dtype(model), self.kind is SteadyCache
+        self.can_drop = not self.records  # what was recorded is of all rows, and fewer would take a GPU as long
         self.reader = self.prefiller = model
         if self.kind is SteadyCache:
             self.reader = decoding_copy(model, partial(cast, dtype=self.dtype))
@@ -251,6 +266,13 @@ class Decoder:
             self.before.copy_(torch.tensor([[NOTHING] * (reach - len(end)) + end for end in ends]))
         self.last.copy_(torch.tensor([[text[-1]] for text in texts]))
         return self.recorded_step() if self.records else self.step()
+
+    def drop(self, row: int) -> None:
+        """Continue a text no more: the last one takes its place."""
+        self.cache.drop(row)
+        self.starts[row] = self.starts[-1]
+        self.starts.pop()
+        self.last, self.before = self.last[:-1], self.before[:-1]
 
     def step(self) -> Tensor:
         """Logits `[B, V]` behind `last`, by what the cache holds, which then holds `last` too."""

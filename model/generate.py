@@ -6,7 +6,7 @@ Knows token ids only; what they mean is the tokenizer's business.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -58,7 +58,7 @@ def pick(logits: Tensor, temperature: float, top_k: int, top_p: float, draws: Te
 
 def generate(model: GPT, prompts: Tensor | Sequence[Sequence[int]], max_new_tokens: int, **rules: Any) -> Iterator[Tensor]:
     """Continue `prompts`, yielding the next ids `[B]` one position at a time; all else is as `steps` has it."""
-    for tokens, _ in steps(model, prompts, max_new_tokens, **rules):
+    for _, tokens, _ in steps(model, prompts, max_new_tokens, **rules):
         yield tokens
 
 
@@ -66,19 +66,22 @@ def generate(model: GPT, prompts: Tensor | Sequence[Sequence[int]], max_new_toke
 def steps(
     model: GPT, prompts: Tensor | Sequence[Sequence[int]], max_new_tokens: int, *,
     temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0, numbers: Sequence[int] | None = None,
-    use_cache: bool = True, decoder: Decoder | None = None,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Continue `prompts`, `[B, T]` or rows of any lengths: yields the next ids `[B]`, and the logits `[B, V]` they are from.
+    use_cache: bool = True, decoder: Decoder | None = None, done: Container[int] = (),
+) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """Continue `prompts`, `[B, T]` or rows of any lengths: yields which rows, their next ids `[B]`, and the logits `[B, V]`.
 
     `top_k=0` and `top_p=1` switch those rules off. What is drawn is a function of the seed and of the row's number (its
     place, or what `numbers` say): the same with and without a cache, alone and in a batch. No other random stream is
-    touched. A `decoder` made before spares making one. Raises ValueError for a prompt without tokens.
+    touched. A `decoder` made before spares making one. Rows that are found in `done` after a step leave the batch, except
+    where that saves nothing, so that order and number of the rows change; without rows it ends. Raises ValueError for a
+    prompt without tokens.
     """
     texts = [list(row) for row in (prompts.tolist() if isinstance(prompts, Tensor) else prompts)]
     if not all(texts):
         raise ValueError("The prompt has no tokens: generation continues at least one.")
     device = model.wte.weight.device
-    streams = [random.Random(f"{seed} {number}") for number in numbers or range(len(texts))]
+    rows = list(range(len(texts)))
+    streams = [random.Random(f"{seed} {number}") for number in numbers or rows]
     was_training = model.training
     model.eval()
     try:
@@ -91,7 +94,16 @@ def steps(
             tokens = pick(logits, temperature, top_k, top_p, draws)
             for text, token in zip(texts, tokens.tolist(), strict=True):
                 text.append(token)
-            yield tokens, logits
+            yield rows.copy(), tokens, logits
+            leaving = [place for place, row in enumerate(rows) if row in done]
+            if len(leaving) == len(rows):
+                return
+            for place in reversed(leaving) if decoder is None or decoder.can_drop else ():
+                for held in (rows, texts, streams):
+                    held[place] = held[-1]
+                    held.pop()
+                if use_cache:
+                    decoder.drop(place)
     finally:
         model.train(was_training)
 

@@ -80,11 +80,41 @@ def test_logits_are_those_without_a_cache(flags, lengths, kind, block, monkeypat
     decoder = Decoder(model, len(lengths))
     assert decoder.kind is kind and (decoder.reader is model) == (kind is RaggedCache)
     seen = [list(text) for text in texts_of(*lengths)]
-    for tokens, logits in steps(model, texts_of(*lengths), 24, decoder=decoder):
+    for _, tokens, logits in steps(model, texts_of(*lengths), 24, decoder=decoder):
         torch.testing.assert_close(logits, uncached_logits(model, seen), rtol=1e-4, atol=1e-4)
         for text, token in zip(seen, tokens.tolist(), strict=True):
             text.append(token)
     assert (Traced.made > 0) == (kind is SteadyCache)
+
+
+@every_shape
+@pytest.mark.parametrize("kind", [TableCache, SteadyCache, RaggedCache, None])
+def test_rows_that_are_done_leave_the_others_as_they_were(flags, kind, monkeypatch, request):
+    """The first, the last, two at once, one whose window moves; at last all of them. None: without a cache."""
+    model, lengths = make(**flags), (3, 40, 15, 3, 9)
+    if kind is SteadyCache:
+        request.getfixturevalue("steady")
+    if kind is RaggedCache:
+        monkeypatch.setattr(decode, "kind_of_cache", lambda model: RaggedCache)
+    leave, done = {2: [0], 4: [4], 11: [1, 2], 16: [3]}, set()
+    decoder = Decoder(model, len(lengths)) if kind else None
+    seen, counts = [list(text) for text in texts_of(*lengths)], []
+    for step, (rows, tokens, logits) in enumerate(steps(model, texts_of(*lengths), 24, use_cache=bool(kind), decoder=decoder, done=done)):
+        torch.testing.assert_close(logits, uncached_logits(model, [seen[row] for row in rows]), rtol=1e-4, atol=1e-4)
+        for row, token in zip(rows, tokens.tolist(), strict=True):
+            seen[row].append(token)
+        done.update(leave.get(step, []))
+        counts.append(len(rows))
+    assert counts == ([5] * 17 if kind is SteadyCache else [5] * 3 + [4] * 2 + [3] * 7 + [1] * 5)
+
+
+def test_a_row_that_takes_another_place_is_not_read_again(monkeypatch):
+    """Of 3 and 17 tokens in a block of 16, the latter with a window that has moved."""
+    decoder, read = Decoder(make(), 2), []
+    prefill = decoder.prefill
+    monkeypatch.setattr(decoder, "prefill", lambda *arguments: read.append(arguments[0]) or prefill(*arguments))
+    assert [rows for rows, _, _ in steps(decoder.model, texts_of(3, 17), 4, decoder=decoder, done=[0])] == [[0, 1], [1], [1], [1]]
+    assert read == [0, 1]
 
 
 @every_shape
@@ -94,7 +124,7 @@ def test_with_fewer_bits_logits_are_near(flags, precision, most, rows):
     model = make(**flags)
     seen, prompts = texts_of(*[9] * rows), texts_of(*[9] * rows)
     decoder = Decoder(model, rows, precision)
-    for tokens, logits in steps(model, prompts, 12, decoder=decoder, temperature=0):
+    for _, tokens, logits in steps(model, prompts, 12, decoder=decoder, temperature=0):
         assert decoder.cache.values[0].dtype == torch.float16
         exact = uncached_logits(model, seen)
         assert 0 < (logits - exact).std() / exact.std() < most
@@ -128,7 +158,7 @@ def test_a_gpu_that_cannot_record_goes_on_without(late, steady, monkeypatch):
     decoder, seen = Decoder(model, 1), texts_of(16)
     monkeypatch.setattr(SteadyCache, "begin_step", set_up_before(SteadyCache.begin_step, decoder))
     with pytest.warns(UserWarning, match="could not record a step.*not permitted"):
-        for tokens, logits in steps(model, texts_of(16), 2, decoder=decoder):
+        for _, tokens, logits in steps(model, texts_of(16), 2, decoder=decoder):
             torch.testing.assert_close(logits, uncached_logits(model, seen), rtol=1e-4, atol=1e-4)
             seen[0].append(tokens.item())
 
@@ -151,7 +181,7 @@ def test_kernels_may_lay_out_what_they_give_as_they_like(kind, monkeypatch):
     model = make(position="rotary", n_kv_head=2)
     decoder, seen = Decoder(model, 2), texts_of(5, 9)
     decoder.records = False
-    _, logits = next(steps(model, texts_of(5, 9), 1, decoder=decoder))
+    _, _, logits = next(steps(model, texts_of(5, 9), 1, decoder=decoder))
     torch.testing.assert_close(logits, uncached_logits(model, seen), rtol=1e-4, atol=1e-4)
 
 
@@ -301,7 +331,7 @@ def test_transformers_says_the_same_with_the_same_weights():
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=32, vocab_size=V, n_layer=2, n_head=4, n_embd=32)).eval()
     prompt = torch.tensor(texts_of(9, 9))
-    ours = torch.stack([tokens for tokens, _ in steps(model, prompt, 12, temperature=0)], dim=1)
+    ours = torch.stack([tokens for _, tokens, _ in steps(model, prompt, 12, temperature=0)], dim=1)
     theirs = as_transformers(model, "fp32").generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12,
                                                      min_new_tokens=12, do_sample=False, pad_token_id=0)
     assert torch.equal(theirs[:, 9:], ours)

@@ -127,7 +127,7 @@ def test_the_same_seed_gives_the_same_text_alone_and_in_a_batch(flags):
 
 def test_the_logits_are_those_that_the_tokens_came_from():
     model = make()
-    for tokens, logits in steps(model, prompt_of(3, rows=2), 12, temperature=0):
+    for _, tokens, logits in steps(model, prompt_of(3, rows=2), 12, temperature=0):
         assert torch.equal(logits.argmax(-1), tokens)
 
 

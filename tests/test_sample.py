@@ -212,6 +212,21 @@ def test_each_prompt_of_a_file_is_completed_as_if_alone(fill, say):
         assert said == "".join(f"--- {n} of 2\n{line['prompt']}{line['text']}\n" for n, line in ((1, first), (2, second)))
 
 
+def test_what_is_finished_leaves_its_batch(fill, monkeypatch):
+    sizes, steps = [], story.steps
+
+    def counted(*arguments, **rules):
+        for step in steps(*arguments, **rules):
+            sizes.append(len(step[0]))
+            yield step
+
+    monkeypatch.setattr(story, "steps", counted)
+    together = fill(PROMPTS, "stop=e", "batch_size=8")
+    assert sizes[0] == 5 > sizes[-1] and sum(sizes) == sum(line["tokens"] for line in together)
+    alone = fill(PROMPTS, "stop=e", "batch_size=1")
+    assert [(one["text"], one["tokens"]) for one in alone] == [(one["text"], one["tokens"]) for one in together]
+
+
 def test_a_line_says_how_many_tokens_how_likely_and_how_it_ended(fill, runs_dir):
     free = fill(["The quiet"], "temperature=0")[0]
     assert (free["tokens"], free["finish_reason"]) == (20, "length")

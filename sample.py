@@ -40,7 +40,7 @@ from conf.launch import launch
 from conf.schema import SampleSettings, rebuild
 from data.tokenizer import Tokenizer, fingerprint, from_json
 from model import GPT, Decoder, GPTConfig, Undrawn, steps
-from training import checkpoint
+from training import checkpoint, shelf
 from training.checkpoint import Checkpoint
 from training.device import Device
 from training.run import find_run
@@ -89,7 +89,7 @@ def open_checkpoint(run: Path, which: str, device: Device) -> tuple[GPT, Tokeniz
     def warn(text: str) -> None:
         print(text, file=sys.stderr)
 
-    loaded = checkpoint.choose(run / "checkpoints", which, load, warn)
+    loaded = shelf.choose(run / "checkpoints", which, load, warn)
     if loaded is None:
         raise ValueError(f"{run} has no checkpoint.")
     return loaded

@@ -40,7 +40,7 @@ from data.tokenizer import Tokenizer
 from model import GPT
 from report.page import after_training
 from sample import complete, open_checkpoint, print_completions
-from training import checkpoint, nonfinite
+from training import nonfinite, shelf
 from training.checkpoint import Checkpoint
 from training.config import TrainingConfig
 from training.device import Device, maybe_compile, seconds_of
@@ -87,7 +87,7 @@ def train(settings: Settings) -> int:
         state = State(model, optimizers, scaler)
         if last:
             state.restore(last)
-        checkpoint.check_disk(run.checkpoints, state.nbytes())
+        shelf.check_disk(run.checkpoints, state.nbytes())
         atomic.write_bytes(run.folder / "config.yaml", yaml.safe_dump(asdict(settings), sort_keys=False).encode())
 
         with (Interrupt() as interrupt,
@@ -233,11 +233,11 @@ def answer_nonfinite(loss: float, state: State, run: Run, limits: TrainingConfig
                          f"training.precision=fp32, or training.on_nonfinite=skip or rollback.")
     if answer == "rollback":
         saver.finish()
-        back = checkpoint.choose(run.checkpoints, "scheduled", checkpoint.whole, recorder.say, set_aside=True)
+        back = shelf.choose(run.checkpoints, "scheduled", shelf.whole, recorder.say, set_aside=True)
         if back is None:
             raise ValueError(f"{said} There is no checkpoint to go back to.")
         state.roll_back(back)
-        checkpoint.cut_back(run.checkpoints, state.step)
+        shelf.cut_back(run.checkpoints, state.step)
         recorder.cut_back(state.step)
         saver.saved = state.step
         recorder.say(f"{said} Back to step {state.step}, past the batches since then.")

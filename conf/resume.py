@@ -18,7 +18,7 @@ from conf.schema import Settings, folder_name, rebuild
 from data.prepare import prepare
 from data.shards import read_meta
 from model import GPT, GPTConfig, Undrawn
-from training import checkpoint
+from training import checkpoint, shelf
 from training.checkpoint import Checkpoint
 from training.device import Device, Environment, available
 from training.run import Run
@@ -62,7 +62,7 @@ def look_into(run: Run, settings: Settings, prepared: Path) -> tuple[Checkpoint 
         return one
 
     try:
-        last = checkpoint.choose(run.checkpoints, "last", load, warn=print, set_aside=True)
+        last = shelf.choose(run.checkpoints, "last", load, warn=print, set_aside=True)
         return last, changes_since(last, settings, prepared) if last else {}
     except ValueError:
         if settings.restart:
@@ -82,7 +82,7 @@ def is_finished(settings: Settings, folder: Path) -> bool:
 
     Raises ValueError with the differences if it holds another run.
     """
-    saved = checkpoint.find(folder / "checkpoints")
+    saved = shelf.find(folder / "checkpoints")
     if not saved or settings.restart:
         return False
     try:

@@ -23,7 +23,7 @@ from conf.launch import launch
 from data.hugging_face import to_hugging_face
 from data.tokenizer import Tokenizer
 from sample import tokenizer_of
-from training import checkpoint
+from training import shelf
 from training.run import find_run
 
 
@@ -58,7 +58,7 @@ def last_tokenizer(run: Path) -> Tokenizer:
     def warn(text: str) -> None:
         print(text, file=sys.stderr)
 
-    tokenizer = checkpoint.choose(run / "checkpoints", "last", tokenizer_of, warn)
+    tokenizer = shelf.choose(run / "checkpoints", "last", tokenizer_of, warn)
     if tokenizer is None:
         raise ValueError(f"{run} has no checkpoint.")
     return tokenizer

@@ -29,7 +29,7 @@ from data.shards import SPLITS, read_meta
 from data.store import BUILDING, data_root, in_use, is_held
 from data.tokenizer import Tokenizer
 from scripts.plot import picture_problems, pyplot, save
-from training import checkpoint
+from training import shelf
 from training.checkpoint import megabytes
 from training.run import LOCK
 
@@ -150,7 +150,7 @@ def runs_by_tokens(runs_dir: Path) -> dict[str, list[str]]:
             raise ValueError(f"{lock.parent} is being trained and has no checkpoint that says which tokens it uses: wait "
                              f"for the first one. Nothing was removed.")
     for folder in sorted(runs_dir.rglob("checkpoints")):
-        found, damage = checkpoint.look(folder)
+        found, damage = shelf.look(folder)
         if damage and not found:
             raise ValueError(f"It cannot be told which tokens {folder.parent} uses: {next(iter(damage.values()))}. "
                              f"Nothing was removed.")

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or absent, checked before anything is believed, the previous good one where one is damaged, pruned."""
+"""A checkpoint: whole or absent, checked before anything is believed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 import atomic
-from training import checkpoint
+from training import checkpoint, shelf
 from training.checkpoint import FILES, MANIFEST, MODEL, OPTIMIZER, STATE, TOKENIZER, Checkpoint, Damaged, Snapshot
 
 
@@ -53,7 +53,7 @@ def reseal(folder):
 
 def test_what_was_saved_comes_back(tmp_path):
     save(tmp_path, 7, 1.5)
-    (found,) = checkpoint.find(tmp_path)
+    (found,) = shelf.find(tmp_path)
     like = snapshot(7)
     weights, optimizer, tokenizer, state = load_all(found, like)
     assert found.folder.name == "step_00000007" and found.step == 7 and state["val_loss"] == 1.5
@@ -73,7 +73,7 @@ def test_every_type_of_number_comes_back(tmp_path, dtype):
     tensors = {"w": torch.arange(6).view(2, 3).to(dtype), "empty": torch.empty(0, 4, dtype=dtype), "scalar": torch.tensor(3).to(dtype)}
     one = snapshot(1)
     checkpoint.save(tmp_path, Snapshot(tensors, {}, one.tokenizer, one.state))
-    found = checkpoint.find(tmp_path)[0].tensors(MODEL, tensors)
+    found = shelf.find(tmp_path)[0].tensors(MODEL, tensors)
     assert all(torch.equal(found[name], tensor) and found[name].dtype == dtype for name, tensor in tensors.items())
 
 
@@ -81,7 +81,7 @@ def test_tensors_that_are_views_are_saved_as_they_look(tmp_path):
     one = snapshot(1)
     turned = {"w": torch.arange(6.0).view(2, 3).T}
     checkpoint.save(tmp_path, Snapshot(turned, {}, one.tokenizer, one.state))
-    assert torch.equal(checkpoint.find(tmp_path)[0].tensors(MODEL, turned)["w"], turned["w"])
+    assert torch.equal(shelf.find(tmp_path)[0].tensors(MODEL, turned)["w"], turned["w"])
 
 
 def test_a_copy_does_not_change_with_what_it_was_copied_from():
@@ -90,23 +90,6 @@ def test_a_copy_does_not_change_with_what_it_was_copied_from():
     one.model["w"].zero_()
     one.optimizer["0.0.step"].zero_()
     assert torch.equal(kept.model["w"], snapshot(1).model["w"]) and kept.optimizer["0.0.step"] == 1
-
-
-def test_pruning_keeps_the_newest_the_best_and_the_newest_scheduled(tmp_path):
-    for step, loss, scheduled in [(1, 3.0, True), (2, 1.0, True), (3, 2.0, True), (4, None, False), (5, 2.5, False)]:
-        save(tmp_path, step, loss, scheduled)
-    (tmp_path / f"{atomic.PARTIAL}step_00000006-x").mkdir()
-    checkpoint.prune(tmp_path, keep_last=1)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000002", "step_00000003", "step_00000005"]
-    chosen = {which: checkpoint.choose(tmp_path, which, checkpoint.whole, pytest.fail).step for which in checkpoint.ORDERS}
-    assert chosen == {"best": 2, "last": 5, "scheduled": 3}
-
-
-def test_without_evaluations_the_newest_is_the_best(tmp_path):
-    assert checkpoint.choose(tmp_path, "best", checkpoint.whole, pytest.fail) is None
-    save(tmp_path, 1)
-    save(tmp_path, 2)
-    assert checkpoint.choose(tmp_path, "best", checkpoint.whole, pytest.fail).step == 2
 
 
 def test_a_disk_that_fills_midway_leaves_the_old_checkpoints_and_no_half_one(tmp_path, monkeypatch):
@@ -138,48 +121,13 @@ def test_a_disk_too_full_is_seen_before_anything_is_written(tmp_path, monkeypatc
     assert not any(tmp_path.iterdir())
 
 
-def test_a_half_written_checkpoint_is_never_found(tmp_path):
-    save(tmp_path, 1)
-    save(tmp_path, 2).rename(tmp_path / f"{atomic.PARTIAL}step_00000002-abc")
-    assert [one.step for one in checkpoint.find(tmp_path)] == [1]
-
-
 # Damage by accident
-
-
-@pytest.mark.parametrize("name", [*FILES, MANIFEST])
-@pytest.mark.parametrize("harm", ["flip", "cut", "grow", "gone", "empty"])
-def test_the_previous_good_one_is_used_with_one_warning_that_names_what_is_damaged(tmp_path, name, harm):
-    save(tmp_path, 1)
-    path = save(tmp_path, 2) / name
-    content = path.read_bytes()
-    middle = len(content) // 2
-    if (name, harm) == (MANIFEST, "grow"):
-        pytest.skip("white space is no part of what JSON says")
-    path.write_bytes({"flip": content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1:], "cut": content[:-1],
-                      "grow": content + b" ", "gone": b"", "empty": b""}[harm])
-    if harm == "gone":
-        path.unlink()
-    warnings = []
-    assert checkpoint.choose(tmp_path, "last", checkpoint.whole, warnings.append, set_aside=True).step == 1
-    (warning,) = warnings
-    assert str(path) in warning and "using step_00000001 instead" in warning
-    assert sorted(one.name for one in tmp_path.iterdir()) == ["damaged-step_00000002", "step_00000001"]
-    checkpoint.prune(tmp_path, keep_last=1)
-    assert (tmp_path / "damaged-step_00000002").is_dir()
-
-
-def test_when_nothing_is_whole_the_sentence_says_so_and_nothing_is_moved(tmp_path):
-    (save(tmp_path, 1) / MODEL).write_bytes(b"")
-    with pytest.raises(ValueError, match=r"No checkpoint in .* is whole: .*model.safetensors .*restart=true"):
-        checkpoint.choose(tmp_path, "last", checkpoint.whole, pytest.fail, set_aside=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
 
 
 def test_what_sampling_does_not_read_may_be_damaged(tmp_path):
     path = save(tmp_path, 1) / OPTIMIZER
     path.write_bytes(path.read_bytes()[:-1] + b"?")
-    assert checkpoint.choose(tmp_path, "last", lambda one: one.verify([MODEL, TOKENIZER]) or one, pytest.fail).step == 1
+    assert shelf.choose(tmp_path, "last", lambda one: one.verify([MODEL, TOKENIZER]) or one, pytest.fail).step == 1
 
 
 def test_a_checkpoint_of_another_format_is_named_as_such(tmp_path):
@@ -187,7 +135,7 @@ def test_a_checkpoint_of_another_format_is_named_as_such(tmp_path):
     manifest = {"format": 99, "files": {}}
     (folder / MANIFEST).write_text(json.dumps(manifest | {"sha256": checkpoint.digest(manifest)}))
     with pytest.raises(ValueError, match=r"format 99, this nanohydra reads 2: use the version that wrote it"):
-        checkpoint.find(tmp_path)
+        shelf.find(tmp_path)
 
 
 # Damage on purpose: the manifest agrees
@@ -304,7 +252,7 @@ def test_what_cannot_be_read_is_not_written(tmp_path):
         with pytest.raises(AssertionError, match=key):
             checkpoint.save(tmp_path, Snapshot(one.model, one.optimizer, one.tokenizer, one.state | {key: value}))
     checkpoint.save(tmp_path, Snapshot(one.model, one.optimizer, one.tokenizer, one.state | {"max_steps": 2**62, "val_loss": 1e300}))
-    assert len(checkpoint.find(tmp_path)) == 1
+    assert len(shelf.find(tmp_path)) == 1
 
 
 def test_a_model_that_takes_more_memory_than_there_is_is_refused(tmp_path, monkeypatch):
@@ -331,7 +279,7 @@ def test_a_checkpoint_that_is_pruned_while_it_is_chosen_is_no_damage(tmp_path):
         one.verify()
         return one
 
-    assert checkpoint.choose(tmp_path, "last", load, pytest.fail).step == 1
+    assert shelf.choose(tmp_path, "last", load, pytest.fail).step == 1
 
 
 def test_a_checkpoint_folder_that_is_a_link_is_refused(tmp_path):

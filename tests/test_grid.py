@@ -20,7 +20,7 @@ import train as story
 from conf import grid, slots
 from conf.resume import is_finished
 from conf.slots import Job, Progress, Slots, run_jobs
-from training import checkpoint
+from training import shelf
 
 ROOT = Path(__file__).parent.parent
 
@@ -237,7 +237,7 @@ def children(tmp_path):
 
 
 def steps(tmp_path, name):
-    saved = checkpoint.find(tmp_path / "sweep" / name / "checkpoints")
+    saved = shelf.find(tmp_path / "sweep" / name / "checkpoints")
     return saved[-1].step if saved else 0
 
 

@@ -25,7 +25,7 @@ from conf.schema import Settings, leaves
 from model import GPT
 from scripts import verify_resume as verify
 from scripts.verify_resume import compare, read_metrics
-from training import checkpoint, saver
+from training import checkpoint, saver, shelf
 from training.checkpoint import MODEL, STATE
 from training.device import Device
 from training.run import Run, find_run
@@ -40,7 +40,7 @@ def same(one: Path, other: Path) -> bool:
 
 
 def last_step(run: Path) -> int:
-    return checkpoint.find(run / "checkpoints")[-1].step
+    return shelf.find(run / "checkpoints")[-1].step
 
 
 # Identity
@@ -185,7 +185,7 @@ def test_a_finished_run_samples_says_how_to_go_on_and_changes_nothing(compose_ti
 def test_max_seconds_ends_a_run_and_can_be_raised(compose_tiny, tmp_path, capsys):
     limit = ["training.max_steps=1e6", "training.max_seconds=0.5", "training.eval_every=1e6"]
     assert story.train(compose_tiny(*limit)) == 0
-    last = checkpoint.find(tmp_path / "runs/tiny/checkpoints")[-1]
+    last = shelf.find(tmp_path / "runs/tiny/checkpoints")[-1]
     assert 0.5 <= last.state["seconds"] < 5 and last.state["val_loss"] is not None
     assert story.train(compose_tiny(*limit)) == 0
     assert "raise training.max_seconds" in capsys.readouterr().out
@@ -231,7 +231,7 @@ def test_a_finished_run_is_finished_on_any_machine(compose_tiny, tmp_path, monke
 def test_a_run_planned_for_ever_that_ends_by_time_goes_on(compose_tiny, tmp_path):
     for seconds in (0.2, 0.4):
         story.train(compose_tiny("training.max_steps=1e15", f"training.max_seconds={seconds}", "training.eval_every=1e15"))
-    assert checkpoint.find(tmp_path / "runs/tiny/checkpoints")[-1].state["seconds"] >= 0.4
+    assert shelf.find(tmp_path / "runs/tiny/checkpoints")[-1].state["seconds"] >= 0.4
 
 
 def test_what_a_kill_left_half_written_is_removed_at_the_next_start(compose_tiny, tmp_path):
@@ -308,7 +308,7 @@ def test_the_threads_the_run_began_with_are_used_again(compose_tiny, tmp_path, m
         torch.set_num_threads(threads + 1)
         story.train(compose_tiny("training.max_steps=4", "allow_drift=true"))
         assert torch.get_num_threads() == threads + 1
-        assert checkpoint.find(tmp_path / "runs/tiny/checkpoints")[-1].state["environment"]["threads"] == threads + 1
+        assert shelf.find(tmp_path / "runs/tiny/checkpoints")[-1].state["environment"]["threads"] == threads + 1
     finally:
         torch.set_num_threads(threads)
 
@@ -333,7 +333,7 @@ def test_auto_is_what_it_was_when_the_run_began(compose_tiny, tmp_path, monkeypa
     story.train(compose_tiny(*words, "training.max_steps=2"))
     monkeypatch.setattr(Device, "_best_precision", lambda device: "fp32")
     story.train(compose_tiny(*words, "training.max_steps=3"))
-    assert checkpoint.find(tmp_path / "runs/tiny/checkpoints")[-1].state["environment"]["precision"] == "bf16"
+    assert shelf.find(tmp_path / "runs/tiny/checkpoints")[-1].state["environment"]["precision"] == "bf16"
 
 
 # What breaks
@@ -385,15 +385,15 @@ def test_sampling_from_a_damaged_run_warns_and_uses_another(compose_tiny, tmp_pa
 
 
 @pytest.fixture(scope="module")
-def shelf(tmp_path_factory):
-    return tmp_path_factory.mktemp("shelf")
+def copies(tmp_path_factory):
+    return tmp_path_factory.mktemp("copies")
 
 
 @pytest.fixture
-def two_steps(compose_tiny, tmp_path, shelf):
+def two_steps(compose_tiny, tmp_path, copies):
     """A run of two steps with these settings, in the place where they put it: trained once, then copied."""
     def of(*words: str) -> Path:
-        kept = shelf / "-".join(["run", *words])
+        kept = copies / "-".join(["run", *words])
         if not kept.exists():
             story.train(compose_tiny("training.max_steps=2", *words, f"runs_dir={kept}"))
         shutil.copytree(kept / "tiny", tmp_path / "runs/tiny")
@@ -403,7 +403,7 @@ def two_steps(compose_tiny, tmp_path, shelf):
 
 def resealed(run: Path, **changes: object) -> None:
     """Change the state of a run's last checkpoint as someone would who means harm."""
-    folder = checkpoint.find(run / "checkpoints")[-1].folder
+    folder = shelf.find(run / "checkpoints")[-1].folder
     state = json.loads((folder / STATE).read_text())
     (folder / STATE).write_text(json.dumps(state | changes))
     manifest = json.loads((folder / checkpoint.MANIFEST).read_text())
@@ -416,7 +416,7 @@ def resealed(run: Path, **changes: object) -> None:
 def test_a_setting_that_is_newer_than_the_run_had_its_default(compose_tiny, tmp_path):
     story.train(compose_tiny("training.max_steps=2"))
     run = tmp_path / "runs/tiny"
-    settings = checkpoint.find(run / "checkpoints")[-1].state["settings"]
+    settings = shelf.find(run / "checkpoints")[-1].state["settings"]
     del settings["data"]["mix"], settings["data"]["respect_documents"]
     resealed(run, settings=settings)
     story.train(compose_tiny("training.max_steps=3"))
@@ -432,7 +432,7 @@ def test_a_setting_that_is_newer_than_the_run_had_its_default(compose_tiny, tmp_
                                    {"block_size": None}, {"n_layer": [1]}, {"n_embd": 2**16, "n_layer": 1024}], ids=str)
 def test_a_hostile_shape_is_one_sentence_and_takes_no_memory(compose_tiny, two_steps, model):
     run = two_steps()
-    resealed(run, model=checkpoint.find(run / "checkpoints")[-1].state["model"] | model)
+    resealed(run, model=shelf.find(run / "checkpoints")[-1].state["model"] | model)
     with pytest.raises(ValueError, match="step_00000002") as refusal:
         story.open_checkpoint(run, "last", Device("cpu", "fp32"))
     assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 1000
@@ -458,7 +458,7 @@ def test_another_runs_tokenizer_is_refused_with_both_numbers(compose_tiny, tmp_p
 @pytest.mark.parametrize("environment", [{}, {"threads": 10**9}, {"threads": "x"}, {"device": "../x"}, {"precision": 3}, {"more": 1}, {"torch": {}}], ids=str)
 def test_a_hostile_environment_is_one_sentence(compose_tiny, two_steps, environment):
     run = two_steps()
-    resealed(run, environment=environment and checkpoint.find(run / "checkpoints")[-1].state["environment"] | environment)
+    resealed(run, environment=environment and shelf.find(run / "checkpoints")[-1].state["environment"] | environment)
     with pytest.raises(ValueError) as refusal:
         story.train(compose_tiny("training.max_steps=3"))
     assert "\n" not in str(refusal.value)
@@ -478,7 +478,7 @@ def test_a_hostile_state_is_one_sentence(compose_tiny, two_steps, changes):
 def test_a_hostile_loss_scaler_is_one_sentence(compose_tiny, two_steps, changes):
     words = ["training.precision=fp16"]
     run = two_steps(*words)
-    resealed(run, scaler=checkpoint.find(run / "checkpoints")[-1].state["scaler"] | changes)
+    resealed(run, scaler=shelf.find(run / "checkpoints")[-1].state["scaler"] | changes)
     with pytest.raises(ValueError, match="no state of this run's loss scaler"):
         story.train(compose_tiny(*words, "training.max_steps=3"))
 
@@ -669,7 +669,7 @@ def test_a_skipped_batch_changes_nothing_and_the_step_counts(compose_tiny, tmp_p
     assert [row["step"] for row in rows] == list(range(1, 21))
     assert [row["step"] for row in rows if row.get("skipped")] == [8, 10] and all("loss" in row for row in rows if not row.get("skipped"))
     assert [one["step"] for one in reports(run)] == [7, 9]
-    last = checkpoint.find(run / "checkpoints")[-1]
+    last = shelf.find(run / "checkpoints")[-1]
     assert last.state["nonfinite"] == 2 and last.state["batches_skipped"] == 0
     assert all(torch.isfinite(tensor).all() for tensor in checkpoint_weights(last).values())
 
@@ -683,7 +683,7 @@ def test_a_skipped_first_batch_leaves_the_weights_as_they_were(compose_tiny, tmp
     plant(compose_tiny(), [0])
     story.train(compose_tiny("training.max_steps=1", "training.on_nonfinite=skip"))
     torch.manual_seed(compose_tiny().seed)
-    weights = checkpoint_weights(checkpoint.find(tmp_path / "runs/tiny/checkpoints")[-1])
+    weights = checkpoint_weights(shelf.find(tmp_path / "runs/tiny/checkpoints")[-1])
     fresh = GPT(replace(compose_tiny().model, vocab_size=weights["wte.weight"].size(0))).state_dict()
     assert all(torch.equal(fresh[name], tensor) for name, tensor in weights.items())
 
@@ -699,7 +699,7 @@ def test_a_rollback_goes_back_and_steps_over_the_batches_since(compose_tiny, tmp
     assert read[2:] == [*range(11), *range(11, 23)]  # after those that only tell the time
     run = tmp_path / "runs/tiny"
     assert [row["step"] for row in read_metrics(run) if "loss" in row] == list(range(1, 21))
-    last = checkpoint.find(run / "checkpoints")[-1]
+    last = shelf.find(run / "checkpoints")[-1]
     assert (last.step, last.state["batches_skipped"], last.state["nonfinite"]) == (20, 3, 1)
 
 
@@ -711,7 +711,7 @@ def test_a_rollback_takes_the_checkpoints_after_it_back_too(compose_tiny, tmp_pa
     for time in (1, 2):
         interrupt_at(9, time=time)
         assert story.train(compose_tiny(*words)) == 130
-        last = checkpoint.find(tmp_path / "runs/tiny/checkpoints")[-1]
+        last = shelf.find(tmp_path / "runs/tiny/checkpoints")[-1]
         skipped.append((last.step, last.state["batches_skipped"]))
     assert skipped == [(9, 0), (9, 3)]
 
@@ -719,7 +719,7 @@ def test_a_rollback_takes_the_checkpoints_after_it_back_too(compose_tiny, tmp_pa
 def test_a_rollback_before_the_first_checkpoint_goes_back_to_the_start(compose_tiny, tmp_path, plant):
     plant(compose_tiny(), [2])
     assert story.train(compose_tiny("training.max_steps=8", "training.on_nonfinite=rollback")) == 0
-    assert checkpoint.find(tmp_path / "runs/tiny/checkpoints")[-1].state["batches_skipped"] == 3
+    assert shelf.find(tmp_path / "runs/tiny/checkpoints")[-1].state["batches_skipped"] == 3
 
 
 @pytest.mark.parametrize("action", ["skip", "rollback"])
@@ -783,7 +783,7 @@ def test_two_starts_at_once_and_two_signals(book, tmp_path):
 def test_settings_of_a_checkpoint_are_the_runs(compose_tiny, tmp_path):
     settings = compose_tiny("training.max_steps=2")
     story.train(settings)
-    state = checkpoint.find(tmp_path / "runs/tiny/checkpoints")[-1].state
+    state = shelf.find(tmp_path / "runs/tiny/checkpoints")[-1].state
     assert state["settings"]["optim"] == asdict(settings)["optim"] and state["settings"]["data"]["prepared"]
 
 

@@ -25,7 +25,7 @@ import train
 from conf.schema import ConfigError, compose
 from data.tokenizer import fingerprint, from_json
 from model import Undrawn
-from training import checkpoint
+from training import checkpoint, shelf
 from training.device import Device
 
 ROOT = Path(__file__).parent.parent
@@ -59,7 +59,7 @@ def test_the_same_seed_gives_the_same_text_and_another_another(say):
 def test_a_tokenizer_that_the_model_was_not_trained_with_is_refused_with_both_names(runs_dir, tmp_path):
     """Although the vocabularies are of one size, and all checksums agree."""
     shutil.copytree(runs_dir / "tiny", tmp_path / "tiny")
-    for one in checkpoint.find(tmp_path / "tiny" / "checkpoints"):
+    for one in shelf.find(tmp_path / "tiny" / "checkpoints"):
         saved = json.loads((one.folder / "tokenizer.json").read_text())
         other = saved | {"characters": saved["characters"].replace("a", "!")}
         other["characters"] = "".join(sorted(other["characters"]))
@@ -72,7 +72,7 @@ def test_a_tokenizer_that_the_model_was_not_trained_with_is_refused_with_both_na
 
 def test_a_run_older_than_the_note_of_its_tokenizer_is_sampled_as_it_is(runs_dir, tmp_path):
     shutil.copytree(runs_dir / "tiny", tmp_path / "tiny")
-    for one in checkpoint.find(tmp_path / "tiny" / "checkpoints"):
+    for one in shelf.find(tmp_path / "tiny" / "checkpoints"):
         state = json.loads((one.folder / checkpoint.STATE).read_text())
         del state["settings"]["data"]["tokenizer_fingerprint"]
         (one.folder / checkpoint.STATE).write_text(json.dumps(state))
@@ -155,10 +155,10 @@ def test_streamed_pieces_are_the_whole_text(runs_dir):
 
 def test_best_is_the_checkpoint_with_the_lowest_validation_loss(runs_dir):
     folder = runs_dir / "tiny/checkpoints"
-    found = checkpoint.find(folder)
-    best = checkpoint.choose(folder, "best", checkpoint.whole, pytest.fail)
+    found = shelf.find(folder)
+    best = shelf.choose(folder, "best", shelf.whole, pytest.fail)
     assert best.state["val_loss"] == min(one.state["val_loss"] for one in found)
-    assert checkpoint.choose(folder, "last", checkpoint.whole, pytest.fail).step == 60
+    assert shelf.choose(folder, "last", shelf.whole, pytest.fail).step == 60
     model, _ = story.open_checkpoint(runs_dir / "tiny", "best", Device("cpu", "fp32"))
     saved = load_file(best.folder / checkpoint.MODEL)
     assert all(torch.equal(weights, saved[name]) for name, weights in model.state_dict().items())

@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 
 import atomic
-from training.checkpoint import free_name
+from training.shelf import free_name
 
 LOCK = "lock"
 

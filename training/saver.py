@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from training import checkpoint
+from training import checkpoint, shelf
 from training.checkpoint import Snapshot
 from training.device import available_memory
 
@@ -62,7 +62,7 @@ class Saver:
         try:
             checkpoint.save(self.checkpoints, snapshot, self.settle)
             self.saved = snapshot.state["step"]
-            checkpoint.prune(self.checkpoints, self.keep_last)
+            shelf.prune(self.checkpoints, self.keep_last)
         except Exception as error:  # it belongs to the thread that trains
             self.error = error
 

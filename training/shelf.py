@@ -1,0 +1,121 @@
+"""The checkpoints of a run, side by side in one folder: found by looking, chosen, pruned."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable
+from itertools import chain, count
+from pathlib import Path
+from typing import TypeVar
+
+import atomic
+from training.checkpoint import Checkpoint, Damaged, megabytes
+
+Loaded = TypeVar("Loaded")
+
+
+def look(checkpoints: Path) -> tuple[list[Checkpoint], dict[Path, str]]:
+    """The checkpoints that can be opened, oldest first, and what is wrong with the others."""
+    found, damage = [], {}
+    for folder in sorted(checkpoints.glob("step_*")):
+        try:
+            found.append(Checkpoint.open(folder))
+        except Damaged as error:
+            if folder.exists():  # else it was pruned just now
+                damage[folder] = str(error)
+    return found, damage
+
+
+def find(checkpoints: Path) -> list[Checkpoint]:
+    """All checkpoints that can be opened, oldest first."""
+    return look(checkpoints)[0]
+
+
+def choose(checkpoints: Path, which: str, load: Callable[[Checkpoint], Loaded], warn: Callable[[str], None],
+           set_aside: bool = False) -> Loaded | None:
+    """What `load` makes of the first checkpoint by ORDERS[which] that it can load; None where there is none at all.
+
+    `load` raises Damaged to have the next one tried. What is damaged on the way is named in one warning, and loses its
+    place with `set_aside`. Raises ValueError if nothing else is there.
+    """
+    found, damage = look(checkpoints)
+    for one in sorted(found, key=ORDERS[which]):
+        try:
+            loaded = load(one)
+        except Damaged as error:
+            if not one.folder.exists():  # pruned by the training that goes on: look again
+                return choose(checkpoints, which, load, warn, set_aside)
+            damage[one.folder] = str(error)
+            continue
+        if damage:
+            warn(f"Warning: {'; '.join(damage.values())}: using {one.folder.name} instead.")
+        for folder in damage if set_aside else ():
+            folder.rename(free_name(folder.with_name(f"damaged-{folder.name}")))
+        return loaded
+    if damage:
+        raise ValueError(f"No checkpoint in {checkpoints} is whole: {'; '.join(damage.values())}. "
+                         f"Put a copy back, or begin anew with restart=true.")
+    return None
+
+
+def whole(one: Checkpoint) -> Checkpoint:
+    """The checkpoint itself, all of it verified: a `load` for `choose`."""
+    one.verify()
+    return one
+
+
+def free_name(path: Path) -> Path:
+    """`path`, or `path` with the first number that makes it a name of its own."""
+    names = chain([path], (path.with_name(f"{path.name}-{number}") for number in count(2)))
+    return next(name for name in names if not name.exists())
+
+
+def quality(one: Checkpoint) -> tuple[float, int]:
+    """Sorts by validation loss; what was not evaluated comes last, the newest first."""
+    val_loss = one.state["val_loss"]
+    return (math.inf if val_loss is None else val_loss), -one.step
+
+
+def age(one: Checkpoint) -> int:
+    """Sorts the newest first."""
+    return -one.step
+
+
+def scheduled_age(one: Checkpoint) -> tuple[bool, int]:
+    """Sorts the newest first that any run with these settings has; what an interruption left comes last."""
+    return not one.state["scheduled"], -one.step
+
+
+ORDERS = {"best": quality, "last": age, "scheduled": scheduled_age}
+
+
+def prune(checkpoints: Path, keep_last: int) -> None:
+    """Delete all but the newest `keep_last` and the first of each order, and what a kill left half-written.
+
+    What is damaged stays.
+    """
+    found = find(checkpoints)
+    kept = {one.folder for one in found[-keep_last:]}
+    kept |= {min(found, key=order).folder for order in ORDERS.values() if found}
+    doomed = [one.folder for one in found if one.folder not in kept] + list(checkpoints.glob(f"{atomic.PARTIAL}*"))
+    for folder in doomed:
+        atomic.remove(folder)
+
+
+def cut_back(checkpoints: Path, step: int) -> None:
+    """Delete the checkpoints of later steps, which will come to be in another way."""
+    for one in find(checkpoints):
+        if one.step > step:
+            atomic.remove(one.folder)
+
+
+def check_disk(checkpoints: Path, nbytes: int) -> None:
+    """Raise ValueError unless the disk under `checkpoints` holds two checkpoints of this size."""
+    needed = 2 * nbytes
+    folder = checkpoints
+    while not folder.exists():
+        folder = folder.parent
+    if (free := shutil.disk_usage(folder).free) < needed:
+        raise ValueError(f"{folder} has {megabytes(free)} free, two checkpoints need {megabytes(needed)}: "
+                         f"free some, or choose another runs_dir.")

@@ -41,8 +41,8 @@ from conf.schema import SampleSettings, rebuild
 from data.tokenizer import Tokenizer, fingerprint, from_json
 from model import GPT, Decoder, GPTConfig, Undrawn, steps
 from training import checkpoint, shelf
-from training.checkpoint import Checkpoint
-from training.device import Device
+from training.checkpoint import Checkpoint, megabytes
+from training.device import Device, available_memory
 from training.run import find_run
 
 RULES = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop", "cache", "int8", "precision", "checkpoint")
@@ -107,11 +107,21 @@ def tokenizer_of(found: Checkpoint) -> Tokenizer:
 
 
 def prepare(model: GPT, settings: SampleSettings, device: Device) -> Decoder | None:
-    """What reads texts, for as many at once as `settings` ask; None without the cache."""
+    """What reads texts, for as many at once as `settings` ask; None without the cache.
+
+    Raises ValueError where even without prompts so many would take more memory than there is.
+    """
     if not settings.cache:
         return None
+    setting = "batch_size" if settings.prompts else "num_samples"
+    rows = getattr(settings, setting)
     with device.autocast():
-        return Decoder(model, settings.batch_size if settings.prompts else settings.num_samples, "int8" * settings.int8)
+        decoder = Decoder(model, rows, "int8" * settings.int8)
+    needed, free = decoder.nbytes(rows, settings.max_new_tokens), available_memory()
+    if device.type == "cpu" and needed > free:
+        raise ValueError(f"{setting}={rows} completions at once take {megabytes(needed)} of memory, {megabytes(free)} are "
+                         f"free: choose a smaller {setting}.")
+    return decoder
 
 
 def read_prompt(settings: SampleSettings) -> str:

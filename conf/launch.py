@@ -22,6 +22,12 @@ FLAGS = """Flags:
   --help      this text
   --cfg job   print the composed configuration, run nothing
 """
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # as torch says it of GPUs, and of CPUs
+SMALLER = {  # what to ask for instead, by conf/NAME.yaml
+    "config": "choose a smaller training.batch_size (training.tokens_per_step keeps a step as large as it was), or "
+              "training.recompute=true; python -m scripts.plan says what a run takes",
+    "sample": "ask for fewer completions at once: by num_samples=, or where prompts= are given, by batch_size=",
+}
 SWEEP_FLAG = """  -m          sweep: one run for each combination of values separated by commas; jobs=2 at a time,
               or on a cluster with hydra/launcher=slurm
 """
@@ -43,6 +49,12 @@ def launch(story: Callable[[Any], int], root: str | type, doc: str) -> NoReturn:
             raise
         system = isinstance(error, OSError) and error.filename is not None  # as in a path that cannot be opened
         print(f"Error: {error.filename}: {error.strerror}." if system else f"Error: {error}", file=sys.stderr)
+        code = 1
+    except (MemoryError, RuntimeError) as error:
+        known = isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
+        if not known or os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        print(f"Error: out of memory: {SMALLER.get(root, 'ask for less at once')}.", file=sys.stderr)
         code = 1
     except KeyboardInterrupt:
         sys.stdout.flush()

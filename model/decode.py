@@ -233,6 +233,12 @@ class Decoder:
             if precision != "fp32":
                 self.prefiller = decoding_copy(model, partial(packed, rows=512, precision=precision))
 
+    def nbytes(self, rows: int, positions: int) -> int:
+        """What so many rows of so many positions take: their cache, logits, and what is drawn from them."""
+        config, width = self.config, self.config.kv_heads * self.config.head_width
+        cache = 2 * config.n_layer * rows * min(positions, config.block_size) * width * self.dtype.itemsize
+        return cache + 3 * 4 * rows * config.vocab_size
+
     def begin(self, texts: list[list[int]], max_new_tokens: int) -> None:
         """Make the cache for `texts` that grow by so many tokens at most."""
         lengths, rows = [len(text) for text in texts], len(texts)

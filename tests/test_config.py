@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from conf import launch, schema
 from conf.schema import ConfigError, compose
 from model import GPTConfig
+from scripts.plan import PlanSettings
 
 
 def complaint(*overrides: str, root: str = "config") -> str:
@@ -230,6 +232,26 @@ def test_a_path_that_cannot_be_opened_is_one_plain_sentence(monkeypatch, capsys)
     with pytest.raises(SystemExit):
         launch.launch(lambda settings: Path("/no/such/file").read_text(), "sample", "")
     assert capsys.readouterr().err == "Error: /no/such/file: No such file or directory.\n"
+
+
+def cuda_is_full(settings):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.10 GiB")
+
+
+@pytest.mark.parametrize("story", [lambda settings: torch.empty(2**50), cuda_is_full, lambda settings: bytearray(2**60)], ids=["CPU", "GPU", "Python"])
+def test_too_little_memory_is_one_sentence_that_says_what_to_lower(story, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    for root, advice in (("config", "a smaller training.batch_size"), ("sample", "fewer completions at once"), (PlanSettings, "ask for less")):
+        with pytest.raises(SystemExit) as caught:
+            launch.launch(story, root, "")
+        said = capsys.readouterr().err
+        assert caught.value.code == 1 and said.startswith("Error: out of memory: ") and advice in said and said.count("\n") == 1
+    with pytest.raises(RuntimeError, match="a mistake of ours"):
+        launch.launch(mistaken, "config", "")
+
+
+def mistaken(settings):
+    raise RuntimeError("a mistake of ours")
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ import sample as story
 import train
 from conf.schema import ConfigError, compose
 from data.tokenizer import fingerprint, from_json
-from model import Undrawn
+from model import Decoder, Undrawn
 from training import checkpoint, shelf
 from training.device import Device
 
@@ -182,6 +182,23 @@ def test_neither_opening_nor_sampling_nor_going_on_imports_torchs_compiler(runs_
             f"sample.sample(compose('sample', ['runs_dir={runs_dir}', 'max_new_tokens=3'])); print('torch._dynamo' in sys.modules)")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.endswith("False\n"), done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(("setting", "more"), [("num_samples", []), ("batch_size", ["prompts=p.txt", "out=out.jsonl"])])
+def test_more_at_once_than_memory_holds_is_one_sentence(setting, more, say, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.txt").write_text("The")
+    with pytest.raises(ValueError, match=rf"{setting}=1000000000 completions at once take [\d,]+ MB of memory, [\d,]+ MB are free: choose a smaller {setting}"):
+        say(f"{setting}=1000000000", *more)
+    assert [path.name for path in tmp_path.iterdir()] == ["p.txt"]
+
+
+def test_what_a_decoder_says_it_takes_is_what_it_takes(runs_dir):
+    model, _ = story.open_checkpoint(runs_dir / "tiny", "best", Device("cpu", "fp32"))
+    decoder = Decoder(model, 3)
+    decoder.begin([[1], [1], [1]], 9)
+    held = sum(each.nbytes for each in (*decoder.cache.keys, *decoder.cache.values))
+    assert held == decoder.nbytes(3, 10) - 3 * 4 * 3 * model.config.vocab_size
 
 
 # Files of prompts

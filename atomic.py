@@ -141,19 +141,12 @@ def sync(folder: Path) -> None:
 class Lines:
     """The end of a text file that grows by whole lines.
 
-    What a full disk refuses waits in memory for the next line's turn. Safe to use from several threads. `alone` keeps
-    other processes that ask for it out: raises BlockingIOError, changing nothing, where one has it so.
+    What a full disk refuses waits in memory for the next line's turn. Safe to use from several threads.
     """
 
-    def __init__(self, path: Path, alone: bool = False) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
         self.handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o644)
-        if alone:
-            try:
-                fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(self.handle)
-                raise
         self.size = os.fstat(self.handle).st_size
         if self.size and os.pread(self.handle, 1, self.size - 1) != b"\n":  # a kill cut its last line short
             self.size = path.read_bytes().rfind(b"\n") + 1
@@ -188,6 +181,25 @@ class Lines:
 
     def close(self) -> None:
         os.close(self.handle)
+
+
+@contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Keep out, for as long as the block lasts, whoever else asks for this of a plain file. The file is made if missing.
+
+    Raises BlockingIOError where another has it. On a file system that has no locks nobody is kept out.
+    """
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BlockingIOError(f"{path} is being written by another process: wait, or choose another file.") from None
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(handle)
 
 
 class Lock:

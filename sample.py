@@ -29,6 +29,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 from torch import Tensor
@@ -240,10 +241,10 @@ def write(model: GPT, tokenizer: Tokenizer, jobs: list[tuple[str, int]], setting
                                            numbers=[number for _, number in jobs], use_cache=settings.cache,
                                            decoder=decoder, done=done):
             logprobs = own_logprobs(logits, tokens) if wanted else [math.nan] * len(going)
-            for number, token, logprob in zip(going, tokens.tolist(), logprobs, strict=True):
-                rows[number].add(token, logprob)
-                if rows[number].finished:
-                    done.add(number)
+            for place, token, logprob in zip(going, tokens.tolist(), logprobs, strict=True):
+                rows[place].add(token, logprob)
+                if rows[place].finished:
+                    done.add(place)
             if show is not None:
                 show(rows[0].certain()[shown:])
                 shown = len(rows[0].certain())
@@ -269,29 +270,28 @@ def complete_file(model: GPT, tokenizer: Tokenizer, settings: SampleSettings, de
     lines = [line.removesuffix("\r") for line in read_file("prompts", settings.prompts).split("\n")]
     jobs = [(line, number) for line in lines if line for number in range(settings.num_samples)]
     rules = {name: getattr(settings, name) for name in RULES} | {"weights": weights_id(model)}
+    if settings.int8 or device.precision != "fp32":
+        rules["batch_size"] = settings.batch_size  # by which the way to multiply is chosen, and the last digits differ
     settings_id = hashlib.sha256(json.dumps(rules).encode()).hexdigest()[:12]
     for prompt, _ in jobs:
         tokenizer.encode(prompt)  # what cannot be encoded is said before anything is written
-    already_done(Path(settings.out), jobs, settings_id)  # what is not of these jobs is not opened
-    try:
-        out = atomic.Lines(Path(settings.out), alone=True)
-    except BlockingIOError:
-        raise ValueError(f"out={settings.out} is being written by another process: wait, or choose another file.") from None
-    done = already_done(Path(settings.out), jobs, settings_id)  # what another process wrote meanwhile, too
-    with tqdm(total=len(jobs), initial=done, unit="completion") as bar:
-        for start in range(0, len(jobs), settings.batch_size):
-            batch = jobs[start : start + settings.batch_size]
-            if start + len(batch) <= done:
-                continue
-            # A batch that a kill cut is made again as a whole: in int8, a row is not quite the same among others.
-            rows = write(model, tokenizer, batch, settings, device, decoder=decoder)
-            for (prompt, number), row in list(zip(batch, rows, strict=True))[max(done - start, 0) :]:
-                out.add(json.dumps({"prompt": prompt, "sample": number, "text": row.text, "tokens": len(row.tokens),
-                                    "mean_logprob": sum(row.logprobs) / len(row.logprobs), "finish_reason": row.reason,
-                                    "settings": settings_id}, ensure_ascii=False))
-                bar.update()
-            out.sync()
-    out.close()
+    path = Path(settings.out)
+    already_done(path, jobs, settings_id)  # what is no file of completions is not touched
+    with atomic.exclusive(path):
+        done = already_done(path, jobs, settings_id)  # now that nobody else writes
+        with closing(atomic.Lines(path)) as out, tqdm(total=len(jobs), initial=done, unit="completion") as bar:
+            for start in range(0, len(jobs), settings.batch_size):
+                batch = jobs[start : start + settings.batch_size]
+                if start + len(batch) <= done:
+                    continue
+                # A batch that a kill cut is made again as a whole: in int8, a row is not quite the same among others.
+                rows = write(model, tokenizer, batch, settings, device, decoder=decoder)
+                for (prompt, number), row in list(zip(batch, rows, strict=True))[max(done - start, 0) :]:
+                    out.add(json.dumps({"prompt": prompt, "sample": number, "text": row.text, "tokens": len(row.tokens),
+                                        "mean_logprob": sum(row.logprobs) / len(row.logprobs),
+                                        "finish_reason": row.reason, "settings": settings_id}, ensure_ascii=False))
+                    bar.update()
+                out.sync()
     print(f"{settings.out}: {len(jobs)} completions")
 
 

@@ -28,6 +28,8 @@ class RaggedCache(KVCache):
     It lends `GPT.features` the hook that `Documents` have: `positions`, and `attend` for the new queries.
     """
 
+    can_drop = True
+
     def __init__(self, config: GPTConfig, batch_size: int, positions: int, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__(config, batch_size, device, dtype, positions)
         self.dtype, self.lengths = dtype, [0] * batch_size
@@ -95,8 +97,10 @@ class RaggedCache(KVCache):
 class SteadyCache(RaggedCache):
     """The same for GPUs: a step works on the same memory as the one before, in the same shapes while `end` is the same.
 
-    So it can be recorded, and played again.
+    So it can be recorded, and played again: of all rows, of which fewer would take a GPU as long.
     """
+
+    can_drop = False
 
     def __init__(self, config: GPTConfig, batch_size: int, positions: int, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__(config, batch_size, positions, device, dtype)
@@ -145,7 +149,7 @@ class TableCache(RaggedCache):
         self.seen_values = self.value_rows[:, : self.end].flatten()  # [B * H * S]
         self.key_starts = torch.arange(heads * self.blocks, dtype=torch.int32) * D  # where the rows of each sum begin
         self.value_starts = self.heads * self.end
-        self.numbers = torch.empty(len(self.rows), heads // len(self.rows), self.blocks, D, dtype=self.dtype)
+        self.queries = torch.empty(len(self.rows), heads // len(self.rows), self.blocks, D, dtype=self.dtype)  # once a block
 
     def fill(self, layer: int, row: int, k: Tensor, v: Tensor) -> None:
         T = k.size(1)
@@ -167,8 +171,8 @@ class TableCache(RaggedCache):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
         """What the heads take `[B, H, 1, D]`."""
-        numbers = torch.mul(q.expand_as(self.numbers), 1 / math.sqrt(q.size(3)), out=self.numbers).view(-1)
-        scores = F.embedding_bag(self.seen_keys, k, self.key_starts, mode="sum", per_sample_weights=numbers)
+        torch.mul(q.expand_as(self.queries), 1 / math.sqrt(q.size(3)), out=self.queries)
+        scores = F.embedding_bag(self.seen_keys, k, self.key_starts, mode="sum", per_sample_weights=self.queries.view(-1))
         scores = scores.view(*q.shape[:3], -1)[..., : self.end]
         weights = (scores if self.mask is None else scores + self.mask).softmax(-1).flatten()
         y = F.embedding_bag(self.seen_values, v, self.value_starts, mode="sum", per_sample_weights=weights)
@@ -222,7 +226,7 @@ class Decoder:
         if precision == "int8" and self.kind is not TableCache:
             raise ValueError("int8=true is for CPUs of the x86 kind, and not for every flag of a model: leave it out.")
         self.dtype, self.records = cache_dtype(model), self.kind is SteadyCache
-        self.can_drop = not self.records  # what was recorded is of all rows, and fewer would take a GPU as long
+        self.can_drop = self.kind.can_drop
         self.reader = self.prefiller = model
         if self.kind is SteadyCache:
             self.reader = decoding_copy(model, partial(cast, dtype=self.dtype))
@@ -253,6 +257,7 @@ class Decoder:
         self.recordings: dict[int, Recording] = {}
         self.warm: set[int] = set()
 
+    @torch.inference_mode()
     def next_logits(self, texts: list[list[int]]) -> Tensor:
         """Logits `[B, V]` behind `texts`, each of which has one token more than the last time."""
         read: dict[tuple[int, ...], int] = {}
@@ -274,7 +279,7 @@ class Decoder:
         return self.recorded_step() if self.records else self.step()
 
     def drop(self, row: int) -> None:
-        """Continue a text no more: the last one takes its place."""
+        """Continue a text no more. The last takes its place, in the cache and in what `next_logits` is given from now on."""
         self.cache.drop(row)
         self.starts[row] = self.starts[-1]
         self.starts.pop()

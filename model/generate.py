@@ -57,7 +57,7 @@ def pick(logits: Tensor, temperature: float, top_k: int, top_p: float, draws: Te
 
 
 def generate(model: GPT, prompts: Tensor | Sequence[Sequence[int]], max_new_tokens: int, **rules: Any) -> Iterator[Tensor]:
-    """Continue `prompts`, yielding the next ids `[B]` one position at a time; all else is as `steps` has it."""
+    """Continue `prompts` to the end, yielding the next ids `[B]` one position at a time; all else is as `steps` has it."""
     for _, tokens, _ in steps(model, prompts, max_new_tokens, **rules):
         yield tokens
 
@@ -71,10 +71,12 @@ def steps(
     """Continue `prompts`, `[B, T]` or rows of any lengths: yields which rows, their next ids `[B]`, and the logits `[B, V]`.
 
     `top_k=0` and `top_p=1` switch those rules off. What is drawn is a function of the seed and of the row's number (its
-    place, or what `numbers` say): the same with and without a cache, alone and in a batch. No other random stream is
-    touched. A `decoder` made before spares making one. Rows that are found in `done` after a step leave the batch, except
-    where that saves nothing, so that order and number of the rows change; without rows it ends. Raises ValueError for a
-    prompt without tokens.
+    place, or what `numbers` say): the same with and without a cache, alone and in a batch (in fp32; with fewer bits
+    the last digits differ). No other random stream is touched. A `decoder` made before spares making one. Raises
+    ValueError for a prompt without tokens.
+
+    A caller can add rows to `done` whose next ids it does not want. They leave the batch, and the last ones take their
+    places; only where that would save nothing they still come. It ends when all are done.
     """
     texts = [list(row) for row in (prompts.tolist() if isinstance(prompts, Tensor) else prompts)]
     if not all(texts):
@@ -98,9 +100,11 @@ def steps(
             leaving = [place for place, row in enumerate(rows) if row in done]
             if len(leaving) == len(rows):
                 return
-            for place in reversed(leaving) if decoder is None or decoder.can_drop else ():
+            if use_cache and not decoder.can_drop:
+                continue
+            for place in reversed(leaving):
                 for held in (rows, texts, streams):
-                    held[place] = held[-1]
+                    held[place] = held[-1]  # the last one takes its place
                     held.pop()
                 if use_cache:
                     decoder.drop(place)

@@ -115,6 +115,6 @@ def decoding_copy(model: GPT, lay_out: Callable[[Tensor, Tensor | None], Product
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):
                 bias = child.bias if child.bias is None else child.bias.detach()
-                delattr(module, name)  # a function cannot stand in a module's place
+                delattr(module, name)  # a module's name takes nothing but modules
                 setattr(module, name, lay_out(child.weight.detach(), bias))
     return twin

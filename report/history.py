@@ -73,7 +73,7 @@ def open_history(folder: Path, name: str) -> History:
     try:
         config = (folder / "config.yaml").read_bytes()
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(config, SAFE_LOADER)):
-            raise ValueError("config.yaml repeats itself by aliases")  # a few of which stand for more than any memory holds
+            raise ValueError("config.yaml has aliases")  # a few lines of which can stand for more than any memory holds
         settings = flat(yaml.load(config, SAFE_LOADER))
         rows = read_rows(folder / "metrics.jsonl")
         starts = read_rows(folder / STARTS)

@@ -108,6 +108,13 @@ def test_rows_that_are_done_leave_the_others_as_they_were(flags, kind, monkeypat
     assert counts == ([5] * 17 if kind is SteadyCache else [5] * 3 + [4] * 2 + [3] * 7 + [1] * 5)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+def test_a_decoder_needs_nobody_to_switch_gradients_off(precision):
+    decoder = Decoder(make(), 1, precision)
+    decoder.begin(texts_of(3), 2)
+    assert not decoder.next_logits(texts_of(3)).requires_grad
+
+
 def test_a_row_that_takes_another_place_is_not_read_again(monkeypatch):
     """Of 3 and 17 tokens in a block of 16, the latter with a window that has moved."""
     decoder, read = Decoder(make(), 2), []

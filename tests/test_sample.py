@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-import fcntl
+import errno
 import io
 import json
 import os
@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 from test_checkpoint import reseal
 
+import atomic
 import sample as story
 import train
 from conf.schema import ConfigError, compose
@@ -311,16 +312,44 @@ def test_completions_go_into_plain_files_only(fill, tmp_path, make):
         fill(["The"], f"out={tmp_path / 'there'}")
 
 
-def test_two_processes_do_not_write_one_file(fill, tmp_path):
+def test_who_else_writes_the_file_is_waited_for(fill, tmp_path):
     fill(["The"])
     content = (tmp_path / "out.jsonl").read_text()
-    other = os.open(tmp_path / "out.jsonl", os.O_RDWR)
-    fcntl.flock(other, fcntl.LOCK_EX)
-    with pytest.raises(ValueError, match=r"out=.*out.jsonl is being written by another process: wait, or choose another file"):
-        fill(["The", "No"], held=content[:-30])
-    assert (tmp_path / "out.jsonl").read_text() == content[:-30]
-    os.close(other)
+    with atomic.exclusive(tmp_path / "out.jsonl"):
+        with pytest.raises(BlockingIOError, match=r"^[^\[]*out.jsonl is being written by another process: wait, or choose another file.$"):
+            fill(["The", "No"], held=content[:-30])
+        assert (tmp_path / "out.jsonl").read_text() == content[:-30]
     assert len(fill(["The", "No"], held=content[:-30])) == 2
+
+
+def test_what_fails_keeps_nobody_out(fill, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(story, "write", lambda *arguments, **rest: interrupted())
+        fill(["The"])
+    assert len(fill(["The"])) == 1
+
+
+def interrupted():
+    raise KeyboardInterrupt
+
+
+def test_a_file_system_without_locks_is_written_to_all_the_same(fill, monkeypatch):
+    def flock(handle, operation):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(atomic.fcntl, "flock", flock)
+    assert len(fill(["The"])) == 1
+
+
+def test_batches_of_another_size_go_on_with_a_file_only_where_they_give_the_same(fill, tmp_path):
+    def go_on(*rules):
+        fill(["The", "No"], "batch_size=2", *rules)
+        content = (tmp_path / "out.jsonl").read_text()
+        return fill(["The", "No"], "batch_size=1", *rules, held=content[: content.index("\n") + 1])
+
+    assert len(go_on()) == 2
+    with pytest.raises(ValueError, match="is of another prompt, model or setting"):
+        go_on("precision=bf16")
 
 
 def test_the_mark_at_the_beginning_of_a_file_is_not_part_of_a_prompt(fill):

@@ -13,9 +13,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 from conf.schema import compose
-from model import decode
+from model import caches, decode
+from model.caches import RaggedCache, SteadyCache, TableCache
 from model.config import GPTConfig
-from model.decode import Decoder, RaggedCache, SteadyCache, TableCache, kind_of_cache
+from model.decode import Decoder, kind_of_cache
 from model.generate import steps, uncached_logits
 from model.gpt import GPT
 from model.packed import can_copy, cast, decoding_copy, packed
@@ -61,7 +62,7 @@ def steady(monkeypatch):
     """A CPU decodes as a GPU does."""
     monkeypatch.setattr(decode, "kind_of_cache", lambda model: SteadyCache)
     monkeypatch.setattr(decode, "Recording", Traced)
-    monkeypatch.setattr(decode, "STEADY", 8)
+    monkeypatch.setattr(caches, "STEADY", 8)
     monkeypatch.setattr(Traced, "made", 0)
 
 
@@ -72,7 +73,7 @@ def test_logits_are_those_without_a_cache(flags, lengths, kind, block, monkeypat
     """By an uncached pass at every step, for one row, few and many, by the copies and by the model itself."""
     model = make(**flags)
     monkeypatch.setattr(Traced, "made", 0)
-    monkeypatch.setattr(decode, "BLOCK", block)
+    monkeypatch.setattr(caches, "BLOCK", block)
     if kind is SteadyCache:
         request.getfixturevalue("steady")
     if kind is RaggedCache:
@@ -160,7 +161,7 @@ def test_a_gpu_that_cannot_record_goes_on_without(late, steady, monkeypatch):
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(decode, "Recording", fail)
-    monkeypatch.setattr(decode, "STEADY", 1)
+    monkeypatch.setattr(caches, "STEADY", 1)
     model = make()
     decoder, seen = Decoder(model, 1), texts_of(16)
     monkeypatch.setattr(SteadyCache, "begin_step", set_up_before(SteadyCache.begin_step, decoder))

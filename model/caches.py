@@ -1,0 +1,175 @@
+"""Caches of keys and values in which each row has its own length: for any device, for GPUs, for CPUs.
+
+Shapes: B rows, H heads, G key-value heads, D head width, S positions so far.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.attention import KVCache
+from model.config import GPTConfig
+
+STEADY = 256  # so many positions on end a `SteadyCache` does the same with
+BLOCK = 128  # positions at most in a block of keys of a `TableCache`
+
+
+class RaggedCache(KVCache):
+    """A cache whose rows hold texts of different lengths; one step adds a position to each.
+
+    It lends `GPT.features` the hook that `Documents` have: `positions`, and `attend` for the new queries.
+    """
+
+    can_drop = True
+
+    def __init__(self, config: GPTConfig, batch_size: int, positions: int, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__(config, batch_size, device, dtype, positions)
+        self.dtype, self.lengths = dtype, [0] * batch_size
+        self.rows = torch.arange(batch_size, device=device)
+        self.within = self
+
+    def clear(self) -> None:
+        """Hold zeros: what a mask hides is still multiplied, by 0."""
+        for each in (*self.keys, *self.values):
+            each.zero_()
+
+    def repeat(self, source: int, target: int) -> None:
+        """Let row `target` hold what row `source` holds."""
+        self.lengths[target] = self.lengths[source]
+        for each in (*self.keys, *self.values):
+            each[target] = each[source]  # the whole row: one piece of memory, whichever way it is turned
+
+    def drop(self, row: int) -> None:
+        """Hold a row less: the last takes the place of `row`."""
+        last = len(self.lengths) - 1
+        if row != last:
+            self.repeat(last, row)
+        self.lengths.pop()
+        self.rows = self.rows[:last]
+        self.keys, self.values = [keys[:last] for keys in self.keys], [values[:last] for values in self.values]
+
+    def fill(self, layer: int, row: int, k: Tensor, v: Tensor) -> None:
+        """Hold the first keys and values `[G, T, D]` of a row."""
+        self.keys[layer][row, :, : k.size(1)] = k
+        self.values[layer][row, :, : v.size(1)] = v
+
+    def begin_step(self) -> None:
+        """Say where the next position of each row is, and what it sees; then each row is longer by it."""
+        self.length = max(self.lengths)
+        self.look()
+        self.lengths = [length + 1 for length in self.lengths]
+
+    def look(self) -> None:
+        """The next `positions` `[B, 1]` see of the first `end` positions what no `mask` hides."""
+        self.end, self.mask = self.length + 1, None
+        self.positions = torch.tensor(self.lengths, device=self.rows.device)[:, None]
+        if min(self.lengths) < self.length:
+            self.mask = self.hidden()
+
+    def hidden(self) -> Tensor:
+        """What is added to scores of `end` positions: -infinity where a row has none yet, `[B, 1, 1, end]`."""
+        later = torch.arange(self.end, device=self.rows.device) > self.positions  # [B, end]
+        mask = torch.zeros(later.shape, device=later.device, dtype=self.dtype)
+        return mask.masked_fill_(later, -torch.inf)[:, None, None]
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """As `KVCache.extend`, for one new position at each row's own place."""
+        if self.mask is None:
+            return super().extend(layer, k, v)
+        for held, new in ((self.keys[layer], k), (self.values[layer], v)):
+            held[self.rows, :, self.positions[:, 0]] = new[:, :, 0].to(self.dtype)
+        return self.keys[layer][:, :, : self.end], self.values[layer][:, :, : self.end]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+        """What the heads take `[B, H, 1, D]`. The heads that share keys are asked as rows of one product."""
+        grouped = q.to(k.dtype).reshape(q.size(0), k.size(1), -1, q.size(3))  # [B, G, H / G, D]
+        return F.scaled_dot_product_attention(grouped, k, v, attn_mask=self.mask).to(q.dtype).reshape(q.shape)
+
+
+class SteadyCache(RaggedCache):
+    """The same for GPUs: a step works on the same memory as the one before, in the same shapes while `end` is the same.
+
+    So it can be recorded, and played again: of all rows, of which fewer would take a GPU as long.
+    """
+
+    can_drop = False
+
+    def __init__(self, config: GPTConfig, batch_size: int, positions: int, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__(config, batch_size, positions, device, dtype)
+        self.clear()
+        self.positions = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
+        self.masks: dict[int, Tensor] = {}
+
+    def look(self) -> None:
+        self.end = min(-(-(self.length + 1) // STEADY) * STEADY, self.keys[0].size(2))
+        self.positions.copy_(torch.tensor(self.lengths)[:, None])
+        hidden = self.hidden()
+        self.mask = self.masks.setdefault(self.end, hidden)  # what a recording reads stays where it is
+        self.mask.copy_(hidden)
+
+
+class TableCache(RaggedCache):
+    """The same for CPUs, where no attention kernel reads many keys for one query at the memory's speed.
+
+    But `embedding_bag` does: it sums rows of a table, each times a number. What a head takes is the S rows of its values,
+    each times its weight. Its scores are D rows of keys, each times a number of the query: keys lie turned, in blocks of a
+    few positions, so that no more are read than there are, and their sums stay in the processor's registers.
+    """
+
+    def __init__(self, config: GPTConfig, batch_size: int, positions: int, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__(config, batch_size, positions, device, dtype)
+        blocks = -(-positions // BLOCK)
+        self.wide = -(-positions // blocks)
+        groups, D = config.kv_heads, config.head_width
+        self.keys = [torch.empty(batch_size, groups, blocks, D, self.wide, dtype=dtype) for _ in range(config.n_layer)]
+        self.tables = [(self.keys[layer].flatten(0, 3), self.values[layer].flatten(0, 2)) for layer in range(config.n_layer)]
+        self.heads = torch.arange(batch_size * config.n_head, dtype=torch.int32)
+        group = self.heads[:, None] // (config.n_head // groups)  # [B * H, 1]
+        self.key_rows = group * blocks * D + torch.arange(blocks * D, dtype=torch.int32)  # [B * H, blocks * D]
+        self.value_rows = group * positions + torch.arange(positions, dtype=torch.int32)  # [B * H, positions]
+
+    def drop(self, row: int) -> None:
+        kept = len(self.heads) - len(self.heads) // len(self.lengths)
+        super().drop(row)
+        self.heads, self.key_rows, self.value_rows = self.heads[:kept], self.key_rows[:kept], self.value_rows[:kept]
+
+    def look(self) -> None:
+        super().look()
+        D, heads = self.values[0].size(3), len(self.heads)
+        self.blocks = -(-self.end // self.wide)  # that hold something
+        self.seen_keys = self.key_rows[:, : self.blocks * D].flatten()  # [B * H * blocks * D]
+        self.seen_values = self.value_rows[:, : self.end].flatten()  # [B * H * S]
+        self.key_starts = torch.arange(heads * self.blocks, dtype=torch.int32) * D  # where the rows of each sum begin
+        self.value_starts = self.heads * self.end
+        self.queries = torch.empty(len(self.rows), heads // len(self.rows), self.blocks, D, dtype=self.dtype)  # once a block
+
+    def fill(self, layer: int, row: int, k: Tensor, v: Tensor) -> None:
+        T = k.size(1)
+        for block, part in enumerate(k.split(self.wide, dim=1)):
+            self.keys[layer][row, :, block, :, : part.size(1)] = part.mT
+        self.values[layer][row, :, :T] = v
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys `[B * G * blocks * D, wide]` and values `[B * G * positions, D]`, with the new ones in them."""
+        if self.mask is None:
+            block, place = divmod(self.length, self.wide)
+            self.keys[layer][:, :, block, :, place] = k[:, :, 0]
+            self.values[layer][:, :, self.length] = v[:, :, 0]
+        else:
+            places = self.positions[:, 0]
+            self.keys[layer][self.rows, :, places // self.wide, :, places % self.wide] = k[:, :, 0].to(self.dtype)
+            self.values[layer][self.rows, :, places] = v[:, :, 0].to(self.dtype)
+        return self.tables[layer]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+        """What the heads take `[B, H, 1, D]`."""
+        torch.mul(q.expand_as(self.queries), 1 / math.sqrt(q.size(3)), out=self.queries)
+        scores = F.embedding_bag(self.seen_keys, k, self.key_starts, mode="sum", per_sample_weights=self.queries.view(-1))
+        scores = scores.view(*q.shape[:3], -1)[..., : self.end]
+        weights = (scores if self.mask is None else scores + self.mask).softmax(-1).flatten()
+        y = F.embedding_bag(self.seen_values, v, self.value_starts, mode="sum", per_sample_weights=weights)
+        return y.to(q.dtype).view(q.shape)

@@ -216,10 +216,9 @@ class Completion:
 
 
 def complete(model: GPT, tokenizer: Tokenizer, prompt: str, settings: SampleSettings, device: Device,
-             show: Callable[[str], None] | None = None, decoder: Decoder | None = None) -> list[str]:
-    """`num_samples` completions of `prompt`, generated as one batch; all else is as `write` has it."""
-    jobs = [(prompt, number) for number in range(settings.num_samples)]
-    return [row.text for row in write(model, tokenizer, jobs, settings, device, show, decoder)]
+             show: Callable[[str], None] | None = None, decoder: Decoder | None = None) -> str:
+    """One completion of `prompt`; all else is as `write` has it."""
+    return write(model, tokenizer, [(prompt, 0)], settings, device, show, decoder)[0].text
 
 
 def write(model: GPT, tokenizer: Tokenizer, jobs: list[tuple[str, int]], settings: SampleSettings, device: Device,

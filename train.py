@@ -308,7 +308,7 @@ def report(recorder: Recorder, step: int, val_loss: float, bytes_per_token: floa
 def short_sample(model: GPT, tokenizer: Tokenizer, length: int, device: Device) -> str:
     """What the model writes at this point, or why it cannot."""
     try:
-        return complete(model, tokenizer, "", SampleSettings(max_new_tokens=length), device)[0]
+        return complete(model, tokenizer, "", SampleSettings(max_new_tokens=length), device)
     except ValueError as error:  # as for a model that has diverged, which is for the next loss to judge
         return str(error)
 

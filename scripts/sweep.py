@@ -19,6 +19,7 @@ one study. Trials whose validation loss is hopeless are stopped early. At the en
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import re
 import secrets
@@ -162,7 +163,7 @@ class Search:
                 study.set_user_attr("space", self.space.description())
                 study.set_user_attr("metric", self.metric)
         except Exception as error:  # of which each kind of storage has its own
-            raise ValueError(unreachable(settings, error)) from error
+            raise ValueError(unreachable(settings, error) + damage(journal)) from error
         if began and (changes := differences(began, self.space.description())):
             raise ValueError(f"{self.folder} is the search of another space: {listed(changes)}. Choose another name=, or "
                              f"keep the old space.")
@@ -297,6 +298,16 @@ def unreachable(settings: SweepSettings, error: Exception) -> str:
     said = " ".join(str(error).split())
     return (f"storage={hidden(settings.storage) or JOURNAL} cannot be reached or used "
             f"({type(error).__name__}: {hidden(said)[:200]}).")
+
+
+def damage(journal: Path) -> str:
+    """What to do about a journal of which a line is not what Optuna writes; empty if it is not that."""
+    for number, line in enumerate(journal.read_bytes().splitlines() if journal.is_file() else (), 1):
+        try:
+            json.loads(line)
+        except ValueError:
+            return f" Line {number} of {journal} is damaged: put a copy back, or choose another name=."
+    return ""
 
 
 def hidden(text: str) -> str:

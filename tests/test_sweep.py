@@ -188,6 +188,15 @@ def test_a_line_of_the_journal_that_a_kill_cut_short_loses_no_trial(begin, tmp_p
     assert [trial.value for trial in begin(trials=2).study.trials] == [1.0, 2.0]
 
 
+def test_a_damaged_line_of_the_journal_is_named_with_what_to_do(begin, tmp_path):
+    begin().release()
+    journal = tmp_path / "study" / JOURNAL
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(lines[0] + lines[1][:-9] + b"\n" + b"".join(lines[2:]))
+    with pytest.raises(ValueError, match=r"study.log cannot be reached or used .*Line 2 of .*study.log is damaged: put a copy back, or choose another name=\.$"):
+        begin()
+
+
 def test_going_on_draws_no_point_again(begin):
     one = begin(trials=8)
     for _ in range(4):

@@ -99,10 +99,15 @@ class SteadyCache(RaggedCache):
     can_drop = False
 
     def __init__(self, config: GPTConfig, batch_size: int, positions: int, device: torch.device, dtype: torch.dtype) -> None:
-        super().__init__(config, batch_size, positions, device, dtype)
+        rounded = min(-(-positions // STEADY) * STEADY, config.block_size)  # so that it also fits the next texts
+        super().__init__(config, batch_size, rounded, device, dtype)
         self.clear()
         self.positions = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
         self.masks: dict[int, Tensor] = {}
+
+    def fits(self, batch_size: int, positions: int) -> bool:
+        """Whether so many other texts of so many positions can lie in it."""
+        return batch_size == len(self.lengths) and positions <= self.keys[0].size(2)
 
     def look(self) -> None:
         self.end = min(-(-(self.length + 1) // STEADY) * STEADY, self.keys[0].size(2))

@@ -63,7 +63,7 @@ class Decoder:
         if precision == "int8" and self.kind is not TableCache:
             raise ValueError("int8=true is for CPUs of the x86 kind, and not for every flag of a model: leave it out.")
         self.dtype, self.records = cache_dtype(model), self.kind is SteadyCache
-        self.can_drop = self.kind.can_drop
+        self.can_drop, self.cache = self.kind.can_drop, None
         self.reader = self.prefiller = model
         if self.kind is SteadyCache:
             self.reader = decoding_copy(model, partial(cast, dtype=self.dtype))
@@ -81,14 +81,19 @@ class Decoder:
         return cache + 3 * 4 * rows * config.vocab_size
 
     def begin(self, texts: list[list[int]], max_new_tokens: int) -> None:
-        """Make the cache for `texts` that grow by so many tokens at most."""
+        """Have a cache for `texts` that grow by so many tokens at most."""
         lengths, rows = [len(text) for text in texts], len(texts)
         positions = min(max(lengths) + max_new_tokens, self.config.block_size)
-        self.cache = self.recordings = None  # their memory is there for the new ones
-        self.cache = self.kind(self.config, rows, positions, self.device, self.dtype)
+        if not (self.kind is SteadyCache and self.cache and self.cache.fits(rows, positions)):  # else recordings stay of use
+            self.make_cache(rows, positions)
+        self.cache.lengths, self.starts = [0] * rows, [-1] * rows
         if min(lengths) < max(lengths):
             self.cache.clear()
-        self.starts = [-1] * rows
+
+    def make_cache(self, rows: int, positions: int) -> None:
+        """Make a cache, and what else a step reads."""
+        self.cache = self.recordings = None  # their memory is there for the new ones
+        self.cache = self.kind(self.config, rows, positions, self.device, self.dtype)
         self.last = torch.zeros(rows, 1, dtype=torch.long, device=self.device)
         self.before = torch.zeros(rows, self.config.ngrams - 1, dtype=torch.long, device=self.device)
         self.recordings: dict[int, Recording] = {}

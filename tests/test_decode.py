@@ -146,10 +146,23 @@ def test_a_step_is_recorded_once_for_as_many_positions_as_look_alike(steady):
     for _ in steps(decoder.model, texts_of(5), 19, decoder=decoder):
         ends.append(decoder.cache.end)
     assert ends == [8] * 4 + [16] * 8 + [24] * 7 and Traced.made == 3
-    addresses = {each.data_ptr() for each in (decoder.last, decoder.cache.positions, decoder.cache.mask, *decoder.cache.keys)}
+
+
+def test_recordings_are_of_use_to_the_next_texts_that_fit_their_cache(steady):
+    model = make(block_size=24)
+    decoder, memory = Decoder(model, 2), []
+    for lengths, made in (((5, 9), 2), ((2, 13), 2), ((9, 1), 2), ((3, 3), 3)):  # 9 to 15 and 16 to 20; the last have 3 to 7 too
+        seen = texts_of(*lengths)
+        for _, tokens, logits in steps(model, texts_of(*lengths), 9 if 13 in lengths else 12, decoder=decoder):
+            torch.testing.assert_close(logits, uncached_logits(model, seen), rtol=1e-4, atol=1e-4)
+            for text, token in zip(seen, tokens.tolist(), strict=True):
+                text.append(token)
+        memory.append([each.data_ptr() for each in (decoder.last, decoder.cache.positions, *decoder.cache.keys)])
+        assert Traced.made == made and memory[-1] == memory[0]
     decoder.begin([[1]], 9)
-    assert not decoder.recordings, "another cache is other memory"
-    assert {decoder.last.data_ptr()}.isdisjoint(addresses)
+    assert not decoder.recordings, "one row is another shape"
+    decoder.begin([[1]], 24)
+    assert not decoder.recordings and decoder.cache.keys[0].size(2) == 24
 
 
 @pytest.mark.parametrize("late", [False, True])

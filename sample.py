@@ -2,7 +2,7 @@
 
   python sample.py run=pydocs prompt="Return the number of"
 
-Settings, each with its default:
+Settings, each with its default, or with an example where there is none:
   run=NAME              the run's name or folder; without it, the run that was trained last
   prompt="To be, or"    any text, taken as it is; without it a new text is begun
   prompt_file=FILE      the prompt from a file, or from standard input with prompt_file=-

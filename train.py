@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import shlex
 import time
 from dataclasses import asdict, replace
 
@@ -250,9 +251,9 @@ def expected_seconds(model: nn.Module, loader: Loader, device: Device, boundary:
     """What a step will take: by a part of a micro-step, where all of it would be a wait."""
     rows = math.ceil(loader.batch_size / 8)
     first = seconds_of(lambda: trial(model, loader, device, boundary, rows), device)  # which also sets the device up
-    rows = loader.batch_size if first < 0.1 else rows
-    seconds = seconds_of(lambda: trial(model, loader, device, boundary, rows), device)
-    return loader.micro_steps * seconds * loader.batch_size / rows
+    more = loader.batch_size if first < 0.1 else rows
+    second = seconds_of(lambda: trial(model, loader, device, boundary, more), device)
+    return loader.micro_steps * loader.batch_size * min(first / rows, second / more)  # what disturbs one may spare the other
 
 
 def trial(model: nn.Module, loader: Loader, device: Device, boundary: int | None, rows: int) -> None:
@@ -325,7 +326,7 @@ def finish(run: Run, limits: TrainingConfig) -> int:
         device = Device(limits.device, limits.precision)
         model, tokenizer = open_checkpoint(run.folder, "best", device)
         print_completions(model, tokenizer, "", SampleSettings(num_samples=3), device)
-    print(f'More: python sample.py run={run.folder} prompt="..."')
+    print(f'More: python sample.py {shlex.quote(f"run={run.folder}")} prompt="..."')
     return 0
 
 

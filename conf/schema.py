@@ -54,8 +54,10 @@ class Settings:
 
     def problems(self) -> Iterator[str]:
         """One sentence for each value that cannot work, the groups' own included."""
-        if self.seed < 0:
-            yield f"seed={self.seed} must be at least 0."
+        if not 0 <= self.seed < 2**63:
+            yield f"seed={self.seed} must be at least 0, and less than 2**63."
+        if self.name != self.name.strip():
+            yield f"name={self.name} begins or ends with white space: use a plain name."
         if Path(self.name).is_absolute() or ".." in Path(self.name).parts or (self.name and not Path(self.name).parts):
             yield f"name={self.name} would leave runs_dir={self.runs_dir}: use a plain name."
         for group in ("model", "data", "optim", "training", "logger"):

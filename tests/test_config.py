@@ -134,6 +134,7 @@ def test_the_error_says_what_was_probably_meant(override, guess):
     ("training.tokens_per_step=100", "training.tokens_per_step=100"), ("training.tokens_per_step=4097", "try 4096"),
     ("data=text", "data.path"), ("data.path=/no/such", "data.path=/no/such does not exist"), ("data.vocab_size=10", "vocab_size=10"),
     ("data.val_fraction=1", "val_fraction=1"), ("name=../up", "name=../up"), ("name=/tmp/x", "name=/tmp/x"), ("seed=-1", "seed=-1"),
+    ("seed=99999999999999999999", "seed=99999999999999999999"), ("training.max_seconds=inf", "max_seconds=inf must be"), ("training.max_seconds=nan", "max_seconds=nan must be"), ("name= ", "white space"),
     ("model.n_layer=2,4", "add -m"), ("model=nano,gpt2", "add -m"), ("optim.lr=[1", "cannot be read"), ("optim.lr=", "optim.lr="),
     ("justaword", "key=value"), ("=3", "key=value"), ("~model.n_layer", "key=value"), ("+model.n_layer=2", "write model.n_layer=2"),
     ("model=nope", "There are: "), ("model.bias=maybe", "true or false"), ("model={n_layer: 3}", "no such preset"),

@@ -598,6 +598,11 @@ def test_runs_are_found_by_name_path_and_age(tmp_path):
     assert find_run(tmp_path, "") == tmp_path / "sweep/lr=0.1"
     with pytest.raises(ValueError, match=r"run=new is not there. There are: old, sweep/lr=0.1"):
         find_run(tmp_path, "new")
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new/lock").touch()
+    (tmp_path / "new/config.yaml").touch()
+    with pytest.raises(ValueError, match=r"run=new has no checkpoint yet: .* the first comes after training.checkpoint_every steps, or when you stop it"):
+        find_run(tmp_path, "new")
 
 
 def test_every_write_goes_through_the_one_helper():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -39,7 +40,7 @@ class TrainingConfig:
                 yield f"{name}={getattr(self, name)} must be at least 0."
         if self.max_steps >= 2**63:
             yield f"max_steps={self.max_steps} is too large to count."
-        if self.max_seconds is not None and not self.max_seconds > 0:
+        if self.max_seconds is not None and not 0 < self.max_seconds < math.inf:
             yield f"max_seconds={self.max_seconds} must be more than 0, or null for no limit."
 
     def reached(self, step: int, seconds: float) -> str:

@@ -88,6 +88,9 @@ def find_run(runs_dir: Path, name: str) -> Path:
     for run in (runs_dir / name, Path(name)):
         if name and any(run.glob("checkpoints/step_*")):
             return run
+        if name and is_run(run):
+            raise ValueError(f"run={name} has no checkpoint yet: while it is trained, the first comes after "
+                             "training.checkpoint_every steps, or when you stop it.")
     there = f"There are: {', '.join(str(run.relative_to(runs_dir)) for run in runs)}." if runs else (
         f"{runs_dir} holds no run with a checkpoint: train one with python train.py.")
     raise ValueError(f"run={name} is not there. {there}" if name else there)

@@ -136,7 +136,7 @@ def read_file(name: str, path: str) -> str:
     try:
         return Path(path).read_text(encoding="utf-8-sig")  # some editors mark the beginning of a file
     except UnicodeDecodeError as error:
-        raise ValueError(f"{name}={path} is not UTF-8 at offset {error.start}.") from None
+        raise ValueError(f"{name}={path} is not UTF-8 at offset {error.start}: save it as UTF-8.") from None
 
 
 def prompts() -> Iterator[str]:
@@ -264,10 +264,12 @@ def complete_file(model: GPT, tokenizer: Tokenizer, settings: SampleSettings, de
                   decoder: Decoder | None) -> None:
     """Complete each line of `prompts` `num_samples` times into `out`, in order, going on behind the lines that are there.
 
-    Raises ValueError, changing nothing, if those are of other prompts or settings.
+    Empty lines are passed over. Raises ValueError, changing nothing, if what is there is of other prompts or settings.
     """
     lines = [line.removesuffix("\r") for line in read_file("prompts", settings.prompts).split("\n")]
     jobs = [(line, number) for line in lines if line for number in range(settings.num_samples)]
+    if not jobs:
+        raise ValueError(f"prompts={settings.prompts} holds no prompts: write one a line.")
     rules = {name: getattr(settings, name) for name in RULES} | {"weights": weights_id(model)}
     if settings.int8 or device.precision != "fp32":
         rules["batch_size"] = settings.batch_size  # by which the way to multiply is chosen, and the last digits differ

@@ -104,6 +104,7 @@ def plan(own: PlanSettings) -> int:
     if own.measure and total > available_memory():
         print(f"Time: not measured, {megabytes(available_memory())} of memory are free")
     elif own.measure:
+        print("Timing three micro-steps (measure=false leaves that out) ...", file=sys.stderr, flush=True)
         print(f"Time: {expected_time(settings, device, prepared)}")
     return 0
 

@@ -352,6 +352,13 @@ def test_batches_of_another_size_go_on_with_a_file_only_where_they_give_the_same
         go_on("precision=bf16")
 
 
+@pytest.mark.parametrize("prompts", [[""], ["", "\r", ""]])
+def test_a_file_without_prompts_is_said_and_nothing_is_made(fill, tmp_path, prompts):
+    with pytest.raises(ValueError, match=r"prompts.txt holds no prompts: write one a line"):
+        fill(prompts)
+    assert not (tmp_path / "out.jsonl").exists()
+
+
 def test_the_mark_at_the_beginning_of_a_file_is_not_part_of_a_prompt(fill):
     assert fill(["\ufeffThe"]) == fill(["The"])
 

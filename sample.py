@@ -277,9 +277,10 @@ def complete_file(model: GPT, tokenizer: Tokenizer, settings: SampleSettings, de
     for prompt, _ in jobs:
         tokenizer.encode(prompt)  # what cannot be encoded is said before anything is written
     path = Path(settings.out)
-    already_done(path, jobs, settings_id)  # what is no file of completions is not touched
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise ValueError(f"out={path} is not a plain file: choose another.")
     with atomic.exclusive(path):
-        done = already_done(path, jobs, settings_id)  # now that nobody else writes
+        done = already_done(path, jobs, settings_id)
         with closing(atomic.Lines(path)) as out, tqdm(total=len(jobs), initial=done, unit="completion") as bar:
             for start in range(0, len(jobs), settings.batch_size):
                 batch = jobs[start : start + settings.batch_size]
@@ -322,9 +323,7 @@ def lines_of(path: Path) -> tuple[list[dict[str, object]], bytes]:
 
     Raises ValueError for what cannot be such a file.
     """
-    if path.is_symlink() or (path.exists() and not path.is_file()):
-        raise ValueError(f"out={path} is not a plain file: choose another.")
-    *whole, cut = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    *whole, cut = path.read_bytes().split(b"\n")
     try:
         lines = [json.loads(line) for line in whole]
     except (ValueError, RecursionError):

@@ -32,6 +32,10 @@ class RaggedCache(KVCache):
         self.rows = torch.arange(batch_size, device=device)
         self.within = self
 
+    def fits(self, batch_size: int, positions: int) -> bool:
+        """Whether it serves other texts too: as many, and of so many positions. One that is cheap to make need not."""
+        return False
+
     def clear(self) -> None:
         """Hold zeros: what a mask hides is still multiplied, by 0."""
         for each in (*self.keys, *self.values):
@@ -106,7 +110,6 @@ class SteadyCache(RaggedCache):
         self.masks: dict[int, Tensor] = {}
 
     def fits(self, batch_size: int, positions: int) -> bool:
-        """Whether so many other texts of so many positions can lie in it."""
         return batch_size == len(self.lengths) and positions <= self.keys[0].size(2)
 
     def look(self) -> None:

@@ -84,7 +84,7 @@ class Decoder:
         """Have a cache for `texts` that grow by so many tokens at most."""
         lengths, rows = [len(text) for text in texts], len(texts)
         positions = min(max(lengths) + max_new_tokens, self.config.block_size)
-        if not (self.kind is SteadyCache and self.cache and self.cache.fits(rows, positions)):  # else recordings stay of use
+        if not (self.cache and self.cache.fits(rows, positions)):  # else recordings stay of use
             self.make_cache(rows, positions)
         self.cache.lengths, self.starts = [0] * rows, [-1] * rows
         if min(lengths) < max(lengths):

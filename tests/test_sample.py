@@ -312,7 +312,7 @@ def test_completions_go_into_plain_files_only(fill, tmp_path, make):
         fill(["The"], f"out={tmp_path / 'there'}")
 
 
-def test_who_else_writes_the_file_is_waited_for(fill, tmp_path):
+def test_a_file_that_another_process_writes_is_left_to_it(fill, tmp_path):
     fill(["The"])
     content = (tmp_path / "out.jsonl").read_text()
     with atomic.exclusive(tmp_path / "out.jsonl"):

@@ -85,12 +85,13 @@ def find_run(runs_dir: Path, name: str) -> Path:
     runs = sorted(folder.parent for folder in runs_dir.rglob("checkpoints") if any(folder.glob("step_*")))
     if not name and runs:
         return max(runs, key=lambda run: (run / "checkpoints").stat().st_mtime)
-    for run in (runs_dir / name, Path(name)):
+    places = (runs_dir / name, Path(name))
+    for run in places:
         if name and any(run.glob("checkpoints/step_*")):
             return run
-        if name and is_run(run):
-            raise ValueError(f"run={name} has no checkpoint yet: while it is trained, the first comes after "
-                             "training.checkpoint_every steps, or when you stop it.")
+    if name and first_run(places):
+        raise ValueError(f"run={name} has no checkpoint yet: while it is trained, the first comes after "
+                         "training.checkpoint_every steps, or when you stop it.")
     there = f"There are: {', '.join(str(run.relative_to(runs_dir)) for run in runs)}." if runs else (
         f"{runs_dir} holds no run with a checkpoint: train one with python train.py.")
     raise ValueError(f"run={name} is not there. {there}" if name else there)

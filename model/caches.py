@@ -5,17 +5,15 @@ Shapes: B rows, H heads, G key-value heads, D head width, S positions so far.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model import kernels
 from model.attention import KVCache
 from model.config import GPTConfig
 
 STEADY = 256  # so many positions on end a `SteadyCache` does the same with
-BLOCK = 128  # positions at most in a block of keys of a `TableCache`
 
 
 class RaggedCache(KVCache):
@@ -120,64 +118,37 @@ class SteadyCache(RaggedCache):
         self.mask.copy_(hidden)
 
 
-class TableCache(RaggedCache):
-    """The same for CPUs, where no attention kernel reads many keys for one query at the memory's speed.
-
-    But `embedding_bag` does: it sums rows of a table, each times a number. What a head takes is the S rows of its values,
-    each times its weight. Its scores are D rows of keys, each times a number of the query: keys lie turned, in blocks of a
-    few positions, so that no more are read than there are, and their sums stay in the processor's registers.
-    """
+class PackedCache(RaggedCache):
+    """The same for CPUs, as model/kernels.c reads it: each row to where it is, so that nothing needs to be hidden."""
 
     def __init__(self, config: GPTConfig, batch_size: int, positions: int, device: torch.device, dtype: torch.dtype) -> None:
-        super().__init__(config, batch_size, positions, device, dtype)
-        blocks = -(-positions // BLOCK)
-        self.wide = -(-positions // blocks)
-        groups, D = config.kv_heads, config.head_width
-        self.keys = [torch.empty(batch_size, groups, blocks, D, self.wide, dtype=dtype) for _ in range(config.n_layer)]
-        self.tables = [(self.keys[layer].flatten(0, 3), self.values[layer].flatten(0, 2)) for layer in range(config.n_layer)]
-        self.heads = torch.arange(batch_size * config.n_head, dtype=torch.int32)
-        group = self.heads[:, None] // (config.n_head // groups)  # [B * H, 1]
-        self.key_rows = group * blocks * D + torch.arange(blocks * D, dtype=torch.int32)  # [B * H, blocks * D]
-        self.value_rows = group * positions + torch.arange(positions, dtype=torch.int32)  # [B * H, positions]
+        D, groups = config.head_width, config.kv_heads
+        dtype = torch.float32 if D % 2 else dtype  # two of bf16 lie together
+        super().__init__(config, batch_size, 0, device, dtype)
+        n, width, room = 4 // dtype.itemsize, kernels.values_width(D), -(-positions // kernels.PANEL) * kernels.PANEL
+        self.keys = [torch.zeros(batch_size, groups, room // kernels.PANEL, D // n, kernels.PANEL, n, dtype=dtype)
+                     for _ in range(config.n_layer)]
+        self.values = [torch.zeros(batch_size, groups, -(-D // width), room // n, width, n, dtype=dtype)
+                       for _ in range(config.n_layer)]
+        self.scores = torch.empty(batch_size, config.n_head, room)
 
-    def drop(self, row: int) -> None:
-        kept = len(self.heads) - len(self.heads) // len(self.lengths)
-        super().drop(row)
-        self.heads, self.key_rows, self.value_rows = self.heads[:kept], self.key_rows[:kept], self.value_rows[:kept]
-
-    def look(self) -> None:
-        super().look()
-        D, heads = self.values[0].size(3), len(self.heads)
-        self.blocks = -(-self.end // self.wide)  # that hold something
-        self.seen_keys = self.key_rows[:, : self.blocks * D].flatten()  # [B * H * blocks * D]
-        self.seen_values = self.value_rows[:, : self.end].flatten()  # [B * H * S]
-        self.key_starts = torch.arange(heads * self.blocks, dtype=torch.int32) * D  # where the rows of each sum begin
-        self.value_starts = self.heads * self.end
-        self.queries = torch.empty(len(self.rows), heads // len(self.rows), self.blocks, D, dtype=self.dtype)  # once a block
+    def clear(self) -> None:
+        """Nothing that is not seen is read."""
 
     def fill(self, layer: int, row: int, k: Tensor, v: Tensor) -> None:
-        T = k.size(1)
-        for block, part in enumerate(k.split(self.wide, dim=1)):
-            self.keys[layer][row, :, block, :, : part.size(1)] = part.mT
-        self.values[layer][row, :, :T] = v
+        k = kernels.in_panels(k.to(self.dtype))
+        v = kernels.in_panels(v.mT.to(self.dtype), self.values[layer].size(4))
+        self.keys[layer][row, :, : k.size(1)] = k
+        self.values[layer][row, :, :, : v.size(2)] = v
+
+    def look(self) -> None:
+        self.positions = torch.tensor(self.lengths)[:, None]
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys `[B * G * blocks * D, wide]` and values `[B * G * positions, D]`, with the new ones in them."""
-        if self.mask is None:
-            block, place = divmod(self.length, self.wide)
-            self.keys[layer][:, :, block, :, place] = k[:, :, 0]
-            self.values[layer][:, :, self.length] = v[:, :, 0]
-        else:
-            places = self.positions[:, 0]
-            self.keys[layer][self.rows, :, places // self.wide, :, places % self.wide] = k[:, :, 0].to(self.dtype)
-            self.values[layer][self.rows, :, places] = v[:, :, 0].to(self.dtype)
-        return self.tables[layer]
+        """The new ones alone: they join the others when `attend` comes to them."""
+        self.layer = layer
+        return k, v
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
         """What the heads take `[B, H, 1, D]`."""
-        torch.mul(q.expand_as(self.queries), 1 / math.sqrt(q.size(3)), out=self.queries)
-        scores = F.embedding_bag(self.seen_keys, k, self.key_starts, mode="sum", per_sample_weights=self.queries.view(-1))
-        scores = scores.view(*q.shape[:3], -1)[..., : self.end]
-        weights = (scores if self.mask is None else scores + self.mask).softmax(-1).flatten()
-        y = F.embedding_bag(self.seen_values, v, self.value_starts, mode="sum", per_sample_weights=weights)
-        return y.to(q.dtype).view(q.shape)
+        return kernels.attend(q, k, v, self.keys[self.layer], self.values[self.layer], self.scores, self.positions)

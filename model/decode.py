@@ -10,10 +10,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from model.caches import RaggedCache, SteadyCache, TableCache
+from model import kernels
+from model.caches import PackedCache, RaggedCache, SteadyCache
 from model.gpt import GPT
 from model.ngram import NOTHING
-from model.packed import can_copy, cast, decoding_copy, has_kernels, packed
+from model.packed import can_copy, cast, decoding_copy
 
 
 class Enough(Exception):
@@ -60,19 +61,19 @@ class Decoder:
     def __init__(self, model: GPT, rows: int, precision: str = "") -> None:
         self.model, self.config, self.device = model, model.config, model.wte.weight.device
         self.kind = kind_of_cache(model)
-        if precision == "int8" and self.kind is not TableCache:
-            raise ValueError("int8=true is for CPUs of the x86 kind, and not for every flag of a model: leave it out.")
+        if precision == "int8" and self.kind is not PackedCache:
+            raise ValueError("int8=true needs a CPU and a C compiler (cc), and knows not every flag of a model: leave it out.")
         self.dtype, self.records = cache_dtype(model), self.kind is SteadyCache
         self.can_drop, self.cache = self.kind.can_drop, None
         self.reader = self.prefiller = model
-        if self.kind is SteadyCache:
-            self.reader = decoding_copy(model, partial(cast, dtype=self.dtype))
-        elif self.kind is TableCache:
+        if self.kind is PackedCache:
             precision = precision or ("fp32" if self.dtype == torch.float32 else "bf16")
-            self.dtype = torch.float32 if precision == "fp32" else torch.float16
-            self.reader = decoding_copy(model, partial(packed, rows=rows, precision=precision))
+            self.dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+            self.reader = decoding_copy(model, partial(kernels.product, precision=precision))
             if precision != "fp32":
-                self.prefiller = decoding_copy(model, partial(packed, rows=512, precision=precision))
+                self.prefiller = decoding_copy(model, partial(cast, dtype=torch.bfloat16))
+        elif can_copy(model):
+            self.reader = decoding_copy(model, partial(cast, dtype=self.dtype))
 
     def nbytes(self, rows: int, positions: int) -> int:
         """What so many rows of so many positions take: their cache, logits, and what is drawn from them."""
@@ -156,16 +157,16 @@ class Decoder:
                 self.prefiller.features(torch.tensor([ids], device=self.device), FirstReading(self.cache, row))
 
     def own_precision(self, model: GPT) -> AbstractContextManager[None]:
-        """A copy's is in its products, the model's autocast's; but beside a `TableCache` it is that of its weights."""
-        autocast = model is self.model and self.kind is not TableCache
+        """A copy's is in its products, the model's autocast's; but beside a `PackedCache` it is that of its weights."""
+        autocast = model is self.model and self.kind is not PackedCache
         return nullcontext() if autocast else torch.autocast(self.device.type, enabled=False)
 
 
 def kind_of_cache(model: GPT) -> type[RaggedCache]:
     """What suits the device, and the flags of the model."""
-    if not can_copy(model):
-        return RaggedCache
-    return TableCache if has_kernels(model) else SteadyCache if model.wte.weight.is_cuda else RaggedCache
+    if model.wte.weight.is_cuda and can_copy(model):
+        return SteadyCache
+    return PackedCache if model.wte.weight.is_cpu and can_copy(model) and kernels.library() else RaggedCache
 
 
 def window_start(length: int, block_size: int) -> int:

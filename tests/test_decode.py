@@ -14,12 +14,13 @@ from torch.nn import functional as F
 
 from conf.schema import compose
 from model import caches, decode
-from model.caches import RaggedCache, SteadyCache, TableCache
+from model.caches import PackedCache, RaggedCache, SteadyCache
 from model.config import GPTConfig
 from model.decode import Decoder, kind_of_cache
 from model.generate import steps, uncached_logits
 from model.gpt import GPT
-from model.packed import can_copy, cast, decoding_copy, packed
+from model.packed import can_copy, cast, decoding_copy
+from model.kernels import product as packed
 
 V = 96
 SHAPES = {
@@ -68,7 +69,7 @@ def steady(monkeypatch):
 
 @every_shape
 @pytest.mark.parametrize("lengths", [(5,), (16, 1, 9), (3, 3, 40, 15, 7, 1, 2, 16, 5, 11, 30)], ids=str)
-@pytest.mark.parametrize(("kind", "block"), [(TableCache, 128), (TableCache, 5), (SteadyCache, 128), (RaggedCache, 128)])
+@pytest.mark.parametrize(("kind", "block"), [(PackedCache, 128), (PackedCache, 5), (SteadyCache, 128), (RaggedCache, 128)])
 def test_logits_are_those_without_a_cache(flags, lengths, kind, block, monkeypatch, request):
     """By an uncached pass at every step, for one row, few and many, by the copies and by the model itself."""
     model = make(**flags)
@@ -89,7 +90,7 @@ def test_logits_are_those_without_a_cache(flags, lengths, kind, block, monkeypat
 
 
 @every_shape
-@pytest.mark.parametrize("kind", [TableCache, SteadyCache, RaggedCache, None])
+@pytest.mark.parametrize("kind", [PackedCache, SteadyCache, RaggedCache, None])
 def test_rows_that_are_done_leave_the_others_as_they_were(flags, kind, monkeypatch, request):
     """The first, the last, two at once, one whose window moves; at last all of them. None: without a cache."""
     model, lengths = make(**flags), (3, 40, 15, 3, 9)
@@ -278,7 +279,7 @@ def test_the_copy_shares_what_it_does_not_lay_out_anew_and_leaves_the_model_as_i
     assert all(torch.equal(weights, before[name]) for name, weights in model.state_dict().items())
 
 
-@pytest.mark.parametrize(("kind", "dtype"), [(TableCache, torch.float32), (TableCache, torch.float16), (RaggedCache, torch.bfloat16)])
+@pytest.mark.parametrize(("kind", "dtype"), [(PackedCache, torch.float32), (PackedCache, torch.float16), (RaggedCache, torch.bfloat16)])
 @pytest.mark.parametrize("groups", [4, 2, 1])
 def test_the_cache_takes_what_keys_and_values_need_and_no_more(kind, dtype, groups):
     config = GPTConfig(block_size=64, vocab_size=V, n_layer=3, n_head=4, n_kv_head=groups, n_embd=32)
@@ -290,7 +291,7 @@ def test_the_cache_takes_what_keys_and_values_need_and_no_more(kind, dtype, grou
 @pytest.mark.parametrize(("positions", "held"), [(48, 48), (128, 128), (129, 130), (300, 300), (1024, 1024)])
 def test_blocks_of_keys_hold_hardly_more_positions_than_there_are_and_only_those_in_use_are_read(positions, held):
     config = GPTConfig(block_size=1024, vocab_size=V, n_layer=1, n_head=2, n_embd=16)
-    cache = TableCache(config, 3, positions, torch.device("cpu"), torch.float32)
+    cache = PackedCache(config, 3, positions, torch.device("cpu"), torch.float32)
     assert cache.keys[0].numel() == 3 * 16 * held
     cache.lengths = [0, 40, 5]
     cache.begin_step()
@@ -314,7 +315,7 @@ def test_equal_prompts_are_read_once_and_no_further_than_the_last_keys_and_value
     features = model.features
     model.features = lambda idx, cache: read.append(tuple(idx.shape)) or features(idx, cache)
     list(steps(model, texts_of(20) * 64 + texts_of(7), 3, decoder=(decoder := Decoder(model, 65))))
-    assert decoder.kind is TableCache and decoder.prefiller is model
+    assert decoder.kind is PackedCache and decoder.prefiller is model
     assert [shape for shape in read if shape[1] > 1] == [(1, 19), (1, 6)]
     assert set(widths) == {1}  # only the steps themselves
 
@@ -340,7 +341,7 @@ def test_a_flag_that_the_copy_does_not_know_leaves_decoding_to_the_model():
 def test_presets_decode_fast(preset):
     config = compose("config", [f"model={preset}"]).model
     tiny = GPTConfig(**vars(config) | {"n_layer": 1, "vocab_size": V, "block_size": 16, "n_embd": 16 * config.n_head})
-    assert kind_of_cache(GPT(tiny)) is TableCache
+    assert kind_of_cache(GPT(tiny)) is PackedCache
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""C compiled on the machine that runs it, for just this processor, when it is first used; and kept for the next process."""
+"""C, compiled for just this machine when it is first used, and kept for the next process."""
 
 from __future__ import annotations
 
@@ -14,34 +14,41 @@ from pathlib import Path
 
 import atomic
 
-# Where threads come from is not linked: torch has brought its own, and one pool of them is enough.
-COMPILE, LINK = "-O3 -march=native -fopenmp -fPIC -c {source} -o {object}", "-shared {object} -o {library}"
+COMPILE = "-O3 -march=native -fopenmp -fPIC -c {source} -o {made}.o"
+LINK = "-shared {made}.o -o {made}.so"  # without a library of threads: those of torch, which is there before, are enough
 
 
-def library(source: Path) -> ctypes.CDLL:
-    """`source` as a library. Raises OSError, with the reason, where there is no compiler or it cannot do it."""
-    compiler = os.environ.get("CC") or "cc"
-    made_from = source.read_bytes(), compiler, COMPILE, LINK, processor()
-    digest = hashlib.sha256(repr(made_from).encode()).hexdigest()[:16]
-    kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanohydra" / f"{source.stem}-{digest}.so"
+def library(path: str) -> ctypes.CDLL:
+    """The source at `path` as a library. Raises OSError, with the reason, where it cannot be made."""
+    source, compiler = Path(path), os.environ.get("CC") or "cc"
+    made_of = repr((source.read_bytes(), compiler, COMPILE, LINK, processor()))
+    name = f"{source.stem}-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.so"
+    kept = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "nanohydra", name)
     with suppress(OSError):
         return ctypes.CDLL(str(kept))
     with tempfile.TemporaryDirectory() as scratch:
-        names = {"source": str(source), "object": f"{scratch}/{source.stem}.o", "library": f"{scratch}/{source.stem}.so"}
+        made = Path(scratch, source.stem)
         for step in (COMPILE, LINK):
-            command = [*shlex.split(compiler), *(word.format(**names) for word in step.split())]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                raise OSError(f"{compiler} cannot compile {source.name}: {done.stderr.strip()[:500]}")
-        made = ctypes.CDLL(names["library"])
-        with suppress(OSError):  # a folder that cannot be written, a full disk: then for this process alone
-            atomic.write_bytes(kept, Path(names["library"]).read_bytes())
-        return made
+            run([*shlex.split(compiler), *(word.format(source=source, made=made) for word in step.split())])
+        found = ctypes.CDLL(f"{made}.so")
+        if kept.is_absolute():  # there is a home folder
+            with suppress(OSError):  # that cannot be written, or is full: then the next process compiles again
+                atomic.write_bytes(kept, Path(f"{made}.so").read_bytes())
+        return found
+
+
+def run(command: list[str]) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    except FileNotFoundError:
+        raise OSError(f"There is no C compiler here ({command[0]}): install gcc, or name one in CC.") from None
+    if done.returncode:
+        raise OSError(f"{command[0]} cannot compile {command[-3]}: {done.stderr.strip()[:300]}")
 
 
 def processor() -> str:
-    """What tells processors apart that cannot run each other's code: a home folder may be shared by several machines."""
+    """What tells processors apart that cannot run each other's code: several machines may share a home folder."""
     with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return "\n".join(dict.fromkeys(line for line in lines if line.startswith(("model name", "flags", "Features"))))
+        return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
     return platform.machine() + platform.processor()

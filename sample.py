@@ -117,7 +117,9 @@ def prepare(model: GPT, settings: SampleSettings, device: Device) -> Decoder | N
     setting = "batch_size" if settings.prompts else "num_samples"
     rows = getattr(settings, setting)
     with device.autocast():
-        decoder = Decoder(model, rows, "int8" * settings.int8)
+        decoder = Decoder(model, "int8" * settings.int8)
+    if decoder.advice:
+        print(decoder.advice, file=sys.stderr)
     needed, free = decoder.nbytes(rows, settings.max_new_tokens), available_memory()
     if device.type == "cpu" and needed > free:
         raise ValueError(f"{setting}={rows} completions at once take {megabytes(needed)} of memory, {megabytes(free)} are "

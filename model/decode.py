@@ -58,11 +58,14 @@ class Decoder:
     Raises ValueError for int8 where there is no way to do it.
     """
 
-    def __init__(self, model: GPT, rows: int, precision: str = "") -> None:
+    def __init__(self, model: GPT, precision: str = "") -> None:
         self.model, self.config, self.device = model, model.config, model.wte.weight.device
         self.kind = kind_of_cache(model)
+        self.advice = ""  # what would make it faster, if there is anything
+        if model.wte.weight.is_cpu and not kernels.available():
+            self.advice = f"Decoding takes two to four times as long without its kernels. {kernels.library()}"
         if precision == "int8" and self.kind is not PackedCache:
-            raise ValueError("int8=true needs a CPU and a C compiler (cc), and knows not every flag of a model: leave it out.")
+            raise ValueError(f"int8=true is for CPUs, and not for all flags of a model: leave it out. {self.advice}".strip())
         self.dtype, self.records = cache_dtype(model), self.kind is SteadyCache
         self.can_drop, self.cache = self.kind.can_drop, None
         self.reader = self.prefiller = model
@@ -77,9 +80,8 @@ class Decoder:
 
     def nbytes(self, rows: int, positions: int) -> int:
         """What so many rows of so many positions take: their cache, logits, and what is drawn from them."""
-        config, width = self.config, self.config.kv_heads * self.config.head_width
-        cache = 2 * config.n_layer * rows * min(positions, config.block_size) * width * self.dtype.itemsize
-        return cache + 3 * 4 * rows * config.vocab_size
+        one = self.kind(self.config, 1, min(positions, self.config.block_size), self.device, self.dtype)
+        return rows * (sum(each.nbytes for each in (*one.keys, *one.values)) + 3 * 4 * self.config.vocab_size)
 
     def begin(self, texts: list[list[int]], max_new_tokens: int) -> None:
         """Have a cache for `texts` that grow by so many tokens at most."""
@@ -166,7 +168,7 @@ def kind_of_cache(model: GPT) -> type[RaggedCache]:
     """What suits the device, and the flags of the model."""
     if model.wte.weight.is_cuda and can_copy(model):
         return SteadyCache
-    return PackedCache if model.wte.weight.is_cpu and can_copy(model) and kernels.library() else RaggedCache
+    return PackedCache if model.wte.weight.is_cpu and can_copy(model) and kernels.available() else RaggedCache
 
 
 def window_start(length: int, block_size: int) -> int:

@@ -88,7 +88,7 @@ def steps(
     model.eval()
     try:
         if use_cache:
-            decoder = decoder or Decoder(model, len(texts))
+            decoder = decoder or Decoder(model)
             decoder.begin(texts, max_new_tokens)
         for _ in range(max_new_tokens):
             logits = decoder.next_logits(texts) if use_cache else uncached_logits(model, texts)

@@ -1,6 +1,6 @@
-"""What decoding does with every weight and every key, in C (kernels.c): as fast as memory is read, as torch's do not.
+"""What decoding does with every weight and every key, in C (kernels.c): as fast as memory is read, which torch is not.
 
-With one new position a row a step does few operations for each number it reads: docs/benchmarks.md has what was measured.
+With one new position a row, a step does few operations for each number it reads. docs/benchmarks.md has what was measured.
 Shapes: B rows, H heads, G key-value heads, D head width.
 """
 
@@ -10,7 +10,6 @@ import ctypes
 import math
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -18,21 +17,26 @@ from torch import Tensor
 
 import compiled
 
-PANEL = 64  # outputs whose numbers lie beside each other
-FP32, BF16, INT8, BF16_KEPT = range(4)  # what a matrix holds, in kernels.c
+PANEL, NARROW = 64, 16  # outputs whose numbers lie beside each other, as in kernels.c
+FP32, BF16, INT8, BF16_KEPT = range(4)  # and what a matrix holds
 KINDS = {"fp32": (FP32, torch.float32), "bf16": (BF16, torch.bfloat16), "int8": (INT8, torch.int8)}
 
 
 @cache
-def library() -> ctypes.CDLL | None:
-    """The compiled kernels; None where they cannot be made."""
+def library() -> ctypes.CDLL | OSError:
+    """The compiled kernels, or why there are none."""
     try:
-        found = compiled.library(Path(__file__).with_suffix(".c"))
-    except OSError:
-        return None
-    found.product.argtypes = [ctypes.c_int] + [ctypes.c_void_p] * 5 + [ctypes.c_long] * 3
-    found.attend.argtypes = [ctypes.c_int] + [ctypes.c_void_p] * 8 + [ctypes.c_long] * 8 + [ctypes.c_float]
+        found = compiled.library(__file__.removesuffix("py") + "c")
+    except OSError as error:
+        return error
+    pointer, number = ctypes.c_void_p, ctypes.c_long
+    found.product.argtypes = [ctypes.c_int] + [pointer] * 5 + [number] * 3
+    found.attend.argtypes = [ctypes.c_int] + [pointer] * 8 + [number] * 8 + [ctypes.c_float]
     return found
+
+
+def available() -> bool:
+    return not isinstance(library(), OSError)
 
 
 def in_panels(matrix: Tensor, width: int = PANEL) -> Tensor:
@@ -46,45 +50,48 @@ def in_panels(matrix: Tensor, width: int = PANEL) -> Tensor:
 
 
 def product(weight: Tensor, bias: Tensor | None, precision: str) -> Callable[[Tensor], Tensor]:
-    """The product of rows `[..., in]` with `weight` `[out, in]`, in fp32, plus a bias; a row's is the same in every company.
+    """Rows `[..., in]` times `weight` `[out, in]`, plus a bias, in fp32. A row gives the same bits alone and among others.
 
-    `precision` is that of the weights: "fp32", "bf16" (rows are rounded too), or "int8" (a scale for each output).
+    `precision` is that of the weights: "fp32", "bf16" (rows are rounded too), or "int8" (with a scale for each output).
     """
-    call, (kind, dtype), (size, inputs), scales = library().product, KINDS[precision], weight.shape, None
-    if precision == "int8":
+    kind, dtype = KINDS[precision]
+    size, inputs = weight.shape
+    scales = None
+    if kind == INT8:
         scales = weight.abs().amax(dim=1).clamp(min=1e-12) / 127
         weight = (weight / scales[:, None]).round()
     held = in_panels(weight.to(dtype))
-    steps, missing = held.size(1), held.size(1) * held.size(3) - inputs
-    taken = torch.bfloat16 if kind == BF16 else torch.float32
+    steps, more = held.size(1), held.size(1) * held.size(3) - inputs
+    row_dtype = torch.bfloat16 if kind == BF16 else torch.float32
 
     def multiply(x: Tensor) -> Tensor:
-        x = x.to(taken)
-        x = F.pad(x, (0, missing)) if missing else x.contiguous()
+        x = x.to(row_dtype)
+        x = F.pad(x, (0, more)) if more else x.contiguous()
         y = torch.empty(*x.shape[:-1], size)
-        call(kind, held.data_ptr(), x.data_ptr(), y.data_ptr(), pointer(scales), pointer(bias), y.numel() // size, steps, size)
+        library().product(kind, held.data_ptr(), x.data_ptr(), y.data_ptr(), pointer(scales), pointer(bias),
+                          y.numel() // size, steps, size)
         return y
     return multiply
 
 
 def values_width(head_width: int) -> int:
-    """How wide the panels of values are: narrow where wide ones would hold much of nothing."""
-    return 16 if head_width % PANEL else PANEL
+    """How wide the panels of values are: narrow where wide ones would be filled with zeros."""
+    return NARROW if head_width % PANEL else PANEL
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, scores: Tensor, lengths: Tensor) -> Tensor:
-    """What the heads take `[B, H, 1, D]` for `q` of that shape, when `k` and `v` `[B, G, 1, D]` have joined the cache.
+    """What the heads take `[B, H, 1, D]` for `q` of that shape, once `k` and `v` `[B, G, 1, D]` have joined the cache.
 
-    That is `keys` `[B, G, ...]` and `values` `[B, G, ...]`, matrices `[positions, D]` and `[D, positions]` as `in_panels` has
-    them, with `lengths` `[B]` positions so far. `scores` `[B, H, positions]` is memory to work in.
+    It holds `lengths` `[B]` positions so far, as `in_panels` has them: `keys` are B x G matrices `[positions, D]`, `values`
+    `[D, positions]`. `scores` `[B, H, positions]` is memory to work in.
     """
     (B, H, _, D), G = q.shape, k.size(1)
-    q, k, v = q.flatten(1), k.flatten(1), v.flatten(1)
+    q, k, v = (x.float().flatten(1) for x in (q, k, v))
     y = torch.empty(B, H, 1, D)
     kind = FP32 if keys.dtype == torch.float32 else BF16_KEPT
-    library().attend(
-         kind, keys.data_ptr(), values.data_ptr(), scores.data_ptr(), q.data_ptr(), k.data_ptr(), v.data_ptr(), y.data_ptr(),
-         lengths.data_ptr(), B, G, H // G, D, scores.size(2), q.stride(0), k.stride(0), v.stride(0), 1 / math.sqrt(D))
+    library().attend(kind, keys.data_ptr(), values.data_ptr(), scores.data_ptr(), q.data_ptr(), k.data_ptr(), v.data_ptr(),
+                     y.data_ptr(), lengths.data_ptr(), B, G, H // G, D, scores.size(2), q.stride(0), k.stride(0),
+                     v.stride(0), 1 / math.sqrt(D))
     return y
 
 

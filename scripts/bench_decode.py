@@ -110,7 +110,7 @@ def measure(side: str, precision: str, rows: int, settings: DecodeSettings) -> N
     tokens = settings.tokens if side != "nanogpt" else min(settings.tokens, 4)
     start = time.perf_counter()
     peers = {"nanogpt": lambda: nanogpt(model, Path(settings.peer)), "transformers": lambda: transformers(model, precision)}
-    run = peers[side]() if side in peers else our_side(model, rows, precision)
+    run = peers[side]() if side in peers else our_side(model, precision)
     prepare = time.perf_counter() - start
     run(prompts, 2)  # warms up
     seconds, reading = [], [read_rate()]
@@ -128,9 +128,9 @@ def measure(side: str, precision: str, rows: int, settings: DecodeSettings) -> N
                       "of_reading": rate / rows * read / statistics.mean(reading)}))
 
 
-def our_side(model: GPT, rows: int, precision: str) -> Callable[[Tensor, int], object]:
+def our_side(model: GPT, precision: str) -> Callable[[Tensor, int], object]:
     autocast = nullcontext() if precision == "fp32" else torch.autocast("cpu", torch.bfloat16)
-    decoder = Decoder(model, rows, precision)
+    decoder = Decoder(model, precision)
 
     def run(prompts: Tensor, count: int) -> object:
         with autocast:

@@ -25,7 +25,7 @@ import sample as story
 import train
 from conf.schema import ConfigError, compose
 from data.tokenizer import fingerprint, from_json
-from model import Decoder, Undrawn
+from model import Decoder, Undrawn, kernels
 from training import checkpoint, shelf
 from training.device import Device
 
@@ -196,7 +196,7 @@ def test_more_at_once_than_memory_holds_is_one_sentence(setting, more, say, monk
 
 def test_what_a_decoder_says_it_takes_is_what_it_takes(runs_dir):
     model, _ = story.open_checkpoint(runs_dir / "tiny", "best", Device("cpu", "fp32"))
-    decoder = Decoder(model, 3)
+    decoder = Decoder(model)
     decoder.begin([[1], [1], [1]], 9)
     held = sum(each.nbytes for each in (*decoder.cache.keys, *decoder.cache.values))
     assert held == decoder.nbytes(3, 10) - 3 * 4 * 3 * model.config.vocab_size
@@ -363,9 +363,8 @@ def test_the_mark_at_the_beginning_of_a_file_is_not_part_of_a_prompt(fill):
     assert fill(["\ufeffThe"]) == fill(["The"])
 
 
-@pytest.mark.skipif(torch.backends.quantized.engine not in ("x86", "fbgemm"), reason="int8 needs an x86 CPU")
+@pytest.mark.skipif(not kernels.available(), reason=f"no kernels here: {kernels.library()}")
 def test_a_batch_that_a_kill_cut_is_made_again_as_a_whole(fill, tmp_path):
-    """Since in int8 the rows of a batch share the scale of what they are rounded to."""
     prompts = ["The", "Every old house", "A", "No", "The quiet"]
     rules = ["int8=true", "batch_size=3", "temperature=1.5"]
     whole = fill(prompts, *rules)

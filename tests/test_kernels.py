@@ -1,0 +1,193 @@
+"""The kernels of decoding: products and attention in C are those of torch, by every way in which they can be compiled."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import compiled
+from model import kernels
+from model.kernels import attend, in_panels, product, values_width
+
+pytestmark = pytest.mark.skipif(not kernels.available(), reason=f"no kernels here: {kernels.library()}")
+every_precision = pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+
+
+@pytest.fixture(scope="module")
+def compiled_for(tmp_path_factory):
+    """The kernels for a processor that lacks something, as far as the compiler is told."""
+    folder = tmp_path_factory.mktemp("compiled")
+
+    @cache
+    def compile_for(flag: str) -> ctypes.CDLL:
+        (folder / "nothing.c").touch()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("CC", f"cc {flag}")
+            patch.setenv("XDG_CACHE_HOME", str(folder))
+            try:
+                compiled.library(str(folder / "nothing.c"))
+            except OSError:
+                pytest.skip(f"this compiler has no {flag}")
+            return kernels.library.__wrapped__()
+    return compile_for
+
+
+@pytest.fixture(params=["", "-mno-avx512bf16", "-mno-avx512f", "-mno-avx"], ids=lambda flag: flag or "all there is")
+def processor(request, compiled_for, monkeypatch):
+    found = compiled_for(request.param)
+    assert not isinstance(found, OSError), found
+    monkeypatch.setattr(kernels, "library", lambda: found)
+
+
+@every_precision
+@pytest.mark.parametrize("rows", [1, 3, 16])
+@pytest.mark.parametrize("size", [(24, 32), (53, 30), (64, 1), (1, 5), (50257, 16)], ids=str)
+def test_a_product_is_a_linear_layer(processor, precision, rows, size):
+    torch.manual_seed(0)
+    weight, bias, x = torch.randn(size), torch.randn(size[0]), torch.randn(rows, 1, size[1])
+    expected = F.linear(x, weight, bias)
+    y = product(weight, bias, precision)(x)
+    assert y.shape == expected.shape and y.dtype == torch.float32
+    assert (y - expected).abs().max() / expected.abs().max() < {"fp32": 1e-6, "bf16": 0.01, "int8": 0.02}[precision]
+    torch.testing.assert_close(product(weight, None, precision)(x), y - bias, rtol=1e-4, atol=1e-4)
+
+
+@every_precision
+def test_a_row_gives_the_same_bits_alone_and_among_others(processor, precision):
+    torch.manual_seed(0)
+    multiply, x = product(torch.randn(500, 90), torch.randn(500), precision), torch.randn(13, 90)
+    y = multiply(x)
+    assert all(torch.equal(multiply(x[row]), y[row]) for row in range(13))
+
+
+@every_precision
+def test_rows_may_lie_in_memory_as_they_like(precision):
+    torch.manual_seed(0)
+    multiply, x = product(torch.randn(70, 32), None, precision), torch.randn(32, 5).t()
+    assert torch.equal(multiply(x), multiply(x.contiguous()))
+
+
+def test_what_is_rounded_is_rounded_as_it_is_said():
+    """bf16: weights and rows. int8: weights alone, to a 127th of the largest of an output."""
+    torch.manual_seed(0)
+    weight, x = torch.randn(96, 256), torch.randn(2, 256)
+    bf16 = F.linear(x.bfloat16().double(), weight.bfloat16().double())
+    torch.testing.assert_close(product(weight, None, "bf16")(x).double(), bf16, rtol=1e-5, atol=1e-5)
+    scales = weight.abs().amax(1, keepdim=True) / 127
+    int8 = F.linear(x.double(), ((weight / scales).round() * scales).double())
+    torch.testing.assert_close(product(weight, None, "int8")(x).double(), int8, rtol=1e-5, atol=1e-5)
+
+
+@every_precision
+def test_large_and_small_weights_and_an_output_of_zeros(precision):
+    weight = torch.tensor([[1e30] * 8, [1e-20] * 8, [0.0] * 8])
+    torch.testing.assert_close(product(weight, None, precision)(torch.ones(1, 8)), 8 * weight.T[:1],
+                               rtol=0.01, atol=0 if precision != "int8" else 1e-10)
+
+
+@every_precision
+@pytest.mark.parametrize("rows", [1, 2, 5])
+@pytest.mark.parametrize("number", [torch.inf, torch.nan])
+def test_of_what_is_not_finite_nothing_finite_comes(processor, precision, rows, number):
+    assert not product(torch.ones(8, 8), None, precision)(torch.full((rows, 8), number)).isfinite().any()
+    assert not product(torch.full((8, 8), number), None, precision)(torch.ones(rows, 8)).isfinite().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("groups", "heads", "D"), [(4, 1, 64), (2, 2, 8), (1, 6, 80), (3, 5, 128), (2, 1, 2)])
+@pytest.mark.parametrize("lengths", [(0,), (1, 62), (63, 64, 127, 5)], ids=str)
+def test_attention_is_that_of_torch(processor, dtype, groups, heads, D, lengths):
+    """With what is in the cache rounded as it is there; the new position comes behind the others of its own row."""
+    torch.manual_seed(0)
+    B, room, width = len(lengths), 192, values_width(D)
+    held = [torch.zeros(B, groups, room, D) for _ in range(2)]
+    for each in held:
+        for row, length in enumerate(lengths):
+            each[row, :, :length] = torch.randn(groups, length, D)
+    q = 3 * torch.randn(B, groups * heads + 1, 1, D)[:, 1:]  # rows that lie apart
+    k, v = torch.randn(B, groups, 1, D), torch.randn(B, groups, 1, D)
+    keys, values = in_panels(held[0].to(dtype)), in_panels(held[1].mT.to(dtype), width)
+    y = attend(q, k, v, keys, values, torch.full((B, groups * heads, room), torch.nan), torch.tensor(lengths))
+    for row, length in enumerate(lengths):
+        for each, new in zip(held, (k, v), strict=True):
+            each[row, :, length] = new[row, :, 0]
+        k_seen, v_seen = (each[row : row + 1, :, : length + 1].to(dtype).float() for each in held)
+        expected = F.scaled_dot_product_attention(q[row : row + 1], k_seen, v_seen, enable_gqa=True)
+        torch.testing.assert_close(y[row : row + 1], expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(keys, in_panels(held[0].to(dtype))) and torch.equal(values, in_panels(held[1].mT.to(dtype), width))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_are_right_where_scores_are_far_apart(dtype):
+    """From one that takes all to those that are alike, also where an exponential is next to nothing."""
+    for spread in (0.0, 1.0, 30.0, 86.0, 89.0, 1e4, 1e30):
+        held = torch.zeros(1, 1, 64, 2)
+        held[0, 0, :20, 0] = torch.linspace(-spread, 0, 20) * math.sqrt(2)
+        values = torch.zeros(1, 1, 64, 2)
+        values[0, 0, :20] = torch.arange(40.0).view(20, 2)
+        q, new = torch.tensor([[[[1.0, 0.0]]]]), torch.full((1, 1, 1, 2), -1e30)
+        y = attend(q, new, new * 0, in_panels(held.to(dtype)), in_panels(values.mT.to(dtype), 16), torch.empty(1, 1, 64), torch.tensor([20]))
+        scores = held[0, 0, :20, 0].to(dtype).float() / math.sqrt(2)
+        torch.testing.assert_close(y.view(1, 2), scores.softmax(0)[None] @ values[0, 0, :20], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("number", [torch.inf, -torch.inf, torch.nan])
+def test_what_is_not_finite_is_seen_from_then_on(dtype, number):
+    held = torch.zeros(1, 1, 64, 16)
+    keys, values = in_panels(held.to(dtype)), in_panels(held.mT.to(dtype), 16)
+    one = torch.ones(1, 1, 1, 16)
+    attend(one, one, number * one, keys, values, scores := torch.empty(1, 1, 64), torch.tensor([0]))
+    assert not attend(one, one, one, keys, values, scores, torch.tensor([1])).isfinite().any()
+
+
+def test_what_was_compiled_is_kept_for_the_next_process(monkeypatch, tmp_path):
+    source = str(Path(kernels.__file__).with_suffix(".c"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    compiled.library(source)
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "run", None)
+        compiled.library(source)
+    monkeypatch.setattr(compiled, "processor", lambda: "another")
+    compiled.library(source)
+    assert len(list((tmp_path / "nanohydra").iterdir())) == 2
+
+
+def test_what_is_kept_and_damaged_is_made_again(monkeypatch, tmp_path):
+    source = str(Path(kernels.__file__).with_suffix(".c"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "whole"))
+    compiled.library(source)
+    (whole,) = (tmp_path / "whole" / "nanohydra").iterdir()
+    damaged = tmp_path / "nanohydra" / whole.name
+    damaged.parent.mkdir()
+    damaged.write_bytes(whole.read_bytes()[:100])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert compiled.library(source).product and damaged.stat().st_size == whole.stat().st_size
+
+
+@pytest.mark.parametrize("home", ["/proc/nobody", "", "relative"])
+def test_without_a_place_to_keep_it_it_is_compiled_all_the_same(home, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", home)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    assert compiled.library(str(Path(kernels.__file__).with_suffix(".c"))).product
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("compiler", "source", "problem"), [
+    ("no-such-compiler", "int x;", "no C compiler here .no-such-compiler.: install gcc"), ("cc", "int x", "cc cannot compile .*some.c: ")])
+def test_what_cannot_be_compiled_says_why(compiler, source, problem, monkeypatch, tmp_path):
+    monkeypatch.setenv("CC", compiler)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path = tmp_path / "some.c"
+    path.write_text(source)
+    with pytest.raises(OSError, match=problem):
+        compiled.library(str(path))
+    assert list(tmp_path.iterdir()) == [path]

@@ -5,6 +5,7 @@ Knows token ids only; what they mean is the tokenizer's business.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Container, Iterator, Sequence
 from typing import Any
@@ -21,7 +22,7 @@ LIKELY = 1024  # so many of the likeliest tokens are ordered first: a nucleus is
 
 def finite(logits: Tensor) -> Tensor:
     """The logits. Raises ValueError if there is one that nothing can be drawn from."""
-    if not logits.sum().isfinite() and not logits.isfinite().all():  # the sum is the faster question
+    if not math.isfinite(logits.sum()) and not logits.isfinite().all():  # the sum is the faster question
         raise ValueError("The model's output is NaN or infinite: its weights are damaged, or its training diverged.")
     return logits
 

@@ -8,6 +8,7 @@
    Each output of a row is summed in the same order, however many rows there are. */
 
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 #ifdef __AVX512BF16__
 #include <immintrin.h>
@@ -31,7 +32,7 @@
 typedef float floats __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES), aligned(4)));
 
-/* What a matrix holds. The rows that it meets are fp32; those that meet BF16 are bf16 too. */
+/* What a matrix holds. The rows that it meets are fp32, but those that meet BF16 are rounded to it too. */
 enum kind { FP32, BF16, INT8, BF16_KEPT };
 
 INLINE floats numbers(ints x) { return __builtin_convertvector(x, floats); }
@@ -81,21 +82,40 @@ INLINE void panel_of_all(enum kind kind, const ints *w, long rows, const char *x
     for (; row < rows; row++) panel(kind, PANEL, w, 1, x + row * size, steps, y + row * apart, apart, width);
 }
 
-/* y [rows, out] = x [rows, steps] times w [out, steps], times a scale of each output, plus a bias; NULL: without. */
-void product(enum kind kind, const ints *w, const char *x, float *y, const float *scale, const float *bias, long rows, long steps,
+/* To bf16: to the nearest, of two to the even one. */
+INLINE uint16_t rounded(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    return x == x ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : 0x7fc0;
+}
+
+/* `count` numbers, in memory that is to be freed. */
+static uint16_t *all_rounded(const float *x, long count) {
+    uint16_t *y = malloc(count * sizeof *y);
+    if (!y) abort();
+    for (long i = 0; i < count; i++) y[i] = rounded(x[i]);
+    return y;
+}
+
+/* y [rows, out] = x [rows, in] times w [out, in], times a scale of each output, plus a bias; NULL: without. */
+void product(enum kind kind, const ints *w, const float *x, float *y, const float *scale, const float *bias, long rows, long in,
              long out) {
+    const long n = kind == FP32 ? 1 : kind == BF16 ? 2 : 4, steps = in / n;
+    uint16_t *halves = kind == BF16 ? all_rounded(x, rows * in) : NULL;
+    const char *met = halves ? (char *)halves : (char *)x;
 #pragma omp parallel for
     for (long first = 0; first < out; first += PANEL) {
         const ints *ours = w + first / LANES * steps;
         long width = out - first < PANEL ? out - first : PANEL;
         /* Three calls, so that each has a kind that the compiler knows. */
-        if (kind == FP32) panel_of_all(FP32, ours, rows, x, steps, y + first, out, width);
-        if (kind == BF16) panel_of_all(BF16, ours, rows, x, steps, y + first, out, width);
-        if (kind == INT8) panel_of_all(INT8, ours, rows, x, steps, y + first, out, width);
+        if (kind == FP32) panel_of_all(FP32, ours, rows, met, steps, y + first, out, width);
+        if (kind == BF16) panel_of_all(BF16, ours, rows, met, steps, y + first, out, width);
+        if (kind == INT8) panel_of_all(INT8, ours, rows, met, steps, y + first, out, width);
         for (long row = 0; row < rows; row++)
             for (long i = first; i < first + width; i++)
                 y[row * out + i] = y[row * out + i] * (scale ? scale[i] : 1) + (bias ? bias[i] : 0);
     }
+    free(halves);
 }
 
 INLINE floats chosen(ints which, floats yes, floats no) { return (floats)((which & (ints)yes) | (~which & (ints)no)); }
@@ -130,10 +150,8 @@ INLINE long place(long o, long i, long steps, long n, long width) {
 }
 
 INLINE void put(char *matrix, long n, long where, float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    if (n == 1) ((uint32_t *)matrix)[where] = bits;
-    else ((uint16_t *)matrix)[where] = x == x ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : 0x7fc0; /* the nearest; NaN */
+    if (n == 1) ((float *)matrix)[where] = x;
+    else ((uint16_t *)matrix)[where] = rounded(x);
 }
 
 /* What heads of one row that share keys and values do: their new k and v [D] join the `at` earlier ones, and each head

@@ -60,16 +60,14 @@ def product(weight: Tensor, bias: Tensor | None, precision: str) -> Callable[[Te
     if kind == INT8:
         scales = weight.abs().amax(dim=1).clamp(min=1e-12) / 127
         weight = (weight / scales[:, None]).round()
-    held = in_panels(weight.to(dtype))
-    steps, more = held.size(1), held.size(1) * held.size(3) - inputs
-    row_dtype = torch.bfloat16 if kind == BF16 else torch.float32
+    held = in_panels(weight.to(dtype))  # [out / PANEL, in / n, PANEL, n]
+    width = held.size(1) * held.size(3)
 
     def multiply(x: Tensor) -> Tensor:
-        x = x.to(row_dtype)
-        x = F.pad(x, (0, more)) if more else x.contiguous()
+        x = F.pad(x, (0, width - inputs)) if width > inputs else x.contiguous()
         y = torch.empty(*x.shape[:-1], size)
         library().product(kind, held.data_ptr(), x.data_ptr(), y.data_ptr(), pointer(scales), pointer(bias),
-                          y.numel() // size, steps, size)
+                          y.numel() // size, width, size)
         return y
     return multiply
 

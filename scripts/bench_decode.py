@@ -41,7 +41,7 @@ class DecodeSettings:
     peer: str = ""  # a nanoGPT checkout
     shape: Literal["gpt2", "gpt2-medium", "modern", "grouped"] = "gpt2"
     prompt: int = 768
-    tokens: int = 64
+    tokens: int = 192
     batch: int = 16
     rounds: int = 3
     out: str = ""

@@ -42,9 +42,9 @@ from model import GPT
 from report.page import after_training
 from sample import complete, open_checkpoint, print_completions
 from training import nonfinite, shelf
-from training.checkpoint import Checkpoint
+from training.checkpoint import Checkpoint, megabytes
 from training.config import TrainingConfig
-from training.device import Device, maybe_compile, seconds_of
+from training.device import Device, available_memory, bytes_kept, maybe_compile, seconds_of
 from training.interrupt import Interrupt
 from training.optim import Optimizers, extension, lr_scale, same_rates
 from training.provenance import record_start
@@ -88,6 +88,7 @@ def train(settings: Settings) -> int:
         state = State(model, optimizers, scaler)
         if last:
             state.restore(last)
+        check_memory(model, loader, device, boundary)
         shelf.check_disk(run.checkpoints, state.nbytes())
         atomic.write_bytes(run.folder / "config.yaml", yaml.safe_dump(asdict(settings), sort_keys=False).encode())
 
@@ -245,6 +246,23 @@ def answer_nonfinite(loss: float, state: State, run: Run, limits: TrainingConfig
     else:
         recorder.say(f"{said} Its batch is skipped.")
     return answer
+
+
+def check_memory(model: nn.Module, loader: Loader, device: Device, boundary: int | None) -> None:
+    """Raise ValueError where a micro-step keeps more than there is memory: the system would kill us without a word."""
+    inputs, targets = loader.batch(0)
+
+    def kept(rows: int) -> int:
+        return bytes_kept(lambda: loss_of(model, (inputs[:rows], targets[:rows]), device, boundary))
+
+    free = available_memory()
+    if device.type != "cpu" or loader.batch_size * kept(1) < free:
+        return
+    needed = loader.batch_size * (kept(2) - kept(1))  # without what is kept only once
+    if needed > free:
+        raise ValueError(f"training.batch_size={loader.batch_size} sequences at once take {megabytes(needed)} of memory, "
+                         f"{megabytes(free)} are free: choose a smaller one (training.tokens_per_step makes it up), or "
+                         "training.recompute=true.")
 
 
 def expected_seconds(model: nn.Module, loader: Loader, device: Device, boundary: int | None) -> float:

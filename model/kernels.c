@@ -27,7 +27,7 @@
 #endif
 #define PANEL 64
 #define NARROW 16   /* a panel of values where heads are not so wide */
-#define AHEAD 8192  /* bytes from here is what the processor is asked to fetch */
+#define AHEAD 8192  /* bytes from here is what the processor is asked to fetch, and not to keep */
 
 typedef float floats __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES), aligned(4)));
@@ -66,7 +66,7 @@ INLINE void panel(enum kind kind, const int outputs, const ints *w, const int ro
     const int vectors = outputs / LANES;
     floats sums[ROWS][PANEL / LANES] = {};
     for (long step = 0; step < steps; step++, w += vectors) {
-        for (int v = 0; v < vectors; v += 16 / LANES) __builtin_prefetch((const char *)(w + v) + AHEAD);
+        for (int v = 0; v < vectors; v += 16 / LANES) __builtin_prefetch((const char *)(w + v) + AHEAD, 0, 0);
         for (int row = 0; row < rows; row++)
             for (int v = 0; v < vectors; v++)
                 sums[row][v] = join(kind, sums[row][v], w[v], x + (row * steps + step) * bytes(kind));

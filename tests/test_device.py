@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from training import device as place
-from training.device import Device, maybe_compile
+from training.device import Device, bytes_kept, maybe_compile
 
 
 @pytest.fixture(autouse=True)
@@ -144,3 +144,11 @@ def test_the_compiled_model_gives_the_same_loss_and_gradients():
         results.append((loss.item(), [weights.grad.clone() for weights in model.parameters()]))
     assert results[0][0] == pytest.approx(results[1][0], abs=1e-5)
     torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-3, atol=1e-5)
+
+
+def test_what_a_call_keeps_for_its_gradients_is_counted_once():
+    x, weight = torch.ones(100, 50), torch.nn.Parameter(torch.ones(20, 50))
+    assert bytes_kept(lambda: torch.nn.functional.linear(x, weight)) == 4 * 100 * 50
+    assert bytes_kept(lambda: torch.nn.functional.linear(x, weight).exp() + torch.nn.functional.linear(x, weight)) == 4 * (100 * 50 + 100 * 20)
+    with torch.no_grad():
+        assert bytes_kept(lambda: torch.nn.functional.linear(x, weight)) == 0

@@ -176,6 +176,18 @@ def run_program(*words: str, **options: object) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
+def test_a_batch_that_memory_cannot_hold_is_one_sentence(compose_tiny, tmp_path, monkeypatch):
+    """Before anything is written; and with the activations computed again, it fits."""
+    monkeypatch.setattr(story, "available_memory", lambda: 600e3)
+    with pytest.raises(ValueError, match=r"batch_size=64 sequences at once take \d+ MB of memory, 1 MB are free: choose a smaller"):
+        story.train(compose_tiny("training.batch_size=64", "training.max_steps=1"))
+    assert not (tmp_path / "runs" / "tiny" / "config.yaml").exists()
+    monkeypatch.setattr(story, "available_memory", lambda: 3e6)
+    with pytest.raises(ValueError, match=r"or training\.recompute=true"):
+        story.train(compose_tiny("training.batch_size=64", "training.max_steps=1"))
+    assert story.train(compose_tiny("training.batch_size=64", "training.max_steps=1", "training.recompute=true")) == 0
+
+
 @pytest.mark.slow
 def test_the_program_survives_kill_9_and_ends_cleanly_on_sigint(book, tmp_path):
     words = ["train.py", "model=nano", "data=text", f"data.path={book}", "data.tokenizer=char", "training=smoke", "name=tiny",

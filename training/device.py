@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 # Dense bf16 peaks in FLOP/s, from the makers' data sheets; the first name that fits counts.
 PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
@@ -159,6 +159,20 @@ def available_memory() -> float:
         return min(free, int((group / "memory.max").read_text()) - used)
     except (OSError, KeyError, ValueError):  # no such limit
         return free
+
+
+def bytes_kept(call: Callable[[], object]) -> int:
+    """What `call` keeps for its gradients, weights included."""
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = call()  # which holds what is kept, so that no two have the same place
+    del result
+    return sum(kept.values())
 
 
 def seconds_of(call: Callable[[], object], device: Device) -> float:

@@ -126,9 +126,9 @@ class PackedCache(RaggedCache):
         dtype = torch.float32 if D % 2 else dtype  # two of bf16 lie together
         super().__init__(config, batch_size, 0, device, dtype)
         n, width, room = 4 // dtype.itemsize, kernels.values_width(D), -(-positions // kernels.PANEL) * kernels.PANEL
-        self.keys = [torch.zeros(batch_size, groups, room // kernels.PANEL, D // n, kernels.PANEL, n, dtype=dtype)
+        self.keys = [torch.empty(batch_size, groups, room // kernels.PANEL, D // n, kernels.PANEL, n, dtype=dtype)
                      for _ in range(config.n_layer)]
-        self.values = [torch.zeros(batch_size, groups, -(-D // width), room // n, width, n, dtype=dtype)
+        self.values = [torch.empty(batch_size, groups, -(-D // width), room // n, width, n, dtype=dtype)
                        for _ in range(config.n_layer)]
         self.scores = torch.empty(batch_size, config.n_head, room)
 

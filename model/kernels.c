@@ -61,8 +61,8 @@ INLINE floats join(enum kind kind, floats sum, ints w, const char *row) {
 INLINE long bytes(enum kind kind) { return kind == BF16_KEPT ? 8 : kind == INT8 ? 16 : 4; }
 
 /* y [rows, width] = x [rows, steps] times a panel of so many outputs; from row to row of y it is `apart` numbers. */
-INLINE void panel(enum kind kind, const int outputs, const ints *w, const int rows, const char *x, long steps, float *y, long apart,
-                  long width) {
+INLINE void panel(enum kind kind, const int outputs, const ints *w, const int rows, const char *x, long steps, float *y,
+                  long apart, long width) {
     const int vectors = outputs / LANES;
     floats sums[ROWS][PANEL / LANES] = {};
     for (long step = 0; step < steps; step++, w += vectors) {
@@ -75,7 +75,8 @@ INLINE void panel(enum kind kind, const int outputs, const ints *w, const int ro
 }
 
 /* The same of a whole panel for any number of rows. */
-INLINE void panel_of_all(enum kind kind, const ints *w, long rows, const char *x, long steps, float *y, long apart, long width) {
+INLINE void panel_of_all(enum kind kind, const ints *w, long rows, const char *x, long steps, float *y, long apart,
+                         long width) {
     long row = 0, size = steps * bytes(kind);
     for (; row + ROWS <= rows; row += ROWS)
         panel(kind, PANEL, w, ROWS, x + row * size, steps, y + row * apart, apart, width);
@@ -98,8 +99,8 @@ static uint16_t *all_rounded(const float *x, long count) {
 }
 
 /* y [rows, out] = x [rows, in] times w [out, in], times a scale of each output, plus a bias; NULL: without. */
-void product(enum kind kind, const ints *w, const float *x, float *y, const float *scale, const float *bias, long rows, long in,
-             long out) {
+void product(enum kind kind, const ints *w, const float *x, float *y, const float *scale, const float *bias, long rows,
+             long in, long out) {
     const long n = kind == FP32 ? 1 : kind == BF16 ? 2 : 4, steps = in / n;
     uint16_t *halves = kind == BF16 ? all_rounded(x, rows * in) : NULL;
     const char *met = halves ? (char *)halves : (char *)x;
@@ -162,6 +163,8 @@ INLINE void attend_group(enum kind kind, const int width, char *keys, char *valu
     for (long d = 0; d < D; d++) {
         put(keys, n, place(at, d, D / n, n, PANEL), k[d]);
         put(values, n, place(d, at, room / n, n, width), v[d]);
+        if (at % n == 0 && n == 2) /* what is read with it weighs nothing, but has to be a number */
+            put(values, n, place(d, at + 1, room / n, n, width), 0);
     }
     for (long first = 0; first <= at; first += PANEL)
         panel_of_all(kind, (ints *)(keys + first * D * size), heads, (char *)q, D / n, weights + first, room, PANEL);
@@ -176,9 +179,9 @@ INLINE void attend_group(enum kind kind, const int width, char *keys, char *valu
 /* A new position of each row: k and v [rows, groups, D] join the `lengths` [rows] earlier ones, and the queries
    q [rows, groups, heads, D] take what they see to y of that shape. From row to row of q, k and v it is so many numbers.
    There is room for `room` positions, a multiple of a panel; `scores` [rows, groups, heads, room] is memory to work in. */
-void attend(enum kind kind, char *keys, char *values, float *scores, const float *q, const float *k, const float *v, float *y,
-            const int64_t *lengths, long rows, long groups, long heads, long D, long room, long q_apart, long k_apart, long v_apart,
-            float scale) {
+void attend(enum kind kind, char *keys, char *values, float *scores, const float *q, const float *k, const float *v,
+            float *y, const int64_t *lengths, long rows, long groups, long heads, long D, long room, long q_apart,
+            long k_apart, long v_apart, float scale) {
     const long size = kind == FP32 ? 4 : 2, width = D % PANEL ? NARROW : PANEL, D_held = (D + width - 1) / width * width;
 #pragma omp parallel for collapse(2)
     for (long row = 0; row < rows; row++)

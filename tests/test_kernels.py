@@ -107,7 +107,7 @@ def test_attention_is_that_of_torch(processor, dtype, groups, heads, D, lengths)
     """With what is in the cache rounded as it is there; the new position comes behind the others of its own row."""
     torch.manual_seed(0)
     B, room, width = len(lengths), 192, values_width(D)
-    held = [torch.zeros(B, groups, room, D) for _ in range(2)]
+    held = [torch.full((B, groups, room, D), torch.nan) for _ in range(2)]  # as memory may be
     for each in held:
         for row, length in enumerate(lengths):
             each[row, :, :length] = torch.randn(groups, length, D)
@@ -121,7 +121,10 @@ def test_attention_is_that_of_torch(processor, dtype, groups, heads, D, lengths)
         k_seen, v_seen = (each[row : row + 1, :, : length + 1].to(dtype).float() for each in held)
         expected = F.scaled_dot_product_attention(q[row : row + 1], k_seen, v_seen, enable_gqa=True)
         torch.testing.assert_close(y[row : row + 1], expected, rtol=1e-5, atol=1e-5)
-    assert torch.equal(keys, in_panels(held[0].to(dtype))) and torch.equal(values, in_panels(held[1].mT.to(dtype), width))
+        if dtype == torch.bfloat16 and length % 2 == 0:
+            held[1][row, :, length + 1] = 0  # two lie together
+    for found, expected in ((keys, in_panels(held[0].to(dtype))), (values, in_panels(held[1].mT.to(dtype), width))):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -14,27 +14,38 @@ from pathlib import Path
 
 import atomic
 
-COMPILE = "-O3 -march=native -fopenmp -fPIC -c {source} -o {made}.o"
+COMPILE = "-O3 -march=native -fno-strict-aliasing -fopenmp -fPIC -c {source} -o {made}.o"
 LINK = "-shared {made}.o -o {made}.so"  # without a library of threads: those of torch, which is there before, are enough
 
 
 def library(path: str) -> ctypes.CDLL:
     """The source at `path` as a library. Raises OSError, with the reason, where it cannot be made."""
-    source, compiler = Path(path), os.environ.get("CC") or "cc"
+    source, compiler = Path(path), os.environ.get("CC") or "gcc"
     made_of = repr((source.read_bytes(), compiler, COMPILE, LINK, processor()))
-    name = f"{source.stem}-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.so"
-    kept = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "nanohydra", name)
+    kept = kept_in() / f"{source.stem}-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.so"
     with suppress(OSError):
-        return ctypes.CDLL(str(kept))
+        return load(kept)
     with tempfile.TemporaryDirectory() as scratch:
         made = Path(scratch, source.stem)
         for step in (COMPILE, LINK):
             run([*shlex.split(compiler), *(word.format(source=source, made=made) for word in step.split())])
-        found = ctypes.CDLL(f"{made}.so")
-        if kept.is_absolute():  # there is a home folder
-            with suppress(OSError):  # that cannot be written, or is full: then the next process compiles again
+        with suppress(OSError):  # a folder that cannot be written, a full disk: then the next process compiles again
+            if kept.is_absolute():
                 atomic.write_bytes(kept, Path(f"{made}.so").read_bytes())
-        return found
+            return load(kept)
+        return load(Path(f"{made}.so"))
+
+
+def kept_in() -> Path:
+    """The user's folder for such things; a relative one where nobody has a home, which is none."""
+    named = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (named if named.is_absolute() else Path(os.path.expanduser("~/.cache"))) / "nanohydra"
+
+
+def load(path: Path) -> ctypes.CDLL:
+    if not path.is_absolute() or path.stat().st_uid not in (0, os.getuid()):
+        raise OSError(f"{path} may be somebody else's.")
+    return ctypes.CDLL(str(path))
 
 
 def run(command: list[str]) -> None:

@@ -18,7 +18,7 @@ Settings, each with its default, or with an example where there is none:
   stop="\\n\\n"           end where this text would come (a literal text: in bash, $'\\n\\n')
   checkpoint=best       or last
   device=auto  precision=auto  cache=true
-  int8=false            weights of 8 bits: faster for one sample on a CPU; of several, they are a little worse
+  int8=false            weights of 8 bits, on a CPU with gcc: faster, a little worse
 """
 
 from __future__ import annotations
@@ -274,7 +274,7 @@ def complete_file(model: GPT, tokenizer: Tokenizer, settings: SampleSettings, de
         raise ValueError(f"prompts={settings.prompts} holds no prompts: write one a line.")
     rules = {name: getattr(settings, name) for name in RULES} | {"weights": weights_id(model)}
     if settings.int8 or device.precision != "fp32":
-        rules["batch_size"] = settings.batch_size  # by which the way to multiply is chosen, and the last digits differ
+        rules["batch_size"] = settings.batch_size  # by which some ways to multiply are chosen: last digits differ
     settings_id = hashlib.sha256(json.dumps(rules).encode()).hexdigest()[:12]
     for prompt, _ in jobs:
         tokenizer.encode(prompt)  # what cannot be encoded is said before anything is written
@@ -288,7 +288,7 @@ def complete_file(model: GPT, tokenizer: Tokenizer, settings: SampleSettings, de
                 batch = jobs[start : start + settings.batch_size]
                 if start + len(batch) <= done:
                     continue
-                # A batch that a kill cut is made again as a whole: in int8, a row is not quite the same among others.
+                # A batch that a kill cut is made again as a whole: some ways to multiply give a row other digits then.
                 rows = write(model, tokenizer, batch, settings, device, decoder=decoder)
                 for (prompt, number), row in list(zip(batch, rows, strict=True))[max(done - start, 0) :]:
                     out.add(json.dumps({"prompt": prompt, "sample": number, "text": row.text, "tokens": len(row.tokens),

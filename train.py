@@ -248,21 +248,21 @@ def answer_nonfinite(loss: float, state: State, run: Run, limits: TrainingConfig
     return answer
 
 
-def check_memory(model: nn.Module, loader: Loader, device: Device, boundary: int | None) -> None:
+def check_memory(model: GPT, loader: Loader, device: Device, boundary: int | None) -> None:
     """Raise ValueError where a micro-step keeps more than there is memory: the system would kill us without a word."""
-    inputs, targets = loader.batch(0)
+    if device.type != "cpu":
+        return
+    inputs, _ = loader.batch(0)
 
-    def kept(rows: int) -> int:
-        return bytes_kept(lambda: loss_of(model, (inputs[:rows], targets[:rows]), device, boundary))
+    def kept(rows: int) -> int:  # without the loss, which takes its share of a batch in chunks
+        with device.autocast():
+            return bytes_kept(lambda: model.features(inputs[:rows], documents=documents_of(inputs[:rows], boundary)))
 
     free = available_memory()
-    if device.type != "cpu" or loader.batch_size * kept(1) < free:
-        return
-    needed = loader.batch_size * (kept(2) - kept(1))  # without what is kept only once
-    if needed > free:
+    if loader.batch_size * kept(1) > free and (needed := loader.batch_size * (kept(2) - kept(1))) > free:
         raise ValueError(f"training.batch_size={loader.batch_size} sequences at once take {megabytes(needed)} of memory, "
-                         f"{megabytes(free)} are free: choose a smaller one (training.tokens_per_step makes it up), or "
-                         "training.recompute=true.")
+                         f"{megabytes(free)} are free: choose a smaller one (training.tokens_per_step makes it up)"
+                         + (", or training.recompute=true." if not model.recompute else "."))
 
 
 def expected_seconds(model: nn.Module, loader: Loader, device: Device, boundary: int | None) -> float:
@@ -285,9 +285,12 @@ def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor], device: Device, boun
     """The mean loss of inputs and targets, in nats a token; with a `boundary`, no document sees another of its row."""
     inputs, targets = (ids.to(device.torch) for ids in batch)
     with device.autocast():
-        if boundary is None:
-            return model(inputs, targets)
-        return model(inputs, targets, documents=(inputs == boundary).cumsum(dim=1))  # [B, T]
+        return model(inputs, targets, documents=documents_of(inputs, boundary))
+
+
+def documents_of(inputs: Tensor, boundary: int | None) -> Tensor | None:
+    """The number of the document that each of the inputs is in, `[B, T]`, if documents are to be told apart."""
+    return None if boundary is None else (inputs == boundary).cumsum(dim=1)
 
 
 def boundary_of(tokenizer: Tokenizer) -> int:

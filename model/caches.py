@@ -124,7 +124,7 @@ class PackedCache(RaggedCache):
     def __init__(self, config: GPTConfig, batch_size: int, positions: int, device: torch.device, dtype: torch.dtype) -> None:
         D, groups = config.head_width, config.kv_heads
         dtype = torch.float32 if D % 2 else dtype  # two of bf16 lie together
-        super().__init__(config, batch_size, 0, device, dtype)
+        super().__init__(config, batch_size, 1, device, dtype)  # and then with matrices of its own
         n, width, room = 4 // dtype.itemsize, kernels.values_width(D), -(-positions // kernels.PANEL) * kernels.PANEL
         self.keys = [torch.empty(batch_size, groups, room // kernels.PANEL, D // n, kernels.PANEL, n, dtype=dtype)
                      for _ in range(config.n_layer)]
@@ -133,7 +133,7 @@ class PackedCache(RaggedCache):
         self.scores = torch.empty(batch_size, config.n_head, room)
 
     def clear(self) -> None:
-        """Nothing that is not seen is read."""
+        """Nothing that was not written comes into a result."""
 
     def fill(self, layer: int, row: int, k: Tensor, v: Tensor) -> None:
         k = kernels.in_panels(k.to(self.dtype))
@@ -142,6 +142,7 @@ class PackedCache(RaggedCache):
         self.values[layer][row, :, :, : v.size(2)] = v
 
     def look(self) -> None:
+        assert self.length < self.scores.size(2), "longer than was said"
         self.positions = torch.tensor(self.lengths)[:, None]
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

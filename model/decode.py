@@ -62,10 +62,10 @@ class Decoder:
         self.model, self.config, self.device = model, model.config, model.wte.weight.device
         self.kind = kind_of_cache(model)
         self.advice = ""  # what would make it faster, if there is anything
-        if model.wte.weight.is_cpu and not kernels.available():
+        if self.kind is RaggedCache and can_copy(model) and model.wte.weight.is_cpu:
             self.advice = f"Decoding takes two to four times as long without its kernels. {kernels.library()}"
         if precision == "int8" and self.kind is not PackedCache:
-            raise ValueError(f"int8=true is for CPUs, and not for all flags of a model: leave it out. {self.advice}".strip())
+            raise ValueError("int8=true cannot be: " + (self.advice or "it is for CPUs, and not for all flags of a model."))
         self.dtype, self.records = cache_dtype(model), self.kind is SteadyCache
         self.can_drop, self.cache = self.kind.can_drop, None
         self.reader = self.prefiller = model

@@ -72,9 +72,9 @@ def steps(
     """Continue `prompts`, `[B, T]` or rows of any lengths: yields which rows, their next ids `[B]`, and the logits `[B, V]`.
 
     `top_k=0` and `top_p=1` switch those rules off. What is drawn is a function of the seed and of the row's number (its
-    place, or what `numbers` say): the same with and without a cache, alone and in a batch (in fp32; with fewer bits
-    the last digits differ). No other random stream is touched. A `decoder` made before spares making one. Raises
-    ValueError for a prompt without tokens.
+    place, or what `numbers` say): the same with and without a cache, alone and in a batch (in fp32; with fewer bits without
+    a cache, and in a batch by other kernels than ours, last digits differ). No other random stream is touched. A `decoder`
+    made before spares making one. Raises ValueError for a prompt without tokens.
 
     A caller can add rows to `done` whose next ids it does not want. They leave the batch, and the last ones take their
     places; only where that would save nothing they still come. It ends when all are done.

@@ -14,6 +14,9 @@
 #include <immintrin.h>
 #endif
 
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "numbers that lie together are told apart by their place"
+#endif
 #define INLINE static inline __attribute__((always_inline))
 #if defined __AVX512F__
 #define LANES 16 /* of a vector */
@@ -134,9 +137,9 @@ INLINE floats exponential(floats x) {
 
 /* What `count` scores, times `scale`, weigh against each other; and 0 behind them, up to a whole vector. */
 INLINE void softmax(float *scores, long count, float scale) {
-    floats *all = (floats *)scores, most = (floats){} - 1e38f, sum = {};
+    floats *all = (floats *)scores, most = (floats){} - __builtin_inff(), sum = {};
     long vectors = (count + LANES - 1) / LANES;
-    for (long i = count; i < vectors * LANES; i++) scores[i] = -1e38f;
+    for (long i = count; i < vectors * LANES; i++) scores[i] = -__builtin_inff();
     for (long i = 0; i < vectors; i++) most = chosen(all[i] > most, all[i], most);
     float top = most[0], total = 0;
     for (int lane = 1; lane < LANES; lane++) top = most[lane] > top ? most[lane] : top;

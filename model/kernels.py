@@ -64,6 +64,7 @@ def product(weight: Tensor, bias: Tensor | None, precision: str) -> Callable[[Te
     width = held.size(1) * held.size(3)
 
     def multiply(x: Tensor) -> Tensor:
+        assert x.dtype == torch.float32
         x = F.pad(x, (0, width - inputs)) if width > inputs else x.contiguous()
         y = torch.empty(*x.shape[:-1], size)
         library().product(kind, held.data_ptr(), x.data_ptr(), y.data_ptr(), pointer(scales), pointer(bias),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import os
 import subprocess
 from functools import cache
 from pathlib import Path
@@ -29,7 +30,7 @@ def compiled_for(tmp_path_factory):
     def compile_for(flag: str) -> ctypes.CDLL:
         (folder / "nothing.c").touch()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("CC", f"cc {flag}")
+            patch.setenv("CC", f"gcc {flag}")
             patch.setenv("XDG_CACHE_HOME", str(folder))
             try:
                 compiled.library(str(folder / "nothing.c"))
@@ -144,11 +145,14 @@ def test_weights_are_right_where_scores_are_far_apart(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("number", [torch.inf, -torch.inf, torch.nan])
 def test_what_is_not_finite_is_seen_from_then_on(dtype, number):
+    """But for a score of -infinity beside others, which weighs nothing."""
     held = torch.zeros(1, 1, 64, 16)
-    keys, values = in_panels(held.to(dtype)), in_panels(held.mT.to(dtype), 16)
-    one = torch.ones(1, 1, 1, 16)
-    attend(one, one, number * one, keys, values, scores := torch.empty(1, 1, 64), torch.tensor([0]))
-    assert not attend(one, one, one, keys, values, scores, torch.tensor([1])).isfinite().any()
+    one, scores, first, second = torch.ones(1, 1, 1, 16), torch.empty(1, 1, 64), torch.tensor([0]), torch.tensor([1])
+    for new_key, new_value in ((number * one, one), (one, number * one)):
+        keys, values = in_panels(held.to(dtype)), in_panels(held.mT.to(dtype), 16)
+        assert not attend(one, new_key, new_value, keys, values, scores, first).isfinite().any()
+        weighs_nothing = new_key[0, 0, 0, 0] == -torch.inf
+        assert attend(one, one, one, keys, values, scores, second).isfinite().all() == weighs_nothing
 
 
 def test_what_was_compiled_is_kept_for_the_next_process(monkeypatch, tmp_path):
@@ -184,8 +188,25 @@ def test_without_a_place_to_keep_it_it_is_compiled_all_the_same(home, monkeypatc
     assert not list(tmp_path.iterdir())
 
 
+def test_what_lies_in_the_current_folder_or_is_of_another_user_is_not_loaded(monkeypatch, tmp_path):
+    source = str(Path(kernels.__file__).with_suffix(".c"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    compiled.library(source)
+    (kept,) = (tmp_path / "nanohydra").iterdir()
+    monkeypatch.chdir(tmp_path / "nanohydra")
+    with pytest.raises(OSError, match="somebody else's"):
+        compiled.load(Path(kept.name))
+    assert compiled.load(kept)
+    if os.getuid() == 0:
+        os.chown(kept, 12345, -1)
+    else:
+        monkeypatch.setattr("os.getuid", lambda: 12345)
+    with pytest.raises(OSError, match="somebody else's"):
+        compiled.load(kept)
+
+
 @pytest.mark.parametrize(("compiler", "source", "problem"), [
-    ("no-such-compiler", "int x;", "no C compiler here .no-such-compiler.: install gcc"), ("cc", "int x", "cc cannot compile .*some.c: ")])
+    ("no-such-compiler", "int x;", "no C compiler here .no-such-compiler.: install gcc"), ("gcc", "int x", "gcc cannot compile .*some.c: ")])
 def test_what_cannot_be_compiled_says_why(compiler, source, problem, monkeypatch, tmp_path):
     monkeypatch.setenv("CC", compiler)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -363,14 +363,31 @@ def test_the_mark_at_the_beginning_of_a_file_is_not_part_of_a_prompt(fill):
     assert fill(["\ufeffThe"]) == fill(["The"])
 
 
-@pytest.mark.skipif(not kernels.available(), reason=f"no kernels here: {kernels.library()}")
-def test_a_batch_that_a_kill_cut_is_made_again_as_a_whole(fill, tmp_path):
-    prompts = ["The", "Every old house", "A", "No", "The quiet"]
-    rules = ["int8=true", "batch_size=3", "temperature=1.5"]
-    whole = fill(prompts, *rules)
+def test_a_batch_that_a_kill_cut_is_made_again_as_a_whole(fill, tmp_path, monkeypatch):
+    """Since there are products by which a row's last digits depend on the others'."""
+    prompts, rules = ["The", "Every old house", "A", "No", "The quiet"], ["batch_size=3", "temperature=1.5"]
+    whole, write, sizes = fill(prompts, *rules), story.write, []
     lines = (tmp_path / "out.jsonl").read_text().splitlines(keepends=True)
+    monkeypatch.setattr(story, "write", lambda *args, **more: sizes.append(len(args[2])) or write(*args, **more))
     for kept in range(5):
+        sizes.clear()
         assert fill(prompts, *rules, held="".join(lines[:kept]) + lines[kept][:20]) == whole
+        assert sizes == ([3, 2] if kept < 3 else [2])
+
+
+@pytest.mark.skipif(not kernels.available(), reason=f"no kernels here: {kernels.library()}")
+@pytest.mark.parametrize("bits", ["precision=bf16", "int8=true"])
+def test_with_few_bits_a_prompt_is_completed_as_if_alone_too(fill, bits):
+    alone = [fill([prompt], bits, "temperature=1.5")[0]["text"] for prompt in ("The", "Every old house", "A")]
+    assert [line["text"] for line in fill(["The", "Every old house", "A"], bits, "temperature=1.5")] == alone
+
+
+def test_without_a_compiler_it_takes_longer_and_says_so(say, monkeypatch, capsys):
+    told = say("prompt=The")
+    monkeypatch.setattr(kernels, "library", lambda: OSError("There is no C compiler here (gcc): install gcc."))
+    assert say("prompt=The", "precision=fp32") == told
+    with pytest.raises(ValueError, match=r"int8=true cannot be: .*install gcc"):
+        say("prompt=The", "int8=true")
 
 
 @pytest.mark.parametrize(("words", "problem"), [

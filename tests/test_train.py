@@ -20,6 +20,7 @@ import train as story
 from conf.schema import compose, options
 from data.loader import Loader
 from data.shards import Tokens
+from model import GPT, GPTConfig
 from sample import open_checkpoint
 from scripts.verify_resume import read_metrics
 from training import shelf
@@ -186,6 +187,14 @@ def test_a_batch_that_memory_cannot_hold_is_one_sentence(compose_tiny, tmp_path,
     with pytest.raises(ValueError, match=r"or training\.recompute=true"):
         story.train(compose_tiny("training.batch_size=64", "training.max_steps=1"))
     assert story.train(compose_tiny("training.batch_size=64", "training.max_steps=1", "training.recompute=true")) == 0
+
+
+def test_logits_that_are_never_there_at_once_refuse_no_batch(monkeypatch):
+    """Two rows of 128 positions and 50,257 tokens still are, three are not."""
+    model = GPT(GPTConfig(block_size=128, vocab_size=50257, n_layer=1, n_head=1, n_embd=16))
+    loader = Loader([Tokens([np.zeros(64 * 128 + 1, np.uint32)])], 128, 64)
+    monkeypatch.setattr(story, "available_memory", lambda: 300e6)
+    story.check_memory(model, loader, Device("cpu", "fp32"), None)
 
 
 @pytest.mark.slow

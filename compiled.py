@@ -7,12 +7,11 @@ import hashlib
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import tempfile
 from contextlib import suppress
 from pathlib import Path
-
-import atomic
 
 COMPILE = "-O3 -march=native -fno-strict-aliasing -fopenmp -fPIC -c {source} -o {made}.o"
 LINK = "-shared {made}.o -o {made}.so"  # without a library of threads: those of torch, which is there before, are enough
@@ -30,8 +29,7 @@ def library(path: str) -> ctypes.CDLL:
         for step in (COMPILE, LINK):
             run([*shlex.split(compiler), *(word.format(source=source, made=made) for word in step.split())])
         with suppress(OSError):  # a folder that cannot be written, a full disk: then the next process compiles again
-            if kept.is_absolute():
-                atomic.write_bytes(kept, Path(f"{made}.so").read_bytes())
+            keep(Path(f"{made}.so"), kept)
             return load(kept)
         return load(Path(f"{made}.so"))
 
@@ -40,6 +38,21 @@ def kept_in() -> Path:
     """The user's folder for such things; a relative one where nobody has a home, which is none."""
     named = Path(os.environ.get("XDG_CACHE_HOME", ""))
     return (named if named.is_absolute() else Path(os.path.expanduser("~/.cache"))) / "nanohydra"
+
+
+def keep(made: Path, kept: Path) -> None:
+    """Copy a library to where it is kept: by its own means, since it is a cache that can be made again, and no record."""
+    if not kept.is_absolute():
+        raise OSError("Nobody's home.")
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    partial = kept.with_name(f".partial-{kept.name}-{os.getpid()}")
+    try:
+        shutil.copyfile(made, partial)
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, kept)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def load(path: Path) -> ctypes.CDLL:

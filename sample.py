@@ -308,8 +308,11 @@ def already_done(path: Path, jobs: list[tuple[str, int]], settings_id: str) -> i
     """How many of `jobs` the file holds lines of. Raises ValueError if it holds anything else."""
     done, cut = lines_of(path)
     for number, (line, (prompt, sample)) in enumerate(zip(done, jobs, strict=False), 1):
-        if (line.get("prompt"), line.get("sample"), line.get("settings")) != (prompt, sample, settings_id):
-            raise ValueError(f"out={path}, line {number}, is of another prompt, model or setting: choose another file.")
+        if (line.get("prompt"), line.get("sample")) != (prompt, sample):
+            raise ValueError(f"out={path}, line {number}, is not of the prompt {prompt[:40]!r}, which comes there: choose another "
+                             "file.")
+        if line.get("settings") != settings_id:
+            raise ValueError(f"out={path}, line {number}, is of another model or of other settings of sampling: choose another file.")
     if (found := len(done) + bool(cut)) > len(jobs):
         raise ValueError(f"out={path} has {found} lines, and {len(jobs)} are asked for: choose another file.")
     if cut:

@@ -157,6 +157,20 @@ def test_with_fewer_bits_logits_are_near(flags, precision, most, rows):
             text.append(token)
 
 
+@every_shape
+@pytest.mark.parametrize("kind", [SteadyCache, RaggedCache, None])
+def test_under_autocast_logits_are_near(flags, kind, decoder_of):
+    model = make(**flags)
+    seen = texts_of(9, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        for _, tokens, logits in steps(model, texts_of(9, 4), 12, decoder=decoder_of(model, kind), temperature=0):
+            with torch.autocast("cpu", enabled=False):
+                exact = uncached_logits(model, seen)
+            assert 0 < (logits - exact).std() / exact.std() < 0.03
+            for text, token in zip(seen, tokens.tolist(), strict=True):
+                text.append(token)
+
+
 def test_a_step_is_recorded_once_for_as_many_positions_as_look_alike(steady):
     """Of 24 positions: 5 to 7 (the first step sets up, the second is recorded), 8 to 15, 16 to 23."""
     decoder, ends = Decoder(make(block_size=24)), []

@@ -272,7 +272,7 @@ def test_a_file_of_completions_is_gone_on_with_where_a_kill_left_it(fill, tmp_pa
 
 
 @pytest.mark.parametrize(("prompts", "override", "problem"), [
-    (["A", "No"], "seed=1337", "line 1, is of another prompt"), (["The", "No"], "temperature=0.5", "line 1, is of another prompt, model or setting"),
+    (["The", "A"], "seed=1337", "line 2, is not of the prompt 'A'"), (["The", "No"], "temperature=0.5", "line 1, is of another model or of other"),
     (["The"], "seed=1337", "has 2 lines, and 1 are asked for"), (["The", "café"], "seed=1337", "no character")])
 def test_completions_of_something_else_are_left_as_they_are(fill, tmp_path, prompts, override, problem):
     fill(["The", "No"])
@@ -348,7 +348,7 @@ def test_batches_of_another_size_go_on_with_a_file_only_where_they_give_the_same
         return fill(["The", "No"], "batch_size=1", *rules, held=content[: content.index("\n") + 1])
 
     assert len(go_on()) == 2
-    with pytest.raises(ValueError, match="is of another prompt, model or setting"):
+    with pytest.raises(ValueError, match="is of another model or of other settings"):
         go_on("precision=bf16")
 
 

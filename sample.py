@@ -309,10 +309,9 @@ def already_done(path: Path, jobs: list[tuple[str, int]], settings_id: str) -> i
     done, cut = lines_of(path)
     for number, (line, (prompt, sample)) in enumerate(zip(done, jobs, strict=False), 1):
         if (line.get("prompt"), line.get("sample")) != (prompt, sample):
-            raise ValueError(f"out={path}, line {number}, is not of the prompt {prompt[:40]!r}, which comes there: choose another "
-                             "file.")
+            raise ValueError(f"out={path}, line {number}, is not of the prompt {prompt[:40]!r}: choose another file.")
         if line.get("settings") != settings_id:
-            raise ValueError(f"out={path}, line {number}, is of another model or of other settings of sampling: choose another file.")
+            raise ValueError(f"out={path}, line {number}, is of another model or of other settings: choose another file.")
     if (found := len(done) + bool(cut)) > len(jobs):
         raise ValueError(f"out={path} has {found} lines, and {len(jobs)} are asked for: choose another file.")
     if cut:

@@ -610,7 +610,8 @@ def test_every_write_goes_through_the_one_helper():
     writing = re.compile(r"""write_text|write_bytes\(|\.save\(|savefig|save_file|os\.replace|os\.rename|\.dump\(|copyfile|copytree"""
                          r"""|open\(.*["'][wax]b?\+?["']""")
     allowed = ("atomic.write_bytes(", "checkpoint.save(", "saver.save(", "figure.savefig(picture",
-               'open(log, "ab") as output')  # a process's output, on a cluster's node that need not know this code
+               'open(log, "ab") as output',  # a process's output, on a cluster's node that need not know this code
+               "shutil.copyfile(made, partial)", "os.replace(partial, kept)")  # what can be compiled again, below model/
     for path in [*ROOT.glob("*.py"), *ROOT.glob("[cdmt]*/*.py"), *ROOT.glob("scripts/*.py")]:
         if path.name in ("atomic.py", "torture.py") or path.parent.name == "tests":  # torture.py does harm
             continue
@@ -701,7 +702,7 @@ def test_a_rollback_goes_back_and_steps_over_the_batches_since(compose_tiny, tmp
     batch = story.Loader.batch
     monkeypatch.setattr(story.Loader, "batch", lambda loader, step, micro_step=0: read.append(step) or batch(loader, step, micro_step))
     assert story.train(compose_tiny(*words)) == 0
-    assert read[2:] == [*range(11), *range(11, 23)]  # after those that only tell the time
+    assert read[3:] == [*range(11), *range(11, 23)]  # after those that only tell memory and time
     run = tmp_path / "runs/tiny"
     assert [row["step"] for row in read_metrics(run) if "loss" in row] == list(range(1, 21))
     last = shelf.find(run / "checkpoints")[-1]

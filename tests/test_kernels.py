@@ -101,6 +101,12 @@ def test_of_what_is_not_finite_nothing_finite_comes(processor, precision, rows, 
     assert not product(torch.full((8, 8), number), None, precision)(torch.ones(rows, 8)).isfinite().any()
 
 
+def test_rounding_makes_no_number_of_any_nan(processor):
+    """Also of those next to which the whole numbers begin again."""
+    nan = torch.tensor([[-1] * 8, [0x7FFFFFFF] * 8], dtype=torch.int32).view(torch.float32)
+    assert not product(torch.ones(8, 8), None, "bf16")(nan).isfinite().any()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("groups", "heads", "D"), [(4, 1, 64), (2, 2, 8), (1, 6, 80), (3, 5, 128), (2, 1, 2)])
 @pytest.mark.parametrize("lengths", [(0,), (1, 62), (63, 64, 127, 5)], ids=str)

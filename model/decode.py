@@ -61,11 +61,10 @@ class Decoder:
     def __init__(self, model: GPT, precision: str = "") -> None:
         self.model, self.config, self.device = model, model.config, model.wte.weight.device
         self.kind = kind_of_cache(model)
-        self.advice = ""  # what would make it faster, if there is anything
-        if self.kind is RaggedCache and can_copy(model) and model.wte.weight.is_cpu:
-            self.advice = f"Decoding takes two to four times as long without its kernels. {kernels.library()}"
+        missing = kernels.library() if self.kind is RaggedCache and can_copy(model) and model.wte.weight.is_cpu else None
+        self.advice = f"Decoding takes two to four times as long without its kernels. {missing}" if missing else ""
         if precision == "int8" and self.kind is not PackedCache:
-            raise ValueError("int8=true cannot be: " + (self.advice or "it is for CPUs, and not for all flags of a model."))
+            raise ValueError(f"int8=true cannot be: {missing or 'it is for CPUs, and not for all flags of a model.'}")
         self.dtype, self.records = cache_dtype(model), self.kind is SteadyCache
         self.can_drop, self.cache = self.kind.can_drop, None
         self.reader = self.prefiller = model

@@ -53,6 +53,8 @@ from training.run import Run
 from training.saver import Saver
 from training.state import State
 
+KEPT_AT_MOST = 512  # bytes for each number of a layer's residual stream, by far: a tenth of it is usual
+
 
 def train(settings: Settings) -> int:
     """Run, or go on with, the training that `settings` describe; return the exit code."""
@@ -250,7 +252,9 @@ def answer_nonfinite(loss: float, state: State, run: Run, limits: TrainingConfig
 
 def check_memory(model: GPT, loader: Loader, device: Device, boundary: int | None) -> None:
     """Raise ValueError where a micro-step keeps more than there is memory: the system would kill us without a word."""
-    if device.type != "cpu":
+    config, free = model.config, available_memory()
+    numbers = loader.batch_size * config.block_size * config.n_embd * config.n_layer  # of the residual stream
+    if device.type != "cpu" or numbers * KEPT_AT_MOST < free:
         return
     inputs, _ = loader.batch(0)
 
@@ -258,7 +262,6 @@ def check_memory(model: GPT, loader: Loader, device: Device, boundary: int | Non
         with device.autocast():
             return bytes_kept(lambda: model.features(inputs[:rows], documents=documents_of(inputs[:rows], boundary)))
 
-    free = available_memory()
     if loader.batch_size * kept(1) > free and (needed := loader.batch_size * (kept(2) - kept(1))) > free:
         raise ValueError(f"training.batch_size={loader.batch_size} sequences at once take {megabytes(needed)} of memory, "
                          f"{megabytes(free)} are free: choose a smaller one (training.tokens_per_step makes it up)"
@@ -269,7 +272,7 @@ def expected_seconds(model: nn.Module, loader: Loader, device: Device, boundary:
     """What a step will take: by a part of a micro-step, where all of it would be a wait."""
     rows = math.ceil(loader.batch_size / 8)
     first = seconds_of(lambda: trial(model, loader, device, boundary, rows), device)  # which also sets the device up
-    more = loader.batch_size if first < 0.1 else rows
+    more = loader.batch_size if first < 0.02 else rows
     second = seconds_of(lambda: trial(model, loader, device, boundary, more), device)
     return loader.micro_steps * loader.batch_size * min(first / rows, second / more)  # what disturbs one may spare the other
 

@@ -193,7 +193,7 @@ def test_logits_that_are_never_there_at_once_refuse_no_batch(monkeypatch):
     """Two rows of 128 positions and 50,257 tokens still are, three are not."""
     model = GPT(GPTConfig(block_size=128, vocab_size=50257, n_layer=1, n_head=1, n_embd=16))
     loader = Loader([Tokens([np.zeros(64 * 128 + 1, np.uint32)])], 128, 64)
-    monkeypatch.setattr(story, "available_memory", lambda: 300e6)
+    monkeypatch.setattr(story, "available_memory", lambda: 50e6)
     story.check_memory(model, loader, Device("cpu", "fp32"), None)
 
 
@@ -224,7 +224,7 @@ def test_the_program_survives_kill_9_and_ends_cleanly_on_sigint(book, tmp_path):
     assert f"from step {reached}" in said and "Interrupted" in said
 
 
-@pytest.mark.parametrize("seconds, rows, expected", [(0.05, [3, 20], 0.05), (0.2, [3, 3], 0.2 * 20 / 3)])
+@pytest.mark.parametrize("seconds, rows, expected", [(0.01, [3, 20], 0.01), (0.2, [3, 3], 0.2 * 20 / 3)])
 def test_a_step_is_timed_by_a_part_of_it_only_where_all_of_it_would_be_a_wait(monkeypatch, seconds, rows, expected):
     seen = []
     loader = Loader([Tokens([np.zeros(1000, dtype=np.uint16)])], 8, 20, micro_steps=2)

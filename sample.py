@@ -120,8 +120,7 @@ def prepare(model: GPT, settings: SampleSettings, device: Device) -> Decoder | N
         decoder = Decoder(model, "int8" * settings.int8)
     if decoder.advice:
         print(decoder.advice, file=sys.stderr)
-    needed, free = decoder.nbytes(rows, settings.max_new_tokens), available_memory()
-    if device.type == "cpu" and needed > free:
+    if device.type == "cpu" and (needed := decoder.nbytes(rows, settings.max_new_tokens)) > (free := available_memory()):
         raise ValueError(f"{setting}={rows} completions at once take {megabytes(needed)} of memory, {megabytes(free)} are "
                          f"free: choose a smaller {setting}.")
     return decoder

@@ -181,11 +181,12 @@ INLINE void attend_group(enum kind kind, const int width, char *keys, char *valu
 
 /* A new position of each row: k and v [rows, groups, D] join the `lengths` [rows] earlier ones, and the queries
    q [rows, groups, heads, D] take what they see to y of that shape. From row to row of q, k and v it is so many numbers.
-   There is room for `room` positions, a multiple of a panel; `scores` [rows, groups, heads, room] is memory to work in. */
+   There is room for `room` positions, a multiple of a panel; the values' panels have a `width` of PANEL or NARROW;
+   `scores` [rows, groups, heads, room] is memory to work in. */
 void attend(enum kind kind, char *keys, char *values, float *scores, const float *q, const float *k, const float *v,
-            float *y, const int64_t *lengths, long rows, long groups, long heads, long D, long room, long q_apart,
-            long k_apart, long v_apart, float scale) {
-    const long size = kind == FP32 ? 4 : 2, width = D % PANEL ? NARROW : PANEL, D_held = (D + width - 1) / width * width;
+            float *y, const int64_t *lengths, long rows, long groups, long heads, long D, long room, long width,
+            long q_apart, long k_apart, long v_apart, float scale) {
+    const long size = kind == FP32 ? 4 : 2, D_held = (D + width - 1) / width * width;
 #pragma omp parallel for collapse(2)
     for (long row = 0; row < rows; row++)
         for (long group = 0; group < groups; group++) {

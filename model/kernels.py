@@ -31,7 +31,7 @@ def library() -> ctypes.CDLL | OSError:
         return error
     pointer, number = ctypes.c_void_p, ctypes.c_long
     found.product.argtypes = [ctypes.c_int] + [pointer] * 5 + [number] * 3
-    found.attend.argtypes = [ctypes.c_int] + [pointer] * 8 + [number] * 8 + [ctypes.c_float]
+    found.attend.argtypes = [ctypes.c_int] + [pointer] * 8 + [number] * 9 + [ctypes.c_float]
     return found
 
 
@@ -89,8 +89,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, scores
     y = torch.empty(B, H, 1, D)
     kind = FP32 if keys.dtype == torch.float32 else BF16_KEPT
     library().attend(kind, keys.data_ptr(), values.data_ptr(), scores.data_ptr(), q.data_ptr(), k.data_ptr(), v.data_ptr(),
-                     y.data_ptr(), lengths.data_ptr(), B, G, H // G, D, scores.size(2), q.stride(0), k.stride(0),
-                     v.stride(0), 1 / math.sqrt(D))
+                     y.data_ptr(), lengths.data_ptr(), B, G, H // G, D, scores.size(2), values.size(4), q.stride(0),
+                     k.stride(0), v.stride(0), 1 / math.sqrt(D))
     return y
 
 

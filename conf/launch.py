@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any, NoReturn
 
@@ -17,6 +18,7 @@ import yaml
 from conf.grid import run_grid
 from conf.schema import compose, groups, options
 from conf.slots import stop_with_parent
+from training.interrupt import embedded
 
 FLAGS = """Flags:
   --help      this text
@@ -35,14 +37,14 @@ SWEEP_FLAG = """  -m          sweep: one run for each combination of values sepa
 
 def launch(story: Callable[[Any], int], root: str | type, doc: str) -> NoReturn:
     """Exit with the code of `story(settings)`; the settings are what `compose(root, ...)` makes of the command line."""
+    open_streams()
     stop_with_parent()
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # what cannot be printed must not stop anything
     try:
         code = obey(story, root, doc, sys.argv[1:])
         sys.stdout.flush()
     except BrokenPipeError:  # whoever read what we print has seen enough, as in `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with suppress(OSError):  # a notebook's stream is no file
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     except (ValueError, OSError) as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
@@ -58,8 +60,28 @@ def launch(story: Callable[[Any], int], root: str | type, doc: str) -> NoReturn:
         code = 1
     except KeyboardInterrupt:
         sys.stdout.flush()
-        os._exit(130)  # at once: not after what threads and libraries would like to finish
+        if not embedded():
+            os._exit(130)  # at once: threads and libraries would make the user wait
+        code = 130
     sys.exit(code)
+
+
+def open_streams() -> None:
+    """Give the program standard streams that it can use: closed ones lead nowhere, and no character is an error.
+
+    A closed descriptor is opened too: else the next file opened would get its number, and what libraries print
+    with it.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+        stream = getattr(sys, name)
+        if stream is None or stream.closed:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115 (until the end)
+        elif name != "stdin" and hasattr(stream, "reconfigure"):  # a notebook's stream has no such method
+            stream.reconfigure(errors="backslashreplace")
 
 
 def obey(story: Callable[[Any], int], root: str | type, doc: str, words: list[str]) -> int:

@@ -24,12 +24,14 @@ import torch
 from tqdm import tqdm
 
 import atomic
-from training.interrupt import Interrupt
+from training.interrupt import REQUESTS, WARNINGS, Interrupt
 from training.run import LOCK, first_run, this_process
 
 TRAIN = Path(__file__).parent.parent / "train.py"
 CHILD = "NANOHYDRA_CHILD"  # in the environment of a process that is to stop when its standard input ends
-INTERRUPTED = (129, 130, 143, *(-number for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGKILL)))
+# Exit codes of a job that saved after a signal, or was killed by one.
+INTERRUPTED = (*(128 + number for number in (*REQUESTS, *WARNINGS)),
+               *(-number for number in (*REQUESTS, *WARNINGS, signal.SIGKILL)))
 
 
 class Process(Protocol):

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -339,7 +340,8 @@ def test_auto_is_what_it_was_when_the_run_began(compose_tiny, tmp_path, monkeypa
 # What breaks
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129),
+                                          (signal.SIGUSR1, 138), (signal.SIGUSR2, 140), (signal.SIGXCPU, 152)])
 def test_signals_save_and_exit_with_their_code(compose_tiny, tmp_path, interrupt_at, number, code):
     before = signal.signal(number, signal.default_int_handler)  # these tests may run under nohup
     try:
@@ -358,6 +360,24 @@ def test_under_nohup_a_closed_terminal_ends_nothing(compose_tiny, tmp_path, inte
         assert story.train(compose_tiny()) == 0
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_a_run_in_a_thread_trains_and_saves(compose_tiny, tmp_path):
+    codes = []
+    thread = threading.Thread(target=lambda: codes.append(story.train(compose_tiny("training.max_steps=2"))))
+    thread.start()
+    thread.join()
+    assert codes == [0] and last_step(tmp_path / "runs/tiny") == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("closing", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_run_with_closed_streams_trains(book, tmp_path, closing):
+    """Nothing that a library prints ends up in a file of the run."""
+    words = [*program(book, tmp_path), "training.max_steps=2"]
+    done = subprocess.run(["sh", "-c", f'exec "$0" "$@" {closing}', *words], cwd=ROOT, capture_output=True)
+    assert done.returncode == 0 and last_step(tmp_path / "tiny") == 2, done.stderr
+    assert all(json.loads(line) for line in (tmp_path / "tiny/metrics.jsonl").read_text().splitlines())
 
 
 def test_a_damaged_checkpoint_is_named_once_and_the_one_before_it_gives_the_same_run(compose_tiny, tmp_path, capsys):
@@ -767,11 +787,17 @@ def test_answers_to_nan_are_bounded(compose_tiny, tmp_path, plant, action):
 # The whole program
 
 
+def program(book, tmp_path) -> list[str]:
+    """The command of a run `tiny` that takes long."""
+    return [sys.executable, "train.py", "model=nano", "data=text", f"data.path={book}", "data.tokenizer=char",
+            "training=smoke", "name=tiny", "training.max_steps=1e5", "training.sample_tokens=0",
+            "training.eval_every=1e5", f"runs_dir={tmp_path}"]
+
+
 @pytest.mark.slow
 def test_two_starts_at_once_and_two_signals(book, tmp_path):
     """The second start names the first; the first one's second Ctrl-C ends it at once, and the run goes on undamaged."""
-    words = [sys.executable, "train.py", "model=nano", "data=text", f"data.path={book}", "data.tokenizer=char", "training=smoke", "name=tiny",
-             "training.max_steps=1e5", "training.sample_tokens=0", "training.eval_every=1e5", f"runs_dir={tmp_path}"]
+    words = program(book, tmp_path)
     first = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not (tmp_path / "tiny/checkpoints").exists():
         assert first.poll() is None, first.stderr.read()

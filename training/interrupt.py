@@ -1,37 +1,71 @@
-"""How a run is asked to stop: the first signal lets it finish its micro-step and save, the second does not wait."""
+"""Stop signals: after the first, a run finishes its micro-step and saves; after the second, it ends at once.
+
+Knows nothing of training.
+"""
 
 from __future__ import annotations
 
+import builtins
 import signal
+import sys
+import threading
 from types import FrameType
 
 
-class Interrupt:
-    """Notes SIGINT (Ctrl-C), SIGTERM and SIGHUP (the terminal is gone; not under nohup) while the context lasts.
+def numbers(*names: str) -> tuple[signal.Signals, ...]:
+    """The signals of these names that this system has."""
+    return tuple(getattr(signal, name) for name in names if hasattr(signal, name))
 
+
+REQUESTS = numbers("SIGINT", "SIGTERM", "SIGHUP")
+# What a scheduler sends ahead of its SIGTERM or SIGKILL. The kernel repeats SIGXCPU every second.
+WARNINGS = numbers("SIGUSR1", "SIGUSR2", "SIGXCPU")
+ALWAYS_HANDLED = numbers("SIGINT", "SIGTERM")
+
+
+class Interrupt:
+    """Notes the first stop signal while the context lasts. In a thread other than the main one it notes none.
+
+    The second of REQUESTS goes to the handler from before the context; WARNINGS never do. A signal that was
+    ignored stays ignored, such as SIGHUP under nohup; SIGINT and SIGTERM are always handled.
     `exit_code` is 128 plus the signal, or 0 without one.
     """
 
     def __init__(self) -> None:
         self.exit_code = 0
+        self.before: dict[signal.Signals, object] = {}
 
     def __bool__(self) -> bool:
         return self.exit_code != 0
 
     def __enter__(self) -> Interrupt:
-        numbers = [signal.SIGINT, signal.SIGTERM]
-        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-            numbers.append(signal.SIGHUP)
-        self.before = {number: signal.signal(number, self._note) for number in numbers}
+        if not in_main_thread():  # Python allows no handlers there
+            return self
+        for number in (*REQUESTS, *WARNINGS):
+            if number in ALWAYS_HANDLED or signal.getsignal(number) != signal.SIG_IGN:
+                self.before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *failure: object) -> None:
-        self._restore()
+        self._restore(*self.before)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.exit_code = 128 + number
-        self._restore()
+        self.exit_code = self.exit_code or 128 + number
+        if number in REQUESTS:
+            self._restore(*REQUESTS)
 
-    def _restore(self) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+    def _restore(self, *which: signal.Signals) -> None:
+        for number in which:
+            if number in self.before:
+                # Python does not know a handler that was set in C, and calls it None.
+                handler = self.before[number]
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+def embedded() -> bool:
+    """Whether the process outlives this program: in a notebook, an interactive session, or a thread."""
+    return hasattr(builtins, "__IPYTHON__") or hasattr(sys, "ps1") or not in_main_thread()

@@ -10,6 +10,7 @@ from pathlib import Path
 from training import checkpoint, shelf
 from training.checkpoint import Snapshot
 from training.device import available_memory
+from training.interrupt import embedded
 
 
 class Saver:
@@ -70,5 +71,6 @@ class Saver:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *failure: object) -> None:
-        if self.thread and kind is not KeyboardInterrupt:  # who presses Ctrl-C twice does not want to wait
+        # After a second Ctrl-C the process ends without waiting, unless it is a notebook's and goes on.
+        if self.thread and (kind is not KeyboardInterrupt or embedded()):
             self.thread.join()

@@ -1,0 +1,105 @@
+"""The wrapper around every entry point: standard streams of every kind, notebooks and threads."""
+
+from __future__ import annotations
+
+import builtins
+import io
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from conf import launch as launcher
+from conf.launch import launch, open_streams
+
+ROOT = Path(__file__).parent.parent
+NAMES = ("stdin", "stdout", "stderr")
+
+
+class NotebookStream(io.StringIO):
+    """As ipykernel's: it prints, has no `reconfigure`, and is no file."""
+
+    def __getattribute__(self, name):
+        if name == "reconfigure":
+            raise AttributeError(name)
+        return super().__getattribute__(name)
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_a_notebooks_stream_is_left_as_it_is(monkeypatch, name):
+    monkeypatch.setattr(sys, name, stream := NotebookStream())
+    open_streams()
+    assert getattr(sys, name) is stream
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("closed", [False, True])
+def test_a_missing_stream_leads_nowhere(monkeypatch, name, closed):
+    gone = io.StringIO() if closed else None
+    if closed:
+        gone.close()
+    monkeypatch.setattr(sys, name, gone)
+    open_streams()
+    opened = getattr(sys, name)
+    assert opened.read() == "" if name == "stdin" else opened.write("lost") == 4
+
+
+PROGRAM = """
+import os, sys
+from conf.launch import launch
+def main(settings):
+    print("printed")
+    sys.stdin.read()
+    numbers = sorted(os.open(os.devnull, os.O_RDONLY) for _ in range(3))
+    assert numbers[0] > 2, numbers
+    open(sys.argv[0] + ".done", "w").close()
+    return 0
+sys.argv = [sys.argv[1]]
+launch(main, "sample", "")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("closing", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_end_no_program(tmp_path, closing):
+    """Files opened later do not get the numbers of the closed descriptors either."""
+    command = f'exec "$0" -c "$1" "$2" {closing}'
+    done = subprocess.run(["sh", "-c", command, sys.executable, PROGRAM, tmp_path / "program"], cwd=ROOT, capture_output=True)
+    assert done.returncode == 0 and (tmp_path / "program.done").exists(), done.stderr
+
+
+def interrupted(settings):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("notebook", [True, False])
+def test_ctrl_c_ends_a_program_but_not_a_notebook(monkeypatch, notebook):
+    monkeypatch.setattr(sys, "argv", ["sample.py"])
+    if notebook:
+        monkeypatch.setattr(builtins, "__IPYTHON__", True, raising=False)
+
+    def ended(code):
+        raise RuntimeError(f"the process ended with {code}")
+
+    monkeypatch.setattr(launcher.os, "_exit", ended)
+    with pytest.raises(SystemExit if notebook else RuntimeError, match="130"):
+        launch(interrupted, "sample", "")
+
+
+def test_a_thread_can_launch_and_its_ctrl_c_ends_only_it(monkeypatch):
+    def run():
+        try:
+            launch(interrupted, "sample", "")
+        except SystemExit as error:
+            codes.append(error.code)
+
+    codes: list[object] = []
+    monkeypatch.setattr(sys, "argv", ["sample.py"])
+    monkeypatch.setattr(os, "_exit", pytest.fail)
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert codes == [130]

@@ -17,7 +17,7 @@ from data.corpus import Corpus
 from data.encode import segments
 from data.shards import SPLITS, again, check, check_shards, read_meta, write_meta
 from data.sources import DataConfig, Source, open_sources
-from data.store import folder_for, made_once
+from data.store import BUILDING, data_root, folder_for, made_once
 from data.tokenizer import PUBLISHED, BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer, fingerprint, read_tokenizer
 
 SAMPLE_BYTES = 2**28  # of the training split, from its start: what a tokenizer is trained on
@@ -37,6 +37,23 @@ def prepare(config: DataConfig) -> Path:
     made_once(folder, lambda partial: build(partial, sources, config, recipe))
     check(folder, recipe)
     return folder
+
+
+def find_prepared(fingerprint: str) -> Path | None:
+    """The folder of prepared tokens that a checkpoint names, by the beginning of their fingerprint.
+
+    Its shards are checked. None where there is no such folder or where its tokens are damaged.
+    """
+    for folder in sorted(data_root().glob("*-*-*")):
+        if folder.name.startswith(BUILDING):
+            continue
+        try:
+            if fingerprint and read_meta(folder)["fingerprint"].startswith(fingerprint):
+                check(folder, recipe={})
+                return folder
+        except (ValueError, OSError):
+            continue
+    return None
 
 
 def planned(config: DataConfig) -> tuple[Path, dict[str, Any], dict[str, Source]]:

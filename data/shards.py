@@ -149,9 +149,26 @@ def read_meta(folder: Path) -> dict[str, Any]:
     path = folder / "meta.json"
     try:
         meta = json.loads(path.read_text())
-        meta["vocab_size"], meta["fingerprint"], meta["tokenizer_fingerprint"], [meta["splits"][split] for split in SPLITS]
-        shards = [shard for part in meta["parts"] for split in SPLITS for shard in part[split]["shards"]]
-        [(shard["file"], shard["offset"], shard["dtype"], shard["tokens"], shard["sha256"]) for shard in shards]
-    except (OSError, ValueError, LookupError, TypeError):
+        check_fields(meta)
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         raise ValueError(f"{path} cannot be read: {again(folder)}") from None
     return meta
+
+
+def check_fields(meta: dict[str, Any]) -> None:
+    """Raises ValueError, LookupError or TypeError for a meta file with missing fields or fields of wrong types."""
+    texts = [meta["fingerprint"], meta["tokenizer_fingerprint"]]
+    counts = [meta["vocab_size"]]
+    for split in SPLITS:
+        if not isinstance(meta["splits"][split], dict):
+            raise TypeError("a split that should be an object is not")
+        for part in meta["parts"]:
+            for shard in part[split]["shards"]:
+                texts += [shard["file"], shard["sha256"]]
+                counts += [shard["offset"], shard["tokens"]]
+                if np.dtype(shard["dtype"]).kind not in "ui":
+                    raise ValueError(f"{shard['dtype']} is no type of tokens")
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError("a field that should be text is not")
+    if not all(type(count) is int and count >= 0 for count in counts):
+        raise TypeError("a field that should be a number is not")

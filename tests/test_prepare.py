@@ -22,7 +22,7 @@ import pytest
 import data.prepare
 from data import encode
 from data.corpus import Corpus, Seen
-from data.prepare import describe, load_tokenizer, prepare
+from data.prepare import describe, find_prepared, load_tokenizer, prepare
 from data.shards import ShardWriter, Tokens, read_meta
 from data.sources import DataConfig, Files
 from data.tokenizer import BPETokenizer, fingerprint
@@ -658,3 +658,25 @@ def test_of_parallel_processes_one_makes_the_folder_and_the_others_wait(corpus, 
     [folder] = fresh_data.iterdir()  # no leftovers
     assert folder == prepare(config)
     assert [head + tail for head, tail in zip(documents(folder, "train"), documents(folder, "val"), strict=True)] == FEW
+
+
+# Tokens that a checkpoint names
+
+
+def test_tokens_are_found_by_the_start_of_their_fingerprint(corpus):
+    folder, other = prepare(corpus(MANY)), prepare(corpus(FEW))
+    for one in (folder, other):
+        assert find_prepared(read_meta(one)["fingerprint"][:12]) == one
+    assert find_prepared("0" * 12) is None and find_prepared("") is None
+
+
+@pytest.mark.parametrize("damage", [
+    lambda folder: damaged(folder / "train_00000.npy"),
+    lambda folder: (folder / "meta.json").write_text("[" * 100_000),
+    lambda folder: folder.rename(folder.with_name(f".building-{folder.name}")),
+], ids=["altered shard", "nested meta", "unfinished"])
+def test_damaged_or_unfinished_tokens_are_not_found(corpus, damage):
+    folder = prepare(corpus(MANY))
+    fingerprint = read_meta(folder)["fingerprint"]
+    damage(folder)
+    assert find_prepared(fingerprint) is None

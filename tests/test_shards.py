@@ -1,6 +1,7 @@
 """The format on disk: shards of tokens, read as one sequence."""
 
 import hashlib
+import json
 import pickle
 from itertools import chain
 from pathlib import Path
@@ -118,3 +119,17 @@ def test_no_pickle_is_loaded(tmp_path):
         with pytest.raises(ValueError, match="was altered"):
             check(tmp_path / name, {})
     assert not (tmp_path / "went off").exists()
+
+
+@pytest.mark.parametrize("field, value", [
+    ("tokens", "3"), ("tokens", -1), ("tokens", 1e30), ("tokens", True), ("offset", None), ("dtype", "O"),
+    ("dtype", "nonsense"), ("file", 3), ("sha256", None),
+])
+def test_a_shard_of_wrong_types_is_one_sentence(tmp_path, field, value):
+    """Not the message of NumPy or JSON, which would not name the file."""
+    write_shards(tmp_path, [[1, 2, 3]])
+    meta = json.loads((tmp_path / "meta.json").read_text())
+    meta["parts"][0]["train"]["shards"][0][field] = value
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(ValueError, match=r"meta\.json cannot be read: delete"):
+        check(tmp_path, {})

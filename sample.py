@@ -23,6 +23,12 @@ Settings, each with its default, or with an example where there is none:
 
 from __future__ import annotations
 
+from conf.launch import launch
+
+if __name__ == "__main__":
+    # Before the imports below: torch takes a second or more, which --help and a mistake need not wait for.
+    launch("sample:sample", "sample", __doc__)
+
 import codecs
 import hashlib
 import json
@@ -37,10 +43,10 @@ from tqdm import tqdm
 
 import atomic
 from conf.identity import flat, printable
-from conf.launch import launch
 from conf.schema import SampleSettings, rebuild
 from data.tokenizer import Tokenizer, fingerprint, from_json
-from model import GPT, Decoder, GPTConfig, Undrawn, steps
+from model import GPT, Decoder, GPTConfig, Undrawn
+from model.generate import steps
 from training import checkpoint, shelf
 from training.checkpoint import Checkpoint, megabytes
 from training.device import Device, available_memory
@@ -348,7 +354,3 @@ def first_ids(tokenizer: Tokenizer) -> list[int]:
         return tokenizer.encode("\n")
     except ValueError:
         return [0]
-
-
-if __name__ == "__main__":
-    launch(sample, "sample", __doc__)

@@ -20,6 +20,12 @@ Common settings (--cfg job prints all, with their values):
 
 from __future__ import annotations
 
+from conf.launch import launch
+
+if __name__ == "__main__":
+    # Before the imports below: torch takes a second or more, which --help and a mistake need not wait for.
+    launch("train:train", "config", __doc__)
+
 import hashlib
 import math
 import shlex
@@ -31,7 +37,6 @@ import yaml
 from torch import Tensor, nn
 
 import atomic
-from conf.launch import launch
 from conf.resume import identity, open_device, open_run
 from conf.schema import SampleSettings, Settings
 from data.loader import Loader, Prefetch, Validation
@@ -352,7 +357,3 @@ def finish(run: Run, limits: TrainingConfig) -> int:
         print_completions(model, tokenizer, "", SampleSettings(num_samples=3), device)
     print(f'More: python sample.py {shlex.quote(f"run={run.folder}")} prompt="..."')
     return 0
-
-
-if __name__ == "__main__":
-    launch(train, "config", __doc__)

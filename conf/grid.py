@@ -17,7 +17,6 @@ from hydra.errors import HydraException
 
 from conf.cluster import Cluster
 from conf.identity import flat
-from conf.resume import is_finished
 from conf.schema import ConfigError, Settings, as_word, compose, folder_name
 from conf.slots import Job, Progress, Slots, held, in_words, metric_of, report_failures, run_jobs
 
@@ -80,6 +79,8 @@ def run_grid(overrides: list[str]) -> int:
     some = next(iter(composed.values()))[1]
     folder = Path(some.runs_dir) / some.name
     launcher = about("hydra/launcher=", "hydra.launcher.")
+    from conf.resume import is_finished  # imports torch, which a mistake in the settings need not wait for
+
     slots = Cluster(launcher, folder) if launcher else Slots(limits.jobs)
     with held(folder):
         jobs = [Job(job, folder, in_words(words, folder), settings.training.max_steps, metric_of(list(swept)))

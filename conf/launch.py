@@ -1,24 +1,32 @@
-"""From the command line to an exit code: the one wrapper around every entry point.
+"""From the command line to an exit code: the wrapper around every entry point.
 
-It composes the settings, runs the story, and owns what the user sees when something is wrong: one clear
-sentence a problem and exit code 1. HYDRA_FULL_ERROR=1 shows the stack trace instead.
+It composes the settings, calls the main function, and reports errors: one clear sentence a problem and exit code 1.
+HYDRA_FULL_ERROR=1 shows the stack trace instead. Entry points import this module first, and torch later.
 """
 
 from __future__ import annotations
 
-import os
 import sys
+
+if sys.platform == "win32":
+    # Before any other import of ours: file locks (fcntl) do not exist there.
+    sys.exit("Error: nanohydra needs Linux or macOS; on Windows, run it in WSL: https://learn.microsoft.com/windows/wsl")
+
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
+from importlib import import_module
 from typing import Any, NoReturn
 
 import yaml
 
-from conf.grid import run_grid
-from conf.schema import compose, groups, options
+from conf.schema import SCHEMAS, compose, groups, options
 from conf.slots import stop_with_parent
 from training.interrupt import embedded
+
+# A function or class, or where it is defined, as in "train:train": then it is imported when it is needed.
+Place = str | Callable[..., Any]
 
 FLAGS = """Flags:
   --help      this text
@@ -35,12 +43,18 @@ SWEEP_FLAG = """  -m          sweep: one run for each combination of values sepa
 """
 
 
-def launch(story: Callable[[Any], int], root: str | type, doc: str) -> NoReturn:
-    """Exit with the code of `story(settings)`; the settings are what `compose(root, ...)` makes of the command line."""
+def launch(main: Place, root: Place, doc: str) -> NoReturn:
+    """Exit with the code of `main(settings)`; the settings are what `compose(root, ...)` makes of the command line.
+
+    `root` is "config" or "sample", or the dataclass of a script's own settings.
+    """
+    if isinstance(main, str):
+        # In a notebook, `%run train.py` is to run the file as it is now.
+        sys.modules.pop(main.partition(":")[0], None)
     open_streams()
     stop_with_parent()
     try:
-        code = obey(story, root, doc, sys.argv[1:])
+        code = run_command(main, root, doc, sys.argv[1:])
         sys.stdout.flush()
     except BrokenPipeError:  # whoever read what we print has seen enough, as in `| head`
         with suppress(OSError):  # a notebook's stream is no file
@@ -84,26 +98,39 @@ def open_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def obey(story: Callable[[Any], int], root: str | type, doc: str, words: list[str]) -> int:
+def run_command(main: Place, root: Place, doc: str, words: list[str]) -> int:
     """Do what the command line's `words` ask for; return the exit code."""
     flags = [word for word in words if word.startswith("-")]
     overrides = [word for word in words if not word.startswith("-")]
     if "--help" in flags or "-h" in flags:
         print(help_text(root, doc))
         return 0
+    if root not in SCHEMAS:
+        root = imported(root)
     if flags == ["--cfg"] and "job" in overrides:
         overrides.remove("job")
         print(yaml.safe_dump(asdict(compose(root, overrides)), sort_keys=False, allow_unicode=True), end="")
         return 0
     if root == "config" and flags in (["-m"], ["--multirun"]):
+        from conf.grid import run_grid
+
         return run_grid(overrides)
     if flags:
         raise ValueError(f"{' '.join(flags)}: no such flag; settings are written key=value, and --help lists both.")
-    return story(compose(root, overrides))
+    settings = compose(root, overrides)
+    return imported(main)(settings)
 
 
-def help_text(root: str | type, doc: str) -> str:
-    """The entry point's own story, the presets, the flags."""
+def imported(place: Place) -> Any:
+    """What `place` stands for."""
+    if not isinstance(place, str):
+        return place
+    module, _, name = place.partition(":")
+    return getattr(import_module(module), name)
+
+
+def help_text(root: Place, doc: str) -> str:
+    """The entry point's docstring, the presets, the flags."""
     if root != "config":
         return f"{doc.strip()}\n\n{FLAGS}"
     presets = "\n".join(f"  {group}={'|'.join(options(group))}" for group in groups())

@@ -28,8 +28,7 @@ from yaml import MarkedYAMLError, YAMLError
 from conf.identity import flat, identity_differences, in_short, printable
 from data.sources import DataConfig
 from model.config import GPTConfig
-from training.config import TrainingConfig
-from training.optim import OptimConfig
+from training.config import OptimConfig, TrainingConfig
 from training.recorder import LoggerConfig
 
 CONF = Path(__file__).parent

@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from tqdm import tqdm
 
 import atomic
@@ -142,7 +141,10 @@ class Slots:
     look_seconds = 0.1
 
     def __init__(self, count: int) -> None:
+        import torch  # takes a second or more, which a mistake in the settings need not wait for
+
         self.running: list[Job] = []
+        self.threads = torch.get_num_threads()
         self.count = count
         given = os.environ.get("CUDA_VISIBLE_DEVICES")
         self.gpus = [str(number) for number in range(torch.cuda.device_count())]
@@ -153,7 +155,7 @@ class Slots:
         """As many threads for each, or their results would differ in the last bits; a GPU of its own where there is one."""
         share = {CHILD: "1"}
         if self.count > 1:
-            share["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // self.count))
+            share["OMP_NUM_THREADS"] = str(max(1, self.threads // self.count))
             if self.gpus:
                 share["CUDA_VISIBLE_DEVICES"] = self.gpus[slot % len(self.gpus)]
         return os.environ | share

@@ -1,10 +1,33 @@
-"""What is learned: the Transformer and how it generates. Knows tensors, nothing else."""
+"""The Transformer and how it generates. Knows tensors, nothing else.
 
-from model.attention import CausalSelfAttention, KVCache
+`from model import GPT` imports torch when it is asked for: the settings in `model.config` are read without it.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from model.config import GPTConfig
-from model.decode import Decoder
-from model.generate import generate, steps
-from model.gpt import GPT
-from model.undrawn import Undrawn
 
-__all__ = ["GPT", "CausalSelfAttention", "Decoder", "GPTConfig", "KVCache", "Undrawn", "generate", "steps"]
+if TYPE_CHECKING:
+    from model.attention import CausalSelfAttention, KVCache
+    from model.decode import Decoder
+    from model.gpt import GPT
+    from model.undrawn import Undrawn
+
+__all__ = ["GPT", "CausalSelfAttention", "Decoder", "GPTConfig", "KVCache", "Undrawn"]
+MODULES = {
+    "GPT": "gpt",
+    "CausalSelfAttention": "attention",
+    "KVCache": "attention",
+    "Decoder": "decode",
+    "Undrawn": "undrawn",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """A class of one of the modules, imported now."""
+    if name not in MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{MODULES[name]}"), name)

@@ -14,6 +14,12 @@ Settings, each with its default:
 
 from __future__ import annotations
 
+from conf.launch import launch
+
+if __name__ == "__main__":
+    # Before the imports below: torch takes a second or more, which --help and a mistake need not wait for.
+    launch("scripts.attention_map:main", "scripts.attention_map:AttentionMapSettings", __doc__)
+
 import base64
 import json
 from collections.abc import Iterator
@@ -25,7 +31,6 @@ import torch
 from torch import Tensor
 
 import atomic
-from conf.launch import launch
 from conf.schema import closest, compose, options
 from data.tokenizer import ByteTokenizer, Tokenizer
 from model import GPT
@@ -152,7 +157,3 @@ def draw(name: str, weights: Tensor) -> bytes:
                 cell.set_ylabel(f"layer {layer}", fontsize=8)
     figure.suptitle(f"{name}: rows attend to columns", fontsize=10)
     return save(figure, "png")
-
-
-if __name__ == "__main__":
-    launch(main, AttentionMapSettings, __doc__)

@@ -32,11 +32,27 @@ Settings of decode:
 
 from __future__ import annotations
 
+import sys
+
+from conf.launch import launch
+
+if __name__ == "__main__":
+    # Before the imports below: torch takes a second or more, which --help and a mistake need not wait for.
+    modes = {
+        "speed": ("scripts.bench:speed", "scripts.bench:SpeedSettings"),
+        "result": ("scripts.bench_result:result", "scripts.bench_result:ResultSettings"),
+        "ablation": ("scripts.bench_ablation:ablation", "scripts.bench_ablation:AblationSettings"),
+        "start": ("scripts.bench_start:to_first_step", "scripts.bench_start:StartSettings"),
+        "profile": ("scripts.bench:profile", "scripts.bench:ProfileSettings"),
+        "decode": ("scripts.bench_decode:decode", "scripts.bench_decode:DecodeSettings"),
+    }
+    mode = sys.argv.pop(1) if len(sys.argv) > 1 and sys.argv[1] in modes else "speed"
+    launch(*modes[mode], __doc__)
+
 import json
 import resource
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -47,15 +63,10 @@ import numpy as np
 import torch
 
 import atomic
-from conf.launch import launch
 from conf.schema import compose
 from data.loader import Loader
 from data.shards import Tokens
 from model import GPT, GPTConfig
-from scripts.bench_ablation import AblationSettings, ablation
-from scripts.bench_decode import DecodeSettings, decode
-from scripts.bench_result import ResultSettings, result
-from scripts.bench_start import StartSettings, to_first_step
 from scripts.peer import nanogpt_module, peer_problems
 from train import loss_of
 from training.device import Device
@@ -253,10 +264,3 @@ def profile(own: ProfileSettings) -> int:
         print(f"Wrote {own.trace}")
     return 0
 
-
-MODES = {"speed": (speed, SpeedSettings), "result": (result, ResultSettings), "ablation": (ablation, AblationSettings),
-         "start": (to_first_step, StartSettings), "profile": (profile, ProfileSettings), "decode": (decode, DecodeSettings)}
-
-if __name__ == "__main__":
-    mode = sys.argv.pop(1) if len(sys.argv) > 1 and sys.argv[1] in MODES else "speed"
-    launch(*MODES[mode], __doc__)

@@ -9,6 +9,12 @@ Settings, each with its default:
 
 from __future__ import annotations
 
+from conf.launch import launch
+
+if __name__ == "__main__":
+    # Before the imports below: torch takes a second or more, which --help and a mistake need not wait for.
+    launch("scripts.bench_attention:main", "scripts.bench_attention:BenchAttentionSettings", __doc__)
+
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +25,6 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from conf.launch import launch
 from model import attention
 from model.reference import MultiHeadAttention, MultiHeadAttentionWrapper, fuse
 from training.device import Device
@@ -95,7 +100,3 @@ def medians(calls: dict[str, Callable[[], None]], rounds: int) -> dict[str, floa
             if number:
                 times[name].append(time.perf_counter() - start)
     return {name: statistics.median(each) for name, each in times.items()}
-
-
-if __name__ == "__main__":
-    launch(main, BenchAttentionSettings, __doc__)

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 import atomic
-from model import GPT, GPTConfig, generate
+from model import GPT, GPTConfig
 from model.decode import Decoder
+from model.generate import generate
 from scripts.peer import nanogpt_module, peer_problems
 from training.device import keep_freed_memory
 

@@ -13,6 +13,12 @@ Settings, each with its default:
 
 from __future__ import annotations
 
+from conf.launch import launch
+
+if __name__ == "__main__":
+    # Before the imports below: torch takes a second or more, which --help and a mistake need not wait for.
+    launch("scripts.bench_prepare:main", "scripts.bench_prepare:BenchPrepareSettings", __doc__)
+
 import os
 import re
 import shutil
@@ -27,7 +33,6 @@ from pathlib import Path
 from typing import Literal
 
 import atomic
-from conf.launch import launch
 from data import encode
 from data.files import cut_up
 from data.prepare import load_tokenizer, prepare
@@ -138,7 +143,3 @@ def memory(settings: BenchPrepareSettings, scratch: Path) -> None:
     for eighth in range(9):
         print(f"| {eighth}/8 | {curve[(len(curve) - 1) * eighth // 8][1]:.0f} |")
     shutil.rmtree(os.environ["NANOHYDRA_DATA"])
-
-
-if __name__ == "__main__":
-    launch(main, BenchPrepareSettings, __doc__)

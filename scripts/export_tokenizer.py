@@ -12,6 +12,12 @@ Settings, each with its default:
 
 from __future__ import annotations
 
+from conf.launch import launch
+
+if __name__ == "__main__":
+    # Before the imports below: torch takes a second or more, which --help and a mistake need not wait for.
+    launch("scripts.export_tokenizer:main", "scripts.export_tokenizer:ExportTokenizerSettings", __doc__)
+
 import json
 import sys
 from collections.abc import Iterator
@@ -19,7 +25,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import atomic
-from conf.launch import launch
 from data.hugging_face import to_hugging_face
 from data.tokenizer import Tokenizer
 from sample import tokenizer_of
@@ -62,7 +67,3 @@ def last_tokenizer(run: Path) -> Tokenizer:
     if tokenizer is None:
         raise ValueError(f"{run} has no checkpoint.")
     return tokenizer
-
-
-if __name__ == "__main__":
-    launch(main, ExportTokenizerSettings, __doc__)

@@ -12,6 +12,12 @@ process takes without a model, and what the heap loses to holes. What the data a
 
 from __future__ import annotations
 
+from conf.launch import launch
+
+if __name__ == "__main__":
+    # Before the imports below: torch takes a second or more, which --help and a mistake need not wait for.
+    launch("scripts.plan:plan", "scripts.plan:PlanSettings", __doc__)
+
 import math
 import os
 import resource
@@ -30,7 +36,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from conf.launch import launch
 from conf.schema import Settings, compose
 from data.loader import Loader
 from data.prepare import planned
@@ -202,7 +207,3 @@ def resident() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:  # no Linux
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-if __name__ == "__main__":
-    launch(plan, PlanSettings, __doc__)

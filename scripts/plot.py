@@ -9,6 +9,12 @@ Settings, each with its default:
 
 from __future__ import annotations
 
+from conf.launch import launch
+
+if __name__ == "__main__":
+    # Before the imports below: torch takes a second or more, which --help and a mistake need not wait for.
+    launch("scripts.plot:main", "scripts.plot:PlotSettings", __doc__)
+
 import io
 import json
 from collections.abc import Iterator
@@ -18,7 +24,6 @@ from types import ModuleType
 from typing import Any
 
 import atomic
-from conf.launch import launch
 from training.run import find_run
 
 
@@ -82,7 +87,3 @@ def save(figure: Any, kind: str) -> bytes:
     picture = io.BytesIO()
     figure.savefig(picture, format=kind)
     return picture.getvalue()
-
-
-if __name__ == "__main__":
-    launch(main, PlotSettings, __doc__)

@@ -14,6 +14,12 @@ train.py can be given; these are the script's own:
 
 from __future__ import annotations
 
+from conf.launch import launch
+
+if __name__ == "__main__":
+    # Before the imports below: torch takes a second or more, which --help and a mistake need not wait for.
+    launch("scripts.prepare:main", "scripts.prepare:PrepareSettings", __doc__)
+
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +27,6 @@ from pathlib import Path
 import numpy as np
 
 import atomic
-from conf.launch import launch
 from conf.schema import Settings, compose
 from data.contents import Contents
 from data.prepare import describe, load_tokenizer, prepare
@@ -157,7 +162,3 @@ def runs_by_tokens(runs_dir: Path) -> dict[str, list[str]]:
         for one in found[-1:]:
             users.setdefault(one.state["settings"]["data"]["prepared"], []).append(str(folder.parent))
     return users
-
-
-if __name__ == "__main__":
-    launch(main, PrepareSettings, __doc__)

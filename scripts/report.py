@@ -13,11 +13,16 @@ Settings, each with its default:
 
 from __future__ import annotations
 
+from conf.launch import launch
+
+if __name__ == "__main__":
+    # Before the imports below: torch takes a second or more, which --help and a mistake need not wait for.
+    launch("scripts.report:main", "scripts.report:ReportSettings", __doc__)
+
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from conf.launch import launch
 from report.history import choose
 from report.page import write
 
@@ -44,7 +49,3 @@ def main(settings: ReportSettings) -> int:
     for picture in rest:
         print(f"Drew {picture}")
     return 0
-
-
-if __name__ == "__main__":
-    launch(main, ReportSettings, __doc__)

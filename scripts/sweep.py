@@ -18,6 +18,12 @@ one study. Trials whose validation loss is hopeless are stopped early. At the en
 
 from __future__ import annotations
 
+from conf.launch import launch
+
+if __name__ == "__main__":
+    # Before the imports below: torch takes a second or more, which --help and a mistake need not wait for.
+    launch("scripts.sweep:search", "scripts.sweep:SweepSettings", __doc__)
+
 import hashlib
 import json
 import math
@@ -33,7 +39,6 @@ from typing import Any, Literal
 
 import atomic
 from conf.identity import differences, listed
-from conf.launch import launch
 from conf.schema import ConfigError, Settings, compose, folder_name
 from conf.slots import INTERRUPTED, Job, Progress, Slots, in_words, metric_of, refuse_run, report_failures, run_jobs
 from conf.space import Point, Range, Space, read_space
@@ -327,7 +332,3 @@ def tell_best(source: Search, advice: str) -> None:
         words = source.space.words({key: best.params[key] for key in source.space.varied})
         print(f"Best: {source.folder / f'trial_{best.number:04d}'}, {source.metric} {best.value:.4f}\n"
               f"  {shlex.join(['python', 'train.py', *words])}")
-
-
-if __name__ == "__main__":
-    launch(search, SweepSettings, __doc__)

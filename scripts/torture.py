@@ -14,6 +14,12 @@ training that nothing happened to. Prints a table; exits with 1 if anything was 
 
 from __future__ import annotations
 
+from conf.launch import launch
+
+if __name__ == "__main__":
+    # Before the imports below: torch takes a second or more, which --help and a mistake need not wait for.
+    launch("scripts.torture:torture", "scripts.torture:TortureSettings", __doc__)
+
 import contextlib
 import errno
 import io
@@ -33,7 +39,6 @@ import torch
 from tqdm import tqdm
 
 import atomic
-from conf.launch import launch
 from conf.schema import compose
 from scripts.verify_resume import ROOT, compare, finish, start, steps, train_under_kills
 from train import train
@@ -250,7 +255,3 @@ def kills(folder: Path, settings: TortureSettings) -> list[tuple[str, int, int]]
         inside, _ = train_under_kills([*TINY, *overrides], killed, count, max_steps=40)
         results.append((f"kill -9, {inside} inside a save: {name}", count, int(not survived(straight, killed))))
     return results
-
-
-if __name__ == "__main__":
-    launch(torture, TortureSettings, __doc__)

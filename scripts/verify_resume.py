@@ -12,6 +12,12 @@ anything differs. Each setting of train.py can be given; without them the traini
 
 from __future__ import annotations
 
+from conf.launch import launch
+
+if __name__ == "__main__":
+    # Before the imports below: torch takes a second or more, which --help and a mistake need not wait for.
+    launch("scripts.verify_resume:verify", "scripts.verify_resume:VerifySettings", __doc__)
+
 import json
 import random
 import subprocess
@@ -28,7 +34,6 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 import atomic
-from conf.launch import launch
 from conf.schema import compose
 from training import checkpoint, shelf
 
@@ -143,7 +148,3 @@ def compare(one: Path, other: Path) -> dict[str, str]:
         differing.append(f"{len(rows)} rows and {len(others)}")
     found[f"metrics.jsonl: {len(rows)} rows"] = differing[0] if differing else ""
     return found
-
-
-if __name__ == "__main__":
-    launch(verify, VerifySettings, __doc__)

@@ -190,14 +190,14 @@ def test_names_tell_runs_apart(tmp_path):
 
 
 def test_cfg_job_prints_yaml_that_composes_to_the_same(capsys):
-    assert launch.obey(lambda settings: 99, "config", "", ["--cfg", "job", "model=nano", "seed=3"]) == 0
+    assert launch.run_command(lambda settings: 99, "config", "", ["--cfg", "job", "model=nano", "seed=3"]) == 0
     assert yaml.safe_load(capsys.readouterr().out) == dataclasses.asdict(compose("config", ["model=nano", "seed=3"]))
 
 
 def test_help_lists_groups_and_common_overrides(capsys):
     import train
 
-    assert launch.obey(lambda settings: 99, "config", train.__doc__, ["--help"]) == 0
+    assert launch.run_command(lambda settings: 99, "config", train.__doc__, ["--help"]) == 0
     said = capsys.readouterr().out
     for word in ("experiment=", "gpt2-medium", "data.path=", "optim.lr=", "training.max_steps=", "logger.wandb=", "-m"):
         assert word in said
@@ -212,7 +212,7 @@ def test_composing_writes_nothing(tmp_path, monkeypatch):
 
 def test_an_unknown_flag_is_refused():
     with pytest.raises(ValueError, match="--verbose: no such flag"):
-        launch.obey(lambda settings: 0, "config", "", ["--verbose"])
+        launch.run_command(lambda settings: 0, "config", "", ["--verbose"])
 
 
 def test_the_exit_code_is_the_storys_and_1_for_a_mistake(monkeypatch, capsys):

@@ -1,9 +1,10 @@
-"""The wrapper around every entry point: standard streams of every kind, notebooks and threads."""
+"""The wrapper around every entry point: standard streams, notebooks, threads, systems, and what needs no torch."""
 
 from __future__ import annotations
 
 import builtins
 import io
+import json
 import os
 import subprocess
 import sys
@@ -103,3 +104,52 @@ def test_a_thread_can_launch_and_its_ctrl_c_ends_only_it(monkeypatch):
     thread.start()
     thread.join()
     assert codes == [130]
+
+
+ENTRY_POINTS = ["train.py", "sample.py", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("scripts/*.py")
+                                                if "launch(" in path.read_text())]
+
+# Runs command lines one after the other in a process that cannot import torch; prints what each said, as JSON.
+WITHOUT_TORCH = """
+import contextlib, io, json, runpy, sys
+sys.modules["torch"] = None
+for command in json.loads(sys.argv[1]):
+    sys.argv, said, code = command, io.TextIOWrapper(io.BytesIO()), None
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        try:
+            runpy.run_path(command[0], run_name="__main__")
+        except SystemExit as exit:
+            code = exit.code
+    said.seek(0)
+    print(json.dumps([code, said.read()]))
+"""
+
+
+def without_torch(*commands: list[str]) -> list[tuple[int, str]]:
+    ran = subprocess.run([sys.executable, "-c", WITHOUT_TORCH, json.dumps(commands)], cwd=ROOT,
+                         env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True)
+    return [tuple(json.loads(line)) for line in ran.stdout.splitlines()]
+
+
+def test_help_of_every_entry_point_needs_no_torch():
+    assert len(ENTRY_POINTS) > 10
+    commands = [[path, flag] for path in ENTRY_POINTS for flag in ("--help", "-h")]
+    for (path, flag), (code, said) in zip(commands, without_torch(*commands), strict=True):
+        first_line = (ROOT / path).read_text().partition('"""')[2].partition("\n")[0]
+        assert (code, said.partition("\n")[0]) == (0, first_line), (path, flag)
+
+
+def test_a_wrong_setting_is_refused_without_torch():
+    commands = [["train.py", "model.n_layr=3"], ["train.py", "-m", "model.n_layr=3,4"], ["train.py", "optim.lr=-1"],
+                ["sample.py", "promt=x"], ["scripts/sweep.py", "sweep=lr_width", "training.max_stps=3"]]
+    for command, (code, said) in zip(commands, without_torch(*commands), strict=True):
+        assert code == 1 and said.startswith("Error: ") and command[-1].partition("=")[0] in said
+
+
+@pytest.mark.parametrize("path", ["train.py", "scripts/plan.py"])
+def test_windows_is_one_sentence(path):
+    program = (f"import sys, runpy; sys.platform = 'win32'; sys.modules['fcntl'] = None; "
+               f"runpy.run_path({path!r}, run_name='__main__')")
+    ran = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env={"PYTHONPATH": str(ROOT)},
+                         capture_output=True, text=True)
+    assert ran.returncode == 1 and ran.stderr.count("\n") == 1 and "WSL" in ran.stderr

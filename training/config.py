@@ -1,4 +1,7 @@
-"""How long to train, in what portions, and how often to look and save."""
+"""The settings of a training: how weights are updated, how long it lasts, how often it evaluates and saves.
+
+This module does not import torch, so that settings are checked before torch is loaded.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,39 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """How weights change. The defaults are GPT-2's and GPT-3's usual ones (arXiv:2005.14165, table 2.1)."""
+
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    lr: float = 6e-4  # of AdamW: everything with adamw; embeddings, head, gains and biases with muon
+    muon_lr: float = 0.02  # of Muon: the blocks' matrices; the spectral norm of an update, not an AdamW rate
+    weight_decay: float = 0.1  # of matrices and embeddings; gains and biases are never decayed
+    beta1: float = 0.9
+    beta2: float = 0.95
+    momentum: float = 0.95  # of Muon
+    grad_clip: float = 1.0  # the largest norm of all gradients together; 0 for no limit
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    warmup_steps: int = 0
+    decay_fraction: float = 0.5  # wsd: the last part of the run, in which the rate falls
+    min_lr_ratio: float = 0.1  # cosine and wsd end at this part of the rate
+
+    def problems(self) -> Iterator[str]:
+        """One sentence for each value that cannot work."""
+        for name in ("lr", "muon_lr"):
+            if not 0 < getattr(self, name) < math.inf:
+                yield f"{name}={getattr(self, name)} must be more than 0; {name}={getattr(OptimConfig, name)} is usual."
+        for name in ("weight_decay", "grad_clip", "warmup_steps"):
+            if not 0 <= getattr(self, name) < math.inf:
+                yield f"{name}={getattr(self, name)} must be at least 0."
+        for name in ("beta1", "beta2", "momentum"):
+            if not 0 <= getattr(self, name) < 1:
+                yield f"{name}={getattr(self, name)} must satisfy 0 <= {name} < 1."
+        for name in ("decay_fraction", "min_lr_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                yield f"{name}={getattr(self, name)} must lie between 0 and 1."
 
 
 @dataclass(frozen=True)

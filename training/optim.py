@@ -3,47 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from training.config import OptimConfig
 from training.updates import AdamW, Muon, Optimizer
-
-
-@dataclass(frozen=True)
-class OptimConfig:
-    """How weights change. The defaults are GPT-2's and GPT-3's usual ones (arXiv:2005.14165, table 2.1)."""
-
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    lr: float = 6e-4  # of AdamW: everything with adamw; embeddings, head, gains and biases with muon
-    muon_lr: float = 0.02  # of Muon: the blocks' matrices; the spectral norm of an update, not an AdamW rate
-    weight_decay: float = 0.1  # of matrices and embeddings; gains and biases are never decayed
-    beta1: float = 0.9
-    beta2: float = 0.95
-    momentum: float = 0.95  # of Muon
-    grad_clip: float = 1.0  # the largest norm of all gradients together; 0 for no limit
-    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    warmup_steps: int = 0
-    decay_fraction: float = 0.5  # wsd: the last part of the run, in which the rate falls
-    min_lr_ratio: float = 0.1  # cosine and wsd end at this part of the rate
-
-    def problems(self) -> Iterator[str]:
-        """One sentence for each value that cannot work."""
-        for name in ("lr", "muon_lr"):
-            if not 0 < getattr(self, name) < math.inf:
-                yield f"{name}={getattr(self, name)} must be more than 0; {name}={getattr(OptimConfig, name)} is usual."
-        for name in ("weight_decay", "grad_clip", "warmup_steps"):
-            if not 0 <= getattr(self, name) < math.inf:
-                yield f"{name}={getattr(self, name)} must be at least 0."
-        for name in ("beta1", "beta2", "momentum"):
-            if not 0 <= getattr(self, name) < 1:
-                yield f"{name}={getattr(self, name)} must satisfy 0 <= {name} < 1."
-        for name in ("decay_fraction", "min_lr_ratio"):
-            if not 0 <= getattr(self, name) <= 1:
-                yield f"{name}={getattr(self, name)} must lie between 0 and 1."
 
 
 def lr_scale(step: int, config: OptimConfig, max_steps: int) -> float:

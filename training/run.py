@@ -9,7 +9,6 @@ from datetime import datetime
 from pathlib import Path
 
 import atomic
-from training.shelf import free_name
 
 LOCK = "lock"
 
@@ -47,6 +46,8 @@ class Run:
 
     def move_aside(self) -> None:
         """Give the folder, which stays held, another name."""
+        from training.shelf import free_name  # imports torch, which finding a run does not need
+
         self.folder = self.folder.rename(free_name(self.folder.with_name(f"{self.folder.name}.old")))
 
     def __enter__(self) -> Run:

@@ -1,4 +1,4 @@
-"""The one place that writes: files, folders and lines that are whole or absent, and a lock that dies with its holder.
+"""Every write of the project: files, folders and lines that are whole or absent, and locks.
 
 A temporary name, fsync, rename, fsync of the folder: what has its final name is complete, whatever was
 killed while it was being made. Raises OSError where the disk refuses, leaving what was there.
@@ -9,17 +9,67 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import json
 import os
 import secrets
 import shutil
+import stat
 import tempfile
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 PARTIAL = ".partial-"  # names that start so are leftovers of a kill, never read
 PIECE_BYTES = 2**24  # the most that one system call is given: another thread gets its turn between two
+MAX_JSON_BYTES = 2**28  # more than any JSON file of ours holds
+
+
+class NotPlain(OSError):
+    """Something else lies where a plain file of ours belongs: a link, a FIFO, a device, a folder."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(f"{path} is not a plain file, but a link, a folder or something that is not stored: "
+                         f"move it away.")
+
+
+def open_plain(path: Path, flags: int = os.O_RDONLY) -> int:
+    """Open a plain file and return its descriptor. Follows no link, waits for no FIFO.
+
+    Raises NotPlain where the path leads to anything else, and OSError where it cannot be opened.
+    """
+    try:
+        handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+    except OSError as error:
+        if path.is_symlink() or (os.path.lexists(path) and not path.is_file()):
+            raise NotPlain(path) from error
+        raise
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise NotPlain(path)
+    return handle
+
+
+def read_plain(path: Path, max_bytes: int) -> bytes:
+    """The content of a plain file. Raises ValueError, reading nothing, where it is larger than `max_bytes`."""
+    with os.fdopen(open_plain(path), "rb") as file:
+        if os.fstat(file.fileno()).st_size > max_bytes:
+            raise ValueError(f"{path} is larger than {max_bytes:,} bytes")
+        return file.read(max_bytes)
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file of ours holds. Raises OSError where it cannot be read, ValueError where it is not JSON."""
+    return parse_json(read_plain(path, MAX_JSON_BYTES))
+
+
+def parse_json(content: bytes | str) -> Any:
+    """What JSON stands for. Raises ValueError where it is not JSON, or nested too deeply for Python."""
+    try:
+        return json.loads(content)
+    except RecursionError:
+        raise ValueError("the JSON is nested too deeply") from None
 
 
 @contextmanager
@@ -51,7 +101,7 @@ def name_folder(partial: Path, final: Path) -> None:
 
 def remove(path: Path) -> None:
     """Delete a file, or a folder, which loses its name first: a kill leaves no half of it behind that looks whole."""
-    if not path.is_dir():
+    if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)
         return
     if not path.name.startswith(PARTIAL):
@@ -122,11 +172,11 @@ def write_all(handle: int, piece: bytes | memoryview) -> None:
 
 def shorten(path: Path, kept: bytes) -> None:
     """Leave `kept` of a file: a part of its lines. Its beginning needs no room on the disk for that."""
-    content = path.read_bytes()
-    if content.startswith(kept):
-        os.truncate(path, len(kept))
-    else:
-        write_bytes(path, kept)
+    with os.fdopen(open_plain(path, os.O_RDWR), "rb") as file:
+        if file.read(len(kept)) == kept:
+            os.ftruncate(file.fileno(), len(kept))
+            return
+    write_bytes(path, kept)
 
 
 def sync(folder: Path) -> None:
@@ -146,10 +196,10 @@ class Lines:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o644)
+        self.handle = open_plain(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
         self.size = os.fstat(self.handle).st_size
         if self.size and os.pread(self.handle, 1, self.size - 1) != b"\n":  # a kill cut its last line short
-            self.size = path.read_bytes().rfind(b"\n") + 1
+            self.size = read_plain(path, self.size).rfind(b"\n") + 1
             os.ftruncate(self.handle, self.size)
         self.waiting = b""
         self.turn = threading.Lock()
@@ -189,7 +239,7 @@ def exclusive(path: Path) -> Iterator[None]:
 
     Raises BlockingIOError where another has it. On a file system that has no locks nobody is kept out.
     """
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    handle = open_plain(path, os.O_RDWR | os.O_CREAT)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -213,7 +263,7 @@ class Lock:
         while self.handle is None:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+                handle = open_plain(path, os.O_RDWR | os.O_CREAT)
             except (FileNotFoundError, FileExistsError):  # its last holder removed the folder just now
                 attempts += 1
                 if attempts == 100:

@@ -92,7 +92,7 @@ def read_progress(partial: Path) -> list[dict[str, Any]]:
     """The segments that an earlier attempt has finished, as far as they are what was written."""
     whole: list[dict[str, Any]] = []
     with suppress(OSError, ValueError, LookupError, TypeError):  # what is damaged is made again
-        progress = json.loads((partial / PROGRESS).read_text())
+        progress = atomic.read_json(partial / PROGRESS)
         if fingerprint(read_tokenizer(partial / "tokenizer.json")) == progress["tokenizer"]:
             for segment in progress["segments"]:
                 check_shards(partial, [shard for split in SPLITS for shard in segment[split]["shards"]])

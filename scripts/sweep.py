@@ -25,7 +25,6 @@ if __name__ == "__main__":
     launch("scripts.sweep:search", "scripts.sweep:SweepSettings", __doc__)
 
 import hashlib
-import json
 import math
 import re
 import secrets
@@ -309,7 +308,7 @@ def damage(journal: Path) -> str:
     """What to do about a journal of which a line is not what Optuna writes; empty if it is not that."""
     for number, line in enumerate(journal.read_bytes().splitlines() if journal.is_file() else (), 1):
         try:
-            json.loads(line)
+            atomic.parse_json(line)
         except ValueError:
             return f" Line {number} of {journal} is damaged: put a copy back, or choose another name=."
     return ""

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -263,3 +264,66 @@ def test_a_lock_moves_with_its_folder(tmp_path):
     with pytest.raises(BlockingIOError):
         atomic.Lock(tmp_path / "run.old" / "lock", "another")
     lock.release()
+
+
+# Reading
+
+
+def special(path: Path, kind: str) -> None:
+    """Put something at `path` that is not a plain file."""
+    if kind == "link":
+        (path.parent / "elsewhere").write_bytes(b"theirs\n")
+        path.symlink_to(path.parent / "elsewhere")
+    elif kind == "link to a FIFO":
+        os.mkfifo(path.parent / "elsewhere")
+        path.symlink_to(path.parent / "elsewhere")
+    elif kind == "dangling link":
+        path.symlink_to(path.parent / "nowhere")
+    elif kind == "FIFO":
+        os.mkfifo(path)
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as one:
+            one.bind(str(path))
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.mkdir()
+
+
+KINDS = ["link", "link to a FIFO", "dangling link", "FIFO", "socket", "device", "folder"]
+USES = {"lines": atomic.Lines, "lock": lambda path: atomic.Lock(path, "me"), "json": atomic.read_json,
+        "shorten": lambda path: atomic.shorten(path, b"")}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("use", USES)
+def test_only_plain_files_are_read_and_written(tmp_path, monkeypatch, kind, use):
+    """By one sentence, at once, and what a link points to stays as it is."""
+    monkeypatch.chdir(tmp_path)  # the path of a socket must be short
+    special(Path("file"), kind)
+    before = tree(tmp_path) if kind == "link" else {}
+    with pytest.raises(atomic.NotPlain, match="file is not a plain file"):
+        USES[use](Path("file"))
+    assert (tree(tmp_path) if kind == "link" else {}) == before and not Path("nowhere").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[" * 100_000, b'{"a":' * 100_000, b"\xff\xfe"], ids=range(5))
+def test_json_that_cannot_be_read_is_a_value_error(tmp_path, content):
+    (tmp_path / "file").write_bytes(content)
+    with pytest.raises(ValueError):
+        atomic.read_json(tmp_path / "file")
+
+
+def test_json_that_is_too_large_is_not_read(tmp_path):
+    (tmp_path / "file").touch()
+    os.truncate(tmp_path / "file", atomic.MAX_JSON_BYTES + 1)
+    with pytest.raises(ValueError, match="file is larger than"):
+        atomic.read_json(tmp_path / "file")
+
+
+def test_a_link_among_leftovers_is_removed_and_not_followed(tmp_path):
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs/kept").touch()
+    (tmp_path / ".partial-x").symlink_to(tmp_path / "theirs")
+    atomic.remove(tmp_path / ".partial-x")
+    assert list(tree(tmp_path)) == ["theirs/kept"] and not os.path.lexists(tmp_path / ".partial-x")

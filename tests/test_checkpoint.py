@@ -227,6 +227,18 @@ def test_a_state_with_a_value_that_cannot_be_is_refused(tmp_path, key, value):
     assert_refused(folder, LIKE)
 
 
+@pytest.mark.parametrize("key", checkpoint.RANGES)
+def test_a_state_with_a_number_out_of_range_is_refused(tmp_path, key):
+    folder = save(tmp_path, 2)
+    state = json.loads((folder / STATE).read_text())
+    lowest, highest = checkpoint.RANGES[key]
+    above = [2**63, 2**64, 10**300, math.inf, math.nan, *([highest + 1, 2.0**60] if highest < 2**63 - 1 else [])]
+    for value in (lowest - 1, -0.5, -1e308, -2**63, "1", [2], {"a": 2}, False, *above):
+        (folder / STATE).write_text(json.dumps(state | {key: value}))
+        reseal(folder)
+        assert_refused(folder, LIKE)
+
+
 def test_a_state_that_holds_more_is_refused(tmp_path):
     folder = save(tmp_path, 2)
     (folder / STATE).write_text(json.dumps(json.loads((folder / STATE).read_text()) | {"more": [{}] * 10}))
@@ -344,7 +356,7 @@ def test_files_of_two_checkpoints_do_not_mix(tmp_path):
 @pytest.mark.parametrize("sealed", [False, True], ids=["as damaged", "sealed again"])
 @pytest.mark.slow
 def test_mutated_checkpoints_are_refused_or_change_only_what_their_author_may(tmp_path, sealed):
-    """Cuts, bit flips in header and body, growth and swaps, 400 drawn at random, in every file.
+    """Cuts, bit flips in header and body, growth, swaps, absurd numbers and deep nests: 600 at random, in every file.
 
     With a manifest made to agree, whoever can write weights may change them: then the values of the tensors
     and the words in the JSON are the author's, and all else is refused.
@@ -352,10 +364,10 @@ def test_mutated_checkpoints_are_refused_or_change_only_what_their_author_may(tm
     draw = random.Random(0)
     folder = save(tmp_path, 2)
     good = {path.name: path.read_bytes() for path in folder.iterdir()}
-    for _ in range(400):
+    for _ in range(600):
         name = draw.choice([*FILES, MANIFEST])
         content = bytearray(good[name])
-        kind = draw.choice(["flip", "cut", "insert", "swap", "zero"])
+        kind = draw.choice(["flip", "cut", "insert", "swap", "zero", "number", "nest"])
         place = draw.randrange(min(len(content), draw.choice([16, 200, len(content)])))
         if kind == "flip":
             content[place] ^= 1 << draw.randrange(8)
@@ -365,6 +377,13 @@ def test_mutated_checkpoints_are_refused_or_change_only_what_their_author_may(tm
             content[place:place] = bytes(draw.randrange(256) for _ in range(draw.randrange(1, 9)))
         elif kind == "swap":
             content = bytearray(good[draw.choice([one for one in [*FILES, MANIFEST] if one != name])])
+        elif kind in ("number", "nest"):
+            inside = [b"9" * draw.randrange(1, 400), b"-1e999", b"NaN", b"true", b"1e400", b"9223372036854775807"]
+            depth = draw.choice([5, 1000, 100_000])
+            value = draw.choice(inside) if kind == "number" else b"[" * depth + b"]" * depth
+            numbers = list(re.finditer(rb"\b\d+(\.\d+)?\b", bytes(content)))
+            start, end = draw.choice(numbers).span() if numbers else (place, place + 1)
+            content[start:end] = value
         else:
             content[place:place + 8] = bytes(len(content[place:place + 8]))
         (folder / name).write_bytes(content)
@@ -374,6 +393,7 @@ def test_mutated_checkpoints_are_refused_or_change_only_what_their_author_may(tm
             try:
                 found = load_all(Checkpoint.open(folder), LIKE)
                 assert sealed and name != MANIFEST
+                assert not checkpoint.problem_of(found[3])
                 for tensors, like in zip(found[:2], (LIKE.model, LIKE.optimizer), strict=True):
                     assert {key: (t.shape, t.dtype) for key, t in tensors.items()} == {key: (t.shape, t.dtype) for key, t in like.items()}
             except ValueError as error:

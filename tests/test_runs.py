@@ -493,6 +493,20 @@ def test_a_hostile_state_is_one_sentence(compose_tiny, two_steps, changes):
     assert "\n" not in str(refusal.value) and str(refusal.value).isprintable()
 
 
+LIMITS = [(key, value) for key, limits in checkpoint.RANGES.items() for value in limits if key != "step"]
+NEAR_LIMITS = [(key, value) for key in checkpoint.RANGES for value in (2**63 - 1, 2**62, 2**41, 1e308, 5e-324, -1, 2.5)]
+
+
+@pytest.mark.parametrize("key, value", [*LIMITS, *(pytest.param(*one, marks=pytest.mark.slow) for one in NEAR_LIMITS)])
+def test_a_state_with_any_number_resumes_or_is_refused(compose_tiny, two_steps, key, value):
+    """Without a traceback, and by one sentence."""
+    resealed(two_steps(), **{key: value})
+    try:
+        assert story.train(compose_tiny("training.max_steps=3", "training.max_seconds=1e9")) == 0
+    except ValueError as error:
+        assert "\n" not in str(error) and "step_00000002" in str(error)
+
+
 @pytest.mark.parametrize("changes", [{"_growth_tracker": 2**63}, {"_growth_tracker": 1.5}, {"growth_interval": 1.5}, {"growth_interval": 0},
                                      {"scale": 0.0}, {"scale": 1e300}, {"scale": "x"}, {"more": 1}, {"backoff_factor": 3.0}], ids=str)
 def test_a_hostile_loss_scaler_is_one_sentence(compose_tiny, two_steps, changes):

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import resource
+import sys
+import threading
+from contextlib import suppress
+
 import pytest
-from test_checkpoint import save
+from test_checkpoint import LIKE, load_all, save
 
 import atomic
 from training import shelf
 from training.checkpoint import FILES, MANIFEST, MODEL
+from training.run import find_run
 
 
 def test_pruning_keeps_the_newest_the_best_and_the_newest_scheduled(tmp_path):
@@ -60,3 +68,108 @@ def test_when_nothing_is_whole_the_sentence_says_so_and_nothing_is_moved(tmp_pat
     with pytest.raises(ValueError, match=r"No checkpoint in .* is whole: .*model.safetensors .*restart=true"):
         shelf.choose(tmp_path, "last", shelf.whole, pytest.fail, set_aside=True)
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
+
+
+# Errors of the system are no damage
+
+SYSTEM_ERRORS = [errno.EMFILE, errno.ENFILE, errno.EIO, errno.EINTR, errno.ENOMEM, errno.EACCES, errno.ESTALE]
+
+
+@pytest.mark.parametrize("code", SYSTEM_ERRORS, ids=errno.errorcode.get)
+@pytest.mark.parametrize("call", ["open", "lstat", "scandir"])
+def test_a_system_error_is_reported_and_renames_nothing(tmp_path, monkeypatch, code, call):
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    plain = getattr(os, call)
+
+    def failing(path, *words, **options):
+        if "step_00000002" in str(path) or call == "scandir":
+            raise OSError(code, os.strerror(code), str(path))
+        return plain(path, *words, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=os.strerror(code)) as refusal:
+        patch.setattr(os, call, failing)
+        shelf.choose(tmp_path, "last", shelf.whole, pytest.fail, set_aside=True)
+    if call != "scandir":
+        assert "move" in str(refusal.value) and "\n" not in str(refusal.value)
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["step_00000001", "step_00000002"]
+
+
+def test_too_many_open_files_damage_nothing(tmp_path):
+    """With the system's own limit, at each call that opens a file, until the checkpoint can be read."""
+    save(tmp_path, 2)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken = [os.open(os.devnull, os.O_RDONLY)]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (taken[0] + 1, before[1]))
+    refused = 0
+    try:
+        for limit in range(taken[0] + 1, taken[0] + 20):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, before[1]))
+            try:
+                shelf.choose(tmp_path, "last", lambda one: load_all(one, LIKE), pytest.fail, set_aside=True)
+                break
+            except OSError:
+                refused += 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        os.close(taken[0])
+    assert 0 < refused < 18
+    assert [one.name for one in tmp_path.iterdir()] == ["step_00000002"]
+
+
+def test_a_link_in_place_of_the_checkpoints_is_refused(tmp_path):
+    save(tmp_path / "elsewhere", 1)
+    (tmp_path / "checkpoints").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="checkpoints is a link"):
+        shelf.choose(tmp_path / "checkpoints", "last", shelf.whole, pytest.fail)
+
+
+# Reading while a training saves and prunes
+
+
+@pytest.mark.parametrize("which", shelf.ORDERS)
+def test_reading_while_a_training_prunes_always_succeeds(tmp_path, which):
+    """The newest and the best are replaced all the time, in another thread that gets its turn at any point."""
+    checkpoints = tmp_path / "run/checkpoints"
+    save(checkpoints, 1, 100.0)
+    ended = threading.Event()
+
+    def train():
+        step = 1
+        while not ended.is_set():
+            step += 1
+            save(checkpoints, step, 100 / step)
+            shelf.prune(checkpoints, keep_last=1)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    trainer = threading.Thread(target=train)
+    trainer.start()
+    try:
+        for _ in range(400):
+            assert find_run(tmp_path, "") == tmp_path / "run"
+            assert shelf.choose(checkpoints, which, lambda one: load_all(one, LIKE), pytest.fail)
+    finally:
+        ended.set()
+        trainer.join()
+        sys.setswitchinterval(interval)
+
+
+@pytest.mark.parametrize("failure", [FileNotFoundError, NotADirectoryError, OSError])
+def test_whatever_fails_because_a_checkpoint_is_gone_is_retried(tmp_path, failure):
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+
+    def load(one):
+        if one.step == 2:
+            with suppress(FileNotFoundError):
+                atomic.remove(one.folder)
+            raise failure("gone")
+        return one.step
+
+    assert shelf.choose(tmp_path, "last", load, pytest.fail) == 1
+
+
+def test_names_that_links_to_nowhere_have_are_not_free(tmp_path):
+    (tmp_path / "tiny.old").symlink_to(tmp_path / "nowhere")
+    assert shelf.free_name(tmp_path / "tiny.old") == tmp_path / "tiny.old-2"

@@ -13,6 +13,7 @@ by name and nothing of what they mean.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -20,7 +21,9 @@ import os
 import shutil
 import stat
 import struct
+import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,14 +42,41 @@ MANIFEST = "manifest.json"
 MAX_BYTES = {MANIFEST: 2**20, STATE: 2**20, TOKENIZER: 2**24}  # more than these JSON files ever need
 MAX_DEPTH = 4  # of what is inside what in them
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64", torch.int64: "I64"}
-STATE_TYPES = {  # what state.json holds; numbers are finite and at least 0
+STATE_TYPES = {  # what state.json holds
     "step": int, "max_steps": int, "replanned": bool, "seconds": float, "batches_skipped": int, "nonfinite": int,
     "scheduled": bool, "val_loss": (float, type(None)), "settings": dict, "model": dict, "environment": dict, "scaler": dict,
 }
+MAX_COUNT = 2**40  # steps of a millisecond for 35 years; times the sequences of a step it still fits 63 bits
+RANGES = {  # the lowest and the highest value of the numbers in it
+    "step": (0, MAX_COUNT), "max_steps": (1, 2**63 - 1), "seconds": (0, MAX_COUNT), "batches_skipped": (0, MAX_COUNT),
+    "nonfinite": (0, MAX_COUNT), "val_loss": (0, sys.float_info.max),
+}
+# These errors tell what is in a checkpoint's folder; all others come from the system and may pass.
+CONTENT_ERRORS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 
 
 class Damaged(ValueError):
     """A checkpoint that is not what was written; the message names the file and what is wrong with it."""
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Tell damage from errors of the system, such as too many open files: only the first raises Damaged."""
+    try:
+        yield
+    except atomic.NotPlain:
+        raise Damaged(f"{path} is not a plain file") from None
+    except (OSError, RuntimeError) as error:  # torch maps files and reports its failures as RuntimeError
+        reason = getattr(error, "strerror", None) or first_line(error)
+        missing = isinstance(error, FileNotFoundError) and not path.exists()
+        if missing or getattr(error, "errno", None) in CONTENT_ERRORS:
+            raise Damaged(f"{path} cannot be read ({reason})") from None
+        raise OSError(f"{path} cannot be read now ({reason}). Nothing was changed: run the command again. If the error "
+                      f"stays, move {path.parent} away, and the checkpoint before it is used.") from None
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @dataclass(frozen=True)
@@ -115,11 +145,8 @@ class Checkpoint:
             path = self.folder / name
             if size(path) > most_bytes:
                 raise Damaged(f"{path} is larger than any of these settings")
-            try:
-                with open(path, "rb") as file:
-                    found = hashlib.file_digest(file, "sha256").hexdigest()
-            except OSError as error:
-                raise Damaged(f"{path} cannot be read ({error.strerror})") from None
+            with reading(path), os.fdopen(atomic.open_plain(path), "rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
             if found != self.manifest[name].get("sha256"):
                 raise Damaged(f"{path} does not match its checksum")
 
@@ -135,7 +162,7 @@ class Checkpoint:
         ValueError where that is more than there is.
         """
         path, nbytes = self.folder / name, sum(tensor.nbytes for tensor in like.values())
-        with open(path, "rb") as file:
+        with reading(path), os.fdopen(atomic.open_plain(path), "rb") as file:
             start = file.read(8)
         header_bytes = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
         if header_bytes > 1000 + 400 * len(like) or 8 + header_bytes + nbytes != size(path):
@@ -144,7 +171,7 @@ class Checkpoint:
             raise ValueError(f"{path} takes {megabytes(nbytes)} of memory, {megabytes(free)} are free.")
         self.verify([name])
         try:
-            with safe_open(path, "pt") as file:
+            with reading(path), safe_open(path, "pt") as file:
                 there = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
                 found = {key: (one.get_dtype(), tuple(one.get_shape())) for key, one in there.items()}
                 wanted = {key: (DTYPES[tensor.dtype], tuple(tensor.shape)) for key, tensor in like.items()}
@@ -163,30 +190,28 @@ def problem_of(state: dict[str, Any]) -> str:
         return f"does not hold just {', '.join(STATE_TYPES)}"
     for key, kinds in STATE_TYPES.items():
         value = state[key]
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool) or (
-                number and not 0 <= value < (2**63 if isinstance(value, int) else math.inf)):
-            return f"holds {key}={ascii(value)[:40]}, which cannot be"
+        fits = isinstance(value, kinds) and (kinds is bool or not isinstance(value, bool))
+        if fits and key in RANGES and value is not None:
+            lowest, highest = RANGES[key]
+            fits = lowest <= value <= highest
+        if not fits:
+            return f"holds {key}={ascii(value)[:40]}, which is invalid"
     return ""
 
 
 def read_small(path: Path) -> bytes:
     if size(path) > MAX_BYTES[path.name]:
         raise Damaged(f"{path} is larger than any that nanohydra writes")
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise Damaged(f"{path} cannot be read ({error.strerror})") from None
+    with reading(path):
+        return atomic.read_plain(path, MAX_BYTES[path.name])
 
 
 def size(path: Path) -> int:
-    """In bytes. Raises Damaged for what is missing and for what is no plain file of this folder, such as a link."""
-    try:
+    """In bytes. Raises Damaged for what is missing and for what is not a plain file of this folder, such as a link."""
+    with reading(path):
         status = os.lstat(path)
-    except OSError as error:
-        raise Damaged(f"{path} cannot be read ({error.strerror})") from None
     if not stat.S_ISREG(status.st_mode):
-        raise Damaged(f"{path} is no plain file")
+        raise Damaged(f"{path} is not a plain file")
     return status.st_size
 
 

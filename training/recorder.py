@@ -113,7 +113,7 @@ class Recorder:
             import wandb
 
             id_file = folder / "wandb.json"
-            run_id = json.loads(id_file.read_text())["id"] if id_file.exists() else secrets.token_hex(4)
+            run_id = atomic.read_json(id_file)["id"] if id_file.exists() else secrets.token_hex(4)
             atomic.write_bytes(id_file, json.dumps({"id": run_id}).encode())
             quiet = wandb.Settings(silent=True, console="off", init_timeout=60)
             run = wandb.init(project=config.project, name=settings["name"], id=run_id, resume="allow",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import datetime
 from pathlib import Path
 
@@ -83,12 +83,12 @@ def find_run(runs_dir: Path, name: str) -> Path:
 
     Raises ValueError naming the runs there are.
     """
-    runs = sorted(folder.parent for folder in runs_dir.rglob("checkpoints") if any(folder.glob("step_*")))
+    runs = sorted(runs_below(runs_dir))
     if not name and runs:
-        return max(runs, key=lambda run: (run / "checkpoints").stat().st_mtime)
+        return max(runs, key=saved_at)
     places = (runs_dir / name, Path(name))
     for run in places:
-        if name and any(run.glob("checkpoints/step_*")):
+        if name and has_checkpoint(run):
             return run
     if name and first_run(places):
         raise ValueError(f"run={name} has no checkpoint yet: while it is trained, the first comes after "
@@ -96,3 +96,27 @@ def find_run(runs_dir: Path, name: str) -> Path:
     there = f"There are: {', '.join(str(run.relative_to(runs_dir)) for run in runs)}." if runs else (
         f"{runs_dir} holds no run with a checkpoint: train one with python train.py.")
     raise ValueError(f"run={name} is not there. {there}" if name else there)
+
+
+def runs_below(runs_dir: Path) -> Iterator[Path]:
+    """The runs with a checkpoint, also while trainings make and delete folders."""
+    for folder, inner, _ in os.walk(runs_dir):
+        if "checkpoints" in inner:
+            inner.clear()
+            if has_checkpoint(Path(folder)):
+                yield Path(folder)
+
+
+def has_checkpoint(run: Path) -> bool:
+    try:
+        return any(name.startswith("step_") for name in os.listdir(run / "checkpoints"))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+def saved_at(run: Path) -> float:
+    """When the run's checkpoints last changed; 0 if they are gone."""
+    try:
+        return (run / "checkpoints").stat().st_mtime
+    except FileNotFoundError:
+        return 0.0

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from collections.abc import Callable
 from itertools import chain, count
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import atomic
 from training.checkpoint import Checkpoint, Damaged, megabytes
@@ -15,10 +16,26 @@ from training.checkpoint import Checkpoint, Damaged, megabytes
 Loaded = TypeVar("Loaded")
 
 
+def listing(checkpoints: Path) -> dict[Path, int]:
+    """The folders of checkpoints, oldest first, each with its inode. Empty if there is no such folder yet.
+
+    Raises OSError where it cannot be listed, for then nobody knows whether it is empty, and ValueError for a link.
+    """
+    if checkpoints.is_symlink():
+        raise ValueError(f"{checkpoints} is a link: a run keeps its checkpoints in its own folder. Move them there, or "
+                         f"link the run's whole folder.")
+    try:
+        with os.scandir(checkpoints) as entries:
+            found = {checkpoints / entry.name: entry.inode() for entry in entries if entry.name.startswith("step_")}
+    except FileNotFoundError:
+        return {}
+    return dict(sorted(found.items()))
+
+
 def look(checkpoints: Path) -> tuple[list[Checkpoint], dict[Path, str]]:
     """The checkpoints that can be opened, oldest first, and what is wrong with the others."""
     found, damage = [], {}
-    for folder in sorted(checkpoints.glob("step_*")):
+    for folder in listing(checkpoints):
         try:
             found.append(Checkpoint.open(folder))
         except Damaged as error:
@@ -36,27 +53,43 @@ def choose(checkpoints: Path, which: str, load: Callable[[Checkpoint], Loaded], 
            set_aside: bool = False) -> Loaded | None:
     """What `load` makes of the first checkpoint by ORDERS[which] that it can load; None where there is none at all.
 
-    `load` raises Damaged to have the next one tried. What is damaged on the way is named in one warning, and loses its
-    place with `set_aside`. Raises ValueError if nothing else is there.
+    `load` raises Damaged to have the next one tried. Damaged ones are named in one warning, and renamed with
+    `set_aside`. Raises ValueError if all are damaged, and OSError, renaming nothing, where the system cannot read.
+    """
+    while True:
+        before = listing(checkpoints)
+        try:
+            loaded, damage, used = first_loadable(checkpoints, ORDERS[which], load)
+        except (ValueError, OSError):
+            # A training that goes on deletes and saves checkpoints: the one that failed may be gone by now.
+            if listing(checkpoints) == before:
+                raise
+            continue
+        if (used and not damage) or listing(checkpoints) == before:
+            break
+    if damage:
+        warn(f"Warning: {'; '.join(damage.values())}: using {used} instead.")
+    for folder in damage if set_aside else ():
+        folder.rename(free_name(folder.with_name(f"damaged-{folder.name}")))
+    return loaded
+
+
+def first_loadable(checkpoints: Path, order: Callable[[Checkpoint], Any],
+                   load: Callable[[Checkpoint], Loaded]) -> tuple[Loaded | None, dict[Path, str], str]:
+    """The first checkpoint by `order` that `load` can load, the damage on the way, and its name, empty without one.
+
+    Raises ValueError if there are checkpoints and all are damaged.
     """
     found, damage = look(checkpoints)
-    for one in sorted(found, key=ORDERS[which]):
+    for one in sorted(found, key=order):
         try:
-            loaded = load(one)
+            return load(one), damage, one.folder.name
         except Damaged as error:
-            if not one.folder.exists():  # pruned by the training that goes on: look again
-                return choose(checkpoints, which, load, warn, set_aside)
             damage[one.folder] = str(error)
-            continue
-        if damage:
-            warn(f"Warning: {'; '.join(damage.values())}: using {one.folder.name} instead.")
-        for folder in damage if set_aside else ():
-            folder.rename(free_name(folder.with_name(f"damaged-{folder.name}")))
-        return loaded
     if damage:
         raise ValueError(f"No checkpoint in {checkpoints} is whole: {'; '.join(damage.values())}. "
-                         f"Put a copy back, or begin anew with restart=true.")
-    return None
+                         f"Put a copy back, or start over with restart=true.")
+    return None, {}, ""
 
 
 def whole(one: Checkpoint) -> Checkpoint:
@@ -68,7 +101,7 @@ def whole(one: Checkpoint) -> Checkpoint:
 def free_name(path: Path) -> Path:
     """`path`, or `path` with the first number that makes it a name of its own."""
     names = chain([path], (path.with_name(f"{path.name}-{number}") for number in count(2)))
-    return next(name for name in names if not name.exists())
+    return next(name for name in names if not os.path.lexists(name))
 
 
 def quality(one: Checkpoint) -> tuple[float, int]:

@@ -93,7 +93,7 @@ def open_streams() -> None:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
         stream = getattr(sys, name)
         if stream is None or stream.closed:
-            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115 (until the end)
+            setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115 (open until the end)
         elif name != "stdin" and hasattr(stream, "reconfigure"):  # a notebook's stream has no such method
             stream.reconfigure(errors="backslashreplace")
 

@@ -42,11 +42,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 import atomic
-from conf.identity import flat, printable
+from conf.identity import flat, in_one_line
 from conf.schema import SampleSettings, rebuild
 from data.tokenizer import Tokenizer, fingerprint, from_json
 from model import GPT, Decoder, GPTConfig, Undrawn
 from model.generate import steps
+from terminal import output, say
 from training import checkpoint, shelf
 from training.checkpoint import Checkpoint, megabytes
 from training.device import Device, available_memory
@@ -68,7 +69,7 @@ def sample(settings: SampleSettings) -> int:
             try:
                 print_completions(model, tokenizer, line, settings, device, decoder)
             except ValueError as error:  # a character that the tokenizer lacks need not end the talk
-                print(f"Error: {error}")
+                say(f"Error: {error}")
     else:
         print_completions(model, tokenizer, read_prompt(settings), settings, device, decoder)
     return 0
@@ -93,10 +94,7 @@ def open_checkpoint(run: Path, which: str, device: Device) -> tuple[GPT, Tokeniz
         model.load_state_dict(weights)
         return model.to(device.torch).eval(), tokenizer
 
-    def warn(text: str) -> None:
-        print(text, file=sys.stderr)
-
-    loaded = shelf.choose(run / "checkpoints", which, load, warn)
+    loaded = shelf.choose(run / "checkpoints", which, load, lambda text: say(text, sys.stderr))
     if loaded is None:
         raise ValueError(f"{run} has no checkpoint.")
     return loaded
@@ -109,7 +107,7 @@ def tokenizer_of(found: Checkpoint) -> Tokenizer:
     given, trained = fingerprint(tokenizer)[:12], flat(found.state["settings"]).get("data.tokenizer_fingerprint")
     if trained not in (None, given):
         raise ValueError(f"{path} (fingerprint {given}) is not the tokenizer that the model was trained with (fingerprint "
-                         f"{printable(str(trained))}): put that one back.")
+                         f"{in_one_line(str(trained))}): put that one back.")
     return tokenizer
 
 
@@ -125,7 +123,7 @@ def prepare(model: GPT, settings: SampleSettings, device: Device) -> Decoder | N
     with device.autocast():
         decoder = Decoder(model, "int8" * settings.int8)
     if decoder.advice:
-        print(decoder.advice, file=sys.stderr)
+        say(decoder.advice, sys.stderr)
     if device.type == "cpu" and (needed := decoder.nbytes(rows, settings.max_new_tokens)) > (free := available_memory()):
         raise ValueError(f"{setting}={rows} completions at once take {megabytes(needed)} of memory, {megabytes(free)} are "
                          f"free: choose a smaller {setting}.")
@@ -160,18 +158,19 @@ def print_completions(model: GPT, tokenizer: Tokenizer, prompt: str, settings: S
                       decoder: Decoder | None = None) -> None:
     """One completion is printed as it grows; of several, each is printed whole."""
     if settings.num_samples == 1 and not settings.logprobs:
-        def show(text: str) -> None:
-            print(text, end="", flush=True)
-
-        complete(model, tokenizer, prompt, settings, device, show, decoder)
-        print()
+        complete(model, tokenizer, prompt, settings, device, lambda piece: output(piece, end=""), decoder)
+        output("")
         return
     jobs = [(prompt, number) for number in range(settings.num_samples)]
     rows = write(model, tokenizer, jobs, settings, device, decoder=decoder)
     for number, row in enumerate(rows, 1):
         if settings.num_samples > 1:
-            print(f"--- {number} of {settings.num_samples}")
-        print(f"{prompt}\n{row.listing()}" if settings.logprobs else f"{prompt}{row.text}")
+            output(f"--- {number} of {settings.num_samples}")
+        if settings.logprobs:
+            output(prompt)
+            print(row.listing())
+        else:
+            output(f"{prompt}{row.text}")
 
 
 class Completion:
@@ -301,7 +300,7 @@ def complete_file(model: GPT, tokenizer: Tokenizer, settings: SampleSettings, de
                                         "finish_reason": row.reason, "settings": settings_id}, ensure_ascii=False))
                     bar.update()
                 out.sync()
-    print(f"{settings.out}: {len(jobs)} completions")
+    say(f"{settings.out}: {len(jobs)} completions")
 
 
 def weights_id(model: GPT) -> float:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 from typing import Any
 
+from terminal import escaped
+
 # The first pattern that fits a setting's name decides.
 KINDS = {
     "free": "name auto_name runs_dir restart allow_drift data.path data.hub_revision training.sample_tokens "
@@ -57,10 +59,10 @@ def in_short(changes: dict[str, tuple[Any, Any]]) -> list[str]:
 
 def listed(changes: dict[str, tuple[Any, Any]]) -> str:
     """Differences in words."""
-    words = [printable(f"{key} was {old} and is now {new}") for key, (old, new) in changes.items()]
+    words = [in_one_line(f"{key} was {old} and is now {new}") for key, (old, new) in changes.items()]
     return ", ".join(words[:10]) + (f", and {len(words) - 10} more" if len(words) > 10 else "")
 
 
-def printable(text: str) -> str:
-    """The beginning of a text that is not to be trusted, with nothing in it that a terminal would obey."""
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text[:200])
+def in_one_line(text: str) -> str:
+    """The beginning of a text that we did not write, for use inside a message: without control characters."""
+    return escaped(text[:200], keep="")

@@ -25,7 +25,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
-from conf.identity import flat, identity_differences, in_short, printable
+from conf.identity import flat, identity_differences, in_one_line, in_short
 from data.sources import DataConfig
 from model.config import GPTConfig
 from training.config import OptimConfig, TrainingConfig
@@ -269,7 +269,7 @@ def rebuild(schema: Any, values: dict[str, Any], place: str) -> Any:
     problems = [f"{key[:40]} is not a setting." for key in values if key not in leaves(schema)]
     instance = freeze(schema, values, "", problems)
     if problems := problems or list(instance.problems()):
-        raise ValueError(f"{place}: {printable(' '.join(problems[:3]))}")
+        raise ValueError(f"{place}: {in_one_line(' '.join(problems[:3]))}")
     return instance
 
 

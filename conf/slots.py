@@ -23,6 +23,7 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 import atomic
+from terminal import escaped, say
 from training.interrupt import REQUESTS, WARNINGS, Interrupt
 from training.run import LOCK, first_run, this_process
 
@@ -275,7 +276,7 @@ def run_jobs(source: Source, slots: Slots, progress: Progress) -> int:
 def report_failures(failures: list[str]) -> int:
     """Say which jobs failed, and why; return the exit code."""
     if failures:
-        print(f"{len(failures)} failed:\n  " + "\n  ".join(failures))
+        say(f"{len(failures)} failed:\n  " + "\n  ".join(failures))
     return 1 if failures else 0
 
 
@@ -318,7 +319,7 @@ class Progress:
 
     def say(self, text: str) -> None:
         with suppress(OSError):
-            tqdm.write(text, file=sys.stdout)
+            tqdm.write(escaped(text), file=sys.stdout)
             sys.stdout.flush()
 
     def __enter__(self) -> Progress:

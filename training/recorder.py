@@ -19,6 +19,7 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 import atomic
+from terminal import escaped
 
 RECENT = 20  # losses that a report of a non-finite one shows
 
@@ -59,6 +60,7 @@ class Recorder:
 
     def say(self, text: str) -> None:
         """A line or more for people."""
+        text = escaped(text)
         self.log.add(text)
         with suppress(OSError):  # a terminal that was closed, a full disk behind a redirection
             tqdm.write(text, file=sys.stdout)

@@ -1,0 +1,40 @@
+"""Text on its way to a terminal or a log, where control characters are shown instead of obeyed.
+
+Models, files, folders and JSON hold text that we did not write: an escape sequence in it could set
+the window's title, fill the clipboard or clear the screen. Everything that may contain such text
+is printed by `say` or `output`. This module imports nothing of ours, like atomic.py, so that every
+other module can use it.
+"""
+
+from __future__ import annotations
+
+import sys
+import unicodedata
+from typing import TextIO
+
+# Control, format and surrogate characters, line and paragraph separators (Unicode categories).
+# The format characters include those that reverse the direction of a line.
+ESCAPED = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+# Two format characters that only join letters: Persian, Hindi and many emoji are written with them.
+JOINERS = "\u200c\u200d"
+
+
+def escaped(text: str, keep: str = "\n\t") -> str:
+    """`text` with each control character written out, as in `\\x1b`; those in `keep` stay."""
+    if text.isprintable():
+        return text
+    kept = keep + JOINERS
+    return "".join(
+        ascii(letter)[1:-1] if unicodedata.category(letter) in ESCAPED and letter not in kept else letter
+        for letter in text
+    )
+
+
+def say(text: str, file: TextIO | None = None) -> None:
+    """Print a message for people: a line or more, to standard output or to `file`."""
+    print(escaped(text), file=file, flush=True)
+
+
+def output(text: str, end: str = "\n") -> None:
+    """Print a result: as it is into a file or a pipe, escaped on a terminal."""
+    print(escaped(text) if sys.stdout.isatty() else text, end=end, flush=True)

@@ -46,6 +46,7 @@ from data.tokenizer import Tokenizer
 from model import GPT
 from report.page import after_training
 from sample import complete, open_checkpoint, print_completions
+from terminal import say
 from training import nonfinite, shelf
 from training.checkpoint import Checkpoint, megabytes
 from training.config import TrainingConfig
@@ -79,7 +80,7 @@ def train(settings: Settings) -> int:
     with open_run(settings, prepared) as (run, settings, last):
         limits = settings.training
         if last and (limit := limits.reached(last.step, last.state["seconds"])):
-            print(f"{run.folder} is finished: {last.step} steps, {last.state['seconds']:.0f} s. "
+            say(f"{run.folder} is finished: {last.step} steps, {last.state['seconds']:.0f} s. "
                   + how_to_go_on(limit, settings, last))
             return finish(run, limits)
 
@@ -174,7 +175,7 @@ def train(settings: Settings) -> int:
                 return interrupt.exit_code
             if settings.logger.report:
                 recorder.say(after_training(run.folder))
-        print(f"Trained {state.step} steps in {state.seconds:.0f} s, and waited {saver.held_up_seconds:.1f} s for saving.")
+        say(f"Trained {state.step} steps in {state.seconds:.0f} s, and waited {saver.held_up_seconds:.1f} s for saving.")
         return finish(run, limits)
 
 
@@ -355,5 +356,5 @@ def finish(run: Run, limits: TrainingConfig) -> int:
         device = Device(limits.device, limits.precision)
         model, tokenizer = open_checkpoint(run.folder, "best", device)
         print_completions(model, tokenizer, "", SampleSettings(num_samples=3), device)
-    print(f'More: python sample.py {shlex.quote(f"run={run.folder}")} prompt="..."')
+    say(f'More: python sample.py {shlex.quote(f"run={run.folder}")} prompt="..."')
     return 0

@@ -23,6 +23,7 @@ import yaml
 
 from conf.schema import SCHEMAS, compose, groups, options
 from conf.slots import stop_with_parent
+from terminal import output, say
 from training.interrupt import embedded
 
 # A function or class, or where it is defined, as in "train:train": then it is imported when it is needed.
@@ -64,13 +65,13 @@ def launch(main: Place, root: Place, doc: str) -> NoReturn:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
         system = isinstance(error, OSError) and error.filename is not None  # as in a path that cannot be opened
-        print(f"Error: {error.filename}: {error.strerror}." if system else f"Error: {error}", file=sys.stderr)
+        say(f"Error: {error.filename}: {error.strerror}." if system else f"Error: {error}", sys.stderr)
         code = 1
     except (MemoryError, RuntimeError) as error:
         known = isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
         if not known or os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
-        print(f"Error: out of memory: {SMALLER.get(root, 'ask for less at once')}.", file=sys.stderr)
+        say(f"Error: out of memory: {SMALLER.get(root, 'ask for less at once')}.", sys.stderr)
         code = 1
     except KeyboardInterrupt:
         sys.stdout.flush()
@@ -103,13 +104,13 @@ def run_command(main: Place, root: Place, doc: str, words: list[str]) -> int:
     flags = [word for word in words if word.startswith("-")]
     overrides = [word for word in words if not word.startswith("-")]
     if "--help" in flags or "-h" in flags:
-        print(help_text(root, doc))
+        say(help_text(root, doc))
         return 0
     if root not in SCHEMAS:
         root = imported(root)
     if flags == ["--cfg"] and "job" in overrides:
         overrides.remove("job")
-        print(yaml.safe_dump(asdict(compose(root, overrides)), sort_keys=False, allow_unicode=True), end="")
+        output(yaml.safe_dump(asdict(compose(root, overrides)), sort_keys=False, allow_unicode=True), end="")
         return 0
     if root == "config" and flags in (["-m"], ["--multirun"]):
         from conf.grid import run_grid

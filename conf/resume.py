@@ -18,6 +18,7 @@ from conf.schema import Settings, folder_name, rebuild
 from data.prepare import prepare
 from data.shards import read_meta
 from model import GPT, GPTConfig, Undrawn
+from terminal import say
 from training import checkpoint, shelf
 from training.checkpoint import Checkpoint
 from training.device import Device, Environment, available
@@ -39,7 +40,7 @@ def open_run(settings: Settings, prepared: Path) -> Iterator[tuple[Run, Settings
             last, changes = look_into(run, settings, prepared)
             if restart and run.has_content() and (settings.name or not changes):
                 run.move_aside()
-                print(f"{folder} is now {run.folder}.")
+                say(f"{folder} is now {run.folder}.")
                 restart = False
                 continue
             if not changes:
@@ -48,7 +49,7 @@ def open_run(settings: Settings, prepared: Path) -> Iterator[tuple[Run, Settings
         if settings.name:
             raise another_run(folder, name, changes)
         name = folder_name("-".join([name, *in_short(changes)]))
-        print(f"{folder} holds a run with other settings ({listed(changes)}): this one goes to {folder.with_name(name)}.")
+        say(f"{folder} holds a run with other settings ({listed(changes)}): this one goes to {folder.with_name(name)}.")
 
 
 def look_into(run: Run, settings: Settings, prepared: Path) -> tuple[Checkpoint | None, dict[str, tuple[Any, Any]]]:
@@ -62,7 +63,7 @@ def look_into(run: Run, settings: Settings, prepared: Path) -> tuple[Checkpoint 
         return one
 
     try:
-        last = shelf.choose(run.checkpoints, "last", load, warn=print, set_aside=True)
+        last = shelf.choose(run.checkpoints, "last", load, warn=say, set_aside=True)
         return last, changes_since(last, settings, prepared) if last else {}
     except ValueError:
         if settings.restart:

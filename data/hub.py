@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import atomic
 from data.files import Document, checked, parquet_column
+from terminal import say
 
 if TYPE_CHECKING:
     from datasets import DatasetBuilder
@@ -92,11 +93,11 @@ class Hub:
         except ValueError as error:
             if not last:
                 raise
-            print(f"{error} {self.name} is taken as it was when it was last seen, at commit {last}.", flush=True)
+            say(f"{error} {self.name} is taken as it was when it was last seen, at commit {last}.")
             return Version(last, known["files"][last])
         if last and known["files"][last] != version.files:
-            print(f"{self.name} has changed on the Hugging Face Hub since it was last seen: data.hub_revision={last} stays "
-                  f"with what it was.", flush=True)
+            say(f"{self.name} has changed on the Hugging Face Hub since it was last seen: data.hub_revision={last} stays "
+                  f"with what it was.")
         if last != commit:
             known["commits"][self.revision] = commit
             known["files"][commit] = version.files

@@ -26,6 +26,7 @@ from data.files import Document, File
 from data.hub import Hub
 from data.mixture import read_mix
 from data.store import data_root, sha256_of
+from terminal import say
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -233,7 +234,7 @@ def fetch(url: str, sha256: str) -> Path:
     path = data_root() / "downloads" / f"{sha256[:8]}-{url.rsplit('/', 1)[-1]}"
     by_hand = f"Download {url} yourself and put it at {path}, or name your copy with data.path=FILE."
     if not path.exists():
-        print(f"Downloading {url}", flush=True)
+        say(f"Downloading {url}")
         try:
             with urllib.request.urlopen(url, timeout=30) as response:
                 content = response.read()

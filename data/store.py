@@ -18,6 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 import atomic
+from terminal import say
 
 BUILDING = ".building-"  # how the names of folders begin that are not whole yet
 BLOCK = 2**20
@@ -140,7 +141,7 @@ def wait_for(path: Path) -> atomic.Lock:
             return atomic.Lock(path, f"process {os.getpid()}")
         except BlockingIOError as error:
             if not waiting:
-                print(f"Waiting for {error.strerror}, which prepares the same tokens.", flush=True)
+                say(f"Waiting for {error.strerror}, which prepares the same tokens.")
             waiting = True
             time.sleep(0.2)
 

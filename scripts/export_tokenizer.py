@@ -28,6 +28,7 @@ import atomic
 from data.hugging_face import to_hugging_face
 from data.tokenizer import Tokenizer
 from sample import tokenizer_of
+from terminal import say
 from training import shelf
 from training.run import find_run
 
@@ -54,16 +55,13 @@ def main(settings: ExportTokenizerSettings) -> int:
     if out.exists() and out.read_bytes() != content:  # it may be a tokenizer of nanohydra's own, with the same name
         raise ValueError(f"{out} is there already, and another file: remove it, or name a new one with out=FILE.")
     atomic.write_bytes(out, content)
-    print(f"Wrote {out}: {tokenizer.vocab_size:,} tokens, for tokenizers.Tokenizer.from_file.")
+    say(f"Wrote {out}: {tokenizer.vocab_size:,} tokens, for tokenizers.Tokenizer.from_file.")
     return 0
 
 
 def last_tokenizer(run: Path) -> Tokenizer:
     """The tokenizer in the run's last checkpoint. Raises ValueError if no checkpoint is whole."""
-    def warn(text: str) -> None:
-        print(text, file=sys.stderr)
-
-    tokenizer = shelf.choose(run / "checkpoints", "last", tokenizer_of, warn)
+    tokenizer = shelf.choose(run / "checkpoints", "last", tokenizer_of, lambda text: say(text, sys.stderr))
     if tokenizer is None:
         raise ValueError(f"{run} has no checkpoint.")
     return tokenizer

@@ -43,6 +43,7 @@ from data.shards import Tokens, read_meta
 from data.sources import DataConfig
 from data.tokenizer import ByteTokenizer
 from model import GPT, Undrawn
+from terminal import say
 from train import loss_of
 from training.checkpoint import megabytes
 from training.device import Device, available_memory, seconds_of
@@ -74,7 +75,7 @@ def plan(own: PlanSettings) -> int:
     device = Device(limits.device, limits.precision)
     vocab_size, prepared, data = look_up(settings.data)
     settings = replace(settings, model=replace(settings.model, vocab_size=vocab_size))
-    print(f"Data: {data}")
+    say(f"Data: {data}")
 
     with Undrawn("meta"):
         model = GPT(settings.model)
@@ -82,13 +83,13 @@ def plan(own: PlanSettings) -> int:
     tokens_per_step = limits.batch_size * settings.model.block_size * limits.micro_steps(settings.model.block_size)
     tokens = tokens_per_step * limits.max_steps
     flops = model.flops_per_token() * tokens
-    print(f"Model: {sum(parts.values()):,} parameters")
+    say(f"Model: {sum(parts.values()):,} parameters")
     for role, count in parts.items():
-        print(f"  {role:<10} {count:>15,}")
-    print(f"Tokens: {tokens:,}, in {limits.max_steps:,} steps of {tokens_per_step:,}"
+        say(f"  {role:<10} {count:>15,}")
+    say(f"Tokens: {tokens:,}, in {limits.max_steps:,} steps of {tokens_per_step:,}"
           + (f"; {tokens / prepared['splits']['train']['tokens']:,.1f} epochs" if prepared else "")
           + f"; {tokens / sum(parts.values()):,.1f} a parameter")
-    print(f"FLOPs: {flops:.3g}, {model.flops_per_token() / 1e6:,.1f} M a token")
+    say(f"FLOPs: {flops:.3g}, {model.flops_per_token() / 1e6:,.1f} M a token")
 
     kept, peak = count_memory(settings, device)
     gradients = 4 * sum(parts.values())
@@ -98,19 +99,19 @@ def plan(own: PlanSettings) -> int:
         memory["Python and torch"] = base + CPU_RUNTIME
     saving = 2 * kept + memory.get("Python and torch", 0)  # which makes a copy, and may go on beside the next step
     total = max(sum(memory.values()), saving)
-    print(f"Memory: {megabytes(total)} at the peak; {megabytes(kept)} more, where they are free, while a save lasts")
+    say(f"Memory: {megabytes(total)} at the peak; {megabytes(kept)} more, where they are free, while a save lasts")
     for what, nbytes in memory.items():
-        print(f"  {what:<22} {megabytes(nbytes):>10}")
+        say(f"  {what:<22} {megabytes(nbytes):>10}")
     most = min(math.ceil(limits.max_steps / limits.checkpoint_every), limits.keep_last + 1)
     folder = Path(settings.runs_dir)
     free = shutil.disk_usage(next(place for place in (folder, *folder.absolute().parents) if place.exists())).free
-    print(f"Disk: {megabytes((most + 1) * kept)} for checkpoints of {megabytes(kept)}: {most} that are kept, and one that "
+    say(f"Disk: {megabytes((most + 1) * kept)} for checkpoints of {megabytes(kept)}: {most} that are kept, and one that "
           f"is being written; {megabytes(free)} are free")
     if own.measure and total > available_memory():
-        print(f"Time: not measured, {megabytes(available_memory())} of memory are free")
+        say(f"Time: not measured, {megabytes(available_memory())} of memory are free")
     elif own.measure:
-        print("Timing three micro-steps (measure=false leaves that out) ...", file=sys.stderr, flush=True)
-        print(f"Time: {expected_time(settings, device, prepared)}")
+        say("Timing three micro-steps (measure=false leaves that out) ...", sys.stderr)
+        say(f"Time: {expected_time(settings, device, prepared)}")
     return 0
 
 

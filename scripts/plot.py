@@ -24,6 +24,7 @@ from types import ModuleType
 from typing import Any
 
 import atomic
+from terminal import say
 from training.run import find_run
 
 
@@ -44,7 +45,7 @@ def main(settings: PlotSettings) -> int:
     run = find_run(Path(settings.runs_dir), settings.run)
     out = Path(settings.out) if settings.out else run / "loss.png"
     atomic.write_bytes(out, draw(run, out.suffix.lstrip(".") or "png"))
-    print(f"Drew {out}")
+    say(f"Drew {out}")
     return 0
 
 

@@ -41,6 +41,7 @@ from conf.identity import differences, listed
 from conf.schema import ConfigError, Settings, compose, folder_name
 from conf.slots import INTERRUPTED, Job, Progress, Slots, in_words, metric_of, refuse_run, report_failures, run_jobs
 from conf.space import Point, Range, Space, read_space
+from terminal import say
 from training.run import this_process
 
 JOURNAL = "study.log"
@@ -84,8 +85,8 @@ def search(settings: SweepSettings) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     source = Search(settings, space, folder, usual)
     ended = [trial for trial in source.taken() if trial.state.is_finished()]
-    print(f"Sweep: {folder}, its study in {hidden(settings.storage) or folder / JOURNAL}"
-          + f", {len(ended)} trials before" * bool(ended), flush=True)
+    say(f"Sweep: {folder}, its study in {hidden(settings.storage) or folder / JOURNAL}"
+          + f", {len(ended)} trials before" * bool(ended))
     try:
         code = run_jobs(source, Slots(settings.jobs), Progress(settings.trials, len(ended), 0))
         tell_best(source, "\nThe same command goes on." * bool(code))
@@ -324,10 +325,10 @@ def tell_best(source: Search, advice: str) -> None:
     trials = source.taken()
     states = {"finished": "COMPLETE", "stopped early": "PRUNED", "failed": "FAIL", "not finished": "RUNNING"}
     counts = {word: sum(trial.state.name == name for trial in trials) for word, name in states.items()}
-    print(f"{len(trials)} trials: " + ", ".join(f"{count} {word}" for word, count in counts.items() if count) + "." + advice)
+    say(f"{len(trials)} trials: " + ", ".join(f"{count} {word}" for word, count in counts.items() if count) + "." + advice)
     complete = [trial for trial in trials if trial.state.name == "COMPLETE"]
     if complete:
         best = min(complete, key=lambda trial: trial.value)
         words = source.space.words({key: best.params[key] for key in source.space.varied})
-        print(f"Best: {source.folder / f'trial_{best.number:04d}'}, {source.metric} {best.value:.4f}\n"
+        say(f"Best: {source.folder / f'trial_{best.number:04d}'}, {source.metric} {best.value:.4f}\n"
               f"  {shlex.join(['python', 'train.py', *words])}")

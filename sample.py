@@ -5,7 +5,7 @@
 Settings, each with its default, or with an example where there is none:
   run=NAME              the run's name or folder; without it, the run that was trained last
   prompt="To be, or"    any text, taken as it is; without it a new text is begun
-  prompt_file=FILE      the prompt from a file, or from standard input with prompt_file=-
+  prompt_file=FILE      the prompt from a file, with its line endings, or from standard input with prompt_file=-
   prompts=FILE          a prompt a line: complete all, batch_size=16 at once, and write a JSON line each to
   out=FILE.jsonl        (prompt, text, tokens, mean log probability, how it ended); again, it goes on
   interactive=true      ask for prompts until the input ends
@@ -16,7 +16,7 @@ Settings, each with its default, or with an example where there is none:
   seed=1337             the same seed gives the same text
   logprobs=true         print each token with its probability (the model's own, before temperature and such)
   stop="\\n\\n"           end where this text would come (a literal text: in bash, $'\\n\\n')
-  checkpoint=best       or last
+  checkpoint=best       or last, or a step such as checkpoint=300
   device=auto  precision=auto  cache=true
   int8=false            weights of 8 bits, on a CPU with gcc: faster, a little worse
 """
@@ -33,6 +33,8 @@ import codecs
 import hashlib
 import json
 import math
+import os
+import stat
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -53,6 +55,7 @@ from training.checkpoint import Checkpoint, megabytes
 from training.device import Device, available_memory
 from training.run import find_run
 
+MAX_PROMPT_BYTES = 2**24  # of a file with one or many prompts
 RULES = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop", "cache", "int8", "precision", "checkpoint")
 
 
@@ -78,7 +81,8 @@ def sample(settings: SampleSettings) -> int:
 def open_checkpoint(run: Path, which: str, device: Device) -> tuple[GPT, Tokenizer]:
     """The model, on the device and ready to generate, and the tokenizer it was trained with.
 
-    Raises ValueError if the run's "best" or "last" checkpoint holds anything that nanohydra does not write.
+    `which` is "best", "last", or the number of a step. Raises ValueError if the run has no such checkpoint, or if it
+    holds anything that nanohydra does not write.
     """
     def load(found: Checkpoint) -> tuple[GPT, Tokenizer]:
         config = rebuild(GPTConfig, found.state["model"], f"{found.folder / checkpoint.STATE}, model")
@@ -94,6 +98,8 @@ def open_checkpoint(run: Path, which: str, device: Device) -> tuple[GPT, Tokeniz
         model.load_state_dict(weights)
         return model.to(device.torch).eval(), tokenizer
 
+    if which.isdecimal():
+        return shelf.at_step(run / "checkpoints", int(which), load)
     loaded = shelf.choose(run / "checkpoints", which, load, lambda text: say(text, sys.stderr))
     if loaded is None:
         raise ValueError(f"{run} has no checkpoint.")
@@ -132,26 +138,54 @@ def prepare(model: GPT, settings: SampleSettings, device: Device) -> Decoder | N
 
 def read_prompt(settings: SampleSettings) -> str:
     """The prompt as given, from its file, or from standard input."""
-    if not settings.prompt_file:
-        return settings.prompt
-    return sys.stdin.read() if settings.prompt_file == "-" else read_file("prompt_file", settings.prompt_file)
+    return read_text("prompt_file", settings.prompt_file) if settings.prompt_file else settings.prompt
 
 
-def read_file(name: str, path: str) -> str:
+def read_text(name: str, path: str) -> str:
+    """The text of a file, or for `-` of standard input, with its line endings as they are.
+
+    `name` is the setting that named it. Raises ValueError for what is too large, not UTF-8, or not a file to read.
+    """
+    content = sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1) if path == "-" else read_bytes(name, path)
+    if len(content) > MAX_PROMPT_BYTES:
+        raise ValueError(f"{name}={path} holds more than {megabytes(MAX_PROMPT_BYTES)}: choose a smaller file.")
     try:
-        return Path(path).read_text(encoding="utf-8-sig")  # some editors mark the beginning of a file
+        return content.decode("utf-8-sig")  # some editors write a byte order mark
     except UnicodeDecodeError as error:
         raise ValueError(f"{name}={path} is not UTF-8 at offset {error.start}: save it as UTF-8.") from None
 
 
+def read_bytes(name: str, path: str) -> bytes:
+    """The first bytes of a file, one more than `MAX_PROMPT_BYTES` at most."""
+    # Without O_NONBLOCK, opening a named pipe waits for a writer, perhaps for ever.
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    kind = os.fstat(handle).st_mode
+    if stat.S_ISDIR(kind):
+        os.close(handle)
+        raise ValueError(f"{name}={path} is a folder: name a file.")
+    os.set_blocking(handle, True)
+    with open(handle, "rb") as file:
+        content = file.read(MAX_PROMPT_BYTES + 1)
+    if stat.S_ISFIFO(kind) and not content:
+        raise ValueError(f"{name}={path} is a pipe that nothing was written to: start its writer first.")
+    return content
+
+
 def prompts() -> Iterator[str]:
     """Lines that someone types, until end of input."""
+    if hasattr(sys.stdin, "reconfigure"):  # a notebook's stream has no such method
+        # Bytes that are not UTF-8 become characters that the tokenizer refuses, and the next line is asked for.
+        sys.stdin.reconfigure(errors="surrogateescape")
     while True:
         try:
-            yield input("\nprompt> ")
+            line = input("\nprompt> ")
         except EOFError:
-            print()
+            output("")
             return
+        except KeyboardInterrupt:
+            output("")
+            raise
+        yield line
 
 
 def print_completions(model: GPT, tokenizer: Tokenizer, prompt: str, settings: SampleSettings, device: Device,
@@ -272,7 +306,7 @@ def complete_file(model: GPT, tokenizer: Tokenizer, settings: SampleSettings, de
 
     Empty lines are passed over. Raises ValueError, changing nothing, if what is there is of other prompts or settings.
     """
-    lines = [line.removesuffix("\r") for line in read_file("prompts", settings.prompts).split("\n")]
+    lines = [line.removesuffix("\r") for line in read_text("prompts", settings.prompts).split("\n")]
     jobs = [(line, number) for line in lines if line for number in range(settings.num_samples)]
     if not jobs:
         raise ValueError(f"prompts={settings.prompts} holds no prompts: write one a line.")

@@ -73,7 +73,7 @@ class SampleSettings:
 
     run: str = ""  # the run's name, or the path of its folder; empty: the run that was trained last
     runs_dir: str = "runs"
-    checkpoint: Literal["best", "last"] = "best"
+    checkpoint: str = "best"  # best, last, or the number of a step
     prompt: str = ""  # empty: start a new text
     prompt_file: str = ""  # read the prompt from this file; - reads standard input
     prompts: str = ""  # a file with a prompt a line, to complete all of them into `out`
@@ -113,6 +113,13 @@ class SampleSettings:
             yield "logprobs=true prints, and prompts= writes: their mean is in each line of out anyway."
         if self.int8 and not self.cache:
             yield "int8=true needs the cache: leave cache=false out."
+        yield from checkpoint_problems(self.checkpoint)
+
+
+def checkpoint_problems(which: str) -> Iterator[str]:
+    """One sentence if the setting `checkpoint` is neither best, nor last, nor a step."""
+    if which not in ("best", "last") and not (which.isdecimal() and len(which) < 20):
+        yield f"checkpoint={which} is not best, last or the number of a step{closest(which, ('best', 'last'))}."
 
 
 SCHEMAS = {"config": Settings, "sample": SampleSettings}  # by conf/NAME.yaml

@@ -5,7 +5,7 @@
 
 Settings, each with its default:
   run=NAME         the run's name or folder; without it, the run that was trained last
-  checkpoint=best  or last
+  checkpoint=best  or last, or a step such as checkpoint=300
   fresh=PRESET     instead of a run, a model of that shape with random weights, reading bytes
   prompt=TEXT      what the model reads, up to its block_size in tokens
   out=FILE         the page; without it, attention.html in the run's folder, or here with fresh=
@@ -25,13 +25,13 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import atomic
-from conf.schema import closest, compose, options
+from conf.schema import checkpoint_problems, closest, compose, options
 from data.tokenizer import ByteTokenizer, Tokenizer
 from model import GPT
 from model.generate import finite
@@ -53,7 +53,7 @@ class AttentionMapSettings:
 
     run: str = ""  # the run's name, or the path of its folder; empty: the run that was trained last
     runs_dir: str = "runs"
-    checkpoint: Literal["best", "last"] = "best"
+    checkpoint: str = "best"  # best, last, or the number of a step
     fresh: str = ""  # instead of a run: a preset of conf/model with random weights, on bytes
     seed: int = 1337  # of the random weights
     prompt: str = "The quick brown fox jumps."
@@ -69,6 +69,7 @@ class AttentionMapSettings:
                    f"There are: {', '.join(options('model'))}.")
         if self.out and Path(self.out).suffix.lower() not in (".html", ".htm"):
             yield f"out={self.out} must end in .html."
+        yield from checkpoint_problems(self.checkpoint)
         if not self.prompt:
             yield "prompt is empty: a map needs tokens to show."
 

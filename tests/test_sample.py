@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import errno
+import fcntl
 import io
 import json
 import os
@@ -11,6 +12,8 @@ import re
 import shutil
 import subprocess
 import sys
+import termios
+from contextlib import suppress
 from dataclasses import replace
 from os import mkfifo
 from pathlib import Path
@@ -112,8 +115,51 @@ def test_the_prompt_can_come_from_a_file_or_standard_input(say, tmp_path, monkey
     (tmp_path / "prompt.txt").write_text("Every old")
     direct = say("prompt=Every old")
     assert say(f"prompt_file={tmp_path / 'prompt.txt'}") == direct
-    monkeypatch.setattr("sys.stdin", io.StringIO("Every old"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"Every old")))
     assert say("prompt_file=-") == direct
+
+
+LINES = "a\rb\r\nc\n\x0b\x85\u2028d\n\r"
+
+
+@pytest.mark.parametrize("place", ["file", "-", "pipe"])
+def test_a_prompt_keeps_its_line_endings(place, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text(LINES, newline="")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(LINES.encode())))
+    if place == "pipe":
+        reader, writer = os.pipe()
+        os.write(writer, LINES.encode())
+        os.close(writer)
+        place = f"/dev/fd/{reader}"
+    monkeypatch.chdir(tmp_path)
+    assert story.read_prompt(compose("sample", [f"prompt_file={place}"])) == LINES
+
+
+@pytest.mark.parametrize("setting", ["prompt_file", "prompts"])
+@pytest.mark.parametrize(("name", "problem"), [
+    ("/dev/zero", "/dev/zero holds more than 16 MB: choose a smaller file"), ("large", "holds more than 16 MB"),
+    ("folder", "is a folder: name a file"), ("pipe", "is a pipe that nothing was written to"),
+    ("latin", "is not UTF-8 at offset 3"), ("none", "No such file")])
+def test_what_is_no_file_of_prompts_is_one_sentence(setting, name, problem, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    mkfifo("pipe")
+    Path("latin").write_bytes("café".encode("latin-1"))
+    with open("large", "wb") as file:
+        file.truncate(2**40)
+    with pytest.raises((ValueError, OSError), match=problem):
+        story.read_text(setting, name)
+
+
+@pytest.mark.parametrize("endless", [True, False])
+def test_standard_input_is_bounded_too(endless, monkeypatch):
+    with open("/dev/zero" if endless else "/dev/null") as stream:
+        monkeypatch.setattr("sys.stdin", stream)
+        if endless:
+            with pytest.raises(ValueError, match="prompt_file=- holds more than 16 MB"):
+                story.read_text("prompt_file", "-")
+        else:
+            assert story.read_text("prompt_file", "-") == ""
 
 
 def test_interactive_answers_each_line_until_the_input_ends(say, monkeypatch):
@@ -130,6 +176,27 @@ def test_interactive_answers_each_line_until_the_input_ends(say, monkeypatch):
     monkeypatch.setattr("builtins.input", answer)
     said = say("interactive=true")
     assert "The" in said and "'§'" in said and "No" in said and len(asked) == 4  # a bad prompt does not end the talk
+
+
+@pytest.mark.slow
+def test_interactive_in_a_terminal(runs_dir):
+    """A line that is not UTF-8 is refused and the next one answered; Ctrl-C ends it without a traceback."""
+    master, slave = os.openpty()
+    command = [sys.executable, "sample.py", f"runs_dir={runs_dir}", "interactive=true", "max_new_tokens=5"]
+    process = subprocess.Popen(command, cwd=ROOT, stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
+                               preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
+    os.close(slave)
+    said = b""
+    for typed in (b"\xff\n", b"The\n", b"\x03"):
+        while not said.endswith(b"prompt> "):
+            said += os.read(master, 1000)
+        os.write(master, typed)
+        said += typed
+    with suppress(OSError):  # as Linux says that the other side is closed
+        while piece := os.read(master, 1000):
+            said += piece
+    assert process.wait() == 130
+    assert b"Traceback" not in said and b"'\\udcff'" in said and said.count(b"prompt> ") == 3
 
 
 def test_a_character_that_the_tokenizer_lacks_is_named_and_nothing_is_printed(say, capsys):
@@ -163,6 +230,33 @@ def test_best_is_the_checkpoint_with_the_lowest_validation_loss(runs_dir):
     model, _ = story.open_checkpoint(runs_dir / "tiny", "best", Device("cpu", "fp32"))
     saved = load_file(best.folder / checkpoint.MODEL)
     assert all(torch.equal(weights, saved[name]) for name, weights in model.state_dict().items())
+
+
+def test_a_checkpoint_is_chosen_by_its_step(runs_dir):
+    for step in (40, 60):
+        model, _ = story.open_checkpoint(runs_dir / "tiny", str(step), Device("cpu", "fp32"))
+        saved = load_file(runs_dir / f"tiny/checkpoints/step_{step:08d}" / checkpoint.MODEL)
+        assert all(torch.equal(weights, saved[name]) for name, weights in model.state_dict().items())
+
+
+def test_a_step_without_a_checkpoint_is_said_with_those_there_are(say, runs_dir):
+    steps = ", ".join(str(one.step) for one in shelf.find(runs_dir / "tiny/checkpoints"))
+    with pytest.raises(ValueError, match=rf"checkpoint=30 is not in .*tiny/checkpoints. There are: {steps}.$"):
+        say("checkpoint=30")
+
+
+def test_a_damaged_step_is_not_replaced_by_another(say, runs_dir, tmp_path):
+    shutil.copytree(runs_dir / "tiny", tmp_path / "tiny")
+    model = tmp_path / "tiny/checkpoints/step_00000060" / checkpoint.MODEL
+    model.write_bytes(model.read_bytes()[:-1] + b"x")
+    with pytest.raises(ValueError, match=r"step_00000060.*: choose another checkpoint"):
+        say(f"runs_dir={tmp_path}", "checkpoint=60")
+
+
+@pytest.mark.parametrize("which", ["besst", "-1", "1.5", "", "9" * 5000, "../x", "step_00000060"])
+def test_a_checkpoint_is_best_last_or_a_step(which):
+    with pytest.raises(ConfigError, match="is not best, last or the number of a step"):
+        compose("sample", [f"checkpoint={which}"])
 
 
 def test_a_checkpoint_is_opened_as_it_would_be_with_drawn_weights_and_buffers(runs_dir):
@@ -214,7 +308,7 @@ def fill(runs_dir, tmp_path, capsys):
         out.write_text(held) if held else out.unlink(missing_ok=True)
         base = [f"runs_dir={runs_dir}", "precision=fp32", "max_new_tokens=20", f"prompts={tmp_path / 'prompts.txt'}", f"out={out}"]
         assert story.sample(compose("sample", [*base, *overrides])) == 0
-        return [json.loads(line) for line in out.read_text().splitlines()]
+        return [json.loads(line) for line in out.read_bytes().split(b"\n")[:-1]]
     return run
 
 
@@ -350,6 +444,12 @@ def test_batches_of_another_size_go_on_with_a_file_only_where_they_give_the_same
     assert len(go_on()) == 2
     with pytest.raises(ValueError, match="is of another model or of other settings"):
         go_on("precision=bf16")
+
+
+def test_a_prompt_of_a_file_keeps_what_does_not_end_its_line(fill, monkeypatch):
+    monkeypatch.setattr(story.Tokenizer, "encode", lambda tokenizer, text: [0])
+    prompts = [line["prompt"] for line in fill(["a\rb\r", "c\u2028d", "\x85e"])]
+    assert prompts == ["a\rb", "c\u2028d", "\x85e"]
 
 
 @pytest.mark.parametrize("prompts", [[""], ["", "\r", ""]])

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import atomic
-from training.checkpoint import Checkpoint, Damaged, megabytes
+from training.checkpoint import Checkpoint, Damaged, folder_name, megabytes
 
 Loaded = TypeVar("Loaded")
 
@@ -90,6 +90,22 @@ def first_loadable(checkpoints: Path, order: Callable[[Checkpoint], Any],
         raise ValueError(f"No checkpoint in {checkpoints} is whole: {'; '.join(damage.values())}. "
                          f"Put a copy back, or start over with restart=true.")
     return None, {}, ""
+
+
+def at_step(checkpoints: Path, step: int, load: Callable[[Checkpoint], Loaded]) -> Loaded:
+    """What `load` makes of the checkpoint of one step.
+
+    Raises ValueError if it is damaged, or, naming those there are, if it is missing.
+    """
+    folder = checkpoints / folder_name(step)
+    if folder in listing(checkpoints):
+        try:
+            return load(Checkpoint.open(folder))
+        except Damaged as error:
+            if folder.exists():  # else a training that goes on has deleted it
+                raise ValueError(f"{error}: choose another checkpoint.") from None
+    steps = ", ".join(str(one.step) for one in find(checkpoints)) or "none"
+    raise ValueError(f"checkpoint={step} is not in {checkpoints}. There are: {steps}.")
 
 
 def whole(one: Checkpoint) -> Checkpoint:

@@ -12,7 +12,7 @@ from terminal import escaped
 
 # The first pattern that fits a setting's name decides.
 KINDS = {
-    "free": "name auto_name runs_dir restart allow_drift data.path data.hub_revision training.sample_tokens "
+    "free": "name auto_name runs_dir restart allow_drift data.path data.val_path data.hub_revision training.sample_tokens "
             "training.recompute logger.*",
     "extendable": "training.max_steps training.max_seconds training.eval_every training.eval_tokens "
                   "training.checkpoint_every training.keep_last training.on_save_error "

@@ -12,9 +12,11 @@ import json
 import os
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -47,23 +49,46 @@ class Document:
         return "".join(self.pieces())
 
 
-def find(path: str) -> list[Path]:
+def find(path: str, skipped: Counter[str] | None = None) -> list[Path]:
     """The files that `path` names, in the order of their names: a file of any ending, a folder's, or those of a glob.
 
-    Raises ValueError if there is none that can be read.
+    Files are skipped whose name, or a folder's on the way to them, begins with a dot that `path` does not name, and in a
+    folder those of other endings; `skipped` counts them. Raises ValueError if there is none that can be read.
     """
+    skipped = Counter() if skipped is None else skipped
     place = Path(path)
     if place.is_file():
         return [place]
     if place.is_dir():
-        files = sorted(file for file in below(place) if file.name.lower().endswith((*TEXTS, ".parquet")))
+        base, wanted = place, (*TEXTS, ".parquet")
+        candidates = below(place)
     else:
-        base = Path(place.anchor)
-        files = sorted(file for file in base.glob(str(place.relative_to(base))) if file.is_file())
+        base, wanted = Path(place.anchor), ("",)
+        candidates = (file for file in base.glob(str(place.relative_to(base))) if file.is_file())
+    files = []
+    for file in sorted(candidates):
+        if is_hidden(file.relative_to(base), place):
+            skipped["hidden"] += 1
+        elif file.name.lower().endswith(wanted):
+            files.append(file)
+        else:
+            skipped[file.suffix.lower() or "without an ending"] += 1
     if not files:
-        raise ValueError(f"data.path={path} holds no file to read: put .txt, .md, .jsonl (also compressed, .gz or .zst) or "
+        left_out = f" ({skipped_files(skipped)})" if skipped else ""
+        raise ValueError(f"{path} holds no file to read{left_out}: put .txt, .md, .jsonl (also compressed, .gz or .zst) or "
                          f".parquet there, or name a single file of any ending.")
     return files
+
+
+def is_hidden(file: Path, place: Path) -> bool:
+    """Whether a part of `file` begins with a dot that `place` does not name, as in .trash/a.txt or ._note.md."""
+    named = [part for part in place.parts if part.startswith(".")]
+    return any(part.startswith(".") and not any(fnmatch(part, name) for name in named) for part in file.parts)
+
+
+def skipped_files(skipped: Counter[str]) -> str:
+    """How many files were left out, by kind."""
+    return "skipped " + ", ".join(f"{count:,} {kind}" for kind, count in skipped.most_common())
 
 
 def below(folder: Path) -> Iterator[Path]:

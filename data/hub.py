@@ -78,6 +78,9 @@ class Hub:
         """How far the reading that was begun last has come, from 0 to 1; 0 where the data set does not say its size."""
         return self.done
 
+    def description(self) -> str:
+        return self.name
+
     # What there is to read
 
     @cached_property

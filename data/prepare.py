@@ -9,20 +9,20 @@ from __future__ import annotations
 import json
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import atomic
 from data.bins import prepare_bins
 from data.corpus import Corpus
 from data.encode import segments
 from data.shards import SPLITS, again, check, check_shards, read_meta, write_meta
-from data.sources import DataConfig, Source, open_sources
+from data.sources import DataConfig, Source, expanded, open_sources, open_validation
 from data.store import BUILDING, data_root, folder_for, made_once
 from data.tokenizer import PUBLISHED, BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer, fingerprint, read_tokenizer
 
 SAMPLE_BYTES = 2**28  # of the training split, from its start: what a tokenizer is trained on
 PROGRESS = "progress.json"  # what is whole of tokens that are being prepared
-FORMAT = 2  # part of the fingerprint: raise it when the same source would give other tokens
+FORMAT = 3  # part of the fingerprint: raise it when the same source would give other tokens
 
 
 def prepare(config: DataConfig) -> Path:
@@ -32,11 +32,11 @@ def prepare(config: DataConfig) -> Path:
     not what was written; OSError where they cannot be written.
     """
     if config.source == "bin" and not config.mix:
-        return prepare_bins(config.path, config.tokenizer)
-    folder, recipe, sources = planned(config)
-    made_once(folder, lambda partial: build(partial, sources, config, recipe))
-    check(folder, recipe)
-    return folder
+        return prepare_bins(expanded(config.path), config.tokenizer)
+    plan = planned(config)
+    made_once(plan.folder, lambda partial: build(partial, plan, config))
+    check(plan.folder, plan.recipe)
+    return plan.folder
 
 
 def find_prepared(fingerprint: str) -> Path | None:
@@ -56,23 +56,35 @@ def find_prepared(fingerprint: str) -> Path | None:
     return None
 
 
-def planned(config: DataConfig) -> tuple[Path, dict[str, Any], dict[str, Source]]:
-    """Where the tokens of `config` lie or will lie, all that they depend on, and the sources that they come from."""
-    sources = open_sources(config)
-    vocabulary = config.vocab_size if config.tokenizer == "bpe" else None
+class Plan(NamedTuple):
+    """Where the tokens of a configuration lie or will lie, all that they depend on, and the sources of their text."""
+
+    folder: Path
+    recipe: dict[str, Any]
+    sources: dict[str, Source]
+    validation: Source | None
+
+
+def planned(config: DataConfig) -> Plan:
+    sources, validation = open_sources(config), open_validation(config)
     recipe = {"format": FORMAT, "sources": [source.fingerprint() for source in sources.values()],
-              "tokenizer": config.tokenizer, "asked_vocab_size": vocabulary, "val_fraction": config.val_fraction}
-    return folder_for(f"{'mix' if config.mix else config.source}-{config.tokenizer}", recipe), recipe, sources
+              "validation": validation.fingerprint() if validation else None,
+              "val_fraction": None if validation else config.val_fraction,
+              "deduplicate": config.deduplicate, "tokenizer": config.tokenizer,
+              "asked_vocab_size": config.vocab_size if config.tokenizer == "bpe" else None}
+    name = f"{'mix' if config.mix else config.source}-{config.tokenizer}"
+    return Plan(folder_for(name, recipe), recipe, sources, validation)
 
 
-def build(partial: Path, sources: dict[str, Source], config: DataConfig, recipe: dict[str, Any]) -> None:
+def build(partial: Path, plan: Plan, config: DataConfig) -> None:
     """Read the sources (twice where a tokenizer is trained), encode them, and describe what came of it.
 
     Raises ValueError for a source that changes meanwhile.
     """
     if (partial / "meta.json").exists():
         return  # all was done, but for the name
-    corpora = [Corpus(source, config.val_fraction) for source in sources.values()]
+    corpora = [Corpus(source, config.val_fraction, plan.validation, config.deduplicate)
+               for source in plan.sources.values()]
     tokens = partial / "tokenizer.json"
     done = read_progress(partial)
     tokenizer = read_tokenizer(tokens) if done else make_tokenizer(config, corpora)
@@ -82,9 +94,12 @@ def build(partial: Path, sources: dict[str, Source], config: DataConfig, recipe:
     for segment in segments(corpora, tokenizer, partial, len(done), f"Tokenizing {config.mix or config.source}"):
         done.append(segment)
         atomic.write_bytes(partial / PROGRESS, json.dumps({"tokenizer": made_with, "segments": done}).encode())
-    if [source.fingerprint() for source in sources.values()] != recipe["sources"]:
+    now = [source.fingerprint() for source in plan.sources.values()]
+    validation = plan.validation.fingerprint() if plan.validation else None
+    if now != plan.recipe["sources"] or validation != plan.recipe["validation"]:
         raise ValueError(f"{config.mix or config.path or config.source} changed while it was read: run the command again.")
-    write_meta(partial, recipe, made_with, tokenizer.vocab_size, summary(done, list(sources)))
+    read = [corpus.summary() for corpus in corpora]
+    write_meta(partial, plan.recipe, made_with, tokenizer.vocab_size, summary(done, list(plan.sources), read))
     (partial / PROGRESS).unlink()
 
 
@@ -102,8 +117,11 @@ def read_progress(partial: Path) -> list[dict[str, Any]]:
     return whole
 
 
-def summary(done: list[dict[str, Any]], names: list[str]) -> dict[str, Any]:
-    """What `meta.json` says about the segments: each split in all, and each part of a mixture with its shards."""
+def summary(done: list[dict[str, Any]], names: list[str], read: list[str]) -> dict[str, Any]:
+    """What `meta.json` says about the segments: each split in all, and each part of a mixture with its shards.
+
+    `read` says of each part what was read and what was left out.
+    """
     def total(of: list[dict[str, Any]], split: str) -> dict[str, Any]:
         counts = {name: sum(segment[split][name] for segment in of) for name in ("documents", "bytes", "tokens")}
         return counts | {"bytes_per_token": counts["bytes"] / max(1, counts["tokens"])}
@@ -114,7 +132,7 @@ def summary(done: list[dict[str, Any]], names: list[str]) -> dict[str, Any]:
     parts = []
     for number, name in enumerate(names):
         mine = [segment for segment in done if segment["part"] == number]
-        parts.append({"source": name} | {split: with_shards(mine, split) for split in SPLITS})
+        parts.append({"source": name, "read": read[number]} | {split: with_shards(mine, split) for split in SPLITS})
     return {"splits": {split: total(done, split) for split in SPLITS}, "parts": parts}
 
 
@@ -156,5 +174,7 @@ def describe(folder: Path) -> str:
     """One line about prepared tokens."""
     meta = read_meta(folder)
     train, val = meta["splits"]["train"], meta["splits"]["val"]
+    read = " and ".join(part["read"] for part in meta["parts"] if "read" in part)
     return (f"{train['tokens']:,} tokens to train on, {val['tokens']:,} to validate on, vocabulary of "
-            f"{meta['vocab_size']:,}, {train['bytes_per_token']:.2f} bytes a token ({folder})")
+            f"{meta['vocab_size']:,}, {train['bytes_per_token']:.2f} bytes a token ({folder})"
+            + (f"; read from {read}" if read else ""))

@@ -12,6 +12,7 @@ import os
 import platform
 import sysconfig
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -25,6 +26,7 @@ from data import files
 from data.files import Document, File
 from data.hub import Hub
 from data.mixture import read_mix
+from data.separator import divide, unescaped
 from data.store import data_root, sha256_of
 from terminal import say
 
@@ -41,6 +43,10 @@ class DataConfig:
     tokenizer: Literal["char", "byte", "gpt2", "cl100k_base", "o200k_base", "bpe"] = "bpe"
     vocab_size: int = 2048  # of a tokenizer that is trained here (bpe); the others have their own
     val_fraction: float = 0.1  # held out to validate on, never trained on
+    val_path: str = ""  # text to validate on instead: a file, a folder or a glob
+    val_split: str = ""  # hub: the split to validate on instead, such as validation
+    deduplicate: bool = True  # leave out exact copies of a document
+    separator: str = ""  # in plain text, what stands between two documents: <|endoftext|>, or \n\n for a blank line
     text_field: str = "text"  # of a .jsonl or .parquet record, or a data set's example
     errors: Literal["strict", "replace"] = "strict"  # at bytes that are no UTF-8: stop, or read a replacement character
     hub_name: str = ""  # hub: OWNER/NAME of a data set on the Hugging Face Hub, or a folder laid out like one
@@ -64,6 +70,7 @@ class DataConfig:
                     yield from (f"mix={self.mix}: {problem}" for problem in self.part(name).path_problems())
         else:
             yield from self.path_problems()
+        yield from self.validation_problems()
         if not 257 <= self.vocab_size <= 100_000:
             yield f"vocab_size={self.vocab_size} is out of range: a byte-pair vocabulary has 257 to 100000 tokens."
         if not 1e-6 <= self.val_fraction < 1:
@@ -78,8 +85,22 @@ class DataConfig:
                    "data.hub_name=HuggingFaceFW/fineweb-edu, or a folder laid out like one.")
         if self.source == "bin" and not self.path:
             yield "path is missing: name the folder where train.bin and val.bin lie, as in data.path=nanoGPT/data/owt."
-        if self.path and not Path(self.path).exists() and not set(self.path) & set("*?["):
-            yield f"path={self.path} does not exist: check the spelling, and that it is relative to {Path.cwd()}."
+        yield from missing_path("path", self.path)
+
+    def validation_problems(self) -> Iterator[str]:
+        for name in ("val_path", "val_split"):
+            value = getattr(self, name)
+            if value and self.mix:
+                yield f"{name}={value} does not go with mix=: each part of a mixture is validated on its own text."
+            elif value and self.source == "bin":
+                yield f"{name}={value} does not go with data=bin, which brings its own validation tokens."
+        if self.val_path and self.val_split:
+            yield f"val_path={self.val_path} and val_split={self.val_split} exclude each other: choose one."
+        if self.val_split and not self.mix and self.source not in ("hub", "bin"):
+            yield f"val_split={self.val_split} names a split of a data set of data=hub: use val_path= for files."
+        yield from missing_path("val_path", self.val_path)
+        if self.separator and not self.mix and self.source not in ("text", "shakespeare"):
+            yield f"separator={self.separator} divides plain text files, and data={self.source} has none: leave it out."
 
     def part(self, name: str) -> DataConfig:
         """The settings of one part of the mixture: a source by its name, else files by their path."""
@@ -92,12 +113,24 @@ class DataConfig:
         return list(read_mix(self.mix).values()) if self.mix else [1]
 
 
+def missing_path(setting: str, path: str) -> Iterator[str]:
+    """The sentence about a path that does not exist; of a glob, that is known when it is read."""
+    if path and not Path(expanded(path)).exists() and not set(path) & set("*?["):
+        yield f"{setting}={path} does not exist: check the spelling, and that it is relative to {Path.cwd()}."
+
+
+def expanded(path: str) -> str:
+    """`path` with the user's home folder in place of ~; unchanged where there is no such user."""
+    return os.path.expanduser(path)
+
+
 class Source(Protocol):
     """Where documents come from; they can be read again and again."""
 
     def fingerprint(self) -> str: ...
     def documents(self) -> Iterator[Document]: ...
     def fraction(self) -> float: ...  # how far the reading has come, from 0 to 1; 0 where nobody knows
+    def description(self) -> str: ...  # how many files there are, and which are left out
 
 
 def open_source(config: DataConfig) -> Source:
@@ -112,14 +145,28 @@ def open_source(config: DataConfig) -> Source:
     path = config.path
     if config.source == "shakespeare" and not path:
         path = str(fetch(SHAKESPEARE_URL, SHAKESPEARE_SHA256))
-    return Files(path, config.text_field, config.errors)
+    return Files(path, config.text_field, config.errors, config.separator)
+
+
+def open_validation(config: DataConfig) -> Source | None:
+    """The source of the text to validate on, where it is not a part of the training text."""
+    if config.val_path:
+        return open_source(replace(config, source="text", path=config.val_path))
+    if config.val_split:
+        return open_source(replace(config, split=config.val_split))
+    return None
 
 
 def open_sources(config: DataConfig) -> dict[str, Source]:
     """The sources that `config` names, by name: one, or the parts of a mixture."""
-    if not config.mix:
-        return {config.source: open_source(config)}
-    return {name: open_source(config.part(name)) for name in read_mix(config.mix)}
+    if config.mix:
+        sources = {name: open_source(config.part(name)) for name in read_mix(config.mix)}
+    else:
+        sources = {config.source: open_source(config)}
+    if config.separator and not any(isinstance(source, Files) and source.has_plain_text() for source in sources.values()):
+        raise ValueError(f"data.separator={config.separator} divides plain text, and {config.mix or config.path} holds "
+                         f"only records: leave it out.")
+    return sources
 
 
 def library_files(library: Path | None = None) -> tuple[Path, list[Path]]:
@@ -134,8 +181,13 @@ def library_files(library: Path | None = None) -> tuple[Path, list[Path]]:
 
 
 def library_fingerprint(kind: str, folder: Path, paths: list[Path]) -> str:
-    names = "\n".join(f"{path.relative_to(folder)} {path.stat().st_size}" for path in paths)
-    return hashlib.sha256(f"{kind} {platform.python_version()}\n{names}".encode()).hexdigest()
+    """Changes with the Python version, and with the name or any byte of a file; 12 MB are read in 25 ms."""
+    digest = hashlib.sha256(f"{kind} {platform.python_version()}\n".encode())
+    for path in paths:
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(folder)} {len(content)}\n".encode())
+        digest.update(content)
+    return digest.hexdigest()
 
 
 class PyDocs:
@@ -148,7 +200,7 @@ class PyDocs:
         self.stdlib, self.files = library_files(library)
 
     def fingerprint(self) -> str:
-        """Changes with the Python version or any file's name or size."""
+        """Changes with the Python version, and with the name or any byte of a file."""
         return library_fingerprint("pydocs", self.stdlib, self.files)
 
     def documents(self) -> Iterator[Document]:
@@ -156,6 +208,9 @@ class PyDocs:
 
     def fraction(self) -> float:
         return 0.0
+
+    def description(self) -> str:
+        return f"{len(self.files):,} files of Python's standard library"
 
     @cached_property
     def texts(self) -> list[str]:
@@ -188,7 +243,7 @@ class StdLib:
         self.stdlib, self.files = library_files(library)
 
     def fingerprint(self) -> str:
-        """Changes with the Python version or any file's name or size."""
+        """Changes with the Python version, and with the name or any byte of a file."""
         return library_fingerprint("stdlib", self.stdlib, self.files)
 
     def documents(self) -> Iterator[Document]:
@@ -200,15 +255,22 @@ class StdLib:
     def fraction(self) -> float:
         return 0.0
 
+    def description(self) -> str:
+        return f"{len(self.files):,} files of Python's standard library"
+
 
 class Files:
     """What `data.path` names: a file, a folder, or a glob. `data/files.py` says what is a document in it."""
 
-    def __init__(self, path: str, text_field: str = "text", errors: str = "strict") -> None:
-        self.files = [File(one, text_field, errors) for one in files.find(path)]
-        self.read_as = f"files {text_field} {errors}"
+    def __init__(self, path: str, text_field: str = "text", errors: str = "strict", separator: str = "") -> None:
+        self.skipped: Counter[str] = Counter()
+        self.files = [File(one, text_field, errors) for one in files.find(expanded(path), self.skipped)]
+        self.separator = unescaped(separator)
+        self.read_as = f"files {text_field} {errors}" + (f" {self.separator!r}" if separator else "")
         self.sizes = [file.path.stat().st_size for file in self.files]
+        self.total = sum(self.sizes)
         self.reading = 0  # the index of the file that is read now
+        self.read_before = 0  # bytes of the files before it
 
     def fingerprint(self) -> str:
         """Changes with any byte of any file, and with what is read of them."""
@@ -218,12 +280,24 @@ class Files:
         return digest.hexdigest()
 
     def documents(self) -> Iterator[Document]:
+        before = 0
         for number, file in enumerate(self.files):
-            self.reading = number
-            yield from file.documents()
+            self.reading, self.read_before = number, before
+            if self.separator and file.kind == "text":
+                yield from divide(file.text_pieces, self.separator)
+            else:
+                yield from file.documents()
+            before += self.sizes[number]
 
     def fraction(self) -> float:
-        return (sum(self.sizes[: self.reading]) + self.files[self.reading].position()) / max(1, sum(self.sizes))
+        return (self.read_before + self.files[self.reading].position()) / max(1, self.total)
+
+    def has_plain_text(self) -> bool:
+        return any(file.kind == "text" for file in self.files)
+
+    def description(self) -> str:
+        said = f"{len(self.files):,} files" if len(self.files) != 1 else "1 file"
+        return f"{said} ({files.skipped_files(self.skipped)})" if self.skipped else said
 
 
 def fetch(url: str, sha256: str) -> Path:

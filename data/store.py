@@ -28,7 +28,8 @@ SETTLED = 2.0  # seconds; a file that changed just now might change again withou
 
 def data_root() -> Path:
     """The folder for prepared tokens and downloads: `data/prepared`, or where NANOHYDRA_DATA says."""
-    return Path(os.environ.get("NANOHYDRA_DATA") or Path(__file__).parent / "prepared")
+    chosen = os.environ.get("NANOHYDRA_DATA")
+    return Path(os.path.expanduser(chosen)) if chosen else Path(__file__).parent / "prepared"
 
 
 def folder_for(name: str, recipe: dict[str, Any]) -> Path:

@@ -46,6 +46,12 @@ def corpus(tmp_path, fresh_data):
     return write
 
 
+@pytest.fixture
+def short_tails(monkeypatch):
+    """So that short documents give their tails too."""
+    monkeypatch.setattr("data.split.TAIL", 1)
+
+
 def read(folder: Path, split: str) -> list[int]:
     tokens = Tokens.open(folder, split)
     return tokens.read(np.arange(len(tokens))).tolist()
@@ -82,7 +88,7 @@ def test_the_folder_holds_shards_tokenizer_and_meta(corpus, fresh_data):
 
 @pytest.mark.parametrize("texts", [MANY, FEW, ["Only one, with an é. " * 9]], ids=["many", "few", "one"])
 @pytest.mark.parametrize("tokenizer", ["byte", "char", "bpe"])
-def test_the_counts_in_meta_add_up(corpus, texts, tokenizer):
+def test_the_counts_in_meta_add_up(corpus, short_tails, texts, tokenizer):
     folder = prepare(corpus(texts, tokenizer=tokenizer, vocab_size=260))
     splits = read_meta(folder)["splits"]
     for split, counts in splits.items():
@@ -142,7 +148,7 @@ def test_the_same_text_is_prepared_the_same_in_every_place(corpus, tmp_path, mon
 def test_the_description_says_how_much_there_is(corpus):
     folder = prepare(corpus(["a" * 100_000]))
     assert describe(folder) == ("80,000 tokens to train on, 20,000 to validate on, vocabulary of 257, "
-                                f"1.00 bytes a token ({folder})")
+                                f"1.00 bytes a token ({folder}); read from 1 file, 1 document")
 
 
 # What is in it
@@ -176,8 +182,8 @@ def test_a_documents_split_depends_on_its_text_alone(corpus):
 
 def test_which_documents_are_held_out_is_frozen(corpus):
     """A folder made again under its old name must not train on what a run made with it validates on."""
-    held_out = documents(prepare(corpus(MANY, val_fraction=0.06)), "val")
-    assert [int(text.split()[1]) for text in held_out] == [0, 7, 11, 26, 50, 73, 95, 117, 121]
+    held_out = documents(prepare(corpus(MANY, val_fraction=0.1)), "val")
+    assert [int(text.split()[1]) for text in held_out] == [0, 7, 8, 11, 26, 35, 50, 73, 74, 95, 117, 121, 144, 146, 148, 153]
 
 
 def test_a_larger_fraction_holds_out_more_of_the_same(corpus):
@@ -185,14 +191,14 @@ def test_a_larger_fraction_holds_out_more_of_the_same(corpus):
     assert held_out[0] < held_out[1] < held_out[2]
 
 
-def test_few_documents_give_their_tails(corpus):
+def test_few_documents_give_their_tails(corpus, short_tails):
     folder = prepare(corpus(FEW))
     train, val = documents(folder, "train"), documents(folder, "val")
     assert [head + tail for head, tail in zip(train, val, strict=True)] == FEW
     assert [len(tail) for tail in val] == [len(text) - int(0.8 * len(text)) for text in FEW]
 
 
-def test_a_document_of_many_pieces_is_divided_once_wherever_they_end(corpus, monkeypatch):
+def test_a_document_of_many_pieces_is_divided_once_wherever_they_end(corpus, short_tails, monkeypatch):
     """Also where the training part ends just where a piece does: one end of text in each split, and no character lost."""
     monkeypatch.setattr("data.files.PIECE", 10)
     texts = [letter * length for letter, length in zip("abcd", (50, 100, 87, 49), strict=True)]
@@ -244,7 +250,7 @@ def test_millions_of_blanks_in_a_row_are_text(corpus, tokenizer):
     assert "".join(both) == text
 
 
-def test_words_that_look_like_an_end_of_text_do_not_end_it(corpus):
+def test_words_that_look_like_an_end_of_text_do_not_end_it(corpus, short_tails):
     texts = ["one<|endoftext|>two " * 5, "three " * 5]
     folder = prepare(corpus(texts, tokenizer="bpe", vocab_size=258))
     train, val = documents(folder, "train"), documents(folder, "val")
@@ -287,6 +293,98 @@ def test_the_default_corpus_is_the_english_of_the_standard_library(prepared_data
     assert "Pretty-print a Python object to a stream [default is sys.stdout]." in texts[0] + texts[1]
 
 
+# Which documents are held out
+
+
+def test_records_are_held_out_whole(corpus):
+    """999 records of 500 characters once gave 3 characters each, and the validation loss was noise."""
+    texts = [f"{number:04d}" + "word " * 99 + "." for number in range(999)]
+    folder = prepare(corpus(texts, val_fraction=0.005))
+    train, val = documents(folder, "train"), documents(folder, "val")
+    assert sorted(train + val) == sorted(texts) and 25 <= len(val) <= 40
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_much_text_is_split_without_knowing_all_of_it(corpus, monkeypatch, known):
+    """By each document's hash alone, and its tail where it is far longer than the others."""
+    if not known:
+        for name in ("KNOWN_CHARACTERS", "LEAST_HELD_OUT"):
+            monkeypatch.setattr(f"data.corpus.{name}", 1)
+    texts = ["A long book. " * 10_000, *MANY]
+    folder = prepare(corpus(texts, val_fraction=0.1))
+    train, val = documents(folder, "train"), documents(folder, "val")
+    assert train[0] + val[0] == texts[0] and len(val[0]) == 13_000
+    assert sorted(train[1:] + val[1:]) == sorted(MANY) and 10 < len(val[1:]) < 30
+
+
+def test_copies_that_are_kept_are_in_one_split(corpus):
+    texts = MANY + MANY[:100]
+    folder = prepare(corpus(texts, deduplicate=False))
+    train, val = documents(folder, "train"), documents(folder, "val")
+    assert sorted(train + val) == sorted(texts) and not set(train) & set(val)
+    assert len(set(val)) < len(val)
+
+
+def test_the_copies_of_one_document_that_are_kept_share_its_end(corpus):
+    folder = prepare(corpus(["The same. " * 20] * 3, deduplicate=False))
+    train, val = documents(folder, "train"), documents(folder, "val")
+    assert len(set(train)) == len(set(val)) == 1 and len(train) == len(val) == 3
+    assert train[0] + val[0] == "The same. " * 20
+
+
+@pytest.fixture
+def validation(tmp_path):
+    """Writes texts to another folder, to validate on."""
+
+    def write(texts: list[str]) -> str:
+        (tmp_path / "held out").mkdir(exist_ok=True)
+        for number, text in enumerate(texts):
+            (tmp_path / "held out" / f"{number:03d}.txt").write_text(text)
+        return str(tmp_path / "held out")
+
+    return write
+
+
+@pytest.mark.parametrize("source", [{}, {"source": "pydocs", "path": ""}], ids=["files", "pydocs"])
+def test_own_validation_text_is_what_is_validated_on(corpus, validation, source):
+    config = corpus(FEW, val_path=validation(["Another text. " * 9, "And one more. "]), **source)
+    folder = prepare(config)
+    assert documents(folder, "val") == ["Another text. " * 9, "And one more. "]
+    assert len(documents(folder, "train")) > 5000 if source else documents(folder, "train") == FEW
+    assert prepare(replace(config, val_fraction=0.3)) == folder  # which is ignored
+    validation(["Changed."])
+    assert prepare(config) != folder
+
+
+@pytest.mark.parametrize("deduplicate", [True, False])
+def test_what_is_validated_on_is_dropped_from_training(corpus, validation, deduplicate):
+    folder = prepare(corpus([*MANY, FEW[0]], val_path=validation([*MANY[:3], "x"]), deduplicate=deduplicate))
+    assert documents(folder, "train") == [*MANY[3:], FEW[0]] and documents(folder, "val") == [*MANY[:3], "x"]
+    assert "3 documents dropped that the validation text has too; validation text: 4 files" in describe(folder)
+
+
+@pytest.mark.parametrize("train, val, words", [
+    (MANY, MANY, "Every document of the training text is also in the validation text"), (MANY, [" "], "validation text is empty"),
+    ([" "], ["a"], "source holds no text")])
+def test_a_split_that_would_be_empty_is_one_sentence(corpus, validation, train, val, words):
+    with pytest.raises(ValueError, match=words):
+        prepare(corpus(train, val_path=validation(val)))
+
+
+def test_a_single_text_with_its_own_validation_text_has_no_end_of_text(corpus, validation):
+    folder = prepare(corpus([FEW[0]], val_path=validation([FEW[1]]), tokenizer="char"))
+    assert load_tokenizer(folder).end_of_text is None
+
+
+def test_the_description_says_what_was_read_and_left_out(corpus):
+    config = corpus([*MANY, *MANY[:2], " "])
+    for name in ("a.py", "b.py", "c", ".hidden.txt"):
+        (Path(config.path) / name).write_text("x")
+    said = describe(prepare(config))
+    assert said.endswith("read from 203 files (skipped 2 .py, 1 hidden, 1 without an ending), 202 documents, 2 exact duplicates dropped")
+
+
+
 # What can go wrong
 
 
@@ -321,7 +419,8 @@ def test_a_failure_in_the_middle_leaves_nothing_that_looks_whole(corpus, fresh_d
         patch.setattr(place, fail)
         prepare(config)
     assert all(path.name.startswith(".building-") for path in fresh_data.iterdir())
-    assert len(documents(folder := prepare(config), "train")) == len(FEW)
+    folder = prepare(config)
+    assert len(documents(folder, "train") + documents(folder, "val")) == len(FEW)
     assert list(fresh_data.iterdir()) == [folder]
 
 

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from data.sources import DataConfig, Files, PyDocs, data_root, fetch, open_source
+from data.sources import DataConfig, Files, PyDocs, StdLib, data_root, fetch, open_source
 
 
 def texts(source):
@@ -80,6 +80,13 @@ def test_pydocs_never_imports(library):
 def test_pydocs_gives_the_same_documents_again(library):
     source = PyDocs(library)
     assert texts(source) == texts(source) == texts(PyDocs(library))
+
+
+@pytest.mark.parametrize("kind", [PyDocs, StdLib])
+def test_library_fingerprint_changes_with_any_byte(kind, library):
+    before = kind(library).fingerprint()
+    write(library, {"latin.py": (library / "latin.py").read_bytes().replace(b"Caf", b"caf")})  # of the same size
+    assert kind(library).fingerprint() != before
 
 
 def test_pydocs_fingerprint_changes_with_a_files_size_or_name_or_the_python_version(library, monkeypatch):
@@ -152,6 +159,62 @@ def test_text_fingerprint_changes_with_any_byte_of_any_file(tmp_path):
     changed = Files(str(tmp_path)).fingerprint()
     write(tmp_path, {"c.txt": "three"})
     assert len({before, changed, Files(str(tmp_path)).fingerprint()}) == 3
+
+
+@pytest.mark.parametrize("path, read", [
+    ("", ["a", "b"]), ("*", ["a"]), ("**/*.txt", ["a", "b"]), (".trash", ["trash"]), (".trash/*.txt", ["trash"]), (".*.txt", ["mac", "dot"]),
+    (".dot.txt", ["dot"]), ("c/.*/*.md", ["deep"]),
+])
+def test_hidden_files_are_skipped_unless_they_are_named(tmp_path, path, read):
+    write(tmp_path / "here", {"a.txt": "a", "c/b.txt": "b", ".trash/x.txt": "trash", "._a.txt": "mac", ".dot.txt": "dot",
+                              "c/.deep/y.md": "deep"})
+    assert texts(Files(str(tmp_path / "here" / path))) == read
+
+
+def test_files_in_a_hidden_folder_that_is_named_are_read(tmp_path):
+    write(tmp_path / ".cache", {"a.txt": "a", ".b.txt": "b"})
+    assert texts(Files(str(tmp_path / ".cache"))) == ["a"]
+    assert texts(Files(str(tmp_path / ".cache/*.txt"))) == ["a"]
+
+
+def test_a_folder_of_only_hidden_files_says_so(tmp_path):
+    write(tmp_path, {".a.txt": "a", "b.py": "b"})
+    with pytest.raises(ValueError, match=r"holds no file to read \(skipped 1 hidden, 1 \.py\)"):
+        Files(str(tmp_path))
+
+
+def test_a_path_below_the_home_folder_may_be_written_with_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path, {"a.txt": "a"})
+    for path in ("~/a.txt", "~", "~/*.txt"):
+        assert texts(open_source(DataConfig(source="text", path=path))) == ["a"]
+        assert list(DataConfig(source="text", path=path, val_path=path).problems()) == []
+    config = DataConfig(mix="~/a.txt:1 pydocs:1")
+    assert list(config.problems()) == [] and texts(open_source(config.part("~/a.txt"))) == ["a"]
+    monkeypatch.setenv("NANOHYDRA_DATA", "~/prepared")
+    assert data_root() == tmp_path / "prepared"
+
+
+def test_an_unknown_user_is_a_path_that_does_not_exist():
+    [problem] = DataConfig(source="text", path="~nobody-here/a.txt").problems()
+    assert problem.startswith("path=~nobody-here/a.txt does not exist")
+
+
+def test_how_far_it_is_takes_as_long_in_the_last_file_as_in_the_first(tmp_path):
+    """It once added up all files before it each time."""
+    write(tmp_path, {f"{number:03d}.txt": "text" for number in range(100)})
+
+    class Counted(list):
+        reads = 0
+
+        def __getitem__(self, index):
+            Counted.reads += len(range(*index.indices(len(self)))) if isinstance(index, slice) else 1
+            return super().__getitem__(index)
+
+    source = Files(str(tmp_path))
+    source.sizes = Counted(source.sizes)
+    fractions = [source.fraction() for document in source.documents()]
+    assert fractions == sorted(fractions) and fractions[-1] > 0.98 and Counted.reads == 100
 
 
 # A download
@@ -266,6 +329,11 @@ def test_shakespeare_from_a_local_copy_asks_no_network(tmp_path, monkeypatch):
     ({"val_fraction": 1.0}, "val_fraction", "1.0"),
     ({"val_fraction": -0.5}, "val_fraction", "-0.5"),
     ({"val_fraction": math.nan}, "val_fraction", "nan"),
+    ({"val_path": "no/such.txt"}, "val_path", "no/such.txt"),
+    ({"val_split": "validation"}, "val_split", "validation"),
+    ({"mix": "pydocs:1 stdlib:1", "val_path": __file__}, "val_path", "mixture"),
+    ({"source": "bin", "path": __file__, "val_path": __file__}, "val_path", "its own validation tokens"),
+    ({"source": "hub", "hub_name": "a/b", "val_path": __file__, "val_split": "test"}, "val_path", "exclude each other"),
 ])
 def test_a_setting_that_cannot_work_gives_one_sentence_with_its_value(settings, field, value):
     [problem] = DataConfig(**settings).problems()

@@ -24,9 +24,8 @@ def any_kernel():
 def test_auto_on_a_cpu_takes_bf16_only_where_it_is_native(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    for native, precision in ((True, "bf16"), (False, "fp32")):
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda native=native: native)
+    for native, precision in (("1", "bf16"), ("0", "fp32")):
+        monkeypatch.setenv("NANOHYDRA_NATIVE_BF16", native)
         device = Device()
         assert (device.type, device.precision) == ("cpu", precision)
         assert "native" in device.describe()

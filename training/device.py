@@ -16,6 +16,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from hardware import native
+
 # Dense bf16 peaks in FLOP/s, from the makers' data sheets; the first name that fits counts.
 PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
               "A10G": 70e12, "A10": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
@@ -59,7 +61,7 @@ class Device:
             raise ValueError(f"device={device} is not available here: choose auto or one of {', '.join(here)}.")
         self.type = device if device != "auto" else here[0]
         self.torch = torch.device(self.type)
-        self.native_bf16 = self._has_native_bf16()
+        self.native_bf16 = native("bf16", self.type)
         self.chosen = precision == "auto"
         self.precision = precision if precision != "auto" else self._best_precision()
         if self.precision == "bf16" and self.type == "cuda" and not self.native_bf16:
@@ -70,11 +72,6 @@ class Device:
         self.deterministic = deterministic
         if deterministic:
             be_deterministic()
-
-    def _has_native_bf16(self) -> bool:
-        if self.type == "cuda":
-            return torch.cuda.is_bf16_supported(including_emulation=False)
-        return self.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
     def _best_precision(self) -> str:
         if self.native_bf16:

@@ -1,0 +1,48 @@
+"""Native number formats: asked of the device, or answered by the environment."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hardware import native
+from training.device import Device
+
+
+@pytest.fixture(autouse=True)
+def no_override(monkeypatch):
+    for precision in ("BF16", "FP16"):
+        monkeypatch.delenv(f"NANOHYDRA_NATIVE_{precision}", raising=False)
+
+
+@pytest.mark.parametrize(("avx512_bf16", "amx", "onednn", "expected"), [
+    (False, False, False, False), (False, False, True, False),  # AVX2; AVX-512 without bf16
+    (True, False, True, True), (False, True, True, True), (True, True, False, False)])
+def test_bf16_needs_instructions_and_a_library_using_them(avx512_bf16, amx, onednn, expected, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: onednn)
+    assert native("bf16") == expected and native("fp32")
+    assert Device("cpu").precision == ("bf16" if expected else "fp32")
+
+
+@pytest.mark.parametrize("answer", ["0", "1"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_the_environment_overrides_the_answer(precision, answer, monkeypatch):
+    monkeypatch.setenv(f"NANOHYDRA_NATIVE_{precision.upper()}", answer)
+    assert native(precision) == (answer == "1")
+
+
+@pytest.mark.parametrize("answer", ["", "yes", "2"])
+def test_other_values_override_nothing(answer, monkeypatch):
+    expected = native("bf16")
+    monkeypatch.setenv("NANOHYDRA_NATIVE_BF16", answer)
+    assert native("bf16") == expected
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_gpus_are_asked_themselves(supported, monkeypatch):
+    monkeypatch.setenv("NANOHYDRA_NATIVE_BF16", str(int(not supported)))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported)
+    assert native("bf16", "cuda") == supported and native("fp16", "cuda")
+    assert native("fp16", "mps") and not native("bf16", "mps")

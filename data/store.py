@@ -23,7 +23,9 @@ from terminal import say
 BUILDING = ".building-"  # how the names of folders begin that are not whole yet
 BLOCK = 2**20
 LARGE = 2**24  # bytes; smaller files are read each time, which takes no time
-SETTLED = 2.0  # seconds; a file that changed just now might change again without another time to show it
+# A file that changed less than this before it was hashed might have changed again under the same times: some file
+# systems keep them in steps of one or two seconds.
+SETTLED = 3.0  # seconds
 
 
 def data_root() -> Path:
@@ -39,45 +41,63 @@ def folder_for(name: str, recipe: dict[str, Any]) -> Path:
 
 
 def sha256_of(paths: list[Path]) -> list[str]:
-    """The SHA-256 of each file. Raises OSError for one that cannot be read."""
+    """The SHA-256 of each file. Raises OSError naming one that cannot be read."""
     memory = data_root() / "digests.json"
     known = read_digests(memory)
-    before = len(known)
+    before = dict(known)
     digests = []
     total = sum(path.stat().st_size for path in paths)
     with tqdm(desc="Checking files", total=total, unit="B", unit_scale=True, leave=False, delay=2) as bar:
         for path in paths:
-            status = path.stat()
-            key = f"{path.resolve()} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"
-            if (digest := known.get(key)) is None:
+            status, now = path.stat(), time.time()
+            key = key_of(path, status)
+            if key not in known or not settled(status, known[key][1]):
                 digest = hash_file(path, bar)
-                if status.st_size >= LARGE and time.time() - status.st_mtime > SETTLED:
-                    known[key] = digest
+                if status.st_size >= LARGE and settled(status, now) and key_of(path, path.stat()) == key:
+                    known[key] = (digest, now)
+            else:
+                digest = known[key][0]
             digests.append(digest)
-    if len(known) > before:
+    if known != before:
         with suppress(OSError):  # not to remember costs time only
             atomic.write_bytes(memory, json.dumps(known, indent=0).encode())
     return digests
 
 
+def key_of(path: Path, status: os.stat_result) -> str:
+    """What changes when a file does, as far as the file system tells."""
+    return f"{path.resolve()} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"
+
+
+def settled(status: os.stat_result, hashed_at: float) -> bool:
+    """Whether a later change of the file must show in its times: git's rule for its index."""
+    return hashed_at - max(status.st_mtime, status.st_ctime) > SETTLED
+
+
 def hash_file(path: Path, bar: tqdm) -> str:
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
-            bar.update(len(block))
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(BLOCK):
+                digest.update(block)
+                bar.update(len(block))
+    except OSError as error:  # one from reading does not name the file
+        raise OSError(error.errno, error.strerror, str(path)) from None
     return digest.hexdigest()
 
 
-def read_digests(memory: Path) -> dict[str, str]:
-    """What is remembered of files that are still there; nothing where that cannot be read."""
+def read_digests(memory: Path) -> dict[str, tuple[str, float]]:
+    """The digests of files that are still there, and when they were computed; none where that cannot be read."""
     try:
-        known = json.loads(memory.read_text())
-    except (OSError, ValueError):
+        saved = json.loads(memory.read_text())
+    except (OSError, ValueError, RecursionError):
         return {}
-    if not isinstance(known, dict):
-        return {}
-    return {key: digest for key, digest in known.items() if Path(key.rsplit(" ", 4)[0]).exists()}
+    known = {}
+    for key, value in saved.items() if isinstance(saved, dict) else ():
+        match value:
+            case [str(digest), float(hashed_at)] if Path(key.rsplit(" ", 4)[0]).exists():
+                known[key] = (digest, hashed_at)
+    return known
 
 
 def made_once(folder: Path, make: Callable[[Path], None]) -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
+import re
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,6 +21,7 @@ from data.store import in_use, made_once, sha256_of
 def large_is_small(monkeypatch):
     """So that small files are remembered too."""
     monkeypatch.setattr(store, "LARGE", 1)
+    monkeypatch.setattr(store, "SETTLED", -1)
 
 
 def write_long_ago(path, content):
@@ -52,17 +56,70 @@ def test_a_file_of_many_blocks_is_read_to_its_end(tmp_path, fresh_data, monkeypa
     assert sha256_of([tmp_path / "a"]) == [hashlib.sha256(b"0123456789").hexdigest()]
 
 
-def test_a_file_that_changed_just_now_or_is_small_is_read_each_time(tmp_path, fresh_data, large_is_small, monkeypatch):
+def test_a_small_file_is_read_each_time(tmp_path, fresh_data, monkeypatch):
+    monkeypatch.setattr(store, "SETTLED", -1)
+    write_long_ago(path := tmp_path / "a", b"two")
+    sha256_of([path])
+    assert not (fresh_data / "digests.json").exists()
+
+
+@pytest.mark.parametrize("changed, hashed, remembered", [
+    ((50, 100), 104, True), ((50, 100), 102, False), ((100, 50), 102, False), ((50, 100), 100.9, False), ((50, 200), 150, False),
+], ids=["long ago", "status just now", "content just now", "same second", "in the future"])
+def test_a_file_that_changed_just_before_is_not_remembered(tmp_path, fresh_data, monkeypatch, changed, hashed, remembered):
+    """On a file system with whole seconds it could change again under the same times, also given its old time back."""
+    monkeypatch.setattr(store, "LARGE", 1)
     (path := tmp_path / "a").write_bytes(b"one")
-    sha256_of([path])
-    assert not (fresh_data / "digests.json").exists()
-    monkeypatch.setattr(store, "LARGE", 4)
-    write_long_ago(path, b"two")
+    mtime, ctime = changed
+    original, stat = path.stat(), type(path).stat
+
+    def in_whole_seconds(one, **options):
+        status = stat(one, **options)
+        if one != path:
+            return status
+        return SimpleNamespace(st_size=3, st_mtime=mtime, st_ctime=ctime, st_mtime_ns=mtime * 10**9, st_ctime_ns=ctime * 10**9,
+                               st_ino=original.st_ino, st_mode=status.st_mode, st_dev=status.st_dev)
+
+    monkeypatch.setattr(type(path), "stat", in_whole_seconds)
+    monkeypatch.setattr(store.time, "time", lambda: float(hashed))
+    assert sha256_of([path]) == [hashlib.sha256(b"one").hexdigest()]
+    path.write_bytes(b"two")
+    monkeypatch.setattr(store.time, "time", lambda: hashed + 1000.0)
+    assert sha256_of([path]) == [hashlib.sha256(b"one" if remembered else b"two").hexdigest()]
+
+
+def test_a_file_that_changes_while_it_is_read_is_not_remembered(tmp_path, fresh_data, large_is_small, monkeypatch):
+    write_long_ago(path := tmp_path / "a", b"one")
+    hash_file = store.hash_file
+    monkeypatch.setattr(store, "hash_file", lambda *args: (hash_file(*args), path.write_bytes(b"three"))[0])
     sha256_of([path])
     assert not (fresh_data / "digests.json").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b"\xff", b'{"a": 1}'])
+def test_what_was_remembered_too_early_is_not_believed(tmp_path, fresh_data, large_is_small, monkeypatch):
+    """As by a version that did not wait, or by one that did not say when it had read the file."""
+    write_long_ago(path := tmp_path / "a", b"one")
+    sha256_of([path])
+    memory = fresh_data / "digests.json"
+    [key] = json.loads(memory.read_text())
+    monkeypatch.setattr(store, "SETTLED", 3)
+    for value in (["wrong", path.stat().st_ctime + 1], "wrong"):
+        memory.write_text(json.dumps({key: value}))
+        assert sha256_of([path]) == [hashlib.sha256(b"one").hexdigest()]
+
+
+def test_an_error_of_reading_names_the_file(tmp_path, fresh_data, monkeypatch):
+    write_long_ago(path := tmp_path / "a", b"one")
+
+    def broken(*args):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("builtins.open", broken)
+    with pytest.raises(OSError, match=re.escape(f"Input/output error: '{path}'")):
+        sha256_of([path])
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"\xff", b'{"a": 1}', b'{"a": ["b", 1.5]}', b"[" * 100_000, b'{"a":' * 100_000])
 def test_a_memory_that_cannot_be_read_or_written_costs_time_only(tmp_path, fresh_data, large_is_small, content, monkeypatch):
     write_long_ago(path := tmp_path / "a", b"one")
     fresh_data.mkdir()

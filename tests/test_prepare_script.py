@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +16,7 @@ import train
 from conf.schema import ConfigError, compose
 from data.contents import Contents
 from data.prepare import load_tokenizer, prepare
-from data.shards import open_parts
+from data.shards import open_parts, read_meta
 from data.sources import DataConfig
 from scripts.prepare import PrepareSettings, main
 
@@ -123,75 +126,190 @@ def test_a_single_text_is_one_document(tmp_path, fresh_data):
     assert contents.n_documents == 1 and [length for _, length, _ in contents.some_documents(3, 0)] == [270]
 
 
-@pytest.mark.slow
-def test_cleaning_removes_what_no_run_uses(compose_tiny, folder_of_texts, tmp_path, fresh_data, capsys):
-    train.train(settings := compose_tiny("training.max_steps=1"))
-    used, unused = prepare(settings.data), prepare(DataConfig("text", str(folder_of_texts), "byte"))
-    (fresh_data / ".building-text-byte-1").mkdir()
-    (fresh_data / ".building-text-byte-2").mkdir()
-    lock = atomic.Lock(fresh_data / ".lock-text-byte-2", "a test")
-    capsys.readouterr()
+def test_text_from_files_cannot_command_the_terminal(tmp_path, fresh_data, capsys, monkeypatch):
+    """It once set the window's title, filled the clipboard and cleared the screen."""
+    monkeypatch.setattr("scripts.prepare.draw", lambda *args: b"")
+    commands = "\x1b]0;title\x07 \x1b]52;c;Zm9v\x07 \x1b[2J \x9b2J \u202e "
+    (tmp_path / "a.txt").write_text(commands * 40)
+    assert run("data=text", f"data.path={tmp_path / 'a.txt'}", "data.tokenizer=byte", "inspect=true") == 0
+    said = capsys.readouterr().out
+    assert r"\x1b]0;title\x07" in said
+    assert all(letter.isprintable() or letter in "\n\t" for letter in said)
+
+
+# Cleaning up
+
+
+@pytest.fixture
+def run_with(monkeypatch):
+    """Makes a folder that counts as a run whose checkpoint holds these settings."""
+    def make(folder, settings):
+        (folder / "checkpoints").mkdir(parents=True)
+        (folder / "checkpoints" / "settings.json").write_text(json.dumps(settings))
+
+    def look(checkpoints):
+        saved = checkpoints / "settings.json"
+        return [SimpleNamespace(state={"settings": json.loads(saved.read_text())})] if saved.exists() else [], {}
+
+    monkeypatch.setattr("scripts.prepare.shelf.look", look)
+    return make
+
+
+@pytest.fixture
+def tokens(tmp_path, fresh_data):
+    """Makes prepared tokens of a text."""
+    def make(text):
+        (tmp_path / f"{text}.txt").write_text(text * 100)
+        return prepare(DataConfig("text", str(tmp_path / f"{text}.txt"), "byte"))
+    return make
+
+
+def settings_with(folder):
+    return {"data": {"prepared": read_meta(folder)["fingerprint"][:12]}}
+
+
+def test_cleaning_removes_what_no_run_uses(run_with, tokens, tmp_path, fresh_data, capsys):
+    used, unused = tokens("a"), tokens("b")
+    run_with(tmp_path / "runs" / "one", settings_with(used))
+    names = [f"{kind}text-byte-{digit * 12}" for digit, kind in zip("123", (".building-", ".building-", ".partial-"), strict=True)]
+    for name in names:
+        (fresh_data / (name + "-0123abcd" * name.startswith(".partial"))).mkdir()
+    lock = atomic.Lock(fresh_data / ".lock-text-byte-222222222222", "a test")
+    assert run("clean=true", "yes=true", f"runs_dir={tmp_path / 'runs'}") == 0
+    said = capsys.readouterr().out
+    assert f"Kept {used} (" in said and f"used by {tmp_path / 'runs' / 'one'}" in said
+    assert f"Removed {unused}" in said and f"To be removed: {fresh_data / names[0]} (" in said
+    assert re.search(r"Kept \S*building-text-byte-222222222222 \(\d+ \w+\), which is being prepared", said)
+    assert sorted(path.name for path in fresh_data.iterdir()) == sorted([used.name, names[1], ".lock-text-byte-222222222222"])
+    lock.release()
+
+
+@pytest.mark.parametrize("answer, removed", [("y\n", True), (" YES \n", True), ("\n", False), ("n\n", False), ("", False), (None, False)])
+def test_nothing_is_removed_without_a_yes(tokens, tmp_path, capsys, monkeypatch, answer, removed):
+    folder = tokens("a")
+    (tmp_path / "runs").mkdir()
+    stream = io.StringIO("y\n" if answer is None else answer)
+    stream.isatty = lambda: answer is not None
+    monkeypatch.setattr("sys.stdin", stream)
     assert run("clean=true", f"runs_dir={tmp_path / 'runs'}") == 0
     said = capsys.readouterr().out
-    assert f"Kept {used} " in said and f"used by {tmp_path / 'runs' / 'tiny'}" in said
-    assert f"Removed {unused} " in said and ".building-text-byte-1" in said
-    assert re.search(r"Kept \S*building-text-byte-2, which is being prepared", said)
-    assert sorted(path.name for path in fresh_data.iterdir()) == sorted([used.name, ".building-text-byte-2", ".lock-text-byte-2"])
+    assert f"To be removed: {folder} (" in said and ("Nothing was removed" in said) is not removed
+    assert folder.exists() is not removed
+
+
+@pytest.mark.parametrize("name", ["photos-of-2024", "my-data-0123456789ab", "text-byte-0123456789ab", ".building-a-b", "downloads", "hub",
+                                  ".partial-photos-of-2024", "text-byte-0123456789abc", ".git"])
+def test_cleaning_leaves_folders_alone_that_are_not_ours(tmp_path, fresh_data, name):
+    """NANOHYDRA_DATA may be a folder that other programs use too."""
+    (fresh_data / name / "inner").mkdir(parents=True)
+    (fresh_data / name / "inner" / "photo.jpg").write_bytes(b"x")
+    (tmp_path / "runs").mkdir()
+    run("clean=true", "yes=true", f"runs_dir={tmp_path / 'runs'}")
+    assert (fresh_data / name / "inner" / "photo.jpg").exists()
+
+
+@pytest.mark.parametrize("change, why", [
+    (lambda folder: (folder / "notes.txt").write_text("mine"), "which holds notes.txt"),
+    (lambda folder: (folder / "photos").mkdir(), "which holds photos"),
+    (lambda folder: (folder / "meta.json").write_text("{}"), "whose meta.json cannot be read"),
+    (lambda folder: (folder / "meta.json").write_text("[" * 100_000), "whose meta.json cannot be read"),
+    (lambda folder: (folder / "meta.json").unlink(), "whose meta.json cannot be read"),
+])
+def test_a_folder_of_tokens_with_anything_else_is_kept(tokens, tmp_path, capsys, change, why):
+    change(folder := tokens("a"))
+    (tmp_path / "runs").mkdir()
+    run("clean=true", "yes=true", f"runs_dir={tmp_path / 'runs'}")
+    assert folder.is_dir() and re.search(rf"Kept {re.escape(str(folder))} \(.*\), {why}", capsys.readouterr().out)
+
+
+def test_a_link_among_prepared_tokens_is_not_followed(tokens, tmp_path, fresh_data):
+    elsewhere = tokens("a").rename(tmp_path / "elsewhere")
+    link = fresh_data / "text-byte-0123456789ab"
+    link.symlink_to(elsewhere)
+    (tmp_path / "runs").mkdir()
+    run("clean=true", "yes=true", f"runs_dir={tmp_path / 'runs'}")
+    assert link.is_symlink() and (elsewhere / "meta.json").exists()
+
+
+@pytest.mark.parametrize("target", ["disk/one", "disk"])
+def test_a_run_behind_a_link_uses_its_tokens(run_with, tokens, tmp_path, capsys, target):
+    folder = tokens("a")
+    run_with(tmp_path / "disk" / "one", settings_with(folder))
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "link").symlink_to(tmp_path / target)
+    (tmp_path / "disk" / "back").symlink_to(tmp_path / "runs")
+    run("clean=true", "yes=true", f"runs_dir={tmp_path / 'runs'}")
+    assert folder.is_dir() and f"used by {tmp_path / 'runs' / 'link'}" in capsys.readouterr().out
+
+
+def test_a_link_to_a_run_that_is_not_there_stops_cleaning(tokens, tmp_path):
+    folder = tokens("a")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "link").symlink_to(tmp_path / "unmounted")
+    with pytest.raises(ValueError, match=r"link is a link that leads nowhere.*Nothing was removed"):
+        run("clean=true", "yes=true", f"runs_dir={tmp_path / 'runs'}")
+    assert folder.is_dir()
+
+
+@pytest.mark.parametrize("settings", [{}, {"data": {}}, {"data": []}, {"data": {"prepared": 3}}])
+def test_a_run_that_does_not_name_its_tokens_stops_cleaning(run_with, tokens, tmp_path, settings):
+    folder = tokens("a")
+    run_with(tmp_path / "runs" / "one", settings)
+    with pytest.raises(ValueError, match=r"cannot be told which tokens .*one uses.*Nothing was removed"):
+        run("clean=true", "yes=true", f"runs_dir={tmp_path / 'runs'}")
+    assert folder.is_dir()
+
+
+def test_nothing_is_removed_while_a_run_without_a_checkpoint_trains(tokens, tmp_path):
+    unused = tokens("a")
+    with pytest.raises(ValueError, match=r"runs_dir=\S*nowhere is no folder.*Nothing was removed"):
+        run("clean=true", "yes=true", f"runs_dir={tmp_path / 'nowhere'}")
+    lock = atomic.Lock(tmp_path / "runs" / "live" / "lock", "a test")
+    with pytest.raises(ValueError, match=r"live is being trained .*Nothing was removed"):
+        run("clean=true", "yes=true", f"runs_dir={tmp_path / 'runs'}")
+    assert unused.is_dir()
     lock.release()
-    (fresh_data / ".partial-text-byte-3-abc").mkdir()
-    (used / "meta.json").write_text("damaged")
-    (tmp_path / "elsewhere").mkdir()
-    run("clean=true", f"runs_dir={tmp_path / 'elsewhere'}")
-    assert not any(path.is_dir() for path in fresh_data.iterdir())
+    run("clean=true", "yes=true", f"runs_dir={tmp_path / 'runs'}")
+    assert not unused.exists()
 
 
 @pytest.mark.slow
-def test_nothing_is_removed_while_a_run_without_a_checkpoint_trains_or_where_there_are_no_runs(folder_of_texts, tmp_path, fresh_data):
-    unused = prepare(DataConfig("text", str(folder_of_texts), "byte"))
-    with pytest.raises(ValueError, match=r"runs_dir=\S*nowhere is no folder.*Nothing was removed"):
-        run("clean=true", f"runs_dir={tmp_path / 'nowhere'}")
-    lock = atomic.Lock(tmp_path / "runs" / "live" / "lock", "a test")
-    with pytest.raises(ValueError, match=r"live is being trained .*Nothing was removed"):
-        run("clean=true", f"runs_dir={tmp_path / 'runs'}")
-    assert unused.is_dir()
-    lock.release()
-    run("clean=true", f"runs_dir={tmp_path / 'runs'}")
-    assert not unused.exists()
 def test_tokens_of_a_run_in_a_folder_of_runs_are_kept_with_all_their_users(compose_tiny, tmp_path, fresh_data, capsys):
     train.train(settings := compose_tiny("training.max_steps=1", "name=sweep/one"))
     shutil.copytree(tmp_path / "runs/sweep/one", tmp_path / "runs/two")
     capsys.readouterr()
-    run("clean=true", f"runs_dir={tmp_path / 'runs'}")
+    run("clean=true", "yes=true", f"runs_dir={tmp_path / 'runs'}")
     said = capsys.readouterr().out
     assert prepare(settings.data).is_dir() and "Removed" not in said
     assert all(f"{tmp_path / 'runs'}/{name}" in said for name in ("sweep/one", "two"))
 
 
-def test_tokens_that_are_whole_but_for_their_name_are_kept_while_they_are_being_prepared(folder_of_texts, tmp_path, fresh_data, capsys):
-    folder = prepare(DataConfig("text", str(folder_of_texts), "byte"))
+def test_tokens_that_lack_only_their_name_are_kept_while_they_are_prepared(tokens, tmp_path, fresh_data, capsys):
+    folder = tokens("a")
     (folder / "inspect.png").write_bytes(bytes(3 * 2**20))
     (building := folder.with_name(f".building-{folder.name}")).mkdir()
     shutil.copytree(folder, building, dirs_exist_ok=True)
     lock = atomic.Lock(fresh_data / f".lock-{folder.name}", "a test")
     (tmp_path / "runs").mkdir()
-    run("clean=true", f"runs_dir={tmp_path / 'runs'}")
+    run("clean=true", "yes=true", f"runs_dir={tmp_path / 'runs'}")
     said = capsys.readouterr().out
     assert building.is_dir() and not folder.exists()
-    assert f"Removed {folder} (3 MB): no run in" in said and "\n3 MB removed." in said
+    assert f"To be removed: {folder} (3 MB), not used by a run in" in said and "\n3 MB removed." in said
     lock.release()
 
 
+@pytest.mark.slow
 def test_nothing_is_removed_where_a_run_cannot_be_read(compose_tiny, tmp_path, fresh_data):
     train.train(settings := compose_tiny("training.max_steps=1"))
     used = prepare(settings.data)
     for state in (tmp_path / "runs").rglob("state.json"):
         state.write_text("{}")
     with pytest.raises(ValueError, match=r"cannot be told which tokens .*tiny uses.*Nothing was removed"):
-        run("clean=true", f"runs_dir={tmp_path / 'runs'}")
+        run("clean=true", "yes=true", f"runs_dir={tmp_path / 'runs'}")
     assert used.is_dir()
 
 
-@pytest.mark.parametrize("words, problem", [(["clean=true", "inspect=true"], "exclude each other"), (["inspect=true", "out=a.txt"], "out=a.txt must"),
+@pytest.mark.parametrize("words, problem", [(["clean=true", "inspect=true"], "exclude each other"), (["yes=true"], "belongs to clean=true"), (["inspect=true", "out=a.txt"], "out=a.txt must"),
                                             (["data.pth=x"], "did you mean data.path")])
 def test_bad_settings_are_one_sentence(words, problem):
     with pytest.raises(ConfigError, match=problem):

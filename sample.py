@@ -49,9 +49,9 @@ from conf.schema import SampleSettings, rebuild
 from data.tokenizer import Tokenizer, fingerprint, from_json
 from model import GPT, Decoder, GPTConfig, Undrawn
 from model.generate import steps
-from terminal import output, say
+from terminal import counted, output, readable_size, say
 from training import checkpoint, shelf
-from training.checkpoint import Checkpoint, megabytes
+from training.checkpoint import Checkpoint
 from training.device import Device, available_memory
 from training.run import find_run
 
@@ -131,8 +131,8 @@ def prepare(model: GPT, settings: SampleSettings, device: Device) -> Decoder | N
     if decoder.advice:
         say(decoder.advice, sys.stderr)
     if device.type == "cpu" and (needed := decoder.nbytes(rows, settings.max_new_tokens)) > (free := available_memory()):
-        raise ValueError(f"{setting}={rows} completions at once take {megabytes(needed)} of memory, {megabytes(free)} are "
-                         f"free: choose a smaller {setting}.")
+        raise ValueError(f"{setting}={rows} completions at once take {readable_size(needed)} of memory, "
+                         f"{readable_size(free)} are free: choose a smaller {setting}.")
     return decoder
 
 
@@ -148,7 +148,7 @@ def read_text(name: str, path: str) -> str:
     """
     content = sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1) if path == "-" else read_bytes(name, path)
     if len(content) > MAX_PROMPT_BYTES:
-        raise ValueError(f"{name}={path} holds more than {megabytes(MAX_PROMPT_BYTES)}: choose a smaller file.")
+        raise ValueError(f"{name}={path} holds more than {readable_size(MAX_PROMPT_BYTES)}: choose a smaller file.")
     try:
         return content.decode("utf-8-sig")  # some editors write a byte order mark
     except UnicodeDecodeError as error:
@@ -334,7 +334,7 @@ def complete_file(model: GPT, tokenizer: Tokenizer, settings: SampleSettings, de
                                         "finish_reason": row.reason, "settings": settings_id}, ensure_ascii=False))
                     bar.update()
                 out.sync()
-    say(f"{settings.out}: {len(jobs)} completions")
+    say(f"{settings.out}: {counted(len(jobs), 'completion')}")
 
 
 def weights_id(model: GPT) -> float:
@@ -351,7 +351,7 @@ def already_done(path: Path, jobs: list[tuple[str, int]], settings_id: str) -> i
         if line.get("settings") != settings_id:
             raise ValueError(f"out={path}, line {number}, is of another model or of other settings: choose another file.")
     if (found := len(done) + bool(cut)) > len(jobs):
-        raise ValueError(f"out={path} has {found} lines, and {len(jobs)} are asked for: choose another file.")
+        raise ValueError(f"out={path} has {counted(found, 'line')}, and {len(jobs)} are asked for: choose another file.")
     if cut:
         prompt, sample = jobs[len(done)]
         begun = json.dumps({"prompt": prompt, "sample": sample}, ensure_ascii=False)[:-1].encode()

@@ -1,9 +1,9 @@
-"""Text on its way to a terminal or a log, where control characters are shown instead of obeyed.
+"""What people read: messages and results on a terminal or in a log, and counts and sizes in them.
 
 Models, files, folders and JSON hold text that we did not write: an escape sequence in it could set
 the window's title, fill the clipboard or clear the screen. Everything that may contain such text
-is printed by `say` or `output`. This module imports nothing of ours, like atomic.py, so that every
-other module can use it.
+is printed by `say` or `output`, which write control characters out. This module imports nothing of
+ours, like atomic.py, so that every other module can use it.
 """
 
 from __future__ import annotations
@@ -38,3 +38,20 @@ def say(text: str, file: TextIO | None = None) -> None:
 def output(text: str, end: str = "\n") -> None:
     """Print a result: as it is into a file or a pipe, escaped on a terminal."""
     print(escaped(text) if sys.stdout.isatty() else text, end=end, flush=True)
+
+
+def counted(number: int, noun: str) -> str:
+    """As in "1 step" and "2,000 steps"."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def readable_size(nbytes: float) -> str:
+    """A number of bytes in the largest unit that fits: "0 bytes", "367 bytes", "1.4 MB", "128 GB"."""
+    if nbytes < 1000:
+        return counted(round(nbytes), "byte")
+    for unit in ("KB", "MB", "GB", "TB"):
+        nbytes /= 1024
+        if nbytes < 1000 or unit == "TB":
+            break
+    digits = f"{nbytes:.1f}".removesuffix(".0") if nbytes < 99.95 else f"{nbytes:,.0f}"
+    return f"{digits} {unit}"

@@ -46,9 +46,9 @@ from data.tokenizer import Tokenizer
 from model import GPT
 from report.page import after_training
 from sample import complete, open_checkpoint, print_completions
-from terminal import say
+from terminal import counted, readable_size, say
 from training import nonfinite, shelf
-from training.checkpoint import Checkpoint, megabytes
+from training.checkpoint import Checkpoint
 from training.config import TrainingConfig
 from training.device import Device, available_memory, bytes_kept, maybe_compile, seconds_of
 from training.interrupt import Interrupt
@@ -80,7 +80,7 @@ def train(settings: Settings) -> int:
     with open_run(settings, prepared) as (run, settings, last):
         limits = settings.training
         if last and (limit := limits.reached(last.step, last.state["seconds"])):
-            say(f"{run.folder} is finished: {last.step} steps, {last.state['seconds']:.0f} s. "
+            say(f"{run.folder} is finished: {counted(last.step, 'step')}, {last.state['seconds']:.0f} s. "
                   + how_to_go_on(limit, settings, last))
             return finish(run, limits)
 
@@ -167,15 +167,16 @@ def train(settings: Settings) -> int:
                 save(val_loss)
                 saver.finish()
             if saver.saved < state.step:
-                raise OSError(f"Only {saver.saved} of {state.step} steps are saved in {run.folder}: "
+                raise OSError(f"Only {saver.saved} of {counted(state.step, 'step')} are saved in {run.folder}: "
                               f"free some disk, and the same command goes on from there.")
             if interrupt:
-                recorder.say(f"Interrupted: {state.step} of {limits.max_steps} steps are saved in {run.folder}; "
+                recorder.say(f"Interrupted: {state.step} of {counted(limits.max_steps, 'step')} are saved in {run.folder}; "
                              f"the same command goes on from there.")
                 return interrupt.exit_code
             if settings.logger.report:
                 recorder.say(after_training(run.folder))
-        say(f"Trained {state.step} steps in {state.seconds:.0f} s, and waited {saver.held_up_seconds:.1f} s for saving.")
+        say(f"Trained {counted(state.step, 'step')} in {state.seconds:.0f} s, "
+            f"and waited {saver.held_up_seconds:.1f} s for saving.")
         return finish(run, limits)
 
 
@@ -239,7 +240,7 @@ def answer_nonfinite(loss: float, state: State, run: Run, limits: TrainingConfig
         saver.finish()
         if state.nonfinite > 1:
             said += f" That was time {state.nonfinite}, and training.nonfinite_limit={limits.nonfinite_limit}."
-        raise ValueError(f"{said} {saver.saved} steps are saved. Try a lower optim.lr, optim.grad_clip=1, "
+        raise ValueError(f"{said} Saved so far: {counted(saver.saved, 'step')}. Try a lower optim.lr, optim.grad_clip=1, "
                          f"training.precision=fp32, or training.on_nonfinite=skip or rollback.")
     if answer == "rollback":
         saver.finish()
@@ -269,8 +270,9 @@ def check_memory(model: GPT, loader: Loader, device: Device, boundary: int | Non
             return bytes_kept(lambda: model.features(inputs[:rows], documents=documents_of(inputs[:rows], boundary)))
 
     if loader.batch_size * kept(1) > free and (needed := loader.batch_size * (kept(2) - kept(1))) > free:
-        raise ValueError(f"training.batch_size={loader.batch_size} sequences at once take {megabytes(needed)} of memory, "
-                         f"{megabytes(free)} are free: choose a smaller one (training.tokens_per_step makes it up)"
+        raise ValueError(f"training.batch_size={loader.batch_size} sequences at once take {readable_size(needed)} of "
+                         f"memory, {readable_size(free)} are free: choose a smaller one "
+                         f"(training.tokens_per_step makes it up)"
                          + (", or training.recompute=true." if not model.recompute else "."))
 
 

@@ -19,7 +19,7 @@ from conf.cluster import Cluster
 from conf.identity import flat
 from conf.schema import ConfigError, Settings, as_word, compose, folder_name
 from conf.slots import Job, Progress, Slots, held, in_words, metric_of, report_failures, run_jobs
-from terminal import say
+from terminal import counted, say
 
 OWN = ("jobs=", "name=", "hydra/launcher=", "hydra.launcher.")  # how the words begin that are not for the jobs
 
@@ -89,14 +89,14 @@ def run_grid(overrides: list[str]) -> int:
         finished = [job for job in jobs if is_finished(composed[job.name][1], job.folder)]
         source = Grid([job for job in jobs if job not in finished], failures)
         total = len(jobs) + len(failures)
-        say(f"Sweep: {folder}, {total} jobs" + f", {len(finished)} finished before" * bool(finished)
+        say(f"Sweep: {folder}, {counted(total, 'job')}" + f", {len(finished)} finished before" * bool(finished)
               + f", {len(failures)} that cannot be: see below" * bool(failures))
         progress = Progress(total, len(finished), len(failures))
         for job in finished:
             job.look()
             progress.note(job.best, job.name)
         code = run_jobs(source, slots, progress)
-    say(f"{len(finished) + source.done} of {total} jobs are finished in {folder}."
+    say(f"{len(finished) + source.done} of {counted(total, 'job')} finished in {folder}."
           + " The same command goes on." * bool(code))
     return code or report_failures(source.failures)
 

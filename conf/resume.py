@@ -138,7 +138,8 @@ def open_device(run: Run, settings: Settings, last: Checkpoint | None) -> Device
     Raises ValueError where anything else would change the last bits of its results, unless `allow_drift` is set.
     """
     limits = settings.training
-    device = Device(limits.device, limits.precision, limits.deterministic)
+    set_by = "as when the run began" if last else "as set"
+    device = Device(limits.device, limits.precision, limits.deterministic, set_by)
     if last and not settings.allow_drift:
         began = environment_of(last)
         torch.set_num_threads(began.threads)

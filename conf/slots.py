@@ -23,7 +23,7 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 import atomic
-from terminal import escaped, say
+from terminal import counted, escaped, say
 from training.interrupt import REQUESTS, WARNINGS, Interrupt
 from training.run import LOCK, first_run, this_process
 
@@ -258,7 +258,8 @@ def run_jobs(source: Source, slots: Slots, progress: Progress) -> int:
                 return interrupt.exit_code
             if interrupt and not told:
                 told = True
-                progress.say(f"Stopping: {len(slots.running)} running jobs save first; Ctrl-C again does not wait for that.")
+                progress.say(f"Stopping: {counted(len(slots.running), 'running job')} saving first; "
+                             f"Ctrl-C again does not wait for that.")
                 for job in slots.running:
                     job.stop()
             for job in list(slots.running):

@@ -19,6 +19,7 @@ import numpy as np
 import yaml
 
 from conf.identity import flat, kind
+from terminal import counted
 from training.provenance import STARTS
 from training.run import find_run
 
@@ -111,7 +112,7 @@ def how_far(reached: tuple[int, int, float], settings: dict[str, Any], nonfinite
     steps, _, seconds = reached
     planned, most = settings.get("training.max_steps"), settings.get("training.max_seconds")
     done = planned is not None and (steps >= planned or bool(most and seconds >= most))
-    came = "finished" if done else f"{steps:,} of {planned:,} steps" if planned else f"{steps:,} steps"
+    came = "finished" if done else f"{steps:,} of {counted(planned, 'step')}" if planned else counted(steps, "step")
     return done, came + (f", {nonfinite} not finite" if nonfinite else "")
 
 

@@ -37,7 +37,7 @@ from model import GPT
 from model.generate import finite
 from sample import open_checkpoint
 from scripts.plot import pyplot, save
-from terminal import say
+from terminal import readable_size, say
 from training.device import Device
 from training.run import find_run
 
@@ -88,7 +88,7 @@ def main(settings: AttentionMapSettings) -> int:
     out = Path(settings.out) if settings.out else folder / "attention.html"
     words = [word(tokenizer, token) for token in ids]
     atomic.write_bytes(out, page(name, words, weights, likely(logits, tokenizer)).encode())
-    say(f"Wrote {out} ({out.stat().st_size / 2**20:.1f} MB): open it in a browser.")
+    say(f"Wrote {out} ({readable_size(out.stat().st_size)}): open it in a browser.")
     if settings.png:
         atomic.write_bytes(picture := out.with_suffix(".png"), draw(name, weights))
         say(f"Drew {picture}")

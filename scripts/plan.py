@@ -43,9 +43,8 @@ from data.shards import Tokens, read_meta
 from data.sources import DataConfig
 from data.tokenizer import ByteTokenizer
 from model import GPT, Undrawn
-from terminal import say
+from terminal import counted, readable_size, say
 from train import loss_of
-from training.checkpoint import megabytes
 from training.device import Device, available_memory, seconds_of
 from training.optim import Optimizers
 from training.state import State
@@ -86,7 +85,7 @@ def plan(own: PlanSettings) -> int:
     say(f"Model: {sum(parts.values()):,} parameters")
     for role, count in parts.items():
         say(f"  {role:<10} {count:>15,}")
-    say(f"Tokens: {tokens:,}, in {limits.max_steps:,} steps of {tokens_per_step:,}"
+    say(f"Tokens: {tokens:,}, in {counted(limits.max_steps, 'step')} of {tokens_per_step:,}"
           + (f"; {tokens / prepared['splits']['train']['tokens']:,.1f} epochs" if prepared else "")
           + f"; {tokens / sum(parts.values()):,.1f} a parameter")
     say(f"FLOPs: {flops:.3g}, {model.flops_per_token() / 1e6:,.1f} M a token")
@@ -99,16 +98,16 @@ def plan(own: PlanSettings) -> int:
         memory["Python and torch"] = base + CPU_RUNTIME
     saving = 2 * kept + memory.get("Python and torch", 0)  # which makes a copy, and may go on beside the next step
     total = max(sum(memory.values()), saving)
-    say(f"Memory: {megabytes(total)} at the peak; {megabytes(kept)} more, where they are free, while a save lasts")
+    say(f"Memory: {readable_size(total)} at the peak; {readable_size(kept)} more, where they are free, while a save lasts")
     for what, nbytes in memory.items():
-        say(f"  {what:<22} {megabytes(nbytes):>10}")
+        say(f"  {what:<22} {readable_size(nbytes):>10}")
     most = min(math.ceil(limits.max_steps / limits.checkpoint_every), limits.keep_last + 1)
     folder = Path(settings.runs_dir)
     free = shutil.disk_usage(next(place for place in (folder, *folder.absolute().parents) if place.exists())).free
-    say(f"Disk: {megabytes((most + 1) * kept)} for checkpoints of {megabytes(kept)}: {most} that are kept, and one that "
-          f"is being written; {megabytes(free)} are free")
+    say(f"Disk: {readable_size((most + 1) * kept)} for checkpoints of {readable_size(kept)}: {most} that are kept, "
+          f"and one that is being written; {readable_size(free)} are free")
     if own.measure and total > available_memory():
-        say(f"Time: not measured, {megabytes(available_memory())} of memory are free")
+        say(f"Time: not measured, {readable_size(available_memory())} of memory are free")
     elif own.measure:
         say("Timing three micro-steps (measure=false leaves that out) ...", sys.stderr)
         say(f"Time: {expected_time(settings, device, prepared)}")
@@ -195,7 +194,8 @@ def expected_time(settings: Settings, device: Device, prepared: dict[str, Any] |
     evaluation = looking * tokens / (limits.batch_size * config.block_size)
     training = min(limits.max_steps * step, limits.max_seconds or math.inf)
     return (f"about {minutes(training + n_evaluations * evaluation)} on this machine ({device.describe()}): "
-            f"{limits.max_steps:,} steps of {step:.2f} s, {n_evaluations} evaluations of {evaluation:.1f} s")
+            f"{counted(limits.max_steps, 'step')} of {step:.2f} s, "
+            f"{counted(n_evaluations, 'evaluation')} of {evaluation:.1f} s")
 
 
 def minutes(seconds: float) -> str:

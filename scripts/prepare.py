@@ -41,9 +41,8 @@ from data.sources import DataConfig
 from data.store import BUILDING, data_root, in_use, is_held
 from data.tokenizer import Tokenizer
 from scripts.plot import picture_problems, pyplot, save
-from terminal import say
+from terminal import readable_size, say
 from training import shelf
-from training.checkpoint import megabytes
 from training.run import LOCK
 
 # What is in folders of prepared tokens, and the names that they have.
@@ -133,13 +132,13 @@ def clean(runs_dir: Path, yes: bool) -> int:
     """List prepared tokens; after a confirmation, delete what no run uses and what was left unfinished."""
     kept, unused = survey(runs_dir)
     for folder, why in kept.items():
-        say(f"Kept {folder} ({megabytes(n_bytes(folder))}), {why}")
+        say(f"Kept {folder} ({readable_size(n_bytes(folder))}), {why}")
     if not unused:
         say("There is nothing to remove.")
         return 0
     sizes = {folder: n_bytes(folder) for folder in unused}
     for folder, why in unused.items():
-        say(f"To be removed: {folder} ({megabytes(sizes[folder])}), {why}")
+        say(f"To be removed: {folder} ({readable_size(sizes[folder])}), {why}")
     if not (yes or confirmed()):
         say("Nothing was removed; yes=true removes them without a question.")
         return 0
@@ -147,7 +146,7 @@ def clean(runs_dir: Path, yes: bool) -> int:
     for folder in removed:
         atomic.remove(folder)
         say(f"Removed {folder}")
-    say(f"{megabytes(sum(sizes[folder] for folder in removed))} removed. What is needed again is prepared again.")
+    say(f"{readable_size(sum(sizes[folder] for folder in removed))} removed. What is needed again is prepared again.")
     return 0
 
 

@@ -25,6 +25,7 @@ from pathlib import Path
 
 from report.history import choose
 from report.page import write
+from terminal import counted, readable_size
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def main(settings: ReportSettings) -> int:
     chosen, folder = choose(Path(settings.runs_dir), settings.runs)
     out = Path(settings.out) if settings.out else folder / "report.html"
     first, *rest = write(chosen, out)
-    print(f"Wrote {first} ({first.stat().st_size / 2**20:.1f} MB, {len(chosen)} runs): open it in a browser.")
+    print(f"Wrote {first} ({readable_size(first.stat().st_size)}, {counted(len(chosen), 'run')}): open it in a browser.")
     for picture in rest:
         print(f"Drew {picture}")
     return 0

@@ -41,7 +41,7 @@ from conf.identity import differences, listed
 from conf.schema import ConfigError, Settings, compose, folder_name
 from conf.slots import INTERRUPTED, Job, Progress, Slots, in_words, metric_of, refuse_run, report_failures, run_jobs
 from conf.space import Point, Range, Space, read_space
-from terminal import say
+from terminal import counted, say
 from training.run import this_process
 
 JOURNAL = "study.log"
@@ -86,7 +86,7 @@ def search(settings: SweepSettings) -> int:
     source = Search(settings, space, folder, usual)
     ended = [trial for trial in source.taken() if trial.state.is_finished()]
     say(f"Sweep: {folder}, its study in {hidden(settings.storage) or folder / JOURNAL}"
-          + f", {len(ended)} trials before" * bool(ended))
+          + f", {counted(len(ended), 'trial')} before" * bool(ended))
     try:
         code = run_jobs(source, Slots(settings.jobs), Progress(settings.trials, len(ended), 0))
         tell_best(source, "\nThe same command goes on." * bool(code))
@@ -325,7 +325,8 @@ def tell_best(source: Search, advice: str) -> None:
     trials = source.taken()
     states = {"finished": "COMPLETE", "stopped early": "PRUNED", "failed": "FAIL", "not finished": "RUNNING"}
     counts = {word: sum(trial.state.name == name for trial in trials) for word, name in states.items()}
-    say(f"{len(trials)} trials: " + ", ".join(f"{count} {word}" for word, count in counts.items() if count) + "." + advice)
+    ended = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
+    say(f"{counted(len(trials), 'trial')}: {ended}.{advice}")
     complete = [trial for trial in trials if trial.state.name == "COMPLETE"]
     if complete:
         best = min(complete, key=lambda trial: trial.value)

@@ -35,6 +35,7 @@ from tqdm import tqdm
 
 import atomic
 from conf.schema import compose
+from terminal import counted
 from training import checkpoint, shelf
 
 ROOT = Path(__file__).parent.parent
@@ -64,10 +65,11 @@ def verify(settings: VerifySettings) -> int:
         straight, killed = Path(scratch, "straight"), Path(scratch, "killed")
         print("Training straight through.", flush=True)
         finish(overrides, straight)
-        print(f"Training under {settings.kills} kills.", flush=True)
+        print(f"Training under {counted(settings.kills, 'kill')}.", flush=True)
         inside, lost = train_under_kills(overrides, killed, settings.kills, max_steps)
         found = compare(straight, killed)
-        print(f"\n{settings.kills} kills, {inside} of them inside a save; {lost} steps were lost and taken again.\n")
+        print(f"\n{counted(settings.kills, 'kill')}, {inside} of them inside a save; "
+              f"{counted(lost, 'step')} lost and taken again.\n")
         for what, difference in found.items():
             print(f"  {what:<40} {difference or 'the same'}")
         same = not any(found.values())
@@ -145,6 +147,6 @@ def compare(one: Path, other: Path) -> dict[str, str]:
                     for run in (one, other))
     differing = [f"{x} and {y}" for x, y in zip(rows, others, strict=False) if x != y]
     if len(rows) != len(others):
-        differing.append(f"{len(rows)} rows and {len(others)}")
-    found[f"metrics.jsonl: {len(rows)} rows"] = differing[0] if differing else ""
+        differing.append(f"{counted(len(rows), 'row')} and {len(others)}")
+    found[f"metrics.jsonl: {counted(len(rows), 'row')}"] = differing[0] if differing else ""
     return found

@@ -328,13 +328,15 @@ def test_another_environment_is_named_and_goes_on_only_when_allowed(compose_tiny
     assert story.train(compose_tiny(*words, "allow_drift=true")) == 0
 
 
-def test_auto_is_what_it_was_when_the_run_began(compose_tiny, tmp_path, monkeypatch):
+def test_auto_is_what_it_was_when_the_run_began(compose_tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Device, "_best_precision", lambda device: "bf16")
     words = ["training.precision=auto", "training.device=auto"]
     story.train(compose_tiny(*words, "training.max_steps=2"))
     monkeypatch.setattr(Device, "_best_precision", lambda device: "fp32")
     story.train(compose_tiny(*words, "training.max_steps=3"))
     assert shelf.find(tmp_path / "runs/tiny/checkpoints")[-1].state["environment"]["precision"] == "bf16"
+    said = capsys.readouterr().out
+    assert "bf16 (native here)" in said and "bf16 (as when the run began)" in said and "as set" not in said
 
 
 # What breaks
@@ -580,7 +582,7 @@ def test_a_full_disk_stops_the_run_at_once_where_that_is_asked_for(compose_tiny,
     words = ["training.max_steps=2000", "training.checkpoint_every=4", "training.on_save_error=stop", "training.eval_every=1e6"]
     with monkeypatch.context() as patch:
         patch.setattr(atomic, "os", Disk(tmp_path / "runs/tiny/checkpoints/step_00000008"))
-        with pytest.raises(OSError, match=r"step_000000\d\d could not be written \(.*: it needs 1 MB of free disk"):
+        with pytest.raises(OSError, match=r"step_000000\d\d could not be written \(.*: it needs 1.2 MB of free disk"):
             story.train(compose_tiny(*words))
     assert last_step(tmp_path / "runs/tiny") == 8
     assert story.train(compose_tiny(*words, "training.max_steps=10")) == 0
@@ -588,7 +590,7 @@ def test_a_full_disk_stops_the_run_at_once_where_that_is_asked_for(compose_tiny,
 
 def test_a_disk_too_small_for_two_checkpoints_is_said_before_step_0(compose_tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
-    with pytest.raises(ValueError, match=r"0 MB free, two checkpoints need \d"):
+    with pytest.raises(ValueError, match=r"1 KB free, two checkpoints need \d"):
         story.train(compose_tiny("model.n_embd=128"))
     assert not any((tmp_path / "runs").iterdir())
 
@@ -687,7 +689,7 @@ def reports(run: Path) -> list[dict]:
 def test_a_nan_stops_the_run_and_leaves_a_report(compose_tiny, tmp_path, plant, how):
     words = ["training.max_steps=20", "training.checkpoint_every=4", "training.eval_every=100"]
     plant(compose_tiny(), [10], how)
-    with pytest.raises(ValueError, match=r"Step 11 came to a loss of .*nonfinite/01-step_00000010.json.* 8 steps are saved. Try a lower"):
+    with pytest.raises(ValueError, match=r"Step 11 came to a loss of .*nonfinite/01-step_00000010.json.* Saved so far: 8 steps. Try a lower"):
         story.train(compose_tiny(*words))
     run = tmp_path / "runs/tiny"
     (found,) = reports(run)

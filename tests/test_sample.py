@@ -283,7 +283,7 @@ def test_neither_opening_nor_sampling_nor_going_on_imports_torchs_compiler(runs_
 def test_more_at_once_than_memory_holds_is_one_sentence(setting, more, say, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "p.txt").write_text("The")
-    with pytest.raises(ValueError, match=rf"{setting}=1000000000 completions at once take [\d,]+ MB of memory, [\d,]+ MB are free: choose a smaller {setting}"):
+    with pytest.raises(ValueError, match=rf"{setting}=1000000000 completions at once take [\d.]+ TB of memory, [\d.]+ \w+ are free: choose a smaller {setting}"):
         say(f"{setting}=1000000000", *more)
     assert [path.name for path in tmp_path.iterdir()] == ["p.txt"]
 

@@ -16,7 +16,7 @@ import sample as story
 import train
 from conf.launch import launch
 from conf.schema import compose
-from terminal import escaped, output, say
+from terminal import counted, escaped, output, readable_size, say
 from training.device import Device
 from training.recorder import LoggerConfig, Recorder
 
@@ -88,6 +88,18 @@ def test_what_a_run_says_is_escaped_in_its_log_too(tmp_path, capsys):
         recorder.say("Data: \x1b[2J\ud83d")
         recorder.sample(1, "".join(ATTACKS))
     assert is_safe(capsys.readouterr().out) and is_safe((tmp_path / "log.txt").read_text())
+
+
+@pytest.mark.parametrize(("number", "said"), [(0, "0 steps"), (1, "1 step"), (2, "2 steps"), (2000, "2,000 steps")])
+def test_a_count_agrees_with_its_noun(number, said):
+    assert counted(number, "step") == said
+
+
+@pytest.mark.parametrize(("nbytes", "said"), [
+    (0, "0 bytes"), (1, "1 byte"), (367, "367 bytes"), (1000, "1 KB"), (1500, "1.5 KB"), (2**20, "1 MB"), (10.2 * 2**20, "10.2 MB"), (128 * 2**30, "128 GB"),
+    (1010 * 2**20, "1 GB"), (2**40, "1 TB"), (5000 * 2**40, "5,000 TB"), (99.96 * 2**20, "100 MB")])
+def test_a_size_is_never_0_of_a_large_unit(nbytes, said):
+    assert readable_size(nbytes) == said
 
 
 @pytest.fixture(scope="module")

@@ -33,6 +33,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 import atomic
+from terminal import readable_size
 from training.device import available_memory
 
 FORMAT = 2
@@ -168,7 +169,7 @@ class Checkpoint:
         if header_bytes > 1000 + 400 * len(like) or 8 + header_bytes + nbytes != size(path):
             raise Damaged(f"{path} is not of the size that the settings ask for")
         if nbytes > (free := available_memory()):
-            raise ValueError(f"{path} takes {megabytes(nbytes)} of memory, {megabytes(free)} are free.")
+            raise ValueError(f"{path} takes {readable_size(nbytes)} of memory, {readable_size(free)} are free.")
         self.verify([name])
         try:
             with reading(path), safe_open(path, "pt") as file:
@@ -267,7 +268,7 @@ def save(checkpoints: Path, snapshot: Snapshot, settle: Callable[[], None] = lam
             manifest = {"format": FORMAT, "files": files}
             atomic.write_file(partial / MANIFEST, [json.dumps(manifest | {"sha256": digest(manifest)}, indent=2).encode()])
     except OSError as error:
-        raise OSError(f"{folder} could not be written ({error.strerror or error}): it needs {megabytes(needed)} of free "
+        raise OSError(f"{folder} could not be written ({error.strerror or error}): it needs {readable_size(needed)} of free "
                       f"disk. Earlier checkpoints are as they were.") from None
 
 
@@ -282,7 +283,3 @@ def pieces(tensors: dict[str, Tensor]) -> Iterator[bytes | memoryview]:
     yield struct.pack("<Q", len(text)) + text
     for tensor in tensors.values():
         yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-def megabytes(count: float) -> str:
-    return f"{count / 2**20:,.0f} MB"

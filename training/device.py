@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hardware import native
+from terminal import counted
 
 # Dense bf16 peaks in FLOP/s, from the makers' data sheets; the first name that fits counts.
 PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
@@ -52,17 +53,19 @@ class Device:
     """Where and in what precision a run computes, and the reasons for the log.
 
     `precision` is "fp32" or what autocast uses for products: "bf16" or "fp16".
-    Raises ValueError for a device that this machine does not have.
+    `set_by` says where a precision other than "auto" comes from. Raises ValueError for a device that this machine
+    does not have.
     """
 
-    def __init__(self, device: str = "auto", precision: str = "auto", deterministic: bool = False) -> None:
+    def __init__(self, device: str = "auto", precision: str = "auto", deterministic: bool = False,
+                 set_by: str = "as set") -> None:
         here = [name for name, there in available().items() if there]
         if device not in ("auto", *here):
             raise ValueError(f"device={device} is not available here: choose auto or one of {', '.join(here)}.")
         self.type = device if device != "auto" else here[0]
         self.torch = torch.device(self.type)
         self.native_bf16 = native("bf16", self.type)
-        self.chosen = precision == "auto"
+        self.chosen, self.set_by = precision == "auto", set_by
         self.precision = precision if precision != "auto" else self._best_precision()
         if self.precision == "bf16" and self.type == "cuda" and not self.native_bf16:
             raise ValueError("precision=bf16 is not native to this GPU: choose auto, fp16 or fp32.")
@@ -87,7 +90,7 @@ class Device:
         """For the log: what was chosen, and why."""
         reason = {"bf16": "native here", "fp16": "bf16 is not native here", "fp32": "no faster one is native here"}
         kept = "; memory that a step frees is kept for the next" if self.keeps_memory else ""
-        return f"{self.name()}; {self.precision} ({reason[self.precision] if self.chosen else 'as set'}){kept}"
+        return f"{self.name()}; {self.precision} ({reason[self.precision] if self.chosen else self.set_by}){kept}"
 
     def environment(self, compiled: bool) -> Environment:
         return Environment(self.type, processor() if self.type == "cpu" else self.name(), torch.get_num_threads(),
@@ -96,7 +99,7 @@ class Device:
     def name(self) -> str:
         if self.type == "cuda":
             return torch.cuda.get_device_name()
-        return f"{self.type}, {torch.get_num_threads()} threads" if self.type == "cpu" else self.type
+        return f"{self.type}, {counted(torch.get_num_threads(), 'thread')}" if self.type == "cpu" else self.type
 
     def peak_flops(self) -> float | None:
         """The data sheet's FLOP/s in bf16, for model FLOPs utilisation; None where it is not known."""

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from terminal import counted
 from training.config import OptimConfig
 from training.updates import AdamW, Muon, Optimizer
 
@@ -39,12 +40,13 @@ def extension(step: int, config: OptimConfig, old_max_steps: int, max_steps: int
     `replanned`: it had other rates earlier, from another such change.
     """
     if same_rates(step, config, old_max_steps, max_steps) and not replanned:
-        return f"The learning rates so far are those of a run planned for {max_steps} steps: it becomes that run."
+        return f"The learning rates so far are those of a run planned for {counted(max_steps, 'step')}: it becomes that run."
     before, after, end = (lr_scale(step - 1, config, old_max_steps), lr_scale(step, config, max_steps),
                           lr_scale(max_steps - 1, config, max_steps))
-    return (f"The {config.schedule} schedule for {old_max_steps} steps becomes the one for {max_steps} from here on: the "
-            f"rate stood at {before:.0%} of its peak, goes on at {after:.0%}, and ends at {end:.0%}. A run planned for "
-            f"{max_steps} steps from the start would have had other rates until here.")
+    longer = counted(max_steps, "step")
+    return (f"The {config.schedule} schedule for {counted(old_max_steps, 'step')} becomes the one for {longer} "
+            f"from here on: the rate stood at {before:.0%} of its peak, goes on at {after:.0%}, and ends at {end:.0%}. "
+            f"A run planned for {longer} from the start would have had other rates until here.")
 
 
 class Optimizers:

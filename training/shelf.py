@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import atomic
-from training.checkpoint import Checkpoint, Damaged, folder_name, megabytes
+from terminal import readable_size
+from training.checkpoint import Checkpoint, Damaged, folder_name
 
 Loaded = TypeVar("Loaded")
 
@@ -166,5 +167,5 @@ def check_disk(checkpoints: Path, nbytes: int) -> None:
     while not folder.exists():
         folder = folder.parent
     if (free := shutil.disk_usage(folder).free) < needed:
-        raise ValueError(f"{folder} has {megabytes(free)} free, two checkpoints need {megabytes(needed)}: "
+        raise ValueError(f"{folder} has {readable_size(free)} free, two checkpoints need {readable_size(needed)}: "
                          f"free some, or choose another runs_dir.")

@@ -250,7 +250,7 @@ def test_a_run_extended_later_goes_on_by_the_longer_runs_rates_and_says_so(compo
     story.train(compose_tiny(*words, "training.max_steps=10"))
     capsys.readouterr()
     story.train(compose_tiny(*words, "training.max_steps=20"))
-    assert f"The {schedule} schedule for 10 steps becomes the one for 20 from here on" in capsys.readouterr().out
+    assert f"The {schedule} schedule for 10 steps becomes the one for 20 steps from here on" in capsys.readouterr().out
     config = compose_tiny(*words).optim
     rates = [row["lr_scale"] for row in read_metrics(tmp_path / "runs/tiny") if "loss" in row]
     assert rates == [story.lr_scale(step, config, 10 if step < 10 else 20) for step in range(20)]

@@ -294,7 +294,7 @@ def test_tokens_that_lack_only_their_name_are_kept_while_they_are_prepared(token
     run("clean=true", "yes=true", f"runs_dir={tmp_path / 'runs'}")
     said = capsys.readouterr().out
     assert building.is_dir() and not folder.exists()
-    assert f"To be removed: {folder} (3.1 MB), not used by a run in" in said and "\n3.1 MB removed." in said
+    assert f"To be removed: {folder} (3 MB), not used by a run in" in said and "\n3 MB removed." in said
     lock.release()
 
 

@@ -61,11 +61,38 @@ class ShardWriter:
                  "tokens": self.n_tokens, "sha256": sha256_of([self.path])[0]}]
 
 
+class ShardFile:
+    """The file of a shard as it was when it was opened, so that a change of it during training is noticed.
+
+    A file that is replaced or deleted is no change: what is mapped stays.
+    """
+
+    def __init__(self, folder: Path, shard: dict[str, Any]) -> None:
+        self.path, self.sha256 = folder / shard["file"], shard["sha256"]
+        self.status = self.path.stat()
+
+    def check(self) -> None:
+        """Raises ValueError where the file was written to. Reading one that was cut short would kill the process."""
+        try:
+            now = self.path.stat()
+        except FileNotFoundError:
+            return
+        before = self.status
+        if (now.st_dev, now.st_ino) != (before.st_dev, before.st_ino):
+            return
+        if (now.st_size, now.st_mtime_ns) == (before.st_size, before.st_mtime_ns):
+            return
+        if now.st_size != before.st_size or sha256_of([self.path]) != [self.sha256]:
+            raise ValueError(f"{self.path} was overwritten while its tokens were being read: put the file back that was "
+                             f"there, and the same command resumes from the last checkpoint.")
+        self.status = now
+
+
 class Tokens:
     """Shards as one long sequence, read-only, in constant memory."""
 
-    def __init__(self, shards: list[np.ndarray]) -> None:
-        self.shards = shards
+    def __init__(self, shards: list[np.ndarray], files: list[ShardFile] | None = None) -> None:
+        self.shards, self.files = shards, files or []
         self.ends = np.cumsum([len(shard) for shard in shards], dtype=np.int64)
 
     @classmethod
@@ -74,16 +101,22 @@ class Tokens:
 
         Raises ValueError naming a shard that is missing or cut short.
         """
-        return cls([map_shard(folder, shard) for shard in read_meta(folder)["parts"][part][split]["shards"]])
+        shards = read_meta(folder)["parts"][part][split]["shards"]
+        return cls([map_shard(folder, shard) for shard in shards], [ShardFile(folder, shard) for shard in shards])
 
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
 
     def read(self, positions: np.ndarray) -> np.ndarray:
-        """The tokens at `positions` (any shape), as int64. One gather a shard that is touched."""
+        """The tokens at `positions` (any shape), as int64. One gather a shard that is touched.
+
+        Raises ValueError where the file of one was overwritten since it was opened.
+        """
         which = np.searchsorted(self.ends, positions, side="right")
         tokens = np.empty(positions.shape, dtype=np.int64)
         for shard in np.unique(which):
+            if self.files:
+                self.files[shard].check()
             here = which == shard
             start = self.ends[shard] - len(self.shards[shard])
             tokens[here] = self.shards[shard][positions[here] - start]

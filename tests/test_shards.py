@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 import pickle
+import shutil
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -133,3 +135,26 @@ def test_a_shard_of_wrong_types_is_one_sentence(tmp_path, field, value):
     (tmp_path / "meta.json").write_text(json.dumps(meta))
     with pytest.raises(ValueError, match=r"meta\.json cannot be read: delete"):
         check(tmp_path, {})
+
+
+@pytest.mark.parametrize("change, refused", [
+    (lambda path: path.write_bytes(path.read_bytes()[:-2]), True),
+    (lambda path: path.write_bytes(path.read_bytes() + b"xx"), True),
+    (lambda path: path.write_bytes(path.read_bytes()[:-2] + b"\xff\xff"), True),
+    (lambda path: path.touch(), False),
+    (lambda path: path.write_bytes(path.read_bytes()), False),
+    (lambda path: path.unlink(), False),
+    (lambda path: os.replace(shutil.copy(path.parent / "meta.json", path.parent / "copy"), path), False),
+], ids=["cut short", "longer", "altered", "touched", "written again", "deleted", "replaced"])
+def test_a_shard_that_is_overwritten_while_it_is_read_is_named(tmp_path, change, refused):
+    """It once gave ids beyond the vocabulary, or killed the process where it had become shorter."""
+    [path] = write_shards(tmp_path, [[1, 2, 3]])
+    os.utime(path, (1, 1))
+    tokens = Tokens.open(tmp_path, "train")
+    change(path)
+    for _ in range(2):
+        if refused:
+            with pytest.raises(ValueError, match=f"{path.name} was overwritten while its tokens were being read"):
+                tokens.read(np.array([0, 2]))
+        else:
+            assert tokens.read(np.array([0, 2])).tolist() == [1, 3]

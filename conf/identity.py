@@ -50,6 +50,10 @@ def identity_differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, 
     return {key: values for key, values in differences(old, new).items() if key not in known or kind(key) == "identity"}
 
 
+# What the text and the settings of the data decide.
+OF_THE_TOKENS = ("data.prepared", "data.tokenizer_fingerprint", "model.vocab_size")
+
+
 def in_short(changes: dict[str, tuple[Any, Any]]) -> list[str]:
     """Differences as a folder's name shows them, without those that follow from others."""
     follow = ("model.vocab_size", "data.tokenizer_fingerprint")
@@ -58,8 +62,11 @@ def in_short(changes: dict[str, tuple[Any, Any]]) -> list[str]:
 
 
 def listed(changes: dict[str, tuple[Any, Any]]) -> str:
-    """Differences in words."""
-    words = [in_one_line(f"{key} was {old} and is now {new}") for key, (old, new) in changes.items()]
+    """Differences in words. Fingerprints say nothing to a reader: the text, or a setting of the data, has changed."""
+    words = [in_one_line(f"{key} was {old} and is now {new}") for key, (old, new) in changes.items()
+             if key not in OF_THE_TOKENS]
+    if len(words) < len(changes) and not any(key.startswith("data.") for key in changes if key not in OF_THE_TOKENS):
+        words.insert(0, "the text is not the one that was trained on")
     return ", ".join(words[:10]) + (f", and {len(words) - 10} more" if len(words) > 10 else "")
 
 

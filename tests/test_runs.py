@@ -91,7 +91,7 @@ def test_a_changed_text_is_another_run(compose_tiny, tmp_path, book):
     text.write_text(book.read_text())
     story.train(compose_tiny(f"data.path={text}", "training.max_steps=2"))
     text.write_text(book.read_text() + "\nOne more sentence.")
-    with pytest.raises(ValueError, match=r"data.prepared was"):
+    with pytest.raises(ValueError, match=r"the text is not the one that was trained on"):
         story.train(compose_tiny(f"data.path={text}"))
 
 
@@ -109,7 +109,7 @@ def trained_on_two_texts(compose_tiny, tmp_path, book) -> tuple[list[str], Path]
 
 def test_without_a_name_another_run_gets_a_folder_named_by_what_differs(compose_tiny, tmp_path, book, capsys):
     unnamed, first = trained_on_two_texts(compose_tiny, tmp_path, book)
-    assert "data.prepared was" in capsys.readouterr().out
+    assert "the text is not the one that was trained on" in capsys.readouterr().out
     (second,) = set((tmp_path / "runs").iterdir()) - {first}
     assert second.name.startswith(f"{first.name}-prepared=") and last_step(second) == 2
     story.train(compose_tiny(*unnamed, "training.max_steps=3"))  # and it is found again

@@ -26,6 +26,8 @@ def native(precision: str, device: str = "cpu") -> bool:
     if answer in ("0", "1"):
         return answer == "1"
     # oneDNN computes these products, and can be kept from using what the processor has.
+    if not torch.backends.mkldnn.is_available():
+        return False
     if precision == "fp16":
         return torch.ops.mkldnn._is_mkldnn_fp16_supported()
     instructions = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

@@ -46,3 +46,10 @@ def test_gpus_are_asked_themselves(supported, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported)
     assert native("bf16", "cuda") == supported and native("fp16", "cuda")
     assert native("fp16", "mps") and not native("bf16", "mps")
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_cpu_build_without_onednn_has_fp32_only(precision, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert not native(precision) and native("fp32")

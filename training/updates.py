@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from hardware import native
+
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan 2024, kellerjordan.github.io/posts/muon
 NEWTON_SCHULZ_STEPS = 5
 
@@ -75,11 +77,14 @@ class Muon(Optimizer):
         return {"momentum_buffer": torch.zeros_like(weights)}
 
     def update(self, parameters: list[Tensor], lr: float, weight_decay: float) -> None:
-        alike: dict[tuple[int, ...], list[Tensor]] = {}  # tall matrices are turned, so that they are alike wide ones
+        # Tall matrices are transposed, so that they can be stacked with wide ones of the same sizes.
+        alike: dict[tuple[int, ...], list[Tensor]] = {}
         for weights in parameters:
             alike.setdefault(tuple(sorted(weights.shape)), []).append(weights)
         for matrices in alike.values():
-            directions = torch.stack([turned(self.direction(weights)) for weights in matrices])
+            # Singular values only have to come near 1, so bf16 is exact enough. Emulated it would take most of a step.
+            dtype = torch.bfloat16 if native("bf16", matrices[0].device.type) else torch.float32
+            directions = torch.stack([wide(self.direction(weights).to(dtype)) for weights in matrices])
             for weights, update in zip(matrices, orthogonalize(directions), strict=True):
                 rows, columns = weights.shape
                 weights.mul_(1 - lr * weight_decay)
@@ -92,9 +97,9 @@ class Muon(Optimizer):
         return weights.grad.lerp(mean, self.momentum)
 
 
-def turned(matrix: Tensor) -> Tensor:
-    """The matrix in bf16, lying: no more rows than columns."""
-    return matrix.bfloat16().mT if matrix.size(0) > matrix.size(1) else matrix.bfloat16()
+def wide(matrix: Tensor) -> Tensor:
+    """The matrix, transposed if it has more rows than columns."""
+    return matrix.mT if matrix.size(0) > matrix.size(1) else matrix
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:

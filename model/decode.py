@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from hardware import native
 from model import kernels
 from model.caches import PackedCache, RaggedCache, SteadyCache
 from model.gpt import GPT
@@ -54,8 +55,9 @@ class Recording:
 class Decoder:
     """Reads texts that grow by a token a step, and says what comes next. Holds what can be prepared before the texts come.
 
-    `precision` is "fp32", "bf16" (weights and cache of 16 bits) or "int8" (weights of 8); if not said, what autocast has.
-    Raises ValueError for int8 where there is no way to do it.
+    `precision` is "fp32", "bf16" (weights and cache of 16 bits) or "int8" (weights of 8); by default
+    that of autocast. A CPU without bf16 instructions computes in fp32, also with such weights.
+    Raises ValueError for int8 where it is not supported.
     """
 
     def __init__(self, model: GPT, precision: str = "") -> None:
@@ -65,14 +67,16 @@ class Decoder:
         self.advice = f"Decoding takes two to four times as long without its kernels. {missing}" if missing else ""
         if precision == "int8" and self.kind is not PackedCache:
             raise ValueError(f"int8=true cannot be: {missing or 'it is for CPUs, and not for all flags of a model.'}")
-        self.dtype, self.records = cache_dtype(model), self.kind is SteadyCache
+        asked = autocast_dtype(model)
+        self.dtype, self.records = native_dtype(model), self.kind is SteadyCache
+        self.keeps_autocast = self.kind is not PackedCache and self.dtype == asked
         self.can_drop, self.cache = self.kind.can_drop, None
         self.reader = self.prefiller = model
         if self.kind is PackedCache:
-            precision = precision or ("fp32" if self.dtype == torch.float32 else "bf16")
+            precision = precision or ("fp32" if asked == torch.float32 else "bf16")
             self.dtype = torch.float32 if precision == "fp32" else torch.bfloat16
             self.reader = decoding_copy(model, partial(kernels.product, precision=precision))
-            if precision != "fp32":
+            if precision != "fp32" and native("bf16"):
                 self.prefiller = decoding_copy(model, partial(cast, dtype=torch.bfloat16))
         elif can_copy(model):
             self.reader = decoding_copy(model, partial(cast, dtype=self.dtype))
@@ -158,9 +162,9 @@ class Decoder:
                 self.prefiller.features(torch.tensor([ids], device=self.device), FirstReading(self.cache, row))
 
     def own_precision(self, model: GPT) -> AbstractContextManager[None]:
-        """A copy's is in its products, the model's autocast's; but beside a `PackedCache` it is that of its weights."""
-        autocast = model is self.model and self.kind is not PackedCache
-        return nullcontext() if autocast else torch.autocast(self.device.type, enabled=False)
+        """The precision of a copy is in its products; the model itself may have that of autocast."""
+        keeps = model is self.model and self.keeps_autocast
+        return nullcontext() if keeps else without_autocast(model)
 
 
 def kind_of_cache(model: GPT) -> type[RaggedCache]:
@@ -180,7 +184,23 @@ def window_start(length: int, block_size: int) -> int:
     return max(0, -((block_size - length) // half) * half)
 
 
-def cache_dtype(model: GPT) -> torch.dtype:
-    """What attention computes in: autocast's type where it is on, else the weights'."""
+def autocast_dtype(model: GPT) -> torch.dtype:
+    """The type of autocast where it is on, else that of the weights."""
     kind = model.wte.weight.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.wte.weight.dtype
+
+
+def native_dtype(model: GPT) -> torch.dtype:
+    """The type of autocast where it is on and native to the device, else that of the weights."""
+    dtype = autocast_dtype(model)
+    precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "fp32")
+    return dtype if native(precision, model.wte.weight.device.type) else model.wte.weight.dtype
+
+
+def native_autocast(model: GPT) -> AbstractContextManager[None]:
+    """Autocast as it is, or switched off where the device would emulate its type."""
+    return nullcontext() if native_dtype(model) == autocast_dtype(model) else without_autocast(model)
+
+
+def without_autocast(model: GPT) -> AbstractContextManager[None]:
+    return torch.autocast(model.wte.weight.device.type, enabled=False)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.decode import Decoder, window_start
+from model.decode import Decoder, native_autocast, window_start
 from model.gpt import GPT
 
 COLD = 1e-20  # below it only the largest logit can be drawn, and dividing by it would soon give infinities
@@ -120,5 +120,6 @@ def uncached_logits(model: GPT, texts: list[list[int]]) -> Tensor:
         rows = [row for row, text in enumerate(texts) if len(text) == length]
         start = window_start(length, model.config.block_size)
         window = torch.tensor([texts[row][start:] for row in rows], device=logits.device)
-        logits[rows] = model.head(model.features(window)[:, -1]).float()
+        with native_autocast(model):
+            logits[rows] = model.head(model.features(window)[:, -1]).float()
     return logits

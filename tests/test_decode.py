@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from conf.schema import compose
 from model import caches, decode, kernels
@@ -159,7 +160,8 @@ def test_with_fewer_bits_logits_are_near(flags, precision, most, rows):
 
 @every_shape
 @pytest.mark.parametrize("kind", [SteadyCache, RaggedCache, None])
-def test_under_autocast_logits_are_near(flags, kind, decoder_of):
+def test_under_autocast_logits_are_near(flags, kind, decoder_of, monkeypatch):
+    monkeypatch.setenv("NANOHYDRA_NATIVE_BF16", "1")
     model = make(**flags)
     seen = texts_of(9, 4)
     with torch.autocast("cpu", torch.bfloat16):
@@ -169,6 +171,51 @@ def test_under_autocast_logits_are_near(flags, kind, decoder_of):
             assert 0 < (logits - exact).std() / exact.std() < 0.03
             for text, token in zip(seen, tokens.tolist(), strict=True):
                 text.append(token)
+
+
+class Products(TorchDispatchMode):
+    """Collects the types of all that is multiplied as matrices."""
+
+    NAMES = ("mm", "bmm", "addmm", "baddbmm", "linear", "attention", "matmul")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, call, types, args=(), kwargs=None):
+        if any(name in str(call) for name in self.NAMES):
+            self.dtypes |= {each.dtype for each in args if isinstance(each, Tensor)}
+        return call(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("kind", [pytest.param(PackedCache, marks=needs_kernels), RaggedCache, None])
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("native", ["0", "1"])
+def test_no_format_is_emulated_that_is_not_native(kind, use_cache, dtype, native, decoder_of, monkeypatch):
+    monkeypatch.setenv("NANOHYDRA_NATIVE_BF16", native)
+    monkeypatch.setenv("NANOHYDRA_NATIVE_FP16", native)
+    model = make()
+    with torch.autocast("cpu", dtype), Products() as products:
+        decoder = decoder_of(model, kind)
+        list(steps(model, texts_of(9, 4), 12, decoder=decoder, use_cache=use_cache))
+    if native == "0":
+        assert products.dtypes == {torch.float32}
+    elif not use_cache or kind is not PackedCache:
+        assert dtype in products.dtypes
+
+
+@needs_kernels
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_prompts_are_read_by_torchs_fastest_products(precision, monkeypatch):
+    for native, dtype in (("0", torch.float32), ("1", torch.bfloat16)):
+        monkeypatch.setenv("NANOHYDRA_NATIVE_BF16", native)
+        decoder = Decoder(make(), precision)
+        decoder.begin(texts_of(9), 1)
+        with Products() as products:
+            decoder.next_logits(texts_of(9))
+        assert dtype in products.dtypes
+        assert (decoder.prefiller is decoder.model) == (native == "0"), "a copy that nobody needs"
 
 
 def test_a_step_is_recorded_once_for_as_many_positions_as_look_alike(steady):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.decode import cache_dtype, window_start
+from model.decode import native_dtype, window_start
 from model.generate import candidates, generate, pick, steps
 from model.gpt import GPT, GPTConfig
 
@@ -134,14 +134,16 @@ def test_the_logits_are_those_that_the_tokens_came_from():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_the_cache_takes_the_type_of_the_weights(dtype):
     model = make(**FLAGS["rotary"]).to(dtype)
-    assert cache_dtype(model) == dtype
+    assert native_dtype(model) == dtype
     assert len(text(model, prompt_of(3), 12)[0]) == 12
 
 
-def test_the_cache_takes_the_type_of_autocast_where_that_is_on():
+@pytest.mark.parametrize(("native", "dtype"), [("1", torch.bfloat16), ("0", torch.float32)])
+def test_the_cache_takes_the_type_of_autocast_if_native(native, dtype, monkeypatch):
+    monkeypatch.setenv("NANOHYDRA_NATIVE_BF16", native)
     model = make(**FLAGS["rotary"])
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert cache_dtype(model) == torch.bfloat16
+        assert native_dtype(model) == dtype
         assert len(text(model, prompt_of(3), 12)[0]) == 12
 
 

@@ -154,13 +154,15 @@ def train(settings: Settings) -> int:
 
                 val_loss = None
                 ending = bool(limits.reached(state.step, state.seconds))
-                if ending or state.step % limits.eval_every == 0:
+                evaluated = ending or state.step % limits.eval_every == 0
+                if evaluated:
                     val_loss = evaluate(model, validation, device, boundary)
                     report(recorder, state.step, val_loss, bytes_per_token)
-                    if limits.sample_tokens:
-                        recorder.sample(state.step, short_sample(model, tokenizer, limits.sample_tokens, device))
                 if ending or due():
                     save(val_loss)
+                if evaluated and limits.sample_tokens:
+                    saver.finish()  # whatever happens while sampling, the checkpoint is on the disk
+                    recorder.sample(state.step, short_sample(model, tokenizer, limits.sample_tokens, device))
                 saver.check()
             saver.finish()
             if saver.saved < state.step:  # interrupted, or the disk was full

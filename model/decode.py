@@ -66,13 +66,15 @@ class Decoder:
         missing = kernels.library() if self.kind is RaggedCache and can_copy(model) and model.wte.weight.is_cpu else None
         self.advice = f"Decoding takes two to four times as long without its kernels. {missing}" if missing else ""
         if precision == "int8" and self.kind is not PackedCache:
-            raise ValueError(f"int8=true cannot be: {missing or 'it is for CPUs, and not for all flags of a model.'}")
+            reason = missing or "it is for CPUs, and not for all flags of a model."
+            raise ValueError(f"int8=true is not supported: {reason}")
         asked = autocast_dtype(model)
         self.dtype, self.records = native_dtype(model), self.kind is SteadyCache
-        self.keeps_autocast = self.kind is not PackedCache and self.dtype == asked
+        self.has_kernels = self.kind is PackedCache
+        self.keeps_autocast = not self.has_kernels and self.dtype == asked
         self.can_drop, self.cache = self.kind.can_drop, None
         self.reader = self.prefiller = model
-        if self.kind is PackedCache:
+        if self.has_kernels:
             precision = precision or ("fp32" if asked == torch.float32 else "bf16")
             self.dtype = torch.float32 if precision == "fp32" else torch.bfloat16
             self.reader = decoding_copy(model, partial(kernels.product, precision=precision))
@@ -191,14 +193,14 @@ def autocast_dtype(model: GPT) -> torch.dtype:
 
 
 def native_dtype(model: GPT) -> torch.dtype:
-    """The type of autocast where it is on and native to the device, else that of the weights."""
-    dtype = autocast_dtype(model)
+    """The type of autocast where it is on, but that of the weights where a CPU would emulate it."""
+    dtype, own = autocast_dtype(model), model.wte.weight
     precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "fp32")
-    return dtype if native(precision, model.wte.weight.device.type) else model.wte.weight.dtype
+    return own.dtype if own.is_cpu and not native(precision) else dtype
 
 
 def native_autocast(model: GPT) -> AbstractContextManager[None]:
-    """Autocast as it is, or switched off where the device would emulate its type."""
+    """Autocast as it is, or switched off where a CPU would emulate its type."""
     return nullcontext() if native_dtype(model) == autocast_dtype(model) else without_autocast(model)
 
 

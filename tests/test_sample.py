@@ -482,12 +482,52 @@ def test_with_few_bits_a_prompt_is_completed_as_if_alone_too(fill, bits):
     assert [line["text"] for line in fill(["The", "Every old house", "A"], bits, "temperature=1.5")] == alone
 
 
-def test_without_a_compiler_it_takes_longer_and_says_so(say, monkeypatch, capsys):
+@pytest.fixture
+def no_kernels(monkeypatch):
+    missing = OSError("There is no C compiler here (gcc): install gcc.")
+    monkeypatch.setattr(kernels, "library", lambda: missing)
+
+
+def test_without_a_compiler_completions_are_the_same(say, request):
     told = say("prompt=The")
-    monkeypatch.setattr(kernels, "library", lambda: OSError("There is no C compiler here (gcc): install gcc."))
-    assert say("prompt=The", "precision=fp32") == told
-    with pytest.raises(ValueError, match=r"int8=true cannot be: .*install gcc"):
+    request.getfixturevalue("no_kernels")
+    assert say("prompt=The") == told
+
+
+def test_int8_without_a_compiler_says_what_to_install(say, no_kernels):
+    with pytest.raises(ValueError, match=r"int8=true is not supported: .*install gcc"):
         say("prompt=The", "int8=true")
+
+
+@pytest.fixture
+def warnings_of(runs_dir, capsys):
+    """What `python sample.py` prints on standard error for these overrides."""
+    def run(*overrides):
+        capsys.readouterr()
+        settings = compose("sample", [f"runs_dir={runs_dir}", "max_new_tokens=5", *overrides])
+        assert story.sample(settings) == 0
+        return capsys.readouterr().err
+    return run
+
+
+def test_without_a_compiler_it_takes_longer_and_says_so(warnings_of, no_kernels):
+    said = warnings_of("precision=fp32")
+    assert "takes two to four times as long" in said and "install gcc" in said
+
+
+@pytest.mark.parametrize("words", [["cache=false"], []])
+@pytest.mark.parametrize("native", ["0", "1"])
+def test_fp32_in_place_of_an_emulated_precision_is_said(warnings_of, words, native, no_kernels, monkeypatch):
+    monkeypatch.setenv("NANOHYDRA_NATIVE_BF16", native)
+    said = "precision=bf16 is not native to this processor: computing in fp32."
+    assert (said in warnings_of("precision=bf16", *words)) == (native == "0")
+
+
+@pytest.mark.skipif(not kernels.available(), reason=f"no kernels here: {kernels.library()}")
+@pytest.mark.parametrize("native", ["0", "1"])
+def test_weights_of_fewer_bits_cost_nothing_to_be_said(warnings_of, native, monkeypatch):
+    monkeypatch.setenv("NANOHYDRA_NATIVE_BF16", native)
+    assert not warnings_of("precision=bf16")
 
 
 @pytest.mark.parametrize(("words", "problem"), [

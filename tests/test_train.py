@@ -63,6 +63,19 @@ def test_reported_validation_loss_is_the_loss_of_the_saved_model(compose_tiny, t
     assert story.evaluate(model, validation, Device("cpu", "fp32")) == pytest.approx(saved.state["val_loss"], abs=1e-6)
 
 
+def test_a_crash_while_sampling_loses_no_checkpoint(compose_tiny, tmp_path, monkeypatch):
+    """As of a process that a library kills: what is on the disk by then is all that remains."""
+    def crash(*arguments):
+        found.extend(one.step for one in shelf.find(tmp_path / "runs/tiny/checkpoints"))
+        raise SystemError
+
+    found = []
+    monkeypatch.setattr(story, "short_sample", crash)
+    with pytest.raises(SystemError):
+        story.train(compose_tiny("training.max_steps=20", "training.checkpoint_every=10", "training.sample_tokens=5"))
+    assert found == [10]
+
+
 def test_a_mixture_is_trained_on_and_goes_on_where_it_was(compose_tiny, book, tmp_path, capsys):
     (tmp_path / "digits.txt").write_text("0123456789 " * 300)
     mix = f"data.mix={book}:2 {tmp_path / 'digits.txt'}:1"

@@ -6,21 +6,47 @@ Hydra's grammar says what the values are. Each job is a process of its own (conf
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import QuotedString
+from hydra.core.override_parser.types import Glob, QuotedString
 from hydra.errors import HydraException
 
 from conf.cluster import Cluster
 from conf.identity import flat
-from conf.schema import ConfigError, Settings, as_word, compose, folder_name
-from conf.slots import Job, Progress, Slots, held, in_words, metric_of, report_failures, run_jobs
-from terminal import counted, say
+from conf.schema import (
+    ConfigError,
+    Settings,
+    as_word,
+    as_yaml,
+    compose,
+    folder_name,
+    groups,
+    is_text,
+    leaves,
+    options,
+)
+from conf.slots import (
+    Job,
+    Progress,
+    Slots,
+    held,
+    in_words,
+    metric_of,
+    report_failures,
+    run_jobs,
+    say_best,
+)
+from terminal import counted, output, say
 
+FUNCTION = re.compile(r"(choice|range|interval|glob|sort|shuffle)\(.*\)$", re.DOTALL)
+# What stands before the next comma, or at the end.
+QUOTED_TEXT = re.compile(r"""\s*(?P<quote>['"])(?P<text>(?:\\.|(?!(?P=quote))[^\\])*)(?P=quote)\s*(?=,|$)""", re.DOTALL)
+PLAIN_TEXT = re.compile(r"(?P<text>(?:\{[^{}]*\}|\[[^][]*\]|\([^()]*\)|\\.|[^,])*)", re.DOTALL)
 OWN = ("jobs=", "name=", "hydra/launcher=", "hydra.launcher.")  # how the words begin that are not for the jobs
 
 
@@ -61,44 +87,79 @@ class Grid:
         self.done += code == 0
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What a grid's command line comes to."""
+
+    swept: list[str]  # the settings that tell its jobs apart
+    composed: dict[str, tuple[list[str], Settings]]  # by a job's name, its overrides and settings
+    failures: list[str]  # why other combinations are no jobs
+    launcher: list[str]  # overrides that choose a cluster
+    jobs: int  # at a time
+
+    @property
+    def folder(self) -> Path:
+        some = next(iter(self.composed.values()))[1]
+        return Path(some.runs_dir) / some.name
+
+
 def run_grid(overrides: list[str]) -> int:
     """Run all combinations, or what is left of them; return the exit code.
 
-    Raises ValueError for what no job can be made of, and where a folder holds another run, before any job starts.
+    Raises ValueError for what no job can be made of, and where a folder holds another run, before
+    any job starts.
     """
-    def about(*beginnings: str) -> list[str]:
-        return [word for word in overrides if word.startswith(beginnings)]
+    plan = plan_grid(overrides)
+    folder, composed, failures = plan.folder, plan.composed, plan.failures
+    slots = Cluster(plan.launcher, folder) if plan.launcher else Slots(plan.jobs)
+    from conf.resume import is_finished  # imports torch, which a mistake above need not wait for
 
-    limits = compose(GridSettings, about("jobs="))
-    choices = {word: values_of(word) for word in overrides if not word.startswith(OWN)}
-    swept = {word.partition("=")[0]: word for word, values in choices.items() if values != [word]}
-    if not swept:
-        raise ValueError("-m runs several values, and there are none: separate them by commas, as in optim.lr=1e-3,3e-3, "
-                         "with quotes around what has a = or a quote in it, or leave -m out.")
-    name = about("name=")[-1] if about("name=") else f"name={automatic_name(choices, swept)}"
-    composed, failures = compose_all([[*words, name] for words in product(*choices.values())], list(swept))
-    some = next(iter(composed.values()))[1]
-    folder = Path(some.runs_dir) / some.name
-    launcher = about("hydra/launcher=", "hydra.launcher.")
-    from conf.resume import is_finished  # imports torch, which a mistake in the settings need not wait for
-
-    slots = Cluster(launcher, folder) if launcher else Slots(limits.jobs)
     with held(folder):
-        jobs = [Job(job, folder, in_words(words, folder), settings.training.max_steps, metric_of(list(swept)))
+        jobs = [Job(job, folder, in_words(words, folder), settings.training.max_steps,
+                    metric_of(plan.swept))
                 for job, (words, settings) in composed.items()]
         finished = [job for job in jobs if is_finished(composed[job.name][1], job.folder)]
         source = Grid([job for job in jobs if job not in finished], failures)
         total = len(jobs) + len(failures)
-        say(f"Sweep: {folder}, {counted(total, 'job')}" + f", {len(finished)} finished before" * bool(finished)
-              + f", {len(failures)} that cannot be: see below" * bool(failures))
+        say(f"Sweep: {folder}, {counted(total, 'job')}"
+            + (f", {len(finished)} finished before" if finished else "")
+            + (f", {len(failures)} that cannot be: see below" if failures else ""))
         progress = Progress(total, len(finished), len(failures))
         for job in finished:
             job.look()
             progress.note(job.best, job.name)
         code = run_jobs(source, slots, progress)
     say(f"{len(finished) + source.done} of {counted(total, 'job')} finished in {folder}."
-          + " The same command goes on." * bool(code))
+        + (" The same command goes on." if code else ""))
+    say_best(jobs)
     return code or report_failures(source.failures)
+
+
+def plan_grid(overrides: list[str]) -> Plan:
+    """The jobs of a grid's command line. Raises ValueError for what no job can be made of."""
+    def about(*beginnings: str) -> list[str]:
+        return [word for word in overrides if word.startswith(beginnings)]
+
+    limits = compose(GridSettings, about("jobs="))
+    choices = {word: values_of(word) for word in overrides if not word.startswith(OWN)}
+    if not choices:
+        raise ValueError("-m runs several values, and there are none: separate them by commas, as "
+                         "in optim.lr=1e-3,3e-3, or leave -m out.")
+    # Where each setting has a single value, the sweep is one job, which others can join later.
+    several = [word for word, values in choices.items() if len(values) > 1] or list(choices)
+    swept = {word.partition("=")[0]: word for word in several}
+    name = about("name=")[-1] if about("name=") else f"name={automatic_name(choices, swept)}"
+    combinations = [[*words, name] for words in product(*choices.values())]
+    composed, failures = compose_all(combinations, list(swept))
+    return Plan(list(swept), composed, failures, about("hydra/launcher=", "hydra.launcher."), limits.jobs)
+
+
+def show_grid(overrides: list[str]) -> int:
+    """Print each job's settings, as documents of one YAML text; return the exit code."""
+    plan = plan_grid(overrides)
+    for job, (_, settings) in plan.composed.items():
+        output(f"---  # {job}\n{as_yaml(settings)}", end="")
+    return report_failures(plan.failures)
 
 
 def compose_all(combinations: list[list[str]], swept: list[str]) -> tuple[dict[str, tuple[list[str], Settings]], list[str]]:
@@ -140,24 +201,49 @@ def automatic_name(choices: dict[str, list[str]], swept: dict[str, str]) -> str:
 
 
 def values_of(override: str) -> list[str]:
-    """The overrides that one swept override stands for; itself where it sweeps nothing.
+    """The overrides, one or more, that an override of a grid stands for.
 
-    Raises ValueError for what cannot be listed, such as interval(0, 1).
+    Values are written as Hydra has them; text is split at its commas. Raises ValueError for what
+    cannot be listed, such as interval(0, 1).
     """
+    key, _, value = override.partition("=")
+    takes_text = key in groups() or is_text(leaves(Settings).get(key))
+    if takes_text and not FUNCTION.match(value):
+        return [f"{key}={text}" for text in split_text(value)]
     try:
         parsed = OverridesParser.create().parse_override(override)
     except HydraException:
-        return [override]  # free text, which Hydra's grammar need not understand
+        return [override]  # for the schema to refuse
     if not parsed.is_sweep_override():
         return [override]
+    if isinstance(parsed.value(), Glob) and key in groups():
+        return [f"{key}={name}" for name in parsed.value().filter(options(key))]
     try:
         plain, values = list(parsed.sweep_string_iterator()), list(parsed.sweep_iterator())
     except HydraException:
         values = []
     if not values:
-        raise ValueError(f"{override} has no values that can be listed: write them with commas between, or as range(1,4); "
-                         f"for what lies between two limits there is python -m scripts.sweep.")
-    # Text as it is: Hydra's own form of it has quotes and backslashes, which nobody would take out again.
-    text = [value.text if isinstance(value, QuotedString) else value if isinstance(value, str) else word
+        raise ValueError(f"{override} has no values that can be listed: write them with commas "
+                         f"between, or as range(1,4); for what lies between two limits there is "
+                         f"python -m scripts.sweep.")
+    # Text as it is: Hydra's form of it has quotes and backslashes, which nobody would take out.
+    text = [value.text if isinstance(value, QuotedString) else
+            value if isinstance(value, str) else word
             for value, word in zip(values, plain, strict=True)]
-    return [f"{override.partition('=')[0]}={word}" for word in text]
+    return [f"{key}={word}" for word in text]
+
+
+def split_text(value: str) -> list[str]:
+    """The texts between commas. A comma in quotes or brackets, or behind a backslash, is part of a text.
+
+    A text in quotes loses them; a comma or quote behind a backslash loses that.
+    """
+    found: list[str] = []
+    rest: str | None = value
+    while rest is not None:
+        match = QUOTED_TEXT.match(rest) or PLAIN_TEXT.match(rest)
+        text = match["text"].strip() if match.re is PLAIN_TEXT else match["text"]
+        found.append(re.sub(r"""\\([,'"])""", r"\1", text))
+        end = match.end()
+        rest = rest[end + 1 :] if end < len(rest) else None
+    return found

@@ -13,15 +13,13 @@ if sys.platform == "win32":
     sys.exit("Error: nanohydra needs Linux or macOS; on Windows, run it in WSL: https://learn.microsoft.com/windows/wsl")
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict
 from importlib import import_module
 from typing import Any, NoReturn
 
-import yaml
-
-from conf.schema import SCHEMAS, compose, groups, options
+from conf.hints import instead_of_hydras, unit_note
+from conf.schema import SCHEMAS, Settings, as_yaml, compose, groups, leaves, likely_name, options
 from conf.slots import stop_with_parent
 from terminal import output, say
 from training.interrupt import embedded
@@ -29,6 +27,11 @@ from training.interrupt import embedded
 # A function or class, or where it is defined, as in "train:train": then it is imported when it is needed.
 Place = str | Callable[..., Any]
 
+FLAG_NAMES = {"--help": "--help", "-h": "--help", "-m": "-m", "--multirun": "-m"}
+LAUNCHERS = (  # the variables that hold a process's number and how many there are
+    ("torchrun", "LOCAL_RANK", "WORLD_SIZE"),
+    ("mpirun", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+)
 FLAGS = """Flags:
   --help      this text
   --cfg job   print the composed configuration, run nothing
@@ -101,25 +104,78 @@ def open_streams() -> None:
 
 def run_command(main: Place, root: Place, doc: str, words: list[str]) -> int:
     """Do what the command line's `words` ask for; return the exit code."""
-    flags = [word for word in words if word.startswith("-")]
-    overrides = [word for word in words if not word.startswith("-")]
-    if "--help" in flags or "-h" in flags:
+    flags, overrides = split_flags(words, leaves(Settings) if root == "config" else {})
+    if "--help" in flags:
         say(help_text(root, doc))
         return 0
+    if "-m" in flags and root != "config":
+        raise ValueError("-m: only train.py runs sweeps.")
     if root not in SCHEMAS:
         root = imported(root)
-    if flags == ["--cfg"] and "job" in overrides:
-        overrides.remove("job")
-        output(yaml.safe_dump(asdict(compose(root, overrides)), sort_keys=False, allow_unicode=True), end="")
-        return 0
-    if root == "config" and flags in (["-m"], ["--multirun"]):
-        from conf.grid import run_grid
+    if "-m" in flags:
+        from conf.grid import run_grid, show_grid
 
-        return run_grid(overrides)
-    if flags:
-        raise ValueError(f"{' '.join(flags)}: no such flag; settings are written key=value, and --help lists both.")
+        return show_grid(overrides) if "--cfg" in flags else run_grid(overrides)
+    if "--cfg" in flags:
+        output(as_yaml(compose(root, overrides)), end="")
+        return 0
+    if root == "config":
+        refuse_several_processes(os.environ)
     settings = compose(root, overrides)
     return imported(main)(settings)
+
+
+def split_flags(words: list[str], known: dict[str, Any]) -> tuple[set[str], list[str]]:
+    """The flags among a command line's `words`, by one name each, and the overrides.
+
+    `known` are the settings that can be meant where someone writes them as flags. Raises ValueError for other flags.
+    """
+    flags: set[str] = set()
+    overrides: list[str] = []
+    problems: list[str] = []
+    rest = iter(words)
+    for word in rest:
+        name, equals, value = word.partition("=")
+        if name in ("--cfg", "-c"):
+            what = value if equals else next(rest, "")
+            if what != "job":
+                problems.append(f"--cfg {what}: --cfg job prints all settings; Hydra's own are not used.")
+            flags.add("--cfg")
+        elif word in FLAG_NAMES:
+            flags.add(FLAG_NAMES[word])
+        elif word.startswith("-") and word != "--resolve":  # which --cfg job always does
+            problems.append(no_such_flag(word, known))
+        elif word != "--resolve":
+            overrides.append(word)
+    if problems and "--help" not in flags:
+        raise ValueError(" ".join(problems))
+    return flags, overrides
+
+
+def no_such_flag(word: str, known: dict[str, Any]) -> str:
+    """The sentence about a flag that does not exist: Hydra's, or a setting that is written as a flag."""
+    flag, _, value = word.partition("=")
+    if advice := instead_of_hydras(flag):
+        return f"{flag}: no such flag here; {advice}."
+    name = flag.lstrip("-").replace("-", "_")
+    meant = likely_name(name, known)
+    if meant:
+        return f"{word}: settings are written without dashes: {meant}={value or '...'}{unit_note(name)}."
+    return f"{word}: no such flag; settings are written key=value, and --help lists both."
+
+
+def refuse_several_processes(environment: Mapping[str, str]) -> None:
+    """Raise ValueError in each of several processes that a launcher started for one training.
+
+    They would be several trainings of one run. Only the first process says so.
+    """
+    for launcher, rank, size in LAUNCHERS:
+        if rank in environment and environment.get(size, "1") not in ("", "1"):
+            if environment[rank] != "0":
+                sys.exit(1)
+            raise ValueError(f"{launcher} started {environment[size]} processes, and one training uses one process (and "
+                             f"one GPU): run python train.py without {launcher}. Several runs at a time are a sweep: "
+                             f"-m with jobs={environment[size]}.")
 
 
 def imported(place: Place) -> Any:

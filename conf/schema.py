@@ -9,23 +9,26 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import os
 import re
 import types
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NewType, Union, get_args, get_origin, get_type_hints
 
+import yaml
 from hydra import compose as hydra_compose
-from hydra import initialize_config_dir
+from hydra import initialize, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import MarkedYAMLError, YAMLError
 
+from conf.hints import OTHER_VALUES, instead_of_hydras, our_name, unit_note
 from conf.identity import flat, identity_differences, in_one_line, in_short
+from conf.presets import ConfigError, Group, config_node, nested, read_yaml
 from data.sources import DataConfig
 from model.config import GPTConfig
 from training.config import OptimConfig, TrainingConfig
@@ -33,6 +36,12 @@ from training.recorder import LoggerConfig
 
 CONF = Path(__file__).parent
 SWEEP_ADVICE = "several values are a sweep: add -m to run them all, or choose one."
+YAML_FILES = (".yaml", ".yml")
+GIVEN_FILE = "given-file"  # Hydra's name for an experiment that is given by its path
+VERBATIM = ("prompt", "stop", "data.separator")  # text in which ${...} means nothing
+# The types of settings that name a file or folder, or several with commas between: ~ is expanded.
+FilePath = NewType("FilePath", str)
+FilePaths = NewType("FilePaths", str)
 
 
 @dataclass(frozen=True)
@@ -42,7 +51,7 @@ class Settings:
     name: str = ""  # of the run's folder; empty: auto_name
     auto_name: str = ""  # made from the experiment and what differs from it
     seed: int = 1337
-    runs_dir: str = "runs"
+    runs_dir: FilePath = "runs"
     restart: bool = False  # begin anew: what is in the run's folder is moved aside
     allow_drift: bool = False  # go on although machine or versions are others, and the last bits with them
     model: GPTConfig = field(default_factory=GPTConfig)
@@ -71,13 +80,13 @@ class Settings:
 class SampleSettings:
     """Everything about sampling from a run."""
 
-    run: str = ""  # the run's name, or the path of its folder; empty: the run that was trained last
-    runs_dir: str = "runs"
+    run: FilePath = ""  # the run's name, or its folder; empty: the run that was trained last
+    runs_dir: FilePath = "runs"
     checkpoint: str = "best"  # best, last, or the number of a step
     prompt: str = ""  # empty: start a new text
-    prompt_file: str = ""  # read the prompt from this file; - reads standard input
-    prompts: str = ""  # a file with a prompt a line, to complete all of them into `out`
-    out: str = ""  # one JSON line a completion; what is there already is not made again
+    prompt_file: FilePath = ""  # read the prompt from this file; - reads standard input
+    prompts: FilePath = ""  # a file with a prompt a line, to complete all of them into `out`
+    out: FilePath = ""  # one JSON line a completion; what is there already is not made again
     batch_size: int = 16  # of `prompts`: completions at once
     logprobs: bool = False  # print each token with its probability
     max_new_tokens: int = 200
@@ -127,14 +136,6 @@ SCHEMAS = {"config": Settings, "sample": SampleSettings}  # by conf/NAME.yaml
 DERIVED = ("model.vocab_size", "auto_name", "train")  # nobody sets these: the tokenizer and the other settings decide them
 
 
-class ConfigError(ValueError):
-    """What is wrong with the configuration: all of it, one line a problem."""
-
-    def __init__(self, problems: list[str]) -> None:
-        head = "" if len(problems) == 1 else f"{len(problems)} problems in the configuration:\n  "
-        super().__init__(head + "\n  ".join(problems))
-
-
 def options(group: str) -> list[str]:
     """The presets of a group, as `conf/GROUP/*.yaml` has them."""
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
@@ -156,70 +157,187 @@ def leaves(schema: Any, prefix: str = "") -> dict[str, Any]:
 def compose(root: str | type, overrides: list[str]) -> Any:
     """The frozen settings that `conf/ROOT.yaml` and the command line's `overrides` make.
 
-    `root` can also be a dataclass of a script's own settings, which needs no YAML. Raises ConfigError with every
-    problem found. Writes nothing.
+    `root` can also be a dataclass of a script's own settings, which needs no YAML. Raises
+    ConfigError with every problem found. Writes nothing.
     """
     schema = SCHEMAS[root] if isinstance(root, str) else root
     known = leaves(schema)
     trains = any(field.name == "train" for field in fields(schema))
-    # What a script does not know itself is for the training that it starts, which composes it with what else it knows.
-    about_training = [word for word in overrides if trains and word.partition("=")[0] not in known]
-    overrides = [word for word in overrides if word not in about_training]
-    problems: list[str] = []
-    for_hydra: list[str] = []
-    free_text: dict[str, str] = {}  # taken past Hydra, whose grammar would refuse most English
-    for override in overrides:
-        sign, key, value = re.fullmatch(r"(\+\+|\+|~)?([^=]*)(?:=(.*))?", override, re.DOTALL).groups()
-        if value is None or not key:
-            problems.append(f"{override!r} is not an override: write key=value, as in training.max_steps=100.")
-        elif root == "config" and key in groups():
-            if "," in value:
-                problems.append(f"{override}: {SWEEP_ADVICE}")
-            elif value not in options(key):
-                problems.append(f"{key}={value}: no such preset{closest(value, options(key))}. "
-                                f"There are: {', '.join(options(key))}.")
-            for_hydra.append(f"{key}={value}")
-        elif key not in known:
-            problems.append(unknown(key, known, "on the command line"))
-        elif sign in ("+", "~"):
-            problems.append(f"{override}: {key} exists and can only be set: write {key}={value}.")
-        elif known[key] is str:
-            free_text[key] = value
-        else:
-            for_hydra.append(f"{key}={value}")
-    if problems:
-        raise ConfigError(problems)
+    about_training: list[str] = []
+    if trains:
+        # What a script does not know is for the training that it starts, which checks it.
+        about_training = [word for word in overrides if word.partition("=")[0] not in known]
+        overrides = [word for word in overrides if word not in about_training]
+    values, choices = compose_with_hydra(root, schema, checked(root, known, overrides))
 
-    values, choices = compose_with_hydra(root, schema, for_hydra)
-    for key, text in free_text.items():
-        group, _, name = key.rpartition(".")
-        (values[group] if group else values)[name] = text
-    problems += [unknown(key, known, place_in_yaml(key, choices)) for key in flat(values) if key not in known]
+    settings_or_inside = tuple(f"{name}." for name in known)
+    problems = [unknown(key, known, *place_in_yaml(key, choices))
+                for key in flat(values) if not f"{key}.".startswith(settings_or_inside)]
     settings = freeze(schema, values, "", problems)
     if not problems:
         problems += settings.problems()
     if problems:
         raise ConfigError(problems)
     if isinstance(settings, Settings) and not settings.name:
-        settings = replace(settings, auto_name=default_name(overrides, settings, choices["experiment"]))
+        automatic = default_name(overrides, settings, choices["experiment"])
+        settings = replace(settings, auto_name=automatic)
     return replace(settings, train=tuple(about_training)) if trains else settings
 
 
-def compose_with_hydra(root: str | type, schema: Any, overrides: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
-    """What Hydra makes of defaults, presets and overrides, as plain containers, and the presets it chose."""
+def checked(root: str | type, known: dict[str, Any], overrides: list[str]) -> list[str]:
+    """The overrides as key=value. Raises ConfigError with all that is wrong with their keys."""
+    problems: list[str] = []
+    words: list[str] = []
+    for override in overrides:
+        parts = re.fullmatch(r"(\+\+|\+|~)?([^=]*)(?:=(.*))?", override, re.DOTALL)
+        sign, key, value = parts.groups()
+        if sign == "~" and key:
+            problems.append(f"{override}: settings cannot be removed: write key=value, as "
+                            f"in training.max_seconds=null.")
+        elif value is None or not key:
+            problems.append(no_override(override))
+        elif root == "config" and key in groups():
+            problem = wrong_preset(key, value)
+            problems += [problem] if problem else []
+        elif key not in known:
+            problems.append(unknown(key, known, "on the command line"))
+        elif sign == "+":
+            problems.append(f"{override}: {key} exists and can only be set: write {key}={value}.")
+        words.append(f"{key}={value}")
+    if problems:
+        raise ConfigError(problems)
+    return words
+
+
+def no_override(word: str) -> str:
+    """The sentence about a word that is not key=value."""
+    meant = "write key=value, as in training.max_steps=100"
+    if Path(word).suffix in YAML_FILES:
+        meant = f"write experiment={word} for a file of settings"
+    elif word and Path(word).exists():
+        meant = f"write data=text data.path={word} to train on it"
+    return f"{word!r} is not an override: {meant}."
+
+
+def wrong_preset(group: str, value: str) -> str:
+    """What is wrong with the choice of a preset, or of an experiment's file; empty if nothing is."""
+    if group == "experiment" and Path(value).suffix in YAML_FILES:
+        return ""
+    if value in options(group):
+        return ""
+    if "," in value or "(" in value:
+        return f"{group}={value}: {SWEEP_ADVICE}"
+    there = f"There are: {', '.join(options(group))}."
+    if group == "experiment":
+        there += " A file of your own is named by its path, as in experiment=own.yaml."
+    return f"{group}={value}: no such preset{closest(value, options(group))}. {there}"
+
+
+def compose_with_hydra(
+    root: str | type, schema: Any, words: list[str]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """What Hydra makes of defaults, presets and overrides, as plain containers, and its choices.
+
+    An experiment that is a file of the user's own is among the choices by its path.
+    """
     defaults = asdict(schema())
-    defaults.get("model", {}).pop("vocab_size", None)
-    for name in DERIVED:
-        defaults.pop(name, None)
-    name = root if isinstance(root, str) else f"{root.__module__}.{root.__name__}"
-    ConfigStore.instance().store(f"{name}_defaults" if isinstance(root, str) else name, defaults)
+    drop_derived(defaults)
+    # Hydra's grammar would refuse most English, and some references: they do not pass through it.
+    known = leaves(schema)
+    text: dict[str, str] = {}
+    overrides: list[str] = []
+    for word in words:
+        key, _, value = word.partition("=")
+        if key in known and (is_text(known[key]) or "${" in value):
+            text[key] = value
+        else:
+            overrides.append(word)
+    own = own_file(overrides)
+    files = {GIVEN_FILE: own} if own else {}
+    if own and (saved := saved_settings(own)):
+        files = {}
+        overrides = start_from(saved, defaults, overrides)
+    elif own:
+        overrides = [word for word in overrides if not word.startswith("experiment=")]
+        overrides.append(f"experiment={GIVEN_FILE}")
+    name = register(root, defaults, files)
     try:
-        with initialize_config_dir(str(CONF), version_base="1.3"):
+        with initialize(version_base="1.3", config_path=None):
             composed = hydra_compose(name, overrides, return_hydra_config=True)
-            ours = OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"])
-            return OmegaConf.to_container(ours, resolve=True), dict(composed.hydra.runtime.choices)
-    except (HydraException, OmegaConfBaseException, YAMLError) as error:
-        raise ConfigError([plain_sentence(error, overrides)]) from None
+            values = resolved(composed, text)
+    except (HydraException, OmegaConfBaseException) as error:
+        sentence = plain_sentence(error, overrides)
+        raise ConfigError([sentence.replace(GIVEN_FILE, str(own))]) from None
+    choices = dict(composed.hydra.runtime.choices)
+    return values, choices | ({"experiment": str(own)} if own else {})
+
+
+def drop_derived(values: dict[str, Any]) -> None:
+    """Remove what other settings decide from all settings."""
+    for name in DERIVED:
+        group, _, last = name.rpartition(".")
+        (values.get(group, {}) if group else values).pop(last, None)
+
+
+def own_file(overrides: list[str]) -> Path | None:
+    """The experiment that is given by its path, if one is."""
+    given = [word.partition("=")[2] for word in overrides if word.startswith("experiment=")]
+    if given and Path(given[-1]).suffix in YAML_FILES:
+        return Path(expanded(given[-1]))
+    return None
+
+
+def saved_settings(path: Path) -> dict[str, Any]:
+    """All settings of a run, if that is what the file holds, such as a run's config.yaml."""
+    values = nested(read_yaml(path), path)
+    if "auto_name" not in values:
+        return {}
+    drop_derived(values)
+    return values
+
+
+def start_from(saved: dict[str, Any], defaults: dict[str, Any], overrides: list[str]) -> list[str]:
+    """Put the settings of a run in the place of the `defaults`; return the overrides to use with them.
+
+    No preset is chosen but those of the command line, and each replaces the whole of its group.
+    """
+    choices = dict(word.split("=", 1) for word in overrides if word.partition("=")[0] in groups())
+    for name, value in saved.items():
+        if isinstance(value, dict) and isinstance(defaults.get(name), dict):
+            if name not in choices:
+                defaults[name] |= value
+        else:
+            defaults[name] = value
+    nothing = [f"~{group}" for group in groups() if group not in choices]
+    return [*nothing, "~experiment", *(word for word in overrides if not word.startswith("experiment="))]
+
+
+def register(root: str | type, defaults: dict[str, Any], files: dict[str, Path]) -> str:
+    """Give Hydra the defaults, and the YAML files, which it reads when they are chosen.
+
+    `files` are more experiments, by name. Returns the name of the root.
+    """
+    store = ConfigStore.instance()
+    if not isinstance(root, str):
+        name = f"{root.__module__}.{root.__name__}"
+        store.store(name, defaults)
+        return name
+    store.store(f"{root}_defaults", defaults)
+    for group in groups():
+        presets = {name: CONF / group / f"{name}.yaml" for name in options(group)}
+        store.repo[group] = Group(group, presets | (files if group == "experiment" else {}))
+    store.repo[f"{root}.yaml"] = config_node(f"{root}.yaml", CONF / f"{root}.yaml", None)
+    return root
+
+
+def resolved(composed: DictConfig, text: dict[str, str]) -> dict[str, Any]:
+    """The settings with all ${...} replaced. `text` is taken as it is, unless ${...} is meant in it."""
+    OmegaConf.register_new_resolver("text", text.get, replace=True)
+    for key, value in text.items():
+        literal = key in VERBATIM or "${" not in value or Path(value).exists()
+        OmegaConf.update(composed, key, f"${{text:{key}}}" if literal else value, force_add=True)
+    settings = OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"])
+    return OmegaConf.to_container(settings, resolve=True)
 
 
 def launcher_settings(overrides: list[str]) -> dict[str, Any]:
@@ -228,7 +346,7 @@ def launcher_settings(overrides: list[str]) -> dict[str, Any]:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             composed = hydra_compose(overrides=overrides, return_hydra_config=True)
             return OmegaConf.to_container(composed.hydra.launcher)
-    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigError([plain_sentence(error, overrides)]) from None
 
 
@@ -238,14 +356,22 @@ def plain_sentence(error: Exception, overrides: list[str]) -> str:
         try:
             parsed = OverridesParser.create().parse_override(override)
         except HydraException:
-            return f"{override}: the value cannot be read; write a number, a word, true, false or null."
+            return (f"{override}: the value cannot be read; write a number, a word, true, false "
+                    f"or null.")
         if parsed.is_sweep_override():
             return f"{override}: {SWEEP_ADVICE}"
-    if isinstance(error, MarkedYAMLError) and error.problem_mark:
-        place = Path(error.problem_mark.name)
-        return (f"conf/{place.parent.name}/{place.name} is not YAML that can be read, "
-                f"at line {error.problem_mark.line + 1}: {error.problem}.")
-    return f"The configuration cannot be composed: {str(error).strip().splitlines()[0]}"
+    said = str(getattr(error, "msg", None) or error).strip().splitlines()[0].rstrip(".")
+    key = getattr(error, "full_key", None) or ""
+    if missing := re.search(r"Environment variable '(.*?)' not found", said):
+        return (f"{key}: the environment variable {missing[1]} is not set: set it, or give a "
+                f"default, as in ${{oc.env:{missing[1]},100}}.")
+    if isinstance(error, OmegaConfBaseException):
+        return f"{key}: the value cannot be read: {said}."
+    if absent := re.search(r"Could not find '(\w+)/(.*?)'", said):
+        chosen = [word for word in overrides if word.startswith("experiment=")]
+        where = f" (in {chosen[-1]})" if chosen else ""
+        return wrong_preset(*absent.groups()).replace(":", f"{where}:", 1)
+    return f"The configuration cannot be composed: {said}."
 
 
 def freeze(schema: Any, values: dict[str, Any], prefix: str, problems: list[str]) -> Any:
@@ -284,22 +410,55 @@ def convert(value: Any, hint: Any) -> Any:
     """`value` as the type `hint`; whole floats such as 1e3 are integers. Raises ValueError saying what is wanted."""
     if get_origin(hint) in (Union, types.UnionType):
         inner = next(one for one in get_args(hint) if one is not type(None))
-        return None if value is None else convert(value, inner)
+        return None if value in (None, "null") else convert(value, inner)
     if get_origin(hint) is Literal:
         word = str(value).lower() if isinstance(value, bool) else value
         if word not in get_args(hint):
-            raise ValueError(f"is not one of {', '.join(get_args(hint))}{closest(str(value), get_args(hint))}")
+            meant = OTHER_VALUES.get(str(value).lower(), str(value).lower())
+            raise ValueError(f"is not one of {', '.join(get_args(hint))}{closest(meant, get_args(hint))}")
         return word
-    if hint is str and not isinstance(value, dict | list | None):
-        return str(value)
+    if is_text(hint) and not isinstance(value, dict | list | None):
+        if hint is FilePaths:
+            return ",".join(expanded(path) for path in str(value).split(","))
+        return expanded(str(value)) if hint is FilePath else str(value)
+    if isinstance(value, str):
+        value = from_text(value)
     if hint is bool and isinstance(value, bool):
         return value
     if hint is int and isinstance(value, int | float) and not isinstance(value, bool) and value == value // 1:
         return int(value)
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
-    wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[hint]
+    wanted = {int: "a whole number", float: "a number", bool: "true or false"}.get(hint, "text")
     raise ValueError(f"is not {wanted}")
+
+
+def is_text(hint: Any) -> bool:
+    """Whether settings of this type are text, which is taken as it is."""
+    return hint in (str, FilePath, FilePaths)
+
+
+def from_text(text: str) -> Any:
+    """The number, true or false that a text stands for, as an environment variable's; else the text."""
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for number in (int, float):
+        try:
+            return number(text)
+        except ValueError:
+            continue
+    return text
+
+
+def expanded(path: str) -> str:
+    """A path with ~ or ~user at its beginning replaced by the home folder.
+
+    Raises ValueError where nobody knows that folder, unless a file of that name is here.
+    """
+    found = os.path.expanduser(path)
+    if path.startswith("~") and found == path and not Path(path).exists():
+        raise ValueError("names no home folder of this machine: write ./ before a name that begins with ~")
+    return found
 
 
 def closest(word: str, words: Any) -> str:
@@ -308,35 +467,46 @@ def closest(word: str, words: Any) -> str:
     return f" (did you mean {near[0]}?)" if near else ""
 
 
-def unknown(key: str, known: dict[str, Any], place: str) -> str:
-    """The sentence about a key that does not exist."""
-    by_name = {name.rpartition(".")[2]: name for name in known}  # a right name in a wrong or missing group
-    guess = closest(key, [*known, *groups()])
-    if not guess and (near := difflib.get_close_matches(key.rpartition(".")[2], list(by_name), n=1, cutoff=0.7)):
-        guess = f" (did you mean {by_name[near[0]]}?)"
+def unknown(key: str, known: dict[str, Any], place: str, group: str = "") -> str:
+    """The sentence about a key that does not exist, in a file of the preset `group` if that is given."""
+    if advice := instead_of_hydras(key.removeprefix(f"{group}.")):
+        return f"{key} ({place}) is not used here: {advice}."
+    inside = key.removeprefix(f"{group}.")
+    if group and inside in known:
+        own = inside.startswith(f"{group}.")
+        return f"{inside} ({place}) is not for a preset of {group}: " + (
+            f"write {inside.removeprefix(f'{group}.')}, without the group." if own else
+            "a preset sets its own group only, and an experiment all of them.")
+    meant = likely_name(key, known)
+    guess = f" (did you mean {meant}?){unit_note(key)}" if meant else ""
     return f"{key} ({place}) is not a setting{guess}; --help lists what there is."
 
 
-def place_in_yaml(key: str, choices: dict[str, str]) -> str:
-    """Which of the chosen YAML files sets `key`."""
-    candidates = [(CONF / group / f"{choice}.yaml", "" if group == "experiment" else f"{group}.")
-                  for group, choice in choices.items() if choice]
-    for path, prefix in [*candidates, (CONF / "config.yaml", "")]:
-        if path.exists() and key in {prefix + name for name in flat(read_yaml(path))}:
-            return f"in conf/{path.relative_to(CONF)}"
-    return "in conf/"
+def likely_name(key: str, known: dict[str, Any]) -> str:
+    """The setting or group that was probably meant by `key`; empty where none is close."""
+    names = [*known, *groups()]
+    by_last = {name.rpartition(".")[2]: name for name in known}
+    last = key.rpartition(".")[2]
+    if other := our_name(key, set(names)):
+        return other
+    if near := difflib.get_close_matches(key, names, n=1, cutoff=0.6):
+        return near[0]
+    near = difflib.get_close_matches(last, by_last, n=1, cutoff=0.7)
+    return by_last[near[0]] if near else ""
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The settings in a YAML file, numbers such as 1e-3 included, which YAML itself takes for text."""
-    try:
-        content = OmegaConf.to_container(OmegaConf.load(path))
-    except (OmegaConfBaseException, YAMLError) as error:
-        mark = error.problem_mark if isinstance(error, MarkedYAMLError) else None
-        raise ConfigError([f"{path} is not YAML that can be read{f', at line {mark.line + 1}' if mark else ''}."]) from None
-    if not isinstance(content, dict):
-        raise ConfigError([f"{path} holds no settings."])
-    return content
+def place_in_yaml(key: str, choices: dict[str, str]) -> tuple[str, str]:
+    """Which of the chosen YAML files sets `key`, in words, and of which group the file is a preset."""
+    for group, choice in choices.items():
+        if not choice or group not in groups():
+            continue
+        own = Path(choice).suffix in YAML_FILES
+        path = Path(choice) if own else CONF / group / f"{choice}.yaml"
+        prefix = "" if group == "experiment" else f"{group}."
+        if path.exists() and key in {prefix + name for name in flat(nested(read_yaml(path), path))}:
+            where = f"{path}" if own else f"conf/{path.relative_to(CONF)}"
+            return f"in {where}", prefix.rstrip(".")
+    return "in conf/config.yaml", ""
 
 
 def default_name(overrides: list[str], settings: Settings, experiment: str) -> str:
@@ -350,8 +520,14 @@ def default_name(overrides: list[str], settings: Settings, experiment: str) -> s
     presets.pop("logger", None)
     changes = identity_differences(asdict(plain), asdict(settings))
     named = [Path(settings.data.path).stem, Path(chosen.get("data.hub_name", "")).name]
+    start = Path(start).stem if Path(start).suffix in YAML_FILES else start
     parts = [start, *presets.values(), *named, *in_short(changes)]
     return folder_name("-".join(part for part in parts if part))
+
+
+def as_yaml(settings: Any) -> str:
+    """Settings as `--cfg job` prints them, and as config.yaml keeps them."""
+    return yaml.safe_dump(asdict(settings), sort_keys=False, allow_unicode=True)
 
 
 def as_word(value: Any) -> str:

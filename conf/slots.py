@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -272,6 +273,16 @@ def run_jobs(source: Source, slots: Slots, progress: Progress) -> int:
                     source.ended(job, code)
             progress.show(slots.running)
             time.sleep(slots.look_seconds)
+
+
+def say_best(jobs: list[Job]) -> None:
+    """Name the best of these jobs, and the commands that show more; nothing where none has a result."""
+    best = min(jobs, key=lambda job: job.best, default=None)
+    if best is None or not math.isfinite(best.best):
+        return
+    say(f"Best: {best.folder}, {best.metric} {best.best:.4f}\n"
+        f"  {shlex.join(['python', 'sample.py', f'run={best.folder}'])}\n"
+        f"  {shlex.join(['python', '-m', 'scripts.report', f'runs={best.sweep}'])}")
 
 
 def report_failures(failures: list[str]) -> int:

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 import atomic
-from conf.schema import checkpoint_problems, closest, compose, options
+from conf.schema import FilePath, checkpoint_problems, closest, compose, options
 from data.tokenizer import ByteTokenizer, Tokenizer
 from model import GPT
 from model.generate import finite
@@ -51,13 +51,13 @@ MOST_VALUES = 2**24  # weights on a page: 45 MB, which a browser opens in some s
 class AttentionMapSettings:
     """Everything about a page that shows what a model attends to."""
 
-    run: str = ""  # the run's name, or the path of its folder; empty: the run that was trained last
-    runs_dir: str = "runs"
+    run: FilePath = ""  # the run's name, or its folder; empty: the run that was trained last
+    runs_dir: FilePath = "runs"
     checkpoint: str = "best"  # best, last, or the number of a step
     fresh: str = ""  # instead of a run: a preset of conf/model with random weights, on bytes
     seed: int = 1337  # of the random weights
     prompt: str = "The quick brown fox jumps."
-    out: str = ""  # empty: attention.html in the run's folder, or here
+    out: FilePath = ""  # empty: attention.html in the run's folder, or here
     png: bool = False  # a still picture of the grid beside the page
 
     def problems(self) -> Iterator[str]:

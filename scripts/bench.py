@@ -63,7 +63,7 @@ import numpy as np
 import torch
 
 import atomic
-from conf.schema import compose
+from conf.schema import FilePath, compose
 from data.loader import Loader
 from data.shards import Tokens
 from model import GPT, GPTConfig
@@ -85,11 +85,11 @@ SHAPES = {  # the model, and the sequences in a batch
 class SpeedSettings:
     """What is timed, and how often."""
 
-    peer: str = ""  # a nanoGPT checkout
+    peer: FilePath = ""  # a nanoGPT checkout
     shape: Literal["all", "wide", "narrow", "gpt2"] = "all"
     rounds: int = 3
     seconds: float = 5.0
-    out: str = ""
+    out: FilePath = ""
 
     def problems(self) -> Iterator[str]:
         """One sentence for each value that cannot work."""
@@ -208,7 +208,7 @@ class ProfileSettings:
     """How a profile is shown; all other settings are the training's own."""
 
     rows: int = 12
-    trace: str = ""
+    trace: FilePath = ""
     train: tuple[str, ...] = ()
 
     def problems(self) -> Iterator[str]:

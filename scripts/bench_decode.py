@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 import atomic
+from conf.schema import FilePath
 from model import GPT, GPTConfig
 from model.decode import Decoder
 from model.generate import generate
@@ -39,13 +40,13 @@ SHAPES = {"gpt2": GPT2, "gpt2-medium": replace(GPT2, n_layer=24, n_head=16, n_em
 class DecodeSettings:
     """What is decoded, and how often."""
 
-    peer: str = ""  # a nanoGPT checkout
+    peer: FilePath = ""  # a nanoGPT checkout
     shape: Literal["gpt2", "gpt2-medium", "modern", "grouped"] = "gpt2"
     prompt: int = 768
     tokens: int = 192
     batch: int = 16
     rounds: int = 3
-    out: str = ""
+    out: FilePath = ""
 
     def problems(self) -> Iterator[str]:
         """One sentence for each value that cannot work."""

@@ -25,6 +25,7 @@ import torch
 from tqdm import tqdm
 
 import atomic
+from conf.schema import FilePath
 from training.device import Device
 
 ROOT = Path(__file__).parent.parent
@@ -50,10 +51,10 @@ print(total / count, sum(weights.numel() for weights in raw_model.parameters()))
 class ResultSettings:
     """What is trained, and how often."""
 
-    peer: str = ""  # a nanoGPT checkout, its data/shakespeare_char prepared
+    peer: FilePath = ""  # a nanoGPT checkout, its data/shakespeare_char prepared
     rounds: int = 3
     seed: int = 1337  # of the first round; the next have the next
-    out: str = ""
+    out: FilePath = ""
 
     def problems(self) -> Iterator[str]:
         """One sentence for each value that cannot work."""

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import atomic
+from conf.schema import FilePath
 from scripts.bench_result import RECIPE, ROOT, prepared_text
 
 
@@ -26,9 +27,9 @@ from scripts.bench_result import RECIPE, ROOT, prepared_text
 class StartSettings:
     """How often both are started."""
 
-    peer: str = ""  # a nanoGPT checkout, its data/shakespeare_char prepared
+    peer: FilePath = ""  # a nanoGPT checkout, its data/shakespeare_char prepared
     rounds: int = 5
-    out: str = ""
+    out: FilePath = ""
 
     def problems(self) -> Iterator[str]:
         """One sentence for each value that cannot work."""

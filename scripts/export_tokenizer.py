@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import atomic
+from conf.schema import FilePath
 from data.hugging_face import to_hugging_face
 from data.tokenizer import Tokenizer
 from sample import tokenizer_of
@@ -37,9 +38,9 @@ from training.run import find_run
 class ExportTokenizerSettings:
     """Everything about a tokenizer for other programs."""
 
-    run: str = ""  # the run's name, or the path of its folder; empty: the run that was trained last
-    runs_dir: str = "runs"
-    out: str = ""  # empty: tokenizer.json in the run's folder
+    run: FilePath = ""  # the run's name, or the path of its folder; empty: the run that was trained last
+    runs_dir: FilePath = "runs"
+    out: FilePath = ""  # empty: tokenizer.json in the run's folder
 
     def problems(self) -> Iterator[str]:
         """One sentence for each value that cannot work."""

@@ -24,6 +24,7 @@ from types import ModuleType
 from typing import Any
 
 import atomic
+from conf.schema import FilePath
 from terminal import say
 from training.run import find_run
 
@@ -32,9 +33,9 @@ from training.run import find_run
 class PlotSettings:
     """Everything about a picture of a run."""
 
-    run: str = ""  # the run's name, or the path of its folder; empty: the run that was trained last
-    runs_dir: str = "runs"
-    out: str = ""  # empty: loss.png in the run's folder
+    run: FilePath = ""  # the run's name, or the path of its folder; empty: the run that was trained last
+    runs_dir: FilePath = "runs"
+    out: FilePath = ""  # empty: loss.png in the run's folder
 
     def problems(self) -> Iterator[str]:
         """One sentence for each value that cannot work."""

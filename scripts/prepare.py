@@ -32,7 +32,7 @@ from typing import Any, get_args, get_type_hints
 import numpy as np
 
 import atomic
-from conf.schema import Settings, compose
+from conf.schema import FilePath, Settings, compose
 from data.contents import Contents
 from data.files import refuse
 from data.prepare import PROGRESS, describe, load_tokenizer, prepare
@@ -63,7 +63,7 @@ class PrepareSettings:
     inspect: bool = False
     clean: bool = False
     yes: bool = False  # with clean: remove without a question
-    out: str = ""  # empty: inspect.png in the folder of the tokens
+    out: FilePath = ""  # empty: inspect.png in the folder of the tokens
     train: tuple[str, ...] = ()  # what the command line says about the data
 
     def problems(self) -> Iterator[str]:

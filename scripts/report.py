@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from conf.schema import FilePath, FilePaths
 from report.history import choose
 from report.page import write
 from terminal import counted, readable_size
@@ -32,9 +33,9 @@ from terminal import counted, readable_size
 class ReportSettings:
     """Which runs a report is about, and where it goes."""
 
-    runs: str = ""  # names or folders, separated by commas; empty: the run that was trained last
-    runs_dir: str = "runs"
-    out: str = ""  # empty: report.html in the folder that is about them all
+    runs: FilePaths = ""  # names or folders, separated by commas; empty: the run that was trained last
+    runs_dir: FilePath = "runs"
+    out: FilePath = ""  # empty: report.html in the folder that is about them all
 
     def problems(self) -> Iterator[str]:
         """One sentence for each value that cannot work."""

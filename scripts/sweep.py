@@ -38,7 +38,7 @@ from typing import Any, Literal
 
 import atomic
 from conf.identity import differences, listed
-from conf.schema import ConfigError, Settings, compose, folder_name
+from conf.schema import ConfigError, FilePath, Settings, compose, folder_name
 from conf.slots import INTERRUPTED, Job, Progress, Slots, in_words, metric_of, refuse_run, report_failures, run_jobs
 from conf.space import Point, Range, Space, read_space
 from terminal import counted, say
@@ -52,9 +52,9 @@ REFUSALS = 100  # points in a row that Optuna may suggest and the space not allo
 class SweepSettings:
     """What is searched, for how long, and how; all other settings are the trainings' own."""
 
-    sweep: str = ""  # the space: a name in conf/sweep, or a YAML file
+    sweep: FilePath = ""  # the space: a name in conf/sweep, or a YAML file
     name: str = ""  # of the folder and of the study; empty: the space's
-    runs_dir: str = "runs"
+    runs_dir: FilePath = "runs"
     trials: int | None = 20  # in all; null for no limit
     hours: float | None = None  # of this search; whichever limit comes first ends it
     jobs: int = 1  # trials at a time

@@ -269,3 +269,94 @@ def test_a_reader_that_has_seen_enough_is_no_error():
     assert ran.stdout.readline() == "line\n"
     ran.stdout.close()
     assert ran.stderr.read() == "" and ran.wait() == 1
+
+
+@pytest.fixture
+def variables(monkeypatch):
+    for name, value in {"NH_STEPS": "120", "NH_LR": "1e-3", "NH_YES": "true", "NH_NAME": "from-a-variable",
+                        "NH_DEVICE": "cpu", "NH_NONE": "null", "NH_WRONG": "many"}.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize(("key", "value", "wanted"), [
+    ("training.max_steps", "${oc.env:NH_STEPS}", 120), ("optim.lr", "${oc.env:NH_LR}", 1e-3), ("model.bias", "${oc.env:NH_YES}", True),
+    ("name", "${oc.env:NH_NAME}", "from-a-variable"), ("training.device", "${oc.env:NH_DEVICE}", "cpu"),
+    ("training.max_seconds", "${oc.env:NH_STEPS}", 120.0), ("training.max_seconds", "${oc.decode:${oc.env:NH_NONE}}", None),
+    ("training.max_steps", "${oc.env:NH_ABSENT,70}", 70), ("training.max_steps", "${training.eval_every}", 130),
+    ("training.batch_size", "${model.n_head}", 2), ("name", "run-${seed}-${oc.env:NH_STEPS}", "run-1337-120"),
+    ("runs_dir", "${oc.env:NH_NAME}/runs", "from-a-variable/runs"), ("logger.tags", "${name}", "first"),
+])
+def test_references_resolve_for_every_type(key, value, wanted, variables, tmp_path):
+    def found(settings):
+        return schema.flat(dataclasses.asdict(settings))[key]
+
+    first = [] if key == "name" else ["name=first"]
+    assert found(compose("config", [*first, f"{key}={value}"])) == wanted
+    (tmp_path / "own.yaml").write_text(f"{key}: {value}")
+    assert found(compose("config", [*first, f"experiment={tmp_path}/own.yaml"])) == wanted
+
+
+def test_a_reference_to_text_of_the_command_line_gets_it(tmp_path):
+    (tmp_path / "own.yaml").write_text("logger.tags: ${name}\nlogger.group: ${logger.tags}")
+    made = compose("config", [f"experiment={tmp_path}/own.yaml", "name=it's, \"{odd}\" \\ ${"[:-2] + "$"])
+    assert made.logger.group == made.logger.tags == made.name == "it's, \"{odd}\" \\ $"
+
+
+@pytest.mark.parametrize(("override", "said"), [
+    ("training.max_steps=${oc.env:NH_ABSENT}", "training.max_steps: the environment variable NH_ABSENT is not set"),
+    ("name=${oc.env:NH_ABSENT}", "name: the environment variable NH_ABSENT is not set"),
+    ("training.max_steps=${oc.env:NH_WRONG}", "training.max_steps=many is not a whole number"),
+    ("training.max_steps=${model.nope}", "training.max_steps"), ("training.max_steps=${training.max_steps}", "training.max_steps"),
+    ("runs_dir=${nope", "runs_dir"), ("runs_dir=${nope:1}", "runs_dir"), ("training.max_steps=${optim}", "training.max_steps"),
+    ("training.max_steps='12x'", "is not a whole number"), ("model.bias='maybe'", "is not true or false"),
+])
+def test_a_reference_to_nothing_is_one_sentence(override, said, variables):
+    message = complaint(override)
+    assert said in message and "\n" not in message and "full_key" not in message
+
+
+def test_content_keeps_what_looks_like_a_reference():
+    made = compose("sample", ["prompt=${oc.env:HOME}", "stop=${seed}"])
+    assert (made.prompt, made.stop) == ("${oc.env:HOME}", "${seed}")
+
+
+@pytest.mark.parametrize(("root", "key"), [
+    ("config", "runs_dir"), ("sample", "run"), ("sample", "runs_dir"), ("sample", "prompt_file"), ("sample", "out"),
+])
+def test_a_path_may_begin_at_home(root, key, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    def found(value):
+        return getattr(compose(root, [f"{key}={value}", *(["prompts=x"] if key == "out" else [])]), key)
+
+    assert found("~/a b") == f"{tmp_path}/a b" and found("~") == str(tmp_path)
+    assert found("~root/x") == str(Path("~root/x").expanduser())
+    assert found("a/~/x") == "a/~/x"
+    assert f"{key}=~nobody_is_so_named/x names no home folder" in complaint(f"{key}=~nobody_is_so_named/x", root=root)
+
+
+def test_every_setting_that_names_a_path_is_one_of_type_path():
+    from typing import get_type_hints
+
+    from scripts import attention_map, bench_start, export_tokenizer, plot, prepare, report, sweep
+
+    named = ("run", "runs_dir", "out", "prompts", "prompt_file", "sweep", "peer", "trace")
+    for settings in (schema.Settings, schema.SampleSettings, attention_map.AttentionMapSettings, sweep.SweepSettings,
+                     bench_start.StartSettings, export_tokenizer.ExportTokenizerSettings, plot.PlotSettings,
+                     prepare.PrepareSettings, report.ReportSettings):
+        for name, hint in get_type_hints(settings).items():
+            assert (hint is schema.FilePath) == (name in named), (settings, name)
+
+
+def test_each_of_several_paths_may_begin_at_home(monkeypatch, tmp_path):
+    from scripts.report import ReportSettings
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert compose(ReportSettings, ["runs=a,~/b,~"]).runs == f"a,{tmp_path}/b,{tmp_path}"
+
+
+def test_an_experiment_may_lie_at_home(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "own.yaml").write_text("seed: 7\nruns_dir: ~/runs")
+    made = compose("config", ["experiment=~/own.yaml"])
+    assert (made.seed, made.runs_dir) == (7, f"{tmp_path}/runs")

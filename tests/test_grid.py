@@ -28,13 +28,16 @@ ROOT = Path(__file__).parent.parent
 @pytest.mark.parametrize(("override", "values"), [
     ("optim.lr=1e-3,3e-3", ["0.001", "0.003"]), ("seed=range(1,4)", ["1", "2", "3"]), ("model=nano,gpt2", ["nano", "gpt2"]),
     ("data.path='a, b','c d'", ["a, b", "c d"]), ("data.path=a b,c", ["a b", "c"]), ("training.max_seconds=null,5", ["null", "5"]),
-    ("data.path=one's", ["one's"]), ("data.path='a,b'", ["'a,b'"]),
+    ("data.path=one's", ["one's"]), ("data.path='a,b'", ["a,b"]), ("data.path=x=y.txt,z.txt", ["x=y.txt", "z.txt"]), ("data.path=ä.txt,ö.txt", ["ä.txt", "ö.txt"]),
+    (r"data.path=a\,b", ["a,b"]), ("data.path={a,b}.txt,c", ["{a,b}.txt", "c"]), ("data.path=[a,b]", ["[a,b]"]), (r"name='it\'s',1e3", ["it's", "1e3"]),
+    ("data.path=${oc.env:X,1},b", ["${oc.env:X,1}", "b"]), ("data.path=a[1,b", ["a[1", "b"]), ("data.path=''", [""]), ("logger.tags=choice(a,b)", ["a", "b"]),
+    ("training.device='cpu'", ["'cpu'"]), ("seed=${oc.env:X,1}", ["${oc.env:X,1}"]), ("model=glob(gpt2-*)", ["gpt2-large", "gpt2-medium", "gpt2-xl"]),
 ])
 def test_the_values_that_an_override_stands_for(override, values):
     assert grid.values_of(override) == [f"{override.partition('=')[0]}={value}" for value in values]
 
 
-@pytest.mark.parametrize("override", ["optim.lr=interval(0,1)", "seed=range(3,3)", "model=glob(*)"])
+@pytest.mark.parametrize("override", ["optim.lr=interval(0,1)", "seed=range(3,3)", "data.path=glob(*)", "data.path=interval(0,1)"])
 def test_what_cannot_be_listed_is_one_sentence(override):
     with pytest.raises(ValueError, match="no values that can be listed") as caught:
         grid.values_of(override)
@@ -42,7 +45,7 @@ def test_what_cannot_be_listed_is_one_sentence(override):
 
 
 @pytest.mark.parametrize(("overrides", "words"), [
-    (["seed=1"], "there are none"), (["data.path=x=y.txt,z.txt"], "with quotes around what has a ="), (["jobs=2", "name=x"], "there are none"), (["seed=1,2", "jobs=0"], "jobs=0 must be"),
+    ([], "there are none"), (["data=text", "data.path=x=y.txt,z.txt"], "x=y.txt does not exist"), (["jobs=2", "name=x"], "there are none"), (["seed=1,2", "jobs=0"], "jobs=0 must be"),
     (["sed=1,2"], "did you mean seed"), (["seed=1,2", "name=../up"], "would leave"), (["seed=-1,-2"], "seed=-1 must be"),
 ])
 def test_a_sweep_that_cannot_be_is_refused_before_anything_is_written(overrides, words, tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import yaml
 
 from conf import launch as launcher
 from conf.launch import launch, open_streams
@@ -153,3 +154,75 @@ def test_windows_is_one_sentence(path):
     ran = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env={"PYTHONPATH": str(ROOT)},
                          capture_output=True, text=True)
     assert ran.returncode == 1 and ran.stderr.count("\n") == 1 and "WSL" in ran.stderr
+
+
+def run_words(*words, root="config"):
+    return launcher.run_command(lambda settings: 99, root, "", list(words))
+
+
+@pytest.mark.parametrize("words", [["--cfg", "job"], ["--cfg=job"], ["-c", "job"], ["--cfg", "job", "--resolve"]])
+def test_every_form_of_cfg_job_prints_the_settings(words, capsys):
+    assert run_words("seed=3", *words, "model=nano") == 0
+    settings = yaml.safe_load(capsys.readouterr().out)
+    assert (settings["seed"], settings["model"]["n_layer"]) == (3, 2)
+
+
+@pytest.mark.parametrize("words", [["-m", "--cfg", "job"], ["--multirun", "--cfg=job"]])
+def test_cfg_job_of_a_sweep_prints_each_job(words, capsys):
+    assert run_words("seed=3,4", *words, "model=nano") == 0
+    said = capsys.readouterr().out
+    assert [settings["seed"] for settings in yaml.safe_load_all(said)] == [3, 4] and "# seed=3\n" in said
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["--cfg", "hydra"], "--cfg job"), (["--cfg=all"], "--cfg job"), (["--cfg"], "--cfg job"), (["-c", "hydra"], "--cfg job"),
+    (["-m", "seed=1,2", "--cfg", "hydra"], "--cfg job"), (["-cd", "conf2"], "experiment=path/to/own.yaml"),
+    (["--config-dir=conf2"], "experiment=path/to/own.yaml"), (["--config-dir", "conf2"], "experiment=path/to/own.yaml"),
+    (["-cn", "x"], "experiment=path/to/own.yaml"), (["--config-name", "x"], "experiment=path/to/own.yaml"),
+    (["--config-path=x"], "experiment=path/to/own.yaml"), (["--info"], "--cfg job"), (["--info", "defaults"], "--cfg job"),
+    (["-i"], "--cfg job"), (["--hydra-help"], "--help"), (["--package", "model"], "--cfg job"), (["-p", "x"], "--cfg job"),
+    (["--run"], "leave it out"), (["-sc", "install=bash"], "not supported"), (["--version"], "git describe"),
+    (["--experimental-rerun=x"], "experiment=runs/NAME/config.yaml"),
+    (["--learning_rate=1e-3"], "without dashes: optim.lr=1e-3"), (["--learning-rate", "1e-3"], "without dashes: optim.lr=..."),
+    (["--compile=False"], "training.compile=False"), (["--batch_size=12"], "training.batch_size=12"),
+    (["--device=cpu"], "training.device=cpu"), (["--seed=3"], "seed=3"), (["--max_iters=3"], "training.max_steps=3"),
+    (["--num-train-epochs=3"], "training.max_steps=3: it counts steps"), (["--verbose"], "no such flag"), (["-x"], "no such flag"),
+])
+def test_flags_of_other_programs_name_the_alternative(words, said):
+    with pytest.raises(ValueError, match="^-") as caught:
+        run_words(*words)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_only_training_is_swept():
+    with pytest.raises(ValueError, match=r"only train\.py runs sweeps"):
+        run_words("-m", "seed=1,2", root="sample")
+
+
+TORCHRUN = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
+
+
+@pytest.mark.parametrize(("variables", "launched"), [
+    (TORCHRUN, "torchrun"), ({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "4"}, "mpirun"),
+    (TORCHRUN | {"WORLD_SIZE": "1"}, ""), ({"WORLD_SIZE": "2"}, ""), ({"RANK": "0", "WORLD_SIZE": "2"}, ""),
+    ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, ""), ({}, ""), (TORCHRUN | {"WORLD_SIZE": ""}, ""),
+])
+def test_several_processes_for_one_training_are_refused(monkeypatch, variables, launched):
+    for _, rank, size in launcher.LAUNCHERS:
+        monkeypatch.delenv(rank, raising=False)
+        monkeypatch.delenv(size, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    if not launched:
+        assert run_words() == 99
+        return
+    with pytest.raises(ValueError, match=f"{launched} started {variables.get('WORLD_SIZE', '4')} processes"):
+        run_words()
+
+
+def test_only_the_first_of_several_processes_says_so(monkeypatch, capsys):
+    for name, value in (TORCHRUN | {"LOCAL_RANK": "1", "RANK": "1"}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as caught:
+        run_words()
+    assert caught.value.code == 1 and capsys.readouterr().err == ""

@@ -1,0 +1,117 @@
+"""What users of Hydra, nanoGPT and Hugging Face type, and what it is called here.
+
+Only error messages read these tables: the names on the right are refused, with the name on the left as advice.
+"""
+
+from __future__ import annotations
+
+# By our name, what others call it. Names are compared by their last part: optimizer.learning_rate is learning_rate.
+OTHER_NAMES = {
+    "optim.lr": "learning_rate max_lr peak_lr base_lr",
+    "optim.min_lr_ratio": "min_lr min_learning_rate final_lr",
+    "optim.warmup_steps": "warmup_iters warmup num_warmup_steps warmup_ratio",
+    "optim.schedule": "lr_scheduler lr_scheduler_type scheduler decay_lr lr_schedule",
+    "optim.grad_clip": "max_grad_norm clip_grad gradient_clip_val gradient_clipping clip_grad_norm",
+    "optim.beta1": "adam_beta1 betas",
+    "optim.beta2": "adam_beta2",
+    "optim.weight_decay": "wd",
+    "optim.optimizer": "optimizer optim_type",
+    "training.max_steps": "max_iters max_iter num_iterations iterations steps num_steps max_train_steps lr_decay_iters "
+                          "num_train_epochs num_epochs max_epochs epochs n_epochs",
+    "training.max_seconds": "max_time time_limit",
+    "training.batch_size": "per_device_train_batch_size train_batch_size micro_batch_size device_batch_size",
+    "training.tokens_per_step": "gradient_accumulation_steps grad_accum_steps accumulate_grad_batches grad_accumulation "
+                                "total_batch_size global_batch_size",
+    "training.eval_every": "eval_interval eval_steps val_every val_check_interval evaluation_strategy eval_strategy",
+    "training.eval_tokens": "eval_iters eval_batches val_steps",
+    "training.checkpoint_every": "save_steps save_interval save_every checkpoint_interval always_save_checkpoint",
+    "training.keep_last": "save_total_limit save_top_k",
+    "training.device": "accelerator use_cuda no_cuda use_cpu gpu gpus",
+    "training.precision": "dtype torch_dtype mixed_precision bf16 fp16 amp use_amp",
+    "training.compile": "torch_compile use_compile",
+    "training.recompute": "gradient_checkpointing activation_checkpointing",
+    "model.n_embd": "n_embed hidden_size d_model embed_dim embedding_dim emb_dim dim width",
+    "model.n_layer": "num_layers n_layers num_hidden_layers depth layers",
+    "model.n_head": "n_heads num_heads num_attention_heads heads",
+    "model.n_kv_head": "n_kv_heads num_key_value_heads num_kv_heads",
+    "model.block_size": "context_length context_size seq_len seq_length sequence_length max_seq_len max_seq_length n_ctx "
+                        "n_positions max_position_embeddings",
+    "model.activation": "hidden_act activation_function act_fn",
+    "model.dropout": "attn_pdrop resid_pdrop embd_pdrop dropout_rate",
+    "model.tie_head": "tie_word_embeddings weight_tying tie_weights",
+    "data.path": "train_file input_file data_path data_dir input corpus file files",
+    "data.hub_name": "dataset_name",
+    "data.hub_config": "dataset_config_name dataset_config",
+    "data.text_field": "text_column content_field text_key",
+    "data.val_fraction": "val_split validation_split_percentage val_ratio test_size",
+    "data": "dataset",
+    "model": "model_type model_name model_name_or_path",
+    "logger.wandb": "wandb_log use_wandb wandb_mode report_to",
+    "logger.project": "wandb_project project_name",
+    "logger.group": "wandb_group",
+    "name": "run_name wandb_run_name experiment_name exp_name",
+    "runs_dir": "out_dir output_dir save_dir log_dir logging_dir checkpoint_dir",
+    "restart": "overwrite_output_dir",
+    "seed": "random_seed manual_seed data_seed",
+    "prompt": "start text input_text",  # from here: of sample.py
+    "max_new_tokens": "max_tokens max_length length new_tokens",
+    "num_samples": "num_return_sequences n_samples samples n",
+    "temperature": "temp",
+    "precision": "dtype torch_dtype",
+    "run": "ckpt_path model_path checkpoint_path",
+}
+# Where the setting's unit is not that of the other name.
+UNITS = {
+    "min_lr": "it is a part of optim.lr",
+    "warmup_ratio": "it counts steps",
+    "gradient_accumulation_steps": "it counts the tokens of all micro-batches of a step",
+    "num_train_epochs": "it counts steps",
+    "epochs": "it counts steps",
+    "eval_iters": "it counts tokens",
+}
+OTHER_VALUES = {
+    "gpu": "cuda", "cuda:0": "cuda", "metal": "mps",
+    "float32": "fp32", "32": "fp32", "single": "fp32", "bfloat16": "bf16", "float16": "fp16", "16": "fp16", "half": "fp16",
+    "adam": "adamw", "linear": "wsd",
+}
+# By the beginning of a key or flag of Hydra's, what to do here; the first one that fits counts.
+HYDRA = {
+    "hydra.run": "runs_dir=FOLDER and name=NAME say where a run goes",
+    "hydra.sweep.": "runs_dir=FOLDER and name=NAME say where a sweep goes",
+    "hydra.job.": "name=NAME names a run; its folder is runs_dir/NAME, and the working folder does not change",
+    "hydra.mode": "-m runs a sweep",
+    "hydra.searchpath": "experiment=path/to/own.yaml reads a YAML file from anywhere",
+    "hydra/launcher": "add -m; a sweep runs several jobs at a time with jobs=2, or on a cluster with hydra/launcher=slurm",
+    "hydra.launcher": "add -m; a sweep runs several jobs at a time with jobs=2, or on a cluster with hydra/launcher=slurm",
+    "hydra/sweeper": "python -m scripts.sweep searches with Optuna",
+    "hydra.sweeper": "python -m scripts.sweep searches with Optuna",
+    "hydra": "Hydra's own settings do nothing; a run's folder holds its log.txt and config.yaml",
+    "--config-": "experiment=path/to/own.yaml reads a YAML file from anywhere",
+    "--info": "--help lists the presets, and --cfg job prints all settings",
+    "--hydra-help": "--help lists flags, presets and settings",
+    "--version": "git describe names the version of a checkout",
+    "--package": "--cfg job prints all settings",
+    "--shell-completion": "completion of settings in the shell is not supported",
+    "--experimental-rerun": "experiment=runs/NAME/config.yaml runs the settings of a run again",
+    "--run": "leave it out: a run is what happens without flags",
+}
+SHORT_FLAGS = {"-cd": "--config-dir", "-cn": "--config-name", "-cp": "--config-path", "-i": "--info", "-p": "--package",
+               "-sc": "--shell-completion", "-r": "--run"}
+
+
+def our_name(key: str, known: set[str]) -> str:
+    """The one of our names in `known` that others call `key`; empty where there is none."""
+    last = key.rpartition(".")[2].replace("-", "_").lower()
+    return next((ours for ours, others in OTHER_NAMES.items() if ours in known and last in others.split()), "")
+
+
+def unit_note(key: str) -> str:
+    """": it counts steps", where our setting for the name `key` has another unit; else empty."""
+    note = UNITS.get(key.rpartition(".")[2])
+    return f": {note}" if note else ""
+
+
+def instead_of_hydras(name: str) -> str:
+    """What to do instead of a setting or flag of Hydra's; empty for any other name."""
+    name = SHORT_FLAGS.get(name, name)
+    return next((advice for beginning, advice in HYDRA.items() if name.startswith(beginning)), "")

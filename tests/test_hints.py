@@ -1,0 +1,74 @@
+"""Advice for names of other projects: it names settings that exist."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import pytest
+
+from conf import hints
+from conf.schema import ConfigError, SampleSettings, Settings, compose, groups, leaves
+
+KNOWN = {*leaves(Settings), *leaves(SampleSettings), *groups()}
+
+
+def complaint(*overrides, root="config"):
+    with pytest.raises(ConfigError) as caught:
+        compose(root, list(overrides))
+    return str(caught.value)
+
+
+def test_each_advice_names_a_setting_that_exists():
+    assert hints.OTHER_NAMES.keys() <= KNOWN
+    values = {value for hint in leaves(Settings).values() for value in get_args(hint)}
+    assert set(hints.OTHER_VALUES.values()) <= values
+
+
+def test_no_name_that_others_use_is_one_of_ours():
+    others = [name for names in hints.OTHER_NAMES.values() for name in names.split()]
+    assert not set(others) & KNOWN
+    assert set(hints.UNITS) <= set(others)
+
+
+@pytest.mark.parametrize(("key", "meant"), [
+    ("learning_rate", "optim.lr"), ("min_lr", "optim.min_lr_ratio"), ("dtype", "training.precision"),
+    ("gradient_accumulation_steps", "training.tokens_per_step"), ("device", "training.device"),
+    ("per_device_train_batch_size", "training.batch_size"), ("num_train_epochs", "training.max_steps"),
+    ("max_iters", "training.max_steps"), ("eval_interval", "training.eval_every"), ("eval_iters", "training.eval_tokens"),
+    ("warmup_iters", "optim.warmup_steps"), ("lr_decay_iters", "training.max_steps"), ("n_embed", "model.n_embd"),
+    ("hidden_size", "model.n_embd"), ("wandb_log", "logger.wandb"), ("out_dir", "runs_dir"), ("compile", "training.compile"),
+    ("block_size", "model.block_size"), ("batch_size", "training.batch_size"), ("optimizer.learning_rate", "optim.lr"),
+    ("trainer.max_epochs", "training.max_steps"), ("weight_decay", "optim.weight_decay"), ("Learning_Rate", "optim.lr"),
+    ("epochs", "training.max_steps"), ("dataset", "data"), ("lr", "optim.lr"), ("bf16", "training.precision"),
+])
+def test_names_of_other_projects_find_ours(key, meant):
+    assert f"{key} (on the command line) is not a setting (did you mean {meant}?)" in complaint(f"{key}=1")
+
+
+def test_another_unit_is_said():
+    assert "(did you mean training.max_steps?): it counts steps;" in complaint("num_train_epochs=3")
+
+
+def test_sampling_has_names_of_its_own():
+    assert "did you mean max_new_tokens?" in complaint("max_tokens=3", root="sample")
+    assert "did you mean prompt?" in complaint("start=x", root="sample")
+
+
+@pytest.mark.parametrize(("override", "meant"), [
+    ("training.device=gpu", "cuda"), ("training.device=cuda:0", "cuda"), ("training.precision=float32", "fp32"),
+    ("training.precision=bfloat16", "bf16"), ("training.precision=16", "fp16"), ("optim.optimizer=adam", "adamw"),
+    ("training.precision=FP16", "fp16"),
+])
+def test_values_of_other_projects_find_ours(override, meant):
+    assert f"did you mean {meant}?" in complaint(override)
+
+
+@pytest.mark.parametrize(("override", "advice"), [
+    ("hydra.run.dir=x", "runs_dir=FOLDER"), ("hydra.sweep.dir=x", "runs_dir=FOLDER"), ("hydra/job_logging=none", "log.txt"),
+    ("hydra/launcher=joblib", "jobs=2"), ("hydra/sweeper=optuna", "scripts.sweep"), ("hydra.sweeper.n_trials=3", "scripts.sweep"),
+    ("hydra.mode=MULTIRUN", "-m"), ("hydra.searchpath=[x]", "own.yaml"), ("hydra.verbose=true", "log.txt"),
+    ("+hydra.job.chdir=true", "name="), ("hydra.output_subdir=null", "log.txt"),
+])
+def test_settings_of_hydra_name_the_alternative(override, advice):
+    said = complaint(override)
+    assert "is not used here" in said and advice in said

@@ -189,7 +189,7 @@ def test_cfg_job_of_a_sweep_prints_each_job(words, capsys):
     (["--num-train-epochs=3"], "training.max_steps=3: it counts steps"), (["--verbose"], "no such flag"), (["-x"], "no such flag"),
 ])
 def test_flags_of_other_programs_name_the_alternative(words, said):
-    with pytest.raises(ValueError, match="^-") as caught:
+    with pytest.raises(ValueError, match=r"^-") as caught:
         run_words(*words)
     assert said in str(caught.value) and "\n" not in str(caught.value)
 

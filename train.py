@@ -14,6 +14,7 @@ Common settings (--cfg job prints all, with their values):
   training.max_steps=1e3        or training.max_seconds=120
   training.batch_size=32        sequences in a micro-step; training.tokens_per_step accumulates more
   training.eval_every=130       also training.checkpoint_every, training.keep_last
+  training.patience=5           stop after 5 evaluations in a row without a lower validation loss
   training.device=auto          also training.precision=auto, training.compile=auto
   logger.wandb=offline          or online
 """
@@ -37,7 +38,8 @@ import yaml
 from torch import Tensor, nn
 
 import atomic
-from conf.resume import identity, open_device, open_run
+from conf.identity import flat
+from conf.resume import identity, limit_reached, open_device, open_run
 from conf.schema import SampleSettings, Settings
 from data.loader import Loader, Prefetch, Validation
 from data.prepare import describe, load_tokenizer, prepare, val_bytes_per_token
@@ -79,7 +81,7 @@ def train(settings: Settings) -> int:
 
     with open_run(settings, prepared) as (run, settings, last):
         limits = settings.training
-        if last and (limit := limits.reached(last.step, last.state["seconds"])):
+        if last and (limit := limit_reached(limits, last)):
             say(f"{run.folder} is finished: {counted(last.step, 'step')}, {last.state['seconds']:.0f} s. "
                   + how_to_go_on(limit, settings, last))
             return finish(run, limits)
@@ -108,6 +110,8 @@ def train(settings: Settings) -> int:
             if last and (planned := last.state["max_steps"]) != limits.max_steps:
                 state.replanned |= not same_rates(state.step, settings.optim, planned, limits.max_steps)
                 recorder.say(extension(state.step, settings.optim, planned, limits.max_steps, state.replanned))
+            if last and (change := other_micro_batches(settings, last)):
+                recorder.say(change)
             step_seconds = expected_seconds(model, loader, device, boundary)
             expected = min(step_seconds * (limits.max_steps - state.step), (limits.max_seconds or math.inf) - state.seconds)
             recorder.say(f"Time: about {expected / 60:.1f} minutes on this machine, by its first sequences, and evaluation.")
@@ -117,17 +121,14 @@ def train(settings: Settings) -> int:
                      "model": asdict(model.config), "environment": asdict(device.environment(forward is not model))}
             record_start(run.folder, state.step, facts["environment"])
 
-            def due() -> bool:
-                return state.step % limits.checkpoint_every == 0
-
             def save(val_loss: float | None) -> None:
-                saver.save(state.snapshot(val_loss, due(), tokenizer.to_json(), facts))
+                saver.save(state.snapshot(val_loss, limits.saves(state.step), tokenizer.to_json(), facts))
 
             batches = Prefetch(loader, device.torch)
-            val_loss = None
+            val_loss, limit = None, ""
             if limits.on_nonfinite == "rollback" and not last:
                 save(val_loss)  # there is always something to go back to
-            while not limits.reached(state.step, state.seconds) and not interrupt:
+            while not limits.reached(state.step, state.seconds, state.stale_evaluations) and not interrupt:
                 start = time.perf_counter()
                 scale = lr_scale(state.step, settings.optim, limits.max_steps)
                 optimizers.set_scale(scale)
@@ -152,15 +153,20 @@ def train(settings: Settings) -> int:
                 recorder.progress(state.step, loss=f"{loss:.3f}", speed=f"{tokens_per_second:,.0f} tokens/s",
                                   **mfu(model, tokens_per_second, device))
 
-                val_loss = None
-                ending = bool(limits.reached(state.step, state.seconds))
-                evaluated = ending or state.step % limits.eval_every == 0
-                if evaluated:
+                val_loss, improved = None, False
+                scheduled = limits.evaluates(state.step)
+                if scheduled or limits.reached(state.step, state.seconds):
                     val_loss = evaluate(model, validation, device, boundary)
                     report(recorder, state.step, val_loss, bytes_per_token)
-                if ending or due():
+                if scheduled:  # another one at the end does not count: a longer run would not have it
+                    state.note_evaluation(val_loss)
+                    improved = limits.patience > 0 and state.stale_evaluations == 0
+                limit = limits.reached(state.step, state.seconds, state.stale_evaluations)
+                if limit == "patience":
+                    recorder.record(state.step, stopped_early=True)
+                if limit or improved or limits.saves(state.step):
                     save(val_loss)
-                if evaluated and limits.sample_tokens:
+                if val_loss is not None and limits.sample_tokens:
                     saver.finish()  # whatever happens while sampling, the checkpoint is on the disk
                     recorder.sample(state.step, short_sample(model, tokenizer, limits.sample_tokens, device))
                 saver.check()
@@ -175,6 +181,8 @@ def train(settings: Settings) -> int:
                 recorder.say(f"Interrupted: {state.step} of {counted(limits.max_steps, 'step')} are saved in {run.folder}; "
                              f"the same command goes on from there.")
                 return interrupt.exit_code
+            if limit == "patience":
+                recorder.say(early_stop(state))
             if settings.logger.report:
                 recorder.say(after_training(run.folder))
         say(f"Trained {counted(state.step, 'step')} in {state.seconds:.0f} s, "
@@ -186,9 +194,31 @@ def how_to_go_on(limit: str, settings: Settings, last: Checkpoint) -> str:
     """What to type when a run is finished, and what that will mean."""
     if limit == "max_seconds":
         return "To go on, raise training.max_seconds."
+    if limit == "patience":
+        more = last.state["stale_evaluations"] + settings.training.patience
+        return f"It stopped early. To go on, raise training.patience, as in training.patience={more}."
     more = 2 * last.step
     return (f"To go on, raise training.max_steps, as in training.max_steps={more}. "
             + extension(last.step, settings.optim, last.state["max_steps"], more, last.state["replanned"]))
+
+
+def early_stop(state: State) -> str:
+    """Why the run ended before `max_steps`, and which checkpoint is left."""
+    evaluations = counted(state.stale_evaluations, "evaluation")
+    if state.best_val_loss is None:
+        return f"Stopped early: the validation loss of the last {evaluations} was not finite."
+    return (f"Stopped early: the validation loss was lowest, {state.best_val_loss:.4f}, {evaluations} ago. The checkpoint "
+            f"from then is kept (checkpoint=best), and the last one.")
+
+
+def other_micro_batches(settings: Settings, last: Checkpoint) -> str:
+    """What it means that a run resumes with another micro-batch; empty if it does not."""
+    now, before = settings.training.batch_size, flat(last.state["settings"]).get("training.batch_size")
+    if before in (None, now):
+        return ""
+    dropout = " and dropout draws other numbers" if settings.model.dropout > 0 else ""
+    return (f"Micro-batches of {now} sequences instead of {before}: each step trains on the same sequences as before, but "
+            f"sums are rounded in another order{dropout}, so the result is not bit-identical.")
 
 
 def introduce(recorder: Recorder, run: Run, device: Device, model: GPT, loader: Loader, data: str, step: int) -> None:

@@ -10,11 +10,13 @@ from typing import Any
 
 from terminal import escaped
 
+MICRO_BATCHES = ("training.batch_size", "training.tokens_per_step")
+
 # The first pattern that fits a setting's name decides.
 KINDS = {
     "free": "name auto_name runs_dir restart allow_drift data.path data.val_path data.hub_revision training.sample_tokens "
             "training.recompute logger.*",
-    "extendable": "training.max_steps training.max_seconds training.eval_every training.eval_tokens "
+    "extendable": "training.max_steps training.max_seconds training.patience training.eval_every training.eval_tokens "
                   "training.checkpoint_every training.keep_last training.on_save_error "
                   "training.on_nonfinite training.nonfinite_limit",
     "machine": "training.device training.compile training.deterministic",
@@ -46,8 +48,23 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any
 
 def identity_differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """The settings that make two runs of `old` and `new`; one that only an older version had is among them."""
-    known = flat(new)
-    return {key: values for key, values in differences(old, new).items() if key not in known or kind(key) == "identity"}
+    before, after = flat(old), flat(new)
+    changes = {key: values for key, values in differences(before, after).items()
+               if key not in after or kind(key) == "identity"}
+    if tokens_per_step(before) == tokens_per_step(after) is not None:
+        # A step has the same sequences, in other micro-batches.
+        changes = {key: values for key, values in changes.items() if key not in MICRO_BATCHES}
+    return changes
+
+
+def tokens_per_step(values: dict[str, Any]) -> int | None:
+    """The tokens of a step by flat settings; None where these, which we may not have written, do not say it."""
+    if isinstance(values.get("training.tokens_per_step"), int):
+        return values["training.tokens_per_step"]
+    batch_size, block_size = values.get("training.batch_size"), values.get("model.block_size")
+    if isinstance(batch_size, int) and isinstance(block_size, int):
+        return batch_size * block_size
+    return None
 
 
 # What the text and the settings of the data decide.

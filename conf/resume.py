@@ -21,6 +21,7 @@ from model import GPT, GPTConfig, Undrawn
 from terminal import say
 from training import checkpoint, shelf
 from training.checkpoint import Checkpoint
+from training.config import TrainingConfig
 from training.device import Device, Environment, available
 from training.run import Run
 
@@ -93,7 +94,12 @@ def is_finished(settings: Settings, folder: Path) -> bool:
     learned = replace(settings, model=replace(settings.model, vocab_size=read_meta(prepared)["vocab_size"]))
     if changes := changes_since(saved[-1], learned, prepared):
         raise another_run(folder, folder.name, changes)
-    return bool(settings.training.reached(saved[-1].step, saved[-1].state["seconds"]))
+    return bool(limit_reached(settings.training, saved[-1]))
+
+
+def limit_reached(limits: TrainingConfig, last: Checkpoint) -> str:
+    """The limit that ended the run at its last checkpoint, if one did."""
+    return limits.reached(last.step, last.state["seconds"], last.state["stale_evaluations"])
 
 
 def another_run(folder: Path, name: str, changes: dict[str, tuple[Any, Any]]) -> ValueError:

@@ -86,7 +86,8 @@ def open_history(folder: Path, name: str) -> History:
         best = min((row for row in rows if row.get("val_loss") is not None), key=lambda row: row["val_loss"], default={})
         nonfinite = len(list(folder.glob("nonfinite/*.json")))
         reached = (int(rows[-1]["step"]), *map(float, trained[-1, 1:3])) if len(trained) else (0, 0, 0.0)
-        finished, state = how_far(reached, settings, nonfinite)
+        stopped_early = any(row.get("stopped_early") and row["step"] == rows[-1]["step"] for row in rows[-2:])
+        finished, state = how_far(reached, settings, nonfinite, stopped_early)
         return History(
             folder, name, resolved(settings, starts[-1]) if starts else settings,
             starts[-1] | {"starts": len(starts)} if starts else {},
@@ -107,12 +108,15 @@ def number(value: Any) -> float | None:
     return None if value is None else float(value)
 
 
-def how_far(reached: tuple[int, int, float], settings: dict[str, Any], nonfinite: int) -> tuple[bool, str]:
+def how_far(reached: tuple[int, int, float], settings: dict[str, Any], nonfinite: int,
+            stopped_early: bool) -> tuple[bool, str]:
     """Whether a run is finished, and how far it came in words; `nonfinite`: how often it met what could not be used."""
     steps, _, seconds = reached
     planned, most = settings.get("training.max_steps"), settings.get("training.max_seconds")
     done = planned is not None and (steps >= planned or bool(most and seconds >= most))
     came = "finished" if done else f"{steps:,} of {counted(planned, 'step')}" if planned else counted(steps, "step")
+    if stopped_early and not done:
+        done, came = True, f"stopped early, after {counted(steps, 'step')}"
     return done, came + (f", {nonfinite} not finite" if nonfinite else "")
 
 

@@ -156,7 +156,7 @@ class Search:
         optuna, settings = self.optuna, self.settings
         limits = self.usual.training
         pruner = {"median": lambda: optuna.pruners.MedianPruner(),
-                  "hyperband": lambda: optuna.pruners.HyperbandPruner(limits.eval_every, limits.max_steps),
+                  "hyperband": lambda: optuna.pruners.HyperbandPruner(max(1, limits.eval_every), limits.max_steps),
                   "none": lambda: optuna.pruners.NopPruner()}[settings.pruner]()
         journal = self.folder / JOURNAL
         try:

@@ -251,7 +251,7 @@ def test_a_sweep_runs_each_job_lists_the_failures_and_skips_what_is_finished(boo
     program = sweep(book, tmp_path, *words)
     said, complaints = program.communicate(timeout=300)
     assert program.returncode == 1 and "Traceback" not in complaints
-    assert "1 of 4 jobs are finished" in said and "3 failed" in said
+    assert "1 of 4 jobs finished" in said and "3 failed" in said
     assert said.count("lr=-1: optim.lr=-1.0 must be more than 0") == 2
     assert "block_size=100000,lr=0.001: The " in said and f"Log: {tmp_path}/sweep/logs/block_size=100000,lr=0.001.txt" in said
     assert steps(tmp_path, "block_size=16,lr=0.001") == 2
@@ -284,7 +284,7 @@ def test_a_killed_sweep_leaves_no_orphan_and_goes_on(book, tmp_path):
     wait_for(*(lambda name=name, at=at: steps(tmp_path, name) > at for name, at in zip(names, reached, strict=True)))
     program.send_signal(signal.SIGINT)
     said, _ = program.communicate(timeout=120)
-    assert program.returncode == 130 and "0 of 2 jobs are finished" in said and not children(tmp_path)
+    assert program.returncode == 130 and "0 of 2 jobs finished" in said and not children(tmp_path)
     for name, at in zip(names, reached, strict=True):
         assert f"from step {at}" in (tmp_path / "sweep" / "logs" / f"{name}.txt").read_text()
 
@@ -295,7 +295,7 @@ def test_a_cluster_runs_the_jobs_and_loses_no_failure(book, tmp_path):
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     program = sweep(book, tmp_path, "training.max_steps=2", "model.block_size=16,1e5,32", "hydra/launcher=submitit_local")
     said, complaints = program.communicate(timeout=300)
-    assert program.returncode == 1 and "2 of 3 jobs are finished" in said and "block_size=100000: The " in said, complaints
+    assert program.returncode == 1 and "2 of 3 jobs finished" in said and "block_size=100000: The " in said, complaints
     assert steps(tmp_path, "block_size=16") == steps(tmp_path, "block_size=32") == 2
 
 

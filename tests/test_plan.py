@@ -116,7 +116,7 @@ def test_batch_context_and_what_documents_see_cost_memory():
 def test_a_time_is_measured_unless_memory_is_short(capsys, monkeypatch, book):
     words = [f"data.path={book}", "training.max_steps=1e6", "training.device=cpu"]
     out = said(capsys, *words)
-    assert re.search(r"Time: about [\d.]+ (minutes|hours) on this machine \(cpu, .*\): 1,000,000 steps of [\d.]+ s, 100000 evaluations of [\d.]+ s", out)
+    assert re.search(r"Time: about [\d.]+ (minutes|hours) on this machine \(cpu, .*\): 1,000,000 steps of [\d.]+ s, 100,000 evaluations of [\d.]+ s", out)
     monkeypatch.setattr(story, "available_memory", lambda: 10 * 2**20)
     assert "Time: not measured, 10 MB of memory are free" in said(capsys, *words)
 
@@ -124,11 +124,12 @@ def test_a_time_is_measured_unless_memory_is_short(capsys, monkeypatch, book):
 @pytest.mark.slow
 def test_checkpoints_that_are_kept_are_counted(capsys, book):
     def disk(*words: str) -> tuple[int, int]:
-        found = re.search(r"Disk: ([\d,]+) MB for checkpoints of ([\d,]+) MB: (\d+) that are kept", said(capsys, f"data.path={book}", "measure=false", "model=baby-cpu", *words))
-        return round(int(found[1].replace(",", "")) / int(found[2].replace(",", ""))), int(found[3])
+        found = re.search(r"Disk: ([\d.]+) MB for checkpoints of ([\d.]+) MB: (\d+) that are kept", said(capsys, f"data.path={book}", "measure=false", "model=baby-cpu", *words))
+        return round(float(found[1]) / float(found[2])), int(found[3])
 
     assert disk("training.keep_last=4", "training.max_steps=100", "training.checkpoint_every=10") == (6, 5)
     assert disk("training.keep_last=4", "training.max_steps=20", "training.checkpoint_every=10") == (3, 2)
+    assert disk("training.max_steps=20", "training.checkpoint_every=0", "training.eval_every=0") == (2, 1)
 
 
 @pytest.mark.parametrize("words, complaint", [(["model.n_layr=3"], "did you mean model.n_layer"), (["measure=perhaps"], "measure=perhaps is not true or false")])

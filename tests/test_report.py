@@ -113,6 +113,14 @@ def test_how_far_a_run_came(tmp_path, changes, words):
     assert open_history(run, "one").state == f"{words}, 1 not finite"
 
 
+def test_a_run_that_stopped_early_is_finished_and_says_so(tmp_path):
+    run = write_run(tmp_path / "one", steps=40)
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 40, "stopped_early": true}\n{"step": 40, "sample": "text"}\n')
+    one = open_history(run, "one")
+    assert one.finished and one.state == "stopped early, after 40 steps"
+
+
 def test_curves_are_thinned_without_losing_a_loss():
     points = np.column_stack((np.arange(1, 10_001), np.arange(10_000) * 7, np.arange(10_000) / 3, np.random.default_rng(0).normal(5, 1, 10_000)))
     thin = thinned(points)

@@ -22,7 +22,8 @@ from test_checkpoint import reseal
 import atomic
 import train as story
 from conf import identity
-from conf.schema import Settings, leaves
+from conf.resume import is_finished
+from conf.schema import ConfigError, Settings, compose, leaves
 from model import GPT
 from scripts import verify_resume as verify
 from scripts.verify_resume import compare, read_metrics
@@ -717,6 +718,7 @@ def test_a_skipped_batch_changes_nothing_and_the_step_counts(compose_tiny, tmp_p
 
 def checkpoint_weights(found):
     from safetensors.torch import load_file
+
     return load_file(found.folder / MODEL)
 
 
@@ -853,3 +855,130 @@ def test_a_short_campaign_loses_nothing():
     assert done.returncode == 0 and "Nothing was lost." in done.stdout, done.stdout + done.stderr[-2000:]
     for words in ("killed before", "killed within", "disk full once", "disk full for good", "damaged: manifest.json", "kill -9"):
         assert words in done.stdout
+
+
+# Early stopping, and runs without evaluations
+
+
+@pytest.fixture
+def losses(monkeypatch):
+    """Give the evaluations of a training these losses, by the step at which they are made."""
+    def given(by_step):
+        def note_step(now, *arguments):
+            steps.append(now + 1)
+            return lr_scale(now, *arguments)
+
+        steps, lr_scale = [], story.lr_scale
+        monkeypatch.setattr(story, "lr_scale", note_step)
+        monkeypatch.setattr(story, "evaluate", lambda *arguments: by_step[steps[-1]])
+    return given
+
+
+EVERY_2 = ["training.eval_every=2", "training.checkpoint_every=5", "training.max_steps=20"]
+LOSSES = dict(zip(range(2, 21, 2), [3.0, 2.0, 2.5, 2.0, math.nan, 2.1, 1.5, 1.6, 1.7, 1.8], strict=True))
+
+
+def test_a_run_stops_after_evaluations_without_a_lower_loss(compose_tiny, tmp_path, losses, capsys):
+    losses(LOSSES)
+    assert story.train(compose_tiny(*EVERY_2, "training.patience=3")) == 0
+    said = capsys.readouterr().out
+    assert "Stopped early: the validation loss was lowest, 2.0000, 3 evaluations ago" in said
+    saved = shelf.find(tmp_path / "runs/tiny/checkpoints")
+    assert saved[-1].step == 10 and min(saved, key=shelf.quality).step == 4
+    assert '"stopped_early": true' in (tmp_path / "runs/tiny/metrics.jsonl").read_text().splitlines()[-1]
+
+
+def test_a_run_that_stopped_early_is_finished_until_patience_is_raised(compose_tiny, tmp_path, losses, capsys):
+    losses(LOSSES)
+    story.train(compose_tiny(*EVERY_2, "training.patience=3"))
+    assert is_finished(compose_tiny(*EVERY_2, "training.patience=3"), tmp_path / "runs/tiny")
+    story.train(compose_tiny(*EVERY_2, "training.patience=3"))
+    assert "It stopped early. To go on, raise training.patience, as in training.patience=6" in capsys.readouterr().out
+    assert last_step(tmp_path / "runs/tiny") == 10
+    story.train(compose_tiny(*EVERY_2, "training.patience=5"))
+    assert last_step(tmp_path / "runs/tiny") == 20  # 14 is a new lowest loss, and 20 the end
+
+
+@pytest.mark.parametrize("stop", [3, 4, 5, 9, 10])
+def test_an_interrupted_run_stops_early_at_the_same_step(compose_tiny, tmp_path, losses, interrupt_at, stop):
+    losses(LOSSES)
+    words = [*EVERY_2, "training.patience=3"]
+    story.train(compose_tiny(*words, "name=straight"))
+    interrupt_at(stop - 1)
+    assert story.train(compose_tiny(*words)) == 130
+    assert story.train(compose_tiny(*words)) == 0
+    assert last_step(tmp_path / "runs/tiny") == last_step(tmp_path / "runs/straight") == 10
+    assert same(tmp_path / "runs/tiny", tmp_path / "runs/straight")
+
+
+def test_the_evaluation_at_the_end_of_a_run_does_not_use_up_patience(compose_tiny, tmp_path, losses):
+    """Else a run that is extended would stop earlier than one that was planned as long."""
+    losses(LOSSES | {5: 9.0})
+    story.train(compose_tiny(*EVERY_2, "training.patience=3", "training.max_steps=5"))
+    story.train(compose_tiny(*EVERY_2, "training.patience=3"))
+    assert last_step(tmp_path / "runs/tiny") == 10
+
+
+def test_a_checkpoint_from_before_patience_is_resumed(compose_tiny, tmp_path):
+    story.train(compose_tiny("training.max_steps=2"))
+    for one in shelf.find(tmp_path / "runs/tiny/checkpoints"):
+        state = json.loads((one.folder / checkpoint.STATE).read_text())
+        for key in checkpoint.ADDED:
+            del state[key]
+        (one.folder / checkpoint.STATE).write_text(json.dumps(state))
+        reseal(one.folder)
+    assert story.train(compose_tiny("training.max_steps=3", "training.patience=2")) == 0
+
+
+def test_without_evaluations_only_the_last_step_is_evaluated_and_saved(compose_tiny, tmp_path):
+    story.train(compose_tiny("training.eval_every=0", "training.checkpoint_every=0", "training.max_steps=7"))
+    rows = [json.loads(line) for line in (tmp_path / "runs/tiny/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "val_loss" in row] == [7]
+    assert [one.step for one in shelf.find(tmp_path / "runs/tiny/checkpoints")] == [7]
+
+
+def test_without_checkpoints_an_interrupted_run_is_saved(compose_tiny, tmp_path, interrupt_at):
+    interrupt_at(4)
+    assert story.train(compose_tiny("training.checkpoint_every=0", "training.max_steps=7")) == 130
+    assert last_step(tmp_path / "runs/tiny") == 4
+
+
+@pytest.mark.parametrize(("words", "problem"), [
+    (["training.patience=-1"], "patience=-1 must be at least 0"), (["training.eval_every=-1"], "eval_every=-1 must be at least 0"),
+    (["training.patience=2", "training.eval_every=0"], "eval_every=0 asks for none"), (["training.eval_tokens=0"], "at least 1")])
+def test_evaluations_that_make_no_sense_are_refused(compose_tiny, words, problem):
+    with pytest.raises(ConfigError, match=problem):
+        compose_tiny(*words)
+
+
+# Other micro-batches
+
+
+def test_a_run_resumes_with_another_micro_batch_and_says_what_that_means(compose_tiny, tmp_path, capsys):
+    """The same sequences a step: what is learned differs by rounding alone."""
+    first, more = ["training.max_steps=3", "optim.schedule=constant"], ["training.max_steps=6", "optim.schedule=constant"]
+    for name in ("straight", "other"):
+        story.train(compose_tiny(*first, f"name={name}"))
+    story.train(compose_tiny(*more, "name=straight"))
+    settings = compose_tiny()
+    batch_size, tokens = settings.training.batch_size, settings.training.batch_size * settings.model.block_size
+    capsys.readouterr()
+    story.train(compose_tiny(*more, "name=other", f"training.batch_size={batch_size // 2}", f"training.tokens_per_step={tokens}"))
+    said = capsys.readouterr().out
+    assert f"Micro-batches of {batch_size // 2} sequences instead of {batch_size}: " in said and "not bit-identical" in said
+    straight, other = ([row["loss"] for row in read_metrics(tmp_path / "runs" / name) if "loss" in row] for name in ("straight", "other"))
+    assert other[:3] == straight[:3] and other[3:] == pytest.approx(straight[3:], abs=1e-4)
+
+
+def test_another_number_of_tokens_per_step_is_another_run(compose_tiny):
+    story.train(compose_tiny("training.max_steps=1"))
+    with pytest.raises(ValueError, match=r"training.batch_size was"):
+        story.train(compose_tiny("training.max_steps=2", "training.batch_size=2"))
+
+
+def test_a_name_is_not_made_from_micro_batches_alone(book):
+    words = [f"data.path={book}", "data=text"]
+    settings = compose("config", words)
+    tokens = settings.training.batch_size * settings.model.block_size
+    other = compose("config", [*words, "training.batch_size=8", f"training.tokens_per_step={tokens}"])
+    assert other.auto_name == settings.auto_name

@@ -46,11 +46,14 @@ DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", to
 STATE_TYPES = {  # what state.json holds
     "step": int, "max_steps": int, "replanned": bool, "seconds": float, "batches_skipped": int, "nonfinite": int,
     "scheduled": bool, "val_loss": (float, type(None)), "settings": dict, "model": dict, "environment": dict, "scaler": dict,
+    "best_val_loss": (float, type(None)), "stale_evaluations": int,
 }
+ADDED = {"best_val_loss": None, "stale_evaluations": 0}  # what checkpoints of earlier versions do not hold
 MAX_COUNT = 2**40  # steps of a millisecond for 35 years; times the sequences of a step it still fits 63 bits
 RANGES = {  # the lowest and the highest value of the numbers in it
     "step": (0, MAX_COUNT), "max_steps": (1, 2**63 - 1), "seconds": (0, MAX_COUNT), "batches_skipped": (0, MAX_COUNT),
     "nonfinite": (0, MAX_COUNT), "val_loss": (0, sys.float_info.max),
+    "best_val_loss": (0, sys.float_info.max), "stale_evaluations": (0, MAX_COUNT),
 }
 # These errors tell what is in a checkpoint's folder; all others come from the system and may pass.
 CONTENT_ERRORS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
@@ -129,7 +132,7 @@ class Checkpoint:
         content = read_small(folder / STATE)
         if hashlib.sha256(content).hexdigest() != files[STATE].get("sha256"):
             raise Damaged(f"{folder / STATE} does not match its checksum")
-        state = parse(folder / STATE, content)
+        state = ADDED | parse(folder / STATE, content)
         if problem := problem_of(state):
             raise Damaged(f"{folder / STATE} {problem}")
         if folder.name != folder_name(state["step"]):

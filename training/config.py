@@ -52,10 +52,11 @@ class TrainingConfig:
     max_seconds: float | None = None  # of training; whichever limit comes first ends the run
     batch_size: int = 32  # sequences in a micro-step
     tokens_per_step: int | None = None  # more than one micro-step holds: gradients are accumulated
-    eval_every: int = 130  # steps; the last one is always evaluated
+    eval_every: int = 130  # steps; 0: only after the last one, which is always evaluated
+    patience: int = 0  # stop after so many evaluations in a row without a new lowest loss; 0: never
     eval_tokens: int = 2**18  # of the validation split, from its start; a smaller split is read whole
     sample_tokens: int = 48  # the length of the sample at each evaluation; 0 for none, at the end neither
-    checkpoint_every: int = 130  # steps; the last one is always saved
+    checkpoint_every: int = 130  # steps; 0: only after the last one, which is always saved
     keep_last: int = 2  # checkpoints, beside the best one
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -68,22 +69,34 @@ class TrainingConfig:
 
     def problems(self) -> Iterator[str]:
         """One sentence for each value that cannot work."""
-        for name in ("max_steps", "batch_size", "eval_every", "eval_tokens", "checkpoint_every", "keep_last"):
+        for name in ("max_steps", "batch_size", "eval_tokens", "keep_last"):
             if getattr(self, name) < 1:
                 yield f"{name}={getattr(self, name)} must be at least 1."
-        for name in ("sample_tokens", "nonfinite_limit"):
+        for name in ("eval_every", "patience", "checkpoint_every", "sample_tokens", "nonfinite_limit"):
             if getattr(self, name) < 0:
                 yield f"{name}={getattr(self, name)} must be at least 0."
         if self.max_steps >= 2**63:
             yield f"max_steps={self.max_steps} is too large to count."
+        if self.patience > 0 and self.eval_every == 0:
+            yield f"patience={self.patience} counts evaluations, and eval_every=0 asks for none: raise eval_every."
         if self.max_seconds is not None and not 0 < self.max_seconds < math.inf:
             yield f"max_seconds={self.max_seconds} must be more than 0, or null for no limit."
 
-    def reached(self, step: int, seconds: float) -> str:
+    def reached(self, step: int, seconds: float, stale_evaluations: int = 0) -> str:
         """The limit that ends the run here, if one does."""
         if step >= self.max_steps:
             return "max_steps"
-        return "max_seconds" if self.max_seconds and seconds >= self.max_seconds else ""
+        if self.max_seconds and seconds >= self.max_seconds:
+            return "max_seconds"
+        return "patience" if self.patience and stale_evaluations >= self.patience else ""
+
+    def evaluates(self, step: int) -> bool:
+        """Whether `eval_every` asks for an evaluation after `step` steps."""
+        return self.eval_every > 0 and step % self.eval_every == 0
+
+    def saves(self, step: int) -> bool:
+        """Whether `checkpoint_every` asks for a checkpoint after `step` steps; one of step 0 is always as planned."""
+        return step == 0 or (self.checkpoint_every > 0 and step % self.checkpoint_every == 0)
 
     def micro_steps(self, block_size: int, world_size: int = 1) -> int:
         """How many micro-steps make a step. Raises ValueError where `tokens_per_step` is not a whole number of them."""

@@ -25,6 +25,8 @@ class State:
     batches_skipped: int = 0  # those that a rollback stepped over
     nonfinite: int = 0  # how often a loss or gradient was not finite
     replanned: bool = False  # whether learning rates so far were those of another max_steps
+    best_val_loss: float | None = None  # the lowest of the evaluations that were due
+    stale_evaluations: int = 0  # evaluations since then
 
     @property
     def batch(self) -> int:
@@ -36,6 +38,7 @@ class State:
         """This moment. `facts` are what training does not change: the settings, the model's shape, the environment."""
         state = {"step": self.step, "seconds": self.seconds, "batches_skipped": self.batches_skipped,
                  "nonfinite": self.nonfinite, "replanned": self.replanned, "scheduled": scheduled,
+                 "best_val_loss": self.best_val_loss, "stale_evaluations": self.stale_evaluations,
                  "scaler": self.scaler.state_dict(),
                  "val_loss": val_loss if val_loss is not None and math.isfinite(val_loss) else None} | facts
         return Snapshot(self.model.state_dict(), self.optimizers.tensors(), tokenizer, state)
@@ -57,6 +60,14 @@ class State:
         self.step, self.seconds = saved.step, saved.state["seconds"]
         self.batches_skipped, self.nonfinite = saved.state["batches_skipped"], saved.state["nonfinite"]
         self.replanned = saved.state["replanned"]
+        self.best_val_loss, self.stale_evaluations = saved.state["best_val_loss"], saved.state["stale_evaluations"]
+
+    def note_evaluation(self, val_loss: float) -> None:
+        """Count the evaluations since the lowest loss. One that is not finite is never the lowest."""
+        if math.isfinite(val_loss) and (self.best_val_loss is None or val_loss < self.best_val_loss):
+            self.best_val_loss, self.stale_evaluations = val_loss, 0
+        else:
+            self.stale_evaluations += 1
 
     def roll_back(self, saved: Checkpoint) -> None:
         """Go back to a moment with what is known now: step over all batches since then, the present one included."""

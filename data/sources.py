@@ -140,8 +140,7 @@ def open_source(config: DataConfig) -> Source:
     if config.source == "stdlib":
         return StdLib()
     if config.source == "hub":
-        return Hub(config.hub_name, config.hub_config, config.split, config.text_field, config.hub_revision,
-                   data_root() / "hub")
+        return open_hub(config, config.split, "data.split")
     path = config.path
     if config.source == "shakespeare" and not path:
         path = str(fetch(SHAKESPEARE_URL, SHAKESPEARE_SHA256))
@@ -153,8 +152,13 @@ def open_validation(config: DataConfig) -> Source | None:
     if config.val_path:
         return open_source(replace(config, source="text", path=config.val_path))
     if config.val_split:
-        return open_source(replace(config, split=config.val_split))
+        return open_hub(config, config.val_split, "data.val_split")
     return None
+
+
+def open_hub(config: DataConfig, split: str, split_setting: str) -> Hub:
+    return Hub(config.hub_name, config.hub_config, split, config.text_field, config.hub_revision, data_root() / "hub",
+               split_setting)
 
 
 def open_sources(config: DataConfig) -> dict[str, Source]:

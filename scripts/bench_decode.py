@@ -22,7 +22,8 @@ from torch import Tensor
 
 import atomic
 from conf.schema import FilePath
-from model import GPT, GPTConfig
+from hardware import native
+from model import GPT, GPTConfig, kernels
 from model.decode import Decoder
 from model.generate import generate
 from scripts.peer import nanogpt_module, peer_problems
@@ -59,17 +60,30 @@ class DecodeSettings:
                    "behind which each side does something else.")
 
 
+def cases(settings: DecodeSettings) -> list[tuple[str, str, int]]:
+    """What is measured: side, precision and batch. The peers' bf16 only where a CPU has it: emulated
+    it takes 30 times as long."""
+    peers: list[tuple[str, str, int]] = []
+    many = "bf16" if native("bf16") else "fp32"
+    if SHAPES[settings.shape].position == "learned":
+        if settings.peer:
+            peers.append(("nanogpt", "fp32", 1))
+        if importlib.util.find_spec("transformers"):
+            peers += [("transformers", "fp32", 1), ("transformers", many, 1),
+                      ("transformers", many, settings.batch)]
+    precisions = ("fp32", "bf16", "int8") if kernels.available() else ("fp32", "bf16")
+    ours = [("ours", precision, 1) for precision in precisions]
+    return list(dict.fromkeys([*peers, *ours, ("ours", many, settings.batch),
+                               ("ours", "bf16", settings.batch)]))
+
+
 def decode(settings: DecodeSettings) -> int:
-    like_gpt2 = SHAPES[settings.shape].position == "learned"
-    peers = [("nanogpt", "fp32", 1)] * bool(settings.peer and like_gpt2)
-    if like_gpt2 and importlib.util.find_spec("transformers"):
-        peers += [("transformers", "fp32", 1), ("transformers", "bf16", 1), ("transformers", "bf16", settings.batch)]
-    ours = [("ours", "fp32", 1), ("ours", "bf16", 1), ("ours", "int8", 1), ("ours", "bf16", settings.batch)]
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; {settings.shape}, prompt of {settings.prompt}, "
-          f"{settings.tokens} tokens\n\n"
-          "| side | precision | batch | prefill, s | tokens/s | memory is read at, GB/s | of that rate | prepared in, s |\n"
-          + "|---" * 8 + "|")
-    runs: dict[tuple[str, str, int], list[dict[str, float]]] = {case: [] for case in dict.fromkeys(peers + ours)}
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, "
+          f"bf16 {'native' if native('bf16') else 'not native'}; {settings.shape}, "
+          f"prompt of {settings.prompt}, {settings.tokens} tokens\n\n"
+          "| side | precision | batch | prefill, s | tokens/s | memory is read at, GB/s "
+          "| of that rate | prepared in, s |\n" + "|---" * 8 + "|")
+    runs: dict[tuple[str, str, int], list[dict[str, float]]] = {case: [] for case in cases(settings)}
     for _ in range(settings.rounds):
         for case, found in runs.items():
             found.append(in_a_process(case, settings))

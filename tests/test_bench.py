@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from conf.schema import ConfigError, compose
+from model import kernels
 from scripts import bench, bench_decode
 
 PEER = '''
@@ -88,8 +89,10 @@ GENERATES = PEER.replace("        self.wte = ", "        self.transformer = torc
 '''
 
 
-def test_decoding_is_measured_side_by_side(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(("native", "batches"), [("1", ["bf16"]), ("0", ["fp32", "bf16"])])
+def test_decoding_is_measured_side_by_side(tmp_path, monkeypatch, capsys, native, batches):
     """With a stand-in for nanoGPT, and without transformers: every case once a round, in turn, and a row a case."""
+    monkeypatch.setenv("NANOHYDRA_NATIVE_BF16", native)
     (tmp_path / "model.py").write_text(GENERATES)
     tiny = replace(bench.GPT2_LIKE, n_layer=1, n_head=1, n_embd=8, block_size=16, vocab_size=80)
     monkeypatch.setattr(bench_decode, "SHAPES", {"gpt2": tiny})
@@ -107,12 +110,24 @@ def test_decoding_is_measured_side_by_side(tmp_path, monkeypatch, capsys):
     out = tmp_path / "decode.json"
     words = [f"peer={tmp_path}", "prompt=6", "tokens=5", "batch=3", "rounds=2", f"out={out}"]
     assert bench_decode.decode(compose(bench_decode.DecodeSettings, words)) == 0
-    assert len(order) == 10 and order[:5] == order[5:] and order[0] == ("nanogpt", "fp32", 1) and order[4] == ("ours", "bf16", 3)
-    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][-5:]
+    singles = ["fp32", "bf16", "int8"] if kernels.available() else ["fp32", "bf16"]
+    cases = [("nanogpt", "fp32", 1), *(("ours", precision, 1) for precision in singles),
+             *(("ours", precision, 3) for precision in batches)]
+    assert order == 2 * cases
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][-len(cases):]
     for row, case in zip(rows, json.loads(out.read_text()), strict=True):
         assert row.startswith(f"| {case['side']} | {case['precision']} | {case['batch']} |") and len(case["runs"]) == 2
         assert all(set(run) == {"prepare", "prefill", "rate", "of_reading", "reading"} and run["prefill"] > 0 for run in case["runs"])
         assert all(run["reading"] == 1e9 for run in case["runs"])
+
+
+@pytest.mark.parametrize(("native", "many"), [("1", "bf16"), ("0", "fp32")])
+def test_peers_decode_in_bf16_only_where_it_is_native(native, many, monkeypatch):
+    monkeypatch.setenv("NANOHYDRA_NATIVE_BF16", native)
+    monkeypatch.setattr(bench_decode.importlib.util, "find_spec", lambda name: name)
+    found = bench_decode.cases(bench_decode.DecodeSettings())
+    assert {case[1] for case in found if case[0] == "transformers"} == {"fp32", many}
+    assert len(found) == len(set(found))
 
 
 @pytest.mark.parametrize("words, problem", [(["peer=/nowhere"], "no nanoGPT checkout"), (["tokens=1"], "at least 2"), (["prompt=1000"], "pass the block")])

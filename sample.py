@@ -41,7 +41,6 @@ from contextlib import closing
 from pathlib import Path
 
 from torch import Tensor
-from tqdm import tqdm
 
 import atomic
 from conf.identity import flat, in_one_line
@@ -50,7 +49,8 @@ from data.tokenizer import Tokenizer, fingerprint, from_json
 from hardware import native
 from model import GPT, Decoder, GPTConfig, Undrawn
 from model.generate import steps
-from terminal import counted, output, readable_size, say
+from progress import ProgressBar
+from terminal import counted, has_colors, output, readable_size, say
 from training import checkpoint, shelf
 from training.checkpoint import Checkpoint
 from training.device import Device, available_memory
@@ -261,7 +261,7 @@ class Completion:
             p, end = math.exp(logprob), token == self.tokenizer.end_of_text
             word = "end of text" if end else repr(self.tokenizer.decode_bytes((token,)).decode(errors="backslashreplace"))
             color = 31 + (p >= 0.1) * 2 - (p >= 0.5)  # red, yellow, green
-            lines.append(f"\x1b[{color}m{p:7.2%}  {word}\x1b[0m" if sys.stdout.isatty() else f"{p:7.2%}  {word}")
+            lines.append(f"\x1b[{color}m{p:7.2%}  {word}\x1b[0m" if has_colors(sys.stdout) else f"{p:7.2%}  {word}")
         return "\n".join(lines)
 
 
@@ -331,7 +331,7 @@ def complete_file(model: GPT, tokenizer: Tokenizer, settings: SampleSettings, de
         raise ValueError(f"out={path} is not a plain file: choose another.")
     with atomic.exclusive(path):
         done = already_done(path, jobs, settings_id)
-        with closing(atomic.Lines(path)) as out, tqdm(total=len(jobs), initial=done, unit="completion") as bar:
+        with closing(atomic.Lines(path)) as out, ProgressBar(total=len(jobs), initial=done, unit="completions") as bar:
             for start in range(0, len(jobs), settings.batch_size):
                 batch = jobs[start : start + settings.batch_size]
                 if start + len(batch) <= done:

@@ -8,6 +8,7 @@ ours, like atomic.py, so that every other module can use it.
 
 from __future__ import annotations
 
+import os
 import sys
 import unicodedata
 from typing import TextIO
@@ -38,6 +39,19 @@ def say(text: str, file: TextIO | None = None) -> None:
 def output(text: str, end: str = "\n") -> None:
     """Print a result: as it is into a file or a pipe, escaped on a terminal."""
     print(escaped(text) if sys.stdout.isatty() else text, end=end, flush=True)
+
+
+def can_redraw(stream: TextIO) -> bool:
+    """Whether a line on `stream` can be drawn over: it is a terminal, and one that moves its cursor."""
+    try:
+        return stream.isatty() and os.environ.get("TERM") not in (None, "", "dumb")
+    except (AttributeError, ValueError, OSError):  # replaced, closed, or gone
+        return False
+
+
+def has_colors(stream: TextIO) -> bool:
+    """Whether colours show on `stream` and are wanted (https://no-color.org)."""
+    return can_redraw(stream) and not os.environ.get("NO_COLOR")
 
 
 def counted(number: int, noun: str) -> str:

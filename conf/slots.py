@@ -21,10 +21,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from tqdm import tqdm
-
 import atomic
-from terminal import counted, escaped, say
+from progress import ProgressBar, print_line
+from terminal import counted, say
 from training.interrupt import REQUESTS, WARNINGS, Interrupt
 from training.run import LOCK, first_run, this_process
 
@@ -302,9 +301,10 @@ class Progress:
         self.counts = {"done": done, "stopped": 0, "failed": failed}
         self.best, self.best_name = math.inf, ""
         # The share of a running job that is done counts: smoothing=0 makes the time left that of the mean speed.
-        self.bar = tqdm(total=total, initial=done + failed, smoothing=0, dynamic_ncols=True,
-                        mininterval=0.5 if sys.stderr.isatty() else 10,
-                        bar_format="|{bar:10}| {desc} [{elapsed}<{remaining}]" if total else "{desc} [{elapsed}]")
+        times = "{elapsed} elapsed, {remaining} left" if total else "{elapsed} elapsed"
+        self.bar = ProgressBar(total=total, initial=done + failed, smoothing=0, mininterval=0.5,
+                               bar_format="|{bar:10}| {desc} [{elapsed}<{remaining}]" if total else "{desc} [{elapsed}]",
+                               plain_format=f"{{desc}}, {times}")
 
     def ended(self, job: Job, code: int) -> None:
         minutes, seconds = divmod(round(time.monotonic() - job.began), 60)
@@ -318,11 +318,10 @@ class Progress:
         for job in running:
             self.note(job.best, job.name)
         shown = f"{len(running)} running, " + ", ".join(f"{count} {what}" for what, count in self.counts.items())
-        with suppress(OSError):
-            best = f", best {self.best:.4f} ({self.best_name})" if self.best_name else ""
-            self.bar.set_description_str(shown + best, refresh=False)
-            share = sum(min(1.0, job.step / job.max_steps) for job in running)
-            self.bar.update(sum(self.counts.values()) + share - self.bar.n)
+        best = f", best {self.best:.4f} ({self.best_name})" if self.best_name else ""
+        self.bar.set_description_str(shown + best, refresh=False)
+        share = sum(min(1.0, job.step / job.max_steps) for job in running)
+        self.bar.update(sum(self.counts.values()) + share - self.bar.n)
 
     def note(self, best: float, name: str) -> None:
         """A result, perhaps of earlier."""
@@ -330,13 +329,10 @@ class Progress:
             self.best, self.best_name = best, name
 
     def say(self, text: str) -> None:
-        with suppress(OSError):
-            tqdm.write(escaped(text), file=sys.stdout)
-            sys.stdout.flush()
+        print_line(text)
 
     def __enter__(self) -> Progress:
         return self
 
     def __exit__(self, *failure: object) -> None:
-        with suppress(OSError):
-            self.bar.close()
+        self.bar.close()

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 import atomic
 from data.files import File
 from data.shards import SPLITS, check, read_meta, write_meta
 from data.store import folder_for, made_once, sha256_of
 from data.tokenizer import CharTokenizer, Tokenizer, fingerprint, from_json, read_tokenizer
+from progress import ProgressBar
 
 HEADER_BYTES = 1024  # of llm.c's files: 256 int32, the first three a magic number, a version, and how many tokens follow
 MAGIC = {20240520: "uint16", 20240801: "uint32"}  # GPT-2's tokens; Llama 3's
@@ -114,7 +114,7 @@ def count(shards: list[dict[str, Any]], tokenizer: Tokenizer) -> dict[str, Any]:
     """Documents, bytes and tokens of some shards. Raises ValueError for an id that the tokenizer does not have."""
     counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
     total = sum(shard["tokens"] for shard in shards)
-    with tqdm(desc="Counting tokens", total=total, unit="token", unit_scale=True, leave=False, delay=2) as bar:
+    with ProgressBar(desc="Counting tokens", total=total, unit="tokens", unit_scale=True, leave=False, delay=2) as bar:
         for shard in shards:
             tokens = np.memmap(shard["file"], shard["dtype"], "r", shard["offset"], (shard["tokens"],))
             for start in range(0, len(tokens), CHUNK):

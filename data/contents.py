@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from data.shards import SPLITS, Tokens, open_parts
 from data.tokenizer import Tokenizer
+from progress import ProgressBar
 
 CHUNK = 2**22  # tokens
 BEGINNING = 2000  # tokens of a document that are shown
@@ -26,7 +26,7 @@ class Contents:
         self.by_length: dict[int, int] = {}  # how many documents by the rounded third of an octave of their length
         parts = [(split, tokens) for split in SPLITS for tokens in open_parts(folder, split)]
         total = sum(len(tokens) for _, tokens in parts)
-        with tqdm(desc="Counting", total=total, unit="token", unit_scale=True, leave=False) as bar:
+        with ProgressBar(desc="Counting", total=total, unit="tokens", unit_scale=True, leave=False) as bar:
             for split, tokens in parts:
                 for chunk in chunks(tokens):
                     self.counts += np.bincount(chunk, minlength=len(self.counts))

@@ -12,11 +12,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from tqdm import tqdm
-
 from data.files import Document
 from data.sources import Source
 from data.split import EXPECTED_DOCUMENTS, LEAST_HELD_OUT, Text, choose, gives_tail, raised, tail_of
+from progress import ProgressBar
 
 # A corpus with less text than this is split knowing the lengths of all its documents.
 KNOWN_CHARACTERS = 2**24
@@ -112,8 +111,10 @@ class Corpus:
     @contextmanager
     def watched(self, title: str) -> Iterator[Callable[[str], None]]:
         """Something to call for each piece that is read; where that takes long, a bar shows how far it has come."""
-        look = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
-        with tqdm(desc=title, total=100, leave=False, delay=2, bar_format=look) as bar:
+        bar_format = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+        plain_format = "{desc}: {percentage:.0f}%, {elapsed} elapsed, {remaining} left"
+        with ProgressBar(desc=title, total=100, leave=False, delay=2, bar_format=bar_format,
+                         plain_format=plain_format) as bar:
             def watch(text: str) -> None:
                 bar.update(100 * self.source.fraction() - bar.n)
             yield watch

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from data.corpus import Corpus, Piece
 from data.shards import SPLITS, ShardWriter
 from data.tokenizer import Tokenizer
+from progress import ProgressBar
 
 BATCH_BYTES = 2**20  # of text: what a thread encodes in one go
 SEGMENT_BYTES = 2**28  # of text: a shard a split, and the most that a kill undoes
@@ -75,7 +75,7 @@ def segments(corpora: list[Corpus], tokenizer: Tokenizer, folder: Path, first: i
             ids[split] += [tokenizer.encode_array(text), boundary[:ends]]
         return {split: np.concatenate(arrays) for split, arrays in ids.items()}
 
-    with tqdm(desc=title, unit="B", unit_scale=True, leave=False) as bar:
+    with ProgressBar(desc=title, unit="B", unit_scale=True, leave=False) as bar:
         def to_do() -> Iterator[Batch]:
             for batch in batches(corpora):
                 if batch.segment >= first:
@@ -120,7 +120,7 @@ def threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def show(bar: tqdm, batch: Batch) -> None:
+def show(bar: ProgressBar, batch: Batch) -> None:
     """Move the bar on; how much text there is in all is known only by how far the source has been read."""
     n_bytes = sum(batch.n_bytes.values())
     bar.total = int((bar.n + n_bytes) / batch.read) if batch.read else None

@@ -38,10 +38,8 @@ class Hub:
     What the Hub said last is remembered in the folder `memory`, so that prepared tokens need no network, nor `datasets`.
     """
 
-    def __init__(self, name: str, config: str, split: str, text_field: str, revision: str, memory: Path,
-                 split_setting: str = "data.split") -> None:
+    def __init__(self, name: str, config: str, split: str, text_field: str, revision: str, memory: Path) -> None:
         self.name, self.config, self.split, self.text_field, self.revision = name, config, split, text_field, revision
-        self.split_setting = split_setting
         self.folder = Path(name).expanduser().resolve() if Path(name).expanduser().is_dir() else None
         words = "-".join(filter(None, (name, config, split)))
         self.memory = memory / f"{re.sub(r'[^-+.0-9A-Z_a-z]+', '--', words)}.json"
@@ -176,7 +174,7 @@ class Hub:
         found = {str(split): paths for split, paths in (builder.config.data_files or {}).items()}
         splits = self.split.split("+")
         if not set(splits) <= set(found):
-            raise ValueError(f"{self.split_setting}={self.split}: {self.name} has the splits {', '.join(found)}.")
+            raise ValueError(f"data.split={self.split}: {self.name} has the splits {', '.join(found)}.")
         return [path for split in splits for path in found[split]]
 
     # Reading it

@@ -19,8 +19,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal, Protocol, get_args, get_type_hints
 
-from tqdm import tqdm
-
 import atomic
 from data import files
 from data.files import Document, File
@@ -28,6 +26,7 @@ from data.hub import Hub
 from data.mixture import read_mix
 from data.separator import divide, unescaped
 from data.store import data_root, sha256_of
+from progress import ProgressBar
 from terminal import say
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -140,7 +139,8 @@ def open_source(config: DataConfig) -> Source:
     if config.source == "stdlib":
         return StdLib()
     if config.source == "hub":
-        return open_hub(config, config.split, "data.split")
+        return Hub(config.hub_name, config.hub_config, config.split, config.text_field, config.hub_revision,
+                   data_root() / "hub")
     path = config.path
     if config.source == "shakespeare" and not path:
         path = str(fetch(SHAKESPEARE_URL, SHAKESPEARE_SHA256))
@@ -152,13 +152,8 @@ def open_validation(config: DataConfig) -> Source | None:
     if config.val_path:
         return open_source(replace(config, source="text", path=config.val_path))
     if config.val_split:
-        return open_hub(config, config.val_split, "data.val_split")
+        return open_source(replace(config, split=config.val_split))
     return None
-
-
-def open_hub(config: DataConfig, split: str, split_setting: str) -> Hub:
-    return Hub(config.hub_name, config.hub_config, split, config.text_field, config.hub_revision, data_root() / "hub",
-               split_setting)
 
 
 def open_sources(config: DataConfig) -> dict[str, Source]:
@@ -220,7 +215,7 @@ class PyDocs:
     def texts(self) -> list[str]:
         """All of them, about 2 MB: parsing takes seconds, so it is done once."""
         texts: list[str] = []
-        for path in tqdm(self.files, desc="Reading the standard library", unit="file", leave=False):
+        for path in ProgressBar(self.files, "Reading the standard library", unit="files", leave=False):
             try:
                 tree = ast.parse(path.read_bytes())
             except (SyntaxError, ValueError):

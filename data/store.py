@@ -15,9 +15,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 import atomic
+from progress import ProgressBar
 from terminal import say
 
 BUILDING = ".building-"  # how the names of folders begin that are not whole yet
@@ -47,7 +46,7 @@ def sha256_of(paths: list[Path]) -> list[str]:
     before = dict(known)
     digests = []
     total = sum(path.stat().st_size for path in paths)
-    with tqdm(desc="Checking files", total=total, unit="B", unit_scale=True, leave=False, delay=2) as bar:
+    with ProgressBar(desc="Checking files", total=total, unit="B", unit_scale=True, leave=False, delay=2) as bar:
         for path in paths:
             status, now = path.stat(), time.time()
             key = key_of(path, status)
@@ -74,7 +73,7 @@ def settled(status: os.stat_result, hashed_at: float) -> bool:
     return hashed_at - max(status.st_mtime, status.st_ctime) > SETTLED
 
 
-def hash_file(path: Path, bar: tqdm) -> str:
+def hash_file(path: Path, bar: ProgressBar) -> str:
     digest = hashlib.sha256()
     try:
         with open(path, "rb") as file:

@@ -10,9 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 import atomic
+from progress import ProgressBar
 from report.curves import MOST_BANDS, color, curve_svg, curves_png, slice_svg, slices_png
 from report.history import AXES, BITS, LOSS, History, best_first, differing, open_history
 from report.importance import importance
@@ -39,7 +38,7 @@ def write(chosen: list[tuple[Path, str]], out: Path, pictures: bool = True) -> l
     Raises ValueError for a folder that is not a run's, and if matplotlib is not installed.
     """
     quiet = len(chosen) < 20
-    reading = tqdm(chosen, "Reading", unit="run", leave=False, disable=quiet)
+    reading = ProgressBar(chosen, "Reading", unit="runs", leave=False, disable=quiet)
     runs = best_first([open_history(folder, name) for folder, name in reading])
     contents = {out: page(runs, out.parent.resolve().name if len(runs) > 1 else runs[0].name).encode()}
     if pictures:

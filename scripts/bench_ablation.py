@@ -9,13 +9,11 @@ A difference that is smaller than the spread between seeds says nothing.
 from __future__ import annotations
 
 import statistics
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from tqdm import tqdm
-
 from conf.schema import compose
+from progress import ProgressBar, print_line
 from scripts.bench_result import train_ours
 
 WITHOUT = {
@@ -60,7 +58,7 @@ def ablation(settings: AblationSettings) -> int:
                                                        f"training.max_steps={max(1, limits.max_steps // 2)}"]
     print("| without | validation loss | spread | more than the recipe |\n" + "|---" * 4 + "|")
     usual = 0.0
-    with tqdm(total=len(variants) * settings.seeds, leave=False) as bar:
+    with ProgressBar(desc="Training", total=len(variants) * settings.seeds, unit="runs", leave=False) as bar:
         for name, words in variants.items():
             losses = []
             for seed in range(settings.seeds):
@@ -68,5 +66,5 @@ def ablation(settings: AblationSettings) -> int:
                 bar.update()
             mean = statistics.mean(losses)
             usual = usual or mean
-            bar.write(f"| {name} | {mean:.4f} | {max(losses) - min(losses):.4f} | {mean - usual:+.4f} |", file=sys.stdout)
+            print_line(f"| {name} | {mean:.4f} | {max(losses) - min(losses):.4f} | {mean - usual:+.4f} |")
     return 0

@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 import atomic
 from conf.schema import FilePath
+from progress import ProgressBar, print_line
 from training.device import Device
 
 ROOT = Path(__file__).parent.parent
@@ -81,14 +81,14 @@ def result(settings: ResultSettings) -> int:
     found: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
     print(f"torch {torch.__version__}, {Device().describe()}\n\n"
           "| round | side | parameters | seconds of training | seconds in all | validation loss |\n" + "|---" * 6 + "|")
-    with tqdm(total=settings.rounds * len(sides), leave=False) as bar:
+    with ProgressBar(desc="Training", total=settings.rounds * len(sides), unit="runs", leave=False) as bar:
         for number in range(settings.rounds):
             for side, run in sides.items():
                 start = time.perf_counter()
                 one = run(settings.seed + number) | {"seconds_in_all": time.perf_counter() - start}
                 found[side].append(one)
-                bar.write(f"| {number + 1} | {side} | {one['parameters']:,} | {one['seconds']:.1f} | "
-                          f"{one['seconds_in_all']:.1f} | {one['val_loss']:.4f} |", file=sys.stdout)
+                print_line(f"| {number + 1} | {side} | {one['parameters']:,} | {one['seconds']:.1f} | "
+                          f"{one['seconds_in_all']:.1f} | {one['val_loss']:.4f} |")
                 bar.update()
     median = {side: {what: statistics.median(one[what] for one in runs) for what in ("seconds", "val_loss")}
               for side, runs in found.items()}

@@ -15,6 +15,7 @@ training that nothing happened to. Prints a table; exits with 1 if anything was 
 from __future__ import annotations
 
 from conf.launch import launch
+from progress import ProgressBar
 
 if __name__ == "__main__":
     # Before the imports below: torch takes a second or more, which --help and a mistake need not wait for.
@@ -36,7 +37,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import atomic
 from conf.schema import compose
@@ -104,7 +104,6 @@ class Faulty:
 def torture(settings: TortureSettings) -> int:
     """All attempts; 0 if none lost anything."""
     torch.set_num_threads(1)  # no threads, so that a fork is a whole process
-    tqdm.monitor_interval = 0
     rows: list[tuple[str, int, int]] = []
     with tempfile.TemporaryDirectory(prefix="torture-") as scratch:
         folder = Path(scratch)
@@ -152,7 +151,7 @@ def faults(folder: Path, settings: TortureSettings) -> list[tuple[str, int, int]
     results, calls = [], math.inf
     for how in ("killed before", "killed within", "disk full once", "disk full for good"):
         tries, lost = 0, 0
-        for at in tqdm(itertools.count(1, settings.every), desc=how, unit="call", leave=False):
+        for at in ProgressBar(itertools.count(1, settings.every), how, unit="calls", leave=False):
             if at >= calls:
                 break
             shutil.rmtree(folder / "data")

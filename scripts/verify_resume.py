@@ -13,6 +13,7 @@ anything differs. Each setting of train.py can be given; without them the traini
 from __future__ import annotations
 
 from conf.launch import launch
+from progress import ProgressBar
 
 if __name__ == "__main__":
     # Before the imports below: torch takes a second or more, which --help and a mistake need not wait for.
@@ -31,7 +32,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from tqdm import tqdm
 
 import atomic
 from conf.schema import compose
@@ -96,7 +96,7 @@ def train_under_kills(overrides: list[str], run: Path, kills: int, max_steps: in
     """Train to the end, killed on the way; return how many kills fell inside a save and how many steps were lost."""
     moments = sorted(random.randrange(max_steps) for _ in range(kills))
     inside = lost = 0
-    for number, step in enumerate(tqdm(moments, desc="Kills", unit="kill", leave=False)):
+    for number, step in enumerate(ProgressBar(moments, "Kills", unit="kills", leave=False)):
         earlier, aimed = half_written(run), number % 3 == 0
         with start(overrides, run) as program:
             while program.poll() is None and steps(run) < step:

@@ -99,7 +99,8 @@ def run(jobs, count=2):
     return run_jobs(source, Slots(count), Progress(len(jobs), 0, 0)), source
 
 
-def test_a_failing_job_stops_no_other_and_its_reason_is_its_last_error(tmp_path, capsys):
+def test_a_failing_job_stops_no_other_and_its_reason_is_its_last_error(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("progress.PLAIN_SECONDS", 0)
     code, source = run([job(tmp_path, "bad", "echo Error: too wide; echo more; exit 1"), job(tmp_path, "killed", "kill -9 $$"),
                         job(tmp_path, "mute", "exit 3"), job(tmp_path, "good", "echo fine"), job(tmp_path, "last", "echo what is it >&2; exit 1")])
     assert code == 0 and source.done == 1

@@ -12,7 +12,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
 from pathlib import Path
@@ -23,8 +22,7 @@ import pytest
 
 from conf.schema import compose
 from data.hub import Hub
-from data.prepare import describe, prepare
-from data.shards import read_meta
+from data.prepare import prepare
 from data.sources import DataConfig, data_root, open_source
 
 ROOT = Path(__file__).parent.parent
@@ -246,19 +244,6 @@ def test_a_field_that_holds_no_text_is_refused(hub, tmp_path):
 def test_a_split_that_is_not_there_is_answered_with_those_that_are(hub, tmp_path, split):
     folder = write(tmp_path / "set", {"train.jsonl": lines({"text": "a"}), "test.jsonl": lines({"text": "b"})})
     assert refusal(source(folder, split=split)) == f"data.split={split}: {folder} has the splits train, test."
-
-
-def test_a_split_of_its_own_is_what_is_validated_on(hub, tmp_path):
-    """What is in both is not trained on."""
-    folder = write(tmp_path / "set", {"train.jsonl": lines(*({"text": f"text {number}"} for number in range(100))),
-                                      "validation.jsonl": lines({"text": "text 7"}, {"text": "text 200"})})
-    config = DataConfig(source="hub", hub_name=str(folder), val_split="validation", tokenizer="byte")
-    assert list(config.problems()) == []
-    prepared = prepare(config)
-    assert [part["documents"] for part in read_meta(prepared)["splits"].values()] == [99, 2]
-    assert "1 document dropped that the validation text has too" in describe(prepared)
-    with pytest.raises(ValueError, match=r"data\.val_split=val: .* has the splits train, validation\."):
-        prepare(replace(config, val_split="val"))
 
 
 @pytest.mark.parametrize("name", ["text", "json"])

@@ -549,6 +549,8 @@ def test_probabilities_are_listed_token_by_token_and_coloured_on_a_terminal(say,
     assert plain.startswith("The\n") and "The" + "".join(ast.literal_eval(row[2]) for row in rows) + "\n" == free
     assert all(100 / 28 <= float(row[1]) <= 100 for row in rows)  # the likeliest of 28
     monkeypatch.setattr(story.sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
     colours = {"31": (0, 10), "33": (10, 50), "32": (50, 100)}
     said = say("prompt=The", "temperature=2.0", "top_k=0", "top_p=1", "logprobs=true", "num_samples=4")
     found = re.findall(r"\x1b\[(\d+)m *([\d.]+)%.*\x1b\[0m", said)

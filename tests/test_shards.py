@@ -158,15 +158,3 @@ def test_a_shard_that_is_overwritten_while_it_is_read_is_named(tmp_path, change,
                 tokens.read(np.array([0, 2]))
         else:
             assert tokens.read(np.array([0, 2])).tolist() == [1, 3]
-
-
-@pytest.mark.parametrize("name, value", [("documents", "x"), ("bytes", -1), ("tokens", 2**70), ("bytes_per_token", []),
-                                         ("bytes_per_token", "x"), ("bytes_per_token", float("nan"))])
-@pytest.mark.parametrize("place", ["splits", "parts"])
-def test_a_count_of_a_wrong_type_is_one_sentence(tmp_path, place, name, value):
-    write_shards(tmp_path, [[1, 2, 3]])
-    meta = json.loads((tmp_path / "meta.json").read_text())
-    (meta["splits"] if place == "splits" else meta["parts"][0])["train"][name] = value
-    (tmp_path / "meta.json").write_text(json.dumps(meta))
-    with pytest.raises(ValueError, match=r"meta\.json cannot be read: delete"):
-        read_meta(tmp_path)

@@ -61,3 +61,8 @@ def test_a_dict_config_lives_in_the_schema_only():
 def test_no_pickle_and_no_torch_load():
     for path in [*files(*WINGS, "conf", "report", "scripts"), *ROOT.glob("*.py")]:
         assert "pickle" not in imports(path) and "torch.load(" not in path.read_text(), path
+
+
+def test_progress_is_shown_by_one_module():
+    for path in [*files(*WINGS, "conf", "report", "scripts"), *ROOT.glob("*.py")]:
+        assert path.name == "progress.py" or "tqdm" not in imports(path), path

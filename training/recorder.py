@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import secrets
-import sys
 from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
@@ -16,9 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tqdm import tqdm
-
 import atomic
+from progress import ProgressBar, print_line
 from terminal import escaped
 
 RECENT = 20  # losses that a report of a non-finite one shows
@@ -52,9 +50,10 @@ class Recorder:
         self.metrics = atomic.Lines(folder / "metrics.jsonl")
         self.log = atomic.Lines(folder / "log.txt")
         self.recent: deque[float] = deque(maxlen=RECENT)  # the last training losses
-        self.bar = tqdm(total=max_steps, initial=start_step, unit="step", dynamic_ncols=True,
-                        mininterval=0.1 if sys.stderr.isatty() else 10,  # into a file, a line now and then is enough
-                        bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]")
+        self.bar = ProgressBar(
+            total=max_steps, initial=start_step, unit="steps",
+            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
+            plain_format="Step {n_fmt} of {total_fmt} ({percentage:.0f}%), {elapsed} elapsed, {remaining} left{postfix}")
         self.cut_back(start_step)
         self.wandb = self._start_wandb(folder, config, settings)
 
@@ -62,9 +61,7 @@ class Recorder:
         """A line or more for people."""
         text = escaped(text)
         self.log.add(text)
-        with suppress(OSError):  # a terminal that was closed, a full disk behind a redirection
-            tqdm.write(text, file=sys.stdout)
-            sys.stdout.flush()
+        print_line(text)
 
     def sample(self, step: int, text: str) -> None:
         """What the model writes after `step` steps: for people, and as a line of metrics."""
@@ -103,9 +100,8 @@ class Recorder:
 
     def progress(self, step: int, **shown: str) -> None:
         """Move the bar to `step` finished steps."""
-        with suppress(OSError):
-            self.bar.set_postfix(shown, refresh=False)
-            self.bar.update(step - self.bar.n)
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update(step - self.bar.n)
 
     def _start_wandb(self, folder: Path, config: LoggerConfig, settings: dict[str, Any]) -> Any:
         """The W&B run that this folder belongs to: its id lives in `wandb.json`, so a resumed run continues it."""
@@ -150,8 +146,7 @@ class Recorder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *failure: object) -> None:
-        with suppress(OSError):
-            self.bar.close()
+        self.bar.close()
         if self.wandb is not None and kind is not KeyboardInterrupt:  # which does not wait
             self._mirror(self._end_wandb)
         self.metrics.close()

@@ -101,7 +101,7 @@ def plan(own: PlanSettings) -> int:
     say(f"Memory: {readable_size(total)} at the peak; {readable_size(kept)} more, where they are free, while a save lasts")
     for what, nbytes in memory.items():
         say(f"  {what:<22} {readable_size(nbytes):>10}")
-    most = min(count(limits.max_steps, limits.checkpoint_every), limits.keep_last + 1)
+    most = min(occurrences(limits.max_steps, limits.checkpoint_every), limits.keep_last + 1)
     folder = Path(settings.runs_dir)
     free = shutil.disk_usage(next(place for place in (folder, *folder.absolute().parents) if place.exists())).free
     say(f"Disk: {readable_size((most + 1) * kept)} for checkpoints of {readable_size(kept)}: {most} that are kept, "
@@ -189,7 +189,7 @@ def expected_time(settings: Settings, device: Device, prepared: dict[str, Any] |
     times = [[seconds_of(act, device) for act in (micro_step, update, evaluate)] for _ in range(MEASURED_STEPS + 1)][1:]
     learning, updating, looking = (statistics.median(of) for of in zip(*times, strict=True))
     step = micro_steps * learning + updating
-    n_evaluations = count(limits.max_steps, limits.eval_every)
+    n_evaluations = occurrences(limits.max_steps, limits.eval_every)
     tokens = min(limits.eval_tokens, prepared["splits"]["val"]["tokens"] if prepared else math.inf)
     evaluation = looking * tokens / (limits.batch_size * config.block_size)
     training = min(limits.max_steps * step, limits.max_seconds or math.inf)
@@ -198,7 +198,7 @@ def expected_time(settings: Settings, device: Device, prepared: dict[str, Any] |
             f"{counted(n_evaluations, 'evaluation')} of {evaluation:.1f} s")
 
 
-def count(max_steps: int, every: int) -> int:
+def occurrences(max_steps: int, every: int) -> int:
     """How often something happens in a run that happens `every` so many steps, or with 0 only at the end."""
     return math.ceil(max_steps / every) if every else 1
 

@@ -156,5 +156,6 @@ def test_memory_is_planned_within_a_quarter_of_what_a_training_takes(tmp_path, p
     here = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
     planned = subprocess.run([sys.executable, "-m", "scripts.plan", *words, "measure=false"], **here).stdout
     training = subprocess.run([sys.executable, "-c", MOST_MEMORY_OF, sys.executable, "train.py", *words, "logger.report=false"], **here).stdout
-    measured, expected = int(training.split()[-1]) / 1024, int(re.search(r"Memory: ([\d,]+) MB", planned)[1].replace(",", ""))
+    number, unit = re.search(r"Memory: ([\d.]+) (MB|GB)", planned).groups()
+    measured, expected = int(training.split()[-1]) / 1024, float(number) * {"MB": 1, "GB": 1024}[unit]
     assert 0.75 < expected / measured < 1.25, (expected, measured)

@@ -1,7 +1,7 @@
-"""What decoding does with every weight and every key, in C (kernels.c): as fast as memory is read, which torch is not.
+"""Products and attention of a decoding step, in C (kernels.c): faster than torch's for few rows.
 
-With one new position a row, a step does few operations for each number it reads. docs/benchmarks.md has what was measured.
-Shapes: B rows, H heads, G key-value heads, D head width.
+A step computes little with each number that it reads, so the speed of memory is the limit. Measured in
+docs/benchmarks.md. Shapes: B rows, H heads, G key-value heads, D head width.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ def in_panels(matrix: Tensor, width: int = PANEL) -> Tensor:
 def product(weight: Tensor, bias: Tensor | None, precision: str) -> Callable[[Tensor], Tensor]:
     """Rows `[..., in]` times `weight` `[out, in]`, plus a bias, in fp32. A row gives the same bits alone and among others.
 
-    `precision` is that of the weights: "fp32", "bf16" (rows are rounded too), or "int8" (with a scale for each output).
+    `precision` is that of the weights: "fp32", "bf16" (rows are rounded too on CPUs with bf16
+    instructions), or "int8" (with a scale for each output).
     """
     kind, dtype = KINDS[precision]
     size, inputs = weight.shape

@@ -107,6 +107,8 @@ def train(settings: Settings) -> int:
               Saver(run.checkpoints, limits.keep_last, state.step, recorder.sync, recorder.say,
                     stop_on_error=limits.on_save_error == "stop") as saver):
             introduce(recorder, run, device, model, loader, describe(prepared), state.step)
+            for warning in settings.warnings():
+                recorder.say(f"Warning: {warning}")
             if last and (planned := last.state["max_steps"]) != limits.max_steps:
                 state.replanned |= not same_rates(state.step, settings.optim, planned, limits.max_steps)
                 recorder.say(extension(state.step, settings.optim, planned, limits.max_steps, state.replanned))

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import atomic
-from conf.schema import launcher_settings
+from conf.schema import launcher_settings, options
 from conf.slots import CHILD, Job, Slots, log_of
 
 COMMON = ("timeout_min", "cpus_per_task", "gpus_per_node", "tasks_per_node", "mem_gb", "nodes", "name", "stderr_to_stdout")
+OTHERS = ("choose slurm, submitit_slurm or submitit_local; without a launcher, the jobs run here, "
+          "several at a time with jobs=2.")
 EXECUTORS = {"SlurmLauncher": "slurm", "LocalLauncher": "local"}
 
 
@@ -27,6 +29,10 @@ class Cluster(Slots):
     look_seconds = 1.0
 
     def __init__(self, overrides: list[str], folder: Path) -> None:
+        known = (*options("hydra/launcher"), "submitit_slurm", "submitit_local")
+        for word in overrides:
+            if word.startswith("hydra/launcher=") and word.partition("=")[2] not in known:
+                raise ValueError(f"{word}: {OTHERS}")
         try:
             import hydra_plugins.hydra_submitit_launcher  # noqa: F401
             import submitit
@@ -36,8 +42,7 @@ class Cluster(Slots):
         settings = launcher_settings(overrides)
         executor = EXECUTORS.get(settings.pop("_target_").rpartition(".")[2])
         if not executor:
-            raise ValueError(f"{overrides[0]}: choose slurm, submitit_slurm or submitit_local; without a launcher, the "
-                             f"jobs run here.")
+            raise ValueError(f"{overrides[0]}: {OTHERS}")
         timeouts = {f"{executor}_max_num_timeout": settings.pop("max_num_timeout")} if executor == "slurm" else {}
         try:
             self.executor = submitit.AutoExecutor(folder / "submitit" / "%j", cluster=executor, **timeouts)

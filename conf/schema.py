@@ -75,6 +75,13 @@ class Settings:
         except ValueError as error:
             yield str(error)
 
+    def warnings(self) -> Iterator[str]:
+        """One sentence for each value that works, and is probably not meant."""
+        steps = self.training.max_steps
+        if self.optim.warmup_steps > self.optim.last_full_step(steps):
+            yield (f"optim.warmup_steps={self.optim.warmup_steps} of training.max_steps={steps}: the "
+                   f"learning rate falls, or the run ends, before it reaches its full value.")
+
 
 @dataclass(frozen=True)
 class SampleSettings:

@@ -275,13 +275,17 @@ def run_jobs(source: Source, slots: Slots, progress: Progress) -> int:
 
 
 def say_best(jobs: list[Job]) -> None:
-    """Name the best of these jobs, and the commands that show more; nothing where none has a result."""
+    """Name the best of these jobs, and commands that show more; nothing where none has a result."""
     best = min(jobs, key=lambda job: job.best, default=None)
     if best is None or not math.isfinite(best.best):
         return
-    say(f"Best: {best.folder}, {best.metric} {best.best:.4f}\n"
-        f"  {shlex.join(['python', 'sample.py', f'run={best.folder}'])}\n"
-        f"  {shlex.join(['python', '-m', 'scripts.report', f'runs={best.sweep}'])}")
+    say(f"Best: {best.folder}, {best.metric} {best.best:.4f}\n{advice_on(best.folder)}")
+
+
+def advice_on(best: Path) -> str:
+    """The commands that sample from a sweep's best run, and compare all of its runs."""
+    return (f"  {shlex.join(['python', 'sample.py', f'run={best}'])}\n"
+            f"  {shlex.join(['python', '-m', 'scripts.report', f'runs={best.parent}'])}")
 
 
 def report_failures(failures: list[str]) -> int:

@@ -5,9 +5,13 @@
 
 Takes the settings of train.py, and
   measure=true     time three micro-steps of the model on this machine; false takes no time, and says none
+  device=h100      plan for a GPU that is not here, by its data sheet: a10, a10g, a100, h100, h100-pcie, h200, l4, l40s,
+                   rtx-3090, rtx-4090
+  mfu=0.4          the part of the data sheet's FLOP/s that training is assumed to reach there
 
 Memory is counted in a step of the training itself, on tensors that have shapes but no content; on a CPU comes what the
-process takes without a model, and what the heap loses to holes. What the data are is known once they are prepared.
+process takes without a model, and what the heap loses to holes. Data need not be there; how many tokens they have is
+known once they are prepared.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ if __name__ == "__main__":
 
 import math
 import os
+import re
 import resource
 import shutil
 import statistics
@@ -36,7 +41,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from conf.schema import Settings, compose
+from conf.schema import ConfigError, Settings, compose
 from data.loader import Loader
 from data.prepare import planned
 from data.shards import Tokens, read_meta
@@ -45,10 +50,12 @@ from data.tokenizer import ByteTokenizer
 from model import GPT, Undrawn
 from terminal import counted, readable_size, say
 from train import loss_of
-from training.device import Device, available_memory, seconds_of
+from training.device import PEAK_FLOPS, Device, available_memory, seconds_of
 from training.optim import Optimizers
 from training.state import State
 
+ROOT = Path(__file__).parent.parent
+GPUS = sorted(name.lower().replace(" ", "-") for name in PEAK_FLOPS)
 PUBLISHED_SIZES = {"gpt2": 50257, "cl100k_base": 100277, "o200k_base": 200019}
 ASSUMED_CHARACTERS = 65  # as many as Tiny Shakespeare has
 MEASURED_STEPS = 3
@@ -61,18 +68,25 @@ class PlanSettings:
     """How to plan; all other settings are the training's own."""
 
     measure: bool = True
+    device: str = ""  # a GPU that is not here, by its name in PEAK_FLOPS; empty: this machine
+    mfu: float = 0.4  # of such a GPU: the part of its peak that training reaches
     train: tuple[str, ...] = ()
 
     def problems(self) -> Iterator[str]:
-        """None: every value can work."""
-        return iter(())
+        """One sentence for each value that cannot work."""
+        if self.device and not gpu_named(self.device):
+            yield f"device={self.device} is not known: choose one of {', '.join(GPUS)}."
+        if not 0 < self.mfu <= 1:
+            yield f"mfu={self.mfu} is a part of the peak: choose 0 < mfu <= 1; 0.4 is usual."
 
 
 def plan(own: PlanSettings) -> int:
-    settings = compose("config", list(own.train))
+    settings, data_is_there = settings_without_data(list(own.train))
     limits, base = settings.training, resident()
-    device = Device(limits.device, limits.precision)
-    vocab_size, prepared, data = look_up(settings.data)
+    gpu = gpu_named(own.device)
+    # Counting memory runs nothing, and what a GPU takes is counted on a CPU in its precision.
+    device = Device("cpu", "bf16") if gpu else Device(limits.device, limits.precision)
+    vocab_size, prepared, data = look_up(settings.data, data_is_there)
     settings = replace(settings, model=replace(settings.model, vocab_size=vocab_size))
     say(f"Data: {data}")
 
@@ -93,7 +107,7 @@ def plan(own: PlanSettings) -> int:
     kept, peak = count_memory(settings, device)
     gradients = 4 * sum(parts.values())
     memory = {"weights and optimizer": kept, "gradients": gradients, "activations": max(0, peak - kept - gradients)}
-    if device.type == "cpu":
+    if device.type == "cpu" and not gpu:
         memory["activations"] *= CPU_HOLES
         memory["Python and torch"] = base + CPU_RUNTIME
     saving = 2 * kept + memory.get("Python and torch", 0)  # which makes a copy, and may go on beside the next step
@@ -106,7 +120,14 @@ def plan(own: PlanSettings) -> int:
     free = shutil.disk_usage(next(place for place in (folder, *folder.absolute().parents) if place.exists())).free
     say(f"Disk: {readable_size((most + 1) * kept)} for checkpoints of {readable_size(kept)}: {most} that are kept, "
           f"and one that is being written; {readable_size(free)} are free")
-    if own.measure and total > available_memory():
+    for warning in settings.warnings():
+        say(f"Warning: {warning}")
+    if gpu:
+        seconds = flops / (PEAK_FLOPS[gpu] * own.mfu)
+        say(f"Time: about {minutes(seconds)} on one {gpu}, if training reaches {own.mfu:.0%} of the "
+            f"{PEAK_FLOPS[gpu] / 1e12:,.0f} TFLOP/s that its data sheet has for bf16 (mfu={own.mfu}); "
+            f"evaluation and saving come on top")
+    elif own.measure and total > available_memory():
         say(f"Time: not measured, {readable_size(available_memory())} of memory are free")
     elif own.measure:
         say("Timing three micro-steps (measure=false leaves that out) ...", sys.stderr)
@@ -114,17 +135,33 @@ def plan(own: PlanSettings) -> int:
     return 0
 
 
-def look_up(config: DataConfig) -> tuple[int, dict[str, Any] | None, str]:
+def settings_without_data(words: list[str]) -> tuple[Settings, bool]:
+    """The settings that a command line makes, also where it names no data, and whether it names some."""
+    try:
+        return compose("config", words), True
+    except ConfigError:
+        # What is there is assumed to be the data, which leaves all other problems.
+        return compose("config", [*words, "data.mix=", "data.val_path=", f"data.path={ROOT}", "data.hub_name=a/b"]), False
+
+
+def gpu_named(name: str) -> str:
+    """The GPU of PEAK_FLOPS that is called `name`, as in h100 or rtx-4090; empty for none."""
+    plain = re.sub(r"[^a-z0-9]", "", name.lower())
+    return next((gpu for gpu in PEAK_FLOPS if plain in (found := gpu.lower().replace(" ", ""), found[3:])), "")
+
+
+def look_up(config: DataConfig, is_there: bool = True) -> tuple[int, dict[str, Any] | None, str]:
     """The size of the vocabulary, what is known of the tokens if they are prepared, and a line about both."""
     sizes = PUBLISHED_SIZES | {"byte": ByteTokenizer.vocab_size, "bpe": config.vocab_size, "char": ASSUMED_CHARACTERS}
     size = sizes[config.tokenizer]
-    if config.source in ("pydocs", "stdlib", "text") and not config.mix:  # what can be found without a network
+    if is_there and config.source in ("pydocs", "stdlib", "text") and not config.mix:  # what can be found without a network
         folder = planned(config)[0]
         if folder.is_dir():
             meta = read_meta(folder)
             return meta["vocab_size"], meta, f"{meta['splits']['train']['tokens']:,} tokens to train on ({folder})"
     sure = "assumed" if config.tokenizer == "char" else f"of {config.tokenizer}"
-    return size, None, f"not looked into: a vocabulary of {size:,} ({sure})"
+    known = "not looked into" if is_there else "not there"
+    return size, None, f"{known}: a vocabulary of {size:,} ({sure})"
 
 
 class Counter(TorchDispatchMode):

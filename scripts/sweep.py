@@ -39,7 +39,18 @@ from typing import Any, Literal
 import atomic
 from conf.identity import differences, listed
 from conf.schema import ConfigError, FilePath, Settings, compose, folder_name
-from conf.slots import INTERRUPTED, Job, Progress, Slots, in_words, metric_of, refuse_run, report_failures, run_jobs
+from conf.slots import (
+    INTERRUPTED,
+    Job,
+    Progress,
+    Slots,
+    advice_on,
+    in_words,
+    metric_of,
+    refuse_run,
+    report_failures,
+    run_jobs,
+)
 from conf.space import Point, Range, Space, read_space
 from terminal import counted, say
 from training.run import this_process
@@ -331,5 +342,6 @@ def tell_best(source: Search, advice: str) -> None:
     if complete:
         best = min(complete, key=lambda trial: trial.value)
         words = source.space.words({key: best.params[key] for key in source.space.varied})
-        say(f"Best: {source.folder / f'trial_{best.number:04d}'}, {source.metric} {best.value:.4f}\n"
-              f"  {shlex.join(['python', 'train.py', *words])}")
+        run = source.folder / f"trial_{best.number:04d}"
+        say(f"Best: {run}, {source.metric} {best.value:.4f}\n"
+            f"  {shlex.join(['python', 'train.py', *words])}\n{advice_on(run)}")

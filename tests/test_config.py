@@ -360,3 +360,14 @@ def test_an_experiment_may_lie_at_home(monkeypatch, tmp_path):
     (tmp_path / "own.yaml").write_text("seed: 7\nruns_dir: ~/runs")
     made = compose("config", ["experiment=~/own.yaml"])
     assert (made.seed, made.runs_dir) == (7, f"{tmp_path}/runs")
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd", "constant"])
+@pytest.mark.parametrize("warmup", [0, 1, 4, 5, 9, 10, 11, 50])
+def test_a_rate_that_is_never_full_is_warned_about(schedule, warmup):
+    from training.optim import lr_scale
+
+    settings = compose("config", [f"optim.schedule={schedule}", "optim.decay_fraction=0.5", f"optim.warmup_steps={warmup}",
+                                  "training.max_steps=10"])
+    highest = max(lr_scale(step, settings.optim, 10) for step in range(10))
+    assert len(list(settings.warnings())) == (highest < 1)

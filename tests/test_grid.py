@@ -118,6 +118,26 @@ def test_an_error_of_an_earlier_attempt_is_not_the_reason_of_this_one(tmp_path):
     assert run([job(tmp_path, "a", "exit 2")])[1].failures[0].startswith("a: exit code 2")
 
 
+def test_the_best_job_is_named_with_what_shows_more(tmp_path, capsys):
+    jobs = [job(tmp_path, name) for name in ("a", "b b", "none")]
+    for one, best in zip(jobs, (2.0, 1.5, math.inf), strict=True):
+        one.best = best
+    slots.say_best(jobs)
+    assert capsys.readouterr().out.splitlines() == [
+        f"Best: {tmp_path}/b b, val_loss 1.5000", f"  python sample.py 'run={tmp_path}/b b'",
+        f"  python -m scripts.report runs={tmp_path}"]
+    slots.say_best(jobs[2:])
+    slots.say_best([])
+    assert capsys.readouterr().out == ""
+
+
+def test_one_value_is_a_sweep_of_one_job():
+    plan = grid.plan_grid(["optim.lr=1e-3"])
+    assert list(plan.composed) == ["lr=0.001"] and plan.folder == Path("runs/pydocs-by-lr")
+    both = grid.plan_grid(["optim.lr=1e-3,3e-3"])
+    assert list(both.composed) == ["lr=0.001", "lr=0.003"] and both.folder == plan.folder
+
+
 @pytest.mark.slow
 def test_so_many_jobs_run_at_a_time(tmp_path):
     script = f"touch {tmp_path}/on-$$; ls {tmp_path} | grep -c on- >> {tmp_path}/counts; sleep 0.3; rm {tmp_path}/on-$$"
@@ -253,6 +273,7 @@ def test_a_sweep_runs_each_job_lists_the_failures_and_skips_what_is_finished(boo
     said, complaints = program.communicate(timeout=300)
     assert program.returncode == 1 and "Traceback" not in complaints
     assert "1 of 4 jobs finished" in said and "3 failed" in said
+    assert f"Best: {tmp_path}/sweep/block_size=16,lr=0.001, val_loss " in said
     assert said.count("lr=-1: optim.lr=-1.0 must be more than 0") == 2
     assert "block_size=100000,lr=0.001: The " in said and f"Log: {tmp_path}/sweep/logs/block_size=100000,lr=0.001.txt" in said
     assert steps(tmp_path, "block_size=16,lr=0.001") == 2
@@ -305,7 +326,7 @@ def test_a_launcher_that_is_none_or_misses_its_settings_is_one_sentence(tmp_path
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))  # where no srun is
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
-    for words, said in ((["hydra/launcher=basic"], "choose slurm"), (["hydra/launcher=nope"], "nope"),
+    for words, said in ((["hydra/launcher=basic"], "choose slurm"), (["hydra/launcher=joblib"], "jobs=2"), (["hydra/launcher=nope"], "nope"),
                         (["hydra/launcher=slurm", "hydra.launcher.partitoin=a"], "partitoin"), (["hydra/launcher=slurm"], "slurm cluster")):
         with pytest.raises(ValueError, match=said) as caught:
             grid.run_grid(["seed=1,2", *words])

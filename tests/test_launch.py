@@ -107,7 +107,7 @@ def test_a_thread_can_launch_and_its_ctrl_c_ends_only_it(monkeypatch):
     assert codes == [130]
 
 
-ENTRY_POINTS = ["train.py", "sample.py", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("scripts/*.py")
+ENTRY_POINTS = ["train.py", "sample.py", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("scripts/[!_]*.py")
                                                 if "launch(" in path.read_text())]
 
 # Runs command lines one after the other in a process that cannot import torch; prints what each said, as JSON.
@@ -226,3 +226,9 @@ def test_only_the_first_of_several_processes_says_so(monkeypatch, capsys):
     with pytest.raises(SystemExit) as caught:
         run_words()
     assert caught.value.code == 1 and capsys.readouterr().err == ""
+
+
+def test_scripts_are_listed():
+    ran = subprocess.run([sys.executable, "-m", "scripts"], cwd=ROOT, capture_output=True, text=True, check=True)
+    listed = {line.split()[0] for line in ran.stdout.splitlines()[1:]}
+    assert listed == {Path(path).stem for path in ENTRY_POINTS if path.startswith("scripts/")}

@@ -159,3 +159,35 @@ def test_memory_is_planned_within_a_quarter_of_what_a_training_takes(tmp_path, p
     number, unit = re.search(r"Memory: ([\d.]+) (MB|GB)", planned).groups()
     measured, expected = int(training.split()[-1]) / 1024, float(number) * {"MB": 1, "GB": 1024}[unit]
     assert 0.75 < expected / measured < 1.25, (expected, measured)
+
+
+def test_a_plan_needs_no_data(capsys):
+    """As `experiment=gpt2_124m`, whose text is the user's; here in a small shape."""
+    for words in (["data=text"], ["data=text", "data.path=/no/such"], ["data=hub"], ["data.mix=/no/such:1 pydocs:1"], ["data=bin"]):
+        assert story.plan(compose(story.PlanSettings, ["model=nano", "measure=false", *words])) == 0
+        assert "Data: not there: a vocabulary of " in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"^training\.max_steps=0 must be at least 1\.$"):
+        story.plan(compose(story.PlanSettings, ["data=text", "training.max_steps=0"]))
+
+
+def test_another_device_is_planned_by_its_data_sheet(capsys):
+    words = ["model=nano", "data=text", "training=smoke", "training.max_steps=1e11"]
+    assert story.plan(compose(story.PlanSettings, [*words, "device=h100"])) == 0
+    out = capsys.readouterr().out
+    flops = float(re.search(r"FLOPs: ([\d.e+]+)", out)[1])
+    hours = float(re.search(r"Time: about ([\d.]+) hours on one H100, if training reaches 40%", out)[1])
+    assert hours == pytest.approx(flops / (989e12 * 0.4) / 3600, abs=0.1, rel=0.01)
+    assert story.plan(compose(story.PlanSettings, [*words, "device=RTX4090", "mfu=0.2"])) == 0
+    hours = float(re.search(r"Time: about ([\d.]+) hours on one RTX 4090", capsys.readouterr().out)[1])
+    assert hours == pytest.approx(flops / (165e12 * 0.2) / 3600, abs=0.1, rel=0.01)
+
+
+@pytest.mark.parametrize("name", [*story.GPUS, "H100 PCIe", "rtx 3090", "4090", "RTX4090"])
+def test_gpus_are_found_by_their_names(name):
+    assert re.sub("[^a-z0-9]", "", story.gpu_named(name).lower()).endswith(re.sub("[^a-z0-9]", "", name.lower()))
+
+
+@pytest.mark.parametrize("words", [["device=tpu"], ["device=cuda"], ["device=h100", "mfu=0"], ["mfu=1.5"], ["mfu=nan"]])
+def test_an_unknown_device_or_share_is_one_sentence(words):
+    with pytest.raises(ConfigError, match="choose"):
+        compose(story.PlanSettings, words)

@@ -43,6 +43,16 @@ class OptimConfig:
             if not 0 <= getattr(self, name) <= 1:
                 yield f"{name}={getattr(self, name)} must lie between 0 and 1."
 
+    def last_full_step(self, max_steps: int) -> int:
+        """The last step, from 0, at which the rate can be whole: a longer warm-up never gets there."""
+        if self.schedule == "wsd":
+            return min(max_steps - 1, self.decay_start(max_steps))
+        return max_steps - 1
+
+    def decay_start(self, max_steps: int) -> int:
+        """The step at which the wsd schedule begins to fall."""
+        return round(max_steps * (1 - self.decay_fraction))
+
 
 @dataclass(frozen=True)
 class TrainingConfig:

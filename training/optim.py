@@ -22,7 +22,7 @@ def lr_scale(step: int, config: OptimConfig, max_steps: int) -> float:
         return (step + 1) / (config.warmup_steps + 1)
     if config.schedule == "constant":
         return 1.0
-    start = config.warmup_steps if config.schedule == "cosine" else round(max_steps * (1 - config.decay_fraction))
+    start = config.warmup_steps if config.schedule == "cosine" else config.decay_start(max_steps)
     progress = min(1.0, max(0, step - start) / max(1, max_steps - start))
     fall = 0.5 * (1 - math.cos(math.pi * progress)) if config.schedule == "cosine" else progress
     return 1.0 - (1.0 - config.min_lr_ratio) * fall

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
+import sys
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
 import atomic
+from terminal import say
 
 LOCK = "lock"
 
@@ -81,21 +85,50 @@ def first_run(folders: Iterable[Path]) -> Path | None:
 def find_run(runs_dir: Path, name: str) -> Path:
     """The folder of the run `name`: below `runs_dir`, or a path; without a name, the run that was saved last.
 
-    Raises ValueError naming the runs there are.
+    Of a sweep it is the best run, also where the run that was saved last is one of a sweep. Raises
+    ValueError naming the runs there are.
     """
     runs = sorted(runs_below(runs_dir))
     if not name and runs:
-        return max(runs, key=saved_at)
+        last = max(runs, key=saved_at)
+        return best_run(last.parent) if is_sweep(last.parent) else last
     places = (runs_dir / name, Path(name))
-    for run in places:
-        if name and has_checkpoint(run):
-            return run
+    for place in places:
+        if name and has_checkpoint(place):
+            return place
+        if name and is_sweep(place) and any(runs_below(place)):
+            return best_run(place)
     if name and first_run(places):
         raise ValueError(f"run={name} has no checkpoint yet: while it is trained, the first comes after "
                          "training.checkpoint_every steps, or when you stop it.")
     there = f"There are: {', '.join(str(run.relative_to(runs_dir)) for run in runs)}." if runs else (
         f"{runs_dir} holds no run with a checkpoint: train one with python train.py.")
     raise ValueError(f"run={name} is not there. {there}" if name else there)
+
+
+def is_sweep(folder: Path) -> bool:
+    """Whether a grid or a search has trained the runs in this folder: it keeps what they printed."""
+    return (folder / "logs").is_dir() and not is_run(folder)
+
+
+def best_run(sweep: Path) -> Path:
+    """The run of a sweep with the fewest bits per byte, which is said; the last one if none has any."""
+    runs = sorted(runs_below(sweep), key=saved_at, reverse=True)
+    results = {run: lowest_bits_per_byte(run) for run in runs}
+    best = min(runs, key=results.__getitem__)
+    if len(runs) > 1 and math.isfinite(results[best]):
+        say(f"The best of {len(runs)} runs in {sweep}: {best.name}, {results[best]:.4f} bits per byte", sys.stderr)
+    return best
+
+
+def lowest_bits_per_byte(run: Path) -> float:
+    """The lowest of the run's validations, which also compares other tokenizers; infinite without any."""
+    lowest = math.inf
+    with suppress(OSError):
+        for line in (run / "metrics.jsonl").read_bytes().splitlines():
+            with suppress(ValueError, KeyError, TypeError):
+                lowest = min(lowest, float(atomic.parse_json(line)["bits_per_byte"]))
+    return lowest
 
 
 def runs_below(runs_dir: Path) -> Iterator[Path]:

@@ -1,0 +1,16 @@
+"""python -m scripts: list the scripts, a line each."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+from terminal import say
+
+if __name__ == "__main__":
+    say("python -m scripts.NAME --help says more about each:")
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        text = path.read_text()
+        if "launch(" in text and not path.stem.startswith("_"):
+            first_line = ast.get_docstring(ast.parse(text)).partition("\n")[0]
+            say(f"  {path.stem:<17} {first_line}")

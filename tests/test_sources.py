@@ -112,7 +112,7 @@ def test_a_single_file_of_any_ending_is_one_document(tmp_path):
 
 
 def test_a_folder_gives_txt_and_md_below_it_in_the_order_of_their_names(tmp_path):
-    write(tmp_path, {"b.txt": "b", "a.md": "a", "c/d/deep.TXT": "deep", "c/e.md": "e", "code.py": "no", "data.csv": "no",
+    write(tmp_path, {"b.txt": "b", "a.md": "a", "c/d/deep.TXT": "deep", "c/e.md": "e", "code.py": "no", "data.xml": "no",
                      "txt": "no"})
     (tmp_path / "folder.txt").mkdir()
     assert texts(Files(str(tmp_path))) == ["a", "b", "deep", "e"]

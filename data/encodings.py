@@ -125,10 +125,10 @@ def likely_encoding(block: bytes) -> str:
     elif valid.count("\ufffd") * 2 < foreign:
         return ""
     else:
-        # In Latin scripts, letters with accents are fewer than those without.
+        # In Latin scripts, most letters have no accents.
         accented = sum(byte >= 128 for byte in block)
         plain = sum(len(word) for word in re.findall(rb"[A-Za-z]+", block))
-        dense = accented > plain
+        dense = accented > 2 * plain
         candidates = OTHER_SCRIPTS if dense else LATIN | OTHER_SCRIPTS
     best, best_share = "", LEAST_SHARE
     for encoding, frequent in candidates.items():

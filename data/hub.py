@@ -159,10 +159,10 @@ class Hub:
     def builder(self, commit: str) -> DatasetBuilder:
         """What `datasets` knows of the configuration at a commit. Raises ValueError saying why it knows nothing."""
         datasets = datasets_package()
+        if self.folder:
+            refuse_paths_outside(self.folder)
         try:
             place = str(self.folder or self.name)
-            if self.folder:
-                refuse_paths_outside(self.folder)
             found = datasets.load_dataset_builder(place, self.config or None, revision=commit or None)
             if found.name == "cache":  # what it falls back to: another download of this user, of whatever commit
                 raise ConnectionError("the Hugging Face Hub does not answer")
@@ -246,32 +246,49 @@ def refuse_paths_outside(folder: Path) -> None:
 
     `datasets` would look for them before it says which they are.
     """
-    for name in ("README.md", ".huggingface.yaml"):
-        card = folder / name
+    for card in (folder / "README.md", folder / ".huggingface.yaml"):
         if not os.path.lexists(card):
             continue
         if not is_file_in(folder, str(card)):
             raise ValueError(f"{card} is not a file inside the folder: replace it by a copy.")
-        with open(card, "rb") as file:
-            text = file.read(CARD_BYTES).decode("utf-8", "replace")
-        head = re.match(r"\ufeff?---\r?\n(.*?)^---", text, re.DOTALL | re.MULTILINE) if name == "README.md" else None
-        for path in named_paths(yaml.safe_load(head[1] if head else text) if head or name != "README.md" else None):
-            if "://" in path or "::" in path or ".." in Path(path).parts or path.startswith(("/", "~")):
+        for path in named_paths(head_of(card)):
+            parts = Path(path).parts
+            if "://" in path or "::" in path or ".." in parts or path.startswith(("/", "~")):
                 raise ValueError(f"{card} names {path}, which is not inside the folder: only its own files are read.")
 
 
-def named_paths(card: Any) -> Iterator[str]:
-    """The paths and patterns of files in the head of a card."""
-    configs = card.get("configs") if isinstance(card, dict) else None
-    waiting = [one.get(key) for one in configs or [] if isinstance(one, dict) for key in ("data_files", "data_dir")]
+def head_of(card: Path) -> Any:
+    """The YAML at the beginning of a README.md, or all of a .yaml file."""
+    with open(card, "rb") as file:
+        text = file.read(CARD_BYTES).decode("utf-8", "replace").removeprefix("\ufeff")
+    if card.suffix == ".md":
+        head = re.match(r"---\r?\n(.*?)^---", text, re.DOTALL | re.MULTILINE)
+        text = head[1] if head else ""
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{card} is not valid YAML at its beginning ({in_one_line(error)}).") from None
+
+
+def named_paths(head: Any) -> Iterator[str]:
+    """The paths and patterns of files that the head of a card names."""
+    configs = head.get("configs") if isinstance(head, dict) else None
+    waiting = []
+    for config in configs if isinstance(configs, list) else []:
+        if isinstance(config, dict):
+            waiting += [config.get("data_files"), config.get("data_dir")]
+    # A YAML file can hold the same list very often, by aliases.
+    seen = set()
     while waiting:
         value = waiting.pop()
         if isinstance(value, str):
             yield value
-        elif isinstance(value, dict):
-            waiting += [value["path"]] if "path" in value else value.values()
-        elif isinstance(value, list):
-            waiting += value
+        elif id(value) not in seen:
+            seen.add(id(value))
+            if isinstance(value, dict):
+                waiting += value.values()
+            elif isinstance(value, list):
+                waiting += value
 
 
 def is_file_in(folder: Path, path: str) -> bool:

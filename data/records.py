@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, NamedTuple
 from data.encodings import not_text
 
 RECORD_BYTES = 2**26  # the most that a record may have, as it must be in memory at once
-BATCH_BYTES = 2**22  # of Parquet: what the rows that are read at once may have
+BATCH_BYTES = 2**20  # of Parquet: what the rows that are read at once have
 BOMB_BYTES, BOMB_RATIO = 2**28, 200  # of Parquet: columns beyond both are not unpacked
 MISSING = object()
 DELIMITERS = {".csv": ",;\t|", ".tsv": "\t"}
@@ -267,7 +267,7 @@ def delimited(file: BinaryIO, ending: str, field: str, errors: str, path: Path) 
         if not header:
             header = names_of(row)
             if field not in header:
-                raise ValueError(f"{path} has no column {field} (its columns are {', '.join(header[:10])}): "
+                raise ValueError(f"{path} has no field {field} (its fields are {', '.join(header[:10])}): "
                                  f"set data.text_field=NAME.")
         elif row and len(row) != len(header):
             yield BadRecord(f"line {line} has {len(row):,} fields and the header has {len(header):,}")
@@ -314,7 +314,7 @@ def parquet_column(file: Any, field: str, name: str) -> Iterator[Any]:
     kind = column_type(file.schema_arrow, field)
     if kind is None:
         there = ", ".join(file.schema_arrow.names[:10])
-        raise ValueError(f"{name} has no column {field} (its columns are {there}): set data.text_field=NAME.")
+        raise ValueError(f"{name} has no field {field} (its fields are {there}): set data.text_field=NAME.")
     for number in range(file.num_row_groups):
         group = file.metadata.row_group(number)
         if not is_text(kind):
@@ -348,8 +348,10 @@ def batch_rows(encodings: tuple[str, ...], size: int, rows: int) -> int:
     each row might have as many bytes as all pages.
     """
     if set(encodings) <= {"PLAIN", "RLE", "BIT_PACKED"}:
-        size //= max(1, rows)
-    return max(1, min(1024, BATCH_BYTES // max(1, size)))
+        at_once = BATCH_BYTES * rows // max(1, size)
+    else:
+        at_once = RECORD_BYTES // max(1, size)
+    return max(1, min(1024, at_once))
 
 
 def column_type(schema: Any, field: str) -> Any:

@@ -196,7 +196,8 @@ def open_sources(config: DataConfig) -> dict[str, Source]:
     if config.separator and not any(isinstance(source, Files) and source.has_plain_text() for source in sources.values()):
         raise ValueError(f"data.separator={config.separator} divides plain text, and {config.mix or config.path} holds "
                          f"only records: leave it out.")
-    if config.text_field != DataConfig.text_field and not any(map(reads_records, sources.values())):
+    has_records = any(map(reads_records, sources.values())) or config.val_path
+    if config.text_field != DataConfig.text_field and not has_records:
         raise ValueError(f"data.text_field={config.text_field} names a field of records, and {config.mix or config.path} "
                          f"holds none, only plain text: leave it out, or give files of records one of the endings "
                          f"{', '.join(files.RECORDS)}.")

@@ -48,8 +48,8 @@ def reading(path: Path) -> Iterator[None]:
 def damaged(path: Path, error: Exception) -> ValueError:
     reason = str(error)
     if "too much memory" in reason or "emory usage limit" in reason:
-        return ValueError(f"{path} needs more memory to be decompressed than a file of its size may "
-                          f"take: compress it again with default settings.")
+        return ValueError(f"{path} is damaged, or needs more memory to be decompressed than a file of "
+                          f"its size may take: compress it again with default settings.")
     return ValueError(f"{path} is damaged or cut short ({reason}).")
 
 

@@ -194,6 +194,66 @@ def write(folder: Path, files: dict[str, bytes]) -> Path:
 # A folder laid out like a data set
 
 
+@pytest.mark.parametrize("path", ["../secret.jsonl", "{outside}/secret.jsonl", "in/../../secret.jsonl", "~/secret.jsonl",
+                                  "https://example.com/a.jsonl", "file://{outside}/secret.jsonl", "zip://a.jsonl::{outside}/a.zip"])
+@pytest.mark.parametrize("form", [lambda path: path, lambda path: [path], lambda path: {"train": [path]},
+                                  lambda path: [{"split": "train", "path": path}]], ids=["text", "list", "splits", "patterns"])
+def test_a_card_cannot_name_files_outside_its_folder(hub, tmp_path, path, form):
+    (tmp_path / "secret.jsonl").write_bytes(lines({"text": "secret"}))
+    path = path.format(outside=tmp_path)
+    card_of = card(configs=[{"config_name": "one", "data_files": form(path)}])
+    folder = write(tmp_path / "set", {"README.md": card_of, "in/a.jsonl": lines({"text": "a"})})
+    assert f"names {path}, which is not inside the folder" in refusal(source(folder))
+    (folder / "README.md").rename(folder / ".huggingface.yaml")
+    (folder / ".huggingface.yaml").write_bytes(card_of.split(b"---\n")[1])
+    assert f"names {path}, which is not inside the folder" in refusal(source(folder))
+    assert not hub.asked
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "data/train-0.jsonl"])
+def test_a_link_cannot_lead_outside_a_folder(hub, tmp_path, name):
+    (tmp_path / "secret.jsonl").write_bytes(lines({"text": "secret"}))
+    folder = write(tmp_path / "set", {"test.jsonl": lines({"text": "a"})})
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).symlink_to(tmp_path / "secret.jsonl")
+    assert "is not a file inside that folder" in refusal(source(folder))
+    (folder / name).unlink()
+    (folder / name).symlink_to(folder / "test.jsonl")
+    assert texts(source(folder)) == ["a"]
+
+
+def test_a_card_cannot_lead_outside_a_folder(hub, tmp_path):
+    folder = write(tmp_path / "set", {"train.jsonl": lines({"text": "a"})})
+    (folder / "README.md").symlink_to("/etc/passwd")
+    assert "README.md is not a file inside the folder" in refusal(source(folder))
+
+
+@pytest.mark.parametrize("content", [b"---\n[\n---\n", b"---\n" + b"[" * 10_000 + b"\n---\n",
+                                     b"---\nconfigs: [{data_files: &a [x]}]\n---\n"], ids=["damaged", "deep", "no name"])
+def test_a_card_that_cannot_be_read_is_one_sentence(hub, tmp_path, content):
+    refusal(source(write(tmp_path / "set", {"README.md": content, "train.jsonl": lines({"text": "a"})})))
+
+
+def test_a_folder_with_a_pipe_does_not_hang(hub, tmp_path):
+    folder = write(tmp_path / "set", {"test.jsonl": lines({"text": "a"})})
+    os.mkfifo(folder / "train.jsonl")
+    refusal(source(folder))
+
+
+@pytest.mark.parametrize("value, words", [(3, "it is a number"), (["x"], "it is a list"), ({"a": "x"}, "it is an object with fields")])
+def test_examples_without_text_stop_or_are_counted(hub, tmp_path, value, words):
+    folder = write(tmp_path / "set", {"train.jsonl": lines({"text": value}, {"text": value})})
+    assert f"example 1 has no text in the field text ({words}): set data.on_bad_record=skip" in refusal(source(folder))[:-1] + "."
+    skipping = Hub(str(folder), "", "train", "text", "", data_root() / "hub", "skip")
+    assert texts(skipping) == [] and skipping.bad_records == 2
+    assert skipping.description().endswith(", 2 records without text skipped")
+
+
+def test_a_field_of_a_field_is_read(hub, tmp_path):
+    for name, content in (("train.jsonl", lines({"data": {"text": "a"}})), ("train.parquet", parquet(data=[{"text": "a"}]))):
+        assert texts(source(write(tmp_path / name, {name: content}), text_field="data.text")) == ["a"]
+
+
 def test_a_folder_is_read_by_split(hub, tmp_path):
     folder = write(tmp_path / "set", {"train.jsonl": lines({"text": "a", "n": 1}, {"text": "b", "n": 2}),
                                       "test.jsonl": lines({"text": "c", "n": 3})})
@@ -232,7 +292,7 @@ def test_documents_can_be_read_again_and_again(hub, tmp_path):
                                    lambda: {"train.parquet": parquet(body=["a"], id=[1])}], ids=["jsonl", "parquet"])
 def test_a_field_that_is_not_there_is_answered_with_those_that_are(hub, tmp_path, files):
     message = refusal(source(folder := write(tmp_path / "set", files())))
-    assert message == f"{folder} has no text in the field text (it has body, id): set data.text_field=NAME."
+    assert message == f"{folder} has no field text (its fields are body, id): set data.text_field=NAME."
 
 
 def test_a_field_that_holds_no_text_is_refused(hub, tmp_path):

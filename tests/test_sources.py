@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from data.sources import DataConfig, Files, PyDocs, StdLib, data_root, fetch, open_source
+from data.sources import DataConfig, Files, PyDocs, StdLib, data_root, fetch, open_source, open_sources
 
 
 def texts(source):
@@ -348,6 +348,38 @@ def test_all_problems_come_together():
                                       {"source": "text", "path": __file__}], ids=str)
 def test_settings_that_work_give_no_problem(settings):
     assert list(DataConfig(**settings).problems()) == []
+
+
+@pytest.mark.parametrize("source", ["text", "shakespeare"])
+def test_a_text_field_that_no_file_uses_is_an_error(tmp_path, source):
+    write(tmp_path, {"a.txt": "text", "b.md": "text"})
+    for config in (DataConfig(source, str(tmp_path), text_field="body"), DataConfig(mix=f"pydocs:1 {tmp_path}:1", text_field="body")):
+        with pytest.raises(ValueError, match=r"data.text_field=body names a field of records, and .* holds none"):
+            open_sources(config)
+    write(tmp_path, {"c.jsonl": '{"body": "record"}'})
+    assert texts(open_source(DataConfig(source, str(tmp_path), text_field="body"))) == ["text", "text", "record"]
+
+
+@pytest.mark.parametrize("settings, name", [
+    ({"source": "pydocs", "text_field": "body"}, "text_field"), ({"source": "bin", "encoding": "latin-1"}, "encoding"),
+    ({"source": "hub", "hub_name": "x", "errors": "replace"}, "errors"), ({"on_bad_record": "skip"}, "on_bad_record")])
+def test_a_setting_about_files_that_a_source_does_not_use_is_told(settings, name):
+    [problem] = DataConfig(path=str(Path(__file__).parent) if settings.get("source") == "bin" else "", **settings).problems()
+    assert problem.startswith(f"{name}={settings[name]} is for files of text")
+
+
+def test_a_link_to_itself_is_named_by_the_settings(tmp_path):
+    (tmp_path / "a").symlink_to(tmp_path / "a")
+    [problem] = DataConfig("text", str(tmp_path / "a")).problems()
+    assert "is a symbolic link that leads nowhere, or to itself" in problem
+
+
+def test_how_records_are_read_changes_the_fingerprint(tmp_path):
+    write(tmp_path, {"a.jsonl": '{"text": "a"}\n{"text": null}\n'})
+    path = str(tmp_path)
+    different = [Files(path), Files(path, encoding="latin-1"), Files(path, on_bad_record="skip")]
+    assert len({source.fingerprint() for source in different}) == 3
+    assert texts(different[2]) == ["a"] and different[2].description() == "1 file, 1 record without text skipped"
 
 
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: preset.stem)

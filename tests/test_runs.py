@@ -911,6 +911,26 @@ def test_an_interrupted_run_stops_early_at_the_same_step(compose_tiny, tmp_path,
     assert same(tmp_path / "runs/tiny", tmp_path / "runs/straight")
 
 
+def test_a_killed_run_stops_early_at_the_same_step(compose_tiny, tmp_path, losses, monkeypatch):
+    """It resumes from step 5, after which two evaluations were made that no checkpoint knows of."""
+    losses(LOSSES)
+    words = [*EVERY_2, "training.patience=3"]
+    story.train(compose_tiny(*words, "name=straight"))
+    lr_scale = story.lr_scale
+
+    def killed_at_9(now, *arguments):
+        if now == 9:
+            raise RuntimeError("killed")
+        return lr_scale(now, *arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(story, "lr_scale", killed_at_9)
+        story.train(compose_tiny(*words))
+    assert last_step(tmp_path / "runs/tiny") == 5
+    assert story.train(compose_tiny(*words)) == 0
+    assert same(tmp_path / "runs/tiny", tmp_path / "runs/straight")
+
+
 def test_the_evaluation_at_the_end_of_a_run_does_not_use_up_patience(compose_tiny, tmp_path, losses):
     """Else a run that is extended would stop earlier than one that was planned as long."""
     losses(LOSSES | {5: 9.0})

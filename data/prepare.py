@@ -32,7 +32,7 @@ def prepare(config: DataConfig) -> Path:
     not what was written; OSError where they cannot be written.
     """
     if config.source == "bin" and not config.mix:
-        return prepare_bins(expanded(config.path), config.tokenizer)
+        return prepare_bins(expanded(config.path), config.tokenizer, config.dtype)
     plan = planned(config)
     made_once(plan.folder, lambda partial: build(partial, plan, config))
     check(plan.folder, plan.recipe)

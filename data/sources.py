@@ -56,6 +56,7 @@ class DataConfig:
     on_bad_record: Literal["stop", "skip"] = "stop"  # at a record without text: stop, or leave it out and count it
     encoding: str = ""  # of text files without a byte order mark, such as latin-1; empty: UTF-8
     errors: Literal["strict", "replace"] = "strict"  # at bytes that are not text: stop, or read a replacement character
+    dtype: Literal["auto", "uint8", "uint16", "int16", "uint32", "int32", "uint64", "int64"] = "auto"  # bin, of tokens
     hub_name: str = ""  # hub: OWNER/NAME of a data set on the Hugging Face Hub, or a folder laid out like one
     hub_config: str = ""  # hub: which of its configurations; empty: its default
     hub_revision: str = ""  # hub: a branch, tag or commit of it; empty: its newest state
@@ -101,6 +102,8 @@ class DataConfig:
                    f"utf-16 or gb18030.")
         if not self.text_field:
             yield "text_field is empty: name the field of a record that holds its text."
+        if self.dtype != "auto" and self.source != "bin":
+            yield f"dtype={self.dtype} is the type of tokens of data=bin, and data={self.source} has none: leave it out."
         for name in () if self.mix else UNUSED.get(self.source, ()):
             if getattr(self, name) != getattr(DataConfig, name):
                 yield f"{name}={getattr(self, name)} is for files of text, and data={self.source} reads none."

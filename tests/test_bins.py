@@ -12,7 +12,7 @@ import pytest
 from data.prepare import describe, load_tokenizer, prepare
 from data.shards import Tokens, read_meta
 from data.sources import DataConfig
-from data.tokenizer import BPETokenizer
+from data.tokenizer import BPETokenizer, CharTokenizer
 
 TEXT = "It was the best of times, it was the worst of times. Žluťoučký kůň! " * 20
 
@@ -140,14 +140,14 @@ def test_other_tokens_are_other_data(nanogpt, fresh_data, name):
 
 
 @pytest.mark.parametrize("damage, words", [
-    (lambda bins: (bins / "val.bin").unlink(), "holds no .bin file with val in its name"),
+    (lambda bins: (bins / "val.bin").unlink(), "holds no .bin or .npy file with val in its name"),
     (lambda bins: [path.unlink() for path in bins.glob("*.bin")], "train and none with val in its name"),
     (lambda bins: os.truncate(bins / "val.bin", 21), "val.bin is no file of 16-bit tokens: it has 21 bytes"),
     (lambda bins: llmc(bins / "val.bin", range(50)) or os.truncate(bins / "val.bin", 1100), "val.bin is cut short or damaged: its header promises 50"),
     (lambda bins: llmc(bins / "val.bin", range(50)) or os.truncate(bins / "val.bin", 1126), "val.bin is cut short or damaged: its header promises 50"),
     (lambda bins: np.array([1, 300], dtype=np.uint16).tofile(bins / "val.bin"), r"val.bin holds the id 300 \(token 1\), beyond the vocabulary of"),
     (lambda bins: (bins / "input.txt").unlink(), "input.txt is not there"),
-    (lambda bins: (bins / "val.bin").write_bytes(b""), r"val.bin is no file of 16-bit tokens: it has 0 bytes"),
+    (lambda bins: (bins / "val.bin").write_bytes(b""), r"val.bin is empty"),
     (lambda bins: llmc(bins / "val.bin", range(50), magic=int.from_bytes((20240520).to_bytes(4, "little"), "big") - 2**32), "the other way round"),
     (lambda bins: (bins / "train_val.bin").write_bytes(b"abcd"), "train_val.bin is named for both splits"),
     (lambda bins: (bins / "input.txt").write_bytes(b"\xff"), "input.txt is not UTF-8"),
@@ -185,3 +185,160 @@ def test_the_settings_ask_for_a_path():
     assert problem.startswith("path is missing: name the folder where train.bin")
     [problem] = DataConfig(mix="bin:1 pydocs:1", path=".").problems()
     assert "bin is tokens already" in problem
+
+
+# Types of tokens
+
+
+def some_ids(vocab_size, count=3000):
+    return np.random.default_rng(0).integers(0, vocab_size, count)
+
+
+def write_both(folder, ids, dtype):
+    for name in ("train.bin", "val.bin"):
+        ids.astype(dtype).tofile(folder / name)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16", "uint32", "int32", "uint64", "int64"])
+@pytest.mark.parametrize("asked", [False, True], ids=["detected", "named"])
+def test_tokens_of_each_type_are_read_as_they_are(tmp_path, fresh_data, dtype, asked):
+    # Bytes are tokens of any vocabulary of 256, so that nothing tells they are.
+    ids = some_ids(100 if dtype == "uint8" and not asked else 256)
+    write_both(tmp_path, ids, dtype)
+    (tmp_path / "input.txt").write_bytes(bytes(range(1, 101)))
+    tokenizer = "char" if len(set(ids)) == 100 else "byte"
+    folder = prepare(DataConfig("bin", str(tmp_path), tokenizer, dtype=dtype if asked else "auto"))
+    assert everything(folder, "train").tolist() == ids.tolist()
+    assert read_meta(folder)["splits"]["val"]["tokens"] == len(ids)
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "uint32", "int64"])
+def test_gpt2s_tokens_of_any_width_are_read_as_they_are(tmp_path, fresh_data, gpt2_files, dtype):
+    ids = np.append(some_ids(50257), 50256)
+    write_both(tmp_path, ids, dtype)
+    assert everything(prepare(config(tmp_path, "gpt2")), "train").tolist() == ids.tolist()
+
+
+def test_files_of_two_widths_are_told_apart(tmp_path, fresh_data):
+    some_ids(256).astype("uint16").tofile(tmp_path / "train.bin")
+    some_ids(256).astype("uint32").tofile(tmp_path / "val.bin")
+    folder = prepare(config(tmp_path, "byte"))
+    assert everything(folder, "train").tolist() == everything(folder, "val").tolist() == some_ids(256).tolist()
+
+
+def test_another_type_is_other_tokens(tmp_path, fresh_data):
+    write_both(tmp_path, some_ids(250), "uint32")
+    right, wrong = prepare(config(tmp_path, "byte")), prepare(DataConfig("bin", str(tmp_path), "byte", dtype="uint16"))
+    assert right != wrong and read_meta(right)["fingerprint"] != read_meta(wrong)["fingerprint"]
+    assert len(everything(wrong, "train")) == 2 * len(everything(right, "train"))
+
+
+@pytest.mark.parametrize("ids, dtype, words", [
+    ([5, 0, 7, 0], "uint16", "train.bin is too short, or has too many zeros, to tell the type of its tokens: say it with data.dtype="),
+    ([0] * 1000, "uint16", "train.bin is too short, or has too many zeros"),
+    (some_ids(257) + 256, "uint16", r"train.bin holds the id \d+ \(token \d+\), beyond the vocabulary of 257"),
+    (some_ids(257), ">u2", "train.bin was written with its bytes the other way round"),
+    (some_ids(257), ">u4", "train.bin (was written with its bytes the other way round|is too short|holds the id)"),
+    (np.r_[some_ids(256), 70_000], "uint32", "train.bin (is too short, or has too many zeros|holds the id)"),
+    (np.linspace(0, 1, 1000), "float32", "train.bin holds the id"),
+], ids=["few", "zeros", "beyond", "swapped 16", "swapped 32", "beyond 32", "floats"])
+def test_what_type_tokens_have_is_never_guessed(tmp_path, fresh_data, ids, dtype, words):
+    write_both(tmp_path, np.array(ids), dtype)
+    with pytest.raises(ValueError, match=words):
+        prepare(config(tmp_path, "byte"))
+
+
+@pytest.mark.parametrize("dtype, words", [
+    ("int32", r"holds the id -1 \(token 3000\), beyond the vocabulary"), ("int16", r"holds the id -1 \(token 3000\)"),
+    ("uint64", "holds the id 18446744073709551615")])
+def test_a_negative_id_is_named(tmp_path, fresh_data, dtype, words):
+    write_both(tmp_path, np.append(some_ids(256), -1), dtype)
+    with pytest.raises(ValueError, match=words):
+        prepare(DataConfig("bin", str(tmp_path), "byte", dtype=dtype))
+
+
+@pytest.mark.parametrize("write", [lambda path, ids: llmc(path, ids), lambda path, ids: np.array(ids, "<u2").tofile(path)])
+def test_a_vocabulary_beyond_16_bits_needs_wider_tokens(tmp_path, monkeypatch, fresh_data, write):
+    large = CharTokenizer("".join(map(chr, [*range(0xD800), *range(0xE000, 0x20000)])), with_end_of_text=False)
+    monkeypatch.setattr("data.bins.tokenizer_of", lambda folder, name: large)
+    for name in ("train.bin", "val.bin"):
+        write(tmp_path / name, range(1, 3001))
+    with pytest.raises(ValueError, match=r"train.bin (has tokens of type uint16, too small for the 129,024 ids|holds the id)"):
+        prepare(config(tmp_path, "char"))
+    write_both(tmp_path, ids := some_ids(100_000), "uint32")
+    assert everything(prepare(config(tmp_path, "char")), "train").tolist() == ids.tolist()
+
+
+# NumPy's files
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "<u2", ">u2", "int32", ">i8", "uint64"])
+def test_numpys_files_are_read_by_their_header(tmp_path, fresh_data, dtype):
+    ids = some_ids(256, 30)
+    for number in range(2):
+        np.save(tmp_path / f"fineweb_train_{number:06d}.npy", ids.astype(dtype))
+    np.save(tmp_path / "fineweb_val_000000.npy", ids[:5].astype(dtype))
+    folder = prepare(config(tmp_path, "byte"))
+    assert everything(folder, "train").tolist() == [*ids.tolist()] * 2 and everything(folder, "val").tolist() == ids[:5].tolist()
+    for path in tmp_path.glob("*.npy"):
+        path.rename(path.with_suffix(".bin"))
+    assert prepare(config(tmp_path, "byte")) == folder
+
+
+@pytest.mark.parametrize("array, words", [
+    (np.zeros((2, 3), np.uint16), r"holds uint16 numbers of shape \(2, 3\)"), (np.zeros(3), "holds float64 numbers"),
+    (np.zeros(3, bool), "holds bool numbers"), (np.array([{}], dtype=object), "cannot be read as a NumPy file"),
+    (np.zeros(0, np.uint16), "cannot be read as a NumPy file|is empty")])
+def test_numpys_files_without_tokens_are_refused(tmp_path, fresh_data, array, words):
+    for name in ("train.npy", "val.npy"):
+        np.save(tmp_path / name, array, allow_pickle=True)
+    with pytest.raises(ValueError, match=rf"train.npy ({words})"):
+        prepare(config(tmp_path, "byte"))
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[:-1], lambda content: content + b"x", lambda content: b"x" + content,
+                                    lambda content: content[:20], lambda content: content[:8] + b"\xff\xff" + content[10:]])
+def test_a_damaged_file_of_numpy_is_one_sentence(tmp_path, fresh_data, damage):
+    for name in ("train.npy", "val.npy"):
+        np.save(tmp_path / name, some_ids(256).astype(np.uint16))
+    (tmp_path / "val.npy").write_bytes(damage((tmp_path / "val.npy").read_bytes()))
+    with pytest.raises(ValueError, match=r"val.npy (cannot be read as a NumPy file|is damaged|is no NumPy file)") as caught:
+        prepare(config(tmp_path, "byte"))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_setting_must_not_contradict_a_header(tmp_path, fresh_data):
+    for name in ("train.npy", "val.npy"):
+        np.save(tmp_path / name, some_ids(256).astype(np.uint16))
+    with pytest.raises(ValueError, match=r"train.npy says itself that its tokens are uint16: leave out data.dtype=uint32"):
+        prepare(DataConfig("bin", str(tmp_path), "byte", dtype="uint32"))
+
+
+# Files from elsewhere
+
+
+def test_megatrons_files_are_refused(tmp_path, fresh_data):
+    for split in ("train", "val"):
+        some_ids(256).astype(np.int32).tofile(tmp_path / f"{split}_text_document.bin")
+        (tmp_path / f"{split}_text_document.idx").write_bytes(b"MMIDIDX\0\0")
+    with pytest.raises(ValueError, match=r"train_text_document.bin is of Megatron-LM, as its .idx file shows"):
+        prepare(config(tmp_path, "byte"))
+
+
+def test_both_endings_for_one_split_are_refused(nanogpt, fresh_data):
+    np.save(nanogpt / "train.npy", some_ids(10).astype(np.uint16))
+    with pytest.raises(ValueError, match=r"holds both .bin and .npy files for train, which might be the same tokens"):
+        prepare(config(nanogpt))
+
+
+@pytest.mark.parametrize("name", ["val.bin", "valid.bin", "validation_0.BIN"])
+def test_a_pipe_among_tokens_does_not_hang(nanogpt, fresh_data, name):
+    (nanogpt / "val.bin").unlink()
+    os.mkfifo(nanogpt / name)
+    with pytest.raises(ValueError, match=f"{name} is no regular file"):
+        prepare(config(nanogpt))
+
+
+def test_a_type_of_tokens_is_for_files_of_tokens_only():
+    [problem] = DataConfig(dtype="uint32").problems()
+    assert problem.startswith("dtype=uint32 is the type of tokens of data=bin")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,17 @@ from data.encode import segments
 from data.shards import SPLITS, again, check, check_shards, read_meta, write_meta
 from data.sources import DataConfig, Source, expanded, open_sources, open_validation
 from data.store import BUILDING, data_root, folder_for, made_once
-from data.tokenizer import PUBLISHED, BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer, fingerprint, read_tokenizer
+from data.tokenizer import (
+    DISTINCT_BYTES,
+    PUBLISHED,
+    BPETokenizer,
+    ByteTokenizer,
+    CharTokenizer,
+    Tokenizer,
+    fingerprint,
+    read_tokenizer,
+    with_few_words,
+)
 
 SAMPLE_BYTES = 2**28  # of the training split, from its start: what a tokenizer is trained on
 PROGRESS = "progress.json"  # what is whole of tokens that are being prepared
@@ -143,8 +154,11 @@ def make_tokenizer(config: DataConfig, corpora: list[Corpus]) -> Tokenizer:
     if config.tokenizer in PUBLISHED:
         return BPETokenizer.published(config.tokenizer)
     if config.tokenizer == "bpe":
-        share = SAMPLE_BYTES // len(corpora)
-        return BPETokenizer.train((text for corpus in corpora for text in corpus.training_text(share)), config.vocab_size)
+        samples = [corpus.training_text(SAMPLE_BYTES // len(corpora)) for corpus in corpora]
+        if len(samples) > 1:
+            # No part of a mixture may take the room for different words from the others.
+            samples = [with_few_words(sample, DISTINCT_BYTES // len(samples)) for sample in samples]
+        return BPETokenizer.train(chain.from_iterable(samples), config.vocab_size)
     characters: set[str] = set()
     for corpus in corpora:
         with corpus.watched("Listing characters") as watch:

@@ -10,6 +10,7 @@ import binascii
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -34,9 +35,19 @@ PUBLISHED = {
     "o200k_base": (f"{OPENAI}/encodings/o200k_base.tiktoken",),
 }
 
-# Texts that training holds at once. They are pieces of up to half a megabyte, so this is 128 MB at most; with fewer,
-# handing over many small documents costs more than counting their words.
-TEXTS_AT_ONCE = 256
+# Training keeps each different word in memory, and takes about 45 bytes for each byte of them. In
+# Chinese or base64 almost every word is different. So it reads until it has seen this many bytes of
+# them, and cuts longer words. With the texts that it holds, 50 MB of base64, Chinese, minified code,
+# random words, marks or blanks took 60 to 430 MB.
+DISTINCT_BYTES = 2**23
+LONGEST_WORD = 256  # characters
+WORDS = re.compile(rf"\S{{1,{LONGEST_WORD}}}|\s{{2,{LONGEST_WORD}}}")
+LONG_RUN = re.compile(rf"\S{{{LONGEST_WORD}}}|\s{{{LONGEST_WORD}}}")
+TEXTS_AT_ONCE = 64  # that are handed to training, each of up to 2 MB
+
+# The longest token of a tokenizer that is loaded, which no training here exceeds, and the size of its file.
+LONGEST_TOKEN = 4096  # bytes
+LARGEST_FILE = 2**26  # bytes
 
 UNKNOWN = 2**32 - 1  # in a table from characters to ids, and no id
 
@@ -149,17 +160,14 @@ class BPETokenizer(Tokenizer):
     def train(cls, texts: Iterator[str], vocab_size: int) -> BPETokenizer:
         """Learn `vocab_size` tokens, the end of text among them.
 
-        Raises ValueError if the texts hold too few pairs, or a run of blank characters that cannot be split.
+        Of texts with very many different words, only the first are read. Raises ValueError if the texts hold too few
+        pairs.
         """
         import rustbpe
 
         trainer = rustbpe.Tokenizer()
-        try:
-            trainer.train_from_iterator(texts, vocab_size=vocab_size - 1, buffer_size=TEXTS_AT_ONCE, pattern=PATTERN)
-        except BaseException as error:
-            if type(error).__name__ != "PanicException":  # what rustbpe raises where it cannot split, and no Exception
-                raise
-            raise ValueError(LONG_BLANK) from None
+        sample = with_few_words(texts, DISTINCT_BYTES)
+        trainer.train_from_iterator(sample, vocab_size=vocab_size - 1, buffer_size=TEXTS_AT_ONCE, pattern=PATTERN)
         ranks = sorted(trainer.get_mergeable_ranks(), key=lambda item: item[1])
         if len(ranks) < vocab_size - 1:
             raise ValueError(f"data.vocab_size={vocab_size} asks more of this text than it holds: "
@@ -187,6 +195,24 @@ class BPETokenizer(Tokenizer):
             return {"kind": self.encoding.name}
         return {"kind": "bpe", "pattern": PATTERN,
                 "ranks": [base64.b64encode(token).decode() for token in self.ranks()]}
+
+
+def with_few_words(texts: Iterable[str], most_bytes: int) -> Iterator[str]:
+    """The first of `texts`, with runs without a space cut, until their different words have `most_bytes` of UTF-8."""
+    seen: set[str] = set()
+    for text in texts:
+        words = set(WORDS.findall(text))
+        new = words - seen
+        seen |= new
+        most_bytes -= sum(len(word) if word.isascii() else len(word.encode("utf-8", "replace")) for word in new)
+        start = 0
+        if any(len(word) == LONGEST_WORD for word in words):
+            for run in LONG_RUN.finditer(text):
+                yield text[start : run.end()]
+                start = run.end()
+        yield text[start:]
+        if most_bytes <= 0:
+            return
 
 
 def missing_files(name: str, error: Exception) -> str:
@@ -220,6 +246,9 @@ def from_json(saved: dict[str, Any], place: str) -> Tokenizer:
             ranks = [base64.b64decode(token, validate=True) for token in saved["ranks"]]
         except (TypeError, ValueError, binascii.Error):
             ranks = []
+        if too_long := [len(token) for token in ranks if len(token) > LONGEST_TOKEN]:
+            raise ValueError(f"{place} has a token of {max(too_long):,} bytes, and {LONGEST_TOKEN:,} is the most that is "
+                             f"read: it was not trained here, or is damaged.")
         if all(ranks) and len(set(ranks)) == len(ranks) and {bytes((value,)) for value in range(256)} <= set(ranks):
             return BPETokenizer.from_ranks(ranks)
     raise ValueError(f"{place} holds no tokenizer of nanohydra's.")
@@ -227,8 +256,11 @@ def from_json(saved: dict[str, Any], place: str) -> Tokenizer:
 
 def read_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer in a file. Raises ValueError naming it where it holds none."""
+    if path.is_file() and path.stat().st_size > LARGEST_FILE:
+        raise ValueError(f"{path} has {path.stat().st_size // 2**20:,} MB, and no tokenizer of nanohydra's has more than "
+                         f"{LARGEST_FILE // 2**20}.")
     try:
-        saved = json.loads(path.read_text())
+        saved = json.loads(path.read_text()) if path.is_file() else None
     except (OSError, ValueError, RecursionError):
         saved = None
     return from_json(saved if isinstance(saved, dict) else {}, str(path))

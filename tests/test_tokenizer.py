@@ -4,8 +4,14 @@ import base64
 import hashlib
 import io
 import json
+import os
+import random
+import re
+import subprocess
+import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +27,7 @@ from conf.schema import ConfigError, compose
 from data.hugging_face import to_hugging_face
 from data.tokenizer import (
     END_OF_TEXT,
+    LONGEST_WORD,
     PATTERN,
     PUBLISHED,
     BPETokenizer,
@@ -29,6 +36,8 @@ from data.tokenizer import (
     Tokenizer,
     fingerprint,
     from_json,
+    read_tokenizer,
+    with_few_words,
 )
 from scripts import export_tokenizer
 from train import train
@@ -249,24 +258,57 @@ def test_too_small_a_corpus_is_an_error_with_both_numbers():
     assert train_bpe(possible).vocab_size == possible
 
 
-def test_a_run_of_blanks_that_training_cannot_split_is_one_clear_error():
-    with pytest.raises(ValueError, match="a million or more blank characters") as caught:
-        BPETokenizer.train(iter([TEXT, " " * 1_000_000 + "x"]), 300)
-    assert "\n" not in str(caught.value) and caught.value.__suppress_context__
+@pytest.mark.parametrize("run", [" " * 1_000_000 + "x", "x" * 1_000_000, "-" * 1_000_000, "\u4e00" * 300_000])
+def test_a_long_run_is_cut_before_training(run):
+    tokenizer = BPETokenizer.train(iter([TEXT, run]), 300)
+    assert tokenizer.decode_bytes(tokenizer.encode(TEXT)).decode() == TEXT
+    assert max(map(len, tokenizer.ranks())) <= 4 * (LONGEST_WORD + 1)
 
 
-def test_training_holds_some_hundred_texts_at_once():
-    """They can be large. One that cannot be split ends the training before it takes the next ones."""
-    def reading():
-        yield " " * 1_000_000 + "x"
+@given(st.lists(st.lists(st.sampled_from(["word ", "x" * 300, " " * 300, "\n", "语" * 1000, "😀"])).map("".join), max_size=8))
+def test_a_sample_is_the_text_in_parts_without_long_runs(many):
+    parts = list(with_few_words(iter(many), 10**6))
+    assert "".join(parts) == "".join(many)
+    assert all(len(run) <= LONGEST_WORD for part in parts for run in re.findall(r"\S+|\s+", part))
+
+
+def test_a_sample_ends_when_it_has_enough_different_words():
+    assert list(with_few_words(iter(["one two", "two one"] * 1000), 7)) == ["one two", "two one"] * 1000
+    assert list(with_few_words(iter(["one two", "two three", "four"]), 7)) == ["one two", "two three"]
+    assert list(with_few_words(iter(["a 语", "b", "c"]), 5)) == ["a 语", "b"]  # bytes of UTF-8 are counted
+    assert len(list(with_few_words(iter(["  ", "\t\t"] * 3), 4))) == 2  # blanks in a row are a word too
+
+
+def test_a_text_of_different_words_is_read_only_in_part(monkeypatch):
+    monkeypatch.setattr("data.tokenizer.DISTINCT_BYTES", 2**16)
+    read = []
+
+    def texts():
+        draw = random.Random(0)
         for number in range(1000):
-            taken.append(number)
-            yield TEXT
+            read.append(number)
+            yield base64.b64encode(draw.randbytes(3 * 2**10)).decode()
 
-    taken = []
-    with pytest.raises(ValueError):
-        BPETokenizer.train(reading(), 300)
-    assert len(taken) < 300
+    BPETokenizer.train(texts(), 300)
+    assert len(read) == 16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", ["base64.b64encode(draw.randbytes(3 * 2**16)).decode()",
+                                  "''.join(map(chr, draw.choices(range(0x4e00, 0x9000), k=2**17)))",
+                                  "' '.join(map(str, draw.choices(range(10**9), k=2**15)))"], ids=["base64", "chinese", "numbers"])
+def test_training_takes_bounded_memory(text):
+    script = f"""
+import base64, random, resource
+from data.tokenizer import BPETokenizer
+draw = random.Random(0)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+BPETokenizer.train(({text} for _ in range(200)), 1000)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 500 * 2**10  # KiB; without a bound, 45 MB for each MB of the 50
 
 
 @pytest.mark.parametrize("mistake", [ValueError("book.txt is not UTF-8"), KeyboardInterrupt()])
@@ -449,6 +491,28 @@ BYTES = [base64.b64encode(bytes((value,))).decode() for value in range(256)]
 def test_what_is_no_tokenizer_of_ours_is_one_sentence(saved):
     with pytest.raises(ValueError, match=r"^place holds no tokenizer of nanohydra's.$"):
         from_json(saved, "place")
+
+
+def test_a_very_long_token_is_refused_when_it_is_loaded(tmp_path):
+    longest = base64.b64encode(b"x" * 12_000_000).decode()
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps({"kind": "bpe", "pattern": PATTERN, "ranks": [*BYTES, longest]}))
+    with pytest.raises(ValueError, match=r"tokenizer.json has a token of 12,000,000 bytes, and 4,096 is the most"):
+        read_tokenizer(path)
+
+
+def test_a_file_too_large_for_a_tokenizer_is_not_read(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    path.touch()
+    os.truncate(path, 10 * 2**30)
+    with pytest.raises(ValueError, match=r"tokenizer.json has 10,240 MB, and no tokenizer of nanohydra's has more than 64"):
+        read_tokenizer(path)
+
+
+def test_a_pipe_is_no_tokenizer(tmp_path):
+    os.mkfifo(tmp_path / "tokenizer.json")
+    with pytest.raises(ValueError, match=r"holds no tokenizer of nanohydra's"):
+        read_tokenizer(tmp_path / "tokenizer.json")
 
 
 def test_the_split_pattern_is_the_one_that_training_uses():

@@ -26,6 +26,17 @@ MARKS = {
 # Without a mark, Python's decoders of these names refuse to guess the order of bytes.
 WITHOUT_MARK = {"utf-16": "utf-16-le", "utf-32": "utf-32-le"}
 
+# How files begin that are not text, whatever they are named.
+OTHER_FORMATS = {
+    b"\x1f\x8b": "gzip: give it the ending .gz",
+    b"\x28\xb5\x2f\xfd": "zstd: give it the ending .zst",
+    b"BZh": "bzip2: give it the ending .bz2",
+    b"\xfd7zXZ": "xz: give it the ending .xz",
+    b"PAR1": "Parquet: give it the ending .parquet",
+    b"PK\x03\x04": "zip, as are documents of office programs: unpack it, or save it as text",
+    b"%PDF": "PDF: save it as text",
+}
+
 # Encodings that a message may suggest, with characters that are frequent in their languages.
 WIDE = ("utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be")
 WESTERN = "éèêëáàâäãåæçíìîïñóòôöõøœßúùûüýÿÉÀÄÖÜ\u2019\u2018\u201c\u201d\u2013\u2014\u2026«»°§©"
@@ -98,6 +109,9 @@ class Decoder:
 
 def not_text(encoding: str, block: bytes, place: str) -> str:
     """What a message says about a file with bytes that are not text, and what to do."""
+    for start, advice in OTHER_FORMATS.items():
+        if block.startswith(start):
+            return f"is not text but {advice}."
     name = encoding.upper() if encoding.startswith("utf") else encoding
     replace = "data.errors=replace to read a replacement character there"
     guess = likely_encoding(block)

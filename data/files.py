@@ -192,6 +192,8 @@ class File:
     def records(self) -> Iterator[str | BadRecord]:
         with self.opened() as stream:
             if self.kind == ".parquet":
+                if self.path.suffix.lower() in COMPRESSIONS:
+                    raise ValueError(f"{self.path} is a Parquet file that was compressed once more: decompress it first.")
                 yield from parquet(stream, self.text_field, self.path)
                 return
             decoder = self.decoder(stream)

@@ -292,9 +292,15 @@ def named_paths(head: Any) -> Iterator[str]:
 
 
 def is_file_in(folder: Path, path: str) -> bool:
-    """Whether a path is a regular file below `folder` after all symbolic links are followed."""
-    place = Path(path).resolve()
-    return place.is_file() and place.is_relative_to(folder.resolve())
+    """Whether a path is a regular file below `folder` after all symbolic links are followed.
+
+    Or, where `folder` is a snapshot in the cache of the Hub, a file that this cache keeps for it.
+    """
+    place, folder = Path(path).resolve(), folder.resolve()
+    homes = [folder]
+    if folder.parent.name == "snapshots":
+        homes.append(folder.parents[1] / "blobs")
+    return place.is_file() and any(place.is_relative_to(home) for home in homes)
 
 
 def no_answer(error: Exception) -> ValueError:

@@ -298,7 +298,7 @@ def parquet(file: BinaryIO, field: str, path: Path) -> Iterator[str | BadRecord]
             for row, value in enumerate(parquet_column(opened, field, str(path)), 1):
                 yield as_text(value, field, f"row {row}", [])
     except Exception as error:  # pyarrow has many kinds for damage: its own, OSError, UnicodeDecodeError
-        if type(error) is ValueError:
+        if type(error) is ValueError and str(path) in str(error):
             raise  # a sentence already
         said = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} is damaged, or no Parquet file ({said}).") from None

@@ -458,3 +458,18 @@ def test_rows_of_parquet_without_text_are_told_by_what_they_are(tmp_path, kind, 
         read(tmp_path / "a.parquet")
     file = files.File(tmp_path / "a.parquet", on_bad_record="skip")
     assert list(file.documents()) == [] and file.bad_records == 3
+
+
+@pytest.mark.parametrize("content, words", [
+    (gzip.compress(b"x"), "gzip: give it the ending .gz"), (b"PK\x03\x04\0\xff", "zip, as are documents"), (b"%PDF-1.7\n%\xff\0", "PDF"),
+    (b"PAR1\0\xff", "Parquet: give it the ending .parquet")])
+def test_a_file_of_another_format_is_named(tmp_path, content, words):
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=f"a.txt is not text but {words}"):
+        read(tmp_path / "a.txt")
+
+
+def test_parquet_that_was_compressed_once_more_is_refused(tmp_path):
+    (tmp_path / "a.parquet.gz").write_bytes(gzip.compress(b"PAR1"))
+    with pytest.raises(ValueError, match=r"a.parquet.gz is a Parquet file that was compressed once more"):
+        read(tmp_path / "a.parquet.gz")

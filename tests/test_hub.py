@@ -222,6 +222,14 @@ def test_a_link_cannot_lead_outside_a_folder(hub, tmp_path, name):
     assert texts(source(folder)) == ["a"]
 
 
+def test_a_snapshot_in_the_cache_of_the_hub_is_read(hub, tmp_path):
+    cache = write(tmp_path / "datasets--a--b", {"blobs/1": lines({"text": "a"}), "blobs/2": card(license="mit")})
+    (cache / "snapshots" / "abc").mkdir(parents=True)
+    for name, blob in (("train.jsonl", "1"), ("README.md", "2")):
+        (cache / "snapshots" / "abc" / name).symlink_to(f"../../blobs/{blob}")
+    assert texts(source(cache / "snapshots" / "abc")) == ["a"]
+
+
 def test_a_card_cannot_lead_outside_a_folder(hub, tmp_path):
     folder = write(tmp_path / "set", {"train.jsonl": lines({"text": "a"})})
     (folder / "README.md").symlink_to("/etc/passwd")

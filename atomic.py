@@ -13,9 +13,11 @@ import json
 import os
 import secrets
 import shutil
+import socket
 import stat
 import tempfile
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,6 +26,9 @@ from typing import Any
 PARTIAL = ".partial-"  # names that start so are leftovers of a kill, never read
 PIECE_BYTES = 2**24  # the most that one system call is given: another thread gets its turn between two
 MAX_JSON_BYTES = 2**28  # more than any JSON file of ours holds
+MARKER = ".held"  # how the name of a file ends that stands for a lock
+# How a file system says that it has no locks, such as Lustre mounted without them.
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 
 
 class NotPlain(OSError):
@@ -56,7 +61,7 @@ def read_plain(path: Path, max_bytes: int) -> bytes:
     with os.fdopen(open_plain(path), "rb") as file:
         if os.fstat(file.fileno()).st_size > max_bytes:
             raise ValueError(f"{path} is larger than {max_bytes:,} bytes")
-        return file.read(max_bytes)
+        return file.read()
 
 
 def read_json(path: Path) -> Any:
@@ -76,9 +81,10 @@ def parse_json(content: bytes | str) -> Any:
 def new_folder(final: Path) -> Iterator[Path]:
     """Yield an empty folder to fill with `write_file`; when the block ends well it becomes `final`, else it is removed.
 
-    If `final` came into being meanwhile (another process made the same), that one stays.
+    If `final` came into being meanwhile (another process made the same), that one stays. The folder around it is made
+    if missing, but none further up: where a run's folder was removed, no part of it comes back.
     """
-    final.parent.mkdir(parents=True, exist_ok=True)
+    final.parent.mkdir(exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f"{PARTIAL}{final.name}-", dir=final.parent))
     try:
         partial.chmod(0o755)
@@ -235,30 +241,30 @@ class Lines:
 
 @contextmanager
 def exclusive(path: Path) -> Iterator[None]:
-    """Keep out, for as long as the block lasts, whoever else asks for this of a plain file. The file is made if missing.
-
-    Raises BlockingIOError where another has it. On a file system that has no locks nobody is kept out.
-    """
+    """Lock a plain file, which is made if missing, while the block lasts. Raises BlockingIOError if it is locked."""
     handle = open_plain(path, os.O_RDWR | os.O_CREAT)
+    marker = None
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BlockingIOError(f"{path} is being written by another process: wait, or choose another file.") from None
-        except OSError:
-            pass
+        if not locked(handle):
+            marker = Marker(path, f"process {os.getpid()}")
         yield
+    except BlockingIOError:
+        raise BlockingIOError(f"{path} is being written by another process: wait, or choose another file.") from None
     finally:
+        if marker:
+            marker.release()
         os.close(handle)
 
 
 class Lock:
-    """A file that one process holds, until it lets go or ends in whatever way. The file says who holds it.
+    """A file that one process holds until it releases it or ends in whatever way. The file says who holds it.
 
-    Raises BlockingIOError with the holder's own words if another process has it.
+    On a file system without locks a Marker beside it takes their place. Raises BlockingIOError with the holder's
+    description if another process has it.
     """
 
     def __init__(self, path: Path, holder: str) -> None:
+        self.path, self.marker = path, None
         self.handle, attempts = None, 0
         while self.handle is None:
             try:
@@ -270,17 +276,149 @@ class Lock:
                     raise
                 continue
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):  # else it was moved away meanwhile
+                if not locked(handle):
+                    self.marker = Marker(path, holder)
+                if leads_to(path, handle):  # else it was moved away meanwhile
                     self.handle = handle
-            except BlockingIOError:
-                words = os.pread(handle, 1000, 0).decode(errors="replace")
-                raise BlockingIOError(errno.EWOULDBLOCK, words or "another process") from None
+            except BlockingIOError as error:
+                words = os.pread(handle, 1000, 0).decode(errors="replace") or "another process"
+                advice = f" ({error.strerror})" if error.strerror else ""
+                raise BlockingIOError(errno.EWOULDBLOCK, words + advice) from None
             finally:
                 if self.handle is None:
+                    if self.marker:
+                        self.marker.release()
+                        self.marker = None
                     os.close(handle)
         os.ftruncate(self.handle, 0)
         os.pwrite(self.handle, holder.encode(), 0)
 
+    def in_place(self) -> bool:
+        """Whether the path still leads to the file that is locked: it may have been moved, removed or replaced."""
+        return leads_to(self.path, self.handle) and (self.marker is None or self.marker.in_place())
+
+    def follow(self, path: Path) -> None:
+        """Know the file by its new path, after its folder was renamed."""
+        self.path = path
+        if self.marker:
+            self.marker.follow(path)
+
     def release(self) -> None:
+        if self.marker:
+            self.marker.release()
         os.close(self.handle)
+
+
+def locked(handle: int) -> bool:
+    """Lock an open file without waiting. False where its file system has no locks.
+
+    Raises BlockingIOError, which says nothing, where another process has locked it.
+    """
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise BlockingIOError from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        return False
+    return True
+
+
+def leads_to(path: Path, handle: int) -> bool:
+    """Whether `path` is the open file. An error of the system, such as that of a network, answers nothing: True."""
+    try:
+        return os.path.samestat(os.fstat(handle), os.lstat(path))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
+
+
+class Marker:
+    """The file `NAME.held`, which stands for a lock where the file system has none. It names a process and its host.
+
+    What a process of this host left there, when it was killed, is replaced. Raises BlockingIOError, saying what to do,
+    while the process lives, and where it ran on another host: nobody here knows whether it still does.
+    """
+
+    def __init__(self, path: Path, holder: str) -> None:
+        self.follow(path)
+        own = {"host": socket.gethostname(), "process": os.getpid(), "started": started(os.getpid()), "holder": holder}
+        for attempt in range(100):
+            try:
+                self.handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+                write_all(self.handle, json.dumps(own).encode())
+                return
+            except FileExistsError:
+                found = read_marker(self.path)
+            if found is None:
+                continue
+            if not found and attempt < 20:  # being written just now, unless a kill cut it short
+                time.sleep(0.01)
+                continue
+            if found and found["host"] != own["host"]:
+                raise BlockingIOError(errno.EWOULDBLOCK, f"if it has ended, delete {self.path}")
+            if found and is_running(found["process"], found["started"]):
+                raise BlockingIOError(errno.EWOULDBLOCK, "")
+            self._discard(found)
+        raise BlockingIOError(errno.EWOULDBLOCK, f"if it has ended, delete {self.path}")
+
+    def follow(self, path: Path) -> None:
+        """Know that it stands for the lock at `path`."""
+        self.path = path.with_name(f"{path.name}{MARKER}")
+
+    def _discard(self, stale: dict[str, Any]) -> None:
+        """Remove a stale marker. Of several processes that find it, one renames it; a newer one is put back."""
+        doomed = self.path.with_name(f"{PARTIAL}{self.path.name}-{secrets.token_hex(4)}")
+        with suppress(FileNotFoundError):
+            os.rename(self.path, doomed)
+            if read_marker(doomed) != stale:
+                os.rename(doomed, self.path)
+            doomed.unlink(missing_ok=True)
+
+    def in_place(self) -> bool:
+        return leads_to(self.path, self.handle)
+
+    def release(self) -> None:
+        if self.in_place():
+            self.path.unlink(missing_ok=True)
+        os.close(self.handle)
+
+
+def read_marker(path: Path) -> dict[str, Any] | None:
+    """What a marker says: nothing where the file holds something else, None where it is gone."""
+    try:
+        found = read_json(path)
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        return {}
+    types = {"host": str, "process": int, "started": str}
+    if not isinstance(found, dict) or any(not isinstance(found.get(key), kind) for key, kind in types.items()):
+        return {}
+    return found if 0 < found["process"] < 2**31 else {}
+
+
+def is_running(process: int, since: str) -> bool:
+    """Whether the process that started then still runs. Its number alone may be another one's by now."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        pass
+    return started(process) == since
+
+
+def started(process: int) -> str:
+    """When a process started, as Linux tells it: the boot, and the clock ticks since then.
+
+    Empty on other systems, and for a process that has ended and waits for its parent.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        state, *rest = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        return "" if state == "Z" else f"{boot} {rest[18]}"
+    except (OSError, ValueError, IndexError):
+        return ""

@@ -30,8 +30,8 @@ if __name__ == "__main__":
 import hashlib
 import math
 import shlex
-import time
 from dataclasses import asdict, replace
+from functools import partial
 
 import torch
 import yaml
@@ -51,6 +51,7 @@ from sample import complete, open_checkpoint, print_completions
 from terminal import counted, readable_size, say
 from training import nonfinite, shelf
 from training.checkpoint import Checkpoint
+from training.clock import Clock
 from training.config import TrainingConfig
 from training.device import Device, available_memory, bytes_kept, maybe_compile, seconds_of
 from training.interrupt import Interrupt
@@ -102,9 +103,9 @@ def train(settings: Settings) -> int:
         shelf.check_disk(run.checkpoints, state.nbytes())
         atomic.write_bytes(run.folder / "config.yaml", yaml.safe_dump(asdict(settings), sort_keys=False).encode())
 
-        with (Interrupt() as interrupt,
+        with (Interrupt() as interrupt, Clock() as clock,
               Recorder(run.folder, state.step, limits.max_steps, settings.logger, asdict(settings)) as recorder,
-              Saver(run.checkpoints, limits.keep_last, state.step, recorder.sync, recorder.say,
+              Saver(run.checkpoints, limits.keep_last, state.step, partial(settle, run, recorder), recorder.say,
                     stop_on_error=limits.on_save_error == "stop") as saver):
             introduce(recorder, run, device, model, loader, describe(prepared), state.step)
             for warning in settings.warnings():
@@ -131,7 +132,7 @@ def train(settings: Settings) -> int:
             if limits.on_nonfinite == "rollback" and not last:
                 save(val_loss)  # there is always something to go back to
             while not limits.reached(state.step, state.seconds, state.stale_evaluations) and not interrupt:
-                start = time.perf_counter()
+                start = clock.seconds()
                 scale = lr_scale(state.step, settings.optim, limits.max_steps)
                 optimizers.set_scale(scale)
                 loss = accumulate_gradients(forward, batches, boundary, state.batch, scaler, device, settings.seed,
@@ -139,6 +140,7 @@ def train(settings: Settings) -> int:
                 if loss is None:
                     break  # interrupted within the step, which is not taken
                 norm = optimizers.gradient_norm(scaler)
+                run.check_place()
                 if math.isfinite(loss) and (norm.isfinite() or scaler.is_enabled()):  # a scaler answers for its gradients
                     optimizers.step(scaler, norm, settings.optim.grad_clip)
                     measured = {"loss": loss, "gradient_norm": norm.item()}
@@ -146,7 +148,7 @@ def train(settings: Settings) -> int:
                     if answer_nonfinite(loss, state, run, limits, loader, recorder, saver) == "rollback":
                         continue
                     measured = {"skipped": True}
-                step_seconds = time.perf_counter() - start
+                step_seconds = clock.seconds() - start
                 state.step, state.seconds = state.step + 1, state.seconds + step_seconds
 
                 tokens_per_second = loader.tokens_per_step / step_seconds
@@ -172,6 +174,7 @@ def train(settings: Settings) -> int:
                     saver.finish()  # whatever happens while sampling, the checkpoint is on the disk
                     recorder.sample(state.step, short_sample(model, tokenizer, limits.sample_tokens, device))
                 saver.check()
+            run.check_place()
             saver.finish()
             if saver.saved < state.step:  # interrupted, or the disk was full
                 save(val_loss)
@@ -221,6 +224,12 @@ def other_micro_batches(settings: Settings, last: Checkpoint) -> str:
     dropout = " and dropout draws other numbers" if settings.model.dropout > 0 else ""
     return (f"Micro-batches of {now} sequences instead of {before}: each step trains on the same sequences as before, but "
             f"sums are rounded in another order{dropout}, so the result is not bit-identical.")
+
+
+def settle(run: Run, recorder: Recorder) -> None:
+    """What comes before a checkpoint: the folder is still the run's, and the metrics are on the disk."""
+    run.check_place()
+    recorder.sync()
 
 
 def introduce(recorder: Recorder, run: Run, device: Device, model: GPT, loader: Loader, data: str, step: int) -> None:

@@ -23,7 +23,7 @@ from training import checkpoint, shelf
 from training.checkpoint import Checkpoint
 from training.config import TrainingConfig
 from training.device import Device, Environment, available
-from training.run import Run
+from training.run import Run, check_contents
 
 
 @contextmanager
@@ -84,6 +84,7 @@ def is_finished(settings: Settings, folder: Path) -> bool:
 
     Raises ValueError with the differences if it holds another run.
     """
+    check_contents(folder)
     saved = shelf.find(folder / "checkpoints")
     if not saved or settings.restart:
         return False

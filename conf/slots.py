@@ -6,7 +6,6 @@ SIGTERM. Knows nothing of what the jobs are for; conf/grid.py and scripts/sweep.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shlex
@@ -87,7 +86,7 @@ class Job:
     def look(self) -> None:
         """Read what the metrics have grown by."""
         self.heard = []
-        with suppress(FileNotFoundError), open(self.folder / "metrics.jsonl", "rb") as file:
+        with suppress(OSError), os.fdopen(atomic.open_plain(self.folder / "metrics.jsonl"), "rb") as file:
             if os.fstat(file.fileno()).st_size < self.read:
                 self.read = 0  # going on from a checkpoint cut them back
             file.seek(self.read)
@@ -96,7 +95,7 @@ class Job:
             self.read += len(whole)
             for line in whole.splitlines():
                 with suppress(ValueError):
-                    self.heard.append(json.loads(line))
+                    self.heard.append(atomic.parse_json(line))
         for row in self.heard:
             self.step = row["step"]
             if row.get(self.metric) is not None:

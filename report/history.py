@@ -21,7 +21,7 @@ import yaml
 from conf.identity import flat, kind
 from terminal import counted
 from training.provenance import STARTS
-from training.run import find_run
+from training.run import check_contents, find_run
 
 SAFE_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where it was built
 POINTS = 250  # of a curve: more than a picture can show
@@ -71,6 +71,7 @@ def open_history(folder: Path, name: str) -> History:
     """Raises ValueError for a folder that is not a run's, or holds what no training writes."""
     if not (folder / "config.yaml").is_file():
         raise ValueError(f"{folder} is not a run: it has no config.yaml.")
+    check_contents(folder)
     try:
         config = (folder / "config.yaml").read_bytes()
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(config, SAFE_LOADER)):

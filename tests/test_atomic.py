@@ -2,12 +2,15 @@
 
 import errno
 import hashlib
+import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 
@@ -53,14 +56,14 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="name
 
 
 def test_a_folder_gets_its_name_when_it_is_complete(tmp_path):
-    final = tmp_path / "deep" / "down" / "step_1"
+    final = tmp_path / "checkpoints" / "step_1"
     with atomic.new_folder(final) as partial:
         assert partial.parent == final.parent and partial.name.startswith(atomic.PARTIAL)
         assert not any(partial.iterdir())
         (partial / "a").write_bytes(b"one")
         (partial / "b").write_bytes(b"two")
         assert not final.exists()
-    assert tree(tmp_path) == {"deep/down/step_1/a": b"one", "deep/down/step_1/b": b"two"}
+    assert tree(tmp_path) == {"checkpoints/step_1/a": b"one", "checkpoints/step_1/b": b"two"}
     assert list(final.parent.iterdir()) == [final]
     assert final.stat().st_mode & 0o777 == 0o755  # others may read it, unlike what mkdtemp makes
 
@@ -70,6 +73,12 @@ def test_a_folder_whose_making_fails_leaves_nothing(tmp_path, error):
     with pytest.raises(error), atomic.new_folder(tmp_path / "final") as partial:
         (partial / "a").write_bytes(b"one")
         raise error
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_folder_whose_place_was_removed_does_not_come_back(tmp_path):
+    with pytest.raises(FileNotFoundError), atomic.new_folder(tmp_path / "run/checkpoints/step_1"):
+        pass
     assert not any(tmp_path.iterdir())
 
 
@@ -327,3 +336,129 @@ def test_a_link_among_leftovers_is_removed_and_not_followed(tmp_path):
     (tmp_path / ".partial-x").symlink_to(tmp_path / "theirs")
     atomic.remove(tmp_path / ".partial-x")
     assert list(tree(tmp_path)) == ["theirs/kept"] and not os.path.lexists(tmp_path / ".partial-x")
+
+
+# A file system without locks
+
+NO_LOCK_CODES = [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL]
+
+
+def without_locks(monkeypatch, code=errno.ENOLCK):
+    def flock(handle, operation):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(atomic.fcntl, "flock", flock)
+
+
+@pytest.mark.parametrize("code", NO_LOCK_CODES, ids=errno.errorcode.get)
+def test_a_marker_stands_for_a_lock_that_cannot_be(tmp_path, monkeypatch, code):
+    without_locks(monkeypatch, code)
+    lock = atomic.Lock(tmp_path / "lock", "the first")
+    with pytest.raises(BlockingIOError) as refusal:
+        atomic.Lock(tmp_path / "lock", "the second")
+    assert refusal.value.strerror == "the first" and lock.in_place()
+    lock.release()
+    assert sorted(tree(tmp_path)) == ["lock"]
+    atomic.Lock(tmp_path / "lock", "the second").release()
+
+
+def test_other_errors_of_locking_are_not_swallowed(tmp_path, monkeypatch):
+    without_locks(monkeypatch, errno.EIO)
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        atomic.Lock(tmp_path / "lock", "me")
+
+
+def test_a_killed_holders_marker_is_replaced(tmp_path, monkeypatch):
+    """While it lives it is named; killed, also while its parent has not yet waited for it, it holds nothing."""
+    path = tmp_path / "lock"
+    refuse = "import atomic; atomic.fcntl.flock = lambda *words: (_ for _ in ()).throw(OSError(37, 'No locks')); "
+    holder = subprocess.Popen([sys.executable, "-c", refuse + HOLD, path], cwd=Path(atomic.__file__).parent,
+                              stdout=subprocess.PIPE)
+    assert holder.stdout.readline() == b"held\n"
+    without_locks(monkeypatch)
+    with pytest.raises(BlockingIOError, match="the first"):
+        atomic.Lock(path, "the second")
+    holder.kill()
+    time.sleep(0.2)
+    lock = atomic.Lock(path, "the second")
+    holder.communicate()
+    assert lock.in_place()
+    lock.release()
+
+
+@pytest.mark.parametrize("content, held", [
+    ({"host": "elsewhere", "process": 1, "started": "", "holder": "x"}, True),
+    ({"host": socket.gethostname(), "process": os.getpid(), "started": "another boot 1", "holder": "x"}, False),
+    ({"host": socket.gethostname(), "process": 2**22 + 1, "started": "", "holder": "x"}, False),
+    ({"host": socket.gethostname(), "process": -1, "started": "", "holder": "x"}, False),
+    ({"host": socket.gethostname(), "process": 2**80, "started": "", "holder": "x"}, False),
+    ({}, False), ([], False), ("", False)], ids=range(8))
+def test_markers_of_others_hold_and_stale_ones_do_not(tmp_path, monkeypatch, content, held):
+    without_locks(monkeypatch)
+    (tmp_path / "lock.held").write_text(json.dumps(content) if content != "" else "")
+    if held:
+        with pytest.raises(BlockingIOError, match=r"if it has ended, delete .*lock.held"):
+            atomic.Lock(tmp_path / "lock", "me")
+    else:
+        atomic.Lock(tmp_path / "lock", "me").release()
+        assert sorted(tree(tmp_path)) == ["lock"]
+
+
+def test_of_many_that_find_a_stale_marker_one_gets_it(tmp_path, monkeypatch):
+    without_locks(monkeypatch)
+    for _ in range(20):
+        (tmp_path / "lock.held").write_text(json.dumps({"host": socket.gethostname(), "process": 2**22 + 1, "started": ""}))
+        locks = []
+
+        def take(locks=locks):
+            with suppress(BlockingIOError):
+                locks.append(atomic.Lock(tmp_path / "lock", "me"))
+
+        threads = [Thread(target=take) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sum(lock.in_place() for lock in locks) == 1
+        for lock in locks:
+            lock.release()
+
+
+def test_files_are_written_in_turn_without_locks_too(tmp_path, monkeypatch):
+    without_locks(monkeypatch)
+    with (atomic.exclusive(tmp_path / "out"), pytest.raises(BlockingIOError, match="is being written by another process"),
+          atomic.exclusive(tmp_path / "out")):
+        pass
+    assert sorted(tree(tmp_path)) == ["out"]
+
+
+@pytest.mark.parametrize("locks", [True, False])
+@pytest.mark.parametrize("change", ["moved", "removed", "replaced", "followed"])
+def test_a_lock_knows_whether_it_is_in_place(tmp_path, monkeypatch, locks, change):
+    if not locks:
+        without_locks(monkeypatch)
+    run = tmp_path / "run"
+    lock = atomic.Lock(run / "lock", "me")
+    assert lock.in_place()
+    if change == "removed":
+        shutil.rmtree(run)
+    else:
+        run.rename(tmp_path / "moved")
+    if change == "replaced":
+        other = atomic.Lock(run / "lock", "another")
+        assert other.in_place()
+    if change == "followed":
+        lock.follow(tmp_path / "moved/lock")
+    assert lock.in_place() == (change == "followed")
+    lock.release()
+    assert change != "replaced" or other.in_place()
+
+
+def test_an_error_of_the_network_does_not_look_like_a_moved_file(tmp_path, monkeypatch):
+    lock = atomic.Lock(tmp_path / "lock", "me")
+
+    def lstat(path):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr(atomic.os, "lstat", lstat)
+    assert lock.in_place()

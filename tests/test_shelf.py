@@ -131,6 +131,7 @@ def test_a_link_in_place_of_the_checkpoints_is_refused(tmp_path):
 def test_reading_while_a_training_prunes_always_succeeds(tmp_path, which):
     """The newest and the best are replaced all the time, in another thread that gets its turn at any point."""
     checkpoints = tmp_path / "run/checkpoints"
+    checkpoints.parent.mkdir()
     save(checkpoints, 1, 100.0)
     ended = threading.Event()
 

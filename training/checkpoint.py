@@ -254,12 +254,12 @@ def save(checkpoints: Path, snapshot: Snapshot, settle: Callable[[], None] = lam
     needed = int(1.01 * snapshot.nbytes()) + 2**20
     assert not problem_of(snapshot.state), problem_of(snapshot.state)  # what cannot be read must not be written
     try:
-        checkpoints.mkdir(parents=True, exist_ok=True)
+        settle()
+        checkpoints.mkdir(exist_ok=True)
         if folder.exists():
             raise OSError("it is there already")
         if shutil.disk_usage(checkpoints).free < needed:
             raise OSError("the disk is full")
-        settle()
         contents = {MODEL: pieces(snapshot.model), OPTIMIZER: pieces(snapshot.optimizer),
                     TOKENIZER: [json.dumps(snapshot.tokenizer).encode()],
                     STATE: [json.dumps(snapshot.state, indent=2, allow_nan=False).encode()]}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import socket
+import stat
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -15,12 +16,15 @@ import atomic
 from terminal import say
 
 LOCK = "lock"
+FILES = (LOCK, "config.yaml", "metrics.jsonl", "log.txt", "environment.jsonl", "report.html", "wandb.json")
+FOLDERS = ("checkpoints", "nonfinite", "wandb")
 
 
 class Run:
     """The folder of a run, held by this process while the context lasts; a folder that got no content is removed.
 
-    Raises ValueError naming the holder if another process trains in it, and where one run would lie inside another.
+    Raises ValueError naming the holder if another process trains in it, where one run would lie inside another, and
+    where something that is not a plain file or folder has a name that runs use.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -29,6 +33,7 @@ class Run:
             raise ValueError(f"{folder} lies inside the run {outer}: choose another name=.")
         if not is_run(folder) and (inner := first_run(lock.parent for lock in folder.glob(f"*/**/{LOCK}"))):
             raise ValueError(f"{folder} holds runs, such as {inner.relative_to(folder)}: choose another name=.")
+        check_contents(folder)
         try:
             self.lock = atomic.Lock(folder / LOCK, this_process())
         except BlockingIOError as error:
@@ -46,31 +51,58 @@ class Run:
                 atomic.remove(leftover)
 
     def has_content(self) -> bool:
-        return any(path.name != LOCK for path in self.folder.iterdir())
+        own = (LOCK, f"{LOCK}{atomic.MARKER}")
+        return any(path.name not in own for path in self.folder.iterdir())
+
+    def check_place(self) -> None:
+        """Raise ValueError if the folder was moved or removed since this process took it."""
+        if not self.lock.in_place():
+            raise ValueError(f"{self.folder} was moved, removed or replaced during training, which stops: the steps since "
+                             f"the last checkpoint are not saved. To resume, move the folder back or use its new name=.")
 
     def move_aside(self) -> None:
-        """Give the folder, which stays held, another name."""
+        """Give the folder, which stays locked, another name."""
         from training.shelf import free_name  # imports torch, which finding a run does not need
 
         self.folder = self.folder.rename(free_name(self.folder.with_name(f"{self.folder.name}.old")))
+        self.lock.follow(self.folder / LOCK)
 
     def __enter__(self) -> Run:
         return self
 
     def __exit__(self, *failure: object) -> None:
         try:
-            if not self.has_content():
+            empty = self.lock.in_place() and not self.has_content()
+            if empty:
                 (self.folder / LOCK).unlink()
+        except OSError:  # someone else removed it
+            empty = False
+        self.lock.release()
+        if empty:
+            with suppress(OSError):  # another process begins there already
                 self.folder.rmdir()
-        except OSError:  # someone else removed it, or begins there already
-            pass
-        finally:
-            self.lock.release()
 
 
 def this_process() -> str:
     """What a lock's file says of its holder."""
     return f"process {os.getpid()} on {socket.gethostname()}, since {datetime.now():%Y-%m-%d %H:%M:%S}"
+
+
+def check_contents(folder: Path) -> None:
+    """Raise ValueError where a name that runs use is taken by a link, a FIFO or the like.
+
+    Whoever hands on a run's folder could have files outside it read, written or deleted by that. The folder itself,
+    and those around it, may be links, as to a larger disk.
+    """
+    for names, is_right, wanted in ((FILES, stat.S_ISREG, "plain file"), (FOLDERS, stat.S_ISDIR, "folder")):
+        for path in (folder / name for name in names):
+            try:
+                mode = path.lstat().st_mode
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            if not is_right(mode):
+                found = "a link" if stat.S_ISLNK(mode) else "something else"
+                raise ValueError(f"{path} is {found}, and a run needs a {wanted} of its own there: move it away.")
 
 
 def is_run(folder: Path) -> bool:
@@ -86,8 +118,14 @@ def find_run(runs_dir: Path, name: str) -> Path:
     """The folder of the run `name`: below `runs_dir`, or a path; without a name, the run that was saved last.
 
     Of a sweep it is the best run, also where the run that was saved last is one of a sweep. Raises
-    ValueError naming the runs there are.
+    ValueError naming the runs there are, and where a link lies in the run.
     """
+    run = named_run(runs_dir, name)
+    check_contents(run)
+    return run
+
+
+def named_run(runs_dir: Path, name: str) -> Path:
     runs = sorted(runs_below(runs_dir))
     if not name and runs:
         last = max(runs, key=saved_at)
@@ -124,8 +162,8 @@ def best_run(sweep: Path) -> Path:
 def lowest_bits_per_byte(run: Path) -> float:
     """The lowest of the run's validations, which also compares other tokenizers; infinite without any."""
     lowest = math.inf
-    with suppress(OSError):
-        for line in (run / "metrics.jsonl").read_bytes().splitlines():
+    with suppress(OSError), os.fdopen(atomic.open_plain(run / "metrics.jsonl"), "rb") as lines:
+        for line in lines:
             with suppress(ValueError, KeyError, TypeError):
                 lowest = min(lowest, float(atomic.parse_json(line)["bits_per_byte"]))
     return lowest

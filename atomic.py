@@ -81,10 +81,9 @@ def parse_json(content: bytes | str) -> Any:
 def new_folder(final: Path) -> Iterator[Path]:
     """Yield an empty folder to fill with `write_file`; when the block ends well it becomes `final`, else it is removed.
 
-    If `final` came into being meanwhile (another process made the same), that one stays. The folder around it is made
-    if missing, but none further up: where a run's folder was removed, no part of it comes back.
+    If `final` came into being meanwhile (another process made the same), that one stays. The folder around it must be
+    there: where a run's folder was removed, no part of it comes back.
     """
-    final.parent.mkdir(exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f"{PARTIAL}{final.name}-", dir=final.parent))
     try:
         partial.chmod(0o755)

@@ -39,14 +39,14 @@ from torch import Tensor, nn
 
 import atomic
 from conf.identity import flat
-from conf.resume import identity, limit_reached, open_device, open_run
+from conf.resume import identity, limit_reached, open_device, open_run, tokens_for
 from conf.schema import SampleSettings, Settings
 from data.loader import Loader, Prefetch, Validation
-from data.prepare import describe, load_tokenizer, prepare, val_bytes_per_token
+from data.prepare import describe, load_tokenizer, val_bytes_per_token
 from data.shards import open_parts
 from data.tokenizer import Tokenizer
 from model import GPT
-from report.page import after_training
+from report.page import after_training, is_current
 from sample import complete, open_checkpoint, print_completions
 from terminal import counted, readable_size, say
 from training import nonfinite, shelf
@@ -67,8 +67,8 @@ KEPT_AT_MOST = 512  # bytes for each number of a layer's residual stream, by far
 
 def train(settings: Settings) -> int:
     """Run, or go on with, the training that `settings` describe; return the exit code."""
-    # What is learned from.
-    prepared = prepare(settings.data)
+    # Load the data.
+    prepared = tokens_for(settings)
     tokenizer = load_tokenizer(prepared)
     boundary = boundary_of(tokenizer) if settings.data.respect_documents else None
     settings = replace(settings, model=replace(settings.model, vocab_size=tokenizer.vocab_size))
@@ -85,6 +85,10 @@ def train(settings: Settings) -> int:
         if last and (limit := limit_reached(limits, last)):
             say(f"{run.folder} is finished: {counted(last.step, 'step')}, {last.state['seconds']:.0f} s. "
                   + how_to_go_on(limit, settings, last))
+            # A kill after the last save may have left these undone.
+            shelf.prune(run.checkpoints, limits.keep_last)
+            if settings.logger.report and not is_current(run.folder):
+                say(after_training(run.folder))
             return finish(run, limits)
 
         # What is learned, on what, and how.

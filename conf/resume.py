@@ -1,11 +1,11 @@
-"""From settings to the run they mean: its folder, held; where it stands; the device and the ways it began with.
+"""From settings to a run: its tokens, its locked folder, its last checkpoint, and the device it began on.
 
-The same run goes on. Another one is told apart, and named or refused.
+The same settings resume their run. A run with other settings is named differently or refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
-from conf.identity import differences, flat, identity_differences, in_short, listed
+from conf.identity import OF_THE_TOKENS, differences, flat, identity_differences, in_short, listed
 from conf.schema import Settings, folder_name, rebuild
-from data.prepare import prepare
+from data.prepare import find_prepared, planned, prepare
 from data.shards import read_meta
+from data.sources import DataConfig
 from model import GPT, GPTConfig, Undrawn
 from terminal import say
 from training import checkpoint, shelf
@@ -26,12 +27,82 @@ from training.device import Device, Environment, available
 from training.run import Run, check_contents
 
 
+def tokens_for(settings: Settings, warn: Callable[[str], None] = say) -> Path:
+    """The folder of prepared tokens to train on; made now if it is not there.
+
+    A run resumes with the tokens that its checkpoint names, also when its text has changed since, or cannot be read:
+    then `warn` gets a sentence. Without a name, only an unfinished run does. Raises ValueError and OSError as `prepare`.
+    """
+    folder = Path(settings.runs_dir) / (settings.name or settings.auto_name)
+    last = last_saved(folder, settings)
+    if last is None or not same_source(settings, last):
+        return prepare(settings.data)
+    fingerprint = str(flat(last.state["settings"]).get("data.prepared"))
+    try:
+        now = prepared_already(settings.data)
+        reason = "was changed"
+    except (ValueError, OSError) as error:
+        now, reason = None, f"cannot be read ({str(error).rstrip('.')})"
+    if now and read_meta(now)["fingerprint"].startswith(fingerprint):
+        return prepare(settings.data)
+    kept = find_prepared(fingerprint)
+    if kept is None or changes_since(last, with_vocabulary(settings, kept), kept):
+        return prepare(settings.data)
+    if not settings.name:
+        # Another text is another run, whose name says so. An unfinished run comes first, unless that one exists.
+        changed = now and folder.with_name(f"{folder.name}-prepared={read_meta(now)['fingerprint'][:12]}")
+        if limit_reached(settings.training, last) or (changed and shelf.find(changed / "checkpoints")):
+            return prepare(settings.data)
+    warn(f"The text of {folder}, or how it is prepared, {reason} since the run began. The run uses the tokens it was "
+         f"trained on ({kept}). To train on the text as it is now, choose another name=, or pass restart=true.")
+    return kept
+
+
+def last_saved(folder: Path, settings: Settings) -> Checkpoint | None:
+    """The newest checkpoint of a run that these settings would not start over; None if there is none."""
+    check_contents(folder)
+    try:
+        found = shelf.find(folder / "checkpoints")
+    except ValueError:
+        if settings.restart:
+            return None
+        raise
+    if not found or (settings.restart and not began_by_restart(found[-1], settings.training)):
+        return None
+    return found[-1]
+
+
+def began_by_restart(last: Checkpoint, limits: TrainingConfig) -> bool:
+    """Whether a run that restart=true started over is unfinished, so that the same command resumes it."""
+    finished = limit_reached(limits, last) or last.step >= last.state["max_steps"]
+    return last.state["settings"].get("restart") is True and not finished
+
+
+def same_source(settings: Settings, last: Checkpoint) -> bool:
+    """Whether the settings name the same data as those of a checkpoint, its path included."""
+    began = flat(asdict(Settings())) | flat(last.state["settings"])
+    return all(began[key] == value for key, value in flat(asdict(settings)).items() if key.startswith("data."))
+
+
+def prepared_already(config: DataConfig) -> Path | None:
+    """Where the tokens of the source lie, as it is now; None if they are not prepared yet."""
+    if config.source == "bin" and not config.mix:
+        return prepare(config)  # which takes them as they are
+    folder = planned(config).folder
+    return folder if folder.is_dir() else None
+
+
+def with_vocabulary(settings: Settings, prepared: Path) -> Settings:
+    return replace(settings, model=replace(settings.model, vocab_size=read_meta(prepared)["vocab_size"]))
+
+
 @contextmanager
 def open_run(settings: Settings, prepared: Path) -> Iterator[tuple[Run, Settings, Checkpoint | None]]:
     """Hold the run's folder; give it, the settings as they hold in it, and its last checkpoint if it has one.
 
     A folder that holds another run is refused with a ValueError that lists the differences, or, where no name was
-    given, left alone for a folder that is named by them. With `restart` the run that is there is moved aside.
+    given, left alone for a folder that is named by them. With `restart` the run that is there is moved aside, once: an
+    unfinished run that was begun so is resumed.
     """
     name, restart = settings.name or settings.auto_name, settings.restart
     while True:
@@ -39,24 +110,28 @@ def open_run(settings: Settings, prepared: Path) -> Iterator[tuple[Run, Settings
         with Run(folder) as run:
             run.sweep()
             last, changes = look_into(run, settings, prepared)
-            if restart and run.has_content() and (settings.name or not changes):
-                run.move_aside()
-                say(f"{folder} is now {run.folder}.")
-                restart = False
-                continue
+            if restart and run.has_checkpoints() and (settings.name or not changes):
+                if last and not changes and began_by_restart(last, settings.training):
+                    say(f"{folder} was started over by restart=true and is not finished: it resumes. To start over once "
+                        f"more, rename or delete that folder first.")
+                else:
+                    run.move_aside()
+                    say(f"{folder} is now {run.folder}.")
+                    restart = False
+                    continue
             if not changes:
                 yield run, as_it_began(replace(settings, name=name), last), last
                 return
         if settings.name:
             raise another_run(folder, name, changes)
         name = folder_name("-".join([name, *in_short(changes)]))
-        say(f"{folder} holds a run with other settings ({listed(changes)}): this one goes to {folder.with_name(name)}.")
+        say(f"{folder} was trained with other settings ({listed(changes)}): this run goes to {folder.with_name(name)}.")
 
 
 def look_into(run: Run, settings: Settings, prepared: Path) -> tuple[Checkpoint | None, dict[str, tuple[Any, Any]]]:
     """The run's last checkpoint, and how its identity differs from that of `settings`.
 
-    Raises ValueError if checkpoints are there and none is whole, unless the run is to begin anew.
+    Raises ValueError if checkpoints are there and none is whole, unless the run is to start over.
     """
     def load(one: Checkpoint) -> Checkpoint:
         if not changes_since(one, settings, prepared):  # of another run, the large files are not read
@@ -88,12 +163,12 @@ def is_finished(settings: Settings, folder: Path) -> bool:
     saved = shelf.find(folder / "checkpoints")
     if not saved or settings.restart:
         return False
+    in_place = replace(settings, name=folder.name, runs_dir=str(folder.parent))
     try:
-        prepared = prepare(settings.data)
+        prepared = tokens_for(in_place, warn=lambda text: None)
     except (ValueError, OSError):  # for the run itself to say
         return False
-    learned = replace(settings, model=replace(settings.model, vocab_size=read_meta(prepared)["vocab_size"]))
-    if changes := changes_since(saved[-1], learned, prepared):
+    if changes := changes_since(saved[-1], with_vocabulary(settings, prepared), prepared):
         raise another_run(folder, folder.name, changes)
     return bool(limit_reached(settings.training, saved[-1]))
 
@@ -104,8 +179,11 @@ def limit_reached(limits: TrainingConfig, last: Checkpoint) -> str:
 
 
 def another_run(folder: Path, name: str, changes: dict[str, tuple[Any, Any]]) -> ValueError:
-    return ValueError(f"{folder} holds a run with other settings: {listed(changes)}. Choose another name=, or begin anew "
-                      f"with restart=true (what is there stays, as {name}.old), or keep the old settings.")
+    """The refusal of a run whose identity differs. A text of which the old tokens are gone needs other advice."""
+    only_text = changes.keys() <= set(OF_THE_TOKENS)
+    back = "put the old text back: the tokens prepared from it are gone" if only_text else "restore the old settings"
+    return ValueError(f"{folder} was trained with other settings: {listed(changes)}. Use another name=, or {back}, or pass "
+                      f"restart=true to start over (the run is kept as {name}.old).")
 
 
 def largest_file(config: GPTConfig) -> int:
@@ -125,7 +203,7 @@ def identity(settings: Settings, prepared: Path, precision: str) -> dict[str, An
 
 
 def as_it_began(settings: Settings, last: Checkpoint | None) -> Settings:
-    """In a run that goes on, 'auto' is what it was when the run began."""
+    """The settings as a resumed run has them: 'auto' is what it was when the run began."""
     if not last:
         return settings
     began = environment_of(last)

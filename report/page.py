@@ -32,6 +32,14 @@ def after_training(run: Path) -> str:
         return f"No report was written: {error}"
 
 
+def is_current(run: Path) -> bool:
+    """Whether the run's report was written after its last metrics."""
+    try:
+        return (run / "report.html").stat().st_mtime_ns >= (run / "metrics.jsonl").stat().st_mtime_ns
+    except FileNotFoundError:
+        return False
+
+
 def write(chosen: list[tuple[Path, str]], out: Path, pictures: bool = True) -> list[Path]:
     """Write the page about the chosen runs, and beside it the pictures as PNG; return all of these.
 

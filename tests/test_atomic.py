@@ -56,6 +56,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="name
 
 
 def test_a_folder_gets_its_name_when_it_is_complete(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
     final = tmp_path / "checkpoints" / "step_1"
     with atomic.new_folder(final) as partial:
         assert partial.parent == final.parent and partial.name.startswith(atomic.PARTIAL)

@@ -33,6 +33,7 @@ def snapshot(step, val_loss=None, scheduled=True, seed=0):
 
 
 def save(folder, step, *arguments, **options):
+    folder.mkdir(parents=True, exist_ok=True)
     checkpoint.save(folder, snapshot(step, *arguments, **options))
     return folder / checkpoint.folder_name(step)
 

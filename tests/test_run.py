@@ -134,7 +134,7 @@ def at_step(monkeypatch, step, change):
 def test_a_run_stops_when_its_folder_is_gone(compose_tiny, tmp_path, monkeypatch, capsys, change, locks):
     """At the next step, by one sentence; nothing is written at the old place, and another run there is left alone."""
     runs = tmp_path / "runs"
-    others: list[Run] = []
+    others: list[Run] = []  # which has checkpoints of its own
 
     def do():
         if change == "removed":
@@ -146,6 +146,7 @@ def test_a_run_stops_when_its_folder_is_gone(compose_tiny, tmp_path, monkeypatch
             (runs / "tiny").rename(runs / "moved")
         if "replaced" in change:
             others.append(Run(runs / "tiny"))
+            (runs / "tiny/checkpoints").mkdir()
 
     if not locks:
         without_locks(monkeypatch)
@@ -155,7 +156,8 @@ def test_a_run_stops_when_its_folder_is_gone(compose_tiny, tmp_path, monkeypatch
     assert "could not be written" not in capsys.readouterr().out
     if others:
         others[0].check_place()
-        assert set(os.listdir(runs / "tiny")) <= {LOCK, f"{LOCK}.held"}
+        assert set(tree(runs / "tiny")) <= {LOCK, f"{LOCK}.held"} and not any((runs / "tiny/checkpoints").iterdir())
+        (runs / "tiny/checkpoints").rmdir()
         with others[0]:
             pass
     assert not (runs / "tiny").exists()

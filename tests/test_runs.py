@@ -24,6 +24,7 @@ import train as story
 from conf import identity
 from conf.resume import is_finished
 from conf.schema import ConfigError, Settings, compose, leaves
+from data.prepare import prepare
 from model import GPT
 from scripts import verify_resume as verify
 from scripts.verify_resume import compare, read_metrics
@@ -87,15 +88,6 @@ def test_another_run_under_the_same_name_is_refused_with_the_three_ways_on(compo
     assert before == {path: path.read_bytes() for path in (tmp_path / "runs").rglob("*") if path.is_file() and path.name != "lock"}
 
 
-def test_a_changed_text_is_another_run(compose_tiny, tmp_path, book):
-    text = tmp_path / "mine.txt"
-    text.write_text(book.read_text())
-    story.train(compose_tiny(f"data.path={text}", "training.max_steps=2"))
-    text.write_text(book.read_text() + "\nOne more sentence.")
-    with pytest.raises(ValueError, match=r"the text is not the one that was trained on"):
-        story.train(compose_tiny(f"data.path={text}"))
-
-
 def trained_on_two_texts(compose_tiny, tmp_path, book) -> tuple[list[str], Path]:
     """Two runs without a name by the same words, between which the text has changed: the words, and the first one's folder."""
     text = tmp_path / "mine.txt"
@@ -116,22 +108,6 @@ def test_without_a_name_another_run_gets_a_folder_named_by_what_differs(compose_
     story.train(compose_tiny(*unnamed, "training.max_steps=3"))  # and it is found again
     assert {path.name for path in (tmp_path / "runs").iterdir()} == {first.name, second.name}
     assert (last_step(first), last_step(second)) == (2, 3)
-
-
-def test_restart_moves_the_old_run_aside_and_deletes_nothing(compose_tiny, tmp_path, capsys):
-    runs = tmp_path / "runs"
-    story.train(compose_tiny("training.max_steps=2"))
-    content = (runs / "tiny/metrics.jsonl").read_text()
-    for aside in ("tiny.old", "tiny.old-2"):
-        story.train(compose_tiny("training.max_steps=3", "seed=3", "restart=true"))
-        assert f"{runs / 'tiny'} is now {runs / aside}" in capsys.readouterr().out
-        assert last_step(runs / "tiny") == 3
-    assert (runs / "tiny.old/metrics.jsonl").read_text() == content and last_step(runs / "tiny.old-2") == 3
-
-
-def test_restart_of_nothing_is_a_start(compose_tiny, tmp_path):
-    story.train(compose_tiny("training.max_steps=2", "restart=true"))
-    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["tiny"]
 
 
 def test_restart_without_a_name_is_of_the_run_that_is_meant(compose_tiny, tmp_path, book):
@@ -665,7 +641,7 @@ def test_every_write_goes_through_the_one_helper():
 def plant(monkeypatch):
     """Make the loss of certain batches NaN, or only its gradient: they are known by their tokens."""
     def planted(settings, batches, how="loss"):
-        prepared = story.prepare(settings.data)
+        prepared = prepare(settings.data)
         loader = story.Loader(story.open_parts(prepared, "train"), settings.model.block_size, settings.training.batch_size,
                               settings.training.micro_steps(settings.model.block_size), settings.seed)
         bad = [loader.batch(batch)[0] for batch in batches]

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 import train as story
 from conf.schema import compose, options
 from data.loader import Loader
+from data.prepare import prepare
 from data.shards import Tokens
 from model import GPT, GPTConfig
 from sample import open_checkpoint
@@ -58,7 +59,7 @@ def test_reported_validation_loss_is_the_loss_of_the_saved_model(compose_tiny, t
     story.train(settings)
     saved = shelf.find(tmp_path / "runs/tiny/checkpoints")[-1]
     model, _ = open_checkpoint(tmp_path / "runs/tiny", "last", Device("cpu", "fp32"))
-    prepared = story.prepare(settings.data)
+    prepared = prepare(settings.data)
     validation = story.Validation(story.open_parts(prepared, "val"), 32, 4, 512)
     assert story.evaluate(model, validation, Device("cpu", "fp32")) == pytest.approx(saved.state["val_loss"], abs=1e-6)
 
@@ -142,8 +143,8 @@ def compose_letters(compose_tiny, tmp_path):
 def test_a_run_that_respects_documents_learns_and_evaluates_each_by_itself(compose_letters, tmp_path):
     settings = compose_letters("data.respect_documents=true", "training.max_steps=10")
     assert story.train(settings) == 0
-    prepared = story.prepare(settings.data)
-    assert prepared == story.prepare(compose_letters().data)  # the same tokens
+    prepared = prepare(settings.data)
+    assert prepared == prepare(compose_letters().data)  # the same tokens
 
     def losses(model, inputs, targets) -> float:
         """Document by document, each a sequence of its own; rows begin within one."""

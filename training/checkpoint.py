@@ -255,7 +255,6 @@ def save(checkpoints: Path, snapshot: Snapshot, settle: Callable[[], None] = lam
     assert not problem_of(snapshot.state), problem_of(snapshot.state)  # what cannot be read must not be written
     try:
         settle()
-        checkpoints.mkdir(exist_ok=True)
         if folder.exists():
             raise OSError("it is there already")
         if shutil.disk_usage(checkpoints).free < needed:
@@ -270,6 +269,7 @@ def save(checkpoints: Path, snapshot: Snapshot, settle: Callable[[], None] = lam
                 files[name] = {"bytes": size(partial / name), "sha256": checksum}
             manifest = {"format": FORMAT, "files": files}
             atomic.write_file(partial / MANIFEST, [json.dumps(manifest | {"sha256": digest(manifest)}, indent=2).encode()])
+            settle()  # once more: writing takes a while, and the folder gets its name next
     except OSError as error:
         raise OSError(f"{folder} could not be written ({error.strerror or error}): it needs {readable_size(needed)} of free "
                       f"disk. Earlier checkpoints are as they were.") from None

@@ -54,6 +54,10 @@ class Run:
         own = (LOCK, f"{LOCK}{atomic.MARKER}")
         return any(path.name not in own for path in self.folder.iterdir())
 
+    def has_checkpoints(self) -> bool:
+        """Whether anything was saved, damaged or not."""
+        return self.checkpoints.is_dir() and any(self.checkpoints.iterdir())
+
     def check_place(self) -> None:
         """Raise ValueError if the folder was moved or removed since this process took it."""
         if not self.lock.in_place():

@@ -14,11 +14,11 @@ from training.interrupt import embedded
 
 
 class Saver:
-    """Writes one checkpoint at a time into the folder `checkpoints` and prunes the older ones. Use as a context manager.
+    """Writes one checkpoint at a time and prunes the older ones. Use as a context manager, which makes the folder.
 
-    `saved` is the last step that is on the disk. `settle` brings to the disk what must be there by then. What
-    the disk refuses is one warning each time, or with `stop_on_error` an OSError of the next call; it is left to the
-    caller to save again.
+    `saved` is the last step that is on the disk. `settle` is called before a checkpoint is written and before it gets
+    its name: it raises where neither must happen. A write error is one warning each time, or with `stop_on_error` an
+    OSError of the next call; the caller saves again.
     """
 
     def __init__(self, checkpoints: Path, keep_last: int, saved: int, settle: Callable[[], None],
@@ -68,6 +68,7 @@ class Saver:
             self.error = error
 
     def __enter__(self) -> Saver:
+        self.checkpoints.mkdir(exist_ok=True)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *failure: object) -> None:

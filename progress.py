@@ -32,6 +32,7 @@ class ProgressBar(tqdm):
     """
 
     monitor_interval = 0  # No thread of tqdm's, so that a process with a bar can fork.
+    expected: float | None = None  # an estimate of seconds for each unit
 
     def __init__(self, iterable: Iterable[Any] | None = None, desc: str | None = None, plain_format: str = "",
                  **settings: Any) -> None:
@@ -39,6 +40,27 @@ class ProgressBar(tqdm):
         if self.plain:
             settings |= {"mininterval": PLAIN_SECONDS, "delay": PLAIN_SECONDS}
         super().__init__(iterable, desc, file=sys.stderr, dynamic_ncols=True, miniters=0, **settings)
+
+    def expect(self, seconds: float) -> None:
+        """Begin now with an estimate of the time left. It counts as much as the first tenth of the work."""
+        left = self.total - self.n
+        if left > 0:
+            self.expected, self.initial, self.start_t = seconds / left, self.n, self._time()
+
+    @property
+    def format_dict(self) -> dict[str, Any]:
+        """The state that is shown; with an estimate the rate is the mean of it and of what was measured."""
+        state = super().format_dict
+        if self.expected and not self.disable:
+            weight = 0.1 * (self.total - self.initial)
+            done = max(0, self.n - self.initial)
+            seconds = (weight * self.expected + state["elapsed"]) / (weight + done)
+            # Elapsed time without a finished unit is part of the next one.
+            if done:
+                state["rate"] = 1 / seconds
+            else:
+                state["rate"] = 1 / self.expected
+        return state
 
     def plain_line(self) -> str:
         """The state in words."""

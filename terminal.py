@@ -59,6 +59,15 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
+def readable_time(seconds: float) -> str:
+    """A duration in the unit that fits: "40 seconds", "2.1 minutes", "3.5 hours", "12.0 days"."""
+    if seconds < 90:
+        return counted(round(seconds), "second")
+    if seconds < 2 * 3600:
+        return f"{seconds / 60:.1f} minutes"
+    return f"{seconds / 3600:.1f} hours" if seconds < 3 * 86400 else f"{seconds / 86400:.1f} days"
+
+
 def readable_size(nbytes: float) -> str:
     """A number of bytes in the largest unit that fits: "0 bytes", "367 bytes", "1.4 MB", "128 GB"."""
     if nbytes < 1000:

@@ -48,12 +48,13 @@ from data.tokenizer import Tokenizer
 from model import GPT
 from report.page import after_training, is_current
 from sample import complete, open_checkpoint, print_completions
-from terminal import counted, readable_size, say
+from terminal import counted, readable_size, readable_time, say
 from training import nonfinite, shelf
 from training.checkpoint import Checkpoint
 from training.clock import Clock
 from training.config import TrainingConfig
-from training.device import Device, available_memory, bytes_kept, maybe_compile, seconds_of
+from training.device import Device, available_memory, bytes_kept, maybe_compile
+from training.estimate import FORWARD_SHARE, micro_step_seconds, update_seconds
 from training.interrupt import Interrupt
 from training.optim import Optimizers, extension, lr_scale, same_rates
 from training.provenance import record_start
@@ -119,14 +120,15 @@ def train(settings: Settings) -> int:
                 recorder.say(extension(state.step, settings.optim, planned, limits.max_steps, state.replanned))
             if last and (change := other_micro_batches(settings, last)):
                 recorder.say(change)
-            step_seconds = expected_seconds(model, loader, device, boundary)
-            expected = min(step_seconds * (limits.max_steps - state.step), (limits.max_seconds or math.inf) - state.seconds)
-            recorder.say(f"Time: about {expected / 60:.1f} minutes on this machine, by its first sequences, and evaluation.")
-            forward = maybe_compile(model, limits.compile, device, expected,
+            forward = maybe_compile(model, limits.compile, device, run_flops(model, loader, limits),
                                     lambda compiled: trial(compiled, loader, device, boundary, batch_size), recorder.say)
             facts = {"settings": identity(settings, prepared, device.precision), "max_steps": limits.max_steps,
                      "model": asdict(model.config), "environment": asdict(device.environment(forward is not model))}
             record_start(run.folder, state.step, facts["environment"])
+            expected = expected_seconds(state, settings, forward, loader, validation, device, boundary)
+            recorder.expect(expected)
+            recorder.say(f"Time: about {readable_time(expected)} on this machine, with updates and evaluations, by timing a "
+                         f"few sequences.")
 
             def save(val_loss: float | None) -> None:
                 saver.save(state.snapshot(val_loss, limits.saves(state.step), tokenizer.to_json(), facts))
@@ -249,6 +251,8 @@ def introduce(recorder: Recorder, run: Run, device: Device, model: GPT, loader: 
     recorder.say(f"Step: {loader.tokens_per_step:,} tokens ({loader.micro_steps} x {loader.batch_size} sequences of "
                  f"{loader.block_size}), {epochs} steps an epoch")
     recorder.say(f"Device: {device.describe()}")
+    for warning in device.warnings():
+        recorder.say(f"Warning: {warning}")
 
 
 def accumulate_gradients(forward: nn.Module, batches: Prefetch, boundary: int | None, step: int,
@@ -323,13 +327,27 @@ def check_memory(model: GPT, loader: Loader, device: Device, boundary: int | Non
                          + (", or training.recompute=true." if not model.recompute else "."))
 
 
-def expected_seconds(model: nn.Module, loader: Loader, device: Device, boundary: int | None) -> float:
-    """What a step will take: by a part of a micro-step, where all of it would be a wait."""
-    rows = math.ceil(loader.batch_size / 8)
-    first = seconds_of(lambda: trial(model, loader, device, boundary, rows), device)  # which also sets the device up
-    more = loader.batch_size if first < 0.02 else rows
-    second = seconds_of(lambda: trial(model, loader, device, boundary, more), device)
-    return loader.micro_steps * loader.batch_size * min(first / rows, second / more)  # what disturbs one may spare the other
+def run_flops(model: GPT, loader: Loader, limits: TrainingConfig) -> float:
+    """The floating-point operations of the whole run, from its first step to its last."""
+    return model.flops_per_token() * loader.tokens_per_step * limits.max_steps
+
+
+def expected_seconds(state: State, settings: Settings, forward: nn.Module, loader: Loader, validation: Validation,
+                     device: Device, boundary: int | None) -> float:
+    """What is left of the run in seconds, evaluations included, by a few sequences and updates."""
+    limits, model = settings.training, state.model
+
+    def pass_of(rows: int) -> None:
+        trial(forward, loader, device, boundary, rows)
+
+    micro_step = micro_step_seconds(pass_of, loader.batch_size, device, compiled=forward is not model)
+    update = update_seconds(model.parameters_by_role(), settings.optim, device)
+    step = loader.micro_steps * micro_step + update
+    steps = limits.max_steps - state.step
+    if limits.max_seconds:
+        steps = min(steps, math.ceil((limits.max_seconds - state.seconds) / step))
+    sequence = FORWARD_SHARE * micro_step / loader.batch_size
+    return steps * step + limits.evaluations(state.step, steps) * sum(validation.n_windows) * sequence
 
 
 def trial(model: nn.Module, loader: Loader, device: Device, boundary: int | None, rows: int) -> None:

@@ -19,7 +19,7 @@ KINDS = {
     "extendable": "training.max_steps training.max_seconds training.patience training.eval_every training.eval_tokens "
                   "training.checkpoint_every training.keep_last training.on_save_error "
                   "training.on_nonfinite training.nonfinite_limit",
-    "machine": "training.device training.compile training.deterministic",
+    "machine": "training.device training.threads training.compile training.deterministic",
     "identity": "seed model.* data.* optim.* training.batch_size training.tokens_per_step training.precision",
 }
 

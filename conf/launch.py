@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 from conf.hints import instead_of_hydras, unit_note
 from conf.schema import SCHEMAS, Settings, as_yaml, compose, groups, leaves, likely_name, options
 from conf.slots import stop_with_parent
+from hardware import usable_cpus
 from terminal import output, say
 from training.interrupt import embedded
 
@@ -57,6 +58,9 @@ def launch(main: Place, root: Place, doc: str) -> NoReturn:
         sys.modules.pop(main.partition(":")[0], None)
     open_streams()
     stop_with_parent()
+    # torch counts the cores of the machine, also in a container that may use a few of them.
+    if usable_cpus() < (os.cpu_count() or 1):
+        os.environ.setdefault("OMP_NUM_THREADS", str(usable_cpus()))
     try:
         code = run_command(main, root, doc, sys.argv[1:])
         sys.stdout.flush()

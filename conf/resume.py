@@ -19,7 +19,7 @@ from data.prepare import find_prepared, planned, prepare
 from data.shards import read_meta
 from data.sources import DataConfig
 from model import GPT, GPTConfig, Undrawn
-from terminal import say
+from terminal import counted, say
 from training import checkpoint, shelf
 from training.checkpoint import Checkpoint
 from training.config import TrainingConfig
@@ -218,15 +218,21 @@ def environment_of(saved: Checkpoint) -> Environment:
 
 
 def open_device(run: Run, settings: Settings, last: Checkpoint | None) -> Device:
-    """The device, with the threads that the run began with.
+    """The device, with the threads that are set, or else those that the run began with.
 
     Raises ValueError where anything else would change the last bits of its results, unless `allow_drift` is set.
     """
     limits = settings.training
     set_by = "as when the run began" if last else "as set"
     device = Device(limits.device, limits.precision, limits.deterministic, set_by)
+    if limits.threads:
+        torch.set_num_threads(limits.threads)
     if last and not settings.allow_drift:
         began = environment_of(last)
+        if limits.threads and limits.threads != began.threads:
+            say(f"Resuming with {counted(limits.threads, 'thread')} instead of {began.threads}: the last bits of the "
+                f"results may differ from here on.")
+            began = replace(began, threads=limits.threads)
         torch.set_num_threads(began.threads)
         if drift := differences(asdict(began), asdict(device.environment(limits.compile == "true"))):
             raise ValueError(f"{run.folder} would not go on with the same bits here: {listed(drift)}. Go on where it began, "

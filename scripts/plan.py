@@ -48,9 +48,10 @@ from data.shards import Tokens, read_meta
 from data.sources import DataConfig
 from data.tokenizer import ByteTokenizer
 from model import GPT, Undrawn
-from terminal import counted, readable_size, say
+from terminal import counted, readable_size, readable_time, say
 from train import loss_of
-from training.device import PEAK_FLOPS, Device, available_memory, seconds_of
+from training.device import PEAK_FLOPS, Device, available_memory
+from training.estimate import seconds_of
 from training.optim import Optimizers
 from training.state import State
 
@@ -124,7 +125,7 @@ def plan(own: PlanSettings) -> int:
         say(f"Warning: {warning}")
     if gpu:
         seconds = flops / (PEAK_FLOPS[gpu] * own.mfu)
-        say(f"Time: about {minutes(seconds)} on one {gpu}, if training reaches {own.mfu:.0%} of the "
+        say(f"Time: about {readable_time(seconds)} on one {gpu}, if training reaches {own.mfu:.0%} of the "
             f"{PEAK_FLOPS[gpu] / 1e12:,.0f} TFLOP/s that its data sheet has for bf16 (mfu={own.mfu}); "
             f"evaluation and saving come on top")
     elif own.measure and total > available_memory():
@@ -230,7 +231,7 @@ def expected_time(settings: Settings, device: Device, prepared: dict[str, Any] |
     tokens = min(limits.eval_tokens, prepared["splits"]["val"]["tokens"] if prepared else math.inf)
     evaluation = looking * tokens / (limits.batch_size * config.block_size)
     training = min(limits.max_steps * step, limits.max_seconds or math.inf)
-    return (f"about {minutes(training + n_evaluations * evaluation)} on this machine ({device.describe()}): "
+    return (f"about {readable_time(training + n_evaluations * evaluation)} on this machine ({device.describe()}): "
             f"{counted(limits.max_steps, 'step')} of {step:.2f} s, "
             f"{counted(n_evaluations, 'evaluation')} of {evaluation:.1f} s")
 
@@ -238,10 +239,6 @@ def expected_time(settings: Settings, device: Device, prepared: dict[str, Any] |
 def occurrences(max_steps: int, every: int) -> int:
     """How often something happens in a run that happens `every` so many steps, or with 0 only at the end."""
     return math.ceil(max_steps / every) if every else 1
-
-
-def minutes(seconds: float) -> str:
-    return f"{seconds / 60:.1f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
 
 
 def resident() -> int:

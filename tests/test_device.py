@@ -74,6 +74,42 @@ def test_the_peak_is_known_by_the_name_of_the_gpu(monkeypatch):
         assert device.peak_flops() == peak
 
 
+def test_nominal_rates_follow_threads_and_formats(monkeypatch):
+    rates = {}
+    for native in ("0", "1"):
+        monkeypatch.setenv("NANOHYDRA_NATIVE_BF16", native)
+        for threads in (1, 2):
+            monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+            rates[native, threads] = Device("cpu").nominal_flops()
+    assert rates["1", 1] > rates["0", 1] and rates["0", 2] == 2 * rates["0", 1]
+
+
+def test_compiling_is_decided_without_a_clock(monkeypatch):
+    def no_clock():
+        raise AssertionError
+
+    monkeypatch.setattr("time.perf_counter", no_clock)
+    spy = Spy(monkeypatch)
+    assert spy("auto", 60) == "model" and spy("auto", 1e5) == ("compiled", "model")
+
+
+@pytest.mark.parametrize(("native", "precision", "warns"), [
+    ("0", "bf16", True), ("0", "fp32", False), ("1", "bf16", False), ("0", "auto", False)])
+def test_an_emulated_format_is_warned_of(monkeypatch, native, precision, warns):
+    monkeypatch.setenv("NANOHYDRA_NATIVE_BF16", native)
+    monkeypatch.setattr(place, "busy_cpus", lambda: 0.0)
+    assert any("emulates bf16" in line for line in Device("cpu", precision).warnings()) == warns
+
+
+@pytest.mark.parametrize(("busy", "threads", "warns"), [(8, 4, True), (8, 1, False), (0.5, 4, False)])
+def test_a_busy_machine_is_warned_of(monkeypatch, busy, threads, warns):
+    monkeypatch.setattr(place, "busy_cpus", lambda: busy)
+    monkeypatch.setattr(place.os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    found = list(Device("cpu", "fp32").warnings())
+    assert any("training.threads=1" in line for line in found) == warns
+
+
 class Spy:
     def __init__(self, monkeypatch, fails=False):
         self.said, self.tried, self.compiled = [], [], 0
@@ -90,8 +126,10 @@ class Spy:
         if self.fails:
             raise RuntimeError("no header Python.h\nand more")
 
-    def __call__(self, choice, expected_seconds, device=None):
-        return maybe_compile("model", choice, device or Device("cpu", "fp32"), expected_seconds, self.trial, self.said.append)
+    def __call__(self, choice, nominal_seconds, device=None):
+        device = device or Device("cpu", "fp32")
+        flops = nominal_seconds * device.nominal_flops()
+        return maybe_compile("model", choice, device, flops, self.trial, self.said.append)
 
 
 def test_auto_compiles_only_where_it_pays_back(monkeypatch):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hardware import native
+from hardware import cpu_quota, native, usable_cpus
 from training.device import Device
 
 
@@ -53,3 +53,21 @@ def test_a_cpu_build_without_onednn_has_fp32_only(precision, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert not native(precision) and native("fp32")
+
+
+@pytest.mark.parametrize(("files", "expected"), [
+    ({"cpu.max": "150000 100000"}, 1.5), ({"cpu.max": "max 100000"}, None), ({}, None),
+    ({"cpu/cpu.cfs_quota_us": "200000", "cpu/cpu.cfs_period_us": "100000"}, 2.0),
+    ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None), ({"cpu.max": "?"}, None)])
+def test_a_containers_quota_of_cpus_is_read(files, expected, tmp_path):
+    (tmp_path / "cpu").mkdir()
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    assert cpu_quota(tmp_path) == expected
+
+
+def test_no_more_cpus_are_used_than_the_quota(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)), raising=False)
+    for quota, expected in ((None, 8), (1.5, 2), (0.2, 1), (64, 8)):
+        monkeypatch.setattr("hardware.cpu_quota", lambda _, quota=quota: quota)
+        assert usable_cpus() == expected

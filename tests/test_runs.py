@@ -291,6 +291,26 @@ def test_the_threads_the_run_began_with_are_used_again(compose_tiny, tmp_path, m
         torch.set_num_threads(threads)
 
 
+def test_a_resumed_run_can_change_its_threads_knowingly(compose_tiny, tmp_path, capsys):
+    threads = torch.get_num_threads()
+
+    def used():
+        last = shelf.find(tmp_path / "runs/tiny/checkpoints")[-1]
+        return torch.get_num_threads(), last.state["environment"]["threads"]
+
+    try:
+        story.train(compose_tiny("training.max_steps=2", "training.threads=1"))
+        assert used() == (1, 1)
+        story.train(compose_tiny("training.max_steps=3", "training.threads=3"))
+        assert used() == (3, 3)
+        assert "Resuming with 3 threads instead of 1: the last bits" in capsys.readouterr().out
+        torch.set_num_threads(1)
+        story.train(compose_tiny("training.max_steps=4"))
+        assert used() == (3, 3)
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("key, value", [("torch", "2.0.0"), ("processor", "another"), ("deterministic", True), ("compiled", True)])
 @pytest.mark.slow
 def test_another_environment_is_named_and_goes_on_only_when_allowed(compose_tiny, tmp_path, monkeypatch, key, value):

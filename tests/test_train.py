@@ -236,20 +236,3 @@ def test_the_program_survives_kill_9_and_ends_cleanly_on_sigint(book, tmp_path):
     said, _ = program.communicate(timeout=60)
     assert program.returncode == 130
     assert f"from step {reached}" in said and "Interrupted" in said
-
-
-@pytest.mark.parametrize("seconds, rows, expected", [(0.01, [3, 20], 0.01), (0.2, [3, 3], 0.2 * 20 / 3)])
-def test_a_step_is_timed_by_a_part_of_it_only_where_all_of_it_would_be_a_wait(monkeypatch, seconds, rows, expected):
-    seen = []
-    loader = Loader([Tokens([np.zeros(1000, dtype=np.uint16)])], 8, 20, micro_steps=2)
-    monkeypatch.setattr(story, "loss_of", lambda model, batch, device, boundary: seen.append(len(batch[0])) or torch.zeros((), requires_grad=True))
-    monkeypatch.setattr(story, "seconds_of", lambda call, device: call() or seconds)
-    assert story.expected_seconds(torch.nn.Linear(1, 1), loader, Device("cpu", "fp32"), None) == pytest.approx(2 * expected)
-    assert seen == rows
-
-
-@pytest.mark.parametrize("times", [(0.2, 16.0), (16.0, 0.2)])
-def test_a_step_that_something_else_disturbed_does_not_tell_how_long_all_will_take(monkeypatch, times):
-    loader, clock = Loader([Tokens([np.zeros(1000, dtype=np.uint16)])], 8, 20), iter(times)
-    monkeypatch.setattr(story, "seconds_of", lambda call, device: next(clock))
-    assert story.expected_seconds(torch.nn.Linear(1, 1), loader, Device("cpu", "fp32"), None) == pytest.approx(0.2 * 20 / 3)

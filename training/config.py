@@ -70,6 +70,7 @@ class TrainingConfig:
     keep_last: int = 2  # checkpoints, beside the best one
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    threads: int = 0  # on a CPU; 0: as many as the machine has cores, or as the run began with
     compile: Literal["auto", "true", "false"] = "auto"
     recompute: bool = False  # keep less for the backward pass and compute it again: less memory, about a sixth more time
     deterministic: bool = False  # on a GPU: only kernels that give the same bits each time, where torch has them
@@ -82,9 +83,12 @@ class TrainingConfig:
         for name in ("max_steps", "batch_size", "eval_tokens", "keep_last"):
             if getattr(self, name) < 1:
                 yield f"{name}={getattr(self, name)} must be at least 1."
-        for name in ("eval_every", "patience", "checkpoint_every", "sample_tokens", "nonfinite_limit"):
+        for name in ("eval_every", "patience", "checkpoint_every", "sample_tokens", "nonfinite_limit",
+                     "threads"):
             if getattr(self, name) < 0:
                 yield f"{name}={getattr(self, name)} must be at least 0."
+        if self.threads > 1024:
+            yield f"threads={self.threads} must be at most 1024."
         if self.max_steps >= 2**63:
             yield f"max_steps={self.max_steps} is too large to count."
         if self.patience > 0 and self.eval_every == 0:
@@ -103,6 +107,15 @@ class TrainingConfig:
     def evaluates(self, step: int) -> bool:
         """Whether `eval_every` asks for an evaluation after `step` steps."""
         return self.eval_every > 0 and step % self.eval_every == 0
+
+    def evaluations(self, step: int, steps: int) -> int:
+        """How many evaluations the `steps` steps after `step` have; the last step always has one."""
+        if steps <= 0:
+            return 0
+        if not self.eval_every:
+            return 1
+        last = step + steps
+        return last // self.eval_every - step // self.eval_every + (last % self.eval_every > 0)
 
     def saves(self, step: int) -> bool:
         """Whether `checkpoint_every` asks for a checkpoint after `step` steps; one of step 0 is always as planned."""

@@ -6,7 +6,6 @@ import ctypes
 import os
 import platform
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -16,12 +15,17 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from hardware import native
+from hardware import busy_cpus, native
 from terminal import counted
 
 # Dense bf16 peaks in FLOP/s, from the makers' data sheets; the first name that fits counts.
 PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
               "A10G": 70e12, "A10": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
+# FLOP/s that training reaches, to decide whether compiling pays. Nominal rates and no timings: the load of the machine
+# must not decide what a run computes.
+NOMINAL_CPU_FLOPS = {True: 1.5e11, False: 5e10}  # of a thread, in bf16 where that is native and in fp32
+NOMINAL_MFU = 0.3  # of a GPU's peak
+UNKNOWN_GPU_FLOPS = 5e13
 # Compiling takes minutes on a CPU and about one on a GPU, and saves a quarter to a half of each step after that.
 COMPILE_PAYS_AFTER_SECONDS = {"cuda": 300, "cpu": 900}
 
@@ -92,6 +96,18 @@ class Device:
         kept = "; memory that a step frees is kept for the next" if self.keeps_memory else ""
         return f"{self.name()}; {self.precision} ({reason[self.precision] if self.chosen else self.set_by}){kept}"
 
+    def warnings(self) -> Iterator[str]:
+        """One sentence for each thing that makes training on this CPU slower than it has to be."""
+        if self.type != "cpu":
+            return
+        if self.precision != "fp32" and not native(self.precision):
+            yield (f"this processor emulates {self.precision}: a step takes many times as long as in fp32. Leave "
+                   f"training.precision={self.precision} out.")
+        busy, threads = busy_cpus(), torch.get_num_threads()
+        if threads > 1 and busy > 0.75 * (os.cpu_count() or 1):
+            yield (f"other processes keep {busy:.0f} of {os.cpu_count()} CPUs busy. {threads} threads that wait for each "
+                   f"other can take far longer than one: try training.threads=1.")
+
     def environment(self, compiled: bool) -> Environment:
         return Environment(self.type, processor() if self.type == "cpu" else self.name(), torch.get_num_threads(),
                            self.precision, self.deterministic, compiled, torch.__version__)
@@ -106,6 +122,13 @@ class Device:
         if self.type != "cuda" or self.precision == "fp32":
             return None
         return next((peak for name, peak in PEAK_FLOPS.items() if name in self.name()), None)
+
+    def nominal_flops(self) -> float:
+        """The FLOP/s that training is taken to reach here: the same however busy the machine is."""
+        if self.type == "cpu":
+            return torch.get_num_threads() * NOMINAL_CPU_FLOPS[self.precision == "bf16" and self.native_bf16]
+        peak = self.peak_flops()
+        return NOMINAL_MFU * peak if peak else UNKNOWN_GPU_FLOPS
 
     def synchronize(self) -> None:
         """Wait until the device has done what it was asked, so that a clock means something."""
@@ -175,24 +198,15 @@ def bytes_kept(call: Callable[[], object]) -> int:
     return sum(kept.values())
 
 
-def seconds_of(call: Callable[[], object], device: Device) -> float:
-    """Time `call`."""
-    device.synchronize()
-    start = time.perf_counter()
-    call()
-    device.synchronize()
-    return time.perf_counter() - start
-
-
-def maybe_compile(model: nn.Module, choice: str, device: Device, expected_seconds: float,
+def maybe_compile(model: nn.Module, choice: str, device: Device, flops: float,
                   trial: Callable[[nn.Module], None], say: Callable[[str], None]) -> nn.Module:
-    """The model compiled, where `choice` ('auto', 'true', 'false') and the run's expected length ask for it.
+    """The model compiled, where `choice` ('auto', 'true', 'false') and the `flops` of the whole run ask for it.
 
     `trial` runs the model once, so that a failure shows here: with 'auto' it is one warning and the plain
     model, with 'true' a ValueError.
     """
     pays_after = COMPILE_PAYS_AFTER_SECONDS.get(device.type)
-    pays = pays_after is not None and expected_seconds >= pays_after
+    pays = pays_after is not None and flops / device.nominal_flops() >= pays_after
     if choice == "false" or (choice == "auto" and not pays):
         return model
     say("Compiling the model: the first step takes a minute or more.")

@@ -98,6 +98,10 @@ class Recorder:
         """Bring the metrics to the disk. Raises OSError if it does not take them; they are kept and offered again."""
         self.metrics.sync()
 
+    def expect(self, seconds: float) -> None:
+        """Show the time left by this estimate of it, until steps have been timed."""
+        self.bar.expect(seconds)
+
     def progress(self, step: int, **shown: str) -> None:
         """Move the bar to `step` finished steps."""
         self.bar.set_postfix(shown, refresh=False)

@@ -1,6 +1,6 @@
-"""Tokens that others have prepared: files of integers without a header (nanoGPT), with llm.c's header, or of NumPy.
+"""Tokens that others have prepared: integers without a header (nanoGPT), llm.c's and NumPy's files.
 
-They are used where they lie, read through memory maps like our own shards.
+They are used where they are, through memory maps like our own shards.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ from data.store import folder_for, made_once, sha256_of
 from data.tokenizer import CharTokenizer, Tokenizer, fingerprint, from_json, read_tokenizer
 from progress import ProgressBar
 
-HEADER_BYTES = 1024  # of llm.c's files: 256 int32, the first three a magic number, a version, and how many tokens follow
+# llm.c's header: 256 int32, of which the first are a magic number, a version, the number of tokens.
+HEADER_BYTES = 1024
 MAGIC = {20240520: "uint16", 20240801: "uint32"}  # GPT-2's tokens; Llama 3's
 CHUNK = 2**24  # tokens that are looked at together
 NUMPY_MAGIC = b"\x93NUMPY"
 ENDINGS = (".bin", ".npy")
 SPLIT_NAMES = {"train": "train|training", "val": "val|valid|validation"}
 
-# What the tokens of a file without a header can be. Wider ones are tried first: tokens of 16 bits,
-# read as 32, are beyond any vocabulary, while tokens of 32 bits, read as 16, are just a 0 too many each.
+# The types of tokens in a file without a header. Wider ones are tried first: tokens of 16 bits are
+# beyond any vocabulary if they are read as 32, while tokens of 32 bits read as 16 only add zeros.
 WIDTHS = ("uint64", "uint32", "uint16", "uint8")
 SAMPLE_TOKENS = 2**18  # that are looked at for it, at each of three places
 MOST_BYTES = 128  # the largest vocabulary of which single bytes are taken for tokens
@@ -36,30 +37,47 @@ LEAST_TOKENS = 16  # with fewer, zeros might be tokens, or the upper halves of w
 
 
 def prepare_bins(path: str, tokenizer_name: str, dtype: str = "auto") -> Path:
-    """The folder that describes the tokens in `path`, which stay where they are. Made, or mended where they have moved.
+    """The folder that describes the tokens in `path`, which stay where they are.
 
-    `dtype` is that of files without a header; "auto" finds it out. Raises ValueError for files that are not tokens, or
-    of which that cannot be found out, and for ids that the tokenizer does not have.
+    It is created, or updated if they have moved. `dtype` is that of files without a header, which
+    "auto" detects. Raises ValueError for files that are not tokens or whose type is ambiguous, and
+    for ids that the tokenizer does not have.
     """
     found = find_bins(path)
     tokenizer = tokenizer_of(found["train"][0].parent, tokenizer_name)
     size = tokenizer.vocab_size
-    shards = {split: [describe_bin(file, size, dtype) for file in files] for split, files in found.items()}
+    shards = {
+        split: [describe_bin(file, size, dtype) for file in files] for split, files in found.items()
+    }
     for split, files in found.items():
         for shard, sha256 in zip(shards[split], sha256_of(files), strict=True):
             shard["sha256"] = sha256
-    recipe = {"source": {split: [shard["sha256"] for shard in shards[split]] for split in SPLITS},
-              "tokenizer": tokenizer_name, "tokenizer_fingerprint": fingerprint(tokenizer)}
-    widths = {split: [shard["dtype"] for shard in shards[split] if not shard["offset"]] for split in SPLITS}
+    recipe = {
+        "source": {split: [shard["sha256"] for shard in shards[split]] for split in SPLITS},
+        "tokenizer": tokenizer_name,
+        "tokenizer_fingerprint": fingerprint(tokenizer),
+    }
+    widths = {
+        split: [shard["dtype"] for shard in shards[split] if not shard["offset"]]
+        for split in SPLITS
+    }
     if any(set(names) - {"uint16"} for names in widths.values()):
         recipe["dtypes"] = widths
     folder = folder_for(f"bin-{tokenizer_name}", recipe)
 
     def describe_there(folder: Path) -> None:
         splits = {split: count(shards[split], tokenizer) for split in SPLITS}
-        part = {"source": "bin"} | {split: splits[split] | {"shards": shards[split]} for split in SPLITS}
+        part = {"source": "bin"} | {
+            split: splits[split] | {"shards": shards[split]} for split in SPLITS
+        }
         atomic.write_bytes(folder / "tokenizer.json", json.dumps(tokenizer.to_json()).encode())
-        write_meta(folder, recipe, fingerprint(tokenizer), tokenizer.vocab_size, {"splits": splits, "parts": [part]})
+        write_meta(
+            folder,
+            recipe,
+            fingerprint(tokenizer),
+            tokenizer.vocab_size,
+            {"splits": splits, "parts": [part]},
+        )
 
     made_once(folder, describe_there)
     if any(read_meta(folder)["parts"][0][split]["shards"] != shards[split] for split in SPLITS):
@@ -69,25 +87,34 @@ def prepare_bins(path: str, tokenizer_name: str, dtype: str = "auto") -> Path:
 
 
 def tokenizer_of(folder: Path, name: str) -> Tokenizer:
-    """The tokenizer that made the tokens in `folder`. Raises ValueError where only a file beside them could tell."""
-    if name == "char":  # nanoGPT keeps the characters in a pickle, which is not safe to open; the text tells them too
+    """The tokenizer that made the tokens in `folder`.
+
+    Raises ValueError if that needs a file beside them that is missing.
+    """
+    # nanoGPT keeps the characters in a pickle, which is not safe to open. The text has them too.
+    if name == "char":
         text = folder / "input.txt"
         if not text.is_file():
-            raise ValueError(f"{text} is not there: of tokens by characters, their text must lie beside them.")
+            raise ValueError(
+                f"{text} is not there: of tokens by characters, their text must lie beside them."
+            )
         characters = {letter for piece in File(text).text_pieces() for letter in piece}
         return CharTokenizer("".join(sorted(characters)), with_end_of_text=False)
     if name == "bpe":
         saved = folder / "tokenizer.json"
         if not saved.is_file():
-            raise ValueError(f"{saved} is not there: name the tokenizer that made these tokens, as in data.tokenizer=gpt2.")
+            raise ValueError(
+                f"{saved} is not there: name the tokenizer that made these tokens, as in "
+                f"data.tokenizer=gpt2."
+            )
         return read_tokenizer(saved)
     return from_json({"kind": name}, f"data.tokenizer={name}")
 
 
 def find_bins(path: str) -> dict[str, list[Path]]:
-    """The files of each split: those `.bin` or `.npy` in the folder, or of the glob, that are named "train" or "val".
+    """The files of each split: `.bin` or `.npy`, in the folder or of the glob, by their names.
 
-    Raises ValueError where a split has none, and for a file of both splits or of both endings.
+    Raises ValueError if a split has none or has both endings, and for a file of both splits.
     """
     place = Path(path)
     if place.is_dir():
@@ -98,32 +125,45 @@ def find_bins(path: str) -> dict[str, list[Path]]:
     files = [file for file in files if not file.name.startswith(".") and not file.is_dir()]
 
     def named(split: str, file: Path) -> bool:
-        return re.search(rf"(?<![a-z])({SPLIT_NAMES[split]})(?![a-z])", file.name.lower()) is not None
+        return (
+            re.search(rf"(?<![a-z])({SPLIT_NAMES[split]})(?![a-z])", file.name.lower()) is not None
+        )
 
     found = {split: [file for file in files if named(split, file)] for split in SPLITS}
     if both := set(found["train"]) & set(found["val"]):
-        raise ValueError(f"{both.pop()} is named for both splits: what is held out must not be trained on.")
+        raise ValueError(
+            f"{both.pop()} is named for both splits: what is held out must not be trained on."
+        )
     if missing := [split for split in SPLITS if not found[split]]:
-        raise ValueError(f"{path} holds no .bin or .npy file with {' and none with '.join(missing)} in its name: name the "
-                         f"folder where train.bin and val.bin lie, or a glob such as 'fineweb10B/*.bin'.")
+        raise ValueError(
+            f"{path} holds no .bin or .npy file with {' and none with '.join(missing)} in its "
+            f"name: name the "
+            f"folder where train.bin and val.bin lie, or a glob such as 'fineweb10B/*.bin'."
+        )
     for split in SPLITS:
         if len({file.suffix.lower() for file in found[split]}) > 1:
-            raise ValueError(f"{path} holds both .bin and .npy files for {split}, which might be the same tokens: name "
-                             f"one kind with a glob, as in data.path='{path}/*.bin'.")
+            raise ValueError(
+                f"{path} holds both .bin and .npy files for {split}, which might be the same "
+                f"tokens: name "
+                f"one kind with a glob, as in data.path='{path}/*.bin'."
+            )
     return found
 
 
 def describe_bin(path: Path, vocab_size: int, dtype: str) -> dict[str, Any]:
     """What `meta.json` says of a shard, without its checksum.
 
-    Raises ValueError for a file that is damaged or not a kind that is read, and for tokens of fewer bits than ids of the
-    vocabulary have.
+    Raises ValueError for a file that is damaged or of an unsupported kind, and for a type of tokens
+    that is too small for the vocabulary.
     """
     if not path.is_file():
         raise ValueError(f"{path} is no regular file: only those can hold tokens.")
     if path.with_suffix(".idx").exists():
-        raise ValueError(f"{path} is of Megatron-LM, as its .idx file shows, which is not read: write its tokens as plain "
-                         f"integers, documents one after the other.")
+        raise ValueError(
+            f"{path} is of Megatron-LM, as its .idx file shows, which is not read: write its "
+            f"tokens as plain "
+            f"integers, documents one after the other."
+        )
     with open(path, "rb") as file:
         head = file.read(12)
     if not head:
@@ -135,7 +175,10 @@ def describe_bin(path: Path, vocab_size: int, dtype: str) -> dict[str, Any]:
     else:
         shard = describe_header(path, head.ljust(12, b"\0"))
     if shard and dtype not in ("auto", shard["dtype"]):
-        raise ValueError(f"{path} says itself that its tokens are {shard['dtype']}: leave out data.dtype={dtype}.")
+        raise ValueError(
+            f"{path} says itself that its tokens are {shard['dtype']}: leave out "
+            f"data.dtype={dtype}."
+        )
     if not shard:
         dtype = detected(path, vocab_size) if dtype == "auto" else dtype
         size, width = path.stat().st_size, np.dtype(dtype).itemsize
@@ -145,8 +188,11 @@ def describe_bin(path: Path, vocab_size: int, dtype: str) -> dict[str, Any]:
     if not shard["tokens"]:
         raise ValueError(f"{path} is empty.")
     if not has_room(shard["dtype"], vocab_size):
-        raise ValueError(f"{path} has tokens of type {shard['dtype']}, too small for the {vocab_size:,} ids of the "
-                         f"vocabulary: name the tokenizer that made it with data.tokenizer=NAME.")
+        raise ValueError(
+            f"{path} has tokens of type {shard['dtype']}, too small for the {vocab_size:,} ids of "
+            f"the "
+            f"vocabulary: name the tokenizer that made it with data.tokenizer=NAME."
+        )
     return {"file": str(path.resolve())} | shard
 
 
@@ -158,8 +204,11 @@ def describe_numpy(path: Path) -> dict[str, Any]:
         reason = str(error).splitlines()[0].rstrip(".")
         raise ValueError(f"{path} cannot be read as a NumPy file ({reason}).") from None
     if tokens.ndim != 1 or tokens.dtype.kind not in "ui":
-        raise ValueError(f"{path} holds {tokens.dtype} numbers of shape {tokens.shape}: tokens are whole numbers in one "
-                         f"dimension.")
+        raise ValueError(
+            f"{path} holds {tokens.dtype} numbers of shape {tokens.shape}: tokens are whole "
+            f"numbers in one "
+            f"dimension."
+        )
     if tokens.offset + tokens.nbytes != path.stat().st_size:
         raise ValueError(f"{path} is damaged: it has more bytes than its header promises.")
     name = tokens.dtype.name if tokens.dtype.isnative else tokens.dtype.str
@@ -175,19 +224,22 @@ def describe_header(path: Path, head: bytes) -> dict[str, Any] | None:
         return None
     dtype, size = MAGIC[magic], path.stat().st_size
     if tokens < 0 or HEADER_BYTES + tokens * np.dtype(dtype).itemsize != size:
-        raise ValueError(f"{path} is cut short or damaged: its header promises {tokens:,} tokens, not {size:,} bytes.")
+        raise ValueError(
+            f"{path} is cut short or damaged: its header promises {tokens:,} tokens, not {size:,} "
+            f"bytes."
+        )
     return {"offset": HEADER_BYTES, "dtype": dtype, "tokens": tokens}
 
 
 def has_room(dtype: str, vocab_size: int) -> bool:
-    """Whether a type of tokens holds all ids of a vocabulary, but for the last one, which may be unused."""
+    """Whether a type of tokens holds all ids but the last one, which may be unused."""
     return np.iinfo(dtype).max >= vocab_size - 2
 
 
 def detected(path: Path, vocab_size: int) -> str:
-    """The type of the tokens in a file without a header: the widest that gives ids of the vocabulary.
+    """The type of tokens in a file without a header: the widest that gives ids of the vocabulary.
 
-    Where none does, the narrowest that holds the vocabulary. Raises ValueError where zeros leave it open.
+    If none does, the narrowest that can hold the vocabulary. Raises ValueError if it is ambiguous.
     """
     size, doubtful = path.stat().st_size, False
     possible = [name for name in WIDTHS if has_room(name, vocab_size)]
@@ -207,8 +259,11 @@ def detected(path: Path, vocab_size: int) -> str:
     if size % np.dtype(narrowest).itemsize:
         return narrowest
     if doubtful:
-        raise ValueError(f"{path} is too short, or has too many zeros, to tell the type of its tokens: say it with "
-                         f"data.dtype=, as in data.dtype=uint16.")
+        raise ValueError(
+            f"{path} is too short, or has too many zeros, to tell the type of its tokens: say it "
+            f"with "
+            f"data.dtype=, as in data.dtype=uint16."
+        )
     swapped = np.dtype(narrowest).newbyteorder(">").str
     if int(sample_of(path, swapped).max()) < vocab_size:
         raise ValueError(f"{path} was written with its bytes the other way round: convert it.")
@@ -225,22 +280,33 @@ def sample_of(path: Path, dtype: str) -> np.ndarray:
 
 
 def count(shards: list[dict[str, Any]], tokenizer: Tokenizer) -> dict[str, Any]:
-    """Documents, bytes and tokens of some shards. Raises ValueError for an id that the tokenizer does not have."""
+    """Documents, bytes and tokens of some shards.
+
+    Raises ValueError for an id that the tokenizer does not have.
+    """
     counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
     total = sum(shard["tokens"] for shard in shards)
-    with ProgressBar(desc="Counting tokens", total=total, unit="tokens", unit_scale=True, leave=False, delay=2) as bar:
+    with ProgressBar(
+        desc="Counting tokens", total=total, unit="tokens", unit_scale=True, leave=False, delay=2
+    ) as bar:
         for shard in shards:
-            tokens = np.memmap(shard["file"], shard["dtype"], "r", shard["offset"], (shard["tokens"],))
+            tokens = np.memmap(
+                shard["file"], shard["dtype"], "r", shard["offset"], (shard["tokens"],)
+            )
             for start in range(0, len(tokens), CHUNK):
                 chunk = tokens[start : start + CHUNK]
                 place = int(chunk.argmax())
                 if chunk[place] < len(counts):
                     place = int(chunk.argmin())
                 if not 0 <= int(chunk[place]) < len(counts):
-                    raise ValueError(f"{shard['file']} holds the id {chunk[place]} (token {start + place}), beyond the "
-                                     f"vocabulary of {len(counts)}: name the tokenizer that made it with "
-                                     f"data.tokenizer=NAME, or the type of its tokens, if not {shard['dtype']}, with "
-                                     f"data.dtype=.")
+                    raise ValueError(
+                        f"{shard['file']} holds the id {chunk[place]} (token {start + place}), "
+                        f"beyond the "
+                        f"vocabulary of {len(counts)}: name the tokenizer that made it with "
+                        f"data.tokenizer=NAME, or the type of its tokens, if not {shard['dtype']}, "
+                        f"with "
+                        f"data.dtype=."
+                    )
                 counts += np.bincount(chunk.astype(np.int64, copy=False), minlength=len(counts))
                 bar.update(len(chunk))
     documents = 0 if tokenizer.end_of_text is None else int(counts[tokenizer.end_of_text])
@@ -250,4 +316,9 @@ def count(shards: list[dict[str, Any]], tokenizer: Tokenizer) -> dict[str, Any]:
     n_bytes = sum(int(counts[one]) * len(tokenizer.decode_bytes((int(one),))) for one in used)
     if not n_bytes:
         raise ValueError(f"{shards[0]['file']} holds no text: only ends of text.")
-    return {"documents": documents, "bytes": n_bytes, "tokens": total, "bytes_per_token": n_bytes / max(1, total)}
+    return {
+        "documents": documents,
+        "bytes": n_bytes,
+        "tokens": total,
+        "bytes_per_token": n_bytes / max(1, total),
+    }

@@ -77,8 +77,8 @@ def take_mark(stream: Any) -> bytes:
 class Decoder:
     """Decodes a file block by block. Raises ValueError for bytes that are not text in `encoding`.
 
-    `errors` is "strict", or "replace" to decode them to replacement characters. `offset` is where in
-    the decompressed file the first block begins.
+    `errors` is "strict", or "replace" to decode them to replacement characters. `offset` is where
+    the first block begins in the decompressed file.
     """
 
     def __init__(self, path: Path, encoding: str, errors: str, offset: int) -> None:
@@ -116,10 +116,12 @@ def not_text(encoding: str, block: bytes, place: str) -> str:
     replace = "data.errors=replace to read a replacement character there"
     guess = likely_encoding(block)
     if guess and codecs.lookup(guess).name != codecs.lookup(encoding).name:
-        return f"is not {name}: {place}; it looks like {guess}: set data.encoding={guess}, or {replace}."
+        advice = f"set data.encoding={guess}, or {replace}"
+        return f"is not {name}: {place}; it looks like {guess}: {advice}."
     if place.startswith("byte 0x00"):
         return f"is not text: {place}; leave it out, or set data.errors=replace."
-    return f"is not {name}: {place}; set data.encoding=NAME if it has another encoding, or {replace}."
+    advice = f"set data.encoding=NAME if it has another encoding, or {replace}"
+    return f"is not {name}: {place}; {advice}."
 
 
 def likely_encoding(block: bytes) -> str:

@@ -1,4 +1,4 @@
-"""Files to documents: text, JSON, CSV and Parquet, plain or compressed, never more of one in memory than a piece.
+"""Files to documents: text, JSON, CSV and Parquet, plain or compressed, in bounded memory.
 
 Knows files and text; knows no tokens.
 """
@@ -21,23 +21,35 @@ from data.encodings import MARKS, AsUTF8, Decoder, take_mark
 from data.records import BadRecord, delimited, json_array, json_lines, parquet
 from data.unpack import COMPRESSIONS, decompressed, plain_name, reading
 
-PIECE = 2**18  # the characters of a long text that are read at once; no tokenizer fails on a million blanks then
+# The characters of a long text that are read at once. With so few, no tokenizer fails on blanks.
+PIECE = 2**18
 RECORDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 COMPRESSIBLE = (".txt", ".md", ".jsonl", ".ndjson", ".json", ".csv", ".tsv")
-READ_IN_FOLDERS = (*(kind + one for kind in COMPRESSIBLE for one in ("", *COMPRESSIONS)), ".parquet")
-SPECIAL = {stat.S_IFIFO: "named pipe", stat.S_IFSOCK: "socket", stat.S_IFCHR: "device", stat.S_IFBLK: "device"}
+READ_IN_FOLDERS = (
+    *(kind + one for kind in COMPRESSIBLE for one in ("", *COMPRESSIONS)),
+    ".parquet",
+)
+SPECIAL = {
+    stat.S_IFIFO: "named pipe",
+    stat.S_IFSOCK: "socket",
+    stat.S_IFCHR: "device",
+    stat.S_IFBLK: "device",
+}
 
-# Where a long text can be cut without changing its tokens: every split pattern begins anew at a space behind a word or
-# number, after the end of a line (blank ones are another matter), and at a mark after a word of a script without spaces.
+# Where a long text can be cut without changing its tokens: every split pattern starts again at a
+# space after a word or number, after the end of a line that is not blank, and at a punctuation mark
+# after a word of a script without spaces.
 LETTER, WORD = r"[^\W\d_]", r"[^\W_]"
-MARK = r"[\u3001\u3002\u300a-\u300f\uff01\uff08\uff09\uff0c\uff1a\uff1b\uff1f]"  # of Chinese and Japanese
+# Of Chinese and Japanese.
+MARK = r"[\u3001\u3002\u300a-\u300f\uff01\uff08\uff09\uff0c\uff1a\uff1b\uff1f]"
 CUT = re.compile(rf"(?<={WORD})(?= \S)|(?<=\S\n)(?=[^\s/])|(?<={LETTER})(?={MARK})")
-CUT_WITHIN = (2**10, 2**16)  # characters at a piece's end in which a place to cut is looked for, first in few of them
+# The characters at a piece's end that are searched for a place to cut, first few of them.
+CUT_WITHIN = (2**10, 2**16)
 
 
 @dataclass(frozen=True)
 class Document:
-    """A text that may be larger than memory: its pieces, joined, are the text, and can be read again and again."""
+    """A text that may be larger than memory: its pieces, which can be read again and again."""
 
     pieces: Callable[[], Iterator[str]]
 
@@ -52,11 +64,11 @@ class Document:
 
 
 def find(path: str, skipped: Counter[str] | None = None) -> list[Path]:
-    """The files that `path` names, in the order of their names: a file of any ending, a folder's, or those of a glob.
+    """The files that `path` names, sorted: one file of any ending, a folder's, or those of a glob.
 
-    Files are skipped whose name, or a folder's on the way to them, begins with a dot that `path` does not name, and in a
-    folder those of other endings; `skipped` counts them, and what is no file. Raises ValueError if there is none that
-    can be read.
+    Skipped are files whose name, or a folder's on the way to them, begins with a dot that `path`
+    does not name; what is no regular file; and in a folder, files of other endings. `skipped`
+    counts them. Raises ValueError if there is none that can be read.
     """
     skipped = Counter() if skipped is None else skipped
     place = Path(path)
@@ -82,24 +94,35 @@ def find(path: str, skipped: Counter[str] | None = None) -> list[Path]:
             skipped[file.suffix.lower() or "without an ending"] += 1
     if not files:
         left_out = f" ({skipped_files(skipped)})" if skipped else ""
-        raise ValueError(f"{path} holds no file to read{left_out}: put .txt, .md, .jsonl, .json, .csv, .tsv (also "
-                         f"compressed, {', '.join(COMPRESSIONS)}) or .parquet there, or name a single file of any ending.")
+        raise ValueError(
+            f"{path} holds no file to read{left_out}: put .txt, .md, .jsonl, .json, .csv, .tsv "
+            f"(also "
+            f"compressed, {', '.join(COMPRESSIONS)}) or .parquet there, or name a single file of "
+            f"any ending."
+        )
     return files
 
 
 def unreadable(place: Path) -> str:
-    """Why a path that exists is not a file whose content can be read, and read again; empty if it may be one."""
+    """Why a path that exists is not a file that can be read twice; empty if it may be one."""
     try:
         kind = SPECIAL.get(stat.S_IFMT(place.stat().st_mode))
     except OSError:
         return "is a symbolic link that leads nowhere, or to itself" if place.is_symlink() else ""
-    return f"is a {kind}, which cannot be read more than once: write its content to a file first" if kind else ""
+    return (
+        f"is a {kind}, which cannot be read more than once: write its content to a file first"
+        if kind
+        else ""
+    )
 
 
 def is_hidden(file: Path, place: Path) -> bool:
-    """Whether a part of `file` begins with a dot that `place` does not name, as in .trash/a.txt or ._note.md."""
+    """Whether a part of `file` begins with a dot that `place` does not name, as in .trash/a.txt."""
     named = [part for part in place.parts if part.startswith(".")]
-    return any(part.startswith(".") and not any(fnmatch(part, name) for name in named) for part in file.parts)
+    return any(
+        part.startswith(".") and not any(fnmatch(part, name) for name in named)
+        for part in file.parts
+    )
 
 
 def skipped_files(skipped: Counter[str]) -> str:
@@ -108,7 +131,10 @@ def skipped_files(skipped: Counter[str]) -> str:
 
 
 def below(folder: Path) -> Iterator[Path]:
-    """All files in a folder and its subfolders, those that links lead to as well. Raises OSError for what cannot be seen."""
+    """All files in a folder and its subfolders, and in those that links lead to.
+
+    Raises OSError for a folder that cannot be listed.
+    """
     seen = set()
     for place, subfolders, names in os.walk(folder, followlinks=True, onerror=refuse):
         status = os.stat(place)
@@ -124,15 +150,22 @@ def refuse(error: OSError) -> None:
 
 
 class File:
-    """A file of documents: each record one, of a file without records the whole. Blank ones are left out.
+    """A file of documents: each of its records, or else the whole file. Blank ones are left out.
 
-    `text_field` names a record's text. `encoding` is for files without a byte order mark; empty is UTF-8.
-    `errors` is what to do about bytes that are not text, "strict" or "replace"; `on_bad_record` about
-    records without text, "stop" or "skip". `bad_records` counts those in the reading that was begun last.
+    `text_field` names a record's text. `encoding` is for files without a byte order mark; empty is
+    UTF-8. `errors` says what to do with bytes that are not text, "strict" or "replace", and
+    `on_bad_record` with records without text, "stop" or "skip". `bad_records` counts those in the
+    reading that was started last.
     """
 
-    def __init__(self, path: Path, text_field: str = "text", errors: str = "strict", encoding: str = "",
-                 on_bad_record: str = "stop") -> None:
+    def __init__(
+        self,
+        path: Path,
+        text_field: str = "text",
+        errors: str = "strict",
+        encoding: str = "",
+        on_bad_record: str = "stop",
+    ) -> None:
         self.path, self.text_field, self.errors = path, text_field, errors
         self.encoding, self.on_bad_record = encoding or "utf-8", on_bad_record
         self.kind = next((kind for kind in RECORDS if plain_name(path).endswith(kind)), "text")
@@ -156,20 +189,29 @@ class File:
                 yield Document.of(text)
 
     def position(self) -> int:
-        """The bytes on the disk that are behind the place where it is read now: none before, all after reading."""
+        """How many bytes on the disk have been read: 0 before reading, all of them after it."""
         if self.raw is None:
             return 0
         return self.path.stat().st_size if self.raw.closed else self.raw.tell()
 
     @contextmanager
     def opened(self) -> Iterator[Any]:
-        """The content, decompressed as it is read. Raises ValueError for damage, and if the file changes meanwhile."""
+        """The content, decompressed as it is read.
+
+        Raises ValueError for damage, and if the file changes meanwhile.
+        """
         with reading(self.path), open(self.path, "rb") as self.raw:
             before = os.fstat(self.raw.fileno())
             yield decompressed(self.raw, self.path)
             after = os.stat(self.path)
-        if (before.st_ino, before.st_size, before.st_mtime_ns) != (after.st_ino, after.st_size, after.st_mtime_ns):
-            raise ValueError(f"{self.path} changed while it was read: run the command again when it is complete.")
+        if (before.st_ino, before.st_size, before.st_mtime_ns) != (
+            after.st_ino,
+            after.st_size,
+            after.st_mtime_ns,
+        ):
+            raise ValueError(
+                f"{self.path} changed while it was read: run the command again when it is complete."
+            )
 
     def decoder(self, stream: Any) -> Decoder:
         """By the byte order mark, which is read past, or else by the setting."""
@@ -193,7 +235,10 @@ class File:
         with self.opened() as stream:
             if self.kind == ".parquet":
                 if self.path.suffix.lower() in COMPRESSIONS:
-                    raise ValueError(f"{self.path} is a Parquet file that was compressed once more: decompress it first.")
+                    raise ValueError(
+                        f"{self.path} is a Parquet file that was compressed once more: decompress "
+                        f"it first."
+                    )
                 yield from parquet(stream, self.text_field, self.path)
                 return
             decoder = self.decoder(stream)
@@ -226,7 +271,7 @@ def cut_up(text: str) -> Iterator[str]:
 
 
 def place_to_cut(text: str, start: int) -> int:
-    """Where the piece that begins at `start` is to end: at PIECE characters where there is no good place before it."""
+    """Where the piece that begins at `start` ends: after PIECE characters if no place is better."""
     end = start + PIECE
     for within in CUT_WITHIN:
         places = [match.start() for match in CUT.finditer(text, max(start + 1, end - within), end)]

@@ -34,7 +34,10 @@ class BadRecord(NamedTuple):
     def refusal(self, name: str) -> ValueError:
         """For a record of the file or data set `name`."""
         advice = f"{self.advice}, or " if self.advice else ""
-        return ValueError(f"{name}, {self.problem}: {advice}set data.on_bad_record=skip to leave such records out.")
+        return ValueError(
+            f"{name}, {self.problem}: {advice}set data.on_bad_record=skip to leave such "
+            f"records out."
+        )
 
 
 def skipped_records(number: int) -> str:
@@ -75,7 +78,9 @@ def as_text(value: Any, field: str, place: str, fields: list[str]) -> str | BadR
     if isinstance(value, str):
         return well_formed(value)
     if value is MISSING:
-        there = f"its fields are {', '.join(map(str, fields[:10]))}" if fields else "it has no fields"
+        there = (
+            f"its fields are {', '.join(map(str, fields[:10]))}" if fields else "it has no fields"
+        )
         return BadRecord(f"{place} has no field {field} ({there})", "set data.text_field=NAME")
     return BadRecord(f"{place} has no text in the field {field} (it is {kind_of(value)})")
 
@@ -114,8 +119,10 @@ def lines_of(file: BinaryIO, path: Path) -> Iterator[bytes]:
 
 
 def too_long(place: str) -> str:
-    return (f"{place} is longer than {RECORD_BYTES // 2**20} MB, the most that a record may have: split it, "
-            f"or keep long texts as plain text.")
+    return (
+        f"{place} is longer than {RECORD_BYTES // 2**20} MB, the most that a record may have: "
+        f"split it, or keep long texts as plain text."
+    )
 
 
 def decoded(line: bytes, errors: str, path: Path, number: int) -> str:
@@ -139,8 +146,10 @@ def json_lines(file: BinaryIO, field: str, errors: str, path: Path) -> Iterator[
         try:
             record = json.loads(text)
         except (ValueError, RecursionError) as error:
-            yield BadRecord(f"line {number} is not JSON ({reason_of(error)})",
-                            "a file has one record a line, or, as .json, one array of records")
+            yield BadRecord(
+                f"line {number} is not JSON ({reason_of(error)})",
+                "a file has one record a line, or, as .json, one array of records",
+            )
             continue
         yield text_of(record, field, f"line {number}")
 
@@ -165,7 +174,9 @@ def json_array(blocks: Iterator[str], field: str, path: Path) -> Iterator[str | 
             text = text[place:]
             more = following(blocks, len(text)) if may_be_cut(error) else ""
             if not more:
-                raise ValueError(f"{path}, record {number + 1} is not JSON ({reason_of(error)}).") from None
+                raise ValueError(
+                    f"{path}, record {number + 1} is not JSON ({reason_of(error)})."
+                ) from None
             if len(text) > RECORD_BYTES:
                 raise ValueError(too_long(f"{path}, record {number + 1}")) from None
             text, place = text + more, 0
@@ -181,7 +192,7 @@ def json_array(blocks: Iterator[str], field: str, path: Path) -> Iterator[str | 
 
 
 def element(text: str, start: int) -> tuple[Any, int]:
-    """The element of an array that begins at `start`, and the place behind the comma or bracket that ends it.
+    """The element of an array that begins at `start`, and the place behind what ends it.
 
     MISSING for an array without elements. Raises ValueError if it is not there whole.
     """
@@ -204,7 +215,7 @@ def may_be_cut(error: ValueError | RecursionError) -> bool:
 
 
 def following(blocks: Iterator[str], least: int) -> str:
-    """The next blocks, with at least so many characters: doubling what there is keeps reading linear."""
+    """The next blocks, with more than `least` characters. Doubling keeps reading linear."""
     found: list[str] = []
     length = 0
     for block in blocks:
@@ -242,10 +253,12 @@ class TextLines:
             yield from BARE_RETURN.split(text) if "\r" in text[:-2] else [text]
 
 
-def delimited(file: BinaryIO, ending: str, field: str, errors: str, path: Path) -> Iterator[str | BadRecord]:
-    """The text of each row of CSV or TSV, whose first row names the columns. Blank lines are no rows.
+def delimited(
+    file: BinaryIO, ending: str, field: str, errors: str, path: Path
+) -> Iterator[str | BadRecord]:
+    """The text of each row of CSV or TSV, whose first row names the columns.
 
-    Raises ValueError if there is no such column.
+    Blank lines are no rows. Raises ValueError if there is no such column.
     """
     csv.field_size_limit(RECORD_BYTES)
     lines = TextLines(file, errors, path)
@@ -253,7 +266,9 @@ def delimited(file: BinaryIO, ending: str, field: str, errors: str, path: Path) 
     first = next((line for line in found if line.strip()), "")
     if not first:
         return
-    rows = csv.reader(chain([first], found), delimiter=delimiter_of(first, ending, field), strict=True)
+    rows = csv.reader(
+        chain([first], found), delimiter=delimiter_of(first, ending, field), strict=True
+    )
     header: list[str] = []
     while True:
         lines.size, line = 0, rows.line_num + 1
@@ -267,10 +282,14 @@ def delimited(file: BinaryIO, ending: str, field: str, errors: str, path: Path) 
         if not header:
             header = names_of(row)
             if field not in header:
-                raise ValueError(f"{path} has no field {field} (its fields are {', '.join(header[:10])}): "
-                                 f"set data.text_field=NAME.")
+                raise ValueError(
+                    f"{path} has no field {field} (its fields are {', '.join(header[:10])}): "
+                    f"set data.text_field=NAME."
+                )
         elif row and len(row) != len(header):
-            yield BadRecord(f"line {line} has {len(row):,} fields and the header has {len(header):,}")
+            yield BadRecord(
+                f"line {line} has {len(row):,} fields and the header has {len(header):,}"
+            )
         elif row:
             yield well_formed(row[header.index(field)])
 
@@ -297,7 +316,8 @@ def parquet(file: BinaryIO, field: str, path: Path) -> Iterator[str | BadRecord]
         with reader.ParquetFile(file, buffer_size=2**18) as opened:
             for row, value in enumerate(parquet_column(opened, field, str(path)), 1):
                 yield as_text(value, field, f"row {row}", [])
-    except Exception as error:  # pyarrow has many kinds for damage: its own, OSError, UnicodeDecodeError
+    except Exception as error:
+        # pyarrow raises many kinds for damage: its own, OSError, UnicodeDecodeError.
         if type(error) is ValueError and str(path) in str(error):
             raise  # a sentence already
         said = (str(error) or type(error).__name__).splitlines()[0]
@@ -314,7 +334,9 @@ def parquet_column(file: Any, field: str, name: str) -> Iterator[Any]:
     kind = column_type(file.schema_arrow, field)
     if kind is None:
         there = ", ".join(file.schema_arrow.names[:10])
-        raise ValueError(f"{name} has no field {field} (its fields are {there}): set data.text_field=NAME.")
+        raise ValueError(
+            f"{name} has no field {field} (its fields are {there}): set data.text_field=NAME."
+        )
     for number in range(file.num_row_groups):
         group = file.metadata.row_group(number)
         if not is_text(kind):
@@ -323,10 +345,15 @@ def parquet_column(file: Any, field: str, name: str) -> Iterator[Any]:
         chunk = group.column(columns.index(field))
         size = chunk.total_uncompressed_size
         if size > BOMB_BYTES and size > BOMB_RATIO * chunk.total_compressed_size:
-            raise ValueError(f"{name} unpacks {chunk.total_compressed_size:,} bytes to {size // 2**20:,} MB at once, "
-                             f"like a decompression bomb: write it again with smaller row groups.")
+            raise ValueError(
+                f"{name} unpacks {chunk.total_compressed_size:,} bytes to {size // 2**20:,} MB at "
+                f"once, "
+                f"like a decompression bomb: write it again with smaller row groups."
+            )
         rows = batch_rows(chunk.encodings, size, group.num_rows)
-        for batch in file.iter_batches(batch_size=rows, row_groups=[number], columns=[field], use_threads=False):
+        for batch in file.iter_batches(
+            batch_size=rows, row_groups=[number], columns=[field], use_threads=False
+        ):
             if field in file.schema_arrow.names:
                 yield from batch.column(0).to_pylist()
             else:
@@ -336,6 +363,7 @@ def parquet_column(file: Any, field: str, name: str) -> Iterator[Any]:
 def is_text(kind: Any) -> bool:
     """Whether a pyarrow type is text, also one that keeps each text once."""
     from pyarrow import types
+
     if types.is_dictionary(kind):
         kind = kind.value_type
     return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
@@ -344,8 +372,8 @@ def is_text(kind: Any) -> bool:
 def batch_rows(encodings: tuple[str, ...], size: int, rows: int) -> int:
     """The rows to read at once, of a column whose pages have `size` bytes.
 
-    A dictionary holds a value once that many rows have, as do the prefixes of delta encoding: there,
-    each row might have as many bytes as all pages.
+    A dictionary holds a value once that many rows have, as do the prefixes of delta encoding.
+    There, each row might have as many bytes as all pages.
     """
     if set(encodings) <= {"PLAIN", "RLE", "BIT_PACKED"}:
         at_once = BATCH_BYTES * rows // max(1, size)
@@ -355,8 +383,9 @@ def batch_rows(encodings: tuple[str, ...], size: int, rows: int) -> int:
 
 
 def column_type(schema: Any, field: str) -> Any:
-    """The pyarrow type of a column; a name with dots names a field of a field. None if there is none."""
+    """The pyarrow type of a column, or of a field of a field. None if there is none."""
     import pyarrow
+
     if field in schema.names:
         return schema.field(field).type
     first, *rest = field.split(".")

@@ -48,8 +48,10 @@ def reading(path: Path) -> Iterator[None]:
 def damaged(path: Path, error: Exception) -> ValueError:
     reason = str(error)
     if "too much memory" in reason or "emory usage limit" in reason:
-        return ValueError(f"{path} is damaged, or needs more memory to be decompressed than a file of "
-                          f"its size may take: compress it again with default settings.")
+        return ValueError(
+            f"{path} is damaged, or needs more memory to be decompressed than a file of "
+            f"its size may take: compress it again with default settings."
+        )
     return ValueError(f"{path} is damaged or cut short ({reason}).")
 
 
@@ -67,7 +69,9 @@ def decompressed(raw: BinaryIO, path: Path) -> Any:
 
     Raises ValueError if that takes a package that is not installed.
     """
-    window = min(LARGEST_WINDOW, max(LEAST_WINDOW, WINDOW_PER_BYTE * os.fstat(raw.fileno()).st_size))
+    window = min(
+        LARGEST_WINDOW, max(LEAST_WINDOW, WINDOW_PER_BYTE * os.fstat(raw.fileno()).st_size)
+    )
     ending = path.suffix.lower()
     if ending == ".gz":
         return gzip.GzipFile(fileobj=raw)
@@ -79,16 +83,19 @@ def decompressed(raw: BinaryIO, path: Path) -> Any:
         try:
             import zstandard
         except ImportError:
-            raise ValueError(f"{path}: reading .zst needs zstandard: pip install zstandard.") from None
+            raise ValueError(
+                f"{path}: reading .zst needs zstandard: pip install zstandard."
+            ) from None
         zstd = zstandard.ZstdDecompressor(max_window_size=window)
         return io.BufferedReader(Frames(raw, zstd.decompressobj), BLOCK)
     return raw
 
 
 class Frames(io.RawIOBase):
-    """The content of compressed frames, one behind the other. Raises EOFError if the last one is cut short.
+    """The content of compressed frames, one after the other.
 
-    `new` makes a decompressor for a frame, as lzma.LZMADecompressor is one.
+    Raises EOFError if the last one is cut short. `new` makes a decompressor for a
+    frame, such as lzma.LZMADecompressor.
     """
 
     def __init__(self, raw: BinaryIO, new: Callable[[], Any]) -> None:

@@ -30,27 +30,44 @@ TEXTS = {
 
 
 def read(path, encoding="", errors="strict"):
-    return [document.text for document in files.File(path, errors=errors, encoding=encoding).documents()]
+    return [
+        document.text for document in files.File(path, errors=errors, encoding=encoding).documents()
+    ]
 
 
 @pytest.mark.parametrize("encoding", TEXTS)
 def test_the_likely_encoding_is_named_and_reads_the_file(tmp_path, encoding):
     text = TEXTS[encoding] * 20
     (tmp_path / "a.txt").write_bytes(text.encode(encoding))
-    with pytest.raises(ValueError, match=f"a.txt is not UTF-8: byte 0x.. at offset .*set data.encoding={encoding}, or"):
+    with pytest.raises(
+        ValueError,
+        match=f"a.txt is not UTF-8: byte 0x.. at offset .*set data.encoding={encoding}, or",
+    ):
         read(tmp_path / "a.txt")
     assert read(tmp_path / "a.txt", encoding) == [text]
 
 
-@pytest.mark.parametrize("mark, encoding", [(codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"),
-                                            (codecs.BOM_UTF16_BE, "utf-16-be"), (codecs.BOM_UTF32_LE, "utf-32-le"),
-                                            (codecs.BOM_UTF32_BE, "utf-32-be")])
+@pytest.mark.parametrize(
+    "mark, encoding",
+    [
+        (codecs.BOM_UTF8, "utf-8"),
+        (codecs.BOM_UTF16_LE, "utf-16-le"),
+        (codecs.BOM_UTF16_BE, "utf-16-be"),
+        (codecs.BOM_UTF32_LE, "utf-32-le"),
+        (codecs.BOM_UTF32_BE, "utf-32-be"),
+    ],
+)
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.csv", "a.tsv"])
 def test_a_byte_order_mark_decides(tmp_path, monkeypatch, mark, encoding, name):
     monkeypatch.setattr(files, "PIECE", 100)
     text = "žluťoučký 🐎 \ufeff, “x” " * 50
-    content = {"a.txt": text, "a.jsonl": json.dumps({"text": text}, ensure_ascii=False) + "\n", "a.json": json.dumps([text]),
-               "a.csv": f'id,text\n1,"{text}"\n', "a.tsv": f"id\ttext\n1\t{text}\n"}[name]
+    content = {
+        "a.txt": text,
+        "a.jsonl": json.dumps({"text": text}, ensure_ascii=False) + "\n",
+        "a.json": json.dumps([text]),
+        "a.csv": f'id,text\n1,"{text}"\n',
+        "a.tsv": f"id\ttext\n1\t{text}\n",
+    }[name]
     (tmp_path / name).write_bytes(mark + content.encode(encoding))
     assert read(tmp_path / name) == read(tmp_path / name, "latin-1") == [text]
 
@@ -61,10 +78,18 @@ def test_a_wide_encoding_without_a_mark_is_little_endian(tmp_path, encoding):
     assert read(tmp_path / "a.txt", encoding) == ["žluť"]
 
 
-@pytest.mark.parametrize("encoding, content, place", [
-    ("cp932", b"abc\x81\x00def", "byte 0x81 at offset 3"), ("utf-16-le", b"a\0b\0c", "byte 0x63 at offset 4"),
-    ("ascii", b"abc\xe9", "byte 0xe9 at offset 3"), ("utf-16-le", b"a\0\0\0", "byte 0x00 at offset 2")])
-def test_bytes_of_no_text_in_an_encoding_are_placed(tmp_path, monkeypatch, encoding, content, place):
+@pytest.mark.parametrize(
+    "encoding, content, place",
+    [
+        ("cp932", b"abc\x81\x00def", "byte 0x81 at offset 3"),
+        ("utf-16-le", b"a\0b\0c", "byte 0x63 at offset 4"),
+        ("ascii", b"abc\xe9", "byte 0xe9 at offset 3"),
+        ("utf-16-le", b"a\0\0\0", "byte 0x00 at offset 2"),
+    ],
+)
+def test_bytes_of_no_text_in_an_encoding_are_placed(
+    tmp_path, monkeypatch, encoding, content, place
+):
     for piece in (1, 2, 3, 2**18):
         monkeypatch.setattr(files, "PIECE", piece)
         (tmp_path / "a.txt").write_bytes(content)
@@ -74,26 +99,42 @@ def test_bytes_of_no_text_in_an_encoding_are_placed(tmp_path, monkeypatch, encod
 
 
 def test_a_record_in_another_encoding_is_read_by_lines(tmp_path):
-    records = "".join(json.dumps({"text": f"é {number}"}, ensure_ascii=False) + "\n" for number in range(1000))
+    records = "".join(
+        json.dumps({"text": f"é {number}"}, ensure_ascii=False) + "\n" for number in range(1000)
+    )
     (tmp_path / "a.jsonl").write_bytes(records.encode("latin-1"))
-    with pytest.raises(ValueError, match=r"a.jsonl, line 1 is not UTF-8: .*set data.encoding=latin-1"):
+    with pytest.raises(
+        ValueError, match=r"a.jsonl, line 1 is not UTF-8: .*set data.encoding=latin-1"
+    ):
         read(tmp_path / "a.jsonl")
     assert read(tmp_path / "a.jsonl", "latin-1") == [f"é {number}" for number in range(1000)]
 
 
-@pytest.mark.parametrize("block", ["žluťoučký 🐎".encode() * 5 + b"\xff", "é".encode()[:1], "🐎".encode() * 3 + b"\xf0\x9f",
-                                   bytes(range(256)), b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x03\0>\0"],
-                         ids=["damaged", "cut", "cut later", "all bytes", "binary"])
+@pytest.mark.parametrize(
+    "block",
+    [
+        "žluťoučký 🐎".encode() * 5 + b"\xff",
+        "é".encode()[:1],
+        "🐎".encode() * 3 + b"\xf0\x9f",
+        bytes(range(256)),
+        b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x03\0>\0",
+    ],
+    ids=["damaged", "cut", "cut later", "all bytes", "binary"],
+)
 def test_nothing_is_guessed_of_damaged_utf8_and_binaries(block):
     assert encodings.likely_encoding(block) == ""
 
 
-@pytest.mark.parametrize("name", ["latin-1", "utf-16", "UTF8", "cp1252", "gb18030", "utf-8-sig", "mac_roman"])
+@pytest.mark.parametrize(
+    "name", ["latin-1", "utf-16", "UTF8", "cp1252", "gb18030", "utf-8-sig", "mac_roman"]
+)
 def test_text_encodings_of_python_are_accepted(name):
     assert not list(DataConfig("text", __file__, encoding=name).problems())
 
 
-@pytest.mark.parametrize("name", ["latin1x", "hex", "base64", "zip", "rot13", "undefined", "utf 99", "\0"])
+@pytest.mark.parametrize(
+    "name", ["latin1x", "hex", "base64", "zip", "rot13", "undefined", "utf 99", "\0"]
+)
 def test_what_is_no_text_encoding_is_one_problem(name):
     [problem] = DataConfig("text", __file__, encoding=name).problems()
     assert problem.startswith(f"encoding={name} is no text encoding")

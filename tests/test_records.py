@@ -36,15 +36,36 @@ def table(texts, **style):
     return written.getvalue().encode()
 
 
-@pytest.mark.parametrize("name, content", [
-    ("a.jsonl", lines), ("a.ndjson", lines), ("a.json", lines), ("c4-train.00000-of-01024.json", lines), ("a.JSON", array),
-    ("a.json", array), ("a.csv", table), ("a.CSV", lambda texts: table(texts, lineterminator="\n")),
-    ("a.csv", lambda texts: table(texts, delimiter=";")), ("a.tsv", lambda texts: table(texts, delimiter="\t")),
-    ("a.csv", lambda texts: b"\xef\xbb\xbf" + table(texts, quoting=csv.QUOTE_ALL)), ("a.json", lambda texts: b" \n\n" + array(texts)),
-    ("a.csv", lambda texts: b"\r\n" + table(texts)), ("a.json", lambda texts: json.dumps(texts).encode()),
-    ("a.json", lambda texts: json.dumps([{"text": text} for text in texts], ensure_ascii=False, separators=(",", ":")).encode())])
-@pytest.mark.parametrize("pack, ending", [(bytes, ""), (gzip.compress, ".gz"), (bz2.compress, ".BZ2"), (lzma.compress, ".xz")],
-                         ids=["plain", "gz", "bz2", "xz"])
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("a.jsonl", lines),
+        ("a.ndjson", lines),
+        ("a.json", lines),
+        ("c4-train.00000-of-01024.json", lines),
+        ("a.JSON", array),
+        ("a.json", array),
+        ("a.csv", table),
+        ("a.CSV", lambda texts: table(texts, lineterminator="\n")),
+        ("a.csv", lambda texts: table(texts, delimiter=";")),
+        ("a.tsv", lambda texts: table(texts, delimiter="\t")),
+        ("a.csv", lambda texts: b"\xef\xbb\xbf" + table(texts, quoting=csv.QUOTE_ALL)),
+        ("a.json", lambda texts: b" \n\n" + array(texts)),
+        ("a.csv", lambda texts: b"\r\n" + table(texts)),
+        ("a.json", lambda texts: json.dumps(texts).encode()),
+        (
+            "a.json",
+            lambda texts: json.dumps(
+                [{"text": text} for text in texts], ensure_ascii=False, separators=(",", ":")
+            ).encode(),
+        ),
+    ],
+)
+@pytest.mark.parametrize(
+    "pack, ending",
+    [(bytes, ""), (gzip.compress, ".gz"), (bz2.compress, ".BZ2"), (lzma.compress, ".xz")],
+    ids=["plain", "gz", "bz2", "xz"],
+)
 def test_each_format_gives_a_document_a_record(tmp_path, name, content, pack, ending):
     (tmp_path / f"{name}{ending}").write_bytes(pack(content(TEXTS)))
     assert read(tmp_path / f"{name}{ending}") == TEXTS
@@ -53,8 +74,10 @@ def test_each_format_gives_a_document_a_record(tmp_path, name, content, pack, en
 # Fields
 
 
-@pytest.mark.parametrize("record", [{"data": {"text": "x"}}, {"data.text": "x"}, {"data.text": "x", "data": {"text": "y"}},
-                                    "x"])
+@pytest.mark.parametrize(
+    "record",
+    [{"data": {"text": "x"}}, {"data.text": "x"}, {"data.text": "x", "data": {"text": "y"}}, "x"],
+)
 def test_a_field_of_a_field_is_named_with_a_dot(tmp_path, record):
     for name, content in (("a.jsonl", json.dumps(record)), ("a.json", json.dumps([record]))):
         (tmp_path / name).write_text(content)
@@ -64,19 +87,26 @@ def test_a_field_of_a_field_is_named_with_a_dot(tmp_path, record):
 @pytest.mark.parametrize("data", [{}, {"body": "x"}, [{"text": "x"}], "x", None])
 def test_a_field_of_a_field_that_is_not_there_is_named(tmp_path, data):
     (tmp_path / "a.jsonl").write_text(json.dumps({"data": data}))
-    with pytest.raises(ValueError, match=r"a.jsonl, line 1 has no field data.text \(its fields are data\)"):
+    with pytest.raises(
+        ValueError, match=r"a.jsonl, line 1 has no field data.text \(its fields are data\)"
+    ):
         read(tmp_path / "a.jsonl", "data.text")
 
 
 def test_a_field_of_a_field_is_read_from_parquet(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
+
     rows = [{"text": "a", "n": 1}, {"text": None, "n": 2}, None, {"text": "b", "n": 3}]
-    parquet.write_table(pyarrow.table({"data": rows, "other": [1, 2, 3, 4]}), tmp_path / "a.parquet")
+    parquet.write_table(
+        pyarrow.table({"data": rows, "other": [1, 2, 3, 4]}), tmp_path / "a.parquet"
+    )
     file = files.File(tmp_path / "a.parquet", "data.text", on_bad_record="skip")
     assert [document.text for document in file.documents()] == ["a", "b"] and file.bad_records == 2
     for field in ("data.body", "data.text.x", "text", "more.text"):
-        with pytest.raises(ValueError, match=rf"a.parquet has no field {field} \(its fields are data, other\)"):
+        with pytest.raises(
+            ValueError, match=rf"a.parquet has no field {field} \(its fields are data, other\)"
+        ):
             read(tmp_path / "a.parquet", field)
 
 
@@ -84,8 +114,13 @@ def test_a_field_of_a_field_is_read_from_parquet(tmp_path):
 def test_all_types_of_text_in_parquet_are_read(tmp_path, kind):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
+
     column = pyarrow.array(TEXTS * 2)
-    column = column.dictionary_encode() if kind == "categorical" else column.cast(getattr(pyarrow, kind)())
+    column = (
+        column.dictionary_encode()
+        if kind == "categorical"
+        else column.cast(getattr(pyarrow, kind)())
+    )
     parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
     assert read(tmp_path / "a.parquet") == TEXTS * 2
 
@@ -93,25 +128,50 @@ def test_all_types_of_text_in_parquet_are_read(tmp_path, kind):
 # JSON arrays
 
 
-@given(st.lists(st.dictionaries(st.text(max_size=3), st.text() | st.integers() | st.lists(st.floats(allow_nan=False)), max_size=3)
-                | st.text(min_size=1) | st.none()), st.integers(1, 9), st.booleans())
+@given(
+    st.lists(
+        st.dictionaries(
+            st.text(max_size=3),
+            st.text() | st.integers() | st.lists(st.floats(allow_nan=False)),
+            max_size=3,
+        )
+        | st.text(min_size=1)
+        | st.none()
+    ),
+    st.integers(1, 9),
+    st.booleans(),
+)
 def test_an_array_is_read_the_same_whatever_its_blocks(many, size, escaped):
-    content = json.dumps([{"text": "x"} | one if isinstance(one, dict) else one for one in many], ensure_ascii=escaped)
+    content = json.dumps(
+        [{"text": "x"} | one if isinstance(one, dict) else one for one in many],
+        ensure_ascii=escaped,
+    )
     blocks = (content[start : start + size] for start in range(0, len(content), size))
     found = [text for text in records.json_array(blocks, "text", "a.json") if isinstance(text, str)]
     expected = [one.get("text", "x") if isinstance(one, dict) else one for one in many]
     assert found == [records.well_formed(one) for one in expected if isinstance(one, str)]
 
 
-@pytest.mark.parametrize("content, words", [
-    ('[{"text": "a"}, {"text": "b"', r"record 2 is not JSON \(Expecting ',' delimiter"),
-    ('[{"text": "a"}, {"text": "b', r"record 2 is not JSON \(Unterminated string"),
-    ('[{"text": "a"}', r"record 1 is not JSON \(Expecting a comma or the end of the array"),
-    ('[{"text": "a"} {"text": "b"}]', r"record 1 is not JSON \(Expecting a comma or the end of the array"),
-    ('[{"text": "a"}, oops, ' + '{"text": "b"}, ' * 100 + "]", r"record 2 is not JSON \(Expecting value"),
-    ("[", "record 1 is not JSON"), ('[{"text": "a"}] [{"text": "b"}]', "has more behind the end of its array"),
-    ("[" * 100_000, r"record 1 is not JSON \(too deeply nested\)"), ("[" + "1" * 5000 + "]", "record 1 is not JSON"),
-])
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ('[{"text": "a"}, {"text": "b"', r"record 2 is not JSON \(Expecting ',' delimiter"),
+        ('[{"text": "a"}, {"text": "b', r"record 2 is not JSON \(Unterminated string"),
+        ('[{"text": "a"}', r"record 1 is not JSON \(Expecting a comma or the end of the array"),
+        (
+            '[{"text": "a"} {"text": "b"}]',
+            r"record 1 is not JSON \(Expecting a comma or the end of the array",
+        ),
+        (
+            '[{"text": "a"}, oops, ' + '{"text": "b"}, ' * 100 + "]",
+            r"record 2 is not JSON \(Expecting value",
+        ),
+        ("[", "record 1 is not JSON"),
+        ('[{"text": "a"}] [{"text": "b"}]', "has more behind the end of its array"),
+        ("[" * 100_000, r"record 1 is not JSON \(too deeply nested\)"),
+        ("[" + "1" * 5000 + "]", "record 1 is not JSON"),
+    ],
+)
 def test_a_damaged_array_is_told_with_the_record(tmp_path, content, words):
     (tmp_path / "a.json").write_text(content)
     with pytest.raises(ValueError, match="a.json,? " + words) as caught:
@@ -121,14 +181,23 @@ def test_a_damaged_array_is_told_with_the_record(tmp_path, content, words):
 
 def test_a_single_object_over_lines_is_told_what_is_read(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps({"data": [{"text": "x"}]}, indent=1))
-    with pytest.raises(ValueError, match=r"a.json, line 1 is not JSON .*one record a line, or, as .json, one array of records"):
+    with pytest.raises(
+        ValueError,
+        match=r"a.json, line 1 is not JSON .*one record a line, or, as .json, one array of records",
+    ):
         read(tmp_path / "a.json")
 
 
-@pytest.mark.parametrize("name, content", [
-    ("a.json", lambda text: f'["fine", "{text}"]'), ("a.jsonl", lambda text: f'{{"text": "{text}"}}'),
-    ("a.csv", lambda text: f"text\nfine\n{text}\n"), ("a.csv", lambda text: f'text\nfine\n"{text}\n'),
-    ("a.csv", lambda text: "text\nfine\n" + '"a\n",' * (len(text) // 4))])
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("a.json", lambda text: f'["fine", "{text}"]'),
+        ("a.jsonl", lambda text: f'{{"text": "{text}"}}'),
+        ("a.csv", lambda text: f"text\nfine\n{text}\n"),
+        ("a.csv", lambda text: f'text\nfine\n"{text}\n'),
+        ("a.csv", lambda text: "text\nfine\n" + '"a\n",' * (len(text) // 4)),
+    ],
+)
 def test_a_record_that_is_too_long_is_refused(tmp_path, monkeypatch, name, content):
     monkeypatch.setattr(records, "RECORD_BYTES", 2**20)
     monkeypatch.setattr(files, "PIECE", 2**16)
@@ -140,14 +209,26 @@ def test_a_record_that_is_too_long_is_refused(tmp_path, monkeypatch, name, conte
 # CSV
 
 
-@pytest.mark.parametrize("content, words", [
-    (b"id,body\n1,a\n", r"a.csv has no field text \(its fields are id, body\): set data.text_field=NAME"),
-    (b"id,text\n1,a\n2,Hello, world\n", "a.csv, line 3 has 3 fields and the header has 2"),
-    (b"id,text\n1,a\n2\n", "a.csv, line 3 has 1 fields and the header has 2"),
-    (b'id,text\n1,"never closed\n2,b\n', r"a.csv, line 2 is not CSV \(unexpected end of data\)"),
-    (b"id,text\n1,caf\xe9\n", "a.csv, line 2 is not UTF-8: byte 0xe9, byte 6 of the line; it looks like latin-1"),
-    (b"id,text\n1,a\0b and more of it\n", "a.csv, line 2 is not text: byte 0x00"),
-])
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (
+            b"id,body\n1,a\n",
+            r"a.csv has no field text \(its fields are id, body\): set data.text_field=NAME",
+        ),
+        (b"id,text\n1,a\n2,Hello, world\n", "a.csv, line 3 has 3 fields and the header has 2"),
+        (b"id,text\n1,a\n2\n", "a.csv, line 3 has 1 fields and the header has 2"),
+        (
+            b'id,text\n1,"never closed\n2,b\n',
+            r"a.csv, line 2 is not CSV \(unexpected end of data\)",
+        ),
+        (
+            b"id,text\n1,caf\xe9\n",
+            "a.csv, line 2 is not UTF-8: byte 0xe9, byte 6 of the line; it looks like latin-1",
+        ),
+        (b"id,text\n1,a\0b and more of it\n", "a.csv, line 2 is not text: byte 0x00"),
+    ],
+)
 def test_a_table_that_cannot_be_read_is_told_by_its_line(tmp_path, content, words):
     (tmp_path / "a.csv").write_bytes(content)
     with pytest.raises(ValueError, match=words):
@@ -178,17 +259,35 @@ def test_a_field_longer_than_pythons_own_limit_is_read(tmp_path):
 def test_a_parquet_file_that_unpacks_to_much_more_is_refused(tmp_path, monkeypatch):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
+
     monkeypatch.setattr(records, "BOMB_BYTES", 2**22)
-    parquet.write_table(pyarrow.table({"text": ["x" * 2**20] * 8}), tmp_path / "a.parquet", compression="zstd", use_dictionary=False)
-    with pytest.raises(ValueError, match=r"a.parquet unpacks .* bytes to 8 MB at once, like a decompression bomb"):
+    parquet.write_table(
+        pyarrow.table({"text": ["x" * 2**20] * 8}),
+        tmp_path / "a.parquet",
+        compression="zstd",
+        use_dictionary=False,
+    )
+    with pytest.raises(
+        ValueError, match=r"a.parquet unpacks .* bytes to 8 MB at once, like a decompression bomb"
+    ):
         read(tmp_path / "a.parquet")
 
 
-@pytest.mark.parametrize("encodings, size, rows, at_once", [
-    (("PLAIN", "RLE"), 2**22, 2**12, 1024),  # 1 KB a row
-    (("PLAIN", "RLE", "BIT_PACKED"), 2**30, 2**12, 4),  # 256 KB a row
-    (("PLAIN", "RLE", "RLE_DICTIONARY"), 1000, 10**6, 1024),
-    (("PLAIN", "RLE", "RLE_DICTIONARY"), 2**20, 10**6, 64),  # each row may be all of the dictionary
-    (("DELTA_BYTE_ARRAY", "RLE"), 2**26, 10**6, 1), (("PLAIN",), 2**30, 1, 1)])
+@pytest.mark.parametrize(
+    "encodings, size, rows, at_once",
+    [
+        (("PLAIN", "RLE"), 2**22, 2**12, 1024),  # 1 KB a row
+        (("PLAIN", "RLE", "BIT_PACKED"), 2**30, 2**12, 4),  # 256 KB a row
+        (("PLAIN", "RLE", "RLE_DICTIONARY"), 1000, 10**6, 1024),
+        (
+            ("PLAIN", "RLE", "RLE_DICTIONARY"),
+            2**20,
+            10**6,
+            64,
+        ),  # each row may be all of the dictionary
+        (("DELTA_BYTE_ARRAY", "RLE"), 2**26, 10**6, 1),
+        (("PLAIN",), 2**30, 1, 1),
+    ],
+)
 def test_rows_that_may_be_large_are_read_few_at_a_time(encodings, size, rows, at_once):
     assert records.batch_rows(encodings, size, rows) == at_once

@@ -34,9 +34,17 @@ def test_several_compressed_files_end_to_end_are_one(tmp_path, ending):
 @pytest.mark.parametrize("ending", PACK)
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.csv"])
 def test_damaged_compression_is_one_sentence(tmp_path, ending, name):
-    text = {"a.txt": "{}", "a.jsonl": '{{"text": "{}"}}', "a.json": '["{}"]', "a.csv": "text\n{}"}[name]
+    text = {"a.txt": "{}", "a.jsonl": '{{"text": "{}"}}', "a.json": '["{}"]', "a.csv": "text\n{}"}[
+        name
+    ]
     content = PACK[ending](text.format(" ".join(map(str, range(20_000)))).encode())
-    for damage in (content[:-7], content[: len(content) // 2], b"", b"no such format", content[:8] + b"\xff" * 8 + content[16:]):
+    for damage in (
+        content[:-7],
+        content[: len(content) // 2],
+        b"",
+        b"no such format",
+        content[:8] + b"\xff" * 8 + content[16:],
+    ):
         (tmp_path / f"{name}{ending}").write_bytes(damage)
         if not damage and ending == ".gz":
             assert read(tmp_path / f"{name}{ending}") == []
@@ -46,7 +54,9 @@ def test_damaged_compression_is_one_sentence(tmp_path, ending, name):
         assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("line, ending", [(b"a line of text\n", ".zst"), *((b"x", ending) for ending in PACK)])
+@pytest.mark.parametrize(
+    "line, ending", [(b"a line of text\n", ".zst"), *((b"x", ending) for ending in PACK)]
+)
 def test_a_small_file_of_much_text_takes_little_memory(tmp_path, ending, line):
     path = tmp_path / f"a.txt{ending}"
     path.write_bytes(PACK[ending](line * (2**26 // len(line))))
@@ -63,7 +73,10 @@ def test_a_small_file_may_not_ask_for_a_large_window(tmp_path, monkeypatch):
     settings = zstandard.ZstdCompressionParameters(window_log=30)
     packer = zstandard.ZstdCompressor(compression_params=settings).compressobj()
     (tmp_path / "a.txt.zst").write_bytes(packer.compress(b"text " * 1000) + packer.flush())
-    with pytest.raises(ValueError, match=r"a.txt.zst is damaged, or needs more memory to be decompressed than .*compress it again"):
+    with pytest.raises(
+        ValueError,
+        match=r"a.txt.zst is damaged, or needs more memory to be decompressed than .*compress it again",
+    ):
         read(tmp_path / "a.txt.zst")
     # As if the file were large, like those of zstd --long=30.
     monkeypatch.setattr(unpack, "WINDOW_PER_BYTE", 2**30)

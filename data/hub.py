@@ -41,8 +41,9 @@ class Hub:
     """A split of a data set: `name` is OWNER/NAME on the Hub, or a folder; an empty `config` or `revision` is the default.
 
     What the Hub said last is remembered in the folder `memory`, so that prepared tokens need no network, nor `datasets`.
-    `on_bad_record` is what to do about an example whose field is not text, "stop" or "skip"; null is always skipped, as
-    `datasets` gives it for a field that is not there. `bad_records` counts both in the reading that was begun last.
+    `on_bad_record` says what to do with an example whose field is not text, "stop" or "skip". Null
+    is always skipped, as `datasets` gives it for a missing field. `bad_records` counts both in the
+    reading that was started last.
     """
 
     def __init__(self, name: str, config: str, split: str, text_field: str, revision: str, memory: Path,
@@ -69,7 +70,8 @@ class Hub:
         Raises ConnectionError where the network fails in between.
         """
         builder = self.builder(self.version.commit)
-        values = self.parquet_values(builder) if builder.name == "parquet" else self.streamed_values(builder)
+        is_parquet = builder.name == "parquet"
+        values = self.parquet_values(builder) if is_parquet else self.streamed_values(builder)
         self.done, number, self.bad_records = 0.0, 0, 0
         try:
             for number, value in enumerate(values, 1):
@@ -195,8 +197,8 @@ class Hub:
         paths = [path for split in splits for path in found[split]]
         for path in paths:
             if self.folder and not is_file_in(self.folder, path):
-                raise ValueError(f"{self.name} names {path}, which is not a file inside that folder: only its own files "
-                                 f"are read.")
+                raise ValueError(f"{self.name} names {path}, which is not a file inside that folder: "
+                                 f"only its own files are read.")
         return paths
 
     # Reading it
@@ -242,7 +244,7 @@ def datasets_package() -> Any:
 
 
 def refuse_paths_outside(folder: Path) -> None:
-    """Raises ValueError if the card of a data set names files outside its folder, or on other machines.
+    """Raises ValueError if a data set's card names files outside its folder or on other machines.
 
     `datasets` would look for them before it says which they are.
     """
@@ -254,7 +256,8 @@ def refuse_paths_outside(folder: Path) -> None:
         for path in named_paths(head_of(card)):
             parts = Path(path).parts
             if "://" in path or "::" in path or ".." in parts or path.startswith(("/", "~")):
-                raise ValueError(f"{card} names {path}, which is not inside the folder: only its own files are read.")
+                raise ValueError(f"{card} names {path}, which is not inside the folder: only its "
+                                 f"own files are read.")
 
 
 def head_of(card: Path) -> Any:
@@ -267,7 +270,8 @@ def head_of(card: Path) -> Any:
     try:
         return yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"{card} is not valid YAML at its beginning ({in_one_line(error)}).") from None
+        reason = in_one_line(error)
+        raise ValueError(f"{card} is not valid YAML at its beginning ({reason}).") from None
 
 
 def named_paths(head: Any) -> Iterator[str]:

@@ -162,12 +162,14 @@ def check_shards(folder: Path, shards: list[dict[str, Any]]) -> None:
 
 def fingerprint_of(made_with: str, parts: list[dict[str, Any]]) -> str:
     """Of tokens: the same for the same ids in the same order, by the same tokenizer."""
-    shards = [[[content_of(shard) for shard in part[split]["shards"]] for split in SPLITS] for part in parts]
+    shards = []
+    for part in parts:
+        shards.append([[content_of(shard) for shard in part[split]["shards"]] for split in SPLITS])
     return hashlib.sha256(json.dumps([made_with, shards]).encode()).hexdigest()
 
 
 def content_of(shard: dict[str, Any]) -> str:
-    """The same for the same tokens. Without a header, the bytes of a file do not say of which type they are."""
+    """The same for the same tokens: bytes without a header do not say which type they have."""
     if shard["offset"] or shard["dtype"] == "uint16":
         return shard["sha256"]
     return f"{shard['sha256']} {shard['dtype']}"

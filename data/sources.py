@@ -35,7 +35,9 @@ SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/da
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 # The settings about reading files that a source has no use for.
-UNUSED = dict.fromkeys(("pydocs", "stdlib", "bin"), ("text_field", "on_bad_record", "encoding", "errors"))
+UNUSED = dict.fromkeys(
+    ("pydocs", "stdlib", "bin"), ("text_field", "on_bad_record", "encoding", "errors")
+)
 UNUSED["hub"] = ("encoding", "errors")
 
 
@@ -52,11 +54,13 @@ class DataConfig:
     val_split: str = ""  # hub: the split to validate on instead, such as validation
     deduplicate: bool = True  # leave out exact copies of a document
     separator: str = ""  # in plain text, what stands between two documents: <|endoftext|>, or \n\n for a blank line
-    text_field: str = "text"  # of a JSON, CSV or Parquet record, or a data set's example; data.text is a field of data
-    on_bad_record: Literal["stop", "skip"] = "stop"  # at a record without text: stop, or leave it out and count it
+    text_field: str = "text"  # of a record or a data set's example; data.text: a field of data
+    on_bad_record: Literal["stop", "skip"] = "stop"  # at a record without text; skipped ones are counted
     encoding: str = ""  # of text files without a byte order mark, such as latin-1; empty: UTF-8
-    errors: Literal["strict", "replace"] = "strict"  # at bytes that are not text: stop, or read a replacement character
-    dtype: Literal["auto", "uint8", "uint16", "int16", "uint32", "int32", "uint64", "int64"] = "auto"  # bin, of tokens
+    # at bytes that are not text: stop, or read a replacement character
+    errors: Literal["strict", "replace"] = "strict"
+    # bin: the type of tokens in files without a header
+    dtype: Literal["auto", "uint8", "uint16", "int16", "uint32", "int32", "uint64", "int64"] = "auto"
     hub_name: str = ""  # hub: OWNER/NAME of a data set on the Hugging Face Hub, or a folder laid out like one
     hub_config: str = ""  # hub: which of its configurations; empty: its default
     hub_revision: str = ""  # hub: a branch, tag or commit of it; empty: its newest state
@@ -87,8 +91,8 @@ class DataConfig:
 
     def path_problems(self) -> Iterator[str]:
         if self.source == "text" and not self.path:
-            yield ("path is missing: name a text file, or a folder or glob of .txt, .md, .jsonl, .csv or .parquet "
-                   "files, as in data.path=book.txt.")
+            yield ("path is missing: name a text file, or a folder or glob of .txt, .md, .jsonl, "
+                   ".csv or .parquet files, as in data.path=book.txt.")
         if self.source == "hub" and not self.hub_name:
             yield ("hub_name is missing: name a data set of the Hugging Face Hub, as in "
                    "data.hub_name=HuggingFaceFW/fineweb-edu, or a folder laid out like one.")
@@ -98,15 +102,17 @@ class DataConfig:
 
     def reading_problems(self) -> Iterator[str]:
         if self.encoding and not is_text_encoding(self.encoding):
-            yield (f"encoding={self.encoding} is no text encoding that Python knows: use a name such as latin-1, cp1252, "
-                   f"utf-16 or gb18030.")
+            yield (f"encoding={self.encoding} is no text encoding that Python knows: use a name "
+                   f"such as latin-1, cp1252, utf-16 or gb18030.")
         if not self.text_field:
             yield "text_field is empty: name the field of a record that holds its text."
         if self.dtype != "auto" and self.source != "bin":
-            yield f"dtype={self.dtype} is the type of tokens of data=bin, and data={self.source} has none: leave it out."
+            yield (f"dtype={self.dtype} is the type of tokens of data=bin, and data={self.source} "
+                   f"has none: leave it out.")
         for name in () if self.mix else UNUSED.get(self.source, ()):
             if getattr(self, name) != getattr(DataConfig, name):
-                yield f"{name}={getattr(self, name)} is for files of text, and data={self.source} reads none."
+                yield (f"{name}={getattr(self, name)} is for files of text, and "
+                       f"data={self.source} reads none.")
 
     def validation_problems(self) -> Iterator[str]:
         for name in ("val_path", "val_split"):
@@ -178,7 +184,8 @@ def open_source(config: DataConfig) -> Source:
     path = config.path
     if config.source == "shakespeare" and not path:
         path = str(fetch(SHAKESPEARE_URL, SHAKESPEARE_SHA256))
-    return Files(path, config.text_field, config.errors, config.separator, config.encoding, config.on_bad_record)
+    return Files(path, config.text_field, config.errors, config.separator, config.encoding,
+                 config.on_bad_record)
 
 
 def open_validation(config: DataConfig) -> Source | None:
@@ -201,9 +208,11 @@ def open_sources(config: DataConfig) -> dict[str, Source]:
                          f"only records: leave it out.")
     has_records = any(map(reads_records, sources.values())) or config.val_path
     if config.text_field != DataConfig.text_field and not has_records:
-        raise ValueError(f"data.text_field={config.text_field} names a field of records, and {config.mix or config.path} "
-                         f"holds none, only plain text: leave it out, or give files of records one of the endings "
-                         f"{', '.join(files.RECORDS)}.")
+        raise ValueError(
+            f"data.text_field={config.text_field} names a field of records, and "
+            f"{config.mix or config.path} holds none, only plain text: leave it out, or give files "
+            f"of records one of the endings {', '.join(files.RECORDS)}."
+        )
     return sources
 
 

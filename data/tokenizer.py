@@ -45,7 +45,7 @@ WORDS = re.compile(rf"\S{{1,{LONGEST_WORD}}}|\s{{2,{LONGEST_WORD}}}")
 LONG_RUN = re.compile(rf"\S{{{LONGEST_WORD}}}|\s{{{LONGEST_WORD}}}")
 TEXTS_AT_ONCE = 64  # that are handed to training, each of up to 2 MB
 
-# The longest token of a tokenizer that is loaded, which no training here exceeds, and the size of its file.
+# The longest token that is loaded, which no training here exceeds, and the largest file.
 LONGEST_TOKEN = 4096  # bytes
 LARGEST_FILE = 2**26  # bytes
 
@@ -160,14 +160,16 @@ class BPETokenizer(Tokenizer):
     def train(cls, texts: Iterator[str], vocab_size: int) -> BPETokenizer:
         """Learn `vocab_size` tokens, the end of text among them.
 
-        Of texts with very many different words, only the first are read. Raises ValueError if the texts hold too few
-        pairs.
+        Of texts with very many different words, only the first are read. Raises ValueError if the
+        texts hold too few pairs.
         """
         import rustbpe
 
         trainer = rustbpe.Tokenizer()
         sample = with_few_words(texts, DISTINCT_BYTES)
-        trainer.train_from_iterator(sample, vocab_size=vocab_size - 1, buffer_size=TEXTS_AT_ONCE, pattern=PATTERN)
+        trainer.train_from_iterator(
+            sample, vocab_size=vocab_size - 1, buffer_size=TEXTS_AT_ONCE, pattern=PATTERN
+        )
         ranks = sorted(trainer.get_mergeable_ranks(), key=lambda item: item[1])
         if len(ranks) < vocab_size - 1:
             raise ValueError(f"data.vocab_size={vocab_size} asks more of this text than it holds: "
@@ -198,13 +200,16 @@ class BPETokenizer(Tokenizer):
 
 
 def with_few_words(texts: Iterable[str], most_bytes: int) -> Iterator[str]:
-    """The first of `texts`, with runs without a space cut, until their different words have `most_bytes` of UTF-8."""
+    """The first of `texts`, until their different words have `most_bytes` of UTF-8.
+
+    Words and runs of blanks of more than LONGEST_WORD characters are cut.
+    """
     seen: set[str] = set()
     for text in texts:
         words = set(WORDS.findall(text))
         new = words - seen
         seen |= new
-        most_bytes -= sum(len(word) if word.isascii() else len(word.encode("utf-8", "replace")) for word in new)
+        most_bytes -= sum(len(word.encode("utf-8", "replace")) for word in new)
         start = 0
         if any(len(word) == LONGEST_WORD for word in words):
             for run in LONG_RUN.finditer(text):
@@ -247,8 +252,10 @@ def from_json(saved: dict[str, Any], place: str) -> Tokenizer:
         except (TypeError, ValueError, binascii.Error):
             ranks = []
         if too_long := [len(token) for token in ranks if len(token) > LONGEST_TOKEN]:
-            raise ValueError(f"{place} has a token of {max(too_long):,} bytes, and {LONGEST_TOKEN:,} is the most that is "
-                             f"read: it was not trained here, or is damaged.")
+            raise ValueError(
+                f"{place} has a token of {max(too_long):,} bytes, and {LONGEST_TOKEN:,} is the most "
+                f"that is read: it was not trained here, or is damaged."
+            )
         if all(ranks) and len(set(ranks)) == len(ranks) and {bytes((value,)) for value in range(256)} <= set(ranks):
             return BPETokenizer.from_ranks(ranks)
     raise ValueError(f"{place} holds no tokenizer of nanohydra's.")
@@ -257,8 +264,10 @@ def from_json(saved: dict[str, Any], place: str) -> Tokenizer:
 def read_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer in a file. Raises ValueError naming it where it holds none."""
     if path.is_file() and path.stat().st_size > LARGEST_FILE:
-        raise ValueError(f"{path} has {path.stat().st_size // 2**20:,} MB, and no tokenizer of nanohydra's has more than "
-                         f"{LARGEST_FILE // 2**20}.")
+        raise ValueError(
+            f"{path} has {path.stat().st_size // 2**20:,} MB, and no tokenizer of nanohydra's has "
+            f"more than {LARGEST_FILE // 2**20}."
+        )
     try:
         saved = json.loads(path.read_text()) if path.is_file() else None
     except (OSError, ValueError, RecursionError):

@@ -6,14 +6,16 @@ Hydra's grammar says what the values are. Each job is a process of its own (conf
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob, QuotedString
+from hydra.core.override_parser.types import Glob, QuotedString, RangeSweep
 from hydra.errors import HydraException
 
 from conf.cluster import Cluster
@@ -43,6 +45,7 @@ from conf.slots import (
 )
 from terminal import counted, output, say
 
+MOST_JOBS = 10_000
 FUNCTION = re.compile(r"(choice|range|interval|glob|sort|shuffle)\(.*\)$", re.DOTALL)
 # What stands before the next comma, or at the end.
 QUOTED_TEXT = re.compile(r"""\s*(?P<quote>['"])(?P<text>(?:\\.|(?!(?P=quote))[^\\])*)(?P=quote)\s*(?=,|$)""", re.DOTALL)
@@ -149,9 +152,16 @@ def plan_grid(overrides: list[str]) -> Plan:
     several = [word for word, values in choices.items() if len(values) > 1] or list(choices)
     swept = {word.partition("=")[0]: word for word in several}
     name = about("name=")[-1] if about("name=") else f"name={automatic_name(choices, swept)}"
+    if math.prod(len(values) for values in choices.values()) > MOST_JOBS:
+        raise too_many(" ".join(several))
     combinations = [[*words, name] for words in product(*choices.values())]
     composed, failures = compose_all(combinations, list(swept))
     return Plan(list(swept), composed, failures, about("hydra/launcher=", "hydra.launcher."), limits.jobs)
+
+
+def too_many(words: str) -> ConfigError:
+    return ConfigError([f"{words} would be more than {MOST_JOBS:,} jobs: name fewer values; "
+                        f"python -m scripts.sweep searches large spaces."])
 
 
 def show_grid(overrides: list[str]) -> int:
@@ -192,7 +202,7 @@ def job_name(swept: list[str], values: dict[str, object]) -> str:
 
 def automatic_name(choices: dict[str, list[str]], swept: dict[str, str]) -> str:
     """A name for the sweep that other values of the same settings share: new values join the old ones in their folder."""
-    fixed = [word for word in choices if word not in swept.values()]
+    fixed = [values[0] for word, values in choices.items() if word not in swept.values()]
     try:
         base = compose("config", fixed).auto_name
     except ConfigError:  # without what is swept it is nothing yet
@@ -212,16 +222,21 @@ def values_of(override: str) -> list[str]:
         return [f"{key}={text}" for text in split_text(value)]
     try:
         parsed = OverridesParser.create().parse_override(override)
-    except HydraException:
+    except (HydraException, ValueError):
         return [override]  # for the schema to refuse
     if not parsed.is_sweep_override():
         return [override]
     if isinstance(parsed.value(), Glob) and key in groups():
-        return [f"{key}={name}" for name in parsed.value().filter(options(key))]
-    try:
+        names = parsed.value().filter(options(key))
+        if not names:
+            raise ValueError(f"{override} fits no preset. There are: {', '.join(options(key))}.")
+        return [f"{key}={name}" for name in names]
+    values: list[object] = []
+    span = parsed.value()
+    if isinstance(span, RangeSweep) and abs(span.stop - span.start) > MOST_JOBS * abs(span.step):
+        raise too_many(override)
+    with suppress(HydraException, ValueError):
         plain, values = list(parsed.sweep_string_iterator()), list(parsed.sweep_iterator())
-    except HydraException:
-        values = []
     if not values:
         raise ValueError(f"{override} has no values that can be listed: write them with commas "
                          f"between, or as range(1,4); for what lies between two limits there is "

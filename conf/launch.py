@@ -19,7 +19,7 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from conf.hints import instead_of_hydras, unit_note
-from conf.schema import SCHEMAS, Settings, as_yaml, compose, groups, leaves, likely_name, options
+from conf.schema import SCHEMAS, as_yaml, compose, groups, leaves, likely_name, options
 from conf.slots import stop_with_parent
 from hardware import usable_cpus
 from terminal import output, say
@@ -108,7 +108,7 @@ def open_streams() -> None:
 
 def run_command(main: Place, root: Place, doc: str, words: list[str]) -> int:
     """Do what the command line's `words` ask for; return the exit code."""
-    flags, overrides = split_flags(words, leaves(Settings) if root == "config" else {})
+    flags, overrides = split_flags(words, leaves(SCHEMAS[root]) if root in SCHEMAS else {})
     if "--help" in flags:
         say(help_text(root, doc))
         return 0
@@ -162,7 +162,7 @@ def no_such_flag(word: str, known: dict[str, Any]) -> str:
     if advice := instead_of_hydras(flag):
         return f"{flag}: no such flag here; {advice}."
     name = flag.lstrip("-").replace("-", "_")
-    meant = likely_name(name, known)
+    meant = name if name in known else likely_name(name, known)
     if meant:
         return f"{word}: settings are written without dashes: {meant}={value or '...'}{unit_note(name)}."
     return f"{word}: no such flag; settings are written key=value, and --help lists both."

@@ -72,6 +72,23 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
+def without_references(values: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Settings of a file with each ${...} replaced. Raises ConfigError for one that stands for nothing."""
+    try:
+        return OmegaConf.to_container(OmegaConf.create(values), resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError([f"{path}: {unresolved(error)}"]) from None
+
+
+def unresolved(error: OmegaConfBaseException) -> str:
+    """The sentence about a ${...} that stands for nothing."""
+    said = first_line(error)
+    if missing := re.search(r"Environment variable '(.*?)' not found", said):
+        return (f"{error.full_key}: the environment variable {missing[1]} is not set: set it, or "
+                f"give a default, as in ${{oc.env:{missing[1]},100}}.")
+    return f"{error.full_key}: the value cannot be read: {said}."
+
+
 def expanded_size(node: yaml.Node | None, sizes: dict[int, float]) -> float:
     """The values in a YAML node, all aliases written out; infinite where one stands for itself.
 

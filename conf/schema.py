@@ -28,7 +28,15 @@ from omegaconf.errors import OmegaConfBaseException
 
 from conf.hints import OTHER_VALUES, instead_of_hydras, our_name, unit_note
 from conf.identity import flat, identity_differences, in_one_line, in_short
-from conf.presets import ConfigError, Group, config_node, nested, read_yaml
+from conf.presets import (
+    ConfigError,
+    Group,
+    config_node,
+    first_line,
+    nested,
+    read_yaml,
+    unresolved,
+)
 from data.sources import DataConfig
 from model.config import GPTConfig
 from training.config import OptimConfig, TrainingConfig
@@ -175,7 +183,8 @@ def compose(root: str | type, overrides: list[str]) -> Any:
         # What a script does not know is for the training that it starts, which checks it.
         about_training = [word for word in overrides if word.partition("=")[0] not in known]
         overrides = [word for word in overrides if word not in about_training]
-    values, choices = compose_with_hydra(root, schema, checked(root, known, overrides))
+    words = checked(root, known, overrides)
+    values, choices = compose_with_hydra(root, schema, words)
 
     settings_or_inside = tuple(f"{name}." for name in known)
     problems = [unknown(key, known, *place_in_yaml(key, choices))
@@ -186,7 +195,7 @@ def compose(root: str | type, overrides: list[str]) -> Any:
     if problems:
         raise ConfigError(problems)
     if isinstance(settings, Settings) and not settings.name:
-        automatic = default_name(overrides, settings, choices["experiment"])
+        automatic = default_name(words, settings, choices["experiment"])
         settings = replace(settings, auto_name=automatic)
     return replace(settings, train=tuple(about_training)) if trains else settings
 
@@ -203,13 +212,12 @@ def checked(root: str | type, known: dict[str, Any], overrides: list[str]) -> li
                             f"in training.max_seconds=null.")
         elif value is None or not key:
             problems.append(no_override(override))
-        elif root == "config" and key in groups():
-            problem = wrong_preset(key, value)
-            problems += [problem] if problem else []
-        elif key not in known:
+        elif key not in known and not (root == "config" and key in groups()):
             problems.append(unknown(key, known, "on the command line"))
         elif sign == "+":
             problems.append(f"{override}: {key} exists and can only be set: write {key}={value}.")
+        elif key not in known and (problem := wrong_preset(key, value)):
+            problems.append(problem)
         words.append(f"{key}={value}")
     if problems:
         raise ConfigError(problems)
@@ -228,9 +236,10 @@ def no_override(word: str) -> str:
 
 def wrong_preset(group: str, value: str) -> str:
     """What is wrong with the choice of a preset, or of an experiment's file; empty if nothing is."""
-    if group == "experiment" and Path(value).suffix in YAML_FILES:
-        return ""
     if value in options(group):
+        return ""
+    is_file = group == "experiment" and Path(value).suffix in YAML_FILES
+    if is_file and ("," not in value or Path(expanded(value)).exists()):
         return ""
     if "," in value or "(" in value:
         return f"{group}={value}: {SWEEP_ADVICE}"
@@ -272,7 +281,9 @@ def compose_with_hydra(
         with initialize(version_base="1.3", config_path=None):
             composed = hydra_compose(name, overrides, return_hydra_config=True)
             values = resolved(composed, text)
-    except (HydraException, OmegaConfBaseException) as error:
+    except ConfigError:
+        raise
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
         sentence = plain_sentence(error, overrides)
         raise ConfigError([sentence.replace(GIVEN_FILE, str(own))]) from None
     choices = dict(composed.hydra.runtime.choices)
@@ -362,19 +373,16 @@ def plain_sentence(error: Exception, overrides: list[str]) -> str:
     for override in overrides:  # find the one that it cannot read
         try:
             parsed = OverridesParser.create().parse_override(override)
-        except HydraException:
-            return (f"{override}: the value cannot be read; write a number, a word, true, false "
+        except (HydraException, ValueError):
+            return (f"{override[:200]}: the value cannot be read; write a number, a word, true, false "
                     f"or null.")
         if parsed.is_sweep_override():
             return f"{override}: {SWEEP_ADVICE}"
-    said = str(getattr(error, "msg", None) or error).strip().splitlines()[0].rstrip(".")
-    key = getattr(error, "full_key", None) or ""
-    if missing := re.search(r"Environment variable '(.*?)' not found", said):
-        return (f"{key}: the environment variable {missing[1]} is not set: set it, or give a "
-                f"default, as in ${{oc.env:{missing[1]},100}}.")
     if isinstance(error, OmegaConfBaseException):
-        return f"{key}: the value cannot be read: {said}."
-    if absent := re.search(r"Could not find '(\w+)/(.*?)'", said):
+        return unresolved(error)
+    said = first_line(error)
+    absent = re.search(r"Could not find '(\w+)/([^/]*?)'", said)
+    if absent and absent[1] in groups():
         chosen = [word for word in overrides if word.startswith("experiment=")]
         where = f" (in {chosen[-1]})" if chosen else ""
         return wrong_preset(*absent.groups()).replace(":", f"{where}:", 1)
@@ -397,7 +405,7 @@ def freeze(schema: Any, values: dict[str, Any], prefix: str, problems: list[str]
         try:
             arguments[name] = convert(values[name], hint)
         except (TypeError, ValueError, OverflowError) as error:
-            problems.append(f"{prefix}{name}={str(values[name])[:200]} {error}.")
+            problems.append(f"{prefix}{name}={as_word(values[name])[:200]} {error}.")
     return schema(**arguments)
 
 
@@ -417,7 +425,12 @@ def convert(value: Any, hint: Any) -> Any:
     """`value` as the type `hint`; whole floats such as 1e3 are integers. Raises ValueError saying what is wanted."""
     if get_origin(hint) in (Union, types.UnionType):
         inner = next(one for one in get_args(hint) if one is not type(None))
-        return None if value in (None, "null") else convert(value, inner)
+        if value in (None, "null"):
+            return None
+        try:
+            return convert(value, inner)
+        except ValueError as error:
+            raise ValueError(f"{error}, or null for none") from None
     if get_origin(hint) is Literal:
         word = str(value).lower() if isinstance(value, bool) else value
         if word not in get_args(hint):
@@ -432,6 +445,8 @@ def convert(value: Any, hint: Any) -> Any:
         value = from_text(value)
     if hint is bool and isinstance(value, bool):
         return value
+    if hint is int and isinstance(value, int) and abs(value) >= 2**127:
+        raise ValueError("is too large")
     if hint is int and isinstance(value, int | float) and not isinstance(value, bool) and value == value // 1:
         return int(value)
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
@@ -485,21 +500,41 @@ def unknown(key: str, known: dict[str, Any], place: str, group: str = "") -> str
             f"write {inside.removeprefix(f'{group}.')}, without the group." if own else
             "a preset sets its own group only, and an experiment all of them.")
     meant = likely_name(key, known)
+    if not meant and (program := program_of(key)):
+        return f"{key} ({place}) is a setting of {program} only; --help lists what there is here."
+    meant = meant or close_name(key, known)
     guess = f" (did you mean {meant}?){unit_note(key)}" if meant else ""
     return f"{key} ({place}) is not a setting{guess}; --help lists what there is."
 
 
 def likely_name(key: str, known: dict[str, Any]) -> str:
-    """The setting or group that was probably meant by `key`; empty where none is close."""
-    names = [*known, *groups()]
+    """The setting or group that others call `key`, or that has its last part; empty for none."""
     by_last = {name.rpartition(".")[2]: name for name in known}
-    last = key.rpartition(".")[2]
-    if other := our_name(key, set(names)):
-        return other
-    if near := difflib.get_close_matches(key, names, n=1, cutoff=0.6):
+    last = key.rpartition(".")[2].replace("-", "_").lower()
+    return our_name(key, {*known, *choosable(known)}) or by_last.get(last, "")
+
+
+def close_name(key: str, known: dict[str, Any]) -> str:
+    """The setting or group that is spelled most like `key`; empty where none is close."""
+    by_last = {name.rpartition(".")[2]: name for name in known}
+    if near := difflib.get_close_matches(key.lower(), [*known, *choosable(known)], n=1, cutoff=0.6):
         return near[0]
-    near = difflib.get_close_matches(last, by_last, n=1, cutoff=0.7)
+    near = difflib.get_close_matches(key.lower().rpartition(".")[2], by_last, n=1, cutoff=0.7)
     return by_last[near[0]] if near else ""
+
+
+def choosable(known: dict[str, Any]) -> list[str]:
+    """The groups, where presets can be chosen: beside the settings of a training."""
+    return groups() if known.keys() >= leaves(Settings).keys() else []
+
+
+def program_of(key: str) -> str:
+    """The program or the flag that a setting or a group is for; empty for what nobody knows."""
+    if key in ("jobs", "trials", "pruner", "sweep"):
+        return "sweeps (python train.py -m, python -m scripts.sweep)"
+    if key in leaves(SampleSettings):
+        return "sample.py"
+    return "train.py" if key in (*leaves(Settings), *groups()) else ""
 
 
 def place_in_yaml(key: str, choices: dict[str, str]) -> tuple[str, str]:

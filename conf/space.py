@@ -24,7 +24,19 @@ from types import CodeType
 from typing import Any
 
 from conf.identity import flat, kind
-from conf.schema import CONF, ConfigError, Settings, as_word, compose, convert, groups, leaves, options, read_yaml, unknown
+from conf.presets import read_yaml, without_references
+from conf.schema import (
+    CONF,
+    ConfigError,
+    Settings,
+    as_word,
+    compose,
+    convert,
+    groups,
+    leaves,
+    options,
+    unknown,
+)
 
 TRIES = 20  # points of which one must make settings that can be trained
 DRAWS = 10_000  # points among which one must satisfy the constraints
@@ -110,6 +122,7 @@ def read_space(name: str, overrides: tuple[str, ...]) -> Space:
     varied, fixed = (content.get(part) or {} for part in ("space", "fixed"))
     if not isinstance(varied, dict) or not isinstance(fixed, dict) or not isinstance(content.get("constraints") or [], list):
         raise ConfigError([f"{path}: space and fixed are settings with their values, constraints is a list."])
+    varied, fixed = without_references(varied, path), flat(fixed)
     problems += [unknown(str(key), settings, place) for key in (*varied, *fixed) if key not in (*settings, *presets)]
     if not varied:
         problems.append(f"{path} has no space: name what varies, as in optim.lr: {{low: 1e-4, high: 1e-2, log: true}}.")

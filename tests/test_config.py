@@ -371,3 +371,20 @@ def test_a_rate_that_is_never_full_is_warned_about(schedule, warmup):
                                   "training.max_steps=10"])
     highest = max(lr_scale(step, settings.optim, 10) for step in range(10))
     assert len(list(settings.warnings())) == (highest < 1)
+
+
+@pytest.mark.parametrize(("override", "said"), [
+    ("+model=gpt2", "model exists and can only be set: write model=gpt2"), ("~model", "settings cannot be removed"),
+    ("training.max_steps=null", "training.max_steps=null is not a whole number"), ("seed=true", "seed=true is not a whole number"),
+    ("training.max_seconds=None", "is not a number, or null for none"), ("experiment=a.yaml,b.yaml", "add -m"),
+    ("training.max_steps=" + "9" * 5000, "training.max_steps=999"), ("seed=" + "9" * 4000, "seed=999"), ("model.n_layer={a: 1}", "model.n_layer={'a': 1} is not"),
+    ("model=glob(*)", "add -m"), ("seed=range(1,5)", "add -m"), ("seed=choice(1,2)", "add -m"),
+])
+def test_habits_of_hydra_and_python_are_one_short_sentence(override, said):
+    message = complaint(override)
+    assert said in message and "\n" not in message and len(message) < 500
+
+
+def test_the_last_of_equal_overrides_counts():
+    made = compose("config", ["seed=1", "model=nano", "name=a", "seed=2", "model=gpt2", "name=b", "++optim.lr=1"])
+    assert (made.seed, made.model, made.name, made.optim.lr) == (2, GPTConfig(), "b", 1.0)

@@ -19,6 +19,7 @@ import atomic
 import train as story
 from conf import grid, slots
 from conf.resume import is_finished
+from conf.schema import ConfigError
 from conf.slots import Job, Progress, Slots, run_jobs
 from training import shelf
 
@@ -37,8 +38,8 @@ def test_the_values_that_an_override_stands_for(override, values):
     assert grid.values_of(override) == [f"{override.partition('=')[0]}={value}" for value in values]
 
 
-@pytest.mark.parametrize("override", ["optim.lr=interval(0,1)", "seed=range(3,3)", "data.path=glob(*)", "data.path=interval(0,1)"])
-def test_what_cannot_be_listed_is_one_sentence(override):
+@pytest.mark.parametrize("override", ["optim.lr=interval(0,1)", "seed=range(3,3)", "data.path=glob(*)", "data.path=interval(0,1)", "seed=range(1,4,-1)", "seed=range(1,1,0)"])
+def test_values_that_cannot_be_listed_are_one_sentence(override):
     with pytest.raises(ValueError, match="no values that can be listed") as caught:
         grid.values_of(override)
     assert override in str(caught.value)
@@ -129,6 +130,13 @@ def test_the_best_job_is_named_with_what_shows_more(tmp_path, capsys):
     slots.say_best(jobs[2:])
     slots.say_best([])
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("words", [["seed=range(1,1000000000)"], ["seed=range(1,200)", "optim.lr=range(1,200)"],
+                                   ["optim.lr=range(0,1,1e-9)"], ["seed=range(1,3,0)"]])
+def test_a_sweep_of_countless_jobs_is_refused_at_once(words):
+    with pytest.raises(ConfigError, match="more than 10,000 jobs"):
+        grid.plan_grid(words)
 
 
 def test_one_value_is_a_sweep_of_one_job():

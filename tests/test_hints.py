@@ -72,3 +72,16 @@ def test_values_of_other_projects_find_ours(override, meant):
 def test_settings_of_hydra_name_the_alternative(override, advice):
     said = complaint(override)
     assert "is not used here" in said and advice in said
+
+
+@pytest.mark.parametrize(("root", "key", "said"), [
+    ("config", "prompt", "is a setting of sample.py only"), ("config", "temperature", "is a setting of sample.py only"),
+    ("config", "jobs", "is a setting of sweeps (python train.py -m"), ("sample", "model", "is a setting of train.py only"),
+    ("sample", "optim.lr", "is a setting of train.py only"), ("sample", "experiment", "is a setting of train.py only"),
+    ("config", "device", "did you mean training.device?"), ("config", "precision", "did you mean training.precision?"),
+    ("config", "SEED", "did you mean seed?"), ("config", "training.MAX_STEPS", "did you mean training.max_steps?"),
+    ("config", "training.max-steps", "did you mean training.max_steps?"),
+])
+def test_a_setting_of_another_program_is_told_from_a_mistake(root, key, said):
+    message = complaint(f"{key}=1", root=root)
+    assert said in message and f"did you mean {key}?" not in message

@@ -64,6 +64,29 @@ def test_what_is_whole_and_what_is_not_follows_from_the_setting(space):
     assert read == {"model.n_layer": Range(1, 4), "optim.lr": Range(1.0, 2.0)} and isinstance(read["model.n_layer"].low, int)
 
 
+def test_references_and_groups_are_read(space, monkeypatch):
+    monkeypatch.setenv("NH_HIGH", "8")
+    monkeypatch.setenv("NH_STEPS", "30")
+    read = space("space: {model.n_layer: {low: 1, high: '${oc.env:NH_HIGH}'}, seed: ['${oc.env:NH_HIGH}']}\n"
+                 "fixed:\n  training: {max_steps: '${oc.env:NH_STEPS}', eval_every: 2}\n  optim.lr: 1e-2")
+    assert read.varied == {"model.n_layer": Range(1, 8), "seed": [8]}
+    made = compose("config", read.words(read.draw(0)))
+    assert (made.training.max_steps, made.training.eval_every, made.optim.lr) == (30, 2, 0.01)
+    with pytest.raises(ConfigError, match="the environment variable NH_NONE is not set"):
+        space("space: {seed: ['${oc.env:NH_NONE}']}")
+
+
+def test_a_space_may_lie_at_home_and_is_read_with_limits(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.yaml").write_text("space: {seed: [1, 2]}")
+    settings = compose(SweepSettings, ["sweep=~/mine.yaml"])
+    assert read_space(settings.sweep, ()).varied == {"seed": [1, 2]}
+    (tmp_path / "mine.yaml").write_text("space:\n  seed: &a [1, 2, 3, 4, 5, 6, 7, 8, 9]\n" + "".join(
+        f"a{n}: &a{n} [{', '.join(['*a' + (str(n - 1) if n else '')] * 9)}]\n" for n in range(9)))
+    with pytest.raises(ConfigError, match=r"mine\.yaml holds more than 10,000 values"):
+        read_space(settings.sweep, ())
+
+
 @pytest.mark.parametrize(("text", "words"), [
     ("space: {optim.lrr: [1]}", "optim.lrr .* is not a setting .did you mean optim.lr"), ("spcae: {optim.lr: [1]}\nspace: {seed: [1]}", "spcae .* is not a part"),
     ("space: {}", "has no space"), ("fixed: {seed: 1}", "has no space"), ("- 1", "holds no settings"), ("space: [", "not YAML .* line 1"),

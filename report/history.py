@@ -1,6 +1,6 @@
-"""A run as its folder tells it: settings, losses, samples, where it was computed. Reads, and changes nothing.
+"""Read a run's folder: settings, losses, samples, environment. Changes nothing.
 
-A training under way or killed leaves a last line that is cut short: lines that cannot be read are passed over.
+A run that is training or was killed can leave an incomplete last line: lines that cannot be read are skipped.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import gc
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ import numpy as np
 import yaml
 
 from conf.identity import flat, kind
-from terminal import counted
+from terminal import counted, escaped
 from training.provenance import STARTS
 from training.run import check_contents, find_run
 
@@ -27,18 +28,24 @@ SAFE_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast
 POINTS = 250  # of a curve: more than a picture can show
 AXES = ("steps", "tokens", "seconds")
 LOSS, BITS = "best validation loss", "bits per byte"
+PRUNED = "pruned.json"  # in the folder of a run that a search stopped early
 
 
 @dataclass(frozen=True, eq=False)
 class History:
-    """What a run's folder holds. Losses are in nats a token; None where there is none."""
+    """What a run's folder holds. Losses are in nats per token; None where there is none.
+
+    A curve is an array `[n, 6]`: steps, tokens, seconds, and the mean, lowest and highest value since the
+    point before.
+    """
 
     folder: Path
     name: str
     settings: dict[str, Any]  # {"model.n_layer": 4, ...}
     environment: dict[str, Any]  # of the last start
-    training: np.ndarray  # [n, 6]: steps, tokens, seconds, and the mean, least and highest loss since the point before
-    validation: np.ndarray  # the same
+    training: np.ndarray  # curve
+    validation: np.ndarray  # curve
+    diagnostics: dict[str, np.ndarray]  # curves: "learning rate", "gradient norm", "tokens per second"
     samples: list[tuple[int, str]]  # of a step
     reached: tuple[int, int, float]  # steps, tokens, seconds
     first_loss: float | None  # before anything was learned
@@ -47,24 +54,40 @@ class History:
     best_loss: float | None
     best_step: int | None
     bits_per_byte: float | None  # at the best step
+    bits_per_nat: float | None  # bits per byte for a loss of one nat per token
     finished: bool
-    state: str  # how far it came, in words
+    state: str  # such as "finished" or "30 of 60 steps"
     measure: str = LOSS  # what it is compared by: see best_first
 
     @property
     def score(self) -> float | None:
-        """How good it came out, the lower the better."""
+        """The result that runs are compared by, the lower the better."""
         return self.best_loss if self.measure == LOSS else self.bits_per_byte
+
+    @property
+    def unit(self) -> float | None:
+        """The factor from nats per token to the unit of `measure`; None if it is not known."""
+        return 1.0 if self.measure == LOSS else self.bits_per_nat
 
 
 def best_first(runs: list[History]) -> list[History]:
-    """The runs by their best losses, or by bits per byte: tokens of other data and tokenizers have losses of their own.
+    """The runs by their best losses, those without one last.
 
-    What has none comes last.
+    Runs with different texts or tokenizers are compared by bits per byte: their tokens stand for different
+    amounts of text, so their losses per token cannot be compared.
     """
-    if any(key.startswith("data.") for key in differing(runs)):
+    if not share_tokens(runs):
         runs = [replace(run, measure=BITS) for run in runs]
     return sorted(runs, key=lambda run: (math.inf if run.score is None else run.score, run.name))
+
+
+def share_tokens(runs: list[History]) -> bool:
+    """Whether all runs have the same data settings, and so the same text in the same tokens."""
+    def data(run: History) -> dict[str, str]:
+        return {key: str(value) for key, value in run.settings.items()
+                if key.startswith("data.") or key == "model.vocab_size"}
+
+    return all(data(run) == data(runs[0]) for run in runs)
 
 
 def open_history(folder: Path, name: str) -> History:
@@ -81,25 +104,29 @@ def open_history(folder: Path, name: str) -> History:
         starts = read_rows(folder / STARTS)
         trained = table(rows, "loss")
         validated = table(rows, "val_loss")
-        if len(validated) and len(trained):  # where a validation stands in tokens and seconds, the training knows
+        if len(validated) and len(trained):  # a validation's tokens and seconds are those of its training step
             for axis in (1, 2):
                 validated[:, axis] = np.interp(validated[:, 0], trained[:, 0], trained[:, axis])
         best = min((row for row in rows if row.get("val_loss") is not None), key=lambda row: row["val_loss"], default={})
         nonfinite = len(list(folder.glob("nonfinite/*.json")))
         reached = (int(rows[-1]["step"]), *map(float, trained[-1, 1:3])) if len(trained) else (0, 0, 0.0)
         stopped_early = any(row.get("stopped_early") and row["step"] == rows[-1]["step"] for row in rows[-2:])
-        finished, state = how_far(reached, settings, nonfinite, stopped_early)
+        pruned = any(reached[0] <= row["step"] for row in read_rows(folder / PRUNED))
+        finished, state = how_far(reached, settings, stopped_early, pruned)
+        if nonfinite:
+            state += f", {nonfinite} not finite"
+        loss, bits = number(best.get("val_loss")), number(best.get("bits_per_byte"))
         return History(
-            folder, name, resolved(settings, starts[-1]) if starts else settings,
+            folder, escaped(name, keep=""), resolved(settings, starts[-1]) if starts else settings,
             starts[-1] | {"starts": len(starts)} if starts else {},
-            thinned(trained), thinned(validated),
+            thinned(trained), thinned(validated), diagnostics(rows, settings),
             [(row["step"], str(row["sample"])) for row in rows if "sample" in row],
             reached,
             first_loss=float(trained[0, 3]) if len(trained) else None,
             train_loss=float(trained[-math.ceil(len(trained) / 20):, 3].mean()) if len(trained) else None,
             last_loss=float(validated[-1, 3]) if len(validated) else None,
-            best_loss=number(best.get("val_loss")), best_step=best.get("step"),
-            bits_per_byte=number(best.get("bits_per_byte")),
+            best_loss=loss, best_step=best.get("step"),
+            bits_per_byte=bits, bits_per_nat=bits / loss if bits and loss else None,
             finished=finished, state=state)
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(f"{folder} is not a run that nanohydra wrote ({str(error).splitlines()[0][:100]}).") from None
@@ -109,20 +136,36 @@ def number(value: Any) -> float | None:
     return None if value is None else float(value)
 
 
-def how_far(reached: tuple[int, int, float], settings: dict[str, Any], nonfinite: int,
-            stopped_early: bool) -> tuple[bool, str]:
-    """Whether a run is finished, and how far it came in words; `nonfinite`: how often it met what could not be used."""
+def how_far(reached: tuple[int, int, float], settings: dict[str, Any], stopped_early: bool,
+            pruned: bool) -> tuple[bool, str]:
+    """Whether a run is finished, and its state in words.
+
+    `stopped_early`: by training.patience; `pruned`: by a search, so it is not finished.
+    """
     steps, _, seconds = reached
     planned, most = settings.get("training.max_steps"), settings.get("training.max_seconds")
-    done = planned is not None and (steps >= planned or bool(most and seconds >= most))
-    came = "finished" if done else f"{steps:,} of {counted(planned, 'step')}" if planned else counted(steps, "step")
-    if stopped_early and not done:
-        done, came = True, f"stopped early, after {counted(steps, 'step')}"
-    return done, came + (f", {nonfinite} not finite" if nonfinite else "")
+    if planned is not None and (steps >= planned or bool(most and seconds >= most)):
+        return True, "finished"
+    if stopped_early:
+        return True, f"stopped early, after {counted(steps, 'step')}"
+    state = f"{steps:,} of {counted(planned, 'step')}" if planned else counted(steps, "step")
+    return False, f"pruned after {state}" if pruned else state
+
+
+def diagnostics(rows: list[dict[str, Any]], settings: dict[str, Any]) -> dict[str, np.ndarray]:
+    """The curves of learning rate, gradient norm and speed, of those that were recorded."""
+    peak = settings.get("optim.lr")
+    rates, speeds = table(rows, "lr_scale"), table(rows, "step_ms")
+    rates[:, 3] *= peak if isinstance(peak, int | float) else 1.0
+    speeds = speeds[(speeds[:, 0] > 0) & (speeds[:, 3] > 0)]
+    tokens_per_step = speeds[:, 1] / speeds[:, 0]
+    speeds[:, 3] = 1000 * tokens_per_step / speeds[:, 3]
+    curves = {"learning rate": rates, "gradient norm": table(rows, "gradient_norm"), "tokens per second": speeds}
+    return {name: thinned(points) for name, points in curves.items() if len(points)}
 
 
 def resolved(settings: dict[str, Any], start: dict[str, Any]) -> dict[str, Any]:
-    """The settings with what "auto" came to at that start. A run that went on has it so, and is no other run for that."""
+    """The settings with the values that "auto" stood for at that start."""
     came_to = {"training.device": start.get("device"), "training.precision": start.get("precision"),
                "training.compile": {True: "true", False: "false"}.get(start.get("compiled"))}
     return settings | {key: value for key, value in came_to.items() if settings.get(key) == "auto" and value is not None}
@@ -151,7 +194,7 @@ def table(rows: list[dict[str, Any]], key: str) -> np.ndarray:
 
 
 def thinned(points: np.ndarray) -> np.ndarray:
-    """At most POINTS of `[N, 4]`: where each stretch ends, and the mean, least and highest of its losses `[n, 6]`."""
+    """At most POINTS points of `[N, 4]` as a curve: each is the end of a stretch, with the values in it."""
     if not len(points):
         return np.empty((0, 6))
     starts = np.unique(np.linspace(0, len(points), min(len(points), POINTS), endpoint=False).astype(int))
@@ -161,22 +204,26 @@ def thinned(points: np.ndarray) -> np.ndarray:
                             np.minimum.reduceat(losses, starts), np.maximum.reduceat(losses, starts)))
 
 
-def choose(runs_dir: Path, words: str) -> tuple[list[tuple[Path, str]], Path]:
-    """The runs that `words` name, each with what to call it, and the folder that is about them all.
+def choose(runs_dir: Path, names: str) -> tuple[list[tuple[Path, str]], list[Path]]:
+    """The runs that `names` selects, each with its name in the report, and the folders that were named.
 
-    Names are separated by commas, and are below `runs_dir` or paths; a folder of runs stands for those in it. Without
-    any, it is the run that was saved last. Raises ValueError for what is neither.
+    Names are separated by commas, and are below `runs_dir` or paths; a folder of runs stands for those in it.
+    Without any, it is the run that was saved last. Raises ValueError for a name that is neither.
     """
-    if not words:
+    if not names:
         run = find_run(runs_dir, "")
-        return [(run, run.name)], run
-    folders = list(named(runs_dir, words.split(",")))
+        return [(run, run.name)], [run]
+    folders = list({folder.resolve(): folder for folder in named(runs_dir, names.split(","))}.values())
+    chosen: dict[Path, tuple[Path, str]] = {}
     for folder in folders:
         if not runs_in(folder):
             raise ValueError(f"{folder} is not a run and holds none: a run's folder has a config.yaml.")
-    chosen = [(run, str(run.relative_to(folder.parent if run == folder else folder)))
-              for folder in folders for run in runs_in(folder)]
-    return chosen, folders[0] if len(folders) == 1 else runs_dir
+        for run in runs_in(folder):
+            # Runs of several sweeps often have the same names, such as trial_0001: the sweep's name tells them apart.
+            above = folder if run != folder and len(folders) == 1 else folder.parent
+            chosen.setdefault(run.resolve(), (run, str(run.relative_to(above))))
+    uses = Counter(name for _, name in chosen.values())
+    return [(run, name if uses[name] == 1 else str(run)) for run, name in chosen.values()], folders
 
 
 def named(runs_dir: Path, words: list[str]) -> Iterator[Path]:
@@ -202,7 +249,7 @@ def runs_in(folder: Path) -> list[Path]:
 
 
 def differing(runs: list[History]) -> list[str]:
-    """The settings that are not the same in all runs, of those that mean something to what is learned."""
+    """The settings that differ between the runs, without those that change nothing in what is learned."""
     def matters(key: str) -> bool:
         try:
             return kind(key) != "free" and key != "model.vocab_size"  # which follows from the tokenizer
@@ -214,4 +261,6 @@ def differing(runs: list[History]) -> list[str]:
 
 
 def are_numbers(values: list[Any]) -> bool:
-    return all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+    """Whether all `values` are finite numbers."""
+    return all(isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+               for value in values)

@@ -1,10 +1,10 @@
-"""Draw the loss of a run against its steps. Needs matplotlib (pip install matplotlib).
+"""Draw training and validation loss of a run in one picture. Needs matplotlib (pip install matplotlib).
 
   python -m scripts.plot run=pydocs out=loss.png
 
 Settings, each with its default:
   run=NAME         the run's name or folder; without it, the run that was trained last
-  out=FILE         the picture, .png or .svg; without it, loss.png in the run's folder
+  out=FILE         the picture, .png, .svg or .pdf; without it, loss.png in the run's folder
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ if __name__ == "__main__":
     launch("scripts.plot:main", "scripts.plot:PlotSettings", __doc__)
 
 import io
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,8 @@ from typing import Any
 
 import atomic
 from conf.schema import FilePath
+from report.curves import loss_picture
+from report.history import open_history
 from terminal import say
 from training.run import find_run
 
@@ -45,14 +46,14 @@ class PlotSettings:
 def main(settings: PlotSettings) -> int:
     run = find_run(Path(settings.runs_dir), settings.run)
     out = Path(settings.out) if settings.out else run / "loss.png"
-    atomic.write_bytes(out, draw(run, out.suffix.lstrip(".") or "png"))
+    atomic.write_bytes(out, loss_picture(open_history(run, run.name), out.suffix.lower().lstrip(".")))
     say(f"Drew {out}")
     return 0
 
 
 def picture_problems(out: str) -> Iterator[str]:
     """One sentence where `out` names a file of a type that cannot be drawn; empty, it names none."""
-    if out and Path(out).suffix not in (".png", ".svg", ".pdf"):
+    if out and Path(out).suffix.lower() not in (".png", ".svg", ".pdf"):
         yield f"out={out} must end in .png, .svg or .pdf."
 
 
@@ -65,23 +66,6 @@ def pyplot() -> ModuleType:
     matplotlib.use("agg")
     from matplotlib import pyplot as drawing
     return drawing
-
-
-def draw(run: Path, kind: str) -> bytes:
-    """A picture of the file type `kind`. Raises ValueError if matplotlib is missing."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    trained = [(row["step"], row["loss"]) for row in rows if row.get("loss") is not None]
-    validated = [(row["step"], row["val_loss"]) for row in rows if row.get("val_loss") is not None]
-    figure, axes = pyplot().subplots(figsize=(7, 4), dpi=120, layout="constrained")
-    if trained:
-        axes.plot(*zip(*trained, strict=True), color="#9ecae1", linewidth=1, label="training, each step")
-    if validated:
-        axes.plot(*zip(*validated, strict=True), color="#d94801", marker="o", label="validation")
-    axes.set(xlabel="step", ylabel="loss (nats a token)", title=run.name)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    return save(figure, kind)
 
 
 def save(figure: Any, kind: str) -> bytes:

@@ -6,8 +6,9 @@
 
 Settings, each with its default:
   runs=NAMES       runs, or folders of runs, separated by commas; without it, the run that was trained last
-  out=FILE         the page; without it, report.html in the run's or the sweep's folder, or in runs_dir. The pictures
-                   lie beside it: report-curves.png, and where runs differ in settings report-slices.png
+  out=FILE         the page; without it, report.html in the run's or the sweep's folder. A comparison of several
+                   is a page of its own in runs_dir, such as report-first,second.html. Pictures are beside it:
+                   report-curves.png, and report-slices.png where four or more finished runs differ in settings
   runs_dir=runs
 """
 
@@ -19,6 +20,8 @@ if __name__ == "__main__":
     # Before the imports below: torch takes a second or more, which --help and a mistake need not wait for.
     launch("scripts.report:main", "scripts.report:ReportSettings", __doc__)
 
+import hashlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +29,9 @@ from pathlib import Path
 from conf.schema import FilePath, FilePaths
 from report.history import choose
 from report.page import write
-from terminal import counted, readable_size
+from terminal import counted, readable_size, say
+
+MOST_LETTERS = 60  # of the names in the name of a page
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,7 @@ class ReportSettings:
 
     runs: FilePaths = ""  # names or folders, separated by commas; empty: the run that was trained last
     runs_dir: FilePath = "runs"
-    out: FilePath = ""  # empty: report.html in the folder that is about them all
+    out: FilePath = ""  # empty: see page_of
 
     def problems(self) -> Iterator[str]:
         """One sentence for each value that cannot work."""
@@ -44,10 +49,34 @@ class ReportSettings:
 
 
 def main(settings: ReportSettings) -> int:
-    chosen, folder = choose(Path(settings.runs_dir), settings.runs)
-    out = Path(settings.out) if settings.out else folder / "report.html"
-    first, *rest = write(chosen, out)
-    print(f"Wrote {first} ({readable_size(first.stat().st_size)}, {counted(len(chosen), 'run')}): open it in a browser.")
+    chosen, folders = choose(Path(settings.runs_dir), settings.runs)
+    out = Path(settings.out) if settings.out else page_of(folders, Path(settings.runs_dir))
+    first, *rest = write(chosen, out, title_of(folders))
+    say(f"Wrote {first} ({readable_size(first.stat().st_size)}, {counted(len(chosen), 'run')}): open it in a browser.")
     for picture in rest:
-        print(f"Drew {picture}")
+        say(f"Drew {picture}")
     return 0
+
+
+def title_of(folders: list[Path]) -> str:
+    """What is compared, such as "first, second and 3 more"."""
+    names = [folder.resolve().name for folder in folders]
+    if len(names) > 3:
+        return f"{', '.join(names[:2])} and {len(names) - 2} more"
+    return ", ".join(names)
+
+
+def page_of(folders: list[Path], runs_dir: Path) -> Path:
+    """A page for each comparison, so that none replaces another: named by what is compared, in any order.
+
+    A run or a sweep has its page in its own folder.
+    """
+    if len(folders) == 1:
+        return folders[0] / "report.html"
+    names = sorted(folder.resolve().name for folder in folders)
+    name = re.sub(r"[^\w.=+,-]", "_", ",".join(names))[:MOST_LETTERS]
+    unmistakable = name.split(",") == names and all(folder.resolve().parent == runs_dir.resolve() for folder in folders)
+    if not unmistakable:
+        places = "\n".join(sorted(str(folder.resolve()) for folder in folders))
+        name += "-" + hashlib.sha256(places.encode()).hexdigest()[:8]
+    return runs_dir / f"report-{name}.html"

@@ -25,6 +25,7 @@ if __name__ == "__main__":
     launch("scripts.sweep:search", "scripts.sweep:SweepSettings", __doc__)
 
 import hashlib
+import json
 import math
 import re
 import secrets
@@ -32,6 +33,7 @@ import shlex
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -52,6 +54,7 @@ from conf.slots import (
     run_jobs,
 )
 from conf.space import Point, Range, Space, read_space
+from report.history import PRUNED
 from terminal import counted, say
 from training.run import this_process
 
@@ -276,6 +279,8 @@ class Search:
         if code == 0 and math.isfinite(job.best):
             self.study.tell(trial, job.best)
         elif code in INTERRUPTED and job in self.hopeless:
+            with suppress(OSError):  # only its report needs it
+                atomic.write_bytes(job.folder / PRUNED, json.dumps({"step": job.step}).encode())
             self.study.tell(trial, state=states.PRUNED)
         elif code in INTERRUPTED or (code != 0 and not (job.folder / "nonfinite").exists()):
             return  # a kill, a full disk: no fault of its settings, and left for the next time

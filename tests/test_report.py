@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
@@ -9,6 +10,7 @@ import re
 import sys
 import time
 from dataclasses import replace
+from html import escape
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,16 +21,30 @@ from browser import browse, needs_chromium
 
 import report.page as story
 from conf.schema import ConfigError, compose
-from report.curves import COLORS, color, draw_slice, new_figure, smooth
-from report.history import POINTS, choose, differing, open_history, thinned
+from report.curves import (
+    COLORS,
+    DIAGNOSTICS,
+    color,
+    draw_both_losses,
+    draw_diagnostic,
+    draw_losses,
+    draw_slice,
+    in_unit,
+    new_figure,
+    number_texts,
+    smooth,
+)
+from report.history import POINTS, PRUNED, choose, differing, open_history, thinned
 from report.importance import importance
+from scripts import plot
 from scripts import report as script
+from terminal import escaped
 from train import train
 
 
 def write_run(folder: Path, steps: int = 60, planned: int = 60, end: float = 3.0, starts: int = 1, **changes: object) -> Path:
     """A run's folder as training leaves it, with losses that fall from 8 to `end`; a key as model__n_layer sets model.n_layer."""
-    settings = {"name": folder.name, "seed": 1, "model": {"n_layer": 2, "bias": True}, "optim": {"lr": 0.001},
+    settings = {"name": folder.name, "seed": 1, "model": {"n_layer": 2, "bias": True}, "optim": {"lr": 0.001}, "data": {"tokenizer": "bpe"},
                 "training": {"max_steps": planned, "max_seconds": None}}
     for key, value in changes.items():
         group, _, name = key.rpartition("__")
@@ -38,7 +54,8 @@ def write_run(folder: Path, steps: int = 60, planned: int = 60, end: float = 3.0
     rows = []
     for step in range(1, steps + 1):
         loss = end + (8 - end) * math.exp(-5 * (step - 1) / planned)
-        rows.append({"step": step, "loss": loss, "tokens": 100 * step, "seconds": 0.5 * step})
+        rows.append({"step": step, "loss": loss, "tokens": 100 * step, "seconds": 0.5 * step, "step_ms": 500.0, "lr_scale": min(1, step / 10),
+                     "gradient_norm": 1 / step})
         if step % 20 == 0:
             rows += [{"step": step, "val_loss": loss + 0.1, "bits_per_byte": loss / 2}, {"step": step, "sample": f"text of {step}"}]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -62,9 +79,31 @@ def histories(folder: Path) -> list:
 
 
 def make(folder: Path, pictures: bool = False) -> str:
-    chosen, about = choose(folder.parent, folder.name)
-    story.write(chosen, about / "report.html", pictures)
+    chosen, [about] = choose(folder.parent, folder.name)
+    story.write(chosen, about / "report.html", about.name, pictures)
     return (about / "report.html").read_text()
+
+
+@pytest.fixture
+def histories_of(tmp_path):
+    """Makes runs that differ in one setting, `key`, each a little worse than the one before."""
+    base = open_history(write_run(tmp_path / "base"), "base")
+    return lambda values: [replace(base, name=f"run {number}", best_loss=3 + number / 10, settings={"key": value})
+                           for number, value in enumerate(values)]
+
+
+def labels_of(draw, size=(3.6, 2.7)) -> list[list]:
+    """What stands at the ticks of both axes, each as text and its box in pixels, and other texts along the axes."""
+    figure, style = new_figure(*size, "test")
+    with style:
+        draw(axes := figure.subplots())
+        figure.draw_without_rendering()
+        axes_labels = [[label for label in [*axis.get_ticklabels(), *axis.get_minorticklabels()] if label.get_text()]
+                       for axis in (axes.xaxis, axes.yaxis)]
+        low, high = axes.get_window_extent().x0 - 1, axes.get_window_extent().x1 + 1
+        shown = [label for label in axes_labels[0] if low <= sum(label.get_window_extent().intervalx) / 2 <= high]
+        assert not axes.xaxis.get_offset_text().get_text() and not axes.yaxis.get_offset_text().get_text()
+        return [[(label.get_text(), label.get_window_extent(), label) for label in labels] for labels in (shown, axes_labels[1])]
 
 
 def test_a_history_is_what_the_folder_holds(tmp_path):
@@ -99,26 +138,48 @@ def test_runs_of_other_tokenizers_are_compared_by_what_a_byte_takes(tmp_path):
     page = make(tmp_path / "sweep")
     assert "in <code>bpe</code>, the best of 2 runs by bits per byte" in page
     assert re.findall('aria-sort="ascending".*?<button>(.*?)</button>', page) == ["bits per byte"]
-    assert not find_spec("matplotlib") or "bits per byte against data.tokenizer" in page
+    assert not find_spec("matplotlib") or (page.count("loss (bits per byte)") == 6 and "nats per token" not in page)
     assert [run.name for run in histories(tmp_path / "sweep")] == ["bpe", "char"]
 
 
-@pytest.mark.parametrize("changes, words", [
-    ({"steps": 30}, "30 of 60 steps"), ({"steps": 60}, "finished"), ({"steps": 30, "training__max_seconds": 15}, "finished"), ({"steps": 0}, "0 of 60 steps")])
-def test_how_far_a_run_came(tmp_path, changes, words):
+def test_losses_of_other_texts_are_drawn_in_bits_per_byte(tmp_path):
+    pytest.importorskip("matplotlib")
+    for name, changes in {"a": {"data__path": "a.txt"}, "b": {"data__path": "b.txt"}, "new": {"data__path": "c.txt", "steps": 5}}.items():
+        write_run(tmp_path / "sweep" / name, **changes)
+    page = make(tmp_path / "sweep")
+    assert "loss (bits per byte)" in page and "1 run without a validation loss cannot be drawn" in page
+    a, _, new = histories(tmp_path / "sweep")
+    assert a.unit == pytest.approx(a.bits_per_byte / a.best_loss) and new.unit is None
+    assert np.allclose(in_unit(a, "training")[:, 3:] / a.training[:, 3:], a.unit)
+
+
+@pytest.mark.parametrize("changes, words, finished", [
+    ({"steps": 30}, "30 of 60 steps", False), ({"steps": 60}, "finished", True), ({"steps": 30, "training__max_seconds": 15}, "finished", True),
+    ({"steps": 0}, "0 of 60 steps", False), ({"steps": 0, "planned": 1}, "0 of 1 step", False)])
+def test_how_far_a_run_came(tmp_path, changes, words, finished):
     run = write_run(tmp_path / "one", **changes)
-    assert open_history(run, "one").state == words
+    assert (open_history(run, "one").state, open_history(run, "one").finished) == (words, finished)
     (run / "nonfinite").mkdir()
     (run / "nonfinite/01-step_00000030.json").write_text("{}")
     assert open_history(run, "one").state == f"{words}, 1 not finite"
 
 
-def test_a_run_that_stopped_early_is_finished_and_says_so(tmp_path):
-    run = write_run(tmp_path / "one", steps=40)
-    with open(run / "metrics.jsonl", "a") as file:
-        file.write('{"step": 40, "stopped_early": true}\n{"step": 40, "sample": "text"}\n')
-    one = open_history(run, "one")
-    assert one.finished and one.state == "stopped early, after 40 steps"
+@pytest.mark.parametrize("steps, content, words", [
+    (10, '{"step": 10}', "pruned after 10 of 40 steps"), (40, '{"step": 10}', "finished"), (20, '{"step": 10}', "20 of 40 steps"), (10, "damaged", "10 of 40 steps")])
+def test_a_pruned_run_says_so_until_it_goes_on(tmp_path, steps, content, words):
+    run = write_run(tmp_path / "one", steps=steps, planned=40)
+    (run / PRUNED).write_text(content)
+    assert open_history(run, "one").state == words
+
+
+def test_rates_norms_and_speeds_are_read_where_they_were_recorded(tmp_path):
+    run = write_run(tmp_path / "one", optim__lr=0.02)
+    found = open_history(run, "one").diagnostics
+    assert list(found) == ["learning rate", "gradient norm", "tokens per second"] and all(len(curve) == 60 for curve in found.values())
+    assert np.allclose(found["learning rate"][:, 3], np.minimum(1, np.arange(1, 61) / 10) * 0.02)
+    assert np.allclose(found["gradient norm"][:, 3], 1 / np.arange(1, 61)) and np.allclose(found["tokens per second"][:, 3], 200)
+    (run / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0}\n')
+    assert open_history(run, "one").diagnostics == {}
 
 
 def test_curves_are_thinned_without_losing_a_loss():
@@ -133,25 +194,115 @@ def test_curves_are_thinned_without_losing_a_loss():
 def test_smoothing_leaves_lines_straight_and_takes_noise_away():
     line, noise = np.linspace(8, 3, 250), np.random.default_rng(0).normal(0, 1, 250)
     assert np.allclose(smooth(line), line) and smooth(line + noise).std() < (line + noise).std()
-    assert np.abs(smooth(noise)[20:-20]).max() < 1 and len(smooth(np.empty(0))) == 0
+    assert np.abs(smooth(noise)[24:-20]).max() < 1 and len(smooth(np.empty(0))) == 0
 
 
-@pytest.mark.parametrize("values", [["corpus/of a long name/one.jsonl.gz", "corpus/of a long name/two.jsonl.gz", "b.txt"], [f"preset-{n}" for n in range(12)],
-                                    [0.0, 0.001, 0.1], [0.0, 0.1, 0.22], [1e-4, 3e-4, 1e-3], ["adamw", "muon"]])
-def test_the_values_below_a_slice_neither_overlap_nor_look_alike(tmp_path, values):
+def test_a_smoothed_curve_does_not_follow_its_last_value():
+    line = np.linspace(8, 3, 250)
+    for seed in range(20):
+        noise = np.random.default_rng(seed).normal(0, 1, 250)
+        noise[-1] = 3.0
+        end = smooth(line + noise)[-9:]
+        assert abs(end[-1] - 3) < 1.5 and np.allclose(np.diff(end), np.diff(end)[0])
+    assert np.allclose(smooth(np.arange(10.0)), np.arange(10.0))  # too short to be smoothed
+
+
+SLICES = {
+    "long texts": ["corpus/of a long name/one.jsonl.gz", "corpus/of a long name/two.jsonl.gz", "b.txt"], "12 presets": [f"preset-{n}" for n in range(12)],
+    "40 presets": [f"preset-{n}" for n in range(40)], "from 0": [0.0, 0.001, 0.1], "few": [0.0, 0.1, 0.22], "three rates": [1e-4, 3e-4, 1e-3], "words": ["adamw", "muon"],
+    "booleans": [True, False, True, False], "missing": [None, 3, 3.5, "auto"], "not finite": [math.inf, 1.0, 2.0], "one value": [0.01, 0.01, 0.01], "large": [4096, 131072, 1048576, 8192],
+    "five decades": [10.0 ** (-6 + n / 8) for n in range(41)], "a decade": [0.01 * 10 ** (n / 49) for n in range(50)], "within a decade": [0.001 + 0.00016 * n for n in range(50)],
+    "near": [0.0123451, 0.0123452, 0.0123453], "lr_width": [0.0011, 0.0047, 0.0098, 0.031, 0.0723, 0.0981], "widths": [64, 96, 128, 160, 192, 224, 256], "tiny": [1e-9, 2e-9, 7e-9, 9.5e-9, 1.1e-9, 3e-9]}
+
+
+@pytest.mark.parametrize("values", SLICES.values(), ids=SLICES)
+def test_the_values_below_a_slice_neither_overlap_nor_look_alike(histories_of, values):
     pytest.importorskip("matplotlib")
-    runs = [replace(open_history(write_run(tmp_path / str(number)), str(number)), settings={"key": value}) for number, value in enumerate(values)]
-    figure, style = new_figure(3.6, 2.7, "test")
+    runs = histories_of(values)
+    labels, _ = labels_of(lambda axes: draw_slice(axes, runs, "key", {run: number for number, run in enumerate(runs)}))
+    texts = [text for text, _, _ in labels]
+    assert len(set(texts)) == len(texts) >= min(2, len(set(values))) and not [text for text in texts if "$" in text or "e+" in text or "e-0" in text]
+    boxes = sorted((box for _, box, _ in labels), key=lambda box: box.x1)
+    if not labels[0][2].get_rotation():
+        assert all(one.x1 < two.x0 for one, two in itertools.pairwise(boxes))
+    else:  # lines that rise side by side
+        assert labels[0][2].get_ha() == "right" and boxes[1].x1 - boxes[0].x1 >= labels[0][2].get_fontsize()
+
+
+RATES = {"one run": [0.01], "12 runs": [10 ** (-3 + n / 6) for n in range(12)], "40 runs": [10 ** (-6 + n / 8) for n in range(40)], "alike": [0.003] * 3, "none": [0.0, 0.0]}
+
+
+@pytest.mark.parametrize("rates", RATES.values(), ids=RATES)
+@pytest.mark.parametrize("steps", [1, 60])
+def test_the_axes_of_all_curves_have_plain_numbers(tmp_path, rates, steps):
+    pytest.importorskip("matplotlib")
+    base = open_history(write_run(tmp_path / "base", steps=steps, planned=steps), "base")
+    runs = [replace(base, diagnostics=base.diagnostics | {"learning rate": base.diagnostics["learning rate"] * [1, 1, 1, *[1000 * rate] * 3]}) for rate in rates]
+    draws = [functools.partial(draw_diagnostic, runs=runs, name=name) for name in DIAGNOSTICS]
+    draws += [functools.partial(draw_losses, runs=runs, which=which, axis=axis) for which, axis in (("training", "tokens"), ("validation", "seconds"))]
+    for draw in [*draws, functools.partial(draw_both_losses, run=runs[0], axis="steps")]:
+        for labels in labels_of(draw, (3.8, 2.5)):
+            texts = [text for text, _, _ in labels]
+            assert len(set(texts)) == len(texts) and all(re.fullmatch(r"[−-]?[\d.]+(e-?\d+)?( [kMG])?", text) for text in texts), texts
+
+
+def test_both_losses_of_one_run_share_an_axis(tmp_path):
+    pytest.importorskip("matplotlib")
+    figure, style = new_figure(6, 4, "test")
+    with style:
+        draw_both_losses(axes := figure.subplots(), open_history(write_run(tmp_path / "one"), "one"), "tokens")
+    lines, names = axes.get_legend_handles_labels()
+    assert names == ["training, smoothed", "validation"] and lines[0].get_color() != lines[1].get_color()
+    assert list(lines[1].get_xdata()) == [2000, 4000, 6000] and len(lines[0].get_xdata()) == 60
+    page = make(tmp_path / "one")
+    assert page.count("<svg ") == 6 and page.count('aria-label="training and validation loss against') == 3
+    assert "Learning rate, gradient norm, tokens per second" in page
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("runs, slices", [(2, False), (3, False), (4, True)])
+def test_slices_are_drawn_where_they_say_something(tmp_path, runs, slices):
+    pytest.importorskip("matplotlib")
+    for number in range(runs):
+        write_run(tmp_path / f"runs/{number}", end=3 + number, optim__lr=0.01 * (1 + number))
+    page = make(tmp_path / "runs", pictures=True)
+    assert ("against optim.lr" in page, "What mattered" in page, (tmp_path / "runs/report-slices.png").exists()) == (slices,) * 3
+
+
+def test_a_slice_marks_medians_and_runs_that_diverged(histories_of):
+    pytest.importorskip("matplotlib")
+    runs = histories_of([True, True, True, False])
+    runs[-1] = replace(runs[-1], best_loss=1e6)
+    figure, style = new_figure(4, 3, "test")
     with style:
         draw_slice(axes := figure.subplots(), runs, "key", {run: number for number, run in enumerate(runs)})
-        figure.draw_without_rendering()
-        labels = [label for label in axes.get_xticklabels() if label.get_text()]
-        bounds = [label.get_window_extent() for label in labels]
-    assert len({label.get_text() for label in labels}) == len(labels) >= 2
-    if not labels[0].get_rotation():
-        assert all(one.x1 < two.x0 for one, two in itertools.pairwise(bounds))
-    else:  # lines that rise side by side
-        assert labels[0].get_ha() == "right" and bounds[1].x1 - bounds[0].x1 >= labels[0].get_fontsize()
+    drawn = {(line.get_marker(), float(line.get_ydata()[0])) for line in axes.get_lines()}
+    assert drawn == {("o", 3.0), ("o", 3.1), ("o", 3.2), ("^", 8.0), ("None", 3.1)}
+
+
+@pytest.mark.parametrize("suffix, start", [("png", b"\x89PNG"), ("SVG", b"<?xml"), ("pdf", b"%PDF")])
+def test_the_losses_of_a_run_are_one_picture_file(tmp_path, monkeypatch, suffix, start):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(plot, "find_run", lambda runs_dir, name: runs_dir / name)  # which has no checkpoint
+    with open(write_run(tmp_path / "one") / "metrics.jsonl", "a") as file:
+        file.write('{"step": 61, "lo')  # as a kill leaves it
+    out = tmp_path / f"loss.{suffix}"
+    assert plot.main(compose(plot.PlotSettings, [f"runs_dir={tmp_path}", "run=one", f"out={out}"])) == 0
+    assert out.read_bytes().startswith(start)
+
+
+@pytest.mark.parametrize("values, texts", [
+    ([0.0031728918], ["0.00317"]), ([3.1728e-05, 1e-3], ["3.17e-5", "0.001"]), ([0.12345, 0.12349], ["0.12345", "0.12349"]), ([1337, 131072], ["1337", "131072"]),
+    ([1.0, 0.1 + 0.2], ["1", "0.3"]), (["muon", None, True, [1, 2]], ["muon", "None", "True", "1 2"]), ([1234.5678], ["1235"]), ([math.nan, 2e30], ["nan", "2e30"])])
+def test_settings_are_shown_with_three_digits(values, texts):
+    assert number_texts(values) == texts
+
+
+def test_rates_on_the_page_are_short_and_exact_when_pointed_at(tmp_path):
+    for number, rate in enumerate((0.0031728918, 0.012)):
+        write_run(tmp_path / f"runs/{number}", optim__lr=rate)
+    page = make(tmp_path / "runs")
+    assert '<td class="number" data-value="0.0031728918" title="0.0031728918">0.00317</td>' in page and "<td>0.00317</td>" in page
 
 
 def test_names_may_hold_commas_and_folders_stand_for_their_runs(grid):
@@ -161,10 +312,58 @@ def test_names_may_hold_commas_and_folders_stand_for_their_runs(grid):
     (grid / "lr=0.1,n_layer=2/wandb").mkdir()
     (grid / "lr=0.1,n_layer=2/wandb/config.yaml").write_text("{}")  # a run's inside is not looked into
     chosen, about = choose(runs, "sweep")
-    assert about == grid and [name for _, name in chosen] == sorted(f"lr={lr},n_layer={n}" for lr in (0.001, 0.01, 0.1) for n in (2, 4))
+    assert about == [grid] and [name for _, name in chosen] == sorted(f"lr={lr},n_layer={n}" for lr in (0.001, 0.01, 0.1) for n in (2, 4))
     chosen, about = choose(runs, f"sweep/lr=0.1,n_layer=2,other,{grid / 'lr=0.01,n_layer=4'}")
-    assert [folder.name for folder, _ in chosen] == ["lr=0.1,n_layer=2", "other", "lr=0.01,n_layer=4"] and about == runs
-    assert choose(runs, "other") == ([(runs / "other", "other")], runs / "other")
+    assert [folder.name for folder, _ in chosen] == ["lr=0.1,n_layer=2", "other", "lr=0.01,n_layer=4"] and len(about) == 3
+    assert choose(runs, "other,other") == ([(runs / "other", "other")], [runs / "other"])
+
+
+def test_runs_of_the_same_name_are_told_apart(tmp_path):
+    for folder in ("a/trial_0", "b/trial_0", "c/x", "d/x"):
+        write_run(tmp_path / folder)
+    assert [name for _, name in choose(tmp_path, "a,b")[0]] == ["a/trial_0", "b/trial_0"]
+    assert [name for _, name in choose(tmp_path, "c/x,d/x")[0]] == [str(tmp_path / "c/x"), str(tmp_path / "d/x")]
+
+
+@pytest.mark.parametrize("first, second, same", [
+    ("a,b", "b,a", True), ("a,b", "a,c", False), ("a,b", "a,b,c", False), ("a,b", "sub/a,b", False), ("a,b", "'a,b',c", False), ("a b,c", "a_b,c", False)])
+def test_a_comparison_replaces_no_other(tmp_path, first, second, same):
+    pages = []
+    for names in (first, second):
+        folders = [tmp_path / name.strip("'") for name in re.findall(r"'[^']*'|[^,]+", names)]
+        page = script.page_of(folders, tmp_path)
+        assert page.parent == tmp_path and re.fullmatch(r"report-[\w.=+,-]+\.html", page.name)
+        pages.append(page)
+    assert (pages[0] == pages[1]) == same
+
+
+@pytest.mark.parametrize("names, page, title", [
+    ("first,second", "report-first,second.html", "first, second"), ("first", "first/report.html", "first"),
+    ("fourth,third,second,first", "report-first,fourth,second,third.html", "fourth, third and 2 more"), (".", "report.html", "")])
+def test_a_page_is_named_and_titled_by_what_it_compares(tmp_path, monkeypatch, names, page, title):
+    for name in ("first", "second", "third", "fourth"):
+        write_run(tmp_path / name)
+    monkeypatch.setattr(script, "write", lambda chosen, out, title: asked.append((out.relative_to(tmp_path), title)) or [Path(__file__)])
+    asked = []
+    script.main(compose(script.ReportSettings, [f"runs_dir={tmp_path}", f"runs={names}"]))
+    assert asked == [(Path(page), title or tmp_path.name)]
+
+
+def test_the_name_of_a_page_has_a_limit(tmp_path):
+    assert len(script.page_of([tmp_path / f"{letter * 50}" for letter in "abcdef"], tmp_path).name) < 100
+
+
+@pytest.mark.slow
+def test_runs_of_any_name_are_drawn_and_printed_safely(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    names = ["\x1b[2J<b>", "_hidden", "$x^2$", "中文", "a" * 200, "x\ny"]
+    for name in names:
+        write_run(tmp_path / "\x9btitle" / name)
+    assert script.main(compose(script.ReportSettings, [f"runs_dir={tmp_path}", f"runs={tmp_path / 'title'}".replace("title", "\x9btitle")])) == 0
+    page, said = (tmp_path / "\x9btitle/report.html").read_text(), capsys.readouterr()
+    assert not re.search("[\x1b\x9b]", page + said.out) and said.err == "" and "<b>" not in page
+    assert all(escape(escaped(name, keep="")) in page for name in names)
+
 
 
 @pytest.mark.parametrize("words, complaint", [
@@ -279,7 +478,7 @@ def test_the_page_needs_no_network_and_nothing_in_it_is_obeyed(tmp_path):
 @pytest.mark.slow
 def test_axes_are_written_in_plain_numbers(tmp_path):
     pytest.importorskip("matplotlib")
-    for number in range(7):  # more values than have a tick each
+    for number in range(6):
         write_run(tmp_path / f"runs/{number}", steps=6000, planned=6000, optim__lr=10.0 ** -number)
     page = make(tmp_path / "runs")
     assert "all losses are the same" in page

@@ -16,6 +16,7 @@ import pytest
 
 from conf.schema import compose
 from conf.space import read_space
+from report.history import PRUNED
 from scripts import sweep
 from scripts.sweep import JOURNAL, Search, SweepSettings, hidden, search, tell_best
 
@@ -86,6 +87,7 @@ def test_a_hopeless_trial_is_stopped(begin, pruner, stopped):
         go(search, take(search), 2.0, 1.0)
     go(search, job := take(search), 8.0)
     assert job.stopped == stopped and states(search)[5] == ("PRUNED" if stopped else "COMPLETE")
+    assert (job.folder / PRUNED).exists() == stopped  # for its report
     go(search, job := take(search), 1.5)
     assert not job.stopped and not search.failures
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import atomic
-from training.recorder import LoggerConfig, Recorder
+from training.recorder import LoggerConfig, Recorder, wandb_mode
 
 ROOT = Path(__file__).parent.parent
 
@@ -116,16 +116,23 @@ def test_metrics_that_a_full_disk_refuses_come_later_in_order(tmp_path, monkeypa
 
 
 class FakeWandb(types.ModuleType):
-    """The part of wandb that the recorder uses; `broken` names the call that raises."""
+    """The part of wandb that the recorder uses; `broken` names the call that raises, or the mode that cannot start."""
 
-    def __init__(self, broken=""):
+    def __init__(self, broken="", key=True):
         super().__init__("wandb")
-        self.broken, self.inits, self.logged = broken, [], []
+        self.broken, self.key, self.inits, self.logged = broken, key, [], []
         self.Settings = lambda **settings: settings
+        self.setup = lambda settings: None
+        self.teardown = lambda: None
+
+    def login(self, prompt, verify):
+        assert not prompt and not verify
+        return self.key
 
     def init(self, **arguments):
         self.inits.append(arguments)
         self._break("init")
+        self._break(arguments["mode"])
         return self
 
     def define_metric(self, *names, **how):
@@ -152,6 +159,27 @@ def test_a_wandb_failure_is_one_warning_and_the_run_goes_on(tmp_path, monkeypatc
     said = capsys.readouterr().out
     assert said.count("Warning") == 1 and "the server" in said and "Traceback" not in said
     assert len(rows(tmp_path)) == 2
+
+
+@pytest.mark.parametrize(("fake", "reason", "inits"), [
+    (FakeWandb(key=False), "no API key", 1), (FakeWandb(broken="online"), "ConnectionError: the server", 2)], ids=["no key", "no server"])
+def test_wandb_that_cannot_be_online_is_recorded_offline(tmp_path, monkeypatch, capsys, fake, reason, inits):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    with Recorder(tmp_path / "a run", 0, 3, LoggerConfig(wandb="online"), {"name": "x"}) as recorder:
+        recorder.record(1, loss=1.0)
+    [said] = capsys.readouterr().out.splitlines()
+    assert reason in said and said.endswith(f"wandb sync '{tmp_path}/a run'/wandb/offline-run-*")
+    assert [start["mode"] for start in fake.inits] == ["online", "offline"][-inits:] and fake.logged == [{"step": 1, "loss": 1.0}]
+    assert len({start["id"] for start in fake.inits}) == 1
+
+
+@pytest.mark.parametrize(("asked", "setting", "mode"), [
+    ("offline", "online", "offline"), ("disabled", "online", "disabled"), ("disabled", "offline", "disabled"), ("online", "offline", "offline"),
+    ("online", "disabled", "disabled"), ("dryrun", "online", "offline"), ("OFFLINE", "online", "offline"), ("", "online", "online"), ("strange", "online", "online")])
+def test_the_environment_can_make_wandb_send_less(monkeypatch, asked, setting, mode):
+    monkeypatch.setenv("WANDB_MODE", asked)
+    assert wandb_mode(setting) == mode
 
 
 def test_a_missing_wandb_is_one_sentence_that_says_what_to_install(tmp_path, monkeypatch, capsys):

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import secrets
+import shlex
 from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
@@ -108,26 +110,34 @@ class Recorder:
         self.bar.update(step - self.bar.n)
 
     def _start_wandb(self, folder: Path, config: LoggerConfig, settings: dict[str, Any]) -> Any:
-        """The W&B run that this folder belongs to: its id lives in `wandb.json`, so a resumed run continues it."""
-        if config.wandb == "disabled":
-            return None
-        try:
-            import wandb
+        """The W&B run of this folder: its id is in `wandb.json`, so a resumed run continues it.
 
-            id_file = folder / "wandb.json"
-            run_id = atomic.read_json(id_file)["id"] if id_file.exists() else secrets.token_hex(4)
-            atomic.write_bytes(id_file, json.dumps({"id": run_id}).encode())
-            quiet = wandb.Settings(silent=True, console="off", init_timeout=60)
-            run = wandb.init(project=config.project, name=settings["name"], id=run_id, resume="allow",
-                             group=config.group or None, tags=config.tags.split(), mode=config.wandb, dir=folder,
-                             config=settings, settings=quiet)
-            # W&B's own step only grows, ours goes back where a resumed run repeats what a kill cut off.
-            run.define_metric("*", step_metric="step")
-            return run
-        except ImportError:
-            self.say("Warning: logger.wandb needs the wandb package (pip install wandb); metrics stay local.")
-        except Exception as error:  # no account, no network, no server: none of it may stop a run
-            self.say(f"Warning: W&B could not start ({type(error).__name__}: {first_line(error)}); metrics stay local.")
+        A run that cannot be online is recorded offline, so that it can be uploaded later.
+        """
+        mode = wandb_mode(config.wandb)
+        if mode == "disabled":
+            return None
+        problem = "no API key: see wandb login"
+        for attempt in ("online", "offline") if mode == "online" else ("offline",):
+            try:
+                import wandb
+
+                if attempt == "online" and not has_wandb_key(wandb):
+                    continue
+                run = init_wandb(wandb, folder, config, settings, attempt)
+            except ImportError:
+                self.say("Warning: logger.wandb needs the wandb package (pip install wandb); metrics stay local.")
+                return None
+            except Exception as error:  # no network, no server, a wrong key: none of it may stop a run
+                problem = f"{type(error).__name__}: {first_line(error)}"
+                with suppress(Exception):
+                    wandb.teardown()  # else the id counts as in use
+            else:
+                if attempt != mode:
+                    self.say(f"Warning: W&B cannot be used online ({problem}); metrics are recorded offline. "
+                             f"To upload them: wandb sync {shlex.quote(str(folder))}/wandb/offline-run-*")
+                return run
+        self.say(f"Warning: W&B could not start ({problem}); metrics stay local.")
         return None
 
     def _end_wandb(self) -> None:
@@ -155,6 +165,33 @@ class Recorder:
             self._mirror(self._end_wandb)
         self.metrics.close()
         self.log.close()
+
+
+def wandb_mode(setting: str) -> str:
+    """The mode of W&B: `setting`, or what WANDB_MODE asks for if that sends less."""
+    modes = ["disabled", "offline", "online"]
+    asked = {"dryrun": "offline"}.get(mode := os.environ.get("WANDB_MODE", "").lower(), mode)
+    return min(setting, asked, key=modes.index) if asked in modes else setting
+
+
+def has_wandb_key(wandb: Any) -> bool:
+    """Whether W&B finds an API key in its settings, the environment or netrc. Asks neither the user nor the server."""
+    wandb.setup(wandb.Settings(silent=True))
+    return wandb.login(prompt=False, verify=False)
+
+
+def init_wandb(wandb: Any, folder: Path, config: LoggerConfig, settings: dict[str, Any], mode: str) -> Any:
+    """Start or continue the W&B run of `folder`."""
+    id_file = folder / "wandb.json"
+    run_id = atomic.read_json(id_file)["id"] if id_file.exists() else secrets.token_hex(4)
+    atomic.write_bytes(id_file, json.dumps({"id": run_id}).encode())
+    quiet = wandb.Settings(silent=True, console="off", init_timeout=60)
+    run = wandb.init(project=config.project, name=settings["name"], id=run_id, resume="allow",
+                     group=config.group or None, tags=config.tags.split(), mode=mode, dir=folder,
+                     config=settings, settings=quiet)
+    # W&B's own step only grows, ours goes back where a resumed run repeats steps that a kill cut off.
+    run.define_metric("*", step_metric="step")
+    return run
 
 
 def first_line(error: Exception) -> str:

@@ -19,7 +19,7 @@ from hydra.core.override_parser.types import Glob, QuotedString, RangeSweep
 from hydra.errors import HydraException
 
 from conf.cluster import Cluster
-from conf.identity import flat
+from conf.identity import flat, kind
 from conf.schema import (
     ConfigError,
     Settings,
@@ -149,7 +149,9 @@ def plan_grid(overrides: list[str]) -> Plan:
         raise ValueError("-m runs several values, and there are none: separate them by commas, as "
                          "in optim.lr=1e-3,3e-3, or leave -m out.")
     # Where each setting has a single value, the sweep is one job, which others can join later.
-    several = [word for word, values in choices.items() if len(values) > 1] or list(choices)
+    several = [word for word, values in choices.items() if len(values) > 1]
+    if not several:
+        several = [word for word in choices if tells_apart(word)] or list(choices)
     swept = {word.partition("=")[0]: word for word in several}
     name = about("name=")[-1] if about("name=") else f"name={automatic_name(choices, swept)}"
     if math.prod(len(values) for values in choices.values()) > MOST_JOBS:
@@ -157,6 +159,12 @@ def plan_grid(overrides: list[str]) -> Plan:
     combinations = [[*words, name] for words in product(*choices.values())]
     composed, failures = compose_all(combinations, list(swept))
     return Plan(list(swept), composed, failures, about("hydra/launcher=", "hydra.launcher."), limits.jobs)
+
+
+def tells_apart(override: str) -> bool:
+    """Whether an override is of a setting that makes one run another: no preset, and no folder."""
+    key = override.partition("=")[0]
+    return key in leaves(Settings) and kind(key) != "free"
 
 
 def too_many(words: str) -> ConfigError:

@@ -130,6 +130,7 @@ def test_the_error_says_what_was_probably_meant(override, guess):
     ("optim.lr=-1", "optim.lr=-1.0 must be more than 0"), ("optim.lr=nan", "optim.lr=nan"), ("optim.lr=abc", "is not a number"),
     ("model.dropout=1.5", "model.dropout=1.5"), ("model.n_embd=130", "n_embd=130"), ("model.n_layer=0", "n_layer=0"),
     ("training.max_steps=0", "training.max_steps=0"), ("training.max_seconds=-5", "max_seconds=-5"),
+    (f"training.batch_size={2**62}", "must be at most 65536"), ("training.threads=-1", "threads=-1"), ("training.threads=9999", "must be at most 1024"),
     ("training.precision=fp8", "auto, fp32, bf16, fp16"), ("training.device=tpu", "auto, cpu, cuda, mps"),
     ("training.tokens_per_step=100", "training.tokens_per_step=100"), ("training.tokens_per_step=4097", "try 4096"),
     ("data=text", "data.path"), ("data.path=/no/such", "data.path=/no/such does not exist"), ("data.vocab_size=10", "vocab_size=10"),

@@ -146,6 +146,11 @@ def test_one_value_is_a_sweep_of_one_job():
     assert list(both.composed) == ["lr=0.001", "lr=0.003"] and both.folder == plan.folder
 
 
+def test_a_sweep_of_one_job_is_named_by_what_makes_its_run():
+    plan = grid.plan_grid(["runs_dir=elsewhere", "training=smoke", "seed=1", "logger.report=false"])
+    assert plan.swept == ["seed"] and list(plan.composed) == ["seed=1"]
+
+
 @pytest.mark.slow
 def test_so_many_jobs_run_at_a_time(tmp_path):
     script = f"touch {tmp_path}/on-$$; ls {tmp_path} | grep -c on- >> {tmp_path}/counts; sleep 0.3; rm {tmp_path}/on-$$"

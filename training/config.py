@@ -53,6 +53,9 @@ class OptimConfig:
         """The step at which the wsd schedule begins to fall."""
         return round(max_steps * (1 - self.decay_fraction))
 
+# Of a micro-step. A larger number is a mistake, and a batch of it would not fit in memory.
+MOST_SEQUENCES = 2**16
+
 
 @dataclass(frozen=True)
 class TrainingConfig:
@@ -87,6 +90,8 @@ class TrainingConfig:
                      "threads"):
             if getattr(self, name) < 0:
                 yield f"{name}={getattr(self, name)} must be at least 0."
+        if self.batch_size > MOST_SEQUENCES:
+            yield f"batch_size={self.batch_size} must be at most {MOST_SEQUENCES}."
         if self.threads > 1024:
             yield f"threads={self.threads} must be at most 1024."
         if self.max_steps >= 2**63:

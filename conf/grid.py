@@ -1,7 +1,7 @@
-"""A grid: one run for each combination of the values that a command line separates by commas, in runs/SWEEP/JOB/.
+"""A grid: one run for each combination of the values on a command line, in runs/SWEEP/JOB/.
 
-Hydra's grammar says what the values are. Each job is a process of its own (conf/slots.py), or one on a cluster
-(conf/cluster.py), and what becomes of one stops no other.
+Numbers are read by Hydra's grammar, text is split at its commas. Each job is a process of its own
+(conf/slots.py), or one on a cluster (conf/cluster.py), and a job that fails stops no other.
 """
 
 from __future__ import annotations
@@ -48,9 +48,11 @@ from terminal import counted, output, say
 MOST_JOBS = 10_000
 FUNCTION = re.compile(r"(choice|range|interval|glob|sort|shuffle)\(.*\)$", re.DOTALL)
 # What stands before the next comma, or at the end.
-QUOTED_TEXT = re.compile(r"""\s*(?P<quote>['"])(?P<text>(?:\\.|(?!(?P=quote))[^\\])*)(?P=quote)\s*(?=,|$)""", re.DOTALL)
+QUOTED_TEXT = re.compile(
+    r"""\s*(?P<quote>['"])(?P<text>(?:\\.|(?!(?P=quote))[^\\])*)(?P=quote)\s*(?=,|$)""", re.DOTALL)
 PLAIN_TEXT = re.compile(r"(?P<text>(?:\{[^{}]*\}|\[[^][]*\]|\([^()]*\)|\\.|[^,])*)", re.DOTALL)
-OWN = ("jobs=", "name=", "hydra/launcher=", "hydra.launcher.")  # how the words begin that are not for the jobs
+# How the overrides begin that are not for the jobs.
+OWN = ("jobs=", "name=", "hydra/launcher=", "hydra.launcher.")
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,8 @@ def plan_grid(overrides: list[str]) -> Plan:
         raise too_many(" ".join(several))
     combinations = [[*words, name] for words in product(*choices.values())]
     composed, failures = compose_all(combinations, list(swept))
-    return Plan(list(swept), composed, failures, about("hydra/launcher=", "hydra.launcher."), limits.jobs)
+    launcher = about("hydra/launcher=", "hydra.launcher.")
+    return Plan(list(swept), composed, failures, launcher, limits.jobs)
 
 
 def tells_apart(override: str) -> bool:
@@ -180,7 +183,9 @@ def show_grid(overrides: list[str]) -> int:
     return report_failures(plan.failures)
 
 
-def compose_all(combinations: list[list[str]], swept: list[str]) -> tuple[dict[str, tuple[list[str], Settings]], list[str]]:
+def compose_all(
+    combinations: list[list[str]], swept: list[str]
+) -> tuple[dict[str, tuple[list[str], Settings]], list[str]]:
     """Each job's name, words and settings, and what is wrong with those that cannot be composed.
 
     Raises ConfigError if none can, and ValueError if two would share a name.
@@ -196,7 +201,8 @@ def compose_all(combinations: list[list[str]], swept: list[str]) -> tuple[dict[s
             continue
         name = job_name(swept, values | flat(asdict(settings)))
         if composed.setdefault(name, (words, settings))[1] != settings:
-            raise ValueError(f"{' '.join(words)} and {' '.join(composed[name][0])} would both be the run {name}: "
+            other = composed[name][0]
+            raise ValueError(f"{' '.join(words)} and {' '.join(other)} would both be the run {name}: "
                              f"sweep them apart, each with a name= of its own.")
     if not composed:
         raise next(iter(errors.values()))
@@ -204,12 +210,13 @@ def compose_all(combinations: list[list[str]], swept: list[str]) -> tuple[dict[s
 
 
 def job_name(swept: list[str], values: dict[str, object]) -> str:
-    """As in "lr=0.001,n_layer=2": what is swept, by the last part of its name, which no other setting has."""
-    return folder_name(",".join(f"{key.rpartition('.')[2]}={as_word(values[key])}" for key in swept))
+    """As in "lr=0.001,n_layer=2": the swept settings, by the last part of their names."""
+    parts = [f"{key.rpartition('.')[2]}={as_word(values[key])}" for key in swept]
+    return folder_name(",".join(parts))
 
 
 def automatic_name(choices: dict[str, list[str]], swept: dict[str, str]) -> str:
-    """A name for the sweep that other values of the same settings share: new values join the old ones in their folder."""
+    """A name for the sweep that does not depend on the values: new ones join the old in its folder."""
     fixed = [values[0] for word, values in choices.items() if word not in swept.values()]
     try:
         base = compose("config", fixed).auto_name
@@ -257,9 +264,10 @@ def values_of(override: str) -> list[str]:
 
 
 def split_text(value: str) -> list[str]:
-    """The texts between commas. A comma in quotes or brackets, or behind a backslash, is part of a text.
+    """The texts between commas.
 
-    A text in quotes loses them; a comma or quote behind a backslash loses that.
+    A comma in quotes or brackets, or behind a backslash, is part of a text. A text in quotes loses
+    them; a comma or quote behind a backslash loses that.
     """
     found: list[str] = []
     rest: str | None = value

@@ -1,11 +1,13 @@
 """What users of Hydra, nanoGPT and Hugging Face type, and what it is called here.
 
-Only error messages read these tables: the names on the right are refused, with the name on the left as advice.
+Only error messages read these tables: the names on the right are refused, with the name on the left
+as advice.
 """
 
 from __future__ import annotations
 
-# By our name, what others call it. Names are compared by their last part: optimizer.learning_rate is learning_rate.
+# By our name, what others call it. The last part of a name is compared, so optimizer.learning_rate
+# is learning_rate.
 OTHER_NAMES = {
     "optim.lr": "learning_rate max_lr peak_lr base_lr",
     "optim.min_lr_ratio": "min_lr min_learning_rate final_lr",
@@ -16,15 +18,19 @@ OTHER_NAMES = {
     "optim.beta2": "adam_beta2",
     "optim.weight_decay": "wd",
     "optim.optimizer": "optimizer optim_type",
-    "training.max_steps": "max_iters max_iter num_iterations iterations steps num_steps max_train_steps lr_decay_iters "
-                          "num_train_epochs num_epochs max_epochs epochs n_epochs",
+    "training.max_steps": "max_iters max_iter num_iterations iterations steps num_steps "
+                          "max_train_steps lr_decay_iters num_train_epochs num_epochs max_epochs "
+                          "epochs n_epochs",
     "training.max_seconds": "max_time time_limit",
-    "training.batch_size": "per_device_train_batch_size train_batch_size micro_batch_size device_batch_size",
-    "training.tokens_per_step": "gradient_accumulation_steps grad_accum_steps accumulate_grad_batches grad_accumulation "
-                                "total_batch_size global_batch_size",
-    "training.eval_every": "eval_interval eval_steps val_every val_check_interval evaluation_strategy eval_strategy",
+    "training.batch_size": "per_device_train_batch_size train_batch_size micro_batch_size "
+                           "device_batch_size",
+    "training.tokens_per_step": "gradient_accumulation_steps grad_accum_steps grad_accumulation "
+                                "accumulate_grad_batches total_batch_size global_batch_size",
+    "training.eval_every": "eval_interval eval_steps val_every val_check_interval eval_strategy "
+                           "evaluation_strategy",
     "training.eval_tokens": "eval_iters eval_batches val_steps",
-    "training.checkpoint_every": "save_steps save_interval save_every checkpoint_interval always_save_checkpoint",
+    "training.checkpoint_every": "save_steps save_interval save_every checkpoint_interval "
+                                 "always_save_checkpoint",
     "training.keep_last": "save_total_limit save_top_k",
     "training.device": "accelerator use_cuda no_cuda use_cpu gpu gpus",
     "training.precision": "dtype torch_dtype mixed_precision bf16 fp16 amp use_amp",
@@ -34,8 +40,8 @@ OTHER_NAMES = {
     "model.n_layer": "num_layers n_layers num_hidden_layers depth layers",
     "model.n_head": "n_heads num_heads num_attention_heads heads",
     "model.n_kv_head": "n_kv_heads num_key_value_heads num_kv_heads",
-    "model.block_size": "context_length context_size seq_len seq_length sequence_length max_seq_len max_seq_length n_ctx "
-                        "n_positions max_position_embeddings",
+    "model.block_size": "context_length context_size seq_len seq_length sequence_length "
+                        "max_seq_len max_seq_length n_ctx n_positions max_position_embeddings",
     "model.activation": "hidden_act activation_function act_fn",
     "model.dropout": "attn_pdrop resid_pdrop embd_pdrop dropout_rate",
     "model.tie_head": "tie_word_embeddings weight_tying tie_weights",
@@ -71,18 +77,20 @@ UNITS = {
 }
 OTHER_VALUES = {
     "gpu": "cuda", "cuda:0": "cuda", "metal": "mps",
-    "float32": "fp32", "32": "fp32", "single": "fp32", "bfloat16": "bf16", "float16": "fp16", "16": "fp16", "half": "fp16",
+    "float32": "fp32", "32": "fp32", "single": "fp32", "bfloat16": "bf16",
+    "float16": "fp16", "16": "fp16", "half": "fp16",
     "adam": "adamw", "linear": "wsd",
 }
 # By the beginning of a key or flag of Hydra's, what to do here; the first one that fits counts.
 HYDRA = {
     "hydra.run": "runs_dir=FOLDER and name=NAME say where a run goes",
     "hydra.sweep.": "runs_dir=FOLDER and name=NAME say where a sweep goes",
-    "hydra.job.": "name=NAME names a run; its folder is runs_dir/NAME, and the working folder does not change",
+    "hydra.job.": "name=NAME names a run, and the working folder does not change",
     "hydra.mode": "-m runs a sweep",
     "hydra.searchpath": "experiment=path/to/own.yaml reads a YAML file from anywhere",
-    "hydra/launcher": "add -m; a sweep runs several jobs at a time with jobs=2, or on a cluster with hydra/launcher=slurm",
-    "hydra.launcher": "add -m; a sweep runs several jobs at a time with jobs=2, or on a cluster with hydra/launcher=slurm",
+    "hydra/launcher": "add -m; a sweep runs two jobs at a time with jobs=2, or on a cluster with "
+                      "hydra/launcher=slurm",
+    "hydra.launcher": "add -m and hydra/launcher=slurm; it is for sweeps on a cluster",
     "hydra/sweeper": "python -m scripts.sweep searches with Optuna",
     "hydra.sweeper": "python -m scripts.sweep searches with Optuna",
     "hydra": "Hydra's own settings do nothing; a run's folder holds its log.txt and config.yaml",
@@ -95,14 +103,19 @@ HYDRA = {
     "--experimental-rerun": "experiment=runs/NAME/config.yaml runs the settings of a run again",
     "--run": "leave it out: a run is what happens without flags",
 }
-SHORT_FLAGS = {"-cd": "--config-dir", "-cn": "--config-name", "-cp": "--config-path", "-i": "--info", "-p": "--package",
-               "-sc": "--shell-completion", "-r": "--run"}
+SHORT_FLAGS = {
+    "-cd": "--config-dir", "-cn": "--config-name", "-cp": "--config-path", "-i": "--info",
+    "-p": "--package", "-sc": "--shell-completion", "-r": "--run",
+}
 
 
 def our_name(key: str, known: set[str]) -> str:
     """The one of our names in `known` that others call `key`; empty where there is none."""
     last = key.rpartition(".")[2].replace("-", "_").lower()
-    return next((ours for ours, others in OTHER_NAMES.items() if ours in known and last in others.split()), "")
+    for ours, others in OTHER_NAMES.items():
+        if ours in known and last in others.split():
+            return ours
+    return ""
 
 
 def unit_note(key: str) -> str:
@@ -114,4 +127,7 @@ def unit_note(key: str) -> str:
 def instead_of_hydras(name: str) -> str:
     """What to do instead of a setting or flag of Hydra's; empty for any other name."""
     name = SHORT_FLAGS.get(name, name)
-    return next((advice for beginning, advice in HYDRA.items() if name.startswith(beginning)), "")
+    for beginning, advice in HYDRA.items():
+        if name.startswith(beginning):
+            return advice
+    return ""

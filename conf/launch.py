@@ -1,7 +1,8 @@
 """From the command line to an exit code: the wrapper around every entry point.
 
-It composes the settings, calls the main function, and reports errors: one clear sentence a problem and exit code 1.
-HYDRA_FULL_ERROR=1 shows the stack trace instead. Entry points import this module first, and torch later.
+It composes the settings, calls the main function, and reports errors: one clear sentence a problem,
+and exit code 1. HYDRA_FULL_ERROR=1 shows the stack trace instead. Entry points import this module
+first, and torch later.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import sys
 
 if sys.platform == "win32":
     # Before any other import of ours: file locks (fcntl) do not exist there.
-    sys.exit("Error: nanohydra needs Linux or macOS; on Windows, run it in WSL: https://learn.microsoft.com/windows/wsl")
+    sys.exit("Error: nanohydra needs Linux or macOS; on Windows, run it in WSL: "
+             "https://learn.microsoft.com/windows/wsl")
 
 import os
 from collections.abc import Callable, Mapping
@@ -25,7 +27,8 @@ from hardware import usable_cpus
 from terminal import output, say
 from training.interrupt import embedded
 
-# A function or class, or where it is defined, as in "train:train": then it is imported when it is needed.
+# A function or class, or where it is defined, as in "train:train": then it is imported when it is
+# needed.
 Place = str | Callable[..., Any]
 
 FLAG_NAMES = {"--help": "--help", "-h": "--help", "-m": "-m", "--multirun": "-m"}
@@ -39,19 +42,22 @@ FLAGS = """Flags:
 """
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # as torch says it of GPUs, and of CPUs
 SMALLER = {  # what to ask for instead, by conf/NAME.yaml
-    "config": "choose a smaller training.batch_size (training.tokens_per_step keeps a step as large as it was), or "
-              "training.recompute=true; python -m scripts.plan says what a run takes",
-    "sample": "ask for fewer completions at once: by num_samples=, or where prompts= are given, by batch_size=",
+    "config": "choose a smaller training.batch_size (training.tokens_per_step keeps a step as "
+              "large as it was), or training.recompute=true; python -m scripts.plan says what a run "
+              "takes",
+    "sample": "ask for fewer completions at once: by num_samples=, or where prompts= are given, by "
+              "batch_size=",
 }
-SWEEP_FLAG = """  -m          sweep: one run for each combination of values separated by commas; jobs=2 at a time,
-              or on a cluster with hydra/launcher=slurm
+SWEEP_FLAG = """  -m          sweep: one run for each combination of values separated by commas; jobs=2 at
+              a time, or on a cluster with hydra/launcher=slurm; --cfg job prints their settings
 """
 
 
 def launch(main: Place, root: Place, doc: str) -> NoReturn:
-    """Exit with the code of `main(settings)`; the settings are what `compose(root, ...)` makes of the command line.
+    """Exit with the code of `main(settings)`.
 
-    `root` is "config" or "sample", or the dataclass of a script's own settings.
+    The settings are what `compose(root, ...)` makes of the command line. `root` is "config" or
+    "sample", or the dataclass of a script's own settings.
     """
     if isinstance(main, str):
         # In a notebook, `%run train.py` is to run the file as it is now.
@@ -132,7 +138,8 @@ def run_command(main: Place, root: Place, doc: str, words: list[str]) -> int:
 def split_flags(words: list[str], known: dict[str, Any]) -> tuple[set[str], list[str]]:
     """The flags among a command line's `words`, by one name each, and the overrides.
 
-    `known` are the settings that can be meant where someone writes them as flags. Raises ValueError for other flags.
+    `known` are the settings that can be meant where someone writes them as flags. Raises ValueError
+    for other flags.
     """
     flags: set[str] = set()
     overrides: list[str] = []
@@ -143,7 +150,8 @@ def split_flags(words: list[str], known: dict[str, Any]) -> tuple[set[str], list
         if name in ("--cfg", "-c"):
             what = value if equals else next(rest, "")
             if what != "job":
-                problems.append(f"--cfg {what}: --cfg job prints all settings; Hydra's own are not used.")
+                problems.append(f"--cfg {what}: --cfg job prints all settings; Hydra's own are "
+                                f"not used.")
             flags.add("--cfg")
         elif word in FLAG_NAMES:
             flags.add(FLAG_NAMES[word])
@@ -157,14 +165,15 @@ def split_flags(words: list[str], known: dict[str, Any]) -> tuple[set[str], list
 
 
 def no_such_flag(word: str, known: dict[str, Any]) -> str:
-    """The sentence about a flag that does not exist: Hydra's, or a setting that is written as a flag."""
+    """The sentence about a flag that does not exist: Hydra's, or a setting written as a flag."""
     flag, _, value = word.partition("=")
     if advice := instead_of_hydras(flag):
         return f"{flag}: no such flag here; {advice}."
     name = flag.lstrip("-").replace("-", "_")
     meant = name if name in known else likely_name(name, known)
     if meant:
-        return f"{word}: settings are written without dashes: {meant}={value or '...'}{unit_note(name)}."
+        setting = f"{meant}={value or '...'}"
+        return f"{word}: settings are written without dashes: {setting}{unit_note(name)}."
     return f"{word}: no such flag; settings are written key=value, and --help lists both."
 
 
@@ -177,9 +186,10 @@ def refuse_several_processes(environment: Mapping[str, str]) -> None:
         if rank in environment and environment.get(size, "1") not in ("", "1"):
             if environment[rank] != "0":
                 sys.exit(1)
-            raise ValueError(f"{launcher} started {environment[size]} processes, and one training uses one process (and "
-                             f"one GPU): run python train.py without {launcher}. Several runs at a time are a sweep: "
-                             f"-m with jobs={environment[size]}.")
+            raise ValueError(f"{launcher} started {environment[size]} processes, and one training "
+                             f"uses one process (and one GPU): run python train.py without "
+                             f"{launcher}. Several runs at a time are a sweep: -m with "
+                             f"jobs={environment[size]}.")
 
 
 def imported(place: Place) -> Any:

@@ -1,11 +1,12 @@
 """YAML files: read with limits, and given to Hydra by group and name.
 
-Every YAML file of settings goes through `read_yaml`: presets, experiments of the user's own, a run's config.yaml, and
-the space of a sweep. Knows nothing of what the settings mean.
+Every YAML file of settings goes through `read_yaml`: presets, experiments of the user's own, a
+run's config.yaml, and the space of a sweep. Knows nothing of what the settings mean.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -43,26 +44,30 @@ def read_text(path: Path) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ConfigError([f"{path} is not UTF-8 at offset {error.start}: save it as UTF-8."]) from None
+        where = f"at offset {error.start}"
+        raise ConfigError([f"{path} is not UTF-8 {where}: save it as UTF-8."]) from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The settings in a YAML file; 1e-3 is a number, which in YAML itself would be text.
 
-    Raises ConfigError naming the file for what cannot be read: no YAML, a key twice, or more than the limits above.
+    Raises ConfigError naming the file for what cannot be read: no YAML, a key twice, or more than
+    the limits above.
     """
     text = read_text(path)
     try:
         values = expanded_size(yaml.compose(text, yaml.SafeLoader), {})
         if values > MOST_VALUES:
-            raise ConfigError([f"{path} holds more than {MOST_VALUES:,} values, with its aliases (*name) written out: "
-                               f"leave them out."])
+            raise ConfigError([f"{path} holds more than {MOST_VALUES:,} values, with its aliases "
+                               f"(*name) written out: leave them out."])
         content = OmegaConf.to_container(OmegaConf.create(text))
     except RecursionError:
-        raise ConfigError([f"{path} is nested too deeply for settings: they have two levels."]) from None
+        problem = f"{path} is nested too deeply for settings: they have two levels."
+        raise ConfigError([problem]) from None
     except yaml.MarkedYAMLError as error:
         line = f", at line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ConfigError([f"{path} is not YAML that can be read{line}: {error.problem}."]) from None
+        problem = f"{path} is not YAML that can be read{line}: {error.problem}."
+        raise ConfigError([problem]) from None
     except (yaml.YAMLError, OmegaConfBaseException, *UNFIT) as error:
         if isinstance(error, ConfigError):
             raise
@@ -73,7 +78,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def without_references(values: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Settings of a file with each ${...} replaced. Raises ConfigError for one that stands for nothing."""
+    """Settings of a file with each ${...} replaced.
+
+    Raises ConfigError for one that stands for nothing.
+    """
     try:
         return OmegaConf.to_container(OmegaConf.create(values), resolve=True)
     except OmegaConfBaseException as error:
@@ -92,20 +100,25 @@ def unresolved(error: OmegaConfBaseException) -> str:
 def expanded_size(node: yaml.Node | None, sizes: dict[int, float]) -> float:
     """The values in a YAML node, all aliases written out; infinite where one stands for itself.
 
-    `sizes` are those that are known, by the node's id: an alias is the same node again, so this takes no longer than
-    reading the file.
+    `sizes` are those that are known, by the node's id: an alias is the same node again, so this
+    takes no longer than reading the file.
     """
     if node is None or isinstance(node, yaml.ScalarNode):
         return 1
     if id(node) not in sizes:
-        sizes[id(node)] = float("inf")  # what it is if we meet it again below
-        inner = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
+        # What it is if it is met again below.
+        sizes[id(node)] = math.inf
+        inner = node.value
+        if isinstance(node, yaml.MappingNode):
+            inner = [part for pair in node.value for part in pair]
         sizes[id(node)] = 1 + sum(expanded_size(one, sizes) for one in inner)
     return sizes[id(node)]
 
 
 def nested(values: dict[Any, Any], path: Path, prefix: str = "") -> dict[str, Any]:
-    """{"training.max_steps": 4} as {"training": {"max_steps": 4}}: Hydra takes a dot in a key for a letter.
+    """{"training.max_steps": 4} as {"training": {"max_steps": 4}}.
+
+    To Hydra, a dot in a key of a file is a character like any other.
 
     Raises ConfigError for a setting that is there twice.
     """
@@ -116,7 +129,8 @@ def nested(values: dict[Any, Any], path: Path, prefix: str = "") -> dict[str, An
         for group in groups:
             place = place.setdefault(group, {})
             if not isinstance(place, dict):
-                raise ConfigError([f"{prefix}{key} ({path}) is set twice, once as a part of {group}: leave one out."])
+                raise ConfigError([f"{prefix}{key} ({path}) is set twice, once as a part of "
+                                   f"{group}: leave one out."])
         if isinstance(value, dict):
             value = nested(value, path, f"{prefix}{key}.")
         both = isinstance(value, dict) and isinstance(place.get(name), dict)
@@ -130,7 +144,7 @@ def nested(values: dict[Any, Any], path: Path, prefix: str = "") -> dict[str, An
 
 
 class Group(dict[str, Path]):
-    """The YAML files of a configuration group, by their names in Hydra's ConfigStore: each is read when it is chosen."""
+    """The YAML files of a group, by their names in Hydra's ConfigStore; read when chosen."""
 
     def __init__(self, name: str, files: dict[str, Path]) -> None:
         super().__init__({f"{preset}.yaml": path for preset, path in files.items()})
@@ -160,7 +174,8 @@ def refuse_hydras(content: dict[str, Any], path: Path) -> None:
         if isinstance(choice, dict):
             keys += [key.split()[-1].lstrip("/") for key in map(str, choice) if "hydra/" in key]
     if keys:
-        raise ConfigError([f"{key} ({path}) is not used here: {instead_of_hydras(key)}." for key in keys])
+        raise ConfigError([f"{key} ({path}) is not used here: {instead_of_hydras(key)}."
+                           for key in keys])
 
 
 def first_line(error: Exception) -> str:

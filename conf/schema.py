@@ -87,8 +87,8 @@ class Settings:
         """One sentence for each value that works, and is probably not meant."""
         steps = self.training.max_steps
         if self.optim.warmup_steps > self.optim.last_full_step(steps):
-            yield (f"optim.warmup_steps={self.optim.warmup_steps} of training.max_steps={steps}: the "
-                   f"learning rate falls, or the run ends, before it reaches its full value.")
+            yield (f"optim.warmup_steps={self.optim.warmup_steps} of training.max_steps={steps}: "
+                   f"the learning rate falls, or the run ends, before it reaches its full value.")
 
 
 @dataclass(frozen=True)
@@ -235,7 +235,7 @@ def no_override(word: str) -> str:
 
 
 def wrong_preset(group: str, value: str) -> str:
-    """What is wrong with the choice of a preset, or of an experiment's file; empty if nothing is."""
+    """What is wrong with the choice of a preset or an experiment's file; empty if nothing is."""
     if value in options(group):
         return ""
     is_file = group == "experiment" and Path(value).suffix in YAML_FILES
@@ -315,7 +315,7 @@ def saved_settings(path: Path) -> dict[str, Any]:
 
 
 def start_from(saved: dict[str, Any], defaults: dict[str, Any], overrides: list[str]) -> list[str]:
-    """Put the settings of a run in the place of the `defaults`; return the overrides to use with them.
+    """Put the settings of a run in the place of the `defaults`; return the overrides to use then.
 
     No preset is chosen but those of the command line, and each replaces the whole of its group.
     """
@@ -327,7 +327,8 @@ def start_from(saved: dict[str, Any], defaults: dict[str, Any], overrides: list[
         else:
             defaults[name] = value
     nothing = [f"~{group}" for group in groups() if group not in choices]
-    return [*nothing, "~experiment", *(word for word in overrides if not word.startswith("experiment="))]
+    others = [word for word in overrides if not word.startswith("experiment=")]
+    return [*nothing, "~experiment", *others]
 
 
 def register(root: str | type, defaults: dict[str, Any], files: dict[str, Path]) -> str:
@@ -349,7 +350,7 @@ def register(root: str | type, defaults: dict[str, Any], files: dict[str, Path])
 
 
 def resolved(composed: DictConfig, text: dict[str, str]) -> dict[str, Any]:
-    """The settings with all ${...} replaced. `text` is taken as it is, unless ${...} is meant in it."""
+    """The settings with all ${...} replaced. `text` is taken as it is, unless it has one too."""
     OmegaConf.register_new_resolver("text", text.get, replace=True)
     for key, value in text.items():
         literal = key in VERBATIM or "${" not in value or Path(value).exists()
@@ -374,8 +375,8 @@ def plain_sentence(error: Exception, overrides: list[str]) -> str:
         try:
             parsed = OverridesParser.create().parse_override(override)
         except (HydraException, ValueError):
-            return (f"{override[:200]}: the value cannot be read; write a number, a word, true, false "
-                    f"or null.")
+            return (f"{override[:200]}: the value cannot be read; write a number, a word, true, "
+                    f"false or null.")
         if parsed.is_sweep_override():
             return f"{override}: {SWEEP_ADVICE}"
     if isinstance(error, OmegaConfBaseException):
@@ -435,7 +436,8 @@ def convert(value: Any, hint: Any) -> Any:
         word = str(value).lower() if isinstance(value, bool) else value
         if word not in get_args(hint):
             meant = OTHER_VALUES.get(str(value).lower(), str(value).lower())
-            raise ValueError(f"is not one of {', '.join(get_args(hint))}{closest(meant, get_args(hint))}")
+            words = get_args(hint)
+            raise ValueError(f"is not one of {', '.join(words)}{closest(meant, words)}")
         return word
     if is_text(hint) and not isinstance(value, dict | list | None):
         if hint is FilePaths:
@@ -461,7 +463,7 @@ def is_text(hint: Any) -> bool:
 
 
 def from_text(text: str) -> Any:
-    """The number, true or false that a text stands for, as an environment variable's; else the text."""
+    """The number, true or false that a text stands for, as a variable's value; else the text."""
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     for number in (int, float):
@@ -479,7 +481,8 @@ def expanded(path: str) -> str:
     """
     found = os.path.expanduser(path)
     if path.startswith("~") and found == path and not Path(path).exists():
-        raise ValueError("names no home folder of this machine: write ./ before a name that begins with ~")
+        raise ValueError("names no home folder of this machine: write ./ before a name that begins "
+                         "with ~")
     return found
 
 
@@ -490,7 +493,7 @@ def closest(word: str, words: Any) -> str:
 
 
 def unknown(key: str, known: dict[str, Any], place: str, group: str = "") -> str:
-    """The sentence about a key that does not exist, in a file of the preset `group` if that is given."""
+    """The sentence about a key that does not exist; `group` if a preset of it has the key."""
     if advice := instead_of_hydras(key.removeprefix(f"{group}.")):
         return f"{key} ({place}) is not used here: {advice}."
     inside = key.removeprefix(f"{group}.")
@@ -538,7 +541,7 @@ def program_of(key: str) -> str:
 
 
 def place_in_yaml(key: str, choices: dict[str, str]) -> tuple[str, str]:
-    """Which of the chosen YAML files sets `key`, in words, and of which group the file is a preset."""
+    """Which of the chosen YAML files sets `key`, in words, and the group that it is a preset of."""
     for group, choice in choices.items():
         if not choice or group not in groups():
             continue

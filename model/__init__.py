@@ -1,6 +1,6 @@
 """The Transformer and how it generates. Knows tensors, nothing else.
 
-`from model import GPT` imports torch when it is asked for: the settings in `model.config` are read without it.
+`from model import GPT` imports torch then: the settings in `model.config` are read without it.
 """
 
 from __future__ import annotations

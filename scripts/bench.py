@@ -37,7 +37,7 @@ import sys
 from conf.launch import launch
 
 if __name__ == "__main__":
-    # Before the imports below: torch takes a second or more, which --help and a mistake need not wait for.
+    # Before the imports below: --help and a wrong setting need not wait for torch.
     modes = {
         "speed": ("scripts.bench:speed", "scripts.bench:SpeedSettings"),
         "result": ("scripts.bench_result:result", "scripts.bench_result:ResultSettings"),

@@ -12,8 +12,9 @@ from __future__ import annotations
 from conf.launch import launch
 
 if __name__ == "__main__":
-    # Before the imports below: torch takes a second or more, which --help and a mistake need not wait for.
-    launch("scripts.bench_attention:main", "scripts.bench_attention:BenchAttentionSettings", __doc__)
+    # Before the imports below: --help and a wrong setting need not wait for torch.
+    place = "scripts.bench_attention"
+    launch(f"{place}:main", f"{place}:BenchAttentionSettings", __doc__)
 
 import statistics
 import time

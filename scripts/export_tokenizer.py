@@ -15,8 +15,9 @@ from __future__ import annotations
 from conf.launch import launch
 
 if __name__ == "__main__":
-    # Before the imports below: torch takes a second or more, which --help and a mistake need not wait for.
-    launch("scripts.export_tokenizer:main", "scripts.export_tokenizer:ExportTokenizerSettings", __doc__)
+    # Before the imports below: --help and a wrong setting need not wait for torch.
+    place = "scripts.export_tokenizer"
+    launch(f"{place}:main", f"{place}:ExportTokenizerSettings", __doc__)
 
 import json
 import sys
@@ -38,7 +39,7 @@ from training.run import find_run
 class ExportTokenizerSettings:
     """Everything about a tokenizer for other programs."""
 
-    run: FilePath = ""  # the run's name, or the path of its folder; empty: the run that was trained last
+    run: FilePath = ""  # the run's name, or its folder; empty: the run that was trained last
     runs_dir: FilePath = "runs"
     out: FilePath = ""  # empty: tokenizer.json in the run's folder
 

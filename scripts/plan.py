@@ -5,8 +5,8 @@
 
 Takes the settings of train.py, and
   measure=true     time three micro-steps of the model on this machine; false takes no time, and says none
-  device=h100      plan for a GPU that is not here, by its data sheet: a10, a10g, a100, h100, h100-pcie, h200, l4, l40s,
-                   rtx-3090, rtx-4090
+  device=h100      plan for a GPU that is not here, by its data sheet: a10, a10g, a100, h100,
+                   h100-pcie, h200, l4, l40s, rtx-3090, rtx-4090
   mfu=0.4          the part of the data sheet's FLOP/s that training is assumed to reach there
 
 Memory is counted in a step of the training itself, on tensors that have shapes but no content; on a CPU comes what the
@@ -19,7 +19,7 @@ from __future__ import annotations
 from conf.launch import launch
 
 if __name__ == "__main__":
-    # Before the imports below: torch takes a second or more, which --help and a mistake need not wait for.
+    # Before the imports below: --help and a wrong setting need not wait for torch.
     launch("scripts.plan:plan", "scripts.plan:PlanSettings", __doc__)
 
 import math
@@ -125,9 +125,9 @@ def plan(own: PlanSettings) -> int:
         say(f"Warning: {warning}")
     if gpu:
         seconds = flops / (PEAK_FLOPS[gpu] * own.mfu)
-        say(f"Time: about {readable_time(seconds)} on one {gpu}, if training reaches {own.mfu:.0%} of the "
-            f"{PEAK_FLOPS[gpu] / 1e12:,.0f} TFLOP/s that its data sheet has for bf16 (mfu={own.mfu}); "
-            f"evaluation and saving come on top")
+        say(f"Time: about {readable_time(seconds)} on one {gpu}, if training reaches "
+            f"{own.mfu:.0%} of the {PEAK_FLOPS[gpu] / 1e12:,.0f} TFLOP/s that its data sheet has "
+            f"for bf16 (mfu={own.mfu}); evaluation and saving come on top")
     elif own.measure and total > available_memory():
         say(f"Time: not measured, {readable_size(available_memory())} of memory are free")
     elif own.measure:
@@ -137,25 +137,31 @@ def plan(own: PlanSettings) -> int:
 
 
 def settings_without_data(words: list[str]) -> tuple[Settings, bool]:
-    """The settings that a command line makes, also where it names no data, and whether it names some."""
+    """The settings of a command line, also where it names no data, and whether it names some."""
     try:
         return compose("config", words), True
     except ConfigError:
         # What is there is assumed to be the data, which leaves all other problems.
-        return compose("config", [*words, "data.mix=", "data.val_path=", f"data.path={ROOT}", "data.hub_name=a/b"]), False
+        some = ["data.mix=", "data.val_path=", f"data.path={ROOT}", "data.hub_name=a/b"]
+        return compose("config", [*words, *some]), False
 
 
 def gpu_named(name: str) -> str:
     """The GPU of PEAK_FLOPS that is called `name`, as in h100 or rtx-4090; empty for none."""
     plain = re.sub(r"[^a-z0-9]", "", name.lower())
-    return next((gpu for gpu in PEAK_FLOPS if plain in (found := gpu.lower().replace(" ", ""), found[3:])), "")
+    for gpu in PEAK_FLOPS:
+        full = gpu.lower().replace(" ", "")
+        if plain in (full, full.removeprefix("rtx")):
+            return gpu
+    return ""
 
 
 def look_up(config: DataConfig, is_there: bool = True) -> tuple[int, dict[str, Any] | None, str]:
     """The size of the vocabulary, what is known of the tokens if they are prepared, and a line about both."""
     sizes = PUBLISHED_SIZES | {"byte": ByteTokenizer.vocab_size, "bpe": config.vocab_size, "char": ASSUMED_CHARACTERS}
     size = sizes[config.tokenizer]
-    if is_there and config.source in ("pydocs", "stdlib", "text") and not config.mix:  # what can be found without a network
+    # The others could not be found without a network.
+    if is_there and config.source in ("pydocs", "stdlib", "text") and not config.mix:
         folder = planned(config)[0]
         if folder.is_dir():
             meta = read_meta(folder)

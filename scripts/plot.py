@@ -12,7 +12,7 @@ from __future__ import annotations
 from conf.launch import launch
 
 if __name__ == "__main__":
-    # Before the imports below: torch takes a second or more, which --help and a mistake need not wait for.
+    # Before the imports below: --help and a wrong setting need not wait for torch.
     launch("scripts.plot:main", "scripts.plot:PlotSettings", __doc__)
 
 import io
@@ -34,7 +34,7 @@ from training.run import find_run
 class PlotSettings:
     """Everything about a picture of a run."""
 
-    run: FilePath = ""  # the run's name, or the path of its folder; empty: the run that was trained last
+    run: FilePath = ""  # the run's name, or its folder; empty: the run that was trained last
     runs_dir: FilePath = "runs"
     out: FilePath = ""  # empty: loss.png in the run's folder
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 from conf.launch import launch
 
 if __name__ == "__main__":
-    # Before the imports below: torch takes a second or more, which --help and a mistake need not wait for.
+    # Before the imports below: --help and a wrong setting need not wait for torch.
     launch("scripts.prepare:main", "scripts.prepare:PrepareSettings", __doc__)
 
 import os

@@ -17,7 +17,7 @@ from __future__ import annotations
 from conf.launch import launch
 
 if __name__ == "__main__":
-    # Before the imports below: torch takes a second or more, which --help and a mistake need not wait for.
+    # Before the imports below: --help and a wrong setting need not wait for torch.
     launch("scripts.report:main", "scripts.report:ReportSettings", __doc__)
 
 import hashlib
@@ -38,7 +38,7 @@ MOST_LETTERS = 60  # of the names in the name of a page
 class ReportSettings:
     """Which runs a report is about, and where it goes."""
 
-    runs: FilePaths = ""  # names or folders, separated by commas; empty: the run that was trained last
+    runs: FilePaths = ""  # names or folders, with commas between; empty: the run trained last
     runs_dir: FilePath = "runs"
     out: FilePath = ""  # empty: see page_of
 

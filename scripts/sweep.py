@@ -21,7 +21,7 @@ from __future__ import annotations
 from conf.launch import launch
 
 if __name__ == "__main__":
-    # Before the imports below: torch takes a second or more, which --help and a mistake need not wait for.
+    # Before the imports below: --help and a wrong setting need not wait for torch.
     launch("scripts.sweep:search", "scripts.sweep:SweepSettings", __doc__)
 
 import hashlib

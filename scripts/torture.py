@@ -18,7 +18,7 @@ from conf.launch import launch
 from progress import ProgressBar
 
 if __name__ == "__main__":
-    # Before the imports below: torch takes a second or more, which --help and a mistake need not wait for.
+    # Before the imports below: --help and a wrong setting need not wait for torch.
     launch("scripts.torture:torture", "scripts.torture:TortureSettings", __doc__)
 
 import contextlib

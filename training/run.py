@@ -149,22 +149,23 @@ def named_run(runs_dir: Path, name: str) -> Path:
 
 
 def is_sweep(folder: Path) -> bool:
-    """Whether a grid or a search has trained the runs in this folder: it keeps what they printed."""
+    """Whether a grid or a search trained the runs in this folder: it keeps what they printed."""
     return (folder / "logs").is_dir() and not is_run(folder)
 
 
 def best_run(sweep: Path) -> Path:
-    """The run of a sweep with the fewest bits per byte, which is said; the last one if none has any."""
+    """The run of a sweep with the fewest bits per byte, which is said; the last if none has any."""
     runs = sorted(runs_below(sweep), key=saved_at, reverse=True)
     results = {run: lowest_bits_per_byte(run) for run in runs}
     best = min(runs, key=results.__getitem__)
     if len(runs) > 1 and math.isfinite(results[best]):
-        say(f"The best of {len(runs)} runs in {sweep}: {best.name}, {results[best]:.4f} bits per byte", sys.stderr)
+        result = f"{results[best]:.4f} bits per byte"
+        say(f"The best of {len(runs)} runs in {sweep}: {best.name}, {result}", sys.stderr)
     return best
 
 
 def lowest_bits_per_byte(run: Path) -> float:
-    """The lowest of the run's validations, which also compares other tokenizers; infinite without any."""
+    """The lowest of the run's validations, which compares any tokenizers; infinite for none."""
     lowest = math.inf
     with suppress(OSError), os.fdopen(atomic.open_plain(run / "metrics.jsonl"), "rb") as lines:
         for line in lines:

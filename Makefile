@@ -10,7 +10,7 @@ help:  ## list the targets
 train: .venv/ready  ## train the default model, or go on with it; print samples (ARGS="key=value ...")
 	@$(RUN) train.py $(ARGS)
 
-sample: .venv/ready  ## complete a prompt with the run trained last (ARGS='prompt="Return the"')
+sample: .venv/ready  ## complete a prompt with the run trained last, or the best of its sweep (ARGS='prompt="Return the"')
 	@$(RUN) sample.py $(ARGS)
 
 test: .venv/ready  ## run the whole test suite

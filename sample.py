@@ -3,7 +3,8 @@
   python sample.py run=pydocs prompt="Return the number of"
 
 Settings, each with its default, or with an example where there is none:
-  run=NAME              the run's name or folder; without it, the run that was trained last
+  run=NAME              the run's name or folder, or a sweep's, for its best run; without it, the run that was
+                        trained last, or the best of its sweep
   prompt="To be, or"    any text, taken as it is; without it a new text is begun
   prompt_file=FILE      the prompt from a file, with its line endings, or from standard input with prompt_file=-
   prompts=FILE          a prompt a line: complete all, batch_size=16 at once, and write a JSON line each to

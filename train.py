@@ -7,7 +7,7 @@
 
 Common settings (--cfg job prints all, with their values):
   name=first            the run's folder is runs/first; without it, a name is made from what you changed
-  experiment=pydocs     presets that belong together: see below
+  experiment=pydocs     presets that belong together: see below; or a YAML file of your own
   data.tokenizer=bpe    char, byte, gpt2, or bpe with data.vocab_size=2048
   model.n_layer=4       also model.n_head, model.n_embd, model.block_size, model.dropout
   optim.lr=1e-2         also optim.weight_decay, optim.grad_clip, optim.schedule, optim.warmup_steps

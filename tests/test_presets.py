@@ -156,3 +156,9 @@ def test_an_experiment_of_a_name_and_one_of_a_path_are_told_apart(tmp_path, monk
     monkeypatch.chdir(tmp_path)
     assert "experiment=own.yaml" in complaint("experiment=own")
     assert "experiment=own.yaml" in complaint("own.yaml")
+
+
+def test_the_file_that_the_documentation_shows_composes(own):
+    text = (schema.CONF.parent / "docs" / "settings.md").read_text().partition("```yaml\n")[2].partition("```")[0]
+    made = compose("config", [own(text, "mine.yaml")])
+    assert (made.optim.lr, made.training.max_steps, made.data.source) == (3e-3, 500, "shakespeare")

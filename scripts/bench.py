@@ -69,7 +69,7 @@ from data.shards import Tokens
 from model import GPT, GPTConfig
 from scripts.peer import nanogpt_module, peer_problems
 from train import loss_of
-from training.device import Device
+from training.device import Device, seconds_of
 from training.optim import OptimConfig, Optimizers
 
 ROOT = Path(__file__).parent.parent
@@ -79,6 +79,7 @@ SHAPES = {  # the model, and the sequences in a batch
     "narrow": (replace(GPT2_LIKE, n_layer=4, n_head=4, n_embd=128, block_size=64, vocab_size=65), 12),
     "gpt2": (replace(GPT2_LIKE, vocab_size=50304), 4),
 }
+PRODUCT_SIZES = (512, 1024, 2048)  # rows and columns of the matrices whose product is the machine's limit
 
 
 @dataclass(frozen=True)
@@ -101,11 +102,12 @@ class SpeedSettings:
 
 
 def speed(settings: SpeedSettings) -> int:
-    limit = product_rate()
     device = Device()
-    print(f"torch {torch.__version__}, {device.describe()}; best measured product in bf16: {limit / 1e9:,.0f} GFLOP/s\n")
+    limit = product_rate(device)
+    print(f"torch {torch.__version__}, {device.describe()}; best measured product in {device.precision}: "
+          f"{limit / 1e9:,.0f} GFLOP/s\n")
     print("| shape | nanoGPT, tokens/s | ours | x | of product rate | memory, nanoGPT | ours | x |\n" + "|---" * 8 + "|")
-    measured: dict[str, Any] = {"product_flops": limit}
+    measured: dict[str, Any] = {"precision": device.precision, "product_flops": limit}
     for shape in SHAPES if settings.shape == "all" else [settings.shape]:
         config, batch_size = SHAPES[shape]
         sides = ["nanogpt", "ours"] if settings.peer else ["ours"]
@@ -134,15 +136,14 @@ def middle_ratio(rates: dict[str, list[float]]) -> float:
     return statistics.median(ours / theirs for ours, theirs in zip(rates["ours"], rates["nanogpt"], strict=True))
 
 
-def product_rate() -> float:
-    """The most FLOP/s of a product of square bf16 matrices, over several sizes."""
+def product_rate(device: Device) -> float:
+    """The most FLOP/s of a product of square matrices in the precision that our steps have, over several sizes."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[device.precision]
     best = 0.0
-    for size in (512, 1024, 2048):
-        a, b = torch.randn(size, size).bfloat16(), torch.randn(size, size).bfloat16()
+    for size in PRODUCT_SIZES:
+        a, b = (torch.randn(size, size, device=device.torch, dtype=dtype) for _ in range(2))
         for _ in range(8):
-            start = time.perf_counter()
-            a @ b
-            best = max(best, 2 * size**3 / (time.perf_counter() - start))
+            best = max(best, 2 * size**3 / seconds_of(lambda a=a, b=b: a @ b, device))
     return best
 
 

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 
 from conf.schema import ConfigError, compose
 from model import kernels
@@ -58,6 +59,17 @@ def test_both_sides_are_measured_in_turn_and_the_ratios_agree(tmp_path, monkeypa
     assert all(sum(run["seconds"]) >= 0.05 and len(run["seconds"]) >= 2 for side in measured["runs"].values() for run in side)
     cells = capsys.readouterr().out.splitlines()[-1].split("|")
     assert float(cells[4]) == pytest.approx(bench.middle_ratio(measured["tokens_per_second"]), abs=0.01)
+
+
+@pytest.mark.parametrize(("native", "precision"), [("1", torch.bfloat16), ("0", torch.float32)])
+def test_the_product_rate_is_of_the_precision_of_the_steps(native, precision, monkeypatch):
+    """A CPU that emulates bf16 would multiply for minutes."""
+    monkeypatch.setenv("NANOHYDRA_NATIVE_BF16", native)
+    monkeypatch.setattr(bench, "PRODUCT_SIZES", (4, 8))
+    multiplied = []
+    monkeypatch.setattr(bench, "seconds_of", lambda product, device: multiplied.append(product().dtype) or 1e-3)
+    assert bench.product_rate(bench.Device("cpu")) == pytest.approx(2 * 8**3 / 1e-3)
+    assert set(multiplied) == {precision}
 
 
 def test_a_ratio_is_of_the_two_sides_of_one_round():

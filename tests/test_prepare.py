@@ -345,7 +345,10 @@ def validation(tmp_path):
     return write
 
 
-@pytest.mark.parametrize("source", [{}, {"source": "pydocs", "path": ""}], ids=["files", "pydocs"])
+SOURCES = [pytest.param({}, id="files"), pytest.param({"source": "pydocs", "path": ""}, id="pydocs", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("source", SOURCES)
 def test_own_validation_text_is_what_is_validated_on(corpus, validation, source):
     config = corpus(FEW, val_path=validation(["Another text. " * 9, "And one more. "]), **source)
     folder = prepare(config)

@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.shards import ShardWriter, Tokens, check, read_meta, token_dtype, write_meta
@@ -44,6 +44,7 @@ def test_an_id_beyond_the_vocabulary_is_refused_not_wrapped(tmp_path, one):
         write_shards(tmp_path, [[1, one]])
 
 
+@settings(max_examples=20)  # each writes files
 @given(arrays=st.lists(st.lists(st.integers(0, 999), max_size=25), max_size=8))
 def test_reading_across_shards_equals_the_concatenation(arrays):
     expected = np.array(list(chain(*arrays)), dtype=np.int64)

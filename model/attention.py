@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from model.config import GPTConfig
+from model.linear import Linear
 
 QUERIES_AT_ONCE = 256  # of products on a CPU: what a block of queries cannot see is not computed
 
@@ -114,8 +115,8 @@ class CausalSelfAttention(nn.Module):
         self.qk_norm = config.qk_norm
         self.dropout = config.dropout
         fused_width = (self.n_head + 2 * self.n_kv_head) * self.head_width
-        self.c_attn = nn.Linear(config.n_embd, fused_width, bias=config.bias)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_attn = Linear(config.n_embd, fused_width, bias=config.bias)
+        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, rotary: Tensor | None = None, cache: KVCache | None = None,

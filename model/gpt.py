@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from model.attention import CausalSelfAttention, Documents, KVCache, can_pack, rotary_table
 from model.config import GPTConfig
+from model.linear import Linear
 from model.loss import next_token_loss
 from model.ngram import NGramEmbedding
 
@@ -32,8 +33,8 @@ class MLP(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.activation = config.activation
         self.dropout = nn.Dropout(config.dropout)
 
@@ -85,7 +86,7 @@ class GPT(nn.Module):
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = make_norm(config)
         if not config.tie_head:
-            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         self.init_weights()
 
     @torch.no_grad()

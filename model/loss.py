@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.linear import linear
+
 LOGITS_AT_ONCE = 2**24  # 64 MB in fp32
 
 
@@ -21,7 +23,7 @@ def next_token_loss(features: Tensor, weight: Tensor, targets: Tensor) -> Tensor
     this file; on CPUs it took 2.6 times as long (docs/benchmarks.md).
     """
     if len(targets) * len(weight) <= LOGITS_AT_ONCE:
-        return F.cross_entropy(F.linear(features, weight).float(), targets)
+        return F.cross_entropy(linear(features, weight).float(), targets)
     kind = features.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else features.dtype
     return ChunkedLoss.apply(features, weight, targets, dtype)

@@ -1,0 +1,63 @@
+"""The linear layer. On x86 CPUs in fp32 it trains with oneDNN's products instead of MKL's.
+
+MKL does not use all of an AMD processor: docs/benchmarks.md has what both take. Knows tensors only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Linear(nn.Linear):
+    """`torch.nn.Linear` by the function below."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` `[..., in]` -> `[..., out]`."""
+        return linear(x, self.weight, self.bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x` `[..., in]` times `weight` `[out, in]` transposed: `F.linear` but for rounding."""
+    if onednn_is_faster(x):
+        return OneDNNLinear.apply(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+def onednn_is_faster(x: Tensor) -> bool:
+    """Whether `x` trains in fp32 where torch would use MKL. In bf16 torch uses oneDNN itself."""
+    trains_in_fp32 = torch.is_grad_enabled() and x.is_cpu and x.dtype == torch.float32
+    if not trains_in_fp32 or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+        return False
+    return torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+
+
+class OneDNNLinear(torch.autograd.Function):
+    """The products that oneDNN computes faster: the layer's result, and the gradient of its input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return onednn_linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        x_gradient = weight_gradient = bias_gradient = None
+        if ctx.needs_input_grad[0]:
+            x_gradient = onednn_linear(gradient, weight.mT.contiguous(), None)
+        rows = gradient.reshape(-1, weight.size(0))
+        if ctx.needs_input_grad[1]:
+            weight_gradient = rows.mT @ x.reshape(-1, weight.size(1))
+        if ctx.needs_input_grad[2]:
+            bias_gradient = rows.sum(0)
+        return x_gradient, weight_gradient, bias_gradient
+
+
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """What `F.linear` computes, by oneDNN."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")

@@ -66,10 +66,10 @@ def test_the_product_rate_is_of_the_precision_of_the_steps(native, precision, mo
     """A CPU that emulates bf16 would multiply for minutes."""
     monkeypatch.setenv("NANOHYDRA_NATIVE_BF16", native)
     monkeypatch.setattr(bench, "PRODUCT_SIZES", (4, 8))
-    multiplied = []
-    monkeypatch.setattr(bench, "seconds_of", lambda product, device: multiplied.append(product().dtype) or 1e-3)
-    assert bench.product_rate(bench.Device("cpu")) == pytest.approx(2 * 8**3 / 1e-3)
-    assert set(multiplied) == {precision}
+    made, randn = [], torch.randn
+    monkeypatch.setattr(torch, "randn", lambda *size, **how: made.append(randn(*size, **how)) or made[-1])
+    assert bench.product_rate(bench.Device("cpu")) > 0
+    assert [matrix.dtype for matrix in made] == 4 * [precision]
 
 
 def test_a_ratio_is_of_the_two_sides_of_one_round():

@@ -384,9 +384,9 @@ def loss_picture(run: History, kind: str) -> bytes:
         return as_image(figure, kind)
 
 
-def as_image(figure: Any, kind: str) -> bytes:
+def as_image(figure: Any, kind: str, dpi: int = 110) -> bytes:
     picture = io.BytesIO()
-    figure.savefig(picture, format=kind, dpi=110)
+    figure.savefig(picture, format=kind, dpi=dpi)
     return picture.getvalue()
 
 

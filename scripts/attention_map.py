@@ -7,7 +7,7 @@ Settings, each with its default:
   run=NAME         the run's name or folder; without it, the run that was trained last
   checkpoint=best  or last, or a step such as checkpoint=300
   fresh=PRESET     instead of a run, a model of that shape with random weights, reading bytes
-  prompt=TEXT      what the model reads, up to its block_size in tokens
+  prompt=TEXT      what the model reads; of a long one the last tokens, as in sampling
   out=FILE         the page; without it, attention.html in the run's folder, or here with fresh=
   png=true         also a still picture, beside the page (needs matplotlib)
 """
@@ -22,6 +22,8 @@ if __name__ == "__main__":
 
 import base64
 import json
+import math
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,14 +37,17 @@ from conf.schema import FilePath, checkpoint_problems, closest, compose, options
 from data.tokenizer import ByteTokenizer, Tokenizer
 from model import GPT
 from model.generate import finite
+from report.curves import as_image, new_figure, quiet, short_text
 from sample import open_checkpoint
-from scripts.plot import pyplot, save
-from terminal import readable_size, say
+from terminal import counted, escaped, readable_size, say
 from training.device import Device
 from training.run import find_run
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 PLACE = '{"this": "is replaced"}'  # where the template holds data
+SPACES = {"\n": "⏎", "\t": "⇥", " ": "·"}
+LONGEST = 40  # characters of a label
+SMALLEST = 5  # points, of a label in a picture
 N_NEXT = 8  # tokens that are shown as likely to come next
 MOST_VALUES = 2**24  # weights on a page: 45 MB, which a browser opens in some seconds
 
@@ -76,27 +81,33 @@ class AttentionMapSettings:
 
 def main(settings: AttentionMapSettings) -> int:
     model, tokenizer, name, folder = open_model(settings)
-    ids = tokenizer.encode(settings.prompt)
-    if len(ids) > model.config.block_size:
-        raise ValueError(f"The prompt is {len(ids)} tokens long, this model reads {model.config.block_size}: shorten it.")
-    layers, heads = model.config.n_layer, model.config.n_head
-    if (values := layers * heads * len(ids) ** 2) > MOST_VALUES:
-        raise ValueError(f"{len(ids)} tokens in {layers} layers of {heads} heads are {values:,} weights, a page holds "
-                         f"{MOST_VALUES:,}: shorten the prompt.")
+    ids = trimmed(tokenizer.encode(settings.prompt), model)
     logits, weights = look(model, torch.tensor([ids]))
     finite(logits)
     out = Path(settings.out) if settings.out else folder / "attention.html"
-    words = [word(tokenizer, token) for token in ids]
-    atomic.write_bytes(out, page(name, words, weights, likely(logits, tokenizer)).encode())
+    labels = [label(tokenizer, token) for token in ids]
+    atomic.write_bytes(out, page(name, labels, weights, likely(logits, tokenizer)).encode())
     say(f"Wrote {out} ({readable_size(out.stat().st_size)}): open it in a browser.")
     if settings.png:
-        atomic.write_bytes(picture := out.with_suffix(".png"), draw(name, weights))
+        atomic.write_bytes(picture := out.with_suffix(".png"), draw(name, labels, weights))
         say(f"Drew {picture}")
     return 0
 
 
+def trimmed(ids: list[int], model: GPT) -> list[int]:
+    """The last of the prompt's tokens: as many as the model reads and a page holds. Says so if that is not all."""
+    config = model.config
+    fits = math.isqrt(MOST_VALUES // (config.n_layer * config.n_head))
+    if len(ids) > min(fits, config.block_size):
+        reason = "as many as the model reads" if config.block_size <= fits else (
+            f"as many as a page holds for {config.n_layer} layers of {config.n_head} heads")
+        ids, whole = ids[-min(fits, config.block_size):], len(ids)
+        say(f"The prompt has {counted(whole, 'token')}: the map shows the last {len(ids):,}, {reason}.")
+    return ids
+
+
 def open_model(settings: AttentionMapSettings) -> tuple[GPT, Tokenizer, str, Path]:
-    """A model, its tokenizer, what to call it, and the folder where its page goes."""
+    """A model, its tokenizer, its name, and the folder for its page."""
     if settings.fresh:
         tokenizer = ByteTokenizer()
         config = compose("config", [f"model={settings.fresh}"]).model
@@ -124,38 +135,65 @@ def look(model: GPT, ids: Tensor) -> tuple[Tensor, Tensor]:
 def likely(logits: Tensor, tokenizer: Tokenizer) -> list[list[tuple[str, float]]]:
     """For each position the likeliest next tokens, with their probabilities."""
     top = logits.float().softmax(-1).topk(min(N_NEXT, logits.size(-1)))
-    return [[(word(tokenizer, token), round(p, 5)) for token, p in zip(*row, strict=True)]
+    return [[(label(tokenizer, token), round(p, 5)) for token, p in zip(*row, strict=True)]
             for row in zip(top.indices.tolist(), top.values.tolist(), strict=True)]
 
 
-def word(tokenizer: Tokenizer, token: int) -> str:
-    """A token's text; bytes that are no whole character as in \\xff."""
-    return tokenizer.decode_bytes([token]).decode(errors="backslashreplace")
+def label(tokenizer: Tokenizer, token: int) -> str:
+    """A token's text so that each character can be seen, and not more than LONGEST of them."""
+    text = tokenizer.decode_bytes([token]).decode(errors="backslashreplace")
+    if len(text) > LONGEST:
+        text = text[:LONGEST] + "…"
+    if text and unicodedata.category(text[0]).startswith("M"):
+        text = "◌" + text  # or it would change the character before it
+    return "".join(map(visible, text)) or "∅"
 
 
-def page(name: str, words: list[str], weights: Tensor, following: list[list[tuple[str, float]]]) -> str:
-    """The template with everything in it. Weights go as 16-bit fractions: 4 digits, in a fifth of JSON's space."""
+def visible(letter: str) -> str:
+    """A character, or what stands for one that shows nothing."""
+    if letter in SPACES:
+        return SPACES[letter]
+    if letter.isspace():
+        return ascii(letter)[1:-1]
+    return escaped(letter, keep="")
+
+
+def page(name: str, labels: list[str], weights: Tensor, following: list[list[tuple[str, float]]]) -> str:
+    """The page. Weights are stored as 16-bit fractions: 4 digits, in a fifth of the space that JSON needs."""
     fractions = (weights * 65535).round().to(torch.int32).numpy().astype("<u2")
-    content: dict[str, Any] = {"name": name, "words": words, "next": following, "layers": weights.size(0),
+    content: dict[str, Any] = {"name": escaped(name, keep=""), "words": labels, "next": following, "layers": weights.size(0),
                                "heads": weights.size(1), "weights": base64.b64encode(fractions.tobytes()).decode()}
-    text = json.dumps(content).replace("<", "\\u003c")  # so that no word can end the script it stands in
+    text = json.dumps(content).replace("<", "\\u003c")  # or a token could end the script
     return TEMPLATE.read_text(encoding="utf-8").replace(PLACE, text)
 
 
-def draw(name: str, weights: Tensor) -> bytes:
+def draw(name: str, labels: list[str], weights: Tensor) -> bytes:
     """The grid of all layers and heads, as PNG. Raises ValueError if matplotlib is missing."""
     layers, heads = weights.shape[:2]
-    figure, axes = pyplot().subplots(layers, heads, figsize=(1 + 1.6 * heads, 0.8 + 1.6 * layers), dpi=100, squeeze=False,
-                                   layout="constrained")
-    for layer in range(layers):
-        for head in range(heads):
-            cell = axes[layer][head]
-            roots = weights[layer, head].sqrt().numpy()  # so that small weights show too
-            cell.imshow(roots, cmap="cividis", vmin=0, vmax=1)
-            cell.set(xticks=[], yticks=[])
-            if layer == 0:
-                cell.set_title(f"head {head}", fontsize=8)
-            if head == 0:
-                cell.set_ylabel(f"layer {layer}", fontsize=8)
-    figure.suptitle(f"{name}: rows attend to columns", fontsize=10)
-    return save(figure, "png")
+    size = 2.4 if layers * heads <= 24 else 1.6  # inches
+    figure, style = new_figure(1.5 + size * heads, 1.5 + size * layers, "attention")
+    points = 72 * 0.9 * size / len(labels)  # the height of a row
+    every = math.ceil(SMALLEST / points)
+    ticks = {"ticks": range(0, len(labels), every), "labels": [short_text(text) for text in labels[::every]],
+             "fontsize": max(SMALLEST, min(8, 0.85 * points))}
+    with style, quiet():
+        axes = figure.subplots(layers, heads, squeeze=False, sharex=True, sharey=True)
+        for layer in range(layers):
+            for head in range(heads):
+                cell = axes[layer][head]
+                roots = weights[layer, head].sqrt().numpy()  # so that small weights show too
+                cell.imshow(roots, cmap="cividis", vmin=0, vmax=1)
+                cell.grid(False)
+                cell.tick_params(length=0)
+                if layer == 0:
+                    cell.set_title(f"head {head}", fontsize=9)
+                if head == 0:
+                    cell.set_ylabel(f"layer {layer}", fontsize=9)
+        axes[0][0].set_yticks(**ticks)
+        axes[0][0].set_xticks(**ticks, rotation=90)
+        for cell in axes[-1]:
+            cell.tick_params(axis="x", labelrotation=90, labelsize=ticks["fontsize"])
+        for cell in axes[:, 0]:
+            cell.tick_params(axis="y", labelsize=ticks["fontsize"])
+        figure.suptitle(f"{escaped(name, keep='')}: each row is a token, and shows which tokens it attends to", fontsize=10)
+        return as_image(figure, "png", dpi=120)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import re
 import sys
@@ -61,7 +62,7 @@ def test_the_weights_are_those_that_led_to_the_logits(flags):
 def test_the_page_holds_the_tokens_the_weights_and_the_likely_next_tokens(tmp_path):
     page, data = made(tmp_path)
     weights = weights_of(data)
-    assert "".join(data["words"]) == PROMPT[:32] and weights.shape == (2, 2, 32, 32)
+    assert "".join(data["words"]) == PROMPT[:32].replace(" ", "·") and weights.shape == (2, 2, 32, 32)
     assert np.allclose(weights.sum(-1), 1, atol=32 / 65535) and not np.triu(weights, 1).any()
     model, tokenizer, name, _ = story.open_model(compose(story.AttentionMapSettings, ["fresh=nano"]))
     assert not model.training and name == "nano, random weights"
@@ -71,7 +72,7 @@ def test_the_page_holds_the_tokens_the_weights_and_the_likely_next_tokens(tmp_pa
     top = logits.softmax(-1).topk(story.N_NEXT)
     assert top.values[:, 0].std() > 1e-4  # they differ from position to position
     for position, row in enumerate(data["next"]):
-        assert [word for word, _ in row] == [story.word(tokenizer, token) for token in top.indices[position].tolist()]
+        assert [word for word, _ in row] == [story.label(tokenizer, token) for token in top.indices[position].tolist()]
         assert np.allclose([p for _, p in row], top.values[position], atol=1e-5)
     assert not re.search(r"https?:|<link|@import|src=|url\(|[\"']//", story.TEMPLATE.read_text()) and "is replaced" not in page.read_text()
 
@@ -88,12 +89,8 @@ def test_words_cannot_end_the_script_they_stand_in():
     assert content["words"] == ["</script>", "<!--"] and content["name"] == "</script><b>"
 
 
-def test_an_output_that_is_not_finite_or_too_large_for_a_page_is_one_sentence(tmp_path, monkeypatch):
+def test_an_output_that_is_not_finite_is_one_sentence(tmp_path, monkeypatch):
     settings = compose(story.AttentionMapSettings, ["fresh=nano", f"out={tmp_path / 'x.html'}"])
-    with monkeypatch.context() as patch:
-        patch.setattr(story, "MOST_VALUES", 100)
-        with pytest.raises(ValueError, match=r"26 tokens in 2 layers of 2 heads are 2,704 weights, a page holds 100"):
-            story.main(settings)
     monkeypatch.setattr(story, "look", lambda model, ids: (torch.full((26, 257), torch.nan), torch.zeros(2, 2, 26, 26)))
     with pytest.raises(ValueError, match="NaN or infinite"):
         story.main(settings)
@@ -114,13 +111,13 @@ def test_a_trained_run_gets_its_page_in_its_folder(compose_tiny, tmp_path, capsy
     train(compose_tiny("training.max_steps=3", "training.sample_tokens=0"))
     assert story.main(compose(story.AttentionMapSettings, [f"runs_dir={tmp_path / 'runs'}", "prompt=The quiet dog"])) == 0
     page = tmp_path / "runs/tiny/attention.html"
-    assert "".join(data_of(page)["words"]) == "The quiet dog" and str(page) in capsys.readouterr().out
+    assert "".join(data_of(page)["words"]) == "The·quiet·dog" and str(page) in capsys.readouterr().out
 
 
 def test_a_missing_matplotlib_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ValueError, match="pip install matplotlib"):
-        story.draw("x", torch.zeros(1, 1, 2, 2))
+        story.draw("x", ["a", "b"], torch.zeros(1, 1, 2, 2))
 
 
 @pytest.mark.slow
@@ -145,9 +142,44 @@ def test_bad_settings_are_one_sentence(overrides, words):
         compose(story.AttentionMapSettings, overrides)
 
 
-def test_a_prompt_that_is_too_long_is_refused_with_both_numbers(tmp_path):
-    with pytest.raises(ValueError, match="33 tokens long, this model reads 32"):
-        story.main(compose(story.AttentionMapSettings, ["fresh=nano", f"prompt={'x' * 33}", f"out={tmp_path / 'x.html'}"]))
+def test_a_prompt_that_is_too_long_is_trimmed_as_in_sampling(tmp_path, capsys):
+    _, data = made(tmp_path, f"prompt={'x' * 20}{'y' * 32}")
+    assert data["words"] == ["y"] * 32 and weights_of(data).shape[-1] == 32
+    assert capsys.readouterr().out.splitlines()[0] == "The prompt has 52 tokens: the map shows the last 32, as many as the model reads."
+
+
+def test_a_prompt_that_a_page_cannot_hold_is_trimmed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(story, "MOST_VALUES", 4 * 7**2 + 3)
+    _, data = made(tmp_path, "prompt=abcdefghijk")
+    assert data["words"] == list("efghijk")
+    assert "11 tokens: the map shows the last 7, as many as a page holds for 2 layers of 2 heads." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text, label", [
+    (b" the", "·the"), (b"\n\t", "⏎⇥"), (b"\r\n", "\\r⏎"), (b"", "∅"), (b"\xff", "\\xff"), ("\u0301".encode(), "◌\u0301"), ("\u00a0\u3000".encode(), "\\xa0\\u3000"),
+    (b"\x1b[2J", "\\x1b[2J"), ("\u202e".encode(), "\\u202e"), ("中文".encode(), "中文"), (b"<b>&", "<b>&"), (b"x" * 12_000_000, "x" * 40 + "…")], ids=lambda value: repr(value)[:20])
+def test_every_character_of_a_label_can_be_seen(text, label):
+    class Tokenizer:
+        def decode_bytes(self, tokens):
+            return text
+
+    assert story.label(Tokenizer(), 0) == label
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 24, 128])
+def test_the_picture_has_labels_that_do_not_overlap(monkeypatch, tokens):
+    pytest.importorskip("matplotlib")
+    drawn = []
+    monkeypatch.setattr(story, "as_image", lambda figure, *_, **__: figure.draw_without_rendering() or drawn.append(figure) or b"")
+    labels = [f"·t{number}$x$" for number in range(tokens)]
+    story.draw("x", labels, torch.ones(2, 3, tokens, tokens))
+    axes = drawn[0].axes
+    for cell, axis in ((axes[0], "yaxis"), (axes[3], "yaxis"), (axes[3], "xaxis"), (axes[5], "xaxis")):
+        texts = [text for text in getattr(cell, axis).get_ticklabels() if text.get_text() and text.get_visible()]
+        assert [text.get_text() for text in texts] == labels[:: max(1, labels.index(texts[1].get_text()) if tokens > 1 else 1)]
+        low, high = ("y0", "y1") if axis == "yaxis" else ("x0", "x1")
+        spans = sorted((getattr(text.get_window_extent(), low), getattr(text.get_window_extent(), high)) for text in texts)
+        assert all(one[1] <= two[0] + 2 for one, two in itertools.pairwise(spans)), spans
 
 
 @pytest.mark.slow
@@ -160,8 +192,14 @@ def test_it_opens_without_errors_and_all_heads_are_there(tmp_path):
             sizes: buttons.map((button) => button.firstChild.width),
             different: new Set(buttons.map((button) => button.firstChild.toDataURL())).size, large: document.getElementById("large-title").textContent,
             reachable: [...document.querySelectorAll("#grid button, #words button")].every((button) => button.tabIndex === 0),
+            labels: ["row-labels", "column-labels"].map((id) => [...document.querySelectorAll(`#${id} span`)].map((span) => span.textContent)),
+            marked: [...document.querySelectorAll("#map .chosen")].map((span) => span.textContent), dark: getComputedStyle(document.body).colorScheme,
+            apart: [...document.querySelectorAll("#row-labels span:not([hidden])")].every((span, number, all) =>
+              !number || span.getBoundingClientRect().top >= all[number - 1].getBoundingClientRect().top + 10),
             named: buttons.map((button) => button.getAttribute("aria-label"))});""")
     assert console == ""
+    words = data_of(page)["words"]
+    assert found.pop("labels") == [words, words] and found.pop("marked") == [words[-1]] * 2 and found.pop("apart") and found.pop("dark") == "light dark"
     assert found == {"words": 32, "heads": 4, "title": "Attention of nano, random weights", "sizes": [32] * 4, "different": 4,
                      "large": "Mean of all heads", "reachable": True, "named": ["layer 0, head 0", "layer 0, head 1", "layer 1, head 0", "layer 1, head 1"]}
 
@@ -207,8 +245,7 @@ def test_a_click_enlarges_and_a_hover_shows_what_the_tensor_says(tmp_path):
         assert np.allclose(shown, expected, atol=6e-5)
     assert found["row"] == "37.5%" and found["byFocus"] == 5 and found["focused"] == 6 and found["chosenCount"] == 1
     assert found["pressed"] == ["false", "false", "true", "false"]
-    assert found["nextWords"] == [word.replace(" ", "·").replace("\n", "⏎").replace("\t", "⇥") if word.isprintable() or word in "\n\t" else "�"
-                                  for word, _ in data["next"][12]] or any(word in "\r" for word, _ in data["next"][12])
+    assert found["nextWords"] == [word for word, _ in data["next"][12]]
     head = weights[1, 0]
     for token, weight in sorted(enumerate(head[12, :13]), key=lambda pair: -pair[1])[:3]:
         assert f"({token}) {weight:.4f}" in found["said"]

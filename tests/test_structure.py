@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -66,3 +67,10 @@ def test_no_pickle_and_no_torch_load():
 def test_progress_is_shown_by_one_module():
     for path in [*files(*WINGS, "conf", "report", "scripts"), *ROOT.glob("*.py")]:
         assert path.name == "progress.py" or "tqdm" not in imports(path), path
+
+
+def test_every_test_that_the_documentation_names_exists():
+    names = {name for path in (ROOT / "docs").glob("*.md") for name in re.findall(r"\btest_\w+", path.read_text())}
+    defined = {name for path in files("tests") for name in re.findall(r"def (test_\w+)\(", path.read_text())}
+    modules = {path.stem for path in files("tests")}
+    assert names <= defined | modules, names - defined - modules

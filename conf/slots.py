@@ -95,10 +95,12 @@ class Job:
             self.read += len(whole)
             for line in whole.splitlines():
                 with suppress(ValueError):
-                    self.heard.append(atomic.parse_json(line))
+                    row = atomic.parse_json(line)
+                    if isinstance(row, dict) and isinstance(row.get("step"), int):
+                        self.heard.append(row)
         for row in self.heard:
             self.step = row["step"]
-            if row.get(self.metric) is not None:
+            if isinstance(row.get(self.metric), int | float):
                 self.best = min(self.best, row[self.metric])
 
     def stop(self) -> None:

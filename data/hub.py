@@ -105,7 +105,7 @@ class Hub:
         """The data set as it is now, or, where that cannot be known, as it was when it was last seen."""
         if self.folder:
             return self.look("")
-        known = json.loads(self.memory.read_text()) if self.memory.is_file() else {"commits": {}, "files": {}}
+        known = self.seen()
         last = known["commits"].get(self.revision)
         try:
             commit = self.revision if self.revision in known["files"] else self.ask()  # a commit stays what it is
@@ -124,6 +124,17 @@ class Hub:
             with suppress(OSError):  # prepared tokens can lie where this user may only read
                 atomic.write_bytes(self.memory, json.dumps(known, indent=2).encode())
         return version
+
+    def seen(self) -> dict[str, dict[str, Any]]:
+        """The commits of the data set that were seen, and their files. A damaged record of them is forgotten."""
+        try:
+            known = atomic.read_json(self.memory)
+        except (OSError, ValueError):
+            known = None
+        whole = isinstance(known, dict) and all(isinstance(known.get(key), dict) for key in ("commits", "files"))
+        if not whole or any(str(commit) not in known["files"] for commit in known["commits"].values()):
+            return {"commits": {}, "files": {}}
+        return known
 
     def ask(self) -> str:
         """The commit that the revision is now on the Hub. Raises ValueError if there is none, or no answer."""

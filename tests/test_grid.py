@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_atomic import special
 
 import atomic
 import train as story
@@ -234,6 +235,24 @@ def test_metrics_are_read_as_they_come(tmp_path):
     metrics(tmp_path / "a", {"step": 2, "val_loss": 2.5})  # a checkpoint was gone back to
     one.look()
     assert one.heard == [{"step": 2, "val_loss": 2.5}]
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, "3", "{}", '{"step": "x"}', '{"step": null, "val_loss": 1}', "\x00"])
+def test_metrics_that_no_training_writes_are_passed_over(tmp_path, line):
+    one = job(tmp_path, "a")
+    (tmp_path / "a").mkdir(parents=True)
+    (tmp_path / "a/metrics.jsonl").write_text(line + '\n{"step": 5, "val_loss": "low"}\n')
+    one.look()
+    assert (one.step, len(one.heard)) == (5, 1) and math.isinf(one.best)
+
+
+@pytest.mark.parametrize("kind", ["FIFO", "link"])
+def test_metrics_that_are_no_plain_file_are_not_waited_for(tmp_path, kind):
+    one = job(tmp_path, "a")
+    (tmp_path / "a").mkdir(parents=True)
+    special(tmp_path / "a/metrics.jsonl", kind)
+    one.look()
+    assert one.heard == []
 
 
 def test_losses_of_other_tokens_are_compared_by_the_byte():

@@ -488,6 +488,15 @@ def test_a_memory_that_cannot_be_kept_stops_nothing(hub, monkeypatch):
     assert texts(source("me/set")) == ["a"]
 
 
+@pytest.mark.parametrize("content", ["", "[", "[" * 100_000, "[]", '{"commits": {}}', '{"commits": {"": [1]}, "files": {}}'],
+                         ids=range(6))
+def test_a_damaged_memory_is_forgotten(hub, content):
+    hub.push("me/set", {"train.jsonl": lines({"text": "a"})})
+    source("me/set").fingerprint()
+    write(source("me/set").memory.parent, {source("me/set").memory.name: content.encode()})
+    assert texts(source("me/set")) == ["a"]
+
+
 def test_the_package_that_is_not_here_is_named(fresh_data, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     for name in (tmp_path, "me/set"):

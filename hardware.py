@@ -6,6 +6,7 @@ Where a format is not native, torch emulates it: on a CPU bf16 then takes 30 tim
 from __future__ import annotations
 
 import os
+from functools import cache
 from pathlib import Path
 
 
@@ -33,6 +34,34 @@ def native(precision: str, device: str = "cpu") -> bool:
         return torch.ops.mkldnn._is_mkldnn_fp16_supported()
     instructions = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return instructions and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def onednn_beats_mkl() -> bool:
+    """Whether oneDNN multiplies fp32 matrices faster than MKL: on AMD's processors, where that was measured.
+
+    NANOHYDRA_ONEDNN=0 or 1 overrides the answer. False where torch lacks one of the two.
+    """
+    import torch
+
+    if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
+        return False
+    # A private function of torch, which a version may lack.
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    answer = os.environ.get("NANOHYDRA_ONEDNN")
+    return answer == "1" if answer in ("0", "1") else vendor() == "AuthenticAMD"
+
+
+@cache
+def vendor() -> str:
+    """The maker of the processor, as Linux names it; empty on other systems."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("vendor_id"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return ""
 
 
 def usable_cpus() -> int:

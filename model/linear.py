@@ -1,4 +1,4 @@
-"""The linear layer. On x86 CPUs in fp32 it trains with oneDNN's products instead of MKL's.
+"""The linear layer. On AMD's CPUs in fp32 it trains with oneDNN's products instead of MKL's.
 
 MKL does not use all of an AMD processor: docs/benchmarks.md has what both take. Knows tensors only.
 """
@@ -11,6 +11,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+
+from hardware import onednn_beats_mkl
 
 
 class Linear(nn.Linear):
@@ -33,7 +35,7 @@ def onednn_is_faster(x: Tensor) -> bool:
     trains_in_fp32 = torch.is_grad_enabled() and x.is_cpu and x.dtype == torch.float32
     if not trains_in_fp32 or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
         return False
-    return torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    return onednn_beats_mkl()
 
 
 class OneDNNLinear(torch.autograd.Function):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hardware import cpu_quota, native, usable_cpus
+from hardware import cpu_quota, native, onednn_beats_mkl, usable_cpus
 from training.device import Device
 
 
@@ -71,3 +71,21 @@ def test_no_more_cpus_are_used_than_the_quota(monkeypatch):
     for quota, expected in ((None, 8), (1.5, 2), (0.2, 1), (64, 8)):
         monkeypatch.setattr("hardware.cpu_quota", lambda _, quota=quota: quota)
         assert usable_cpus() == expected
+
+
+@pytest.mark.parametrize(("vendor", "answer", "expected"), [
+    ("AuthenticAMD", None, True), ("GenuineIntel", None, False), ("", None, False),
+    ("GenuineIntel", "1", True), ("AuthenticAMD", "0", False)])
+def test_onednn_replaces_mkl_on_amd_or_on_request(vendor, answer, expected, monkeypatch):
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    monkeypatch.setattr("hardware.vendor", lambda: vendor)
+    monkeypatch.delenv("NANOHYDRA_ONEDNN", raising=False)
+    if answer:
+        monkeypatch.setenv("NANOHYDRA_ONEDNN", answer)
+    assert onednn_beats_mkl() == expected
+
+
+def test_onednn_needs_torchs_function(monkeypatch):
+    monkeypatch.setenv("NANOHYDRA_ONEDNN", "1")
+    monkeypatch.setattr(torch.ops, "mkldnn", object())
+    assert not onednn_beats_mkl()

@@ -11,6 +11,13 @@ from model.linear import Linear
 
 SHAPES = [(7,), (3, 5, 7), (2, 1, 7), (0, 7)]
 
+@pytest.fixture(autouse=True)
+def onednn(monkeypatch):
+    """Use oneDNN on any processor."""
+    monkeypatch.setenv("NANOHYDRA_ONEDNN", "1")
+
+
+
 
 @pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="torch has no MKL here")
 @pytest.mark.parametrize("shape", SHAPES)

@@ -229,7 +229,7 @@ def no_override(word: str) -> str:
     meant = "write key=value, as in training.max_steps=100"
     if Path(word).suffix in YAML_FILES:
         meant = f"write experiment={word} for a file of settings"
-    elif word and Path(word).exists():
+    elif word and os.path.exists(word):
         meant = f"write data=text data.path={word} to train on it"
     return f"{word!r} is not an override: {meant}."
 
@@ -239,7 +239,7 @@ def wrong_preset(group: str, value: str) -> str:
     if value in options(group):
         return ""
     is_file = group == "experiment" and Path(value).suffix in YAML_FILES
-    if is_file and ("," not in value or Path(expanded(value)).exists()):
+    if is_file and ("," not in value or os.path.exists(os.path.expanduser(value))):
         return ""
     if "," in value or "(" in value:
         return f"{group}={value}: {SWEEP_ADVICE}"
@@ -353,7 +353,7 @@ def resolved(composed: DictConfig, text: dict[str, str]) -> dict[str, Any]:
     """The settings with all ${...} replaced. `text` is taken as it is, unless it has one too."""
     OmegaConf.register_new_resolver("text", text.get, replace=True)
     for key, value in text.items():
-        literal = key in VERBATIM or "${" not in value or Path(value).exists()
+        literal = key in VERBATIM or "${" not in value or os.path.exists(value)
         OmegaConf.update(composed, key, f"${{text:{key}}}" if literal else value, force_add=True)
     settings = OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"])
     return OmegaConf.to_container(settings, resolve=True)
@@ -480,7 +480,7 @@ def expanded(path: str) -> str:
     Raises ValueError where nobody knows that folder, unless a file of that name is here.
     """
     found = os.path.expanduser(path)
-    if path.startswith("~") and found == path and not Path(path).exists():
+    if path.startswith("~") and found == path and not os.path.exists(path):
         raise ValueError("names no home folder of this machine: write ./ before a name that begins "
                          "with ~")
     return found

@@ -161,8 +161,9 @@ def test_sampling_settings_are_checked_too(override):
 @given(text=st.text(st.characters(codec="utf-8")))
 @pytest.mark.slow
 def test_any_prompt_arrives_unchanged(text):
-    settings = compose("sample", [f"prompt={text}", f"stop={text}", f"run={text}"])
-    assert (settings.prompt, settings.stop, settings.run) == (text, text, text)
+    run = "./" + text.replace("${", "")  # which would be a reference; ~ at the beginning would be the home folder
+    settings = compose("sample", [f"prompt={text}", f"stop={text}", f"run={run}"])
+    assert (settings.prompt, settings.stop, settings.run) == (text, text, run)
 
 
 @pytest.mark.parametrize("text", ["To be, or not to be", "{x}", "a = b", "line\nline", "  spaces ", "${oc.env:HOME}", "null", "'", '"q"',
@@ -389,3 +390,12 @@ def test_habits_of_hydra_and_python_are_one_short_sentence(override, said):
 def test_the_last_of_equal_overrides_counts():
     made = compose("config", ["seed=1", "model=nano", "name=a", "seed=2", "model=gpt2", "name=b", "++optim.lr=1"])
     assert (made.seed, made.model, made.name, made.optim.lr) == (2, GPTConfig(), "b", 1.0)
+
+
+@pytest.mark.parametrize("text", ["x" * 5000, "${" + "x" * 5000, "~" + "x" * 5000, "~\x00", "\x00${", "${seed}" + "/y" * 4000])
+def test_a_path_that_no_system_has_is_one_sentence_or_taken(text):
+    try:
+        compose("config", [f"runs_dir={text}", "name=x"])
+    except ConfigError as error:
+        assert "runs_dir" in str(error) and "\n" not in str(error)
+    assert "write key=value" in complaint(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterable
 from contextlib import suppress
@@ -33,6 +34,7 @@ class ProgressBar(tqdm):
 
     monitor_interval = 0  # No thread of tqdm's, so that a process with a bar can fork.
     expected: float | None = None  # an estimate of seconds for each unit
+    ends = math.inf  # seconds after which the work ends, done or not
 
     def __init__(self, iterable: Iterable[Any] | None = None, desc: str | None = None, plain_format: str = "",
                  **settings: Any) -> None:
@@ -41,11 +43,15 @@ class ProgressBar(tqdm):
             settings |= {"mininterval": PLAIN_SECONDS, "delay": PLAIN_SECONDS}
         super().__init__(iterable, desc, file=sys.stderr, dynamic_ncols=True, miniters=0, **settings)
 
-    def expect(self, seconds: float) -> None:
-        """Begin now with an estimate of the time left. It counts as much as the first tenth of the work."""
+    def expect(self, seconds: float, limited: bool = False) -> None:
+        """Begin now with an estimate of the time left. It counts as much as the first tenth of the work.
+
+        `limited`: the work ends after `seconds`, done or not.
+        """
         left = self.total - self.n
         if left > 0:
-            self.expected, self.initial, self.start_t = seconds / left, self.n, self._time()
+            self.initial, self.start_t = self.n, self._time()
+            self.expected, self.ends = (None, seconds) if limited else (seconds / left, math.inf)
 
     @property
     def format_dict(self) -> dict[str, Any]:
@@ -60,6 +66,9 @@ class ProgressBar(tqdm):
                 state["rate"] = 1 / seconds
             else:
                 state["rate"] = 1 / self.expected
+        if math.isfinite(self.ends) and self.total > self.n:
+            measured = max(0, self.n - self.initial) / max(state["elapsed"], 1e-9)
+            state["rate"] = max(measured, (self.total - self.n) / max(self.ends - state["elapsed"], 1e-9))
         return state
 
     def plain_line(self) -> str:

@@ -126,7 +126,8 @@ def train(settings: Settings) -> int:
                      "model": asdict(model.config), "environment": asdict(device.environment(forward is not model))}
             record_start(run.folder, state.step, facts["environment"])
             expected = expected_seconds(state, settings, forward, loader, validation, device, boundary)
-            recorder.expect(expected)
+            limited = limits.max_seconds is not None and expected >= limits.max_seconds - state.seconds
+            recorder.expect(expected, limited)
             recorder.say(f"Time: about {readable_time(expected)} on this machine, with updates and evaluations, by timing a "
                          f"few sequences.")
 

@@ -90,6 +90,17 @@ def test_loops_within_loops_move_no_cursor(clock, streams):
     assert len(lines) == 8 and all(line.startswith(("Outer: ", "Inner: ")) for line in lines)
 
 
+@pytest.mark.parametrize("steps_a_second, left", [(3, "00:15"), (100, "00:09")])
+def test_work_that_a_time_limit_ends_shows_the_time_left_until_then(clock, streams, steps_a_second, left):
+    _, err = streams(io.StringIO)
+    with ProgressBar(total=1900, leave=False) as bar:
+        bar.expect(25, limited=True)
+        for _ in range(10):
+            clock[0] += 1
+            bar.update(steps_a_second)
+    assert err.getvalue().endswith(f"00:10 elapsed, {left} left\n")
+
+
 def test_plain_lines_become_rarer_as_work_takes_longer(clock, streams):
     _, err = streams(io.StringIO)
     with ProgressBar(total=86_400) as bar:

@@ -100,9 +100,9 @@ class Recorder:
         """Bring the metrics to the disk. Raises OSError if it does not take them; they are kept and offered again."""
         self.metrics.sync()
 
-    def expect(self, seconds: float) -> None:
-        """Show the time left by this estimate of it, until steps have been timed."""
-        self.bar.expect(seconds)
+    def expect(self, seconds: float, limited: bool = False) -> None:
+        """Show the time left by this estimate of it, until steps have been timed; `limited`: by training.max_seconds."""
+        self.bar.expect(seconds, limited)
 
     def progress(self, step: int, **shown: str) -> None:
         """Move the bar to `step` finished steps."""

@@ -60,7 +60,7 @@ class Settings:
     auto_name: str = ""  # made from the experiment and what differs from it
     seed: int = 1337
     runs_dir: FilePath = "runs"
-    restart: bool = False  # begin anew: what is in the run's folder is moved aside
+    restart: bool = False  # start over, once: the run in the folder is renamed; see docs/runs.md
     allow_drift: bool = False  # go on although machine or versions are others, and the last bits with them
     model: GPTConfig = field(default_factory=GPTConfig)
     data: DataConfig = field(default_factory=DataConfig)

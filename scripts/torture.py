@@ -222,7 +222,7 @@ def full_disks(folder: Path, settings: TortureSettings) -> list[tuple[str, int, 
                 fill(mount / "ballast")
                 said = program.communicate()[0]
             kept = shelf.find(mount / "run/checkpoints")
-            lost = not (program.returncode == 1 and "steps are saved" in said and "needs 1 MB of free disk" in said and kept)
+            lost = not (program.returncode == 1 and "steps are saved" in said and "of free disk" in said and kept)
             for one in kept:
                 one.verify()
             shutil.rmtree(mount / "ballast")

@@ -30,6 +30,7 @@ if __name__ == "__main__":
 import hashlib
 import math
 import shlex
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 
@@ -48,13 +49,13 @@ from data.tokenizer import Tokenizer
 from model import GPT
 from report.page import after_training, is_current
 from sample import complete, open_checkpoint, print_completions
-from terminal import counted, readable_size, readable_time, say
+from terminal import counted, readable_size, say
 from training import nonfinite, shelf
 from training.checkpoint import Checkpoint
 from training.clock import Clock
 from training.config import TrainingConfig
 from training.device import Device, available_memory, bytes_kept, maybe_compile
-from training.estimate import FORWARD_SHARE, micro_step_seconds, update_seconds
+from training.estimate import measure_pace
 from training.interrupt import Interrupt
 from training.optim import Optimizers, extension, lr_scale, same_rates
 from training.provenance import record_start
@@ -121,15 +122,16 @@ def train(settings: Settings) -> int:
             if last and (change := other_micro_batches(settings, last)):
                 recorder.say(change)
             forward = maybe_compile(model, limits.compile, device, run_flops(model, loader, limits),
-                                    lambda compiled: trial(compiled, loader, device, boundary, batch_size), recorder.say)
+                                    lambda compiled: trial(compiled, loader, device, boundary), recorder.say)
             facts = {"settings": identity(settings, prepared, device.precision), "max_steps": limits.max_steps,
                      "model": asdict(model.config), "environment": asdict(device.environment(forward is not model))}
             record_start(run.folder, state.step, facts["environment"])
-            expected = expected_seconds(state, settings, forward, loader, validation, device, boundary)
-            limited = limits.max_seconds is not None and expected >= limits.max_seconds - state.seconds
-            recorder.expect(expected, limited)
-            recorder.say(f"Time: about {readable_time(expected)} on this machine, with updates and evaluations, by timing a "
-                         f"few sequences.")
+            pace = measure_pace(first_loss(forward, loader, device, boundary), model.parameters_by_role(), settings.optim,
+                                device, limits, loader.micro_steps, sum(validation.n_windows), forward is not model)
+            steps_left, _ = pace.work_left(limits, state.step, state.seconds)
+            recorder.expect(pace.seconds_left(limits, state.step, state.seconds),
+                            limited=steps_left < limits.max_steps - state.step)
+            recorder.say(f"Time: {pace.describe(limits, state.step, state.seconds)}")
 
             def save(val_loss: float | None) -> None:
                 saver.save(state.snapshot(val_loss, limits.saves(state.step), tokenizer.to_json(), facts))
@@ -333,28 +335,15 @@ def run_flops(model: GPT, loader: Loader, limits: TrainingConfig) -> float:
     return model.flops_per_token() * loader.tokens_per_step * limits.max_steps
 
 
-def expected_seconds(state: State, settings: Settings, forward: nn.Module, loader: Loader, validation: Validation,
-                     device: Device, boundary: int | None) -> float:
-    """What is left of the run in seconds, evaluations included, by a few sequences and updates."""
-    limits, model = settings.training, state.model
-
-    def pass_of(rows: int) -> None:
-        trial(forward, loader, device, boundary, rows)
-
-    micro_step = micro_step_seconds(pass_of, loader.batch_size, device, compiled=forward is not model)
-    update = update_seconds(model.parameters_by_role(), settings.optim, device)
-    step = loader.micro_steps * micro_step + update
-    steps = limits.max_steps - state.step
-    if limits.max_seconds:
-        steps = min(steps, math.ceil((limits.max_seconds - state.seconds) / step))
-    sequence = FORWARD_SHARE * micro_step / loader.batch_size
-    return steps * step + limits.evaluations(state.step, steps) * sum(validation.n_windows) * sequence
-
-
-def trial(model: nn.Module, loader: Loader, device: Device, boundary: int | None, rows: int) -> None:
-    """A micro-step of so many sequences that changes nothing: to time it, and to see that it works."""
+def first_loss(model: nn.Module, loader: Loader, device: Device, boundary: int | None) -> Callable[[int], Tensor]:
+    """The loss of the first so many sequences of the first batch."""
     inputs, targets = loader.batch(0)
-    loss_of(model, (inputs[:rows], targets[:rows]), device, boundary).backward()
+    return lambda sequences: loss_of(model, (inputs[:sequences], targets[:sequences]), device, boundary)
+
+
+def trial(model: nn.Module, loader: Loader, device: Device, boundary: int | None) -> None:
+    """A micro-step that changes nothing, to see that the model works."""
+    first_loss(model, loader, device, boundary)(loader.batch_size).backward()
     model.zero_grad(set_to_none=True)
 
 

@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 from conf.hints import instead_of_hydras, unit_note
 from conf.schema import SCHEMAS, as_yaml, compose, groups, leaves, likely_name, options
 from conf.slots import stop_with_parent
-from hardware import usable_cpus
+from hardware import sleep_while_waiting, usable_cpus
 from terminal import output, say
 from training.interrupt import embedded
 
@@ -132,6 +132,7 @@ def run_command(main: Place, root: Place, doc: str, words: list[str]) -> int:
     if root == "config":
         refuse_several_processes(os.environ)
     settings = compose(root, overrides)
+    sleep_while_waiting()
     return imported(main)(settings)
 
 

@@ -24,6 +24,7 @@ from training import checkpoint, shelf
 from training.checkpoint import Checkpoint
 from training.config import TrainingConfig
 from training.device import Device, Environment, available
+from training.provenance import compiled_at_last_start
 from training.run import Run, check_contents
 
 
@@ -120,7 +121,8 @@ def open_run(settings: Settings, prepared: Path) -> Iterator[tuple[Run, Settings
                     restart = False
                     continue
             if not changes:
-                yield run, as_it_began(replace(settings, name=name), last), last
+                settings = replace(settings, name=name)
+                yield run, as_it_began(settings, last) if last else as_it_started(settings, folder), last
                 return
         if settings.name:
             raise another_run(folder, name, changes)
@@ -213,6 +215,14 @@ def as_it_began(settings: Settings, last: Checkpoint | None) -> Settings:
     return replace(settings, training=replace(settings.training, **auto))
 
 
+def as_it_started(settings: Settings, folder: Path) -> Settings:
+    """The settings of a run without a checkpoint: compile=auto is what an earlier start of it decided."""
+    compiled = compiled_at_last_start(folder)
+    if compiled is None or settings.training.compile != "auto":
+        return settings
+    return replace(settings, training=replace(settings.training, compile=str(compiled).lower()))
+
+
 def environment_of(saved: Checkpoint) -> Environment:
     return rebuild(Environment, saved.state["environment"], f"{saved.folder / checkpoint.STATE}, environment")
 
@@ -234,7 +244,10 @@ def open_device(run: Run, settings: Settings, last: Checkpoint | None) -> Device
                 f"results may differ from here on.")
             began = replace(began, threads=limits.threads)
         torch.set_num_threads(began.threads)
-        if drift := differences(asdict(began), asdict(device.environment(limits.compile == "true"))):
+        here = device.environment(limits.compile == "true")
+        if began.native_bf16 is None:
+            began = replace(began, native_bf16=here.native_bf16)
+        if drift := differences(asdict(began), asdict(here)):
             raise ValueError(f"{run.folder} would not go on with the same bits here: {listed(drift)}. Go on where it began, "
                              f"or here with allow_drift=true, which lets the last bits differ from now on.")
     return device

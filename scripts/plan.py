@@ -4,7 +4,7 @@
   python -m scripts.plan model=gpt2-medium training.batch_size=8 measure=false
 
 Takes the settings of train.py, and
-  measure=true     time three micro-steps of the model on this machine; false takes no time, and says none
+  measure=true     time a few micro-steps of the model on this machine, as train.py does; false says no time
   device=h100      plan for a GPU that is not here, by its data sheet: a10, a10g, a100, h100,
                    h100-pcie, h200, l4, l40s, rtx-3090, rtx-4090
   mfu=0.4          the part of the data sheet's FLOP/s that training is assumed to reach there
@@ -27,7 +27,6 @@ import os
 import re
 import resource
 import shutil
-import statistics
 import sys
 import weakref
 from collections.abc import Iterator
@@ -51,7 +50,7 @@ from model import GPT, Undrawn
 from terminal import counted, readable_size, readable_time, say
 from train import loss_of
 from training.device import PEAK_FLOPS, Device, available_memory
-from training.estimate import seconds_of
+from training.estimate import measure_pace
 from training.optim import Optimizers
 from training.state import State
 
@@ -59,7 +58,6 @@ ROOT = Path(__file__).parent.parent
 GPUS = sorted(name.lower().replace(" ", "-") for name in PEAK_FLOPS)
 PUBLISHED_SIZES = {"gpt2": 50257, "cl100k_base": 100277, "o200k_base": 200019}
 ASSUMED_CHARACTERS = 65  # as many as Tiny Shakespeare has
-MEASURED_STEPS = 3
 CPU_HOLES = 1.4  # what activations take of the heap, by what they hold; measured 1.1 to 1.8, see docs/benchmarks.md
 CPU_RUNTIME = 50 * 2**20  # that torch takes once it computes
 
@@ -131,7 +129,7 @@ def plan(own: PlanSettings) -> int:
     elif own.measure and total > available_memory():
         say(f"Time: not measured, {readable_size(available_memory())} of memory are free")
     elif own.measure:
-        say("Timing three micro-steps (measure=false leaves that out) ...", sys.stderr)
+        say("Timing a few micro-steps (measure=false leaves that out) ...", sys.stderr)
         say(f"Time: {expected_time(settings, device, prepared)}")
     return 0
 
@@ -211,35 +209,19 @@ def count_memory(settings: Settings, device: Device) -> tuple[int, int]:
 def expected_time(settings: Settings, device: Device, prepared: dict[str, Any] | None) -> str:
     """How long training will take, by micro-steps on random tokens."""
     config, limits = settings.model, settings.training
-    micro_steps = limits.micro_steps(config.block_size)
     ids = np.random.default_rng(0).integers(0, config.vocab_size, 4 * limits.batch_size * config.block_size + 1)
     loader = Loader([Tokens([ids.astype(np.uint32)])], config.block_size, limits.batch_size)
     boundary = 0 if settings.data.respect_documents else None
     model = GPT(config).to(device.torch)
-    optimizers = Optimizers(model.parameters_by_role(), settings.optim)
-    scaler = torch.amp.GradScaler(device.type, enabled=device.precision == "fp16")
+    inputs, targets = loader.batch(0)
 
-    def micro_step() -> None:
-        scaler.scale(loss_of(model, loader.batch(0), device, boundary)).backward()
+    def loss(sequences: int) -> Tensor:
+        return loss_of(model, (inputs[:sequences], targets[:sequences]), device, boundary)
 
-    @torch.inference_mode()
-    def evaluate() -> None:
-        loss_of(model, loader.batch(0), device, boundary)
-
-    def update() -> None:
-        optimizers.step(scaler, optimizers.gradient_norm(scaler), settings.optim.grad_clip)
-
-    # The first of each warms up.
-    times = [[seconds_of(act, device) for act in (micro_step, update, evaluate)] for _ in range(MEASURED_STEPS + 1)][1:]
-    learning, updating, looking = (statistics.median(of) for of in zip(*times, strict=True))
-    step = micro_steps * learning + updating
-    n_evaluations = occurrences(limits.max_steps, limits.eval_every)
     tokens = min(limits.eval_tokens, prepared["splits"]["val"]["tokens"] if prepared else math.inf)
-    evaluation = looking * tokens / (limits.batch_size * config.block_size)
-    training = min(limits.max_steps * step, limits.max_seconds or math.inf)
-    return (f"about {readable_time(training + n_evaluations * evaluation)} on this machine ({device.describe()}): "
-            f"{counted(limits.max_steps, 'step')} of {step:.2f} s, "
-            f"{counted(n_evaluations, 'evaluation')} of {evaluation:.1f} s")
+    pace = measure_pace(loss, model.parameters_by_role(), settings.optim, device, limits,
+                        limits.micro_steps(config.block_size), math.ceil(tokens / config.block_size))
+    return f"{pace.describe(limits)} ({device.describe()})"
 
 
 def occurrences(max_steps: int, every: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -98,16 +99,20 @@ def test_compiling_is_decided_without_a_clock(monkeypatch):
 def test_an_emulated_format_is_warned_of(monkeypatch, native, precision, warns):
     monkeypatch.setenv("NANOHYDRA_NATIVE_BF16", native)
     monkeypatch.setattr(place, "busy_cpus", lambda: 0.0)
-    assert any("emulates bf16" in line for line in Device("cpu", precision).warnings()) == warns
+    found = [line for line in Device("cpu", precision).warnings() if "emulates bf16" in line]
+    assert bool(found) == warns
+    assert all(re.search(r"took \d+\.\d times as long as in fp32", line) for line in found)
 
 
-@pytest.mark.parametrize(("busy", "threads", "warns"), [(8, 4, True), (8, 1, False), (0.5, 4, False)])
-def test_a_busy_machine_is_warned_of(monkeypatch, busy, threads, warns):
+@pytest.mark.parametrize(("busy", "threads", "advice"), [
+    (8, 4, "training.threads=1"), (8, 1, ""), (0.3, 4, ""), (1, 4, "training.threads=3"), (0, 6, "training.threads=4")])
+def test_a_busy_machine_is_warned_of(monkeypatch, busy, threads, advice):
     monkeypatch.setattr(place, "busy_cpus", lambda: busy)
     monkeypatch.setattr(place.os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(place, "usable_cpus", lambda: 4)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     found = list(Device("cpu", "fp32").warnings())
-    assert any("training.threads=1" in line for line in found) == warns
+    assert [line.endswith(f"try {advice}.") for line in found] == [True] * bool(advice)
 
 
 class Spy:

@@ -11,34 +11,67 @@ from progress import ProgressBar
 from training import estimate
 from training.config import OptimConfig, TrainingConfig
 from training.device import Device
-from training.estimate import micro_step_seconds, update_seconds
+from training.estimate import Pace, measure_pace, update_seconds
 
 CPU = Device("cpu", "fp32")
 
 
-def clock(monkeypatch, *times):
-    """Let calls take these times, one after the other."""
-    left = iter(times)
-    monkeypatch.setattr(estimate, "seconds_of", lambda call, device: call() or next(left))
+class Clock:
+    """Stands in for `seconds_of`: a sequence takes its time, the first call more."""
+
+    def __init__(self, monkeypatch, seconds_per_sequence, first=0.5):
+        self.calls, self.seconds_per_sequence, self.first = [], seconds_per_sequence, first
+        monkeypatch.setattr(estimate, "seconds_of", self)
+        monkeypatch.setattr(estimate, "update_seconds", lambda *arguments: 0.2)
+
+    def __call__(self, call, device):
+        call()
+        return self.calls[-1] * self.seconds_per_sequence + (self.first if len(self.calls) == 1 else 0.0)
+
+    def loss(self, sequences):
+        self.calls.append(sequences)
+        return torch.zeros((), requires_grad=True)
+
+    def measure(self, micro_steps=3, windows=64, compiled=False, **limits):
+        limits = TrainingConfig(**{"max_steps": 100, "batch_size": 16} | limits)
+        return measure_pace(self.loss, {}, OptimConfig(), CPU, limits, micro_steps, windows, compiled)
 
 
-@pytest.mark.parametrize(("times", "rows", "expected"), [
-    ((0.01, 0.08), [2, 20], 0.08),  # fast: all sequences
-    ((0.2, 0.9), [2, 10], 1.8),  # half of them
-    ((3.0, 2.5), [2, 2], 25),  # all would be a wait
-    ((0.9, 1.0), [2, 10], 2.0),  # the first pass was a slow one
-    ((0.2, 30.0), [2, 10], 2.0)])  # the second was disturbed
-def test_a_part_of_a_micro_step_tells_its_time(monkeypatch, times, rows, expected):
-    seen = []
-    clock(monkeypatch, *times)
-    assert micro_step_seconds(seen.append, 20, CPU, compiled=False) == pytest.approx(expected)
-    assert seen == rows
+@pytest.mark.parametrize(("seconds", "limits", "calls"), [
+    (0.001, {}, [2, 2, 16, 16, 16, 16, 16, 16, 16, 16]), (0.05, {}, [2, 2, 16, 16, 16]),  # the last is an evaluation
+    (0.2, {}, [2, 2, 2]), (0.05, {"max_steps": 3}, [2, 2, 2]), (0.05, {"batch_size": 1}, [1, 1, 1])])
+def test_whole_micro_steps_are_timed_where_that_is_short(monkeypatch, seconds, limits, calls):
+    clock = Clock(monkeypatch, seconds)
+    pace = clock.measure(**limits)
+    assert clock.calls == calls
+    assert pace.step == pytest.approx(3 * limits.get("batch_size", 16) * seconds + 0.2)
+    assert pace.evaluation == pytest.approx(64 * seconds)
+
+
+def test_a_slow_model_is_timed_once(monkeypatch):
+    clock = Clock(monkeypatch, 20.0)
+    assert clock.measure().step == pytest.approx(3 * 16 * 20, rel=0.1) and clock.calls == [2, 2]
 
 
 def test_a_compiled_model_is_timed_in_its_own_shape(monkeypatch):
-    seen = []
-    clock(monkeypatch, 5.0)
-    assert micro_step_seconds(seen.append, 20, CPU, compiled=True) == 5.0 and seen == [20]
+    clock = Clock(monkeypatch, 0.01)
+    clock.measure(compiled=True)
+    assert set(clock.calls) == {16}
+
+
+@pytest.mark.parametrize(("limits", "step", "expected"), [
+    ({}, 0, (100, 1)), ({"eval_every": 30}, 60, (40, 2)), ({"eval_every": 10}, 100, (0, 0)),
+    ({"max_seconds": 50.0, "eval_every": 10}, 0, (25, 3)), ({"max_seconds": 500.0}, 0, (100, 1))])
+def test_the_work_left_is_counted_in_steps_and_evaluations(limits, step, expected):
+    limits = TrainingConfig(**{"max_steps": 100, "eval_every": 0} | limits)
+    pace = Pace(2.0, 5.0)
+    assert pace.work_left(limits, step, 0.0) == expected
+    assert pace.seconds_left(limits, step, 0.0) == expected[0] * 2.0 + expected[1] * 5.0
+
+
+def test_the_time_is_said_with_its_parts():
+    said = Pace(2.0, 5.0).describe(TrainingConfig(max_steps=100, eval_every=50))
+    assert said == "about 3.5 minutes on this machine: 100 steps of 2 s, 2 evaluations of 5 s"
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -65,7 +98,7 @@ def test_an_estimate_changes_nothing_that_is_trained(compose_tiny, tmp_path, mon
     found = []
     for name in ("with", "without"):
         if name == "without":
-            monkeypatch.setattr(story, "expected_seconds", lambda *_: 1.0)
+            monkeypatch.setattr(story, "measure_pace", lambda *_: Pace(1.0, 1.0))
         story.train(compose_tiny("training.max_steps=3", "model.dropout=0.1", f"name={name}"))
         found.append(story.shelf.find(tmp_path / "runs" / name / "checkpoints")[-1])
     weights = [one.folder.joinpath("model.safetensors").read_bytes() for one in found]

@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hardware import cpu_quota, native, onednn_beats_mkl, usable_cpus
+from hardware import (
+    are_crowded,
+    cpu_quota,
+    native,
+    onednn_beats_mkl,
+    sleep_while_waiting,
+    usable_cpus,
+)
 from training.device import Device
 
 
@@ -55,21 +62,47 @@ def test_a_cpu_build_without_onednn_has_fp32_only(precision, monkeypatch):
     assert not native(precision) and native("fp32")
 
 
-@pytest.mark.parametrize(("files", "expected"), [
-    ({"cpu.max": "150000 100000"}, 1.5), ({"cpu.max": "max 100000"}, None), ({}, None),
-    ({"cpu/cpu.cfs_quota_us": "200000", "cpu/cpu.cfs_period_us": "100000"}, 2.0),
-    ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None), ({"cpu.max": "?"}, None)])
-def test_a_containers_quota_of_cpus_is_read(files, expected, tmp_path):
-    (tmp_path / "cpu").mkdir()
+V1 = {"cpu/x/cpu.cfs_quota_us": "300000", "cpu/x/cpu.cfs_period_us": "100000"}
+
+
+@pytest.mark.parametrize(("groups", "files", "expected"), [
+    ("0::/", {}, None), ("0::/", {"cpu.max": "150000 100000"}, 1.5), ("0::/", {"cpu.max": "max 100000"}, None),
+    ("0::/a/b", {"a/cpu.max": "200000 100000", "a/b/cpu.max": "max 100000"}, 2.0),
+    ("0::/a/b", {"a/cpu.max": "200000 100000", "a/b/cpu.max": "100000 100000"}, 1.0),
+    ("0::/of/outside", {"cpu.max": "50000 100000"}, 0.5), ("", {"cpu.max": "50000 100000"}, 0.5),
+    ("3:cpu,cpuacct:/x\n2:memory:/", V1, 3.0), ("2:memory:/x", V1, None),
+    ("3:cpu:/of/outside", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None),
+    ("0::/", {"cpu.max": "?"}, None), ("0::/", {"cpu.max": "1 0"}, None), ("odd", {}, None)])
+def test_the_quota_of_this_processs_groups_is_read(groups, files, expected, tmp_path):
     for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(content)
-    assert cpu_quota(tmp_path) == expected
+    (tmp_path / "own").write_text(groups)
+    assert cpu_quota(tmp_path, tmp_path / "own") == expected
+
+
+@pytest.mark.parametrize(("threads", "busy", "expected"), [
+    (2, 0.0, False), (2, 1.0, True), (1, 8.0, False), (4, 0.3, False), (3, 2.0, True)])
+def test_threads_are_crowded_where_others_need_their_cpus(monkeypatch, threads, busy, expected):
+    monkeypatch.setattr("os.cpu_count", lambda: max(threads, 4) if threads != 2 else 2)
+    assert are_crowded(threads, busy) == expected
+
+
+@pytest.mark.parametrize(("busy", "policy", "expected"), [
+    (2.0, None, "PASSIVE"), (0.0, None, None), (2.0, "ACTIVE", "ACTIVE")])
+def test_threads_sleep_while_they_wait_where_cpus_are_busy(monkeypatch, busy, policy, expected):
+    environment = {"OMP_NUM_THREADS": "2"} | ({"OMP_WAIT_POLICY": policy} if policy else {})
+    monkeypatch.setattr("os.environ", environment)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr("hardware.busy_cpus", lambda: busy)
+    sleep_while_waiting()
+    assert environment.get("OMP_WAIT_POLICY") == expected
 
 
 def test_no_more_cpus_are_used_than_the_quota(monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)), raising=False)
     for quota, expected in ((None, 8), (1.5, 2), (0.2, 1), (64, 8)):
-        monkeypatch.setattr("hardware.cpu_quota", lambda _, quota=quota: quota)
+        monkeypatch.setattr("hardware.cpu_quota", lambda *_, quota=quota: quota)
         assert usable_cpus() == expected
 
 

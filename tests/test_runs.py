@@ -31,6 +31,8 @@ from scripts.verify_resume import compare, read_metrics
 from training import checkpoint, saver, shelf
 from training.checkpoint import MODEL, STATE
 from training.device import Device
+from training.estimate import Pace
+from training.provenance import compiled_at_last_start
 from training.run import Run, find_run
 
 ROOT = Path(__file__).parent.parent
@@ -263,15 +265,16 @@ def test_a_signal_within_a_step_ends_it_after_the_micro_step_and_the_step_is_tak
 
     def forward(model, idx, targets=None, cache=None, documents=None):
         calls.append(model.training and torch.is_grad_enabled())
-        if sum(calls) == 1 + 4 * 3 + 2:  # after the trial: the second micro-step of the fourth step
+        if sum(calls) == 4 * 3 + 2:  # the second micro-step of the fourth step
             os.kill(os.getpid(), signal.SIGTERM)
         return plain(model, idx, targets, cache, documents)
 
     plain = GPT.forward
     with monkeypatch.context() as patch:
         patch.setattr(GPT, "forward", forward)
+        patch.setattr(story, "measure_pace", lambda *_: Pace(1.0, 1.0))
         assert story.train(compose_tiny(*words, "name=stopped")) == 143
-    assert sum(calls) == 1 + 4 * 3 + 2 and last_step(tmp_path / "runs/stopped") == 3
+    assert sum(calls) == 4 * 3 + 2 and last_step(tmp_path / "runs/stopped") == 3
     story.train(compose_tiny(*words, "name=stopped"))
     assert same(tmp_path / "runs/straight", tmp_path / "runs/stopped")
 
@@ -309,6 +312,29 @@ def test_a_resumed_run_can_change_its_threads_knowingly(compose_tiny, tmp_path, 
         assert used() == (3, 3)
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(("recorded", "choice"), [(True, "true"), (False, "false")])
+def test_compile_auto_is_decided_once_also_without_a_checkpoint(compose_tiny, tmp_path, monkeypatch, recorded, choice):
+    """As after a kill before the first checkpoint."""
+    choices = []
+    monkeypatch.setattr(story, "maybe_compile", lambda model, choice, *_: choices.append(choice) or model)
+    folder = tmp_path / "runs/tiny"
+    folder.mkdir(parents=True)
+    (folder / "environment.jsonl").write_text(json.dumps({"step": 0, "compiled": recorded}) + "\n")
+    story.train(compose_tiny("training.max_steps=1"))
+    assert choices == [choice]
+
+
+def test_a_start_records_what_compile_auto_decided(compose_tiny, tmp_path):
+    story.train(compose_tiny("training.max_steps=1"))
+    assert compiled_at_last_start(tmp_path / "runs/tiny") is False
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"compiled": "yes"}', "[" * 100_000])
+def test_a_damaged_record_of_starts_decides_nothing(tmp_path, content):
+    (tmp_path / "environment.jsonl").write_text(content)
+    assert compiled_at_last_start(tmp_path) is None
 
 
 @pytest.mark.parametrize("key, value", [("torch", "2.0.0"), ("processor", "another"), ("deterministic", True), ("compiled", True)])
@@ -735,7 +761,7 @@ def test_a_rollback_goes_back_and_steps_over_the_batches_since(compose_tiny, tmp
     batch = story.Loader.batch
     monkeypatch.setattr(story.Loader, "batch", lambda loader, step, micro_step=0: read.append(step) or batch(loader, step, micro_step))
     assert story.train(compose_tiny(*words)) == 0
-    assert read[2:] == [*range(11), *range(11, 23)]  # after those that only tell the time
+    assert read[1:] == [*range(11), *range(11, 23)]  # after those that only tell the time
     run = tmp_path / "runs/tiny"
     assert [row["step"] for row in read_metrics(run) if "loss" in row] == list(range(1, 21))
     last = shelf.find(run / "checkpoints")[-1]

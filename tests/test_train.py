@@ -236,3 +236,20 @@ def test_the_program_survives_kill_9_and_ends_cleanly_on_sigint(book, tmp_path):
     said, _ = program.communicate(timeout=60)
     assert program.returncode == 130
     assert f"from step {reached}" in said and "Interrupted" in said
+
+
+@pytest.mark.parametrize(("native", "device"), [("0", "; fp32 (no faster one"), ("1", "; bf16 (native here)")])
+def test_muon_trains_with_and_without_native_bf16(compose_tiny, tmp_path, monkeypatch, capsys, native, device):
+    monkeypatch.setenv("NANOHYDRA_NATIVE_BF16", native)
+    story.train(compose_tiny("optim=muon", "training.max_steps=30", "training.precision=auto"))
+    losses = [row["loss"] for row in read_metrics(tmp_path / "runs/tiny") if "loss" in row]
+    assert losses[-1] < losses[0] - 0.5 and device in capsys.readouterr().out
+
+
+def test_a_run_resumes_only_where_bf16_is_as_native_as_before(compose_tiny, monkeypatch):
+    """Muon's products follow it."""
+    monkeypatch.setenv("NANOHYDRA_NATIVE_BF16", "0")
+    story.train(compose_tiny("optim=muon", "training.max_steps=2"))
+    monkeypatch.setenv("NANOHYDRA_NATIVE_BF16", "1")
+    with pytest.raises(ValueError, match="native_bf16 was False and is now True"):
+        story.train(compose_tiny("optim=muon", "training.max_steps=3"))

@@ -6,6 +6,7 @@ import ctypes
 import os
 import platform
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from hardware import busy_cpus, native
+from hardware import are_crowded, busy_cpus, native, usable_cpus
 from terminal import counted
 
 # Dense bf16 peaks in FLOP/s, from the makers' data sheets; the first name that fits counts.
@@ -41,6 +42,7 @@ class Environment:
     deterministic: bool = False
     compiled: bool = False
     torch: str = ""
+    native_bf16: bool | None = None  # decides the format of Muon's products; None: an older version did not say
 
     def problems(self) -> Iterator[str]:
         """One sentence for each value that cannot be."""
@@ -101,16 +103,34 @@ class Device:
         if self.type != "cpu":
             return
         if self.precision != "fp32" and not native(self.precision):
-            yield (f"this processor emulates {self.precision}: a step takes many times as long as in fp32. Leave "
-                   f"training.precision={self.precision} out.")
+            yield (f"this processor emulates {self.precision}: a product of 256 x 256 matrices took {self.times_fp32():.1f} "
+                   f"times as long as in fp32. Leave training.precision={self.precision} out.")
         busy, threads = busy_cpus(), torch.get_num_threads()
-        if threads > 1 and busy > 0.75 * (os.cpu_count() or 1):
-            yield (f"other processes keep {busy:.0f} of {os.cpu_count()} CPUs busy. {threads} threads that wait for each "
-                   f"other can take far longer than one: try training.threads=1.")
+        if threads > usable_cpus():
+            yield (f"{threads} threads share {counted(usable_cpus(), 'CPU')}. Threads wait for each other and can take far "
+                   f"longer than fewer: try training.threads={usable_cpus()}.")
+        elif are_crowded(threads, busy):
+            cpus = os.cpu_count() or 1
+            fewer = max(1, round(cpus - busy))
+            yield (f"other processes keep {min(busy, cpus):.0f} of {counted(cpus, 'CPU')} busy. {threads} threads that "
+                   f"wait for each other can take far longer than fewer: try training.threads={fewer}.")
+
+    def times_fp32(self) -> float:
+        """How many times as long as in fp32 a small product takes in this precision, timed."""
+        seconds = []
+        for dtype in (torch.float32, torch.float16 if self.precision == "fp16" else torch.bfloat16):
+            matrix = torch.ones((256, 256), dtype=dtype)
+            times = []
+            for _ in range(4):
+                start = time.perf_counter()
+                matrix @ matrix
+                times.append(time.perf_counter() - start)
+            seconds.append(min(times))
+        return seconds[1] / seconds[0]
 
     def environment(self, compiled: bool) -> Environment:
         return Environment(self.type, processor() if self.type == "cpu" else self.name(), torch.get_num_threads(),
-                           self.precision, self.deterministic, compiled, torch.__version__)
+                           self.precision, self.deterministic, compiled, torch.__version__, self.native_bf16)
 
     def name(self) -> str:
         if self.type == "cuda":

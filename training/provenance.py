@@ -16,6 +16,7 @@ import atomic
 
 STARTS = "environment.jsonl"  # in the run's folder
 PACKAGES = ("torch", "numpy", "hydra-core", "tiktoken", "rustbpe", "safetensors", "wandb")
+MOST_BYTES = 2**24
 CODE = Path(__file__).parent.parent
 
 
@@ -25,6 +26,16 @@ def record_start(folder: Path, step: int, computing: dict[str, Any]) -> None:
             "host": platform.node(), "system": platform.platform(), "python": platform.python_version()}
     with closing(atomic.Lines(folder / STARTS)) as starts:
         starts.add(json.dumps(here | computing | versions() | git_state()))
+
+
+def compiled_at_last_start(folder: Path) -> bool | None:
+    """Whether the run's last start compiled the model; None if there was none."""
+    try:
+        lines = atomic.read_plain(folder / STARTS, MOST_BYTES).splitlines()
+        compiled = atomic.parse_json(lines[-1])["compiled"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return compiled if isinstance(compiled, bool) else None
 
 
 def versions() -> dict[str, str]:

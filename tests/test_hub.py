@@ -129,7 +129,7 @@ def server(tmp_path_factory) -> Iterator[StandIn]:
             patch.delenv(name, raising=False)
         # It reads the address once, when it is imported, as transformers does in another file's tests.
         constants = sys.modules.get("huggingface_hub.constants")
-        if constants and constants.ENDPOINT != url:
+        if constants and url != constants.ENDPOINT:
             pytest.skip("huggingface_hub was imported by another test: run this file alone")
         config = pytest.importorskip("datasets.config", reason="needs datasets: pip install datasets")
         assert url == config.HF_ENDPOINT, "datasets was imported before this test set the Hub's address"

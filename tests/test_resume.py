@@ -183,7 +183,7 @@ def test_restart_after_a_resume_without_it_starts_over(stopped, tmp_path, interr
 
 def test_restart_of_a_run_that_saved_nothing_moves_nothing(compose_tiny, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(story, "expected_seconds", lambda *words: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(story, "measure_pace", lambda *words: (_ for _ in ()).throw(KeyboardInterrupt))
         story.train(compose_tiny("training.max_steps=2", "restart=true"))
     assert story.train(compose_tiny("training.max_steps=2", "restart=true")) == 0
     assert [run.name for run in (tmp_path / "runs").iterdir()] == ["tiny"]

@@ -10,7 +10,7 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -220,16 +220,8 @@ class File:
 
     def text_pieces(self) -> Iterator[str]:
         """The file as text, in pieces that end where tokens end. Line ends stay as they are."""
-        waiting = ""
         with self.opened() as stream:
-            for text in decoded_blocks(stream, self.decoder(stream)):
-                waiting += text
-                while len(waiting) >= 2 * PIECE:
-                    cut = place_to_cut(waiting, 0)
-                    yield waiting[:cut]
-                    waiting = waiting[cut:]
-        if waiting:
-            yield waiting
+            yield from cut_into_pieces(decoded_blocks(stream, self.decoder(stream)))
 
     def records(self) -> Iterator[str | BadRecord]:
         with self.opened() as stream:
@@ -268,6 +260,19 @@ def cut_up(text: str) -> Iterator[str]:
         yield text[start:end]
         start = end
     yield text[start:]
+
+
+def cut_into_pieces(texts: Iterable[str]) -> Iterator[str]:
+    """The text that `texts` are end to end, in pieces that end where tokens end."""
+    waiting = ""
+    for text in texts:
+        waiting += text
+        while len(waiting) >= 2 * PIECE:
+            cut = place_to_cut(waiting, 0)
+            yield waiting[:cut]
+            waiting = waiting[cut:]
+    if waiting:
+        yield waiting
 
 
 def place_to_cut(text: str, start: int) -> int:

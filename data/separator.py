@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain
 
-from data.files import PIECE, Document, place_to_cut
+from data.files import Document, cut_into_pieces
 
 IN_MEMORY = 2**24  # characters; a longer document is read again from its file
 ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}
@@ -58,20 +58,17 @@ def divide(read: Callable[[], Iterator[str]], separator: str) -> Iterator[Docume
 
 def read_again(read: Callable[[], Iterator[str]], separator: str, number: int) -> Iterator[str]:
     """The text between two separators, from the beginning of the file, in pieces that end where tokens end."""
-    waiting, at = "", 0
-    for text, ends in marked(read(), separator):
-        if at == number:
-            waiting += text
-        while len(waiting) >= 2 * PIECE:
-            cut = place_to_cut(waiting, 0)
-            yield waiting[:cut]
-            waiting = waiting[cut:]
-        if ends:
-            at += 1
-        if at > number:
-            break
-    if waiting:
-        yield waiting
+    def between() -> Iterator[str]:
+        at = 0
+        for text, ends in marked(read(), separator):
+            if at == number:
+                yield text
+            if ends:
+                at += 1
+            if at > number:
+                break
+
+    return cut_into_pieces(between())
 
 
 def marked(pieces: Iterator[str], separator: str) -> Iterator[tuple[str, bool]]:

@@ -44,18 +44,19 @@ from pathlib import Path
 from torch import Tensor
 
 import atomic
+from checkpointing import checkpoint, store
+from checkpointing.checkpoint import Checkpoint
+from checkpointing.run_folder import find_run
 from conf.identity import flat, in_one_line
 from conf.schema import SampleSettings, rebuild
 from data.tokenizer import Tokenizer, fingerprint, from_json
+from generation.decoder import Decoder
+from generation.sampling import steps
 from hardware import native
-from model import GPT, Decoder, GPTConfig, Undrawn
-from model.generate import steps
+from model import GPT, GPTConfig, Undrawn
 from progress import ProgressBar
 from terminal import counted, has_colors, output, readable_size, say
-from training import checkpoint, shelf
-from training.checkpoint import Checkpoint
 from training.device import Device, available_memory
-from training.run import find_run
 
 MAX_PROMPT_BYTES = 2**24  # of a file with one or many prompts
 RULES = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop", "cache", "int8", "precision", "checkpoint")
@@ -101,8 +102,8 @@ def open_checkpoint(run: Path, which: str, device: Device) -> tuple[GPT, Tokeniz
         return model.to(device.torch).eval(), tokenizer
 
     if which.isdecimal():
-        return shelf.at_step(run / "checkpoints", int(which), load)
-    loaded = shelf.choose(run / "checkpoints", which, load, lambda text: say(text, sys.stderr))
+        return store.at_step(run / "checkpoints", int(which), load)
+    loaded = store.choose(run / "checkpoints", which, load, lambda text: say(text, sys.stderr))
     if loaded is None:
         raise ValueError(f"{run} has no checkpoint.")
     return loaded

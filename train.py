@@ -39,8 +39,14 @@ import yaml
 from torch import Tensor, nn
 
 import atomic
+from checkpointing import store
+from checkpointing.checkpoint import Checkpoint
+from checkpointing.provenance import record_start
+from checkpointing.resume import identity, limit_reached, open_device, open_run, tokens_for
+from checkpointing.run_folder import Run
+from checkpointing.saver import Saver
+from checkpointing.state import State
 from conf.identity import flat
-from conf.resume import identity, limit_reached, open_device, open_run, tokens_for
 from conf.schema import SampleSettings, Settings
 from data.loader import Loader, Prefetch, Validation
 from data.prepare import describe, load_tokenizer, val_bytes_per_token
@@ -50,19 +56,14 @@ from model import GPT
 from report.page import after_training, is_current
 from sample import complete, open_checkpoint, print_completions
 from terminal import counted, readable_size, say
-from training import nonfinite, shelf
-from training.checkpoint import Checkpoint
+from training import nonfinite
 from training.clock import Clock
 from training.config import TrainingConfig
 from training.device import Device, available_memory, bytes_kept, maybe_compile
 from training.estimate import measure_pace
 from training.interrupt import Interrupt
 from training.optim import Optimizers, extension, lr_scale, same_rates
-from training.provenance import record_start
 from training.recorder import Recorder
-from training.run import Run
-from training.saver import Saver
-from training.state import State
 
 KEPT_AT_MOST = 512  # bytes for each number of a layer's residual stream, by far: a tenth of it is usual
 
@@ -88,7 +89,7 @@ def train(settings: Settings) -> int:
             say(f"{run.folder} is finished: {counted(last.step, 'step')}, {last.state['seconds']:.0f} s. "
                   + how_to_go_on(limit, settings, last))
             # A kill after the last save may have left these undone.
-            shelf.prune(run.checkpoints, limits.keep_last)
+            store.prune(run.checkpoints, limits.keep_last)
             if settings.logger.report and not is_current(run.folder):
                 say(after_training(run.folder))
             return finish(run, limits)
@@ -106,7 +107,7 @@ def train(settings: Settings) -> int:
         if last:
             state.restore(last)
         check_memory(model, loader, device, boundary)
-        shelf.check_disk(run.checkpoints, state.nbytes())
+        store.check_disk(run.checkpoints, state.nbytes())
         atomic.write_bytes(run.folder / "config.yaml", yaml.safe_dump(asdict(settings), sort_keys=False).encode())
 
         with (Interrupt() as interrupt, Clock() as clock,
@@ -298,11 +299,11 @@ def answer_nonfinite(loss: float, state: State, run: Run, limits: TrainingConfig
                          f"training.precision=fp32, or training.on_nonfinite=skip or rollback.")
     if answer == "rollback":
         saver.finish()
-        back = shelf.choose(run.checkpoints, "scheduled", shelf.whole, recorder.say, set_aside=True)
+        back = store.choose(run.checkpoints, "scheduled", store.whole, recorder.say, set_aside=True)
         if back is None:
             raise ValueError(f"{said} There is no checkpoint to go back to.")
         state.roll_back(back)
-        shelf.cut_back(run.checkpoints, state.step)
+        store.cut_back(run.checkpoints, state.step)
         recorder.cut_back(state.step)
         saver.saved = state.step
         recorder.say(f"{said} Back to step {state.step}, past the batches since then.")

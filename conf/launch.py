@@ -22,8 +22,8 @@ from typing import Any, NoReturn
 
 from conf.hints import instead_of_hydras, unit_note
 from conf.schema import SCHEMAS, as_yaml, compose, groups, leaves, likely_name, options
-from conf.slots import stop_with_parent
 from hardware import sleep_while_waiting, usable_cpus
+from sweep.jobs import stop_with_parent
 from terminal import output, say
 from training.interrupt import embedded
 
@@ -123,7 +123,7 @@ def run_command(main: Place, root: Place, doc: str, words: list[str]) -> int:
     if root not in SCHEMAS:
         root = imported(root)
     if "-m" in flags:
-        from conf.grid import run_grid, show_grid
+        from sweep.grid import run_grid, show_grid
 
         return show_grid(overrides) if "--cfg" in flags else run_grid(overrides)
     if "--cfg" in flags:

@@ -1,4 +1,4 @@
-"""The Transformer and how it generates. Knows tensors, nothing else.
+"""The Transformer. Knows tensors, nothing else.
 
 `from model import GPT` imports torch then: the settings in `model.config` are read without it.
 """
@@ -12,16 +12,14 @@ from model.config import GPTConfig
 
 if TYPE_CHECKING:
     from model.attention import CausalSelfAttention, KVCache
-    from model.decode import Decoder
     from model.gpt import GPT
     from model.undrawn import Undrawn
 
-__all__ = ["GPT", "CausalSelfAttention", "Decoder", "GPTConfig", "KVCache", "Undrawn"]
+__all__ = ["GPT", "CausalSelfAttention", "GPTConfig", "KVCache", "Undrawn"]
 MODULES = {
     "GPT": "gpt",
     "CausalSelfAttention": "attention",
     "KVCache": "attention",
-    "Decoder": "decode",
     "Undrawn": "undrawn",
 }
 

@@ -25,7 +25,7 @@ class KVCache:
     which writes behind `length` and moves it on. It holds `positions` of them: as many as a block, if not said.
     """
 
-    within = None  # see model/caches.py
+    within = None  # see generation/caches.py
 
     def __init__(self, config: GPTConfig, batch_size: int, device: torch.device | str = "cpu",
                  dtype: torch.dtype = torch.float32, positions: int = 0) -> None:

@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 import yaml
 
+from checkpointing.provenance import STARTS
+from checkpointing.run_folder import check_contents, find_run
 from conf.identity import flat, kind
 from terminal import counted, escaped
-from training.provenance import STARTS
-from training.run import check_contents, find_run
 
 SAFE_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where it was built
 POINTS = 250  # of a curve: more than a picture can show

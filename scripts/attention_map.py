@@ -33,15 +33,15 @@ import torch
 from torch import Tensor
 
 import atomic
+from checkpointing.run_folder import find_run
 from conf.schema import FilePath, checkpoint_problems, closest, compose, options
 from data.tokenizer import ByteTokenizer, Tokenizer
+from generation.sampling import finite
 from model import GPT
-from model.generate import finite
 from report.curves import as_image, new_figure, quiet, short_text
 from sample import open_checkpoint
 from terminal import counted, escaped, readable_size, say
 from training.device import Device
-from training.run import find_run
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 PLACE = '{"this": "is replaced"}'  # where the template holds data

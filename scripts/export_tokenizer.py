@@ -26,13 +26,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import atomic
+from checkpointing import store
+from checkpointing.run_folder import find_run
 from conf.schema import FilePath
 from data.hugging_face import to_hugging_face
 from data.tokenizer import Tokenizer
 from sample import tokenizer_of
 from terminal import say
-from training import shelf
-from training.run import find_run
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def main(settings: ExportTokenizerSettings) -> int:
 
 def last_tokenizer(run: Path) -> Tokenizer:
     """The tokenizer in the run's last checkpoint. Raises ValueError if no checkpoint is whole."""
-    tokenizer = shelf.choose(run / "checkpoints", "last", tokenizer_of, lambda text: say(text, sys.stderr))
+    tokenizer = store.choose(run / "checkpoints", "last", tokenizer_of, lambda text: say(text, sys.stderr))
     if tokenizer is None:
         raise ValueError(f"{run} has no checkpoint.")
     return tokenizer

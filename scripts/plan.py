@@ -40,6 +40,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from checkpointing.state import State
 from conf.schema import ConfigError, Settings, compose
 from data.loader import Loader
 from data.prepare import planned
@@ -52,7 +53,6 @@ from train import loss_of
 from training.device import PEAK_FLOPS, Device, available_memory
 from training.estimate import measure_pace
 from training.optim import Optimizers
-from training.state import State
 
 ROOT = Path(__file__).parent.parent
 GPUS = sorted(name.lower().replace(" ", "-") for name in PEAK_FLOPS)

@@ -23,11 +23,11 @@ from types import ModuleType
 from typing import Any
 
 import atomic
+from checkpointing.run_folder import find_run
 from conf.schema import FilePath
 from report.curves import loss_picture
 from report.history import open_history
 from terminal import say
-from training.run import find_run
 
 
 @dataclass(frozen=True)

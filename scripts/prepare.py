@@ -32,6 +32,8 @@ from typing import Any, get_args, get_type_hints
 import numpy as np
 
 import atomic
+from checkpointing import store
+from checkpointing.run_folder import LOCK
 from conf.schema import FilePath, Settings, compose
 from data.contents import Contents
 from data.files import refuse
@@ -42,8 +44,6 @@ from data.store import BUILDING, data_root, in_use, is_held
 from data.tokenizer import Tokenizer
 from scripts.plot import picture_problems, pyplot, save
 from terminal import readable_size, say
-from training import shelf
-from training.run import LOCK
 
 # What is in folders of prepared tokens, and the names that they have.
 FILES = re.compile(rf"(train|val)_\d{{5}}\.npy|meta\.json|tokenizer\.json|{re.escape(PROGRESS)}|inspect\.png|"
@@ -210,7 +210,7 @@ def runs_by_tokens(runs_dir: Path) -> dict[str, list[str]]:
     users: dict[str, list[str]] = {}
     for folder in run_folders(runs_dir):
         try:
-            found, damage = shelf.look(folder / "checkpoints")
+            found, damage = store.look(folder / "checkpoints")
             if damage and not found:
                 raise ValueError(next(iter(damage.values())))
             tokens = {tokens_of(one.state["settings"]) for one in found}

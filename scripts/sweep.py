@@ -7,7 +7,7 @@
 Typed again it goes on where it was, and with what was cut off; typed on several machines that share the folder it works on
 one study. Trials whose validation loss is hopeless are stopped early. At the end it prints the best command line.
 
-  sweep=NAME       the space: conf/sweep/NAME.yaml, or a YAML file; see conf/space.py
+  sweep=NAME       the space: conf/sweep/NAME.yaml, or a YAML file; see sweep/space.py
   name=NAME        of the folder below runs_dir, and of the study; without it, the space's
   trials=20        in all, those of earlier times and other machines included; null for no limit
   hours=null       of this search; what runs then is saved and left for the next time
@@ -39,9 +39,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import atomic
+from checkpointing.run_folder import this_process
 from conf.identity import differences, listed
 from conf.schema import ConfigError, FilePath, Settings, compose, folder_name
-from conf.slots import (
+from report.history import PRUNED
+from sweep.jobs import (
     INTERRUPTED,
     Job,
     Progress,
@@ -53,10 +55,8 @@ from conf.slots import (
     report_failures,
     run_jobs,
 )
-from conf.space import Point, Range, Space, read_space
-from report.history import PRUNED
+from sweep.space import Point, Range, Space, read_space
 from terminal import counted, say
-from training.run import this_process
 
 JOURNAL = "study.log"
 REFUSALS = 100  # points in a row that Optuna may suggest and the space not allow

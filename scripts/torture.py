@@ -39,10 +39,10 @@ from pathlib import Path
 import torch
 
 import atomic
+from checkpointing import checkpoint, store
 from conf.schema import compose
 from scripts.verify_resume import ROOT, compare, finish, start, steps, train_under_kills
 from train import train
-from training import checkpoint, shelf
 
 TINY = ("model=nano", "data=text", f"data.path={ROOT / 'README.md'}", "data.tokenizer=char", "training=smoke",
         "training.max_steps=40", "training.checkpoint_every=5", "training.sample_tokens=0", "training.eval_tokens=512",
@@ -221,7 +221,7 @@ def full_disks(folder: Path, settings: TortureSettings) -> list[tuple[str, int, 
                     time.sleep(0.01)
                 fill(mount / "ballast")
                 said = program.communicate()[0]
-            kept = shelf.find(mount / "run/checkpoints")
+            kept = store.find(mount / "run/checkpoints")
             lost = not (program.returncode == 1 and "steps are saved" in said and "of free disk" in said and kept)
             for one in kept:
                 one.verify()

@@ -1,4 +1,4 @@
-"""python -m scripts.bench: tables that add up; no times are asserted."""
+"""python -m bench.bench: tables that add up; no times are asserted."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from bench import bench, decode
 from conf.schema import ConfigError, compose
-from model import kernels
-from scripts import bench, bench_decode
+from generation import kernels
 
 PEER = '''
 from dataclasses import dataclass
@@ -107,21 +107,21 @@ def test_decoding_is_measured_side_by_side(tmp_path, monkeypatch, capsys, native
     monkeypatch.setenv("NANOHYDRA_NATIVE_BF16", native)
     (tmp_path / "model.py").write_text(GENERATES)
     tiny = replace(bench.GPT2_LIKE, n_layer=1, n_head=1, n_embd=8, block_size=16, vocab_size=80)
-    monkeypatch.setattr(bench_decode, "SHAPES", {"gpt2": tiny})
-    monkeypatch.setattr(bench_decode, "read_rate", lambda: 1e9)
-    monkeypatch.setattr(bench_decode.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(decode, "SHAPES", {"gpt2": tiny})
+    monkeypatch.setattr(decode, "read_rate", lambda: 1e9)
+    monkeypatch.setattr(decode.importlib.util, "find_spec", lambda name: None)
     order = []
 
     def here(case, settings):
         order.append(case)
         capsys.readouterr()
-        bench_decode.measure(*case, settings)
+        decode.measure(*case, settings)
         return json.loads(capsys.readouterr().out.splitlines()[-1])
 
-    monkeypatch.setattr(bench_decode, "in_a_process", here)
+    monkeypatch.setattr(decode, "in_a_process", here)
     out = tmp_path / "decode.json"
     words = [f"peer={tmp_path}", "prompt=6", "tokens=5", "batch=3", "rounds=2", f"out={out}"]
-    assert bench_decode.decode(compose(bench_decode.DecodeSettings, words)) == 0
+    assert decode.decode(compose(decode.DecodeSettings, words)) == 0
     singles = ["fp32", "bf16", "int8"] if kernels.available() else ["fp32", "bf16"]
     cases = [("nanogpt", "fp32", 1), *(("ours", precision, 1) for precision in singles),
              *(("ours", precision, 3) for precision in batches)]
@@ -136,8 +136,8 @@ def test_decoding_is_measured_side_by_side(tmp_path, monkeypatch, capsys, native
 @pytest.mark.parametrize(("native", "many"), [("1", "bf16"), ("0", "fp32")])
 def test_peers_decode_in_bf16_only_where_it_is_native(native, many, monkeypatch):
     monkeypatch.setenv("NANOHYDRA_NATIVE_BF16", native)
-    monkeypatch.setattr(bench_decode.importlib.util, "find_spec", lambda name: name)
-    found = bench_decode.cases(bench_decode.DecodeSettings())
+    monkeypatch.setattr(decode.importlib.util, "find_spec", lambda name: name)
+    found = decode.cases(decode.DecodeSettings())
     assert {case[1] for case in found if case[0] == "transformers"} == {"fp32", many}
     assert len(found) == len(set(found))
 
@@ -145,4 +145,4 @@ def test_peers_decode_in_bf16_only_where_it_is_native(native, many, monkeypatch)
 @pytest.mark.parametrize("words, problem", [(["peer=/nowhere"], "no nanoGPT checkout"), (["tokens=1"], "at least 2"), (["prompt=1000"], "pass the block")])
 def test_bad_settings_of_decode_are_one_sentence(words, problem):
     with pytest.raises(ConfigError, match=problem):
-        compose(bench_decode.DecodeSettings, words)
+        compose(decode.DecodeSettings, words)

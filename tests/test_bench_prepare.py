@@ -13,11 +13,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from bench import prepare
+from bench.prepare import BenchPrepareSettings, main, make_text
 from conf.schema import ConfigError, compose
 from data.files import Document
 from data.shards import Tokens
-from scripts import bench_prepare
-from scripts.bench_prepare import BenchPrepareSettings, main, make_text
 
 WAYS = ["bare, threads", "bare, processes", "prepared, from file to file"]
 
@@ -30,8 +30,8 @@ def tiny(tmp_path, monkeypatch):
         return f"def f{number}():\n    return '{word}'\n"
 
     texts = ["".join(line(number, row) for row in range(20)) for number in range(20)]
-    monkeypatch.setattr(bench_prepare, "StdLib", lambda: SimpleNamespace(documents=lambda: map(Document.of, texts)))
-    monkeypatch.setattr(bench_prepare.encode, "threads", lambda: 2)
+    monkeypatch.setattr(prepare, "StdLib", lambda: SimpleNamespace(documents=lambda: map(Document.of, texts)))
+    monkeypatch.setattr(prepare.encode, "threads", lambda: 2)
     monkeypatch.setenv("NANOHYDRA_DATA", str(tmp_path / "untouched"))
 
 
@@ -41,7 +41,7 @@ def rows(said: str) -> dict[str, list[str]]:
 
 
 def test_it_prints_a_table_with_a_line_for_each_way_and_leaves_nothing(tiny, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench_prepare.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(prepare.tempfile, "tempdir", str(tmp_path))
     assert main(BenchPrepareSettings(megabytes=1, rounds=1, gigabytes=0, tokenizer="byte")) == 0
     said = capsys.readouterr().out
     assert said.startswith("1 MB, byte, 2 threads or processes, medians of 1 alternating rounds")
@@ -54,14 +54,14 @@ def test_it_prints_a_table_with_a_line_for_each_way_and_leaves_nothing(tiny, tmp
 
 
 def test_the_table_follows_from_the_medians(tiny, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench_prepare, "medians", lambda ways, rounds: dict(zip(ways, (0.5, 0.25, 2.0), strict=True)))
-    bench_prepare.rates(BenchPrepareSettings(megabytes=1, tokenizer="byte"), tmp_path)
+    monkeypatch.setattr(prepare, "medians", lambda ways, rounds: dict(zip(ways, (0.5, 0.25, 2.0), strict=True)))
+    prepare.rates(BenchPrepareSettings(megabytes=1, tokenizer="byte"), tmp_path)
     assert list(rows(capsys.readouterr().out).values())[1:] == [["2.0", "1.00"], ["4.0", "2.00"], ["0.5", "0.25"]]
 
 
 @pytest.mark.parametrize("tokenizer", ["byte", "bpe"])
 def test_every_way_makes_the_tokens_of_the_whole_text_anew_each_time(tiny, tmp_path, monkeypatch, tokenizer):
-    made, build = [], bench_prepare.prepare.__globals__["build"]
+    made, build = [], prepare.prepare.__globals__["build"]
     monkeypatch.setattr("data.prepare.build", lambda partial, *rest: made.append(sorted(one.name for one in partial.iterdir())) or build(partial, *rest))
 
     def medians(ways, rounds):
@@ -75,8 +75,8 @@ def test_every_way_makes_the_tokens_of_the_whole_text_anew_each_time(tiny, tmp_p
             assert bytes(ids.tolist()) == (tmp_path / "rates.txt").read_bytes() and ids.tolist() == [one for ids in threads for one in ids]
         return dict.fromkeys(ways, 1.0)
 
-    monkeypatch.setattr(bench_prepare, "medians", medians)
-    bench_prepare.rates(BenchPrepareSettings(megabytes=1, tokenizer=tokenizer), tmp_path)
+    monkeypatch.setattr(prepare, "medians", medians)
+    prepare.rates(BenchPrepareSettings(megabytes=1, tokenizer=tokenizer), tmp_path)
     assert 10**6 <= (tmp_path / "rates.txt").stat().st_size < 10**6 + 20
     assert made == [[], ["tokenizer.json"], ["tokenizer.json"]]  # only the tokenizer is trained once
 
@@ -92,9 +92,9 @@ def test_the_text_is_as_large_as_asked_for_and_no_document_comes_twice(tiny, tmp
 def test_memory_is_that_of_a_process_that_prepares_the_text_along_its_way(tiny, tmp_path, monkeypatch, capsys):
     started, Popen = [], subprocess.Popen
     program = "import time; time.sleep(0.1); some = bytearray(60_000_000); time.sleep(0.4)"
-    monkeypatch.setattr(bench_prepare.subprocess, "Popen", lambda words, **rest: started.append(words) or Popen([sys.executable, "-S", "-c", program]))
+    monkeypatch.setattr(prepare.subprocess, "Popen", lambda words, **rest: started.append(words) or Popen([sys.executable, "-S", "-c", program]))
     (tmp_path / "untouched").mkdir()
-    bench_prepare.memory(BenchPrepareSettings(gigabytes=1e-4, tokenizer="byte"), tmp_path)
+    prepare.memory(BenchPrepareSettings(gigabytes=1e-4, tokenizer="byte"), tmp_path)
     said = capsys.readouterr().out
     [words] = started
     assert words[1:] == ["-m", "scripts.prepare", "data=text", f"data.path={tmp_path / 'memory.txt'}", "data.tokenizer=byte"]

@@ -1,4 +1,4 @@
-"""python -m scripts.bench result: what is taken from a peer's run; no times are asserted."""
+"""python -m bench.bench result: what is taken from a peer's run; no times are asserted."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import sys
 import numpy as np
 import pytest
 
+from bench import ablation, result, start
 from conf.schema import ConfigError, compose
-from scripts import bench_ablation, bench_result, bench_start
 
 VAL = (np.arange(1000) ** 2 % 97).astype(np.uint16)
 
@@ -44,9 +44,9 @@ def peer(tmp_path):
 @pytest.mark.slow
 def test_the_peer_trains_from_the_seed_and_is_judged_by_the_whole_validation_split(peer, monkeypatch):
     said = []
-    original = bench_result.succeed
-    monkeypatch.setattr(bench_result, "succeed", lambda *args: said.append(original(*args)) or said[0])
-    found = bench_result.train_nanogpt(peer, 7)
+    original = result.succeed
+    monkeypatch.setattr(result, "succeed", lambda *args: said.append(original(*args)) or said[0])
+    found = result.train_nanogpt(peer, 7)
     assert "iter 0: loss 7," in said[0]
     assert found["seconds"] == pytest.approx(501 * 0.02)  # without what it spends on evaluating
     assert found["parameters"] == 15
@@ -56,15 +56,15 @@ def test_the_peer_trains_from_the_seed_and_is_judged_by_the_whole_validation_spl
 def test_a_peer_that_fails_is_one_sentence(peer):
     (peer / "train.py").write_text("raise RuntimeError('no such device')")
     with pytest.raises(ValueError, match="no such device"):
-        bench_result.train_nanogpt(peer, 7)
+        result.train_nanogpt(peer, 7)
 
 
 def test_each_round_has_another_seed(peer, monkeypatch, tmp_path, capsys):
     seeds = []
     for side in ("nanogpt", "ours"):
-        monkeypatch.setattr(bench_result, f"train_{side}", lambda *args, side=side: seeds.append((side, str(args[-1]))) or {
+        monkeypatch.setattr(result, f"train_{side}", lambda *args, side=side: seeds.append((side, str(args[-1]))) or {
             "seconds": 8.0 if side == "nanogpt" else 2.0, "val_loss": 1.5, "parameters": 1})
-    assert bench_result.result(compose(bench_result.ResultSettings, [f"peer={peer}", "rounds=2", f"out={tmp_path / 'r.json'}"])) == 0
+    assert result.result(compose(result.ResultSettings, [f"peer={peer}", "rounds=2", f"out={tmp_path / 'r.json'}"])) == 0
     assert seeds == [word for seed in (1337, 1338) for word in (("nanogpt", f"{seed}"), ("ours", f"seed={seed}"), ("ours", f"seed={seed}"))]
     assert "nanoGPT trains 4.0 times as long" in capsys.readouterr().out and (tmp_path / "r.json").is_file()
 
@@ -72,17 +72,17 @@ def test_each_round_has_another_seed(peer, monkeypatch, tmp_path, capsys):
 @pytest.mark.parametrize("words, problem", [([], "must name"), (["peer=/nowhere"], "no prepared text"), (["rounds=0"], "at least 1")])
 def test_bad_settings_are_one_sentence(words, problem):
     with pytest.raises(ConfigError, match=problem):
-        compose(bench_result.ResultSettings, words)
+        compose(result.ResultSettings, words)
 
 
 @pytest.mark.slow
 def test_an_ablation_compares_the_same_seeds_with_and_without(monkeypatch, capsys):
     ran = []
-    monkeypatch.setattr(bench_ablation, "train_ours", lambda *words: ran.append(words) or {"val_loss": 2.0 + ("model.ngrams=1" in words) + int(words[-1][-1])})
-    assert bench_ablation.ablation(compose(bench_ablation.AblationSettings, ["seeds=2", "experiment=shakespeare_cpu"])) == 0
+    monkeypatch.setattr(ablation, "train_ours", lambda *words: ran.append(words) or {"val_loss": 2.0 + ("model.ngrams=1" in words) + int(words[-1][-1])})
+    assert ablation.ablation(compose(ablation.AblationSettings, ["seeds=2", "experiment=shakespeare_cpu"])) == 0
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[2:]]
     assert rows[0] == ["the recipe", "2.5000", "1.0000", "+0.0000"] and rows[1] == ["n-grams", "3.5000", "1.0000", "+1.0000"]
-    assert len(rows) == len(bench_ablation.WITHOUT) and len(ran) == 2 * len(rows)
+    assert len(rows) == len(ablation.WITHOUT) and len(ran) == 2 * len(rows)
     assert all(words[0] == "experiment=shakespeare_cpu" for words in ran)
     assert {"training.batch_size=24", "training.max_steps=1000"} <= set(ran[-1])
     for words in {words[:-1] for words in ran}:
@@ -91,15 +91,15 @@ def test_an_ablation_compares_the_same_seeds_with_and_without(monkeypatch, capsy
 
 def test_the_clock_stops_at_the_first_step():
     program = "import time; print('loading'); time.sleep(0.2); print('Step 1: done'); time.sleep(60)"
-    assert 0.2 <= bench_start.seconds_until("Step 1:", [sys.executable, "-c", program], ".") < 30
+    assert 0.2 <= start.seconds_until("Step 1:", [sys.executable, "-c", program], ".") < 30
     with pytest.raises(ValueError, match="before its first step"):
-        bench_start.seconds_until("Step 2:", [sys.executable, "-c", "print('Step 1: done')"], ".")
+        start.seconds_until("Step 2:", [sys.executable, "-c", "print('Step 1: done')"], ".")
 
 
 def test_starts_are_compared_with_the_first_one_left_out(tmp_path, monkeypatch, capsys):
     times = iter([90, 90, 90, 2, 1, 4, 3, 2, 5])
-    monkeypatch.setattr(bench_start, "seconds_until", lambda sign, command, folder: next(times))
+    monkeypatch.setattr(start, "seconds_until", lambda sign, command, folder: next(times))
     out = tmp_path / "out.json"
-    assert bench_start.to_first_step(bench_start.StartSettings(str(tmp_path), rounds=2, out=str(out))) == 0
+    assert start.to_first_step(start.StartSettings(str(tmp_path), rounds=2, out=str(out))) == 0
     assert capsys.readouterr().out.splitlines()[2:] == ["| nanoGPT | 2.50 | 1.00 |", "| the same recipe | 1.50 | 0.60 |", "| the default run | 4.50 | 1.80 |"]
     assert json.loads(out.read_text()) == {"nanoGPT": [2, 3], "the same recipe": [1, 2], "the default run": [4, 5]}

@@ -19,8 +19,8 @@ import torch
 from safetensors.torch import load_file
 
 import atomic
-from training import checkpoint, shelf
-from training.checkpoint import FILES, MANIFEST, MODEL, OPTIMIZER, STATE, TOKENIZER, Checkpoint, Damaged, Snapshot
+from checkpointing import checkpoint, store
+from checkpointing.checkpoint import FILES, MANIFEST, MODEL, OPTIMIZER, STATE, TOKENIZER, Checkpoint, Damaged, Snapshot
 
 
 def snapshot(step, val_loss=None, scheduled=True, seed=0):
@@ -54,7 +54,7 @@ def reseal(folder):
 
 def test_what_was_saved_comes_back(tmp_path):
     save(tmp_path, 7, 1.5)
-    (found,) = shelf.find(tmp_path)
+    (found,) = store.find(tmp_path)
     like = snapshot(7)
     weights, optimizer, tokenizer, state = load_all(found, like)
     assert found.folder.name == "step_00000007" and found.step == 7 and state["val_loss"] == 1.5
@@ -74,7 +74,7 @@ def test_every_type_of_number_comes_back(tmp_path, dtype):
     tensors = {"w": torch.arange(6).view(2, 3).to(dtype), "empty": torch.empty(0, 4, dtype=dtype), "scalar": torch.tensor(3).to(dtype)}
     one = snapshot(1)
     checkpoint.save(tmp_path, Snapshot(tensors, {}, one.tokenizer, one.state))
-    found = shelf.find(tmp_path)[0].tensors(MODEL, tensors)
+    found = store.find(tmp_path)[0].tensors(MODEL, tensors)
     assert all(torch.equal(found[name], tensor) and found[name].dtype == dtype for name, tensor in tensors.items())
 
 
@@ -82,7 +82,7 @@ def test_tensors_that_are_views_are_saved_as_they_look(tmp_path):
     one = snapshot(1)
     turned = {"w": torch.arange(6.0).view(2, 3).T}
     checkpoint.save(tmp_path, Snapshot(turned, {}, one.tokenizer, one.state))
-    assert torch.equal(shelf.find(tmp_path)[0].tensors(MODEL, turned)["w"], turned["w"])
+    assert torch.equal(store.find(tmp_path)[0].tensors(MODEL, turned)["w"], turned["w"])
 
 
 def test_a_copy_does_not_change_with_what_it_was_copied_from():
@@ -128,7 +128,7 @@ def test_a_disk_too_full_is_seen_before_anything_is_written(tmp_path, monkeypatc
 def test_what_sampling_does_not_read_may_be_damaged(tmp_path):
     path = save(tmp_path, 1) / OPTIMIZER
     path.write_bytes(path.read_bytes()[:-1] + b"?")
-    assert shelf.choose(tmp_path, "last", lambda one: one.verify([MODEL, TOKENIZER]) or one, pytest.fail).step == 1
+    assert store.choose(tmp_path, "last", lambda one: one.verify([MODEL, TOKENIZER]) or one, pytest.fail).step == 1
 
 
 def test_a_checkpoint_of_another_format_is_named_as_such(tmp_path):
@@ -136,7 +136,7 @@ def test_a_checkpoint_of_another_format_is_named_as_such(tmp_path):
     manifest = {"format": 99, "files": {}}
     (folder / MANIFEST).write_text(json.dumps(manifest | {"sha256": checkpoint.digest(manifest)}))
     with pytest.raises(ValueError, match=r"format 99, this nanohydra reads 2: use the version that wrote it"):
-        shelf.find(tmp_path)
+        store.find(tmp_path)
 
 
 # Damage on purpose: the manifest agrees
@@ -267,7 +267,7 @@ def test_what_cannot_be_read_is_not_written(tmp_path):
         with pytest.raises(AssertionError, match=key):
             checkpoint.save(tmp_path, Snapshot(one.model, one.optimizer, one.tokenizer, one.state | {key: value}))
     checkpoint.save(tmp_path, Snapshot(one.model, one.optimizer, one.tokenizer, one.state | {"max_steps": 2**62, "val_loss": 1e300}))
-    assert len(shelf.find(tmp_path)) == 1
+    assert len(store.find(tmp_path)) == 1
 
 
 def test_a_model_that_takes_more_memory_than_there_is_is_refused(tmp_path, monkeypatch):
@@ -294,7 +294,7 @@ def test_a_checkpoint_that_is_pruned_while_it_is_chosen_is_no_damage(tmp_path):
         one.verify()
         return one
 
-    assert shelf.choose(tmp_path, "last", load, pytest.fail).step == 1
+    assert store.choose(tmp_path, "last", load, pytest.fail).step == 1
 
 
 def test_a_checkpoint_folder_that_is_a_link_is_refused(tmp_path):

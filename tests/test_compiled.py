@@ -9,7 +9,7 @@ import pytest
 import torch  # noqa: F401  loads the OpenMP library that compiled code calls
 
 import compiled
-from model import kernels
+from generation import kernels
 
 SOURCE = str(Path(kernels.__file__).with_suffix(".c"))
 pytestmark = pytest.mark.skipif(not kernels.available(), reason=f"no kernels here: {kernels.library()}")

@@ -340,11 +340,12 @@ def test_a_path_may_begin_at_home(root, key, monkeypatch, tmp_path):
 def test_every_setting_that_names_a_path_is_one_of_type_path():
     from typing import get_type_hints
 
-    from scripts import attention_map, bench_start, export_tokenizer, plot, prepare, report, sweep
+    from bench import start
+    from scripts import attention_map, export_tokenizer, plot, prepare, report, sweep
 
     named = ("run", "runs_dir", "out", "prompts", "prompt_file", "sweep", "peer", "trace")
     for settings in (schema.Settings, schema.SampleSettings, attention_map.AttentionMapSettings, sweep.SweepSettings,
-                     bench_start.StartSettings, export_tokenizer.ExportTokenizerSettings, plot.PlotSettings,
+                     start.StartSettings, export_tokenizer.ExportTokenizerSettings, plot.PlotSettings,
                      prepare.PrepareSettings, report.ReportSettings):
         for name, hint in get_type_hints(settings).items():
             assert (hint is schema.FilePath) == (name in named), (settings, name)

@@ -18,11 +18,11 @@ from test_atomic import special
 
 import atomic
 import train as story
-from conf import grid, slots
-from conf.resume import is_finished
+from checkpointing import store
+from checkpointing.resume import is_finished
 from conf.schema import ConfigError
-from conf.slots import Job, Progress, Slots, run_jobs
-from training import shelf
+from sweep import grid, jobs
+from sweep.jobs import Job, Progress, Slots, run_jobs
 
 ROOT = Path(__file__).parent.parent
 
@@ -109,7 +109,7 @@ def test_a_failing_job_stops_no_other_and_its_reason_is_its_last_error(tmp_path,
     assert source.failures[0] == f"bad: too wide Log: {tmp_path}/logs/bad.txt"
     assert {line.partition(" Log:")[0] for line in source.failures} == {
         "bad: too wide", "killed: killed by SIGKILL; the same command goes on with it", "mute: exit code 3", "last: what is it"}
-    assert slots.report_failures(source.failures) == 1 and slots.report_failures([]) == 0
+    assert jobs.report_failures(source.failures) == 1 and jobs.report_failures([]) == 0
     said = capsys.readouterr()
     assert "good: done" in said.out and "mute: failed" in said.out and "0 running, 1 done, 0 stopped, 4 failed" in said.err
 
@@ -124,12 +124,12 @@ def test_the_best_job_is_named_with_what_shows_more(tmp_path, capsys):
     jobs = [job(tmp_path, name) for name in ("a", "b b", "none")]
     for one, best in zip(jobs, (2.0, 1.5, math.inf), strict=True):
         one.best = best
-    slots.say_best(jobs)
+    jobs.say_best(jobs)
     assert capsys.readouterr().out.splitlines() == [
         f"Best: {tmp_path}/b b, val_loss 1.5000", f"  python sample.py 'run={tmp_path}/b b'",
         f"  python -m scripts.report runs={tmp_path}"]
-    slots.say_best(jobs[2:])
-    slots.say_best([])
+    jobs.say_best(jobs[2:])
+    jobs.say_best([])
     assert capsys.readouterr().out == ""
 
 
@@ -208,12 +208,12 @@ def test_a_folder_that_another_process_trains_in_is_waited_for(tmp_path):
 
 
 def test_a_sweep_is_run_once_at_a_time_and_not_in_a_runs_folder(tmp_path):
-    with slots.held(tmp_path / "sweep"), pytest.raises(ValueError, match="is being swept by process"), slots.held(tmp_path / "sweep"):
+    with jobs.held(tmp_path / "sweep"), pytest.raises(ValueError, match="is being swept by process"), jobs.held(tmp_path / "sweep"):
         pass
     for name in ("lock", "config.yaml"):
         (tmp_path / name).touch()
     for folder in (tmp_path, tmp_path / "inner" / "sweep"):  # a job in it would lie inside the run, and be refused
-        with pytest.raises(ValueError, match=f"{tmp_path} holds a run"), slots.held(folder):
+        with pytest.raises(ValueError, match=f"{tmp_path} holds a run"), jobs.held(folder):
             pass
 
 
@@ -256,8 +256,8 @@ def test_metrics_that_are_no_plain_file_are_not_waited_for(tmp_path, kind):
 
 
 def test_losses_of_other_tokens_are_compared_by_the_byte():
-    assert slots.metric_of(["optim.lr", "model.n_layer"]) == "val_loss"
-    assert slots.metric_of(["optim.lr", "data.vocab_size"]) == slots.metric_of(["data"]) == "bits_per_byte"
+    assert jobs.metric_of(["optim.lr", "model.n_layer"]) == "val_loss"
+    assert jobs.metric_of(["optim.lr", "data.vocab_size"]) == jobs.metric_of(["data"]) == "bits_per_byte"
 
 
 @pytest.mark.slow
@@ -293,7 +293,7 @@ def children(tmp_path):
 
 
 def steps(tmp_path, name):
-    saved = shelf.find(tmp_path / "sweep" / name / "checkpoints")
+    saved = store.find(tmp_path / "sweep" / name / "checkpoints")
     return saved[-1].step if saved else 0
 
 

@@ -11,8 +11,8 @@ import torch
 from torch.nn import functional as F
 
 import compiled
-from model import kernels
-from model.kernels import attend, in_panels, product, values_width
+from generation import kernels
+from generation.kernels import attend, in_panels, product, values_width
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason=f"no kernels here: {kernels.library()}")
 every_precision = pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])

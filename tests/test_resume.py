@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 
 import train as story
-from conf.resume import is_finished
+from checkpointing import store
+from checkpointing.resume import is_finished
 from data import prepare as preparation
 from data.prepare import prepare
 from scripts.verify_resume import compare
-from training import shelf
 
 
 def last_step(run: Path) -> int:
-    return shelf.find(run / "checkpoints")[-1].step
+    return store.find(run / "checkpoints")[-1].step
 
 
 @pytest.fixture
@@ -202,9 +202,9 @@ def test_a_finished_run_makes_up_for_report_and_pruning(compose_tiny, tmp_path, 
     words = ["training.max_steps=8", "training.checkpoint_every=2", "training.keep_last=1", "logger.report=true"]
     run = tmp_path / "runs/tiny"
     with monkeypatch.context() as patch:
-        patch.setattr(shelf, "prune", lambda *words: None)  # killed before
+        patch.setattr(store, "prune", lambda *words: None)  # killed before
         story.train(compose_tiny(*words))
-    assert len(shelf.find(run / "checkpoints")) == 4
+    assert len(store.find(run / "checkpoints")) == 4
     written = (run / "report.html").stat().st_mtime_ns
     if left == "no report":
         (run / "report.html").unlink()
@@ -214,7 +214,7 @@ def test_a_finished_run_makes_up_for_report_and_pruning(compose_tiny, tmp_path, 
     capsys.readouterr()
     assert story.train(compose_tiny(*words)) == 0
     said = capsys.readouterr().out
-    assert len(shelf.find(run / "checkpoints")) <= 2 and "is finished" in said
+    assert len(store.find(run / "checkpoints")) <= 2 and "is finished" in said
     assert ("Report: " in said) == (left != "all") and (run / "report.html").exists()
     if left == "no report":
         (run / "report.html").unlink()

@@ -8,8 +8,8 @@ import time
 import pytest
 from test_checkpoint import snapshot
 
-from training import checkpoint, saver, shelf
-from training.saver import Saver
+from checkpointing import checkpoint, saver, store
+from checkpointing.saver import Saver
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(slow, tmp_path):
         assert one.saved == 0 and not list(tmp_path.glob("step_*"))
         go.set()
         one.finish()
-        assert one.saved == 1 and len(shelf.find(tmp_path)) == 1
+        assert one.saved == 1 and len(store.find(tmp_path)) == 1
 
 
 def test_a_failing_run_still_gets_its_last_checkpoint_and_ctrl_c_does_not_wait(slow, tmp_path):
@@ -39,7 +39,7 @@ def test_a_failing_run_still_gets_its_last_checkpoint_and_ctrl_c_does_not_wait(s
         one.save(snapshot(1))
         threading.Timer(0.2, go.set).start()
         raise ValueError
-    assert [found.step for found in shelf.find(tmp_path)] == [1]
+    assert [found.step for found in store.find(tmp_path)] == [1]
     other, go, _ = slow()
     go.clear()
     start = time.monotonic()

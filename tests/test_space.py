@@ -7,8 +7,8 @@ import math
 import pytest
 
 from conf.schema import ConfigError, compose
-from conf.space import Range, read_space
 from scripts.sweep import SweepSettings
+from sweep.space import Range, read_space
 
 WHOLE = """
 space:

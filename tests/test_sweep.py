@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 
 from conf.schema import compose
-from conf.space import read_space
 from report.history import PRUNED
 from scripts import sweep
 from scripts.sweep import JOURNAL, Search, SweepSettings, hidden, search, tell_best
+from sweep.space import read_space
 
 ROOT = Path(__file__).parent.parent
 pytest.importorskip("optuna")

@@ -1,11 +1,11 @@
 """Measure training steps: beside nanoGPT's, against the machine's own limit, and where their time goes; and decoding.
 
-  python -m scripts.bench speed peer=../nanoGPT     tokens a second, and peak memory, of both
-  python -m scripts.bench result peer=../nanoGPT    seconds of training to its result, and the result in its seconds
-  python -m scripts.bench ablation                  what each ingredient of a recipe gives
-  python -m scripts.bench start peer=../nanoGPT     from the start of the process to the end of its first step
-  python -m scripts.bench profile                   what a step of the default run spends its time on
-  python -m scripts.bench decode peer=../nanoGPT    sampling: tokens a second, beside transformers too if it is installed
+  python -m bench.bench speed peer=../nanoGPT     tokens a second, and peak memory, of both
+  python -m bench.bench result peer=../nanoGPT    seconds of training to its result, and the result in its seconds
+  python -m bench.bench ablation                  what each ingredient of a recipe gives
+  python -m bench.bench start peer=../nanoGPT     from the start of the process to the end of its first step
+  python -m bench.bench profile                   what a step of the default run spends its time on
+  python -m bench.bench decode peer=../nanoGPT    sampling: tokens a second, beside transformers too if it is installed
 
 `peer` is a folder with a nanoGPT checkout, which is not part of nanohydra; without it, only our side is measured. Each
 side runs in processes of its own, in turn, as its README says for CPUs; the medians count.
@@ -39,12 +39,12 @@ from conf.launch import launch
 if __name__ == "__main__":
     # Before the imports below: --help and a wrong setting need not wait for torch.
     modes = {
-        "speed": ("scripts.bench:speed", "scripts.bench:SpeedSettings"),
-        "result": ("scripts.bench_result:result", "scripts.bench_result:ResultSettings"),
-        "ablation": ("scripts.bench_ablation:ablation", "scripts.bench_ablation:AblationSettings"),
-        "start": ("scripts.bench_start:to_first_step", "scripts.bench_start:StartSettings"),
-        "profile": ("scripts.bench:profile", "scripts.bench:ProfileSettings"),
-        "decode": ("scripts.bench_decode:decode", "scripts.bench_decode:DecodeSettings"),
+        "speed": ("bench.bench:speed", "bench.bench:SpeedSettings"),
+        "result": ("bench.result:result", "bench.result:ResultSettings"),
+        "ablation": ("bench.ablation:ablation", "bench.ablation:AblationSettings"),
+        "start": ("bench.start:to_first_step", "bench.start:StartSettings"),
+        "profile": ("bench.bench:profile", "bench.bench:ProfileSettings"),
+        "decode": ("bench.decode:decode", "bench.decode:DecodeSettings"),
     }
     mode = sys.argv.pop(1) if len(sys.argv) > 1 and sys.argv[1] in modes else "speed"
     launch(*modes[mode], __doc__)
@@ -63,11 +63,11 @@ import numpy as np
 import torch
 
 import atomic
+from bench.peer import nanogpt_module, peer_problems
 from conf.schema import FilePath, compose
 from data.loader import Loader
 from data.shards import Tokens
 from model import GPT, GPTConfig
-from scripts.peer import nanogpt_module, peer_problems
 from train import loss_of
 from training.device import Device
 from training.optim import OptimConfig, Optimizers
@@ -151,7 +151,7 @@ def product_rate(device: Device) -> float:
 
 
 def in_a_process(side: str, shape: str, settings: SpeedSettings) -> dict[str, Any]:
-    call = f"from scripts.bench import measure; measure({side!r}, {shape!r}, {settings.seconds}, {settings.peer!r})"
+    call = f"from bench.bench import measure; measure({side!r}, {shape!r}, {settings.seconds}, {settings.peer!r})"
     done = subprocess.run([sys.executable, "-c", call], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise ValueError(f"{side}, {shape}: {done.stderr.strip().splitlines()[-1]}")

@@ -11,9 +11,9 @@ import pytest
 from test_atomic import KINDS, special, tree, without_locks
 
 import train as story
+from checkpointing import store
+from checkpointing.run_folder import FILES, FOLDERS, LOCK, Run, check_contents, find_run
 from report.history import open_history
-from training import shelf
-from training.run import FILES, FOLDERS, LOCK, Run, check_contents, find_run
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def test_a_run_or_runs_dir_may_be_a_link_itself(compose_tiny, tmp_path):
     (tmp_path / "disk/other").mkdir()
     (tmp_path / "disk/linked").symlink_to(tmp_path / "disk/other")
     assert story.train(compose_tiny("training.max_steps=1", "name=linked")) == 0
-    assert len(shelf.find(tmp_path / "disk/other/checkpoints")) == 1
+    assert len(store.find(tmp_path / "disk/other/checkpoints")) == 1
 
 
 def at_step(monkeypatch, step, change):

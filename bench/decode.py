@@ -1,4 +1,4 @@
-"""Measure decoding beside nanoGPT's and transformers' `generate`: `python -m scripts.bench decode`.
+"""Measure decoding beside nanoGPT's and transformers' `generate`: `python -m bench.bench decode`.
 
 The same weights and prompts, each case in a process of its own, in turn. A side's rate is of the tokens after the first.
 """
@@ -21,12 +21,13 @@ import torch
 from torch import Tensor
 
 import atomic
+from bench.peer import nanogpt_module, peer_problems
 from conf.schema import FilePath
+from generation import kernels
+from generation.decoder import Decoder
+from generation.sampling import generate
 from hardware import native
-from model import GPT, GPTConfig, kernels
-from model.decode import Decoder
-from model.generate import generate
-from scripts.peer import nanogpt_module, peer_problems
+from model import GPT, GPTConfig
 from training.device import keep_freed_memory
 
 ROOT = Path(__file__).parent.parent
@@ -109,7 +110,7 @@ def read_rate() -> float:
 
 
 def in_a_process(case: tuple[str, str, int], settings: DecodeSettings) -> dict[str, float]:
-    call = f"from scripts.bench_decode import *; measure(*{case!r}, DecodeSettings(**{asdict(settings)!r}))"
+    call = f"from bench.decode import *; measure(*{case!r}, DecodeSettings(**{asdict(settings)!r}))"
     done = subprocess.run([sys.executable, "-c", call], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise ValueError(f"{case[0]}, {case[1]}: {done.stderr.strip().splitlines()[-1]}")

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import atomic
+from checkpointing.checkpoint import Checkpoint, Damaged, folder_name
 from terminal import readable_size
-from training.checkpoint import Checkpoint, Damaged, folder_name
 
 Loaded = TypeVar("Loaded")
 

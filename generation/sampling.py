@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.decode import Decoder, native_autocast, window_start
+from generation.decoder import Decoder, native_autocast, window_start
 from model.gpt import GPT
 
 COLD = 1e-20  # below it only the largest logit can be drawn, and dividing by it would soon give infinities

@@ -10,12 +10,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from generation import kernels
+from generation.caches import PackedCache, RaggedCache, SteadyCache
+from generation.packed import can_copy, cast, decoding_copy
 from hardware import native
-from model import kernels
-from model.caches import PackedCache, RaggedCache, SteadyCache
 from model.gpt import GPT
 from model.ngram import NOTHING
-from model.packed import can_copy, cast, decoding_copy
 
 
 class Enough(Exception):

@@ -14,13 +14,14 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conf.schema import compose
-from model import caches, decode, kernels
-from model.caches import PackedCache, RaggedCache, SteadyCache
+from generation import caches, kernels
+from generation import decoder as decoding
+from generation.caches import PackedCache, RaggedCache, SteadyCache
+from generation.decoder import Decoder, kind_of_cache
+from generation.packed import can_copy, cast, decoding_copy
+from generation.sampling import steps, uncached_logits
 from model.config import GPTConfig
-from model.decode import Decoder, kind_of_cache
-from model.generate import steps, uncached_logits
 from model.gpt import GPT
-from model.packed import can_copy, cast, decoding_copy
 
 V = 96
 SHAPES = {
@@ -68,8 +69,8 @@ class Traced:
 @pytest.fixture
 def steady(monkeypatch):
     """A CPU decodes as a GPU does."""
-    monkeypatch.setattr(decode, "kind_of_cache", lambda model: SteadyCache)
-    monkeypatch.setattr(decode, "Recording", Traced)
+    monkeypatch.setattr(decoding, "kind_of_cache", lambda model: SteadyCache)
+    monkeypatch.setattr(decoding, "Recording", Traced)
     monkeypatch.setattr(caches, "STEADY", 8)
     monkeypatch.setattr(Traced, "made", 0)
 
@@ -81,9 +82,9 @@ def decoder_of(monkeypatch, request):
         if kind is SteadyCache:
             request.getfixturevalue("steady")
         elif kind is None:
-            monkeypatch.setattr(decode, "can_copy", lambda model: False)
+            monkeypatch.setattr(decoding, "can_copy", lambda model: False)
         else:
-            monkeypatch.setattr(decode, "kind_of_cache", lambda model: kind)
+            monkeypatch.setattr(decoding, "kind_of_cache", lambda model: kind)
         decoder = Decoder(model)
         assert decoder.kind is (kind or RaggedCache) and (decoder.reader is model) == (kind is None)
         return decoder
@@ -137,7 +138,7 @@ def test_a_row_that_takes_another_place_is_not_read_again(monkeypatch):
     """Of 3 and 17 tokens in a block of 16, the latter with a window that has moved."""
     decoder, read = Decoder(make()), []
     prefill = decoder.prefill
-    monkeypatch.setattr(decoder, "prefill", lambda *arguments: read.append(arguments[0]) or prefill(*arguments))
+    monkeypatch.setattr(decoding, "prefill", lambda *arguments: read.append(arguments[0]) or prefill(*arguments))
     assert [rows for rows, _, _ in steps(decoder.model, texts_of(3, 17), 4, decoder=decoder, done=[0])] == [[0, 1], [1], [1], [1]]
     assert read == [0, 1]
 
@@ -251,7 +252,7 @@ def test_a_gpu_that_cannot_record_goes_on_without(late, steady, monkeypatch):
             call()
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(decode, "Recording", fail)
+    monkeypatch.setattr(decoding, "Recording", fail)
     monkeypatch.setattr(caches, "STEADY", 1)
     model = make()
     decoder, seen = Decoder(model), texts_of(16)
@@ -274,7 +275,7 @@ def set_up_before(begin_step: Callable[[SteadyCache], None], decoder: Decoder) -
 def test_kernels_may_lay_out_what_they_give_as_they_like(kind, monkeypatch):
     """As those on GPUs do with grouped heads."""
     plain = F.scaled_dot_product_attention
-    monkeypatch.setattr(decode, "kind_of_cache", lambda model: kind)
+    monkeypatch.setattr(decoding, "kind_of_cache", lambda model: kind)
     monkeypatch.setattr(F, "scaled_dot_product_attention",
                         lambda *args, **more: plain(*args, **more).transpose(1, 2).contiguous().transpose(1, 2))
     model = make(position="rotary", n_kv_head=2)
@@ -362,7 +363,7 @@ def test_presets_decode_fast(preset):
 def test_transformers_says_the_same_with_the_same_weights():
     """In fp32, through the very function that the benchmark uses."""
     pytest.importorskip("transformers")
-    from scripts.bench_decode import as_transformers
+    from bench.decode import as_transformers
 
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=32, vocab_size=V, n_layer=2, n_head=4, n_embd=32)).eval()

@@ -1,6 +1,6 @@
 """From the start of the process to the end of the first step, beside nanoGPT.
 
-  python -m scripts.bench start peer=../nanoGPT
+  python -m bench.bench start peer=../nanoGPT
 
 nanoGPT's is its recipe for CPUs, which evaluates first: that is kept as short as it goes (eval_iters=1). Ours are the same
 recipe and the default run, their data prepared.
@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import atomic
+from bench.result import RECIPE, ROOT, prepared_text
 from conf.schema import FilePath
-from scripts.bench_result import RECIPE, ROOT, prepared_text
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ class Run:
 
     def move_aside(self) -> None:
         """Give the folder, which stays locked, another name."""
-        from training.shelf import free_name  # imports torch, which finding a run does not need
+        from checkpointing.store import free_name  # imports torch, which finding a run does not need
 
         self.folder = self.folder.rename(free_name(self.folder.with_name(f"{self.folder.name}.old")))
         self.lock.follow(self.folder / LOCK)

@@ -1,7 +1,7 @@
 """A grid: one run for each combination of the values on a command line, in runs/SWEEP/JOB/.
 
 Numbers are read by Hydra's grammar, text is split at its commas. Each job is a process of its own
-(conf/slots.py), or one on a cluster (conf/cluster.py), and a job that fails stops no other.
+(sweep/jobs.py), or one on a cluster (sweep/cluster.py), and a job that fails stops no other.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, QuotedString, RangeSweep
 from hydra.errors import HydraException
 
-from conf.cluster import Cluster
 from conf.identity import flat, kind
 from conf.schema import (
     ConfigError,
@@ -32,7 +31,8 @@ from conf.schema import (
     leaves,
     options,
 )
-from conf.slots import (
+from sweep.cluster import Cluster
+from sweep.jobs import (
     Job,
     Progress,
     Slots,
@@ -117,7 +117,7 @@ def run_grid(overrides: list[str]) -> int:
     plan = plan_grid(overrides)
     folder, composed, failures = plan.folder, plan.composed, plan.failures
     slots = Cluster(plan.launcher, folder) if plan.launcher else Slots(plan.jobs)
-    from conf.resume import is_finished  # imports torch, which a mistake above need not wait for
+    from checkpointing.resume import is_finished  # imports torch, which a mistake above need not wait for
 
     with held(folder):
         jobs = [Job(job, folder, in_words(words, folder), settings.training.max_steps,

@@ -1,7 +1,7 @@
 """What each ingredient of a recipe gives: the validation loss without it, after as many steps, over several seeds.
 
-  python -m scripts.bench ablation                                   experiment=speedrun_shakespeare, a quarter of an hour
-  python -m scripts.bench ablation experiment=pydocs seeds=5         another recipe
+  python -m bench.bench ablation                                   experiment=speedrun_shakespeare, a quarter of an hour
+  python -m bench.bench ablation experiment=pydocs seeds=5         another recipe
 
 A difference that is smaller than the spread between seeds says nothing.
 """
@@ -12,9 +12,9 @@ import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from bench.result import train_ours
 from conf.schema import compose
 from progress import ProgressBar, print_line
-from scripts.bench_result import train_ours
 
 WITHOUT = {
     "the recipe": "",

@@ -13,32 +13,32 @@ import pytest
 from test_checkpoint import LIKE, load_all, save
 
 import atomic
-from training import shelf
-from training.checkpoint import FILES, MANIFEST, MODEL
-from training.run import find_run
+from checkpointing import store
+from checkpointing.checkpoint import FILES, MANIFEST, MODEL
+from checkpointing.run_folder import find_run
 
 
 def test_pruning_keeps_the_newest_the_best_and_the_newest_scheduled(tmp_path):
     for step, loss, scheduled in [(1, 3.0, True), (2, 1.0, True), (3, 2.0, True), (4, None, False), (5, 2.5, False)]:
         save(tmp_path, step, loss, scheduled)
     (tmp_path / f"{atomic.PARTIAL}step_00000006-x").mkdir()
-    shelf.prune(tmp_path, keep_last=1)
+    store.prune(tmp_path, keep_last=1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000002", "step_00000003", "step_00000005"]
-    chosen = {which: shelf.choose(tmp_path, which, shelf.whole, pytest.fail).step for which in shelf.ORDERS}
+    chosen = {which: store.choose(tmp_path, which, store.whole, pytest.fail).step for which in store.ORDERS}
     assert chosen == {"best": 2, "last": 5, "scheduled": 3}
 
 
 def test_without_evaluations_the_newest_is_the_best(tmp_path):
-    assert shelf.choose(tmp_path, "best", shelf.whole, pytest.fail) is None
+    assert store.choose(tmp_path, "best", store.whole, pytest.fail) is None
     save(tmp_path, 1)
     save(tmp_path, 2)
-    assert shelf.choose(tmp_path, "best", shelf.whole, pytest.fail).step == 2
+    assert store.choose(tmp_path, "best", store.whole, pytest.fail).step == 2
 
 
 def test_a_half_written_checkpoint_is_never_found(tmp_path):
     save(tmp_path, 1)
     save(tmp_path, 2).rename(tmp_path / f"{atomic.PARTIAL}step_00000002-abc")
-    assert [one.step for one in shelf.find(tmp_path)] == [1]
+    assert [one.step for one in store.find(tmp_path)] == [1]
 
 
 @pytest.mark.parametrize("name", [*FILES, MANIFEST])
@@ -55,18 +55,18 @@ def test_the_previous_good_one_is_used_with_one_warning_that_names_what_is_damag
     if harm == "gone":
         path.unlink()
     warnings = []
-    assert shelf.choose(tmp_path, "last", shelf.whole, warnings.append, set_aside=True).step == 1
+    assert store.choose(tmp_path, "last", store.whole, warnings.append, set_aside=True).step == 1
     (warning,) = warnings
     assert str(path) in warning and "using step_00000001 instead" in warning
     assert sorted(one.name for one in tmp_path.iterdir()) == ["damaged-step_00000002", "step_00000001"]
-    shelf.prune(tmp_path, keep_last=1)
+    store.prune(tmp_path, keep_last=1)
     assert (tmp_path / "damaged-step_00000002").is_dir()
 
 
 def test_when_nothing_is_whole_the_sentence_says_so_and_nothing_is_moved(tmp_path):
     (save(tmp_path, 1) / MODEL).write_bytes(b"")
     with pytest.raises(ValueError, match=r"No checkpoint in .* is whole: .*model.safetensors .*restart=true"):
-        shelf.choose(tmp_path, "last", shelf.whole, pytest.fail, set_aside=True)
+        store.choose(tmp_path, "last", store.whole, pytest.fail, set_aside=True)
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
 
 
@@ -89,7 +89,7 @@ def test_a_system_error_is_reported_and_renames_nothing(tmp_path, monkeypatch, c
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match=os.strerror(code)) as refusal:
         patch.setattr(os, call, failing)
-        shelf.choose(tmp_path, "last", shelf.whole, pytest.fail, set_aside=True)
+        store.choose(tmp_path, "last", store.whole, pytest.fail, set_aside=True)
     if call != "scandir":
         assert "move" in str(refusal.value) and "\n" not in str(refusal.value)
     assert sorted(one.name for one in tmp_path.iterdir()) == ["step_00000001", "step_00000002"]
@@ -106,7 +106,7 @@ def test_too_many_open_files_damage_nothing(tmp_path):
         for limit in range(taken[0] + 1, taken[0] + 20):
             resource.setrlimit(resource.RLIMIT_NOFILE, (limit, before[1]))
             try:
-                shelf.choose(tmp_path, "last", lambda one: load_all(one, LIKE), pytest.fail, set_aside=True)
+                store.choose(tmp_path, "last", lambda one: load_all(one, LIKE), pytest.fail, set_aside=True)
                 break
             except OSError:
                 refused += 1
@@ -121,13 +121,13 @@ def test_a_link_in_place_of_the_checkpoints_is_refused(tmp_path):
     save(tmp_path / "elsewhere", 1)
     (tmp_path / "checkpoints").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(ValueError, match="checkpoints is a link"):
-        shelf.choose(tmp_path / "checkpoints", "last", shelf.whole, pytest.fail)
+        store.choose(tmp_path / "checkpoints", "last", store.whole, pytest.fail)
 
 
 # Reading while a training saves and prunes
 
 
-@pytest.mark.parametrize("which", shelf.ORDERS)
+@pytest.mark.parametrize("which", store.ORDERS)
 def test_reading_while_a_training_prunes_always_succeeds(tmp_path, which):
     """The newest and the best are replaced all the time, in another thread that gets its turn at any point."""
     checkpoints = tmp_path / "run/checkpoints"
@@ -140,7 +140,7 @@ def test_reading_while_a_training_prunes_always_succeeds(tmp_path, which):
         while not ended.is_set():
             step += 1
             save(checkpoints, step, 100 / step)
-            shelf.prune(checkpoints, keep_last=1)
+            store.prune(checkpoints, keep_last=1)
 
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
@@ -149,7 +149,7 @@ def test_reading_while_a_training_prunes_always_succeeds(tmp_path, which):
     try:
         for _ in range(400):
             assert find_run(tmp_path, "") == tmp_path / "run"
-            assert shelf.choose(checkpoints, which, lambda one: load_all(one, LIKE), pytest.fail)
+            assert store.choose(checkpoints, which, lambda one: load_all(one, LIKE), pytest.fail)
     finally:
         ended.set()
         trainer.join()
@@ -168,9 +168,9 @@ def test_whatever_fails_because_a_checkpoint_is_gone_is_retried(tmp_path, failur
             raise failure("gone")
         return one.step
 
-    assert shelf.choose(tmp_path, "last", load, pytest.fail) == 1
+    assert store.choose(tmp_path, "last", load, pytest.fail) == 1
 
 
 def test_names_that_links_to_nowhere_have_are_not_free(tmp_path):
     (tmp_path / "tiny.old").symlink_to(tmp_path / "nowhere")
-    assert shelf.free_name(tmp_path / "tiny.old") == tmp_path / "tiny.old-2"
+    assert store.free_name(tmp_path / "tiny.old") == tmp_path / "tiny.old-2"

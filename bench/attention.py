@@ -1,6 +1,6 @@
 """Time the steps from one head after the other to the fused block: forward, and forward with backward.
 
-  python -m scripts.bench_attention
+  python -m bench.attention
 
 Settings, each with its default:
   rounds=15        each round times every way once, in turn; medians are printed
@@ -13,7 +13,7 @@ from conf.launch import launch
 
 if __name__ == "__main__":
     # Before the imports below: --help and a wrong setting need not wait for torch.
-    place = "scripts.bench_attention"
+    place = "bench.attention"
     launch(f"{place}:main", f"{place}:BenchAttentionSettings", __doc__)
 
 import statistics

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import kernels
+from generation import kernels
 from model.attention import KVCache
 from model.config import GPTConfig
 
@@ -119,7 +119,7 @@ class SteadyCache(RaggedCache):
 
 
 class PackedCache(RaggedCache):
-    """The same for CPUs, as model/kernels.c reads it: each row to where it is, so that nothing needs to be hidden."""
+    """The same for CPUs, as generation/kernels.c reads it: each row to where it is, so that nothing needs to be hidden."""
 
     def __init__(self, config: GPTConfig, batch_size: int, positions: int, device: torch.device, dtype: torch.dtype) -> None:
         D, groups = config.head_width, config.kv_heads

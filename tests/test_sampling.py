@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.decode import native_dtype, window_start
-from model.generate import candidates, generate, pick, steps
+from generation.decoder import native_dtype, window_start
+from generation.sampling import candidates, generate, pick, steps
 from model.gpt import GPT, GPTConfig
 
 V = 31

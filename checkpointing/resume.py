@@ -13,6 +13,10 @@ from typing import Any
 
 import torch
 
+from checkpointing import checkpoint, store
+from checkpointing.checkpoint import Checkpoint
+from checkpointing.provenance import compiled_at_last_start
+from checkpointing.run_folder import Run, check_contents
 from conf.identity import OF_THE_TOKENS, differences, flat, identity_differences, in_short, listed
 from conf.schema import Settings, folder_name, rebuild
 from data.prepare import find_prepared, planned, prepare
@@ -20,12 +24,8 @@ from data.shards import read_meta
 from data.sources import DataConfig
 from model import GPT, GPTConfig, Undrawn
 from terminal import counted, say
-from training import checkpoint, shelf
-from training.checkpoint import Checkpoint
 from training.config import TrainingConfig
 from training.device import Device, Environment, available
-from training.provenance import compiled_at_last_start
-from training.run import Run, check_contents
 
 
 def tokens_for(settings: Settings, warn: Callable[[str], None] = say) -> Path:
@@ -52,7 +52,7 @@ def tokens_for(settings: Settings, warn: Callable[[str], None] = say) -> Path:
     if not settings.name:
         # Another text is another run, whose name says so. An unfinished run comes first, unless that one exists.
         changed = now and folder.with_name(f"{folder.name}-prepared={read_meta(now)['fingerprint'][:12]}")
-        if limit_reached(settings.training, last) or (changed and shelf.find(changed / "checkpoints")):
+        if limit_reached(settings.training, last) or (changed and store.find(changed / "checkpoints")):
             return prepare(settings.data)
     warn(f"The text of {folder}, or how it is prepared, {reason} since the run began. The run uses the tokens it was "
          f"trained on ({kept}). To train on the text as it is now, choose another name=, or pass restart=true.")
@@ -63,7 +63,7 @@ def last_saved(folder: Path, settings: Settings) -> Checkpoint | None:
     """The newest checkpoint of a run that these settings would not start over; None if there is none."""
     check_contents(folder)
     try:
-        found = shelf.find(folder / "checkpoints")
+        found = store.find(folder / "checkpoints")
     except ValueError:
         if settings.restart:
             return None
@@ -141,7 +141,7 @@ def look_into(run: Run, settings: Settings, prepared: Path) -> tuple[Checkpoint 
         return one
 
     try:
-        last = shelf.choose(run.checkpoints, "last", load, warn=say, set_aside=True)
+        last = store.choose(run.checkpoints, "last", load, warn=say, set_aside=True)
         return last, changes_since(last, settings, prepared) if last else {}
     except ValueError:
         if settings.restart:
@@ -162,7 +162,7 @@ def is_finished(settings: Settings, folder: Path) -> bool:
     Raises ValueError with the differences if it holds another run.
     """
     check_contents(folder)
-    saved = shelf.find(folder / "checkpoints")
+    saved = store.find(folder / "checkpoints")
     if not saved or settings.restart:
         return False
     in_place = replace(settings, name=folder.name, runs_dir=str(folder.parent))

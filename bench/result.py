@@ -1,6 +1,6 @@
 """Train to a result beside nanoGPT: seconds of training until its loss, and the loss in its seconds.
 
-  python -m scripts.bench result peer=../nanoGPT
+  python -m bench.bench result peer=../nanoGPT
 
 nanoGPT trains its recipe for CPUs with its own train.py; ours are `experiment=speedrun_shakespeare` and
 `experiment=modern_shakespeare`, on the same text. Both sides are judged by the whole validation split, in windows of their

@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from training import checkpoint, shelf
-from training.checkpoint import Snapshot
+from checkpointing import checkpoint, store
+from checkpointing.checkpoint import Snapshot
 from training.device import available_memory
 from training.interrupt import embedded
 
@@ -63,7 +63,7 @@ class Saver:
         try:
             checkpoint.save(self.checkpoints, snapshot, self.settle)
             self.saved = snapshot.state["step"]
-            shelf.prune(self.checkpoints, self.keep_last)
+            store.prune(self.checkpoints, self.keep_last)
         except Exception as error:  # it belongs to the thread that trains
             self.error = error
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import atomic
 from conf.schema import launcher_settings, options
-from conf.slots import CHILD, Job, Slots, log_of
+from sweep.jobs import CHILD, Job, Slots, log_of
 
 COMMON = ("timeout_min", "cpus_per_task", "gpus_per_node", "tasks_per_node", "mem_gb", "nodes", "name", "stderr_to_stdout")
 OTHERS = ("choose slurm, submitit_slurm or submitit_local; without a launcher, the jobs run here, "

@@ -1,7 +1,7 @@
 """Jobs in slots: each training a child process of its own, some at a time, each with its share of the machine.
 
 A child whose parent is gone, however that went, notices by the end of its standard input: it saves and stops, as after
-SIGTERM. Knows nothing of what the jobs are for; conf/grid.py and scripts/sweep.py do.
+SIGTERM. Knows nothing of what the jobs are for; sweep/grid.py and scripts/sweep.py do.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import atomic
+from checkpointing.run_folder import LOCK, first_run, this_process
 from progress import ProgressBar, print_line
 from terminal import counted, say
 from training.interrupt import REQUESTS, WARNINGS, Interrupt
-from training.run import LOCK, first_run, this_process
 
 TRAIN = Path(__file__).parent.parent / "train.py"
 CHILD = "NANOHYDRA_CHILD"  # in the environment of a process that is to stop when its standard input ends

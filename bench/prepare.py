@@ -1,6 +1,6 @@
 """Time preparing against bare encoding of the same text, threads against processes, and measure the memory it takes.
 
-  python -m scripts.bench_prepare
+  python -m bench.prepare
 
 The text is the standard library's source code, repeated with a number before each line of it that stands on its own.
 
@@ -17,7 +17,7 @@ from conf.launch import launch
 
 if __name__ == "__main__":
     # Before the imports below: --help and a wrong setting need not wait for torch.
-    launch("scripts.bench_prepare:main", "scripts.bench_prepare:BenchPrepareSettings", __doc__)
+    launch("bench.prepare:main", "bench.prepare:BenchPrepareSettings", __doc__)
 
 import os
 import re
@@ -33,12 +33,12 @@ from pathlib import Path
 from typing import Literal
 
 import atomic
+from bench.attention import medians
 from data import encode
 from data.files import cut_up
 from data.prepare import load_tokenizer, prepare
 from data.sources import DataConfig, StdLib
 from data.tokenizer import Tokenizer, from_json
-from scripts.bench_attention import medians
 
 ROOT = Path(__file__).parent.parent
 

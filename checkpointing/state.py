@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from training.checkpoint import MODEL, OPTIMIZER, STATE, Checkpoint, Damaged, Snapshot
+from checkpointing.checkpoint import MODEL, OPTIMIZER, STATE, Checkpoint, Damaged, Snapshot
 from training.optim import Optimizers
 
 

@@ -1,0 +1,1 @@
+"""Everything that measures nanohydra beside a peer: `python -m bench NAME`."""

@@ -1,0 +1,1 @@
+"""What survives a process: run folders, checkpoints and their state."""

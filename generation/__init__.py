@@ -1,0 +1,1 @@
+"""What decodes: the engine, the decoder, its caches and kernels."""

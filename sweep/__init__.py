@@ -1,0 +1,1 @@
+"""Many runs: jobs, grids, search spaces and clusters."""

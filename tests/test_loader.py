@@ -143,21 +143,27 @@ def test_another_seed_gives_another_order():
     assert len(orders) == 20
 
 
-@pytest.mark.parametrize(("batch_size", "micro_steps", "world_size"),
-                         [(8, 1, 1), (4, 2, 1), (1, 8, 1), (4, 1, 2), (2, 2, 2), (2, 1, 4), (1, 2, 4)])
-def test_every_split_over_ranks_and_micro_steps_reads_the_same_global_batch(batch_size, micro_steps, world_size):
-    whole = Loader([positions(1000)], 8, 8, seed=3)
-    split = Loader([positions(1000)], 8, batch_size, micro_steps, seed=3, world_size=world_size)
-    assert split.tokens_per_step == whole.tokens_per_step
-    for step in (0, 1, 15, 200):  # step 15 straddles two epochs
-        parts = [split.batch(step, micro_step, rank)[0] for micro_step in range(micro_steps) for rank in range(world_size)]
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_ranks_read_contiguous_pieces_of_the_same_step(world_size, mixed):
+    """Micro-step m of rank r is micro-step r * micro_steps + m of one rank."""
+    tokens = [positions(1000), positions(400)] if mixed else [positions(1000)]
+    alone = Loader(tokens, 8, 2, micro_steps=8, seed=3)
+    loader = Loader(tokens, 8, 2, 8 // world_size, seed=3, world_size=world_size)
+    assert loader.tokens_per_step == alone.tokens_per_step == 128
+    for step in (0, 1, 7, 200):  # step 7 straddles two epochs
+        read = [loader.batch(step, micro_step, rank) for rank in range(world_size) for micro_step in range(8 // world_size)]
+        for micro_step, batch in enumerate(read):
+            assert all(map(torch.equal, batch, alone.batch(step, micro_step)))
+        assert loader.sequences(step) == torch.cat([inputs[:, 0] for inputs, _ in read]).tolist()
+
+
+@pytest.mark.parametrize(("batch_size", "micro_steps"), [(4, 2), (1, 8)])
+def test_the_batch_size_leaves_the_sequences_of_a_step(batch_size, micro_steps):
+    whole, split = Loader([positions(1000)], 8, 8), Loader([positions(1000)], 8, batch_size, micro_steps)
+    for step in (0, 15):
+        parts = [split.batch(step, micro_step)[0] for micro_step in range(micro_steps)]
         assert torch.equal(torch.cat(parts), whole.batch(step)[0])
-
-
-def test_the_sequences_of_a_step_are_those_of_all_ranks_and_micro_steps():
-    loader = Loader([positions(1000)], 8, 2, micro_steps=2, seed=0, world_size=2)
-    read = [loader.batch(3, micro_step, rank)[0][:, 0] for micro_step in (0, 1) for rank in (0, 1)]
-    assert loader.sequences(3) == torch.cat(read).tolist()
 
 
 def test_a_huge_split_takes_no_memory_and_no_time():
@@ -213,14 +219,11 @@ def test_each_part_of_a_mixture_is_read_whole_and_shuffled_on_its_own():
     assert loader.steps_an_epoch() == pytest.approx([124 / 6, 12 / 1, 62 / 3])
 
 
-def test_a_mixed_batch_is_a_pure_function_of_seed_step_and_rank():
+def test_a_mixed_batch_is_a_pure_function_of_seed_and_step():
     first = [three_parts().batch(step)[0] for step in range(30)]
     for step in (29, 3, 3):
         assert torch.equal(three_parts().batch(step)[0], first[step])
     assert not torch.equal(three_parts(seed=1).batch(0)[0], first[0])
-    for world_size in (2, 4):
-        split = three_parts(batch_size=4 // world_size, world_size=world_size)
-        assert torch.equal(torch.cat([split.batch(17, rank=rank)[0] for rank in range(world_size)]), first[17])
 
 
 def test_the_order_of_a_mixture_is_frozen():
@@ -272,6 +275,18 @@ def test_validation_reads_in_order_without_overlap_up_to_max_tokens(n_tokens, ma
         assert torch.equal(inputs.flatten(), torch.arange(sum(sizes) * 8))
         assert torch.equal(targets, inputs + 1)
         assert inputs.dtype == targets.dtype == torch.int64
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_ranks_share_the_validation_batches(world_size):
+    tokens = [positions(801), positions(200)]
+    options = {"block_size": 8, "batch_size": 16, "max_tokens": 10**6, "weights": [1, 3]}
+    alone = list(Validation(tokens, **options))
+    assert len(alone) == 9
+    for rank in range(world_size):
+        shared = list(Validation(tokens, **options, rank=rank, world_size=world_size))
+        for (*batch, weight), (*expected, expected_weight) in zip(shared, alone[rank::world_size], strict=True):
+            assert all(map(torch.equal, batch, expected)) and weight == expected_weight
 
 
 def test_shakespeare_has_1742_validation_windows_of_64(shakespeare):
@@ -334,6 +349,14 @@ def test_prefetched_batches_are_the_loaders_own_each_read_once_ahead_on_a_thread
         assert all(map(torch.equal, batches.batch(*place), plain.batch(*place)))
         loader.wait_for(count)  # the next one is read although nobody has asked for it
     assert loader.read == [(5, 0, True), *((*place, False) for place in order[1:]), (9, 0, False)]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_prefetch_reads_the_batches_of_its_rank(pretend_gpu, device):
+    loader = Watched(micro_steps=2, world_size=2)
+    batches = Prefetch(loader, torch.device(device), rank=1)
+    for place in ((0, 0), (0, 1), (1, 0)):
+        assert all(map(torch.equal, batches.batch(*place), Loader.batch(loader, *place, rank=1)))
 
 
 def test_asking_for_a_batch_waits_for_no_later_one(pretend_gpu):
@@ -401,9 +424,9 @@ import numpy as np, torch
 from data.loader import Loader, Prefetch
 from data.shards import Tokens
 class Slow(Loader):
-    def batch(self, step, micro_step=0):
+    def batch(self, step, micro_step=0, rank=0):
         time.sleep(step)
-        return super().batch(step, micro_step)
+        return super().batch(step, micro_step, rank)
 torch.Tensor.pin_memory = torch.Tensor.to = lambda ids, *_, **__: ids
 batches = Prefetch(Slow([Tokens([np.arange(100)])], 8, 4), torch.device("cuda"))
 batches.batch(0)

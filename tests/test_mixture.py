@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.corpus import Corpus
-from data.mixture import Turns, read_mix
+from data.mixture import Interleaving, read_mix
 from data.prepare import describe, load_tokenizer, prepare, val_bytes_per_token
 from data.shards import open_parts, read_meta
 from data.sources import DataConfig
@@ -24,9 +24,9 @@ def test_weights_become_counts(mix, counts):
 
 
 @pytest.mark.parametrize("mix, words", [
-    ("pydocs", "pydocs is no source with its weight"), ("a:0.5 b:-1", "b:-1 is no source"), ("a:x", "a:x is no source"),
-    (":1", ":1 is no source"), ("a:nan", "a:nan"), ("a:1/0", "a:1/0"), ("a:1 a:2", "a comes twice"), (" ", "no source is named"),
-    ("a:0.12345 b:0.87655", r"only after 20,000 sequences: round them, so that it is at most 10,000"),
+    ("pydocs", "pydocs is not a source with its weight"), ("a:0.5 b:-1", "b:-1 is not a source"), ("a:x", "a:x is not a source"),
+    (":1", ":1 is not a source"), ("a:nan", "a:nan"), ("a:1/0", "a:1/0"), ("a:1 a:2", "a is given twice"), (" ", "names no source"),
+    ("a:0.12345 b:0.87655", r"only after 20,000 sequences, at most 10,000 are supported: round them"),
 ])
 def test_what_is_no_mixture_is_one_sentence(mix, words):
     with pytest.raises(ValueError, match=words):
@@ -37,14 +37,14 @@ def test_a_mixture_that_cannot_work_is_a_problem_of_the_settings():
     [problem] = DataConfig(mix="pydocs:1 no/such.txt:1").problems()
     assert problem.startswith("mix=") and "no/such.txt does not exist" in problem
     [problem] = DataConfig(mix="pydocs").problems()
-    assert problem.startswith("mix=pydocs: pydocs is no source with its weight")
+    assert problem.startswith("mix=pydocs: pydocs is not a source with its weight")
     assert list(DataConfig(mix="pydocs:1 stdlib:2").problems()) == []
 
 
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=9))
 def test_in_any_stretch_the_counts_are_within_two_of_the_weights(counts):
     """Prefixes within one, whatever the weights; so stretches within two."""
-    turns = Turns(counts)
+    turns = Interleaving(counts)
     source, _ = turns.at(np.arange(2 * turns.period))
     n = np.arange(1, 2 * turns.period + 1)
     for part, count in enumerate(counts):
@@ -54,19 +54,19 @@ def test_in_any_stretch_the_counts_are_within_two_of_the_weights(counts):
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=6), st.integers(0, 10**12))
 def test_each_sequence_of_a_source_comes_once_and_in_order(counts, start):
-    turns = Turns(counts)
+    turns = Interleaving(counts)
     source, index = turns.at(start + np.arange(3 * turns.period))
     for part in range(len(counts)):
         mine = index[source == part]
         assert np.array_equal(mine, np.arange(mine[0], mine[0] + len(mine)))
-    first_source, first_index = Turns(counts).at(np.arange(turns.period))
+    first_source, first_index = Interleaving(counts).at(np.arange(turns.period))
     assert all(first_index[first_source == part][0] == 0 for part in range(len(counts)))
 
 
 def test_the_turns_are_frozen():
     """Another order that keeps to the weights as well would read other text in each run that goes on."""
     expected = {(14, 8, 2): [0, 1, 0, 0, 1, 0, 0, 1, 0, 1, 0, 2], (9, 14, 12): [1, 2, 0, 1, 2, 0, 1, 2, 1, 0, 2, 1]}
-    assert {counts: Turns(list(counts)).at(np.arange(12))[0].tolist() for counts in expected} == expected
+    assert {counts: Interleaving(list(counts)).at(np.arange(12))[0].tolist() for counts in expected} == expected
 
 
 @pytest.fixture

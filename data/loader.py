@@ -148,10 +148,8 @@ class Prefetch:
         """Inputs and targets on the device, each int64 `[batch_size, block_size]`."""
         if self.device.type != "cuda":
             return self.loader.batch(step, micro_step, self.rank)
-        if (step, micro_step) == self.next_key:
-            pinned = self.next_batch.result()
-        else:
-            pinned = self.read(step, micro_step)
+        prefetched = (step, micro_step) == self.next_key
+        pinned = self.next_batch.result() if prefetched else self.read(step, micro_step)
         is_last = micro_step + 1 == self.micro_steps
         self.next_key = (step + 1, 0) if is_last else (step, micro_step + 1)
         self.next_batch = self.executor.submit(self.read, *self.next_key)

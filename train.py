@@ -25,7 +25,7 @@ from conf.launch import launch
 
 if __name__ == "__main__":
     # Before the imports below: --help and a wrong setting need not wait for torch.
-    launch("train:train", "config", __doc__)
+    launch("train:train", "config", __doc__, multirun="sweep.grid:run_grid")
 
 import hashlib
 import math

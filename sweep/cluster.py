@@ -15,7 +15,8 @@ from typing import Any
 
 import atomic
 from conf.schema import launcher_settings, options
-from sweep.jobs import CHILD, Job, Slots, log_of
+from sweep.jobs import Job, LocalRunner, log_of
+from training.interrupt import CHILD
 
 COMMON = ("timeout_min", "cpus_per_task", "gpus_per_node", "tasks_per_node", "mem_gb", "nodes", "name", "stderr_to_stdout")
 OTHERS = ("choose slurm, submitit_slurm or submitit_local; without a launcher, the jobs run here, "
@@ -23,10 +24,10 @@ OTHERS = ("choose slurm, submitit_slurm or submitit_local; without a launcher, t
 EXECUTORS = {"SlurmLauncher": "slurm", "LocalLauncher": "local"}
 
 
-class Cluster(Slots):
+class ClusterRunner(LocalRunner):
     """Submits all jobs at once, as an array; the cluster says which run when. Raises ValueError for wrong settings."""
 
-    look_seconds = 1.0
+    poll_seconds = 1.0
 
     def __init__(self, overrides: list[str], folder: Path) -> None:
         known = (*options("hydra/launcher"), "submitit_slurm", "submitit_local")

@@ -31,17 +31,17 @@ from conf.schema import (
     leaves,
     options,
 )
-from sweep.cluster import Cluster
+from sweep.cluster import ClusterRunner
 from sweep.jobs import (
     Job,
+    LocalRunner,
     Progress,
-    Slots,
-    held,
-    in_words,
-    metric_of,
+    comparison_metric,
+    job_overrides,
+    locked,
+    print_best,
     report_failures,
     run_jobs,
-    say_best,
 )
 from terminal import counted, output, say
 
@@ -108,20 +108,26 @@ class Plan:
         return Path(some.runs_dir) / some.name
 
 
-def run_grid(overrides: list[str]) -> int:
+def run_grid(overrides: list[str], show: bool = False) -> int:
     """Run all combinations, or what is left of them; return the exit code.
+
+    With `show`, print each job's settings instead, as documents of one YAML text.
 
     Raises ValueError for what no job can be made of, and where a folder holds another run, before
     any job starts.
     """
     plan = plan_grid(overrides)
+    if show:
+        for job, (_, settings) in plan.composed.items():
+            output(f"---  # {job}\n{as_yaml(settings)}", end="")
+        return report_failures(plan.failures)
     folder, composed, failures = plan.folder, plan.composed, plan.failures
-    slots = Cluster(plan.launcher, folder) if plan.launcher else Slots(plan.jobs)
+    slots = ClusterRunner(plan.launcher, folder) if plan.launcher else LocalRunner(plan.jobs)
     from checkpointing.resume import is_finished  # imports torch, which a mistake above need not wait for
 
-    with held(folder):
-        jobs = [Job(job, folder, in_words(words, folder), settings.training.max_steps,
-                    metric_of(plan.swept))
+    with locked(folder):
+        jobs = [Job(job, folder, job_overrides(words, folder), settings.training.max_steps,
+                    comparison_metric(plan.swept))
                 for job, (words, settings) in composed.items()]
         finished = [job for job in jobs if is_finished(composed[job.name][1], job.folder)]
         source = Grid([job for job in jobs if job not in finished], failures)
@@ -131,12 +137,12 @@ def run_grid(overrides: list[str]) -> int:
             + (f", {len(failures)} that cannot be: see below" if failures else ""))
         progress = Progress(total, len(finished), len(failures))
         for job in finished:
-            job.look()
+            job.update()
             progress.note(job.best, job.name)
         code = run_jobs(source, slots, progress)
     say(f"{len(finished) + source.done} of {counted(total, 'job')} finished in {folder}."
         + (" The same command goes on." if code else ""))
-    say_best(jobs)
+    print_best(jobs)
     return code or report_failures(source.failures)
 
 
@@ -173,14 +179,6 @@ def tells_apart(override: str) -> bool:
 def too_many(words: str) -> ConfigError:
     return ConfigError([f"{words} would be more than {MOST_JOBS:,} jobs: name fewer values; "
                         f"python -m scripts.sweep searches large spaces."])
-
-
-def show_grid(overrides: list[str]) -> int:
-    """Print each job's settings, as documents of one YAML text; return the exit code."""
-    plan = plan_grid(overrides)
-    for job, (_, settings) in plan.composed.items():
-        output(f"---  # {job}\n{as_yaml(settings)}", end="")
-    return report_failures(plan.failures)
 
 
 def compose_all(

@@ -12,7 +12,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -24,10 +23,9 @@ import atomic
 from checkpointing.run_folder import LOCK, first_run, this_process
 from progress import ProgressBar, print_line
 from terminal import counted, say
-from training.interrupt import REQUESTS, WARNINGS, Interrupt
+from training.interrupt import CHILD, REQUESTS, WARNINGS, Interrupt
 
 TRAIN = Path(__file__).parent.parent / "train.py"
-CHILD = "NANOHYDRA_CHILD"  # in the environment of a process that is to stop when its standard input ends
 # Exit codes of a job that saved after a signal, or was killed by one.
 INTERRUPTED = (*(128 + number for number in (*REQUESTS, *WARNINGS)),
                *(-number for number in (*REQUESTS, *WARNINGS, signal.SIGKILL)))
@@ -83,7 +81,7 @@ class Job:
             return True
         return False
 
-    def look(self) -> None:
+    def update(self) -> None:
         """Read what the metrics have grown by."""
         self.heard = []
         with suppress(OSError), os.fdopen(atomic.open_plain(self.folder / "metrics.jsonl"), "rb") as file:
@@ -137,10 +135,10 @@ class Source(Protocol):
         """A job has ended, with an exit code that is 0 if it is finished."""
 
 
-class Slots:
+class LocalRunner:
     """Starts jobs on this machine, `count` at a time. None outlives the context."""
 
-    look_seconds = 0.1
+    poll_seconds = 0.1
 
     def __init__(self, count: int) -> None:
         import torch  # takes a second or more, which a mistake in the settings need not wait for
@@ -168,7 +166,7 @@ class Slots:
             job.process = start(job.command, self.environment(job.slot), log_of(job))
             self.running.append(job)
 
-    def __enter__(self) -> Slots:
+    def __enter__(self) -> LocalRunner:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *failure: object) -> None:
@@ -179,12 +177,12 @@ class Slots:
             for job in self.running:
                 job.stop()
             while any(job.process.poll() is None for job in self.running):
-                time.sleep(self.look_seconds)
+                time.sleep(self.poll_seconds)
         except KeyboardInterrupt:
             for job in self.running:
                 job.process.kill()
             while any(job.process.poll() is None for job in self.running):
-                time.sleep(self.look_seconds)
+                time.sleep(self.poll_seconds)
             raise
 
 
@@ -207,7 +205,7 @@ def start(command: list[str], environment: dict[str, str], log: Path) -> subproc
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Hold a grid's folder: no second one starts the same jobs. Raises ValueError naming the holder, or for a run."""
     refuse_run(folder)
     try:
@@ -226,27 +224,17 @@ def refuse_run(folder: Path) -> None:
         raise ValueError(f"{run} holds a run, not a sweep: choose another name=.")
 
 
-def in_words(words: list[str], folder: Path) -> list[str]:
+def job_overrides(words: list[str], folder: Path) -> list[str]:
     """A job's overrides, with what W&B knows a sweep's jobs by unless they say it themselves."""
     return [f"logger.group={folder.name}", "logger.tags=sweep", *words]
 
 
-def metric_of(keys: list[str]) -> str:
+def comparison_metric(keys: list[str]) -> str:
     """What tells jobs apart that differ in these settings: tokens of other texts and tokenizers have losses of their own."""
     return "bits_per_byte" if any(key.startswith("data") or key == "experiment" for key in keys) else "val_loss"
 
 
-def stop_with_parent() -> None:
-    """In a child: end as after SIGTERM when the parent is gone, which closes the pipe that is our standard input."""
-    def wait() -> None:
-        os.read(0, 1)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    if os.environ.pop(CHILD, None):
-        threading.Thread(target=wait, daemon=True).start()
-
-
-def run_jobs(source: Source, slots: Slots, progress: Progress) -> int:
+def run_jobs(source: Source, slots: LocalRunner, progress: Progress) -> int:
     """Run what `source` gives until there is no more; show how it goes. Returns the exit code of an interruption, or 0."""
     with Interrupt() as interrupt, progress, slots:
         told = False
@@ -265,25 +253,25 @@ def run_jobs(source: Source, slots: Slots, progress: Progress) -> int:
                     job.stop()
             for job in list(slots.running):
                 code = job.process.poll()
-                job.look()  # once more after its end
+                job.update()  # once more after its end
                 source.heard(job)
                 if code is not None:
                     slots.running.remove(job)
                     progress.ended(job, code)
                     source.ended(job, code)
             progress.show(slots.running)
-            time.sleep(slots.look_seconds)
+            time.sleep(slots.poll_seconds)
 
 
-def say_best(jobs: list[Job]) -> None:
+def print_best(jobs: list[Job]) -> None:
     """Name the best of these jobs, and commands that show more; nothing where none has a result."""
     best = min(jobs, key=lambda job: job.best, default=None)
     if best is None or not math.isfinite(best.best):
         return
-    say(f"Best: {best.folder}, {best.metric} {best.best:.4f}\n{advice_on(best.folder)}")
+    say(f"Best: {best.folder}, {best.metric} {best.best:.4f}\n{next_commands(best.folder)}")
 
 
-def advice_on(best: Path) -> str:
+def next_commands(best: Path) -> str:
     """The commands that sample from a sweep's best run, and compare all of its runs."""
     return (f"  {shlex.join(['python', 'sample.py', f'run={best}'])}\n"
             f"  {shlex.join(['python', '-m', 'scripts.report', f'runs={best.parent}'])}")

@@ -22,7 +22,7 @@ from checkpointing import store
 from checkpointing.resume import is_finished
 from conf.schema import ConfigError
 from sweep import grid, jobs
-from sweep.jobs import Job, Progress, Slots, run_jobs
+from sweep.jobs import Job, LocalRunner, Progress, run_jobs
 
 ROOT = Path(__file__).parent.parent
 
@@ -98,7 +98,7 @@ def metrics(folder, *rows):
 
 def run(jobs, count=2):
     source = grid.Grid(list(jobs), [])
-    return run_jobs(source, Slots(count), Progress(len(jobs), 0, 0)), source
+    return run_jobs(source, LocalRunner(count), Progress(len(jobs), 0, 0)), source
 
 
 def test_a_failing_job_stops_no_other_and_its_reason_is_its_last_error(tmp_path, capsys, monkeypatch):
@@ -106,7 +106,7 @@ def test_a_failing_job_stops_no_other_and_its_reason_is_its_last_error(tmp_path,
     code, source = run([job(tmp_path, "bad", "echo Error: too wide; echo more; exit 1"), job(tmp_path, "killed", "kill -9 $$"),
                         job(tmp_path, "mute", "exit 3"), job(tmp_path, "good", "echo fine"), job(tmp_path, "last", "echo what is it >&2; exit 1")])
     assert code == 0 and source.done == 1
-    assert source.failures[0] == f"bad: too wide Log: {tmp_path}/logs/bad.txt"
+    assert f"bad: too wide Log: {tmp_path}/logs/bad.txt" in source.failures
     assert {line.partition(" Log:")[0] for line in source.failures} == {
         "bad: too wide", "killed: killed by SIGKILL; the same command goes on with it", "mute: exit code 3", "last: what is it"}
     assert jobs.report_failures(source.failures) == 1 and jobs.report_failures([]) == 0
@@ -121,15 +121,15 @@ def test_an_error_of_an_earlier_attempt_is_not_the_reason_of_this_one(tmp_path):
 
 
 def test_the_best_job_is_named_with_what_shows_more(tmp_path, capsys):
-    jobs = [job(tmp_path, name) for name in ("a", "b b", "none")]
-    for one, best in zip(jobs, (2.0, 1.5, math.inf), strict=True):
+    ran = [job(tmp_path, name) for name in ("a", "b b", "none")]
+    for one, best in zip(ran, (2.0, 1.5, math.inf), strict=True):
         one.best = best
-    jobs.say_best(jobs)
+    jobs.print_best(ran)
     assert capsys.readouterr().out.splitlines() == [
         f"Best: {tmp_path}/b b, val_loss 1.5000", f"  python sample.py 'run={tmp_path}/b b'",
         f"  python -m scripts.report runs={tmp_path}"]
-    jobs.say_best(jobs[2:])
-    jobs.say_best([])
+    jobs.print_best(ran[2:])
+    jobs.print_best([])
     assert capsys.readouterr().out == ""
 
 
@@ -163,13 +163,13 @@ def test_slots_share_threads_and_gpus_out(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 9)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
-    shares = [Slots(4).environment(slot) for slot in range(4)]
+    shares = [LocalRunner(4).environment(slot) for slot in range(4)]
     assert [share["OMP_NUM_THREADS"] for share in shares] == ["2"] * 4
     assert [share["CUDA_VISIBLE_DEVICES"] for share in shares] == ["4", "7", "4", "7"]
-    assert Slots(1).environment(0)["CUDA_VISIBLE_DEVICES"] == "4,7"  # one alone sees what there is
-    assert Slots(16).environment(0)["OMP_NUM_THREADS"] == "1"
+    assert LocalRunner(1).environment(0)["CUDA_VISIBLE_DEVICES"] == "4,7"  # one alone sees what there is
+    assert LocalRunner(16).environment(0)["OMP_NUM_THREADS"] == "1"
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    assert Slots(2).environment(1)["CUDA_VISIBLE_DEVICES"] == "1"
+    assert LocalRunner(2).environment(1)["CUDA_VISIBLE_DEVICES"] == "1"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -208,32 +208,32 @@ def test_a_folder_that_another_process_trains_in_is_waited_for(tmp_path):
 
 
 def test_a_sweep_is_run_once_at_a_time_and_not_in_a_runs_folder(tmp_path):
-    with jobs.held(tmp_path / "sweep"), pytest.raises(ValueError, match="is being swept by process"), jobs.held(tmp_path / "sweep"):
+    with jobs.locked(tmp_path / "sweep"), pytest.raises(ValueError, match="is being swept by process"), jobs.locked(tmp_path / "sweep"):
         pass
     for name in ("lock", "config.yaml"):
         (tmp_path / name).touch()
     for folder in (tmp_path, tmp_path / "inner" / "sweep"):  # a job in it would lie inside the run, and be refused
-        with pytest.raises(ValueError, match=f"{tmp_path} holds a run"), jobs.held(folder):
+        with pytest.raises(ValueError, match=f"{tmp_path} holds a run"), jobs.locked(folder):
             pass
 
 
 def test_metrics_are_read_as_they_come(tmp_path):
     one = job(tmp_path, "a")
-    one.look()
+    one.update()
     assert one.heard == [] and math.isinf(one.best)
     metrics(tmp_path / "a", {"step": 1, "loss": 3}, {"step": 2, "val_loss": 2.5}, {"step": 3, "val_loss": None})
-    one.look()
+    one.update()
     assert (one.step, one.best, len(one.heard)) == (3, 2.5, 3)
     with open(tmp_path / "a/metrics.jsonl", "a") as file:
         file.write('{"step": 4, "val_')
-    one.look()
+    one.update()
     assert one.heard == []
     with open(tmp_path / "a/metrics.jsonl", "a") as file:
         file.write('loss": 1}\n')
-    one.look()
+    one.update()
     assert one.heard == [{"step": 4, "val_loss": 1}] and one.best == 1
     metrics(tmp_path / "a", {"step": 2, "val_loss": 2.5})  # a checkpoint was gone back to
-    one.look()
+    one.update()
     assert one.heard == [{"step": 2, "val_loss": 2.5}]
 
 
@@ -242,7 +242,7 @@ def test_metrics_that_no_training_writes_are_passed_over(tmp_path, line):
     one = job(tmp_path, "a")
     (tmp_path / "a").mkdir(parents=True)
     (tmp_path / "a/metrics.jsonl").write_text(line + '\n{"step": 5, "val_loss": "low"}\n')
-    one.look()
+    one.update()
     assert (one.step, len(one.heard)) == (5, 1) and math.isinf(one.best)
 
 
@@ -251,13 +251,13 @@ def test_metrics_that_are_no_plain_file_are_not_waited_for(tmp_path, kind):
     one = job(tmp_path, "a")
     (tmp_path / "a").mkdir(parents=True)
     special(tmp_path / "a/metrics.jsonl", kind)
-    one.look()
+    one.update()
     assert one.heard == []
 
 
 def test_losses_of_other_tokens_are_compared_by_the_byte():
-    assert jobs.metric_of(["optim.lr", "model.n_layer"]) == "val_loss"
-    assert jobs.metric_of(["optim.lr", "data.vocab_size"]) == jobs.metric_of(["data"]) == "bits_per_byte"
+    assert jobs.comparison_metric(["optim.lr", "model.n_layer"]) == "val_loss"
+    assert jobs.comparison_metric(["optim.lr", "data.vocab_size"]) == jobs.comparison_metric(["data"]) == "bits_per_byte"
 
 
 @pytest.mark.slow

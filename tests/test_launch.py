@@ -157,7 +157,8 @@ def test_windows_is_one_sentence(path):
 
 
 def run_words(*words, root="config"):
-    return launcher.run_command(lambda settings: 99, root, "", list(words))
+    multirun = "sweep.grid:run_grid" if root == "config" else ""
+    return launcher.run_command(lambda settings: 99, root, "", list(words), multirun)
 
 
 @pytest.mark.parametrize("words", [["--cfg", "job"], ["--cfg=job"], ["-c", "job"], ["--cfg", "job", "--resolve"]])

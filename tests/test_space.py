@@ -7,7 +7,7 @@ import math
 import pytest
 
 from conf.schema import ConfigError, compose
-from scripts.sweep import SweepSettings
+from sweep.search import SweepSettings
 from sweep.space import Range, read_space
 
 WHOLE = """

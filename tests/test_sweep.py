@@ -16,8 +16,8 @@ import pytest
 
 from conf.schema import compose
 from report.history import PRUNED
-from scripts import sweep
-from scripts.sweep import JOURNAL, Search, SweepSettings, hidden, search, tell_best
+from sweep import search as sweep_search
+from sweep.search import JOURNAL, Search, SweepSettings, hide_password, print_best_trial, search
 from sweep.space import read_space
 
 ROOT = Path(__file__).parent.parent
@@ -71,7 +71,7 @@ def test_the_best_validation_loss_is_told_and_the_best_command_line_printed(begi
         go(search, job := take(search), 9.0, loss, loss + 0.1)
     assert take(search) is None and [trial.value for trial in search.study.trials] == [3.0, 2.0, 2.5]
     assert search.study.trials[1].intermediate_values == {2: 9.0, 4: 2.0, 6: 2.1}
-    tell_best(search, "")
+    print_best_trial(search, "")
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "3 trials: 3 finished." and said[1] == f"Best: {tmp_path}/study/trial_0001, val_loss 2.0000"
     words = shlex.split(said[2])
@@ -211,7 +211,7 @@ def test_going_on_draws_no_point_again(begin):
 
 
 def test_points_that_are_not_allowed_take_none_of_the_budget(begin, monkeypatch):
-    monkeypatch.setattr(sweep, "REFUSALS", 3)
+    monkeypatch.setattr(sweep_search, "MAX_REFUSED", 3)
     search = begin("space: {seed: {low: 1, high: 200}, optim.lr: [0.1]}\nconstraints: [seed == 7]", trials=2)
     for _ in range(2):
         go(search, take(search), 1.0)
@@ -219,7 +219,7 @@ def test_points_that_are_not_allowed_take_none_of_the_budget(begin, monkeypatch)
 
 
 def test_points_that_make_no_training_are_refused(begin, monkeypatch):
-    monkeypatch.setattr(sweep, "REFUSALS", 3)
+    monkeypatch.setattr(sweep_search, "MAX_REFUSED", 3)
     search = begin("space: {model.n_embd: [32, 33]}", trials=5)
     for _ in range(5):
         go(search, job := take(search), 1.0)
@@ -253,7 +253,7 @@ def test_a_journal_on_a_full_disk_is_one_sentence_that_says_so(begin, tmp_path, 
     def fail(*_):
         raise full
 
-    monkeypatch.setattr(sweep, "run_jobs", fail)
+    monkeypatch.setattr(sweep_search, "run_jobs", fail)
     with pytest.raises(ValueError, match=r"storage=study.log cannot be .*No space left.*The same command goes on"):
         search(SweepSettings(sweep=str(tmp_path / "space.yaml"), runs_dir=str(tmp_path / "other")))
     full.filename = "logs/trial_0000.txt"
@@ -272,13 +272,13 @@ def test_a_storage_that_cannot_be_reached_is_one_sentence(begin, storage):
     with pytest.raises(ValueError, match="cannot be reached or used") as caught:
         begin(storage=storage)
     assert "secret" not in str(caught.value) and "\n" not in str(caught.value)
-    assert hidden("mysql://me:secret@host/x") == "mysql://...@host/x"
+    assert hide_password("mysql://me:secret@host/x") == "mysql://...@host/x"
 
 
 @pytest.mark.parametrize("url", ["mysql://me:secret@host/x", "mysql://me:a/secret@host/x", "mysql://me:a@secret@host/x", "mysql://me:a secret@host/x",
                                  "postgresql://host/x?user=me&password=secret"])
 def test_a_password_is_never_shown(url):
-    assert "secret" not in hidden(f"Cannot connect to {url}: no route") and "host/x" in hidden(url)
+    assert "secret" not in hide_password(f"Cannot connect to {url}: no route") and "host/x" in hide_password(url)
 
 
 def test_without_optuna_it_says_what_to_install(begin, monkeypatch):

@@ -6,6 +6,7 @@ Knows nothing of training.
 from __future__ import annotations
 
 import builtins
+import os
 import signal
 import sys
 import threading
@@ -21,6 +22,8 @@ REQUESTS = numbers("SIGINT", "SIGTERM", "SIGHUP")
 # What a scheduler sends ahead of its SIGTERM or SIGKILL. The kernel repeats SIGXCPU every second.
 WARNINGS = numbers("SIGUSR1", "SIGUSR2", "SIGXCPU")
 ALWAYS_HANDLED = numbers("SIGINT", "SIGTERM")
+# The environment variable of a child process that should stop when its standard input ends.
+CHILD = "NANOHYDRA_CHILD"
 
 
 class Interrupt:
@@ -69,3 +72,17 @@ def in_main_thread() -> bool:
 def embedded() -> bool:
     """Whether the process outlives this program: in a notebook, an interactive session, or a thread."""
     return hasattr(builtins, "__IPYTHON__") or hasattr(sys, "ps1") or not in_main_thread()
+
+
+def stop_with_parent() -> None:
+    """In a child process of a sweep: stop as after SIGTERM once the parent has ended.
+
+    The parent holds the other end of the pipe that is our standard input, so its end, by `kill -9`
+    too, closes the pipe.
+    """
+    def wait() -> None:
+        os.read(0, 1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    if os.environ.pop(CHILD, None):
+        threading.Thread(target=wait, daemon=True).start()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import secrets
@@ -26,12 +27,12 @@ from typing import Any
 PARTIAL = ".partial-"  # names that start so are leftovers of a kill, never read
 PIECE_BYTES = 2**24  # the most that one system call is given: another thread gets its turn between two
 MAX_JSON_BYTES = 2**28  # more than any JSON file of ours holds
-MARKER = ".held"  # how the name of a file ends that stands for a lock
+MARKER_SUFFIX = ".held"  # how the name of a file ends that stands for a lock
 # How a file system says that it has no locks, such as Lustre mounted without them.
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 
 
-class NotPlain(OSError):
+class NotRegularFile(OSError):
     """Something else lies where a plain file of ours belongs: a link, a FIFO, a device, a folder."""
 
     def __init__(self, path: Path) -> None:
@@ -39,26 +40,26 @@ class NotPlain(OSError):
                          f"move it away.")
 
 
-def open_plain(path: Path, flags: int = os.O_RDONLY) -> int:
+def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
     """Open a plain file and return its descriptor. Follows no link, waits for no FIFO.
 
-    Raises NotPlain where the path leads to anything else, and OSError where it cannot be opened.
+    Raises NotRegularFile where the path leads to anything else, and OSError where it cannot be opened.
     """
     try:
         handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
     except OSError as error:
         if path.is_symlink() or (os.path.lexists(path) and not path.is_file()):
-            raise NotPlain(path) from error
+            raise NotRegularFile(path) from error
         raise
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
-        raise NotPlain(path)
+        raise NotRegularFile(path)
     return handle
 
 
-def read_plain(path: Path, max_bytes: int) -> bytes:
+def read_regular(path: Path, max_bytes: int) -> bytes:
     """The content of a plain file. Raises ValueError, reading nothing, where it is larger than `max_bytes`."""
-    with os.fdopen(open_plain(path), "rb") as file:
+    with os.fdopen(open_regular(path), "rb") as file:
         if os.fstat(file.fileno()).st_size > max_bytes:
             raise ValueError(f"{path} is larger than {max_bytes:,} bytes")
         return file.read()
@@ -66,7 +67,7 @@ def read_plain(path: Path, max_bytes: int) -> bytes:
 
 def read_json(path: Path) -> Any:
     """What a JSON file of ours holds. Raises OSError where it cannot be read, ValueError where it is not JSON."""
-    return parse_json(read_plain(path, MAX_JSON_BYTES))
+    return parse_json(read_regular(path, MAX_JSON_BYTES))
 
 
 def parse_json(content: bytes | str) -> Any:
@@ -88,12 +89,12 @@ def new_folder(final: Path) -> Iterator[Path]:
     try:
         partial.chmod(0o755)
         yield partial
-        name_folder(partial, final)
+        publish_folder(partial, final)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def name_folder(partial: Path, final: Path) -> None:
+def publish_folder(partial: Path, final: Path) -> None:
     """Give a folder that is whole its final name, unless another process has made that one."""
     sync(partial)
     try:
@@ -114,6 +115,12 @@ def remove(path: Path) -> None:
         os.rename(path, doomed)
         path = doomed
     shutil.rmtree(path, ignore_errors=True)
+
+
+def unused_name(path: Path) -> Path:
+    """`path`, or `path` with the first number from 2 that makes it a new name. A dangling link counts as existing."""
+    numbered = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
+    return next(name for name in itertools.chain([path], numbered) if not os.path.lexists(name))
 
 
 def write_bytes(final: Path, content: bytes) -> None:
@@ -175,9 +182,9 @@ def write_all(handle: int, piece: bytes | memoryview) -> None:
         left = left[os.write(handle, left[:PIECE_BYTES]):]
 
 
-def shorten(path: Path, kept: bytes) -> None:
+def truncate(path: Path, kept: bytes) -> None:
     """Leave `kept` of a file: a part of its lines. Its beginning needs no room on the disk for that."""
-    with os.fdopen(open_plain(path, os.O_RDWR), "rb") as file:
+    with os.fdopen(open_regular(path, os.O_RDWR), "rb") as file:
         if file.read(len(kept)) == kept:
             os.ftruncate(file.fileno(), len(kept))
             return
@@ -193,7 +200,7 @@ def sync(folder: Path) -> None:
         os.close(handle)
 
 
-class Lines:
+class LineFile:
     """The end of a text file that grows by whole lines.
 
     What a full disk refuses waits in memory for the next line's turn. Safe to use from several threads.
@@ -201,10 +208,10 @@ class Lines:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.handle = open_plain(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+        self.handle = open_regular(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
         self.size = os.fstat(self.handle).st_size
         if self.size and os.pread(self.handle, 1, self.size - 1) != b"\n":  # a kill cut its last line short
-            self.size = read_plain(path, self.size).rfind(b"\n") + 1
+            self.size = read_regular(path, self.size).rfind(b"\n") + 1
             os.ftruncate(self.handle, self.size)
         self.waiting = b""
         self.turn = threading.Lock()
@@ -239,12 +246,12 @@ class Lines:
 
 
 @contextmanager
-def exclusive(path: Path) -> Iterator[None]:
+def exclusive_lock(path: Path) -> Iterator[None]:
     """Lock a plain file, which is made if missing, while the block lasts. Raises BlockingIOError if it is locked."""
-    handle = open_plain(path, os.O_RDWR | os.O_CREAT)
+    handle = open_regular(path, os.O_RDWR | os.O_CREAT)
     marker = None
     try:
-        if not locked(handle):
+        if not try_lock(handle):
             marker = Marker(path, f"process {os.getpid()}")
         yield
     except BlockingIOError:
@@ -268,16 +275,16 @@ class Lock:
         while self.handle is None:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                handle = open_plain(path, os.O_RDWR | os.O_CREAT)
+                handle = open_regular(path, os.O_RDWR | os.O_CREAT)
             except (FileNotFoundError, FileExistsError):  # its last holder removed the folder just now
                 attempts += 1
                 if attempts == 100:
                     raise
                 continue
             try:
-                if not locked(handle):
+                if not try_lock(handle):
                     self.marker = Marker(path, holder)
-                if leads_to(path, handle):  # else it was moved away meanwhile
+                if is_same_file(path, handle):  # else it was moved away meanwhile
                     self.handle = handle
             except BlockingIOError as error:
                 words = os.pread(handle, 1000, 0).decode(errors="replace") or "another process"
@@ -294,7 +301,7 @@ class Lock:
 
     def in_place(self) -> bool:
         """Whether the path still leads to the file that is locked: it may have been moved, removed or replaced."""
-        return leads_to(self.path, self.handle) and (self.marker is None or self.marker.in_place())
+        return is_same_file(self.path, self.handle) and (self.marker is None or self.marker.in_place())
 
     def follow(self, path: Path) -> None:
         """Know the file by its new path, after its folder was renamed."""
@@ -308,7 +315,7 @@ class Lock:
         os.close(self.handle)
 
 
-def locked(handle: int) -> bool:
+def try_lock(handle: int) -> bool:
     """Lock an open file without waiting. False where its file system has no locks.
 
     Raises BlockingIOError, which says nothing, where another process has locked it.
@@ -324,7 +331,7 @@ def locked(handle: int) -> bool:
     return True
 
 
-def leads_to(path: Path, handle: int) -> bool:
+def is_same_file(path: Path, handle: int) -> bool:
     """Whether `path` is the open file. An error of the system, such as that of a network, answers nothing: True."""
     try:
         return os.path.samestat(os.fstat(handle), os.lstat(path))
@@ -343,7 +350,7 @@ class Marker:
 
     def __init__(self, path: Path, holder: str) -> None:
         self.follow(path)
-        own = {"host": socket.gethostname(), "process": os.getpid(), "started": started(os.getpid()), "holder": holder}
+        own = {"host": socket.gethostname(), "process": os.getpid(), "started": start_time(os.getpid()), "holder": holder}
         for attempt in range(100):
             try:
                 self.handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
@@ -365,7 +372,7 @@ class Marker:
 
     def follow(self, path: Path) -> None:
         """Know that it stands for the lock at `path`."""
-        self.path = path.with_name(f"{path.name}{MARKER}")
+        self.path = path.with_name(f"{path.name}{MARKER_SUFFIX}")
 
     def _discard(self, stale: dict[str, Any]) -> None:
         """Remove a stale marker. Of several processes that find it, one renames it; a newer one is put back."""
@@ -377,7 +384,7 @@ class Marker:
             doomed.unlink(missing_ok=True)
 
     def in_place(self) -> bool:
-        return leads_to(self.path, self.handle)
+        return is_same_file(self.path, self.handle)
 
     def release(self) -> None:
         if self.in_place():
@@ -407,10 +414,10 @@ def is_running(process: int, since: str) -> bool:
         return False
     except PermissionError:  # another user's
         pass
-    return started(process) == since
+    return start_time(process) == since
 
 
-def started(process: int) -> str:
+def start_time(process: int) -> str:
     """When a process started, as Linux tells it: the boot, and the clock ticks since then.
 
     Empty on other systems, and for a process that has ended and waits for its parent.

@@ -95,15 +95,15 @@ def open_checkpoint(run: Path, which: str, device: Device) -> tuple[GPT, Tokeniz
                              f"its model {config.vocab_size}.")
         with Undrawn("meta"):
             shapes = GPT(config).state_dict()
-        weights = found.tensors(checkpoint.MODEL, like=shapes)  # the model takes memory only once its weights are there
+        weights = found.load_tensors(checkpoint.MODEL, like=shapes)  # the model takes memory only once its weights are there
         with Undrawn():
             model = GPT(config)
         model.load_state_dict(weights)
         return model.to(device.torch).eval(), tokenizer
 
     if which.isdecimal():
-        return store.at_step(run / "checkpoints", int(which), load)
-    loaded = store.choose(run / "checkpoints", which, load, lambda text: say(text, sys.stderr))
+        return store.load_step(run / "checkpoints", int(which), load)
+    loaded = store.load_checkpoint(run / "checkpoints", which, load, lambda text: say(text, sys.stderr))
     if loaded is None:
         raise ValueError(f"{run} has no checkpoint.")
     return loaded
@@ -331,9 +331,9 @@ def complete_file(model: GPT, tokenizer: Tokenizer, settings: SampleSettings, de
     path = Path(settings.out)
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise ValueError(f"out={path} is not a plain file: choose another.")
-    with atomic.exclusive(path):
+    with atomic.exclusive_lock(path):
         done = already_done(path, jobs, settings_id)
-        with closing(atomic.Lines(path)) as out, ProgressBar(total=len(jobs), initial=done, unit="completions") as bar:
+        with closing(atomic.LineFile(path)) as out, ProgressBar(total=len(jobs), initial=done, unit="completions") as bar:
             for start in range(0, len(jobs), settings.batch_size):
                 batch = jobs[start : start + settings.batch_size]
                 if start + len(batch) <= done:

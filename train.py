@@ -42,7 +42,7 @@ import atomic
 from checkpointing import store
 from checkpointing.checkpoint import Checkpoint
 from checkpointing.provenance import record_start
-from checkpointing.resume import identity, limit_reached, open_device, open_run, tokens_for
+from checkpointing.resume import limit_reached, open_device, open_run, prepared_tokens, settings_to_save
 from checkpointing.run_folder import Run
 from checkpointing.saver import Saver
 from checkpointing.state import State
@@ -71,7 +71,7 @@ KEPT_AT_MOST = 512  # bytes for each number of a layer's residual stream, by far
 def train(settings: Settings) -> int:
     """Run, or go on with, the training that `settings` describe; return the exit code."""
     # Load the data.
-    prepared = tokens_for(settings)
+    prepared = prepared_tokens(settings)
     tokenizer = load_tokenizer(prepared)
     boundary = boundary_of(tokenizer) if settings.data.respect_documents else None
     settings = replace(settings, model=replace(settings.model, vocab_size=tokenizer.vocab_size))
@@ -107,7 +107,7 @@ def train(settings: Settings) -> int:
         if last:
             state.restore(last)
         check_memory(model, loader, device, boundary)
-        store.check_disk(run.checkpoints, state.nbytes())
+        store.check_free_space(run.checkpoints, state.nbytes())
         atomic.write_bytes(run.folder / "config.yaml", yaml.safe_dump(asdict(settings), sort_keys=False).encode())
 
         with (Interrupt() as interrupt, Clock() as clock,
@@ -124,7 +124,7 @@ def train(settings: Settings) -> int:
                 recorder.say(change)
             forward = maybe_compile(model, limits.compile, device, run_flops(model, loader, limits),
                                     lambda compiled: trial(compiled, loader, device, boundary), recorder.say)
-            facts = {"settings": identity(settings, prepared, device.precision), "max_steps": limits.max_steps,
+            facts = {"settings": settings_to_save(settings, prepared, device.precision), "max_steps": limits.max_steps,
                      "model": asdict(model.config), "environment": asdict(device.environment(forward is not model))}
             record_start(run.folder, state.step, facts["environment"])
             pace = measure_pace(first_loss(forward, loader, device, boundary), model.parameters_by_role(), settings.optim,
@@ -150,7 +150,7 @@ def train(settings: Settings) -> int:
                 if loss is None:
                     break  # interrupted within the step, which is not taken
                 norm = optimizers.gradient_norm(scaler)
-                run.check_place()
+                run.check_not_moved()
                 if math.isfinite(loss) and (norm.isfinite() or scaler.is_enabled()):  # a scaler answers for its gradients
                     optimizers.step(scaler, norm, settings.optim.grad_clip)
                     measured = {"loss": loss, "gradient_norm": norm.item()}
@@ -184,7 +184,7 @@ def train(settings: Settings) -> int:
                     saver.finish()  # whatever happens while sampling, the checkpoint is on the disk
                     recorder.sample(state.step, short_sample(model, tokenizer, limits.sample_tokens, device))
                 saver.check()
-            run.check_place()
+            run.check_not_moved()
             saver.finish()
             if saver.saved < state.step:  # interrupted, or the disk was full
                 save(val_loss)
@@ -201,7 +201,7 @@ def train(settings: Settings) -> int:
             if settings.logger.report:
                 recorder.say(after_training(run.folder))
         say(f"Trained {counted(state.step, 'step')} in {state.seconds:.0f} s, "
-            f"and waited {saver.held_up_seconds:.1f} s for saving.")
+            f"and waited {saver.waiting_seconds:.1f} s for saving.")
         return finish(run, limits)
 
 
@@ -238,7 +238,7 @@ def other_micro_batches(settings: Settings, last: Checkpoint) -> str:
 
 def settle(run: Run, recorder: Recorder) -> None:
     """What comes before a checkpoint: the folder is still the run's, and the metrics are on the disk."""
-    run.check_place()
+    run.check_not_moved()
     recorder.sync()
 
 
@@ -299,11 +299,11 @@ def answer_nonfinite(loss: float, state: State, run: Run, limits: TrainingConfig
                          f"training.precision=fp32, or training.on_nonfinite=skip or rollback.")
     if answer == "rollback":
         saver.finish()
-        back = store.choose(run.checkpoints, "scheduled", store.whole, recorder.say, set_aside=True)
+        back = store.load_checkpoint(run.checkpoints, "scheduled", store.verified, recorder.say, rename_damaged=True)
         if back is None:
             raise ValueError(f"{said} There is no checkpoint to go back to.")
         state.roll_back(back)
-        store.cut_back(run.checkpoints, state.step)
+        store.delete_after(run.checkpoints, state.step)
         recorder.cut_back(state.step)
         saver.saved = state.step
         recorder.say(f"{said} Back to step {state.step}, past the batches since then.")

@@ -48,7 +48,7 @@ STATE_TYPES = {  # what state.json holds
     "scheduled": bool, "val_loss": (float, type(None)), "settings": dict, "model": dict, "environment": dict, "scaler": dict,
     "best_val_loss": (float, type(None)), "stale_evaluations": int,
 }
-ADDED = {"best_val_loss": None, "stale_evaluations": 0}  # what checkpoints of earlier versions do not hold
+NEW_FIELDS = {"best_val_loss": None, "stale_evaluations": 0}  # what checkpoints of earlier versions do not hold
 MAX_COUNT = 2**40  # steps of a millisecond for 35 years; times the sequences of a step it still fits 63 bits
 RANGES = {  # the lowest and the highest value of the numbers in it
     "step": (0, MAX_COUNT), "max_steps": (1, 2**63 - 1), "seconds": (0, MAX_COUNT), "batches_skipped": (0, MAX_COUNT),
@@ -59,22 +59,22 @@ RANGES = {  # the lowest and the highest value of the numbers in it
 CONTENT_ERRORS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 
 
-class Damaged(ValueError):
+class DamagedCheckpoint(ValueError):
     """A checkpoint that is not what was written; the message names the file and what is wrong with it."""
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Tell damage from errors of the system, such as too many open files: only the first raises Damaged."""
+def read_errors(path: Path) -> Iterator[None]:
+    """Tell damage from errors of the system, such as too many open files: only the first raises DamagedCheckpoint."""
     try:
         yield
-    except atomic.NotPlain:
-        raise Damaged(f"{path} is not a plain file") from None
+    except atomic.NotRegularFile:
+        raise DamagedCheckpoint(f"{path} is not a plain file") from None
     except (OSError, RuntimeError) as error:  # torch maps files and reports its failures as RuntimeError
         reason = getattr(error, "strerror", None) or first_line(error)
         missing = isinstance(error, FileNotFoundError) and not path.exists()
         if missing or getattr(error, "errno", None) in CONTENT_ERRORS:
-            raise Damaged(f"{path} cannot be read ({reason})") from None
+            raise DamagedCheckpoint(f"{path} cannot be read ({reason})") from None
         raise OSError(f"{path} cannot be read now ({reason}). Nothing was changed: run the command again. If the error "
                       f"stays, move {path.parent} away, and the checkpoint before it is used.") from None
 
@@ -114,29 +114,29 @@ class Checkpoint:
 
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:
-        """Raises Damaged unless the manifest, the sizes of all files, and the state are in order."""
+        """Raises DamagedCheckpoint unless the manifest, the sizes of all files, and the state are in order."""
         if folder.is_symlink():
-            raise Damaged(f"{folder} is a link")
-        manifest = parse(folder / MANIFEST, read_small(folder / MANIFEST))
-        if manifest.pop("sha256", None) != digest(manifest):
-            raise Damaged(f"{folder / MANIFEST} does not match its own checksum")
+            raise DamagedCheckpoint(f"{folder} is a link")
+        manifest = parse_json(folder / MANIFEST, read_small(folder / MANIFEST))
+        if manifest.pop("sha256", None) != checksum(manifest):
+            raise DamagedCheckpoint(f"{folder / MANIFEST} does not match its own checksum")
         if manifest.get("format") != FORMAT:
             raise ValueError(f"{folder} is of format {ascii(manifest.get('format'))[:40]}, this nanohydra reads {FORMAT}: "
                              f"use the version that wrote it.")
         files = manifest.get("files")
         if not isinstance(files, dict) or sorted(files) != sorted(FILES):
-            raise Damaged(f"{folder / MANIFEST} does not list the files of a checkpoint")
+            raise DamagedCheckpoint(f"{folder / MANIFEST} does not list the files of a checkpoint")
         for name, entry in files.items():
-            if not isinstance(entry, dict) or size(folder / name) != entry.get("bytes"):
-                raise Damaged(f"{folder / name} is not of the size that the manifest says")
+            if not isinstance(entry, dict) or file_size(folder / name) != entry.get("bytes"):
+                raise DamagedCheckpoint(f"{folder / name} is not of the size that the manifest says")
         content = read_small(folder / STATE)
         if hashlib.sha256(content).hexdigest() != files[STATE].get("sha256"):
-            raise Damaged(f"{folder / STATE} does not match its checksum")
-        state = ADDED | parse(folder / STATE, content)
-        if problem := problem_of(state):
-            raise Damaged(f"{folder / STATE} {problem}")
-        if folder.name != folder_name(state["step"]):
-            raise Damaged(f"{folder / STATE} is of step {state['step']}")
+            raise DamagedCheckpoint(f"{folder / STATE} does not match its checksum")
+        state = NEW_FIELDS | parse_json(folder / STATE, content)
+        if problem := find_problem(state):
+            raise DamagedCheckpoint(f"{folder / STATE} {problem}")
+        if folder.name != step_name(state["step"]):
+            raise DamagedCheckpoint(f"{folder / STATE} is of step {state['step']}")
         return cls(folder, files, state)
 
     @property
@@ -144,51 +144,51 @@ class Checkpoint:
         return self.state["step"]
 
     def verify(self, names: Iterable[str] = FILES, most_bytes: float = math.inf) -> None:
-        """Read the files `names` and raise Damaged if one is not what was written, or larger than can be."""
+        """Read the files `names` and raise DamagedCheckpoint if one is not what was written, or larger than can be."""
         for name in names:
             path = self.folder / name
-            if size(path) > most_bytes:
-                raise Damaged(f"{path} is larger than any of these settings")
-            with reading(path), os.fdopen(atomic.open_plain(path), "rb") as file:
+            if file_size(path) > most_bytes:
+                raise DamagedCheckpoint(f"{path} is larger than any of these settings")
+            with read_errors(path), os.fdopen(atomic.open_regular(path), "rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
             if found != self.manifest[name].get("sha256"):
-                raise Damaged(f"{path} does not match its checksum")
+                raise DamagedCheckpoint(f"{path} does not match its checksum")
 
     def tokenizer(self) -> dict[str, Any]:
         """The content of tokenizer.json."""
         self.verify([TOKENIZER])
-        return parse(self.folder / TOKENIZER, read_small(self.folder / TOKENIZER))
+        return parse_json(self.folder / TOKENIZER, read_small(self.folder / TOKENIZER))
 
-    def tensors(self, name: str, like: dict[str, Tensor]) -> dict[str, Tensor]:
+    def load_tensors(self, name: str, like: dict[str, Tensor]) -> dict[str, Tensor]:
         """What model.safetensors or optimizer.safetensors hold: just what `like` has, in its shapes and types.
 
         Takes no memory before size and header agree, so that no file can ask for more than `like` takes. Raises
         ValueError where that is more than there is.
         """
         path, nbytes = self.folder / name, sum(tensor.nbytes for tensor in like.values())
-        with reading(path), os.fdopen(atomic.open_plain(path), "rb") as file:
+        with read_errors(path), os.fdopen(atomic.open_regular(path), "rb") as file:
             start = file.read(8)
         header_bytes = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
-        if header_bytes > 1000 + 400 * len(like) or 8 + header_bytes + nbytes != size(path):
-            raise Damaged(f"{path} is not of the size that the settings ask for")
+        if header_bytes > 1000 + 400 * len(like) or 8 + header_bytes + nbytes != file_size(path):
+            raise DamagedCheckpoint(f"{path} is not of the size that the settings ask for")
         if nbytes > (free := available_memory()):
             raise ValueError(f"{path} takes {readable_size(nbytes)} of memory, {readable_size(free)} are free.")
         self.verify([name])
         try:
-            with reading(path), safe_open(path, "pt") as file:
+            with read_errors(path), safe_open(path, "pt") as file:
                 there = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
                 found = {key: (one.get_dtype(), tuple(one.get_shape())) for key, one in there.items()}
                 wanted = {key: (DTYPES[tensor.dtype], tuple(tensor.shape)) for key, tensor in like.items()}
                 for key in sorted(found.keys() | wanted.keys()):
                     if found.get(key) != wanted.get(key):
-                        raise Damaged(f"{path} holds {ascii(key)[:80]} as {found.get(key)}, the settings ask for "
+                        raise DamagedCheckpoint(f"{path} holds {ascii(key)[:80]} as {found.get(key)}, the settings ask for "
                                       f"{wanted.get(key)}")
                 return {key: file.get_tensor(key).clone() for key in wanted}  # of its own memory, not the file's
         except SafetensorError as error:
-            raise Damaged(f"{path} cannot be read ({error})") from None
+            raise DamagedCheckpoint(f"{path} cannot be read ({error})") from None
 
 
-def problem_of(state: dict[str, Any]) -> str:
+def find_problem(state: dict[str, Any]) -> str:
     """What is wrong with the content of a state.json; empty if nothing is."""
     if state.keys() != STATE_TYPES.keys():
         return f"does not hold just {', '.join(STATE_TYPES)}"
@@ -204,23 +204,23 @@ def problem_of(state: dict[str, Any]) -> str:
 
 
 def read_small(path: Path) -> bytes:
-    if size(path) > MAX_BYTES[path.name]:
-        raise Damaged(f"{path} is larger than any that nanohydra writes")
-    with reading(path):
-        return atomic.read_plain(path, MAX_BYTES[path.name])
+    if file_size(path) > MAX_BYTES[path.name]:
+        raise DamagedCheckpoint(f"{path} is larger than any that nanohydra writes")
+    with read_errors(path):
+        return atomic.read_regular(path, MAX_BYTES[path.name])
 
 
-def size(path: Path) -> int:
-    """In bytes. Raises Damaged for what is missing and for what is not a plain file of this folder, such as a link."""
-    with reading(path):
+def file_size(path: Path) -> int:
+    """In bytes. Raises DamagedCheckpoint if it is missing or not a regular file, such as a link."""
+    with read_errors(path):
         status = os.lstat(path)
     if not stat.S_ISREG(status.st_mode):
-        raise Damaged(f"{path} is not a plain file")
+        raise DamagedCheckpoint(f"{path} is not a plain file")
     return status.st_size
 
 
-def parse(path: Path, content: bytes) -> dict[str, Any]:
-    """A JSON object. Raises Damaged for anything else, such as numbers that are none and nests that are too deep."""
+def parse_json(path: Path, content: bytes) -> dict[str, Any]:
+    """A JSON object. Raises DamagedCheckpoint for anything else, such as NaN or deep nesting."""
     def refuse(word: str) -> None:
         raise ValueError(word)
 
@@ -233,28 +233,28 @@ def parse(path: Path, content: bytes) -> dict[str, Any]:
         inside = [one for outer in inside if isinstance(outer, dict | list)
                   for one in (outer.values() if isinstance(outer, dict) else outer)]
     if not isinstance(value, dict) or inside:
-        raise Damaged(f"{path} is not the JSON that nanohydra writes")
+        raise DamagedCheckpoint(f"{path} is not the JSON that nanohydra writes")
     return value
 
 
-def digest(value: dict[str, Any]) -> str:
+def checksum(value: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def folder_name(step: int) -> str:
+def step_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def save(checkpoints: Path, snapshot: Snapshot, settle: Callable[[], None] = lambda: None) -> None:
-    """Write `checkpoints/step_XXXXXXXX`, after `settle`, which brings to the disk what must be there by then.
+def save(checkpoints: Path, snapshot: Snapshot, before_write: Callable[[], None] = lambda: None) -> None:
+    """Write `checkpoints/step_XXXXXXXX`, after `before_write`, which brings to the disk what must be there by then.
 
     Raises OSError saying how much is needed if it cannot be, leaving no part of it.
     """
-    folder = checkpoints / folder_name(snapshot.state["step"])
+    folder = checkpoints / step_name(snapshot.state["step"])
     needed = int(1.01 * snapshot.nbytes()) + 2**20
-    assert not problem_of(snapshot.state), problem_of(snapshot.state)  # what cannot be read must not be written
+    assert not find_problem(snapshot.state), find_problem(snapshot.state)  # what cannot be read must not be written
     try:
-        settle()
+        before_write()
         if folder.exists():
             raise OSError("it is there already")
         if shutil.disk_usage(checkpoints).free < needed:
@@ -265,11 +265,11 @@ def save(checkpoints: Path, snapshot: Snapshot, settle: Callable[[], None] = lam
         with atomic.new_folder(folder) as partial:
             files = {}
             for name, content in contents.items():
-                checksum = atomic.write_file(partial / name, content)
-                files[name] = {"bytes": size(partial / name), "sha256": checksum}
+                written = atomic.write_file(partial / name, content)
+                files[name] = {"bytes": file_size(partial / name), "sha256": written}
             manifest = {"format": FORMAT, "files": files}
-            atomic.write_file(partial / MANIFEST, [json.dumps(manifest | {"sha256": digest(manifest)}, indent=2).encode()])
-            settle()  # once more: writing takes a while, and the folder gets its name next
+            atomic.write_file(partial / MANIFEST, [json.dumps(manifest | {"sha256": checksum(manifest)}, indent=2).encode()])
+            before_write()  # once more: writing takes a while, and the folder gets its name next
     except OSError as error:
         raise OSError(f"{folder} could not be written ({error.strerror or error}): it needs {readable_size(needed)} of free "
                       f"disk. Earlier checkpoints are as they were.") from None

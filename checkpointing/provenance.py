@@ -24,14 +24,14 @@ def record_start(folder: Path, step: int, computing: dict[str, Any]) -> None:
     """Write down what training goes on with from `step`: `computing` says on which device, and how."""
     here = {"step": step, "time": datetime.now(UTC).isoformat(timespec="seconds"), "command": sys.argv,
             "host": platform.node(), "system": platform.platform(), "python": platform.python_version()}
-    with closing(atomic.Lines(folder / STARTS)) as starts:
+    with closing(atomic.LineFile(folder / STARTS)) as starts:
         starts.add(json.dumps(here | computing | versions() | git_state()))
 
 
 def compiled_at_last_start(folder: Path) -> bool | None:
     """Whether the run's last start compiled the model; None if there was none."""
     try:
-        lines = atomic.read_plain(folder / STARTS, MOST_BYTES).splitlines()
+        lines = atomic.read_regular(folder / STARTS, MOST_BYTES).splitlines()
         compiled = atomic.parse_json(lines[-1])["compiled"]
     except (OSError, ValueError, LookupError, TypeError):
         return None

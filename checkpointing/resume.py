@@ -16,7 +16,7 @@ import torch
 from checkpointing import checkpoint, store
 from checkpointing.checkpoint import Checkpoint
 from checkpointing.provenance import compiled_at_last_start
-from checkpointing.run_folder import Run, check_contents
+from checkpointing.run_folder import Run, check_file_types
 from conf.identity import OF_THE_TOKENS, differences, flat, identity_differences, in_short, listed
 from conf.schema import Settings, folder_name, rebuild
 from data.prepare import find_prepared, planned, prepare
@@ -28,7 +28,7 @@ from training.config import TrainingConfig
 from training.device import Device, Environment, available
 
 
-def tokens_for(settings: Settings, warn: Callable[[str], None] = say) -> Path:
+def prepared_tokens(settings: Settings, warn: Callable[[str], None] = say) -> Path:
     """The folder of prepared tokens to train on; made now if it is not there.
 
     A run resumes with the tokens that its checkpoint names, also when its text has changed since, or cannot be read:
@@ -52,7 +52,7 @@ def tokens_for(settings: Settings, warn: Callable[[str], None] = say) -> Path:
     if not settings.name:
         # Another text is another run, whose name says so. An unfinished run comes first, unless that one exists.
         changed = now and folder.with_name(f"{folder.name}-prepared={read_meta(now)['fingerprint'][:12]}")
-        if limit_reached(settings.training, last) or (changed and store.find(changed / "checkpoints")):
+        if limit_reached(settings.training, last) or (changed and store.list_checkpoints(changed / "checkpoints")):
             return prepare(settings.data)
     warn(f"The text of {folder}, or how it is prepared, {reason} since the run began. The run uses the tokens it was "
          f"trained on ({kept}). To train on the text as it is now, choose another name=, or pass restart=true.")
@@ -61,9 +61,9 @@ def tokens_for(settings: Settings, warn: Callable[[str], None] = say) -> Path:
 
 def last_saved(folder: Path, settings: Settings) -> Checkpoint | None:
     """The newest checkpoint of a run that these settings would not start over; None if there is none."""
-    check_contents(folder)
+    check_file_types(folder)
     try:
-        found = store.find(folder / "checkpoints")
+        found = store.list_checkpoints(folder / "checkpoints")
     except ValueError:
         if settings.restart:
             return None
@@ -109,14 +109,14 @@ def open_run(settings: Settings, prepared: Path) -> Iterator[tuple[Run, Settings
     while True:
         folder = Path(settings.runs_dir) / name
         with Run(folder) as run:
-            run.sweep()
+            run.remove_partial()
             last, changes = look_into(run, settings, prepared)
             if restart and run.has_checkpoints() and (settings.name or not changes):
                 if last and not changes and began_by_restart(last, settings.training):
                     say(f"{folder} was started over by restart=true and is not finished: it resumes. To start over once "
                         f"more, rename or delete that folder first.")
                 else:
-                    run.move_aside()
+                    run.rename_to_old()
                     say(f"{folder} is now {run.folder}.")
                     restart = False
                     continue
@@ -137,11 +137,11 @@ def look_into(run: Run, settings: Settings, prepared: Path) -> tuple[Checkpoint 
     """
     def load(one: Checkpoint) -> Checkpoint:
         if not changes_since(one, settings, prepared):  # of another run, the large files are not read
-            one.verify(most_bytes=largest_file(settings.model))
+            one.verify(most_bytes=max_file_bytes(settings.model))
         return one
 
     try:
-        last = store.choose(run.checkpoints, "last", load, warn=say, set_aside=True)
+        last = store.load_checkpoint(run.checkpoints, "last", load, warn=say, rename_damaged=True)
         return last, changes_since(last, settings, prepared) if last else {}
     except ValueError:
         if settings.restart:
@@ -153,7 +153,7 @@ def changes_since(one: Checkpoint, settings: Settings, prepared: Path) -> dict[s
     """How the identity of a run with these settings differs from that of the run that saved `one`."""
     held = as_it_began(settings, one)
     began = flat(asdict(Settings())) | flat(one.state["settings"])  # what is newer than the run was at its default
-    return identity_differences(began, identity(held, prepared, held.training.precision))
+    return identity_differences(began, settings_to_save(held, prepared, held.training.precision))
 
 
 def is_finished(settings: Settings, folder: Path) -> bool:
@@ -161,13 +161,13 @@ def is_finished(settings: Settings, folder: Path) -> bool:
 
     Raises ValueError with the differences if it holds another run.
     """
-    check_contents(folder)
-    saved = store.find(folder / "checkpoints")
+    check_file_types(folder)
+    saved = store.list_checkpoints(folder / "checkpoints")
     if not saved or settings.restart:
         return False
     in_place = replace(settings, name=folder.name, runs_dir=str(folder.parent))
     try:
-        prepared = tokens_for(in_place, warn=lambda text: None)
+        prepared = prepared_tokens(in_place, warn=lambda text: None)
     except (ValueError, OSError):  # for the run itself to say
         return False
     if changes := changes_since(saved[-1], with_vocabulary(settings, prepared), prepared):
@@ -188,14 +188,14 @@ def another_run(folder: Path, name: str, changes: dict[str, tuple[Any, Any]]) ->
                       f"restart=true to start over (the run is kept as {name}.old).")
 
 
-def largest_file(config: GPTConfig) -> int:
+def max_file_bytes(config: GPTConfig) -> int:
     """The bytes that no file of a checkpoint can pass: AdamW's two moments, or the largest tokenizer."""
     with Undrawn("meta"):
         parameters = sum(weights.numel() for weights in GPT(config).parameters())
     return 8 * parameters + 2**24
 
 
-def identity(settings: Settings, prepared: Path, precision: str) -> dict[str, Any]:
+def settings_to_save(settings: Settings, prepared: Path, precision: str) -> dict[str, Any]:
     """The settings as a checkpoint keeps them, with the tokens and the precision that they came to."""
     values = asdict(settings)
     meta = read_meta(prepared)

@@ -33,9 +33,9 @@ class Run:
             raise ValueError(f"{folder} lies inside the run {outer}: choose another name=.")
         if not is_run(folder) and (inner := first_run(lock.parent for lock in folder.glob(f"*/**/{LOCK}"))):
             raise ValueError(f"{folder} holds runs, such as {inner.relative_to(folder)}: choose another name=.")
-        check_contents(folder)
+        check_file_types(folder)
         try:
-            self.lock = atomic.Lock(folder / LOCK, this_process())
+            self.lock = atomic.Lock(folder / LOCK, describe_process())
         except BlockingIOError as error:
             raise ValueError(f"{folder} is being trained by {error.strerror}: wait for it, stop it, "
                              f"or choose another name=.") from None
@@ -44,31 +44,29 @@ class Run:
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
 
-    def sweep(self) -> None:
+    def remove_partial(self) -> None:
         """Remove what a kill left half-written, so that it takes no room."""
         for place in (self.folder, self.checkpoints, self.folder / "nonfinite"):
             for leftover in place.glob(f"{atomic.PARTIAL}*"):
                 atomic.remove(leftover)
 
     def has_content(self) -> bool:
-        own = (LOCK, f"{LOCK}{atomic.MARKER}")
+        own = (LOCK, f"{LOCK}{atomic.MARKER_SUFFIX}")
         return any(path.name not in own for path in self.folder.iterdir())
 
     def has_checkpoints(self) -> bool:
         """Whether anything was saved, damaged or not."""
         return self.checkpoints.is_dir() and any(self.checkpoints.iterdir())
 
-    def check_place(self) -> None:
+    def check_not_moved(self) -> None:
         """Raise ValueError if the folder was moved or removed since this process took it."""
         if not self.lock.in_place():
             raise ValueError(f"{self.folder} was moved, removed or replaced during training, which stops: the steps since "
                              f"the last checkpoint are not saved. To resume, move the folder back or use its new name=.")
 
-    def move_aside(self) -> None:
+    def rename_to_old(self) -> None:
         """Give the folder, which stays locked, another name."""
-        from checkpointing.store import free_name  # imports torch, which finding a run does not need
-
-        self.folder = self.folder.rename(free_name(self.folder.with_name(f"{self.folder.name}.old")))
+        self.folder = self.folder.rename(atomic.unused_name(self.folder.with_name(f"{self.folder.name}.old")))
         self.lock.follow(self.folder / LOCK)
 
     def __enter__(self) -> Run:
@@ -87,12 +85,12 @@ class Run:
                 self.folder.rmdir()
 
 
-def this_process() -> str:
+def describe_process() -> str:
     """What a lock's file says of its holder."""
     return f"process {os.getpid()} on {socket.gethostname()}, since {datetime.now():%Y-%m-%d %H:%M:%S}"
 
 
-def check_contents(folder: Path) -> None:
+def check_file_types(folder: Path) -> None:
     """Raise ValueError where a name that runs use is taken by a link, a FIFO or the like.
 
     Whoever hands on a run's folder could have files outside it read, written or deleted by that. The folder itself,
@@ -125,7 +123,7 @@ def find_run(runs_dir: Path, name: str) -> Path:
     ValueError naming the runs there are, and where a link lies in the run.
     """
     run = named_run(runs_dir, name)
-    check_contents(run)
+    check_file_types(run)
     return run
 
 
@@ -167,7 +165,7 @@ def best_run(sweep: Path) -> Path:
 def lowest_bits_per_byte(run: Path) -> float:
     """The lowest of the run's validations, which compares any tokenizers; infinite for none."""
     lowest = math.inf
-    with suppress(OSError), os.fdopen(atomic.open_plain(run / "metrics.jsonl"), "rb") as lines:
+    with suppress(OSError), os.fdopen(atomic.open_regular(run / "metrics.jsonl"), "rb") as lines:
         for line in lines:
             with suppress(ValueError, KeyError, TypeError):
                 lowest = min(lowest, float(atomic.parse_json(line)["bits_per_byte"]))

@@ -16,19 +16,19 @@ from training.interrupt import embedded
 class Saver:
     """Writes one checkpoint at a time and prunes the older ones. Use as a context manager, which makes the folder.
 
-    `saved` is the last step that is on the disk. `settle` is called before a checkpoint is written and before it gets
+    `saved` is the last step that is on the disk. `before_write` is called before a checkpoint is written and before it gets
     its name: it raises where neither must happen. A write error is one warning each time, or with `stop_on_error` an
     OSError of the next call; the caller saves again.
     """
 
-    def __init__(self, checkpoints: Path, keep_last: int, saved: int, settle: Callable[[], None],
+    def __init__(self, checkpoints: Path, keep_last: int, saved: int, before_write: Callable[[], None],
                  warn: Callable[[str], None], stop_on_error: bool) -> None:
         self.checkpoints, self.keep_last = checkpoints, keep_last
         self.saved = saved
-        self.settle, self.warn, self.stop_on_error = settle, warn, stop_on_error
+        self.before_write, self.warn, self.stop_on_error = before_write, warn, stop_on_error
         self.thread: threading.Thread | None = None
         self.error: Exception | None = None
-        self.held_up_seconds = 0.0  # how long training waited for saving
+        self.waiting_seconds = 0.0  # how long training waited for saving
 
     def save(self, snapshot: Snapshot) -> None:
         """Begin to save, once the save before is done; where memory is short for a copy, save at once."""
@@ -39,7 +39,7 @@ class Saver:
             self.thread.start()
         else:
             self._write(snapshot)
-        self.held_up_seconds += time.perf_counter() - start
+        self.waiting_seconds += time.perf_counter() - start
 
     def check(self) -> None:
         """Say or raise what went wrong, if writing has come to an end."""
@@ -52,7 +52,7 @@ class Saver:
             start = time.perf_counter()
             self.thread.join()
             self.thread = None
-            self.held_up_seconds += time.perf_counter() - start
+            self.waiting_seconds += time.perf_counter() - start
         error, self.error = self.error, None
         if isinstance(error, OSError) and not self.stop_on_error:
             self.warn(f"Warning: {error}")
@@ -61,7 +61,7 @@ class Saver:
 
     def _write(self, snapshot: Snapshot) -> None:
         try:
-            checkpoint.save(self.checkpoints, snapshot, self.settle)
+            checkpoint.save(self.checkpoints, snapshot, self.before_write)
             self.saved = snapshot.state["step"]
             store.prune(self.checkpoints, self.keep_last)
         except Exception as error:  # it belongs to the thread that trains

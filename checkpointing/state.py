@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from checkpointing.checkpoint import MODEL, OPTIMIZER, STATE, Checkpoint, Damaged, Snapshot
+from checkpointing.checkpoint import MODEL, OPTIMIZER, STATE, Checkpoint, DamagedCheckpoint, Snapshot
 from training.optim import Optimizers
 
 
@@ -48,12 +48,12 @@ class State:
         return sum(tensor.nbytes for tensor in (*self.model.state_dict().values(), *self.optimizers.tensors().values()))
 
     def restore(self, saved: Checkpoint) -> None:
-        """Go back to a moment. Raises Damaged, changing nothing, if it is not of this model and these optimizers."""
+        """Go back to a moment. Raises DamagedCheckpoint, changing nothing, if it does not fit this model."""
         scaler = saved.state["scaler"]
         if not fits(scaler, self.scaler.state_dict()):
-            raise Damaged(f"{saved.folder / STATE} holds no state of this run's loss scaler")
-        weights = saved.tensors(MODEL, self.model.state_dict())
-        remembered = saved.tensors(OPTIMIZER, self.optimizers.tensors())
+            raise DamagedCheckpoint(f"{saved.folder / STATE} holds no state of this run's loss scaler")
+        weights = saved.load_tensors(MODEL, self.model.state_dict())
+        remembered = saved.load_tensors(OPTIMIZER, self.optimizers.tensors())
         self.model.load_state_dict(weights)
         self.optimizers.load_tensors(remembered)
         self.scaler.load_state_dict(scaler)

@@ -6,18 +6,17 @@ import math
 import os
 import shutil
 from collections.abc import Callable
-from itertools import chain, count
 from pathlib import Path
 from typing import Any, TypeVar
 
 import atomic
-from checkpointing.checkpoint import Checkpoint, Damaged, folder_name
+from checkpointing.checkpoint import Checkpoint, DamagedCheckpoint, step_name
 from terminal import readable_size
 
 Loaded = TypeVar("Loaded")
 
 
-def listing(checkpoints: Path) -> dict[Path, int]:
+def list_folders(checkpoints: Path) -> dict[Path, int]:
     """The folders of checkpoints, oldest first, each with its inode. Empty if there is no such folder yet.
 
     Raises OSError where it cannot be listed, for then nobody knows whether it is empty, and ValueError for a link.
@@ -33,45 +32,45 @@ def listing(checkpoints: Path) -> dict[Path, int]:
     return dict(sorted(found.items()))
 
 
-def look(checkpoints: Path) -> tuple[list[Checkpoint], dict[Path, str]]:
+def scan(checkpoints: Path) -> tuple[list[Checkpoint], dict[Path, str]]:
     """The checkpoints that can be opened, oldest first, and what is wrong with the others."""
     found, damage = [], {}
-    for folder in listing(checkpoints):
+    for folder in list_folders(checkpoints):
         try:
             found.append(Checkpoint.open(folder))
-        except Damaged as error:
+        except DamagedCheckpoint as error:
             if folder.exists():  # else it was pruned just now
                 damage[folder] = str(error)
     return found, damage
 
 
-def find(checkpoints: Path) -> list[Checkpoint]:
+def list_checkpoints(checkpoints: Path) -> list[Checkpoint]:
     """All checkpoints that can be opened, oldest first."""
-    return look(checkpoints)[0]
+    return scan(checkpoints)[0]
 
 
-def choose(checkpoints: Path, which: str, load: Callable[[Checkpoint], Loaded], warn: Callable[[str], None],
-           set_aside: bool = False) -> Loaded | None:
+def load_checkpoint(checkpoints: Path, which: str, load: Callable[[Checkpoint], Loaded], warn: Callable[[str], None],
+           rename_damaged: bool = False) -> Loaded | None:
     """What `load` makes of the first checkpoint by ORDERS[which] that it can load; None where there is none at all.
 
-    `load` raises Damaged to have the next one tried. Damaged ones are named in one warning, and renamed with
-    `set_aside`. Raises ValueError if all are damaged, and OSError, renaming nothing, where the system cannot read.
+    `load` raises DamagedCheckpoint to have the next one tried. Damaged ones are named in one warning, and renamed with
+    `rename_damaged`. Raises ValueError if all are damaged, and OSError, renaming nothing, where the system cannot read.
     """
     while True:
-        before = listing(checkpoints)
+        before = list_folders(checkpoints)
         try:
             loaded, damage, used = first_loadable(checkpoints, ORDERS[which], load)
         except (ValueError, OSError):
             # A training that goes on deletes and saves checkpoints: the one that failed may be gone by now.
-            if listing(checkpoints) == before:
+            if list_folders(checkpoints) == before:
                 raise
             continue
-        if (used and not damage) or listing(checkpoints) == before:
+        if (used and not damage) or list_folders(checkpoints) == before:
             break
     if damage:
         warn(f"Warning: {'; '.join(damage.values())}: using {used} instead.")
-    for folder in damage if set_aside else ():
-        folder.rename(free_name(folder.with_name(f"damaged-{folder.name}")))
+    for folder in damage if rename_damaged else ():
+        folder.rename(atomic.unused_name(folder.with_name(f"damaged-{folder.name}")))
     return loaded
 
 
@@ -81,11 +80,11 @@ def first_loadable(checkpoints: Path, order: Callable[[Checkpoint], Any],
 
     Raises ValueError if there are checkpoints and all are damaged.
     """
-    found, damage = look(checkpoints)
+    found, damage = scan(checkpoints)
     for one in sorted(found, key=order):
         try:
             return load(one), damage, one.folder.name
-        except Damaged as error:
+        except DamagedCheckpoint as error:
             damage[one.folder] = str(error)
     if damage:
         raise ValueError(f"No checkpoint in {checkpoints} is whole: {'; '.join(damage.values())}. "
@@ -93,51 +92,45 @@ def first_loadable(checkpoints: Path, order: Callable[[Checkpoint], Any],
     return None, {}, ""
 
 
-def at_step(checkpoints: Path, step: int, load: Callable[[Checkpoint], Loaded]) -> Loaded:
+def load_step(checkpoints: Path, step: int, load: Callable[[Checkpoint], Loaded]) -> Loaded:
     """What `load` makes of the checkpoint of one step.
 
     Raises ValueError if it is damaged, or, naming those there are, if it is missing.
     """
-    folder = checkpoints / folder_name(step)
-    if folder in listing(checkpoints):
+    folder = checkpoints / step_name(step)
+    if folder in list_folders(checkpoints):
         try:
             return load(Checkpoint.open(folder))
-        except Damaged as error:
+        except DamagedCheckpoint as error:
             if folder.exists():  # else a training that goes on has deleted it
                 raise ValueError(f"{error}: choose another checkpoint.") from None
-    steps = ", ".join(str(one.step) for one in find(checkpoints)) or "none"
+    steps = ", ".join(str(one.step) for one in list_checkpoints(checkpoints)) or "none"
     raise ValueError(f"checkpoint={step} is not in {checkpoints}. There are: {steps}.")
 
 
-def whole(one: Checkpoint) -> Checkpoint:
+def verified(one: Checkpoint) -> Checkpoint:
     """The checkpoint itself, all of it verified: a `load` for `choose`."""
     one.verify()
     return one
 
 
-def free_name(path: Path) -> Path:
-    """`path`, or `path` with the first number that makes it a name of its own."""
-    names = chain([path], (path.with_name(f"{path.name}-{number}") for number in count(2)))
-    return next(name for name in names if not os.path.lexists(name))
-
-
-def quality(one: Checkpoint) -> tuple[float, int]:
+def by_val_loss(one: Checkpoint) -> tuple[float, int]:
     """Sorts by validation loss; what was not evaluated comes last, the newest first."""
     val_loss = one.state["val_loss"]
     return (math.inf if val_loss is None else val_loss), -one.step
 
 
-def age(one: Checkpoint) -> int:
+def newest_first(one: Checkpoint) -> int:
     """Sorts the newest first."""
     return -one.step
 
 
-def scheduled_age(one: Checkpoint) -> tuple[bool, int]:
+def scheduled_first(one: Checkpoint) -> tuple[bool, int]:
     """Sorts the newest first that any run with these settings has; what an interruption left comes last."""
     return not one.state["scheduled"], -one.step
 
 
-ORDERS = {"best": quality, "last": age, "scheduled": scheduled_age}
+ORDERS = {"best": by_val_loss, "last": newest_first, "scheduled": scheduled_first}
 
 
 def prune(checkpoints: Path, keep_last: int) -> None:
@@ -145,7 +138,7 @@ def prune(checkpoints: Path, keep_last: int) -> None:
 
     What is damaged stays.
     """
-    found = find(checkpoints)
+    found = list_checkpoints(checkpoints)
     kept = {one.folder for one in found[-keep_last:]}
     kept |= {min(found, key=order).folder for order in ORDERS.values() if found}
     doomed = [one.folder for one in found if one.folder not in kept] + list(checkpoints.glob(f"{atomic.PARTIAL}*"))
@@ -153,14 +146,14 @@ def prune(checkpoints: Path, keep_last: int) -> None:
         atomic.remove(folder)
 
 
-def cut_back(checkpoints: Path, step: int) -> None:
+def delete_after(checkpoints: Path, step: int) -> None:
     """Delete the checkpoints of later steps, which will come to be in another way."""
-    for one in find(checkpoints):
+    for one in list_checkpoints(checkpoints):
         if one.step > step:
             atomic.remove(one.folder)
 
 
-def check_disk(checkpoints: Path, nbytes: int) -> None:
+def check_free_space(checkpoints: Path, nbytes: int) -> None:
     """Raise ValueError unless the disk under `checkpoints` holds two checkpoints of this size."""
     needed = 2 * nbytes
     folder = checkpoints

@@ -145,7 +145,7 @@ def fill(folder: Path, make: Callable[[Path], None]) -> None:
         if isinstance(failure, ValueError) or not any(partial.glob("*.json")):  # nothing to go on with
             atomic.remove(partial)
         raise
-    atomic.name_folder(partial, folder)
+    atomic.publish_folder(partial, folder)
 
 
 def sweep(folder: Path) -> None:

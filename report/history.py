@@ -20,7 +20,7 @@ import numpy as np
 import yaml
 
 from checkpointing.provenance import STARTS
-from checkpointing.run_folder import check_contents, find_run
+from checkpointing.run_folder import check_file_types, find_run
 from conf.identity import flat, kind
 from terminal import counted, escaped
 
@@ -94,7 +94,7 @@ def open_history(folder: Path, name: str) -> History:
     """Raises ValueError for a folder that is not a run's, or holds what no training writes."""
     if not (folder / "config.yaml").is_file():
         raise ValueError(f"{folder} is not a run: it has no config.yaml.")
-    check_contents(folder)
+    check_file_types(folder)
     try:
         config = (folder / "config.yaml").read_bytes()
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(config, SAFE_LOADER)):

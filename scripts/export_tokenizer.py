@@ -63,7 +63,7 @@ def main(settings: ExportTokenizerSettings) -> int:
 
 def last_tokenizer(run: Path) -> Tokenizer:
     """The tokenizer in the run's last checkpoint. Raises ValueError if no checkpoint is whole."""
-    tokenizer = store.choose(run / "checkpoints", "last", tokenizer_of, lambda text: say(text, sys.stderr))
+    tokenizer = store.load_checkpoint(run / "checkpoints", "last", tokenizer_of, lambda text: say(text, sys.stderr))
     if tokenizer is None:
         raise ValueError(f"{run} has no checkpoint.")
     return tokenizer

@@ -210,7 +210,7 @@ def runs_by_tokens(runs_dir: Path) -> dict[str, list[str]]:
     users: dict[str, list[str]] = {}
     for folder in run_folders(runs_dir):
         try:
-            found, damage = store.look(folder / "checkpoints")
+            found, damage = store.scan(folder / "checkpoints")
             if damage and not found:
                 raise ValueError(next(iter(damage.values())))
             tokens = {tokens_of(one.state["settings"]) for one in found}

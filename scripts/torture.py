@@ -221,7 +221,7 @@ def full_disks(folder: Path, settings: TortureSettings) -> list[tuple[str, int, 
                     time.sleep(0.01)
                 fill(mount / "ballast")
                 said = program.communicate()[0]
-            kept = store.find(mount / "run/checkpoints")
+            kept = store.list_checkpoints(mount / "run/checkpoints")
             lost = not (program.returncode == 1 and "steps are saved" in said and "of free disk" in said and kept)
             for one in kept:
                 one.verify()

@@ -107,7 +107,7 @@ def train_under_kills(overrides: list[str], run: Path, kills: int, max_steps: in
             program.kill()
             program.communicate()
         inside += not half_written(run) <= earlier
-        saved = store.find(run / "checkpoints")
+        saved = store.list_checkpoints(run / "checkpoints")
         lost += steps(run) - (saved[-1].step if saved else 0)
     finish(overrides, run)
     return inside, lost
@@ -133,7 +133,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 def compare(one: Path, other: Path) -> dict[str, str]:
     """What two runs' last checkpoints and metrics hold, each with its first difference, or "" where there is none."""
-    a, b = (store.find(run / "checkpoints")[-1] for run in (one, other))
+    a, b = (store.list_checkpoints(run / "checkpoints")[-1] for run in (one, other))
     found = {}
     for name in (checkpoint.MODEL, checkpoint.OPTIMIZER):
         tensors, others = load_file(a.folder / name), load_file(b.folder / name)

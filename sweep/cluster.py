@@ -78,7 +78,7 @@ class Submitted:
         except Exception as error:  # lost, out of time, cancelled: whatever a cluster does
             if self.cancelled:
                 return 143
-            lines = atomic.Lines(self.log)
+            lines = atomic.LineFile(self.log)
             lines.add(f"Error: no result came back from the cluster: {' '.join(str(error).split())[:300]}")
             lines.close()
             return 1

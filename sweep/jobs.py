@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import atomic
-from checkpointing.run_folder import LOCK, first_run, this_process
+from checkpointing.run_folder import LOCK, describe_process, first_run
 from progress import ProgressBar, print_line
 from terminal import counted, say
 from training.interrupt import CHILD, REQUESTS, WARNINGS, Interrupt
@@ -76,7 +76,7 @@ class Job:
         """Whether another process trains in its folder: the child of a sweep that was killed may still be saving."""
         try:
             if (self.folder / LOCK).exists():
-                atomic.Lock(self.folder / LOCK, this_process()).release()
+                atomic.Lock(self.folder / LOCK, describe_process()).release()
         except BlockingIOError:
             return True
         return False
@@ -84,7 +84,7 @@ class Job:
     def update(self) -> None:
         """Read what the metrics have grown by."""
         self.heard = []
-        with suppress(OSError), os.fdopen(atomic.open_plain(self.folder / "metrics.jsonl"), "rb") as file:
+        with suppress(OSError), os.fdopen(atomic.open_regular(self.folder / "metrics.jsonl"), "rb") as file:
             if os.fstat(file.fileno()).st_size < self.read:
                 self.read = 0  # going on from a checkpoint cut them back
             file.seek(self.read)
@@ -196,7 +196,7 @@ def log_of(job: Job) -> Path:
 
 def start(command: list[str], environment: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
     """A child in a session of its own, which Ctrl-C in our terminal does not reach: we decide what becomes of it."""
-    lines = atomic.Lines(log)
+    lines = atomic.LineFile(log)
     try:
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=lines.handle, stderr=lines.handle, env=environment,
                                 start_new_session=True)
@@ -209,7 +209,7 @@ def locked(folder: Path) -> Iterator[None]:
     """Hold a grid's folder: no second one starts the same jobs. Raises ValueError naming the holder, or for a run."""
     refuse_run(folder)
     try:
-        lock = atomic.Lock(folder / "sweep.lock", this_process())
+        lock = atomic.Lock(folder / "sweep.lock", describe_process())
     except BlockingIOError as error:
         raise ValueError(f"{folder} is being swept by {error.strerror}: wait for it, or choose another name=.") from None
     try:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import atomic
-from checkpointing.run_folder import this_process
+from checkpointing.run_folder import describe_process
 from conf.identity import differences, listed
 from conf.schema import ConfigError, FilePath, Settings, compose, folder_name
 from report.history import PRUNED
@@ -103,12 +103,12 @@ class FileLock:
     def acquire(self) -> bool:
         while True:
             try:
-                self.lock = atomic.Lock(self.path, this_process())
+                self.lock = atomic.Lock(self.path, describe_process())
                 break
             except BlockingIOError:
                 time.sleep(0.01)
         if self.journal:
-            atomic.Lines(self.journal).close()  # which removes a line that a kill cut short
+            atomic.LineFile(self.journal).close()  # which removes a line that a kill cut short
         return True
 
     def release(self) -> None:
@@ -141,7 +141,7 @@ class Search:
         with self.turn:
             self.study = self.open_study()
         self.worker = f"{socket.gethostname()}-{secrets.token_hex(4)}"
-        self.alive = atomic.Lock(self.worker_file(self.worker), this_process())
+        self.alive = atomic.Lock(self.worker_file(self.worker), describe_process())
 
     def open_study(self) -> Any:
         """The study, begun or gone on with. Raises ValueError if it is out of reach, or of another space."""
@@ -199,7 +199,7 @@ class Search:
             if trial.state.is_finished() or not file.exists():
                 continue
             try:
-                atomic.Lock(file, this_process()).release()  # our own is held too
+                atomic.Lock(file, describe_process()).release()  # our own is held too
             except BlockingIOError:
                 continue
             if not self.job_of(trial).busy():

@@ -195,10 +195,10 @@ def test_what_is_kept_of_a_file_needs_no_room_when_it_is_its_beginning(tmp_path,
     (tmp_path / "a").write_bytes(b"one\ntwo\n")
     with monkeypatch.context() as patch:
         patch.setattr(os, "write", disk_full)
-        atomic.shorten(tmp_path / "a", b"one\n")
+        atomic.truncate(tmp_path / "a", b"one\n")
     assert tree(tmp_path) == {"a": b"one\n"}
     (tmp_path / "a").write_bytes(b"one\ntwo\n")
-    atomic.shorten(tmp_path / "a", b"two\n")
+    atomic.truncate(tmp_path / "a", b"two\n")
     assert tree(tmp_path) == {"a": b"two\n"}
 
 
@@ -220,7 +220,7 @@ def test_a_folder_loses_its_name_before_its_content(tmp_path, monkeypatch):
 def test_lines_are_appended_at_once_and_a_torn_one_is_dropped(tmp_path):
     path = tmp_path / "lines"
     path.write_bytes(b"one\ntw")
-    lines = atomic.Lines(path)
+    lines = atomic.LineFile(path)
     assert path.read_bytes() == b"one\n"
     lines.add("2")
     assert path.read_bytes() == b"one\n2\n"
@@ -229,7 +229,7 @@ def test_lines_are_appended_at_once_and_a_torn_one_is_dropped(tmp_path):
 
 
 def test_a_line_that_is_half_taken_is_taken_back_and_offered_again(tmp_path, monkeypatch):
-    lines = atomic.Lines(tmp_path / "lines")
+    lines = atomic.LineFile(tmp_path / "lines")
     lines.add("first")
     write = os.write
     with monkeypatch.context() as patch:
@@ -301,8 +301,8 @@ def special(path: Path, kind: str) -> None:
 
 
 KINDS = ["link", "link to a FIFO", "dangling link", "FIFO", "socket", "device", "folder"]
-USES = {"lines": atomic.Lines, "lock": lambda path: atomic.Lock(path, "me"), "json": atomic.read_json,
-        "shorten": lambda path: atomic.shorten(path, b"")}
+USES = {"lines": atomic.LineFile, "lock": lambda path: atomic.Lock(path, "me"), "json": atomic.read_json,
+        "shorten": lambda path: atomic.truncate(path, b"")}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -312,7 +312,7 @@ def test_only_plain_files_are_read_and_written(tmp_path, monkeypatch, kind, use)
     monkeypatch.chdir(tmp_path)  # the path of a socket must be short
     special(Path("file"), kind)
     before = tree(tmp_path) if kind == "link" else {}
-    with pytest.raises(atomic.NotPlain, match="file is not a plain file"):
+    with pytest.raises(atomic.NotRegularFile, match="file is not a plain file"):
         USES[use](Path("file"))
     assert (tree(tmp_path) if kind == "link" else {}) == before and not Path("nowhere").exists()
 
@@ -427,8 +427,8 @@ def test_of_many_that_find_a_stale_marker_one_gets_it(tmp_path, monkeypatch):
 
 def test_files_are_written_in_turn_without_locks_too(tmp_path, monkeypatch):
     without_locks(monkeypatch)
-    with (atomic.exclusive(tmp_path / "out"), pytest.raises(BlockingIOError, match="is being written by another process"),
-          atomic.exclusive(tmp_path / "out")):
+    with (atomic.exclusive_lock(tmp_path / "out"), pytest.raises(BlockingIOError, match="is being written by another process"),
+          atomic.exclusive_lock(tmp_path / "out")):
         pass
     assert sorted(tree(tmp_path)) == ["out"]
 

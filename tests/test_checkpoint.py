@@ -20,7 +20,17 @@ from safetensors.torch import load_file
 
 import atomic
 from checkpointing import checkpoint, store
-from checkpointing.checkpoint import FILES, MANIFEST, MODEL, OPTIMIZER, STATE, TOKENIZER, Checkpoint, Damaged, Snapshot
+from checkpointing.checkpoint import (
+    FILES,
+    MANIFEST,
+    MODEL,
+    OPTIMIZER,
+    STATE,
+    TOKENIZER,
+    Checkpoint,
+    DamagedCheckpoint,
+    Snapshot,
+)
 
 
 def snapshot(step, val_loss=None, scheduled=True, seed=0):
@@ -35,13 +45,13 @@ def snapshot(step, val_loss=None, scheduled=True, seed=0):
 def save(folder, step, *arguments, **options):
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint.save(folder, snapshot(step, *arguments, **options))
-    return folder / checkpoint.folder_name(step)
+    return folder / checkpoint.step_name(step)
 
 
 def load_all(found, like):
     """Everything that a resumed run reads."""
     found.verify()
-    return found.tensors(MODEL, like.model), found.tensors(OPTIMIZER, like.optimizer), found.tokenizer(), found.state
+    return found.load_tensors(MODEL, like.model), found.load_tensors(OPTIMIZER, like.optimizer), found.tokenizer(), found.state
 
 
 def reseal(folder):
@@ -49,12 +59,12 @@ def reseal(folder):
     files = {name: {"bytes": (folder / name).stat().st_size, "sha256": hashlib.sha256((folder / name).read_bytes()).hexdigest()}
              for name in FILES if (folder / name).is_file()}
     manifest = {"format": checkpoint.FORMAT, "files": files}
-    (folder / MANIFEST).write_text(json.dumps(manifest | {"sha256": checkpoint.digest(manifest)}))
+    (folder / MANIFEST).write_text(json.dumps(manifest | {"sha256": checkpoint.checksum(manifest)}))
 
 
 def test_what_was_saved_comes_back(tmp_path):
     save(tmp_path, 7, 1.5)
-    (found,) = store.find(tmp_path)
+    (found,) = store.list_checkpoints(tmp_path)
     like = snapshot(7)
     weights, optimizer, tokenizer, state = load_all(found, like)
     assert found.folder.name == "step_00000007" and found.step == 7 and state["val_loss"] == 1.5
@@ -74,7 +84,7 @@ def test_every_type_of_number_comes_back(tmp_path, dtype):
     tensors = {"w": torch.arange(6).view(2, 3).to(dtype), "empty": torch.empty(0, 4, dtype=dtype), "scalar": torch.tensor(3).to(dtype)}
     one = snapshot(1)
     checkpoint.save(tmp_path, Snapshot(tensors, {}, one.tokenizer, one.state))
-    found = store.find(tmp_path)[0].tensors(MODEL, tensors)
+    found = store.list_checkpoints(tmp_path)[0].load_tensors(MODEL, tensors)
     assert all(torch.equal(found[name], tensor) and found[name].dtype == dtype for name, tensor in tensors.items())
 
 
@@ -82,7 +92,7 @@ def test_tensors_that_are_views_are_saved_as_they_look(tmp_path):
     one = snapshot(1)
     turned = {"w": torch.arange(6.0).view(2, 3).T}
     checkpoint.save(tmp_path, Snapshot(turned, {}, one.tokenizer, one.state))
-    assert torch.equal(store.find(tmp_path)[0].tensors(MODEL, turned)["w"], turned["w"])
+    assert torch.equal(store.list_checkpoints(tmp_path)[0].load_tensors(MODEL, turned)["w"], turned["w"])
 
 
 def test_a_copy_does_not_change_with_what_it_was_copied_from():
@@ -128,15 +138,15 @@ def test_a_disk_too_full_is_seen_before_anything_is_written(tmp_path, monkeypatc
 def test_what_sampling_does_not_read_may_be_damaged(tmp_path):
     path = save(tmp_path, 1) / OPTIMIZER
     path.write_bytes(path.read_bytes()[:-1] + b"?")
-    assert store.choose(tmp_path, "last", lambda one: one.verify([MODEL, TOKENIZER]) or one, pytest.fail).step == 1
+    assert store.load_checkpoint(tmp_path, "last", lambda one: one.verify([MODEL, TOKENIZER]) or one, pytest.fail).step == 1
 
 
 def test_a_checkpoint_of_another_format_is_named_as_such(tmp_path):
     folder = save(tmp_path, 1)
     manifest = {"format": 99, "files": {}}
-    (folder / MANIFEST).write_text(json.dumps(manifest | {"sha256": checkpoint.digest(manifest)}))
+    (folder / MANIFEST).write_text(json.dumps(manifest | {"sha256": checkpoint.checksum(manifest)}))
     with pytest.raises(ValueError, match=r"format 99, this nanohydra reads 2: use the version that wrote it"):
-        store.find(tmp_path)
+        store.list_checkpoints(tmp_path)
 
 
 # Damage on purpose: the manifest agrees
@@ -194,10 +204,10 @@ def test_a_tensor_file_that_asks_for_more_than_the_settings_is_refused_unread(tm
     manifest = json.loads((folder / MANIFEST).read_text())
     manifest["files"][MODEL]["bytes"] = 2**40 + 1000
     del manifest["sha256"]
-    (folder / MANIFEST).write_text(json.dumps(manifest | {"sha256": checkpoint.digest(manifest)}))
+    (folder / MANIFEST).write_text(json.dumps(manifest | {"sha256": checkpoint.checksum(manifest)}))
     monkeypatch.setattr(checkpoint, "safe_open", pytest.fail)
-    with pytest.raises(Damaged, match="not of the size that the settings ask for"):
-        Checkpoint.open(folder).tensors(MODEL, LIKE.model)
+    with pytest.raises(DamagedCheckpoint, match="not of the size that the settings ask for"):
+        Checkpoint.open(folder).load_tensors(MODEL, LIKE.model)
 
 
 HOSTILE_JSON = [b"", b"null", b"[]", b"3", b'"x"', b"{", b'{"a": NaN}', b'{"a": Infinity}', b'{"a": ' + b"9" * 5000 + b"}", b"\xff\xfe",
@@ -219,7 +229,7 @@ def test_hostile_json_is_refused(tmp_path, name, content):
 def test_a_state_with_a_value_that_cannot_be_is_refused(tmp_path, key, value):
     if (key in ("scheduled", "replanned") and value is True) or (isinstance(value, dict) and checkpoint.STATE_TYPES[key] is dict):
         pytest.skip("is a value that can be")
-    if key in checkpoint.ADDED and value is ...:
+    if key in checkpoint.NEW_FIELDS and value is ...:
         pytest.skip("was not there in earlier versions")
     folder = save(tmp_path, 2)
     state = json.loads((folder / STATE).read_text()) | {key: value}
@@ -256,8 +266,8 @@ def test_json_that_is_large_is_refused_unread(tmp_path, monkeypatch, name):
         os.truncate(folder / name, 2**25)
     reseal(folder)
     os.truncate(folder / name, 2**25)
-    parse = checkpoint.parse
-    monkeypatch.setattr(checkpoint, "parse", lambda path, content: pytest.fail("was read") if path.name == name else parse(path, content))
+    parse = checkpoint.parse_json
+    monkeypatch.setattr(checkpoint, "parse_json", lambda path, content: pytest.fail("was read") if path.name == name else parse(path, content))
     assert_refused(folder, LIKE)
 
 
@@ -267,20 +277,20 @@ def test_what_cannot_be_read_is_not_written(tmp_path):
         with pytest.raises(AssertionError, match=key):
             checkpoint.save(tmp_path, Snapshot(one.model, one.optimizer, one.tokenizer, one.state | {key: value}))
     checkpoint.save(tmp_path, Snapshot(one.model, one.optimizer, one.tokenizer, one.state | {"max_steps": 2**62, "val_loss": 1e300}))
-    assert len(store.find(tmp_path)) == 1
+    assert len(store.list_checkpoints(tmp_path)) == 1
 
 
 def test_a_model_that_takes_more_memory_than_there_is_is_refused(tmp_path, monkeypatch):
     folder = save(tmp_path, 2)
     monkeypatch.setattr(checkpoint, "available_memory", lambda: 30.0)
     with pytest.raises(ValueError, match=r"takes 36 bytes of memory, 30 bytes are free"):
-        Checkpoint.open(folder).tensors(MODEL, LIKE.model)
+        Checkpoint.open(folder).load_tensors(MODEL, LIKE.model)
 
 
 def test_a_file_larger_than_the_settings_allow_is_not_read(tmp_path):
     folder = save(tmp_path, 2)
     Checkpoint.open(folder).verify(most_bytes=10_000)
-    with pytest.raises(Damaged, match="larger than any of these settings"):
+    with pytest.raises(DamagedCheckpoint, match="larger than any of these settings"):
         Checkpoint.open(folder).verify(most_bytes=100)
 
 
@@ -294,7 +304,7 @@ def test_a_checkpoint_that_is_pruned_while_it_is_chosen_is_no_damage(tmp_path):
         one.verify()
         return one
 
-    assert store.choose(tmp_path, "last", load, pytest.fail).step == 1
+    assert store.load_checkpoint(tmp_path, "last", load, pytest.fail).step == 1
 
 
 def test_a_checkpoint_folder_that_is_a_link_is_refused(tmp_path):
@@ -329,7 +339,7 @@ def test_links_and_what_is_no_file_are_refused(tmp_path, name):
 def test_a_manifest_that_lists_anything_else_is_refused(tmp_path, files):
     folder = save(tmp_path, 2)
     manifest = {"format": checkpoint.FORMAT, "files": files}
-    (folder / MANIFEST).write_text(json.dumps(manifest | {"sha256": checkpoint.digest(manifest)}))
+    (folder / MANIFEST).write_text(json.dumps(manifest | {"sha256": checkpoint.checksum(manifest)}))
     assert_refused(folder, LIKE)
 
 
@@ -341,7 +351,7 @@ def test_a_manifest_that_does_not_agree_with_itself_is_refused(tmp_path, own):
     if own is ...:
         del manifest["sha256"]
     (folder / MANIFEST).write_text(json.dumps(manifest))
-    with pytest.raises(Damaged, match="does not match its own checksum"):
+    with pytest.raises(DamagedCheckpoint, match="does not match its own checksum"):
         Checkpoint.open(folder)
 
 
@@ -396,7 +406,7 @@ def test_mutated_checkpoints_are_refused_or_change_only_what_their_author_may(tm
             try:
                 found = load_all(Checkpoint.open(folder), LIKE)
                 assert sealed and name != MANIFEST
-                assert not checkpoint.problem_of(found[3])
+                assert not checkpoint.find_problem(found[3])
                 for tensors, like in zip(found[:2], (LIKE.model, LIKE.optimizer), strict=True):
                     assert {key: (t.shape, t.dtype) for key, t in tensors.items()} == {key: (t.shape, t.dtype) for key, t in like.items()}
             except ValueError as error:

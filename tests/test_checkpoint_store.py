@@ -24,21 +24,21 @@ def test_pruning_keeps_the_newest_the_best_and_the_newest_scheduled(tmp_path):
     (tmp_path / f"{atomic.PARTIAL}step_00000006-x").mkdir()
     store.prune(tmp_path, keep_last=1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000002", "step_00000003", "step_00000005"]
-    chosen = {which: store.choose(tmp_path, which, store.whole, pytest.fail).step for which in store.ORDERS}
+    chosen = {which: store.load_checkpoint(tmp_path, which, store.verified, pytest.fail).step for which in store.ORDERS}
     assert chosen == {"best": 2, "last": 5, "scheduled": 3}
 
 
 def test_without_evaluations_the_newest_is_the_best(tmp_path):
-    assert store.choose(tmp_path, "best", store.whole, pytest.fail) is None
+    assert store.load_checkpoint(tmp_path, "best", store.verified, pytest.fail) is None
     save(tmp_path, 1)
     save(tmp_path, 2)
-    assert store.choose(tmp_path, "best", store.whole, pytest.fail).step == 2
+    assert store.load_checkpoint(tmp_path, "best", store.verified, pytest.fail).step == 2
 
 
 def test_a_half_written_checkpoint_is_never_found(tmp_path):
     save(tmp_path, 1)
     save(tmp_path, 2).rename(tmp_path / f"{atomic.PARTIAL}step_00000002-abc")
-    assert [one.step for one in store.find(tmp_path)] == [1]
+    assert [one.step for one in store.list_checkpoints(tmp_path)] == [1]
 
 
 @pytest.mark.parametrize("name", [*FILES, MANIFEST])
@@ -55,7 +55,7 @@ def test_the_previous_good_one_is_used_with_one_warning_that_names_what_is_damag
     if harm == "gone":
         path.unlink()
     warnings = []
-    assert store.choose(tmp_path, "last", store.whole, warnings.append, set_aside=True).step == 1
+    assert store.load_checkpoint(tmp_path, "last", store.verified, warnings.append, rename_damaged=True).step == 1
     (warning,) = warnings
     assert str(path) in warning and "using step_00000001 instead" in warning
     assert sorted(one.name for one in tmp_path.iterdir()) == ["damaged-step_00000002", "step_00000001"]
@@ -66,7 +66,7 @@ def test_the_previous_good_one_is_used_with_one_warning_that_names_what_is_damag
 def test_when_nothing_is_whole_the_sentence_says_so_and_nothing_is_moved(tmp_path):
     (save(tmp_path, 1) / MODEL).write_bytes(b"")
     with pytest.raises(ValueError, match=r"No checkpoint in .* is whole: .*model.safetensors .*restart=true"):
-        store.choose(tmp_path, "last", store.whole, pytest.fail, set_aside=True)
+        store.load_checkpoint(tmp_path, "last", store.verified, pytest.fail, rename_damaged=True)
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
 
 
@@ -89,7 +89,7 @@ def test_a_system_error_is_reported_and_renames_nothing(tmp_path, monkeypatch, c
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match=os.strerror(code)) as refusal:
         patch.setattr(os, call, failing)
-        store.choose(tmp_path, "last", store.whole, pytest.fail, set_aside=True)
+        store.load_checkpoint(tmp_path, "last", store.verified, pytest.fail, rename_damaged=True)
     if call != "scandir":
         assert "move" in str(refusal.value) and "\n" not in str(refusal.value)
     assert sorted(one.name for one in tmp_path.iterdir()) == ["step_00000001", "step_00000002"]
@@ -106,7 +106,7 @@ def test_too_many_open_files_damage_nothing(tmp_path):
         for limit in range(taken[0] + 1, taken[0] + 20):
             resource.setrlimit(resource.RLIMIT_NOFILE, (limit, before[1]))
             try:
-                store.choose(tmp_path, "last", lambda one: load_all(one, LIKE), pytest.fail, set_aside=True)
+                store.load_checkpoint(tmp_path, "last", lambda one: load_all(one, LIKE), pytest.fail, rename_damaged=True)
                 break
             except OSError:
                 refused += 1
@@ -121,7 +121,7 @@ def test_a_link_in_place_of_the_checkpoints_is_refused(tmp_path):
     save(tmp_path / "elsewhere", 1)
     (tmp_path / "checkpoints").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(ValueError, match="checkpoints is a link"):
-        store.choose(tmp_path / "checkpoints", "last", store.whole, pytest.fail)
+        store.load_checkpoint(tmp_path / "checkpoints", "last", store.verified, pytest.fail)
 
 
 # Reading while a training saves and prunes
@@ -149,7 +149,7 @@ def test_reading_while_a_training_prunes_always_succeeds(tmp_path, which):
     try:
         for _ in range(400):
             assert find_run(tmp_path, "") == tmp_path / "run"
-            assert store.choose(checkpoints, which, lambda one: load_all(one, LIKE), pytest.fail)
+            assert store.load_checkpoint(checkpoints, which, lambda one: load_all(one, LIKE), pytest.fail)
     finally:
         ended.set()
         trainer.join()
@@ -168,9 +168,9 @@ def test_whatever_fails_because_a_checkpoint_is_gone_is_retried(tmp_path, failur
             raise failure("gone")
         return one.step
 
-    assert store.choose(tmp_path, "last", load, pytest.fail) == 1
+    assert store.load_checkpoint(tmp_path, "last", load, pytest.fail) == 1
 
 
 def test_names_that_links_to_nowhere_have_are_not_free(tmp_path):
     (tmp_path / "tiny.old").symlink_to(tmp_path / "nowhere")
-    assert store.free_name(tmp_path / "tiny.old") == tmp_path / "tiny.old-2"
+    assert atomic.unused_name(tmp_path / "tiny.old") == tmp_path / "tiny.old-2"

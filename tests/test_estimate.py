@@ -100,7 +100,7 @@ def test_an_estimate_changes_nothing_that_is_trained(compose_tiny, tmp_path, mon
         if name == "without":
             monkeypatch.setattr(story, "measure_pace", lambda *_: Pace(1.0, 1.0))
         story.train(compose_tiny("training.max_steps=3", "model.dropout=0.1", f"name={name}"))
-        found.append(story.shelf.find(tmp_path / "runs" / name / "checkpoints")[-1])
+        found.append(story.store.list_checkpoints(tmp_path / "runs" / name / "checkpoints")[-1])
     weights = [one.folder.joinpath("model.safetensors").read_bytes() for one in found]
     assert weights[0] == weights[1]
 

@@ -293,7 +293,7 @@ def children(tmp_path):
 
 
 def steps(tmp_path, name):
-    saved = store.find(tmp_path / "sweep" / name / "checkpoints")
+    saved = store.list_checkpoints(tmp_path / "sweep" / name / "checkpoints")
     return saved[-1].step if saved else 0
 
 

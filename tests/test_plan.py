@@ -64,7 +64,7 @@ def test_sizes_of_published_vocabularies(gpt2_files):
 def test_a_checkpoint_is_as_large_as_planned(compose_tiny, tmp_path, optim):
     settings = compose_tiny("training.max_steps=1", "training.sample_tokens=0", f"optim={optim}")
     train(settings)
-    folder = store.find(tmp_path / "runs/tiny/checkpoints")[-1].folder
+    folder = store.list_checkpoints(tmp_path / "runs/tiny/checkpoints")[-1].folder
     there = sum((folder / name).stat().st_size for name in (checkpoint.MODEL, checkpoint.OPTIMIZER))
     vocab_size = story.look_up(settings.data)[0]
     kept, peak = story.count_memory(story.replace(settings, model=story.replace(settings.model, vocab_size=vocab_size)), Device("cpu", "fp32"))

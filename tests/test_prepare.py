@@ -690,7 +690,7 @@ def test_what_was_damaged_before_a_resume_is_made_again(corpus, tmp_path, monkey
 def test_a_kill_before_the_last_rename_costs_nothing(corpus, monkeypatch):
     config = corpus(MANY)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("atomic.name_folder", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("atomic.publish_folder", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         prepare(config)
     monkeypatch.setattr(ShardWriter, "add", lambda *args: pytest.fail("encoded again"))
     assert len(documents(prepare(config), "val")) > 0

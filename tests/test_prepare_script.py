@@ -151,7 +151,7 @@ def run_with(monkeypatch):
         saved = checkpoints / "settings.json"
         return [SimpleNamespace(state={"settings": json.loads(saved.read_text())})] if saved.exists() else [], {}
 
-    monkeypatch.setattr("scripts.prepare.shelf.look", look)
+    monkeypatch.setattr("scripts.prepare.store.scan", look)
     return make
 
 

@@ -16,7 +16,7 @@ from scripts.verify_resume import compare
 
 
 def last_step(run: Path) -> int:
-    return store.find(run / "checkpoints")[-1].step
+    return store.list_checkpoints(run / "checkpoints")[-1].step
 
 
 @pytest.fixture
@@ -204,7 +204,7 @@ def test_a_finished_run_makes_up_for_report_and_pruning(compose_tiny, tmp_path, 
     with monkeypatch.context() as patch:
         patch.setattr(store, "prune", lambda *words: None)  # killed before
         story.train(compose_tiny(*words))
-    assert len(store.find(run / "checkpoints")) == 4
+    assert len(store.list_checkpoints(run / "checkpoints")) == 4
     written = (run / "report.html").stat().st_mtime_ns
     if left == "no report":
         (run / "report.html").unlink()
@@ -214,7 +214,7 @@ def test_a_finished_run_makes_up_for_report_and_pruning(compose_tiny, tmp_path, 
     capsys.readouterr()
     assert story.train(compose_tiny(*words)) == 0
     said = capsys.readouterr().out
-    assert len(store.find(run / "checkpoints")) <= 2 and "is finished" in said
+    assert len(store.list_checkpoints(run / "checkpoints")) <= 2 and "is finished" in said
     assert ("Report: " in said) == (left != "all") and (run / "report.html").exists()
     if left == "no report":
         (run / "report.html").unlink()

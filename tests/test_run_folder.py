@@ -12,7 +12,7 @@ from test_atomic import KINDS, special, tree, without_locks
 
 import train as story
 from checkpointing import store
-from checkpointing.run_folder import FILES, FOLDERS, LOCK, Run, check_contents, find_run
+from checkpointing.run_folder import FILES, FOLDERS, LOCK, Run, check_file_types, find_run
 from report.history import open_history
 
 
@@ -102,7 +102,7 @@ def test_reading_a_run_follows_no_links(compose_tiny, tmp_path, name):
     run = tmp_path / "runs/tiny"
     (run / name).rename(tmp_path / "elsewhere")
     (run / name).symlink_to(tmp_path / "elsewhere")
-    for read in (lambda: find_run(tmp_path / "runs", "tiny"), lambda: open_history(run, "tiny"), lambda: check_contents(run)):
+    for read in (lambda: find_run(tmp_path / "runs", "tiny"), lambda: open_history(run, "tiny"), lambda: check_file_types(run)):
         with pytest.raises(ValueError, match=f"{name} is a link"):
             read()
 
@@ -115,7 +115,7 @@ def test_a_run_or_runs_dir_may_be_a_link_itself(compose_tiny, tmp_path):
     (tmp_path / "disk/other").mkdir()
     (tmp_path / "disk/linked").symlink_to(tmp_path / "disk/other")
     assert story.train(compose_tiny("training.max_steps=1", "name=linked")) == 0
-    assert len(store.find(tmp_path / "disk/other/checkpoints")) == 1
+    assert len(store.list_checkpoints(tmp_path / "disk/other/checkpoints")) == 1
 
 
 def at_step(monkeypatch, step, change):
@@ -155,7 +155,7 @@ def test_a_run_stops_when_its_folder_is_gone(compose_tiny, tmp_path, monkeypatch
         story.train(compose_tiny("training.max_steps=20", "training.checkpoint_every=5"))
     assert "could not be written" not in capsys.readouterr().out
     if others:
-        others[0].check_place()
+        others[0].check_not_moved()
         assert set(tree(runs / "tiny")) <= {LOCK, f"{LOCK}.held"} and not any((runs / "tiny/checkpoints").iterdir())
         (runs / "tiny/checkpoints").rmdir()
         with others[0]:

@@ -45,7 +45,7 @@ def same(one: Path, other: Path) -> bool:
 
 
 def last_step(run: Path) -> int:
-    return store.find(run / "checkpoints")[-1].step
+    return store.list_checkpoints(run / "checkpoints")[-1].step
 
 
 # Identity
@@ -165,7 +165,7 @@ def test_a_finished_run_samples_says_how_to_go_on_and_changes_nothing(compose_ti
 def test_max_seconds_ends_a_run_and_can_be_raised(compose_tiny, tmp_path, capsys):
     limit = ["training.max_steps=1e6", "training.max_seconds=0.5", "training.eval_every=1e6"]
     assert story.train(compose_tiny(*limit)) == 0
-    last = store.find(tmp_path / "runs/tiny/checkpoints")[-1]
+    last = store.list_checkpoints(tmp_path / "runs/tiny/checkpoints")[-1]
     assert 0.5 <= last.state["seconds"] < 5 and last.state["val_loss"] is not None
     assert story.train(compose_tiny(*limit)) == 0
     assert "raise training.max_seconds" in capsys.readouterr().out
@@ -211,7 +211,7 @@ def test_a_finished_run_is_finished_on_any_machine(compose_tiny, tmp_path, monke
 def test_a_run_planned_for_ever_that_ends_by_time_goes_on(compose_tiny, tmp_path):
     for seconds in (0.2, 0.4):
         story.train(compose_tiny("training.max_steps=1e15", f"training.max_seconds={seconds}", "training.eval_every=1e15"))
-    assert store.find(tmp_path / "runs/tiny/checkpoints")[-1].state["seconds"] >= 0.4
+    assert store.list_checkpoints(tmp_path / "runs/tiny/checkpoints")[-1].state["seconds"] >= 0.4
 
 
 def test_what_a_kill_left_half_written_is_removed_at_the_next_start(compose_tiny, tmp_path):
@@ -289,7 +289,7 @@ def test_the_threads_the_run_began_with_are_used_again(compose_tiny, tmp_path, m
         torch.set_num_threads(threads + 1)
         story.train(compose_tiny("training.max_steps=4", "allow_drift=true"))
         assert torch.get_num_threads() == threads + 1
-        assert store.find(tmp_path / "runs/tiny/checkpoints")[-1].state["environment"]["threads"] == threads + 1
+        assert store.list_checkpoints(tmp_path / "runs/tiny/checkpoints")[-1].state["environment"]["threads"] == threads + 1
     finally:
         torch.set_num_threads(threads)
 
@@ -298,7 +298,7 @@ def test_a_resumed_run_can_change_its_threads_knowingly(compose_tiny, tmp_path, 
     threads = torch.get_num_threads()
 
     def used():
-        last = store.find(tmp_path / "runs/tiny/checkpoints")[-1]
+        last = store.list_checkpoints(tmp_path / "runs/tiny/checkpoints")[-1]
         return torch.get_num_threads(), last.state["environment"]["threads"]
 
     try:
@@ -357,7 +357,7 @@ def test_auto_is_what_it_was_when_the_run_began(compose_tiny, tmp_path, monkeypa
     story.train(compose_tiny(*words, "training.max_steps=2"))
     monkeypatch.setattr(Device, "_best_precision", lambda device: "fp32")
     story.train(compose_tiny(*words, "training.max_steps=3"))
-    assert store.find(tmp_path / "runs/tiny/checkpoints")[-1].state["environment"]["precision"] == "bf16"
+    assert store.list_checkpoints(tmp_path / "runs/tiny/checkpoints")[-1].state["environment"]["precision"] == "bf16"
     said = capsys.readouterr().out
     assert "bf16 (native here)" in said and "bf16 (as when the run began)" in said and "as set" not in said
 
@@ -448,20 +448,20 @@ def two_steps(compose_tiny, tmp_path, copies):
 
 def resealed(run: Path, **changes: object) -> None:
     """Change the state of a run's last checkpoint as someone would who means harm."""
-    folder = store.find(run / "checkpoints")[-1].folder
+    folder = store.list_checkpoints(run / "checkpoints")[-1].folder
     state = json.loads((folder / STATE).read_text())
     (folder / STATE).write_text(json.dumps(state | changes))
     manifest = json.loads((folder / checkpoint.MANIFEST).read_text())
     manifest["files"][STATE] = {"bytes": (folder / STATE).stat().st_size,
                                 "sha256": checkpoint.hashlib.sha256((folder / STATE).read_bytes()).hexdigest()}
     del manifest["sha256"]
-    (folder / checkpoint.MANIFEST).write_text(json.dumps(manifest | {"sha256": checkpoint.digest(manifest)}))
+    (folder / checkpoint.MANIFEST).write_text(json.dumps(manifest | {"sha256": checkpoint.checksum(manifest)}))
 
 
 def test_a_setting_that_is_newer_than_the_run_had_its_default(compose_tiny, tmp_path):
     story.train(compose_tiny("training.max_steps=2"))
     run = tmp_path / "runs/tiny"
-    settings = store.find(run / "checkpoints")[-1].state["settings"]
+    settings = store.list_checkpoints(run / "checkpoints")[-1].state["settings"]
     del settings["data"]["mix"], settings["data"]["respect_documents"]
     resealed(run, settings=settings)
     story.train(compose_tiny("training.max_steps=3"))
@@ -477,7 +477,7 @@ def test_a_setting_that_is_newer_than_the_run_had_its_default(compose_tiny, tmp_
                                    {"block_size": None}, {"n_layer": [1]}, {"n_embd": 2**16, "n_layer": 1024}], ids=str)
 def test_a_hostile_shape_is_one_sentence_and_takes_no_memory(compose_tiny, two_steps, model):
     run = two_steps()
-    resealed(run, model=store.find(run / "checkpoints")[-1].state["model"] | model)
+    resealed(run, model=store.list_checkpoints(run / "checkpoints")[-1].state["model"] | model)
     with pytest.raises(ValueError, match="step_00000002") as refusal:
         story.open_checkpoint(run, "last", Device("cpu", "fp32"))
     assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 1000
@@ -503,7 +503,7 @@ def test_another_runs_tokenizer_is_refused_with_both_numbers(compose_tiny, tmp_p
 @pytest.mark.parametrize("environment", [{}, {"threads": 10**9}, {"threads": "x"}, {"device": "../x"}, {"precision": 3}, {"more": 1}, {"torch": {}}], ids=str)
 def test_a_hostile_environment_is_one_sentence(compose_tiny, two_steps, environment):
     run = two_steps()
-    resealed(run, environment=environment and store.find(run / "checkpoints")[-1].state["environment"] | environment)
+    resealed(run, environment=environment and store.list_checkpoints(run / "checkpoints")[-1].state["environment"] | environment)
     with pytest.raises(ValueError) as refusal:
         story.train(compose_tiny("training.max_steps=3"))
     assert "\n" not in str(refusal.value)
@@ -537,7 +537,7 @@ def test_a_state_with_any_number_resumes_or_is_refused(compose_tiny, two_steps, 
 def test_a_hostile_loss_scaler_is_one_sentence(compose_tiny, two_steps, changes):
     words = ["training.precision=fp16"]
     run = two_steps(*words)
-    resealed(run, scaler=store.find(run / "checkpoints")[-1].state["scaler"] | changes)
+    resealed(run, scaler=store.list_checkpoints(run / "checkpoints")[-1].state["scaler"] | changes)
     with pytest.raises(ValueError, match="no state of this run's loss scaler"):
         story.train(compose_tiny(*words, "training.max_steps=3"))
 
@@ -592,7 +592,7 @@ def test_a_disk_that_stays_full_ends_in_one_sentence_and_keeps_the_old_checkpoin
     story.train(compose_tiny(*words, "name=straight"))
     capsys.readouterr()
     with monkeypatch.context() as patch:
-        patch.setattr(atomic, "os", Disk(tmp_path / f"runs/tiny/checkpoints/{checkpoint.folder_name(reached)}"))
+        patch.setattr(atomic, "os", Disk(tmp_path / f"runs/tiny/checkpoints/{checkpoint.step_name(reached)}"))
         with pytest.raises(OSError, match=rf"Only {reached} of 20 steps are saved in .*free some disk"):
             story.train(compose_tiny(*words))
     assert "could not be written" in capsys.readouterr().out
@@ -733,7 +733,7 @@ def test_a_skipped_batch_changes_nothing_and_the_step_counts(compose_tiny, tmp_p
     assert [row["step"] for row in rows] == list(range(1, 21))
     assert [row["step"] for row in rows if row.get("skipped")] == [8, 10] and all("loss" in row for row in rows if not row.get("skipped"))
     assert [one["step"] for one in reports(run)] == [7, 9]
-    last = store.find(run / "checkpoints")[-1]
+    last = store.list_checkpoints(run / "checkpoints")[-1]
     assert last.state["nonfinite"] == 2 and last.state["batches_skipped"] == 0
     assert all(torch.isfinite(tensor).all() for tensor in checkpoint_weights(last).values())
 
@@ -748,7 +748,7 @@ def test_a_skipped_first_batch_leaves_the_weights_as_they_were(compose_tiny, tmp
     plant(compose_tiny(), [0])
     story.train(compose_tiny("training.max_steps=1", "training.on_nonfinite=skip"))
     torch.manual_seed(compose_tiny().seed)
-    weights = checkpoint_weights(store.find(tmp_path / "runs/tiny/checkpoints")[-1])
+    weights = checkpoint_weights(store.list_checkpoints(tmp_path / "runs/tiny/checkpoints")[-1])
     fresh = GPT(replace(compose_tiny().model, vocab_size=weights["wte.weight"].size(0))).state_dict()
     assert all(torch.equal(fresh[name], tensor) for name, tensor in weights.items())
 
@@ -764,7 +764,7 @@ def test_a_rollback_goes_back_and_steps_over_the_batches_since(compose_tiny, tmp
     assert read[1:] == [*range(11), *range(11, 23)]  # after those that only tell the time
     run = tmp_path / "runs/tiny"
     assert [row["step"] for row in read_metrics(run) if "loss" in row] == list(range(1, 21))
-    last = store.find(run / "checkpoints")[-1]
+    last = store.list_checkpoints(run / "checkpoints")[-1]
     assert (last.step, last.state["batches_skipped"], last.state["nonfinite"]) == (20, 3, 1)
 
 
@@ -776,7 +776,7 @@ def test_a_rollback_takes_the_checkpoints_after_it_back_too(compose_tiny, tmp_pa
     for time in (1, 2):
         interrupt_at(9, time=time)
         assert story.train(compose_tiny(*words)) == 130
-        last = store.find(tmp_path / "runs/tiny/checkpoints")[-1]
+        last = store.list_checkpoints(tmp_path / "runs/tiny/checkpoints")[-1]
         skipped.append((last.step, last.state["batches_skipped"]))
     assert skipped == [(9, 0), (9, 3)]
 
@@ -784,7 +784,7 @@ def test_a_rollback_takes_the_checkpoints_after_it_back_too(compose_tiny, tmp_pa
 def test_a_rollback_before_the_first_checkpoint_goes_back_to_the_start(compose_tiny, tmp_path, plant):
     plant(compose_tiny(), [2])
     assert story.train(compose_tiny("training.max_steps=8", "training.on_nonfinite=rollback")) == 0
-    assert store.find(tmp_path / "runs/tiny/checkpoints")[-1].state["batches_skipped"] == 3
+    assert store.list_checkpoints(tmp_path / "runs/tiny/checkpoints")[-1].state["batches_skipped"] == 3
 
 
 @pytest.mark.parametrize("action", ["skip", "rollback"])
@@ -854,7 +854,7 @@ def test_two_starts_at_once_and_two_signals(book, tmp_path):
 def test_settings_of_a_checkpoint_are_the_runs(compose_tiny, tmp_path):
     settings = compose_tiny("training.max_steps=2")
     story.train(settings)
-    state = store.find(tmp_path / "runs/tiny/checkpoints")[-1].state
+    state = store.list_checkpoints(tmp_path / "runs/tiny/checkpoints")[-1].state
     assert state["settings"]["optim"] == asdict(settings)["optim"] and state["settings"]["data"]["prepared"]
 
 
@@ -905,8 +905,8 @@ def test_a_run_stops_after_evaluations_without_a_lower_loss(compose_tiny, tmp_pa
     assert story.train(compose_tiny(*EVERY_2, "training.patience=3")) == 0
     said = capsys.readouterr().out
     assert "Stopped early: the validation loss was lowest, 2.0000, 3 evaluations ago" in said
-    saved = store.find(tmp_path / "runs/tiny/checkpoints")
-    assert saved[-1].step == 10 and min(saved, key=store.quality).step == 4
+    saved = store.list_checkpoints(tmp_path / "runs/tiny/checkpoints")
+    assert saved[-1].step == 10 and min(saved, key=store.by_val_loss).step == 4
     assert '"stopped_early": true' in (tmp_path / "runs/tiny/metrics.jsonl").read_text().splitlines()[-1]
 
 
@@ -963,9 +963,9 @@ def test_the_evaluation_at_the_end_of_a_run_does_not_use_up_patience(compose_tin
 
 def test_a_checkpoint_from_before_patience_is_resumed(compose_tiny, tmp_path):
     story.train(compose_tiny("training.max_steps=2"))
-    for one in store.find(tmp_path / "runs/tiny/checkpoints"):
+    for one in store.list_checkpoints(tmp_path / "runs/tiny/checkpoints"):
         state = json.loads((one.folder / checkpoint.STATE).read_text())
-        for key in checkpoint.ADDED:
+        for key in checkpoint.NEW_FIELDS:
             del state[key]
         (one.folder / checkpoint.STATE).write_text(json.dumps(state))
         reseal(one.folder)
@@ -976,7 +976,7 @@ def test_without_evaluations_only_the_last_step_is_evaluated_and_saved(compose_t
     story.train(compose_tiny("training.eval_every=0", "training.checkpoint_every=0", "training.max_steps=7"))
     rows = [json.loads(line) for line in (tmp_path / "runs/tiny/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "val_loss" in row] == [7]
-    assert [one.step for one in store.find(tmp_path / "runs/tiny/checkpoints")] == [7]
+    assert [one.step for one in store.list_checkpoints(tmp_path / "runs/tiny/checkpoints")] == [7]
 
 
 def test_without_checkpoints_an_interrupted_run_is_saved(compose_tiny, tmp_path, interrupt_at):

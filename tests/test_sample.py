@@ -65,7 +65,7 @@ def test_the_same_seed_gives_the_same_text_and_another_another(say):
 def test_a_tokenizer_that_the_model_was_not_trained_with_is_refused_with_both_names(runs_dir, tmp_path):
     """Although the vocabularies are of one size, and all checksums agree."""
     shutil.copytree(runs_dir / "tiny", tmp_path / "tiny")
-    for one in store.find(tmp_path / "tiny" / "checkpoints"):
+    for one in store.list_checkpoints(tmp_path / "tiny" / "checkpoints"):
         saved = json.loads((one.folder / "tokenizer.json").read_text())
         other = saved | {"characters": saved["characters"].replace("a", "!")}
         other["characters"] = "".join(sorted(other["characters"]))
@@ -78,7 +78,7 @@ def test_a_tokenizer_that_the_model_was_not_trained_with_is_refused_with_both_na
 
 def test_a_run_older_than_the_note_of_its_tokenizer_is_sampled_as_it_is(runs_dir, tmp_path):
     shutil.copytree(runs_dir / "tiny", tmp_path / "tiny")
-    for one in store.find(tmp_path / "tiny" / "checkpoints"):
+    for one in store.list_checkpoints(tmp_path / "tiny" / "checkpoints"):
         state = json.loads((one.folder / checkpoint.STATE).read_text())
         del state["settings"]["data"]["tokenizer_fingerprint"]
         (one.folder / checkpoint.STATE).write_text(json.dumps(state))
@@ -225,10 +225,10 @@ def test_streamed_pieces_are_the_whole_text(runs_dir):
 
 def test_best_is_the_checkpoint_with_the_lowest_validation_loss(runs_dir):
     folder = runs_dir / "tiny/checkpoints"
-    found = store.find(folder)
-    best = store.choose(folder, "best", store.whole, pytest.fail)
+    found = store.list_checkpoints(folder)
+    best = store.load_checkpoint(folder, "best", store.verified, pytest.fail)
     assert best.state["val_loss"] == min(one.state["val_loss"] for one in found)
-    assert store.choose(folder, "last", store.whole, pytest.fail).step == 60
+    assert store.load_checkpoint(folder, "last", store.verified, pytest.fail).step == 60
     model, _ = story.open_checkpoint(runs_dir / "tiny", "best", Device("cpu", "fp32"))
     saved = load_file(best.folder / checkpoint.MODEL)
     assert all(torch.equal(weights, saved[name]) for name, weights in model.state_dict().items())
@@ -242,7 +242,7 @@ def test_a_checkpoint_is_chosen_by_its_step(runs_dir):
 
 
 def test_a_step_without_a_checkpoint_is_said_with_those_there_are(say, runs_dir):
-    steps = ", ".join(str(one.step) for one in store.find(runs_dir / "tiny/checkpoints"))
+    steps = ", ".join(str(one.step) for one in store.list_checkpoints(runs_dir / "tiny/checkpoints"))
     with pytest.raises(ValueError, match=rf"checkpoint=30 is not in .*tiny/checkpoints. There are: {steps}.$"):
         say("checkpoint=30")
 
@@ -274,8 +274,8 @@ def test_a_checkpoint_is_opened_as_it_would_be_with_drawn_weights_and_buffers(ru
 @pytest.mark.slow
 def test_neither_opening_nor_sampling_nor_going_on_imports_torchs_compiler(runs_dir):
     """Which takes a second: what `python sample.py` needs until its first token."""
-    code = ("import sys; from conf.schema import compose; import sample; from checkpointing.resume import largest_file; "
-            "from model import GPTConfig; largest_file(GPTConfig()); "  # as going on with a run asks
+    code = ("import sys; from conf.schema import compose; import sample; from checkpointing.resume import max_file_bytes; "
+            "from model import GPTConfig; max_file_bytes(GPTConfig()); "  # as going on with a run asks
             f"sample.sample(compose('sample', ['runs_dir={runs_dir}', 'max_new_tokens=3'])); print('torch._dynamo' in sys.modules)")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.endswith("False\n"), done.stdout + done.stderr
@@ -411,7 +411,7 @@ def test_completions_go_into_plain_files_only(fill, tmp_path, make):
 def test_a_file_that_another_process_writes_is_left_to_it(fill, tmp_path):
     fill(["The"])
     content = (tmp_path / "out.jsonl").read_text()
-    with atomic.exclusive(tmp_path / "out.jsonl"):
+    with atomic.exclusive_lock(tmp_path / "out.jsonl"):
         with pytest.raises(BlockingIOError, match=r"^[^\[]*out.jsonl is being written by another process: wait, or choose another file.$"):
             fill(["The", "No"], held=content[:-30])
         assert (tmp_path / "out.jsonl").read_text() == content[:-30]

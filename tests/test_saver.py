@@ -30,7 +30,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(slow, tmp_path):
         assert one.saved == 0 and not list(tmp_path.glob("step_*"))
         go.set()
         one.finish()
-        assert one.saved == 1 and len(store.find(tmp_path)) == 1
+        assert one.saved == 1 and len(store.list_checkpoints(tmp_path)) == 1
 
 
 def test_a_failing_run_still_gets_its_last_checkpoint_and_ctrl_c_does_not_wait(slow, tmp_path):
@@ -39,7 +39,7 @@ def test_a_failing_run_still_gets_its_last_checkpoint_and_ctrl_c_does_not_wait(s
         one.save(snapshot(1))
         threading.Timer(0.2, go.set).start()
         raise ValueError
-    assert [found.step for found in store.find(tmp_path)] == [1]
+    assert [found.step for found in store.list_checkpoints(tmp_path)] == [1]
     other, go, _ = slow()
     go.clear()
     start = time.monotonic()
@@ -69,7 +69,7 @@ def test_what_the_disk_refuses_is_a_warning_or_an_error_of_the_next_call(slow, m
 def test_a_mistake_of_ours_is_not_taken_for_a_full_disk(slow, monkeypatch):
     one, go, _ = slow()
     go.set()
-    monkeypatch.setattr(saver.shelf, "prune", lambda *words: 1 / 0)
+    monkeypatch.setattr(saver.store, "prune", lambda *words: 1 / 0)
     with pytest.raises(ZeroDivisionError), one:
         one.save(snapshot(1))
         one.finish()

@@ -48,7 +48,7 @@ def test_a_run_learns_and_leaves_all_it_should(compose_tiny, tmp_path, capsys):
     for words in ("parameters (embedding", "FLOPs a token", "tokens (1 x 4 sequences of 32)", "Time: about", "bits per byte",
                   "--- 3 of 3", "cpu, "):
         assert words in said
-    found = store.find(run / "checkpoints")
+    found = store.list_checkpoints(run / "checkpoints")
     assert [one.step for one in found][-2:] == [30, 40] and len(found) <= 3
     assert {path.name for path in found[-1].folder.iterdir()} == {
         "manifest.json", "model.safetensors", "optimizer.safetensors", "state.json", "tokenizer.json"}
@@ -57,7 +57,7 @@ def test_a_run_learns_and_leaves_all_it_should(compose_tiny, tmp_path, capsys):
 def test_reported_validation_loss_is_the_loss_of_the_saved_model(compose_tiny, tmp_path):
     settings = compose_tiny("training.max_steps=10")
     story.train(settings)
-    saved = store.find(tmp_path / "runs/tiny/checkpoints")[-1]
+    saved = store.list_checkpoints(tmp_path / "runs/tiny/checkpoints")[-1]
     model, _ = open_checkpoint(tmp_path / "runs/tiny", "last", Device("cpu", "fp32"))
     prepared = prepare(settings.data)
     validation = story.Validation(story.open_parts(prepared, "val"), 32, 4, 512)
@@ -67,7 +67,7 @@ def test_reported_validation_loss_is_the_loss_of_the_saved_model(compose_tiny, t
 def test_a_crash_while_sampling_loses_no_checkpoint(compose_tiny, tmp_path, monkeypatch):
     """As of a process that a library kills: what is on the disk by then is all that remains."""
     def crash(*arguments):
-        found.extend(one.step for one in store.find(tmp_path / "runs/tiny/checkpoints"))
+        found.extend(one.step for one in store.list_checkpoints(tmp_path / "runs/tiny/checkpoints"))
         raise SystemError
 
     found = []
@@ -127,7 +127,7 @@ def test_every_experiment_takes_its_first_step_scaled_down(experiment, book, tmp
              f"runs_dir={tmp_path}", "name=first"]
     data = [] if "shakespeare" in experiment else ["data=text"]
     assert story.train(compose("config", [f"experiment={experiment}", *data, *small])) == 0
-    assert store.find(tmp_path / "first/checkpoints")[-1].step == 1
+    assert store.list_checkpoints(tmp_path / "first/checkpoints")[-1].step == 1
 
 
 @pytest.fixture
@@ -227,11 +227,11 @@ def test_the_program_survives_kill_9_and_ends_cleanly_on_sigint(book, tmp_path):
     wait_for(lambda: len(list(checkpoints.glob("step_*"))) >= 2)
     program.kill()
     program.communicate()
-    reached = store.find(checkpoints)[-1].step
+    reached = store.list_checkpoints(checkpoints)[-1].step
     assert reached >= 20
 
     program = run_program(*words)
-    wait_for(lambda: store.find(checkpoints)[-1].step > reached)
+    wait_for(lambda: store.list_checkpoints(checkpoints)[-1].step > reached)
     program.send_signal(signal.SIGINT)
     said, _ = program.communicate(timeout=60)
     assert program.returncode == 130

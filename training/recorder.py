@@ -49,8 +49,8 @@ class Recorder:
     def __init__(self, folder: Path, start_step: int, max_steps: int, config: LoggerConfig,
                  settings: dict[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.metrics = atomic.Lines(folder / "metrics.jsonl")
-        self.log = atomic.Lines(folder / "log.txt")
+        self.metrics = atomic.LineFile(folder / "metrics.jsonl")
+        self.log = atomic.LineFile(folder / "log.txt")
         self.recent: deque[float] = deque(maxlen=RECENT)  # the last training losses
         self.bar = ProgressBar(
             total=max_steps, initial=start_step, unit="steps",
@@ -90,8 +90,8 @@ class Recorder:
                 if row["step"] <= step:
                     kept.append((line, float(row["loss"]) if row.get("loss") is not None else None))
                     self.samples += [(row["step"], row["sample"])] if "sample" in row else []
-        atomic.shorten(self.metrics.path, b"".join(line for line, _ in kept))
-        self.metrics = atomic.Lines(self.metrics.path)
+        atomic.truncate(self.metrics.path, b"".join(line for line, _ in kept))
+        self.metrics = atomic.LineFile(self.metrics.path)
         self.recent.clear()
         self.recent.extend(loss for _, loss in kept if loss is not None)
         self.bar.n = step

@@ -20,7 +20,7 @@ import numpy as np
 import yaml
 
 from checkpointing.provenance import STARTS
-from checkpointing.run_folder import check_file_types, find_run
+from checkpointing.run_folder import check_file_types, find_run, is_sweep
 from conf.identity import flat, kind
 from terminal import counted, escaped
 
@@ -208,12 +208,13 @@ def choose(runs_dir: Path, names: str) -> tuple[list[tuple[Path, str]], list[Pat
     """The runs that `names` selects, each with its name in the report, and the folders that were named.
 
     Names are separated by commas, and are below `runs_dir` or paths; a folder of runs stands for those in it.
-    Without any, it is the run that was saved last. Raises ValueError for a name that is neither.
+    Without any, it is the run that was saved last, or all runs of its sweep. Raises ValueError for a name that is neither.
     """
-    if not names:
+    if names:
+        folders = list({folder.resolve(): folder for folder in named(runs_dir, names.split(","))}.values())
+    else:
         run = find_run(runs_dir, "")
-        return [(run, run.name)], [run]
-    folders = list({folder.resolve(): folder for folder in named(runs_dir, names.split(","))}.values())
+        folders = [run.parent if is_sweep(run.parent) else run]
     chosen: dict[Path, tuple[Path, str]] = {}
     for folder in folders:
         if not runs_in(folder):

@@ -5,7 +5,8 @@
   python -m scripts.report runs=SWEEP            all runs in a folder, such as a sweep's
 
 Settings, each with its default:
-  runs=NAMES       runs, or folders of runs, separated by commas; without it, the run that was trained last
+  runs=NAMES       runs, or folders of runs, separated by commas; without it, the run that was trained last,
+                   or all runs of its sweep
   out=FILE         the page; without it, report.html in the run's or the sweep's folder. A comparison of several
                    is a page of its own in runs_dir, such as report-first,second.html. Pictures are beside it:
                    report-curves.png, and report-slices.png where four or more finished runs differ in settings
@@ -38,7 +39,7 @@ MOST_LETTERS = 60  # of the names in the name of a page
 class ReportSettings:
     """Which runs a report is about, and where it goes."""
 
-    runs: FilePaths = ""  # names or folders, with commas between; empty: the run trained last
+    runs: FilePaths = ""  # names or folders, with commas between; empty: the run or sweep trained last
     runs_dir: FilePath = "runs"
     out: FilePath = ""  # empty: see page_of
 

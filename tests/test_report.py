@@ -6,6 +6,7 @@ import functools
 import itertools
 import json
 import math
+import os
 import re
 import sys
 import time
@@ -316,6 +317,16 @@ def test_names_may_hold_commas_and_folders_stand_for_their_runs(grid):
     chosen, about = choose(runs, f"sweep/lr=0.1,n_layer=2,other,{grid / 'lr=0.01,n_layer=4'}")
     assert [folder.name for folder, _ in chosen] == ["lr=0.1,n_layer=2", "other", "lr=0.01,n_layer=4"] and len(about) == 3
     assert choose(runs, "other,other") == ([(runs / "other", "other")], [runs / "other"])
+
+
+def test_without_names_the_last_run_or_its_whole_sweep(grid):
+    runs = grid.parent
+    (write_run(runs / "other") / "checkpoints/step_00000001").mkdir(parents=True)
+    assert choose(runs, "") == ([(runs / "other", "other")], [runs / "other"])
+    (grid / "logs").mkdir()  # only sweeps have it
+    (grid / "lr=0.1,n_layer=2/checkpoints/step_00000001").mkdir(parents=True)
+    os.utime(grid / "lr=0.1,n_layer=2/checkpoints", (2e9, 2e9))
+    assert choose(runs, "") == choose(runs, grid.name)
 
 
 def test_runs_of_the_same_name_are_told_apart(tmp_path):

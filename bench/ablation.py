@@ -1,9 +1,12 @@
-"""What each ingredient of a recipe gives: the validation loss without it, after as many steps, over several seeds.
+"""The validation loss of a recipe without each of its ingredients, after the same steps.
 
-  python -m bench.bench ablation                                   experiment=speedrun_shakespeare, a quarter of an hour
-  python -m bench.bench ablation experiment=pydocs seeds=5         another recipe
+  python -m bench ablation                             speedrun_shakespeare, 15 minutes
+  python -m bench ablation experiment=pydocs seeds=5   another recipe
 
-A difference that is smaller than the spread between seeds says nothing.
+Takes the settings of train.py, and
+  seeds=3          runs of each variant
+
+A difference that is smaller than the spread between seeds is noise.
 """
 
 from __future__ import annotations
@@ -13,8 +16,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from bench.result import train_ours
+from bench.timing import print_header
 from conf.schema import compose
 from progress import ProgressBar, print_line
+from training.config import TrainingConfig
 
 WITHOUT = {
     "the recipe": "",
@@ -32,39 +37,47 @@ WITHOUT = {
     "rotary positions (learned)": "model.position=learned",
     "RMS norm (layer norm)": "model.norm=layer",
     "decay over 60% of the steps (20%)": "optim.decay_fraction=0.2",
-    "small batches (2 x, half the steps)": "",  # filled in below, from the recipe's own
 }
 
 
 @dataclass(frozen=True)
 class AblationSettings:
-    """How often; all other settings are the training's own."""
+    """Settings of the ablation; all others are those of train.py."""
 
     seeds: int = 3
     train: tuple[str, ...] = ()
 
     def problems(self) -> Iterator[str]:
-        """One sentence for each value that cannot work."""
+        """One sentence for each invalid value."""
         if self.seeds < 2:
-            yield f"seeds={self.seeds} must be at least 2: one alone has no spread."
+            yield f"seeds={self.seeds} must be at least 2: one run has no spread."
 
 
-def ablation(settings: AblationSettings) -> int:
-    """A row for each ingredient, and for the recipe itself."""
+def main(settings: AblationSettings) -> int:
     recipe = settings.train or ("experiment=speedrun_shakespeare",)
-    limits = compose("config", list(recipe)).training
-    variants = {name: words.split() for name, words in WITHOUT.items()}
-    variants["small batches (2 x, half the steps)"] = [f"training.batch_size={2 * limits.batch_size}",
-                                                       f"training.max_steps={max(1, limits.max_steps // 2)}"]
-    print("| without | validation loss | spread | more than the recipe |\n" + "|---" * 4 + "|")
-    usual = 0.0
-    with ProgressBar(desc="Training", total=len(variants) * settings.seeds, unit="runs", leave=False) as bar:
-        for name, words in variants.items():
+    variants = all_variants(compose("config", list(recipe)).training)
+    print_header("without", "validation loss", "spread", "more than the recipe")
+    recipe_mean = 0.0
+    total = len(variants) * settings.seeds
+    with ProgressBar(desc="Training", total=total, unit="runs", leave=False) as bar:
+        for name, overrides in variants.items():
             losses = []
             for seed in range(settings.seeds):
-                losses.append(train_ours(*recipe, *words, f"seed={seed}")["val_loss"])
+                losses.append(train_ours(*recipe, *overrides, f"seed={seed}")["val_loss"])
                 bar.update()
             mean = statistics.mean(losses)
-            usual = usual or mean
-            print_line(f"| {name} | {mean:.4f} | {max(losses) - min(losses):.4f} | {mean - usual:+.4f} |")
+            if name == "the recipe":
+                recipe_mean = mean
+            spread = max(losses) - min(losses)
+            print_line(f"| {name} | {mean:.4f} | {spread:.4f} | {mean - recipe_mean:+.4f} |")
     return 0
+
+
+def all_variants(limits: TrainingConfig) -> dict[str, list[str]]:
+    """The overrides of each variant."""
+    variants = {name: overrides.split() for name, overrides in WITHOUT.items()}
+    variants["small batches (2 x, half the steps)"] = [
+        f"training.batch_size={2 * limits.batch_size}",
+        f"training.max_steps={max(1, limits.max_steps // 2)}",
+    ]
+    return variants

@@ -1,27 +1,42 @@
-"""Measure decoding beside nanoGPT's and transformers' `generate`: `python -m bench.bench decode`.
+"""Decoding beside nanoGPT's and transformers' `generate`: prefill, tokens a second, memory rate.
 
-The same weights and prompts, each case in a process of its own, in turn. A side's rate is of the tokens after the first.
+  python -m bench decode peer=../nanoGPT
+
+All sides have the same weights and prompts. Each case runs in processes of its own, in turn, and
+medians are printed. The rate counts the tokens after the first one. transformers is measured if it
+is installed.
+
+Settings, each with its default:
+  shape=gpt2       or gpt2-medium, modern, grouped
+  prompt=768       tokens that are given
+  tokens=192       tokens that are decoded
+  batch=16         sequences in the batched cases
+  rounds=3         processes of each case
+  out=FILE         write the measurements as JSON
 """
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-import atomic
-from bench.peer import nanogpt_module, peer_problems
+from bench import peer as nanogpt
+from bench.timing import (
+    measure_in_process,
+    minimum_problems,
+    print_header,
+    print_row,
+    write_json,
+)
 from conf.schema import FilePath
 from generation import kernels
 from generation.decoder import Decoder
@@ -30,17 +45,32 @@ from hardware import native
 from model import GPT, GPTConfig
 from training.device import keep_freed_memory
 
-ROOT = Path(__file__).parent.parent
-RULES = {"temperature": 0.8, "top_k": 50}
+SAMPLING = {"temperature": 0.8, "top_k": 50}
 GPT2 = GPTConfig()
-MODERN = replace(GPT2, position="rotary", norm="rms", qk_norm=True, activation="relu2", bias=False, tie_head=False)
-SHAPES = {"gpt2": GPT2, "gpt2-medium": replace(GPT2, n_layer=24, n_head=16, n_embd=1024), "modern": MODERN,
-          "grouped": replace(MODERN, n_kv_head=4)}
+MODERN = replace(GPT2, position="rotary", norm="rms", qk_norm=True, activation="relu2", bias=False,
+                 tie_head=False)
+SHAPES = {
+    "gpt2": GPT2,
+    "gpt2-medium": replace(GPT2, n_layer=24, n_head=16, n_embd=1024),
+    "modern": MODERN,
+    "grouped": replace(MODERN, n_kv_head=4),
+}
+WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
+# Decodes a number of tokens after prompts `[B, T]`.
+Decode = Callable[[Tensor, int], object]
+
+
+class Case(NamedTuple):
+    """One row of the table."""
+
+    side: str
+    precision: str
+    batch: int
 
 
 @dataclass(frozen=True)
 class DecodeSettings:
-    """What is decoded, and how often."""
+    """Settings of the benchmark of decoding."""
 
     peer: FilePath = ""  # a nanoGPT checkout
     shape: Literal["gpt2", "gpt2-medium", "modern", "grouped"] = "gpt2"
@@ -51,57 +81,114 @@ class DecodeSettings:
     out: FilePath = ""
 
     def problems(self) -> Iterator[str]:
-        """One sentence for each value that cannot work."""
-        yield from peer_problems(self.peer)
-        for name, least in (("prompt", 1), ("tokens", 2), ("batch", 1), ("rounds", 1)):
-            if getattr(self, name) < least:
-                yield f"{name}={getattr(self, name)} must be at least {least}."
-        if self.prompt + self.tokens > SHAPES[self.shape].block_size:
-            yield (f"prompt={self.prompt} and tokens={self.tokens} pass the block of {SHAPES[self.shape].block_size}, "
-                   "behind which each side does something else.")
+        """One sentence for each invalid value."""
+        yield from nanogpt.checkout_problems(self.peer)
+        yield from minimum_problems(self, prompt=1, tokens=2, batch=1, rounds=1)
+        block_size = SHAPES[self.shape].block_size
+        if self.prompt + self.tokens > block_size:
+            yield (f"prompt={self.prompt} and tokens={self.tokens} exceed the context of "
+                   f"{block_size} tokens, where the sides behave differently.")
 
 
-def cases(settings: DecodeSettings) -> list[tuple[str, str, int]]:
-    """What is measured: side, precision and batch. The peers' bf16 only where a CPU has it: emulated
-    it takes 30 times as long."""
-    peers: list[tuple[str, str, int]] = []
-    many = "bf16" if native("bf16") else "fp32"
-    if SHAPES[settings.shape].position == "learned":
-        if settings.peer:
-            peers.append(("nanogpt", "fp32", 1))
-        if importlib.util.find_spec("transformers"):
-            peers += [("transformers", "fp32", 1), ("transformers", many, 1),
-                      ("transformers", many, settings.batch)]
-    precisions = ("fp32", "bf16", "int8") if kernels.available() else ("fp32", "bf16")
-    ours = [("ours", precision, 1) for precision in precisions]
-    return list(dict.fromkeys([*peers, *ours, ("ours", many, settings.batch),
-                               ("ours", "bf16", settings.batch)]))
-
-
-def decode(settings: DecodeSettings) -> int:
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, "
-          f"bf16 {'native' if native('bf16') else 'not native'}; {settings.shape}, "
-          f"prompt of {settings.prompt}, {settings.tokens} tokens\n\n"
-          "| side | precision | batch | prefill, s | tokens/s | memory is read at, GB/s "
-          "| of that rate | prepared in, s |\n" + "|---" * 8 + "|")
-    runs: dict[tuple[str, str, int], list[dict[str, float]]] = {case: [] for case in cases(settings)}
+def main(settings: DecodeSettings) -> int:
+    bf16 = "native" if native("bf16") else "not native"
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, bf16 {bf16}; "
+          f"{settings.shape}, prompt of {settings.prompt}, {settings.tokens} tokens\n")
+    print_header("side", "precision", "batch", "prefill, s", "tokens/s",
+                 "memory is read at, GB/s", "of that rate", "prepared in, s")
+    runs: dict[Case, list[dict[str, float]]] = {case: [] for case in cases(settings)}
     for _ in range(settings.rounds):
-        for case, found in runs.items():
-            found.append(in_a_process(case, settings))
-    for (side, precision, rows), found in runs.items():
-        middle = {name: statistics.median(run[name] for run in found) for name in found[0]}
-        print(f"| {side} | {precision} | {rows} | {middle['prefill']:.2f} | {middle['rate']:.1f} "
-              f"| {middle['reading'] / 1e9:.0f} | {middle['of_reading']:.0%} | {middle['prepare']:.2f} |", flush=True)
-    if settings.out:
-        measured = [{"side": side, "precision": precision, "batch": rows, "runs": found}
-                    for (side, precision, rows), found in runs.items()]
-        atomic.write_bytes(Path(settings.out), json.dumps(measured, indent=2).encode())
+        for case, measured in runs.items():
+            arguments = (*case, settings.shape, settings.prompt, settings.tokens, settings.peer)
+            measured.append(measure_in_process("bench.decode", *arguments))
+    for case, measured in runs.items():
+        median = {key: statistics.median(run[key] for run in measured) for key in measured[0]}
+        print_row(
+            case.side, case.precision, f"{case.batch}",
+            f"{median['prefill']:.2f}", f"{median['rate']:.1f}",
+            f"{median['reading'] / 1e9:.0f}", f"{median['of_reading']:.0%}",
+            f"{median['prepare']:.2f}",
+        )
+    measured_cases = [case._asdict() | {"runs": measured} for case, measured in runs.items()]
+    write_json(settings.out, measured_cases)
     return 0
 
 
+def cases(settings: DecodeSettings) -> list[Case]:
+    """The cases that are measured.
+
+    The peers decode in bf16 only where the CPU has it natively: emulated it is 30 times as slow.
+    """
+    batch_precision = "bf16" if native("bf16") else "fp32"
+    found: list[Case] = []
+    if SHAPES[settings.shape].position == "learned":
+        if settings.peer:
+            found.append(Case("nanogpt", "fp32", 1))
+        if importlib.util.find_spec("transformers"):
+            found.append(Case("transformers", "fp32", 1))
+            found.append(Case("transformers", batch_precision, 1))
+            found.append(Case("transformers", batch_precision, settings.batch))
+    precisions = ("fp32", "bf16", "int8") if kernels.available() else ("fp32", "bf16")
+    for precision in precisions:
+        found.append(Case("ours", precision, 1))
+    found.append(Case("ours", batch_precision, settings.batch))
+    found.append(Case("ours", "bf16", settings.batch))
+    return list(dict.fromkeys(found))
+
+
+def measure(
+    side: str, precision: str, batch: int, shape: str, prompt: int, tokens: int, peer: str
+) -> dict[str, float]:
+    """Time one side in this process."""
+    config = SHAPES[shape]
+    torch.manual_seed(0)
+    keep_freed_memory()
+    model = GPT(config).eval()
+    prompts = torch.randint(config.vocab_size, (batch, prompt))
+    # nanoGPT has no cache: each token costs as much as the whole context.
+    if side == "nanogpt":
+        tokens = min(tokens, 4)
+    start = time.perf_counter()
+    decode = open_side(side, model, precision, peer)
+    preparing = time.perf_counter() - start
+
+    decode(prompts, 2)  # warm-up
+    # The memory rate of a shared machine changes, so it is measured before and after.
+    before = read_rate()
+    prefill = seconds_of(decode, prompts, 1)
+    whole = seconds_of(decode, prompts, tokens)
+    reading = statistics.mean([before, read_rate()])
+
+    rate = batch * (tokens - 1) / (whole - prefill)
+    read = rate / batch * bytes_read(model, precision, batch, prompt + tokens / 2)
+    return {
+        "prepare": preparing,
+        "prefill": prefill,
+        "rate": rate,
+        "reading": reading,
+        "of_reading": read / reading,
+    }
+
+
+def seconds_of(decode: Decode, prompts: Tensor, tokens: int) -> float:
+    start = time.perf_counter()
+    decode(prompts, tokens)
+    return time.perf_counter() - start
+
+
+def bytes_read(model: GPT, precision: str, batch: int, context: float) -> float:
+    """Bytes of weights and of cached keys and values that one decoding step reads."""
+    config = model.config
+    weights = sum(each.numel() for each in model.h.parameters()) + model.head_weight.numel()
+    cached = config.n_layer * 2 * batch * config.kv_heads * config.head_width * context
+    cache_bytes = 4 if precision == "fp32" else 2
+    return weights * WEIGHT_BYTES[precision] + cached * cache_bytes
+
+
 def read_rate() -> float:
-    """The most bytes a second that a sum of 400 MB reads."""
-    values, best = torch.ones(100_000_000), 0.0
+    """The highest rate at which a sum over 400 MB reads memory, in bytes per second."""
+    values = torch.ones(100_000_000)
+    best = 0.0
     for _ in range(6):
         start = time.perf_counter()
         values.sum()
@@ -109,76 +196,53 @@ def read_rate() -> float:
     return best
 
 
-def in_a_process(case: tuple[str, str, int], settings: DecodeSettings) -> dict[str, float]:
-    call = f"from bench.decode import *; measure(*{case!r}, DecodeSettings(**{asdict(settings)!r}))"
-    done = subprocess.run([sys.executable, "-c", call], cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        raise ValueError(f"{case[0]}, {case[1]}: {done.stderr.strip().splitlines()[-1]}")
-    return json.loads(done.stdout.splitlines()[-1])
+def open_side(side: str, model: GPT, precision: str, peer: str) -> Decode:
+    """The decoding function of a side, with the weights of `model`."""
+    if side == "nanogpt":
+        other = as_nanogpt(model, Path(peer))
+        return lambda prompts, tokens: other.generate(prompts, tokens, **SAMPLING)
 
+    if side == "transformers":
+        other = as_transformers(model, precision)
+        return lambda prompts, tokens: other.generate(
+            prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=tokens,
+            min_new_tokens=tokens, do_sample=True, pad_token_id=0, **SAMPLING,
+        )
 
-def measure(side: str, precision: str, rows: int, settings: DecodeSettings) -> None:
-    """Time one side in this process, and print it as JSON."""
-    config = SHAPES[settings.shape]
-    torch.manual_seed(0)
-    keep_freed_memory()
-    model = GPT(config).eval()
-    prompts = torch.randint(config.vocab_size, (rows, settings.prompt))
-    tokens = settings.tokens if side != "nanogpt" else min(settings.tokens, 4)
-    start = time.perf_counter()
-    peers = {"nanogpt": lambda: nanogpt(model, Path(settings.peer)), "transformers": lambda: transformers(model, precision)}
-    run = peers[side]() if side in peers else our_side(model, precision)
-    prepare = time.perf_counter() - start
-    run(prompts, 2)  # warms up
-    seconds, reading = [], [read_rate()]
-    for count in (1, tokens):
-        start = time.perf_counter()
-        run(prompts, count)
-        seconds.append(time.perf_counter() - start)
-    reading.append(read_rate())  # before and after: on a shared machine it changes from second to second
-    prefill, whole = seconds
-    rate = rows * (tokens - 1) / (whole - prefill)
-    weights = sum(each.numel() for each in model.h.parameters()) + model.head_weight.numel()
-    held = config.n_layer * 2 * rows * config.kv_heads * config.head_width * (settings.prompt + tokens / 2)
-    read = weights * {"fp32": 4, "bf16": 2, "int8": 1}[precision] + held * (4 if precision == "fp32" else 2)
-    print(json.dumps({"prepare": prepare, "prefill": prefill, "rate": rate, "reading": statistics.mean(reading),
-                      "of_reading": rate / rows * read / statistics.mean(reading)}))
-
-
-def our_side(model: GPT, precision: str) -> Callable[[Tensor, int], object]:
-    autocast = nullcontext() if precision == "fp32" else torch.autocast("cpu", torch.bfloat16)
     decoder = Decoder(model, precision)
 
-    def run(prompts: Tensor, count: int) -> object:
-        with autocast:
-            return list(generate(model, prompts, count, decoder=decoder, **RULES))
-    return run
+    def decode(prompts: Tensor, tokens: int) -> object:
+        lower = torch.autocast("cpu", torch.bfloat16)
+        with nullcontext() if precision == "fp32" else lower:
+            return list(generate(model, prompts, tokens, decoder=decoder, **SAMPLING))
+
+    return decode
 
 
-def nanogpt(model: GPT, peer: Path) -> Callable[[Tensor, int], object]:
-    module = nanogpt_module(peer)
-    names = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
-    other = module.GPT(module.GPTConfig(**{name: getattr(model.config, name) for name in names})).eval()
+def as_nanogpt(model: GPT, peer: Path) -> Any:
+    """nanoGPT's model with the weights of ours."""
+    other = nanogpt.build_model(peer, model.config).eval()
     weights = {f"transformer.{name}": each for name, each in model.state_dict().items()}
-    other.load_state_dict(weights | {"lm_head.weight": model.head_weight}, strict=False)  # some keep masks too
-    return lambda prompts, count: other.generate(prompts, count, **RULES)
-
-
-def transformers(model: GPT, precision: str) -> Callable[[Tensor, int], object]:
-    other = as_transformers(model, precision)
-    return lambda prompts, count: other.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=count,
-                                                 min_new_tokens=count, do_sample=True, pad_token_id=0, **RULES)
+    weights["lm_head.weight"] = model.head_weight
+    # Some versions also store attention masks.
+    other.load_state_dict(weights, strict=False)
+    return other
 
 
 def as_transformers(model: GPT, precision: str) -> Any:
-    """Their GPT-2 with our weights."""
+    """GPT-2 of transformers with the weights of our model."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = model.config
-    shape = GPT2Config(vocab_size=config.vocab_size, n_positions=config.block_size, n_embd=config.n_embd,
-                       n_layer=config.n_layer, n_head=config.n_head)
+    shape = GPT2Config(
+        vocab_size=config.vocab_size, n_positions=config.block_size, n_embd=config.n_embd,
+        n_layer=config.n_layer, n_head=config.n_head,
+    )
     other = GPT2LMHeadModel(shape).eval()
-    weights = {f"transformer.{name}": each.t() if ".c_" in name and each.dim() == 2 else each
-               for name, each in model.state_dict().items()}
-    other.load_state_dict(weights | {"lm_head.weight": model.head_weight})
+    weights = {"lm_head.weight": model.head_weight}
+    for name, each in model.state_dict().items():
+        # Its projections are stored transposed.
+        transposed = ".c_" in name and each.dim() == 2
+        weights[f"transformer.{name}"] = each.t() if transposed else each
+    other.load_state_dict(weights)
     return other.to(torch.bfloat16 if precision == "bf16" else torch.float32)

@@ -1,24 +1,96 @@
-"""nanoGPT's own model, from a checkout that the user has."""
+"""nanoGPT, from a checkout that the user has: its model, and its training on Shakespeare."""
 
 from __future__ import annotations
 
 import importlib.util
+import re
+import statistics
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from typing import Any
+
+from bench.timing import run_command
+from model.config import GPTConfig
+
+SHARED_FIELDS = (
+    "block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias",
+)
+SHAKESPEARE = "data/shakespeare_char"
+EVAL_INTERVAL = 250
+# The recipe for CPUs in nanoGPT's README, but every step is logged with its time.
+RECIPE = [
+    "config/train_shakespeare_char.py", "--device=cpu", "--compile=False", "--eval_iters=20",
+    "--log_interval=1", "--block_size=64", "--batch_size=12", "--n_layer=4", "--n_head=4",
+    "--n_embd=128", "--max_iters=2000", "--lr_decay_iters=2000", "--dropout=0.0",
+    f"--eval_interval={EVAL_INTERVAL}",
+]
+
+# Appended to nanoGPT's train.py, whose names it uses: the loss over the whole validation split, in
+# windows that do not overlap.
+EVALUATION = """
+raw_model.eval()
+tokens = np.fromfile(os.path.join(data_dir, "val.bin"), dtype=np.uint16)
+tokens = torch.from_numpy(tokens.astype(np.int64))
+count = (len(tokens) - 1) // block_size
+inputs = tokens[: count * block_size].view(count, block_size)
+targets = tokens[1 : 1 + count * block_size].view(count, block_size)
+total = 0.0
+with torch.inference_mode():
+    for x, y in zip(inputs.split(64), targets.split(64)):
+        total += raw_model(x, y)[1].item() * len(x)
+print(total / count, sum(weights.numel() for weights in raw_model.parameters()))
+"""
 
 
-def peer_problems(peer: str) -> Iterator[str]:
-    """What is wrong with a setting that may name a checkout."""
+def checkout_problems(peer: str) -> Iterator[str]:
+    """The problem with an optional setting `peer`, if it names a folder that is no checkout."""
     if peer and not Path(peer, "model.py").is_file():
-        yield f"peer={peer} is no nanoGPT checkout: it has no model.py."
+        yield f"peer={peer} is not a nanoGPT checkout: it has no model.py."
 
 
-def nanogpt_module(peer: Path) -> ModuleType:
-    """The module `model.py` of the checkout `peer`."""
+def shakespeare_problems(peer: str) -> Iterator[str]:
+    """The problem with a checkout that is to train on Shakespeare's characters."""
+    text = Path(peer, SHAKESPEARE)
+    needed = ("input.txt", "train.bin", "val.bin", "meta.pkl")
+    if not peer:
+        yield "peer= must name a nanoGPT checkout, as in peer=../nanoGPT."
+    elif not all((text / name).is_file() for name in needed):
+        yield f"peer={peer} has no prepared text: run python {text / 'prepare.py'} first."
+
+
+def shakespeare_override(peer: str) -> str:
+    """The setting with which train.py reads the same text."""
+    return f"data.path={Path(peer).resolve() / SHAKESPEARE / 'input.txt'}"
+
+
+def build_model(peer: Path, config: GPTConfig) -> Any:
+    """nanoGPT's GPT in the shape of `config`, from `model.py` of the checkout."""
     specification = importlib.util.spec_from_file_location("nanogpt_model", peer / "model.py")
     module = importlib.util.module_from_spec(specification)
     sys.modules["nanogpt_model"] = module
     specification.loader.exec_module(module)
-    return module
+    shape = {name: getattr(config, name) for name in SHARED_FIELDS}
+    return module.GPT(module.GPTConfig(**shape))
+
+
+def train(peer: Path, seed: int) -> dict[str, Any]:
+    """Run nanoGPT's train.py with another seed: seconds of training, final loss and size."""
+    program = (peer / "train.py").read_text()
+    program = program.replace("torch.manual_seed(1337", f"torch.manual_seed({seed}") + EVALUATION
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-c", program, *RECIPE, f"--out_dir={folder}"]
+        printed = run_command(command, peer)
+    logged = re.findall(r"^iter (\d+): .*time ([\d.]+)ms", printed, re.MULTILINE)
+    step_seconds = {int(step): float(step_ms) / 1000 for step, step_ms in logged}
+    # A step that also evaluates counts as a median step.
+    median = statistics.median(step_seconds.values())
+    for step in range(0, max(step_seconds) + 1, EVAL_INTERVAL):
+        step_seconds[step] = median
+    val_loss, parameters = printed.splitlines()[-1].split()
+    return {
+        "seconds": sum(step_seconds.values()),
+        "val_loss": float(val_loss),
+        "parameters": int(parameters),
+    }

@@ -1,23 +1,18 @@
-"""Time preparing against bare encoding of the same text, threads against processes, and measure the memory it takes.
+"""Preparing tokens beside bare encoding, with threads and with processes; and the memory it takes.
 
-  python -m bench.prepare
+  python -m bench prepare
 
-The text is the standard library's source code, repeated with a number before each line of it that stands on its own.
+The text is the standard library's source code, repeated, each copy of a document with its number
+before it.
 
 Settings, each with its default:
-  megabytes=64     of text, for the rates; each round times every way once, in turn, and medians are printed
-  rounds=5
-  gigabytes=4      of text, for the memory; 0 leaves that out
+  megabytes=64     of text for the rates
+  rounds=5         each round times every way once; medians are printed
+  gigabytes=4      of text for the memory; 0 skips that measurement
   tokenizer=gpt2   or byte, bpe
 """
 
 from __future__ import annotations
-
-from conf.launch import launch
-
-if __name__ == "__main__":
-    # Before the imports below: --help and a wrong setting need not wait for torch.
-    launch("bench.prepare:main", "bench.prepare:BenchPrepareSettings", __doc__)
 
 import os
 import re
@@ -33,47 +28,44 @@ from pathlib import Path
 from typing import Literal
 
 import atomic
-from bench.attention import medians
+from bench.timing import ROOT, alternating_medians, minimum_problems, print_header, print_row
 from data import encode
 from data.files import cut_up
 from data.prepare import load_tokenizer, prepare
 from data.sources import DataConfig, StdLib
 from data.tokenizer import Tokenizer, from_json
 
-ROOT = Path(__file__).parent.parent
-
 
 @dataclass(frozen=True)
-class BenchPrepareSettings:
-    """How much is prepared, and how often."""
+class PrepareSettings:
+    """Settings of the benchmark of preparing."""
 
     megabytes: int = 64
     rounds: int = 5
-    gigabytes: float = 4.0  # 0: no measurement of memory
+    gigabytes: float = 4.0
     tokenizer: Literal["gpt2", "bpe", "byte"] = "gpt2"
 
     def problems(self) -> Iterator[str]:
-        """One sentence for each value that cannot work."""
-        for name in ("megabytes", "rounds"):
-            if getattr(self, name) < 1:
-                yield f"{name}={getattr(self, name)} must be at least 1."
+        """One sentence for each invalid value."""
+        yield from minimum_problems(self, megabytes=1, rounds=1)
         if not 0 <= self.gigabytes < 1e6:
             yield f"gigabytes={self.gigabytes} must be at least 0."
 
 
-def main(settings: BenchPrepareSettings) -> int:
+def main(settings: PrepareSettings) -> int:
     with tempfile.TemporaryDirectory(prefix="bench-prepare-") as scratch:
         os.environ["NANOHYDRA_DATA"] = f"{scratch}/prepared"
-        rates(settings, Path(scratch))
+        measure_rates(settings, Path(scratch))
         if settings.gigabytes:
-            memory(settings, Path(scratch))
+            measure_memory(settings, Path(scratch))
     return 0
 
 
 def make_text(path: Path, n_bytes: int) -> None:
+    """Write a text of `n_bytes`, in which no document occurs twice."""
     source = [document.text.encode() for document in StdLib().documents()]
+    number = 0
     with atomic.NewFile(path) as file:
-        number = 0
         while n_bytes > 0:
             piece = b"# %d\n" % number + source[number % len(source)][:n_bytes]
             file.write(piece)
@@ -81,65 +73,77 @@ def make_text(path: Path, n_bytes: int) -> None:
             number += 1
 
 
-def rates(settings: BenchPrepareSettings, scratch: Path) -> None:
-    """Print the rate of each way, and its ratio to bare encoding."""
+def measure_rates(settings: PrepareSettings, scratch: Path) -> None:
+    """Print the rate of each way, and its ratio to bare encoding with threads."""
     path = scratch / "rates.txt"
     make_text(path, settings.megabytes * 10**6)
     config = DataConfig("text", str(path), settings.tokenizer)
-    folder = prepare(config)  # and the tokenizer is trained, the file in memory
+    # The first preparation trains the tokenizer, and brings the file into memory.
+    folder = prepare(config)
     tokenizer = load_tokenizer(folder)
     pieces = list(cut_up(path.read_text()))
     n_threads = encode.threads()
 
     def prepare_again() -> None:
-        for made in folder.iterdir():
-            if made.name != "tokenizer.json":
-                made.unlink()
+        # Only the tokenizer stays.
+        for file in folder.iterdir():
+            if file.name != "tokenizer.json":
+                file.unlink()
         folder.rename(folder.with_name(f".building-{folder.name}"))
         prepare(config)
 
-    with ProcessPoolExecutor(n_threads, initializer=begin, initargs=(tokenizer.to_json(),)) as pool:
+    initializer = (load_in_worker, (tokenizer.to_json(),))
+    with ProcessPoolExecutor(n_threads, None, *initializer) as pool:
         ways: dict[str, Callable[[], object]] = {
-            "bare, threads": lambda: bare(tokenizer, pieces, n_threads),
-            "bare, processes": lambda: list(pool.map(encode_there, pieces)),
-            "prepared, from file to file": prepare_again}
-        seconds = medians(ways, settings.rounds)
-    print(f"{settings.megabytes} MB, {settings.tokenizer}, {n_threads} threads or processes, medians of {settings.rounds} "
-          f"alternating rounds\n\n| way | MB/s | x |\n|---|---|---|")
-    for way in ways:
-        print(f"| {way} | {settings.megabytes / seconds[way]:.1f} | {seconds['bare, threads'] / seconds[way]:.2f} |")
+            "bare, threads": lambda: encode_bare(tokenizer, pieces, n_threads),
+            "bare, processes": lambda: list(pool.map(encode_in_worker, pieces)),
+            "prepared, from file to file": prepare_again,
+        }
+        medians = alternating_medians(ways, settings.rounds)
+    print(f"{settings.megabytes} MB, {settings.tokenizer}, {n_threads} threads or processes, "
+          f"medians of {settings.rounds} alternating rounds\n")
+    print_header("way", "MB/s", "x")
+    for way, seconds in medians.items():
+        ratio = medians["bare, threads"] / seconds
+        print_row(way, f"{settings.megabytes / seconds:.1f}", f"{ratio:.2f}")
 
 
-def bare(tokenizer: Tokenizer, pieces: list[str], n_threads: int) -> object:
-    """tiktoken's own way for many texts, where the tokenizer is one of tiktoken's."""
+def encode_bare(tokenizer: Tokenizer, pieces: list[str], n_threads: int) -> object:
+    """Encode with tiktoken's own threads, if the tokenizer is one of tiktoken's."""
     if hasattr(tokenizer, "encoding"):
         return tokenizer.encoding.encode_ordinary_batch(pieces, num_threads=n_threads)
     return list(map(tokenizer.encode, pieces))
 
 
-def begin(saved: dict[str, object]) -> None:
-    global there
-    there = from_json(saved, "the parent process")
+def load_in_worker(saved: dict[str, object]) -> None:
+    """Load the tokenizer once in each process of the pool."""
+    global worker_tokenizer
+    worker_tokenizer = from_json(saved, "the parent process")
 
 
-def encode_there(text: str) -> object:
-    return there.encode_array(text)
+def encode_in_worker(text: str) -> object:
+    return worker_tokenizer.encode_array(text)
 
 
-def memory(settings: BenchPrepareSettings, scratch: Path) -> None:
-    """Print the resident memory of a process that prepares a large text, along its way."""
+def measure_memory(settings: PrepareSettings, scratch: Path) -> None:
+    """Print the resident memory of a process while it prepares a large text."""
     path = scratch / "memory.txt"
     make_text(path, int(settings.gigabytes * 10**9))
-    words = ["data=text", f"data.path={path}", f"data.tokenizer={settings.tokenizer}"]
-    process = subprocess.Popen([sys.executable, "-m", "scripts.prepare", *words], cwd=ROOT, stderr=subprocess.DEVNULL)
-    start, curve = time.monotonic(), []
+    overrides = ["data=text", f"data.path={path}", f"data.tokenizer={settings.tokenizer}"]
+    command = [sys.executable, "-m", "scripts.prepare", *overrides]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    start = time.monotonic()
+    megabytes: list[float] = []
     while process.poll() is None:
         status = Path(f"/proc/{process.pid}/status").read_text()
         resident = re.search(r"VmRSS:\s+(\d+) kB", status)
-        curve += [(time.monotonic() - start, int(resident[1]) / 1000)] if resident else []
+        if resident:
+            megabytes.append(int(resident[1]) / 1000)
         time.sleep(0.25)
-    print(f"\n{settings.gigabytes:g} GB, {settings.tokenizer}: {curve[-1][0]:.0f} s, "
-          f"at most {max(size for _, size in curve):.0f} MB\n\n| of the time | resident, MB |\n|---|---|")
+    print(f"\n{settings.gigabytes:g} GB, {settings.tokenizer}: {time.monotonic() - start:.0f} s, "
+          f"at most {max(megabytes):.0f} MB\n")
+    print_header("of the time", "resident, MB")
     for eighth in range(9):
-        print(f"| {eighth}/8 | {curve[(len(curve) - 1) * eighth // 8][1]:.0f} |")
+        index = (len(megabytes) - 1) * eighth // 8
+        print_row(f"{eighth}/8", f"{megabytes[index]:.0f}")
     shutil.rmtree(os.environ["NANOHYDRA_DATA"])

@@ -1,10 +1,16 @@
-"""Train to a result beside nanoGPT: seconds of training until its loss, and the loss in its seconds.
+"""Training to a result beside nanoGPT: the time and the validation loss of complete runs.
 
-  python -m bench.bench result peer=../nanoGPT
+  python -m bench result peer=../nanoGPT
 
-nanoGPT trains its recipe for CPUs with its own train.py; ours are `experiment=speedrun_shakespeare` and
-`experiment=modern_shakespeare`, on the same text. Both sides are judged by the whole validation split, in windows of their
-context that do not overlap. Seconds are those of training: evaluation and the start of the process are not among them.
+nanoGPT trains its Shakespeare recipe for CPUs with its own train.py. Our side trains
+`experiment=speedrun_shakespeare` and `experiment=modern_shakespeare` on the same text. The loss is
+that of the whole validation split, in windows that do not overlap. Seconds of training leave out
+evaluation and the start of the process. Three rounds take about ten minutes.
+
+Settings, each with its default:
+  rounds=3         runs of each side, each with another seed
+  seed=1337        of the first round; each round adds 1
+  out=FILE         write the measurements as JSON
 """
 
 from __future__ import annotations
@@ -12,7 +18,6 @@ from __future__ import annotations
 import json
 import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,112 +28,84 @@ from typing import Any
 
 import torch
 
-import atomic
+from bench import peer as nanogpt
+from bench.timing import minimum_problems, print_header, run_command, write_json
 from conf.schema import FilePath
 from progress import ProgressBar, print_line
 from training.device import Device
 
-ROOT = Path(__file__).parent.parent
-EVAL_INTERVAL = 250
-# Its README's for CPUs; but each step is logged, with its time.
-RECIPE = ("--device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 --batch_size=12 --n_layer=4 "
-          "--n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0 "
-          f"--eval_interval={EVAL_INTERVAL}").split()
-
-# In the words of its train.py, behind whose last line this runs: the loss over the whole validation split.
-JUDGE = """
-raw_model.eval()
-tokens = torch.from_numpy(np.fromfile(os.path.join(data_dir, "val.bin"), dtype=np.uint16).astype(np.int64))
-count = (len(tokens) - 1) // block_size
-inputs, targets = (tokens[first : first + count * block_size].view(count, block_size) for first in (0, 1))
-with torch.inference_mode():
-    total = sum(raw_model(x, y)[1].item() * len(x) for x, y in zip(inputs.split(64), targets.split(64)))
-print(total / count, sum(weights.numel() for weights in raw_model.parameters()))
-"""
+EXPERIMENTS = ("speedrun_shakespeare", "modern_shakespeare")
 
 
 @dataclass(frozen=True)
 class ResultSettings:
-    """What is trained, and how often."""
+    """Settings of the benchmark of complete runs."""
 
     peer: FilePath = ""  # a nanoGPT checkout, its data/shakespeare_char prepared
     rounds: int = 3
-    seed: int = 1337  # of the first round; the next have the next
+    seed: int = 1337
     out: FilePath = ""
 
     def problems(self) -> Iterator[str]:
-        """One sentence for each value that cannot work."""
-        yield from prepared_text(self.peer)
-        if self.rounds < 1:
-            yield f"rounds={self.rounds} must be at least 1."
+        """One sentence for each invalid value."""
+        yield from nanogpt.shakespeare_problems(self.peer)
+        yield from minimum_problems(self, rounds=1)
 
 
-def prepared_text(peer: str) -> Iterator[str]:
-    """What is wrong with a checkout that is to train on Shakespeare's characters."""
-    text = Path(peer, "data/shakespeare_char")
-    if not peer:
-        yield "peer= must name a nanoGPT checkout, as in peer=../nanoGPT."
-    elif not all((text / name).is_file() for name in ("input.txt", "train.bin", "val.bin", "meta.pkl")):
-        yield f"peer={peer} has no prepared text: run python {text / 'prepare.py'} first."
-
-
-def result(settings: ResultSettings) -> int:
-    """Train all three in turn, `rounds` times, each time from another seed."""
-    text = f"data.path={Path(settings.peer).resolve() / 'data/shakespeare_char/input.txt'}"
-    sides = {"nanoGPT": lambda seed: train_nanogpt(Path(settings.peer), seed),
-             "speedrun_shakespeare": lambda seed: train_ours("experiment=speedrun_shakespeare", text, f"seed={seed}"),
-             "modern_shakespeare": lambda seed: train_ours("experiment=modern_shakespeare", text, f"seed={seed}")}
-    found: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
-    print(f"torch {torch.__version__}, {Device().describe()}\n\n"
-          "| round | side | parameters | seconds of training | seconds in all | validation loss |\n" + "|---" * 6 + "|")
-    with ProgressBar(desc="Training", total=settings.rounds * len(sides), unit="runs", leave=False) as bar:
+def main(settings: ResultSettings) -> int:
+    runs: dict[str, list[dict[str, Any]]] = {side: [] for side in ("nanoGPT", *EXPERIMENTS)}
+    print(f"torch {torch.__version__}, {Device().describe()}\n")
+    print_header("round", "side", "parameters", "seconds of training", "seconds in all",
+                 "validation loss")
+    total = settings.rounds * len(runs)
+    with ProgressBar(desc="Training", total=total, unit="runs", leave=False) as bar:
         for number in range(settings.rounds):
-            for side, run in sides.items():
-                start = time.perf_counter()
-                one = run(settings.seed + number) | {"seconds_in_all": time.perf_counter() - start}
-                found[side].append(one)
-                print_line(f"| {number + 1} | {side} | {one['parameters']:,} | {one['seconds']:.1f} | "
-                          f"{one['seconds_in_all']:.1f} | {one['val_loss']:.4f} |")
+            for side in runs:
+                run = train_side(side, settings.peer, settings.seed + number)
+                runs[side].append(run)
+                print_line(f"| {number + 1} | {side} | {run['parameters']:,} "
+                           f"| {run['seconds']:.1f} | {run['seconds_in_all']:.1f} "
+                           f"| {run['val_loss']:.4f} |")
                 bar.update()
-    median = {side: {what: statistics.median(one[what] for one in runs) for what in ("seconds", "val_loss")}
-              for side, runs in found.items()}
-    for side, medians in median.items():
-        ratio = median["nanoGPT"]["seconds"] / medians["seconds"]
-        print(f"{side}: medians {medians['seconds']:.1f} s, validation loss {medians['val_loss']:.4f}"
-              + (f": nanoGPT trains {ratio:.1f} times as long" if side != "nanoGPT" else ""))
-    if settings.out:
-        atomic.write_bytes(Path(settings.out), json.dumps({"runs": found, "medians": median}, indent=2).encode())
+
+    medians: dict[str, dict[str, float]] = {}
+    for side, of_side in runs.items():
+        seconds = statistics.median(run["seconds"] for run in of_side)
+        val_loss = statistics.median(run["val_loss"] for run in of_side)
+        medians[side] = {"seconds": seconds, "val_loss": val_loss}
+        line = f"{side}: medians {seconds:.1f} s, validation loss {val_loss:.4f}"
+        if side != "nanoGPT":
+            ratio = medians["nanoGPT"]["seconds"] / seconds
+            line += f": nanoGPT trains {ratio:.1f} times as long"
+        print(line)
+    write_json(settings.out, {"runs": runs, "medians": medians})
     return 0
 
 
-def train_ours(*words: str) -> dict[str, Any]:
-    """What a run of train.py with these settings came to."""
+def train_side(side: str, peer: str, seed: int) -> dict[str, Any]:
+    """Train nanoGPT, or one of our experiments, from a seed."""
+    start = time.perf_counter()
+    if side == "nanoGPT":
+        run = nanogpt.train(Path(peer), seed)
+    else:
+        text = nanogpt.shakespeare_override(peer)
+        run = train_ours(f"experiment={side}", text, f"seed={seed}")
+    return run | {"seconds_in_all": time.perf_counter() - start}
+
+
+def train_ours(*overrides: str) -> dict[str, Any]:
+    """Run train.py: seconds of training, final validation loss and number of parameters."""
     with tempfile.TemporaryDirectory() as folder:
-        succeed([sys.executable, "train.py", f"runs_dir={folder}", "name=run", "training.sample_tokens=0", *words], ROOT)
-        rows = [json.loads(line) for line in (Path(folder) / "run/metrics.jsonl").read_text().splitlines()]
-        log = (Path(folder) / "run/log.txt").read_text()
-    return {"seconds": [row["seconds"] for row in rows if "seconds" in row][-1],
-            "val_loss": [row["val_loss"] for row in rows if "val_loss" in row][-1],
-            "parameters": int(re.search(r"Model: ([\d,]+) parameters", log)[1].replace(",", ""))}
-
-
-def train_nanogpt(peer: Path, seed: int) -> dict[str, Any]:
-    """Its own program, from another seed, and then JUDGE. A step that also evaluates counts as a median one."""
-    program = (peer / "train.py").read_text().replace("torch.manual_seed(1337", f"torch.manual_seed({seed}") + JUDGE
-    with tempfile.TemporaryDirectory() as folder:
-        words = ["config/train_shakespeare_char.py", *RECIPE, f"--out_dir={folder}"]
-        printed = succeed([sys.executable, "-c", program, *words], peer)
-    steps = {int(step): float(milliseconds) / 1000
-             for step, milliseconds in re.findall(r"^iter (\d+): .*time ([\d.]+)ms", printed, re.MULTILINE)}
-    usual = statistics.median(steps.values())
-    val_loss, parameters = printed.splitlines()[-1].split()
-    return {"seconds": sum(usual if step % EVAL_INTERVAL == 0 else took for step, took in steps.items()),
-            "val_loss": float(val_loss), "parameters": int(parameters)}
-
-
-def succeed(command: list[str], folder: Path) -> str:
-    """What the command printed. Raises ValueError with its last words if it fails."""
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    if done.returncode:
-        raise ValueError(f"{' '.join(command[1:4])[:200]}: {(done.stderr.strip().splitlines() or ['it failed'])[-1]}")
-    return done.stdout
+        fixed = [f"runs_dir={folder}", "name=run", "training.sample_tokens=0"]
+        run_command([sys.executable, "train.py", *fixed, *overrides])
+        run = Path(folder, "run")
+        last: dict[str, Any] = {}
+        for line in (run / "metrics.jsonl").read_text().splitlines():
+            last |= json.loads(line)
+        log = (run / "log.txt").read_text()
+    parameters = re.search(r"Model: ([\d,]+) parameters", log)[1].replace(",", "")
+    return {
+        "seconds": last["seconds"],
+        "val_loss": last["val_loss"],
+        "parameters": int(parameters),
+    }

@@ -1,14 +1,17 @@
-"""From the start of the process to the end of the first step, beside nanoGPT.
+"""Start-up beside nanoGPT: seconds from the start of the process to the end of the first step.
 
-  python -m bench.bench start peer=../nanoGPT
+  python -m bench start peer=../nanoGPT
 
-nanoGPT's is its recipe for CPUs, which evaluates first: that is kept as short as it goes (eval_iters=1). Ours are the same
-recipe and the default run, their data prepared.
+nanoGPT's side is its Shakespeare recipe for CPUs, which evaluates before the first step: as little
+as it can (eval_iters=1). Our sides are the same recipe and the default run, with prepared data.
+
+Settings, each with its default:
+  rounds=5         starts of each side
+  out=FILE         write the measurements as JSON
 """
 
 from __future__ import annotations
 
-import json
 import statistics
 import subprocess
 import sys
@@ -18,58 +21,67 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import atomic
-from bench.result import RECIPE, ROOT, prepared_text
+from bench import peer as nanogpt
+from bench.timing import ROOT, minimum_problems, print_header, print_row, write_json
 from conf.schema import FilePath
+
+OURS = ["train.py", "name=new", "training.eval_every=1", "training.eval_tokens=1"]
 
 
 @dataclass(frozen=True)
 class StartSettings:
-    """How often both are started."""
+    """Settings of the benchmark of start-up."""
 
     peer: FilePath = ""  # a nanoGPT checkout, its data/shakespeare_char prepared
     rounds: int = 5
     out: FilePath = ""
 
     def problems(self) -> Iterator[str]:
-        """One sentence for each value that cannot work."""
-        yield from prepared_text(self.peer)
-        if self.rounds < 1:
-            yield f"rounds={self.rounds} must be at least 1."
+        """One sentence for each invalid value."""
+        yield from nanogpt.shakespeare_problems(self.peer)
+        yield from minimum_problems(self, rounds=1)
 
 
-def to_first_step(settings: StartSettings) -> int:
-    """Start both in turn, `rounds` times and once before."""
+def main(settings: StartSettings) -> int:
+    same_recipe = [*OURS, "experiment=shakespeare_cpu", nanogpt.shakespeare_override(settings.peer)]
+    theirs = ["train.py", *nanogpt.RECIPE, "--eval_iters=1"]
+    seconds: dict[str, list[float]] = {"nanoGPT": [], "the same recipe": [], "the default run": []}
     with tempfile.TemporaryDirectory() as folder:
-        ours = ["train.py", "name=new", "training.eval_every=1", "training.eval_tokens=1"]
-        text = f"data.path={Path(settings.peer).resolve() / 'data/shakespeare_char/input.txt'}"
-        sides = {"nanoGPT": (["train.py", "config/train_shakespeare_char.py", *RECIPE, "--eval_iters=1",
-                              f"--out_dir={folder}/peer"], Path(settings.peer), "iter 0:"),
-                 "the same recipe": ([*ours, "experiment=shakespeare_cpu", text], ROOT, "Step 1:"),
-                 "the default run": (ours, ROOT, "Step 1:")}
-        seconds: dict[str, list[float]] = {side: [] for side in sides}
         for number in range(settings.rounds + 1):
-            for side, (words, where, sign) in sides.items():
-                fresh = [f"runs_dir={folder}/{side}-{number}"] * (where == ROOT)
-                took = seconds_until(sign, [sys.executable, *words, *fresh], where)
-                seconds[side] += [took] if number else []  # the first time prepares the data
-    print("| side | seconds to the end of the first step | x |\n|---|---|---|")
+            runs_dir = f"runs_dir={folder}/{number}"
+            out_dir = f"--out_dir={folder}/peer"
+            times = [
+                seconds_until("iter 0:", [*theirs, out_dir], Path(settings.peer)),
+                seconds_until("Step 1:", [*same_recipe, f"{runs_dir}-same"], ROOT),
+                seconds_until("Step 1:", [*OURS, f"{runs_dir}-default"], ROOT),
+            ]
+            # The first round may prepare the data, and is not counted.
+            if number > 0:
+                for side, time_taken in zip(seconds, times, strict=True):
+                    seconds[side].append(time_taken)
+
+    print_header("side", "seconds to the end of the first step", "x")
+    reference = statistics.median(seconds["nanoGPT"])
     for side, times in seconds.items():
-        middle = statistics.median(times)
-        print(f"| {side} | {middle:.2f} | {middle / statistics.median(seconds['nanoGPT']):.2f} |")
-    if settings.out:
-        atomic.write_bytes(Path(settings.out), json.dumps(seconds, indent=2).encode())
+        median = statistics.median(times)
+        print_row(side, f"{median:.2f}", f"{median / reference:.2f}")
+    write_json(settings.out, seconds)
     return 0
 
 
-def seconds_until(sign: str, command: list[str], folder: Path) -> float:
-    """Until the command prints a line that begins with `sign`. Raises ValueError if it ends before."""
-    begun = time.perf_counter()
-    with subprocess.Popen([*command[:1], "-u", *command[1:]], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                          text=True) as process:
+def seconds_until(prefix: str, arguments: list[str], folder: Path) -> float:
+    """Seconds until Python with these arguments prints a line that starts with `prefix`.
+
+    Raises ValueError if the process ends before.
+    """
+    start = time.perf_counter()
+    command = [sys.executable, "-u", *arguments]
+    with subprocess.Popen(
+        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
         for line in process.stdout:
-            if line.startswith(sign):
-                took = time.perf_counter() - begun
+            if line.startswith(prefix):
+                seconds = time.perf_counter() - start
                 process.kill()
-                return took
+                return seconds
     raise ValueError(f"{' '.join(command)[:200]} ended before its first step.")

@@ -6,9 +6,10 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ BEST, WORST = (0xD9, 0x70, 0x2B), (0x9A, 0xA8, 0xB8)  # the ends of a scale, for
 MOST_BANDS = 3  # runs whose training losses are also drawn unsmoothed
 MOST_CATEGORIES = 16  # labels below a slice
 DIAGNOSTICS = ("learning rate", "gradient norm", "tokens per second")
+PICTURES = (".png", ".svg", ".pdf")
 LABELS = {"steps": "step", "tokens": "training tokens", "seconds": "seconds of training"}
 STYLE = {"font.size": 9, "svg.fonttype": "none", "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK,
          "ytick.color": INK, "axes.edgecolor": LINE, "grid.color": LINE, "axes.grid": True, "axes.axisbelow": True,
@@ -352,11 +354,8 @@ def curves_png(runs: list[History]) -> bytes:
             draw_diagnostic(grid[-1][column], runs, name)
         if len(runs) == 1:
             figure.suptitle(runs[0].name)
-        elif len(runs) <= len(COLORS):
-            lines, names = grid[-1][0].get_legend_handles_labels()
-            figure.legend(lines[::-1], names[::-1], loc="outside upper center", ncols=min(3, len(runs)))
         else:
-            figure.suptitle(f"{len(runs)} runs; the best is orange: {runs[0].name}")
+            add_names(figure, grid[-1][0], runs)
         return as_image(figure, "png")
 
 
@@ -374,14 +373,37 @@ def slices_png(runs: list[History], keys: list[str], numbers: dict[History, int]
         return as_image(figure, "png")
 
 
-def loss_picture(run: History, kind: str) -> bytes:
-    """Training and validation loss of one run, as a file of the type `kind`: png, svg or pdf."""
+def picture_problems(out: str) -> Iterator[str]:
+    """One sentence if the file `out` has a type that cannot be drawn."""
+    if out and Path(out).suffix.lower() not in PICTURES:
+        yield f"out={out} must end in .png, .svg or .pdf."
+
+
+def loss_picture(runs: list[History], kind: str) -> bytes:
+    """The losses of runs against steps, the best run first, as a file of the type `kind`.
+
+    One run has its training and validation loss, several have their validation losses.
+    """
     figure, style = new_figure(7, 4, "loss")
     with style, quiet():
         axes = figure.subplots()
-        draw_both_losses(axes, run, "steps")
-        axes.set_title(run.name)
+        if len(runs) == 1:
+            draw_both_losses(axes, runs[0], "steps")
+            axes.set_title(runs[0].name)
+        else:
+            draw_losses(axes, runs, "validation", "steps")
+            add_names(figure, axes, runs)
         return as_image(figure, kind)
+
+
+def add_names(figure: Any, axes: Any, runs: list[History]) -> None:
+    """A legend of several runs above a figure; of many, only the name of the best run."""
+    if len(runs) <= len(COLORS):
+        lines, names = axes.get_legend_handles_labels()
+        columns = min(3, len(runs))
+        figure.legend(lines[::-1], names[::-1], loc="outside upper center", ncols=columns)
+    else:
+        figure.suptitle(f"{len(runs)} runs; the best is orange: {runs[0].name}")
 
 
 def as_image(figure: Any, kind: str, dpi: int = 110) -> bytes:

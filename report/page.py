@@ -58,9 +58,7 @@ def write(chosen: list[tuple[Path, str]], out: Path, title: str, pictures: bool 
 
     Raises ValueError for a folder that is not a run's, and if matplotlib is not installed.
     """
-    few = len(chosen) < 20
-    reading = ProgressBar(chosen, "Reading", unit="runs", leave=False, disable=few)
-    runs = best_first([open_history(folder, name) for folder, name in reading])
+    runs = open_all(chosen)
     contents = {out: page(runs, escaped(title, keep="")).encode()}
     if pictures:
         contents[out.with_name(f"{out.stem}-curves.png")] = curves_png(runs)
@@ -71,6 +69,13 @@ def write(chosen: list[tuple[Path, str]], out: Path, title: str, pictures: bool 
     for path, content in contents.items():
         atomic.write_bytes(path, content)
     return list(contents)
+
+
+def open_all(chosen: list[tuple[Path, str]]) -> list[History]:
+    """The histories of the chosen runs, the best first."""
+    few = len(chosen) < 20
+    progress = ProgressBar(chosen, "Reading", unit="runs", leave=False, disable=few)
+    return best_first([open_history(folder, name) for folder, name in progress])
 
 
 def comparable(runs: list[History]) -> tuple[list[History], list[str]]:

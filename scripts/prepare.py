@@ -42,7 +42,7 @@ from data.shards import SPLITS, read_meta
 from data.sources import DataConfig
 from data.store import BUILDING, data_root, in_use, is_held
 from data.tokenizer import Tokenizer
-from scripts.plot import picture_problems, pyplot, save
+from report.curves import as_image, log_ticks, new_figure, picture_problems
 from terminal import readable_size, say
 
 # What is in folders of prepared tokens, and the names that they have.
@@ -114,18 +114,21 @@ def shown(tokenizer: Tokenizer, ids: list[int]) -> str:
 
 def draw(contents: Contents, title: str, kind: str) -> bytes:
     """Token frequencies by rank, and the lengths of documents, as a picture of the file type `kind`."""
-    figure, (left, right) = pyplot().subplots(1, 2, figsize=(10, 4), dpi=120, layout="constrained")
-    frequencies = np.sort(contents.counts[contents.counts > 0])[::-1]
-    left.loglog(np.arange(1, len(frequencies) + 1), frequencies, color="#d94801")
-    left.set(xlabel="rank of the token", ylabel="times it occurs", title=f"{len(frequencies):,} different tokens")
-    edges, amounts = contents.lengths()
-    right.stairs(amounts, edges, fill=True, color="#9ecae1")
-    right.set(xscale="log", xlabel="length (tokens)", ylabel="documents", title=f"{contents.n_documents:,} documents")
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title)
-    return save(figure, kind)
+    figure, style = new_figure(10, 4, "contents")
+    with style:
+        left, right = figure.subplots(1, 2)
+        frequencies = np.sort(contents.counts[contents.counts > 0])[::-1]
+        left.loglog(np.arange(1, len(frequencies) + 1), frequencies, color="#d94801")
+        left.set(xlabel="rank of the token", ylabel="times it occurs")
+        left.set_title(f"{len(frequencies):,} different tokens")
+        edges, amounts = contents.lengths()
+        right.stairs(amounts, edges, fill=True, color="#9ecae1")
+        right.set(xscale="log", xlabel="length (tokens)", ylabel="documents")
+        right.set_title(f"{contents.n_documents:,} documents")
+        for axis in (left.xaxis, left.yaxis, right.xaxis):
+            log_ticks(axis)
+        figure.suptitle(title)
+        return as_image(figure, kind, dpi=120)
 
 
 def clean(runs_dir: Path, yes: bool) -> int:

@@ -3,13 +3,15 @@
   python -m scripts.report runs=pydocs
   python -m scripts.report runs=first,second out=compared.html
   python -m scripts.report runs=SWEEP            all runs in a folder, such as a sweep's
+  python -m scripts.report runs=pydocs out=loss.png    only the losses, as a picture
 
 Settings, each with its default:
   runs=NAMES       runs, or folders of runs, separated by commas; without it, the run that was trained last,
                    or all runs of its sweep
   out=FILE         the page; without it, report.html in the run's or the sweep's folder. A comparison of several
                    is a page of its own in runs_dir, such as report-first,second.html. Pictures are beside it:
-                   report-curves.png, and report-slices.png where four or more finished runs differ in settings
+                   report-curves.png, and report-slices.png where four or more finished runs differ in settings.
+                   out=NAME.png, .svg or .pdf draws a picture of the losses instead of the page
   runs_dir=runs
 """
 
@@ -27,11 +29,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import atomic
 from conf.schema import FilePath, FilePaths
+from report.curves import PICTURES, loss_picture
 from report.history import choose
-from report.page import write
+from report.page import open_all, write
 from terminal import counted, readable_size, say
 
+PAGES = (".html", ".htm")
 MOST_LETTERS = 60  # of the names in the name of a page
 
 
@@ -45,13 +50,18 @@ class ReportSettings:
 
     def problems(self) -> Iterator[str]:
         """One sentence for each value that cannot work."""
-        if self.out and Path(self.out).suffix.lower() not in (".html", ".htm"):
-            yield f"out={self.out} must end in .html."
+        if self.out and Path(self.out).suffix.lower() not in (*PAGES, *PICTURES):
+            yield f"out={self.out} must end in .html, .png, .svg or .pdf."
 
 
 def main(settings: ReportSettings) -> int:
     chosen, folders = choose(Path(settings.runs_dir), settings.runs)
     out = Path(settings.out) if settings.out else page_of(folders, Path(settings.runs_dir))
+    kind = out.suffix.lower()
+    if kind in PICTURES:
+        atomic.write_bytes(out, loss_picture(open_all(chosen), kind.lstrip(".")))
+        say(f"Drew {out}")
+        return 0
     first, *rest = write(chosen, out, title_of(folders))
     say(f"Wrote {first} ({readable_size(first.stat().st_size)}, {counted(len(chosen), 'run')}): open it in a browser.")
     for picture in rest:

@@ -1,14 +1,15 @@
-"""python -m bench.bench: tables that add up; no times are asserted."""
+"""python -m bench: tables that add up; no times are asserted."""
 
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 
-from bench import bench, decode
+from bench import decode, profile, speed
 from conf.schema import ConfigError, compose
 from generation import kernels
 
@@ -37,59 +38,78 @@ class GPT(torch.nn.Module):
 '''
 
 
+@pytest.fixture
+def in_this_process(monkeypatch, capsys):
+    """Replaces the measurement in a process of its own; gives the arguments of each call."""
+    def replace_in(module):
+        calls = []
+
+        def here(name, *arguments):
+            calls.append(arguments)
+            return json.loads(json.dumps(module.measure(*arguments)))
+
+        monkeypatch.setattr(module, "measure_in_process", here)
+        return calls
+
+    return replace_in
+
+
 @pytest.mark.slow
-def test_both_sides_are_measured_in_turn_and_the_ratios_agree(tmp_path, monkeypatch, capsys):
-    """With a stand-in for the peer that has the same interface."""
+def test_speed_measures_both_sides_in_turn(tmp_path, monkeypatch, capsys, in_this_process):
+    """With a stand-in for nanoGPT that has the same interface."""
     (tmp_path / "model.py").write_text(PEER)
-    tiny = replace(bench.GPT2_LIKE, n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=11)
-    monkeypatch.setattr(bench, "SHAPES", {"narrow": (tiny, 2)})
-    order = []
-
-    def here(side, shape, settings):
-        order.append(side)
-        capsys.readouterr()
-        bench.measure(side, shape, settings.seconds, settings.peer)
-        return json.loads(capsys.readouterr().out.splitlines()[-1])
-
-    monkeypatch.setattr(bench, "in_a_process", here)
-    out = tmp_path / "speed.json"
-    assert bench.speed(compose(bench.SpeedSettings, [f"peer={tmp_path}", "shape=narrow", "rounds=2", "seconds=0.05", f"out={out}"])) == 0
-    assert order == ["nanogpt", "ours"] * 2
+    tiny = replace(speed.GPT2_LIKE, n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=11)
+    monkeypatch.setattr(speed, "SHAPES", {"narrow": (tiny, 2)})
+    monkeypatch.setattr(speed, "PRODUCT_SIZES", (64,))
+    calls, out = in_this_process(speed), tmp_path / "speed.json"
+    words = [f"peer={tmp_path}", "shape=narrow", "rounds=2", "seconds=0.05", f"out={out}"]
+    assert speed.main(compose(speed.SpeedSettings, words)) == 0
+    assert [side for side, *_ in calls] == ["nanogpt", "ours"] * 2
     measured = json.loads(out.read_text())["narrow"]
-    assert all(sum(run["seconds"]) >= 0.05 and len(run["seconds"]) >= 2 for side in measured["runs"].values() for run in side)
+    for run in measured["runs"]["nanogpt"] + measured["runs"]["ours"]:
+        assert sum(run["seconds"]) >= 0.05 and len(run["seconds"]) >= 2
     cells = capsys.readouterr().out.splitlines()[-1].split("|")
-    assert float(cells[4]) == pytest.approx(bench.middle_ratio(measured["tokens_per_second"]), abs=0.01)
+    assert float(cells[4]) == pytest.approx(speed.median_ratio(measured["tokens_per_second"]), abs=0.01)
 
 
 @pytest.mark.parametrize(("native", "precision"), [("1", torch.bfloat16), ("0", torch.float32)])
-def test_the_product_rate_is_of_the_precision_of_the_steps(native, precision, monkeypatch):
+def test_the_product_rate_uses_the_precision_of_training(native, precision, monkeypatch):
     """A CPU that emulates bf16 would multiply for minutes."""
     monkeypatch.setenv("NANOHYDRA_NATIVE_BF16", native)
-    monkeypatch.setattr(bench, "PRODUCT_SIZES", (4, 8))
+    monkeypatch.setattr(speed, "PRODUCT_SIZES", (4, 8))
     made, randn = [], torch.randn
     monkeypatch.setattr(torch, "randn", lambda *size, **how: made.append(randn(*size, **how)) or made[-1])
-    assert bench.product_rate(bench.Device("cpu")) > 0
+    assert speed.product_rate(speed.Device("cpu")) > 0
     assert [matrix.dtype for matrix in made] == 4 * [precision]
 
 
-def test_a_ratio_is_of_the_two_sides_of_one_round():
-    assert bench.middle_ratio({"nanogpt": [10, 100, 1000], "ours": [20, 300, 1000]}) == 2
+def test_a_ratio_compares_the_sides_of_one_round():
+    assert speed.median_ratio({"nanogpt": [10, 100, 1000], "ours": [20, 300, 1000]}) == 2
 
 
 @pytest.mark.slow
 def test_a_profile_shows_the_parts_of_a_step(capsys, tmp_path):
     words = ["model.n_layer=1", "model.n_embd=16", "model.block_size=8", "training.batch_size=2", "data.vocab_size=300", "rows=5"]
-    assert bench.profile(compose(bench.ProfileSettings, [*words, f"trace={tmp_path / 'trace.json'}"])) == 0
+    assert profile.main(compose(profile.ProfileSettings, [*words, f"trace={tmp_path / 'trace.json'}"])) == 0
     said = capsys.readouterr().out
-    shares = [float(line.split("|")[3].strip(" %")) for line in said.splitlines() if line.startswith(("| forward", "| backward", "| optimizer"))]
-    assert len(shares) == 3 and 98 <= sum(shares) <= 102
+    parts = re.findall(r"^\| (forward|backward|optimizer) \|.*\| (\d+)% \|$", said, re.MULTILINE)
+    assert len(parts) == 3 and 98 <= sum(int(share) for _, share in parts) <= 102
     assert "aten::" in said and json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
 
 
-@pytest.mark.parametrize("words, problem", [(["peer=/nowhere"], "no nanoGPT checkout"), (["rounds=0"], "at least 1"), (["seconds=0"], "more than 0"), (["shape=tall"], "is not one of")])
-def test_bad_settings_are_one_sentence(words, problem):
+@pytest.mark.parametrize("settings, word, problem", [
+    (speed.SpeedSettings, "peer=/nowhere", "not a nanoGPT checkout"),
+    (speed.SpeedSettings, "rounds=0", "at least 1"),
+    (speed.SpeedSettings, "seconds=0", "more than 0"),
+    (speed.SpeedSettings, "shape=tall", "is not one of"),
+    (decode.DecodeSettings, "peer=/nowhere", "not a nanoGPT checkout"),
+    (decode.DecodeSettings, "tokens=1", "at least 2"),
+    (decode.DecodeSettings, "prompt=1000", "exceed the context of 1024 tokens"),
+    (profile.ProfileSettings, "rows=0", "at least 1"),
+])
+def test_bad_settings_are_one_sentence(settings, word, problem):
     with pytest.raises(ConfigError, match=problem):
-        compose(bench.SpeedSettings, words)
+        compose(settings, [word])
 
 
 GENERATES = PEER.replace("        self.wte = ", "        self.transformer = torch.nn.Module()\n        self.transformer.wte = ").replace(
@@ -102,30 +122,22 @@ GENERATES = PEER.replace("        self.wte = ", "        self.transformer = torc
 
 
 @pytest.mark.parametrize(("native", "batches"), [("1", ["bf16"]), ("0", ["fp32", "bf16"])])
-def test_decoding_is_measured_side_by_side(tmp_path, monkeypatch, capsys, native, batches):
+def test_decoding_is_measured_side_by_side(tmp_path, monkeypatch, capsys, in_this_process, native, batches):
     """With a stand-in for nanoGPT, and without transformers: every case once a round, in turn, and a row a case."""
     monkeypatch.setenv("NANOHYDRA_NATIVE_BF16", native)
     (tmp_path / "model.py").write_text(GENERATES)
-    tiny = replace(bench.GPT2_LIKE, n_layer=1, n_head=1, n_embd=8, block_size=16, vocab_size=80)
+    tiny = replace(speed.GPT2_LIKE, n_layer=1, n_head=1, n_embd=8, block_size=16, vocab_size=80)
     monkeypatch.setattr(decode, "SHAPES", {"gpt2": tiny})
     monkeypatch.setattr(decode, "read_rate", lambda: 1e9)
     monkeypatch.setattr(decode.importlib.util, "find_spec", lambda name: None)
-    order = []
-
-    def here(case, settings):
-        order.append(case)
-        capsys.readouterr()
-        decode.measure(*case, settings)
-        return json.loads(capsys.readouterr().out.splitlines()[-1])
-
-    monkeypatch.setattr(decode, "in_a_process", here)
+    calls = in_this_process(decode)
     out = tmp_path / "decode.json"
     words = [f"peer={tmp_path}", "prompt=6", "tokens=5", "batch=3", "rounds=2", f"out={out}"]
-    assert decode.decode(compose(decode.DecodeSettings, words)) == 0
+    assert decode.main(compose(decode.DecodeSettings, words)) == 0
     singles = ["fp32", "bf16", "int8"] if kernels.available() else ["fp32", "bf16"]
     cases = [("nanogpt", "fp32", 1), *(("ours", precision, 1) for precision in singles),
              *(("ours", precision, 3) for precision in batches)]
-    assert order == 2 * cases
+    assert [call[:3] for call in calls] == 2 * cases
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][-len(cases):]
     for row, case in zip(rows, json.loads(out.read_text()), strict=True):
         assert row.startswith(f"| {case['side']} | {case['precision']} | {case['batch']} |") and len(case["runs"]) == 2
@@ -140,9 +152,3 @@ def test_peers_decode_in_bf16_only_where_it_is_native(native, many, monkeypatch)
     found = decode.cases(decode.DecodeSettings())
     assert {case[1] for case in found if case[0] == "transformers"} == {"fp32", many}
     assert len(found) == len(set(found))
-
-
-@pytest.mark.parametrize("words, problem", [(["peer=/nowhere"], "no nanoGPT checkout"), (["tokens=1"], "at least 2"), (["prompt=1000"], "pass the block")])
-def test_bad_settings_of_decode_are_one_sentence(words, problem):
-    with pytest.raises(ConfigError, match=problem):
-        compose(decode.DecodeSettings, words)

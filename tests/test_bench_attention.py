@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from bench import attention
+from bench import attention, timing
 
 
 def test_every_way_computes_attention_with_a_gradient():
-    ways = attention.make_ways(16, 8, 2, torch.device("cpu"))
+    ways = attention.make_modules(16, 8, 2, torch.device("cpu"))
     x = torch.randn(3, 8, 16, requires_grad=True)
     outputs = {name: call(x) for name, call in ways.items()}
     assert all(y.shape == x.shape for y in outputs.values())
@@ -21,13 +21,13 @@ def test_every_way_computes_attention_with_a_gradient():
 
 def test_it_prints_a_table_with_a_line_for_each_way(monkeypatch, capsys):
     monkeypatch.setattr(attention, "SIZES", {"small": (2, 8, 16, 2)})
-    assert attention.main(attention.BenchAttentionSettings(rounds=2, device="cpu", precision="fp32")) == 0
+    assert attention.main(attention.AttentionSettings(rounds=2, device="cpu", precision="fp32")) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert len(lines) == 6 and lines[1].startswith("| head by head |") and lines[1].count("1.00") == 2
 
 
 def test_calls_take_turns_and_the_first_round_does_not_count(monkeypatch):
     calls, now = [], iter(range(1000))
-    monkeypatch.setattr(attention.time, "perf_counter", lambda: float(next(now)))
-    found = attention.medians({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=3)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(now)))
+    found = timing.alternating_medians({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=3)
     assert calls == ["a", "b"] * 4 and set(found) == {"a", "b"} and all(value > 0 for value in found.values())

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from bench import prepare
-from bench.prepare import BenchPrepareSettings, main, make_text
+from bench.prepare import PrepareSettings, main, make_text
 from conf.schema import ConfigError, compose
 from data.files import Document
 from data.shards import Tokens
@@ -42,7 +42,7 @@ def rows(said: str) -> dict[str, list[str]]:
 
 def test_it_prints_a_table_with_a_line_for_each_way_and_leaves_nothing(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(prepare.tempfile, "tempdir", str(tmp_path))
-    assert main(BenchPrepareSettings(megabytes=1, rounds=1, gigabytes=0, tokenizer="byte")) == 0
+    assert main(PrepareSettings(megabytes=1, rounds=1, gigabytes=0, tokenizer="byte")) == 0
     said = capsys.readouterr().out
     assert said.startswith("1 MB, byte, 2 threads or processes, medians of 1 alternating rounds")
     head, *lines = rows(said).items()
@@ -54,8 +54,8 @@ def test_it_prints_a_table_with_a_line_for_each_way_and_leaves_nothing(tiny, tmp
 
 
 def test_the_table_follows_from_the_medians(tiny, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(prepare, "medians", lambda ways, rounds: dict(zip(ways, (0.5, 0.25, 2.0), strict=True)))
-    prepare.rates(BenchPrepareSettings(megabytes=1, tokenizer="byte"), tmp_path)
+    monkeypatch.setattr(prepare, "alternating_medians", lambda ways, rounds: dict(zip(ways, (0.5, 0.25, 2.0), strict=True)))
+    prepare.measure_rates(PrepareSettings(megabytes=1, tokenizer="byte"), tmp_path)
     assert list(rows(capsys.readouterr().out).values())[1:] == [["2.0", "1.00"], ["4.0", "2.00"], ["0.5", "0.25"]]
 
 
@@ -75,8 +75,8 @@ def test_every_way_makes_the_tokens_of_the_whole_text_anew_each_time(tiny, tmp_p
             assert bytes(ids.tolist()) == (tmp_path / "rates.txt").read_bytes() and ids.tolist() == [one for ids in threads for one in ids]
         return dict.fromkeys(ways, 1.0)
 
-    monkeypatch.setattr(prepare, "medians", medians)
-    prepare.rates(BenchPrepareSettings(megabytes=1, tokenizer=tokenizer), tmp_path)
+    monkeypatch.setattr(prepare, "alternating_medians", medians)
+    prepare.measure_rates(PrepareSettings(megabytes=1, tokenizer=tokenizer), tmp_path)
     assert 10**6 <= (tmp_path / "rates.txt").stat().st_size < 10**6 + 20
     assert made == [[], ["tokenizer.json"], ["tokenizer.json"]]  # only the tokenizer is trained once
 
@@ -94,7 +94,7 @@ def test_memory_is_that_of_a_process_that_prepares_the_text_along_its_way(tiny, 
     program = "import time; time.sleep(0.1); some = bytearray(60_000_000); time.sleep(0.4)"
     monkeypatch.setattr(prepare.subprocess, "Popen", lambda words, **rest: started.append(words) or Popen([sys.executable, "-S", "-c", program]))
     (tmp_path / "untouched").mkdir()
-    prepare.memory(BenchPrepareSettings(gigabytes=1e-4, tokenizer="byte"), tmp_path)
+    prepare.measure_memory(PrepareSettings(gigabytes=1e-4, tokenizer="byte"), tmp_path)
     said = capsys.readouterr().out
     [words] = started
     assert words[1:] == ["-m", "scripts.prepare", "data=text", f"data.path={tmp_path / 'memory.txt'}", "data.tokenizer=byte"]
@@ -109,4 +109,4 @@ def test_memory_is_that_of_a_process_that_prepares_the_text_along_its_way(tiny, 
 @pytest.mark.parametrize("word", ["megabytes=0", "rounds=0", "gigabytes=-1", "tokenizer=char"])
 def test_a_setting_that_cannot_work_is_named(word):
     with pytest.raises(ConfigError, match=word.split("=")[0]):
-        compose(BenchPrepareSettings, [word])
+        compose(PrepareSettings, [word])

@@ -1,14 +1,14 @@
-"""python -m bench.bench result: what is taken from a peer's run; no times are asserted."""
+"""python -m bench result, start and ablation: what is taken from a peer's run; no times are asserted."""
 
 from __future__ import annotations
 
 import json
-import sys
 
 import numpy as np
 import pytest
 
 from bench import ablation, result, start
+from bench import peer as peer_module
 from conf.schema import ConfigError, compose
 
 VAL = (np.arange(1000) ** 2 % 97).astype(np.uint16)
@@ -44,9 +44,9 @@ def peer(tmp_path):
 @pytest.mark.slow
 def test_the_peer_trains_from_the_seed_and_is_judged_by_the_whole_validation_split(peer, monkeypatch):
     said = []
-    original = result.succeed
-    monkeypatch.setattr(result, "succeed", lambda *args: said.append(original(*args)) or said[0])
-    found = result.train_nanogpt(peer, 7)
+    original = peer_module.run_command
+    monkeypatch.setattr(peer_module, "run_command", lambda *args: said.append(original(*args)) or said[0])
+    found = peer_module.train(peer, 7)
     assert "iter 0: loss 7," in said[0]
     assert found["seconds"] == pytest.approx(501 * 0.02)  # without what it spends on evaluating
     assert found["parameters"] == 15
@@ -56,16 +56,16 @@ def test_the_peer_trains_from_the_seed_and_is_judged_by_the_whole_validation_spl
 def test_a_peer_that_fails_is_one_sentence(peer):
     (peer / "train.py").write_text("raise RuntimeError('no such device')")
     with pytest.raises(ValueError, match="no such device"):
-        result.train_nanogpt(peer, 7)
+        peer_module.train(peer, 7)
 
 
 def test_each_round_has_another_seed(peer, monkeypatch, tmp_path, capsys):
     seeds = []
-    for side in ("nanogpt", "ours"):
-        monkeypatch.setattr(result, f"train_{side}", lambda *args, side=side: seeds.append((side, str(args[-1]))) or {
-            "seconds": 8.0 if side == "nanogpt" else 2.0, "val_loss": 1.5, "parameters": 1})
-    assert result.result(compose(result.ResultSettings, [f"peer={peer}", "rounds=2", f"out={tmp_path / 'r.json'}"])) == 0
-    assert seeds == [word for seed in (1337, 1338) for word in (("nanogpt", f"{seed}"), ("ours", f"seed={seed}"), ("ours", f"seed={seed}"))]
+    run = {"val_loss": 1.5, "parameters": 1}
+    monkeypatch.setattr(peer_module, "train", lambda peer, seed: seeds.append(seed) or run | {"seconds": 8.0})
+    monkeypatch.setattr(result, "train_ours", lambda *words: seeds.append(words[-1]) or run | {"seconds": 2.0})
+    assert result.main(compose(result.ResultSettings, [f"peer={peer}", "rounds=2", f"out={tmp_path / 'r.json'}"])) == 0
+    assert seeds == [1337, "seed=1337", "seed=1337", 1338, "seed=1338", "seed=1338"]
     assert "nanoGPT trains 4.0 times as long" in capsys.readouterr().out and (tmp_path / "r.json").is_file()
 
 
@@ -79,10 +79,10 @@ def test_bad_settings_are_one_sentence(words, problem):
 def test_an_ablation_compares_the_same_seeds_with_and_without(monkeypatch, capsys):
     ran = []
     monkeypatch.setattr(ablation, "train_ours", lambda *words: ran.append(words) or {"val_loss": 2.0 + ("model.ngrams=1" in words) + int(words[-1][-1])})
-    assert ablation.ablation(compose(ablation.AblationSettings, ["seeds=2", "experiment=shakespeare_cpu"])) == 0
+    assert ablation.main(compose(ablation.AblationSettings, ["seeds=2", "experiment=shakespeare_cpu"])) == 0
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[2:]]
     assert rows[0] == ["the recipe", "2.5000", "1.0000", "+0.0000"] and rows[1] == ["n-grams", "3.5000", "1.0000", "+1.0000"]
-    assert len(rows) == len(ablation.WITHOUT) and len(ran) == 2 * len(rows)
+    assert len(rows) == len(ablation.WITHOUT) + 1 and len(ran) == 2 * len(rows)
     assert all(words[0] == "experiment=shakespeare_cpu" for words in ran)
     assert {"training.batch_size=24", "training.max_steps=1000"} <= set(ran[-1])
     for words in {words[:-1] for words in ran}:
@@ -91,15 +91,15 @@ def test_an_ablation_compares_the_same_seeds_with_and_without(monkeypatch, capsy
 
 def test_the_clock_stops_at_the_first_step():
     program = "import time; print('loading'); time.sleep(0.2); print('Step 1: done'); time.sleep(60)"
-    assert 0.2 <= start.seconds_until("Step 1:", [sys.executable, "-c", program], ".") < 30
+    assert 0.2 <= start.seconds_until("Step 1:", ["-c", program], ".") < 30
     with pytest.raises(ValueError, match="before its first step"):
-        start.seconds_until("Step 2:", [sys.executable, "-c", "print('Step 1: done')"], ".")
+        start.seconds_until("Step 2:", ["-c", "print('Step 1: done')"], ".")
 
 
 def test_starts_are_compared_with_the_first_one_left_out(tmp_path, monkeypatch, capsys):
     times = iter([90, 90, 90, 2, 1, 4, 3, 2, 5])
-    monkeypatch.setattr(start, "seconds_until", lambda sign, command, folder: next(times))
+    monkeypatch.setattr(start, "seconds_until", lambda prefix, arguments, folder: next(times))
     out = tmp_path / "out.json"
-    assert start.to_first_step(start.StartSettings(str(tmp_path), rounds=2, out=str(out))) == 0
+    assert start.main(start.StartSettings(str(tmp_path), rounds=2, out=str(out))) == 0
     assert capsys.readouterr().out.splitlines()[2:] == ["| nanoGPT | 2.50 | 1.00 |", "| the same recipe | 1.50 | 0.60 |", "| the default run | 4.50 | 1.80 |"]
     assert json.loads(out.read_text()) == {"nanoGPT": [2, 3], "the same recipe": [1, 2], "the default run": [4, 5]}

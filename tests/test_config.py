@@ -341,12 +341,12 @@ def test_every_setting_that_names_a_path_is_one_of_type_path():
     from typing import get_type_hints
 
     from bench import start
-    from scripts import attention_map, export_tokenizer, plot, prepare, report
+    from scripts import attention_map, export_tokenizer, prepare, report
     from sweep import search
 
     named = ("run", "runs_dir", "out", "prompts", "prompt_file", "sweep", "peer", "trace")
     for settings in (schema.Settings, schema.SampleSettings, attention_map.AttentionMapSettings, search.SweepSettings,
-                     start.StartSettings, export_tokenizer.ExportTokenizerSettings, plot.PlotSettings,
+                     start.StartSettings, export_tokenizer.ExportTokenizerSettings,
                      prepare.PrepareSettings, report.ReportSettings):
         for name, hint in get_type_hints(settings).items():
             assert (hint is schema.FilePath) == (name in named), (settings, name)

@@ -37,7 +37,6 @@ from report.curves import (
 )
 from report.history import POINTS, PRUNED, choose, differing, open_history, thinned
 from report.importance import importance
-from scripts import plot
 from scripts import report as script
 from terminal import escaped
 from train import train
@@ -282,14 +281,17 @@ def test_a_slice_marks_medians_and_runs_that_diverged(histories_of):
 
 
 @pytest.mark.parametrize("suffix, start", [("png", b"\x89PNG"), ("SVG", b"<?xml"), ("pdf", b"%PDF")])
-def test_the_losses_of_a_run_are_one_picture_file(tmp_path, monkeypatch, suffix, start):
+def test_losses_are_drawn_as_one_picture_file(tmp_path, capsys, suffix, start):
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(plot, "find_run", lambda runs_dir, name: runs_dir / name)  # which has no checkpoint
     with open(write_run(tmp_path / "one") / "metrics.jsonl", "a") as file:
         file.write('{"step": 61, "lo')  # as a kill leaves it
+    write_run(tmp_path / "two")
     out = tmp_path / f"loss.{suffix}"
-    assert plot.main(compose(plot.PlotSettings, [f"runs_dir={tmp_path}", "run=one", f"out={out}"])) == 0
-    assert out.read_bytes().startswith(start)
+    for runs in ("one", "one,two"):
+        assert script.main(compose(script.ReportSettings, [f"runs_dir={tmp_path}", f"runs={runs}", f"out={out}"])) == 0
+        assert out.read_bytes().startswith(start) and capsys.readouterr().out == f"Drew {out}\n"
+        out.unlink()
+    assert not list(tmp_path.glob("**/report*"))
 
 
 @pytest.mark.parametrize("values, texts", [
@@ -403,9 +405,9 @@ def test_what_no_training_writes_is_one_sentence(tmp_path, settings, row):
         open_history(run, "one")
 
 
-def test_a_page_must_be_called_html():
-    with pytest.raises(ConfigError, match=r"out=x\.pdf must end in \.html"):
-        compose(script.ReportSettings, ["out=x.pdf"])
+def test_a_report_is_a_page_or_a_picture():
+    with pytest.raises(ConfigError, match=r"out=x\.txt must end in \.html, \.png, \.svg or \.pdf\."):
+        compose(script.ReportSettings, ["out=x.txt"])
 
 
 def test_settings_that_differ_are_found_and_what_follows_is_left_out(grid):

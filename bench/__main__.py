@@ -1,0 +1,38 @@
+"""python -m bench: list the benchmarks. python -m bench NAME: run one of them."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+from conf.launch import launch
+from terminal import say
+
+BENCHMARKS = (
+    "ablation", "attention", "decode", "prepare", "profile", "result", "speed", "start",
+)
+
+
+def docstring(name: str) -> str:
+    """The docstring of a benchmark, read without importing it: that would import torch."""
+    source = Path(__file__).with_name(f"{name}.py").read_text()
+    return ast.get_docstring(ast.parse(source))
+
+
+def main() -> None:
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in BENCHMARKS:
+        del sys.argv[1]
+        module = f"bench.{name}"
+        launch(f"{module}:main", f"{module}:{name.capitalize()}Settings", docstring(name))
+    if name not in ("--help", "-h"):
+        sys.exit(f"Error: {name} is not a benchmark: choose one of {', '.join(BENCHMARKS)}.")
+    say("python -m bench NAME runs a benchmark; python -m bench NAME --help shows its settings:")
+    for name in BENCHMARKS:
+        first_line = docstring(name).partition("\n")[0]
+        say(f"  {name:<10} {first_line}")
+
+
+if __name__ == "__main__":
+    main()

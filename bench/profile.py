@@ -1,0 +1,71 @@
+"""The time of a training step: its parts, and its slowest operations by torch's profiler.
+
+  python -m bench profile
+  python -m bench profile experiment=speedrun_shakespeare rows=20
+
+Takes the settings of train.py, and
+  rows=12          operations in the table
+  trace=FILE       write a trace for chrome://tracing
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch.profiler import ProfilerActivity
+
+from bench.speed import random_loader, training_step
+from bench.timing import minimum_problems, print_header, print_row
+from conf.schema import FilePath, compose
+from training.device import Device
+
+
+@dataclass(frozen=True)
+class ProfileSettings:
+    """Settings of the profile; all others are those of train.py."""
+
+    rows: int = 12
+    trace: FilePath = ""
+    train: tuple[str, ...] = ()
+
+    def problems(self) -> Iterator[str]:
+        """One sentence for each invalid value."""
+        yield from minimum_problems(self, rows=1)
+
+
+def main(own: ProfileSettings) -> int:
+    settings = compose("config", list(own.train))
+    vocab_size = settings.data.vocab_size if settings.data.tokenizer == "bpe" else 50257
+    config = replace(settings.model, vocab_size=vocab_size)
+    device = Device(settings.training.device, settings.training.precision)
+    loader = random_loader(config, settings.training.batch_size)
+    step = training_step(config, settings.optim, device, loader)
+
+    # The first two steps warm up.
+    steps = [step(number) for number in range(8)][2:]
+    print(f"torch {torch.__version__}, {device.describe()}; "
+          f"{loader.tokens_per_step:,} tokens per step\n")
+    print_header("part", "ms", "share")
+    medians = {part: statistics.median(each[part] for each in steps) for part in steps[0]}
+    for part, seconds in medians.items():
+        share = seconds / sum(medians.values())
+        print_row(part, f"{1000 * seconds:.1f}", f"{share:.0%}")
+
+    activities = [ProfilerActivity.CPU]
+    sort_by = "self_cpu_time_total"
+    if device.type == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+        sort_by = "self_cuda_time_total"
+    with torch.profiler.profile(activities=activities, record_shapes=True) as profiler:
+        for number in range(3):
+            step(number)
+    operations = profiler.key_averages(group_by_input_shape=True)
+    print(operations.table(sort_by=sort_by, row_limit=own.rows, max_shapes_column_width=60,
+                           max_name_column_width=40))
+    if own.trace:
+        profiler.export_chrome_trace(own.trace)
+        print(f"Wrote {own.trace}")
+    return 0

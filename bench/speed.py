@@ -1,0 +1,218 @@
+"""Training steps beside nanoGPT's: tokens a second, peak memory, share of the machine's limit.
+
+  python -m bench speed peer=../nanoGPT
+
+`peer` is a folder with a nanoGPT checkout; without it, only our side is measured. Each side runs in
+processes of its own, in turn, and medians are printed.
+
+Settings, each with its default:
+  shape=all        or one of: wide, narrow, gpt2 (GPT-2 124M)
+  rounds=3         processes of each side
+  seconds=5        of timed steps in each process (at least two), after two that warm up
+  out=FILE         write the measurements as JSON
+"""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from bench import peer as nanogpt
+from bench.timing import (
+    measure_in_process,
+    minimum_problems,
+    print_header,
+    print_row,
+    write_json,
+)
+from conf.schema import FilePath
+from data.loader import Loader
+from data.shards import Tokens
+from model import GPT, GPTConfig
+from train import loss_of
+from training.device import Device
+from training.optim import OptimConfig, Optimizers
+
+# nanoGPT's architecture.
+GPT2_LIKE = GPTConfig(dropout=0.0, bias=False, activation="gelu_erf")
+CHARACTERS = replace(GPT2_LIKE, vocab_size=65, n_layer=4, n_head=4)
+# The model, and the number of sequences in a batch.
+SHAPES = {
+    "wide": (replace(CHARACTERS, n_embd=256, block_size=128), 64),
+    "narrow": (replace(CHARACTERS, n_embd=128, block_size=64), 12),
+    "gpt2": (replace(GPT2_LIKE, vocab_size=50304), 4),
+}
+# Rows and columns of the square matrices whose product is taken as the machine's limit.
+PRODUCT_SIZES = (512, 1024, 2048)
+
+
+@dataclass(frozen=True)
+class SpeedSettings:
+    """Settings of the benchmark of training steps."""
+
+    peer: FilePath = ""  # a nanoGPT checkout
+    shape: Literal["all", "wide", "narrow", "gpt2"] = "all"
+    rounds: int = 3
+    seconds: float = 5.0
+    out: FilePath = ""
+
+    def problems(self) -> Iterator[str]:
+        """One sentence for each invalid value."""
+        yield from nanogpt.checkout_problems(self.peer)
+        yield from minimum_problems(self, rounds=1)
+        if not 0 < self.seconds < 3600:
+            yield f"seconds={self.seconds} must be more than 0 and less than 3600."
+
+
+def main(settings: SpeedSettings) -> int:
+    device = Device()
+    limit = product_rate(device)
+    print(f"torch {torch.__version__}, {device.describe()}; fastest matrix product in "
+          f"{device.precision}: {limit / 1e9:,.0f} GFLOP/s\n")
+    print_header("shape", "nanoGPT, tokens/s", "ours", "x", "of product rate",
+                 "memory, nanoGPT", "ours", "x")
+    measured: dict[str, Any] = {"precision": device.precision, "product_flops": limit}
+    shapes = list(SHAPES) if settings.shape == "all" else [settings.shape]
+    for shape in shapes:
+        measured[shape] = measure_shape(shape, limit, settings)
+    write_json(settings.out, measured)
+    return 0
+
+
+def measure_shape(shape: str, limit: float, settings: SpeedSettings) -> dict[str, Any]:
+    """Measure both sides in turn and print their row."""
+    sides = ["nanogpt", "ours"] if settings.peer else ["ours"]
+    runs: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
+    for _ in range(settings.rounds):
+        for side in sides:
+            arguments = (side, shape, settings.seconds, settings.peer)
+            runs[side].append(measure_in_process("bench.speed", *arguments))
+
+    config, batch_size = SHAPES[shape]
+    tokens = batch_size * config.block_size
+    rates: dict[str, list[float]] = {}
+    memory: dict[str, float] = {}
+    for side in sides:
+        rates[side] = [tokens / statistics.median(run["seconds"]) for run in runs[side]]
+        memory[side] = statistics.median(run["peak_bytes"] for run in runs[side])
+    rate = statistics.median(rates["ours"])
+    share = rate * GPT(config).flops_per_token() / limit
+
+    megabytes = f"{memory['ours'] / 2**20:,.0f} MB"
+    if settings.peer:
+        print_row(
+            shape,
+            f"{statistics.median(rates['nanogpt']):,.0f}", f"{rate:,.0f}",
+            f"{median_ratio(rates):.2f}", f"{share:.0%}",
+            f"{memory['nanogpt'] / 2**20:,.0f} MB", megabytes,
+            f"{memory['ours'] / memory['nanogpt']:.2f}",
+        )
+    else:
+        print_row(shape, "not measured", f"{rate:,.0f}", "", f"{share:.0%}", "", megabytes, "")
+    return {
+        "tokens_per_second": rates,
+        "peak_bytes": memory,
+        "of_product_rate": share,
+        "runs": runs,
+    }
+
+
+def median_ratio(rates: dict[str, list[float]]) -> float:
+    """Median over the rounds of our rate divided by nanoGPT's rate in the same round."""
+    rounds = zip(rates["ours"], rates["nanogpt"], strict=True)
+    return statistics.median(ours / theirs for ours, theirs in rounds)
+
+
+def product_rate(device: Device) -> float:
+    """The highest FLOP/s of a product of square matrices, in the precision of training."""
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    dtype = dtypes[device.precision]
+    best = 0.0
+    for size in PRODUCT_SIZES:
+        a = torch.randn(size, size, device=device.torch, dtype=dtype)
+        b = torch.randn(size, size, device=device.torch, dtype=dtype)
+        for _ in range(8):
+            start = time.perf_counter()
+            a @ b
+            device.synchronize()
+            best = max(best, 2 * size**3 / (time.perf_counter() - start))
+    return best
+
+
+def measure(side: str, shape: str, least_seconds: float, peer: str) -> dict[str, Any]:
+    """Seconds of each step of one side, and the peak memory of this process in bytes."""
+    config, batch_size = SHAPES[shape]
+    loader = random_loader(config, batch_size)
+    if side == "ours":
+        step = training_step(config, OptimConfig(), Device(), loader)
+    else:
+        step = nanogpt_step(Path(peer), config, loader)
+    seconds: list[float] = []
+    while len(seconds) < 4 or sum(seconds[2:]) < least_seconds:
+        start = time.perf_counter()
+        step(len(seconds))
+        seconds.append(time.perf_counter() - start)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if sys.platform != "darwin":
+        peak *= 1024
+    return {"seconds": seconds[2:], "peak_bytes": peak}
+
+
+def random_loader(config: GPTConfig, batch_size: int) -> Loader:
+    ids = np.random.default_rng(0).integers(0, config.vocab_size, 2_000_000, dtype=np.uint16)
+    return Loader([Tokens([ids])], config.block_size, batch_size)
+
+
+def training_step(
+    config: GPTConfig, optim: OptimConfig, device: Device, loader: Loader
+) -> Callable[[int], dict[str, float]]:
+    """A function that does one training step and returns the seconds of each of its parts."""
+    model = GPT(config).to(device.torch)
+    optimizers = Optimizers(model.parameters_by_role(), optim)
+    scaler = torch.amp.GradScaler(device.type, enabled=device.precision == "fp16")
+
+    def now() -> float:
+        device.synchronize()
+        return time.perf_counter()
+
+    def step(number: int) -> dict[str, float]:
+        start = now()
+        loss = loss_of(model, loader.batch(number), device, None)
+        forward = now()
+        scaler.scale(loss).backward()
+        backward = now()
+        optimizers.step(scaler, optimizers.gradient_norm(scaler), optim.grad_clip)
+        end = now()
+        return {
+            "forward": forward - start,
+            "backward": backward - forward,
+            "optimizer": end - backward,
+        }
+
+    return step
+
+
+def nanogpt_step(peer: Path, config: GPTConfig, loader: Loader) -> Callable[[int], None]:
+    """One step of nanoGPT's model and optimizer, as in its training loop: in fp32 on CPUs."""
+    model = nanogpt.build_model(peer, config)
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), "cpu")
+
+    def step(number: int) -> None:
+        inputs, targets = loader.batch(number)
+        _, loss = model(inputs.contiguous(), targets.contiguous())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        loss.item()
+
+    return step

@@ -62,8 +62,9 @@ from training.config import TrainingConfig
 from training.device import Device, available_memory, bytes_kept, maybe_compile
 from training.estimate import measure_pace
 from training.interrupt import Interrupt
-from training.optim import Optimizers, extension, lr_scale, same_rates
+from training.optim import Optimizers
 from training.recorder import Recorder
+from training.schedule import extension, lr_scale, same_rates
 
 KEPT_AT_MOST = 512  # bytes for each number of a layer's residual stream, by far: a tenth of it is usual
 
@@ -244,7 +245,7 @@ def settle(run: Run, recorder: Recorder) -> None:
 
 def introduce(recorder: Recorder, run: Run, device: Device, model: GPT, loader: Loader, data: str, step: int) -> None:
     """Say what is about to be trained, on what, and from where."""
-    parts = {role: sum(weights.numel() for weights in parameters)
+    parts = {role: sum(weights.numel() for weights in parameters.values())
              for role, parameters in model.parameters_by_role().items()}
     recorder.say(f"Run: {run.folder}" + (f", from step {step}" if step else ""))
     recorder.say(f"Data: {data}")
@@ -290,7 +291,7 @@ def answer_nonfinite(loss: float, state: State, run: Run, limits: TrainingConfig
         said += f": see {path}."
     except OSError as error:
         said += f"; no report of it could be written ({error.strerror})."
-    state.optimizers.clear(state.scaler)
+    state.optimizers.zero_grad(state.scaler)
     if answer == "stop":
         saver.finish()
         if state.nonfinite > 1:

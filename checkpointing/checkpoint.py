@@ -36,7 +36,8 @@ import atomic
 from terminal import readable_size
 from training.device import available_memory
 
-FORMAT = 2
+FORMAT = 3
+READABLE = (2, FORMAT)  # format 2 named optimizer state by position; see state.py
 MODEL, OPTIMIZER, STATE, TOKENIZER = "model.safetensors", "optimizer.safetensors", "state.json", "tokenizer.json"
 FILES = (MODEL, OPTIMIZER, STATE, TOKENIZER)
 MANIFEST = "manifest.json"
@@ -111,6 +112,7 @@ class Checkpoint:
     folder: Path
     manifest: dict[str, dict[str, Any]]  # of each file: "bytes" and "sha256"
     state: dict[str, Any]
+    format: int = FORMAT
 
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:
@@ -120,7 +122,7 @@ class Checkpoint:
         manifest = parse_json(folder / MANIFEST, read_small(folder / MANIFEST))
         if manifest.pop("sha256", None) != checksum(manifest):
             raise DamagedCheckpoint(f"{folder / MANIFEST} does not match its own checksum")
-        if manifest.get("format") != FORMAT:
+        if manifest.get("format") not in READABLE:
             raise ValueError(f"{folder} is of format {ascii(manifest.get('format'))[:40]}, this nanohydra reads {FORMAT}: "
                              f"use the version that wrote it.")
         files = manifest.get("files")
@@ -137,7 +139,7 @@ class Checkpoint:
             raise DamagedCheckpoint(f"{folder / STATE} {problem}")
         if folder.name != step_name(state["step"]):
             raise DamagedCheckpoint(f"{folder / STATE} is of step {state['step']}")
-        return cls(folder, files, state)
+        return cls(folder, files, state, manifest["format"])
 
     @property
     def step(self) -> int:

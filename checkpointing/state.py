@@ -1,4 +1,4 @@
-"""Where a run stands: all that training changes, to and from a checkpoint. What is not in here is a function of it."""
+"""The mutable training state, to and from a checkpoint. All else is a function of it."""
 
 from __future__ import annotations
 
@@ -7,80 +7,106 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from checkpointing.checkpoint import MODEL, OPTIMIZER, STATE, Checkpoint, DamagedCheckpoint, Snapshot
 from training.optim import Optimizers
 
+# The counters, which a checkpoint holds under the names that they have in `State`.
+COUNTERS = ("step", "seconds", "batches_skipped", "nonfinite", "replanned", "best_val_loss",
+            "stale_evaluations")
+
 
 @dataclass
 class State:
-    """The weights, what the optimizers and the loss scaler remember, and how far things are."""
+    """The weights, the state of the optimizers and the loss scaler, and the counters."""
 
     model: nn.Module
     optimizers: Optimizers
     scaler: torch.amp.GradScaler
     step: int = 0  # steps taken
     seconds: float = 0.0  # of training
-    batches_skipped: int = 0  # those that a rollback stepped over
-    nonfinite: int = 0  # how often a loss or gradient was not finite
-    replanned: bool = False  # whether learning rates so far were those of another max_steps
-    best_val_loss: float | None = None  # the lowest of the evaluations that were due
-    stale_evaluations: int = 0  # evaluations since then
+    batches_skipped: int = 0  # by rollbacks
+    nonfinite: int = 0  # losses or gradients that were NaN or infinite
+    replanned: bool = False  # whether earlier learning rates were those of another max_steps
+    best_val_loss: float | None = None  # of the scheduled evaluations
+    stale_evaluations: int = 0  # scheduled evaluations since the best one
 
     @property
     def batch(self) -> int:
-        """Which of the loader's steps comes next."""
+        """The index of the loader's next batch."""
         return self.step + self.batches_skipped
 
     def snapshot(self, val_loss: float | None, scheduled: bool, tokenizer: dict[str, Any],
                  facts: dict[str, Any]) -> Snapshot:
-        """This moment. `facts` are what training does not change: the settings, the model's shape, the environment."""
-        state = {"step": self.step, "seconds": self.seconds, "batches_skipped": self.batches_skipped,
-                 "nonfinite": self.nonfinite, "replanned": self.replanned, "scheduled": scheduled,
-                 "best_val_loss": self.best_val_loss, "stale_evaluations": self.stale_evaluations,
-                 "scaler": self.scaler.state_dict(),
-                 "val_loss": val_loss if val_loss is not None and math.isfinite(val_loss) else None} | facts
-        return Snapshot(self.model.state_dict(), self.optimizers.tensors(), tokenizer, state)
+        """The content of a checkpoint; it shares memory with the model and the optimizers.
+
+        `facts` do not change in training: the settings, the model's shape, the environment.
+        """
+        if val_loss is not None and not math.isfinite(val_loss):
+            val_loss = None
+        state = {name: getattr(self, name) for name in COUNTERS}
+        state |= {"scheduled": scheduled, "val_loss": val_loss, "scaler": self.scaler.state_dict()}
+        tensors = self.optimizers.tensors()
+        return Snapshot(self.model.state_dict(), tensors, tokenizer, state | facts)
 
     def nbytes(self) -> int:
         """The size of a checkpoint."""
-        return sum(tensor.nbytes for tensor in (*self.model.state_dict().values(), *self.optimizers.tensors().values()))
+        tensors = [*self.model.state_dict().values(), *self.optimizers.tensors().values()]
+        return sum(tensor.nbytes for tensor in tensors)
 
     def restore(self, saved: Checkpoint) -> None:
-        """Go back to a moment. Raises DamagedCheckpoint, changing nothing, if it does not fit this model."""
+        """Load a checkpoint.
+
+        Raises DamagedCheckpoint, changing nothing, if it does not fit this model and these optimizers.
+        """
         scaler = saved.state["scaler"]
-        if not fits(scaler, self.scaler.state_dict()):
-            raise DamagedCheckpoint(f"{saved.folder / STATE} holds no state of this run's loss scaler")
+        if not is_scaler_state(scaler, self.scaler.state_dict()):
+            raise DamagedCheckpoint(f"{saved.folder / STATE} does not hold the state of this loss scaler")
         weights = saved.load_tensors(MODEL, self.model.state_dict())
-        remembered = saved.load_tensors(OPTIMIZER, self.optimizers.tensors())
+        optimizer_state = self.read_optimizer_state(saved)
         self.model.load_state_dict(weights)
-        self.optimizers.load_tensors(remembered)
+        self.optimizers.load_tensors(optimizer_state)
         self.scaler.load_state_dict(scaler)
-        self.step, self.seconds = saved.step, saved.state["seconds"]
-        self.batches_skipped, self.nonfinite = saved.state["batches_skipped"], saved.state["nonfinite"]
-        self.replanned = saved.state["replanned"]
-        self.best_val_loss, self.stale_evaluations = saved.state["best_val_loss"], saved.state["stale_evaluations"]
+        for name in COUNTERS:
+            setattr(self, name, saved.state[name])
+
+    def read_optimizer_state(self, saved: Checkpoint) -> dict[str, Tensor]:
+        """The optimizer state of a checkpoint. Format 2 has numbers in place of names."""
+        own = self.optimizers.tensors()
+        if saved.format != 2:
+            return saved.load_tensors(OPTIMIZER, own)
+        numbered = []
+        for number, optimizer in enumerate(self.optimizers.all):
+            for index, state in enumerate(optimizer.state.values()):
+                numbered += [f"{number}.{index}.{key}" for key in state]
+        tensors = saved.load_tensors(OPTIMIZER, dict(zip(numbered, own.values(), strict=True)))
+        return {name: tensors[old] for name, old in zip(own, numbered, strict=True)}
 
     def note_evaluation(self, val_loss: float) -> None:
-        """Count the evaluations since the lowest loss. One that is not finite is never the lowest."""
-        if math.isfinite(val_loss) and (self.best_val_loss is None or val_loss < self.best_val_loss):
+        """Record the loss of a scheduled evaluation; NaN or infinity is never the best one."""
+        is_best = self.best_val_loss is None or val_loss < self.best_val_loss
+        if is_best and math.isfinite(val_loss):
             self.best_val_loss, self.stale_evaluations = val_loss, 0
         else:
             self.stale_evaluations += 1
 
     def roll_back(self, saved: Checkpoint) -> None:
-        """Go back to a moment with what is known now: step over all batches since then, the present one included."""
-        reached, nonfinite, replanned = self.batch + 1, self.nonfinite, self.replanned
+        """Load a checkpoint, and skip all batches since then, including the present one."""
+        next_batch, nonfinite, replanned = self.batch + 1, self.nonfinite, self.replanned
         self.restore(saved)
-        self.batches_skipped, self.nonfinite, self.replanned = reached - self.step, nonfinite, replanned
+        self.batches_skipped = next_batch - self.step
+        self.nonfinite, self.replanned = nonfinite, replanned
 
 
-def fits(scaler: dict[str, Any], own: dict[str, Any]) -> bool:
-    """Whether a loss scaler that is `own` now can have been in the state `scaler`: only its scale and its count change."""
+def is_scaler_state(state: dict[str, Any], own: dict[str, Any]) -> bool:
+    """Whether `state` can be a later one of the loss scaler whose state is `own`."""
     if not own:
-        return not scaler
-    scale, count = scaler.get("scale"), scaler.get("_growth_tracker")
-    changing = {"scale": scale, "_growth_tracker": count}
-    return (scaler | changing == own | changing and isinstance(scale, float) and 0 < scale < 2.0**64
-            and type(count) is int and 0 <= count < 2**31)
+        return not state
+    scale, growth = state.get("scale"), state.get("_growth_tracker")
+    # All else are constants of the scaler.
+    if state != own | {"scale": scale, "_growth_tracker": growth}:
+        return False
+    if not isinstance(scale, float) or type(growth) is not int:
+        return False
+    return 0 < scale < 2.0**64 and 0 <= growth < 2**31

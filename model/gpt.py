@@ -160,18 +160,19 @@ class GPT(nn.Module):
             return self.head(features)
         return next_token_loss(features.flatten(0, 1), self.head_weight, targets.flatten())
 
-    def parameters_by_role(self) -> dict[str, list[Tensor]]:
-        """The parameters, each once, by what they do: what optimizers and reports sort by."""
-        roles: dict[str, list[Tensor]] = {"embedding": [], "attention": [], "mlp": [], "vector": [], "head": []}
+    def parameters_by_role(self) -> dict[str, dict[str, Tensor]]:
+        """The parameters by role and name, each once."""
+        roles: dict[str, dict[str, Tensor]] = {
+            "embedding": {}, "attention": {}, "mlp": {}, "vector": {}, "head": {}}
         for name, weights in self.named_parameters():
             if weights.dim() == 1:
-                roles["vector"].append(weights)  # biases and gains
+                roles["vector"][name] = weights  # biases and gains
             elif name.startswith(("wte", "wpe", "ngram")):
-                roles["embedding"].append(weights)
+                roles["embedding"][name] = weights
             elif name.startswith("lm_head"):
-                roles["head"].append(weights)
+                roles["head"][name] = weights
             else:
-                roles["attention" if ".attn." in name else "mlp"].append(weights)
+                roles["attention" if ".attn." in name else "mlp"][name] = weights
         return roles
 
     def flops_per_token(self) -> int:
@@ -181,6 +182,6 @@ class GPT(nn.Module):
         12 * C * T a layer for the two products of attention, counted as if no mask saved half of them.
         """
         config, roles = self.config, self.parameters_by_role()
-        products = sum(w.numel() for role in ("attention", "mlp") for w in roles[role])
+        products = sum(w.numel() for role in ("attention", "mlp") for w in roles[role].values())
         products += config.vocab_size * config.n_embd
         return 6 * products + 12 * config.n_layer * config.n_embd * config.block_size

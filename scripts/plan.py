@@ -91,7 +91,7 @@ def plan(own: PlanSettings) -> int:
 
     with Undrawn("meta"):
         model = GPT(settings.model)
-    parts = {role: sum(weights.numel() for weights in of) for role, of in model.parameters_by_role().items()}
+    parts = {role: sum(weights.numel() for weights in of.values()) for role, of in model.parameters_by_role().items()}
     tokens_per_step = limits.batch_size * settings.model.block_size * limits.micro_steps(settings.model.block_size)
     tokens = tokens_per_step * limits.max_steps
     flops = model.flops_per_token() * tokens

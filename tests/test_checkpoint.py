@@ -145,7 +145,7 @@ def test_a_checkpoint_of_another_format_is_named_as_such(tmp_path):
     folder = save(tmp_path, 1)
     manifest = {"format": 99, "files": {}}
     (folder / MANIFEST).write_text(json.dumps(manifest | {"sha256": checkpoint.checksum(manifest)}))
-    with pytest.raises(ValueError, match=r"format 99, this nanohydra reads 2: use the version that wrote it"):
+    with pytest.raises(ValueError, match=r"format 99, this nanohydra reads 3: use the version that wrote it"):
         store.list_checkpoints(tmp_path)
 
 

@@ -369,7 +369,7 @@ def test_an_experiment_may_lie_at_home(monkeypatch, tmp_path):
 @pytest.mark.parametrize("schedule", ["cosine", "wsd", "constant"])
 @pytest.mark.parametrize("warmup", [0, 1, 4, 5, 9, 10, 11, 50])
 def test_a_rate_that_is_never_full_is_warned_about(schedule, warmup):
-    from training.optim import lr_scale
+    from training.schedule import lr_scale
 
     settings = compose("config", [f"optim.schedule={schedule}", "optim.decay_fraction=0.5", f"optim.warmup_steps={warmup}",
                                   "training.max_steps=10"])

@@ -91,4 +91,4 @@ def test_what_goes_into_the_first_block_is_normalised():
 
 def test_the_table_is_an_embedding():
     gpt = shaken()
-    assert any(weights is gpt.ngram.table.weight for weights in gpt.parameters_by_role()["embedding"])
+    assert any(weights is gpt.ngram.table.weight for weights in gpt.parameters_by_role()["embedding"].values())

@@ -64,14 +64,14 @@ def seconds_of(call: Callable[[], object], device: Device) -> float:
     return time.perf_counter() - start
 
 
-def measure_pace(loss: Callable[[int], Tensor], roles: dict[str, list[Tensor]], config: OptimConfig, device: Device,
+def measure_pace(loss: Callable[[int], Tensor], roles: dict[str, dict[str, Tensor]], config: OptimConfig, device: Device,
                  limits: TrainingConfig, micro_steps: int, eval_sequences: int, compiled: bool = False) -> Pace:
     """The pace of a training with `micro_steps` a step and `eval_sequences` an evaluation.
 
     `loss(n)` is the loss of n sequences, at most `batch_size` of them; `roles` are the parameters by their roles.
     A compiled model is timed in its own shape only: another one would compile it again.
     """
-    parameters = [weights for of in roles.values() for weights in of]
+    parameters = [weights for of in roles.values() for weights in of.values()]
 
     def micro_step(sequences: int) -> float:
         seconds = seconds_of(lambda: loss(sequences).backward(), device)
@@ -101,13 +101,13 @@ def measure_pace(loss: Callable[[int], Tensor], roles: dict[str, list[Tensor]], 
     return Pace(step, forward(sequences) * eval_sequences / sequences)
 
 
-def update_seconds(roles: dict[str, list[Tensor]], config: OptimConfig, device: Device) -> float:
+def update_seconds(roles: dict[str, dict[str, Tensor]], config: OptimConfig, device: Device) -> float:
     """The time of an optimizer step for parameters by their roles (`GPT.parameters_by_role`).
 
     Timed with new tensors of the same shapes, in a smaller number: an update takes a time in
     proportion to it. Of what only AdamW updates a part of the rows is enough.
     """
-    shapes = Counter((role, weights.shape) for role, of in roles.items() for weights in of)
+    shapes = Counter((role, weights.shape) for role, of in roles.items() for weights in of.values())
     scaler = torch.amp.GradScaler(device.type, enabled=False)
     seconds = 0.0
     for (role, shape), count in shapes.items():
@@ -116,7 +116,8 @@ def update_seconds(roles: dict[str, list[Tensor]], config: OptimConfig, device: 
         if shape.numel() > SAMPLE_NUMBERS and role not in ("attention", "mlp"):
             shape = torch.Size((max(1, SAMPLE_NUMBERS // shape[1:].numel()), *shape[1:]))
         tensors = [torch.zeros(shape, device=device.torch, requires_grad=True) for _ in range(number)]
-        optimizers = Optimizers({name: [] for name in roles} | {role: tensors}, config)
+        named = {str(number): weights for number, weights in enumerate(tensors)}
+        optimizers = Optimizers({name: {} for name in roles} | {role: named}, config)
 
         def update(optimizers: Optimizers = optimizers, tensors: list[Tensor] = tensors) -> None:
             for weights in tensors:

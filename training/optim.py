@@ -1,116 +1,184 @@
-"""Optimizers and schedules: which parameter is updated how, and by how much at each step."""
+"""AdamW, Muon, and `Optimizers`, which assigns each parameter to one of them."""
 
 from __future__ import annotations
 
+import inspect
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from terminal import counted
+from hardware import native
 from training.config import OptimConfig
-from training.updates import AdamW, Muon, Optimizer
+
+# The coefficients of Keller Jordan's Muon (2024), kellerjordan.github.io/posts/muon.
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+NEWTON_SCHULZ_STEPS = 5
 
 
-def lr_scale(step: int, config: OptimConfig, max_steps: int) -> float:
-    """The part of the full learning rate that step `step` (from 0) uses: a pure function of the step.
+class WithoutCompiler(torch.optim.Optimizer):
+    """Keeps torch.optim from importing torch's compiler, which takes 2 s at start-up.
 
-    A linear warm-up, then: cosine, half a wave down to `min_lr_ratio` (arXiv:1608.03983); wsd, level and
-    then straight down in the last `decay_fraction` (arXiv:2404.06395); constant, level.
+    Decorators of these methods import it to exclude them from compilation; steps are not compiled.
     """
-    if step < config.warmup_steps:
-        return (step + 1) / (config.warmup_steps + 1)
-    if config.schedule == "constant":
-        return 1.0
-    start = config.warmup_steps if config.schedule == "cosine" else config.decay_start(max_steps)
-    progress = min(1.0, max(0, step - start) / max(1, max_steps - start))
-    fall = 0.5 * (1 - math.cos(math.pi * progress)) if config.schedule == "cosine" else progress
-    return 1.0 - (1.0 - config.min_lr_ratio) * fall
+
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
 
 
-def same_rates(step: int, config: OptimConfig, old_max_steps: int, max_steps: int) -> bool:
-    """Whether the rates before `step` are the same for both numbers of steps."""
-    # The last one tells: a schedule that has once left another does not meet it again.
-    return step == 0 or lr_scale(step - 1, config, old_max_steps) == lr_scale(step - 1, config, max_steps)
+class AdamW(WithoutCompiler, torch.optim.AdamW):
+    """`torch.optim.AdamW(fused=True)`, with its state created at once: checkpoint sizes need it."""
+
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+
+    def __init__(self, params: list[dict[str, Any]], lr: float, betas: tuple[float, float]) -> None:
+        super().__init__(params, lr, betas, fused=True)
+        for group in self.param_groups:
+            for weights in group["params"]:
+                self.state[weights] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=weights.device),
+                    "exp_avg": torch.zeros_like(weights),
+                    "exp_avg_sq": torch.zeros_like(weights),
+                }
 
 
-def extension(step: int, config: OptimConfig, old_max_steps: int, max_steps: int, replanned: bool) -> str:
-    """What it means that a run at `step` that was planned for `old_max_steps` is now one of `max_steps`.
+class Muon(WithoutCompiler):
+    """Muon (Jordan 2024), for matrices, orthogonalizing those of one shape in one batch.
 
-    `replanned`: it had other rates earlier, from another such change.
+    Equal to `torch.optim.Muon`, which orthogonalizes one matrix after another.
     """
-    if same_rates(step, config, old_max_steps, max_steps) and not replanned:
-        return f"The learning rates so far are those of a run planned for {counted(max_steps, 'step')}: it becomes that run."
-    before, after, end = (lr_scale(step - 1, config, old_max_steps), lr_scale(step, config, max_steps),
-                          lr_scale(max_steps - 1, config, max_steps))
-    longer = counted(max_steps, "step")
-    return (f"The {config.schedule} schedule for {counted(old_max_steps, 'step')} becomes the one for {longer} "
-            f"from here on: the rate stood at {before:.0%} of its peak, goes on at {after:.0%}, and ends at {end:.0%}. "
-            f"A run planned for {longer} from the start would have had other rates until here.")
+
+    def __init__(self, params: list[dict[str, Any]], lr: float, momentum: float) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": 0.0})
+        for group in self.param_groups:
+            for weights in group["params"]:
+                self.state[weights] = {"momentum_buffer": torch.zeros_like(weights)}
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            # Tall matrices are transposed, to share a batch with wide ones of the same sizes.
+            batches: dict[tuple[int, ...], list[Tensor]] = {}
+            for weights in group["params"]:
+                if weights.grad is not None:
+                    batches.setdefault(tuple(sorted(weights.shape)), []).append(weights)
+            for batch in batches.values():
+                self.update(batch, group["lr"], group["momentum"], group["weight_decay"])
+
+    def update(self, batch: list[Tensor], lr: float, momentum: float, weight_decay: float) -> None:
+        """Update matrices of one shape, or its transpose."""
+        # Singular values only need to come near 1, so bf16 is exact enough where it is native.
+        is_fast = native("bf16", batch[0].device.type)
+        dtype = torch.bfloat16 if is_fast else torch.float32
+        directions = []
+        for weights in batch:
+            mean = self.state[weights]["momentum_buffer"]
+            mean.lerp_(weights.grad, 1 - momentum)
+            nesterov = weights.grad.lerp(mean, momentum)
+            directions.append(wide(nesterov.to(dtype)))
+        for weights, update in zip(batch, orthogonalize(torch.stack(directions)), strict=True):
+            rows, columns = weights.shape
+            if rows > columns:
+                update = update.mT
+            weights.mul_(1 - lr * weight_decay)
+            weights.add_(update, alpha=-lr * math.sqrt(max(1, rows / columns)))
+
+
+def wide(matrix: Tensor) -> Tensor:
+    """The matrix, transposed if it has more rows than columns."""
+    return matrix.mT if matrix.size(0) > matrix.size(1) else matrix
+
+
+def orthogonalize(matrices: Tensor) -> Tensor:
+    """Bring all singular values of matrices `[N, rows, columns]` near 1.
+
+    By five steps of a quintic Newton-Schulz iteration.
+    """
+    a, b, c = NEWTON_SCHULZ
+    # After division by the Frobenius norm, no singular value is above 1.
+    norms = matrices.flatten(1).norm(dim=1).clamp(min=1e-7)
+    x = matrices / norms[:, None, None]
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        gram = x @ x.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
+    return x
 
 
 class Optimizers:
-    """One or two optimizers that act as one.
+    """AdamW for all parameters, or Muon for the matrices of the blocks and AdamW for the rest.
 
-    `roles` are the parameters by what they do (`GPT.parameters_by_role`). Muon takes the matrices inside the
-    blocks (roles "attention" and "mlp"), where steps in all directions of a product's space should be alike
-    (Jordan 2024, kellerjordan.github.io/posts/muon); AdamW takes the rest, or with optimizer=adamw everything.
+    `roles` are the parameters by role and name (`GPT.parameters_by_role`). Muon gets the roles
+    "attention" and "mlp". Weight decay applies to all but the role "vector".
     """
 
-    def __init__(self, roles: dict[str, list[Tensor]], config: OptimConfig) -> None:
-        matrices = roles["attention"] + roles["mlp"]
-        tables, vectors = roles["embedding"] + roles["head"], roles["vector"]
-        self.all: list[Optimizer] = []
+    def __init__(self, roles: dict[str, dict[str, Tensor]], config: OptimConfig) -> None:
+        self.names = {weights: name for role in roles.values() for name, weights in role.items()}
+        self.parameters = list(self.names)
+        matrices = [*roles["attention"].values(), *roles["mlp"].values()]
+        decayed = [*roles["embedding"].values(), *roles["head"].values()]
+        vectors = list(roles["vector"].values())
+
+        self.all: list[torch.optim.Optimizer] = []
         if config.optimizer == "muon":
             groups = [{"params": matrices, "weight_decay": config.weight_decay}]
             self.all.append(Muon(groups, config.muon_lr, config.momentum))
         else:
-            tables = matrices + tables
-        groups = [{"params": tables, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+            decayed = matrices + decayed
+        groups = [{"params": decayed, "weight_decay": config.weight_decay},
+                  {"params": vectors, "weight_decay": 0.0}]
         self.all.append(AdamW(groups, config.lr, (config.beta1, config.beta2)))
-        self.full_rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.all]
-        self.parameters = [weights for role in roles.values() for weights in role]
+        for optimizer in self.all:
+            for group in optimizer.param_groups:
+                group["initial_lr"] = group["lr"]
 
     def set_scale(self, scale: float) -> None:
-        """Use this part of each group's full learning rate from now on."""
-        for optimizer, rates in zip(self.all, self.full_rates, strict=True):
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * scale
+        """Set each learning rate to this fraction of its full value."""
+        for optimizer in self.all:
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * scale
 
     def gradient_norm(self, scaler: torch.amp.GradScaler) -> Tensor:
-        """The norm of all gradients together, unscaled."""
+        """Unscale the gradients and return the norm of all together, without waiting for it."""
         for optimizer in self.all:
             scaler.unscale_(optimizer)
-        return torch.nn.utils.get_total_norm([weights.grad for weights in self.parameters if weights.grad is not None])
+        gradients = [weights.grad for weights in self.parameters if weights.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients)
 
     def step(self, scaler: torch.amp.GradScaler, norm: Tensor, grad_clip: float) -> None:
-        """Clip the gradients, whose norm is `norm`, update the weights, and clear the gradients.
+        """Clip the gradients, whose norm is `norm`, update the weights, and drop the gradients.
 
-        A scaler whose scale was too high for some of them has all optimizers pass this step over.
+        With an enabled scaler, a gradient that overflowed skips the step of all optimizers.
         """
         if scaler.is_enabled() and not norm.isfinite():
-            self.clear(scaler)
+            self.zero_grad(scaler)
             return
         if grad_clip:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, grad_clip, norm)
         for optimizer in self.all:
             scaler.step(optimizer)
-        self.clear(scaler)
+        self.zero_grad(scaler)
 
-    def clear(self, scaler: torch.amp.GradScaler) -> None:
-        """Drop the gradients, used or not; a scaler learns from them what scale to use next."""
+    def zero_grad(self, scaler: torch.amp.GradScaler) -> None:
+        """Drop the gradients, and let the scaler adapt its scale to them."""
         scaler.update()
         for optimizer in self.all:
-            optimizer.clear()
+            optimizer.zero_grad()
 
     def tensors(self) -> dict[str, Tensor]:
-        """All state by name, `OPTIMIZER.PARAMETER.WHAT`. Rates are no state: the schedule gives them."""
-        return {f"{number}.{index}.{what}": tensor
-                for number, optimizer in enumerate(self.all)
-                for index, state in enumerate(optimizer.state.values())
-                for what, tensor in state.items()}
+        """The state, by names such as "h.0.attn.c_attn.weight.exp_avg".
+
+        Learning rates are left out: the schedule gives them.
+        """
+        tensors = {}
+        for optimizer in self.all:
+            for weights, state in optimizer.state.items():
+                for key, tensor in state.items():
+                    tensors[f"{self.names[weights]}.{key}"] = tensor
+        return tensors
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Take back what `tensors` gave."""
+        """Copy the state from `tensors`, which has the names and shapes of `tensors()`."""
         for name, tensor in self.tensors().items():
             tensor.copy_(tensors[name])

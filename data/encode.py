@@ -1,7 +1,7 @@
-"""Text to tokens on all cores, in bounded memory, and onto the disk a segment of text after the other.
+"""Encode text into shards on all cores, in bounded memory, one segment of text after another.
 
-Where batches and segments begin depends on the text alone, so any machine makes the same shards, and so does one
-that goes on after a kill.
+The boundaries of batches and segments depend only on the text, so every machine makes the same
+shards, and so does a run that resumes after a kill.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import chain, groupby
+from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -23,71 +23,92 @@ from data.shards import SPLITS, ShardWriter
 from data.tokenizer import Tokenizer
 from progress import ProgressBar
 
-BATCH_BYTES = 2**20  # of text: what a thread encodes in one go
-SEGMENT_BYTES = 2**28  # of text: a shard a split, and the most that a kill undoes
+BATCH_BYTES = 2**20  # of text that a thread encodes at once
+SEGMENT_BYTES = 2**28  # of text in a shard of each split: the most that a kill loses
 
 
-@dataclass(frozen=True)
+@dataclass
 class Batch:
-    """Pieces of text that follow each other, and the segment, of one part of a mixture, that they belong to."""
+    """Consecutive pieces of text from one part of a mixture, and the segment they belong to."""
 
     part: int
     segment: int
-    pieces: list[Piece]
-    n_bytes: dict[str, int]  # by split
-    read: float  # how much of all sources had been read when its end was, from 0 to 1; 0 where nobody knows
+    pieces: list[Piece] = field(default_factory=list)
+    n_bytes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    progress: float = 0.0  # the share of all sources that is read after it; 0 if unknown
+
+    def size(self) -> int:
+        return sum(self.n_bytes.values())
 
     def documents(self, split: str) -> int:
         return sum(piece.ends for piece in self.pieces if piece.split == split)
 
 
 def batches(corpora: list[Corpus]) -> Iterator[Batch]:
+    """The text of all parts in batches of BATCH_BYTES, which may end with a longer piece."""
     segment = 0
     for part, corpus in enumerate(corpora):
-        pieces: list[Piece] = []
-        n_bytes, in_segment = dict.fromkeys(SPLITS, 0), 0
-        for piece in chain(corpus.pieces(), [None]):
-            if sum(n_bytes.values()) >= BATCH_BYTES or not piece:
-                read = corpus.source.fraction()
-                yield Batch(part, segment, pieces, n_bytes, read and (part + read) / len(corpora))
-                in_segment += sum(n_bytes.values())
-                pieces, n_bytes = [], dict.fromkeys(SPLITS, 0)
-                if in_segment >= SEGMENT_BYTES or not piece:
-                    segment, in_segment = segment + 1, 0
-            if piece:
-                pieces.append(piece)
-                n_bytes[piece.split] += len(piece.text.encode())
+        batch, segment_bytes = Batch(part, segment), 0
+        for piece in corpus.pieces():
+            if batch.size() >= BATCH_BYTES:
+                batch.progress = progress_of(corpora, part)
+                yield batch
+                segment_bytes += batch.size()
+                if segment_bytes >= SEGMENT_BYTES:
+                    segment, segment_bytes = segment + 1, 0
+                batch = Batch(part, segment)
+            batch.pieces.append(piece)
+            batch.n_bytes[piece.split] += len(piece.text.encode())
+        batch.progress = progress_of(corpora, part)
+        yield batch
+        segment += 1
 
 
-def segments(corpora: list[Corpus], tokenizer: Tokenizer, folder: Path, first: int, title: str) -> Iterator[dict[str, Any]]:
-    """Encode the corpora into shards in `folder`; yield what is in each segment as soon as it is whole.
+def progress_of(corpora: list[Corpus], part: int) -> float:
+    """The share of all sources that has been read, while `part` is being read; 0 if unknown."""
+    fraction = corpora[part].source.fraction()
+    return (part + fraction) / len(corpora) if fraction else 0.0
 
-    Those before `first` are read past. A segment is {"number", "part", and for each split "documents", "bytes", "tokens",
-    "shards"}.
+
+def segments(corpora: list[Corpus], tokenizer: Tokenizer, folder: Path, first: int,
+             title: str) -> Iterator[dict[str, Any]]:
+    """Encode the corpora into shards in `folder`; yield each segment when it is complete.
+
+    Segments before `first` are skipped. A segment has a "number", its "part", and for each split
+    "documents", "bytes", "tokens" and "shards".
     """
-    boundary = np.array([] if tokenizer.end_of_text is None else [tokenizer.end_of_text], dtype=np.uint32)
-    if len(corpora) == 1 and not corpora[0].has_boundaries:
-        boundary = boundary[:0]
+    end_of_text = np.array([], dtype=np.uint32)
+    several = len(corpora) > 1 or corpora[0].has_boundaries
+    if several and tokenizer.end_of_text is not None:
+        end_of_text = np.array([tokenizer.end_of_text], dtype=np.uint32)
 
     def encode(batch: Batch) -> dict[str, np.ndarray]:
-        ids: dict[str, list[np.ndarray]] = {split: [boundary[:0]] for split in SPLITS}
+        ids: dict[str, list[np.ndarray]] = {split: [end_of_text[:0]] for split in SPLITS}
         for split, text, ends in batch.pieces:
-            ids[split] += [tokenizer.encode_array(text), boundary[:ends]]
+            ids[split].append(tokenizer.encode_array(text))
+            if ends:
+                ids[split].append(end_of_text)
         return {split: np.concatenate(arrays) for split, arrays in ids.items()}
 
-    with ProgressBar(desc=title, unit="B", unit_scale=True, leave=False) as bar:
-        def to_do() -> Iterator[Batch]:
-            for batch in batches(corpora):
-                if batch.segment >= first:
-                    yield batch
-                else:
-                    show(bar, batch)
-                    bar.initial, bar.start_t = bar.n, time.time()  # which took no time worth telling
+    def remaining() -> Iterator[Batch]:
+        for batch in batches(corpora):
+            if batch.segment >= first:
+                yield batch
+            else:
+                show(bar, batch)
+                # Skipping is fast, so it must not count in the estimate of the time left.
+                bar.initial, bar.start_t = bar.n, time.time()
 
-        for number, encoded in groupby(in_order(encode, to_do(), threads()), key=lambda pair: pair[0].segment):
-            writers = {split: ShardWriter(folder / f"{split}_{number:05d}.npy", tokenizer.vocab_size) for split in SPLITS}
-            segment: dict[str, Any] = {"number": number} | {split: {"documents": 0, "bytes": 0} for split in SPLITS}
-            for batch, ids in encoded:
+    with ProgressBar(desc=title, unit="B", unit_scale=True, leave=False) as bar:
+        encoded = in_order(encode, remaining(), threads())
+        for number, group in groupby(encoded, key=lambda pair: pair[0].segment):
+            segment: dict[str, Any] = {"number": number}
+            writers = {}
+            for split in SPLITS:
+                segment[split] = {"documents": 0, "bytes": 0}
+                path = folder / f"{split}_{number:05d}.npy"
+                writers[split] = ShardWriter(path, tokenizer.vocab_size)
+            for batch, ids in group:
                 segment["part"] = batch.part
                 for split in SPLITS:
                     writers[split].add(ids[split])
@@ -99,8 +120,9 @@ def segments(corpora: list[Corpus], tokenizer: Tokenizer, folder: Path, first: i
             yield segment
 
 
-def in_order(work: Callable[[Any], Any], items: Iterator[Any], n_threads: int) -> Iterator[tuple[Any, Any]]:
-    """Each item with what `work` makes of it, in the order of the items, a few of them worked on at once."""
+def in_order(work: Callable[[Any], Any], items: Iterator[Any],
+             n_threads: int) -> Iterator[tuple[Any, Any]]:
+    """Each item with the result of `work`, in order, with a few items in progress at once."""
     pool = ThreadPoolExecutor(n_threads)
     waiting: deque[tuple[Any, Any]] = deque()
     try:
@@ -116,12 +138,13 @@ def in_order(work: Callable[[Any], Any], items: Iterator[Any], n_threads: int) -
 
 
 def threads() -> int:
-    """As many as there are cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """The number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def show(bar: ProgressBar, batch: Batch) -> None:
-    """Move the bar on; how much text there is in all is known only by how far the source has been read."""
-    n_bytes = sum(batch.n_bytes.values())
-    bar.total = int((bar.n + n_bytes) / batch.read) if batch.read else None
-    bar.update(n_bytes)
+    """Advance the bar. The total size of the text is estimated from the progress so far."""
+    bar.total = int((bar.n + batch.size()) / batch.progress) if batch.progress else None
+    bar.update(batch.size())

@@ -1,7 +1,8 @@
-"""The format on disk: a folder of `.npy` shards, a `tokenizer.json`, and a `meta.json` about them.
+"""The format of prepared tokens: a folder with `.npy` shards, `tokenizer.json` and `meta.json`.
 
-Tokens are uint16 where the vocabulary allows, else uint32; shards are read through memory maps. `meta.json` lists
-each shard with its length and checksum, so that what is missing, cut short or altered is found and named.
+Tokens are uint16 if the vocabulary allows, else uint32, and are read through memory maps.
+`meta.json` lists the length and checksum of each shard, so that a missing, truncated or changed
+shard is detected.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ def token_dtype(vocab_size: int) -> type[np.unsignedinteger]:
 
 
 class ShardWriter:
-    """A shard of one split, which grows as tokens come and gets its name when it is closed."""
+    """Write a shard of one split. The file gets its name only when it is closed."""
 
     def __init__(self, path: Path, vocab_size: int) -> None:
         self.path, self.vocab_size, self.dtype = path, vocab_size, token_dtype(vocab_size)
@@ -33,11 +34,13 @@ class ShardWriter:
         self.n_tokens = 0
 
     def add(self, ids: np.ndarray) -> None:
-        """Raises ValueError for an id that the vocabulary does not have."""
+        """Append tokens. Raises ValueError for an id that is not in the vocabulary."""
         if not len(ids):
             return
-        if (largest := int(ids.max())) >= self.vocab_size:
-            raise ValueError(f"{self.path}: the id {largest} is beyond the vocabulary of {self.vocab_size}.")
+        largest = int(ids.max())
+        if largest >= self.vocab_size:
+            raise ValueError(f"{self.path}: the id {largest} is beyond the vocabulary of "
+                             f"{self.vocab_size}.")
         if self.file is None:
             self.file = atomic.NewFile(self.path)
             self.file.write(self.header())
@@ -45,26 +48,27 @@ class ShardWriter:
         self.n_tokens += len(ids)
 
     def header(self) -> bytes:
-        """What a .npy file begins with; NumPy leaves room in it, so that its size does not depend on the length."""
-        written = io.BytesIO()
-        np.lib.format.write_array_header_1_0(written, {
+        """The header of a .npy file. NumPy pads it, so its size is the same for every length."""
+        header = io.BytesIO()
+        np.lib.format.write_array_header_1_0(header, {
             "descr": np.dtype(self.dtype).str, "fortran_order": False, "shape": (self.n_tokens,)})
-        return written.getvalue()
+        return header.getvalue()
 
     def close(self) -> list[dict[str, Any]]:
-        """What `meta.json` says about the shard; of one without tokens, there is no file and nothing to say."""
+        """The entry of the shard in `meta.json`; none, and no file, for a shard without tokens."""
         if self.file is None:
             return []
         with self.file as file:
             file.replace_head(self.header())
-        return [{"file": self.path.name, "offset": len(self.header()), "dtype": np.dtype(self.dtype).name,
-                 "tokens": self.n_tokens, "sha256": sha256_of([self.path])[0]}]
+        return [{"file": self.path.name, "offset": len(self.header()),
+                 "dtype": np.dtype(self.dtype).name, "tokens": self.n_tokens,
+                 "sha256": sha256_of([self.path])[0]}]
 
 
 class ShardFile:
-    """The file of a shard as it was when it was opened, so that a change of it during training is noticed.
+    """The file of an open shard, to detect changes during training.
 
-    A file that is replaced or deleted is no change: what is mapped stays.
+    A file that was replaced or deleted is unchanged: the memory map keeps the old one.
     """
 
     def __init__(self, folder: Path, shard: dict[str, Any]) -> None:
@@ -72,7 +76,7 @@ class ShardFile:
         self.status = self.path.stat()
 
     def check(self) -> None:
-        """Raises ValueError where the file was written to. Reading one that was cut short would kill the process."""
+        """Raise ValueError if the file was changed. Reading beyond its end kills the process."""
         try:
             now = self.path.stat()
         except FileNotFoundError:
@@ -83,13 +87,13 @@ class ShardFile:
         if (now.st_size, now.st_mtime_ns) == (before.st_size, before.st_mtime_ns):
             return
         if now.st_size != before.st_size or sha256_of([self.path]) != [self.sha256]:
-            raise ValueError(f"{self.path} was overwritten while its tokens were being read: put the file back that was "
-                             f"there, and the same command resumes from the last checkpoint.")
+            raise ValueError(f"{self.path} was overwritten while it was being read: restore the "
+                             f"file, and the same command resumes from the last checkpoint.")
         self.status = now
 
 
 class Tokens:
-    """Shards as one long sequence, read-only, in constant memory."""
+    """Shards as one long read-only sequence, in constant memory."""
 
     def __init__(self, shards: list[np.ndarray], files: list[ShardFile] | None = None) -> None:
         self.shards, self.files = shards, files or []
@@ -97,120 +101,132 @@ class Tokens:
 
     @classmethod
     def open(cls, folder: Path, split: str, part: int = 0) -> Tokens:
-        """One split of prepared tokens; of a mixture, the split of one of its parts.
+        """One split of prepared tokens, or of one part of a mixture.
 
-        Raises ValueError naming a shard that is missing or cut short.
+        Raises ValueError naming a shard that is missing or truncated.
         """
         shards = read_meta(folder)["parts"][part][split]["shards"]
-        return cls([map_shard(folder, shard) for shard in shards], [ShardFile(folder, shard) for shard in shards])
+        return cls([map_shard(folder, shard) for shard in shards],
+                   [ShardFile(folder, shard) for shard in shards])
 
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
 
     def read(self, positions: np.ndarray) -> np.ndarray:
-        """The tokens at `positions` (any shape), as int64. One gather a shard that is touched.
+        """The tokens at `positions` (any shape), as int64. One gather for each shard.
 
-        Raises ValueError where the file of one was overwritten since it was opened.
+        Raises ValueError if the file of a shard was overwritten since it was opened.
         """
-        which = np.searchsorted(self.ends, positions, side="right")
+        shard_of = np.searchsorted(self.ends, positions, side="right")
         tokens = np.empty(positions.shape, dtype=np.int64)
-        for shard in np.unique(which):
+        for shard in np.unique(shard_of):
             if self.files:
                 self.files[shard].check()
-            here = which == shard
+            here = shard_of == shard
             start = self.ends[shard] - len(self.shards[shard])
             tokens[here] = self.shards[shard][positions[here] - start]
         return tokens
 
 
 def open_parts(folder: Path, split: str) -> list[Tokens]:
-    """One split of prepared tokens, of each part where they are a mixture."""
+    """One split of prepared tokens, for each part of a mixture."""
     return [Tokens.open(folder, split, part) for part in range(len(read_meta(folder)["parts"]))]
 
 
 def map_shard(folder: Path, shard: dict[str, Any]) -> np.ndarray:
-    path = folder / shard["file"]  # a path of its own where tokens are used where they lie
+    # The path is absolute if the file belongs to another program and lies elsewhere.
+    path = folder / shard["file"]
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: {prepare_again(folder)}")
+    size = path.stat().st_size
     expected = shard["offset"] + shard["tokens"] * np.dtype(shard["dtype"]).itemsize
-    if not path.is_file() or path.stat().st_size != expected:
-        found = f"has {path.stat().st_size:,} bytes, not {expected:,}" if path.is_file() else "is missing"
-        raise ValueError(f"{path} {found}: {again(folder)}")
+    if size != expected:
+        raise ValueError(f"{path} has {size:,} bytes instead of {expected:,}: "
+                         f"{prepare_again(folder)}")
     return np.memmap(path, shard["dtype"], "r", shard["offset"], (shard["tokens"],))
 
 
 def check(folder: Path, recipe: dict[str, Any]) -> None:
-    """Raises ValueError naming what is not as `meta.json` says it was written, or not what `recipe` asks for."""
+    """Raise ValueError for tokens that do not match `meta.json`, or were made by another recipe."""
     meta = read_meta(folder)
-    if differs := [name for name in recipe if meta.get(name) != recipe[name]]:
-        name = differs[0]
-        raise ValueError(f"{folder / 'meta.json'} is of other tokens ({name} is {meta.get(name)}, not {recipe[name]}): "
-                         f"{again(folder)}")
+    for name, value in recipe.items():
+        if meta.get(name) != value:
+            raise ValueError(f"{folder / 'meta.json'} describes other tokens ({name} is "
+                             f"{meta.get(name)} instead of {value}): {prepare_again(folder)}")
+    shards = []
     for part in meta["parts"]:
-        check_shards(folder, [shard for split in SPLITS for shard in part[split]["shards"]])
+        for split in SPLITS:
+            shards += part[split]["shards"]
+    check_shards(folder, shards)
     if meta["fingerprint"] != fingerprint_of(meta["tokenizer_fingerprint"], meta["parts"]):
-        raise ValueError(f"{folder / 'meta.json'} was altered: {again(folder)}")
+        raise ValueError(f"{folder / 'meta.json'} was changed: {prepare_again(folder)}")
 
 
 def check_shards(folder: Path, shards: list[dict[str, Any]]) -> None:
-    """Raises ValueError naming a shard that is missing, cut short or altered."""
+    """Raise ValueError naming a shard that is missing, truncated or changed."""
     for shard in shards:
         map_shard(folder, shard)
-    for shard, sha256 in zip(shards, sha256_of([folder / shard["file"] for shard in shards]), strict=True):
+    digests = sha256_of([folder / shard["file"] for shard in shards])
+    for shard, sha256 in zip(shards, digests, strict=True):
         if sha256 != shard["sha256"]:
-            raise ValueError(f"{folder / shard['file']} does not belong to {folder / 'meta.json'} or was altered: its "
-                             f"SHA-256 is {sha256[:12]}..., not {shard['sha256'][:12]}...; {again(folder)}")
+            raise ValueError(f"{folder / shard['file']} was changed or belongs to another "
+                             f"meta.json: its SHA-256 is {sha256[:12]}..., expected "
+                             f"{shard['sha256'][:12]}...; {prepare_again(folder)}")
 
 
-def fingerprint_of(made_with: str, parts: list[dict[str, Any]]) -> str:
-    """Of tokens: the same for the same ids in the same order, by the same tokenizer."""
+def fingerprint_of(tokenizer_fingerprint: str, parts: list[dict[str, Any]]) -> str:
+    """The fingerprint of tokens: the same for the same ids, order and tokenizer."""
     shards = []
     for part in parts:
         shards.append([[content_of(shard) for shard in part[split]["shards"]] for split in SPLITS])
-    return hashlib.sha256(json.dumps([made_with, shards]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([tokenizer_fingerprint, shards]).encode()).hexdigest()
 
 
 def content_of(shard: dict[str, Any]) -> str:
-    """The same for the same tokens: bytes without a header do not say which type they have."""
+    """The content of a shard: its checksum, and the type if no header in the file states it."""
     if shard["offset"] or shard["dtype"] == "uint16":
         return shard["sha256"]
     return f"{shard['sha256']} {shard['dtype']}"
 
 
-def again(folder: Path) -> str:
+def prepare_again(folder: Path) -> str:
+    """The end of a message about damaged tokens."""
     return f"delete {folder}, and the same command prepares it again."
 
 
-def write_meta(folder: Path, recipe: dict[str, Any], made_with: str, vocab_size: int, tokens: dict[str, Any]) -> None:
-    """Describe prepared tokens; their fingerprint says which tokens they are, and of which tokenizer (`made_with`)."""
-    meta = recipe | {"tokenizer_fingerprint": made_with, "vocab_size": vocab_size,
-                     "fingerprint": fingerprint_of(made_with, tokens["parts"])} | tokens
-    atomic.write_bytes(folder / "meta.json", json.dumps(meta, indent=2).encode())
+def write_meta(folder: Path, recipe: dict[str, Any], tokenizer_fingerprint: str, vocab_size: int,
+               tokens: dict[str, Any]) -> None:
+    """Write `meta.json`: the recipe, the tokenizer, the tokens, and their fingerprint."""
+    meta = recipe | {"tokenizer_fingerprint": tokenizer_fingerprint, "vocab_size": vocab_size,
+                     "fingerprint": fingerprint_of(tokenizer_fingerprint, tokens["parts"])}
+    atomic.write_bytes(folder / "meta.json", json.dumps(meta | tokens, indent=2).encode())
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """Raises ValueError for a `meta.json` that is missing or is none."""
+    """Read `meta.json`. Raises ValueError if it is missing or damaged."""
     path = folder / "meta.json"
     try:
         meta = json.loads(path.read_text())
         check_fields(meta)
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        raise ValueError(f"{path} cannot be read: {again(folder)}") from None
+        raise ValueError(f"{path} cannot be read: {prepare_again(folder)}") from None
     return meta
 
 
 def check_fields(meta: dict[str, Any]) -> None:
-    """Raises ValueError, LookupError or TypeError for a meta file with missing fields or fields of wrong types."""
+    """Raise ValueError, LookupError or TypeError for missing fields or fields of wrong types."""
     texts = [meta["fingerprint"], meta["tokenizer_fingerprint"]]
     counts = [meta["vocab_size"]]
     for split in SPLITS:
         if not isinstance(meta["splits"][split], dict):
-            raise TypeError("a split that should be an object is not")
+            raise TypeError("a split is not an object")
         for part in meta["parts"]:
             for shard in part[split]["shards"]:
                 texts += [shard["file"], shard["sha256"]]
                 counts += [shard["offset"], shard["tokens"]]
                 if np.dtype(shard["dtype"]).kind not in "ui":
-                    raise ValueError(f"{shard['dtype']} is no type of tokens")
+                    raise ValueError(f"{shard['dtype']} is not an integer type")
     if not all(isinstance(text, str) for text in texts):
-        raise TypeError("a field that should be text is not")
+        raise TypeError("a text field is not a string")
     if not all(type(count) is int and count >= 0 for count in counts):
-        raise TypeError("a field that should be a number is not")
+        raise TypeError("a count is not a non-negative integer")

@@ -1,6 +1,6 @@
-"""Where prepared data lies: folders that are made once, and the SHA-256 of files, which is remembered.
+"""The folder for prepared data: subfolders that are made once, and checksums that are cached.
 
-Knows nothing of what is in them.
+Knows nothing about their content.
 """
 
 from __future__ import annotations
@@ -19,57 +19,60 @@ import atomic
 from progress import ProgressBar
 from terminal import say
 
-BUILDING = ".building-"  # how the names of folders begin that are not whole yet
-BLOCK = 2**20
-LARGE = 2**24  # bytes; smaller files are read each time, which takes no time
-# A file that changed less than this before it was hashed might have changed again under the same times: some file
-# systems keep them in steps of one or two seconds.
+BUILDING = ".building-"  # the prefix of unfinished folders
+BLOCK = 2**20  # bytes
+LARGE = 2**24  # bytes; smaller files are hashed each time
+# A file that changed shortly before it was hashed may change again with the same time stamps, which
+# some file systems keep in steps of one or two seconds.
 SETTLED = 3.0  # seconds
 
 
 def data_root() -> Path:
-    """The folder for prepared tokens and downloads: `data/prepared`, or where NANOHYDRA_DATA says."""
+    """The folder for prepared tokens and downloads: $NANOHYDRA_DATA, or `data/prepared`."""
     chosen = os.environ.get("NANOHYDRA_DATA")
     return Path(os.path.expanduser(chosen)) if chosen else Path(__file__).parent / "prepared"
 
 
 def folder_for(name: str, recipe: dict[str, Any]) -> Path:
-    """Where what a recipe makes lies: the name carries a fingerprint of everything in the recipe."""
+    """The folder for the result of a recipe. Its name ends with a hash of the recipe."""
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
     return data_root() / f"{name}-{digest[:12]}"
 
 
 def sha256_of(paths: list[Path]) -> list[str]:
-    """The SHA-256 of each file. Raises OSError naming one that cannot be read."""
-    memory = data_root() / "digests.json"
-    known = read_digests(memory)
+    """The SHA-256 of each file. Raises OSError naming a file that cannot be read."""
+    cache = data_root() / "digests.json"
+    known = read_digests(cache)
     before = dict(known)
     digests = []
     total = sum(path.stat().st_size for path in paths)
-    with ProgressBar(desc="Checking files", total=total, unit="B", unit_scale=True, leave=False, delay=2) as bar:
+    with ProgressBar(desc="Checking files", total=total, unit="B", unit_scale=True, leave=False,
+                     delay=2) as bar:
         for path in paths:
             status, now = path.stat(), time.time()
             key = key_of(path, status)
-            if key not in known or not settled(status, known[key][1]):
-                digest = hash_file(path, bar)
-                if status.st_size >= LARGE and settled(status, now) and key_of(path, path.stat()) == key:
-                    known[key] = (digest, now)
-            else:
-                digest = known[key][0]
-            digests.append(digest)
+            if key in known and settled(status, known[key][1]):
+                digests.append(known[key][0])
+                continue
+            digests.append(hash_file(path, bar))
+            unchanged = settled(status, now) and key_of(path, path.stat()) == key
+            if status.st_size >= LARGE and unchanged:
+                known[key] = (digests[-1], now)
     if known != before:
-        with suppress(OSError):  # not to remember costs time only
-            atomic.write_bytes(memory, json.dumps(known, indent=0).encode())
+        # Without the cache, the files are hashed again.
+        with suppress(OSError):
+            atomic.write_bytes(cache, json.dumps(known, indent=0).encode())
     return digests
 
 
 def key_of(path: Path, status: os.stat_result) -> str:
-    """What changes when a file does, as far as the file system tells."""
-    return f"{path.resolve()} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"
+    """A key that changes when the file changes, as far as the file system can tell."""
+    return (f"{path.resolve()} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} "
+            f"{status.st_ino}")
 
 
 def settled(status: os.stat_result, hashed_at: float) -> bool:
-    """Whether a later change of the file must show in its times: git's rule for its index."""
+    """Whether every later change will show in the time stamps, as in git's index."""
     return hashed_at - max(status.st_mtime, status.st_ctime) > SETTLED
 
 
@@ -80,34 +83,32 @@ def hash_file(path: Path, bar: ProgressBar) -> str:
             while block := file.read(BLOCK):
                 digest.update(block)
                 bar.update(len(block))
-    except OSError as error:  # one from reading does not name the file
+    except OSError as error:
+        # An error from reading does not name the file.
         raise OSError(error.errno, error.strerror, str(path)) from None
     return digest.hexdigest()
 
 
-def read_digests(memory: Path) -> dict[str, tuple[str, float]]:
-    """The digests of files that are still there, and when they were computed; none where that cannot be read."""
-    try:
-        saved = json.loads(memory.read_text())
-    except (OSError, ValueError, RecursionError):
-        return {}
+def read_digests(cache: Path) -> dict[str, tuple[str, float]]:
+    """The cached digests of files that still exist, with the times when they were computed."""
     known = {}
-    for key, value in saved.items() if isinstance(saved, dict) else ():
-        match value:
-            case [str(digest), float(hashed_at)] if Path(key.rsplit(" ", 4)[0]).exists():
-                known[key] = (digest, hashed_at)
+    # If the cache is damaged, the files are hashed again.
+    with suppress(OSError, ValueError, TypeError, AttributeError, RecursionError):
+        for key, (digest, hashed_at) in json.loads(cache.read_text()).items():
+            if Path(key.rsplit(" ", 4)[0]).exists():
+                known[key] = (str(digest), float(hashed_at))
     return known
 
 
-def made_once(folder: Path, make: Callable[[Path], None]) -> None:
-    """Where `folder` is not there, let `make` fill what becomes it, in one process at a time; the others wait.
+def make_once(folder: Path, make: Callable[[Path], None]) -> None:
+    """If `folder` does not exist, let `make` fill it under another name, and then rename it.
 
-    What is filled has the same name each time, so that `make` can go on with what it finds there. Raises OSError saying
-    what to do where the disk is full or cannot be written.
+    One process makes it while others wait. The other name is always the same, so that `make` can
+    resume. Raises OSError with advice if the disk is full or read-only.
     """
     if folder.is_dir():
         return
-    with saying_what_to_do(folder.parent):
+    with advice_on_disk_errors(folder.parent):
         lock_path = folder.with_name(f".lock-{folder.name}")
         lock = wait_for(lock_path)
         try:
@@ -120,10 +121,10 @@ def made_once(folder: Path, make: Callable[[Path], None]) -> None:
 
 def in_use(building: Path) -> bool:
     """Whether a process is filling the folder."""
-    return is_held(building.with_name(f".lock-{building.name.removeprefix(BUILDING)}"))
+    return is_locked(building.with_name(f".lock-{building.name.removeprefix(BUILDING)}"))
 
 
-def is_held(lock: Path) -> bool:
+def is_locked(lock: Path) -> bool:
     """Whether a process holds a lock."""
     if not lock.exists():
         return False
@@ -135,23 +136,23 @@ def is_held(lock: Path) -> bool:
 
 
 def fill(folder: Path, make: Callable[[Path], None]) -> None:
-    partial = folder.with_name(f"{BUILDING}{folder.name}")
-    partial.mkdir(exist_ok=True)
-    sweep(partial)
+    building = folder.with_name(f"{BUILDING}{folder.name}")
+    building.mkdir(exist_ok=True)
+    remove_partial_files(building)
     try:
-        make(partial)
+        make(building)
     except BaseException as failure:
-        sweep(partial)
-        if isinstance(failure, ValueError) or not any(partial.glob("*.json")):  # nothing to go on with
-            atomic.remove(partial)
+        remove_partial_files(building)
+        can_resume = any(building.glob("*.json")) and not isinstance(failure, ValueError)
+        if not can_resume:
+            atomic.remove(building)
         raise
-    atomic.publish_folder(partial, folder)
+    atomic.publish_folder(building, folder)
 
 
-def sweep(folder: Path) -> None:
-    """Remove files that a failure left unfinished: they take room, and nothing else comes of them."""
-    for leftover in folder.glob(f"{atomic.PARTIAL}*"):
-        leftover.unlink()
+def remove_partial_files(folder: Path) -> None:
+    for partial in folder.glob(f"{atomic.PARTIAL}*"):
+        partial.unlink()
 
 
 def wait_for(path: Path) -> atomic.Lock:
@@ -167,16 +168,17 @@ def wait_for(path: Path) -> atomic.Lock:
 
 
 @contextmanager
-def saying_what_to_do(root: Path) -> Iterator[None]:
-    """Turn what the system says when it refuses to write into a sentence with the way out."""
+def advice_on_disk_errors(root: Path) -> Iterator[None]:
+    """Turn write errors in `root` into messages that say what to do."""
     try:
         yield
     except OSError as error:
-        ours = error.filename is None or Path(os.fsdecode(error.filename)).is_relative_to(root)
+        reason = os.strerror(error.errno or 0)
+        inside = error.filename is None or Path(os.fsdecode(error.filename)).is_relative_to(root)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OSError(f"{root} takes no more ({os.strerror(error.errno)}): free some disk, and the same command goes on "
-                          f"with what is whole; or set NANOHYDRA_DATA to a folder with more room.") from None
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and ours:
-            raise OSError(f"{root} cannot be written ({os.strerror(error.errno)}): set NANOHYDRA_DATA to a folder "
-                          f"that can.") from None
+            raise OSError(f"{root} is full ({reason}): free some space, and the same command "
+                          f"resumes; or set NANOHYDRA_DATA to a folder on another disk.") from None
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and inside:
+            raise OSError(f"{root} is not writable ({reason}): set NANOHYDRA_DATA to a folder "
+                          f"that is.") from None
         raise

@@ -40,7 +40,7 @@ from data.files import refuse
 from data.prepare import PROGRESS, describe, load_tokenizer, prepare
 from data.shards import SPLITS, read_meta
 from data.sources import DataConfig
-from data.store import BUILDING, data_root, in_use, is_held
+from data.store import BUILDING, data_root, in_use, is_locked
 from data.tokenizer import Tokenizer
 from report.curves import as_image, log_ticks, new_figure, picture_problems
 from terminal import readable_size, say
@@ -219,7 +219,7 @@ def runs_by_tokens(runs_dir: Path) -> dict[str, list[str]]:
             tokens = {tokens_of(one.state["settings"]) for one in found}
         except ValueError as error:
             raise ValueError(f"It cannot be told which tokens {folder} uses: {error}. Nothing was removed.") from None
-        if not tokens and is_held(folder / LOCK):
+        if not tokens and is_locked(folder / LOCK):
             raise ValueError(f"{folder} is being trained and has no checkpoint that says which tokens it uses: wait "
                              f"for the first one. Nothing was removed.")
         for one in sorted(tokens):

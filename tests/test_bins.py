@@ -101,7 +101,7 @@ def test_an_id_beyond_the_vocabulary_is_named_with_its_place_in_the_file(tmp_pat
     monkeypatch.setattr("data.bins.CHUNK", 4)
     llmc(tmp_path / "train.bin", [1, 2, 3, 4, 5, 6, one, 8])
     llmc(tmp_path / "val.bin", [1])
-    with pytest.raises(ValueError, match=rf"train.bin holds the id {one} \(token 6\), beyond the vocabulary of 257"):
+    with pytest.raises(ValueError, match=rf"train.bin has the id {one} \(token 6\), beyond the vocabulary of 257"):
         prepare(config(tmp_path, "byte"))
 
 
@@ -140,15 +140,15 @@ def test_other_tokens_are_other_data(nanogpt, fresh_data, name):
 
 
 @pytest.mark.parametrize("damage, words", [
-    (lambda bins: (bins / "val.bin").unlink(), "holds no .bin or .npy file with val in its name"),
+    (lambda bins: (bins / "val.bin").unlink(), "has no .bin or .npy file with val in its name"),
     (lambda bins: [path.unlink() for path in bins.glob("*.bin")], "train and none with val in its name"),
-    (lambda bins: os.truncate(bins / "val.bin", 21), "val.bin is no file of 16-bit tokens: it has 21 bytes"),
-    (lambda bins: llmc(bins / "val.bin", range(50)) or os.truncate(bins / "val.bin", 1100), "val.bin is cut short or damaged: its header promises 50"),
-    (lambda bins: llmc(bins / "val.bin", range(50)) or os.truncate(bins / "val.bin", 1126), "val.bin is cut short or damaged: its header promises 50"),
-    (lambda bins: np.array([1, 300], dtype=np.uint16).tofile(bins / "val.bin"), r"val.bin holds the id 300 \(token 1\), beyond the vocabulary of"),
-    (lambda bins: (bins / "input.txt").unlink(), "input.txt is not there"),
+    (lambda bins: os.truncate(bins / "val.bin", 21), "val.bin has 21 bytes, which is not a whole number of 16-bit tokens"),
+    (lambda bins: llmc(bins / "val.bin", range(50)) or os.truncate(bins / "val.bin", 1100), "val.bin is truncated or damaged: its header says 50"),
+    (lambda bins: llmc(bins / "val.bin", range(50)) or os.truncate(bins / "val.bin", 1126), "val.bin is truncated or damaged: its header says 50"),
+    (lambda bins: np.array([1, 300], dtype=np.uint16).tofile(bins / "val.bin"), r"val.bin has the id 300 \(token 1\), beyond the vocabulary of"),
+    (lambda bins: (bins / "input.txt").unlink(), "input.txt is missing: character tokens need the text"),
     (lambda bins: (bins / "val.bin").write_bytes(b""), r"val.bin is empty"),
-    (lambda bins: llmc(bins / "val.bin", range(50), magic=int.from_bytes((20240520).to_bytes(4, "little"), "big") - 2**32), "the other way round"),
+    (lambda bins: llmc(bins / "val.bin", range(50), magic=int.from_bytes((20240520).to_bytes(4, "little"), "big") - 2**32), "big-endian byte order"),
     (lambda bins: (bins / "train_val.bin").write_bytes(b"abcd"), "train_val.bin is named for both splits"),
     (lambda bins: (bins / "input.txt").write_bytes(b"\xff"), "input.txt is not UTF-8"),
 ], ids=["no val", "none", "odd", "cut", "too long", "beyond", "no text", "empty", "swapped", "both", "no utf-8"])
@@ -160,7 +160,7 @@ def test_what_cannot_be_used_is_one_sentence(nanogpt, fresh_data, damage, words)
 
 
 def test_a_trained_tokenizer_must_lie_beside_its_tokens(nanogpt, fresh_data):
-    with pytest.raises(ValueError, match=r"tokenizer.json is not there: name the tokenizer"):
+    with pytest.raises(ValueError, match=r"tokenizer.json is missing: name the tokenizer"):
         prepare(config(nanogpt, "bpe"))
 
 
@@ -176,7 +176,7 @@ def test_a_few_tokens_are_tokens_and_ends_of_text_alone_are_none(tmp_path, fresh
     np.array([104], dtype=np.uint16).tofile(tmp_path / "val.bin")
     assert everything(prepare(config(tmp_path, "byte")), "val").tolist() == [104]
     np.array([256, 256], dtype=np.uint16).tofile(tmp_path / "val.bin")
-    with pytest.raises(ValueError, match=r"val.bin holds no text"):
+    with pytest.raises(ValueError, match=r"val.bin has no text"):
         prepare(config(tmp_path, "byte"))
 
 
@@ -234,13 +234,13 @@ def test_another_type_is_other_tokens(tmp_path, fresh_data):
 
 
 @pytest.mark.parametrize("ids, dtype, words", [
-    ([5, 0, 7, 0], "uint16", "train.bin is too short, or has too many zeros, to tell the type of its tokens: say it with data.dtype="),
+    ([5, 0, 7, 0], "uint16", "train.bin is too short, or has too many zeros, to detect the type of its tokens: set data.dtype="),
     ([0] * 1000, "uint16", "train.bin is too short, or has too many zeros"),
-    (some_ids(257) + 256, "uint16", r"train.bin holds the id \d+ \(token \d+\), beyond the vocabulary of 257"),
-    (some_ids(257), ">u2", "train.bin was written with its bytes the other way round"),
-    (some_ids(257), ">u4", "train.bin (was written with its bytes the other way round|is too short|holds the id)"),
-    (np.r_[some_ids(256), 70_000], "uint32", "train.bin (is too short, or has too many zeros|holds the id)"),
-    (np.linspace(0, 1, 1000), "float32", "train.bin holds the id"),
+    (some_ids(257) + 256, "uint16", r"train.bin has the id \d+ \(token \d+\), beyond the vocabulary of 257"),
+    (some_ids(257), ">u2", "train.bin was written in big-endian byte order"),
+    (some_ids(257), ">u4", "train.bin (was written in big-endian byte order|is too short|has the id)"),
+    (np.r_[some_ids(256), 70_000], "uint32", "train.bin (is too short, or has too many zeros|has the id)"),
+    (np.linspace(0, 1, 1000), "float32", "train.bin has the id"),
 ], ids=["few", "zeros", "beyond", "swapped 16", "swapped 32", "beyond 32", "floats"])
 def test_what_type_tokens_have_is_never_guessed(tmp_path, fresh_data, ids, dtype, words):
     write_both(tmp_path, np.array(ids), dtype)
@@ -249,8 +249,8 @@ def test_what_type_tokens_have_is_never_guessed(tmp_path, fresh_data, ids, dtype
 
 
 @pytest.mark.parametrize("dtype, words", [
-    ("int32", r"holds the id -1 \(token 3000\), beyond the vocabulary"), ("int16", r"holds the id -1 \(token 3000\)"),
-    ("uint64", "holds the id 18446744073709551615")])
+    ("int32", r"has the id -1 \(token 3000\), beyond the vocabulary"), ("int16", r"has the id -1 \(token 3000\)"),
+    ("uint64", "has the id 18446744073709551615")])
 def test_a_negative_id_is_named(tmp_path, fresh_data, dtype, words):
     write_both(tmp_path, np.append(some_ids(256), -1), dtype)
     with pytest.raises(ValueError, match=words):
@@ -263,7 +263,7 @@ def test_a_vocabulary_beyond_16_bits_needs_wider_tokens(tmp_path, monkeypatch, f
     monkeypatch.setattr("data.bins.tokenizer_of", lambda folder, name: large)
     for name in ("train.bin", "val.bin"):
         write(tmp_path / name, range(1, 3001))
-    with pytest.raises(ValueError, match=r"train.bin (has tokens of type uint16, too small for the 129,024 ids|holds the id)"):
+    with pytest.raises(ValueError, match=r"train.bin (has uint16 tokens, too small for a vocabulary of 129,024|has the id)"):
         prepare(config(tmp_path, "char"))
     write_both(tmp_path, ids := some_ids(100_000), "uint32")
     assert everything(prepare(config(tmp_path, "char")), "train").tolist() == ids.tolist()
@@ -286,8 +286,8 @@ def test_numpys_files_are_read_by_their_header(tmp_path, fresh_data, dtype):
 
 
 @pytest.mark.parametrize("array, words", [
-    (np.zeros((2, 3), np.uint16), r"holds uint16 numbers of shape \(2, 3\)"), (np.zeros(3), "holds float64 numbers"),
-    (np.zeros(3, bool), "holds bool numbers"), (np.array([{}], dtype=object), "cannot be read as a NumPy file"),
+    (np.zeros((2, 3), np.uint16), r"is an array of uint16 with shape \(2, 3\)"), (np.zeros(3), "is an array of float64"),
+    (np.zeros(3, bool), "is an array of bool"), (np.array([{}], dtype=object), "cannot be read as a NumPy file"),
     (np.zeros(0, np.uint16), "cannot be read as a NumPy file|is empty")])
 def test_numpys_files_without_tokens_are_refused(tmp_path, fresh_data, array, words):
     for name in ("train.npy", "val.npy"):
@@ -302,7 +302,7 @@ def test_a_damaged_file_of_numpy_is_one_sentence(tmp_path, fresh_data, damage):
     for name in ("train.npy", "val.npy"):
         np.save(tmp_path / name, some_ids(256).astype(np.uint16))
     (tmp_path / "val.npy").write_bytes(damage((tmp_path / "val.npy").read_bytes()))
-    with pytest.raises(ValueError, match=r"val.npy (cannot be read as a NumPy file|is damaged|is no NumPy file)") as caught:
+    with pytest.raises(ValueError, match=r"val.npy (cannot be read as a NumPy file|is damaged|is not a NumPy file)") as caught:
         prepare(config(tmp_path, "byte"))
     assert "\n" not in str(caught.value)
 
@@ -310,7 +310,7 @@ def test_a_damaged_file_of_numpy_is_one_sentence(tmp_path, fresh_data, damage):
 def test_the_setting_must_not_contradict_a_header(tmp_path, fresh_data):
     for name in ("train.npy", "val.npy"):
         np.save(tmp_path / name, some_ids(256).astype(np.uint16))
-    with pytest.raises(ValueError, match=r"train.npy says itself that its tokens are uint16: leave out data.dtype=uint32"):
+    with pytest.raises(ValueError, match=r"train.npy has uint16 tokens according to its header: remove data.dtype=uint32"):
         prepare(DataConfig("bin", str(tmp_path), "byte", dtype="uint32"))
 
 
@@ -321,13 +321,13 @@ def test_megatrons_files_are_refused(tmp_path, fresh_data):
     for split in ("train", "val"):
         some_ids(256).astype(np.int32).tofile(tmp_path / f"{split}_text_document.bin")
         (tmp_path / f"{split}_text_document.idx").write_bytes(b"MMIDIDX\0\0")
-    with pytest.raises(ValueError, match=r"train_text_document.bin is of Megatron-LM, as its .idx file shows"):
+    with pytest.raises(ValueError, match=r"train_text_document.bin is in Megatron-LM's format"):
         prepare(config(tmp_path, "byte"))
 
 
 def test_both_endings_for_one_split_are_refused(nanogpt, fresh_data):
     np.save(nanogpt / "train.npy", some_ids(10).astype(np.uint16))
-    with pytest.raises(ValueError, match=r"holds both .bin and .npy files for train, which might be the same tokens"):
+    with pytest.raises(ValueError, match=r"has both .bin and .npy files for train, which might hold the same tokens"):
         prepare(config(nanogpt))
 
 
@@ -335,7 +335,7 @@ def test_both_endings_for_one_split_are_refused(nanogpt, fresh_data):
 def test_a_pipe_among_tokens_does_not_hang(nanogpt, fresh_data, name):
     (nanogpt / "val.bin").unlink()
     os.mkfifo(nanogpt / name)
-    with pytest.raises(ValueError, match=f"{name} is no regular file"):
+    with pytest.raises(ValueError, match=f"{name} is not a regular file"):
         prepare(config(nanogpt))
 
 

@@ -492,15 +492,15 @@ def test_how_far_it_is_counts_the_parts_of_a_mixture_alike(tmp_path, monkeypatch
     for name, length in (("a.txt", 10_000), ("b.txt", 5_000)):
         (tmp_path / name).write_text("word " * (length // 5))
     found = list(encode.batches([Corpus(Files(str(tmp_path / name)), 0.1) for name in ("a.txt", "b.txt")]))
-    read = [batch.read for batch in found]
+    read = [batch.progress for batch in found]
     assert read == sorted(read) and len(set(read)) > 10 and 0 < read[0] < 0.1
-    assert [max(batch.read for batch in found if batch.part == part) for part in (0, 1)] == [0.5, 1]
+    assert [max(batch.progress for batch in found if batch.part == part) for part in (0, 1)] == [0.5, 1]
 
 
-@pytest.mark.parametrize(("read", "total"), [(0.5, 800), (0.8, 500), (0, None)])
-def test_the_bar_tells_how_much_there_is_from_how_far_it_is(read, total):
+@pytest.mark.parametrize(("progress", "total"), [(0.5, 800), (0.8, 500), (0, None)])
+def test_the_bar_tells_how_much_there_is_from_how_far_it_is(progress, total):
     bar = SimpleNamespace(n=300, total=None, update=lambda n_bytes: None)
-    encode.show(bar, encode.Batch(0, 0, [], {"train": 80, "val": 20}, read))
+    encode.show(bar, encode.Batch(0, 0, [], {"train": 80, "val": 20}, progress))
     assert bar.total == total
 
 
@@ -617,10 +617,10 @@ def damaged(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage, words", [
-    (lambda folder: os.truncate(folder / "train_00000.npy", 200), r"train_00000.npy has 200 bytes, not [\d,]+: delete"),
-    (lambda folder: damaged(folder / "val_00000.npy"), r"val_00000.npy does not belong to .*meta.json or was altered"),
+    (lambda folder: os.truncate(folder / "train_00000.npy", 200), r"train_00000.npy has 200 bytes instead of [\d,]+: delete"),
+    (lambda folder: damaged(folder / "val_00000.npy"), r"val_00000.npy was changed or belongs to another meta.json"),
     (lambda folder: (folder / "val_00000.npy").unlink(), r"val_00000.npy is missing: delete"),
-    (lambda folder: damaged(folder / "train_00000.npy"), r"train_00000.npy does not belong to .*meta.json or was altered"),
+    (lambda folder: damaged(folder / "train_00000.npy"), r"train_00000.npy was changed or belongs to another meta.json"),
     (lambda folder: (folder / "meta.json").write_text("{}"), r"meta.json cannot be read: delete"),
     (lambda folder: (folder / "meta.json").unlink(), r"meta.json cannot be read: delete"),
 ], ids=["truncated", "altered val", "missing", "altered", "no meta", "meta gone"])
@@ -639,14 +639,14 @@ def test_a_meta_file_of_other_shards_is_refused(corpus):
     one = prepare(config := corpus(FEW))
     before = (one / "meta.json").read_text()
     shutil.copy(other / "meta.json", one / "meta.json")
-    with pytest.raises(ValueError, match=r"meta.json is of other tokens \(sources is .*, not .*\): delete"):
+    with pytest.raises(ValueError, match=r"meta.json describes other tokens \(sources is .* instead of .*\): delete"):
         prepare(config)
     meta = read_meta(one) | {key: value for key, value in json.loads(before).items() if key in ("sources", "format")}
     (one / "meta.json").write_text(json.dumps(meta))
-    with pytest.raises(ValueError, match=r"_00000.npy does not belong to .*meta.json"):
+    with pytest.raises(ValueError, match=r"_00000.npy was changed or belongs to another meta.json"):
         prepare(config)
     (one / "meta.json").write_text(json.dumps(json.loads(before) | {"fingerprint": "0"}))
-    with pytest.raises(ValueError, match=r"meta.json was altered"):
+    with pytest.raises(ValueError, match=r"meta.json was changed"):
         prepare(config)
 
 
@@ -659,7 +659,7 @@ def test_a_source_that_changes_while_it_is_read_is_refused(corpus, fresh_data, m
         (Path(config.path) / "001.txt").write_text(text)
         return make_tokenizer(*args)
 
-    with monkeypatch.context() as patch, pytest.raises(ValueError, match="changed while it was read: run the command again"):
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="changed while it was being read: run the command again"):
         patch.setattr("data.prepare.make_tokenizer", meanwhile)
         prepare(config)
     assert not any(fresh_data.iterdir())
@@ -701,7 +701,7 @@ def test_a_tokenizer_that_did_not_make_the_tokens_is_refused_with_both_names(cor
     other = prepare(corpus(MANY, tokenizer="bpe", vocab_size=271))
     shutil.copy(other / "tokenizer.json", folder / "tokenizer.json")
     names = [read_meta(one)["tokenizer_fingerprint"][:12] for one in (other, folder)]
-    with pytest.raises(ValueError, match=rf"fingerprint {names[0]}\) is not the tokenizer .*fingerprint {names[1]}\)"):
+    with pytest.raises(ValueError, match=rf"is not the tokenizer that .*is {names[0]}, expected {names[1]}\)"):
         load_tokenizer(folder)
 
 
@@ -714,7 +714,7 @@ def test_a_full_disk_is_one_sentence_and_what_is_whole_stays(corpus, monkeypatch
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         add(writer, ids)
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match=r"takes no more \(No space left.*the same command goes on"):
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=r"is full \(No space left.*the same command resumes"):
         patch.setattr(ShardWriter, "add", full)
         prepare(config)
     assert len(list(Path(os.environ["NANOHYDRA_DATA"]).rglob("train_0000?.npy"))) == 2
@@ -729,7 +729,7 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(corpus, monkeypatch):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), f"{os.environ['NANOHYDRA_DATA']}/x")
 
     monkeypatch.setattr("data.store.fill", refuse)
-    with pytest.raises(OSError, match=r"cannot be written \(Read-only file system\): set NANOHYDRA_DATA"):
+    with pytest.raises(OSError, match=r"is not writable \(Read-only file system\): set NANOHYDRA_DATA"):
         prepare(config)
 
 

@@ -14,7 +14,7 @@ import pytest
 
 import atomic
 from data import store
-from data.store import in_use, made_once, sha256_of
+from data.store import in_use, make_once, sha256_of
 
 
 @pytest.fixture
@@ -143,8 +143,8 @@ def test_files_that_are_gone_are_forgotten(tmp_path, fresh_data, large_is_small)
 
 
 def test_what_is_there_is_not_made_again(tmp_path):
-    made_once(tmp_path / "a", lambda partial: (partial / "x.json").write_text("1"))
-    made_once(tmp_path / "a", lambda partial: pytest.fail("made again"))
+    make_once(tmp_path / "a", lambda partial: (partial / "x.json").write_text("1"))
+    make_once(tmp_path / "a", lambda partial: pytest.fail("made again"))
     assert [path.name for path in tmp_path.iterdir()] == ["a"] and (tmp_path / "a" / "x.json").read_text() == "1"
 
 
@@ -152,13 +152,13 @@ def test_what_is_there_needs_no_lock(tmp_path, monkeypatch):
     """It may lie where nothing can be written."""
     (tmp_path / "a").mkdir()
     monkeypatch.setattr(store, "wait_for", lambda *args: pytest.fail("asked for the lock"))
-    made_once(tmp_path / "a", lambda partial: pytest.fail("made again"))
+    make_once(tmp_path / "a", lambda partial: pytest.fail("made again"))
 
 
 def test_what_was_made_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     synced, sync = [], atomic.sync
     monkeypatch.setattr(atomic, "sync", lambda folder: synced.append((folder.name, (tmp_path / "a").exists())) or sync(folder))
-    made_once(tmp_path / "a", lambda partial: (partial / "x.json").write_text("1"))
+    make_once(tmp_path / "a", lambda partial: (partial / "x.json").write_text("1"))
     assert synced == [(".building-a", False), (tmp_path.name, True)]
 
 
@@ -166,7 +166,7 @@ def test_what_a_kill_left_unfinished_does_not_come_along(tmp_path):
     (tmp_path / ".building-a").mkdir()
     for name in (".partial-x.json-1234", "whole.json"):
         (tmp_path / ".building-a" / name).write_text("1")
-    made_once(tmp_path / "a", lambda partial: (partial / "x.json").write_text("1"))
+    make_once(tmp_path / "a", lambda partial: (partial / "x.json").write_text("1"))
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["whole.json", "x.json"]
 
 
@@ -181,7 +181,7 @@ def test_a_failure_leaves_only_what_can_be_gone_on_with(tmp_path, failure, begun
         raise failure
 
     with pytest.raises(type(failure)):
-        made_once(tmp_path / "a", make)
+        make_once(tmp_path / "a", make)
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()] == [".building-a/progress.json"] * stays
     assert (tmp_path / ".building-a").exists() == stays
 
@@ -189,7 +189,7 @@ def test_a_failure_leaves_only_what_can_be_gone_on_with(tmp_path, failure, begun
 def test_making_leaves_no_file_open(tmp_path):
     descriptors = len(os.listdir("/dev/fd"))
     for name in "abc":
-        made_once(tmp_path / name, lambda partial: (partial / "x.json").write_text("1"))
+        make_once(tmp_path / name, lambda partial: (partial / "x.json").write_text("1"))
         assert not in_use(tmp_path / f".building-{name}")
     assert len(os.listdir("/dev/fd")) == descriptors
 
@@ -200,15 +200,15 @@ def test_a_lock_that_nobody_holds_any_more_is_no_use_however_often_it_is_asked(t
 
 
 @pytest.mark.parametrize(("number", "words"), [
-    (errno.ENOSPC, "takes no more .*: free some disk, and the same command goes on"), (errno.EDQUOT, "takes no more"),
-    (errno.EACCES, r"cannot be written \(Permission denied\): set NANOHYDRA_DATA"), (errno.EPERM, "cannot be written"), (errno.EROFS, "cannot be written"),
+    (errno.ENOSPC, "is full .*: free some space, and the same command resumes"), (errno.EDQUOT, "is full"),
+    (errno.EACCES, r"is not writable \(Permission denied\): set NANOHYDRA_DATA"), (errno.EPERM, "is not writable"), (errno.EROFS, "is not writable"),
     (errno.EIO, "^[^:]*Input/output error: '[^']*x'$")])
 def test_a_disk_that_refuses_is_one_sentence_with_the_way_out(tmp_path, number, words):
     def make(partial):
         raise OSError(number, os.strerror(number), str(partial / "x"))
 
     with pytest.raises(OSError, match=words):
-        made_once(tmp_path / "a", make)
+        make_once(tmp_path / "a", make)
 
 
 def test_a_source_that_may_not_be_read_is_not_blamed_on_the_folder_for_tokens(tmp_path):
@@ -216,4 +216,4 @@ def test_a_source_that_may_not_be_read_is_not_blamed_on_the_folder_for_tokens(tm
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/elsewhere/secret.txt")
 
     with pytest.raises(PermissionError, match=r"/elsewhere/secret\.txt"):
-        made_once(tmp_path / "a", make)
+        make_once(tmp_path / "a", make)

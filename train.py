@@ -47,15 +47,16 @@ from checkpointing.run_folder import Run
 from checkpointing.saver import Saver
 from checkpointing.state import State
 from conf.identity import flat
-from conf.schema import SampleSettings, Settings
+from conf.sampling import SamplingConfig
+from conf.schema import Settings
 from data.loader import Loader, Prefetch, Validation
 from data.prepare import describe, load_tokenizer, val_bytes_per_token
 from data.shards import open_parts
 from data.tokenizer import Tokenizer
+from generation.engine import Engine, open_checkpoint
 from model import GPT
 from report.page import after_training, is_current
-from sample import complete, open_checkpoint, print_completions
-from terminal import counted, readable_size, say
+from terminal import counted, output, readable_size, say
 from training import nonfinite
 from training.clock import Clock
 from training.config import TrainingConfig
@@ -398,7 +399,8 @@ def report(recorder: Recorder, step: int, val_loss: float, bytes_per_token: floa
 def short_sample(model: GPT, tokenizer: Tokenizer, length: int, device: Device) -> str:
     """What the model writes at this point, or why it cannot."""
     try:
-        return complete(model, tokenizer, "", SampleSettings(max_new_tokens=length), device)
+        engine, rules = Engine(model, tokenizer, device), SamplingConfig(max_new_tokens=length)
+        return engine.complete([("", 0)], rules)[0].text
     except ValueError as error:  # as for a model that has diverged, which is for the next loss to judge
         return str(error)
 
@@ -413,7 +415,9 @@ def finish(run: Run, limits: TrainingConfig) -> int:
     """Print what the best checkpoint writes, and how to see more."""
     if limits.sample_tokens:
         device = Device(limits.device, limits.precision)
-        model, tokenizer = open_checkpoint(run.folder, "best", device)
-        print_completions(model, tokenizer, "", SampleSettings(num_samples=3), device)
+        engine = open_checkpoint(run.folder, "best", device)
+        completions = engine.complete([("", number) for number in range(3)], SamplingConfig())
+        for number, completion in enumerate(completions, 1):
+            output(f"--- {number} of 3\n{completion.text}")
     say(f'More: python sample.py {shlex.quote(f"run={run.folder}")} prompt="..."')
     return 0

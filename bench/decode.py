@@ -37,6 +37,7 @@ from bench.timing import (
     print_row,
     write_json,
 )
+from conf.sampling import SamplingConfig
 from conf.schema import FilePath
 from generation import kernels
 from generation.decoder import Decoder
@@ -46,6 +47,7 @@ from model import GPT, GPTConfig
 from training.device import keep_freed_memory
 
 SAMPLING = {"temperature": 0.8, "top_k": 50}
+RULES = SamplingConfig(**SAMPLING, top_p=1.0)
 GPT2 = GPTConfig()
 MODERN = replace(GPT2, position="rotary", norm="rms", qk_norm=True, activation="relu2", bias=False,
                  tie_head=False)
@@ -214,7 +216,8 @@ def open_side(side: str, model: GPT, precision: str, peer: str) -> Decode:
     def decode(prompts: Tensor, tokens: int) -> object:
         lower = torch.autocast("cpu", torch.bfloat16)
         with nullcontext() if precision == "fp32" else lower:
-            return list(generate(model, prompts, tokens, decoder=decoder, **SAMPLING))
+            rules = replace(RULES, max_new_tokens=tokens)
+            return list(generate(model, prompts, rules, decoder=decoder))
 
     return decode
 

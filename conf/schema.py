@@ -37,6 +37,7 @@ from conf.presets import (
     read_yaml,
     unresolved,
 )
+from conf.sampling import SamplingConfig
 from data.sources import DataConfig
 from model.config import GPTConfig
 from training.config import OptimConfig, TrainingConfig
@@ -92,7 +93,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class SampleSettings:
+class SampleSettings(SamplingConfig):
     """Everything about sampling from a run."""
 
     run: FilePath = ""  # the run's name, or its folder; empty: the run that was trained last
@@ -100,43 +101,28 @@ class SampleSettings:
     checkpoint: str = "best"  # best, last, or the number of a step
     prompt: str = ""  # empty: start a new text
     prompt_file: FilePath = ""  # read the prompt from this file; - reads standard input
-    prompts: FilePath = ""  # a file with a prompt a line, to complete all of them into `out`
-    out: FilePath = ""  # one JSON line a completion; what is there already is not made again
+    prompts: FilePath = ""  # a file with one prompt per line: complete each of them into `out`
+    out: FilePath = ""  # one JSON line per completion; existing lines are kept
     batch_size: int = 16  # of `prompts`: completions at once
     logprobs: bool = False  # print each token with its probability
-    max_new_tokens: int = 200
-    temperature: float = 0.8  # 0: always the most likely token
-    top_k: int = 50  # 0: no such limit
-    top_p: float = 0.9  # the fewest likely tokens that hold this probability; 1: no such limit
     num_samples: int = 1
-    seed: int = 1337
-    stop: str = ""  # end at this text, which is not printed
     interactive: bool = False  # ask for prompts until the input ends
-    cache: bool = True  # off: recompute the whole context for each token
-    int8: bool = False  # weights of 8 bits, on the CPU: see docs/benchmarks.md for what that gives and costs
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
 
     def problems(self) -> Iterator[str]:
-        """One sentence for each value that cannot work."""
-        for name in ("max_new_tokens", "num_samples", "batch_size"):
+        """One sentence for each invalid value."""
+        yield from super().problems()
+        for name in ("num_samples", "batch_size"):
             if getattr(self, name) < 1:
                 yield f"{name}={getattr(self, name)} must be at least 1."
-        for name in ("top_k", "seed"):
-            if getattr(self, name) < 0:
-                yield f"{name}={getattr(self, name)} must be at least 0."
-        if not 0 <= self.temperature < float("inf"):
-            yield f"temperature={self.temperature} must be at least 0; 0 always takes the most likely token."
-        if not 0 < self.top_p <= 1:
-            yield f"top_p={self.top_p} is a probability: choose 0 < top_p <= 1."
         if sum(map(bool, (self.prompt, self.prompt_file, self.prompts, self.interactive))) > 1:
             yield "prompt, prompt_file, prompts and interactive exclude each other: choose one."
         if bool(self.prompts) != bool(self.out):
             yield "prompts=FILE and out=FILE.jsonl belong together: give both."
         if self.prompts and self.logprobs:
-            yield "logprobs=true prints, and prompts= writes: their mean is in each line of out anyway."
-        if self.int8 and not self.cache:
-            yield "int8=true needs the cache: leave cache=false out."
+            yield ("logprobs=true prints to the terminal, prompts= writes a file: leave it out. "
+                   "Each line of out has the mean log probability.")
         yield from checkpoint_problems(self.checkpoint)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from generation import kernels
 from generation.caches import PackedCache, RaggedCache, SteadyCache
-from generation.packed import can_copy, cast, decoding_copy
+from generation.packed import can_pack, cast, pack
 from hardware import native
 from model.gpt import GPT
 from model.ngram import NOTHING
@@ -63,10 +63,10 @@ class Decoder:
     def __init__(self, model: GPT, precision: str = "") -> None:
         self.model, self.config, self.device = model, model.config, model.wte.weight.device
         self.kind = kind_of_cache(model)
-        missing = kernels.library() if self.kind is RaggedCache and can_copy(model) and model.wte.weight.is_cpu else None
+        missing = kernels.library() if self.kind is RaggedCache and can_pack(model) and model.wte.weight.is_cpu else None
         self.advice = f"Decoding takes two to four times as long without its kernels. {missing}" if missing else ""
         if precision == "int8" and self.kind is not PackedCache:
-            reason = missing or "it is for CPUs, and not for all flags of a model."
+            reason = missing or "it is for CPUs and for fp32 weights."
             raise ValueError(f"int8=true is not supported: {reason}")
         asked = autocast_dtype(model)
         self.dtype, self.records = native_dtype(model), self.kind is SteadyCache
@@ -77,11 +77,11 @@ class Decoder:
         if self.has_kernels:
             precision = precision or ("fp32" if asked == torch.float32 else "bf16")
             self.dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-            self.reader = decoding_copy(model, partial(kernels.product, precision=precision))
+            self.reader = pack(model, partial(kernels.product, precision=precision))
             if precision != "fp32" and native("bf16"):
-                self.prefiller = decoding_copy(model, partial(cast, dtype=torch.bfloat16))
-        elif can_copy(model):
-            self.reader = decoding_copy(model, partial(cast, dtype=self.dtype))
+                self.prefiller = pack(model, partial(cast, dtype=torch.bfloat16))
+        elif can_pack(model):
+            self.reader = pack(model, partial(cast, dtype=self.dtype))
 
     def nbytes(self, rows: int, positions: int) -> int:
         """What so many rows of so many positions take: their cache, logits, and what is drawn from them."""
@@ -171,9 +171,9 @@ class Decoder:
 
 def kind_of_cache(model: GPT) -> type[RaggedCache]:
     """What suits the device, and the flags of the model."""
-    if model.wte.weight.is_cuda and can_copy(model):
+    if model.wte.weight.is_cuda and can_pack(model):
         return SteadyCache
-    return PackedCache if model.wte.weight.is_cpu and can_copy(model) and kernels.available() else RaggedCache
+    return PackedCache if model.wte.weight.is_cpu and can_pack(model) and kernels.available() else RaggedCache
 
 
 def window_start(length: int, block_size: int) -> int:

@@ -1,10 +1,9 @@
-"""A copy of a model whose weights are laid out to be read once a token: it runs the model's own code on other products."""
+"""Pack a model's weights for decoding: the model's own code with faster matrix products."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import fields
 
 import torch
 import torch.nn.functional as F
@@ -12,35 +11,38 @@ from torch import Tensor, nn
 
 from model.gpt import GPT
 
-KNOWN = {"block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "dropout", "bias", "position", "norm",
-         "qk_norm", "activation", "zero_init", "tie_head", "embedding_norm", "ngrams", "ngram_rows"}
 Product = Callable[[Tensor], Tensor]
 
 
-def can_copy(model: GPT) -> bool:
-    """Whether `decoding_copy` knows all flags of the model, and its products fit it; else the model itself must decode."""
-    return model.wte.weight.dtype == torch.float32 and all(
-        getattr(model.config, field.name) == field.default for field in fields(model.config) if field.name not in KNOWN)
+def can_pack(model: GPT) -> bool:
+    """Whether `pack` supports the model: its weights are fp32."""
+    return model.wte.weight.dtype == torch.float32
 
 
 def cast(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Product:
-    """The plain product of rows `[..., in]` with `weight` `[out, in]`, in `dtype`, to which the weight is cast once."""
-    weight, bias = weight.to(dtype), bias if bias is None else bias.to(dtype)
+    """A function from rows `[..., in]` to rows @ `weight`.T + bias in `dtype`, cast once."""
+    weight = weight.to(dtype)
+    bias = None if bias is None else bias.to(dtype)
     return lambda x: F.linear(x.to(dtype), weight, bias)
 
 
 @torch.no_grad()
-def decoding_copy(model: GPT, lay_out: Callable[[Tensor, Tensor | None], Product]) -> GPT:
-    """A model like `model` that shares its tensors, but whose products are what `lay_out` makes of weights and biases."""
+def pack(model: GPT, make_product: Callable[[Tensor, Tensor | None], Product]) -> GPT:
+    """A copy of `model` whose linear layers and head are products that `make_product` makes.
+
+    Everything else is the model's own code on the same tensors, so a flag of the model needs no
+    code here unless it changes the head or attention; tests/test_decoder.py compares every flag.
+    """
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    twin = copy.deepcopy(model, shared).eval()
-    twin.head = lay_out(twin.head_weight.detach(), None)
+    packed = copy.deepcopy(model, shared).eval()
+    packed.head = make_product(packed.head_weight.detach(), None)
     if not model.config.tie_head:
-        del twin.lm_head
-    for module in list(twin.modules()):
+        del packed.lm_head
+    for module in list(packed.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):
                 bias = child.bias if child.bias is None else child.bias.detach()
-                delattr(module, name)  # a module's name takes nothing but modules
-                setattr(module, name, lay_out(child.weight.detach(), bias))
-    return twin
+                # The name of a child module accepts modules only.
+                delattr(module, name)
+                setattr(module, name, make_product(child.weight.detach(), bias))
+    return packed

@@ -1,6 +1,6 @@
-"""Generation: the rules that pick the next token, and the loop that asks for it.
+"""The sampling rules, which choose the next token, and the loop that generates token by token.
 
-Knows token ids only; what they mean is the tokenizer's business.
+Knows token ids only; the tokenizer knows their text. Shapes: B rows, V vocabulary.
 """
 
 from __future__ import annotations
@@ -8,118 +8,131 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Container, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from conf.sampling import SamplingConfig
 from generation.decoder import Decoder, native_autocast, window_start
 from model.gpt import GPT
 
-COLD = 1e-20  # below it only the largest logit can be drawn, and dividing by it would soon give infinities
-LIKELY = 1024  # so many of the likeliest tokens are ordered first: a nucleus is seldom larger
+# Below this temperature only the largest logit can be drawn, and dividing by it could overflow.
+MIN_TEMPERATURE = 1e-20
+# top_p first sorts this number of tokens, which nearly always hold its probability.
+FIRST_SORTED = 1024
 
 
 def finite(logits: Tensor) -> Tensor:
-    """The logits. Raises ValueError if there is one that nothing can be drawn from."""
-    if not math.isfinite(logits.sum()) and not logits.isfinite().all():  # the sum is the faster question
-        raise ValueError("The model's output is NaN or infinite: its weights are damaged, or its training diverged.")
+    """The logits. Raises ValueError if any is NaN or infinite."""
+    # The sum is the faster test.
+    if not math.isfinite(logits.sum()) and not logits.isfinite().all():
+        raise ValueError("The model's output is NaN or infinite: its weights are damaged, or its "
+                         "training diverged.")
     return logits
 
 
 def candidates(logits: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
-    """The likeliest tokens of each row of `[B, V]`, in order: probabilities `[B, K]`, and ids `[B, K]`.
+    """The most likely tokens of each row of `[B, V]`: probabilities `[B, K]` and ids `[B, K]`.
 
-    They are the `top_k` largest (0: all), and of these the fewest that hold `top_p` (nucleus sampling, arXiv:1904.09751);
-    what is not among them has probability 0. The probabilities need not sum to 1.
+    In descending order: the `top_k` largest (0: all), and of these the fewest with a total
+    probability of `top_p` (nucleus sampling, arXiv:1904.09751); all others have probability 0.
+    The probabilities need not sum to 1.
     """
-    for k in [top_k] if top_k else [LIKELY, logits.size(-1)]:
-        likeliest, ids = logits.topk(min(k, logits.size(-1)))
-        probabilities = (likeliest - (likeliest if top_k else logits).logsumexp(-1, keepdim=True)).exp()
-        reached = probabilities.cumsum(-1)
-        if (reached[:, -1] >= top_p).all():
+    sizes = [top_k] if top_k else [FIRST_SORTED, logits.size(-1)]
+    for size in sizes:
+        largest, ids = logits.topk(min(size, logits.size(-1)))
+        competing = largest if top_k else logits
+        probabilities = (largest - competing.logsumexp(-1, keepdim=True)).exp()
+        cumulative = probabilities.cumsum(-1)
+        if (cumulative[:, -1] >= top_p).all():
             break
-    return probabilities.masked_fill(reached - probabilities >= top_p, 0), ids
+    return probabilities.masked_fill(cumulative - probabilities >= top_p, 0), ids
 
 
-def pick(logits: Tensor, temperature: float, top_k: int, top_p: float, draws: Tensor) -> Tensor:
-    """One token id a row from logits `[B, V]` -> `[B]`, by `draws` `[B]` from (0, 1]; temperature 0 takes the largest.
+def pick(logits: Tensor, rules: SamplingConfig, draws: Tensor) -> Tensor:
+    """Sample one token id per row of logits `[B, V]` -> `[B]`.
 
-    Raises ValueError for logits that are not finite.
+    `draws` `[B]` are uniform random numbers from (0, 1]. Raises ValueError if a logit is not finite.
     """
     logits = finite(logits.float())
-    if temperature < COLD:
+    if rules.temperature < MIN_TEMPERATURE:
         return logits.argmax(-1)
-    logits = logits / temperature
-    probabilities, ids = candidates(logits, top_k, top_p) if top_k or top_p < 1 else (logits.softmax(-1), None)
-    reached = probabilities.cumsum(-1)
-    places = torch.searchsorted(reached, draws[:, None] * reached[:, -1:])  # the first that reaches it has a probability
-    return (places if ids is None else ids.gather(-1, places)).squeeze(-1)
-
-
-def generate(model: GPT, prompts: Tensor | Sequence[Sequence[int]], max_new_tokens: int, **rules: Any) -> Iterator[Tensor]:
-    """Continue `prompts` to the end, yielding the next ids `[B]` one position at a time; all else is as `steps` has it."""
-    for _, tokens, _ in steps(model, prompts, max_new_tokens, **rules):
-        yield tokens
+    logits = logits / rules.temperature
+    ids = None
+    if rules.top_k or rules.top_p < 1:
+        probabilities, ids = candidates(logits, rules.top_k, rules.top_p)
+    else:
+        probabilities = logits.softmax(-1)
+    cumulative = probabilities.cumsum(-1)
+    # The first place that reaches the draw cannot have probability 0.
+    places = torch.searchsorted(cumulative, draws[:, None] * cumulative[:, -1:])
+    if ids is not None:
+        places = ids.gather(-1, places)
+    return places.squeeze(-1)
 
 
 @torch.inference_mode()
-def steps(
-    model: GPT, prompts: Tensor | Sequence[Sequence[int]], max_new_tokens: int, *,
-    temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0, numbers: Sequence[int] | None = None,
-    use_cache: bool = True, decoder: Decoder | None = None, done: Container[int] = (),
+def generate(
+    model: GPT, prompts: Tensor | Sequence[Sequence[int]], rules: SamplingConfig,
+    numbers: Sequence[int] | None = None, decoder: Decoder | None = None, done: Container[int] = (),
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """Continue `prompts`, `[B, T]` or rows of any lengths: yields which rows, their next ids `[B]`, and the logits `[B, V]`.
+    """Continue `prompts`, `[B, T]` or rows of any lengths, by one token per iteration.
 
-    `top_k=0` and `top_p=1` switch those rules off. What is drawn is a function of the seed and of the row's number (its
-    place, or what `numbers` say): the same with and without a cache, alone and in a batch (in fp32; with fewer bits without
-    a cache, and in a batch by other kernels than ours, last digits differ). No other random stream is touched. A `decoder`
-    made before spares making one. Raises ValueError for a prompt without tokens.
+    Yields the rows, their next ids `[B]`, and the logits `[B, V]` these were sampled from. The seed
+    and a row's number (its index, or its entry of `numbers`) decide its random draws: a row gets
+    the same text with and without a cache, alone and in a batch (in fp32; in lower precision, or
+    with other kernels than ours, the last digits differ). The global random state is not used.
+    `decoder` saves making one. Raises ValueError for a prompt without tokens.
 
-    A caller can add rows to `done` whose next ids it does not want. They leave the batch, and the last ones take their
-    places; only where that would save nothing they still come. It ends when all are done.
+    The caller can add finished rows to `done`. They leave the batch and the last rows take their
+    places; a decoder that cannot drop rows goes on yielding them. It ends when all are done.
     """
-    texts = [list(row) for row in (prompts.tolist() if isinstance(prompts, Tensor) else prompts)]
-    if not all(texts):
+    if isinstance(prompts, Tensor):
+        prompts = prompts.tolist()
+    sequences = [list(prompt) for prompt in prompts]
+    if not all(sequences):
         raise ValueError("The prompt has no tokens: generation continues at least one.")
     device = model.wte.weight.device
-    rows = list(range(len(texts)))
-    streams = [random.Random(f"{seed} {number}") for number in numbers or rows]
+    rows = list(range(len(sequences)))
+    streams = [random.Random(f"{rules.seed} {number}") for number in numbers or rows]
     was_training = model.training
     model.eval()
     try:
-        if use_cache:
-            decoder = decoder or Decoder(model)
-            decoder.begin(texts, max_new_tokens)
-        for _ in range(max_new_tokens):
-            logits = decoder.next_logits(texts) if use_cache else uncached_logits(model, texts)
+        if rules.cache:
+            decoder = decoder or Decoder(model, rules.decoder_precision)
+            decoder.begin(sequences, rules.max_new_tokens)
+        for _ in range(rules.max_new_tokens):
+            if rules.cache:
+                logits = decoder.next_logits(sequences)
+            else:
+                logits = uncached_logits(model, sequences)
             draws = torch.tensor([1 - stream.random() for stream in streams], device=device)
-            tokens = pick(logits, temperature, top_k, top_p, draws)
-            for text, token in zip(texts, tokens.tolist(), strict=True):
-                text.append(token)
+            tokens = pick(logits, rules, draws)
+            for sequence, token in zip(sequences, tokens.tolist(), strict=True):
+                sequence.append(token)
             yield rows.copy(), tokens, logits
-            leaving = [place for place, row in enumerate(rows) if row in done]
-            if len(leaving) == len(rows):
+            finished = [place for place, row in enumerate(rows) if row in done]
+            if len(finished) == len(rows):
                 return
-            if use_cache and not decoder.can_drop:
+            if rules.cache and not decoder.can_drop:
                 continue
-            for place in reversed(leaving):
-                for held in (rows, texts, streams):
-                    held[place] = held[-1]  # the last one takes its place
-                    held.pop()
-                if use_cache:
+            for place in reversed(finished):
+                for per_row in (rows, sequences, streams):
+                    per_row[place] = per_row[-1]
+                    per_row.pop()
+                if rules.cache:
                     decoder.drop(place)
     finally:
         model.train(was_training)
 
 
-def uncached_logits(model: GPT, texts: list[list[int]]) -> Tensor:
-    """Logits `[B, V]` behind `texts`, each window read as a whole; those of one length together."""
-    logits = torch.empty(len(texts), model.config.vocab_size, device=model.wte.weight.device)
-    for length in set(map(len, texts)):
-        rows = [row for row, text in enumerate(texts) if len(text) == length]
+def uncached_logits(model: GPT, sequences: list[list[int]]) -> Tensor:
+    """Logits `[B, V]` for the next tokens, by a whole forward pass for each length of sequence."""
+    logits = torch.empty(len(sequences), model.config.vocab_size, device=model.wte.weight.device)
+    for length in {len(sequence) for sequence in sequences}:
+        rows = [row for row, sequence in enumerate(sequences) if len(sequence) == length]
         start = window_start(length, model.config.block_size)
-        window = torch.tensor([texts[row][start:] for row in rows], device=logits.device)
+        window = torch.tensor([sequences[row][start:] for row in rows], device=logits.device)
         with native_autocast(model):
             logits[rows] = model.head(model.features(window)[:, -1]).float()
     return logits

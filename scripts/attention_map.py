@@ -36,10 +36,10 @@ import atomic
 from checkpointing.run_folder import find_run
 from conf.schema import FilePath, checkpoint_problems, closest, compose, options
 from data.tokenizer import ByteTokenizer, Tokenizer
+from generation.engine import open_checkpoint
 from generation.sampling import finite
 from model import GPT
 from report.curves import as_image, new_figure, quiet, short_text
-from sample import open_checkpoint
 from terminal import counted, escaped, readable_size, say
 from training.device import Device
 
@@ -115,7 +115,8 @@ def open_model(settings: AttentionMapSettings) -> tuple[GPT, Tokenizer, str, Pat
         model = GPT(replace(config, vocab_size=tokenizer.vocab_size)).eval()
         return model, tokenizer, f"{settings.fresh}, random weights", Path()
     run = find_run(Path(settings.runs_dir), settings.run)
-    return *open_checkpoint(run, settings.checkpoint, Device("cpu", "fp32")), run.name, run
+    engine = open_checkpoint(run, settings.checkpoint, Device("cpu", "fp32"))
+    return engine.model, engine.tokenizer, run.name, run
 
 
 @torch.inference_mode()

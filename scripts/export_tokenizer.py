@@ -31,7 +31,7 @@ from checkpointing.run_folder import find_run
 from conf.schema import FilePath
 from data.hugging_face import to_hugging_face
 from data.tokenizer import Tokenizer
-from sample import tokenizer_of
+from generation.engine import tokenizer_of
 from terminal import say
 
 

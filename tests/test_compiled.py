@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch  # noqa: F401  loads the OpenMP library that compiled code calls
 
-import compiled
 from generation import kernels
 
 SOURCE = str(Path(kernels.__file__).with_suffix(".c"))
@@ -27,8 +26,8 @@ def small(tmp_path, monkeypatch):
 @pytest.fixture
 def compilations(monkeypatch):
     """The compiler's commands, as they are run."""
-    commands, run = [], compiled.run
-    monkeypatch.setattr(compiled, "run", lambda command: (commands.append(command), run(command)))
+    commands, run = [], kernels.run_compiler
+    monkeypatch.setattr(kernels, "run_compiler", lambda command: (commands.append(command), run(command)))
     return commands
 
 
@@ -37,22 +36,22 @@ def kept(tmp_path):
 
 
 def test_the_next_process_loads_what_was_compiled(small, compilations, tmp_path):
-    assert compiled.library(str(small)).answer() == 42
+    assert kernels.load_library(small).answer() == 42
     assert len(compilations) == 2
-    assert compiled.library(str(small)).answer() == 42
+    assert kernels.load_library(small).answer() == 42
     assert len(compilations) == 2 and len(kept(tmp_path)) == 1
 
 
 @pytest.mark.parametrize("change", ["source", "flags", "processor"])
 def test_other_code_is_compiled_anew(small, compilations, change, monkeypatch, tmp_path):
-    compiled.library(str(small))
+    kernels.load_library(small)
     if change == "source":
         small.write_text("int answer(void) { return 43; }")
     elif change == "flags":
         monkeypatch.setenv("NANOHYDRA_CFLAGS", "-DANSWER")
     else:
-        monkeypatch.setattr(compiled, "processor", lambda: "another")
-    assert compiled.library(str(small)).answer() == (43 if change == "source" else 42)
+        monkeypatch.setattr(kernels, "processor", lambda: "another")
+    assert kernels.load_library(small).answer() == (43 if change == "source" else 42)
     assert len(compilations) == 4 and len(kept(tmp_path)) == 2
 
 
@@ -69,29 +68,29 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", [*DAMAGES, *range(40, 15000, 997)])
 def test_a_damaged_library_is_compiled_anew(small, compilations, damage, tmp_path):
-    compiled.library(str(small))
+    kernels.load_library(small)
     (path,) = kept(tmp_path)
     whole = path.read_bytes()
     if isinstance(damage, int):
         path.write_bytes(flip(whole, damage % len(whole)))
     else:
         path.write_bytes(DAMAGES[damage](whole))
-    assert compiled.library(str(small)).answer() == 42
+    assert kernels.load_library(small).answer() == 42
     assert len(compilations) == 4
-    compiled.library(str(small))
+    kernels.load_library(small)
     assert len(compilations) == 4, "it was not repaired"
 
 
 def test_a_whole_library_that_cannot_be_loaded_is_compiled_anew(small, tmp_path):
-    compiled.library(str(small))
+    kernels.load_library(small)
     (path,) = kept(tmp_path)
-    compiled.keep(path, b"no library")
-    assert compiled.library(str(small)).answer() == 42
+    kernels.write_cached(path, b"no library")
+    assert kernels.load_library(small).answer() == 42
 
 
 def test_damage_after_loading_changes_nothing(small, tmp_path):
     """A library that is mapped from a file crashes the process when that file is cut."""
-    library = compiled.library(str(small))
+    library = kernels.load_library(small)
     (path,) = kept(tmp_path)
     os.truncate(path, 0)
     assert library.answer() == 42
@@ -99,23 +98,23 @@ def test_damage_after_loading_changes_nothing(small, tmp_path):
 
 @pytest.mark.parametrize("planted", ["file", "link", "fifo", "folder"])
 def test_a_planted_library_is_not_loaded(small, planted, tmp_path, monkeypatch):
-    compiled.library(str(small))
+    kernels.load_library(small)
     (path,) = kept(tmp_path)
     evil = tmp_path / "evil.c"
     evil.write_text("int answer(void) { return 666; }")
-    content = compiled.compiled(evil, ["gcc"], [])
+    content = kernels.compile_source(evil, ["gcc"], [])
     path.unlink()
     if planted == "link":
-        compiled.keep(tmp_path / "elsewhere/evil", content)
+        kernels.write_cached(tmp_path / "elsewhere/evil", content)
         path.symlink_to(tmp_path / "elsewhere/evil")
     elif planted == "fifo":
         os.mkfifo(path)
     elif planted == "folder":
         path.mkdir()
     else:
-        compiled.keep(path, content)
+        kernels.write_cached(path, content)
         another_user(monkeypatch, path)
-    assert compiled.library(str(small)).answer() == 42
+    assert kernels.load_library(small).answer() == 42
 
 
 def another_user(monkeypatch, path):
@@ -127,11 +126,11 @@ def another_user(monkeypatch, path):
 
 
 def test_a_folder_of_another_user_is_not_used(small, compilations, monkeypatch, tmp_path):
-    compiled.library(str(small))
+    kernels.load_library(small)
     another_user(monkeypatch, tmp_path / "cache/nanohydra")
     before = kept(tmp_path)[0].stat()
     assert len(compilations) == 2
-    assert compiled.library(str(small)).answer() == 42
+    assert kernels.load_library(small).answer() == 42
     assert len(compilations) == 4 and kept(tmp_path)[0].stat() == before
 
 
@@ -139,16 +138,16 @@ def test_a_folder_that_is_a_link_is_not_used(small, compilations, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache/nanohydra").symlink_to(tmp_path / "elsewhere")
-    assert compiled.library(str(small)).answer() == 42
+    assert kernels.load_library(small).answer() == 42
     assert not list((tmp_path / "elsewhere").iterdir())
 
 
 def test_the_folder_is_closed_to_other_users(small, tmp_path):
-    compiled.library(str(small))
+    kernels.load_library(small)
     folder = tmp_path / "cache/nanohydra"
     assert folder.stat().st_mode & 0o777 == 0o700
     folder.chmod(0o777)
-    compiled.library(str(small))
+    kernels.load_library(small)
     assert folder.stat().st_mode & 0o777 == 0o700
 
 
@@ -157,20 +156,20 @@ def test_without_a_folder_it_compiles_each_time(small, home, monkeypatch, tmp_pa
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", home)
     monkeypatch.setattr("os.path.expanduser", lambda path: path)
-    assert compiled.library(str(small)).answer() == 42
+    assert kernels.load_library(small).answer() == 42
     assert list(tmp_path.iterdir()) == [small]
 
 
 def test_without_memory_files_it_loads_a_private_copy(small, monkeypatch):
     monkeypatch.delattr(os, "memfd_create")
-    assert compiled.library(str(small)).answer() == 42
+    assert kernels.load_library(small).answer() == 42
 
 
 def test_several_libraries_can_be_loaded(small):
     found = []
     for answer in range(5):
         small.write_text(f"int answer(void) {{ return {answer}; }}")
-        found.append(compiled.library(str(small)))
+        found.append(kernels.load_library(small))
     assert [library.answer() for library in found] == list(range(5))
 
 
@@ -183,14 +182,14 @@ def test_code_that_cannot_be_compiled_says_why(compiler, source, problem, monkey
     path = tmp_path / "some.c"
     path.write_text(source)
     with pytest.raises(OSError, match=problem):
-        compiled.library(str(path))
+        kernels.load_library(path)
     assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("there", ["gcc", "clang", "cc"])
 def test_any_common_compiler_is_found(there, small, monkeypatch):
     monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setattr(compiled.shutil, "which", lambda name: name if name == there else None)
-    monkeypatch.setattr(compiled, "compiled", lambda source, compiler, flags: compiler[0].encode())
-    monkeypatch.setattr(compiled, "load", bytes.decode)
-    assert compiled.library(str(small)) == there
+    monkeypatch.setattr(kernels.shutil, "which", lambda name: name if name == there else None)
+    monkeypatch.setattr(kernels, "compile_source", lambda source, compiler, flags: compiler[0].encode())
+    monkeypatch.setattr(kernels, "load", bytes.decode)
+    assert kernels.load_library(small) == there

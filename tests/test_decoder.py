@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import fields
 from functools import partial
 
 import pytest
@@ -13,13 +13,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from conf.schema import compose
+from conf.sampling import SamplingConfig
 from generation import caches, kernels
 from generation import decoder as decoding
 from generation.caches import PackedCache, RaggedCache, SteadyCache
-from generation.decoder import Decoder, kind_of_cache
-from generation.packed import can_copy, cast, decoding_copy
-from generation.sampling import steps, uncached_logits
+from generation.decoder import Decoder
+from generation.packed import can_pack, cast, pack
+from generation.sampling import generate, uncached_logits
 from model.config import GPTConfig
 from model.gpt import GPT
 
@@ -38,6 +38,11 @@ SHAPES = {
 needs_kernels = pytest.mark.skipif(not kernels.available(), reason=f"no kernels here: {kernels.library()}")
 every_kind = pytest.mark.parametrize("kind", [pytest.param(PackedCache, marks=needs_kernels), SteadyCache, RaggedCache, None])
 every_shape = pytest.mark.parametrize("flags", SHAPES.values(), ids=SHAPES.keys())
+
+
+def steps(model, prompts, count, use_cache=True, decoder=None, done=(), temperature=1.0):
+    rules = SamplingConfig(count, temperature=temperature, top_k=0, top_p=1.0, seed=0, cache=use_cache)
+    return generate(model, prompts, rules, decoder=decoder, done=done)
 
 
 def make(block_size: int = 16, **flags: object) -> GPT:
@@ -82,7 +87,7 @@ def decoder_of(monkeypatch, request):
         if kind is SteadyCache:
             request.getfixturevalue("steady")
         elif kind is None:
-            monkeypatch.setattr(decoding, "can_copy", lambda model: False)
+            monkeypatch.setattr(decoding, "can_pack", lambda model: False)
         else:
             monkeypatch.setattr(decoding, "kind_of_cache", lambda model: kind)
         decoder = Decoder(model)
@@ -295,7 +300,7 @@ def test_a_cast_product_is_a_linear_layer_in_fewer_bits(dtype):
 def test_the_copy_shares_what_it_does_not_lay_out_anew_and_leaves_the_model_as_it_is():
     model = make(tie_head=False).train()
     before = {name: weights.clone() for name, weights in model.state_dict().items()}
-    twin = decoding_copy(model, partial(cast, dtype=torch.bfloat16))
+    twin = pack(model, partial(cast, dtype=torch.bfloat16))
     assert twin.wte.weight is model.wte.weight and not twin.training and model.training
     assert isinstance(model.h[0].mlp.c_fc, torch.nn.Linear) and model.head.__func__ is GPT.head
     assert all(torch.equal(weights, before[name]) for name, weights in model.state_dict().items())
@@ -334,29 +339,21 @@ def test_equal_prompts_are_read_once_and_no_further_than_the_last_keys_and_value
     assert set(widths) == {1}  # only the steps themselves
 
 
-def test_a_flag_that_the_copy_does_not_know_leaves_decoding_to_the_model():
-    @dataclass(frozen=True)
-    class Later(GPTConfig):
-        softcap: float = 0.0
-
+def test_weights_of_other_types_are_decoded_by_the_model_itself():
     model = make()
-    model.config = Later(**vars(model.config))
-    assert can_copy(model)
-    model.config = Later(**vars(model.config) | {"softcap": 15.0})
-    assert not can_copy(model)
-    decoder = Decoder(model)
-    assert decoder.reader is model and decoder.kind is RaggedCache
-    assert not can_copy(make().bfloat16()) and not can_copy(make().double())
+    assert can_pack(model)
+    for dtype in (torch.bfloat16, torch.float64):
+        assert not can_pack(make().to(dtype)) and Decoder(make().to(dtype)).kind is RaggedCache
     with pytest.raises(ValueError, match="int8=true"):
-        Decoder(model, "int8")
+        Decoder(model.bfloat16(), "int8")
 
 
-@needs_kernels
-@pytest.mark.parametrize("preset", ["gpt2", "modern-nano", "modern-small", "modern-char", "modern-124m"])
-def test_presets_decode_fast(preset):
-    config = compose("config", [f"model={preset}"]).model
-    tiny = GPTConfig(**vars(config) | {"n_layer": 1, "vocab_size": V, "block_size": 16, "n_embd": 16 * config.n_head})
-    assert kind_of_cache(GPT(tiny)) is PackedCache
+def test_every_flag_of_the_model_is_in_a_shape_that_is_compared():
+    """A new flag is added to SHAPES: decoding has its own attention and head, which may need it."""
+    varied = {name for flags in SHAPES.values() for name in flags}
+    sizes = {"block_size", "vocab_size", "n_layer"}  # of `make`
+    training = {"dropout", "zero_init"}  # mean nothing to decoding
+    assert varied | sizes | training == {field.name for field in fields(GPTConfig)}
 
 
 @pytest.mark.slow

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-import compiled
 from generation import kernels
 from generation.kernels import attend, in_panels, product, values_width
 
@@ -38,7 +37,7 @@ def compiled_for(tmp_path_factory):
             patch.setenv("NANOHYDRA_CFLAGS", flags)
             patch.setenv("XDG_CACHE_HOME", str(folder))
             try:
-                compiled.library(str(folder / "nothing.c"))
+                kernels.load_library(folder / "nothing.c")
             except OSError as error:
                 pytest.skip(f"this machine cannot compile with {compiler} {flags}: {error}")
             return kernels.library.__wrapped__()

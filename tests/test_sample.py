@@ -29,9 +29,12 @@ import train
 from checkpointing import checkpoint, store
 from conf.schema import ConfigError, compose
 from data.tokenizer import fingerprint, from_json
+from generation import engine as engines
 from generation import kernels
 from generation.decoder import Decoder
-from model import Undrawn
+from generation.engine import Completion, Engine, open_checkpoint
+from generation.prompts import read_text
+from model import GPT, Undrawn
 from training.device import Device
 
 ROOT = Path(__file__).parent.parent
@@ -73,7 +76,7 @@ def test_a_tokenizer_that_the_model_was_not_trained_with_is_refused_with_both_na
         reseal(one.folder)
         names = fingerprint(from_json(other, ""))[:12], fingerprint(from_json(saved, ""))[:12]
     with pytest.raises(ValueError, match=r"tokenizer.json \(fingerprint {}\) is not the tokenizer .*\(fingerprint {}\)".format(*names)):
-        story.open_checkpoint(tmp_path / "tiny", "last", Device("cpu", "fp32"))
+        open_checkpoint(tmp_path / "tiny", "last", Device("cpu", "fp32"))
 
 
 def test_a_run_older_than_the_note_of_its_tokenizer_is_sampled_as_it_is(runs_dir, tmp_path):
@@ -83,8 +86,8 @@ def test_a_run_older_than_the_note_of_its_tokenizer_is_sampled_as_it_is(runs_dir
         del state["settings"]["data"]["tokenizer_fingerprint"]
         (one.folder / checkpoint.STATE).write_text(json.dumps(state))
         reseal(one.folder)
-    _, tokenizer = story.open_checkpoint(tmp_path / "tiny", "last", Device("cpu", "fp32"))
-    assert tokenizer.vocab_size > 1
+    engine = open_checkpoint(tmp_path / "tiny", "last", Device("cpu", "fp32"))
+    assert engine.tokenizer.vocab_size > 1
 
 
 def test_the_prompt_comes_first_and_as_many_tokens_as_asked_follow(say):
@@ -134,7 +137,7 @@ def test_a_prompt_keeps_its_line_endings(place, tmp_path, monkeypatch):
         os.close(writer)
         place = f"/dev/fd/{reader}"
     monkeypatch.chdir(tmp_path)
-    assert story.read_prompt(compose("sample", [f"prompt_file={place}"])) == LINES
+    assert read_text("prompt_file", place) == LINES
 
 
 @pytest.mark.parametrize("setting", ["prompt_file", "prompts"])
@@ -150,7 +153,7 @@ def test_what_is_no_file_of_prompts_is_one_sentence(setting, name, problem, tmp_
     with open("large", "wb") as file:
         file.truncate(2**40)
     with pytest.raises((ValueError, OSError), match=problem):
-        story.read_text(setting, name)
+        read_text(setting, name)
 
 
 @pytest.mark.parametrize("endless", [True, False])
@@ -159,9 +162,9 @@ def test_standard_input_is_bounded_too(endless, monkeypatch):
         monkeypatch.setattr("sys.stdin", stream)
         if endless:
             with pytest.raises(ValueError, match="prompt_file=- holds more than 16 MB"):
-                story.read_text("prompt_file", "-")
+                read_text("prompt_file", "-")
         else:
-            assert story.read_text("prompt_file", "-") == ""
+            assert read_text("prompt_file", "-") == ""
 
 
 def test_interactive_answers_each_line_until_the_input_ends(say, monkeypatch):
@@ -217,10 +220,10 @@ def test_a_run_that_is_not_there_is_an_error_that_names_those_that_are(say, tmp_
 def test_streamed_pieces_are_the_whole_text(runs_dir):
     settings = compose("sample", [f"runs_dir={runs_dir}", "max_new_tokens=50", "stop=zz"])
     device = Device("cpu", "fp32")
-    model, tokenizer = story.open_checkpoint(runs_dir / "tiny", "best", device)
-    pieces = []
-    whole = story.complete(model, tokenizer, "The", settings, device, show=pieces.append)
-    assert "".join(pieces) == "The" + whole and len([piece for piece in pieces if piece]) > 10
+    engine = open_checkpoint(runs_dir / "tiny", "best", device)
+    pieces = list(engine.stream("The", settings))
+    whole = engine.complete([("The", 0)], settings)[0].text
+    assert "".join(pieces) == whole and len([piece for piece in pieces if piece]) > 10
 
 
 def test_best_is_the_checkpoint_with_the_lowest_validation_loss(runs_dir):
@@ -229,16 +232,16 @@ def test_best_is_the_checkpoint_with_the_lowest_validation_loss(runs_dir):
     best = store.load_checkpoint(folder, "best", store.verified, pytest.fail)
     assert best.state["val_loss"] == min(one.state["val_loss"] for one in found)
     assert store.load_checkpoint(folder, "last", store.verified, pytest.fail).step == 60
-    model, _ = story.open_checkpoint(runs_dir / "tiny", "best", Device("cpu", "fp32"))
+    engine = open_checkpoint(runs_dir / "tiny", "best", Device("cpu", "fp32"))
     saved = load_file(best.folder / checkpoint.MODEL)
-    assert all(torch.equal(weights, saved[name]) for name, weights in model.state_dict().items())
+    assert all(torch.equal(weights, saved[name]) for name, weights in engine.model.state_dict().items())
 
 
 def test_a_checkpoint_is_chosen_by_its_step(runs_dir):
     for step in (40, 60):
-        model, _ = story.open_checkpoint(runs_dir / "tiny", str(step), Device("cpu", "fp32"))
+        engine = open_checkpoint(runs_dir / "tiny", str(step), Device("cpu", "fp32"))
         saved = load_file(runs_dir / f"tiny/checkpoints/step_{step:08d}" / checkpoint.MODEL)
-        assert all(torch.equal(weights, saved[name]) for name, weights in model.state_dict().items())
+        assert all(torch.equal(weights, saved[name]) for name, weights in engine.model.state_dict().items())
 
 
 def test_a_step_without_a_checkpoint_is_said_with_those_there_are(say, runs_dir):
@@ -264,10 +267,10 @@ def test_a_checkpoint_is_best_last_or_a_step(which):
 def test_a_checkpoint_is_opened_as_it_would_be_with_drawn_weights_and_buffers(runs_dir):
     """Weights that are not drawn first are all from the file; the caller's random stream is untouched."""
     before = torch.get_rng_state()
-    model, _ = story.open_checkpoint(runs_dir / "tiny", "best", Device("cpu", "fp32"))
-    assert torch.equal(torch.get_rng_state(), before) and not any(weights.is_meta for weights in model.state_dict().values())
+    engine = open_checkpoint(runs_dir / "tiny", "best", Device("cpu", "fp32"))
+    assert torch.equal(torch.get_rng_state(), before) and not any(weights.is_meta for weights in engine.model.state_dict().values())
     with Undrawn("meta"):
-        shapes = story.GPT(replace(model.config, position="rotary", tie_head=False))
+        shapes = GPT(replace(engine.model.config, position="rotary", tie_head=False))
     assert all(weights.is_meta for weights in shapes.parameters()) and shapes.rotary.isfinite().all()
 
 
@@ -291,11 +294,11 @@ def test_more_at_once_than_memory_holds_is_one_sentence(setting, more, say, monk
 
 
 def test_what_a_decoder_says_it_takes_is_what_it_takes(runs_dir):
-    model, _ = story.open_checkpoint(runs_dir / "tiny", "best", Device("cpu", "fp32"))
-    decoder = Decoder(model)
+    engine = open_checkpoint(runs_dir / "tiny", "best", Device("cpu", "fp32"))
+    decoder = Decoder(engine.model)
     decoder.begin([[1], [1], [1]], 9)
     held = sum(each.nbytes for each in (*decoder.cache.keys, *decoder.cache.values))
-    assert held == decoder.nbytes(3, 10) - 3 * 4 * 3 * model.config.vocab_size
+    assert held == decoder.nbytes(3, 10) - 3 * 4 * 3 * engine.model.config.vocab_size
 
 
 # Files of prompts
@@ -327,14 +330,14 @@ def test_each_prompt_of_a_file_is_completed_as_if_alone(fill, say):
 
 
 def test_what_is_finished_leaves_its_batch(fill, monkeypatch):
-    sizes, steps = [], story.steps
+    sizes, generate = [], engines.generate
 
     def counted(*arguments, **rules):
-        for step in steps(*arguments, **rules):
+        for step in generate(*arguments, **rules):
             sizes.append(len(step[0]))
             yield step
 
-    monkeypatch.setattr(story, "steps", counted)
+    monkeypatch.setattr(engines, "generate", counted)
     together = fill(PROMPTS, "stop=e", "batch_size=8")
     assert sizes[0] == 5 > sizes[-1] and sum(sizes) == sum(line["tokens"] for line in together)
     alone = fill(PROMPTS, "stop=e", "batch_size=1")
@@ -344,9 +347,9 @@ def test_what_is_finished_leaves_its_batch(fill, monkeypatch):
 def test_a_line_says_how_many_tokens_how_likely_and_how_it_ended(fill, runs_dir):
     free = fill(["The quiet"], "temperature=0")[0]
     assert (free["tokens"], free["finish_reason"]) == (20, "length")
-    model, tokenizer = story.open_checkpoint(runs_dir / "tiny", "best", Device("cpu", "fp32"))
-    prompt, drawn = tokenizer.encode("The quiet"), tokenizer.encode(free["text"])
-    loss = model(torch.tensor([[*prompt, *drawn][-33:-1]]))[0, -20:].log_softmax(-1).gather(1, torch.tensor(drawn)[:, None])
+    engine = open_checkpoint(runs_dir / "tiny", "best", Device("cpu", "fp32"))
+    prompt, drawn = engine.encode("The quiet"), engine.encode(free["text"])
+    loss = engine.model(torch.tensor([[*prompt, *drawn][-33:-1]]))[0, -20:].log_softmax(-1).gather(1, torch.tensor(drawn)[:, None])
     assert free["mean_logprob"] == pytest.approx(loss.mean().item(), abs=1e-4)
     stop = free["text"][5:7]
     stopped = fill(["The quiet"], "temperature=0", f"stop={stop}")[0]
@@ -358,8 +361,8 @@ def test_a_file_of_completions_is_gone_on_with_where_a_kill_left_it(fill, tmp_pa
     whole = fill(PROMPTS, "batch_size=2")
     content = (tmp_path / "out.jsonl").read_text()
     written = []
-    write = story.write
-    monkeypatch.setattr(story, "write", lambda *arguments, **rest: written.append(arguments[2]) or write(*arguments, **rest))
+    complete = Engine.complete
+    monkeypatch.setattr(Engine, "complete", lambda engine, jobs, *rest, **more: written.append(jobs) or complete(engine, jobs, *rest, **more))
     assert fill(PROMPTS, "batch_size=2", held=content[: len(content) // 2]) == whole
     kept = content[: len(content) // 2].count("\n")
     made = len(whole) - kept // 2 * 2
@@ -420,7 +423,7 @@ def test_a_file_that_another_process_writes_is_left_to_it(fill, tmp_path):
 
 def test_what_fails_keeps_nobody_out(fill, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(story, "write", lambda *arguments, **rest: interrupted())
+        patch.setattr(Engine, "complete", lambda *arguments, **rest: interrupted())
         fill(["The"])
     assert len(fill(["The"])) == 1
 
@@ -449,7 +452,7 @@ def test_batches_of_another_size_go_on_with_a_file_only_where_they_give_the_same
 
 
 def test_a_prompt_of_a_file_keeps_what_does_not_end_its_line(fill, monkeypatch):
-    monkeypatch.setattr(story.Tokenizer, "encode", lambda tokenizer, text: [0])
+    monkeypatch.setattr(engines.Tokenizer, "encode", lambda tokenizer, text: [0])
     prompts = [line["prompt"] for line in fill(["a\rb\r", "c\u2028d", "\x85e"])]
     assert prompts == ["a\rb", "c\u2028d", "\x85e"]
 
@@ -468,9 +471,9 @@ def test_the_mark_at_the_beginning_of_a_file_is_not_part_of_a_prompt(fill):
 def test_a_batch_that_a_kill_cut_is_made_again_as_a_whole(fill, tmp_path, monkeypatch):
     """Since there are products by which a row's last digits depend on the others'."""
     prompts, rules = ["The", "Every old house", "A", "No", "The quiet"], ["batch_size=3", "temperature=1.5"]
-    whole, write, sizes = fill(prompts, *rules), story.write, []
+    whole, complete, sizes = fill(prompts, *rules), Engine.complete, []
     lines = (tmp_path / "out.jsonl").read_text().splitlines(keepends=True)
-    monkeypatch.setattr(story, "write", lambda *args, **more: sizes.append(len(args[2])) or write(*args, **more))
+    monkeypatch.setattr(Engine, "complete", lambda engine, jobs, *rest, **more: sizes.append(len(jobs)) or complete(engine, jobs, *rest, **more))
     for kept in range(5):
         sizes.clear()
         assert fill(prompts, *rules, held="".join(lines[:kept]) + lines[kept][:20]) == whole
@@ -569,12 +572,12 @@ class Bytes:
         return bytes(ids)
 
 
-def feed(text: bytes, stop: str = "") -> tuple[list[str], story.Completion]:
-    row = story.Completion(Bytes(), stop)
+def feed(text: bytes, stop: str = "") -> tuple[list[str], Completion]:
+    row = Completion(Bytes(), stop)
     shown = []
     for token in text:
         row.add(token)
-        shown.append(row.certain())
+        shown.append(row.printable())
     return shown, row
 
 
@@ -595,7 +598,7 @@ def test_an_end_that_could_become_stop_is_held_back():
 
 
 def test_end_of_text_ends_a_row():
-    row = story.Completion(Bytes(), "")
+    row = Completion(Bytes(), "")
     for token in (65, 256, 66):
         row.add(token)
     assert row.text == "A" and row.finished

@@ -1,13 +1,16 @@
 """Generation: the cache changes nothing but the time, and each rule draws from the distribution it promises."""
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
+from conf.sampling import SamplingConfig
 from generation.decoder import native_dtype, window_start
-from generation.sampling import candidates, generate, pick, steps
+from generation.sampling import candidates, generate
+from generation.sampling import pick as pick_by
 from model.gpt import GPT, GPTConfig
 
 V = 31
@@ -33,9 +36,24 @@ def prompt_of(length: int, rows: int = 1) -> Tensor:
     return torch.randint(V, (rows, length), generator=torch.Generator().manual_seed(length))
 
 
+def rules_of(max_new_tokens: int = 1, use_cache: bool = True, **rules: object) -> SamplingConfig:
+    """No rule but those that are given."""
+    return SamplingConfig(**{"temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 0, "cache": use_cache,
+                             "max_new_tokens": max_new_tokens} | rules)
+
+
+def pick(logits: Tensor, temperature: float, top_k: int, top_p: float, draws: Tensor) -> Tensor:
+    return pick_by(logits, rules_of(temperature=temperature, top_k=top_k, top_p=top_p), draws)
+
+
+def tokens_of(model: GPT, prompt: Tensor, max_new_tokens: int, numbers: list[int] | None = None, **rules: object) -> Iterator[Tensor]:
+    for _, tokens, _ in generate(model, prompt, rules_of(max_new_tokens, **rules), numbers):
+        yield tokens
+
+
 def text(model: GPT, prompt: Tensor, max_new_tokens: int, **rules: object) -> list[list[int]]:
     """The tokens of `generate`, row by row."""
-    return torch.stack(list(generate(model, prompt, max_new_tokens, **rules)), dim=1).tolist()
+    return torch.stack(list(tokens_of(model, prompt, max_new_tokens, **rules)), dim=1).tolist()
 
 
 def plain_greedy(model: GPT, prompt: Tensor, max_new_tokens: int) -> list[list[int]]:
@@ -127,7 +145,7 @@ def test_the_same_seed_gives_the_same_text_alone_and_in_a_batch(flags):
 
 def test_the_logits_are_those_that_the_tokens_came_from():
     model = make()
-    for _, tokens, logits in steps(model, prompt_of(3, rows=2), 12, temperature=0):
+    for _, tokens, logits in generate(model, prompt_of(3, rows=2), rules_of(12, temperature=0)):
         assert torch.equal(logits.argmax(-1), tokens)
 
 
@@ -152,14 +170,14 @@ def test_the_cache_takes_the_type_of_autocast_if_native(native, dtype, monkeypat
 
 @pytest.mark.parametrize("max_new_tokens", [0, 1, 12])
 def test_yields_as_many_tokens_as_asked_for(max_new_tokens):
-    tokens = list(generate(make(), prompt_of(3, rows=2), max_new_tokens))
+    tokens = list(tokens_of(make(), prompt_of(3, rows=2), max_new_tokens))
     assert len(tokens) == max_new_tokens
     assert all(token.shape == (2,) and token.dtype == torch.int64 for token in tokens)
 
 
 def test_a_prompt_without_tokens_is_refused():
     with pytest.raises(ValueError, match="no tokens"):
-        next(generate(make(), torch.empty(1, 0, dtype=torch.int64), 3))
+        next(tokens_of(make(), torch.empty(1, 0, dtype=torch.int64), 3))
 
 
 def test_the_seed_alone_decides_the_tokens():
@@ -194,7 +212,7 @@ def test_the_models_mode_is_restored_at_the_end(training):
 @pytest.mark.parametrize("training", [True, False])
 def test_the_models_mode_is_restored_when_the_consumer_stops_early(training):
     model = make().train(training)
-    tokens = generate(model, prompt_of(3), 10)
+    tokens = tokens_of(model, prompt_of(3), 10)
     next(tokens)
     assert not model.training
     tokens.close()
@@ -209,7 +227,7 @@ def test_the_models_mode_is_restored_after_an_error():
 
 
 def test_generated_tokens_need_no_gradient():
-    tokens = next(generate(make(), prompt_of(3), 1))
+    tokens = next(tokens_of(make(), prompt_of(3), 1))
     assert tokens.is_inference()
 
 
@@ -321,7 +339,7 @@ def test_the_first_tokens_of_many_rows_are_drawn_from_the_promised_distribution(
     keep = rules.get("top_k", V) if "top_k" in rules else int((p[order].cumsum(-1) < rules.get("top_p", 2.0)).sum()) + 1
     p[order[keep:]] = 0
     p /= p.sum()
-    counts = next(generate(model, prompt.expand(rows, -1), 1, **rules)).bincount(minlength=V)
+    counts = next(tokens_of(model, prompt.expand(rows, -1), 1, **rules)).bincount(minlength=V)
     assert ((counts / rows - p).abs() <= 5 * (p * (1 - p) / rows).sqrt()).all() and (counts > 0).sum() > 1
 
 

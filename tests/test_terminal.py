@@ -129,8 +129,8 @@ def test_samples_in_a_pipe_are_the_exact_text(hostile, capsys):
     story.sample(settings)
     said = capsys.readouterr().out
     device = Device("auto", "auto")
-    model, tokenizer = story.open_checkpoint(hostile / "run", "best", device)
-    assert said == "\x1b]" + story.complete(model, tokenizer, "\x1b]", settings, device) + "\n"
+    engine = story.open_checkpoint(hostile / "run", "best", device)
+    assert said == "\x1b]" + engine.complete([("\x1b]", 0)], settings)[0].text + "\n"
 
 
 def test_messages_are_printed_by_say_or_output():

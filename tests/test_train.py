@@ -23,7 +23,7 @@ from data.loader import Loader
 from data.prepare import prepare
 from data.shards import Tokens
 from model import GPT, GPTConfig
-from sample import open_checkpoint
+from generation.engine import open_checkpoint
 from scripts.verify_resume import read_metrics
 from training.device import Device
 
@@ -58,7 +58,7 @@ def test_reported_validation_loss_is_the_loss_of_the_saved_model(compose_tiny, t
     settings = compose_tiny("training.max_steps=10")
     story.train(settings)
     saved = store.list_checkpoints(tmp_path / "runs/tiny/checkpoints")[-1]
-    model, _ = open_checkpoint(tmp_path / "runs/tiny", "last", Device("cpu", "fp32"))
+    model = open_checkpoint(tmp_path / "runs/tiny", "last", Device("cpu", "fp32")).model
     prepared = prepare(settings.data)
     validation = story.Validation(story.open_parts(prepared, "val"), 32, 4, 512)
     assert story.evaluate(model, validation, Device("cpu", "fp32")) == pytest.approx(saved.state["val_loss"], abs=1e-6)
@@ -162,7 +162,7 @@ def test_a_run_that_respects_documents_learns_and_evaluates_each_by_itself(compo
     assert rows[0]["loss"] == pytest.approx(losses(model, *batch), abs=1e-6)
     assert abs(rows[0]["loss"] - story.loss_of(model, batch, device, None).item()) > 1e-4
 
-    model, _ = open_checkpoint(tmp_path / "runs/tiny", "last", device)
+    model = open_checkpoint(tmp_path / "runs/tiny", "last", device).model
     validation = story.Validation(story.open_parts(prepared, "val"), 32, 4, 512)
     by_hand = sum(losses(model, *batch) * weight for *batch, weight in validation)
     val_loss = [row["val_loss"] for row in rows if "val_loss" in row][-1]

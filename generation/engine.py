@@ -1,0 +1,233 @@
+"""Open a trained model and complete text with it.
+
+Prints nothing but warnings about damaged checkpoints, and changes no global state.
+"""
+
+from __future__ import annotations
+
+import codecs
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from checkpointing import checkpoint, store
+from checkpointing.checkpoint import Checkpoint
+from checkpointing.run_folder import find_run
+from conf.identity import flat, in_one_line
+from conf.sampling import SamplingConfig
+from conf.schema import rebuild
+from data.tokenizer import Tokenizer, fingerprint, from_json
+from generation.decoder import Decoder, native_autocast
+from generation.sampling import generate
+from model import GPT, GPTConfig, Undrawn
+from terminal import say
+from training.device import Device
+
+# A prompt, and the number of its sample: each number is another random stream.
+Job = tuple[str, int]
+
+
+class Completion:
+    """The text of one sequence while its tokens arrive: ends at end of text, or before `stop`."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: str) -> None:
+        self.tokenizer, self.stop = tokenizer, stop
+        self.utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self.text = ""
+        self.finished = False
+        # Every generated token, with end of text and with those of a text that `stop` cut off.
+        self.tokens: list[int] = []
+        self.logprobs: list[float] = []
+        self.reason = "length"
+
+    def add(self, token: int, logprob: float = math.nan) -> None:
+        if self.finished:
+            return
+        self.tokens.append(token)
+        self.logprobs.append(logprob)
+        if token == self.tokenizer.end_of_text:
+            self.finish()
+            self.reason = "end_of_text"
+            return
+        self.text += self.utf8.decode(self.tokenizer.decode_bytes((token,)))
+        if self.stop and self.stop in self.text:
+            self.text = self.text[: self.text.index(self.stop)]
+            self.finished, self.reason = True, "stop"
+
+    def finish(self) -> None:
+        """No more tokens will come: bytes of an incomplete character become U+FFFD."""
+        if not self.finished:
+            self.text += self.utf8.decode(b"", final=True)
+            self.finished = True
+
+    def printable(self) -> str:
+        """The text without a trailing part that could still become `stop`."""
+        if self.finished:
+            return self.text
+        for length in range(min(len(self.stop) - 1, len(self.text)), 0, -1):
+            if self.text.endswith(self.stop[:length]):
+                return self.text[:-length]
+        return self.text
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A model, its tokenizer and its device, to generate text and to read logits."""
+
+    model: GPT
+    tokenizer: Tokenizer
+    device: Device
+
+    def encode(self, text: str) -> list[int]:
+        """The token ids of a text. Raises ValueError if the tokenizer cannot encode it."""
+        return self.tokenizer.encode(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids; bytes that are not UTF-8 become U+FFFD."""
+        return self.tokenizer.decode_bytes(ids).decode(errors="replace")
+
+    def logits(self, text: str) -> Tensor:
+        """Logits `[T, V]` in fp32 for each of the T tokens of a text: row t predicts token t + 1.
+
+        An empty text is the beginning of a document, one token. Raises ValueError if the text is
+        longer than the model's context.
+        """
+        ids = torch.tensor([self.prompt_ids(text)], device=self.device.torch)
+        with torch.no_grad(), self.device.autocast(), native_autocast(self.model):
+            return self.model(ids)[0].float()
+
+    def generate(self, prompt: str = "", **rules: object) -> str:
+        """The text that follows `prompt`. `rules` are fields of `SamplingConfig`, which see."""
+        config = SamplingConfig(**rules)
+        problems = list(config.problems())
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self.complete([(prompt, 0)], config)[0].text
+
+    def complete(self, jobs: Sequence[Job], rules: SamplingConfig, decoder: Decoder | None = None,
+                 logprobs: bool = False) -> list[Completion]:
+        """Complete all `jobs` in one batch; the arguments are those of `steps`."""
+        completions: list[Completion] = []
+        for completions in self.steps(jobs, rules, decoder, logprobs):  # noqa: B007
+            pass
+        return completions
+
+    def stream(self, prompt: str, rules: SamplingConfig,
+               decoder: Decoder | None = None) -> Iterator[str]:
+        """One completion of `prompt`, piece by piece."""
+        shown = 0
+        for (completion,) in self.steps([(prompt, 0)], rules, decoder):
+            text = completion.printable()
+            yield text[shown:]
+            shown = len(text)
+
+    def steps(self, jobs: Sequence[Job], rules: SamplingConfig, decoder: Decoder | None = None,
+              logprobs: bool = False) -> Iterator[list[Completion]]:
+        """Complete `jobs` together; yields their completions so far after each token.
+
+        A job's prompt and number, and the seed, decide its text. `decoder` saves making one;
+        `logprobs` records the log probability of each token. Raises ValueError for a prompt that
+        the tokenizer cannot encode.
+        """
+        prompts = [self.prompt_ids(prompt) for prompt, _ in jobs]
+        numbers = [number for _, number in jobs]
+        completions = [Completion(self.tokenizer, rules.stop) for _ in jobs]
+        done: set[int] = set()
+        generated = generate(self.model, prompts, rules, numbers, decoder, done)
+        while True:
+            # Autocast is off again while the caller has control.
+            with self.device.autocast():
+                step = next(generated, None)
+            if step is None:
+                break
+            rows, tokens, logits = step
+            found = own_logprobs(logits, tokens) if logprobs else [math.nan] * len(rows)
+            for row, token, logprob in zip(rows, tokens.tolist(), found, strict=True):
+                completions[row].add(token, logprob)
+                if completions[row].finished:
+                    done.add(row)
+            yield completions
+        for completion in completions:
+            completion.finish()
+        yield completions
+
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """The ids of a prompt. An empty one becomes end of text, or a newline without that token.
+
+        In training data, end of text is what precedes a document.
+        """
+        if prompt:
+            return self.encode(prompt)
+        if self.tokenizer.end_of_text is not None:
+            return [self.tokenizer.end_of_text]
+        try:
+            return self.encode("\n")
+        except ValueError:
+            return [0]
+
+
+def open_run(run: str | Path = "", checkpoint: str = "best", runs_dir: str | Path = "runs",
+             device: str = "auto", precision: str = "auto") -> Engine:
+    """Open a run, given by its name or its folder; without one, the run that was trained last.
+
+    The arguments mean the same as the settings of sample.py. Raises ValueError for a run, a
+    checkpoint or a device that is not there.
+    """
+    found = find_run(Path(runs_dir), str(run))
+    return open_checkpoint(found, str(checkpoint), Device(device, precision))
+
+
+def open_checkpoint(run: Path, which: str, device: Device) -> Engine:
+    """Load a checkpoint of a run's folder to the device, ready to generate.
+
+    `which` is "best", "last", or the number of a step. Raises ValueError if the run has no such
+    checkpoint, or if its content is invalid.
+    """
+
+    def load(found: Checkpoint) -> Engine:
+        place = f"{found.folder / checkpoint.STATE}, model"
+        config = rebuild(GPTConfig, found.state["model"], place)
+        tokenizer = tokenizer_of(found)
+        if tokenizer.vocab_size != config.vocab_size:
+            raise ValueError(f"{found.folder} is invalid: its tokenizer has {tokenizer.vocab_size} "
+                             f"tokens, its model {config.vocab_size}.")
+        with Undrawn("meta"):
+            shapes = GPT(config).state_dict()
+        # The model takes memory only after its weights were found whole.
+        weights = found.load_tensors(checkpoint.MODEL, like=shapes)
+        with Undrawn():
+            model = GPT(config)
+        model.load_state_dict(weights)
+        return Engine(model.to(device.torch).eval(), tokenizer, device)
+
+    if which.isdecimal():
+        return store.load_step(run / "checkpoints", int(which), load)
+    engine = store.load_checkpoint(run / "checkpoints", which, load,
+                                   lambda text: say(text, sys.stderr))
+    if engine is None:
+        raise ValueError(f"{run} has no checkpoint.")
+    return engine
+
+
+def tokenizer_of(found: Checkpoint) -> Tokenizer:
+    """The tokenizer of a checkpoint. Raises ValueError if the model was trained with another."""
+    path = found.folder / checkpoint.TOKENIZER
+    tokenizer = from_json(found.tokenizer(), f"{path}")
+    given = fingerprint(tokenizer)[:12]
+    trained = flat(found.state["settings"]).get("data.tokenizer_fingerprint")
+    if trained not in (None, given):
+        raise ValueError(f"{path} (fingerprint {given}) is not the tokenizer that the model was "
+                         f"trained with (fingerprint {in_one_line(str(trained))}): restore that "
+                         "file.")
+    return tokenizer
+
+
+def own_logprobs(logits: Tensor, tokens: Tensor) -> list[float]:
+    """Log probabilities of `tokens` `[B]` by `logits` `[B, V]`, before any sampling rule."""
+    logits = logits.float()
+    return (logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(1)).tolist()

@@ -1,0 +1,122 @@
+"""Complete a file of prompts into a file of JSON lines: `sample.py prompts=FILE out=FILE.jsonl`.
+
+The same command again continues after the lines that are there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from contextlib import closing
+from dataclasses import asdict
+from pathlib import Path
+
+import atomic
+from conf.sampling import SamplingConfig
+from conf.schema import SampleSettings
+from generation.decoder import Decoder
+from generation.engine import Completion, Engine, Job
+from generation.prompts import read_text
+from model import GPT
+from progress import ProgressBar
+from terminal import counted, say
+
+
+def complete_file(engine: Engine, settings: SampleSettings, decoder: Decoder | None) -> None:
+    """Complete each line of `prompts` `num_samples` times into `out`, in order.
+
+    Empty lines are skipped. Raises ValueError, changing nothing, if `out` holds completions of
+    other prompts or settings, or anything else.
+    """
+    jobs = read_jobs(settings)
+    for prompt, _ in jobs:
+        # Raises ValueError before anything is written.
+        engine.encode(prompt)
+    settings_id = identity(engine, settings)
+    path = Path(settings.out)
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise ValueError(f"out={path} is not a plain file: choose another.")
+    with atomic.exclusive_lock(path):
+        done = count_done(path, jobs, settings_id)
+        progress = ProgressBar(total=len(jobs), initial=done, unit="completions")
+        with closing(atomic.LineFile(path)) as out, progress:
+            while done < len(jobs):
+                # A batch that a kill cut is completed again as a whole: with some kernels, the
+                # last digits of a row depend on the number of rows.
+                start = done - done % settings.batch_size
+                batch = jobs[start : start + settings.batch_size]
+                completions = engine.complete(batch, settings, decoder, logprobs=True)
+                for job, completion in list(zip(batch, completions, strict=True))[done - start :]:
+                    out.add(as_line(job, completion, settings_id))
+                    progress.update()
+                out.sync()
+                done = start + len(batch)
+    say(f"{settings.out}: {counted(len(jobs), 'completion')}")
+
+
+def read_jobs(settings: SampleSettings) -> list[Job]:
+    """Each prompt of the file, as often as it is to be completed."""
+    lines = read_text("prompts", settings.prompts).split("\n")
+    prompts = [line.removesuffix("\r") for line in lines]
+    jobs = [(prompt, n) for prompt in prompts if prompt for n in range(settings.num_samples)]
+    if not jobs:
+        raise ValueError(f"prompts={settings.prompts} holds no prompts: write one a line.")
+    return jobs
+
+
+def identity(engine: Engine, settings: SampleSettings) -> str:
+    """A hash of the model and of the settings that decide the completions."""
+    rules = {name: getattr(settings, name) for name in asdict(SamplingConfig())}
+    rules |= {"precision": settings.precision, "checkpoint": settings.checkpoint,
+              "weights": weights_sum(engine.model)}
+    if settings.int8 or engine.device.precision != "fp32":
+        # Which kernel multiplies depends on the batch size, and with it the last digits.
+        rules["batch_size"] = settings.batch_size
+    return hashlib.sha256(json.dumps(rules).encode()).hexdigest()[:12]
+
+
+def weights_sum(model: GPT) -> float:
+    """The sum of squares of all weights, which tells models apart."""
+    return math.fsum(weights.double().square().sum().item() for weights in model.parameters())
+
+
+def as_line(job: Job, completion: Completion, settings_id: str) -> str:
+    prompt, number = job
+    line = {"prompt": prompt, "sample": number, "text": completion.text,
+            "tokens": len(completion.tokens),
+            "mean_logprob": sum(completion.logprobs) / len(completion.logprobs),
+            "finish_reason": completion.reason, "settings": settings_id}
+    return json.dumps(line, ensure_ascii=False)
+
+
+def count_done(path: Path, jobs: list[Job], settings_id: str) -> int:
+    """The number of jobs whose lines the file holds. Raises ValueError if it holds anything else.
+
+    A kill can have cut the last line, which then does not count.
+    """
+    other = ValueError(f"out={path} holds something else than completions: choose another file.")
+    *complete, partial = path.read_bytes().split(b"\n")
+    try:
+        lines = [json.loads(line) for line in complete]
+    except (ValueError, RecursionError):
+        raise other from None
+    if not all(isinstance(line, dict) for line in lines):
+        raise other
+    for number, (line, (prompt, sample)) in enumerate(zip(lines, jobs, strict=False), 1):
+        if (line.get("prompt"), line.get("sample")) != (prompt, sample):
+            raise ValueError(f"out={path}, line {number}, is not of the prompt {prompt[:40]!r}: "
+                             "choose another file.")
+        if line.get("settings") != settings_id:
+            raise ValueError(f"out={path}, line {number}, is of another model or of other "
+                             "settings: choose another file.")
+    found = len(lines) + bool(partial)
+    if found > len(jobs):
+        raise ValueError(f"out={path} has {counted(found, 'line')}, and {len(jobs)} are asked "
+                         "for: choose another file.")
+    if partial:
+        prompt, sample = jobs[len(lines)]
+        start = json.dumps({"prompt": prompt, "sample": sample}, ensure_ascii=False)[:-1].encode()
+        if partial[: len(start)] != start[: len(partial)]:
+            raise other
+    return len(lines)

@@ -22,8 +22,8 @@ from conf.schema import compose, options
 from data.loader import Loader
 from data.prepare import prepare
 from data.shards import Tokens
-from model import GPT, GPTConfig
 from generation.engine import open_checkpoint
+from model import GPT, GPTConfig
 from scripts.verify_resume import read_metrics
 from training.device import Device
 

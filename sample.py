@@ -1,28 +1,6 @@
 """Complete a prompt with a trained model.
 
   python sample.py run=pydocs prompt="Return the number of"
-
-Settings, each with its default, or with an example where there is none:
-  run=NAME              the run's name or folder, or a sweep's, for its best run; without it, the
-                        run that was trained last, or the best of its sweep
-  prompt="To be, or"    any text, taken as it is; without it, the model starts a new text
-  prompt_file=FILE      the prompt from a file, with its line endings; - is standard input
-  prompts=FILE          one prompt per line: complete all, batch_size=16 at once, and write one
-  out=FILE.jsonl        JSON line for each (prompt, text, tokens, mean log probability, finish
-                        reason); the same command again continues
-  interactive=true      ask for prompts until the input ends
-  max_new_tokens=200    the most tokens to generate
-  temperature=0.8       0 always takes the most likely token
-  top_k=50  top_p=0.9   sample from the k most likely tokens; from the fewest with a total
-                        probability of p
-  num_samples=1         several completions, each printed when complete
-  seed=1337             the same seed gives the same text
-  logprobs=true         print each token with its probability (before temperature, top_k, top_p)
-  stop="\\n\\n"           end before this text (a literal text: in bash, $'\\n\\n')
-  checkpoint=best       or last, or a step such as checkpoint=300
-  device=auto  precision=auto  cache=true
-  int8=false            8-bit weights, on a CPU with gcc or clang: 2 to 3 times as fast as fp32,
-                        slightly less accurate
 """
 
 from __future__ import annotations
@@ -39,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from checkpointing.run_folder import find_run
-from conf.schema import SampleSettings
+from conf.settings import SampleSettings
 from data.tokenizer import Tokenizer
 from generation.decoder import Decoder
 from generation.engine import Completion, Engine, open_checkpoint

@@ -4,19 +4,6 @@
   python train.py data=text data.path=book.txt           your own text
   python train.py model=modern-small model.n_layer=6     another shape
   python train.py -m optim.lr=1e-3,3e-3                  a sweep
-
-Common settings (--cfg job prints all, with their values):
-  name=first            the run's folder is runs/first; without it, a name is made from what you changed
-  experiment=pydocs     presets that belong together: see below; or a YAML file of your own
-  data.tokenizer=bpe    char, byte, gpt2, or bpe with data.vocab_size=2048
-  model.n_layer=4       also model.n_head, model.n_embd, model.block_size, model.dropout
-  optim.lr=1e-2         also optim.weight_decay, optim.grad_clip, optim.schedule, optim.warmup_steps
-  training.max_steps=1e3        or training.max_seconds=120
-  training.batch_size=32        sequences in a micro-step; training.tokens_per_step accumulates more
-  training.eval_every=130       also training.checkpoint_every, training.keep_last
-  training.patience=5           stop after 5 evaluations in a row without a lower validation loss
-  training.device=auto          also training.precision=auto, training.compile=auto
-  logger.wandb=offline          or online
 """
 
 from __future__ import annotations
@@ -48,7 +35,7 @@ from checkpointing.saver import Saver
 from checkpointing.state import State
 from conf.identity import flat
 from conf.sampling import SamplingConfig
-from conf.schema import Settings
+from conf.settings import Settings
 from data.loader import Loader, Prefetch, Validation
 from data.prepare import describe, load_tokenizer, val_bytes_per_token
 from data.shards import open_parts

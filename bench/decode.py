@@ -38,12 +38,12 @@ from bench.timing import (
     write_json,
 )
 from conf.sampling import SamplingConfig
-from conf.schema import FilePath
 from generation import kernels
 from generation.decoder import Decoder
 from generation.sampling import generate
 from hardware import native
 from model import GPT, GPTConfig
+from setting import FilePath
 from training.device import keep_freed_memory
 
 SAMPLING = {"temperature": 0.8, "top_k": 50}

@@ -19,7 +19,8 @@ from torch.profiler import ProfilerActivity
 
 from bench.speed import random_loader, training_step
 from bench.timing import minimum_problems, print_header, print_row
-from conf.schema import FilePath, compose
+from conf.schema import compose
+from setting import FilePath
 from training.device import Device
 
 

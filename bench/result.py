@@ -30,8 +30,8 @@ import torch
 
 from bench import peer as nanogpt
 from bench.timing import minimum_problems, print_header, run_command, write_json
-from conf.schema import FilePath
 from progress import ProgressBar, print_line
+from setting import FilePath
 from training.device import Device
 
 EXPERIMENTS = ("speedrun_shakespeare", "modern_shakespeare")

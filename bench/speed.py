@@ -34,10 +34,10 @@ from bench.timing import (
     print_row,
     write_json,
 )
-from conf.schema import FilePath
 from data.loader import Loader
 from data.shards import Tokens
 from model import GPT, GPTConfig
+from setting import FilePath
 from train import loss_of
 from training.device import Device
 from training.optim import OptimConfig, Optimizers

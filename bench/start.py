@@ -23,7 +23,7 @@ from pathlib import Path
 
 from bench import peer as nanogpt
 from bench.timing import ROOT, minimum_problems, print_header, print_row, write_json
-from conf.schema import FilePath
+from setting import FilePath
 
 OURS = ["train.py", "name=new", "training.eval_every=1", "training.eval_tokens=1"]
 

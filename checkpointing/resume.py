@@ -17,8 +17,10 @@ from checkpointing import checkpoint, store
 from checkpointing.checkpoint import Checkpoint
 from checkpointing.provenance import compiled_at_last_start
 from checkpointing.run_folder import Run, check_file_types
+from conf.convert import rebuild
 from conf.identity import OF_THE_TOKENS, differences, flat, identity_differences, in_short, listed
-from conf.schema import Settings, folder_name, rebuild
+from conf.schema import folder_name
+from conf.settings import Settings
 from data.prepare import find_prepared, planned, prepare
 from data.shards import read_meta
 from data.sources import DataConfig

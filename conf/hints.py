@@ -1,13 +1,16 @@
-"""What users of Hydra, nanoGPT and Hugging Face type, and what it is called here.
+"""Names of Hydra, nanoGPT and Hugging Face, and the names of the same settings here.
 
-Only error messages read these tables: the names on the right are refused, with the name on the left
-as advice.
+Only error messages use these tables: the names on the right are refused, and the name on the left is
+suggested.
 """
 
 from __future__ import annotations
 
-# By our name, what others call it. The last part of a name is compared, so optimizer.learning_rate
-# is learning_rate.
+import difflib
+from collections.abc import Iterable
+
+# The names of other projects by ours. The last part of a name is compared, so
+# optimizer.learning_rate is learning_rate.
 OTHER_NAMES = {
     "optim.lr": "learning_rate max_lr peak_lr base_lr",
     "optim.min_lr_ratio": "min_lr min_learning_rate final_lr",
@@ -125,9 +128,15 @@ def unit_note(key: str) -> str:
 
 
 def instead_of_hydras(name: str) -> str:
-    """What to do instead of a setting or flag of Hydra's; empty for any other name."""
+    """The alternative to a setting or flag of Hydra's; empty for any other name."""
     name = SHORT_FLAGS.get(name, name)
     for beginning, advice in HYDRA.items():
         if name.startswith(beginning):
             return advice
     return ""
+
+
+def closest(word: str, words: Iterable[str]) -> str:
+    """' (did you mean X?)', or nothing where no word is close."""
+    near = difflib.get_close_matches(word, list(words), n=1, cutoff=0.6)
+    return f" (did you mean {near[0]}?)" if near else ""

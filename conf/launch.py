@@ -21,8 +21,12 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from conf.hints import instead_of_hydras, unit_note
-from conf.schema import SCHEMAS, as_yaml, compose, groups, leaves, likely_name, options
+from conf.presets import groups, options
+from conf.schema import SCHEMAS, as_yaml, compose
+from conf.settings import leaves
+from conf.unknown import likely_name
 from hardware import sleep_while_waiting, usable_cpus
+from setting import help_lines, two_columns
 from terminal import output, say
 from training.interrupt import embedded, stop_with_parent
 
@@ -224,8 +228,16 @@ def imported(target: Target) -> Any:
 
 
 def help_text(root: str | type, doc: str) -> str:
-    """The entry point's docstring, the presets, the flags."""
-    if root != "config":
-        return f"{doc.strip()}\n\n{FLAGS}"
-    presets = "\n".join(f"  {group}={'|'.join(options(group))}" for group in groups())
-    return f"{doc.strip()}\n\nPresets, from conf/:\n{presets}\n\n{FLAGS}{SWEEP_FLAG}"
+    """The entry point's docstring, the presets, the settings with their values, the flags."""
+    parts = [doc.strip()]
+    if root == "config":
+        presets = ["Presets, as in model=gpt2; the files are in conf/:"]
+        for group in groups():
+            presets += two_columns(f"{group}=", ", ".join(options(group)))
+        settings = ["Settings, with their values in the default run:", *help_lines(compose(root, []))]
+        parts += ["\n".join(presets), "\n".join(settings), FLAGS + SWEEP_FLAG]
+        return "\n\n".join(parts)
+    schema = SCHEMAS.get(root, root)
+    if isinstance(schema, type):
+        parts.append("\n".join(["Settings, with their defaults:", *help_lines(schema())]))
+    return "\n\n".join([*parts, FLAGS])

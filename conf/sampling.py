@@ -1,6 +1,6 @@
-"""The rules of text generation: length, randomness, and where to stop.
+"""The sampling settings: length, randomness, and the text to stop at.
 
-They lie in `conf`, below `generation`, since the command line checks them before it imports torch.
+They are here, below `generation`, since the command line checks them before it imports torch.
 """
 
 from __future__ import annotations
@@ -8,34 +8,31 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from setting import range_problems, setting
+
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How a model continues a text. The prompt, the rules and the seed decide the result."""
+    """How a model continues a text. The prompt, these settings and the seed decide the result."""
 
-    max_new_tokens: int = 200
-    temperature: float = 0.8  # 0: always the most likely token
-    top_k: int = 50  # 0: no such limit
-    top_p: float = 0.9  # the fewest likely tokens with this total probability; 1: no such limit
-    seed: int = 1337
-    stop: str = ""  # end at this text, which is not printed
-    cache: bool = True  # off: recompute the whole context for each token
-    int8: bool = False  # 8-bit weights, on the CPU: see docs/benchmarks.md for speed and accuracy
+    max_new_tokens: int = setting(200, "the largest number of tokens to generate", ge=1)
+    temperature: float = setting(0.8, "0: always the most likely token", ge=0)
+    top_k: int = setting(50, "sample from the k most likely tokens; 0: from all", ge=0)
+    top_p: float = setting(
+        0.9, "sample from the fewest tokens with this total probability; 1: from all", gt=0, le=1
+    )
+    seed: int = setting(1337, "the same seed gives the same text", ge=0)
+    stop: str = setting("", "end before this text, taken literally (in bash: $'\\n\\n')")
+    cache: bool = setting(True, "false: recompute the whole context for each token")
+    int8: bool = setting(
+        False, "8-bit weights, on a CPU with gcc or clang: 2 to 3 times as fast, less accurate"
+    )
 
     def problems(self) -> Iterator[str]:
         """One sentence for each invalid value."""
-        if self.max_new_tokens < 1:
-            yield f"max_new_tokens={self.max_new_tokens} must be at least 1."
-        for name in ("top_k", "seed"):
-            if getattr(self, name) < 0:
-                yield f"{name}={getattr(self, name)} must be at least 0."
-        if not 0 <= self.temperature < float("inf"):
-            yield (f"temperature={self.temperature} must be at least 0; 0 always takes the most "
-                   "likely token.")
-        if not 0 < self.top_p <= 1:
-            yield f"top_p={self.top_p} is a probability: choose 0 < top_p <= 1."
+        yield from range_problems(self)
         if self.int8 and not self.cache:
-            yield "int8=true needs the cache: leave cache=false out."
+            yield "int8=true needs the cache: leave out cache=false."
 
     @property
     def decoder_precision(self) -> str:

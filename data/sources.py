@@ -29,6 +29,7 @@ from data.records import skipped_records
 from data.separator import divide, unescaped
 from data.store import data_root, sha256_of
 from progress import ProgressBar
+from setting import range_problems, setting
 from terminal import say
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -43,51 +44,66 @@ UNUSED["hub"] = ("encoding", "errors")
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What to learn from, and in which tokens."""
+    """The training text and its tokens."""
 
-    source: Literal["pydocs", "stdlib", "shakespeare", "text", "hub", "bin"] = "pydocs"
-    path: str = ""  # text: a file, a folder or a glob; bin: where .bin files lie; shakespeare: a local copy
-    tokenizer: Literal["char", "byte", "gpt2", "cl100k_base", "o200k_base", "bpe"] = "bpe"
-    vocab_size: int = 2048  # of a tokenizer that is trained here (bpe); the others have their own
-    val_fraction: float = 0.1  # held out to validate on, never trained on
-    val_path: str = ""  # text to validate on instead: a file, a folder or a glob
-    val_split: str = ""  # hub: the split to validate on instead, such as validation
-    deduplicate: bool = True  # leave out exact copies of a document
-    separator: str = ""  # in plain text, what stands between two documents: <|endoftext|>, or \n\n for a blank line
-    text_field: str = "text"  # of a record or a data set's example; data.text: a field of data
-    on_bad_record: Literal["stop", "skip"] = "stop"  # at a record without text; skipped ones are counted
-    encoding: str = ""  # of text files without a byte order mark, such as latin-1; empty: UTF-8
-    # at bytes that are not text: stop, or read a replacement character
-    errors: Literal["strict", "replace"] = "strict"
-    # bin: the type of tokens in files without a header
-    dtype: Literal["auto", "uint8", "uint16", "int16", "uint32", "int32", "uint64", "int64"] = "auto"
-    hub_name: str = ""  # hub: OWNER/NAME of a data set on the Hugging Face Hub, or a folder laid out like one
-    hub_config: str = ""  # hub: which of its configurations; empty: its default
-    hub_revision: str = ""  # hub: a branch, tag or commit of it; empty: its newest state
-    split: str = "train"  # hub: which of its splits, or several, as in train+validation
-    mix: str = ""  # instead of one source, several with their weights, as in "pydocs:0.7 book.txt:0.3"
-    respect_documents: bool = False  # attention stays within a document, and positions count from its beginning
+    source: Literal["pydocs", "stdlib", "shakespeare", "text", "hub", "bin"] = setting(
+        "pydocs", "kind of the training text; presets (data=...) choose it"
+    )
+    path: str = setting(
+        "", "text: a file, folder or glob; bin: the folder of the .bin files; shakespeare: a copy"
+    )
+    tokenizer: Literal["char", "byte", "gpt2", "cl100k_base", "o200k_base", "bpe"] = setting(
+        "bpe", "bpe is trained on the text"
+    )
+    vocab_size: int = setting(2048, "number of tokens of tokenizer=bpe", ge=257, le=100_000)
+    val_fraction: float = setting(0.1, "part of the text held out for validation", ge=1e-6, lt=1)
+    val_path: str = setting("", "text to validate on instead: a file, folder or glob")
+    val_split: str = setting("", "hub: the split to validate on instead, such as validation")
+    deduplicate: bool = setting(True, "remove exact duplicates of documents")
+    separator: str = setting(
+        "", "text between two documents of a plain text file: <|endoftext|>, or \\n\\n"
+    )
+    text_field: str = setting("text", "the field of a record with its text; data.text: nested")
+    on_bad_record: Literal["stop", "skip"] = setting("stop", "the reaction to records without text")
+    encoding: str = setting("", "of text files without a byte order mark; empty: UTF-8")
+    errors: Literal["strict", "replace"] = setting(
+        "strict", "the reaction to bytes that cannot be decoded: stop, or use U+FFFD"
+    )
+    dtype: Literal["auto", "uint8", "uint16", "int16", "uint32", "int32", "uint64", "int64"] = (
+        setting("auto", "bin: type of the tokens in files without a header")
+    )
+    hub_name: str = setting(
+        "", "hub: OWNER/NAME of a dataset on the Hugging Face Hub, or a folder laid out like one"
+    )
+    hub_config: str = setting("", "hub: the dataset's configuration; empty: its default")
+    hub_revision: str = setting("", "hub: branch, tag or commit; empty: the newest")
+    split: str = setting("train", "hub: the split to train on, or several: train+validation")
+    mix: str = setting("", "several sources with weights, such as 'pydocs:0.7 book.txt:0.3'")
+    respect_documents: bool = setting(
+        False, "attention does not cross document boundaries, and positions start at each"
+    )
 
     def problems(self) -> Iterator[str]:
-        """One sentence for each value that cannot work."""
+        """One sentence for each invalid value."""
+        yield from range_problems(self)
         if self.mix:
-            try:
-                names = read_mix(self.mix)
-            except ValueError as error:
-                yield f"mix={self.mix}: {error}"
-            else:
-                if "bin" in names:
-                    yield f"mix={self.mix}: bin is tokens already, and a mixture is made of text."
-                for name in names:
-                    yield from (f"mix={self.mix}: {problem}" for problem in self.part(name).path_problems())
+            yield from self.mix_problems()
         else:
             yield from self.path_problems()
         yield from self.validation_problems()
         yield from self.reading_problems()
-        if not 257 <= self.vocab_size <= 100_000:
-            yield f"vocab_size={self.vocab_size} is out of range: a byte-pair vocabulary has 257 to 100000 tokens."
-        if not 1e-6 <= self.val_fraction < 1:
-            yield f"val_fraction={self.val_fraction} must lie between 0.000001 and 1: 0.1 holds out a tenth."
+
+    def mix_problems(self) -> Iterator[str]:
+        try:
+            names = read_mix(self.mix)
+        except ValueError as error:
+            yield f"mix={self.mix}: {error}"
+            return
+        if "bin" in names:
+            yield f"mix={self.mix}: bin has tokens, and a mixture is made of text: leave it out."
+        for name in names:
+            for problem in self.part(name).path_problems():
+                yield f"mix={self.mix}: {problem}"
 
     def path_problems(self) -> Iterator[str]:
         if self.source == "text" and not self.path:

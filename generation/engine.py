@@ -18,9 +18,9 @@ from torch import Tensor
 from checkpointing import checkpoint, store
 from checkpointing.checkpoint import Checkpoint
 from checkpointing.run_folder import find_run
+from conf.convert import rebuild
 from conf.identity import flat, in_one_line
 from conf.sampling import SamplingConfig
-from conf.schema import rebuild
 from data.tokenizer import Tokenizer, fingerprint, from_json
 from generation.decoder import Decoder, native_autocast
 from generation.sampling import generate

@@ -7,31 +7,43 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-# Far beyond what runs here; a checkpoint from a stranger cannot ask for more.
-LIMITS = {"block_size": 2**17, "vocab_size": 2**24, "n_layer": 2**10, "n_embd": 2**16, "ngrams": 2**4, "ngram_rows": 2**24}
+from setting import range_problems, setting
 
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The shape of a GPT. The defaults are GPT-2 124M (Radford et al. 2019)."""
+    """The shape of a GPT. The defaults are GPT-2 124M (Radford et al. 2019).
 
-    block_size: int = 1024  # the longest context, in tokens
-    vocab_size: int = 50257  # in training, the tokenizer decides it
-    n_layer: int = 12
-    n_head: int = 12
-    n_kv_head: int | None = None  # fewer than n_head: grouped-query attention (arXiv:2305.13245)
-    n_embd: int = 768
-    dropout: float = 0.0
-    bias: bool = True  # in linear layers and layer norms
-    position: Literal["learned", "rotary"] = "learned"
-    norm: Literal["layer", "rms"] = "layer"  # rms: without parameters
-    qk_norm: bool = False  # normalise queries and keys (arXiv:2010.04245)
-    activation: Literal["gelu", "gelu_erf", "relu2"] = "gelu"  # by tanh as in GPT-2, exact, squared (arXiv:2109.08668)
-    zero_init: bool = False  # output projections start at zero, and so does an untied head
-    tie_head: bool = True  # the head reads the token embedding instead of a matrix of its own
-    embedding_norm: bool = False  # normalise what goes into the first block
-    ngrams: int = 1  # more than 1: embed the last 2, ..., ngrams tokens together, too (model/ngram.py)
-    ngram_rows: int = 2**14  # of their table
+    The upper limits are far beyond what fits on one machine: they keep a malicious checkpoint from
+    allocating memory without bound.
+    """
+
+    block_size: int = setting(1024, "the longest context, in tokens", ge=1, le=2**17)
+    # Not for users: the tokenizer decides it.
+    vocab_size: int = setting(50257, "", ge=1, le=2**24)
+    n_layer: int = setting(12, "transformer blocks", ge=1, le=2**10)
+    n_head: int = setting(12, "attention heads of a block; they divide n_embd", ge=1)
+    n_kv_head: int | None = setting(
+        None,
+        "heads of keys and values; fewer than n_head: grouped-query attention (arXiv:2305.13245)",
+    )
+    n_embd: int = setting(768, "width of the embeddings and the blocks", ge=1, le=2**16)
+    dropout: float = setting(0.0, "probability of dropout", ge=0, lt=1)
+    bias: bool = setting(True, "biases in linear layers and layer norms")
+    position: Literal["learned", "rotary"] = setting("learned", "position embedding")
+    norm: Literal["layer", "rms"] = setting("layer", "normalization; rms has no parameters")
+    qk_norm: bool = setting(False, "normalize queries and keys (arXiv:2010.04245)")
+    activation: Literal["gelu", "gelu_erf", "relu2"] = setting(
+        "gelu",
+        "of the MLP: gelu by tanh as in GPT-2, exact gelu, or squared relu (arXiv:2109.08668)",
+    )
+    zero_init: bool = setting(False, "initialize output projections and an untied head to zero")
+    tie_head: bool = setting(True, "the output head shares the weights of the token embedding")
+    embedding_norm: bool = setting(False, "normalize the input of the first block")
+    ngrams: int = setting(
+        1, "also embed the last 2, ..., ngrams tokens together; 1: only tokens", ge=1, le=2**4
+    )
+    ngram_rows: int = setting(2**14, "rows of the table of n-grams", ge=1, le=2**24)
 
     @property
     def kv_heads(self) -> int:
@@ -42,22 +54,20 @@ class GPTConfig:
         return self.n_embd // self.n_head
 
     def problems(self) -> Iterator[str]:
-        """One sentence for each value that cannot work."""
-        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "ngrams", "ngram_rows"):
-            if getattr(self, name) < 1:
-                yield f"{name}={getattr(self, name)} must be at least 1."
-                return
-        for name, most in LIMITS.items():
-            if getattr(self, name) > most:
-                yield f"{name}={getattr(self, name)} is too large: the most is {most}."
-                return
-        if not 0 <= self.dropout < 1:
-            yield f"dropout={self.dropout} is a probability: choose 0 <= dropout < 1."
+        """One sentence for each invalid value."""
+        yield from range_problems(self)
+        if self.n_head < 1:
+            return
         if self.n_embd % self.n_head:
-            yield (f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: "
-                   f"choose n_embd={math.ceil(self.n_embd / self.n_head) * self.n_head} or another n_head.")
+            nearest = math.ceil(self.n_embd / self.n_head) * self.n_head
+            yield (
+                f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: "
+                f"choose n_embd={nearest} or another n_head."
+            )
         elif self.position == "rotary" and self.head_width % 2:
-            yield (f"n_embd={self.n_embd} over n_head={self.n_head} gives heads of odd width {self.head_width}: "
-                   f"rotary positions need an even one.")
+            yield (
+                f"n_embd={self.n_embd} and n_head={self.n_head} make heads of width "
+                f"{self.head_width}: position=rotary needs an even width."
+            )
         if self.n_kv_head is not None and (self.n_kv_head < 1 or self.n_head % self.n_kv_head):
             yield f"n_kv_head={self.n_kv_head} must divide n_head={self.n_head}."

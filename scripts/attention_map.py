@@ -34,12 +34,16 @@ from torch import Tensor
 
 import atomic
 from checkpointing.run_folder import find_run
-from conf.schema import FilePath, checkpoint_problems, closest, compose, options
+from conf.hints import closest
+from conf.presets import options
+from conf.schema import compose
+from conf.settings import checkpoint_problems
 from data.tokenizer import ByteTokenizer, Tokenizer
 from generation.engine import open_checkpoint
 from generation.sampling import finite
 from model import GPT
 from report.curves import as_image, new_figure, quiet, short_text
+from setting import FilePath
 from terminal import counted, escaped, readable_size, say
 from training.device import Device
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import atomic
 from conf.sampling import SamplingConfig
-from conf.schema import SampleSettings
+from conf.settings import SampleSettings
 from generation.decoder import Decoder
 from generation.engine import Completion, Engine, Job
 from generation.prompts import read_text

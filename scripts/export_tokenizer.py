@@ -28,10 +28,10 @@ from pathlib import Path
 import atomic
 from checkpointing import store
 from checkpointing.run_folder import find_run
-from conf.schema import FilePath
 from data.hugging_face import to_hugging_face
 from data.tokenizer import Tokenizer
 from generation.engine import tokenizer_of
+from setting import FilePath
 from terminal import say
 
 

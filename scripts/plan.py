@@ -41,7 +41,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from checkpointing.state import State
-from conf.schema import ConfigError, Settings, compose
+from conf.presets import ConfigError
+from conf.schema import compose
+from conf.settings import Settings
 from data.loader import Loader
 from data.prepare import planned
 from data.shards import Tokens, read_meta

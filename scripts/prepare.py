@@ -34,7 +34,8 @@ import numpy as np
 import atomic
 from checkpointing import store
 from checkpointing.run_folder import LOCK
-from conf.schema import FilePath, Settings, compose
+from conf.schema import compose
+from conf.settings import Settings
 from data.contents import Contents
 from data.files import refuse
 from data.prepare import PROGRESS, describe, load_tokenizer, prepare
@@ -43,6 +44,7 @@ from data.sources import DataConfig
 from data.store import BUILDING, data_root, in_use, is_locked
 from data.tokenizer import Tokenizer
 from report.curves import as_image, log_ticks, new_figure, picture_problems
+from setting import FilePath
 from terminal import readable_size, say
 
 # What is in folders of prepared tokens, and the names that they have.

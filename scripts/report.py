@@ -30,10 +30,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import atomic
-from conf.schema import FilePath, FilePaths
 from report.curves import PICTURES, loss_picture
 from report.history import choose
 from report.page import open_all, write
+from setting import FilePath, FilePaths
 from terminal import counted, readable_size, say
 
 PAGES = (".html", ".htm")

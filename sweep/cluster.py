@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import atomic
-from conf.schema import launcher_settings, options
+from conf.presets import options
+from conf.schema import launcher_settings
 from sweep.jobs import Job, LocalRunner, log_of
 from training.interrupt import CHILD
 

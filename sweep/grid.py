@@ -18,19 +18,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, QuotedString, RangeSweep
 from hydra.errors import HydraException
 
+from conf.convert import is_text
 from conf.identity import flat, kind
-from conf.schema import (
-    ConfigError,
-    Settings,
-    as_word,
-    as_yaml,
-    compose,
-    folder_name,
-    groups,
-    is_text,
-    leaves,
-    options,
-)
+from conf.presets import ConfigError, groups, options
+from conf.schema import as_yaml, compose, folder_name
+from conf.settings import Settings, leaves
+from setting import as_word
 from sweep.cluster import ClusterRunner
 from sweep.jobs import (
     Job,

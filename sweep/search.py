@@ -19,8 +19,11 @@ from typing import Any, Literal
 import atomic
 from checkpointing.run_folder import describe_process
 from conf.identity import differences, listed
-from conf.schema import ConfigError, FilePath, Settings, compose, folder_name
+from conf.presets import ConfigError
+from conf.schema import compose, folder_name
+from conf.settings import Settings
 from report.history import PRUNED
+from setting import FilePath
 from sweep.jobs import (
     INTERRUPTED,
     Job,

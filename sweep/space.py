@@ -23,20 +23,13 @@ from pathlib import Path
 from types import CodeType
 from typing import Any
 
+from conf.convert import convert
 from conf.identity import flat, kind
-from conf.presets import read_yaml, without_references
-from conf.schema import (
-    CONF,
-    ConfigError,
-    Settings,
-    as_word,
-    compose,
-    convert,
-    groups,
-    leaves,
-    options,
-    unknown,
-)
+from conf.presets import CONF, ConfigError, groups, options, read_yaml, without_references
+from conf.schema import compose
+from conf.settings import Settings, leaves
+from conf.unknown import unknown
+from setting import as_word
 
 TRIES = 20  # points of which one must make settings that can be trained
 DRAWS = 10_000  # points among which one must satisfy the constraints

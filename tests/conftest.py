@@ -13,7 +13,7 @@ import torch
 from hypothesis import settings
 
 import train
-from conf import schema
+from conf import presets, schema
 from conf.schema import compose
 from data.tokenizer import PUBLISHED
 
@@ -34,11 +34,11 @@ def prepared_data(tmp_path_factory):
 @pytest.fixture(scope="session", autouse=True)
 def composed_once():
     """Hydra takes a tenth of a second for a composition, and many tests ask for the same one."""
-    compose_with_hydra, conf = schema.compose_with_hydra, schema.CONF
+    compose_with_hydra, conf = schema.compose_with_hydra, presets.CONF
     remembered = functools.cache(lambda root, settings, words: compose_with_hydra(root, settings, list(words)))
 
     def compose_or_remember(root, settings, words):
-        if conf != schema.CONF:
+        if conf != presets.CONF:
             return compose_with_hydra(root, settings, words)
         return copy.deepcopy(remembered(root, settings, tuple(words)))
 

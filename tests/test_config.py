@@ -13,10 +13,12 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conf import launch, schema
+from conf import launch, presets, schema
+from conf.identity import flat
 from conf.schema import ConfigError, compose
 from model import GPTConfig
 from scripts.plan import PlanSettings
+from setting import FilePath
 
 
 def complaint(*overrides: str, root: str = "config") -> str:
@@ -46,13 +48,13 @@ def test_gpt2_presets_are_the_published_shapes():
         "gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600)}
 
 
-@pytest.mark.parametrize("group", schema.groups())
+@pytest.mark.parametrize("group", presets.groups())
 def test_every_preset_composes(group, tmp_path):
-    for preset in schema.options(group):
+    for preset in presets.options(group):
         compose("config", [f"{group}={preset}", f"data.path={tmp_path}", "data.hub_name=owner/name"])
 
 
-@pytest.mark.parametrize("experiment", schema.options("experiment"))
+@pytest.mark.parametrize("experiment", presets.options("experiment"))
 def test_a_preset_on_the_command_line_wins_over_any_experiment(experiment, tmp_path):
     chosen = ["model=gpt2", "optim=muon", "data=text", "training=smoke"]
     settings = compose("config", [f"experiment={experiment}", *chosen, f"data.path={tmp_path}"])
@@ -90,15 +92,15 @@ def extra_preset(tmp_path, monkeypatch):
     """Write conf/GROUP/extra.yaml, in a copy of conf."""
     import shutil
 
-    shutil.copytree(schema.CONF, tmp_path / "conf")
-    monkeypatch.setattr(schema, "CONF", tmp_path / "conf")
+    shutil.copytree(presets.CONF, tmp_path / "conf")
+    monkeypatch.setattr(presets, "CONF", tmp_path / "conf")
     return lambda group, text: (tmp_path / "conf" / group / "extra.yaml").write_text(text)
 
 
 def test_a_wrong_key_in_yaml_is_named_with_its_file(extra_preset):
     extra_preset("model", "n_layr: 3")
     assert complaint("model=extra") == ("model.n_layr (in conf/model/extra.yaml) is not a setting "
-                                        "(did you mean model.n_layer?); --help lists what there is.")
+                                        "(did you mean model.n_layer?); --help lists the settings.")
     extra_preset("experiment", "# @package _global_\ndefaults:\n- override /model: nano\n- override /data: pydocs\n"
                                "- override /optim: muon\ntraning:\n  max_steps: 3")
     assert "traning.max_steps (in conf/experiment/extra.yaml)" in complaint("experiment=extra")
@@ -138,7 +140,7 @@ def test_the_error_says_what_was_probably_meant(override, guess):
     ("seed=99999999999999999999", "seed=99999999999999999999"), ("training.max_seconds=inf", "max_seconds=inf must be"), ("training.max_seconds=nan", "max_seconds=nan must be"), ("name= ", "white space"),
     ("model.n_layer=2,4", "add -m"), ("model=nano,gpt2", "add -m"), ("optim.lr=[1", "cannot be read"), ("optim.lr=", "optim.lr="),
     ("justaword", "key=value"), ("=3", "key=value"), ("~model.n_layer", "key=value"), ("+model.n_layer=2", "write model.n_layer=2"),
-    ("model=nope", "There are: "), ("model.bias=maybe", "true or false"), ("model={n_layer: 3}", "no such preset"),
+    ("model=nope", "Presets: "), ("model.bias=maybe", "true or false"), ("model={n_layer: 3}", "no such preset"),
 ])
 def test_bad_values_are_one_clear_sentence(override, words):
     said = complaint(override)
@@ -290,7 +292,7 @@ def variables(monkeypatch):
 ])
 def test_references_resolve_for_every_type(key, value, wanted, variables, tmp_path):
     def found(settings):
-        return schema.flat(dataclasses.asdict(settings))[key]
+        return flat(dataclasses.asdict(settings))[key]
 
     first = [] if key == "name" else ["name=first"]
     assert found(compose("config", [*first, f"{key}={value}"])) == wanted
@@ -349,7 +351,7 @@ def test_every_setting_that_names_a_path_is_one_of_type_path():
                      start.StartSettings, export_tokenizer.ExportTokenizerSettings,
                      prepare.PrepareSettings, report.ReportSettings):
         for name, hint in get_type_hints(settings).items():
-            assert (hint is schema.FilePath) == (name in named), (settings, name)
+            assert (hint is FilePath) == (name in named), (settings, name)
 
 
 def test_each_of_several_paths_may_begin_at_home(monkeypatch, tmp_path):

@@ -1,26 +1,26 @@
 """The model against its paper: sizes, names, the first loss, causality, and a second GPT-2 written plainly."""
 
 import math
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
-import yaml
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from conf import compose
+from conf.presets import options
 from model import linear
 from model.attention import KVCache
 from model.gpt import GPT, MLP, GPTConfig
 
-PRESETS = Path(__file__).parents[1] / "conf" / "model"
 V = 65
 
 
 def preset(name: str, **changes: object) -> GPTConfig:
-    return GPTConfig(**yaml.safe_load((PRESETS / f"{name}.yaml").read_text()) | changes)
+    return replace(compose([f"model={name}"]).model, **changes)
 
 
 SMALL = {
@@ -58,10 +58,10 @@ def test_gpt2_presets_have_the_published_parameter_counts(name, published):
     assert sum(weights.numel() for weights in model.parameters()) == published
 
 
-@pytest.mark.parametrize("path", sorted(PRESETS.glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_preset_can_be_built_and_partitions_its_parameters_by_role(path):
+@pytest.mark.parametrize("name", options("model"))
+def test_every_preset_can_be_built_and_partitions_its_parameters_by_role(name):
     with torch.device("meta"):
-        model = GPT(preset(path.stem))
+        model = GPT(preset(name))
     by_role = [id(weights) for role in model.parameters_by_role().values() for weights in role.values()]
     assert sorted(by_role) == sorted(id(weights) for weights in model.parameters())
 
@@ -105,7 +105,7 @@ def test_no_two_tensors_of_the_state_dict_share_memory(config):
     ({"n_head": 0}, "n_head=0"),
     ({"block_size": -1}, "block_size=-1"),
     ({"n_embd": 33}, "n_embd=33"),
-    ({"n_embd": 30, "position": "rotary"}, "odd width 15"),
+    ({"n_embd": 30, "position": "rotary"}, "heads of width 15"),
     ({"dropout": 1.5}, "dropout=1.5"),
     ({"dropout": 1.0}, "dropout=1.0"),
     ({"dropout": -0.1}, "dropout=-0.1"),

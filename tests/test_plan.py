@@ -167,7 +167,7 @@ def test_a_plan_needs_no_data(capsys):
     for words in (["data=text"], ["data=text", "data.path=/no/such"], ["data=hub"], ["data.mix=/no/such:1 pydocs:1"], ["data=bin"]):
         assert story.plan(compose(story.PlanSettings, ["model=nano", "measure=false", *words])) == 0
         assert "Data: not there: a vocabulary of " in capsys.readouterr().out
-    with pytest.raises(ConfigError, match=r"^training\.max_steps=0 must be at least 1\.$"):
+    with pytest.raises(ConfigError, match=r"^training\.max_steps=0 must be at least 1; the default is 260\.$"):
         story.plan(compose(story.PlanSettings, ["data=text", "training.max_steps=0"]))
 
 

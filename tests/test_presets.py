@@ -9,9 +9,10 @@ import time
 import pytest
 import yaml
 
-from conf import schema
+from conf import presets
 from conf.presets import ConfigError, read_yaml
 from conf.schema import as_yaml, compose
+from model import GPTConfig
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True))
@@ -22,8 +23,8 @@ MERGE_BOMB = "a: &a {k: 1}\n" + "".join(
 @pytest.fixture
 def preset(tmp_path, monkeypatch):
     """Write conf/GROUP/extra.yaml, in a copy of conf."""
-    shutil.copytree(schema.CONF, tmp_path / "conf")
-    monkeypatch.setattr(schema, "CONF", tmp_path / "conf")
+    shutil.copytree(presets.CONF, tmp_path / "conf")
+    monkeypatch.setattr(presets, "CONF", tmp_path / "conf")
     return lambda group, text: (tmp_path / "conf" / group / "extra.yaml").write_text(text)
 
 
@@ -79,8 +80,8 @@ def test_a_wrong_key_names_its_file(preset, group, text, said):
     ("[" * 5000, "nested too deeply"), ("a: " + "[" * 2000 + "]" * 2000, "nested too deeply"),
     ("a:\n" + "".join(" " * n + "a:\n" for n in range(1, 300)), "nested too deeply"),
     ("seed: 1\n" * 20_000, "too large"), ("a: [" + "1, " * 15_000 + "]", "more than 10,000 values"),
-    ("seed: !!python/object:os.system x", "line 1"), ("seed: !!int x", "not YAML that can be read"), ("a: !!bool x", "not YAML that can be read"),
-    ("seed: ${", "not YAML that can be read"), ("\x07", "not YAML that can be read"), ("- 1", "holds no settings"), ("a: 1\n---\nb: 2", "line"),
+    ("seed: !!python/object:os.system x", "line 1"), ("seed: !!int x", "not valid YAML"), ("a: !!bool x", "not valid YAML"),
+    ("seed: ${", "not valid YAML"), ("\x07", "not valid YAML"), ("- 1", "holds no settings"), ("a: 1\n---\nb: 2", "line"),
 ], ids=lambda value: value[:12] if len(value) > 12 else value)
 def test_yaml_that_is_a_trap_is_one_sentence_at_once(own, tmp_path, text, said):
     start = time.process_time()
@@ -147,7 +148,7 @@ def test_a_setting_that_saved_settings_lack_is_at_its_default(own):
     del content["model"]["ngrams"]
     content["model"]["vocab_size"] = 99
     made = compose("config", [own(yaml.safe_dump(content))])
-    assert made.model.ngrams == schema.GPTConfig.ngrams
+    assert made.model.ngrams == GPTConfig.ngrams
     content["model"]["n_layr"] = 2
     assert "model.n_layr (in " in complaint(own(yaml.safe_dump(content), "wrong.yaml"))
 
@@ -159,6 +160,6 @@ def test_an_experiment_of_a_name_and_one_of_a_path_are_told_apart(tmp_path, monk
 
 
 def test_the_file_that_the_documentation_shows_composes(own):
-    text = (schema.CONF.parent / "docs" / "settings.md").read_text().partition("```yaml\n")[2].partition("```")[0]
+    text = (presets.CONF.parent / "docs" / "settings.md").read_text().partition("```yaml\n")[2].partition("```")[0]
     made = compose("config", [own(text, "mine.yaml")])
     assert (made.optim.lr, made.training.max_steps, made.data.source) == (3e-3, 500, "shakespeare")

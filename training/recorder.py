@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import atomic
 from progress import ProgressBar, print_line
+from setting import setting
 from terminal import escaped
 
 RECENT = 20  # losses that a report of a non-finite one shows
@@ -26,16 +27,18 @@ RECENT = 20  # losses that a report of a non-finite one shows
 
 @dataclass(frozen=True)
 class LoggerConfig:
-    """Where metrics go beside the run's own folder."""
+    """The records of a run besides the metrics in its folder."""
 
-    wandb: Literal["disabled", "offline", "online"] = "disabled"
-    project: str = "nanohydra"
-    group: str = ""  # what W&B shows together; a sweep's jobs have the sweep's name
-    tags: str = ""  # separated by blanks
-    report: bool = True  # at the end, report.html in the run's folder
+    wandb: Literal["disabled", "offline", "online"] = setting(
+        "disabled", "copy the metrics to Weights & Biases"
+    )
+    project: str = setting("nanohydra", "the W&B project")
+    group: str = setting("", "the W&B group; in a sweep, empty: the sweep's name")
+    tags: str = setting("", "W&B tags, separated by spaces")
+    report: bool = setting(True, "write report.html to the run's folder at the end")
 
     def problems(self) -> Iterator[str]:
-        """One sentence for each value that cannot work."""
+        """One sentence for each invalid value."""
         if not self.project:
             yield "project is empty: name the W&B project."
 

@@ -1,0 +1,126 @@
+"""Plain values, as YAML and the command line have them, become dataclass instances.
+
+Knows nothing of Hydra.
+"""
+
+from __future__ import annotations
+
+import os
+import types
+from dataclasses import fields, is_dataclass
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from conf.hints import OTHER_VALUES, closest
+from conf.identity import in_one_line
+from conf.settings import leaves
+from setting import FilePath, FilePaths, as_word
+
+TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false"}
+
+
+def freeze(schema: Any, values: dict[str, Any], prefix: str, problems: list[str]) -> Any:
+    """An instance of the dataclass `schema`; a sentence for each invalid value goes to `problems`."""
+    arguments: dict[str, Any] = {}
+    for name, hint in get_type_hints(schema).items():
+        if name not in values:
+            continue
+        key, value = f"{prefix}{name}", values[name]
+        try:
+            if not is_dataclass(hint):
+                arguments[name] = convert(value, hint)
+            elif isinstance(value, dict):
+                arguments[name] = freeze(hint, value, f"{key}.", problems)
+            else:
+                first = fields(hint)[0].name
+                problems.append(
+                    f"{key}={value} is a group of settings: set one of them, as in {key}.{first}=..."
+                )
+        except (TypeError, ValueError, OverflowError) as error:
+            problems.append(f"{key}={as_word(value)[:200]} {error}.")
+    return schema(**arguments)
+
+
+def rebuild(schema: Any, values: dict[str, Any], place: str) -> Any:
+    """The dataclass instance that was saved as `values`, which may come from a stranger.
+
+    Raises ValueError naming the `place` they come from for unknown names and invalid values.
+    """
+    known = leaves(schema)
+    problems = [f"{key[:40]} is not a setting." for key in values if key not in known]
+    instance = freeze(schema, values, "", problems)
+    problems = problems or list(instance.problems())
+    if problems:
+        raise ValueError(f"{place}: {in_one_line(' '.join(problems[:3]))}")
+    return instance
+
+
+def convert(value: Any, hint: Any) -> Any:
+    """`value` as the type `hint`; whole floats such as 1e3 are integers.
+
+    Raises ValueError saying what the type is.
+    """
+    if get_origin(hint) in (Union, types.UnionType):
+        if value in (None, "null"):
+            return None
+        inner = next(one for one in get_args(hint) if one is not type(None))
+        try:
+            return convert(value, inner)
+        except ValueError as error:
+            raise ValueError(f"{error}, or null for none") from None
+    if get_origin(hint) is Literal:
+        return one_of(value, get_args(hint))
+    if is_text(hint) and not isinstance(value, dict | list | None):
+        if hint is FilePaths:
+            return ",".join(expanded(path) for path in str(value).split(","))
+        return expanded(str(value)) if hint is FilePath else str(value)
+    if isinstance(value, str):
+        value = from_text(value)
+    if isinstance(value, bool):
+        if hint is bool:
+            return value
+    elif hint is int and isinstance(value, int | float) and value == value // 1:
+        if abs(value) >= 2**127:
+            raise ValueError("is too large")
+        return int(value)
+    elif hint is float and isinstance(value, int | float):
+        return float(value)
+    raise ValueError(f"is not {TYPE_NAMES.get(hint, 'text')}")
+
+
+def one_of(value: Any, choices: tuple[str, ...]) -> str:
+    """`value` if it is one of the `choices`. Raises ValueError listing them."""
+    # YAML reads true and false as booleans.
+    word = as_word(value) if isinstance(value, bool) else value
+    if word in choices:
+        return word
+    meant = str(value).lower()
+    guess = closest(OTHER_VALUES.get(meant, meant), choices)
+    raise ValueError(f"is not one of {', '.join(choices)}{guess}")
+
+
+def is_text(hint: Any) -> bool:
+    """Whether settings of this type are text, which is taken literally."""
+    return hint in (str, FilePath, FilePaths)
+
+
+def from_text(text: str) -> Any:
+    """The number or boolean in `text`, such as an environment variable; else the text."""
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for number in (int, float):
+        try:
+            return number(text)
+        except ValueError:
+            continue
+    return text
+
+
+def expanded(path: str) -> str:
+    """`path` with the home folder in place of ~ or ~user at its beginning.
+
+    Raises ValueError where there is no such home folder, unless a file of that name exists.
+    """
+    found = os.path.expanduser(path)
+    if path.startswith("~") and found == path and not os.path.exists(path):
+        raise ValueError("names no home folder: write ./ before a file name that begins with ~")
+    return found

@@ -1,0 +1,129 @@
+"""The settings of train.py and sample.py. Their defaults live here and beside the code they control."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+from conf.hints import closest
+from conf.sampling import SamplingConfig
+from data.sources import DataConfig
+from model.config import GPTConfig
+from setting import FilePath, range_problems, setting
+from training.config import OptimConfig, TrainingConfig
+from training.recorder import LoggerConfig
+
+# Users cannot set these: the tokenizer and the other settings decide them.
+DERIVED = ("model.vocab_size", "auto_name", "train")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of a training run."""
+
+    name: str = setting("", "name of the run's folder; empty: a name made from the overrides")
+    # The name made from the overrides.
+    auto_name: str = ""
+    seed: int = setting(1337, "of weights, batches and dropout", ge=0, lt=2**63)
+    runs_dir: FilePath = setting("runs", "folder that contains the runs' folders")
+    restart: bool = setting(
+        False, "start over: the run in this folder is renamed to NAME.old (docs/runs.md)"
+    )
+    allow_drift: bool = setting(
+        False, "resume on another machine or with other versions, not bit-identically"
+    )
+    model: GPTConfig = field(default_factory=GPTConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+
+    def problems(self) -> Iterator[str]:
+        """One sentence for each invalid value, those of the groups included."""
+        yield from range_problems(self)
+        parts = Path(self.name).parts
+        if self.name != self.name.strip():
+            yield f"name={self.name} begins or ends with white space: remove it."
+        if Path(self.name).is_absolute() or ".." in parts or (self.name and not parts):
+            yield f"name={self.name} is outside runs_dir={self.runs_dir}: use a plain name."
+        found = []
+        for group, settings in vars(self).items():
+            if is_dataclass(settings):
+                found += [f"{group}.{problem}" for problem in settings.problems()]
+        yield from found
+        if not found:
+            try:
+                self.training.micro_steps(self.model.block_size)
+            except ValueError as error:
+                yield str(error)
+
+    def warnings(self) -> Iterator[str]:
+        """One sentence for each valid value that is probably a mistake."""
+        steps = self.training.max_steps
+        if self.optim.warmup_steps > self.optim.last_full_step(steps):
+            yield (
+                f"optim.warmup_steps={self.optim.warmup_steps} of training.max_steps={steps}: "
+                "the learning rate falls, or the run ends, before it reaches its full value."
+            )
+
+
+@dataclass(frozen=True)
+class SampleSettings(SamplingConfig):
+    """The settings of sampling from a run."""
+
+    run: FilePath = setting(
+        "", "name or folder of a run, or of a sweep for its best run; empty: the latest run"
+    )
+    runs_dir: FilePath = setting("runs", "folder that contains the runs' folders")
+    checkpoint: str = setting("best", "best, last, or the number of a step")
+    prompt: str = setting("", "the text to continue, taken literally; empty: start a new text")
+    prompt_file: FilePath = setting("", "read the prompt from this file; -: from standard input")
+    prompts: FilePath = setting("", "a file with one prompt per line; the completions go to out")
+    out: FilePath = setting(
+        "", "the file for the completions of prompts, one JSON line each; again, it continues it"
+    )
+    batch_size: int = setting(16, "with prompts: sequences decoded together", ge=1)
+    logprobs: bool = setting(False, "print each token with its probability before temperature")
+    num_samples: int = setting(1, "number of completions", ge=1)
+    interactive: bool = setting(False, "ask for prompts until the input ends")
+    device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "where to run the model")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = setting(
+        "auto", "number format of matrix products"
+    )
+
+    def problems(self) -> Iterator[str]:
+        """One sentence for each invalid value."""
+        yield from super().problems()
+        inputs = (self.prompt, self.prompt_file, self.prompts, self.interactive)
+        if sum(map(bool, inputs)) > 1:
+            yield "prompt, prompt_file, prompts and interactive exclude each other: choose one."
+        if bool(self.prompts) != bool(self.out):
+            yield "prompts=FILE and out=FILE.jsonl belong together: give both."
+        if self.prompts and self.logprobs:
+            yield (
+                "logprobs=true only prints, and prompts= writes a file: leave logprobs out; each "
+                "line of the file has the mean log probability."
+            )
+        yield from checkpoint_problems(self.checkpoint)
+
+
+def checkpoint_problems(checkpoint: str) -> Iterator[str]:
+    """One sentence if the setting `checkpoint` is neither best nor last nor the number of a step."""
+    is_step = checkpoint.isdecimal() and len(checkpoint) < 20
+    if checkpoint not in ("best", "last") and not is_step:
+        guess = closest(checkpoint, ("best", "last"))
+        yield f"checkpoint={checkpoint} is not best, last or the number of a step{guess}."
+
+
+def leaves(schema: type, prefix: str = "") -> dict[str, Any]:
+    """The full name and type of each setting, as in {"model.n_layer": int}."""
+    found: dict[str, Any] = {}
+    for name, hint in get_type_hints(schema).items():
+        key = f"{prefix}{name}"
+        if is_dataclass(hint):
+            found |= leaves(hint, f"{key}.")
+        elif key not in DERIVED:
+            found[key] = hint
+    return found

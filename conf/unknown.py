@@ -1,0 +1,101 @@
+"""Error messages about settings and presets that do not exist, with the name that was probably meant."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+from typing import Any
+
+from conf.hints import closest, instead_of_hydras, our_name, unit_note
+from conf.presets import groups, options
+from conf.settings import SampleSettings, Settings, leaves
+
+YAML_FILES = (".yaml", ".yml")
+SWEEP_ADVICE = "several values are a sweep: add -m to run them all, or choose one."
+OF_SWEEPS = ("jobs", "trials", "pruner", "sweep")
+
+
+def unknown(key: str, known: dict[str, Any], place: str, group: str = "") -> str:
+    """The sentence about a key that does not exist; `group` if it is in a preset of that group."""
+    inside = key.removeprefix(f"{group}.")
+    advice = instead_of_hydras(inside)
+    if advice:
+        return f"{key} ({place}) is not used here: {advice}."
+    if group and inside in known:
+        advice = "a preset sets its own group only, and an experiment all of them."
+        if inside.startswith(f"{group}."):
+            advice = f"write {inside.removeprefix(f'{group}.')}, without the group."
+        return f"{inside} ({place}) is not for a preset of {group}: {advice}"
+    meant = likely_name(key, known)
+    program = program_of(key)
+    if program and not meant:
+        return f"{key} ({place}) is a setting of {program} only; --help lists the settings."
+    meant = meant or close_name(key, known)
+    guess = f" (did you mean {meant}?){unit_note(key)}" if meant else ""
+    return f"{key} ({place}) is not a setting{guess}; --help lists the settings."
+
+
+def likely_name(key: str, known: dict[str, Any]) -> str:
+    """The setting or group that others call `key`, or that has its last part; empty for none."""
+    meant = our_name(key, {*known, *choosable(known)})
+    return meant or by_last_part(known).get(last_part(key), "")
+
+
+def close_name(key: str, known: dict[str, Any]) -> str:
+    """The setting or group that is spelled most like `key`; empty where none is close."""
+    names = [*known, *choosable(known)]
+    near = difflib.get_close_matches(key.lower(), names, n=1, cutoff=0.6)
+    if near:
+        return near[0]
+    by_last = by_last_part(known)
+    near = difflib.get_close_matches(last_part(key), by_last, n=1, cutoff=0.7)
+    return by_last[near[0]] if near else ""
+
+
+def last_part(key: str) -> str:
+    return key.rpartition(".")[2].replace("-", "_").lower()
+
+
+def by_last_part(known: dict[str, Any]) -> dict[str, str]:
+    return {last_part(name): name for name in known}
+
+
+def choosable(known: dict[str, Any]) -> list[str]:
+    """The groups whose presets can be chosen: all of them, beside the settings of a training."""
+    return groups() if known.keys() >= leaves(Settings).keys() else []
+
+
+def program_of(key: str) -> str:
+    """The program that has the setting or group `key`; empty if none has it."""
+    if key in OF_SWEEPS:
+        return "sweeps (python train.py -m, python -m scripts.sweep)"
+    if key in leaves(SampleSettings):
+        return "sample.py"
+    return "train.py" if key in (*leaves(Settings), *groups()) else ""
+
+
+def wrong_preset(group: str, value: str) -> str:
+    """The sentence about a preset or an experiment's file that does not exist; empty if it does."""
+    if value in options(group):
+        return ""
+    is_file = group == "experiment" and Path(value).suffix in YAML_FILES
+    # Commas separate the values of a sweep, but a file's name may contain them.
+    if is_file and ("," not in value or os.path.exists(os.path.expanduser(value))):
+        return ""
+    if "," in value or "(" in value:
+        return f"{group}={value}: {SWEEP_ADVICE}"
+    choices = f"Presets: {', '.join(options(group))}."
+    if group == "experiment":
+        choices += " A file of your own is named by its path, as in experiment=own.yaml."
+    return f"{group}={value}: no such preset{closest(value, options(group))}. {choices}"
+
+
+def not_an_override(word: str) -> str:
+    """The sentence about a word that is not key=value."""
+    meant = "write key=value, as in training.max_steps=100"
+    if Path(word).suffix in YAML_FILES:
+        meant = f"write experiment={word} for a file of settings"
+    elif word and os.path.exists(word):
+        meant = f"write data=text data.path={word} to train on it"
+    return f"{word!r} is not an override: {meant}."

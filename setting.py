@@ -1,0 +1,95 @@
+"""Settings as dataclass fields: a default, a help text and the valid range.
+
+The dataclasses live beside the code that reads them. Knows nothing of files or the command line.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import textwrap
+from collections.abc import Iterator
+from dataclasses import field, fields, is_dataclass
+from typing import Any, Literal, NewType, get_args, get_origin, get_type_hints
+
+# Types of settings that name one path, or several separated by commas: ~ is expanded in them.
+FilePath = NewType("FilePath", str)
+FilePaths = NewType("FilePaths", str)
+
+LIMITS = {
+    "ge": (operator.ge, "at least"),
+    "gt": (operator.gt, "more than"),
+    "le": (operator.le, "at most"),
+    "lt": (operator.lt, "less than"),
+}
+HELP_COLUMNS = 100
+NAME_COLUMNS = 32
+
+
+def setting(default: Any, help: str, **limits: float) -> Any:
+    """A field of a settings dataclass, with its help text.
+
+    `ge`, `gt`, `le` and `lt` limit a number, as in pydantic's `Field`.
+    """
+    return field(default=default, metadata={"help": help, "limits": limits})
+
+
+def range_problems(settings: Any) -> Iterator[str]:
+    """One sentence for each number that is outside its range, NaN or infinite."""
+    for one in fields(settings):
+        limits = one.metadata.get("limits", {})
+        value = getattr(settings, one.name)
+        if value is None or not limits:
+            continue
+        wanted = []
+        for name, limit in limits.items():
+            holds, words = LIMITS[name]
+            if not holds(value, limit):
+                wanted.append(f"{words} {limit}")
+        if not wanted and abs(value) == math.inf:
+            wanted.append("finite")
+        if wanted:
+            usual = "null for no limit" if one.default is None else f"the default is {one.default}"
+            yield f"{one.name}={value} must be {' and '.join(wanted)}; {usual}."
+
+
+def help_lines(settings: Any, prefix: str = "") -> Iterator[str]:
+    """The lines of --help about a dataclass instance: name=value and the help text of each field.
+
+    Fields without a help text are not for users, and left out.
+    """
+    hints = get_type_hints(type(settings))
+    for one in fields(settings):
+        value = getattr(settings, one.name)
+        if is_dataclass(value):
+            yield ""
+            yield from help_lines(value, f"{prefix}{one.name}.")
+            continue
+        text = one.metadata.get("help", "")
+        if not text:
+            continue
+        if get_origin(hints[one.name]) is Literal:
+            text += f" ({', '.join(get_args(hints[one.name]))})"
+        yield from two_columns(f"{prefix}{one.name}={as_word(value)}", text)
+
+
+def two_columns(name: str, text: str) -> list[str]:
+    """A line of a table with two columns, and the lines that a long `text` continues on."""
+    indent = " " * NAME_COLUMNS
+    if len(name) > NAME_COLUMNS - 4:
+        return [f"  {name}", *two_columns("", text)]
+    start = f"  {name}".ljust(NAME_COLUMNS)
+    return textwrap.wrap(
+        text,
+        HELP_COLUMNS,
+        initial_indent=start,
+        subsequent_indent=indent,
+        break_on_hyphens=False,
+    )
+
+
+def as_word(value: Any) -> str:
+    """A value as the command line takes it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "null" if value is None else str(value)

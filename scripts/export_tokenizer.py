@@ -1,9 +1,9 @@
-"""Write a run's tokenizer as Hugging Face's tokenizer.json, for the packages tokenizers and transformers.
+"""Write a run's tokenizer in Hugging Face's format, for the packages tokenizers and transformers.
 
   python -m scripts.export_tokenizer run=pydocs out=tokenizer.json
 
-It gives the same ids. One thing differs: <|endoftext|> inside a text becomes the token there, unless the program that loads
-it sets `encode_special_tokens = True`.
+It gives the same ids, except that <|endoftext|> in a text is encoded as the special token, unless
+the program that loads the file sets `encode_special_tokens = True`.
 
 Settings, each with its default:
   run=NAME         the run's name or folder; without it, the run that was trained last
@@ -37,14 +37,14 @@ from terminal import say
 
 @dataclass(frozen=True)
 class ExportTokenizerSettings:
-    """Everything about a tokenizer for other programs."""
+    """The settings of the export."""
 
-    run: FilePath = ""  # the run's name, or its folder; empty: the run that was trained last
+    run: FilePath = ""  # a name or folder; empty: the run that was trained last
     runs_dir: FilePath = "runs"
     out: FilePath = ""  # empty: tokenizer.json in the run's folder
 
     def problems(self) -> Iterator[str]:
-        """One sentence for each value that cannot work."""
+        """One sentence for each invalid value."""
         if self.out and Path(self.out).suffix != ".json":
             yield f"out={self.out} must end in .json."
 
@@ -54,16 +54,21 @@ def main(settings: ExportTokenizerSettings) -> int:
     out = Path(settings.out) if settings.out else run / "tokenizer.json"
     tokenizer = last_tokenizer(run)
     content = json.dumps(to_hugging_face(tokenizer), ensure_ascii=False).encode()
-    if out.exists() and out.read_bytes() != content:  # it may be a tokenizer of nanohydra's own, with the same name
-        raise ValueError(f"{out} is there already, and another file: remove it, or name a new one with out=FILE.")
+    # The file may be one of nanohydra's own tokenizers, which have the same name.
+    if out.exists() and out.read_bytes() != content:
+        raise ValueError(f"{out} exists and is not this tokenizer: remove it, or name another file "
+                         f"with out=FILE.")
     atomic.write_bytes(out, content)
     say(f"Wrote {out}: {tokenizer.vocab_size:,} tokens, for tokenizers.Tokenizer.from_file.")
     return 0
 
 
 def last_tokenizer(run: Path) -> Tokenizer:
-    """The tokenizer in the run's last checkpoint. Raises ValueError if no checkpoint is whole."""
-    tokenizer = store.load_checkpoint(run / "checkpoints", "last", tokenizer_of, lambda text: say(text, sys.stderr))
+    """The tokenizer in the run's last checkpoint. Raises ValueError if all are damaged."""
+    def warn(text: str) -> None:
+        say(text, sys.stderr)
+
+    tokenizer = store.load_checkpoint(run / "checkpoints", "last", tokenizer_of, warn)
     if tokenizer is None:
         raise ValueError(f"{run} has no checkpoint.")
     return tokenizer

@@ -1,16 +1,16 @@
-"""Prepare tokens and do nothing else. Training does the same when they are missing.
+"""Prepare tokens without training. Training does the same when they are missing.
 
   python -m scripts.prepare data=shakespeare
   python -m scripts.prepare data=text data.path=book.txt data.tokenizer=bpe data.vocab_size=4096
   python -m scripts.prepare data=text data.path=book.txt inspect=true
   python -m scripts.prepare clean=true
 
-They go to data/prepared, or where NANOHYDRA_DATA says, in a folder named by what they were made from. Each setting of
-train.py can be given; these are the script's own:
-  inspect=true     say what is in them: how much, the most frequent tokens, three documents; and draw it (needs matplotlib)
-  out=FILE         the picture; without it, inspect.png in the folder
-  clean=true       list all prepared tokens, and delete those that no run in runs_dir uses, and unfinished ones, after
-                   a question, or without one by yes=true; only folders that this program made
+They are written to data/prepared, or to $NANOHYDRA_DATA. It takes all settings of train.py, and:
+  inspect=true     print statistics, the most frequent tokens and three documents; and draw token
+                   frequencies and document lengths (needs matplotlib)
+  out=FILE         the picture; without it, inspect.png in the folder of the tokens
+  clean=true       list all prepared tokens, and delete those that no run in runs_dir uses and
+                   unfinished ones; asks first, unless yes=true
 """
 
 from __future__ import annotations
@@ -47,33 +47,34 @@ from report.curves import as_image, log_ticks, new_figure, picture_problems
 from setting import FilePath
 from terminal import readable_size, say
 
-# What is in folders of prepared tokens, and the names that they have.
-FILES = re.compile(rf"(train|val)_\d{{5}}\.npy|meta\.json|tokenizer\.json|{re.escape(PROGRESS)}|inspect\.png|"
-                   rf"{re.escape(atomic.PARTIAL)}.*")
-SOURCES, TOKENIZERS = ("|".join(get_args(get_type_hints(DataConfig)[name])) for name in ("source", "tokenizer"))
-WHOLE = re.compile(rf"({SOURCES}|mix)-({TOKENIZERS})-[0-9a-f]{{12}}")
-UNFINISHED = re.compile(rf"{re.escape(BUILDING)}{WHOLE.pattern}|"
-                        rf"{re.escape(atomic.PARTIAL)}({re.escape(BUILDING)})?{WHOLE.pattern}-[0-9a-f]{{8}}")
+# The names of folders of prepared tokens, complete and unfinished, and of the files in them.
+SOURCES = "|".join(get_args(get_type_hints(DataConfig)["source"]))
+TOKENIZERS = "|".join(get_args(get_type_hints(DataConfig)["tokenizer"]))
+COMPLETE = rf"({SOURCES}|mix)-({TOKENIZERS})-[0-9a-f]{{12}}"
+PARTIAL, BEING_BUILT = re.escape(atomic.PARTIAL), re.escape(BUILDING)
+UNFINISHED = rf"{BEING_BUILT}{COMPLETE}|{PARTIAL}({BEING_BUILT})?{COMPLETE}-[0-9a-f]{{8}}"
+FILES = (rf"(train|val)_\d{{5}}\.npy|meta\.json|tokenizer\.json|inspect\.png|{re.escape(PROGRESS)}|"
+         rf"{PARTIAL}.*")
 FREQUENT = 20  # tokens that are listed
 SHOWN = 600  # characters of a document
 
 
 @dataclass(frozen=True)
 class PrepareSettings:
-    """What to do beside preparing; all other settings are those of train.py."""
+    """The script's own settings; all others are those of train.py."""
 
     inspect: bool = False
     clean: bool = False
-    yes: bool = False  # with clean: remove without a question
+    yes: bool = False  # with clean: delete without asking
     out: FilePath = ""  # empty: inspect.png in the folder of the tokens
-    train: tuple[str, ...] = ()  # what the command line says about the data
+    train: tuple[str, ...] = ()  # the overrides of train.py's settings
 
     def problems(self) -> Iterator[str]:
-        """One sentence for each value that cannot work."""
+        """One sentence for each invalid value."""
         if self.inspect and self.clean:
-            yield "inspect and clean exclude each other: choose one."
+            yield "inspect=true and clean=true exclude each other: choose one."
         if self.yes and not self.clean:
-            yield "yes=true belongs to clean=true: there is nothing else to confirm."
+            yield "yes=true confirms clean=true: give both, or neither."
         yield from picture_problems(self.out)
 
 
@@ -89,33 +90,36 @@ def main(own: PrepareSettings) -> int:
 
 
 def inspect(folder: Path, settings: Settings, out: Path) -> None:
-    """Print and draw what is in prepared tokens."""
+    """Print and draw the contents of prepared tokens."""
     splits, tokenizer = read_meta(folder)["splits"], load_tokenizer(folder)
     say(f"\n{'split':<6}{'documents':>14}{'bytes':>18}{'tokens':>18}{'bytes a token':>15}")
     for split in SPLITS:
-        held = splits[split]
-        say(f"{split:<6}{held['documents']:>14,}{held['bytes']:>18,}{held['tokens']:>18,}{held['bytes_per_token']:>15.2f}")
+        totals = splits[split]
+        say(f"{split:<6}{totals['documents']:>14,}{totals['bytes']:>18,}{totals['tokens']:>18,}"
+            f"{totals['bytes_per_token']:>15.2f}")
 
     contents = Contents(folder, tokenizer)
-    total = contents.counts.sum()
-    say(f"\n{(contents.counts > 0).sum():,} of {tokenizer.vocab_size:,} tokens occur; the most frequent are\n"
+    counts, total = contents.counts, contents.counts.sum()
+    n_used = int((counts > 0).sum())
+    say(f"\n{n_used:,} of {tokenizer.vocab_size:,} tokens occur; the most frequent are\n"
         f"{'id':>8}{'times':>16}{'share':>9}  token")
-    for one in np.argsort(-contents.counts, kind="stable")[: min(FREQUENT, (contents.counts > 0).sum())].tolist():
-        say(f"{one:>8}{contents.counts[one]:>16,}{contents.counts[one] / total:>9.2%}  {shown(tokenizer, [one])!r}")
+    for token in np.argsort(-counts, kind="stable")[: min(FREQUENT, n_used)].tolist():
+        say(f"{token:>8}{counts[token]:>16,}{counts[token] / total:>9.2%}  "
+            f"{decode(tokenizer, [token])!r}")
     for index, length, ids in contents.some_documents(3, settings.seed):
-        text = shown(tokenizer, ids)
+        text = decode(tokenizer, ids)
         say(f"\n--- Document {index + 1:,} of {contents.n_documents:,}: {length:,} tokens\n"
-            + text[:SHOWN] + ("..." if len(text) > SHOWN else ""))
+            f"{text[:SHOWN]}{'...' if len(text) > SHOWN else ''}")
     atomic.write_bytes(out, draw(contents, folder.name, out.suffix.lstrip(".")))
     say(f"\nDrew {out}")
 
 
-def shown(tokenizer: Tokenizer, ids: list[int]) -> str:
+def decode(tokenizer: Tokenizer, ids: list[int]) -> str:
     return tokenizer.decode_bytes(ids).decode("utf-8", "replace")
 
 
 def draw(contents: Contents, title: str, kind: str) -> bytes:
-    """Token frequencies by rank, and the lengths of documents, as a picture of the file type `kind`."""
+    """A picture of token frequencies by rank and of document lengths, in the file type `kind`."""
     figure, style = new_figure(10, 4, "contents")
     with style:
         left, right = figure.subplots(1, 2)
@@ -134,7 +138,7 @@ def draw(contents: Contents, title: str, kind: str) -> bytes:
 
 
 def clean(runs_dir: Path, yes: bool) -> int:
-    """List prepared tokens; after a confirmation, delete what no run uses and what was left unfinished."""
+    """List prepared tokens, and delete unused and unfinished ones after a confirmation."""
     kept, unused = survey(runs_dir)
     for folder, why in kept.items():
         say(f"Kept {folder} ({readable_size(n_bytes(folder))}), {why}")
@@ -145,18 +149,21 @@ def clean(runs_dir: Path, yes: bool) -> int:
     for folder, why in unused.items():
         say(f"To be removed: {folder} ({readable_size(sizes[folder])}), {why}")
     if not (yes or confirmed()):
-        say("Nothing was removed; yes=true removes them without a question.")
+        say("Nothing was removed. Pass yes=true to remove them without a question.")
         return 0
-    removed = [folder for folder in survey(runs_dir)[1] if folder in sizes]  # a run may have begun meanwhile
+    # A run may have started to use one of them meanwhile.
+    still_unused = survey(runs_dir)[1]
+    removed = [folder for folder in sizes if folder in still_unused]
     for folder in removed:
         atomic.remove(folder)
         say(f"Removed {folder}")
-    say(f"{readable_size(sum(sizes[folder] for folder in removed))} removed. What is needed again is prepared again.")
+    freed = sum(sizes[folder] for folder in removed)
+    say(f"{readable_size(freed)} removed. Training prepares missing tokens again.")
     return 0
 
 
 def confirmed() -> bool:
-    """Whether somebody at a terminal says yes."""
+    """Ask for a confirmation, if there is a terminal."""
     if not (sys.stdin and sys.stdin.isatty()):
         return False
     try:
@@ -166,26 +173,32 @@ def confirmed() -> bool:
 
 
 def survey(runs_dir: Path) -> tuple[dict[Path, str], dict[Path, str]]:
-    """The folders of prepared tokens to keep and those to remove, with the reasons. Others are not looked at.
+    """The folders of prepared tokens to keep and to remove, with the reasons.
 
-    Raises ValueError where a run does not tell which tokens it uses.
+    Other folders are ignored. Raises ValueError if it is unknown which tokens a run uses.
     """
-    users = runs_by_tokens(runs_dir)
+    try:
+        users = runs_by_tokens(runs_dir)
+    except ValueError as error:
+        raise ValueError(f"{error} Nothing was removed.") from None
     kept: dict[Path, str] = {}
     unused: dict[Path, str] = {}
-    for folder in sorted(data_root().iterdir()) if data_root().is_dir() else ():
-        unfinished = UNFINISHED.fullmatch(folder.name)
-        if folder.is_symlink() or not folder.is_dir() or not (unfinished or WHOLE.fullmatch(folder.name)):
+    for folder in sorted(data_root().glob("*-*-*")):
+        unfinished = re.fullmatch(UNFINISHED, folder.name)
+        ours = unfinished or re.fullmatch(COMPLETE, folder.name)
+        if not ours or folder.is_symlink() or not folder.is_dir():
             continue
+        names = sorted(path.name for path in folder.iterdir())
+        foreign = [name for name in names if not re.fullmatch(FILES, name)]
         tokens = fingerprint_of(folder)
-        if foreign := [path.name for path in sorted(folder.iterdir()) if not FILES.fullmatch(path.name)]:
-            kept[folder] = f"which holds {foreign[0]}: that is not a file of prepared tokens"
+        if foreign:
+            kept[folder] = f"which has a file that prepared tokens do not have: {foreign[0]}"
         elif unfinished and in_use(folder):
             kept[folder] = "which is being prepared"
         elif unfinished:
             unused[folder] = "left unfinished"
         elif not tokens:
-            kept[folder] = "whose meta.json cannot be read: delete it yourself if you do not need it"
+            kept[folder] = "whose meta.json cannot be read: delete it if you do not need it"
         elif tokens in users:
             kept[folder] = f"used by {', '.join(users[tokens])}"
         else:
@@ -194,7 +207,7 @@ def survey(runs_dir: Path) -> tuple[dict[Path, str], dict[Path, str]]:
 
 
 def fingerprint_of(folder: Path) -> str:
-    """Of the tokens in a folder, as runs name it; empty where it holds none that can be used."""
+    """The fingerprint of prepared tokens as in checkpoints; empty if `meta.json` is damaged."""
     try:
         return read_meta(folder)["fingerprint"][:12]
     except ValueError:
@@ -206,58 +219,55 @@ def n_bytes(folder: Path) -> int:
 
 
 def runs_by_tokens(runs_dir: Path) -> dict[str, list[str]]:
-    """The runs that each fingerprint of tokens is used by, those that links lead to included.
+    """The runs that use each fingerprint of tokens.
 
-    Raises ValueError for a run that does not tell, and OSError for a folder that cannot be read.
+    Raises ValueError for a run whose tokens are unknown, and OSError for an unreadable folder.
     """
     if not runs_dir.is_dir():
-        raise ValueError(f"runs_dir={runs_dir} is no folder, so nobody knows which tokens are used. Nothing was removed.")
+        raise ValueError(f"runs_dir={runs_dir} is not a folder, so it is unknown which tokens are "
+                         f"used: set runs_dir= to the folder of your runs.")
     users: dict[str, list[str]] = {}
     for folder in run_folders(runs_dir):
         try:
             found, damage = store.scan(folder / "checkpoints")
+            tokens = {tokens_of(checkpoint.state["settings"]) for checkpoint in found}
             if damage and not found:
                 raise ValueError(next(iter(damage.values())))
-            tokens = {tokens_of(one.state["settings"]) for one in found}
         except ValueError as error:
-            raise ValueError(f"It cannot be told which tokens {folder} uses: {error}. Nothing was removed.") from None
+            raise ValueError(f"It is unknown which tokens {folder} uses: {error}.") from None
         if not tokens and is_locked(folder / LOCK):
-            raise ValueError(f"{folder} is being trained and has no checkpoint that says which tokens it uses: wait "
-                             f"for the first one. Nothing was removed.")
-        for one in sorted(tokens):
-            users.setdefault(one, []).append(str(folder))
+            raise ValueError(f"{folder} is being trained and has no checkpoint yet that says which "
+                             f"tokens it uses: wait for the first one.")
+        for fingerprint in sorted(tokens):
+            users.setdefault(fingerprint, []).append(str(folder))
     return users
 
 
 def run_folders(runs_dir: Path) -> Iterator[Path]:
-    """The folders below `runs_dir` with checkpoints or a lock, each once, in the order of their names.
+    """The folders in `runs_dir` with checkpoints or a lock, at any depth, each once, by name.
 
-    Links are followed. Raises ValueError for one that leads nowhere, as to a disk that is not mounted.
+    Links are followed. Raises ValueError for a broken link, as to a disk that is not mounted.
     """
     seen = set()
-    for place, inner, names in os.walk(runs_dir, followlinks=True, onerror=refuse):
+    for place, subfolders, names in os.walk(runs_dir, followlinks=True, onerror=refuse):
         status = os.stat(place)
         if (status.st_dev, status.st_ino) in seen:
-            inner.clear()
+            subfolders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
-        if "checkpoints" in inner or LOCK in names:
+        if "checkpoints" in subfolders or LOCK in names:
             yield Path(place)
-        else:
-            refuse_lost_links(Path(place, name) for name in names)
-        inner[:] = sorted(set(inner) - {"checkpoints"})
-
-
-def refuse_lost_links(paths: Iterator[Path]) -> None:
-    """Raises ValueError for a link that leads nowhere."""
-    for path in paths:
-        if path.is_symlink() and not path.exists():
-            raise ValueError(f"{path} is a link that leads nowhere: it may be a run that uses prepared tokens. Delete the "
-                             f"link, or mount the disk that it leads to. Nothing was removed.")
+            names = []
+        for name in names:
+            path = Path(place, name)
+            if path.is_symlink() and not path.exists():
+                raise ValueError(f"{path} is a broken link, maybe to a run that uses prepared "
+                                 f"tokens: delete the link, or mount the disk that it leads to.")
+        subfolders[:] = sorted(set(subfolders) - {"checkpoints"})
 
 
 def tokens_of(settings: dict[str, Any]) -> str:
-    """The fingerprint of the tokens that a checkpoint was trained on. Raises ValueError where its settings lack it."""
+    """The fingerprint of a checkpoint's tokens. Raises ValueError if its settings lack it."""
     match settings:
         case {"data": {"prepared": str(fingerprint)}}:
             return fingerprint

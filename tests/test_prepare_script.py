@@ -209,8 +209,8 @@ def test_cleaning_leaves_folders_alone_that_are_not_ours(tmp_path, fresh_data, n
 
 
 @pytest.mark.parametrize("change, why", [
-    (lambda folder: (folder / "notes.txt").write_text("mine"), "which holds notes.txt"),
-    (lambda folder: (folder / "photos").mkdir(), "which holds photos"),
+    (lambda folder: (folder / "notes.txt").write_text("mine"), "which has a file that prepared tokens do not have: notes.txt"),
+    (lambda folder: (folder / "photos").mkdir(), "which has a file that prepared tokens do not have: photos"),
     (lambda folder: (folder / "meta.json").write_text("{}"), "whose meta.json cannot be read"),
     (lambda folder: (folder / "meta.json").write_text("[" * 100_000), "whose meta.json cannot be read"),
     (lambda folder: (folder / "meta.json").unlink(), "whose meta.json cannot be read"),
@@ -246,7 +246,7 @@ def test_a_link_to_a_run_that_is_not_there_stops_cleaning(tokens, tmp_path):
     folder = tokens("a")
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "link").symlink_to(tmp_path / "unmounted")
-    with pytest.raises(ValueError, match=r"link is a link that leads nowhere.*Nothing was removed"):
+    with pytest.raises(ValueError, match=r"link is a broken link.*Nothing was removed"):
         run("clean=true", "yes=true", f"runs_dir={tmp_path / 'runs'}")
     assert folder.is_dir()
 
@@ -255,14 +255,14 @@ def test_a_link_to_a_run_that_is_not_there_stops_cleaning(tokens, tmp_path):
 def test_a_run_that_does_not_name_its_tokens_stops_cleaning(run_with, tokens, tmp_path, settings):
     folder = tokens("a")
     run_with(tmp_path / "runs" / "one", settings)
-    with pytest.raises(ValueError, match=r"cannot be told which tokens .*one uses.*Nothing was removed"):
+    with pytest.raises(ValueError, match=r"is unknown which tokens .*one uses.*Nothing was removed"):
         run("clean=true", "yes=true", f"runs_dir={tmp_path / 'runs'}")
     assert folder.is_dir()
 
 
 def test_nothing_is_removed_while_a_run_without_a_checkpoint_trains(tokens, tmp_path):
     unused = tokens("a")
-    with pytest.raises(ValueError, match=r"runs_dir=\S*nowhere is no folder.*Nothing was removed"):
+    with pytest.raises(ValueError, match=r"runs_dir=\S*nowhere is not a folder.*Nothing was removed"):
         run("clean=true", "yes=true", f"runs_dir={tmp_path / 'nowhere'}")
     lock = atomic.Lock(tmp_path / "runs" / "live" / "lock", "a test")
     with pytest.raises(ValueError, match=r"live is being trained .*Nothing was removed"):
@@ -304,12 +304,12 @@ def test_nothing_is_removed_where_a_run_cannot_be_read(compose_tiny, tmp_path, f
     used = prepare(settings.data)
     for state in (tmp_path / "runs").rglob("state.json"):
         state.write_text("{}")
-    with pytest.raises(ValueError, match=r"cannot be told which tokens .*tiny uses.*Nothing was removed"):
+    with pytest.raises(ValueError, match=r"is unknown which tokens .*tiny uses.*Nothing was removed"):
         run("clean=true", "yes=true", f"runs_dir={tmp_path / 'runs'}")
     assert used.is_dir()
 
 
-@pytest.mark.parametrize("words, problem", [(["clean=true", "inspect=true"], "exclude each other"), (["yes=true"], "belongs to clean=true"), (["inspect=true", "out=a.txt"], "out=a.txt must"),
+@pytest.mark.parametrize("words, problem", [(["clean=true", "inspect=true"], "exclude each other"), (["yes=true"], "confirms clean=true"), (["inspect=true", "out=a.txt"], "out=a.txt must"),
                                             (["data.pth=x"], "did you mean data.path")])
 def test_bad_settings_are_one_sentence(words, problem):
     with pytest.raises(ConfigError, match=problem):

@@ -34,13 +34,14 @@ from bench.timing import (
     print_row,
     write_json,
 )
+from conf.schema import FilePath
 from data.loader import Loader
 from data.shards import Tokens
 from model import GPT, GPTConfig
 from setting import FilePath
-from train import loss_of
 from training.device import Device
 from training.optim import OptimConfig, Optimizers
+from training.step import loss_of
 
 # nanoGPT's architecture.
 GPT2_LIKE = GPTConfig(dropout=0.0, bias=False, activation="gelu_erf")

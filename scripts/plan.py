@@ -51,10 +51,10 @@ from data.sources import DataConfig
 from data.tokenizer import ByteTokenizer
 from model import GPT, Undrawn
 from terminal import counted, readable_size, readable_time, say
-from train import loss_of
 from training.device import PEAK_FLOPS, Device, available_memory
 from training.estimate import measure_pace
 from training.optim import Optimizers
+from training.step import loss_of
 
 ROOT = Path(__file__).parent.parent
 GPUS = sorted(name.lower().replace(" ", "-") for name in PEAK_FLOPS)

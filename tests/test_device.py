@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from training import device as place
-from training.device import Device, bytes_kept, maybe_compile
+from training.device import Device, maybe_compile
+from training.memory import bytes_kept
 
 
 @pytest.fixture(autouse=True)

@@ -544,7 +544,7 @@ def test_a_hostile_loss_scaler_is_one_sentence(compose_tiny, two_steps, changes)
 
 def test_a_model_that_diverged_does_not_end_a_run_by_its_sample(compose_tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(story, "evaluate", lambda model, *words: (model.wte.weight.data.fill_(math.nan), 1.0)[1])
-    with pytest.raises(ValueError, match="came to a loss of nan"):
+    with pytest.raises(ValueError, match="had a loss of nan"):
         story.train(compose_tiny("training.max_steps=4", "training.eval_every=1", "training.sample_tokens=8"))
     assert "output is NaN or infinite" in capsys.readouterr().out
 
@@ -865,7 +865,7 @@ def test_the_proof_that_ships_holds_and_shows_a_difference(book, monkeypatch):
              "training.batch_size=4", "training.max_steps=20", "training.checkpoint_every=4", "kills=3"]
     honest = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert honest.returncode == 0 and "bit by bit" in honest.stdout and honest.stdout.count("the same") == 8
-    forgetful = "import train; train.seed_dropout = lambda *place: train.torch.seed(); train.launch(train.train, 'config', '')"
+    forgetful = "import train; from training import step; step.seed_dropout = lambda *place: train.torch.seed(); train.launch(train.train, 'config', '')"
     plain = subprocess.Popen
     monkeypatch.setattr(verify.subprocess, "Popen", lambda command, **options: plain([command[0], "-c", forgetful, *command[2:]], **options))
     assert verify.verify(verify.VerifySettings(kills=1, train=(*words[3:-1], "model.dropout=0.2"))) == 1
@@ -915,7 +915,7 @@ def test_a_run_that_stopped_early_is_finished_until_patience_is_raised(compose_t
     story.train(compose_tiny(*EVERY_2, "training.patience=3"))
     assert is_finished(compose_tiny(*EVERY_2, "training.patience=3"), tmp_path / "runs/tiny")
     story.train(compose_tiny(*EVERY_2, "training.patience=3"))
-    assert "It stopped early. To go on, raise training.patience, as in training.patience=6" in capsys.readouterr().out
+    assert "It stopped early. To train further, raise training.patience, as in training.patience=6" in capsys.readouterr().out
     assert last_step(tmp_path / "runs/tiny") == 10
     story.train(compose_tiny(*EVERY_2, "training.patience=5"))
     assert last_step(tmp_path / "runs/tiny") == 20  # 14 is a new lowest loss, and 20 the end

@@ -16,23 +16,26 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import train as story
+import train as program
 from checkpointing import store
 from conf.schema import compose, options
-from data.loader import Loader
+from data.loader import Loader, Validation
 from data.prepare import prepare
-from data.shards import Tokens
+from data.shards import Tokens, open_parts
 from generation.engine import open_checkpoint
 from model import GPT, GPTConfig
 from scripts.verify_resume import read_metrics
+from training import memory
 from training.device import Device
+from training.memory import check_memory
+from training.step import evaluate, loss_of
 
 ROOT = Path(__file__).parent.parent
 
 
-def test_a_run_learns_and_leaves_all_it_should(compose_tiny, tmp_path, capsys):
+def test_a_run_learns_and_writes_its_files(compose_tiny, tmp_path, capsys):
     settings = compose_tiny("training.max_steps=40", "training.checkpoint_every=10", "training.keep_last=2", "training.sample_tokens=20")
-    assert story.train(settings) == 0
+    assert program.train(settings) == 0
     run = tmp_path / "runs" / "tiny"
     assert {path.name for path in run.iterdir()} == {"config.yaml", "metrics.jsonl", "log.txt", "environment.jsonl", "checkpoints", "lock"}
     rows = read_metrics(run)
@@ -54,14 +57,14 @@ def test_a_run_learns_and_leaves_all_it_should(compose_tiny, tmp_path, capsys):
         "manifest.json", "model.safetensors", "optimizer.safetensors", "state.json", "tokenizer.json"}
 
 
-def test_reported_validation_loss_is_the_loss_of_the_saved_model(compose_tiny, tmp_path):
+def test_reported_validation_loss_is_that_of_the_saved_model(compose_tiny, tmp_path):
     settings = compose_tiny("training.max_steps=10")
-    story.train(settings)
+    program.train(settings)
     saved = store.list_checkpoints(tmp_path / "runs/tiny/checkpoints")[-1]
     model = open_checkpoint(tmp_path / "runs/tiny", "last", Device("cpu", "fp32")).model
     prepared = prepare(settings.data)
-    validation = story.Validation(story.open_parts(prepared, "val"), 32, 4, 512)
-    assert story.evaluate(model, validation, Device("cpu", "fp32")) == pytest.approx(saved.state["val_loss"], abs=1e-6)
+    validation = Validation(open_parts(prepared, "val"), 32, 4, 512)
+    assert evaluate(model, validation, Device("cpu", "fp32")) == pytest.approx(saved.state["val_loss"], abs=1e-6)
 
 
 def test_a_crash_while_sampling_loses_no_checkpoint(compose_tiny, tmp_path, monkeypatch):
@@ -71,27 +74,27 @@ def test_a_crash_while_sampling_loses_no_checkpoint(compose_tiny, tmp_path, monk
         raise SystemError
 
     found = []
-    monkeypatch.setattr(story, "short_sample", crash)
+    monkeypatch.setattr(program, "short_sample", crash)
     with pytest.raises(SystemError):
-        story.train(compose_tiny("training.max_steps=20", "training.checkpoint_every=10", "training.sample_tokens=5"))
+        program.train(compose_tiny("training.max_steps=20", "training.checkpoint_every=10", "training.sample_tokens=5"))
     assert found == [10]
 
 
-def test_a_mixture_is_trained_on_and_goes_on_where_it_was(compose_tiny, book, tmp_path, capsys):
+def test_a_mixture_is_trained_on_and_resumes(compose_tiny, book, tmp_path, capsys):
     (tmp_path / "digits.txt").write_text("0123456789 " * 300)
     mix = f"data.mix={book}:2 {tmp_path / 'digits.txt'}:1"
-    story.train(compose_tiny(mix, "name=straight", "training.max_steps=8"))
+    program.train(compose_tiny(mix, "name=straight", "training.max_steps=8"))
     assert "steps an epoch" in capsys.readouterr().out
     for steps in (4, 8):
-        story.train(compose_tiny(mix, "name=twice", f"training.max_steps={steps}", "optim.schedule=constant"))
-    story.train(compose_tiny(mix, "name=once", "training.max_steps=8", "optim.schedule=constant"))
+        program.train(compose_tiny(mix, "name=twice", f"training.max_steps={steps}", "optim.schedule=constant"))
+    program.train(compose_tiny(mix, "name=once", "training.max_steps=8", "optim.schedule=constant"))
     once, twice = (load_file(tmp_path / "runs" / name / "checkpoints/step_00000008/model.safetensors") for name in ("once", "twice"))
     assert all(torch.equal(weights, twice[name]) for name, weights in once.items())
 
 
-def test_looking_more_often_does_not_change_what_is_learned(compose_tiny, tmp_path):
-    story.train(compose_tiny("name=seldom", "model.dropout=0.1", "training.max_steps=6", "training.eval_every=100"))
-    story.train(compose_tiny("name=often", "model.dropout=0.1", "training.max_steps=6", "training.eval_every=1",
+def test_evaluating_more_often_does_not_change_the_weights(compose_tiny, tmp_path):
+    program.train(compose_tiny("name=seldom", "model.dropout=0.1", "training.max_steps=6", "training.eval_every=100"))
+    program.train(compose_tiny("name=often", "model.dropout=0.1", "training.max_steps=6", "training.eval_every=1",
                              "training.checkpoint_every=2"))
     seldom, often = (load_file(tmp_path / "runs" / name / "checkpoints/step_00000006/model.safetensors") for name in ("seldom", "often"))
     assert all(torch.equal(weights, often[name]) for name, weights in seldom.items())
@@ -99,8 +102,8 @@ def test_looking_more_often_does_not_change_what_is_learned(compose_tiny, tmp_pa
 
 def test_accumulated_micro_steps_equal_one_large_batch(compose_tiny, tmp_path):
     """The first step's loss and gradient agree to rounding; later ones drift, as AdamW turns rounding of zeros into steps."""
-    story.train(compose_tiny("name=one", "training.batch_size=8", "training.max_steps=5"))
-    story.train(compose_tiny("name=four", "training.batch_size=2", "training.tokens_per_step=256", "training.max_steps=5"))
+    program.train(compose_tiny("name=one", "training.batch_size=8", "training.max_steps=5"))
+    program.train(compose_tiny("name=four", "training.batch_size=2", "training.tokens_per_step=256", "training.max_steps=5"))
     one, four = read_metrics(tmp_path / "runs/one"), read_metrics(tmp_path / "runs/four")
     assert one[0]["loss"] == pytest.approx(four[0]["loss"], rel=1e-6)
     assert one[0]["gradient_norm"] == pytest.approx(four[0]["gradient_norm"], rel=1e-5)
@@ -113,7 +116,7 @@ def test_accumulated_micro_steps_equal_one_large_batch(compose_tiny, tmp_path):
 def test_bf16_stays_close_to_fp32(model, compose_tiny, tmp_path):
     """The distance that docs/benchmarks.md states."""
     for precision in ("fp32", "bf16", "fp16"):
-        story.train(compose_tiny(f"name={precision}", f"model={model}", f"training.precision={precision}", "training.max_steps=20"))
+        program.train(compose_tiny(f"name={precision}", f"model={model}", f"training.precision={precision}", "training.max_steps=20"))
     losses = {precision: read_metrics(tmp_path / "runs" / precision)[-1]["val_loss"] for precision in ("fp32", "bf16", "fp16")}
     assert losses["bf16"] == pytest.approx(losses["fp32"], abs=0.02)
     assert losses["fp16"] == pytest.approx(losses["fp32"], abs=0.02)
@@ -121,12 +124,12 @@ def test_bf16_stays_close_to_fp32(model, compose_tiny, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("experiment", options("experiment"))
-def test_every_experiment_takes_its_first_step_scaled_down(experiment, book, tmp_path):
+def test_every_experiment_takes_its_first_step(experiment, book, tmp_path):
     small = ["model.n_layer=1", "model.n_head=2", "model.n_embd=16", "model.block_size=16", "training.batch_size=2",
              "training.tokens_per_step=64", "training.max_steps=1", "training.eval_tokens=64", f"data.path={book}", "data.tokenizer=byte",
              f"runs_dir={tmp_path}", "name=first"]
     data = [] if "shakespeare" in experiment else ["data=text"]
-    assert story.train(compose("config", [f"experiment={experiment}", *data, *small])) == 0
+    assert program.train(compose("config", [f"experiment={experiment}", *data, *small])) == 0
     assert store.list_checkpoints(tmp_path / "first/checkpoints")[-1].step == 1
 
 
@@ -140,9 +143,9 @@ def compose_letters(compose_tiny, tmp_path):
     return lambda *overrides: compose_tiny(f"data.path={folder}", "data.tokenizer=byte", *overrides)
 
 
-def test_a_run_that_respects_documents_learns_and_evaluates_each_by_itself(compose_letters, tmp_path):
+def test_documents_are_trained_and_evaluated_separately(compose_letters, tmp_path):
     settings = compose_letters("data.respect_documents=true", "training.max_steps=10")
-    assert story.train(settings) == 0
+    assert program.train(settings) == 0
     prepared = prepare(settings.data)
     assert prepared == prepare(compose_letters().data)  # the same tokens
 
@@ -156,34 +159,34 @@ def test_a_run_that_respects_documents_learns_and_evaluates_each_by_itself(compo
         return total / inputs.numel()
 
     torch.manual_seed(settings.seed)
-    model, device = story.GPT(replace(settings.model, vocab_size=257)), Device("cpu", "fp32")
-    batch = story.Loader(story.open_parts(prepared, "train"), 32, 4, 1, settings.seed).batch(0)
+    model, device = GPT(replace(settings.model, vocab_size=257)), Device("cpu", "fp32")
+    batch = Loader(open_parts(prepared, "train"), 32, 4, 1, settings.seed).batch(0)
     rows = read_metrics(tmp_path / "runs/tiny")
     assert rows[0]["loss"] == pytest.approx(losses(model, *batch), abs=1e-6)
-    assert abs(rows[0]["loss"] - story.loss_of(model, batch, device, None).item()) > 1e-4
+    assert abs(rows[0]["loss"] - loss_of(model, batch, device, None).item()) > 1e-4
 
     model = open_checkpoint(tmp_path / "runs/tiny", "last", device).model
-    validation = story.Validation(story.open_parts(prepared, "val"), 32, 4, 512)
+    validation = Validation(open_parts(prepared, "val"), 32, 4, 512)
     by_hand = sum(losses(model, *batch) * weight for *batch, weight in validation)
     val_loss = [row["val_loss"] for row in rows if "val_loss" in row][-1]
     assert val_loss == pytest.approx(by_hand, abs=1e-5)
-    assert abs(val_loss - story.evaluate(model, validation, device)) > 1e-4
+    assert abs(val_loss - evaluate(model, validation, device)) > 1e-4
 
 
-def test_a_run_that_respects_documents_goes_on_bit_by_bit_and_is_another_than_one_that_does_not(compose_letters, tmp_path):
+def test_respecting_documents_resumes_and_is_part_of_identity(compose_letters, tmp_path):
     respectful = "data.respect_documents=true", "model.dropout=0.1", "optim.schedule=constant"
-    story.train(compose_letters("name=whole", *respectful, "training.max_steps=6"))
-    story.train(compose_letters("name=halves", *respectful, "training.max_steps=3"))
-    story.train(compose_letters("name=halves", *respectful, "training.max_steps=6"))
+    program.train(compose_letters("name=whole", *respectful, "training.max_steps=6"))
+    program.train(compose_letters("name=halves", *respectful, "training.max_steps=3"))
+    program.train(compose_letters("name=halves", *respectful, "training.max_steps=6"))
     whole, halves = (load_file(tmp_path / "runs" / name / "checkpoints/step_00000006/model.safetensors") for name in ("whole", "halves"))
     assert all(torch.equal(weights, halves[name]) for name, weights in whole.items())
     with pytest.raises(ValueError, match=r"data\.respect_documents was True and is now False"):
-        story.train(compose_letters("name=whole", *respectful[1:], "training.max_steps=6"))
+        program.train(compose_letters("name=whole", *respectful[1:], "training.max_steps=6"))
 
 
-def test_documents_cannot_be_respected_where_there_are_none(compose_tiny, tmp_path):
-    with pytest.raises(ValueError, match=r"data\.respect_documents=true has no documents to respect"):
-        story.train(compose_tiny("data.respect_documents=true"))
+def test_respect_documents_is_refused_for_a_single_document(compose_tiny, tmp_path):
+    with pytest.raises(ValueError, match=r"data\.respect_documents=true needs several documents"):
+        program.train(compose_tiny("data.respect_documents=true"))
     assert not (tmp_path / "runs").exists()
 
 
@@ -191,28 +194,29 @@ def run_program(*words: str, **options: object) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
-def test_a_batch_that_memory_cannot_hold_is_one_sentence(compose_tiny, tmp_path, monkeypatch):
+def test_a_batch_that_does_not_fit_in_memory_is_refused(compose_tiny, tmp_path, monkeypatch):
     """Before anything is written; and with the activations computed again, it fits."""
-    monkeypatch.setattr(story, "available_memory", lambda: 600e3)
+    monkeypatch.setattr(memory, "available_memory", lambda: 600e3)
     with pytest.raises(ValueError, match=r"batch_size=64 sequences at once take [\d.]+ MB of memory, 586 KB are free: choose a smaller"):
-        story.train(compose_tiny("training.batch_size=64", "training.max_steps=1"))
+        program.train(compose_tiny("training.batch_size=64", "training.max_steps=1"))
     assert not (tmp_path / "runs" / "tiny" / "config.yaml").exists()
-    monkeypatch.setattr(story, "available_memory", lambda: 3e6)
+    monkeypatch.setattr(memory, "available_memory", lambda: 3e6)
     with pytest.raises(ValueError, match=r"or training\.recompute=true"):
-        story.train(compose_tiny("training.batch_size=64", "training.max_steps=1"))
-    assert story.train(compose_tiny("training.batch_size=64", "training.max_steps=1", "training.recompute=true")) == 0
+        program.train(compose_tiny("training.batch_size=64", "training.max_steps=1"))
+    assert program.train(compose_tiny("training.batch_size=64", "training.max_steps=1", "training.recompute=true")) == 0
 
 
-def test_logits_that_are_never_there_at_once_refuse_no_batch(monkeypatch):
+def test_memory_check_does_not_count_logits_of_all_chunks(monkeypatch):
     """Two rows of 128 positions and 50,257 tokens still are, three are not."""
     model = GPT(GPTConfig(block_size=128, vocab_size=50257, n_layer=1, n_head=1, n_embd=16))
     loader = Loader([Tokens([np.zeros(64 * 128 + 1, np.uint32)])], 128, 64)
-    monkeypatch.setattr(story, "available_memory", lambda: 50e6)
-    story.check_memory(model, loader, Device("cpu", "fp32"), None)
+    monkeypatch.setattr(memory, "available_memory", lambda: 50e6)
+    inputs, _ = loader.batch(0)
+    check_memory(model, inputs, None, Device("cpu", "fp32"))
 
 
 @pytest.mark.slow
-def test_the_program_survives_kill_9_and_ends_cleanly_on_sigint(book, tmp_path):
+def test_train_survives_kill_9_and_saves_on_sigint(book, tmp_path):
     words = ["train.py", "model=nano", "data=text", f"data.path={book}", "data.tokenizer=char", "training=smoke", "name=tiny",
              "training.max_steps=1e5", "training.sample_tokens=0", "training.eval_every=1e5", f"runs_dir={tmp_path}"]
     checkpoints = tmp_path / "tiny" / "checkpoints"
@@ -220,36 +224,36 @@ def test_the_program_survives_kill_9_and_ends_cleanly_on_sigint(book, tmp_path):
     def wait_for(condition):
         until = time.monotonic() + 120
         while not condition():
-            assert time.monotonic() < until and program.poll() is None, program.stderr.read()
+            assert time.monotonic() < until and process.poll() is None, process.stderr.read()
             time.sleep(0.05)
 
-    program = run_program(*words)
+    process = run_program(*words)
     wait_for(lambda: len(list(checkpoints.glob("step_*"))) >= 2)
-    program.kill()
-    program.communicate()
+    process.kill()
+    process.communicate()
     reached = store.list_checkpoints(checkpoints)[-1].step
     assert reached >= 20
 
-    program = run_program(*words)
+    process = run_program(*words)
     wait_for(lambda: store.list_checkpoints(checkpoints)[-1].step > reached)
-    program.send_signal(signal.SIGINT)
-    said, _ = program.communicate(timeout=60)
-    assert program.returncode == 130
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
     assert f"from step {reached}" in said and "Interrupted" in said
 
 
 @pytest.mark.parametrize(("native", "device"), [("0", "; fp32 (no faster one"), ("1", "; bf16 (native here)")])
 def test_muon_trains_with_and_without_native_bf16(compose_tiny, tmp_path, monkeypatch, capsys, native, device):
     monkeypatch.setenv("NANOHYDRA_NATIVE_BF16", native)
-    story.train(compose_tiny("optim=muon", "training.max_steps=30", "training.precision=auto"))
+    program.train(compose_tiny("optim=muon", "training.max_steps=30", "training.precision=auto"))
     losses = [row["loss"] for row in read_metrics(tmp_path / "runs/tiny") if "loss" in row]
     assert losses[-1] < losses[0] - 0.5 and device in capsys.readouterr().out
 
 
-def test_a_run_resumes_only_where_bf16_is_as_native_as_before(compose_tiny, monkeypatch):
+def test_a_run_resumes_only_with_the_same_native_bf16(compose_tiny, monkeypatch):
     """Muon's products follow it."""
     monkeypatch.setenv("NANOHYDRA_NATIVE_BF16", "0")
-    story.train(compose_tiny("optim=muon", "training.max_steps=2"))
+    program.train(compose_tiny("optim=muon", "training.max_steps=2"))
     monkeypatch.setenv("NANOHYDRA_NATIVE_BF16", "1")
     with pytest.raises(ValueError, match="native_bf16 was False and is now True"):
-        story.train(compose_tiny("optim=muon", "training.max_steps=3"))
+        program.train(compose_tiny("optim=muon", "training.max_steps=3"))

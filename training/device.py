@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hardware import are_crowded, busy_cpus, native, usable_cpus
 from terminal import counted
@@ -91,6 +91,11 @@ class Device:
         """Products in the run's precision inside this context; weights stay fp32."""
         dtype = torch.float16 if self.precision == "fp16" else torch.bfloat16
         return torch.autocast(self.type, dtype, enabled=self.precision != "fp32")
+
+    @property
+    def sum_dtype(self) -> torch.dtype:
+        """The format in which losses are added up; Apple's GPUs have no fp64."""
+        return torch.float32 if self.type == "mps" else torch.float64
 
     def describe(self) -> str:
         """For the log: what was chosen, and why."""
@@ -202,20 +207,6 @@ def available_memory() -> float:
         return min(free, int((group / "memory.max").read_text()) - used)
     except (OSError, KeyError, ValueError):  # no such limit
         return free
-
-
-def bytes_kept(call: Callable[[], object]) -> int:
-    """What `call` keeps for its gradients, weights included."""
-    kept: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        result = call()  # which holds what is kept, so that no two have the same place
-    del result
-    return sum(kept.values())
 
 
 def maybe_compile(model: nn.Module, choice: str, device: Device, flops: float,

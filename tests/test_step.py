@@ -1,0 +1,81 @@
+"""The gradients of a step, without waiting for the device."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from data.loader import Loader, Prefetch
+from data.shards import Tokens
+from model import GPT, GPTConfig
+from training.config import OptimConfig
+from training.device import Device
+from training.interrupt import Interrupt
+from training.optim import Optimizers
+from training.step import accumulate_gradients, evaluate
+
+READS = {"aten::item", "aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::nonzero"}
+
+
+class CountReads(TorchDispatchMode):
+    """Counts the operations that wait for a device."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name
+        if name in READS:
+            self.counts[name] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def tiny():
+    config = GPTConfig(block_size=8, vocab_size=16, n_layer=1, n_head=2, n_embd=16)
+    tokens = Tokens([np.arange(400, dtype=np.uint32) % 16])
+    return GPT(config), Prefetch(Loader([tokens], 8, 2, micro_steps=3), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_step_reads_nothing_from_the_device(tiny, optimizer):
+    """The training loop itself reads loss and norm, once."""
+    model, batches = tiny
+    config, device = OptimConfig(optimizer=optimizer), Device("cpu", "fp32")
+    optimizers = Optimizers(model.parameters_by_role(), config)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    with CountReads() as reads:
+        loss = accumulate_gradients(model, batches, None, 0, scaler, device, 0, Interrupt())
+        norm = optimizers.gradient_norm(scaler)
+        optimizers.step(scaler, norm, 1.0)
+    assert not reads.counts and loss.ndim == norm.ndim == 0
+
+
+def test_the_loss_of_a_step_is_the_mean_of_its_micro_steps(tiny):
+    model, batches = tiny
+    scaler, device = torch.amp.GradScaler("cpu", enabled=False), Device("cpu", "fp32")
+    loss = accumulate_gradients(model, batches, None, 5, scaler, device, 0, Interrupt())
+    losses = [model(*batches.batch(5, micro_step)).item() for micro_step in range(3)]
+    assert loss.item() == pytest.approx(sum(losses) / 3)
+
+
+def test_an_interrupt_between_micro_steps_gives_no_loss(tiny):
+    model, batches = tiny
+    interrupt = Interrupt()
+    interrupt.exit_code = 130
+    scaler, device = torch.amp.GradScaler("cpu", enabled=False), Device("cpu", "fp32")
+    assert accumulate_gradients(model, batches, None, 0, scaler, device, 0, interrupt) is None
+
+
+def test_evaluation_reads_the_device_once(tiny):
+    model, batches = tiny
+    batch = batches.batch(0, 0)
+    with CountReads() as reads:
+        loss = evaluate(model, [(*batch, 0.25), (*batch, 0.75)], Device("cpu", "fp32"))
+    assert reads.counts.total() == 1
+    assert loss == pytest.approx(model.eval()(*batch).item())

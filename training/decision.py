@@ -1,0 +1,58 @@
+"""What follows a step: one decision, made in one place.
+
+Everything that depends on a process alone, such as its clock and its signals, enters here, so that
+several processes have one value to agree on in each step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from training.config import TrainingConfig
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What follows a step."""
+
+    # "skip" and "rollback" answer a loss or gradient that is not finite; "stop" ends the run.
+    action: Literal["continue", "skip", "rollback", "stop"] = "continue"
+    interrupted: bool = False
+    limit: str = ""  # the setting that ends the run here, if one does
+    evaluate: bool = False
+    save: bool = False
+
+    @property
+    def ends_run(self) -> bool:
+        return self.interrupted or self.limit != ""
+
+    def after_evaluation(self, limits: TrainingConfig, stale_evaluations: int) -> Decision:
+        """The decision once the validation loss is known: patience may end the run.
+
+        With patience, a new lowest loss is saved, so that the best checkpoint exists.
+        """
+        if not limits.patience:
+            return self
+        improved = stale_evaluations == 0
+        limit = self.limit
+        if not limit and stale_evaluations >= limits.patience:
+            limit = "patience"
+        return replace(self, limit=limit, save=self.save or improved or limit != "")
+
+
+def decide(limits: TrainingConfig, step: int, seconds: float, finite: bool, nonfinite: int,
+           interrupted: bool) -> Decision:
+    """Decide what follows a step that brings the run to `step` steps and `seconds` of training.
+
+    `finite` tells whether its loss and gradient were, `nonfinite` how many before it were not.
+    """
+    action = "continue"
+    if not finite:
+        action = limits.on_nonfinite if nonfinite < limits.nonfinite_limit else "stop"
+        if action != "skip":
+            return Decision(action)
+    limit = limits.reached(step, seconds)
+    return Decision(action, interrupted, limit,
+                    evaluate=limit != "" or limits.evaluates(step),
+                    save=limit != "" or limits.saves(step))

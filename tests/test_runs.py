@@ -712,7 +712,7 @@ def reports(run: Path) -> list[dict]:
 def test_a_nan_stops_the_run_and_leaves_a_report(compose_tiny, tmp_path, plant, how):
     words = ["training.max_steps=20", "training.checkpoint_every=4", "training.eval_every=100"]
     plant(compose_tiny(), [10], how)
-    with pytest.raises(ValueError, match=r"Step 11 came to a loss of .*nonfinite/01-step_00000010.json.* Saved so far: 8 steps. Try a lower"):
+    with pytest.raises(ValueError, match=r"Step 11 had a loss of .*nonfinite/01-step_00000010.json.* Saved so far: 8 steps. Try a lower"):
         story.train(compose_tiny(*words))
     run = tmp_path / "runs/tiny"
     (found,) = reports(run)
@@ -759,7 +759,7 @@ def test_a_rollback_goes_back_and_steps_over_the_batches_since(compose_tiny, tmp
     plant(compose_tiny(), [10])
     read = []
     batch = story.Loader.batch
-    monkeypatch.setattr(story.Loader, "batch", lambda loader, step, micro_step=0: read.append(step) or batch(loader, step, micro_step))
+    monkeypatch.setattr(story.Loader, "batch", lambda loader, step, *place: read.append(step) or batch(loader, step, *place))
     assert story.train(compose_tiny(*words)) == 0
     assert read[1:] == [*range(11), *range(11, 23)]  # after those that only tell the time
     run = tmp_path / "runs/tiny"
@@ -818,7 +818,7 @@ def test_a_report_that_a_full_disk_refuses_does_not_end_a_run_that_skips(compose
 @pytest.mark.parametrize("action", ["skip", "rollback"])
 def test_answers_to_nan_are_bounded(compose_tiny, tmp_path, plant, action):
     plant(compose_tiny(), [5, 6, 8, 9, 11, 14])
-    with pytest.raises(ValueError, match=r"That was time 3, and training.nonfinite_limit=2"):
+    with pytest.raises(ValueError, match=r"It is number 3 in this run, and training.nonfinite_limit=2"):
         story.train(compose_tiny(f"training.on_nonfinite={action}", "training.nonfinite_limit=2", "training.checkpoint_every=4"))
     assert [one["action"] for one in reports(tmp_path / "runs/tiny")] == [action, action, "stop"]
 

@@ -34,7 +34,6 @@ from bench.timing import (
     print_row,
     write_json,
 )
-from conf.schema import FilePath
 from data.loader import Loader
 from data.shards import Tokens
 from model import GPT, GPTConfig

@@ -1,7 +1,7 @@
-"""A grid: one run for each combination of the values on a command line, in runs/SWEEP/JOB/.
+"""Grid search: one run for each combination of the values on a command line, in runs/SWEEP/JOB/.
 
-Numbers are read by Hydra's grammar, text is split at its commas. Each job is a process of its own
-(sweep/jobs.py), or one on a cluster (sweep/cluster.py), and a job that fails stops no other.
+Numbers follow Hydra's grammar; text is split at its commas. Jobs run in processes of their own
+(jobs.py) or on a cluster (cluster.py), and the failure of one stops no other.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from itertools import product
 from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob, QuotedString, RangeSweep
+from hydra.core.override_parser.types import Glob, Override, QuotedString, RangeSweep
 from hydra.errors import HydraException
 
 from conf.convert import is_text
@@ -26,11 +26,12 @@ from conf.settings import Settings, leaves
 from setting import as_word
 from sweep.cluster import ClusterRunner
 from sweep.jobs import (
+    RESUME,
     Job,
     LocalRunner,
     Progress,
+    Runner,
     comparison_metric,
-    job_overrides,
     locked,
     print_best,
     report_failures,
@@ -38,148 +39,165 @@ from sweep.jobs import (
 )
 from terminal import counted, output, say
 
-MOST_JOBS = 10_000
+MAX_JOBS = 10_000
 FUNCTION = re.compile(r"(choice|range|interval|glob|sort|shuffle)\(.*\)$", re.DOTALL)
-# What stands before the next comma, or at the end.
+# The text before the next comma, or before the end.
 QUOTED_TEXT = re.compile(
     r"""\s*(?P<quote>['"])(?P<text>(?:\\.|(?!(?P=quote))[^\\])*)(?P=quote)\s*(?=,|$)""", re.DOTALL)
 PLAIN_TEXT = re.compile(r"(?P<text>(?:\{[^{}]*\}|\[[^][]*\]|\([^()]*\)|\\.|[^,])*)", re.DOTALL)
-# How the overrides begin that are not for the jobs.
-OWN = ("jobs=", "name=", "hydra/launcher=", "hydra.launcher.")
+LAUNCHER = ("hydra/launcher=", "hydra.launcher.")
 
 
 @dataclass(frozen=True)
 class GridSettings:
-    """How a grid is run; all else on its command line is for its jobs."""
+    """The settings of a grid itself; its other overrides are for the jobs."""
 
-    jobs: int = 1  # at a time, on this machine
+    jobs: int = 1  # that run at a time on this machine
 
     def problems(self) -> Iterator[str]:
-        """One sentence for each value that cannot work."""
+        """One sentence for each value that is invalid."""
         if self.jobs < 1:
             yield f"jobs={self.jobs} must be at least 1."
 
 
-class Grid:
-    """The jobs that wait for their turn, and why others failed."""
-
-    def __init__(self, left: list[Job], failures: list[str]) -> None:
-        self.left, self.failures, self.done = left, failures, 0
-
-    @property
-    def waiting(self) -> bool:
-        return bool(self.left)
-
-    def next_job(self) -> Job | None:
-        job = next((job for job in self.left if not job.busy()), None)
-        if job:
-            self.left.remove(job)
-        return job
-
-    def heard(self, job: Job) -> None:
-        pass
-
-    def ended(self, job: Job, code: int) -> None:
-        if job.failed(code):
-            self.failures.append(f"{job.name}: {job.reason(code)} Log: {job.log}")
-        self.done += code == 0
-
-
 @dataclass(frozen=True)
 class Plan:
-    """What a grid's command line comes to."""
+    """The jobs of a grid's command line."""
 
-    swept: list[str]  # the settings that tell its jobs apart
-    composed: dict[str, tuple[list[str], Settings]]  # by a job's name, its overrides and settings
-    failures: list[str]  # why other combinations are no jobs
+    swept: list[str]  # the settings that differ between jobs
+    composed: dict[str, tuple[list[str], Settings]]  # by job name
+    failures: list[str]  # combinations that cannot be composed, with the reason
     launcher: list[str]  # overrides that choose a cluster
-    jobs: int  # at a time
+    max_jobs: int
 
     @property
     def folder(self) -> Path:
-        some = next(iter(self.composed.values()))[1]
-        return Path(some.runs_dir) / some.name
+        _, settings = next(iter(self.composed.values()))
+        return Path(settings.runs_dir) / settings.name
+
+    def runner(self) -> Runner:
+        if self.launcher:
+            return ClusterRunner(self.launcher, self.folder)
+        return LocalRunner(self.max_jobs)
+
+
+class Grid:
+    """A source of jobs for run_jobs: a list."""
+
+    def __init__(self, jobs: list[Job], failures: list[str]) -> None:
+        self.jobs, self.failures, self.done = jobs, failures, 0
+
+    @property
+    def pending(self) -> bool:
+        return bool(self.jobs)
+
+    def next_job(self) -> Job | None:
+        for job in self.jobs:
+            if not job.is_locked():
+                self.jobs.remove(job)
+                return job
+        return None
+
+    def on_metrics(self, job: Job) -> None:
+        pass
+
+    def on_exit(self, job: Job, code: int) -> None:
+        if job.failed(code):
+            self.failures.append(job.failure_line(code))
+        if code == 0:
+            self.done += 1
 
 
 def run_grid(overrides: list[str], show: bool = False) -> int:
-    """Run all combinations, or what is left of them; return the exit code.
+    """Run all combinations that are not finished; return the exit code.
 
-    With `show`, print each job's settings instead, as documents of one YAML text.
-
-    Raises ValueError for what no job can be made of, and where a folder holds another run, before
-    any job starts.
+    With `show`, print the settings of each job as a YAML document instead. Raises ValueError,
+    before any job starts, if no job can be composed or a folder holds a different run.
     """
     plan = plan_grid(overrides)
     if show:
-        for job, (_, settings) in plan.composed.items():
-            output(f"---  # {job}\n{as_yaml(settings)}", end="")
+        for name, (_, settings) in plan.composed.items():
+            output(f"---  # {name}\n{as_yaml(settings)}", end="")
         return report_failures(plan.failures)
-    folder, composed, failures = plan.folder, plan.composed, plan.failures
-    slots = ClusterRunner(plan.launcher, folder) if plan.launcher else LocalRunner(plan.jobs)
-    from checkpointing.resume import is_finished  # imports torch, which a mistake above need not wait for
+    runner = plan.runner()
+    # Imports torch, which an error above should not wait for.
+    from checkpointing.resume import is_finished
 
-    with locked(folder):
-        jobs = [Job(job, folder, job_overrides(words, folder), settings.training.max_steps,
-                    comparison_metric(plan.swept))
-                for job, (words, settings) in composed.items()]
-        finished = [job for job in jobs if is_finished(composed[job.name][1], job.folder)]
-        source = Grid([job for job in jobs if job not in finished], failures)
-        total = len(jobs) + len(failures)
-        say(f"Sweep: {folder}, {counted(total, 'job')}"
-            + (f", {len(finished)} finished before" if finished else "")
-            + (f", {len(failures)} that cannot be: see below" if failures else ""))
-        progress = Progress(total, len(finished), len(failures))
+    with locked(plan.folder):
+        jobs, left, finished = [], [], []
+        metric = comparison_metric(plan.swept)
+        for name, (words, settings) in plan.composed.items():
+            job = Job(name, plan.folder, words, settings.training.max_steps, metric)
+            jobs.append(job)
+            if is_finished(settings, job.folder):
+                finished.append(job)
+            else:
+                left.append(job)
+        total = len(jobs) + len(plan.failures)
+        parts = [f"Sweep: {plan.folder}", counted(total, "job")]
+        if finished:
+            parts.append(f"{len(finished)} already finished")
+        if plan.failures:
+            parts.append(f"{len(plan.failures)} invalid (listed at the end)")
+        say(", ".join(parts))
+        progress = Progress(total, len(finished), len(plan.failures))
         for job in finished:
             job.update()
-            progress.note(job.best, job.name)
-        code = run_jobs(source, slots, progress)
-    say(f"{len(finished) + source.done} of {counted(total, 'job')} finished in {folder}."
-        + (" The same command goes on." if code else ""))
+            progress.add_result(job)
+        source = Grid(left, plan.failures)
+        code = run_jobs(source, runner, progress)
+    done = len(finished) + source.done
+    say(f"{done} of {counted(total, 'job')} finished in {plan.folder}.")
+    if code:
+        say(RESUME)
     print_best(jobs)
     return code or report_failures(source.failures)
 
 
 def plan_grid(overrides: list[str]) -> Plan:
-    """The jobs of a grid's command line. Raises ValueError for what no job can be made of."""
-    def about(*beginnings: str) -> list[str]:
-        return [word for word in overrides if word.startswith(beginnings)]
-
-    limits = compose(GridSettings, about("jobs="))
-    choices = {word: values_of(word) for word in overrides if not word.startswith(OWN)}
+    """The jobs of a grid's command line. Raises ValueError if no job can be composed."""
+    own = [word for word in overrides if word.startswith("jobs=")]
+    names = [word for word in overrides if word.startswith("name=")]
+    launcher = [word for word in overrides if word.startswith(LAUNCHER)]
+    settings = compose(GridSettings, own)
+    choices = {
+        word: values_of(word) for word in overrides if word not in (*own, *names, *launcher)
+    }
     if not choices:
-        raise ValueError("-m runs several values, and there are none: separate them by commas, as "
-                         "in optim.lr=1e-3,3e-3, or leave -m out.")
-    # Where each setting has a single value, the sweep is one job, which others can join later.
+        raise ValueError("-m found no values to sweep: separate several values by commas, as in "
+                         "optim.lr=1e-3,3e-3, or leave -m out.")
     several = [word for word, values in choices.items() if len(values) > 1]
     if not several:
-        several = [word for word in choices if tells_apart(word)] or list(choices)
-    swept = {word.partition("=")[0]: word for word in several}
-    name = about("name=")[-1] if about("name=") else f"name={automatic_name(choices, swept)}"
-    if math.prod(len(values) for values in choices.values()) > MOST_JOBS:
-        raise too_many(" ".join(several))
+        # A sweep of one job, which other values of the same settings can join later.
+        several = [word for word in choices if changes_run(word)] or list(choices)
+    swept = list(dict.fromkeys(word.partition("=")[0] for word in several))
+    if math.prod(map(len, choices.values())) > MAX_JOBS:
+        raise too_many_jobs(" ".join(several))
+    name = f"name={automatic_name(choices, swept)}"
+    if names:
+        name = names[-1]
     combinations = [[*words, name] for words in product(*choices.values())]
-    composed, failures = compose_all(combinations, list(swept))
-    launcher = about("hydra/launcher=", "hydra.launcher.")
-    return Plan(list(swept), composed, failures, launcher, limits.jobs)
+    composed, failures = compose_all(combinations, swept)
+    return Plan(swept, composed, failures, launcher, settings.jobs)
 
 
-def tells_apart(override: str) -> bool:
-    """Whether an override is of a setting that makes one run another: no preset, and no folder."""
+def changes_run(override: str) -> bool:
+    """Whether an override sets a value that belongs to a run's identity: no preset, no path."""
     key = override.partition("=")[0]
     return key in leaves(Settings) and kind(key) != "free"
 
 
-def too_many(words: str) -> ConfigError:
-    return ConfigError([f"{words} would be more than {MOST_JOBS:,} jobs: name fewer values; "
-                        f"python -m scripts.sweep searches large spaces."])
+def too_many_jobs(overrides: str) -> ConfigError:
+    return ConfigError([f"{overrides} would be more than {MAX_JOBS:,} jobs: list fewer values, "
+                        f"or search the space with python -m scripts.sweep."])
 
 
 def compose_all(
     combinations: list[list[str]], swept: list[str]
 ) -> tuple[dict[str, tuple[list[str], Settings]], list[str]]:
-    """Each job's name, words and settings, and what is wrong with those that cannot be composed.
+    """The overrides and settings of each job by its name, and the errors of the others.
 
-    Raises ConfigError if none can, and ValueError if two would share a name.
+    Raises ConfigError if none can be composed, ValueError if two share a name.
     """
     composed: dict[str, tuple[list[str], Settings]] = {}
     errors: dict[str, ConfigError] = {}
@@ -193,34 +211,37 @@ def compose_all(
         name = job_name(swept, values | flat(asdict(settings)))
         if composed.setdefault(name, (words, settings))[1] != settings:
             other = composed[name][0]
-            raise ValueError(f"{' '.join(words)} and {' '.join(other)} would both be the run {name}: "
-                             f"sweep them apart, each with a name= of its own.")
+            raise ValueError(f"{' '.join(words)} and {' '.join(other)} have the same name, {name}: "
+                             f"sweep them separately, each with its own name=.")
     if not composed:
         raise next(iter(errors.values()))
     return composed, [f"{name}: {error}" for name, error in errors.items()]
 
 
+def last_part(key: str) -> str:
+    return key.rpartition(".")[2]
+
+
 def job_name(swept: list[str], values: dict[str, object]) -> str:
-    """As in "lr=0.001,n_layer=2": the swept settings, by the last part of their names."""
-    parts = [f"{key.rpartition('.')[2]}={as_word(values[key])}" for key in swept]
-    return folder_name(",".join(parts))
+    """A job's folder, as in "lr=0.001,n_layer=2"."""
+    return folder_name(",".join(f"{last_part(key)}={as_word(values[key])}" for key in swept))
 
 
-def automatic_name(choices: dict[str, list[str]], swept: dict[str, str]) -> str:
-    """A name for the sweep that does not depend on the values: new ones join the old in its folder."""
-    fixed = [values[0] for word, values in choices.items() if word not in swept.values()]
+def automatic_name(choices: dict[str, list[str]], swept: list[str]) -> str:
+    """The name of a sweep does not depend on the values, so that new ones join its folder."""
+    fixed = [values[0] for word, values in choices.items() if word.partition("=")[0] not in swept]
     try:
         base = compose("config", fixed).auto_name
-    except ConfigError:  # without what is swept it is nothing yet
+    except ConfigError:
+        # Some settings are only valid together with the swept ones.
         base = "sweep"
-    return folder_name(f"{base}-by-{','.join(key.rpartition('.')[2] for key in swept)}")
+    return folder_name(f"{base}-by-{','.join(map(last_part, swept))}")
 
 
 def values_of(override: str) -> list[str]:
-    """The overrides, one or more, that an override of a grid stands for.
+    """The overrides with one value each that an override of a grid stands for.
 
-    Values are written as Hydra has them; text is split at its commas. Raises ValueError for what
-    cannot be listed, such as interval(0, 1).
+    Raises ValueError for values that cannot be listed, such as interval(0, 1).
     """
     key, _, value = override.partition("=")
     takes_text = key in groups() or is_text(leaves(Settings).get(key))
@@ -229,43 +250,58 @@ def values_of(override: str) -> list[str]:
     try:
         parsed = OverridesParser.create().parse_override(override)
     except (HydraException, ValueError):
-        return [override]  # for the schema to refuse
+        # The schema prints what is wrong with it.
+        return [override]
     if not parsed.is_sweep_override():
         return [override]
     if isinstance(parsed.value(), Glob) and key in groups():
-        names = parsed.value().filter(options(key))
-        if not names:
-            raise ValueError(f"{override} fits no preset. There are: {', '.join(options(key))}.")
-        return [f"{key}={name}" for name in names]
-    values: list[object] = []
-    span = parsed.value()
-    if isinstance(span, RangeSweep) and abs(span.stop - span.start) > MOST_JOBS * abs(span.step):
-        raise too_many(override)
+        words = parsed.value().filter(options(key))
+        if not words:
+            raise ValueError(f"{override} matches no preset. There are: {', '.join(options(key))}.")
+    else:
+        words = listed_values(parsed)
+        if not words:
+            raise ValueError(f"{override} has no values that can be listed: separate values by "
+                             f"commas, or write range(1,4). python -m scripts.sweep searches "
+                             f"intervals.")
+    return [f"{key}={word}" for word in words]
+
+
+def listed_values(override: Override) -> list[str]:
+    """The values of a parsed sweep, as on a command line; none if they cannot be listed."""
+    span = override.value()
+    if isinstance(span, RangeSweep) and abs(span.stop - span.start) > MAX_JOBS * abs(span.step):
+        raise too_many_jobs(override.input_line)
+    pairs = []
     with suppress(HydraException, ValueError):
-        plain, values = list(parsed.sweep_string_iterator()), list(parsed.sweep_iterator())
-    if not values:
-        raise ValueError(f"{override} has no values that can be listed: write them with commas "
-                         f"between, or as range(1,4); for what lies between two limits there is "
-                         f"python -m scripts.sweep.")
-    # Text as it is: Hydra's form of it has quotes and backslashes, which nobody would take out.
-    text = [value.text if isinstance(value, QuotedString) else
-            value if isinstance(value, str) else word
-            for value, word in zip(values, plain, strict=True)]
-    return [f"{key}={word}" for word in text]
+        written = override.sweep_string_iterator()
+        pairs = list(zip(override.sweep_iterator(), written, strict=True))
+    words = []
+    for value, word in pairs:
+        # Text stays as it is: Hydra would write it with quotes and backslashes.
+        if isinstance(value, QuotedString):
+            word = value.text
+        elif isinstance(value, str):
+            word = value
+        words.append(word)
+    return words
 
 
 def split_text(value: str) -> list[str]:
     """The texts between commas.
 
-    A comma in quotes or brackets, or behind a backslash, is part of a text. A text in quotes loses
-    them; a comma or quote behind a backslash loses that.
+    A comma in quotes or brackets, or after a backslash, is part of a text. The quotes around a
+    text, and the backslash before a comma or quote, are removed.
     """
-    found: list[str] = []
+    texts: list[str] = []
     rest: str | None = value
     while rest is not None:
-        match = QUOTED_TEXT.match(rest) or PLAIN_TEXT.match(rest)
-        text = match["text"].strip() if match.re is PLAIN_TEXT else match["text"]
-        found.append(re.sub(r"""\\([,'"])""", r"\1", text))
-        end = match.end()
-        rest = rest[end + 1 :] if end < len(rest) else None
-    return found
+        match = QUOTED_TEXT.match(rest)
+        if match:
+            text = match["text"]
+        else:
+            match = PLAIN_TEXT.match(rest)
+            text = match["text"].strip()
+        texts.append(re.sub(r"""\\([,'"])""", r"\1", text))
+        rest = rest[match.end() + 1 :] if match.end() < len(rest) else None
+    return texts

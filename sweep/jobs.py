@@ -1,7 +1,7 @@
-"""Jobs in slots: each training a child process of its own, some at a time, each with its share of the machine.
+"""Run jobs, each a training in a child process, several at a time on this machine.
 
-A child whose parent is gone, however that went, notices by the end of its standard input: it saves and stops, as after
-SIGTERM. Knows nothing of what the jobs are for; sweep/grid.py and scripts/sweep.py do.
+A child whose parent ends, even by `kill -9`, notices that its standard input was closed: it saves
+and stops, as after SIGTERM. Knows nothing of where jobs come from: grid.py and search.py do.
 """
 
 from __future__ import annotations
@@ -27,36 +27,29 @@ from training.interrupt import CHILD, REQUESTS, WARNINGS, Interrupt
 
 TRAIN = Path(__file__).parent.parent / "train.py"
 # Exit codes of a job that saved after a signal, or was killed by one.
-INTERRUPTED = (*(128 + number for number in (*REQUESTS, *WARNINGS)),
-               *(-number for number in (*REQUESTS, *WARNINGS, signal.SIGKILL)))
-
-
-class Process(Protocol):
-    """What runs a job: a child process, or something on a cluster that stands for one."""
-
-    def poll(self) -> int | None: ...
-    def terminate(self) -> None: ...
-    def kill(self) -> None: ...
+INTERRUPTED = {128 + number for number in (*REQUESTS, *WARNINGS)}
+INTERRUPTED |= {-number for number in (*REQUESTS, *WARNINGS, signal.SIGKILL)}
+RESUME = "Run the same command again to resume."
 
 
 @dataclass(eq=False)
 class Job:
-    """One training of a sweep: `python train.py` with the overrides `words`, into the folder SWEEP/NAME."""
+    """One training of a sweep: `python train.py` with `overrides`, into the folder SWEEP/NAME."""
 
     name: str
     sweep: Path
-    words: list[str]
+    overrides: list[str]
     max_steps: int
     metric: str = "val_loss"
-    process: Process | None = None
+    process: Any = None  # a Popen, or its like on a cluster
     slot: int = 0
-    began: float = 0.0
-    stopped: bool = False  # by us
-    best: float = math.inf
+    started_at: float = 0.0
+    stop_requested: bool = False
     step: int = 0
-    read: int = 0  # bytes of the metrics that were heard of
-    said: int = 0  # bytes of the log that earlier attempts wrote
-    heard: list[dict[str, Any]] = field(default_factory=list)  # what the last look at the metrics found
+    best: float = math.inf
+    metrics_read: int = 0  # bytes
+    log_start: int = 0  # bytes of the log that earlier attempts wrote
+    new_rows: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def folder(self) -> Path:
@@ -64,16 +57,18 @@ class Job:
 
     @property
     def log(self) -> Path:
-        """What the process printed, all attempts in turn; beside the runs, for a run may be moved aside."""
+        """The output of all attempts. It is not in the run's folder, which restart= renames."""
         return self.sweep / "logs" / f"{self.name}.txt"
 
     @property
     def command(self) -> list[str]:
-        return [sys.executable, str(TRAIN), *self.words, f"runs_dir={self.sweep.parent}",
-                f"name={self.sweep.name}/{self.name}"]
+        """The command line. W&B groups the jobs of a sweep, unless the overrides say otherwise."""
+        wandb = [f"logger.group={self.sweep.name}", "logger.tags=sweep"]
+        place = [f"runs_dir={self.sweep.parent}", f"name={self.sweep.name}/{self.name}"]
+        return [sys.executable, str(TRAIN), *wandb, *self.overrides, *place]
 
-    def busy(self) -> bool:
-        """Whether another process trains in its folder: the child of a sweep that was killed may still be saving."""
+    def is_locked(self) -> bool:
+        """Whether a process trains in the folder: a killed sweep's child may still be saving."""
         try:
             if (self.folder / LOCK).exists():
                 atomic.Lock(self.folder / LOCK, describe_process()).release()
@@ -81,137 +76,196 @@ class Job:
             return True
         return False
 
+    def open_log(self) -> Path:
+        """Note the start of an attempt; return the log that its output is appended to."""
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        self.log.touch()
+        self.log_start = self.log.stat().st_size
+        self.started_at = time.monotonic()
+        return self.log
+
     def update(self) -> None:
-        """Read what the metrics have grown by."""
-        self.heard = []
-        with suppress(OSError), os.fdopen(atomic.open_regular(self.folder / "metrics.jsonl"), "rb") as file:
-            if os.fstat(file.fileno()).st_size < self.read:
-                self.read = 0  # going on from a checkpoint cut them back
-            file.seek(self.read)
-            new = file.read()
-            whole = new[: new.rfind(b"\n") + 1]
-            self.read += len(whole)
-            for line in whole.splitlines():
+        """Read the metrics that were written since the last call, into `new_rows`."""
+        self.new_rows = []
+        metrics = self.folder / "metrics.jsonl"
+        with suppress(OSError), os.fdopen(atomic.open_regular(metrics), "rb") as file:
+            # A run that resumes cuts its metrics back to the checkpoint.
+            if os.fstat(file.fileno()).st_size < self.metrics_read:
+                self.metrics_read = 0
+            file.seek(self.metrics_read)
+            for line in file:
+                # The last line may still be being written.
+                if not line.endswith(b"\n"):
+                    break
+                self.metrics_read += len(line)
                 with suppress(ValueError):
-                    row = atomic.parse_json(line)
-                    if isinstance(row, dict) and isinstance(row.get("step"), int):
-                        self.heard.append(row)
-        for row in self.heard:
-            self.step = row["step"]
-            if isinstance(row.get(self.metric), int | float):
-                self.best = min(self.best, row[self.metric])
+                    self._add(atomic.parse_json(line))
+
+    def _add(self, row: Any) -> None:
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            return
+        self.new_rows.append(row)
+        self.step = row["step"]
+        if isinstance(row.get(self.metric), int | float):
+            self.best = min(self.best, row[self.metric])
 
     def stop(self) -> None:
-        """Have it save and end."""
-        self.stopped = True
+        """Ask the process to save and end."""
+        self.stop_requested = True
         self.process.terminate()
 
     def failed(self, code: int) -> bool:
-        """Whether it ended by itself, and not well."""
-        return code != 0 and not (self.stopped and code in INTERRUPTED)
+        """Whether it ended with an error, rather than because we stopped it."""
+        return code != 0 and not (self.stop_requested and code in INTERRUPTED)
 
-    def reason(self, code: int) -> str:
-        """Why it ended as it did: its last words, or the signal that it died of."""
+    def failure(self, code: int) -> str:
+        """The reason for an exit code: the last error message, or the signal that killed it."""
         if code < 0:
-            return f"killed by {signal.Signals(-code).name}; the same command goes on with it"
-        said = self.log.read_bytes()[self.said :].decode(errors="replace") if self.log.exists() else ""
-        lines = [line.strip() for line in said.replace("\r", "\n").splitlines() if line.strip()]
-        errors = [line.removeprefix("Error: ") for line in lines if line.startswith("Error: ")]
-        return (errors or lines or [f"exit code {code}"])[-1]
+            return (f"killed by {signal.Signals(-code).name}; "
+                    f"run the same command again to resume it")
+        output = b""
+        if self.log.exists():
+            output = self.log.read_bytes()[self.log_start :]
+        text = output.decode(errors="replace").replace("\r", "\n")
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        errors = [line for line in lines if line.startswith("Error: ")]
+        last = (errors or lines or [f"exit code {code}"])[-1]
+        return last.removeprefix("Error: ")
+
+    def failure_line(self, code: int) -> str:
+        """One line of the list of failures."""
+        return f"{self.name}: {self.failure(code)} Log: {self.log}"
 
 
-class Source(Protocol):
-    """Where jobs come from, and who hears how they go."""
+class JobSource(Protocol):
+    """Creates jobs, and is told about new metrics in `job.new_rows` and about exit codes."""
 
-    waiting: bool  # there will be a next job, though not now
+    pending: bool  # whether a job may follow although there is none now
 
-    def next_job(self) -> Job | None:
-        """The next one to start; None if there is none now."""
-
-    def heard(self, job: Job) -> None:
-        """A running job has written metrics: `job.heard`."""
-
-    def ended(self, job: Job, code: int) -> None:
-        """A job has ended, with an exit code that is 0 if it is finished."""
+    def next_job(self) -> Job | None: ...
+    def on_metrics(self, job: Job) -> None: ...
+    def on_exit(self, job: Job, code: int) -> None: ...
 
 
-class LocalRunner:
-    """Starts jobs on this machine, `count` at a time. None outlives the context."""
+class Runner:
+    """Runs jobs, at most `max_jobs` at a time. None of them outlives the context."""
 
     poll_seconds = 0.1
 
-    def __init__(self, count: int) -> None:
-        import torch  # takes a second or more, which a mistake in the settings need not wait for
-
+    def __init__(self, max_jobs: float) -> None:
+        self.max_jobs = max_jobs
         self.running: list[Job] = []
+
+    def wait(self) -> None:
+        while any(job.process.poll() is None for job in self.running):
+            time.sleep(self.poll_seconds)
+
+    def __enter__(self) -> Runner:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *failure: object) -> None:
+        """Have the running jobs save and stop. A second Ctrl-C kills them."""
+        try:
+            if kind is KeyboardInterrupt:
+                raise KeyboardInterrupt
+            for job in self.running:
+                job.stop()
+            self.wait()
+        except KeyboardInterrupt:
+            for job in self.running:
+                job.process.kill()
+            self.wait()
+            raise
+
+
+class LocalRunner(Runner):
+    """Runs jobs on this machine. Each gets the same share of the threads, and one of the GPUs."""
+
+    def __init__(self, max_jobs: int) -> None:
+        # Importing torch takes a second, which an error in the settings should not wait for.
+        import torch
+
+        super().__init__(max_jobs)
         self.threads = torch.get_num_threads()
-        self.count = count
-        given = os.environ.get("CUDA_VISIBLE_DEVICES")
         self.gpus = [str(number) for number in range(torch.cuda.device_count())]
-        if given is not None and self.gpus:
-            self.gpus = given.split(",")[: len(self.gpus)]
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        if visible is not None and self.gpus:
+            self.gpus = visible.split(",")[: len(self.gpus)]
 
     def environment(self, slot: int) -> dict[str, str]:
-        """As many threads for each, or their results would differ in the last bits; a GPU of its own where there is one."""
+        """A job's environment. With other thread counts, results would differ in the last bits."""
         share = {CHILD: "1"}
-        if self.count > 1:
-            share["OMP_NUM_THREADS"] = str(max(1, self.threads // self.count))
+        if self.max_jobs > 1:
+            share["OMP_NUM_THREADS"] = str(max(1, self.threads // self.max_jobs))
             if self.gpus:
                 share["CUDA_VISIBLE_DEVICES"] = self.gpus[slot % len(self.gpus)]
         return os.environ | share
 
     def start(self, jobs: list[Job]) -> None:
         for job in jobs:
-            job.slot = min(set(range(self.count)) - {one.slot for one in self.running})
-            job.process = start(job.command, self.environment(job.slot), log_of(job))
+            job.slot = min(set(range(self.max_jobs)) - {other.slot for other in self.running})
+            log = atomic.LineFile(job.open_log())
+            try:
+                # In a session of its own, a job does not receive Ctrl-C from our terminal.
+                job.process = subprocess.Popen(
+                    job.command, stdin=subprocess.PIPE, stdout=log.handle, stderr=log.handle,
+                    env=self.environment(job.slot), start_new_session=True)
+            finally:
+                log.close()
             self.running.append(job)
 
-    def __enter__(self) -> LocalRunner:
-        return self
 
-    def __exit__(self, kind: type[BaseException] | None, *failure: object) -> None:
-        """Whatever happened, no job is left behind: they save, unless a second Ctrl-C does not wait for that."""
-        try:
-            if kind is KeyboardInterrupt:
-                raise KeyboardInterrupt
-            for job in self.running:
-                job.stop()
-            while any(job.process.poll() is None for job in self.running):
-                time.sleep(self.poll_seconds)
-        except KeyboardInterrupt:
-            for job in self.running:
-                job.process.kill()
-            while any(job.process.poll() is None for job in self.running):
-                time.sleep(self.poll_seconds)
-            raise
+def run_jobs(source: JobSource, runner: Runner, progress: Progress) -> int:
+    """Run the jobs of `source` until there are no more.
+
+    Returns the exit code of an interruption, or 0.
+    """
+    with Interrupt() as interrupt, progress, runner:
+        stopping = False
+        while True:
+            if not interrupt:
+                runner.start(next_jobs(source, runner))
+            if not runner.running and (interrupt or not source.pending):
+                return interrupt.exit_code
+            if interrupt and not stopping:
+                stopping = True
+                print_line(f"Stopping: waiting for {counted(len(runner.running), 'running job')} "
+                           f"to save. Press Ctrl-C again to kill.")
+                for job in runner.running:
+                    job.stop()
+            for job in list(runner.running):
+                # Poll first: the metrics of a job that has ended are complete.
+                code = job.process.poll()
+                job.update()
+                source.on_metrics(job)
+                if code is not None:
+                    runner.running.remove(job)
+                    progress.on_exit(job, code)
+                    source.on_exit(job, code)
+            progress.show(runner.running)
+            time.sleep(runner.poll_seconds)
 
 
-def log_of(job: Job) -> Path:
-    """The log of a job that is about to start."""
-    job.log.parent.mkdir(parents=True, exist_ok=True)
-    job.said = job.log.stat().st_size if job.log.exists() else 0
-    job.began = time.monotonic()
-    return job.log
-
-
-def start(command: list[str], environment: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
-    """A child in a session of its own, which Ctrl-C in our terminal does not reach: we decide what becomes of it."""
-    lines = atomic.LineFile(log)
-    try:
-        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=lines.handle, stderr=lines.handle, env=environment,
-                                start_new_session=True)
-    finally:
-        lines.close()
+def next_jobs(source: JobSource, runner: Runner) -> list[Job]:
+    """The jobs that can start now."""
+    jobs: list[Job] = []
+    while len(runner.running) + len(jobs) < runner.max_jobs:
+        job = source.next_job()
+        if not job:
+            break
+        jobs.append(job)
+    return jobs
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a grid's folder: no second one starts the same jobs. Raises ValueError naming the holder, or for a run."""
+    """Lock a grid's folder, so that no second process runs its jobs. Raises ValueError."""
     refuse_run(folder)
     try:
         lock = atomic.Lock(folder / "sweep.lock", describe_process())
     except BlockingIOError as error:
-        raise ValueError(f"{folder} is being swept by {error.strerror}: wait for it, or choose another name=.") from None
+        raise ValueError(f"{folder} is being swept by {error.strerror}: wait for it to end, or "
+                         f"use another name=.") from None
     try:
         yield
     finally:
@@ -219,56 +273,26 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def refuse_run(folder: Path) -> None:
-    """Raises ValueError for the folder of a run, and for one inside it: no job could be trained there."""
-    if run := first_run((folder, *folder.parents)):
-        raise ValueError(f"{run} holds a run, not a sweep: choose another name=.")
+    """Raise ValueError for a run's folder and for one inside it, where no job could train."""
+    run = first_run((folder, *folder.parents))
+    if run:
+        raise ValueError(f"{run} holds a run, not a sweep: use another name=.")
 
 
-def job_overrides(words: list[str], folder: Path) -> list[str]:
-    """A job's overrides, with what W&B knows a sweep's jobs by unless they say it themselves."""
-    return [f"logger.group={folder.name}", "logger.tags=sweep", *words]
+def comparison_metric(swept: list[str]) -> str:
+    """The metric that compares jobs which differ in the settings `swept`.
 
-
-def comparison_metric(keys: list[str]) -> str:
-    """What tells jobs apart that differ in these settings: tokens of other texts and tokenizers have losses of their own."""
-    return "bits_per_byte" if any(key.startswith("data") or key == "experiment" for key in keys) else "val_loss"
-
-
-def run_jobs(source: Source, slots: LocalRunner, progress: Progress) -> int:
-    """Run what `source` gives until there is no more; show how it goes. Returns the exit code of an interruption, or 0."""
-    with Interrupt() as interrupt, progress, slots:
-        told = False
-        while True:
-            jobs: list[Job] = []
-            while not interrupt and len(slots.running) + len(jobs) < slots.count and (job := source.next_job()):
-                jobs.append(job)
-            slots.start(jobs)
-            if not slots.running and (interrupt or not source.waiting):
-                return interrupt.exit_code
-            if interrupt and not told:
-                told = True
-                progress.say(f"Stopping: {counted(len(slots.running), 'running job')} saving first; "
-                             f"Ctrl-C again does not wait for that.")
-                for job in slots.running:
-                    job.stop()
-            for job in list(slots.running):
-                code = job.process.poll()
-                job.update()  # once more after its end
-                source.heard(job)
-                if code is not None:
-                    slots.running.remove(job)
-                    progress.ended(job, code)
-                    source.ended(job, code)
-            progress.show(slots.running)
-            time.sleep(slots.poll_seconds)
+    Losses per token are not comparable between texts or tokenizers; bits per byte are.
+    """
+    changes_data = any(key.startswith("data") or key == "experiment" for key in swept)
+    return "bits_per_byte" if changes_data else "val_loss"
 
 
 def print_best(jobs: list[Job]) -> None:
-    """Name the best of these jobs, and commands that show more; nothing where none has a result."""
+    """Print the best job and the next commands; nothing if no job has a result."""
     best = min(jobs, key=lambda job: job.best, default=None)
-    if best is None or not math.isfinite(best.best):
-        return
-    say(f"Best: {best.folder}, {best.metric} {best.best:.4f}\n{next_commands(best.folder)}")
+    if best and math.isfinite(best.best):
+        say(f"Best: {best.folder}, {best.metric} {best.best:.4f}\n{next_commands(best.folder)}")
 
 
 def next_commands(best: Path) -> str:
@@ -278,51 +302,60 @@ def next_commands(best: Path) -> str:
 
 
 def report_failures(failures: list[str]) -> int:
-    """Say which jobs failed, and why; return the exit code."""
-    if failures:
-        say(f"{len(failures)} failed:\n  " + "\n  ".join(failures))
-    return 1 if failures else 0
+    """Print which jobs failed and why; return the exit code."""
+    if not failures:
+        return 0
+    say(f"{len(failures)} failed:\n  " + "\n  ".join(failures))
+    return 1
 
 
 class Progress:
-    """One line: how many jobs run, are done, have failed; the best so far; the time left.
+    """One line: the number of jobs in each state, the best result so far, and the time left.
 
-    `total` jobs are expected, if that is known, of which some are done and some have failed before.
+    `total` is the number of jobs, if it is known, of which some are done or have failed already.
     """
 
     def __init__(self, total: int | None, done: int, failed: int) -> None:
         self.counts = {"done": done, "stopped": 0, "failed": failed}
         self.best, self.best_name = math.inf, ""
-        # The share of a running job that is done counts: smoothing=0 makes the time left that of the mean speed.
-        times = "{elapsed} elapsed, {remaining} left" if total else "{elapsed} elapsed"
-        self.bar = ProgressBar(total=total, initial=done + failed, smoothing=0, mininterval=0.5,
-                               bar_format="|{bar:10}| {desc} [{elapsed}<{remaining}]" if total else "{desc} [{elapsed}]",
-                               plain_format=f"{{desc}}, {times}")
+        bar, times = "{desc} [{elapsed}]", "{elapsed} elapsed"
+        if total:
+            bar = "|{bar:10}| {desc} [{elapsed}<{remaining}]"
+            times += ", {remaining} left"
+        # smoothing=0 computes the time left from the mean speed.
+        self.bar = ProgressBar(
+            total=total, initial=done + failed, smoothing=0, mininterval=0.5,
+            bar_format=bar, plain_format=f"{{desc}}, {times}")
 
-    def ended(self, job: Job, code: int) -> None:
-        minutes, seconds = divmod(round(time.monotonic() - job.began), 60)
-        result = f"{job.metric} {job.best:.4f}" if math.isfinite(job.best) else f"no {job.metric}"
-        self.note(job.best, job.name)
-        how = "failed" if job.failed(code) else "stopped" if code else "done"
-        self.counts[how] += 1
-        self.say(f"{job.name}: {how} after {minutes}:{seconds:02d}, {job.reason(code) if how == 'failed' else result}")
+    def on_exit(self, job: Job, code: int) -> None:
+        """Count a job that has ended, and print how it ended."""
+        self.add_result(job)
+        result = f"no {job.metric}"
+        if math.isfinite(job.best):
+            result = f"{job.metric} {job.best:.4f}"
+        state = "stopped" if code else "done"
+        if job.failed(code):
+            state, result = "failed", job.failure(code)
+        self.counts[state] += 1
+        minutes, seconds = divmod(round(time.monotonic() - job.started_at), 60)
+        print_line(f"{job.name}: {state} after {minutes}:{seconds:02d}, {result}")
 
     def show(self, running: list[Job]) -> None:
+        # The part of a running job that is done counts too.
+        done = sum(self.counts.values())
         for job in running:
-            self.note(job.best, job.name)
-        shown = f"{len(running)} running, " + ", ".join(f"{count} {what}" for what, count in self.counts.items())
-        best = f", best {self.best:.4f} ({self.best_name})" if self.best_name else ""
-        self.bar.set_description_str(shown + best, refresh=False)
-        share = sum(min(1.0, job.step / job.max_steps) for job in running)
-        self.bar.update(sum(self.counts.values()) + share - self.bar.n)
+            self.add_result(job)
+            done += min(1.0, job.step / job.max_steps)
+        parts = [f"{len(running)} running"]
+        parts += [f"{count} {state}" for state, count in self.counts.items()]
+        if self.best_name:
+            parts.append(f"best {self.best:.4f} ({self.best_name})")
+        self.bar.set_description_str(", ".join(parts), refresh=False)
+        self.bar.update(done - self.bar.n)
 
-    def note(self, best: float, name: str) -> None:
-        """A result, perhaps of earlier."""
-        if best < self.best:
-            self.best, self.best_name = best, name
-
-    def say(self, text: str) -> None:
-        print_line(text)
+    def add_result(self, job: Job) -> None:
+        if job.best < self.best:
+            self.best, self.best_name = job.best, job.name
 
     def __enter__(self) -> Progress:
         return self

@@ -47,7 +47,7 @@ def test_values_that_cannot_be_listed_are_one_sentence(override):
 
 
 @pytest.mark.parametrize(("overrides", "words"), [
-    ([], "there are none"), (["data=text", "data.path=x=y.txt,z.txt"], "x=y.txt does not exist"), (["jobs=2", "name=x"], "there are none"), (["seed=1,2", "jobs=0"], "jobs=0 must be"),
+    ([], "no values to sweep"), (["data=text", "data.path=x=y.txt,z.txt"], "x=y.txt does not exist"), (["jobs=2", "name=x"], "no values to sweep"), (["seed=1,2", "jobs=0"], "jobs=0 must be"),
     (["sed=1,2"], "did you mean seed"), (["seed=1,2", "name=../up"], "would leave"), (["seed=-1,-2"], "seed=-1 must be"),
 ])
 def test_a_sweep_that_cannot_be_is_refused_before_anything_is_written(overrides, words, tmp_path, monkeypatch):
@@ -70,7 +70,7 @@ def test_equal_jobs_are_one_and_different_ones_share_no_name(tmp_path):
     assert list(grid.compose_all(words, ["optim.lr"])[0]) == ["lr=0.001"]
     for name in ("a b", "a_b"):
         (tmp_path / name).write_text("x")
-    with pytest.raises(ValueError, match="would both be the run"):
+    with pytest.raises(ValueError, match="have the same name"):
         grid.compose_all([["data=text", f"data.path={tmp_path / name}", "name=x"] for name in ("a b", "a_b")], ["data.path"])
 
 
@@ -108,7 +108,7 @@ def test_a_failing_job_stops_no_other_and_its_reason_is_its_last_error(tmp_path,
     assert code == 0 and source.done == 1
     assert f"bad: too wide Log: {tmp_path}/logs/bad.txt" in source.failures
     assert {line.partition(" Log:")[0] for line in source.failures} == {
-        "bad: too wide", "killed: killed by SIGKILL; the same command goes on with it", "mute: exit code 3", "last: what is it"}
+        "bad: too wide", "killed: killed by SIGKILL; run the same command again to resume it", "mute: exit code 3", "last: what is it"}
     assert jobs.report_failures(source.failures) == 1 and jobs.report_failures([]) == 0
     said = capsys.readouterr()
     assert "good: done" in said.out and "mute: failed" in said.out and "0 running, 1 done, 0 stopped, 4 failed" in said.err
@@ -188,7 +188,7 @@ def test_a_second_interruption_does_not_wait(tmp_path):
     def twice():
         wait_for((tmp_path / "on-a").exists)
         os.kill(os.getpid(), signal.SIGINT)
-        wait_for(lambda: stubborn.stopped)  # two signals at once may count as one
+        wait_for(lambda: stubborn.stop_requested)  # two signals at once may count as one
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=twice).start()
@@ -220,21 +220,21 @@ def test_a_sweep_is_run_once_at_a_time_and_not_in_a_runs_folder(tmp_path):
 def test_metrics_are_read_as_they_come(tmp_path):
     one = job(tmp_path, "a")
     one.update()
-    assert one.heard == [] and math.isinf(one.best)
+    assert one.new_rows == [] and math.isinf(one.best)
     metrics(tmp_path / "a", {"step": 1, "loss": 3}, {"step": 2, "val_loss": 2.5}, {"step": 3, "val_loss": None})
     one.update()
-    assert (one.step, one.best, len(one.heard)) == (3, 2.5, 3)
+    assert (one.step, one.best, len(one.new_rows)) == (3, 2.5, 3)
     with open(tmp_path / "a/metrics.jsonl", "a") as file:
         file.write('{"step": 4, "val_')
     one.update()
-    assert one.heard == []
+    assert one.new_rows == []
     with open(tmp_path / "a/metrics.jsonl", "a") as file:
         file.write('loss": 1}\n')
     one.update()
-    assert one.heard == [{"step": 4, "val_loss": 1}] and one.best == 1
+    assert one.new_rows == [{"step": 4, "val_loss": 1}] and one.best == 1
     metrics(tmp_path / "a", {"step": 2, "val_loss": 2.5})  # a checkpoint was gone back to
     one.update()
-    assert one.heard == [{"step": 2, "val_loss": 2.5}]
+    assert one.new_rows == [{"step": 2, "val_loss": 2.5}]
 
 
 @pytest.mark.parametrize("line", ["[" * 100_000, "3", "{}", '{"step": "x"}', '{"step": null, "val_loss": 1}', "\x00"])
@@ -243,7 +243,7 @@ def test_metrics_that_no_training_writes_are_passed_over(tmp_path, line):
     (tmp_path / "a").mkdir(parents=True)
     (tmp_path / "a/metrics.jsonl").write_text(line + '\n{"step": 5, "val_loss": "low"}\n')
     one.update()
-    assert (one.step, len(one.heard)) == (5, 1) and math.isinf(one.best)
+    assert (one.step, len(one.new_rows)) == (5, 1) and math.isinf(one.best)
 
 
 @pytest.mark.parametrize("kind", ["FIFO", "link"])
@@ -252,7 +252,7 @@ def test_metrics_that_are_no_plain_file_are_not_waited_for(tmp_path, kind):
     (tmp_path / "a").mkdir(parents=True)
     special(tmp_path / "a/metrics.jsonl", kind)
     one.update()
-    assert one.heard == []
+    assert one.new_rows == []
 
 
 def test_losses_of_other_tokens_are_compared_by_the_byte():

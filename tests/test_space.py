@@ -54,7 +54,7 @@ def test_points_lie_in_the_space_and_satisfy_the_constraints(space):
 def test_a_points_words_make_the_settings_that_it_says(space):
     whole = space(WHOLE, "seed=5")
     point = whole.draw(1) | {"training.max_seconds": None, "model.bias": False}
-    settings = compose("config", whole.words(point))
+    settings = compose("config", whole.overrides(point))
     assert settings.optim.lr == point["optim.lr"] and settings.model.n_embd == point["model.n_embd"]
     assert (settings.training.max_steps, settings.training.max_seconds, settings.model.bias, settings.seed) == (100, None, False, 5)
 
@@ -70,7 +70,7 @@ def test_references_and_groups_are_read(space, monkeypatch):
     read = space("space: {model.n_layer: {low: 1, high: '${oc.env:NH_HIGH}'}, seed: ['${oc.env:NH_HIGH}']}\n"
                  "fixed:\n  training: {max_steps: '${oc.env:NH_STEPS}', eval_every: 2}\n  optim.lr: 1e-2")
     assert read.varied == {"model.n_layer": Range(1, 8), "seed": [8]}
-    made = compose("config", read.words(read.draw(0)))
+    made = compose("config", read.overrides(read.draw(0)))
     assert (made.training.max_steps, made.training.eval_every, made.optim.lr) == (30, 2, 0.01)
     with pytest.raises(ConfigError, match="the environment variable NH_NONE is not set"):
         space("space: {seed: ['${oc.env:NH_NONE}']}")
@@ -89,17 +89,17 @@ def test_a_space_may_lie_at_home_and_is_read_with_limits(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("text", "words"), [
     ("space: {optim.lrr: [1]}", "optim.lrr .* is not a setting .did you mean optim.lr"), ("spcae: {optim.lr: [1]}\nspace: {seed: [1]}", "spcae .* is not a part"),
-    ("space: {}", "has no space"), ("fixed: {seed: 1}", "has no space"), ("- 1", "holds no settings"), ("space: [", "not valid YAML.* line 1"),
-    ("space: {optim.lr: {low: 3, high: 1}}", "which has no values"), ("space: {optim.lr: {low: 0, high: 1, log: true}}", "more than 0"),
-    ("space: {optim.lr: {low: 1, high: 2, step: 0}}", "which has no values"), ("space: {optim.lr: {low: 1, high: 2, lgo: 3}}", "neither a range"),
+    ("space: {}", "is empty"), ("fixed: {seed: 1}", "is empty"), ("- 1", "holds no settings"), ("space: [", "not valid YAML.* line 1"),
+    ("space: {optim.lr: {low: 3, high: 1}}", "is empty"), ("space: {optim.lr: {low: 0, high: 1, log: true}}", "more than 0"),
+    ("space: {optim.lr: {low: 1, high: 2, step: 0}}", "is empty"), ("space: {optim.lr: {low: 1, high: 2, lgo: 3}}", "neither a range"),
     ("space: {optim.lr: 3}", "neither a range"), ("space: {optim.lr: []}", "neither a range"), ("space: {optim.lr: [abc]}", "is not a number"),
     ("space: {model.bias: {low: false, high: true}}", "takes no range"), ("space: {model.n_layer: {low: 1, high: 2.5}}", "whole number"),
     ("space: {model: [nano, nope]}", "has no preset nope"), ("space: {model: {low: 1, high: 2}}", "takes no range"),
-    ("space: {seed: [1]}\nfixed: {seed: 2}", "is fixed too"), ("space: {seed: [1]}\nfixed: 3", "are settings with their values"),
-    ("space: {seed: [1]}\nconstraints: [seed <]", "cannot be read"), ("space: {seed: [1]}\nconstraints: [model.n_layer < 3]", "speaks of model.n_layer"),
-    ("space: {seed: [1]}\nconstraints: ['__import__(\"os\")']", "more than arithmetic"), ("space: {seed: [1]}\nconstraints: [seed.real > 0]", "speaks of seed.real"),
-    ("space: {seed: [1]}\nconstraints: ['[seed for x in (1,)]']", "more than arithmetic|speaks of"), ("space: {seed: [1]}\nconstraints: [seed ** seed > 0]", "more than"),
-    pytest.param(f"space: {{seed: [1]}}\nconstraints: ['{'-' * 20_000}seed > 0']", "cannot be read", id="deep"), ("space: {1: [1]}", "1 .* is not a setting"),
+    ("space: {seed: [1]}\nfixed: {seed: 2}", "is fixed too"), ("space: {seed: [1]}\nfixed: 3", "must map settings"),
+    ("space: {seed: [1]}\nconstraints: [seed <]", "is not a valid expression"), ("space: {seed: [1]}\nconstraints: [model.n_layer < 3]", "uses model.n_layer"),
+    ("space: {seed: [1]}\nconstraints: ['__import__(\"os\")']", "more than arithmetic"), ("space: {seed: [1]}\nconstraints: [seed.real > 0]", "uses seed.real"),
+    ("space: {seed: [1]}\nconstraints: ['[seed for x in (1,)]']", "more than arithmetic|uses"), ("space: {seed: [1]}\nconstraints: [seed ** seed > 0]", "more than"),
+    pytest.param(f"space: {{seed: [1]}}\nconstraints: ['{'-' * 20_000}seed > 0']", "is not a valid expression", id="deep"), ("space: {1: [1]}", "1 .* is not a setting"),
 ])
 def test_what_is_wrong_with_a_space_is_one_sentence(text, words, space):
     with pytest.raises(ConfigError, match=words) as caught:
@@ -114,7 +114,7 @@ def test_all_that_is_wrong_comes_at_once(space):
 
 def test_a_constraint_that_nothing_satisfies_is_named(space):
     impossible = space("space: {seed: [1, 2], model.n_head: [1, 2]}\nconstraints: [seed > 0, seed > 2]")
-    with pytest.raises(ValueError, match="none of 10,000 points drawn from it satisfies the constraint 'seed > 2'"):
+    with pytest.raises(ValueError, match="none of 10,000 random points satisfies the constraint 'seed > 2'"):
         impossible.draw(0)
     together = space("space: {seed: [1, 2], model.n_head: [1, 2]}\nconstraints: [seed > model.n_head, seed < 2]")
     with pytest.raises(ValueError, match="satisfies all of"):
@@ -135,7 +135,7 @@ def test_what_varies_cannot_be_fixed_on_the_command_line(space):
 
 
 def test_a_space_that_is_not_there_is_named_with_those_that_are():
-    with pytest.raises(ConfigError, match=r"sweep=lr_widht is not there: choose one of lr_width"):
+    with pytest.raises(ConfigError, match=r"sweep=lr_widht does not exist: use one of lr_width"):
         read_space("lr_widht", ())
 
 
@@ -143,7 +143,7 @@ def test_a_space_that_is_not_there_is_named_with_those_that_are():
 def test_the_space_that_comes_along_has_points():
     shipped = read_space("lr_width", ())
     for seed in range(3):
-        assert compose("config", shipped.words(shipped.draw(seed))).training.max_steps == 100
+        assert compose("config", shipped.overrides(shipped.draw(seed))).training.max_steps == 100
 
 
 @pytest.mark.slow
@@ -156,8 +156,8 @@ def test_two_spaces_differ_by_all_but_what_is_free(space):
 def test_what_the_command_line_fixes_need_only_work_with_the_space(space):
     """Three heads do not divide the default width, but they do the space's."""
     words = compose(SweepSettings, ["sweep=mine", "model.n_head=3"]).train
-    assert space("space: {optim.lr: [1e-3]}\nfixed: {model.n_embd: 96}\n", *words).usual().model.n_head == 3
+    assert space("space: {optim.lr: [1e-3]}\nfixed: {model.n_embd: 96}\n", *words).example().model.n_head == 3
     with pytest.raises(ConfigError, match="n_head=3"):
-        space("space: {optim.lr: [1e-3]}\n", *words).usual()
+        space("space: {optim.lr: [1e-3]}\n", *words).example()
     with pytest.raises(ConfigError, match=r"model\.n_haed .*on the command line.*did you mean model\.n_head"):
         space("space: {optim.lr: [1e-3]}\n", *compose(SweepSettings, ["sweep=mine", "model.n_haed=3"]).train)

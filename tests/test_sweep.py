@@ -40,13 +40,13 @@ def begin(book, tmp_path):
         path.write_text(f"{text}\nfixed:\n  model: nano\n  training: smoke\n  data: text\n  data.path: {book}\n")
         space = read_space(str(path), overrides)
         (tmp_path / "study").mkdir(exist_ok=True)
-        return Search(SweepSettings(sweep=str(path), **settings), space, tmp_path / "study", space.usual())
+        return Search(SweepSettings(sweep=str(path), **settings), space, tmp_path / "study", space.example())
     return make
 
 
 def take(search):
     """The worker's next job, begun."""
-    search.looked = float("-inf")
+    search.last_asked = float("-inf")
     if job := search.next_job():
         job.process = Process()
     return job
@@ -55,10 +55,10 @@ def take(search):
 def go(search, job, *losses):
     """The job's validation losses at steps 2, 4, ...; then it ends, or it was stopped."""
     for number, loss in enumerate(losses, 1):
-        job.heard = [{"step": 2 * number, "loss": 9.0}, {"step": 2 * number, "val_loss": loss}]
+        job.new_rows = [{"step": 2 * number, "loss": 9.0}, {"step": 2 * number, "val_loss": loss}]
         job.best = min(job.best, loss)
-        search.heard(job)
-    search.ended(job, 143 if job.stopped else 0)
+        search.on_metrics(job)
+    search.on_exit(job, 143 if job.stop_requested else 0)
 
 
 def states(search):
@@ -71,7 +71,7 @@ def test_the_best_validation_loss_is_told_and_the_best_command_line_printed(begi
         go(search, job := take(search), 9.0, loss, loss + 0.1)
     assert take(search) is None and [trial.value for trial in search.study.trials] == [3.0, 2.0, 2.5]
     assert search.study.trials[1].intermediate_values == {2: 9.0, 4: 2.0, 6: 2.1}
-    print_best_trial(search, "")
+    print_best_trial(search, resumable=False)
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "3 trials: 3 finished." and said[1] == f"Best: {tmp_path}/study/trial_0001, val_loss 2.0000"
     words = shlex.split(said[2])
@@ -86,10 +86,10 @@ def test_a_hopeless_trial_is_stopped(begin, pruner, stopped):
     for _ in range(5):
         go(search, take(search), 2.0, 1.0)
     go(search, job := take(search), 8.0)
-    assert job.stopped == stopped and states(search)[5] == ("PRUNED" if stopped else "COMPLETE")
+    assert job.stop_requested == stopped and states(search)[5] == ("PRUNED" if stopped else "COMPLETE")
     assert (job.folder / PRUNED).exists() == stopped  # for its report
     go(search, job := take(search), 1.5)
-    assert not job.stopped and not search.failures
+    assert not job.stop_requested and not search.failures
 
 
 def test_hyperband_stops_what_is_hopeless_too(begin):
@@ -104,10 +104,10 @@ def test_a_last_evaluation_stops_nothing(begin):
     for _ in range(5):
         go(search, take(search), *[1.0] * 10)
     job = take(search)
-    job.heard, job.best = [{"step": 20, "val_loss": 8.0}], 8.0  # all the steps that training=smoke has
-    search.heard(job)
-    search.ended(job, 0)
-    assert not job.stopped and states(search)[5] == "COMPLETE"
+    job.new_rows, job.best = [{"step": 20, "val_loss": 8.0}], 8.0  # all the steps that training=smoke has
+    search.on_metrics(job)
+    search.on_exit(job, 0)
+    assert not job.stop_requested and states(search)[5] == "COMPLETE"
 
 
 def test_two_workers_share_one_budget_and_one_study(begin):
@@ -124,9 +124,9 @@ def test_a_trial_of_a_worker_that_died_is_gone_on_with(begin):
     one, other = begin(trials=2), begin(trials=2)
     first, second = take(one), take(other)
     assert take(other) is None
-    first.heard = [{"step": 2, "val_loss": 2.0}]
-    one.heard(first)
-    one.alive.release()  # as the end of its process does
+    first.new_rows = [{"step": 2, "val_loss": 2.0}]
+    one.on_metrics(first)
+    one.worker_lock.release()  # as the end of its process does
     again = take(other)
     assert again.name == first.name and again.command == first.command
     with warnings.catch_warnings(record=True) as complaints:
@@ -142,11 +142,11 @@ def test_only_a_trial_whose_loss_is_not_finite_has_failed_for_good(begin):
     killed, failed, full = take(one), take(one), take(one)
     for job in (killed, failed):  # the first skipped what was not finite
         (job.folder / "nonfinite").mkdir(parents=True)
-    one.ended(killed, -signal.SIGKILL)
+    one.on_exit(killed, -signal.SIGKILL)
     for job, said in ((failed, "the loss is nan"), (full, "No space left on device")):
         job.log.parent.mkdir(exist_ok=True)
         job.log.write_text(f"Error: {said}\n")
-        one.ended(job, 1)
+        one.on_exit(job, 1)
     assert states(one) == ["RUNNING", "FAIL", "RUNNING"] and one.study.trials[1].user_attrs["reason"] == "the loss is nan"
     assert [line.partition(" ")[2][:15] for line in one.failures] == ["killed by SIGKI", "the loss is nan", "No space left o"]
     assert take(one) is None  # in this life they would only fail again
@@ -157,19 +157,19 @@ def test_only_a_trial_whose_loss_is_not_finite_has_failed_for_good(begin):
 
 def test_a_trial_that_ends_without_a_loss_failed(begin):
     search = begin(trials=1)
-    search.ended(take(search), 0)
+    search.on_exit(take(search), 0)
     assert states(search) == ["FAIL"] and "val_loss" in search.study.trials[0].user_attrs["reason"]
 
 
 def test_hours_end_a_search_and_leave_its_trials(begin):
     search = begin(trials=None, hours=1)
     job = take(search)
-    search.heard(job)
-    assert not job.stopped
-    search.ends = time.monotonic() - 1
-    search.heard(job)
-    assert job.stopped and take(search) is None
-    search.ended(job, 143)
+    search.on_metrics(job)
+    assert not job.stop_requested
+    search.deadline = time.monotonic() - 1
+    search.on_metrics(job)
+    assert job.stop_requested and take(search) is None
+    search.on_exit(job, 143)
     assert states(search) == ["RUNNING"] and not search.failures
 
 
@@ -195,7 +195,7 @@ def test_a_damaged_line_of_the_journal_is_named_with_what_to_do(begin, tmp_path)
     journal = tmp_path / "study" / JOURNAL
     lines = journal.read_bytes().splitlines(keepends=True)
     journal.write_bytes(lines[0] + lines[1][:-9] + b"\n" + b"".join(lines[2:]))
-    with pytest.raises(ValueError, match=r"study.log cannot be reached or used .*Line 2 of .*study.log is damaged: put a copy back, or choose another name=\.$"):
+    with pytest.raises(ValueError, match=r"study.log cannot be reached or used .*Line 2 of .*study.log is damaged: restore a copy, or use another name=\.$"):
         begin()
 
 
@@ -211,15 +211,15 @@ def test_going_on_draws_no_point_again(begin):
 
 
 def test_points_that_are_not_allowed_take_none_of_the_budget(begin, monkeypatch):
-    monkeypatch.setattr(sweep_search, "MAX_REFUSED", 3)
+    monkeypatch.setattr(sweep_search, "MAX_REJECTED", 3)
     search = begin("space: {seed: {low: 1, high: 200}, optim.lr: [0.1]}\nconstraints: [seed == 7]", trials=2)
     for _ in range(2):
         go(search, take(search), 1.0)
-    assert [trial.params["seed"] for trial in search.taken()] == [7, 7] and take(search) is None
+    assert [trial.params["seed"] for trial in search.trained()] == [7, 7] and take(search) is None
 
 
 def test_points_that_make_no_training_are_refused(begin, monkeypatch):
-    monkeypatch.setattr(sweep_search, "MAX_REFUSED", 3)
+    monkeypatch.setattr(sweep_search, "MAX_REJECTED", 3)
     search = begin("space: {model.n_embd: [32, 33]}", trials=5)
     for _ in range(5):
         go(search, job := take(search), 1.0)
@@ -254,7 +254,7 @@ def test_a_journal_on_a_full_disk_is_one_sentence_that_says_so(begin, tmp_path, 
         raise full
 
     monkeypatch.setattr(sweep_search, "run_jobs", fail)
-    with pytest.raises(ValueError, match=r"storage=study.log cannot be .*No space left.*The same command goes on"):
+    with pytest.raises(ValueError, match=r"storage=study.log cannot be .*No space left.*Run the same command again"):
         search(SweepSettings(sweep=str(tmp_path / "space.yaml"), runs_dir=str(tmp_path / "other")))
     full.filename = "logs/trial_0000.txt"
     with pytest.raises(OSError, match="logs/trial_0000"):  # which says itself what could not be written
@@ -288,7 +288,7 @@ def test_without_optuna_it_says_what_to_install(begin, monkeypatch):
 
 
 @pytest.mark.parametrize(("settings", "words"), [({}, "sweep= is empty"), ({"trials": 0}, "trials=0"), ({"jobs": 0}, "jobs=0"), ({"hours": -1.0}, "hours=-1"),
-                                                 ({"trials": None}, "have no end"), ({"name": "../x"}, "would leave")])
+                                                 ({"trials": None}, "set no limit"), ({"name": "../x"}, "would leave")])
 def test_bad_settings_are_named(settings, words):
     assert any(words in problem for problem in SweepSettings(**settings).problems())
 

@@ -48,7 +48,7 @@ def test_values_that_cannot_be_listed_are_one_sentence(override):
 
 @pytest.mark.parametrize(("overrides", "words"), [
     ([], "no values to sweep"), (["data=text", "data.path=x=y.txt,z.txt"], "x=y.txt does not exist"), (["jobs=2", "name=x"], "no values to sweep"), (["seed=1,2", "jobs=0"], "jobs=0 must be"),
-    (["sed=1,2"], "did you mean seed"), (["seed=1,2", "name=../up"], "would leave"), (["seed=-1,-2"], "seed=-1 must be"),
+    (["sed=1,2"], "did you mean seed"), (["seed=1,2", "name=../up"], "is outside runs_dir"), (["seed=-1,-2"], "seed=-1 must be"),
 ])
 def test_a_sweep_that_cannot_be_is_refused_before_anything_is_written(overrides, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -288,7 +288,7 @@ def test_without_optuna_it_says_what_to_install(begin, monkeypatch):
 
 
 @pytest.mark.parametrize(("settings", "words"), [({}, "sweep= is empty"), ({"trials": 0}, "trials=0"), ({"jobs": 0}, "jobs=0"), ({"hours": -1.0}, "hours=-1"),
-                                                 ({"trials": None}, "set no limit"), ({"name": "../x"}, "would leave")])
+                                                 ({"trials": None}, "set no limit"), ({"name": "../x"}, "is outside runs_dir")])
 def test_bad_settings_are_named(settings, words):
     assert any(words in problem for problem in SweepSettings(**settings).problems())
 

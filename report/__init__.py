@@ -1,1 +1,1 @@
-"""What came of runs, shown: knows their folders, and nothing of how they are trained."""
+"""Reports of runs, from the files in their folders: tables, curves and importance on one page."""

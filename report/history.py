@@ -1,6 +1,7 @@
 """Read a run's folder: settings, losses, samples, environment. Changes nothing.
 
-A run that is training or was killed can leave an incomplete last line: lines that cannot be read are skipped.
+A run that is training or was killed can leave an incomplete last line: lines that cannot be read
+are skipped.
 """
 
 from __future__ import annotations
@@ -24,159 +25,131 @@ from checkpointing.run_folder import check_file_types, find_run, is_sweep
 from conf.identity import flat, kind
 from terminal import counted, escaped
 
-SAFE_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where it was built
-POINTS = 250  # of a curve: more than a picture can show
+# libyaml's loader is ten times as fast, where PyYAML was built with it.
+SAFE_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+CURVE_POINTS = 250  # more than a picture can show
 AXES = ("steps", "tokens", "seconds")
 LOSS, BITS = "best validation loss", "bits per byte"
-PRUNED = "pruned.json"  # in the folder of a run that a search stopped early
+# In the folder of a run that a search stopped early.
+PRUNED = "pruned.json"
+# Errors of reading files that no training wrote.
+DAMAGE = (
+    ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError, yaml.YAMLError,
+)
 
 
 @dataclass(frozen=True, eq=False)
 class History:
-    """What a run's folder holds. Losses are in nats per token; None where there is none.
+    """The content of a run's folder. Losses are in nats per token; unknown values are None.
 
-    A curve is an array `[n, 6]`: steps, tokens, seconds, and the mean, lowest and highest value since the
-    point before.
+    A curve is an array `[n, 6]`: steps, tokens, seconds, and the mean, lowest and highest value
+    since the point before.
     """
 
-    folder: Path
     name: str
     settings: dict[str, Any]  # {"model.n_layer": 4, ...}
     environment: dict[str, Any]  # of the last start
     training: np.ndarray  # curve
     validation: np.ndarray  # curve
-    diagnostics: dict[str, np.ndarray]  # curves: "learning rate", "gradient norm", "tokens per second"
-    samples: list[tuple[int, str]]  # of a step
+    diagnostics: dict[str, np.ndarray]  # curves by name: see `diagnostics`
+    samples: list[tuple[int, str]]  # step and text
     reached: tuple[int, int, float]  # steps, tokens, seconds
-    first_loss: float | None  # before anything was learned
-    train_loss: float | None  # the mean of the last twentieth of the steps
-    last_loss: float | None  # in validation
-    best_loss: float | None
-    best_step: int | None
-    bits_per_byte: float | None  # at the best step
-    bits_per_nat: float | None  # bits per byte for a loss of one nat per token
     finished: bool
     state: str  # such as "finished" or "30 of 60 steps"
-    measure: str = LOSS  # what it is compared by: see best_first
+    first_loss: float | None = None  # in training, before the first update
+    train_loss: float | None = None  # the mean of the last twentieth of the steps
+    last_loss: float | None = None  # in validation
+    best_loss: float | None = None
+    best_step: int | None = None
+    bits_per_byte: float | None = None  # at the best step
+    measure: str = LOSS  # LOSS, or BITS for runs with different tokens
 
     @property
     def score(self) -> float | None:
-        """The result that runs are compared by, the lower the better."""
+        """The result that runs are compared by; lower is better."""
         return self.best_loss if self.measure == LOSS else self.bits_per_byte
 
     @property
     def unit(self) -> float | None:
-        """The factor from nats per token to the unit of `measure`; None if it is not known."""
-        return 1.0 if self.measure == LOSS else self.bits_per_nat
-
-
-def best_first(runs: list[History]) -> list[History]:
-    """The runs by their best losses, those without one last.
-
-    Runs with different texts or tokenizers are compared by bits per byte: their tokens stand for different
-    amounts of text, so their losses per token cannot be compared.
-    """
-    if not share_tokens(runs):
-        runs = [replace(run, measure=BITS) for run in runs]
-    return sorted(runs, key=lambda run: (math.inf if run.score is None else run.score, run.name))
-
-
-def share_tokens(runs: list[History]) -> bool:
-    """Whether all runs have the same data settings, and so the same text in the same tokens."""
-    def data(run: History) -> dict[str, str]:
-        return {key: str(value) for key, value in run.settings.items()
-                if key.startswith("data.") or key == "model.vocab_size"}
-
-    return all(data(run) == data(runs[0]) for run in runs)
+        """The factor from nats per token to the unit of `measure`."""
+        if self.measure == LOSS:
+            return 1.0
+        if self.bits_per_byte and self.best_loss:
+            return self.bits_per_byte / self.best_loss
+        return None
 
 
 def open_history(folder: Path, name: str) -> History:
-    """Raises ValueError for a folder that is not a run's, or holds what no training writes."""
+    """Read a run. Raises ValueError for a folder that is not a run or that no training wrote."""
     if not (folder / "config.yaml").is_file():
         raise ValueError(f"{folder} is not a run: it has no config.yaml.")
     check_file_types(folder)
     try:
-        config = (folder / "config.yaml").read_bytes()
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(config, SAFE_LOADER)):
-            raise ValueError("config.yaml has aliases")  # a few lines of which can stand for more than any memory holds
-        settings = flat(yaml.load(config, SAFE_LOADER))
-        rows = read_rows(folder / "metrics.jsonl")
-        starts = read_rows(folder / STARTS)
-        trained = table(rows, "loss")
-        validated = table(rows, "val_loss")
-        if len(validated) and len(trained):  # a validation's tokens and seconds are those of its training step
-            for axis in (1, 2):
-                validated[:, axis] = np.interp(validated[:, 0], trained[:, 0], trained[:, axis])
-        best = min((row for row in rows if row.get("val_loss") is not None), key=lambda row: row["val_loss"], default={})
-        nonfinite = len(list(folder.glob("nonfinite/*.json")))
-        reached = (int(rows[-1]["step"]), *map(float, trained[-1, 1:3])) if len(trained) else (0, 0, 0.0)
-        stopped_early = any(row.get("stopped_early") and row["step"] == rows[-1]["step"] for row in rows[-2:])
-        pruned = any(reached[0] <= row["step"] for row in read_rows(folder / PRUNED))
-        finished, state = how_far(reached, settings, stopped_early, pruned)
-        if nonfinite:
-            state += f", {nonfinite} not finite"
-        loss, bits = number(best.get("val_loss")), number(best.get("bits_per_byte"))
-        return History(
-            folder, escaped(name, keep=""), resolved(settings, starts[-1]) if starts else settings,
-            starts[-1] | {"starts": len(starts)} if starts else {},
-            thinned(trained), thinned(validated), diagnostics(rows, settings),
-            [(row["step"], str(row["sample"])) for row in rows if "sample" in row],
-            reached,
-            first_loss=float(trained[0, 3]) if len(trained) else None,
-            train_loss=float(trained[-math.ceil(len(trained) / 20):, 3].mean()) if len(trained) else None,
-            last_loss=float(validated[-1, 3]) if len(validated) else None,
-            best_loss=loss, best_step=best.get("step"),
-            bits_per_byte=bits, bits_per_nat=bits / loss if bits and loss else None,
-            finished=finished, state=state)
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError, yaml.YAMLError) as error:
-        raise ValueError(f"{folder} is not a run that nanohydra wrote ({str(error).splitlines()[0][:100]}).") from None
+        return read_history(folder, name)
+    except DAMAGE as error:
+        reason = str(error).splitlines()[0][:100]
+        raise ValueError(f"{folder} is not a run that nanohydra wrote ({reason}).") from None
 
 
-def number(value: Any) -> float | None:
-    return None if value is None else float(value)
+def read_history(folder: Path, name: str) -> History:
+    settings = read_settings(folder / "config.yaml")
+    rows = read_rows(folder / "metrics.jsonl")
+    starts = read_rows(folder / STARTS)
+    last_start = starts[-1] if starts else {}
+    trained = table(rows, "loss")
+    validated = table(rows, "val_loss")
+    losses: dict[str, Any] = {}
+    reached = (0, 0, 0.0)
+    if len(trained):
+        reached = (int(rows[-1]["step"]), *map(float, trained[-1, 1:3]))
+        losses["first_loss"] = float(trained[0, 3])
+        losses["train_loss"] = float(trained[-math.ceil(len(trained) / 20) :, 3].mean())
+        # Rows of validation have no tokens and seconds: they are those of the training step.
+        for axis in (1, 2):
+            validated[:, axis] = np.interp(validated[:, 0], trained[:, 0], trained[:, axis])
+    if len(validated):
+        rows_with_loss = (row for row in rows if row.get("val_loss") is not None)
+        best = min(rows_with_loss, key=lambda row: row["val_loss"])
+        bits = best.get("bits_per_byte")
+        losses["last_loss"] = float(validated[-1, 3])
+        losses["best_loss"] = float(best["val_loss"])
+        losses["best_step"] = best["step"]
+        losses["bits_per_byte"] = None if bits is None else float(bits)
+    finished, state = progress(folder, rows, reached, settings)
+    return History(
+        escaped(name, keep=""),
+        resolved(settings, last_start),
+        last_start | {"starts": len(starts)} if starts else {},
+        thinned(trained),
+        thinned(validated),
+        diagnostics(rows, settings),
+        [(row["step"], str(row["sample"])) for row in rows if "sample" in row],
+        reached,
+        finished,
+        state,
+        **losses,
+    )
 
 
-def how_far(reached: tuple[int, int, float], settings: dict[str, Any], stopped_early: bool,
-            pruned: bool) -> tuple[bool, str]:
-    """Whether a run is finished, and its state in words.
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings in a config.yaml. Raises ValueError for aliases.
 
-    `stopped_early`: by training.patience; `pruned`: by a search, so it is not finished.
+    A few lines with aliases can stand for more than any memory holds.
     """
-    steps, _, seconds = reached
-    planned, most = settings.get("training.max_steps"), settings.get("training.max_seconds")
-    if planned is not None and (steps >= planned or bool(most and seconds >= most)):
-        return True, "finished"
-    if stopped_early:
-        return True, f"stopped early, after {counted(steps, 'step')}"
-    state = f"{steps:,} of {counted(planned, 'step')}" if planned else counted(steps, "step")
-    return False, f"pruned after {state}" if pruned else state
-
-
-def diagnostics(rows: list[dict[str, Any]], settings: dict[str, Any]) -> dict[str, np.ndarray]:
-    """The curves of learning rate, gradient norm and speed, of those that were recorded."""
-    peak = settings.get("optim.lr")
-    rates, speeds = table(rows, "lr_scale"), table(rows, "step_ms")
-    rates[:, 3] *= peak if isinstance(peak, int | float) else 1.0
-    speeds = speeds[(speeds[:, 0] > 0) & (speeds[:, 3] > 0)]
-    tokens_per_step = speeds[:, 1] / speeds[:, 0]
-    speeds[:, 3] = 1000 * tokens_per_step / speeds[:, 3]
-    curves = {"learning rate": rates, "gradient norm": table(rows, "gradient_norm"), "tokens per second": speeds}
-    return {name: thinned(points) for name, points in curves.items() if len(points)}
-
-
-def resolved(settings: dict[str, Any], start: dict[str, Any]) -> dict[str, Any]:
-    """The settings with the values that "auto" stood for at that start."""
-    came_to = {"training.device": start.get("device"), "training.precision": start.get("precision"),
-               "training.compile": {True: "true", False: "false"}.get(start.get("compiled"))}
-    return settings | {key: value for key, value in came_to.items() if settings.get(key) == "auto" and value is not None}
+    config = path.read_bytes()
+    if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(config, SAFE_LOADER)):
+        raise ValueError("config.yaml has aliases")
+    return flat(yaml.load(config, SAFE_LOADER))
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file of JSON objects; none if it is not there."""
+    """The JSON objects with a step in a file with one on each line; none if there is no file."""
     lines = path.read_bytes().splitlines() if path.is_file() else []
-    gc.disable()  # which would look through all these objects again and again: a quarter of the time
+    # Garbage collection would go through all these objects again and again: a quarter of the time.
+    gc.disable()
     try:
-        rows = json.loads(b"[" + b",".join(lines) + b"]")  # in one call: half the time
+        # One call takes half the time of a call for each line.
+        rows = json.loads(b"[" + b",".join(lines) + b"]")
     except (ValueError, RecursionError):
         rows = []
         for line in lines:
@@ -188,80 +161,188 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]], key: str) -> np.ndarray:
-    """Steps, tokens, seconds and the value `key` `[N, 4]` of the rows that have it."""
-    return np.array([(row["step"], row.get("tokens", 0), row.get("seconds", 0), row[key])
-                     for row in rows if row.get(key) is not None], dtype=float).reshape(-1, 4)
+    """Steps, tokens, seconds and the value `key` of the rows that have it, as `[N, 4]`."""
+    values = []
+    for row in rows:
+        if row.get(key) is not None:
+            values.append((row["step"], row.get("tokens", 0), row.get("seconds", 0), row[key]))
+    return np.array(values, dtype=float).reshape(-1, 4)
 
 
 def thinned(points: np.ndarray) -> np.ndarray:
-    """At most POINTS points of `[N, 4]` as a curve: each is the end of a stretch, with the values in it."""
+    """A curve of at most CURVE_POINTS of the points `[N, 4]`, each with the values up to it."""
     if not len(points):
         return np.empty((0, 6))
-    starts = np.unique(np.linspace(0, len(points), min(len(points), POINTS), endpoint=False).astype(int))
+    count = min(len(points), CURVE_POINTS)
+    starts = np.linspace(0, len(points), count, endpoint=False).astype(int)
     ends = np.append(starts[1:], len(points))
-    losses = points[:, 3]
-    return np.column_stack((points[ends - 1, :3], np.add.reduceat(losses, starts) / (ends - starts),
-                            np.minimum.reduceat(losses, starts), np.maximum.reduceat(losses, starts)))
+    values = points[:, 3]
+    mean = np.add.reduceat(values, starts) / (ends - starts)
+    lowest = np.minimum.reduceat(values, starts)
+    highest = np.maximum.reduceat(values, starts)
+    return np.column_stack((points[ends - 1, :3], mean, lowest, highest))
+
+
+def progress(
+    folder: Path,
+    rows: list[dict[str, Any]],
+    reached: tuple[int, int, float],
+    settings: dict[str, Any],
+) -> tuple[bool, str]:
+    """Whether a run is finished (a pruned one is not), and its state in words."""
+    steps, _, seconds = reached
+    max_steps = settings.get("training.max_steps")
+    max_seconds = settings.get("training.max_seconds")
+    last_rows = [row for row in rows[-2:] if row["step"] == rows[-1]["step"]]
+    finished = True
+    if max_steps is not None and (steps >= max_steps or (max_seconds and seconds >= max_seconds)):
+        state = "finished"
+    elif any(row.get("stopped_early") for row in last_rows):
+        state = f"stopped early, after {counted(steps, 'step')}"
+    else:
+        finished = False
+        state = counted(steps, "step")
+        if max_steps:
+            state = f"{steps:,} of {counted(max_steps, 'step')}"
+        # A run that was resumed is beyond the step at which it was pruned.
+        if any(steps <= row["step"] for row in read_rows(folder / PRUNED)):
+            state = f"pruned after {state}"
+    nonfinite = len(list(folder.glob("nonfinite/*.json")))
+    return finished, f"{state}, {nonfinite} not finite" if nonfinite else state
+
+
+def diagnostics(rows: list[dict[str, Any]], settings: dict[str, Any]) -> dict[str, np.ndarray]:
+    """The curves of learning rate, gradient norm and speed that were recorded."""
+    rates = table(rows, "lr_scale")
+    peak = settings.get("optim.lr")
+    if isinstance(peak, int | float):
+        rates[:, 3] *= peak
+    speeds = table(rows, "step_ms")
+    speeds = speeds[(speeds[:, 0] > 0) & (speeds[:, 3] > 0)]
+    tokens_per_step = speeds[:, 1] / speeds[:, 0]
+    speeds[:, 3] = 1000 * tokens_per_step / speeds[:, 3]
+    curves = {
+        "learning rate": rates,
+        "gradient norm": table(rows, "gradient_norm"),
+        "tokens per second": speeds,
+    }
+    return {name: thinned(points) for name, points in curves.items() if len(points)}
+
+
+def resolved(settings: dict[str, Any], start: dict[str, Any]) -> dict[str, Any]:
+    """The settings with the values that "auto" stood for at a start."""
+    chosen = {
+        "training.device": start.get("device"),
+        "training.precision": start.get("precision"),
+        "training.compile": {True: "true", False: "false"}.get(start.get("compiled")),
+    }
+    for key, value in chosen.items():
+        if settings.get(key) == "auto" and value is not None:
+            settings = settings | {key: value}
+    return settings
+
+
+def best_first(runs: list[History]) -> list[History]:
+    """The runs sorted by their scores, those without one last.
+
+    Runs with different texts or tokenizers are compared by bits per byte: their tokens stand for
+    different amounts of text, so their losses per token cannot be compared.
+    """
+    if len({tokens_of(run) for run in runs}) > 1:
+        runs = [replace(run, measure=BITS) for run in runs]
+    return sorted(runs, key=lambda run: (math.inf if run.score is None else run.score, run.name))
+
+
+def tokens_of(run: History) -> frozenset[tuple[str, str]]:
+    """The settings that decide the text and its tokens."""
+    return frozenset(
+        (key, str(value))
+        for key, value in run.settings.items()
+        if key.startswith("data.") or key == "model.vocab_size"
+    )
+
+
+def differing(runs: list[History]) -> list[str]:
+    """The settings that differ between the runs and can change the result."""
+    keys = dict.fromkeys(key for run in runs for key in run.settings)
+    return [
+        key
+        for key in keys
+        if can_matter(key) and len({str(run.settings.get(key)) for run in runs}) > 1
+    ]
+
+
+def can_matter(key: str) -> bool:
+    """Whether a setting can change the result of a run by itself."""
+    try:
+        # The size of the vocabulary follows from the tokenizer.
+        return kind(key) != "free" and key != "model.vocab_size"
+    except KeyError:  # a setting of another version
+        return True
+
+
+def are_numbers(values: list[Any]) -> bool:
+    """Whether all `values` are finite numbers."""
+    for value in values:
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            return False
+        if not math.isfinite(value):
+            return False
+    return True
 
 
 def choose(runs_dir: Path, names: str) -> tuple[list[tuple[Path, str]], list[Path]]:
-    """The runs that `names` selects, each with its name in the report, and the folders that were named.
+    """The runs that `names` selects, each with its name in the report, and the named folders.
 
-    Names are separated by commas, and are below `runs_dir` or paths; a folder of runs stands for those in it.
-    Without any, it is the run that was saved last, or all runs of its sweep. Raises ValueError for a name that is neither.
+    Names are separated by commas, and are folders in `runs_dir` or paths; a folder of runs stands
+    for those in it. Without names it is the run that was saved last, or all runs of its sweep.
+    Raises ValueError for a name that is neither.
     """
     if names:
-        folders = list({folder.resolve(): folder for folder in named(runs_dir, names.split(","))}.values())
+        named = named_folders(runs_dir, names.split(","))
+        folders = list({folder.resolve(): folder for folder in named}.values())
     else:
         run = find_run(runs_dir, "")
         folders = [run.parent if is_sweep(run.parent) else run]
     chosen: dict[Path, tuple[Path, str]] = {}
     for folder in folders:
-        if not runs_in(folder):
-            raise ValueError(f"{folder} is not a run and holds none: a run's folder has a config.yaml.")
-        for run in runs_in(folder):
-            # Runs of several sweeps often have the same names, such as trial_0001: the sweep's name tells them apart.
-            above = folder if run != folder and len(folders) == 1 else folder.parent
+        runs = runs_in(folder)
+        if not runs:
+            raise ValueError(
+                f"{folder} is not a run and holds none: a run's folder has a config.yaml."
+            )
+        # Runs of several sweeps often share names such as trial_0001: the sweep's name is added.
+        alone = len(folders) == 1 and runs != [folder]
+        above = folder if alone else folder.parent
+        for run in runs:
             chosen.setdefault(run.resolve(), (run, str(run.relative_to(above))))
     uses = Counter(name for _, name in chosen.values())
-    return [(run, name if uses[name] == 1 else str(run)) for run, name in chosen.values()], folders
+    runs = [(run, name if uses[name] == 1 else str(run)) for run, name in chosen.values()]
+    return runs, folders
 
 
-def named(runs_dir: Path, words: list[str]) -> Iterator[Path]:
-    """The folders; a comma can also be part of a name, as in lr=0.1,n_layer=2."""
-    while words:
-        for count in range(len(words), 0, -1):
-            name = ",".join(words[:count])
-            found = next((place for place in (runs_dir / name, Path(name)) if name and place.is_dir()), None)
-            if found:
-                yield found
-                words = words[count:]
+def named_folders(runs_dir: Path, parts: list[str]) -> Iterator[Path]:
+    """The folders that are named; a comma can be part of a name, as in lr=0.1,n_layer=2."""
+    while parts:
+        for count in range(len(parts), 0, -1):
+            name = ",".join(parts[:count])
+            places = [place for place in (runs_dir / name, Path(name)) if name and place.is_dir()]
+            if places:
+                yield places[0]
+                parts = parts[count:]
                 break
         else:
-            raise ValueError(f"runs={words[0]} is neither a folder in {runs_dir} nor a path of one.")
+            problem = f"runs={parts[0]} is neither a folder in {runs_dir} nor a path of one."
+            raise ValueError(problem)
 
 
 def runs_in(folder: Path) -> list[Path]:
-    """The folder itself if it is a run's, else the runs in it, without those that were moved aside."""
+    """The folder if it is a run, else the runs in it, without those that restart=true renamed."""
     if (folder / "config.yaml").is_file():
         return [folder]
-    inner = (path for path in sorted(folder.iterdir()) if path.is_dir() and not path.is_symlink())
-    return [run for path in inner if not re.search(r"^\.|\.old(-\d+)?$", path.name) for run in runs_in(path)]
-
-
-def differing(runs: list[History]) -> list[str]:
-    """The settings that differ between the runs, without those that change nothing in what is learned."""
-    def matters(key: str) -> bool:
-        try:
-            return kind(key) != "free" and key != "model.vocab_size"  # which follows from the tokenizer
-        except KeyError:  # a setting of another version
-            return True
-
-    keys = dict.fromkeys(key for run in runs for key in run.settings)
-    return [key for key in keys if matters(key) and len({str(run.settings.get(key)) for run in runs}) > 1]
-
-
-def are_numbers(values: list[Any]) -> bool:
-    """Whether all `values` are finite numbers."""
-    return all(isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-               for value in values)
+    runs: list[Path] = []
+    for path in sorted(folder.iterdir()):
+        renamed = re.search(r"^\.|\.old(-\d+)?$", path.name)
+        if path.is_dir() and not path.is_symlink() and not renamed:
+            runs += runs_in(path)
+    return runs

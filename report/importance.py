@@ -1,6 +1,6 @@
-"""Which of the settings that differ between runs mattered: Optuna's estimate from their settings and losses alone.
+"""The importance of settings, estimated by Optuna from the settings and results of runs alone.
 
-So a grid, a search and a handful of runs started by hand are all treated alike.
+So runs of a grid, of a search and runs that were started by hand are treated alike.
 """
 
 from __future__ import annotations
@@ -9,40 +9,50 @@ from typing import Any
 
 from report.history import History, are_numbers
 
-FEWEST = 4  # runs: fewer say nothing about anything
+MIN_RUNS = 4
 
 
 def importance(runs: list[History], keys: list[str]) -> dict[str, float]:
-    """The share of each of the settings `keys` in how much the losses differ, the highest first.
+    """The share of each of the settings `keys` in the differences of the scores, highest first.
 
-    It is fANOVA's (Hutter et al. 2014): a forest learns the loss, and its variance is divided. PED-ANOVA, which needs no
-    scikit-learn, came out at anything from 5 to 99% for the setting that decided all, with a dozen runs. All `runs` have a
-    score. Raises ValueError if there are too few or all are alike, and if Optuna or scikit-learn is not installed.
+    It is fANOVA's (Hutter et al. 2014): a random forest learns the score, and its variance is
+    divided. PED-ANOVA, which needs no scikit-learn, gave anything from 5 to 99% to the one setting
+    that decided, with a dozen runs. All `runs` have a score. Raises ValueError for fewer than
+    MIN_RUNS, if all scores are equal, and if Optuna or scikit-learn is not installed.
     """
-    if len(runs) < FEWEST:
-        raise ValueError(f"Importance needs {FEWEST} finished runs with all these settings, and there are {len(runs)}.")
+    if len(runs) < MIN_RUNS:
+        needed = f"{MIN_RUNS} finished runs with all these settings"
+        raise ValueError(f"Importance needs {needed}; there are {len(runs)}.")
     if len({run.score for run in runs}) == 1:
-        raise ValueError("Importance cannot be told: all losses are the same.")
+        raise ValueError("Importance cannot be estimated: all losses are the same.")
     try:
         import optuna
-        import sklearn  # noqa: F401 (what Optuna's fANOVA is made with)
+        import sklearn  # noqa: F401 (needed by Optuna's fANOVA)
     except ImportError:
-        raise ValueError("Importance needs Optuna and scikit-learn: pip install optuna scikit-learn.") from None
+        raise ValueError(
+            "Importance needs Optuna and scikit-learn: pip install optuna scikit-learn."
+        ) from None
     from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    kinds = {key: distribution([run.settings[key] for run in runs]) for key in keys}
+    columns = {key: as_parameter([run.settings[key] for run in runs]) for key in keys}
+    distributions = {key: distribution for key, (distribution, _) in columns.items()}
     study = optuna.create_study()
-    for run in runs:
-        values = {key: run.settings[key] if hasattr(kinds[key], "low") else str(run.settings[key]) for key in keys}
-        study.add_trial(optuna.trial.create_trial(params=values, distributions=kinds, value=run.score))
+    for number, run in enumerate(runs):
+        params = {key: values[number] for key, (_, values) in columns.items()}
+        trial = optuna.trial.create_trial(
+            params=params, distributions=distributions, value=run.score
+        )
+        study.add_trial(trial)
     return get_param_importances(study, evaluator=FanovaImportanceEvaluator(seed=0))
 
 
-def distribution(values: list[Any]) -> Any:
-    """The range that values of a setting come from, for Optuna."""
+def as_parameter(values: list[Any]) -> tuple[Any, list[Any]]:
+    """The distribution of a setting's values for Optuna, and the values as it takes them."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution
 
     if are_numbers(values):
-        return FloatDistribution(min(values), max(values), log=min(values) > 0 and max(values) >= 10 * min(values))
-    return CategoricalDistribution(sorted(set(map(str, values))))
+        low, high = min(values), max(values)
+        return FloatDistribution(low, high, log=low > 0 and high >= 10 * low), values
+    texts = [str(value) for value in values]
+    return CategoricalDistribution(sorted(set(texts))), texts

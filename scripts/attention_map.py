@@ -42,7 +42,7 @@ from data.tokenizer import ByteTokenizer, Tokenizer
 from generation.engine import open_checkpoint
 from generation.sampling import finite
 from model import GPT
-from report.curves import as_image, new_figure, quiet, short_text
+from report.figures import as_image, new_figure, quiet, short_text
 from setting import FilePath
 from terminal import counted, escaped, readable_size, say
 from training.device import Device

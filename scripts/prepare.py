@@ -43,7 +43,7 @@ from data.shards import SPLITS, read_meta
 from data.sources import DataConfig
 from data.store import BUILDING, data_root, in_use, is_locked
 from data.tokenizer import Tokenizer
-from report.curves import as_image, log_ticks, new_figure, picture_problems
+from report.figures import as_image, log_ticks, new_figure, picture_problems
 from setting import FilePath
 from terminal import readable_size, say
 

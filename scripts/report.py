@@ -30,9 +30,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import atomic
-from report.curves import PICTURES, loss_picture
+from report.curves import loss_picture
+from report.figures import PICTURES
 from report.history import choose
-from report.page import open_all, write
+from report.page import open_runs, write
 from setting import FilePath, FilePaths
 from terminal import counted, readable_size, say
 
@@ -59,7 +60,7 @@ def main(settings: ReportSettings) -> int:
     out = Path(settings.out) if settings.out else page_of(folders, Path(settings.runs_dir))
     kind = out.suffix.lower()
     if kind in PICTURES:
-        atomic.write_bytes(out, loss_picture(open_all(chosen), kind.lstrip(".")))
+        atomic.write_bytes(out, loss_picture(open_runs(chosen), kind.lstrip(".")))
         say(f"Drew {out}")
         return 0
     first, *rest = write(chosen, out, title_of(folders))

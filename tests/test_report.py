@@ -31,11 +31,10 @@ from report.curves import (
     draw_losses,
     draw_slice,
     in_unit,
-    new_figure,
-    number_texts,
     smooth,
 )
-from report.history import POINTS, PRUNED, choose, differing, open_history, thinned
+from report.figures import new_figure, number_texts
+from report.history import CURVE_POINTS, PRUNED, choose, differing, open_history, thinned
 from report.importance import importance
 from scripts import report as script
 from terminal import escaped
@@ -185,7 +184,7 @@ def test_rates_norms_and_speeds_are_read_where_they_were_recorded(tmp_path):
 def test_curves_are_thinned_without_losing_a_loss():
     points = np.column_stack((np.arange(1, 10_001), np.arange(10_000) * 7, np.arange(10_000) / 3, np.random.default_rng(0).normal(5, 1, 10_000)))
     thin = thinned(points)
-    assert len(thin) == POINTS and (thin[-1, :3] == points[-1, :3]).all()
+    assert len(thin) == CURVE_POINTS and (thin[-1, :3] == points[-1, :3]).all()
     assert thin[:, 3].mean() == pytest.approx(points[:, 3].mean())  # stretches of equal length
     assert thin[:, 4].min() == points[:, 3].min() and thin[:, 5].max() == points[:, 3].max()
     assert np.array_equal(thinned(points[:7])[:, :4], points[:7]) and len(thinned(points[:0])) == 0
@@ -266,7 +265,7 @@ def test_slices_are_drawn_where_they_say_something(tmp_path, runs, slices):
     for number in range(runs):
         write_run(tmp_path / f"runs/{number}", end=3 + number, optim__lr=0.01 * (1 + number))
     page = make(tmp_path / "runs", pictures=True)
-    assert ("against optim.lr" in page, "What mattered" in page, (tmp_path / "runs/report-slices.png").exists()) == (slices,) * 3
+    assert ("against optim.lr" in page, "Importance of settings" in page, (tmp_path / "runs/report-slices.png").exists()) == (slices,) * 3
 
 
 def test_a_slice_marks_medians_and_runs_that_diverged(histories_of):
@@ -444,7 +443,7 @@ def test_importance_takes_words_and_refuses_to_guess(tmp_path):
         write_run(tmp_path / f"sweep/{number}", end=3 + (number % 2), model__bias=bool(number % 2), optim__lr=0.01 * (1 + number // 4))
     whole, keys = story.comparable(histories(tmp_path / "sweep"))
     assert next(iter(importance(whole, keys))) == "model.bias"
-    with pytest.raises(ValueError, match="needs 4 finished runs with all these settings, and there are 3"):
+    with pytest.raises(ValueError, match="needs 4 finished runs with all these settings; there are 3"):
         importance(whole[:3], keys)
 
 

@@ -1,6 +1,7 @@
-"""The number formats that a device multiplies by instructions of its own: the one place that asks.
+"""The CPUs of this machine, and the number formats that its devices multiply natively.
 
 Where a format is not native, torch emulates it: on a CPU bf16 then takes 30 times as long as fp32.
+torch is imported inside functions, since the command line counts threads before it needs torch.
 """
 
 from __future__ import annotations
@@ -12,16 +13,17 @@ from functools import cache
 from pathlib import Path
 
 CGROUPS = Path("/sys/fs/cgroup")
+# The file that names the cgroups of this process.
 OWN_GROUPS = Path("/proc/self/cgroup")
 
 
 def native(precision: str, device: str = "cpu") -> bool:
     """Whether a device ("cpu", "cuda", "mps") multiplies "fp32", "bf16" or "fp16" natively.
 
-    NANOHYDRA_NATIVE_BF16=0 or 1 (and ..._FP16) overrides the answer for CPUs, so that every machine
-    can be tested as any other.
+    NANOHYDRA_NATIVE_BF16=0 or 1 (and ..._FP16) overrides the answer for CPUs, so that one machine
+    can be tested as another.
     """
-    import torch  # here, since the command line asks this module for threads before it needs torch
+    import torch
 
     if precision == "fp32":
         return True
@@ -32,7 +34,7 @@ def native(precision: str, device: str = "cpu") -> bool:
     answer = os.environ.get(f"NANOHYDRA_NATIVE_{precision.upper()}")
     if answer in ("0", "1"):
         return answer == "1"
-    # oneDNN computes these products, and can be kept from using what the processor has.
+    # oneDNN computes these products. It may be missing, or configured to use older instructions.
     if not torch.backends.mkldnn.is_available():
         return False
     if precision == "fp16":
@@ -42,7 +44,7 @@ def native(precision: str, device: str = "cpu") -> bool:
 
 
 def onednn_beats_mkl() -> bool:
-    """Whether oneDNN multiplies fp32 matrices faster than MKL: on AMD's processors, where that was measured.
+    """Whether oneDNN multiplies fp32 matrices faster than MKL: on AMD's CPUs, by measurement.
 
     NANOHYDRA_ONEDNN=0 or 1 overrides the answer. False where torch lacks one of the two.
     """
@@ -50,56 +52,62 @@ def onednn_beats_mkl() -> bool:
 
     if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
         return False
-    # A private function of torch, which a version may lack.
+    # A private function, which a version of torch may lack.
     if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
     answer = os.environ.get("NANOHYDRA_ONEDNN")
-    return answer == "1" if answer in ("0", "1") else vendor() == "AuthenticAMD"
+    if answer in ("0", "1"):
+        return answer == "1"
+    return vendor() == "AuthenticAMD"
 
 
 @cache
 def vendor() -> str:
-    """The maker of the processor, as Linux names it; empty on other systems."""
+    """The maker of the CPU, as Linux names it; empty on other systems."""
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("vendor_id"):
-                return line.partition(":")[2].strip()
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        pass
-    return ""
+        return ""
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")]
+    return names[0] if names else ""
 
 
 def usable_cpus() -> int:
-    """The number of CPUs that this process may use: by its affinity, and by the quota of its container (cgroup)."""
+    """The number of CPUs of this process, by its affinity and the quota of its container."""
     try:
         cpus = len(os.sched_getaffinity(0))
-    except AttributeError:  # not Linux
+    except AttributeError:
+        # Only Linux has affinities.
         cpus = os.cpu_count() or 1
     quota = cpu_quota(CGROUPS, OWN_GROUPS)
     return cpus if quota is None else max(1, min(cpus, round(quota)))
 
 
 def cpu_quota(root: Path, own_groups: Path) -> float | None:
-    """The CPUs' worth of time that the cgroups (version 2 or 1) below `root` grant this process; None without a limit.
+    """The number of CPUs that cgroups (version 2 or 1) grant this process; None without a limit.
 
-    `own_groups` is the file that names the groups of this process.
+    `root` is the folder of the cgroups, and `own_groups` the file that names those of this process.
     """
     try:
         lines = own_groups.read_text().splitlines()
     except OSError:
         lines = []
     quotas = []
+    # In a container, the path may be one outside of it: the roots are always read.
     for line in ["0::/", "0:cpu:/", *lines]:
         controllers, _, place = line.partition(":")[2].partition(":")
         top = root / "cpu" if "cpu" in controllers.split(",") else root
-        # A group has at most what each group around it has. In a container, the path may be one of outside.
         group = top / place.lstrip("/")
-        quotas += [quota_of(folder) for folder in (group, *group.parents) if folder.is_relative_to(top)]
-    return min((quota for quota in quotas if quota is not None), default=None)
+        # A group has at most the quota of each group around it.
+        for folder in (group, *group.parents):
+            quota = quota_of(folder) if folder.is_relative_to(top) else None
+            if quota is not None:
+                quotas.append(quota)
+    return min(quotas, default=None)
 
 
 def quota_of(group: Path) -> float | None:
-    """The CPUs' worth of time that one cgroup grants; None without a limit."""
+    """The number of CPUs that one cgroup grants; None without a limit."""
     try:
         if (group / "cpu.max").exists():
             quota, period = (group / "cpu.max").read_text().split()
@@ -107,35 +115,38 @@ def quota_of(group: Path) -> float | None:
             quota = (group / "cpu.cfs_quota_us").read_text()
             period = (group / "cpu.cfs_period_us").read_text()
         return float(quota) / float(period) if float(quota) > 0 else None
-    except (OSError, ValueError, ZeroDivisionError):  # no such limit, or "max"
+    except (OSError, ValueError, ZeroDivisionError):
+        # There is no such file, or it says "max".
         return None
 
 
 def busy_cpus() -> float:
-    """How many CPUs other processes keep busy: now, and in the mean of the last minute; 0 where nobody knows."""
+    """The number of CPUs that other processes use, now and in the last minute; 0 if unknown."""
     runnable = []
     try:
         for _ in range(5):
             load, _, _, counts = Path("/proc/loadavg").read_text().split()[:4]
             runnable.append(int(counts.partition("/")[0]))
             time.sleep(0.004)
-        # One that is running now is this process.
+        # One of the runnable processes is this one.
         return max(0.0, min(float(load), statistics.median(runnable) - 1))
     except (OSError, ValueError):
         return 0.0
 
 
 def are_crowded(threads: int, busy: float) -> bool:
-    """Whether so many threads have to share CPUs, where others keep `busy` of them busy."""
+    """Whether `threads` have to share CPUs, while other processes keep `busy` CPUs busy."""
     return threads > 1 and busy + threads > (os.cpu_count() or 1) + 0.5
 
 
 def sleep_while_waiting() -> None:
-    """Where CPUs are busy, let torch's threads sleep when they wait. Call it before torch is imported.
+    """Let torch's waiting threads sleep if the CPUs are busy. Call it before importing torch.
 
-    OpenMP's threads spin until the last one is done, on the CPU that this one needs: beside another program, a step on
-    two threads then takes ten times as long as on one. On a quiet machine spinning is faster.
+    OpenMP's threads spin until the last one is done, on the CPU that it needs: beside another
+    program, a step on two threads then takes ten times as long as on one. On a quiet machine,
+    spinning is faster.
     """
-    threads = os.environ.get("OMP_NUM_THREADS", "")
-    if are_crowded(int(threads) if threads.isdecimal() else usable_cpus(), busy_cpus()):
+    setting = os.environ.get("OMP_NUM_THREADS", "")
+    threads = int(setting) if setting.isdecimal() else usable_cpus()
+    if are_crowded(threads, busy_cpus()):
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -12,89 +12,111 @@ from tqdm import tqdm
 
 from terminal import can_redraw, escaped
 
-PLAIN_SECONDS = 10  # between two plain lines
-PLAIN_SHARE = 0.02  # of the time so far: a run of a day writes hundreds of lines, not thousands
-COUNTED = "{desc}{percentage:.0f}%, {n_fmt} of {total_fmt}{unit}, {elapsed} elapsed, {remaining} left{postfix}"
-COUNTING = "{desc}{n_fmt}{unit}, {elapsed} elapsed{postfix}"
+# The shortest time between two plain lines.
+PLAIN_SECONDS = 10
+# The time between them as a fraction of the elapsed time: a run of a day writes hundreds of lines.
+PLAIN_FRACTION = 0.02
+WITH_TOTAL = (
+    "{desc}{percentage:.0f}%, {n_fmt} of {total_fmt}{unit}, {elapsed} elapsed, "
+    "{remaining} left{postfix}"
+)
+WITHOUT_TOTAL = "{desc}{n_fmt}{unit}, {elapsed} elapsed{postfix}"
 
 
 def print_line(text: str) -> None:
-    """Print a message for people above the bar, if one is drawn. A write error is ignored."""
+    """Print a message for people above the bar, if there is one. A write error is ignored."""
     with suppress(OSError):
         ProgressBar.write(escaped(text), file=sys.stdout)
         sys.stdout.flush()
 
 
 class ProgressBar(tqdm):
-    """Progress on stderr: tqdm's bar on a terminal, elsewhere a plain line every PLAIN_SECONDS or more.
+    """Progress on stderr: tqdm's bar on a terminal, elsewhere a plain line now and then.
 
-    It takes tqdm's arguments. `plain_format` is the format of a plain line, in tqdm's fields. What takes less than
-    PLAIN_SECONDS writes no plain line.
+    Takes tqdm's arguments. `plain_format` is the format of a plain line, with tqdm's fields. Work
+    that takes less than PLAIN_SECONDS writes no plain line.
     """
 
-    monitor_interval = 0  # No thread of tqdm's, so that a process with a bar can fork.
-    expected: float | None = None  # an estimate of seconds for each unit
-    ends = math.inf  # seconds after which the work ends, done or not
+    # No monitor thread: a process with a bar can fork.
+    monitor_interval = 0
+    # An estimate of the seconds per unit.
+    expected: float | None = None
+    # The time in seconds at which the work ends even if it is not complete.
+    time_limit = math.inf
 
-    def __init__(self, iterable: Iterable[Any] | None = None, desc: str | None = None, plain_format: str = "",
-                 **settings: Any) -> None:
+    def __init__(
+        self,
+        iterable: Iterable[Any] | None = None,
+        desc: str | None = None,
+        plain_format: str = "",
+        **settings: Any,
+    ) -> None:
         self.plain, self.plain_format = not can_redraw(sys.stderr), plain_format
         if self.plain:
             settings |= {"mininterval": PLAIN_SECONDS, "delay": PLAIN_SECONDS}
-        super().__init__(iterable, desc, file=sys.stderr, dynamic_ncols=True, miniters=0, **settings)
+        settings |= {"file": sys.stderr, "dynamic_ncols": True, "miniters": 0}
+        super().__init__(iterable, desc, **settings)
 
     def expect(self, seconds: float, limited: bool = False) -> None:
-        """Begin now with an estimate of the time left. It counts as much as the first tenth of the work.
+        """Start now with an estimate of the time left, with the weight of a tenth of the work.
 
-        `limited`: the work ends after `seconds`, done or not.
+        `limited`: the work ends after `seconds`, complete or not.
         """
         left = self.total - self.n
-        if left > 0:
-            self.initial, self.start_t = self.n, self._time()
-            self.expected, self.ends = (None, seconds) if limited else (seconds / left, math.inf)
+        if left <= 0:
+            return
+        self.initial, self.start_t = self.n, self._time()
+        if limited:
+            self.expected, self.time_limit = None, seconds
+        else:
+            self.expected, self.time_limit = seconds / left, math.inf
 
     @property
     def format_dict(self) -> dict[str, Any]:
-        """The state that is shown; with an estimate the rate is the mean of it and of what was measured."""
+        """The displayed state; its rate combines the estimate and the measured time."""
         state = super().format_dict
+        done, elapsed = max(0, self.n - self.initial), state["elapsed"]
         if self.expected and not self.disable:
-            weight = 0.1 * (self.total - self.initial)
-            done = max(0, self.n - self.initial)
-            seconds = (weight * self.expected + state["elapsed"]) / (weight + done)
-            # Elapsed time without a finished unit is part of the next one.
+            state["rate"] = 1 / self.expected
+            # Before the first unit is done, the elapsed time says nothing.
             if done:
-                state["rate"] = 1 / seconds
-            else:
-                state["rate"] = 1 / self.expected
-        if math.isfinite(self.ends) and self.total > self.n:
-            measured = max(0, self.n - self.initial) / max(state["elapsed"], 1e-9)
-            state["rate"] = max(measured, (self.total - self.n) / max(self.ends - state["elapsed"], 1e-9))
+                weight = 0.1 * (self.total - self.initial)
+                state["rate"] = (weight + done) / (weight * self.expected + elapsed)
+        if self.time_limit < math.inf and self.total > self.n:
+            measured = done / max(elapsed, 1e-9)
+            needed = (self.total - self.n) / max(self.time_limit - elapsed, 1e-9)
+            state["rate"] = max(measured, needed)
         return state
 
     def plain_line(self) -> str:
-        """The state in words."""
+        """The state as a plain line."""
         state = self.format_dict
-        desc, unit = state["prefix"], state["unit"]
-        if not self.plain_format:
-            desc = f"{desc}: " if desc else ""
-        state |= {"ncols": None, "prefix": desc, "unit": unit if unit == "B" else f" {unit}",
-                  "bar_format": self.plain_format or (COUNTED if self.total else COUNTING)}
+        line_format = self.plain_format
+        if not line_format:
+            line_format = WITH_TOTAL if self.total else WITHOUT_TOTAL
+            state["prefix"] += ": " if state["prefix"] else ""
+        if state["unit"] != "B":
+            state["unit"] = f" {state['unit']}"
+        state |= {"ncols": None, "bar_format": line_format}
         return self.format_meter(**state)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
-        """Draw the bar, or write a plain line; called by tqdm when it is time."""
-        with suppress(OSError):  # Work goes on when its progress cannot be shown.
+        """Draw the bar or write a plain line. tqdm calls this when it is time."""
+        # A write error must not stop the work.
+        with suppress(OSError):
             if not self.plain:
                 return super().display(msg, pos)
             if msg is None:
                 self.fp.write(escaped(self.plain_line(), keep="") + "\n")
                 self.fp.flush()
-                self.mininterval = max(PLAIN_SECONDS, PLAIN_SHARE * self.format_dict["elapsed"])
+                elapsed = self.format_dict["elapsed"]
+                self.mininterval = max(PLAIN_SECONDS, PLAIN_FRACTION * elapsed)
         return False
 
     def refresh(self, nolock: bool = False, lock_args: Any = None) -> bool | None:
-        """Display it again; a plain line that other output followed stays where it is."""
-        if self.plain and nolock:  # by write(), which drew over a bar
+        """Draw the bar again. A plain line is not repeated after other output."""
+        # write() passes nolock: it has written over a bar.
+        if self.plain and nolock:
             return False
         return super().refresh(nolock, lock_args)
 
@@ -104,11 +126,12 @@ class ProgressBar(tqdm):
             super().clear(nolock)
 
     def close(self) -> None:
-        """Draw or write the last state, if there was one before and it is to stay."""
+        """Show the last state, if one was shown before and the bar stays."""
         if self.plain and not self.disable:
             shown = self.last_print_t >= self.start_t + self.delay
             if self.leave and shown and self.n > self.last_print_n:
                 self.display()
-            self.leave = False  # tqdm would end its line, which has ended
+            # tqdm would end the line, which has ended.
+            self.leave = False
         with suppress(OSError):
             super().close()

@@ -84,8 +84,7 @@ def two_columns(name: str, text: str) -> list[str]:
         HELP_COLUMNS,
         initial_indent=start,
         subsequent_indent=indent,
-        break_on_hyphens=False,
-    )
+        break_on_hyphens=False)
 
 
 def as_word(value: Any) -> str:

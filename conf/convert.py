@@ -19,7 +19,7 @@ TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false"}
 
 
 def freeze(schema: Any, values: dict[str, Any], prefix: str, problems: list[str]) -> Any:
-    """An instance of the dataclass `schema`; a sentence for each invalid value goes to `problems`."""
+    """An instance of the dataclass `schema`; sentences about invalid values go to `problems`."""
     arguments: dict[str, Any] = {}
     for name, hint in get_type_hints(schema).items():
         if name not in values:
@@ -33,8 +33,7 @@ def freeze(schema: Any, values: dict[str, Any], prefix: str, problems: list[str]
             else:
                 first = fields(hint)[0].name
                 problems.append(
-                    f"{key}={value} is a group of settings: set one of them, as in {key}.{first}=..."
-                )
+                    f"{key}={value} is a group of settings: set one, as in {key}.{first}=...")
         except (TypeError, ValueError, OverflowError) as error:
             problems.append(f"{key}={as_word(value)[:200]} {error}.")
     return schema(**arguments)

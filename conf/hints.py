@@ -1,7 +1,6 @@
 """Names of Hydra, nanoGPT and Hugging Face, and the names of the same settings here.
 
-Only error messages use these tables: the names on the right are refused, and the name on the left is
-suggested.
+Only error messages use these tables: they suggest the name on the left for one on the right.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What makes a run that run: each setting is of one kind, and the kind says what a change of it means.
+"""Which settings identify a run, and which may change when it resumes.
 
-docs/runs.md prints this table.
+Each setting is of one kind. docs/runs.md explains the kinds with the same table.
 """
 
 from __future__ import annotations
@@ -10,22 +10,28 @@ from typing import Any
 
 from terminal import escaped
 
-MICRO_BATCHES = ("training.batch_size", "training.tokens_per_step")
-
-# The first pattern that fits a setting's name decides.
+# The first pattern that matches a setting's name decides. `free` settings may change at any time,
+# `extendable` ones when the run resumes, `machine` ones only by the user's wish; `identity` makes
+# another run.
 KINDS = {
-    "free": "name auto_name runs_dir restart allow_drift data.path data.val_path data.hub_revision training.sample_tokens "
-            "training.recompute logger.*",
-    "extendable": "training.max_steps training.max_seconds training.patience training.eval_every training.eval_tokens "
-                  "training.checkpoint_every training.keep_last training.on_save_error "
-                  "training.on_nonfinite training.nonfinite_limit",
+    "free": "name auto_name runs_dir restart allow_drift data.path data.val_path "
+    "data.hub_revision training.sample_tokens training.recompute logger.*",
+    "extendable": "training.max_steps training.max_seconds training.patience training.eval_every "
+    "training.eval_tokens training.checkpoint_every training.keep_last training.on_save_error "
+    "training.on_nonfinite training.nonfinite_limit",
     "machine": "training.device training.threads training.compile training.deterministic",
-    "identity": "seed model.* data.* optim.* training.batch_size training.tokens_per_step training.precision",
+    "identity": "seed model.* data.* optim.* training.batch_size training.tokens_per_step "
+    "training.precision",
 }
+MICRO_BATCHES = ("training.batch_size", "training.tokens_per_step")
+# The text and the settings of the data decide these.
+OF_THE_TOKENS = ("data.prepared", "data.tokenizer_fingerprint", "model.vocab_size")
+# The old and the new value of each setting that has changed.
+Changes = dict[str, tuple[Any, Any]]
 
 
 def kind(setting: str) -> str:
-    """The kind of a setting. Raises KeyError for one that the table does not have."""
+    """The kind of a setting. Raises KeyError for a name that matches no pattern."""
     for name, patterns in KINDS.items():
         if any(fnmatchcase(setting, pattern) for pattern in patterns.split()):
             return name
@@ -36,57 +42,72 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings as {"model.n_layer": 4, ...}."""
     found: dict[str, Any] = {}
     for name, value in values.items():
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+        key = f"{prefix}{name}"
+        if isinstance(value, dict):
+            found |= flat(value, f"{key}.")
+        else:
+            found[key] = value
     return found
 
 
-def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """What differs, with both values; None stands for what one of the two does not have."""
+def differences(old: dict[str, Any], new: dict[str, Any]) -> Changes:
+    """The settings that differ, with both values; None for a missing one."""
     before, after = flat(old), flat(new)
-    return {key: (before.get(key), after.get(key)) for key in before | after if before.get(key) != after.get(key)}
+    pairs = {key: (before.get(key), after.get(key)) for key in before | after}
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def identity_differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """The settings that make two runs of `old` and `new`; one that only an older version had is among them."""
+def identity_differences(old: dict[str, Any], new: dict[str, Any]) -> Changes:
+    """The differences that make `old` and `new` two runs.
+
+    A setting that only an older version had is one of them.
+    """
     before, after = flat(old), flat(new)
-    changes = {key: values for key, values in differences(before, after).items()
-               if key not in after or kind(key) == "identity"}
-    if tokens_per_step(before) == tokens_per_step(after) is not None:
-        # A step has the same sequences, in other micro-batches.
-        changes = {key: values for key, values in changes.items() if key not in MICRO_BATCHES}
+    changes = {}
+    same_tokens = tokens_per_step(before) == tokens_per_step(after) is not None
+    for key, pair in differences(before, after).items():
+        if key in after and kind(key) != "identity":
+            continue
+        # A step on the same sequences, in other micro-batches, is the same step.
+        if not (same_tokens and key in MICRO_BATCHES):
+            changes[key] = pair
     return changes
 
 
 def tokens_per_step(values: dict[str, Any]) -> int | None:
-    """The tokens of a step by flat settings; None where these, which we may not have written, do not say it."""
-    if isinstance(values.get("training.tokens_per_step"), int):
-        return values["training.tokens_per_step"]
+    """The tokens of a step by flat settings; None where they, perhaps damaged, do not tell."""
+    tokens = values.get("training.tokens_per_step")
+    if isinstance(tokens, int):
+        return tokens
     batch_size, block_size = values.get("training.batch_size"), values.get("model.block_size")
     if isinstance(batch_size, int) and isinstance(block_size, int):
         return batch_size * block_size
     return None
 
 
-# What the text and the settings of the data decide.
-OF_THE_TOKENS = ("data.prepared", "data.tokenizer_fingerprint", "model.vocab_size")
-
-
-def in_short(changes: dict[str, tuple[Any, Any]]) -> list[str]:
-    """Differences as a folder's name shows them, without those that follow from others."""
+def in_short(changes: Changes) -> list[str]:
+    """Differences as a folder's name has them, without those that follow from others."""
     follow = ("model.vocab_size", "data.tokenizer_fingerprint")
-    telling = {key: values for key, values in changes.items() if key not in follow}
-    return [f"{key.rpartition('.')[2]}={new}" for key, (_, new) in (telling or changes).items()]
+    independent = {key: pair for key, pair in changes.items() if key not in follow}
+    return [
+        f"{key.rpartition('.')[2]}={new}" for key, (_, new) in (independent or changes).items()
+    ]
 
 
-def listed(changes: dict[str, tuple[Any, Any]]) -> str:
-    """Differences in words. Fingerprints say nothing to a reader: the text, or a setting of the data, has changed."""
-    words = [in_one_line(f"{key} was {old} and is now {new}") for key, (old, new) in changes.items()
-             if key not in OF_THE_TOKENS]
-    if len(words) < len(changes) and not any(key.startswith("data.") for key in changes if key not in OF_THE_TOKENS):
-        words.insert(0, "the text is not the one that was trained on")
-    return ", ".join(words[:10]) + (f", and {len(words) - 10} more" if len(words) > 10 else "")
+def listed(changes: Changes) -> str:
+    """Differences in a sentence.
+
+    Fingerprints are left out: a reader learns instead that the text or a setting of it has changed.
+    """
+    shown = {key: pair for key, pair in changes.items() if key not in OF_THE_TOKENS}
+    parts = [in_one_line(f"{key} was {old} and is now {new}") for key, (old, new) in shown.items()]
+    if len(shown) < len(changes) and not any(key.startswith("data.") for key in shown):
+        parts.insert(0, "the text is not the one that was trained on")
+    if len(parts) > 10:
+        parts[10:] = [f"and {len(parts) - 10} more"]
+    return ", ".join(parts)
 
 
 def in_one_line(text: str) -> str:
-    """The beginning of a text that we did not write, for use inside a message: without control characters."""
+    """The beginning of a text from a file, for a message: in one line, no control characters."""
     return escaped(text[:200], keep="")

@@ -234,7 +234,8 @@ def help_text(root: str | type, doc: str) -> str:
         presets = ["Presets, as in model=gpt2; the files are in conf/:"]
         for group in groups():
             presets += two_columns(f"{group}=", ", ".join(options(group)))
-        settings = ["Settings, with their values in the default run:", *help_lines(compose(root, []))]
+        values = compose(root, [])
+        settings = ["Settings, with their values in the default run:", *help_lines(values)]
         parts += ["\n".join(presets), "\n".join(settings), FLAGS + SWEEP_FLAG]
         return "\n\n".join(parts)
     schema = SCHEMAS.get(root, root)

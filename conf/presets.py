@@ -1,6 +1,6 @@
 """YAML files of settings: presets, a user's experiments, a run's config.yaml, a sweep's space.
 
-Every such file is read by `read_yaml`, which limits its size. Knows nothing of what the settings mean.
+Every such file is read by `read_yaml`, which limits its size. Knows no names of settings.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def read_text(path: Path) -> str:
 def read_yaml(path: Path) -> dict[str, Any]:
     """The settings in a YAML file; 1e-3 is a number, unlike in plain YAML.
 
-    Raises ConfigError naming the file if it is not valid YAML, has a key twice or exceeds the limits.
+    Raises ConfigError naming the file if it is not valid YAML, has a key twice or is too large.
     """
     text = read_text(path)
     try:
@@ -91,8 +91,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def expanded_size(node: yaml.Node | None, sizes: dict[int, float]) -> float:
     """The number of values in a YAML node with all aliases written out.
 
-    An alias is the same node again, so `sizes`, by the nodes' ids, keeps this as fast as reading the
-    file. A node that contains itself is infinite.
+    An alias is the same node again: `sizes`, by the nodes' ids, keeps this as fast as reading. A
+    node that contains itself is infinite.
     """
     if node is None or isinstance(node, yaml.ScalarNode):
         return 1
@@ -121,8 +121,7 @@ def unresolved(error: OmegaConfBaseException) -> str:
     if missing:
         return (
             f"{error.full_key}: the environment variable {missing[1]} is not set: set it, or give "
-            f"a default, as in ${{oc.env:{missing[1]},100}}."
-        )
+            f"a default, as in ${{oc.env:{missing[1]},100}}.")
     return f"{error.full_key}: the value cannot be read: {said}."
 
 
@@ -154,10 +153,10 @@ def nested(values: dict[Any, Any], path: Path, prefix: str = "") -> dict[str, An
 
 
 class Group(dict[str, Path]):
-    """The YAML files of a group, as Hydra's ConfigStore keeps them, but read only when chosen."""
+    """The YAML files of a group in Hydra's ConfigStore, which are read when they are chosen."""
 
-    def __init__(self, group: str, files: dict[str, Path]) -> None:
-        super().__init__({f"{preset}.yaml": path for preset, path in files.items()})
+    def __init__(self, group: str) -> None:
+        super().__init__({f"{name}.yaml": CONF / group / f"{name}.yaml" for name in options(group)})
         self.group = group
         self.nodes: dict[str, ConfigNode] = {}
 
@@ -166,27 +165,32 @@ class Group(dict[str, Path]):
             self.nodes[name] = config_node(super().__getitem__(name), self.group)
         return self.nodes[name]
 
+    def add(self, name: str, path: Path, content: dict[str, Any]) -> None:
+        """Add the file `path`, whose content is known, as the preset `name`."""
+        self[f"{name}.yaml"] = path
+        self.nodes[f"{name}.yaml"] = config_node(path, self.group, content)
+
     def origins(self) -> dict[str, tuple[str, str]]:
         """By each setting in the files that were read: the file's name in messages, and the group.
 
         The group is empty for experiments, which set settings of all groups.
         """
         group = "" if self.group == "experiment" else self.group
-        prefix = f"{group}." if group else ""
         found = {}
         for name, node in self.nodes.items():
             path = super().__getitem__(name)
-            where = f"in {path}"
-            if path.is_relative_to(CONF):
-                where = f"in conf/{path.relative_to(CONF)}"
+            where = f"conf/{path.relative_to(CONF)}" if path.is_relative_to(CONF) else str(path)
             for key in flat(OmegaConf.to_container(node.node)):
-                found[prefix + key] = (where, group)
+                found[f"{group}.{key}" if group else key] = (f"in {where}", group)
         return found
 
 
-def config_node(path: Path, group: str | None) -> ConfigNode:
+def config_node(
+    path: Path, group: str | None, content: dict[str, Any] | None = None
+) -> ConfigNode:
     """A YAML file as Hydra's ConfigStore keeps it."""
-    content = nested(read_yaml(path), path)
+    if content is None:
+        content = nested(read_yaml(path), path)
     refuse_hydras(content, path)
     header = re.search(r"\A(?:\s*#.*\n)*?\s*#\s*@package\s+(\S+)", read_text(path))
     package = "_global_" if group == "experiment" else None

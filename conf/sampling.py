@@ -19,14 +19,12 @@ class SamplingConfig:
     temperature: float = setting(0.8, "0: always the most likely token", ge=0)
     top_k: int = setting(50, "sample from the k most likely tokens; 0: from all", ge=0)
     top_p: float = setting(
-        0.9, "sample from the fewest tokens with this total probability; 1: from all", gt=0, le=1
-    )
+        0.9, "sample from the fewest tokens with this total probability; 1: from all", gt=0, le=1)
     seed: int = setting(1337, "the same seed gives the same text", ge=0)
     stop: str = setting("", "end before this text, taken literally (in bash: $'\\n\\n')")
     cache: bool = setting(True, "false: recompute the whole context for each token")
     int8: bool = setting(
-        False, "8-bit weights, on a CPU with gcc or clang: 2 to 3 times as fast, less accurate"
-    )
+        False, "8-bit weights, on a CPU with gcc or clang: 2 to 3 times as fast, less accurate")
 
     def problems(self) -> Iterator[str]:
         """One sentence for each invalid value."""

@@ -1,7 +1,7 @@
 """Hydra composes YAML presets and command-line overrides; the result is frozen dataclasses.
 
-The defaults are those of the dataclasses, which are stored in Hydra's ConfigStore. All problems come
-in one report: unknown keys, wrong types, values out of range. Nothing outside this module sees a
+The defaults are those of the dataclasses, which are stored in Hydra's ConfigStore. All problems
+come in one report: unknown keys, wrong types, values out of range. No other module sees a
 DictConfig.
 """
 
@@ -37,7 +37,6 @@ from conf.presets import (
     first_line,
     groups,
     nested,
-    options,
     read_yaml,
     unresolved,
 )
@@ -97,10 +96,8 @@ def checked(root: str | type, known: dict[str, Any], overrides: list[str]) -> li
         is_group = root == "config" and key in groups()
         problem = ""
         if sign == "~" and key:
-            problem = (
-                f"{override}: settings cannot be removed: write key=value, as in "
-                "training.max_seconds=null."
-            )
+            problem = (f"{override}: settings cannot be removed: write key=value, as in "
+                       "training.max_seconds=null.")
         elif value is None or not key:
             problem = not_an_override(override)
         elif key not in known and not is_group:
@@ -137,21 +134,13 @@ def compose_with_hydra(
             literal[key] = value
         else:
             parsed.append(override)
-    own = own_file(parsed)
-    files: dict[str, Path] = {}
+    own, content, parsed = own_experiment(parsed)
     origins: Origins = {}
-    if own:
-        saved = saved_settings(own)
-        parsed = [override for override in parsed if not override.startswith("experiment=")]
-        if saved:
-            origins = dict.fromkeys(flat(saved), (f"in {own}", ""))
-            parsed = start_from(saved, defaults, parsed)
-        else:
-            files = {GIVEN_FILE: own}
-            parsed.append(f"experiment={GIVEN_FILE}")
     try:
         with unchanged_hydra() as store, initialize(version_base="1.3", config_path=None):
-            name = register(store, root, defaults, files)
+            name = register(store, root, defaults)
+            if own:
+                store.repo["experiment"].add(GIVEN_FILE, own, content)
             composed = hydra_compose(name, parsed, return_hydra_config=True)
             for group in store.repo.values():
                 if isinstance(group, Group):
@@ -196,60 +185,49 @@ def drop_derived(values: dict[str, Any]) -> None:
         inside.pop(last, None)
 
 
-def own_file(overrides: list[str]) -> Path | None:
-    """The experiment that is given by its path, if one is."""
+def own_experiment(overrides: list[str]) -> tuple[Path | None, dict[str, Any], list[str]]:
+    """The path and the content of an experiment that is given by its path, if one is.
+
+    Also returns the overrides, which then choose it by the name GIVEN_FILE.
+    """
     given = [word.partition("=")[2] for word in overrides if word.startswith("experiment=")]
-    if given and Path(given[-1]).suffix in YAML_FILES:
-        return Path(expanded(given[-1]))
-    return None
+    if not given or Path(given[-1]).suffix not in YAML_FILES:
+        return None, {}, overrides
+    path = Path(expanded(given[-1]))
+    content = nested(read_yaml(path), path)
+    overrides = [word for word in overrides if not word.startswith("experiment=")]
+    if "auto_name" in content:
+        drop_derived(content)
+        overrides = without_presets(content, overrides)
+    return path, content, [*overrides, f"experiment={GIVEN_FILE}"]
 
 
-def saved_settings(path: Path) -> dict[str, Any]:
-    """The settings in a run's config.yaml, which has all of them; empty for any other file."""
-    values = nested(read_yaml(path), path)
-    if "auto_name" not in values:
-        return {}
-    drop_derived(values)
-    return values
+def without_presets(saved: dict[str, Any], overrides: list[str]) -> list[str]:
+    """The overrides that start from `saved`, a run's config.yaml, which has all settings.
 
-
-def start_from(saved: dict[str, Any], defaults: dict[str, Any], overrides: list[str]) -> list[str]:
-    """Put the settings of a run in the place of the `defaults`; return the overrides to use then.
-
-    Only presets of the command line are chosen, and each replaces the whole of its group.
+    Only presets of the command line apply. Each replaces the whole of its group in `saved`.
     """
     chosen = {override.partition("=")[0] for override in overrides} & set(groups())
-    for name, value in saved.items():
-        if isinstance(value, dict) and isinstance(defaults.get(name), dict):
-            if name not in chosen:
-                defaults[name] |= value
-        else:
-            defaults[name] = value
-    return [*(f"~{group}" for group in groups() if group not in chosen), *overrides]
+    for group in chosen:
+        saved.pop(group, None)
+    removed = [f"~{group}" for group in groups() if group not in chosen and group != "experiment"]
+    return removed + overrides
 
 
-def register(
-    store: ConfigStore, root: str | type, defaults: dict[str, Any], files: dict[str, Path]
-) -> str:
-    """Store the defaults and the YAML files for Hydra; return the root's name there.
-
-    `files` are more experiments, by name. Hydra reads a file when it is chosen.
-    """
+def register(store: ConfigStore, root: str | type, defaults: dict[str, Any]) -> str:
+    """Store the defaults and the YAML files for Hydra; return the root's name there."""
     if not isinstance(root, str):
         store.store(root.__name__, defaults)
         return root.__name__
     store.store(f"{root}_defaults", defaults)
     for group in groups():
-        paths = {name: presets.CONF / group / f"{name}.yaml" for name in options(group)}
-        if group == "experiment":
-            paths |= files
-        store.repo[group] = Group(group, paths)
+        store.repo[group] = Group(group)
     store.repo[f"{root}.yaml"] = config_node(presets.CONF / f"{root}.yaml", None)
     return root
 
 
 def resolved(composed: DictConfig, literal: dict[str, str]) -> dict[str, Any]:
-    """The settings with all ${...} replaced, except in `literal` text without a meaning for them."""
+    """The settings with all ${...} replaced, except where `literal` text means no reference."""
     for key, value in literal.items():
         if key in VERBATIM or os.path.exists(value):
             value = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
@@ -280,8 +258,7 @@ def plain_sentence(error: Exception, overrides: list[str]) -> str:
         except (HydraException, ValueError):
             return (
                 f"{override[:200]}: the value cannot be read; write a number, a word, true, false "
-                "or null."
-            )
+                "or null.")
         if parsed.is_sweep_override():
             return f"{override}: {SWEEP_ADVICE}"
     if isinstance(error, OmegaConfBaseException):

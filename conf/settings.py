@@ -1,4 +1,4 @@
-"""The settings of train.py and sample.py. Their defaults live here and beside the code they control."""
+"""The settings of train.py and sample.py, and the name and type of each."""
 
 from __future__ import annotations
 
@@ -29,11 +29,9 @@ class Settings:
     seed: int = setting(1337, "of weights, batches and dropout", ge=0, lt=2**63)
     runs_dir: FilePath = setting("runs", "folder that contains the runs' folders")
     restart: bool = setting(
-        False, "start over: the run in this folder is renamed to NAME.old (docs/runs.md)"
-    )
+        False, "start over: the run in this folder is renamed to NAME.old (docs/runs.md)")
     allow_drift: bool = setting(
-        False, "resume on another machine or with other versions, not bit-identically"
-    )
+        False, "resume on another machine or with other versions, not bit-identically")
     model: GPTConfig = field(default_factory=GPTConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -63,10 +61,8 @@ class Settings:
         """One sentence for each valid value that is probably a mistake."""
         steps = self.training.max_steps
         if self.optim.warmup_steps > self.optim.last_full_step(steps):
-            yield (
-                f"optim.warmup_steps={self.optim.warmup_steps} of training.max_steps={steps}: "
-                "the learning rate falls, or the run ends, before it reaches its full value."
-            )
+            yield (f"optim.warmup_steps={self.optim.warmup_steps} of training.max_steps={steps}: "
+                   "the learning rate falls, or the run ends, before it reaches its full value.")
 
 
 @dataclass(frozen=True)
@@ -74,24 +70,21 @@ class SampleSettings(SamplingConfig):
     """The settings of sampling from a run."""
 
     run: FilePath = setting(
-        "", "name or folder of a run, or of a sweep for its best run; empty: the latest run"
-    )
+        "", "name or folder of a run, or of a sweep for its best run; empty: the latest run")
     runs_dir: FilePath = setting("runs", "folder that contains the runs' folders")
     checkpoint: str = setting("best", "best, last, or the number of a step")
     prompt: str = setting("", "the text to continue, taken literally; empty: start a new text")
     prompt_file: FilePath = setting("", "read the prompt from this file; -: from standard input")
     prompts: FilePath = setting("", "a file with one prompt per line; the completions go to out")
     out: FilePath = setting(
-        "", "the file for the completions of prompts, one JSON line each; again, it continues it"
-    )
+        "", "the file for the completions of prompts, one JSON line each; again, it continues it")
     batch_size: int = setting(16, "with prompts: sequences decoded together", ge=1)
     logprobs: bool = setting(False, "print each token with its probability before temperature")
     num_samples: int = setting(1, "number of completions", ge=1)
     interactive: bool = setting(False, "ask for prompts until the input ends")
     device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "where to run the model")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = setting(
-        "auto", "number format of matrix products"
-    )
+        "auto", "number format of matrix products")
 
     def problems(self) -> Iterator[str]:
         """One sentence for each invalid value."""
@@ -102,15 +95,13 @@ class SampleSettings(SamplingConfig):
         if bool(self.prompts) != bool(self.out):
             yield "prompts=FILE and out=FILE.jsonl belong together: give both."
         if self.prompts and self.logprobs:
-            yield (
-                "logprobs=true only prints, and prompts= writes a file: leave logprobs out; each "
-                "line of the file has the mean log probability."
-            )
+            yield ("logprobs=true only prints, and prompts= writes a file: leave logprobs out; "
+                   "each line of the file has the mean log probability.")
         yield from checkpoint_problems(self.checkpoint)
 
 
 def checkpoint_problems(checkpoint: str) -> Iterator[str]:
-    """One sentence if the setting `checkpoint` is neither best nor last nor the number of a step."""
+    """One sentence if `checkpoint` is neither best nor last nor the number of a step."""
     is_step = checkpoint.isdecimal() and len(checkpoint) < 20
     if checkpoint not in ("best", "last") and not is_step:
         guess = closest(checkpoint, ("best", "last"))

@@ -1,4 +1,4 @@
-"""Error messages about settings and presets that do not exist, with the name that was probably meant."""
+"""Error messages about settings and presets that do not exist, with a similar name."""
 
 from __future__ import annotations
 

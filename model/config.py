@@ -25,8 +25,7 @@ class GPTConfig:
     n_head: int = setting(12, "attention heads of a block; they divide n_embd", ge=1)
     n_kv_head: int | None = setting(
         None,
-        "heads of keys and values; fewer than n_head: grouped-query attention (arXiv:2305.13245)",
-    )
+        "heads of keys and values; fewer than n_head: grouped-query attention (arXiv:2305.13245)")
     n_embd: int = setting(768, "width of the embeddings and the blocks", ge=1, le=2**16)
     dropout: float = setting(0.0, "probability of dropout", ge=0, lt=1)
     bias: bool = setting(True, "biases in linear layers and layer norms")
@@ -35,14 +34,12 @@ class GPTConfig:
     qk_norm: bool = setting(False, "normalize queries and keys (arXiv:2010.04245)")
     activation: Literal["gelu", "gelu_erf", "relu2"] = setting(
         "gelu",
-        "of the MLP: gelu by tanh as in GPT-2, exact gelu, or squared relu (arXiv:2109.08668)",
-    )
+        "of the MLP: gelu by tanh as in GPT-2, exact gelu, or squared relu (arXiv:2109.08668)")
     zero_init: bool = setting(False, "initialize output projections and an untied head to zero")
     tie_head: bool = setting(True, "the output head shares the weights of the token embedding")
     embedding_norm: bool = setting(False, "normalize the input of the first block")
     ngrams: int = setting(
-        1, "also embed the last 2, ..., ngrams tokens together; 1: only tokens", ge=1, le=2**4
-    )
+        1, "also embed the last 2, ..., ngrams tokens together; 1: only tokens", ge=1, le=2**4)
     ngram_rows: int = setting(2**14, "rows of the table of n-grams", ge=1, le=2**24)
 
     @property
@@ -60,14 +57,10 @@ class GPTConfig:
             return
         if self.n_embd % self.n_head:
             nearest = math.ceil(self.n_embd / self.n_head) * self.n_head
-            yield (
-                f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: "
-                f"choose n_embd={nearest} or another n_head."
-            )
+            yield (f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: "
+                   f"choose n_embd={nearest} or another n_head.")
         elif self.position == "rotary" and self.head_width % 2:
-            yield (
-                f"n_embd={self.n_embd} and n_head={self.n_head} make heads of width "
-                f"{self.head_width}: position=rotary needs an even width."
-            )
+            yield (f"n_embd={self.n_embd} and n_head={self.n_head} make heads of width "
+                   f"{self.head_width}: position=rotary needs an even width.")
         if self.n_kv_head is not None and (self.n_kv_head < 1 or self.n_head % self.n_kv_head):
             yield f"n_kv_head={self.n_kv_head} must divide n_head={self.n_head}."

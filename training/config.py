@@ -17,8 +17,7 @@ class OptimConfig:
     """The optimizer. The defaults are those of GPT-2 and GPT-3 (arXiv:2005.14165, table 2.1)."""
 
     optimizer: Literal["adamw", "muon"] = setting(
-        "adamw", "muon updates the matrices of the blocks with Muon, the rest with AdamW"
-    )
+        "adamw", "muon updates the matrices of the blocks with Muon, the rest with AdamW")
     lr: float = setting(6e-4, "learning rate of AdamW", gt=0)
     # The spectral norm of an update: not comparable to a learning rate of AdamW.
     muon_lr: float = setting(0.02, "learning rate of Muon", gt=0)
@@ -28,13 +27,11 @@ class OptimConfig:
     momentum: float = setting(0.95, "of Muon", ge=0, lt=1)
     grad_clip: float = setting(1.0, "the largest norm of the gradient; 0: no clipping", ge=0)
     schedule: Literal["cosine", "wsd", "constant"] = setting(
-        "cosine", "of the learning rate after the warm-up; wsd: warm-up, stable, decay"
-    )
+        "cosine", "of the learning rate after the warm-up; wsd: warm-up, stable, decay")
     warmup_steps: int = setting(0, "steps in which the learning rate rises from 0", ge=0)
     decay_fraction: float = setting(0.5, "of the steps, for the decay of wsd", ge=0, le=1)
     min_lr_ratio: float = setting(
-        0.1, "the last learning rate of cosine and wsd, as a fraction of the highest", ge=0, le=1
-    )
+        0.1, "the last learning rate of cosine and wsd, as a fraction of the highest", ge=0, le=1)
 
     def problems(self) -> Iterator[str]:
         """One sentence for each invalid value."""
@@ -62,46 +59,36 @@ class TrainingConfig:
     max_seconds: float | None = setting(None, "the run ends after this training time", gt=0)
     batch_size: int = setting(32, "sequences in a micro-step", ge=1, le=2**16)
     tokens_per_step: int | None = setting(
-        None, "tokens in a step; gradients are accumulated over as many micro-steps as that takes"
-    )
+        None, "tokens in a step; gradients are accumulated over as many micro-steps as that takes")
     eval_every: int = setting(130, "steps; 0: evaluate only after the last step", ge=0)
     patience: int = setting(
-        0, "stop after this many evaluations in a row without a lower loss; 0: never", ge=0
-    )
+        0, "stop after this many evaluations in a row without a lower loss; 0: never", ge=0)
     eval_tokens: int = setting(2**18, "tokens of the validation split to evaluate on", ge=1)
     sample_tokens: int = setting(48, "length of the sample at each evaluation; 0: none", ge=0)
     checkpoint_every: int = setting(130, "steps; 0: save only after the last step", ge=0)
     keep_last: int = setting(2, "checkpoints to keep, besides the best one", ge=1)
     device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "where to train")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = setting(
-        "auto", "number format of matrix products"
-    )
+        "auto", "number format of matrix products")
     threads: int = setting(
-        0, "on a CPU; 0: one for each core, or as before when a run resumes", ge=0, le=1024
-    )
+        0, "on a CPU; 0: one for each core, or as before when a run resumes", ge=0, le=1024)
     compile: Literal["auto", "true", "false"] = setting("auto", "use torch.compile")
     recompute: bool = setting(
-        False, "recompute activations in the backward pass: less memory, a sixth more time"
-    )
+        False, "recompute activations in the backward pass: less memory, a sixth more time")
     deterministic: bool = setting(
-        False, "on a GPU, use only deterministic kernels where torch has them"
-    )
+        False, "on a GPU, use only deterministic kernels where torch has them")
     on_nonfinite: Literal["stop", "skip", "rollback"] = setting(
-        "stop", "the reaction to a loss or gradient that is NaN or infinite"
-    )
+        "stop", "the reaction to a loss or gradient that is NaN or infinite")
     nonfinite_limit: int = setting(5, "skips or rollbacks in a run; the next one stops it", ge=0)
     on_save_error: Literal["continue", "stop"] = setting(
-        "continue", "the reaction to a checkpoint that cannot be written"
-    )
+        "continue", "the reaction to a checkpoint that cannot be written")
 
     def problems(self) -> Iterator[str]:
         """One sentence for each invalid value."""
         yield from range_problems(self)
         if self.patience > 0 and self.eval_every == 0:
-            yield (
-                f"patience={self.patience} counts evaluations, and eval_every=0 asks for none: "
-                "raise eval_every."
-            )
+            yield (f"patience={self.patience} counts evaluations, and eval_every=0 asks for none: "
+                   "raise eval_every.")
 
     def reached(self, step: int, seconds: float, stale_evaluations: int = 0) -> str:
         """The name of the limit that ends the run at this point; empty if none does."""
@@ -144,6 +131,5 @@ class TrainingConfig:
             raise ValueError(
                 f"training.tokens_per_step={self.tokens_per_step} is not a multiple of the {one} "
                 f"tokens of a micro-step (batch_size={self.batch_size} x "
-                f"block_size={block_size}): try {nearest}."
-            )
+                f"block_size={block_size}): try {nearest}.")
         return self.tokens_per_step // one

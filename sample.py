@@ -25,7 +25,7 @@ from generation.prompts import read_text
 from hardware import native
 from scripts.complete import complete_file
 from terminal import has_colors, output, readable_size, say
-from training.device import Device, available_memory
+from training.device import Device, available_memory, configure
 
 RED, YELLOW, GREEN = 31, 33, 32  # ANSI colors
 
@@ -33,6 +33,7 @@ RED, YELLOW, GREEN = 31, 33, 32  # ANSI colors
 def sample(settings: SampleSettings) -> int:
     """Open a run, print completions or write them to a file, and return the exit code."""
     device = Device(settings.device, settings.precision)
+    configure(device)
     run = find_run(Path(settings.runs_dir), settings.run)
     engine = open_checkpoint(run, settings.checkpoint, device)
     decoder = make_decoder(engine, settings)

@@ -16,6 +16,7 @@ if __name__ == "__main__":
 
 import math
 import shlex
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
 
@@ -50,7 +51,7 @@ from terminal import counted, output, say
 from training.clock import Clock
 from training.config import TrainingConfig
 from training.decision import Decision, decide
-from training.device import Device, maybe_compile
+from training.device import Device, configure, maybe_compile
 from training.distributed import World
 from training.estimate import measure_pace
 from training.interrupt import Interrupt
@@ -88,13 +89,14 @@ def train(settings: Settings) -> int:
     # A device that this machine does not have is an error before the run's folder is touched.
     Device(limits.device, limits.precision)
 
-    with open_run(settings, prepared) as (run, settings, last):
+    with open_run(settings, prepared) as (run, settings, last), ExitStack() as stack:
         limits = settings.training
         if last and limit_reached(limits, last):
             return already_finished(run, settings, last)
 
         # Build the model and the optimizers.
         device = open_device(run, settings, last)
+        stack.enter_context(configure(device))
         torch.manual_seed(settings.seed)
         model = GPT(model_config).to(device.torch)
         model.recompute = limits.recompute
@@ -343,10 +345,11 @@ def finish(run: Run, limits: TrainingConfig) -> int:
     """Print samples of the best checkpoint, and the command for more."""
     if limits.sample_tokens:
         device = Device(limits.device, limits.precision)
-        engine = open_checkpoint(run.folder, "best", device)
-        prompts = [("", number) for number in range(SAMPLES)]
-        for number, completion in enumerate(engine.complete(prompts, SamplingConfig()), 1):
-            output(f"--- {number} of {SAMPLES}\n{completion.text}")
+        with configure(device):
+            engine = open_checkpoint(run.folder, "best", device)
+            prompts = [("", number) for number in range(SAMPLES)]
+            for number, completion in enumerate(engine.complete(prompts, SamplingConfig()), 1):
+                output(f"--- {number} of {SAMPLES}\n{completion.text}")
     argument = shlex.quote(f"run={run.folder}")
     say(f'More: python sample.py {argument} prompt="..."')
     return 0

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from bench.timing import alternating_medians, minimum_problems, print_header, print_row
 from model import attention
 from model.reference import MultiHeadAttention, MultiHeadAttentionWrapper, fuse
-from training.device import Device
+from training.device import Device, configure
 
 SIZES = {
     "batch 32, 128 positions, width 256, 4 heads": (32, 128, 256, 4),
@@ -43,6 +43,7 @@ class AttentionSettings:
 
 def main(settings: AttentionSettings) -> int:
     device = Device(settings.device, settings.precision)
+    configure(device)
     print(f"torch {torch.__version__}, {device.describe()}; "
           f"medians of {settings.rounds} alternating rounds")
     for name, (B, T, C, H) in SIZES.items():

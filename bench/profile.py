@@ -21,7 +21,7 @@ from bench.speed import random_loader, training_step
 from bench.timing import minimum_problems, print_header, print_row
 from conf.schema import compose
 from setting import FilePath
-from training.device import Device
+from training.device import Device, configure
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ def main(own: ProfileSettings) -> int:
     vocab_size = settings.data.vocab_size if settings.data.tokenizer == "bpe" else 50257
     config = replace(settings.model, vocab_size=vocab_size)
     device = Device(settings.training.device, settings.training.precision)
+    configure(device)
     loader = random_loader(config, settings.training.batch_size)
     step = training_step(config, settings.optim, device, loader)
 

@@ -38,7 +38,7 @@ from data.loader import Loader
 from data.shards import Tokens
 from model import GPT, GPTConfig
 from setting import FilePath
-from training.device import Device
+from training.device import Device, configure
 from training.optim import OptimConfig, Optimizers
 from training.step import loss_of
 
@@ -75,6 +75,7 @@ class SpeedSettings:
 
 def main(settings: SpeedSettings) -> int:
     device = Device()
+    configure(device)
     limit = product_rate(device)
     print(f"torch {torch.__version__}, {device.describe()}; fastest matrix product in "
           f"{device.precision}: {limit / 1e9:,.0f} GFLOP/s\n")
@@ -153,7 +154,9 @@ def measure(side: str, shape: str, least_seconds: float, peer: str) -> dict[str,
     config, batch_size = SHAPES[shape]
     loader = random_loader(config, batch_size)
     if side == "ours":
-        step = training_step(config, OptimConfig(), Device(), loader)
+        device = Device()
+        configure(device)
+        step = training_step(config, OptimConfig(), device, loader)
     else:
         step = nanogpt_step(Path(peer), config, loader)
     seconds: list[float] = []

@@ -11,8 +11,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from checkpointing import checkpoint, store
 from checkpointing.checkpoint import Checkpoint
 from checkpointing.provenance import compiled_at_last_start
@@ -236,16 +234,14 @@ def open_device(run: Run, settings: Settings, last: Checkpoint | None) -> Device
     """
     limits = settings.training
     set_by = "as when the run began" if last else "as set"
-    device = Device(limits.device, limits.precision, limits.deterministic, set_by)
-    if limits.threads:
-        torch.set_num_threads(limits.threads)
-    if last and not settings.allow_drift:
-        began = environment_of(last)
+    began = environment_of(last) if last and not settings.allow_drift else None
+    threads = limits.threads or (began.threads if began else 0)
+    device = Device(limits.device, limits.precision, limits.deterministic, set_by, threads)
+    if began:
         if limits.threads and limits.threads != began.threads:
             say(f"Resuming with {counted(limits.threads, 'thread')} instead of {began.threads}: the last bits of the "
                 f"results may differ from here on.")
             began = replace(began, threads=limits.threads)
-        torch.set_num_threads(began.threads)
         here = device.environment(limits.compile == "true")
         if began.native_bf16 is None:
             began = replace(began, native_bf16=here.native_bf16)

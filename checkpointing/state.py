@@ -62,7 +62,7 @@ class State:
         """
         scaler = saved.state["scaler"]
         if not is_scaler_state(scaler, self.scaler.state_dict()):
-            raise DamagedCheckpoint(f"{saved.folder / STATE} does not hold the state of this loss scaler")
+            raise DamagedCheckpoint(f"{saved.folder / STATE} is not the state of this loss scaler")
         weights = saved.load_tensors(MODEL, self.model.state_dict())
         optimizer_state = self.read_optimizer_state(saved)
         self.model.load_state_dict(weights)

@@ -51,7 +51,7 @@ from data.sources import DataConfig
 from data.tokenizer import ByteTokenizer
 from model import GPT, Undrawn
 from terminal import counted, readable_size, readable_time, say
-from training.device import PEAK_FLOPS, Device, available_memory
+from training.device import PEAK_FLOPS, Device, available_memory, configure
 from training.estimate import measure_pace
 from training.optim import Optimizers
 from training.step import loss_of
@@ -87,6 +87,7 @@ def plan(own: PlanSettings) -> int:
     gpu = gpu_named(own.device)
     # Counting memory runs nothing, and what a GPU takes is counted on a CPU in its precision.
     device = Device("cpu", "bf16") if gpu else Device(limits.device, limits.precision)
+    configure(device)
     vocab_size, prepared, data = look_up(settings.data, data_is_there)
     settings = replace(settings, model=replace(settings.model, vocab_size=vocab_size))
     say(f"Data: {data}")

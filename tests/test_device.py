@@ -1,7 +1,8 @@
-"""Device, precision and compilation: what 'auto' picks, and what is refused."""
+"""Device, precision and compilation: what "auto" chooses, what is refused, what is restored."""
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import subprocess
@@ -11,43 +12,44 @@ from pathlib import Path
 import pytest
 import torch
 
-from training import device as place
-from training.device import Device, maybe_compile
+import train
+from training import device as module
+from training.device import Device, configure, maybe_compile
 from training.memory import bytes_kept
 
 
 @pytest.fixture(autouse=True)
-def any_kernel():
-    """What a test asks of torch's kernels ends with it."""
-    yield
-    torch.use_deterministic_algorithms(False)
+def restored():
+    """Restores torch's settings, which `maybe_compile` changes."""
+    with configure(Device("cpu")):
+        yield
 
 
-def test_auto_on_a_cpu_takes_bf16_only_where_it_is_native(monkeypatch):
+@pytest.fixture
+def no_accelerator(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    for native, precision in (("1", "bf16"), ("0", "fp32")):
-        monkeypatch.setenv("NANOHYDRA_NATIVE_BF16", native)
-        device = Device()
-        assert (device.type, device.precision) == ("cpu", precision)
-        assert "native" in device.describe()
 
 
-@pytest.mark.slow
-def test_memory_that_is_freed_is_kept_and_said_to_be():
-    """200 MB after 240 are no new pages: without it, there are 100 or 50,000 faults, by the size of a page."""
-    if platform.libc_ver()[0] != "glibc":
-        pytest.skip("glibc is what can be asked to")
-    code = ("import resource, torch\nfrom training.device import Device\ndevice = Device('cpu')\n"
-            "def faults(size):\n    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n    torch.ones(size)\n"
-            "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
-            "faults(60_000_000)\nprint(faults(50_000_000), device.describe())")
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, capture_output=True, text=True)
-    count, said = done.stdout.split(maxsplit=1)
-    assert int(count) < 50 and said.endswith("; memory that a step frees is kept for the next\n")
+def global_settings():
+    """Everything that `configure` changes and Python can read."""
+    return {"threads": torch.get_num_threads(), "random state": torch.get_rng_state().tolist(),
+            "matmul": torch.get_float32_matmul_precision(),
+            "deterministic": torch.are_deterministic_algorithms_enabled(),
+            "warn only": torch.is_deterministic_algorithms_warn_only_enabled(),
+            "fill": torch.utils.deterministic.fill_uninitialized_memory,
+            "cublas": os.environ.get("CUBLAS_WORKSPACE_CONFIG")}
 
 
-def test_auto_on_an_old_gpu_takes_fp16(monkeypatch):
+@pytest.mark.parametrize(("native", "precision"), [("1", "bf16"), ("0", "fp32")])
+def test_auto_on_a_cpu_is_bf16_only_where_native(monkeypatch, no_accelerator, native, precision):
+    monkeypatch.setenv("NANOHYDRA_NATIVE_BF16", native)
+    device = Device()
+    assert (device.type, device.precision) == ("cpu", precision)
+    assert "native" in device.describe()
+
+
+def test_auto_on_an_old_gpu_is_fp16(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     assert Device().precision == "fp16"
@@ -55,51 +57,89 @@ def test_auto_on_an_old_gpu_takes_fp16(monkeypatch):
         Device(precision="bf16")
 
 
-def test_a_device_that_is_not_there_is_an_error_that_names_those_that_are(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match=r"device=cuda is not available here: choose auto or one of .*cpu"):
+def test_a_missing_device_is_an_error_that_lists_the_others(no_accelerator):
+    with pytest.raises(ValueError, match=r"device=cuda is not available .*: choose auto or one of cpu"):
         Device("cuda")
 
 
-@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)])
-def test_products_are_in_the_precision_asked_for(precision, dtype):
+def test_constructing_a_device_changes_nothing():
+    before = global_settings()
+    Device("cpu", "bf16", deterministic=True, threads=3)
+    assert global_settings() == before
+
+
+def test_configure_applies_a_device_and_restores_everything():
+    before = global_settings()
+    torch.set_float32_matmul_precision("high")
+    with configure(Device("cpu", deterministic=True, threads=3)):
+        assert torch.get_num_threads() == 3 and torch.are_deterministic_algorithms_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        torch.set_float32_matmul_precision("highest")
+        torch.manual_seed(5)
+    assert torch.get_float32_matmul_precision() == "high"
+    torch.set_float32_matmul_precision(before["matmul"])
+    assert global_settings() == before
+
+
+def test_training_from_python_changes_no_global_state(compose_tiny):
+    before = global_settings()
+    settings = compose_tiny("training.max_steps=1", "training.threads=2", "training.deterministic=true")
+    assert train.train(settings) == 0
+    assert global_settings() == before
+
+
+@pytest.mark.slow
+def test_freed_memory_is_kept_while_configured():
+    """Allocating 200 MB after 240 MB needs no new pages, until the settings are restored."""
+    if platform.libc_ver()[0] != "glibc":
+        pytest.skip("only glibc has these options")
+    code = """
+import resource, torch
+from training.device import Device, configure
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(50_000_000)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+with configure(Device("cpu")):
+    torch.ones(60_000_000)
+    print(faults())
+print(faults())
+"""
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    kept, restored = map(int, done.stdout.split())
+    assert kept < 50 < restored
+
+
+@pytest.mark.parametrize("precision, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_autocast_multiplies_in_the_precision(precision, dtype):
     with Device("cpu", precision).autocast():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
 
 
-def test_the_peak_is_known_by_the_name_of_the_gpu(monkeypatch):
+def test_the_peak_is_found_by_the_name_of_the_gpu(monkeypatch):
     device = Device("cpu", "bf16")
     assert device.peak_flops() is None
     device.type = "cuda"
-    for name, peak in (("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA A100-SXM4-40GB", 312e12), ("?", None)):
+    for name, peak in (("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("?", None)):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda name=name: name)
         assert device.peak_flops() == peak
 
 
-def test_nominal_rates_follow_threads_and_formats(monkeypatch):
-    rates = {}
+def test_nominal_flops_follow_threads_and_native_formats(monkeypatch):
+    flops = {}
     for native in ("0", "1"):
         monkeypatch.setenv("NANOHYDRA_NATIVE_BF16", native)
         for threads in (1, 2):
-            monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-            rates[native, threads] = Device("cpu").nominal_flops()
-    assert rates["1", 1] > rates["0", 1] and rates["0", 2] == 2 * rates["0", 1]
+            flops[native, threads] = Device("cpu", threads=threads).nominal_flops()
+    assert flops["1", 1] > flops["0", 1] and flops["0", 2] == 2 * flops["0", 1]
 
 
-def test_compiling_is_decided_without_a_clock(monkeypatch):
-    def no_clock():
-        raise AssertionError
-
-    monkeypatch.setattr("time.perf_counter", no_clock)
-    spy = Spy(monkeypatch)
-    assert spy("auto", 60) == "model" and spy("auto", 1e5) == ("compiled", "model")
-
-
-@pytest.mark.parametrize(("native", "precision", "warns"), [
+@pytest.mark.parametrize("native, precision, warns", [
     ("0", "bf16", True), ("0", "fp32", False), ("1", "bf16", False), ("0", "auto", False)])
-def test_an_emulated_format_is_warned_of(monkeypatch, native, precision, warns):
+def test_an_emulated_precision_is_warned_about(monkeypatch, native, precision, warns):
     monkeypatch.setenv("NANOHYDRA_NATIVE_BF16", native)
-    monkeypatch.setattr(place, "busy_cpus", lambda: 0.0)
+    monkeypatch.setattr(module, "busy_cpus", lambda: 0.0)
     found = [line for line in Device("cpu", precision).warnings() if "emulates bf16" in line]
     assert bool(found) == warns
     assert all(re.search(r"took \d+\.\d times as long as in fp32", line) for line in found)
@@ -107,74 +147,71 @@ def test_an_emulated_format_is_warned_of(monkeypatch, native, precision, warns):
 
 @pytest.mark.parametrize(("busy", "threads", "advice"), [
     (8, 4, "training.threads=1"), (8, 1, ""), (0.3, 4, ""), (1, 4, "training.threads=3"), (0, 6, "training.threads=4")])
-def test_a_busy_machine_is_warned_of(monkeypatch, busy, threads, advice):
-    monkeypatch.setattr(place, "busy_cpus", lambda: busy)
-    monkeypatch.setattr(place.os, "cpu_count", lambda: 4)
-    monkeypatch.setattr(place, "usable_cpus", lambda: 4)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    found = list(Device("cpu", "fp32").warnings())
+def test_a_busy_machine_is_warned_about(monkeypatch, busy, threads, advice):
+    monkeypatch.setattr(module, "busy_cpus", lambda: busy)
+    monkeypatch.setattr(module.os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(module, "usable_cpus", lambda: 4)
+    found = list(Device("cpu", "fp32", threads=threads).warnings())
     assert [line.endswith(f"try {advice}.") for line in found] == [True] * bool(advice)
 
 
-class Spy:
-    def __init__(self, monkeypatch, fails=False):
-        self.said, self.tried, self.compiled = [], [], 0
-        self.fails = fails
-        monkeypatch.setattr(torch, "compile", self.compile)
-        monkeypatch.setattr(place.shutil, "which", lambda name: "/usr/bin/g++")
+class Compiler:
+    """Stands in for torch.compile; called, it asks `maybe_compile` for a run of so many seconds."""
 
-    def compile(self, model):
-        self.compiled += 1
-        return ("compiled", model)
+    def __init__(self, monkeypatch, fails=False):
+        self.said, self.tried, self.fails = [], [], fails
+        monkeypatch.setattr(torch, "compile", lambda model: ("compiled", model))
+        monkeypatch.setattr(module.shutil, "which", lambda name: "/usr/bin/g++")
 
     def trial(self, model):
         self.tried.append(model)
         if self.fails:
             raise RuntimeError("no header Python.h\nand more")
 
-    def __call__(self, choice, nominal_seconds, device=None):
-        device = device or Device("cpu", "fp32")
-        flops = nominal_seconds * device.nominal_flops()
+    def __call__(self, choice, seconds):
+        device = Device("cpu", "fp32")
+        flops = seconds * device.nominal_flops()
         return maybe_compile("model", choice, device, flops, self.trial, self.said.append)
 
 
-def test_auto_compiles_only_where_it_pays_back(monkeypatch):
-    spy = Spy(monkeypatch)
-    assert spy("auto", 60) == "model" and spy.compiled == 0
-    assert spy("auto", 1e5) == ("compiled", "model") and spy.tried == [("compiled", "model")]
-    assert spy("false", 1e5) == "model" and spy("true", 1) == ("compiled", "model")
+def test_compiling_is_decided_without_a_clock(monkeypatch):
+    compiler = Compiler(monkeypatch)
+    monkeypatch.delattr("time.perf_counter")
+    assert compiler("auto", 60) == "model" and not compiler.tried
+    assert compiler("auto", 1e5) == ("compiled", "model") and compiler.tried == [("compiled", "model")]
+    assert compiler("false", 1e5) == "model" and compiler("true", 1) == ("compiled", "model")
 
 
 @pytest.mark.parametrize("choice, expected", [("true", True), ("false", False)])
-def test_compiled_for_a_cpu_is_compiled_deterministically(monkeypatch, choice, expected):
-    """The compiler's own gradient of an embedding adds in any order; plain torch's on a CPU does not."""
-    Spy(monkeypatch)(choice, 1)
+def test_compiling_for_a_cpu_is_deterministic(monkeypatch, choice, expected):
+    Compiler(monkeypatch)(choice, 1)
     assert torch.are_deterministic_algorithms_enabled() is expected
 
 
-def test_auto_falls_back_with_one_warning_that_names_the_cause(monkeypatch):
-    spy = Spy(monkeypatch, fails=True)
-    assert spy("auto", 1e5) == "model"
-    (warning,) = [line for line in spy.said if line.startswith("Warning")]
+def test_auto_falls_back_with_a_warning_that_names_the_cause(monkeypatch):
+    compiler = Compiler(monkeypatch, fails=True)
+    assert compiler("auto", 1e5) == "model"
+    (warning,) = [line for line in compiler.said if line.startswith("Warning")]
     assert "no header Python.h" in warning and "and more" not in warning
 
 
-def test_true_fails_clearly(monkeypatch):
+def test_compile_true_fails_with_the_cause_and_advice(monkeypatch):
     with pytest.raises(ValueError, match=r"training.compile=true failed .*no header Python.h.*training.compile=false"):
-        Spy(monkeypatch, fails=True)("true", 1)
+        Compiler(monkeypatch, fails=True)("true", 1)
 
 
-def test_a_machine_without_a_compiler_is_named_as_the_cause(monkeypatch):
-    spy = Spy(monkeypatch)
-    monkeypatch.setattr(place.shutil, "which", lambda name: None)
-    assert spy("auto", 1e5) == "model" and "no C++ compiler found" in spy.said[-1] and spy.compiled == 0
+def test_a_missing_c_compiler_is_named_as_the_cause(monkeypatch):
+    compiler = Compiler(monkeypatch)
+    monkeypatch.setattr(module.shutil, "which", lambda name: None)
+    assert compiler("auto", 1e5) == "model"
+    assert "no C++ compiler found" in compiler.said[-1] and not compiler.tried
 
 
 @pytest.mark.slow
 def test_the_compiled_model_gives_the_same_loss_and_gradients():
     from model import GPT, GPTConfig
 
-    if not any(map(place.shutil.which, ("c++", "g++", "clang++"))):
+    if not any(map(module.shutil.which, ("c++", "g++", "clang++"))):
         pytest.skip("needs a C++ compiler")
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=16, position="rotary", norm="rms", qk_norm=True))
@@ -189,9 +226,13 @@ def test_the_compiled_model_gives_the_same_loss_and_gradients():
     torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-3, atol=1e-5)
 
 
-def test_what_a_call_keeps_for_its_gradients_is_counted_once():
+def test_a_tensor_that_is_kept_twice_is_counted_once():
     x, weight = torch.ones(100, 50), torch.nn.Parameter(torch.ones(20, 50))
-    assert bytes_kept(lambda: torch.nn.functional.linear(x, weight)) == 4 * 100 * 50
-    assert bytes_kept(lambda: torch.nn.functional.linear(x, weight).exp() + torch.nn.functional.linear(x, weight)) == 4 * (100 * 50 + 100 * 20)
+
+    def product():
+        return torch.nn.functional.linear(x, weight)
+
+    assert bytes_kept(product) == 4 * 100 * 50
+    assert bytes_kept(lambda: product().exp() + product()) == 4 * (100 * 50 + 100 * 20)
     with torch.no_grad():
-        assert bytes_kept(lambda: torch.nn.functional.linear(x, weight)) == 0
+        assert bytes_kept(product) == 0

@@ -279,39 +279,36 @@ def test_a_signal_within_a_step_ends_it_after_the_micro_step_and_the_step_is_tak
     assert same(tmp_path / "runs/straight", tmp_path / "runs/stopped")
 
 
-def test_the_threads_the_run_began_with_are_used_again(compose_tiny, tmp_path, monkeypatch):
+def last_environment(run):
+    return store.list_checkpoints(run / "checkpoints")[-1].state["environment"]
+
+
+def test_the_threads_the_run_began_with_are_used_again(compose_tiny, tmp_path):
     threads = torch.get_num_threads()
     story.train(compose_tiny("training.max_steps=2"))
     try:
         torch.set_num_threads(threads + 1)
         story.train(compose_tiny("training.max_steps=3"))
-        assert torch.get_num_threads() == threads
-        torch.set_num_threads(threads + 1)
+        assert last_environment(tmp_path / "runs/tiny")["threads"] == threads
         story.train(compose_tiny("training.max_steps=4", "allow_drift=true"))
-        assert torch.get_num_threads() == threads + 1
-        assert store.list_checkpoints(tmp_path / "runs/tiny/checkpoints")[-1].state["environment"]["threads"] == threads + 1
+        assert last_environment(tmp_path / "runs/tiny")["threads"] == threads + 1
     finally:
         torch.set_num_threads(threads)
 
 
-def test_a_resumed_run_can_change_its_threads_knowingly(compose_tiny, tmp_path, capsys):
-    threads = torch.get_num_threads()
+def test_a_resumed_run_can_change_its_threads_knowingly(compose_tiny, tmp_path, capsys, monkeypatch):
+    used, accumulate = [], story.accumulate_gradients
 
-    def used():
-        last = store.list_checkpoints(tmp_path / "runs/tiny/checkpoints")[-1]
-        return torch.get_num_threads(), last.state["environment"]["threads"]
+    def spy(*arguments):
+        used.append(torch.get_num_threads())
+        return accumulate(*arguments)
 
-    try:
-        story.train(compose_tiny("training.max_steps=2", "training.threads=1"))
-        assert used() == (1, 1)
-        story.train(compose_tiny("training.max_steps=3", "training.threads=3"))
-        assert used() == (3, 3)
-        assert "Resuming with 3 threads instead of 1: the last bits" in capsys.readouterr().out
-        torch.set_num_threads(1)
-        story.train(compose_tiny("training.max_steps=4"))
-        assert used() == (3, 3)
-    finally:
-        torch.set_num_threads(threads)
+    monkeypatch.setattr(story, "accumulate_gradients", spy)
+    for number, threads, steps in ((1, 1, 2), (3, 3, 3), (0, 3, 4)):
+        story.train(compose_tiny(f"training.max_steps={steps}", f"training.threads={number}"))
+        assert used[-1] == last_environment(tmp_path / "runs/tiny")["threads"] == threads
+        if steps == 3:
+            assert "Resuming with 3 threads instead of 1: the last bits" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("recorded", "choice"), [(True, "true"), (False, "false")])
@@ -538,7 +535,7 @@ def test_a_hostile_loss_scaler_is_one_sentence(compose_tiny, two_steps, changes)
     words = ["training.precision=fp16"]
     run = two_steps(*words)
     resealed(run, scaler=store.list_checkpoints(run / "checkpoints")[-1].state["scaler"] | changes)
-    with pytest.raises(ValueError, match="no state of this run's loss scaler"):
+    with pytest.raises(ValueError, match="is not the state of this loss scaler"):
         story.train(compose_tiny(*words, "training.max_steps=3"))
 
 

@@ -242,7 +242,7 @@ def test_train_survives_kill_9_and_saves_on_sigint(book, tmp_path):
     assert f"from step {reached}" in said and "Interrupted" in said
 
 
-@pytest.mark.parametrize(("native", "device"), [("0", "; fp32 (no faster one"), ("1", "; bf16 (native here)")])
+@pytest.mark.parametrize(("native", "device"), [("0", "; fp32 (no faster precision"), ("1", "; bf16 (native here)")])
 def test_muon_trains_with_and_without_native_bf16(compose_tiny, tmp_path, monkeypatch, capsys, native, device):
     monkeypatch.setenv("NANOHYDRA_NATIVE_BF16", native)
     program.train(compose_tiny("optim=muon", "training.max_steps=30", "training.precision=auto"))

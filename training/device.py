@@ -1,4 +1,7 @@
-"""What a run computes on: device, precision, compilation. Resolves 'auto' and says why."""
+"""The device of a run: its precision, threads, memory and compilation.
+
+A `Device` only describes; `configure` applies it to the process.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,21 +22,27 @@ from torch import nn
 from hardware import are_crowded, busy_cpus, native, usable_cpus
 from terminal import counted
 
-# Dense bf16 peaks in FLOP/s, from the makers' data sheets; the first name that fits counts.
-PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
-              "A10G": 70e12, "A10": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
-# FLOP/s that training reaches, to decide whether compiling pays. Nominal rates and no timings: the load of the machine
-# must not decide what a run computes.
-NOMINAL_CPU_FLOPS = {True: 1.5e11, False: 5e10}  # of a thread, in bf16 where that is native and in fp32
-NOMINAL_MFU = 0.3  # of a GPU's peak
+# Dense bf16 peaks in FLOP/s from data sheets. The first name that the GPU's name contains counts.
+PEAK_FLOPS = {
+    "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
+    "L4": 121e12, "A10G": 70e12, "A10": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
+}
+# FLOP/s that training is assumed to reach, to decide whether compiling pays. Nothing is timed,
+# since how busy a machine is must not change what a run computes.
+CPU_FLOPS_NATIVE_BF16 = 1.5e11  # per thread
+CPU_FLOPS = 5e10  # per thread
+GPU_MFU = 0.3  # of the peak
 UNKNOWN_GPU_FLOPS = 5e13
-# Compiling takes minutes on a CPU and about one on a GPU, and saves a quarter to a half of each step after that.
+# Compiling takes minutes on a CPU and about one on a GPU, and saves 25% to 50% of later steps.
 COMPILE_PAYS_AFTER_SECONDS = {"cuda": 300, "cpu": 900}
+# Options of glibc's malloc.h, and their defaults.
+M_TRIM_THRESHOLD, DEFAULT_TRIM_THRESHOLD = -1, 128 * 1024
+M_MMAP_MAX, DEFAULT_MMAP_MAX = -4, 65536
 
 
 @dataclass(frozen=True)
 class Environment:
-    """What the last bits of a result depend on beside the settings."""
+    """Everything beside the settings on which the last bits of a result depend."""
 
     device: Literal["cpu", "cuda", "mps"] = "cpu"
     processor: str = ""
@@ -42,45 +51,50 @@ class Environment:
     deterministic: bool = False
     compiled: bool = False
     torch: str = ""
-    native_bf16: bool | None = None  # decides the format of Muon's products; None: an older version did not say
+    # Decides the precision of Muon's products. None: from a version that did not record it.
+    native_bf16: bool | None = None
 
     def problems(self) -> Iterator[str]:
-        """One sentence for each value that cannot be."""
+        """One sentence for each invalid value."""
         if not 1 <= self.threads <= 1024:
-            yield f"threads={self.threads} is no number of threads."
+            yield f"threads={self.threads} must lie between 1 and 1024."
 
 
 def available() -> dict[str, bool]:
-    """Which devices this machine has, the one to prefer first."""
-    return {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    """Which devices this machine has, in order of preference."""
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    return {"cuda": cuda, "mps": mps, "cpu": True}
 
 
 class Device:
-    """Where and in what precision a run computes, and the reasons for the log.
+    """The device, precision and threads of a run. Constructing one changes nothing.
 
-    `precision` is "fp32" or what autocast uses for products: "bf16" or "fp16".
-    `set_by` says where a precision other than "auto" comes from. Raises ValueError for a device that this machine
-    does not have.
+    `precision` is "fp32", or the "bf16" or "fp16" of matrix products under autocast; `set_by`
+    explains a precision other than "auto" in the log. `threads=0` keeps the present number.
+    Raises ValueError for a device or precision that this machine does not have.
     """
 
     def __init__(self, device: str = "auto", precision: str = "auto", deterministic: bool = False,
-                 set_by: str = "as set") -> None:
-        here = [name for name, there in available().items() if there]
+                 set_by: str = "as set", threads: int = 0) -> None:
+        here = [name for name, is_here in available().items() if is_here]
         if device not in ("auto", *here):
-            raise ValueError(f"device={device} is not available here: choose auto or one of {', '.join(here)}.")
-        self.type = device if device != "auto" else here[0]
+            raise ValueError(f"device={device} is not available on this machine: "
+                             f"choose auto or one of {', '.join(here)}.")
+        self.type = here[0] if device == "auto" else device
         self.torch = torch.device(self.type)
+        self.threads = threads or torch.get_num_threads()
+        self.deterministic = deterministic
         self.native_bf16 = native("bf16", self.type)
-        self.chosen, self.set_by = precision == "auto", set_by
-        self.precision = precision if precision != "auto" else self._best_precision()
+        self.keeps_memory = self.type == "cpu" and platform.libc_ver()[0] == "glibc"
+        reasons = {"bf16": "native here", "fp16": "bf16 is not native here",
+                   "fp32": "no faster precision is native here"}
+        if precision == "auto":
+            self.precision = self._best_precision()
+            self.reason = reasons[self.precision]
+        else:
+            self.precision, self.reason = precision, set_by
         if self.precision == "bf16" and self.type == "cuda" and not self.native_bf16:
             raise ValueError("precision=bf16 is not native to this GPU: choose auto, fp16 or fp32.")
-        if self.type == "cuda":
-            torch.set_float32_matmul_precision("high")  # TF32 where a product stays in fp32
-        self.keeps_memory = self.type == "cpu" and keep_freed_memory()
-        self.deterministic = deterministic
-        if deterministic:
-            be_deterministic()
 
     def _best_precision(self) -> str:
         if self.native_bf16:
@@ -88,7 +102,7 @@ class Device:
         return "fp16" if self.type == "cuda" else "fp32"
 
     def autocast(self) -> AbstractContextManager[None]:
-        """Products in the run's precision inside this context; weights stay fp32."""
+        """A context in which matrix products use the run's precision; weights stay fp32."""
         dtype = torch.float16 if self.precision == "fp16" else torch.bfloat16
         return torch.autocast(self.type, dtype, enabled=self.precision != "fp32")
 
@@ -98,30 +112,32 @@ class Device:
         return torch.float32 if self.type == "mps" else torch.float64
 
     def describe(self) -> str:
-        """For the log: what was chosen, and why."""
-        reason = {"bf16": "native here", "fp16": "bf16 is not native here", "fp32": "no faster one is native here"}
+        """A line for the log: what was chosen, and why."""
         kept = "; memory that a step frees is kept for the next" if self.keeps_memory else ""
-        return f"{self.name()}; {self.precision} ({reason[self.precision] if self.chosen else self.set_by}){kept}"
+        return f"{self.name()}; {self.precision} ({self.reason}){kept}"
 
     def warnings(self) -> Iterator[str]:
-        """One sentence for each thing that makes training on this CPU slower than it has to be."""
+        """One sentence for each thing that makes training on this CPU slower than necessary."""
         if self.type != "cpu":
             return
         if self.precision != "fp32" and not native(self.precision):
-            yield (f"this processor emulates {self.precision}: a product of 256 x 256 matrices took {self.times_fp32():.1f} "
-                   f"times as long as in fp32. Leave training.precision={self.precision} out.")
-        busy, threads = busy_cpus(), torch.get_num_threads()
-        if threads > usable_cpus():
-            yield (f"{threads} threads share {counted(usable_cpus(), 'CPU')}. Threads wait for each other and can take far "
-                   f"longer than fewer: try training.threads={usable_cpus()}.")
-        elif are_crowded(threads, busy):
+            yield (f"this processor emulates {self.precision}: "
+                   f"a product of 256 x 256 matrices took {self.times_fp32():.1f} times as long as in fp32. "
+                   f"Leave training.precision={self.precision} out.")
+        busy = busy_cpus()
+        if self.threads > usable_cpus():
+            cpus = usable_cpus()
+            yield (f"{self.threads} threads share {counted(cpus, 'CPU')}. Threads wait for each "
+                   f"other and can take far longer than fewer: try training.threads={cpus}.")
+        elif are_crowded(self.threads, busy):
             cpus = os.cpu_count() or 1
             fewer = max(1, round(cpus - busy))
-            yield (f"other processes keep {min(busy, cpus):.0f} of {counted(cpus, 'CPU')} busy. {threads} threads that "
-                   f"wait for each other can take far longer than fewer: try training.threads={fewer}.")
+            yield (f"other processes keep {min(busy, cpus):.0f} of {counted(cpus, 'CPU')} busy. "
+                   f"{self.threads} threads that wait for each other can take far longer than "
+                   f"fewer: try training.threads={fewer}.")
 
     def times_fp32(self) -> float:
-        """How many times as long as in fp32 a small product takes in this precision, timed."""
+        """How many times as long as in fp32 a small matrix product takes in this precision."""
         seconds = []
         for dtype in (torch.float32, torch.float16 if self.precision == "fp16" else torch.bfloat16):
             matrix = torch.ones((256, 256), dtype=dtype)
@@ -134,67 +150,140 @@ class Device:
         return seconds[1] / seconds[0]
 
     def environment(self, compiled: bool) -> Environment:
-        return Environment(self.type, processor() if self.type == "cpu" else self.name(), torch.get_num_threads(),
-                           self.precision, self.deterministic, compiled, torch.__version__, self.native_bf16)
+        name = processor() if self.type == "cpu" else self.name()
+        return Environment(self.type, name, self.threads, self.precision, self.deterministic,
+                           compiled, torch.__version__, self.native_bf16)
 
     def name(self) -> str:
         if self.type == "cuda":
             return torch.cuda.get_device_name()
-        return f"{self.type}, {counted(torch.get_num_threads(), 'thread')}" if self.type == "cpu" else self.type
+        if self.type == "cpu":
+            return f"cpu, {counted(self.threads, 'thread')}"
+        return self.type
 
     def peak_flops(self) -> float | None:
-        """The data sheet's FLOP/s in bf16, for model FLOPs utilisation; None where it is not known."""
+        """The peak FLOP/s in bf16 of the data sheet, or None where it is not known."""
         if self.type != "cuda" or self.precision == "fp32":
             return None
-        return next((peak for name, peak in PEAK_FLOPS.items() if name in self.name()), None)
+        name = self.name()
+        return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
 
     def nominal_flops(self) -> float:
-        """The FLOP/s that training is taken to reach here: the same however busy the machine is."""
+        """The FLOP/s that training is assumed to reach, however busy the machine is."""
         if self.type == "cpu":
-            return torch.get_num_threads() * NOMINAL_CPU_FLOPS[self.precision == "bf16" and self.native_bf16]
+            is_fast = self.precision == "bf16" and self.native_bf16
+            return self.threads * (CPU_FLOPS_NATIVE_BF16 if is_fast else CPU_FLOPS)
         peak = self.peak_flops()
-        return NOMINAL_MFU * peak if peak else UNKNOWN_GPU_FLOPS
+        return GPU_MFU * peak if peak else UNKNOWN_GPU_FLOPS
 
     def synchronize(self) -> None:
-        """Wait until the device has done what it was asked, so that a clock means something."""
+        """Wait for the device to finish its work, so that timings are meaningful."""
         if self.type == "cuda":
             torch.cuda.synchronize()
         elif self.type == "mps":
             torch.mps.synchronize()
 
 
-def processor() -> str:
-    """The CPU's name, and the instructions that torch uses of it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
+class configure:
+    """Apply a device's settings to this process. As a context manager, undo that at the end.
+
+    Sets the number of threads, TF32, deterministic kernels and malloc's options. At the end, these
+    and torch's random number generators are as before, whatever was set in between.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self.before = ExitStack()
+        self.before.callback(torch.set_rng_state, torch.get_rng_state())
+        if device.type == "cuda":
+            self.before.callback(torch.cuda.set_rng_state, torch.cuda.get_rng_state())
+
+        self.before.callback(set_threads, torch.get_num_threads())
+        set_threads(device.threads)
+
+        self.before.callback(
+            torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+        if device.type == "cuda":
+            torch.set_float32_matmul_precision("high")  # TF32
+
+        self.before.callback(restore_determinism, torch.are_deterministic_algorithms_enabled(),
+                             torch.is_deterministic_algorithms_warn_only_enabled(),
+                             torch.utils.deterministic.fill_uninitialized_memory,
+                             os.environ.get("CUBLAS_WORKSPACE_CONFIG"))
+        if device.deterministic:
+            be_deterministic()
+
+        if device.keeps_memory:
+            self.before.callback(set_malloc_options, DEFAULT_TRIM_THRESHOLD, DEFAULT_MMAP_MAX)
+            keep_freed_memory()
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *failure: object) -> None:
+        self.before.close()
+
+
+def set_threads(threads: int) -> None:
+    # Setting even the present number has side effects on MKL.
+    if threads != torch.get_num_threads():
+        torch.set_num_threads(threads)
 
 
 def be_deterministic() -> None:
-    """From now on use only kernels that give the same bits each time, where torch has them."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # see cuBLAS, "Results reproducibility"
+    """Use only kernels that are bit-identical from run to run, where torch has them."""
+    # See "Results reproducibility" in the documentation of cuBLAS.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # which would cost time and find no mistake of ours
+    # Filling memory takes time, and only helps to find reads of uninitialized memory.
+    torch.utils.deterministic.fill_uninitialized_memory = False
 
 
-def keep_freed_memory() -> bool:
-    """Let glibc keep what is freed for the next step, instead of returning it and faulting every page in again.
+def restore_determinism(enabled: bool, warn_only: bool, fill: bool, cublas: str | None) -> None:
+    # This imports torch's compiler, which takes 2 s.
+    if torch.are_deterministic_algorithms_enabled() != enabled:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+    if cublas is None:
+        os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+    else:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = cublas
 
-    A step frees and asks for the same hundreds of MB each time; see docs/benchmarks.md for what this saves. False where
-    the C library is another.
+
+def keep_freed_memory() -> None:
+    """Let glibc keep freed memory, since a step allocates and frees the same hundreds of MB.
+
+    Returned to the system, each page would be faulted in again; see docs/benchmarks.md.
     """
-    if platform.libc_ver()[0] != "glibc":
-        return False
-    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
+    set_malloc_options(trim_threshold=2**31 - 1, mmap_max=0)
+
+
+def set_malloc_options(trim_threshold: int, mmap_max: int) -> None:
     libc = ctypes.CDLL(None)
-    return bool(libc.mallopt(trim_threshold, 2**31 - 1) and libc.mallopt(mmap_max, 0))
+    libc.mallopt(M_TRIM_THRESHOLD, trim_threshold)
+    libc.mallopt(M_MMAP_MAX, mmap_max)
+    if mmap_max:
+        libc.malloc_trim(0)
+
+
+def processor() -> str:
+    """The CPU's name, and the instruction set that torch uses of it."""
+    name = ""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.partition(":")[2].strip()
+                break
+    except OSError:
+        pass
+    name = name or platform.processor() or platform.machine()
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 def available_memory() -> float:
-    """Bytes that could be had without swapping, by Linux's own estimate and the limit of a container; else all there are."""
+    """The bytes that can be allocated without swapping, within the limit of a container.
+
+    Linux's own estimate; all physical memory on other systems.
+    """
     try:
         lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         free = 1024 * int(lines["MemAvailable"].split()[0])
@@ -202,36 +291,42 @@ def available_memory() -> float:
         return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     group = Path("/sys/fs/cgroup")
     try:
-        counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        stat = (group / "memory.stat").read_text()
+        counts = dict(line.split() for line in stat.splitlines())
         used = int((group / "memory.current").read_text()) - int(counts["inactive_file"])
         return min(free, int((group / "memory.max").read_text()) - used)
-    except (OSError, KeyError, ValueError):  # no such limit
+    except (OSError, KeyError, ValueError):  # no limit
         return free
 
 
 def maybe_compile(model: nn.Module, choice: str, device: Device, flops: float,
                   trial: Callable[[nn.Module], None], say: Callable[[str], None]) -> nn.Module:
-    """The model compiled, where `choice` ('auto', 'true', 'false') and the `flops` of the whole run ask for it.
+    """The model, compiled if `choice` is "true", or if it is "auto" and the run is long enough.
 
-    `trial` runs the model once, so that a failure shows here: with 'auto' it is one warning and the plain
-    model, with 'true' a ValueError.
+    `flops` are those of the whole run. `trial` runs the model once to find failures, which raise
+    ValueError with "true", and with "auto" are a warning and give the plain model.
     """
-    pays_after = COMPILE_PAYS_AFTER_SECONDS.get(device.type)
-    pays = pays_after is not None and flops / device.nominal_flops() >= pays_after
-    if choice == "false" or (choice == "auto" and not pays):
+    if choice == "false":
         return model
+    if choice == "auto":
+        pays_after = COMPILE_PAYS_AFTER_SECONDS.get(device.type)
+        if pays_after is None or flops / device.nominal_flops() < pays_after:
+            return model
     say("Compiling the model: the first step takes a minute or more.")
     try:
-        if device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
-            raise RuntimeError("no C++ compiler found")
-        if device.type == "cpu":  # where plain kernels always are; the compiler's add an embedding's gradients in any order
+        if device.type == "cpu":
+            if not any(map(shutil.which, ("c++", "g++", "clang++"))):
+                raise RuntimeError("no C++ compiler found")
+            # Otherwise a compiled embedding adds its gradients in a random order.
             be_deterministic()
         compiled = torch.compile(model)
         trial(compiled)
         return compiled
-    except Exception as error:  # whatever a compiler can fail with
-        cause = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        cause = f"{type(error).__name__}: {lines[0]}"
         if choice == "true":
-            raise ValueError(f"training.compile=true failed ({cause}): set training.compile=false.") from error
+            raise ValueError(f"training.compile=true failed ({cause}): "
+                             f"set training.compile=false.") from error
         say(f"Warning: the model could not be compiled and runs uncompiled ({cause}).")
         return model

@@ -39,9 +39,9 @@ def same_rates(step: int, config: OptimConfig, old_max_steps: int, max_steps: in
 
 def extension(step: int, config: OptimConfig, old_max_steps: int, max_steps: int,
               replanned: bool) -> str:
-    """A message about the rates of a run that changes from `old_max_steps` to `max_steps` at `step`.
+    """A message about the rates of a run of `old_max_steps` that becomes one of `max_steps`.
 
-    `replanned`: an earlier change of this kind already gave the run other rates.
+    It has taken `step` steps. `replanned`: an earlier change of this kind already gave the run other rates.
     """
     longer = counted(max_steps, "step")
     if same_rates(step, config, old_max_steps, max_steps) and not replanned:

@@ -30,9 +30,9 @@ from checkpointing.provenance import record_start
 from checkpointing.resume import (
     limit_reached,
     open_device,
-    open_run,
     prepared_tokens,
     settings_to_save,
+    start_or_resume,
 )
 from checkpointing.rollback import answer_nonfinite
 from checkpointing.run_folder import Run
@@ -89,7 +89,7 @@ def train(settings: Settings) -> int:
     # A device that this machine does not have is an error before the run's folder is touched.
     Device(limits.device, limits.precision)
 
-    with open_run(settings, prepared) as (run, settings, last), ExitStack() as stack:
+    with start_or_resume(settings, prepared) as (run, settings, last), ExitStack() as stack:
         limits = settings.training
         if last and limit_reached(limits, last):
             return already_finished(run, settings, last)

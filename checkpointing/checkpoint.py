@@ -1,14 +1,14 @@
-"""A checkpoint: written whole or not at all, checked when read. safetensors and JSON, never pickle.
+"""The checkpoint format: a folder of safetensors and JSON files, checked by checksum when read.
 
     RUN/checkpoints/step_00000300/
-        model.safetensors      the weights, by their plain names
-        optimizer.safetensors  the optimizers' state
-        state.json             where the run stands, its settings, the model's shape, what it was computed on
-        tokenizer.json         what turns the ids back into text
-        manifest.json          size and SHA-256 of each of these, and of itself
+        model.safetensors      the weights
+        optimizer.safetensors  the state of the optimizers
+        state.json             counters, settings, shape of the model, environment
+        tokenizer.json         the tokenizer
+        manifest.json          size and SHA-256 of each file above, and of itself
 
-Opening one trusts nothing: not its checksums, which show accidents but not intent, and not its sizes. Knows tensors
-by name and nothing of what they mean.
+A checkpoint may come from a stranger, who can also write matching checksums: docs/runs.md states
+what is checked. Knows nothing about models and optimizers.
 """
 
 from __future__ import annotations
@@ -38,55 +38,55 @@ from training.device import available_memory
 
 FORMAT = 3
 READABLE = (2, FORMAT)  # format 2 named optimizer state by position; see state.py
-MODEL, OPTIMIZER, STATE, TOKENIZER = "model.safetensors", "optimizer.safetensors", "state.json", "tokenizer.json"
-FILES = (MODEL, OPTIMIZER, STATE, TOKENIZER)
+MODEL = "model.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+STATE = "state.json"
+TOKENIZER = "tokenizer.json"
 MANIFEST = "manifest.json"
-MAX_BYTES = {MANIFEST: 2**20, STATE: 2**20, TOKENIZER: 2**24}  # more than these JSON files ever need
-MAX_DEPTH = 4  # of what is inside what in them
-DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64", torch.int64: "I64"}
-STATE_TYPES = {  # what state.json holds
-    "step": int, "max_steps": int, "replanned": bool, "seconds": float, "batches_skipped": int, "nonfinite": int,
-    "scheduled": bool, "val_loss": (float, type(None)), "settings": dict, "model": dict, "environment": dict, "scaler": dict,
-    "best_val_loss": (float, type(None)), "stale_evaluations": int,
+FILES = (MODEL, OPTIMIZER, STATE, TOKENIZER)
+
+# More than the JSON files ever need.
+MAX_BYTES = {MANIFEST: 2**20, STATE: 2**20, TOKENIZER: 2**24}
+MAX_NESTING = 4
+# The header of a safetensors file: 1,000 bytes, and 400 for each tensor.
+HEADER_BYTES, HEADER_BYTES_PER_TENSOR = 1000, 400
+
+DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+          torch.float64: "F64", torch.int64: "I64"}
+# 35 years of one-millisecond steps. Times the sequences of a step, it still fits 63 bits.
+MAX_COUNT = 2**40
+COUNT = (int, 0, MAX_COUNT)
+LOSS = (float | None, 0, sys.float_info.max)
+# The fields of state.json: type, and the lowest and highest value of a number.
+STATE_FIELDS: dict[str, tuple[Any, ...]] = {
+    "step": COUNT,
+    "max_steps": (int, 1, 2**63 - 1),
+    "replanned": (bool,),
+    "seconds": (float, 0, MAX_COUNT),
+    "batches_skipped": COUNT,
+    "nonfinite": COUNT,
+    "scheduled": (bool,),
+    "val_loss": LOSS,
+    "settings": (dict,),
+    "model": (dict,),
+    "environment": (dict,),
+    "scaler": (dict,),
+    "best_val_loss": LOSS,
+    "stale_evaluations": COUNT,
 }
-NEW_FIELDS = {"best_val_loss": None, "stale_evaluations": 0}  # what checkpoints of earlier versions do not hold
-MAX_COUNT = 2**40  # steps of a millisecond for 35 years; times the sequences of a step it still fits 63 bits
-RANGES = {  # the lowest and the highest value of the numbers in it
-    "step": (0, MAX_COUNT), "max_steps": (1, 2**63 - 1), "seconds": (0, MAX_COUNT), "batches_skipped": (0, MAX_COUNT),
-    "nonfinite": (0, MAX_COUNT), "val_loss": (0, sys.float_info.max),
-    "best_val_loss": (0, sys.float_info.max), "stale_evaluations": (0, MAX_COUNT),
-}
-# These errors tell what is in a checkpoint's folder; all others come from the system and may pass.
+# Values for checkpoints of earlier versions, which lack these fields.
+NEW_FIELDS = {"best_val_loss": None, "stale_evaluations": 0}
+# The system errors that are caused by the content of a folder. All others may be temporary.
 CONTENT_ERRORS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 
 
 class DamagedCheckpoint(ValueError):
-    """A checkpoint that is not what was written; the message names the file and what is wrong with it."""
-
-
-@contextmanager
-def read_errors(path: Path) -> Iterator[None]:
-    """Tell damage from errors of the system, such as too many open files: only the first raises DamagedCheckpoint."""
-    try:
-        yield
-    except atomic.NotRegularFile:
-        raise DamagedCheckpoint(f"{path} is not a plain file") from None
-    except (OSError, RuntimeError) as error:  # torch maps files and reports its failures as RuntimeError
-        reason = getattr(error, "strerror", None) or first_line(error)
-        missing = isinstance(error, FileNotFoundError) and not path.exists()
-        if missing or getattr(error, "errno", None) in CONTENT_ERRORS:
-            raise DamagedCheckpoint(f"{path} cannot be read ({reason})") from None
-        raise OSError(f"{path} cannot be read now ({reason}). Nothing was changed: run the command again. If the error "
-                      f"stays, move {path.parent} away, and the checkpoint before it is used.") from None
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """A checkpoint whose content is not as written; the message names the file and the problem."""
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """All that a checkpoint is made of. `state` holds what STATE_TYPES lists."""
+    """The content of a checkpoint; `state` has the fields of STATE_FIELDS."""
 
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
@@ -94,11 +94,11 @@ class Snapshot:
     state: dict[str, Any]
 
     def nbytes(self) -> int:
-        """Of the tensors; the rest is small."""
+        """The size of the tensors; the rest is small."""
         return sum(tensor.nbytes for tensor in (*self.model.values(), *self.optimizer.values()))
 
     def copy(self) -> Snapshot:
-        """The same in memory of its own, which training does not change."""
+        """A copy on the CPU that shares no memory with the model and the optimizers."""
         def copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
@@ -107,50 +107,55 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One saved moment of a run whose small files are whole; the large ones are checked when they are asked for."""
+    """A saved checkpoint. Opening reads only the small files; `verify` checks the large ones."""
 
     folder: Path
-    manifest: dict[str, dict[str, Any]]  # of each file: "bytes" and "sha256"
+    manifest: dict[str, dict[str, Any]]  # "bytes" and "sha256" of each file
     state: dict[str, Any]
     format: int = FORMAT
 
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:
-        """Raises DamagedCheckpoint unless the manifest, the sizes of all files, and the state are in order."""
+        """Read the manifest and the state.
+
+        Raises DamagedCheckpoint if one of these, or the size of any file, is wrong.
+        """
         if folder.is_symlink():
             raise DamagedCheckpoint(f"{folder} is a link")
         manifest = parse_json(folder / MANIFEST, read_small(folder / MANIFEST))
         if manifest.pop("sha256", None) != checksum(manifest):
             raise DamagedCheckpoint(f"{folder / MANIFEST} does not match its own checksum")
-        if manifest.get("format") not in READABLE:
-            raise ValueError(f"{folder} is of format {ascii(manifest.get('format'))[:40]}, this nanohydra reads {FORMAT}: "
-                             f"use the version that wrote it.")
+        version = manifest.get("format")
+        if version not in READABLE:
+            raise ValueError(f"{folder} has checkpoint format {ascii(version)[:40]}; this version "
+                             f"of nanohydra reads format {FORMAT}. Use the version that wrote it.")
         files = manifest.get("files")
         if not isinstance(files, dict) or sorted(files) != sorted(FILES):
             raise DamagedCheckpoint(f"{folder / MANIFEST} does not list the files of a checkpoint")
         for name, entry in files.items():
             if not isinstance(entry, dict) or file_size(folder / name) != entry.get("bytes"):
-                raise DamagedCheckpoint(f"{folder / name} is not of the size that the manifest says")
+                raise DamagedCheckpoint(f"{folder / name} does not have the size in the manifest")
         content = read_small(folder / STATE)
         if hashlib.sha256(content).hexdigest() != files[STATE].get("sha256"):
             raise DamagedCheckpoint(f"{folder / STATE} does not match its checksum")
         state = NEW_FIELDS | parse_json(folder / STATE, content)
-        if problem := find_problem(state):
+        problem = find_problem(state)
+        if problem:
             raise DamagedCheckpoint(f"{folder / STATE} {problem}")
         if folder.name != step_name(state["step"]):
             raise DamagedCheckpoint(f"{folder / STATE} is of step {state['step']}")
-        return cls(folder, files, state, manifest["format"])
+        return cls(folder, files, state, version)
 
     @property
     def step(self) -> int:
         return self.state["step"]
 
-    def verify(self, names: Iterable[str] = FILES, most_bytes: float = math.inf) -> None:
-        """Read the files `names` and raise DamagedCheckpoint if one is not what was written, or larger than can be."""
+    def verify(self, names: Iterable[str] = FILES, max_bytes: float = math.inf) -> None:
+        """Raise DamagedCheckpoint if a file exceeds `max_bytes` or does not match its checksum."""
         for name in names:
             path = self.folder / name
-            if file_size(path) > most_bytes:
-                raise DamagedCheckpoint(f"{path} is larger than any of these settings")
+            if file_size(path) > max_bytes:
+                raise DamagedCheckpoint(f"{path} is larger than these settings allow")
             with read_errors(path), os.fdopen(atomic.open_regular(path), "rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
             if found != self.manifest[name].get("sha256"):
@@ -162,127 +167,171 @@ class Checkpoint:
         return parse_json(self.folder / TOKENIZER, read_small(self.folder / TOKENIZER))
 
     def load_tensors(self, name: str, like: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What model.safetensors or optimizer.safetensors hold: just what `like` has, in its shapes and types.
+        """Read model.safetensors or optimizer.safetensors.
 
-        Takes no memory before size and header agree, so that no file can ask for more than `like` takes. Raises
-        ValueError where that is more than there is.
+        Raises DamagedCheckpoint unless it has the names, shapes and dtypes of `like`, and
+        ValueError if they do not fit in memory. Both come before any memory is allocated.
         """
-        path, nbytes = self.folder / name, sum(tensor.nbytes for tensor in like.values())
-        with read_errors(path), os.fdopen(atomic.open_regular(path), "rb") as file:
-            start = file.read(8)
-        header_bytes = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
-        if header_bytes > 1000 + 400 * len(like) or 8 + header_bytes + nbytes != file_size(path):
-            raise DamagedCheckpoint(f"{path} is not of the size that the settings ask for")
-        if nbytes > (free := available_memory()):
-            raise ValueError(f"{path} takes {readable_size(nbytes)} of memory, {readable_size(free)} are free.")
+        path = self.folder / name
+        nbytes = sum(tensor.nbytes for tensor in like.values())
+        if file_size(path) > nbytes + HEADER_BYTES + HEADER_BYTES_PER_TENSOR * len(like):
+            raise DamagedCheckpoint(f"{path} is larger than the settings ask for")
+        free = available_memory()
+        if nbytes > free:
+            raise ValueError(f"{path} needs {readable_size(nbytes)} of memory, "
+                             f"{readable_size(free)} are free.")
         self.verify([name])
+        wanted = {key: (DTYPES[value.dtype], tuple(value.shape)) for key, value in like.items()}
         try:
             with read_errors(path), safe_open(path, "pt") as file:
-                there = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-                found = {key: (one.get_dtype(), tuple(one.get_shape())) for key, one in there.items()}
-                wanted = {key: (DTYPES[tensor.dtype], tuple(tensor.shape)) for key, tensor in like.items()}
+                found = {}
+                for key in file.keys():  # noqa: SIM118 (not a dict)
+                    tensor = file.get_slice(key)
+                    found[key] = (tensor.get_dtype(), tuple(tensor.get_shape()))
                 for key in sorted(found.keys() | wanted.keys()):
                     if found.get(key) != wanted.get(key):
-                        raise DamagedCheckpoint(f"{path} holds {ascii(key)[:80]} as {found.get(key)}, the settings ask for "
-                                      f"{wanted.get(key)}")
-                return {key: file.get_tensor(key).clone() for key in wanted}  # of its own memory, not the file's
+                        raise DamagedCheckpoint(
+                            f"{path} has {ascii(key)[:80]} as {found.get(key)}, but the settings "
+                            f"ask for {wanted.get(key)}")
+                # Without the copy, the tensors would be views of the mapped file.
+                return {key: file.get_tensor(key).clone() for key in wanted}
         except SafetensorError as error:
             raise DamagedCheckpoint(f"{path} cannot be read ({error})") from None
 
 
+def step_name(step: int) -> str:
+    """The folder name of a checkpoint."""
+    return f"step_{step:08d}"
+
+
 def find_problem(state: dict[str, Any]) -> str:
-    """What is wrong with the content of a state.json; empty if nothing is."""
-    if state.keys() != STATE_TYPES.keys():
-        return f"does not hold just {', '.join(STATE_TYPES)}"
-    for key, kinds in STATE_TYPES.items():
+    """What is wrong with the content of state.json; empty if it is valid."""
+    if state.keys() != STATE_FIELDS.keys():
+        return f"must have exactly the fields {', '.join(STATE_FIELDS)}"
+    for key, (kind, *bounds) in STATE_FIELDS.items():
         value = state[key]
-        fits = isinstance(value, kinds) and (kinds is bool or not isinstance(value, bool))
-        if fits and key in RANGES and value is not None:
-            lowest, highest = RANGES[key]
-            fits = lowest <= value <= highest
-        if not fits:
-            return f"holds {key}={ascii(value)[:40]}, which is invalid"
+        valid = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+        if valid and bounds and value is not None:
+            valid = bounds[0] <= value <= bounds[1]
+        if not valid:
+            return f"has {key}={ascii(value)[:40]}, which is invalid"
     return ""
 
 
+@contextmanager
+def read_errors(path: Path) -> Iterator[None]:
+    """Raise DamagedCheckpoint for damage, and OSError for errors such as too many open files."""
+    try:
+        yield
+    except atomic.NotRegularFile:
+        raise DamagedCheckpoint(f"{path} is not a regular file") from None
+    except (OSError, RuntimeError) as error:
+        # safetensors and torch report failures to map a file as RuntimeError, in several lines.
+        reason = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0]
+        missing = isinstance(error, FileNotFoundError) and not path.exists()
+        if missing or getattr(error, "errno", None) in CONTENT_ERRORS:
+            raise DamagedCheckpoint(f"{path} cannot be read ({reason})") from None
+        raise OSError(
+            f"{path} cannot be read now ({reason}). Nothing was changed: run the command again. If "
+            f"the error stays, move {path.parent} away to use the checkpoint before it."
+        ) from None
+
+
 def read_small(path: Path) -> bytes:
-    if file_size(path) > MAX_BYTES[path.name]:
-        raise DamagedCheckpoint(f"{path} is larger than any that nanohydra writes")
-    with read_errors(path):
-        return atomic.read_regular(path, MAX_BYTES[path.name])
+    """The content of a JSON file, if it is not larger than it can be."""
+    try:
+        with read_errors(path):
+            return atomic.read_regular(path, MAX_BYTES[path.name])
+    except ValueError as error:
+        raise DamagedCheckpoint(str(error)) from None
 
 
 def file_size(path: Path) -> int:
-    """In bytes. Raises DamagedCheckpoint if it is missing or not a regular file, such as a link."""
+    """The size in bytes. Raises DamagedCheckpoint unless `path` is a regular file, and no link."""
     with read_errors(path):
         status = os.lstat(path)
     if not stat.S_ISREG(status.st_mode):
-        raise DamagedCheckpoint(f"{path} is not a plain file")
+        raise DamagedCheckpoint(f"{path} is not a regular file")
     return status.st_size
 
 
 def parse_json(path: Path, content: bytes) -> dict[str, Any]:
-    """A JSON object. Raises DamagedCheckpoint for anything else, such as NaN or deep nesting."""
-    def refuse(word: str) -> None:
-        raise ValueError(word)
-
+    """The object in a JSON file. Raises DamagedCheckpoint for anything else."""
     try:
-        value = json.loads(content, parse_constant=refuse)
-    except (ValueError, RecursionError):
+        value = atomic.parse_json(content)
+    except ValueError:
         value = None
-    inside = [value]
-    for _ in range(MAX_DEPTH):
-        inside = [one for outer in inside if isinstance(outer, dict | list)
-                  for one in (outer.values() if isinstance(outer, dict) else outer)]
-    if not isinstance(value, dict) or inside:
-        raise DamagedCheckpoint(f"{path} is not the JSON that nanohydra writes")
+    if not isinstance(value, dict) or is_nested_deeper(value, MAX_NESTING):
+        raise DamagedCheckpoint(f"{path} is not a JSON file of nanohydra")
     return value
+
+
+def is_nested_deeper(value: Any, levels: int) -> bool:
+    """Whether dicts and lists are nested in more levels: the settings are compared recursively."""
+    if not isinstance(value, dict | list):
+        return False
+    children = value.values() if isinstance(value, dict) else value
+    return levels == 0 or any(is_nested_deeper(child, levels - 1) for child in children)
 
 
 def checksum(value: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def step_name(step: int) -> str:
-    return f"step_{step:08d}"
+def save(checkpoints: Path, snapshot: Snapshot,
+         before_write: Callable[[], None] = lambda: None) -> None:
+    """Write `checkpoints/step_XXXXXXXX`, completely or not at all.
 
-
-def save(checkpoints: Path, snapshot: Snapshot, before_write: Callable[[], None] = lambda: None) -> None:
-    """Write `checkpoints/step_XXXXXXXX`, after `before_write`, which brings to the disk what must be there by then.
-
-    Raises OSError saying how much is needed if it cannot be, leaving no part of it.
+    Calls `before_write` first, and again before the folder gets its final name. Raises OSError
+    with the space that is needed if the checkpoint cannot be written.
     """
     folder = checkpoints / step_name(snapshot.state["step"])
     needed = int(1.01 * snapshot.nbytes()) + 2**20
-    assert not find_problem(snapshot.state), find_problem(snapshot.state)  # what cannot be read must not be written
+    problem = find_problem(snapshot.state)
+    assert not problem, problem
     try:
         before_write()
         if folder.exists():
-            raise OSError("it is there already")
+            raise OSError("it already exists")
         if shutil.disk_usage(checkpoints).free < needed:
             raise OSError("the disk is full")
-        contents = {MODEL: pieces(snapshot.model), OPTIMIZER: pieces(snapshot.optimizer),
-                    TOKENIZER: [json.dumps(snapshot.tokenizer).encode()],
-                    STATE: [json.dumps(snapshot.state, indent=2, allow_nan=False).encode()]}
         with atomic.new_folder(folder) as partial:
-            files = {}
-            for name, content in contents.items():
-                written = atomic.write_file(partial / name, content)
-                files[name] = {"bytes": file_size(partial / name), "sha256": written}
-            manifest = {"format": FORMAT, "files": files}
-            atomic.write_file(partial / MANIFEST, [json.dumps(manifest | {"sha256": checksum(manifest)}, indent=2).encode()])
-            before_write()  # once more: writing takes a while, and the folder gets its name next
+            write_files(partial, snapshot)
+            before_write()
     except OSError as error:
-        raise OSError(f"{folder} could not be written ({error.strerror or error}): it needs {readable_size(needed)} of free "
-                      f"disk. Earlier checkpoints are as they were.") from None
+        raise OSError(
+            f"{folder} could not be written ({error.strerror or error}). It needs "
+            f"{readable_size(needed)} of free disk space. Earlier checkpoints are kept."
+        ) from None
 
 
-def pieces(tensors: dict[str, Tensor]) -> Iterator[bytes | memoryview]:
-    """A safetensors file, piece by piece, without another copy of the tensors (huggingface.co/docs/safetensors)."""
+def write_files(folder: Path, snapshot: Snapshot) -> None:
+    contents = {
+        MODEL: safetensors_chunks(snapshot.model),
+        OPTIMIZER: safetensors_chunks(snapshot.optimizer),
+        TOKENIZER: [json.dumps(snapshot.tokenizer).encode()],
+        STATE: [json.dumps(snapshot.state, indent=2, allow_nan=False).encode()],
+    }
+    files = {}
+    for name, chunks in contents.items():
+        sha256 = atomic.write_file(folder / name, chunks)
+        files[name] = {"bytes": file_size(folder / name), "sha256": sha256}
+    manifest = {"format": FORMAT, "files": files}
+    manifest["sha256"] = checksum(manifest)
+    atomic.write_file(folder / MANIFEST, [json.dumps(manifest, indent=2).encode()])
+
+
+def safetensors_chunks(tensors: dict[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """The bytes of a safetensors file: a JSON header, then the tensors.
+
+    The library's `save_file` would copy all tensors of an accelerator to the CPU at once, and needs
+    a second pass for the checksum. The format: https://huggingface.co/docs/safetensors
+    """
     header, end = {}, 0
     for name, tensor in tensors.items():
         start, end = end, end + tensor.nbytes
-        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        entry = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape)}
+        header[name] = entry | {"data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     yield struct.pack("<Q", len(text)) + text

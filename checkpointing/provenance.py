@@ -1,4 +1,4 @@
-"""What a run was computed by: versions, machine, the state of the code. One line for each start of its training."""
+"""Records how a run was computed: versions, machine, git commit; one line per start of training."""
 
 from __future__ import annotations
 
@@ -14,24 +14,30 @@ from typing import Any
 
 import atomic
 
-STARTS = "environment.jsonl"  # in the run's folder
+STARTS = "environment.jsonl"  # in the run folder
 PACKAGES = ("torch", "numpy", "hydra-core", "tiktoken", "rustbpe", "safetensors", "wandb")
-MOST_BYTES = 2**24
+MAX_BYTES = 2**24
 CODE = Path(__file__).parent.parent
 
 
-def record_start(folder: Path, step: int, computing: dict[str, Any]) -> None:
-    """Write down what training goes on with from `step`: `computing` says on which device, and how."""
-    here = {"step": step, "time": datetime.now(UTC).isoformat(timespec="seconds"), "command": sys.argv,
-            "host": platform.node(), "system": platform.platform(), "python": platform.python_version()}
-    with closing(atomic.LineFile(folder / STARTS)) as starts:
-        starts.add(json.dumps(here | computing | versions() | git_state()))
+def record_start(folder: Path, step: int, environment: dict[str, Any]) -> None:
+    """Append a line for a start of training from `step` in this device `environment`."""
+    start = {
+        "step": step,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "host": platform.node(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+    }
+    with closing(atomic.LineFile(folder / STARTS)) as lines:
+        lines.add(json.dumps(start | environment | versions() | git_state()))
 
 
 def compiled_at_last_start(folder: Path) -> bool | None:
-    """Whether the run's last start compiled the model; None if there was none."""
+    """Whether the last start of the run compiled the model; None if there was none."""
     try:
-        lines = atomic.read_regular(folder / STARTS, MOST_BYTES).splitlines()
+        lines = atomic.read_regular(folder / STARTS, MAX_BYTES).splitlines()
         compiled = atomic.parse_json(lines[-1])["compiled"]
     except (OSError, ValueError, LookupError, TypeError):
         return None
@@ -39,22 +45,25 @@ def compiled_at_last_start(folder: Path) -> bool | None:
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that are installed."""
-    there = {}
+    """The versions of the installed packages."""
+    found = {}
     for name in PACKAGES:
         with suppress(metadata.PackageNotFoundError):
-            there[name] = metadata.version(name)
-    return there
+            found[name] = metadata.version(name)
+    return found
 
 
 def git_state() -> dict[str, str | int]:
-    """The commit of the code and how many of its files differ from it; nothing where there is no git."""
+    """The commit of the code and the number of changed files; empty without git."""
     try:
         commit = git("rev-parse", "HEAD").strip()
-        return {"git_commit": commit, "git_changed_files": len(git("status", "--porcelain").splitlines())}
+        changed = git("status", "--porcelain").splitlines()
     except (OSError, subprocess.SubprocessError):
         return {}
+    return {"git_commit": commit, "git_changed_files": len(changed)}
 
 
-def git(*words: str) -> str:
-    return subprocess.run(["git", *words], cwd=CODE, capture_output=True, text=True, check=True, timeout=5).stdout
+def git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=CODE, capture_output=True, text=True,
+                          check=True, timeout=5)
+    return done.stdout

@@ -1,4 +1,4 @@
-"""A run's folder: found by its name, held by one process at a time, moved aside but never deleted."""
+"""The folder of a run: find it by name, lock it for one process, rename it but never delete it."""
 
 from __future__ import annotations
 
@@ -13,98 +13,108 @@ from datetime import datetime
 from pathlib import Path
 
 import atomic
+import locks
 from terminal import say
 
 LOCK = "lock"
-FILES = (LOCK, "config.yaml", "metrics.jsonl", "log.txt", "environment.jsonl", "report.html", "wandb.json")
+FILES = (LOCK, "config.yaml", "metrics.jsonl", "log.txt", "environment.jsonl", "report.html",
+         "wandb.json")
 FOLDERS = ("checkpoints", "nonfinite", "wandb")
 
 
 class Run:
-    """The folder of a run, held by this process while the context lasts; a folder that got no content is removed.
+    """The locked folder of a run. A context manager, which removes the folder if it is empty.
 
-    Raises ValueError naming the holder if another process trains in it, where one run would lie inside another, and
-    where something that is not a plain file or folder has a name that runs use.
+    Raises ValueError if another process trains in the folder, if one run would be inside another,
+    and if a name that runs use belongs to anything but a regular file or folder.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        if outer := first_run(folder.parents):
-            raise ValueError(f"{folder} lies inside the run {outer}: choose another name=.")
-        if not is_run(folder) and (inner := first_run(lock.parent for lock in folder.glob(f"*/**/{LOCK}"))):
-            raise ValueError(f"{folder} holds runs, such as {inner.relative_to(folder)}: choose another name=.")
+        outer = first_run(folder.parents)
+        if outer:
+            raise ValueError(f"{folder} is inside the run {outer}: use another name=.")
+        if not is_run(folder):
+            inner = first_run(lock.parent for lock in folder.glob(f"*/**/{LOCK}"))
+            if inner:
+                raise ValueError(f"{folder} contains runs, such as {inner.relative_to(folder)}: "
+                                 f"use another name=.")
         check_file_types(folder)
         try:
-            self.lock = atomic.Lock(folder / LOCK, describe_process())
+            self.lock = locks.Lock(folder / LOCK, describe_process())
         except BlockingIOError as error:
-            raise ValueError(f"{folder} is being trained by {error.strerror}: wait for it, stop it, "
-                             f"or choose another name=.") from None
+            raise ValueError(f"{folder} is being trained by {error.strerror}: wait for it, stop "
+                             f"it, or use another name=.") from None
 
     @property
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
 
     def remove_partial(self) -> None:
-        """Remove what a kill left half-written, so that it takes no room."""
-        for place in (self.folder, self.checkpoints, self.folder / "nonfinite"):
-            for leftover in place.glob(f"{atomic.PARTIAL}*"):
-                atomic.remove(leftover)
-
-    def has_content(self) -> bool:
-        own = (LOCK, f"{LOCK}{atomic.MARKER_SUFFIX}")
-        return any(path.name not in own for path in self.folder.iterdir())
+        """Delete the partial files of a killed process."""
+        for folder in (self.folder, self.checkpoints, self.folder / "nonfinite"):
+            for partial in folder.glob(f"{atomic.PARTIAL}*"):
+                atomic.remove(partial)
 
     def has_checkpoints(self) -> bool:
         """Whether anything was saved, damaged or not."""
         return self.checkpoints.is_dir() and any(self.checkpoints.iterdir())
 
     def check_not_moved(self) -> None:
-        """Raise ValueError if the folder was moved or removed since this process took it."""
+        """Raise ValueError if the folder was moved, removed or replaced since it was locked."""
         if not self.lock.in_place():
-            raise ValueError(f"{self.folder} was moved, removed or replaced during training, which stops: the steps since "
-                             f"the last checkpoint are not saved. To resume, move the folder back or use its new name=.")
+            raise ValueError(
+                f"{self.folder} was moved, removed or replaced during training. The run stops, and "
+                f"the steps since the last checkpoint are lost. To resume, move the folder back, "
+                f"or pass its new name=.")
 
     def rename_to_old(self) -> None:
-        """Give the folder, which stays locked, another name."""
-        self.folder = self.folder.rename(atomic.unused_name(self.folder.with_name(f"{self.folder.name}.old")))
+        """Rename the folder to NAME.old, or NAME.old-2 and so on; it stays locked."""
+        old = atomic.unused_name(self.folder.with_name(f"{self.folder.name}.old"))
+        self.folder = self.folder.rename(old)
         self.lock.follow(self.folder / LOCK)
 
     def __enter__(self) -> Run:
         return self
 
     def __exit__(self, *failure: object) -> None:
-        try:
-            empty = self.lock.in_place() and not self.has_content()
+        lock_files = {LOCK, f"{LOCK}{locks.MARKER_SUFFIX}"}
+        empty = False
+        # Another process may remove the folder at the same time, or start to train in it.
+        with suppress(OSError):
+            empty = self.lock.in_place() and set(os.listdir(self.folder)) <= lock_files
             if empty:
                 (self.folder / LOCK).unlink()
-        except OSError:  # someone else removed it
-            empty = False
         self.lock.release()
         if empty:
-            with suppress(OSError):  # another process begins there already
+            with suppress(OSError):
                 self.folder.rmdir()
 
 
 def describe_process() -> str:
-    """What a lock's file says of its holder."""
-    return f"process {os.getpid()} on {socket.gethostname()}, since {datetime.now():%Y-%m-%d %H:%M:%S}"
+    """The content of a lock file: which process holds it."""
+    now = datetime.now()
+    return f"process {os.getpid()} on {socket.gethostname()}, since {now:%Y-%m-%d %H:%M:%S}"
 
 
 def check_file_types(folder: Path) -> None:
-    """Raise ValueError where a name that runs use is taken by a link, a FIFO or the like.
+    """Raise ValueError if a name that runs use belongs to a link, a FIFO or the like.
 
-    Whoever hands on a run's folder could have files outside it read, written or deleted by that. The folder itself,
-    and those around it, may be links, as to a larger disk.
+    A run from a stranger could otherwise make us read, write or delete files elsewhere. The run
+    folder itself and its parents may be links, for instance to a larger disk.
     """
-    for names, is_right, wanted in ((FILES, stat.S_ISREG, "plain file"), (FOLDERS, stat.S_ISDIR, "folder")):
-        for path in (folder / name for name in names):
-            try:
-                mode = path.lstat().st_mode
-            except (FileNotFoundError, NotADirectoryError):
-                continue
-            if not is_right(mode):
-                found = "a link" if stat.S_ISLNK(mode) else "something else"
-                raise ValueError(f"{path} is {found}, and a run needs a {wanted} of its own there: move it away.")
+    for name in (*FILES, *FOLDERS):
+        path = folder / name
+        try:
+            mode = path.lstat().st_mode
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        right = stat.S_ISDIR(mode) if name in FOLDERS else stat.S_ISREG(mode)
+        if not right:
+            found = "a link" if stat.S_ISLNK(mode) else "something else"
+            wanted = "folder" if name in FOLDERS else "regular file"
+            raise ValueError(f"{path} is {found}, but a run needs a {wanted} of its own there: "
+                             f"move it away.")
 
 
 def is_run(folder: Path) -> bool:
@@ -112,47 +122,53 @@ def is_run(folder: Path) -> bool:
 
 
 def first_run(folders: Iterable[Path]) -> Path | None:
-    """The first of these folders that is a run's."""
+    """The first of these folders that is a run."""
     return next(filter(is_run, folders), None)
 
 
 def find_run(runs_dir: Path, name: str) -> Path:
-    """The folder of the run `name`: below `runs_dir`, or a path; without a name, the run that was saved last.
+    """The folder of the run `name`: inside `runs_dir`, or a path. Default: the run saved last.
 
-    Of a sweep it is the best run, also where the run that was saved last is one of a sweep. Raises
-    ValueError naming the runs there are, and where a link lies in the run.
+    For a sweep it is the best run, also if the run saved last belongs to one. Raises ValueError,
+    listing the runs, if there is none, and if there is a link inside the run.
     """
-    run = named_run(runs_dir, name)
+    run = search_run(runs_dir, name)
     check_file_types(run)
     return run
 
 
-def named_run(runs_dir: Path, name: str) -> Path:
+def search_run(runs_dir: Path, name: str) -> Path:
     runs = sorted(runs_below(runs_dir))
     if not name and runs:
         last = max(runs, key=saved_at)
         return best_run(last.parent) if is_sweep(last.parent) else last
+    if not name:
+        raise ValueError(f"{runs_dir} has no run with a checkpoint: start one with "
+                         f"python train.py.")
     places = (runs_dir / name, Path(name))
     for place in places:
-        if name and has_checkpoint(place):
+        if has_checkpoint(place):
             return place
-        if name and is_sweep(place) and any(runs_below(place)):
+        if is_sweep(place) and any(runs_below(place)):
             return best_run(place)
-    if name and first_run(places):
-        raise ValueError(f"run={name} has no checkpoint yet: while it is trained, the first comes after "
-                         "training.checkpoint_every steps, or when you stop it.")
-    there = f"There are: {', '.join(str(run.relative_to(runs_dir)) for run in runs)}." if runs else (
-        f"{runs_dir} holds no run with a checkpoint: train one with python train.py.")
-    raise ValueError(f"run={name} is not there. {there}" if name else there)
+    if first_run(places):
+        raise ValueError(
+            f"run={name} has no checkpoint yet: the first is saved after "
+            f"training.checkpoint_every steps, or when you stop the run.")
+    if not runs:
+        raise ValueError(f"run={name} does not exist, and {runs_dir} has no run with a checkpoint: "
+                         f"train one with python train.py.")
+    names = ", ".join(str(run.relative_to(runs_dir)) for run in runs)
+    raise ValueError(f"run={name} does not exist. There are: {names}.")
 
 
 def is_sweep(folder: Path) -> bool:
-    """Whether a grid or a search trained the runs in this folder: it keeps what they printed."""
+    """Whether the folder belongs to a grid or a search, which keep the output of their runs."""
     return (folder / "logs").is_dir() and not is_run(folder)
 
 
 def best_run(sweep: Path) -> Path:
-    """The run of a sweep with the fewest bits per byte, which is said; the last if none has any."""
+    """The run of a sweep with the fewest bits per byte, which is printed; else the last one."""
     runs = sorted(runs_below(sweep), key=saved_at, reverse=True)
     results = {run: lowest_bits_per_byte(run) for run in runs}
     best = min(runs, key=results.__getitem__)
@@ -163,9 +179,10 @@ def best_run(sweep: Path) -> Path:
 
 
 def lowest_bits_per_byte(run: Path) -> float:
-    """The lowest of the run's validations, which compares any tokenizers; infinite for none."""
+    """The lowest validation result of a run, comparable for any tokenizers; inf without one."""
     lowest = math.inf
-    with suppress(OSError), os.fdopen(atomic.open_regular(run / "metrics.jsonl"), "rb") as lines:
+    with (suppress(OSError),
+          os.fdopen(atomic.open_regular(run / "metrics.jsonl"), "rb") as lines):
         for line in lines:
             with suppress(ValueError, KeyError, TypeError):
                 lowest = min(lowest, float(atomic.parse_json(line)["bits_per_byte"]))
@@ -173,10 +190,10 @@ def lowest_bits_per_byte(run: Path) -> float:
 
 
 def runs_below(runs_dir: Path) -> Iterator[Path]:
-    """The runs with a checkpoint, also while trainings make and delete folders."""
-    for folder, inner, _ in os.walk(runs_dir):
-        if "checkpoints" in inner:
-            inner.clear()
+    """The runs with a checkpoint; other processes may create and delete folders meanwhile."""
+    for folder, subfolders, _ in os.walk(runs_dir):
+        if "checkpoints" in subfolders:
+            subfolders.clear()
             if has_checkpoint(Path(folder)):
                 yield Path(folder)
 
@@ -189,7 +206,7 @@ def has_checkpoint(run: Path) -> bool:
 
 
 def saved_at(run: Path) -> float:
-    """When the run's checkpoints last changed; 0 if they are gone."""
+    """The time at which the checkpoints last changed; 0 if there are none."""
     try:
         return (run / "checkpoints").stat().st_mtime
     except FileNotFoundError:

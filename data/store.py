@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import atomic
+import locks
 from progress import ProgressBar
 from terminal import say
 
@@ -129,7 +130,7 @@ def is_locked(lock: Path) -> bool:
     if not lock.exists():
         return False
     try:
-        atomic.Lock(lock, "nobody").release()
+        locks.Lock(lock, "nobody").release()
     except BlockingIOError:
         return True
     return False
@@ -155,11 +156,11 @@ def remove_partial_files(folder: Path) -> None:
         partial.unlink()
 
 
-def wait_for(path: Path) -> atomic.Lock:
+def wait_for(path: Path) -> locks.Lock:
     waiting = False
     while True:
         try:
-            return atomic.Lock(path, f"process {os.getpid()}")
+            return locks.Lock(path, f"process {os.getpid()}")
         except BlockingIOError as error:
             if not waiting:
                 say(f"Waiting for {error.strerror}, which prepares the same tokens.")

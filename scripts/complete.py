@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import atomic
+import locks
 from conf.sampling import SamplingConfig
 from conf.settings import SampleSettings
 from generation.decoder import Decoder
@@ -37,7 +38,7 @@ def complete_file(engine: Engine, settings: SampleSettings, decoder: Decoder | N
     path = Path(settings.out)
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise ValueError(f"out={path} is not a plain file: choose another.")
-    with atomic.exclusive_lock(path):
+    with locks.exclusive_lock(path):
         done = count_done(path, jobs, settings_id)
         progress = ProgressBar(total=len(jobs), initial=done, unit="completions")
         with closing(atomic.LineFile(path)) as out, progress:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import atomic
+import locks
 from checkpointing.run_folder import LOCK, describe_process, first_run
 from progress import ProgressBar, print_line
 from terminal import counted, say
@@ -71,7 +72,7 @@ class Job:
         """Whether a process trains in the folder: a killed sweep's child may still be saving."""
         try:
             if (self.folder / LOCK).exists():
-                atomic.Lock(self.folder / LOCK, describe_process()).release()
+                locks.Lock(self.folder / LOCK, describe_process()).release()
         except BlockingIOError:
             return True
         return False
@@ -262,7 +263,7 @@ def locked(folder: Path) -> Iterator[None]:
     """Lock a grid's folder, so that no second process runs its jobs. Raises ValueError."""
     refuse_run(folder)
     try:
-        lock = atomic.Lock(folder / "sweep.lock", describe_process())
+        lock = locks.Lock(folder / "sweep.lock", describe_process())
     except BlockingIOError as error:
         raise ValueError(f"{folder} is being swept by {error.strerror}: wait for it to end, or "
                          f"use another name=.") from None

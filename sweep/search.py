@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import atomic
+import locks
 from checkpointing.run_folder import describe_process
 from conf.identity import differences, listed
 from conf.presets import ConfigError
@@ -118,7 +119,7 @@ class FileLock:
     def acquire(self) -> bool:
         while True:
             try:
-                self.lock = atomic.Lock(self.path, describe_process())
+                self.lock = locks.Lock(self.path, describe_process())
                 break
             except BlockingIOError:
                 time.sleep(0.01)
@@ -159,7 +160,7 @@ class Search:
         with self.lock:
             self.study = self.open_study()
         self.worker = f"{socket.gethostname()}-{secrets.token_hex(4)}"
-        self.worker_lock = atomic.Lock(self.worker_file(self.worker), describe_process())
+        self.worker_lock = locks.Lock(self.worker_file(self.worker), describe_process())
 
     def open_study(self) -> Any:
         """The new or existing study. Raises ValueError if it is unusable, or of another space."""
@@ -235,7 +236,7 @@ class Search:
                 continue
             try:
                 # The file of this worker is locked too.
-                atomic.Lock(file, describe_process()).release()
+                locks.Lock(file, describe_process()).release()
             except BlockingIOError:
                 continue
             if not self.job_of(trial).is_locked():

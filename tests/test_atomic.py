@@ -1,22 +1,19 @@
-"""What has its final name is whole, whatever goes wrong while it is being made."""
+"""A file or folder that has its final name is complete, whatever failed while it was written."""
 
 import errno
 import hashlib
-import json
 import os
-import shutil
-import signal
 import socket
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 
 import pytest
 
 import atomic
+import locks
 
 
 def disk_full(*args):
@@ -55,7 +52,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="name
 # A folder
 
 
-def test_a_folder_gets_its_name_when_it_is_complete(tmp_path):
+def test_a_folder_gets_its_final_name_when_it_is_complete(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     final = tmp_path / "checkpoints" / "step_1"
     with atomic.new_folder(final) as partial:
@@ -70,20 +67,20 @@ def test_a_folder_gets_its_name_when_it_is_complete(tmp_path):
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
-def test_a_folder_whose_making_fails_leaves_nothing(tmp_path, error):
+def test_an_exception_leaves_no_folder(tmp_path, error):
     with pytest.raises(error), atomic.new_folder(tmp_path / "final") as partial:
         (partial / "a").write_bytes(b"one")
         raise error
     assert not any(tmp_path.iterdir())
 
 
-def test_a_folder_whose_place_was_removed_does_not_come_back(tmp_path):
+def test_a_removed_parent_is_not_created_again(tmp_path):
     with pytest.raises(FileNotFoundError), atomic.new_folder(tmp_path / "run/checkpoints/step_1"):
         pass
     assert not any(tmp_path.iterdir())
 
 
-def test_a_folder_that_is_already_there_stays_as_it_is(tmp_path):
+def test_a_folder_that_exists_is_kept(tmp_path):
     final = tmp_path / "final"
     with atomic.new_folder(final) as partial:
         (partial / "a").write_bytes(b"mine")
@@ -93,7 +90,7 @@ def test_a_folder_that_is_already_there_stays_as_it_is(tmp_path):
     assert list(tmp_path.iterdir()) == [final]
 
 
-def test_a_file_in_the_folders_place_is_an_error_and_stays(tmp_path):
+def test_a_file_with_the_name_of_a_folder_is_kept(tmp_path):
     (tmp_path / "final").write_bytes(b"a file")
     with pytest.raises(OSError), atomic.new_folder(tmp_path / "final"):
         pass
@@ -108,7 +105,7 @@ def test_a_full_disk_leaves_no_folder(tmp_path, monkeypatch, call):
     assert not any(tmp_path.iterdir())
 
 
-def test_a_kill_leaves_no_folder_of_the_final_name_and_the_next_attempt_works(tmp_path):
+def test_a_kill_leaves_no_folder_with_the_final_name(tmp_path):
     program = ("import atomic, os, pathlib, sys\n"
                "with atomic.new_folder(pathlib.Path(sys.argv[1])) as partial:\n"
                "    (partial / 'a').write_bytes(b'half')\n"
@@ -123,7 +120,7 @@ def test_a_kill_leaves_no_folder_of_the_final_name_and_the_next_attempt_works(tm
 
 
 @needs_proc
-def test_a_folder_is_on_the_disk_before_it_gets_its_name(tmp_path, journal):
+def test_a_folder_is_synced_before_it_is_renamed(tmp_path, journal):
     with atomic.new_folder(tmp_path / "final") as partial:
         for name in ("a", "b"):
             atomic.write_file(partial / name, [b"content"])
@@ -145,7 +142,7 @@ def test_a_file_is_written_and_replaced(tmp_path):
 
 
 @pytest.mark.parametrize("call", ["write", "fsync", "replace"])
-def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch, call):
+def test_a_full_disk_keeps_the_old_file(tmp_path, monkeypatch, call):
     atomic.write_bytes(tmp_path / "final", b"old")
     monkeypatch.setattr(os, call, disk_full)
     with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
@@ -156,7 +153,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch, call):
 
 
 @needs_proc
-def test_a_file_is_on_the_disk_before_it_gets_its_name(tmp_path, journal):
+def test_a_file_is_synced_before_it_is_renamed(tmp_path, journal):
     atomic.write_bytes(tmp_path / "final", b"content")
     file, rename, parent = journal
     assert file[0] == "sync" and file[1].startswith(atomic.PARTIAL)
@@ -182,8 +179,8 @@ def test_a_reader_sees_the_old_file_or_the_new_one(tmp_path):
     assert seen <= set(contents)
 
 
-def test_a_file_is_written_in_pieces_and_its_sum_returned(tmp_path, monkeypatch):
-    monkeypatch.setattr(atomic, "PIECE_BYTES", 7)
+def test_write_file_writes_chunks_and_returns_a_checksum(tmp_path, monkeypatch):
+    monkeypatch.setattr(atomic, "CHUNK_BYTES", 7)
     content = os.urandom(100)
     assert atomic.write_file(tmp_path / "a", [content[:33], b"", memoryview(content[33:])]) == hashlib.sha256(content).hexdigest()
     assert (tmp_path / "a").read_bytes() == content
@@ -191,7 +188,7 @@ def test_a_file_is_written_in_pieces_and_its_sum_returned(tmp_path, monkeypatch)
         atomic.write_file(tmp_path / "a", [b"other"])
 
 
-def test_what_is_kept_of_a_file_needs_no_room_when_it_is_its_beginning(tmp_path, monkeypatch):
+def test_truncating_needs_no_disk_space(tmp_path, monkeypatch):
     (tmp_path / "a").write_bytes(b"one\ntwo\n")
     with monkeypatch.context() as patch:
         patch.setattr(os, "write", disk_full)
@@ -202,7 +199,7 @@ def test_what_is_kept_of_a_file_needs_no_room_when_it_is_its_beginning(tmp_path,
     assert tree(tmp_path) == {"a": b"two\n"}
 
 
-def test_a_folder_loses_its_name_before_its_content(tmp_path, monkeypatch):
+def test_a_folder_is_renamed_before_it_is_deleted(tmp_path, monkeypatch):
     (tmp_path / "step_1").mkdir()
     (tmp_path / "step_1" / "a").write_bytes(b"one")
     with monkeypatch.context() as patch:
@@ -217,7 +214,7 @@ def test_a_folder_loses_its_name_before_its_content(tmp_path, monkeypatch):
 # Lines
 
 
-def test_lines_are_appended_at_once_and_a_torn_one_is_dropped(tmp_path):
+def test_an_incomplete_line_is_removed_on_opening(tmp_path):
     path = tmp_path / "lines"
     path.write_bytes(b"one\ntw")
     lines = atomic.LineFile(path)
@@ -228,7 +225,7 @@ def test_lines_are_appended_at_once_and_a_torn_one_is_dropped(tmp_path):
     lines.close()
 
 
-def test_a_line_that_is_half_taken_is_taken_back_and_offered_again(tmp_path, monkeypatch):
+def test_a_line_that_a_full_disk_cuts_is_written_again(tmp_path, monkeypatch):
     lines = atomic.LineFile(tmp_path / "lines")
     lines.add("first")
     write = os.write
@@ -243,44 +240,11 @@ def test_a_line_that_is_half_taken_is_taken_back_and_offered_again(tmp_path, mon
     lines.close()
 
 
-# A lock
-
-
-HOLD = "import atomic, pathlib, sys, time; atomic.Lock(pathlib.Path(sys.argv[1]), 'the first'); print('held', flush=True); time.sleep(99)"
-
-
-def test_a_lock_names_its_holder_and_dies_with_it(tmp_path):
-    path = tmp_path / "run" / "lock"
-    holder = subprocess.Popen([sys.executable, "-c", HOLD, path], cwd=Path(atomic.__file__).parent, stdout=subprocess.PIPE)
-    assert holder.stdout.readline() == b"held\n"
-    for _ in range(2):
-        with pytest.raises(BlockingIOError) as refusal:
-            atomic.Lock(path, "the second")
-        assert refusal.value.strerror == "the first"
-    holder.send_signal(signal.SIGKILL)
-    holder.wait()
-    lock = atomic.Lock(path, "me")
-    assert path.read_text() == "me"
-    with pytest.raises(BlockingIOError):
-        atomic.Lock(path, "me again")
-    lock.release()
-    atomic.Lock(path, "x").release()
-
-
-def test_a_lock_moves_with_its_folder(tmp_path):
-    lock = atomic.Lock(tmp_path / "run" / "lock", "me")
-    (tmp_path / "run").rename(tmp_path / "run.old")
-    atomic.Lock(tmp_path / "run" / "lock", "another").release()
-    with pytest.raises(BlockingIOError):
-        atomic.Lock(tmp_path / "run.old" / "lock", "another")
-    lock.release()
-
-
 # Reading
 
 
 def special(path: Path, kind: str) -> None:
-    """Put something at `path` that is not a plain file."""
+    """Put something at `path` that is not a regular file."""
     if kind == "link":
         (path.parent / "elsewhere").write_bytes(b"theirs\n")
         path.symlink_to(path.parent / "elsewhere")
@@ -301,24 +265,23 @@ def special(path: Path, kind: str) -> None:
 
 
 KINDS = ["link", "link to a FIFO", "dangling link", "FIFO", "socket", "device", "folder"]
-USES = {"lines": atomic.LineFile, "lock": lambda path: atomic.Lock(path, "me"), "json": atomic.read_json,
-        "shorten": lambda path: atomic.truncate(path, b"")}
+USES = [atomic.LineFile, atomic.read_json, lambda path: atomic.truncate(path, b""), lambda path: locks.Lock(path, "me")]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("use", USES)
-def test_only_plain_files_are_read_and_written(tmp_path, monkeypatch, kind, use):
-    """By one sentence, at once, and what a link points to stays as it is."""
+def test_only_regular_files_are_read_and_written(tmp_path, monkeypatch, kind):
+    """Anything else is refused at once, by one sentence, and the target of a link is not changed."""
     monkeypatch.chdir(tmp_path)  # the path of a socket must be short
     special(Path("file"), kind)
     before = tree(tmp_path) if kind == "link" else {}
-    with pytest.raises(atomic.NotRegularFile, match="file is not a plain file"):
-        USES[use](Path("file"))
+    for use in USES:
+        with pytest.raises(atomic.NotRegularFile, match="file is not a regular file"):
+            use(Path("file"))
     assert (tree(tmp_path) if kind == "link" else {}) == before and not Path("nowhere").exists()
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[" * 100_000, b'{"a":' * 100_000, b"\xff\xfe"], ids=range(5))
-def test_json_that_cannot_be_read_is_a_value_error(tmp_path, content):
+def test_invalid_json_is_a_value_error(tmp_path, content):
     (tmp_path / "file").write_bytes(content)
     with pytest.raises(ValueError):
         atomic.read_json(tmp_path / "file")
@@ -331,135 +294,9 @@ def test_json_that_is_too_large_is_not_read(tmp_path):
         atomic.read_json(tmp_path / "file")
 
 
-def test_a_link_among_leftovers_is_removed_and_not_followed(tmp_path):
+def test_removing_a_link_keeps_its_target(tmp_path):
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs/kept").touch()
     (tmp_path / ".partial-x").symlink_to(tmp_path / "theirs")
     atomic.remove(tmp_path / ".partial-x")
     assert list(tree(tmp_path)) == ["theirs/kept"] and not os.path.lexists(tmp_path / ".partial-x")
-
-
-# A file system without locks
-
-NO_LOCK_CODES = [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL]
-
-
-def without_locks(monkeypatch, code=errno.ENOLCK):
-    def flock(handle, operation):
-        raise OSError(code, os.strerror(code))
-
-    monkeypatch.setattr(atomic.fcntl, "flock", flock)
-
-
-@pytest.mark.parametrize("code", NO_LOCK_CODES, ids=errno.errorcode.get)
-def test_a_marker_stands_for_a_lock_that_cannot_be(tmp_path, monkeypatch, code):
-    without_locks(monkeypatch, code)
-    lock = atomic.Lock(tmp_path / "lock", "the first")
-    with pytest.raises(BlockingIOError) as refusal:
-        atomic.Lock(tmp_path / "lock", "the second")
-    assert refusal.value.strerror == "the first" and lock.in_place()
-    lock.release()
-    assert sorted(tree(tmp_path)) == ["lock"]
-    atomic.Lock(tmp_path / "lock", "the second").release()
-
-
-def test_other_errors_of_locking_are_not_swallowed(tmp_path, monkeypatch):
-    without_locks(monkeypatch, errno.EIO)
-    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
-        atomic.Lock(tmp_path / "lock", "me")
-
-
-def test_a_killed_holders_marker_is_replaced(tmp_path, monkeypatch):
-    """While it lives it is named; killed, also while its parent has not yet waited for it, it holds nothing."""
-    path = tmp_path / "lock"
-    refuse = "import atomic; atomic.fcntl.flock = lambda *words: (_ for _ in ()).throw(OSError(37, 'No locks')); "
-    holder = subprocess.Popen([sys.executable, "-c", refuse + HOLD, path], cwd=Path(atomic.__file__).parent,
-                              stdout=subprocess.PIPE)
-    assert holder.stdout.readline() == b"held\n"
-    without_locks(monkeypatch)
-    with pytest.raises(BlockingIOError, match="the first"):
-        atomic.Lock(path, "the second")
-    holder.kill()
-    time.sleep(0.2)
-    lock = atomic.Lock(path, "the second")
-    holder.communicate()
-    assert lock.in_place()
-    lock.release()
-
-
-@pytest.mark.parametrize("content, held", [
-    ({"host": "elsewhere", "process": 1, "started": "", "holder": "x"}, True),
-    ({"host": socket.gethostname(), "process": os.getpid(), "started": "another boot 1", "holder": "x"}, False),
-    ({"host": socket.gethostname(), "process": 2**22 + 1, "started": "", "holder": "x"}, False),
-    ({"host": socket.gethostname(), "process": -1, "started": "", "holder": "x"}, False),
-    ({"host": socket.gethostname(), "process": 2**80, "started": "", "holder": "x"}, False),
-    ({}, False), ([], False), ("", False)], ids=range(8))
-def test_markers_of_others_hold_and_stale_ones_do_not(tmp_path, monkeypatch, content, held):
-    without_locks(monkeypatch)
-    (tmp_path / "lock.held").write_text(json.dumps(content) if content != "" else "")
-    if held:
-        with pytest.raises(BlockingIOError, match=r"if it has ended, delete .*lock.held"):
-            atomic.Lock(tmp_path / "lock", "me")
-    else:
-        atomic.Lock(tmp_path / "lock", "me").release()
-        assert sorted(tree(tmp_path)) == ["lock"]
-
-
-def test_of_many_that_find_a_stale_marker_one_gets_it(tmp_path, monkeypatch):
-    without_locks(monkeypatch)
-    for _ in range(20):
-        (tmp_path / "lock.held").write_text(json.dumps({"host": socket.gethostname(), "process": 2**22 + 1, "started": ""}))
-        locks = []
-
-        def take(locks=locks):
-            with suppress(BlockingIOError):
-                locks.append(atomic.Lock(tmp_path / "lock", "me"))
-
-        threads = [Thread(target=take) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert sum(lock.in_place() for lock in locks) == 1
-        for lock in locks:
-            lock.release()
-
-
-def test_files_are_written_in_turn_without_locks_too(tmp_path, monkeypatch):
-    without_locks(monkeypatch)
-    with (atomic.exclusive_lock(tmp_path / "out"), pytest.raises(BlockingIOError, match="is being written by another process"),
-          atomic.exclusive_lock(tmp_path / "out")):
-        pass
-    assert sorted(tree(tmp_path)) == ["out"]
-
-
-@pytest.mark.parametrize("locks", [True, False])
-@pytest.mark.parametrize("change", ["moved", "removed", "replaced", "followed"])
-def test_a_lock_knows_whether_it_is_in_place(tmp_path, monkeypatch, locks, change):
-    if not locks:
-        without_locks(monkeypatch)
-    run = tmp_path / "run"
-    lock = atomic.Lock(run / "lock", "me")
-    assert lock.in_place()
-    if change == "removed":
-        shutil.rmtree(run)
-    else:
-        run.rename(tmp_path / "moved")
-    if change == "replaced":
-        other = atomic.Lock(run / "lock", "another")
-        assert other.in_place()
-    if change == "followed":
-        lock.follow(tmp_path / "moved/lock")
-    assert lock.in_place() == (change == "followed")
-    lock.release()
-    assert change != "replaced" or other.in_place()
-
-
-def test_an_error_of_the_network_does_not_look_like_a_moved_file(tmp_path, monkeypatch):
-    lock = atomic.Lock(tmp_path / "lock", "me")
-
-    def lstat(path):
-        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-
-    monkeypatch.setattr(atomic.os, "lstat", lstat)
-    assert lock.in_place()

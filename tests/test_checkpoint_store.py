@@ -65,7 +65,7 @@ def test_the_previous_good_one_is_used_with_one_warning_that_names_what_is_damag
 
 def test_when_nothing_is_whole_the_sentence_says_so_and_nothing_is_moved(tmp_path):
     (save(tmp_path, 1) / MODEL).write_bytes(b"")
-    with pytest.raises(ValueError, match=r"No checkpoint in .* is whole: .*model.safetensors .*restart=true"):
+    with pytest.raises(ValueError, match=r"All checkpoints in .* are damaged: .*model.safetensors .*restart=true"):
         store.load_checkpoint(tmp_path, "last", store.verified, pytest.fail, rename_damaged=True)
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from test_atomic import special
 
-import atomic
+import locks
 import train as story
 from checkpointing import store
 from checkpointing.resume import is_finished
@@ -201,7 +201,7 @@ def test_a_second_interruption_does_not_wait(tmp_path):
 def test_a_folder_that_another_process_trains_in_is_waited_for(tmp_path):
     """As that of a sweep that was killed, whose child still saves."""
     (tmp_path / "a").mkdir()
-    lock = atomic.Lock(tmp_path / "a" / "lock", "another")
+    lock = locks.Lock(tmp_path / "a" / "lock", "another")
     threading.Timer(0.5, lambda: ((tmp_path / "free").touch(), lock.release())).start()
     _, source = run([job(tmp_path, "a", f"test -e {tmp_path}/free")])
     assert source.done == 1
@@ -268,7 +268,7 @@ def test_a_run_is_finished_under_equal_settings_only(compose_tiny, tmp_path):
     assert is_finished(compose_tiny("training.max_steps=2", "logger.group=other"), folder)
     assert not is_finished(compose_tiny("training.max_steps=3"), folder)
     assert not is_finished(compose_tiny("training.max_steps=2", "restart=true", "seed=2"), folder)
-    with pytest.raises(ValueError, match="other settings: seed was 1337 and is now 2"):
+    with pytest.raises(ValueError, match="different settings: seed was 1337, now 2"):
         is_finished(compose_tiny("training.max_steps=2", "seed=2"), folder)
 
 
@@ -320,7 +320,7 @@ def test_a_sweep_runs_each_job_lists_the_failures_and_skips_what_is_finished(boo
 
     program = sweep(book, tmp_path, "training.max_steps=2", "model.block_size=16,32", "optim.lr=1e-3", "seed=2")
     said, complaints = program.communicate(timeout=300)
-    assert program.returncode == 1 and "seed was 1337 and is now 2" in complaints and "Sweep:" not in said
+    assert program.returncode == 1 and "seed was 1337, now 2" in complaints and "Sweep:" not in said
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-import atomic
+import locks
 import train
 from conf.schema import ConfigError, compose
 from data.contents import Contents
@@ -174,7 +174,7 @@ def test_cleaning_removes_what_no_run_uses(run_with, tokens, tmp_path, fresh_dat
     names = [f"{kind}text-byte-{digit * 12}" for digit, kind in zip("123", (".building-", ".building-", ".partial-"), strict=True)]
     for name in names:
         (fresh_data / (name + "-0123abcd" * name.startswith(".partial"))).mkdir()
-    lock = atomic.Lock(fresh_data / ".lock-text-byte-222222222222", "a test")
+    lock = locks.Lock(fresh_data / ".lock-text-byte-222222222222", "a test")
     assert run("clean=true", "yes=true", f"runs_dir={tmp_path / 'runs'}") == 0
     said = capsys.readouterr().out
     assert f"Kept {used} (" in said and f"used by {tmp_path / 'runs' / 'one'}" in said
@@ -264,7 +264,7 @@ def test_nothing_is_removed_while_a_run_without_a_checkpoint_trains(tokens, tmp_
     unused = tokens("a")
     with pytest.raises(ValueError, match=r"runs_dir=\S*nowhere is not a folder.*Nothing was removed"):
         run("clean=true", "yes=true", f"runs_dir={tmp_path / 'nowhere'}")
-    lock = atomic.Lock(tmp_path / "runs" / "live" / "lock", "a test")
+    lock = locks.Lock(tmp_path / "runs" / "live" / "lock", "a test")
     with pytest.raises(ValueError, match=r"live is being trained .*Nothing was removed"):
         run("clean=true", "yes=true", f"runs_dir={tmp_path / 'runs'}")
     assert unused.is_dir()
@@ -289,7 +289,7 @@ def test_tokens_that_lack_only_their_name_are_kept_while_they_are_prepared(token
     (folder / "inspect.png").write_bytes(bytes(3 * 2**20))
     (building := folder.with_name(f".building-{folder.name}")).mkdir()
     shutil.copytree(folder, building, dirs_exist_ok=True)
-    lock = atomic.Lock(fresh_data / f".lock-{folder.name}", "a test")
+    lock = locks.Lock(fresh_data / f".lock-{folder.name}", "a test")
     (tmp_path / "runs").mkdir()
     run("clean=true", "yes=true", f"runs_dir={tmp_path / 'runs'}")
     said = capsys.readouterr().out

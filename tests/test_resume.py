@@ -85,7 +85,7 @@ def test_without_its_tokens_a_run_of_a_changed_text_is_refused(stopped, text, fr
     settings = stopped()
     shutil.rmtree(fresh_data)
     text.write_text(text.read_text() + "\nOne more sentence.")
-    with pytest.raises(ValueError, match=r"the text is not the one that was trained on.*put the old text back") as refusal:
+    with pytest.raises(ValueError, match=r"the text is not the one that was trained on.*restore the old text") as refusal:
         story.train(settings())
     assert "prepared was" not in str(refusal.value) and "restart=true" in str(refusal.value)
     assert last_step(tmp_path / "runs/tiny") == 3
@@ -96,7 +96,7 @@ def test_other_settings_are_refused_although_the_tokens_exist(stopped, text, tmp
     settings = stopped()
     (tmp_path / "other.txt").write_text(text.read_text() * 2)
     text.write_text(text.read_text() + "\nOne more sentence.")
-    with pytest.raises(ValueError, match="was trained with other settings"):
+    with pytest.raises(ValueError, match="was trained with different settings"):
         story.train(settings(*(word.format(other=tmp_path / "other.txt") for word in words)))
 
 
@@ -140,7 +140,7 @@ def test_restart_moves_a_finished_run_aside_each_time(compose_tiny, tmp_path, ca
     content = (runs / "tiny/metrics.jsonl").read_text()
     for aside in ("tiny.old", "tiny.old-2"):
         story.train(compose_tiny("training.max_steps=3", "seed=3", "restart=true"))
-        assert f"{runs / 'tiny'} is now {runs / aside}" in capsys.readouterr().out
+        assert f"{runs / 'tiny'} was renamed to {runs / aside}" in capsys.readouterr().out
         assert last_step(runs / "tiny") == 3
     assert (runs / "tiny.old/metrics.jsonl").read_text() == content and last_step(runs / "tiny.old-2") == 3
 
@@ -151,11 +151,11 @@ def test_restart_acts_once_for_a_run_that_is_requeued(stopped, tmp_path, capsys,
     interrupt_at(2)
     assert story.train(settings("restart=true")) == 130
     said = capsys.readouterr().out
-    assert "is now" in said and "the same command" in said
+    assert "was renamed" in said and "the same command" in said
     interrupt_at(4)
     assert story.train(settings("restart=true")) == 130
     said = capsys.readouterr().out
-    assert "from step 2" in said and "was started over by restart=true" in said and "is now" not in said
+    assert "from step 2" in said and "was started over by restart=true" in said and "was renamed" not in said
     assert story.train(settings("restart=true")) == 0
     assert [run.name for run in sorted((tmp_path / "runs").iterdir())] == ["tiny", "tiny.old"]
     story.train(settings("name=straight"))

@@ -8,7 +8,8 @@ import os
 import shutil
 
 import pytest
-from test_atomic import KINDS, special, tree, without_locks
+from test_atomic import KINDS, special, tree
+from test_locks import without_locks
 
 import train as story
 from checkpointing import store
@@ -64,7 +65,7 @@ def test_runs_in_a_plain_folder_are_no_sweep(make_run, tmp_path):
     make_run("mine/a", 1.0)
     last = make_run("mine/b", 2.0)
     assert find_run(tmp_path, "") == last
-    with pytest.raises(ValueError, match="run=mine is not there"):
+    with pytest.raises(ValueError, match="run=mine does not exist"):
         find_run(tmp_path, "mine")
 
 
@@ -151,7 +152,7 @@ def test_a_run_stops_when_its_folder_is_gone(compose_tiny, tmp_path, monkeypatch
     if not locks:
         without_locks(monkeypatch)
     at_step(monkeypatch, 7, do)
-    with pytest.raises(ValueError, match=r"tiny was moved, removed or replaced during training, which stops"):
+    with pytest.raises(ValueError, match=r"tiny was moved, removed or replaced during training. The run stops"):
         story.train(compose_tiny("training.max_steps=20", "training.checkpoint_every=5"))
     assert "could not be written" not in capsys.readouterr().out
     if others:

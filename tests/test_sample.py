@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file
 from test_checkpoint import reseal
 
-import atomic
+import locks
 import sample as story
 import train
 from checkpointing import checkpoint, store
@@ -211,7 +211,7 @@ def test_a_character_that_the_tokenizer_lacks_is_named_and_nothing_is_printed(sa
 
 
 def test_a_run_that_is_not_there_is_an_error_that_names_those_that_are(say, tmp_path):
-    with pytest.raises(ValueError, match=r"run=nope is not there. There are: tiny"):
+    with pytest.raises(ValueError, match=r"run=nope does not exist. There are: tiny"):
         say("run=nope")
     with pytest.raises(ValueError, match="holds no run with a checkpoint"):
         say(f"runs_dir={tmp_path}")
@@ -414,7 +414,7 @@ def test_completions_go_into_plain_files_only(fill, tmp_path, make):
 def test_a_file_that_another_process_writes_is_left_to_it(fill, tmp_path):
     fill(["The"])
     content = (tmp_path / "out.jsonl").read_text()
-    with atomic.exclusive_lock(tmp_path / "out.jsonl"):
+    with locks.exclusive_lock(tmp_path / "out.jsonl"):
         with pytest.raises(BlockingIOError, match=r"^[^\[]*out.jsonl is being written by another process: wait, or choose another file.$"):
             fill(["The", "No"], held=content[:-30])
         assert (tmp_path / "out.jsonl").read_text() == content[:-30]
@@ -436,7 +436,7 @@ def test_a_file_system_without_locks_is_written_to_all_the_same(fill, monkeypatc
     def flock(handle, operation):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(atomic.fcntl, "flock", flock)
+    monkeypatch.setattr(locks.fcntl, "flock", flock)
     assert len(fill(["The"])) == 1
 
 

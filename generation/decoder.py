@@ -1,4 +1,7 @@
-"""Reading texts that grow by a token a step: with a cache, a copy of the weights, and on GPUs a recording of the step."""
+"""Decode token by token: prefill a cache, then run one step per token, on GPUs as a CUDA graph.
+
+Knows token ids and logits, no sampling rules. Shapes: B rows, V vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -11,19 +14,19 @@ import torch
 from torch import Tensor
 
 from generation import kernels
-from generation.caches import PackedCache, RaggedCache, SteadyCache
+from generation.caches import PackedCache, RaggedCache, StaticCache
 from generation.packed import can_pack, cast, pack
 from hardware import native
 from model.gpt import GPT
 from model.ngram import NOTHING
 
 
-class Enough(Exception):
-    """The last layer's keys and values are there: what it makes of them is nobody's input."""
+class StopPrefill(Exception):
+    """Ends a prefill when the last layer's keys and values are cached: its output is unused."""
 
 
-class FirstReading:
-    """What `GPT.features` fills when it reads the beginning of a row's text, until it is `Enough`."""
+class PrefillCache:
+    """A cache for `GPT.features` that copies keys and values to one row of a `RaggedCache`."""
 
     within, before, length = None, None, 0
 
@@ -33,154 +36,195 @@ class FirstReading:
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         self.cache.fill(layer, self.row, k[0], v[0])
         if layer == len(self.cache.keys) - 1:
-            raise Enough
-        return k, v  # as they were before rounding
+            raise StopPrefill
+        # Attention within the prompt uses keys and values that are not rounded to the cache's type.
+        return k, v
 
 
-class Recording:
-    """What a GPU was asked to do in a `call`, to be done again at once: launching a step's small kernels takes longer."""
+class CapturedCall:
+    """A CUDA graph of `call`. A decoding step's small kernels run faster than they are launched."""
 
     def __init__(self, call: Callable[[], Tensor], device: torch.device) -> None:
         self.graph = torch.cuda.CUDAGraph()
-        ours = torch.cuda.current_stream(device)
-        with torch.cuda.device(device), torch.cuda.stream(ours), torch.cuda.graph(self.graph):  # back to ours if it fails
+        stream = torch.cuda.current_stream(device)
+        # The outer stream is current again if capturing fails.
+        with torch.cuda.device(device), torch.cuda.stream(stream), torch.cuda.graph(self.graph):
             self.result = call()
 
-    def play(self) -> Tensor:
-        """The result, in new memory, of the same on what the same tensors hold now."""
+    def replay(self) -> Tensor:
+        """Run the call on what the captured tensors hold now; the result is a new tensor."""
         self.graph.replay()
         return self.result.clone()
 
 
 class Decoder:
-    """Reads texts that grow by a token a step, and says what comes next. Holds what can be prepared before the texts come.
+    """Computes next-token logits of sequences that grow by one token per step.
 
-    `precision` is "fp32", "bf16" (weights and cache of 16 bits) or "int8" (weights of 8); by default
+    `precision` is "fp32", "bf16" (16-bit weights and cache) or "int8" (8-bit weights); by default
     that of autocast. A CPU without bf16 instructions computes in fp32, also with such weights.
     Raises ValueError for int8 where it is not supported.
+
+    Making one packs the weights, so it is kept for several batches. `advice` is a sentence for the
+    user where the kernels are missing. `can_drop` says whether `drop` is supported.
     """
 
     def __init__(self, model: GPT, precision: str = "") -> None:
-        self.model, self.config, self.device = model, model.config, model.wte.weight.device
-        self.kind = kind_of_cache(model)
-        missing = kernels.library() if self.kind is RaggedCache and can_pack(model) and model.wte.weight.is_cpu else None
-        self.advice = f"Decoding takes two to four times as long without its kernels. {missing}" if missing else ""
-        if precision == "int8" and self.kind is not PackedCache:
-            reason = missing or "it is for CPUs and for fp32 weights."
+        weight = model.wte.weight
+        self.model, self.config, self.device = model, model.config, weight.device
+        self.cache_type = choose_cache(model)
+        self.can_drop = self.cache_type.can_drop
+        self.has_kernels = self.cache_type is PackedCache
+        missing = None
+        if weight.is_cpu and can_pack(model) and not self.has_kernels:
+            missing = kernels.library()
+        self.advice = ""
+        if missing:
+            self.advice = f"Decoding without kernels takes two to four times as long. {missing}"
+        if precision == "int8" and not self.has_kernels:
+            reason = missing or "it needs a CPU and a model with fp32 weights."
             raise ValueError(f"int8=true is not supported: {reason}")
-        asked = autocast_dtype(model)
-        self.dtype, self.records = native_dtype(model), self.kind is SteadyCache
-        self.has_kernels = self.kind is PackedCache
-        self.keeps_autocast = not self.has_kernels and self.dtype == asked
-        self.can_drop, self.cache = self.kind.can_drop, None
-        self.reader = self.prefiller = model
+
+        autocast = autocast_dtype(model)
+        self.dtype = native_dtype(model)  # of the cache
+        self.uses_graphs = self.cache_type is StaticCache
+        self.keeps_autocast = not self.has_kernels and self.dtype == autocast
+        self.step_model = self.prefill_model = model
         if self.has_kernels:
-            precision = precision or ("fp32" if asked == torch.float32 else "bf16")
+            if not precision:
+                precision = "fp32" if autocast == torch.float32 else "bf16"
             self.dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-            self.reader = pack(model, partial(kernels.product, precision=precision))
+            self.step_model = pack(model, partial(kernels.product, precision=precision))
             if precision != "fp32" and native("bf16"):
-                self.prefiller = pack(model, partial(cast, dtype=torch.bfloat16))
+                # For many tokens at once, torch's products are faster than our kernels.
+                self.prefill_model = pack(model, partial(cast, dtype=torch.bfloat16))
         elif can_pack(model):
-            self.reader = pack(model, partial(cast, dtype=self.dtype))
+            self.step_model = pack(model, partial(cast, dtype=self.dtype))
+        self.cache: RaggedCache | None = None
 
     def nbytes(self, rows: int, positions: int) -> int:
-        """What so many rows of so many positions take: their cache, logits, and what is drawn from them."""
-        one = self.kind(self.config, 1, min(positions, self.config.block_size), self.device, self.dtype)
-        return rows * (sum(each.nbytes for each in (*one.keys, *one.values)) + 3 * 4 * self.config.vocab_size)
+        """The memory for decoding so many rows and positions: cache, logits and probabilities."""
+        positions = min(positions, self.config.block_size)
+        one_row = self.cache_type(self.config, 1, positions, self.device, self.dtype)
+        cache_bytes = sum(tensor.nbytes for tensor in (*one_row.keys, *one_row.values))
+        return rows * (cache_bytes + 3 * 4 * self.config.vocab_size)
 
-    def begin(self, texts: list[list[int]], max_new_tokens: int) -> None:
-        """Have a cache for `texts` that grow by so many tokens at most."""
-        lengths, rows = [len(text) for text in texts], len(texts)
+    def begin(self, sequences: list[list[int]], max_new_tokens: int) -> None:
+        """Prepare for a batch of `sequences` that grow by up to `max_new_tokens`."""
+        rows, lengths = len(sequences), [len(sequence) for sequence in sequences]
         positions = min(max(lengths) + max_new_tokens, self.config.block_size)
-        if not (self.cache and self.cache.fits(rows, positions)):  # else recordings stay of use
-            self.make_cache(rows, positions)
-        self.cache.lengths, self.starts = [0] * rows, [-1] * rows
+        if self.cache is None or not self.cache.fits(rows, positions):
+            self.allocate(rows, positions)
+        self.cache.lengths = [0] * rows
+        self.window_starts = [-1] * rows
         if min(lengths) < max(lengths):
             self.cache.clear()
 
-    def make_cache(self, rows: int, positions: int) -> None:
-        """Make a cache, and what else a step reads."""
-        self.cache = self.recordings = None  # their memory is there for the new ones
-        self.cache = self.kind(self.config, rows, positions, self.device, self.dtype)
+    def allocate(self, rows: int, positions: int) -> None:
+        """Allocate the cache and the tensors that a step reads."""
+        # First free the memory of the old ones.
+        self.cache = None
+        self.graphs: dict[int, CapturedCall] = {}
+        self.warmed_up: set[int] = set()
+        self.cache = self.cache_type(self.config, rows, positions, self.device, self.dtype)
         self.last = torch.zeros(rows, 1, dtype=torch.long, device=self.device)
-        self.before = torch.zeros(rows, self.config.ngrams - 1, dtype=torch.long, device=self.device)
-        self.recordings: dict[int, Recording] = {}
-        self.warm: set[int] = set()
+        self.before = self.last.new_zeros(rows, self.config.ngrams - 1)
 
     @torch.inference_mode()
-    def next_logits(self, texts: list[list[int]]) -> Tensor:
-        """Logits `[B, V]` behind `texts`, each of which has one token more than the last time."""
-        read: dict[tuple[int, ...], int] = {}
-        for row, text in enumerate(texts):
-            start = window_start(len(text), self.config.block_size)
-            if start != self.starts[row]:  # the first step, or the window moved: read all but the last token
-                self.starts[row] = start
-                earlier = tuple(text[start:-1])
-                if earlier in read:
-                    self.cache.repeat(read[earlier], row)
-                else:
-                    self.prefill(row, earlier)
-                    read[earlier] = row
+    def next_logits(self, sequences: list[list[int]]) -> Tensor:
+        """Logits `[B, V]` for the next tokens; each sequence is one token longer than last time."""
+        self.prefill(sequences)
         self.cache.begin_step()
-        if reach := self.config.ngrams - 1:
-            ends = [text[max(start, len(text) - 1 - reach) : -1] for text, start in zip(texts, self.starts, strict=True)]
-            self.before.copy_(torch.tensor([[NOTHING] * (reach - len(end)) + end for end in ends]))
-        self.last.copy_(torch.tensor([[text[-1]] for text in texts]))
-        return self.recorded_step() if self.records else self.step()
+        if self.config.ngrams > 1:
+            self.before.copy_(torch.tensor(self.tokens_before_last(sequences)))
+        self.last.copy_(torch.tensor([[sequence[-1]] for sequence in sequences]))
+        return self.graph_step() if self.uses_graphs else self.step()
 
-    def drop(self, row: int) -> None:
-        """Continue a text no more. The last takes its place, in the cache and in what `next_logits` is given from now on."""
-        self.cache.drop(row)
-        self.starts[row] = self.starts[-1]
-        self.starts.pop()
-        self.last, self.before = self.last[:-1], self.before[:-1]
+    def prefill(self, sequences: list[list[int]]) -> None:
+        """Cache all but the last token of each new sequence, and of each whose window moved."""
+        filled: dict[tuple[int, ...], int] = {}
+        for row, sequence in enumerate(sequences):
+            start = window_start(len(sequence), self.config.block_size)
+            if start == self.window_starts[row]:
+                continue
+            self.window_starts[row] = start
+            earlier = tuple(sequence[start:-1])
+            if earlier in filled:
+                self.cache.copy_row(filled[earlier], row)
+            else:
+                self.prefill_row(row, earlier)
+                filled[earlier] = row
 
-    def step(self) -> Tensor:
-        """Logits `[B, V]` behind `last`, by what the cache holds, which then holds `last` too."""
-        self.cache.before = self.before if self.config.ngrams > 1 else None
-        with self.own_precision(self.reader):
-            return self.reader.head(self.reader.features(self.last, self.cache)[:, -1])
-
-    def recorded_step(self) -> Tensor:
-        """The same, from the second step with an `end` on by playing a recording of it."""
-        end = self.cache.end
-        if end not in self.warm:
-            self.warm.add(end)
-            return self.step()  # in which libraries set themselves up, as they may not in a recording
-        try:
-            if end not in self.recordings:
-                self.recordings[end] = Recording(self.step, self.device)
-        except RuntimeError as error:
-            warnings.warn(f"This GPU could not record a step, and takes longer without: {error}", stacklevel=1)
-            self.records = False
-            self.cache.length = max(self.cache.lengths) - 1  # it may have come so far as to move on
-            return self.step()
-        return self.recordings[end].play()
-
-    def prefill(self, row: int, ids: tuple[int, ...]) -> None:
+    def prefill_row(self, row: int, ids: tuple[int, ...]) -> None:
         self.cache.lengths[row] = len(ids)
         if ids:
-            with self.own_precision(self.prefiller), suppress(Enough):
-                self.prefiller.features(torch.tensor([ids], device=self.device), FirstReading(self.cache, row))
+            with self.own_precision(self.prefill_model), suppress(StopPrefill):
+                idx = torch.tensor([ids], device=self.device)
+                self.prefill_model.features(idx, PrefillCache(self.cache, row))
+
+    def tokens_before_last(self, sequences: list[list[int]]) -> list[list[int]]:
+        """The tokens before the last one that its n-grams need, padded on the left."""
+        count = self.config.ngrams - 1
+        rows = []
+        for sequence, start in zip(sequences, self.window_starts, strict=True):
+            before = sequence[max(start, len(sequence) - 1 - count) : -1]
+            rows.append([NOTHING] * (count - len(before)) + before)
+        return rows
+
+    def step(self) -> Tensor:
+        """Logits `[B, V]` after the tokens `last`, which the cache then holds too."""
+        self.cache.before = self.before if self.config.ngrams > 1 else None
+        with self.own_precision(self.step_model):
+            features = self.step_model.features(self.last, self.cache)
+            return self.step_model.head(features[:, -1])
+
+    def graph_step(self) -> Tensor:
+        """The same by a CUDA graph, from the second step that attends to `cache.end` positions."""
+        end = self.cache.end
+        if end not in self.warmed_up:
+            # Libraries set themselves up in their first call, which cannot be captured.
+            self.warmed_up.add(end)
+            return self.step()
+        try:
+            if end not in self.graphs:
+                self.graphs[end] = CapturedCall(self.step, self.device)
+        except RuntimeError as error:
+            warnings.warn(f"The CUDA graph of a step could not be captured, which makes decoding "
+                          f"slower: {error}", stacklevel=1)
+            self.uses_graphs = False
+            # The failed step may have moved the cache on already.
+            self.cache.length = max(self.cache.lengths) - 1
+            return self.step()
+        return self.graphs[end].replay()
+
+    def drop(self, row: int) -> None:
+        """Remove a row. The last one takes its place, as in the sequences of the next step."""
+        self.cache.drop(row)
+        self.window_starts[row] = self.window_starts[-1]
+        self.window_starts.pop()
+        self.last, self.before = self.last[:-1], self.before[:-1]
 
     def own_precision(self, model: GPT) -> AbstractContextManager[None]:
-        """The precision of a copy is in its products; the model itself may have that of autocast."""
-        keeps = model is self.model and self.keeps_autocast
-        return nullcontext() if keeps else without_autocast(model)
+        """Autocast stays on only for the model itself: packed products have their own precision."""
+        if model is self.model and self.keeps_autocast:
+            return nullcontext()
+        return without_autocast(model)
 
 
-def kind_of_cache(model: GPT) -> type[RaggedCache]:
-    """What suits the device, and the flags of the model."""
-    if model.wte.weight.is_cuda and can_pack(model):
-        return SteadyCache
-    return PackedCache if model.wte.weight.is_cpu and can_pack(model) and kernels.available() else RaggedCache
+def choose_cache(model: GPT) -> type[RaggedCache]:
+    """The fastest cache for the device and the type of the weights."""
+    weight = model.wte.weight
+    if weight.is_cuda and can_pack(model):
+        return StaticCache
+    if weight.is_cpu and can_pack(model) and kernels.available():
+        return PackedCache
+    return RaggedCache
 
 
 def window_start(length: int, block_size: int) -> int:
-    """Where the context of a text of `length` tokens starts.
+    """The index of the first token that is the context of a sequence of `length` tokens.
 
-    At 0 while everything fits. Past `block_size` the window moves on in steps of half a block, so that a
-    cache is filled anew only once in half a block, and the same tokens see the same context without one.
+    0 while all fit. Beyond `block_size` the window moves in steps of half a block, so that the
+    cache is refilled once per half block, and the same tokens have the same context without one.
     """
     half = max(block_size // 2, 1)
     return max(0, -((block_size - length) // half) * half)
@@ -188,20 +232,23 @@ def window_start(length: int, block_size: int) -> int:
 
 def autocast_dtype(model: GPT) -> torch.dtype:
     """The type of autocast where it is on, else that of the weights."""
-    kind = model.wte.weight.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.wte.weight.dtype
+    device = model.wte.weight.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return model.wte.weight.dtype
 
 
 def native_dtype(model: GPT) -> torch.dtype:
-    """The type of autocast where it is on, but that of the weights where a CPU would emulate it."""
-    dtype, own = autocast_dtype(model), model.wte.weight
+    """The type of autocast where it is on, but that of the weights if a CPU would emulate it."""
+    dtype, weight = autocast_dtype(model), model.wte.weight
     precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "fp32")
-    return own.dtype if own.is_cpu and not native(precision) else dtype
+    return weight.dtype if weight.is_cpu and not native(precision) else dtype
 
 
 def native_autocast(model: GPT) -> AbstractContextManager[None]:
-    """Autocast as it is, or switched off where a CPU would emulate its type."""
-    return nullcontext() if native_dtype(model) == autocast_dtype(model) else without_autocast(model)
+    """Autocast unchanged, or off if a CPU would emulate its type."""
+    is_native = native_dtype(model) == autocast_dtype(model)
+    return nullcontext() if is_native else without_autocast(model)
 
 
 def without_autocast(model: GPT) -> AbstractContextManager[None]:

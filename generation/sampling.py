@@ -52,7 +52,7 @@ def candidates(logits: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor
 def pick(logits: Tensor, rules: SamplingConfig, draws: Tensor) -> Tensor:
     """Sample one token id per row of logits `[B, V]` -> `[B]`.
 
-    `draws` `[B]` are uniform random numbers from (0, 1]. Raises ValueError if a logit is not finite.
+    `draws` `[B]` are random numbers from (0, 1]. Raises ValueError if a logit is not finite.
     """
     logits = finite(logits.float())
     if rules.temperature < MIN_TEMPERATURE:

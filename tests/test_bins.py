@@ -1,4 +1,4 @@
-"""Tokens that nanoGPT and llm.c have prepared, used where they lie."""
+"""Token files of nanoGPT, llm.c and NumPy."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TEXT = "It was the best of times, it was the worst of times. Žluťoučký kůň
 
 @pytest.fixture
 def nanogpt(tmp_path):
-    """A folder as nanoGPT's data/shakespeare_char/prepare.py leaves it."""
+    """A folder like the one that nanoGPT's data/shakespeare_char/prepare.py makes."""
     (tmp_path / "bins").mkdir()
     (tmp_path / "bins" / "input.txt").write_text(TEXT, encoding="utf-8")
     characters = sorted(set(TEXT))
@@ -46,7 +46,7 @@ def everything(folder, split):
     return tokens.read(np.arange(len(tokens)))
 
 
-def test_nanogpts_characters_are_read_as_they_are(nanogpt, fresh_data):
+def test_nanogpts_character_tokens_are_read(nanogpt, fresh_data):
     folder = prepare(config(nanogpt))
     tokenizer = load_tokenizer(folder)
     texts = [tokenizer.decode_bytes(everything(folder, split)).decode() for split in ("train", "val")]
@@ -57,15 +57,14 @@ def test_nanogpts_characters_are_read_as_they_are(nanogpt, fresh_data):
     assert f"vocabulary of {len(set(TEXT))}," in describe(folder)
 
 
-def test_hidden_files_beside_the_tokens_are_not_read(nanogpt, fresh_data):
-    """As macOS leaves them on disks of other systems."""
+def test_hidden_files_of_macos_are_not_read(nanogpt, fresh_data):
     before = prepare(config(nanogpt))
     for name in ("._train.bin", "._val.bin"):
         (nanogpt / name).write_bytes(b"Mac OS X")
     assert prepare(config(nanogpt)) == before
 
 
-def test_nanogpts_tokens_of_gpt2(tmp_path, fresh_data, gpt2_files):
+def test_nanogpts_gpt2_tokens_are_read(tmp_path, fresh_data, gpt2_files):
     gpt2 = BPETokenizer.published("gpt2")
     ids = [*gpt2.encode(TEXT), gpt2.end_of_text] * 3
     for name in ("train.bin", "val.bin"):
@@ -86,7 +85,7 @@ def test_llmcs_shards_are_read_in_order(tmp_path, fresh_data, magic, dtype):
     assert prepare(config(tmp_path / "fineweb*.bin", "byte")) == folder
 
 
-def test_counts_are_those_of_all_shards_however_they_are_read(tmp_path, fresh_data, monkeypatch):
+def test_counts_are_those_of_all_shards_and_chunks(tmp_path, fresh_data, monkeypatch):
     monkeypatch.setattr("data.bins.CHUNK", 3)
     for number, ids in enumerate(([65, 66, 256, 67], [68, 256, 69, 70, 71])):
         llmc(tmp_path / f"train_{number}.bin", ids)
@@ -97,7 +96,7 @@ def test_counts_are_those_of_all_shards_however_they_are_read(tmp_path, fresh_da
 
 
 @pytest.mark.parametrize("one", [257, 300])
-def test_an_id_beyond_the_vocabulary_is_named_with_its_place_in_the_file(tmp_path, fresh_data, monkeypatch, one):
+def test_an_id_beyond_the_vocabulary_is_named(tmp_path, fresh_data, monkeypatch, one):
     monkeypatch.setattr("data.bins.CHUNK", 4)
     llmc(tmp_path / "train.bin", [1, 2, 3, 4, 5, 6, one, 8])
     llmc(tmp_path / "val.bin", [1])
@@ -105,7 +104,7 @@ def test_an_id_beyond_the_vocabulary_is_named_with_its_place_in_the_file(tmp_pat
         prepare(config(tmp_path, "byte"))
 
 
-def test_tokens_of_a_trained_tokenizer_are_read_with_the_one_beside_them(tmp_path, fresh_data):
+def test_a_trained_tokenizer_is_read_beside_its_tokens(tmp_path, fresh_data):
     folders = []
     for vocab_size in (270, 280):
         tokenizer = BPETokenizer.train(iter([TEXT]), vocab_size)
@@ -114,7 +113,7 @@ def test_tokens_of_a_trained_tokenizer_are_read_with_the_one_beside_them(tmp_pat
             np.arange(260, dtype=np.uint16).tofile(tmp_path / name)
         folders.append(prepare(config(tmp_path, "bpe")))
         assert load_tokenizer(folders[-1]).ranks() == tokenizer.ranks()
-    assert folders[0] != folders[1]  # the same numbers are other text
+    assert folders[0] != folders[1]  # the same ids are another text
 
 
 def test_names_of_any_case_are_found(nanogpt, fresh_data):
@@ -123,7 +122,7 @@ def test_names_of_any_case_are_found(nanogpt, fresh_data):
     assert prepare(config(nanogpt)) == before
 
 
-def test_files_that_move_stay_the_same_data(nanogpt, tmp_path, fresh_data):
+def test_moved_files_keep_their_folder(nanogpt, tmp_path, fresh_data):
     before = prepare(config(nanogpt))
     nanogpt.rename(tmp_path / "moved")
     assert prepare(config(tmp_path / "moved")) == before
@@ -131,7 +130,7 @@ def test_files_that_move_stay_the_same_data(nanogpt, tmp_path, fresh_data):
 
 
 @pytest.mark.parametrize("name", ["train.bin", "val.bin"])
-def test_other_tokens_are_other_data(nanogpt, fresh_data, name):
+def test_other_tokens_have_another_folder(nanogpt, fresh_data, name):
     before = prepare(config(nanogpt))
     content = bytearray((nanogpt / name).read_bytes())
     content[0] ^= 1
@@ -144,34 +143,33 @@ def test_other_tokens_are_other_data(nanogpt, fresh_data, name):
     (lambda bins: [path.unlink() for path in bins.glob("*.bin")], "train and none with val in its name"),
     (lambda bins: os.truncate(bins / "val.bin", 21), "val.bin has 21 bytes, which is not a whole number of 16-bit tokens"),
     (lambda bins: llmc(bins / "val.bin", range(50)) or os.truncate(bins / "val.bin", 1100), "val.bin is truncated or damaged: its header says 50"),
-    (lambda bins: llmc(bins / "val.bin", range(50)) or os.truncate(bins / "val.bin", 1126), "val.bin is truncated or damaged: its header says 50"),
     (lambda bins: np.array([1, 300], dtype=np.uint16).tofile(bins / "val.bin"), r"val.bin has the id 300 \(token 1\), beyond the vocabulary of"),
     (lambda bins: (bins / "input.txt").unlink(), "input.txt is missing: character tokens need the text"),
     (lambda bins: (bins / "val.bin").write_bytes(b""), r"val.bin is empty"),
     (lambda bins: llmc(bins / "val.bin", range(50), magic=int.from_bytes((20240520).to_bytes(4, "little"), "big") - 2**32), "big-endian byte order"),
     (lambda bins: (bins / "train_val.bin").write_bytes(b"abcd"), "train_val.bin is named for both splits"),
     (lambda bins: (bins / "input.txt").write_bytes(b"\xff"), "input.txt is not UTF-8"),
-], ids=["no val", "none", "odd", "cut", "too long", "beyond", "no text", "empty", "swapped", "both", "no utf-8"])
-def test_what_cannot_be_used_is_one_sentence(nanogpt, fresh_data, damage, words):
+], ids=["no val", "none", "odd", "cut", "beyond", "no text", "empty", "swapped", "both", "no utf-8"])
+def test_unusable_files_are_explained(nanogpt, fresh_data, damage, words):
     damage(nanogpt)
     with pytest.raises(ValueError, match=words):
         prepare(config(nanogpt))
     assert not any(fresh_data.glob("*"))
 
 
-def test_a_trained_tokenizer_must_lie_beside_its_tokens(nanogpt, fresh_data):
+def test_a_trained_tokenizer_must_be_beside_its_tokens(nanogpt, fresh_data):
     with pytest.raises(ValueError, match=r"tokenizer.json is missing: name the tokenizer"):
         prepare(config(nanogpt, "bpe"))
 
 
-def test_a_name_counts_by_its_words(nanogpt, fresh_data):
+def test_split_names_are_whole_words(nanogpt, fresh_data):
     before = prepare(config(nanogpt))
     (nanogpt / "interval.bin").write_bytes(b"abc")
     (nanogpt / "trained.bin").write_bytes(b"abc")
     assert prepare(config(nanogpt)) == before
 
 
-def test_a_few_tokens_are_tokens_and_ends_of_text_alone_are_none(tmp_path, fresh_data):
+def test_files_of_only_end_of_text_are_refused(tmp_path, fresh_data):
     np.array([104, 105, 256, 104], dtype=np.uint16).tofile(tmp_path / "train.bin")
     np.array([104], dtype=np.uint16).tofile(tmp_path / "val.bin")
     assert everything(prepare(config(tmp_path, "byte")), "val").tolist() == [104]
@@ -180,11 +178,11 @@ def test_a_few_tokens_are_tokens_and_ends_of_text_alone_are_none(tmp_path, fresh
         prepare(config(tmp_path, "byte"))
 
 
-def test_the_settings_ask_for_a_path():
+def test_the_settings_require_a_path():
     [problem] = DataConfig("bin").problems()
     assert problem.startswith("path is missing: name the folder where train.bin")
     [problem] = DataConfig(mix="bin:1 pydocs:1", path=".").problems()
-    assert "bin is tokens already" in problem
+    assert "bin has tokens" in problem
 
 
 # Types of tokens
@@ -199,10 +197,10 @@ def write_both(folder, ids, dtype):
         ids.astype(dtype).tofile(folder / name)
 
 
-@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16", "uint32", "int32", "uint64", "int64"])
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "uint32", "int64"])
 @pytest.mark.parametrize("asked", [False, True], ids=["detected", "named"])
-def test_tokens_of_each_type_are_read_as_they_are(tmp_path, fresh_data, dtype, asked):
-    # Bytes are tokens of any vocabulary of 256, so that nothing tells they are.
+def test_all_integer_types_are_read(tmp_path, fresh_data, dtype, asked):
+    # All bytes are ids of a vocabulary of 256, so bytes are detected only for smaller ones.
     ids = some_ids(100 if dtype == "uint8" and not asked else 256)
     write_both(tmp_path, ids, dtype)
     (tmp_path / "input.txt").write_bytes(bytes(range(1, 101)))
@@ -213,20 +211,20 @@ def test_tokens_of_each_type_are_read_as_they_are(tmp_path, fresh_data, dtype, a
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "uint32", "int64"])
-def test_gpt2s_tokens_of_any_width_are_read_as_they_are(tmp_path, fresh_data, gpt2_files, dtype):
+def test_gpt2_tokens_of_any_width_are_read(tmp_path, fresh_data, gpt2_files, dtype):
     ids = np.append(some_ids(50257), 50256)
     write_both(tmp_path, ids, dtype)
     assert everything(prepare(config(tmp_path, "gpt2")), "train").tolist() == ids.tolist()
 
 
-def test_files_of_two_widths_are_told_apart(tmp_path, fresh_data):
+def test_the_type_of_each_file_is_detected(tmp_path, fresh_data):
     some_ids(256).astype("uint16").tofile(tmp_path / "train.bin")
     some_ids(256).astype("uint32").tofile(tmp_path / "val.bin")
     folder = prepare(config(tmp_path, "byte"))
     assert everything(folder, "train").tolist() == everything(folder, "val").tolist() == some_ids(256).tolist()
 
 
-def test_another_type_is_other_tokens(tmp_path, fresh_data):
+def test_another_type_gives_other_tokens(tmp_path, fresh_data):
     write_both(tmp_path, some_ids(250), "uint32")
     right, wrong = prepare(config(tmp_path, "byte")), prepare(DataConfig("bin", str(tmp_path), "byte", dtype="uint16"))
     assert right != wrong and read_meta(right)["fingerprint"] != read_meta(wrong)["fingerprint"]
@@ -242,7 +240,7 @@ def test_another_type_is_other_tokens(tmp_path, fresh_data):
     (np.r_[some_ids(256), 70_000], "uint32", "train.bin (is too short, or has too many zeros|has the id)"),
     (np.linspace(0, 1, 1000), "float32", "train.bin has the id"),
 ], ids=["few", "zeros", "beyond", "swapped 16", "swapped 32", "beyond 32", "floats"])
-def test_what_type_tokens_have_is_never_guessed(tmp_path, fresh_data, ids, dtype, words):
+def test_an_ambiguous_type_is_never_guessed(tmp_path, fresh_data, ids, dtype, words):
     write_both(tmp_path, np.array(ids), dtype)
     with pytest.raises(ValueError, match=words):
         prepare(config(tmp_path, "byte"))
@@ -258,7 +256,7 @@ def test_a_negative_id_is_named(tmp_path, fresh_data, dtype, words):
 
 
 @pytest.mark.parametrize("write", [lambda path, ids: llmc(path, ids), lambda path, ids: np.array(ids, "<u2").tofile(path)])
-def test_a_vocabulary_beyond_16_bits_needs_wider_tokens(tmp_path, monkeypatch, fresh_data, write):
+def test_a_large_vocabulary_needs_wider_tokens(tmp_path, monkeypatch, fresh_data, write):
     large = CharTokenizer("".join(map(chr, [*range(0xD800), *range(0xE000, 0x20000)])), with_end_of_text=False)
     monkeypatch.setattr("data.bins.tokenizer_of", lambda folder, name: large)
     for name in ("train.bin", "val.bin"):
@@ -272,8 +270,8 @@ def test_a_vocabulary_beyond_16_bits_needs_wider_tokens(tmp_path, monkeypatch, f
 # NumPy's files
 
 
-@pytest.mark.parametrize("dtype", ["uint8", "<u2", ">u2", "int32", ">i8", "uint64"])
-def test_numpys_files_are_read_by_their_header(tmp_path, fresh_data, dtype):
+@pytest.mark.parametrize("dtype", ["uint8", "<u2", ">i8"])
+def test_numpy_files_are_read_by_their_header(tmp_path, fresh_data, dtype):
     ids = some_ids(256, 30)
     for number in range(2):
         np.save(tmp_path / f"fineweb_train_{number:06d}.npy", ids.astype(dtype))
@@ -289,7 +287,7 @@ def test_numpys_files_are_read_by_their_header(tmp_path, fresh_data, dtype):
     (np.zeros((2, 3), np.uint16), r"is an array of uint16 with shape \(2, 3\)"), (np.zeros(3), "is an array of float64"),
     (np.zeros(3, bool), "is an array of bool"), (np.array([{}], dtype=object), "cannot be read as a NumPy file"),
     (np.zeros(0, np.uint16), "cannot be read as a NumPy file|is empty")])
-def test_numpys_files_without_tokens_are_refused(tmp_path, fresh_data, array, words):
+def test_numpy_files_without_tokens_are_refused(tmp_path, fresh_data, array, words):
     for name in ("train.npy", "val.npy"):
         np.save(tmp_path / name, array, allow_pickle=True)
     with pytest.raises(ValueError, match=rf"train.npy ({words})"):
@@ -297,8 +295,8 @@ def test_numpys_files_without_tokens_are_refused(tmp_path, fresh_data, array, wo
 
 
 @pytest.mark.parametrize("damage", [lambda content: content[:-1], lambda content: content + b"x", lambda content: b"x" + content,
-                                    lambda content: content[:20], lambda content: content[:8] + b"\xff\xff" + content[10:]])
-def test_a_damaged_file_of_numpy_is_one_sentence(tmp_path, fresh_data, damage):
+                                    lambda content: content[:20]])
+def test_a_damaged_numpy_file_is_explained(tmp_path, fresh_data, damage):
     for name in ("train.npy", "val.npy"):
         np.save(tmp_path / name, some_ids(256).astype(np.uint16))
     (tmp_path / "val.npy").write_bytes(damage((tmp_path / "val.npy").read_bytes()))
@@ -307,17 +305,17 @@ def test_a_damaged_file_of_numpy_is_one_sentence(tmp_path, fresh_data, damage):
     assert "\n" not in str(caught.value)
 
 
-def test_the_setting_must_not_contradict_a_header(tmp_path, fresh_data):
+def test_dtype_must_not_contradict_a_header(tmp_path, fresh_data):
     for name in ("train.npy", "val.npy"):
         np.save(tmp_path / name, some_ids(256).astype(np.uint16))
     with pytest.raises(ValueError, match=r"train.npy has uint16 tokens according to its header: remove data.dtype=uint32"):
         prepare(DataConfig("bin", str(tmp_path), "byte", dtype="uint32"))
 
 
-# Files from elsewhere
+# Unsupported files
 
 
-def test_megatrons_files_are_refused(tmp_path, fresh_data):
+def test_megatron_files_are_refused(tmp_path, fresh_data):
     for split in ("train", "val"):
         some_ids(256).astype(np.int32).tofile(tmp_path / f"{split}_text_document.bin")
         (tmp_path / f"{split}_text_document.idx").write_bytes(b"MMIDIDX\0\0")
@@ -331,7 +329,7 @@ def test_both_endings_for_one_split_are_refused(nanogpt, fresh_data):
         prepare(config(nanogpt))
 
 
-@pytest.mark.parametrize("name", ["val.bin", "valid.bin", "validation_0.BIN"])
+@pytest.mark.parametrize("name", ["val.bin", "validation_0.BIN"])
 def test_a_pipe_among_tokens_does_not_hang(nanogpt, fresh_data, name):
     (nanogpt / "val.bin").unlink()
     os.mkfifo(nanogpt / name)
@@ -339,6 +337,6 @@ def test_a_pipe_among_tokens_does_not_hang(nanogpt, fresh_data, name):
         prepare(config(nanogpt))
 
 
-def test_a_type_of_tokens_is_for_files_of_tokens_only():
+def test_dtype_is_only_for_token_files():
     [problem] = DataConfig(dtype="uint32").problems()
     assert problem.startswith("dtype=uint32 is the type of tokens of data=bin")

@@ -1,4 +1,4 @@
-"""Batches as a pure function of (seed, step, rank)."""
+"""Batches as a pure function of (seed, step, micro-step, rank)."""
 
 import subprocess
 import sys
@@ -18,23 +18,23 @@ from data.sources import DataConfig
 
 
 def positions(n_tokens: int) -> Tokens:
-    """A split in which each token is its own position, so that a batch shows where it was read."""
+    """A split in which each token is its own position."""
     return Tokens([np.arange(n_tokens, dtype=np.uint32)])
 
 
 def endless(n_tokens: int) -> Tokens:
-    """A split of any length that takes no memory."""
+    """A split of any length without memory."""
     return Tokens([np.broadcast_to(np.uint16(7), n_tokens)])
 
 
 def epochs(loader: Loader, n_epochs: int) -> torch.Tensor:
-    """What the loader reads in its first epochs, `[n_epochs, n_windows, block_size]`, whatever its batches straddle."""
+    """The inputs of the first epochs, `[n_epochs, n_windows, block_size]`."""
     n_steps = -(-n_epochs * loader.parts[0].count // loader.batch_size)
     windows = torch.cat([loader.batch(step)[0] for step in range(n_steps)])[:n_epochs * loader.parts[0].count]
     return windows.view(n_epochs, loader.parts[0].count, loader.block_size)
 
 
-SHAPES = [(1000, 8, 4), (1000, 8, 124), (257, 1, 10), (65, 64, 3), (129, 64, 5), (1001, 7, 31), (514, 16, 32), (513, 16, 32)]
+SHAPES = [(1000, 8, 124), (257, 1, 10), (65, 64, 3), (129, 64, 5), (1001, 7, 31), (514, 16, 32), (513, 16, 32)]
 shapes = pytest.mark.parametrize(("n_tokens", "block_size", "batch_size"), SHAPES)
 
 
@@ -45,20 +45,20 @@ def keys(number: int, count: int) -> np.ndarray:
     return np.full(count, mix(np.array([number], dtype=np.uint64)))
 
 
-@pytest.mark.parametrize("number", [0, 1, 2**63])
+@pytest.mark.parametrize("number", [0, 2**63])
 def test_permute_permutes(number):
-    for n in range(1, 301):
+    for n in [*range(1, 70), 255, 256, 257, 300]:
         assert sorted(permute(np.arange(n), n, keys(number, n))) == list(range(n)), n
 
 
-@pytest.mark.parametrize("n", [2**20, 2**20 + 1, 10**9 + 7, 10**12, 2**40])
-def test_permute_stays_in_range_and_distinct_for_large_n(n):
+@pytest.mark.parametrize("n", [2**20 + 1, 10**12, 2**40])
+def test_permute_stays_in_range_for_large_n(n):
     scattered = np.random.default_rng(0).integers(0, n, 2000)
     index = np.unique(np.concatenate([np.arange(1000), np.arange(n - 1000, n), scattered]))
     result = permute(index, n, keys(3, len(index)))
     assert result.dtype == np.int64 and result.min() >= 0 and result.max() < n
     assert len(np.unique(result)) == len(index)
-    assert n // 3 < result.mean() < 2 * n // 3  # spread over all of it, not just some corner
+    assert n // 3 < result.mean() < 2 * n // 3  # spread over the range
 
 
 def test_permute_depends_on_its_keys():
@@ -66,14 +66,14 @@ def test_permute_depends_on_its_keys():
     assert len(orders) == 50
 
 
-def test_permute_takes_each_elements_own_key():
+def test_permute_uses_the_key_of_each_element():
     index, mixed = np.arange(100), np.where(np.arange(100) % 2, keys(1, 100), keys(2, 100))
     expected = np.where(index % 2, permute(index, 100, keys(1, 100)), permute(index, 100, keys(2, 100)))
     assert np.array_equal(permute(index, 100, mixed), expected)
 
 
 def test_permute_sends_each_index_everywhere():
-    """Over many keys every place is hit about equally often: 5,000 keys, 10 places, 500 each, give or take 5 sigma."""
+    """With 5,000 keys, each of 10 places is hit 500 times, within 5 sigma."""
     index = np.tile(np.arange(10), 5000)
     counts = np.zeros((10, 10), dtype=int)
     np.add.at(counts, (index, permute(index, 10, mix(np.repeat(np.arange(5000, dtype=np.uint64), 10)))), 1)
@@ -84,7 +84,7 @@ def test_permute_sends_each_index_everywhere():
 
 
 def test_the_order_is_frozen():
-    """Changing what these steps read breaks every resume: a run would go on with other text than it left."""
+    """Another order would change the batches of resumed runs."""
     loader = Loader([positions(1000)], block_size=8, batch_size=4, seed=0)
     starts = {step: loader.batch(step)[0][:, 0].tolist() for step in (0, 7, 100, 10**9)}
     assert starts == {0: [549, 437, 357, 29], 7: [61, 901, 517, 965], 100: [562, 154, 458, 938], 10**9: [964, 660, 788, 244]}
@@ -92,7 +92,7 @@ def test_the_order_is_frozen():
 
 
 def test_a_batch_is_a_pure_function_of_seed_and_step():
-    """The same in a fresh loader, in any order, and whatever else draws random numbers."""
+    """The same in a new loader, in any order, and independent of other random numbers."""
     loader = Loader([positions(1000)], 8, 4, seed=5)
     first = [loader.batch(step) for step in range(40)]
     torch.manual_seed(99)
@@ -104,7 +104,7 @@ def test_a_batch_is_a_pure_function_of_seed_and_step():
     assert torch.equal(torch.get_rng_state(), states[0]) and np.array_equal(np.random.get_state()[1], states[1])
 
 
-def test_a_batch_has_the_shape_and_type_that_a_model_takes():
+def test_a_batch_has_the_shape_and_dtype_of_a_model_input():
     loader = Loader([positions(1000)], block_size=8, batch_size=4, micro_steps=3, world_size=2)
     for part in loader.batch(0, micro_step=2, rank=1):
         assert part.shape == (4, 8) and part.dtype == torch.int64
@@ -113,7 +113,7 @@ def test_a_batch_has_the_shape_and_type_that_a_model_takes():
 
 @shapes
 def test_targets_are_the_next_tokens(n_tokens, block_size, batch_size):
-    """The split is read as a ring: behind its last token comes its first."""
+    """The split is read as a ring: the first token follows the last."""
     loader = Loader([positions(n_tokens)], block_size, batch_size)
     for step in range(20):
         inputs, targets = loader.batch(step)
@@ -122,8 +122,8 @@ def test_targets_are_the_next_tokens(n_tokens, block_size, batch_size):
 
 
 @shapes
-def test_every_window_comes_once_an_epoch(n_tokens, block_size, batch_size):
-    """Also where batches straddle epochs; windows of one epoch lie side by side and do not overlap."""
+def test_every_window_is_read_once_an_epoch(n_tokens, block_size, batch_size):
+    """Also if batches straddle epochs. The windows of an epoch are adjacent and do not overlap."""
     loader = Loader([positions(n_tokens)], block_size, batch_size, seed=2)
     assert loader.parts[0].count == (n_tokens - 1) // block_size
     for epoch in epochs(loader, 5):
@@ -133,13 +133,13 @@ def test_every_window_comes_once_an_epoch(n_tokens, block_size, batch_size):
 
 
 def test_each_epoch_has_its_own_cut_and_order():
-    starts = epochs(Loader([positions(1000)], 8, 10), 40)[:, :, 0]
-    assert len(set((starts.min(dim=1).values).tolist())) == 8  # each offset within a block comes up
+    starts = epochs(Loader([positions(1000)], 8, 124), 40)[:, :, 0]
+    assert len(set((starts.min(dim=1).values).tolist())) == 8  # every offset within a block occurs
     assert len({tuple((one // 8).tolist()) for one in starts}) == 40
 
 
 def test_another_seed_gives_another_order():
-    orders = {tuple(epochs(Loader([positions(1000)], 8, 10, seed=seed), 1)[0, :, 0].tolist()) for seed in range(20)}
+    orders = {tuple(epochs(Loader([positions(1000)], 8, 124, seed=seed), 1)[0, :, 0].tolist()) for seed in range(20)}
     assert len(orders) == 20
 
 
@@ -159,7 +159,7 @@ def test_ranks_read_contiguous_pieces_of_the_same_step(world_size, mixed):
 
 
 @pytest.mark.parametrize(("batch_size", "micro_steps"), [(4, 2), (1, 8)])
-def test_the_batch_size_leaves_the_sequences_of_a_step(batch_size, micro_steps):
+def test_the_batch_size_does_not_change_a_steps_sequences(batch_size, micro_steps):
     whole, split = Loader([positions(1000)], 8, 8), Loader([positions(1000)], 8, batch_size, micro_steps)
     for step in (0, 15):
         parts = [split.batch(step, micro_step)[0] for micro_step in range(micro_steps)]
@@ -167,7 +167,7 @@ def test_the_batch_size_leaves_the_sequences_of_a_step(batch_size, micro_steps):
 
 
 def test_a_huge_split_takes_no_memory_and_no_time():
-    """No list of windows anywhere: 10^12 tokens are as easy as 10^3."""
+    """There is no list of windows: 10^12 tokens are as easy as 10^3."""
     tracemalloc.start()
     loader = Loader([endless(10**12)], block_size=8, batch_size=64)
     starts = loader.parts[0].starts(np.arange(10**6, 10**6 + 64))
@@ -178,8 +178,8 @@ def test_a_huge_split_takes_no_memory_and_no_time():
     assert inputs.eq(7).all() and len(np.unique(starts)) == 64 and starts.max() > 10**11
 
 
-@pytest.mark.parametrize("n_tokens", [0, 1, 64])
-def test_a_split_shorter_than_a_context_is_an_error_with_both_numbers(n_tokens):
+@pytest.mark.parametrize("n_tokens", [0, 64])
+def test_a_split_shorter_than_a_context_is_an_error(n_tokens):
     tokens = positions(n_tokens) if n_tokens else Tokens([])
     with pytest.raises(ValueError, match=f"training split has {n_tokens} tokens, one context needs 65"):
         Loader([tokens], block_size=64, batch_size=1)
@@ -191,7 +191,7 @@ def test_a_split_shorter_than_a_context_is_an_error_with_both_numbers(n_tokens):
 
 
 def parts(loader: Loader, n_sequences: int) -> list[int]:
-    """Which part each of the first sequences comes from; their tokens lie a thousand apart."""
+    """The parts of the first sequences; their tokens are a thousand apart."""
     n_steps = -(-n_sequences // loader.batch_size)
     return (torch.cat([loader.batch(step)[0][:, 0] for step in range(n_steps)])[:n_sequences] // 1000).tolist()
 
@@ -201,7 +201,7 @@ def three_parts(seed: int = 0, batch_size: int = 4, **rest) -> Loader:
     return Loader(tokens, 8, batch_size, seed=seed, weights=[6, 1, 3], **rest)
 
 
-def test_the_parts_of_a_mixture_take_turns_by_their_weights():
+def test_the_parts_of_a_mixture_alternate_by_weight():
     source = np.array(parts(three_parts(), 400))
     for length in (1, 7, 10, 33, 100):
         for start in range(0, 400 - length):
@@ -209,8 +209,8 @@ def test_the_parts_of_a_mixture_take_turns_by_their_weights():
             assert abs(counts - length * np.array([0.6, 0.1, 0.3])).max() < 2
 
 
-def test_each_part_of_a_mixture_is_read_whole_and_shuffled_on_its_own():
-    """The second part, 12 windows of 8, comes round once in 120 sequences."""
+def test_each_part_of_a_mixture_has_its_own_epochs():
+    """The second part, 12 windows of 8, is read once in 120 sequences."""
     loader = three_parts(batch_size=10)
     for epoch in range(3):
         read = torch.cat([loader.batch(step)[0] for step in range(12 * epoch, 12 * epoch + 12)]).flatten()
@@ -231,13 +231,13 @@ def test_the_order_of_a_mixture_is_frozen():
     assert three_parts().batch(100)[0][:, 0].tolist() == [644, 804, 2395, 572]
 
 
-def test_the_sequences_of_a_mixed_step_begin_in_their_own_parts():
+def test_mixed_sequences_start_in_their_own_parts():
     loader = three_parts(batch_size=10)
     starts = loader.batch(3)[0][:, 0]
     assert loader.sequences(3) == (starts % 1000).tolist() and len(set((starts // 1000).tolist())) == 3
 
 
-def test_a_part_of_a_mixture_that_is_shorter_than_a_context_is_an_error_wherever_it_stands():
+def test_a_short_part_of_a_mixture_is_named():
     for part, tokens in ((2, [positions(100), positions(8)]), (1, [positions(8), positions(100)])):
         with pytest.raises(ValueError, match=f"training split of part {part} of the mixture has 8 tokens, one context needs 9"):
             Loader(tokens, block_size=8, batch_size=1)
@@ -245,7 +245,7 @@ def test_a_part_of_a_mixture_that_is_shorter_than_a_context_is_an_error_wherever
             Validation(tokens, block_size=8, batch_size=1, max_tokens=100)
 
 
-def test_a_mixed_validation_weighs_its_parts_by_their_shares_however_small_they_are():
+def test_mixed_validation_weighs_parts_by_their_shares():
     tokens = [Tokens([np.full(size, part, dtype=np.uint32)]) for part, size in enumerate((10_000, 100))]
     batches = list(Validation(tokens, block_size=8, batch_size=16, max_tokens=800, weights=[1, 3]))
     mean = sum(inputs.float().mean().item() * weight for inputs, _, weight in batches)
@@ -262,10 +262,10 @@ def test_a_mixed_validation_weighs_its_parts_by_their_shares_however_small_they_
     (1000, 400, [50]),
     (1000, 409, [50, 1]),
     (1000, 415, [50, 1]),
-    (1000, 3, [1]),  # less than a context: one all the same
+    (1000, 3, [1]),  # less than a context: still one window
     (9, 10**6, [1]),
 ])
-def test_validation_reads_in_order_without_overlap_up_to_max_tokens(n_tokens, max_tokens, sizes):
+def test_validation_reads_max_tokens_in_order(n_tokens, max_tokens, sizes):
     validation = Validation([positions(n_tokens)], block_size=8, batch_size=50, max_tokens=max_tokens)
     for _ in range(2):  # the same at every evaluation
         batches = list(validation)
@@ -289,7 +289,7 @@ def test_ranks_share_the_validation_batches(world_size):
             assert all(map(torch.equal, batch, expected)) and weight == expected_weight
 
 
-def test_shakespeare_has_1742_validation_windows_of_64(shakespeare):
+def test_shakespeare_has_1742_validation_windows(shakespeare):
     folder = prepare(DataConfig(source="shakespeare", path=str(shakespeare), tokenizer="char"))
     validation = Validation([Tokens.open(folder, "val")], block_size=64, batch_size=1000, max_tokens=10**9)
     assert [len(inputs) for inputs, _, _ in validation] == [1000, 742]
@@ -300,9 +300,9 @@ def test_shakespeare_has_1742_validation_windows_of_64(shakespeare):
 
 @pytest.fixture
 def pretend_gpu(monkeypatch):
-    """A "cuda" whose memory is this machine's; the list of what was copied to it, pinned ones by their identity."""
+    """A "cuda" device in this machine's memory, and the list of copies to it."""
     def pin(ids):
-        pinned.append(torch.empty_strided(ids.shape, ids.stride(), dtype=ids.dtype).copy_(ids))  # scattered stays scattered
+        pinned.append(torch.empty_strided(ids.shape, ids.stride(), dtype=ids.dtype).copy_(ids))  # keeps the strides
         return pinned[-1]
 
     def to(ids, device, non_blocking=False):
@@ -317,7 +317,7 @@ def pretend_gpu(monkeypatch):
 
 
 class Watched(Loader):
-    """A loader that writes down what is read, and by whom; it can be told to fail or to wait."""
+    """A loader that records its batches and threads, and can fail or wait."""
 
     def __init__(self, **options):
         super().__init__([positions(1000)], 8, 4, **options)
@@ -341,13 +341,13 @@ class Watched(Loader):
 GPU = torch.device("cuda")
 
 
-def test_prefetched_batches_are_the_loaders_own_each_read_once_ahead_on_a_thread(pretend_gpu):
+def test_each_batch_is_prefetched_once_on_a_thread(pretend_gpu):
     loader, plain = Watched(micro_steps=3), Loader([positions(1000)], 8, 4, micro_steps=3)
     batches = Prefetch(loader, GPU)
     order = [(step, micro_step) for step in range(5, 9) for micro_step in range(3)]
     for count, place in enumerate(order, start=2):
         assert all(map(torch.equal, batches.batch(*place), plain.batch(*place)))
-        loader.wait_for(count)  # the next one is read although nobody has asked for it
+        loader.wait_for(count)  # the next batch is read before it is requested
     assert loader.read == [(5, 0, True), *((*place, False) for place in order[1:]), (9, 0, False)]
 
 
@@ -359,7 +359,7 @@ def test_prefetch_reads_the_batches_of_its_rank(pretend_gpu, device):
         assert all(map(torch.equal, batches.batch(*place), Loader.batch(loader, *place, rank=1)))
 
 
-def test_asking_for_a_batch_waits_for_no_later_one(pretend_gpu):
+def test_a_batch_does_not_wait_for_the_next_one(pretend_gpu):
     loader = Watched()
     batches = Prefetch(loader, GPU)
     batches.batch(0)
@@ -371,7 +371,7 @@ def test_asking_for_a_batch_waits_for_no_later_one(pretend_gpu):
     assert all(map(torch.equal, batches.batch(2), Loader([positions(1000)], 8, 4).batch(2)))
 
 
-def test_batches_are_copied_from_pinned_memory_in_one_piece_without_blocking(pretend_gpu):
+def test_batches_are_contiguous_pinned_and_copied_async(pretend_gpu):
     batches = Prefetch(Watched(), GPU)
     for step in range(3):
         batches.batch(step)
@@ -379,15 +379,15 @@ def test_batches_are_copied_from_pinned_memory_in_one_piece_without_blocking(pre
     assert all(copy == {"device": GPU, "non_blocking": True, "contiguous": True, "pinned": True} for copy in pretend_gpu)
 
 
-@pytest.mark.parametrize("jump", [(0, 0), (3, 1), (4, 0), (100, 1), (10**9, 0)])
-def test_a_jump_gives_the_batch_that_is_asked_for(pretend_gpu, jump):
+@pytest.mark.parametrize("jump", [(0, 0), (3, 1), (10**9, 0)])
+def test_batches_can_be_requested_in_any_order(pretend_gpu, jump):
     plain = Loader([positions(1000)], 8, 4, micro_steps=2)
     batches = Prefetch(Watched(micro_steps=2), GPU)
     for place in ((3, 0), jump, (7, 0), (7, 0)):
         assert all(map(torch.equal, batches.batch(*place), plain.batch(*place)))
 
 
-def test_what_goes_wrong_on_the_thread_is_raised_where_its_batch_is_asked_for(pretend_gpu):
+def test_an_error_on_the_thread_is_raised_for_its_batch(pretend_gpu):
     loader = Watched()
     loader.fail_at = 2, 0
     batches = Prefetch(loader, GPU)
@@ -396,11 +396,11 @@ def test_what_goes_wrong_on_the_thread_is_raised_where_its_batch_is_asked_for(pr
     loader.wait_for(3)
     with pytest.raises(OSError, match="the disk is gone"):
         batches.batch(2)
-    batches.batch(7)  # what does not fail still comes
+    batches.batch(7)  # other batches can still be read
     assert loader.read[2] == (2, 0, False)
 
 
-def test_a_cpu_gets_the_loaders_batches_without_a_thread(monkeypatch):
+def test_a_cpu_uses_neither_thread_nor_pinned_memory(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "pin_memory", None)
     loader = Watched(micro_steps=2)
     batches = Prefetch(loader, torch.device("cpu"))

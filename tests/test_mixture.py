@@ -1,4 +1,4 @@
-"""Whose turn it is: what a mixture says, and counts that keep to the weights in any stretch."""
+"""Mixtures: their weights, the interleaving of their parts, and their tokens."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from data.sources import DataConfig
     ("  a:1/3   b:2/3 ", {"a": 1, "b": 2}), ("'my book.txt:1' \"c d\":1", {"my book.txt": 1, "c d": 1}), ("c:/x.txt:1e-1 b:9e-1", {"c:/x.txt": 1, "b": 9}), ("a:5", {"a": 1}),
     ("a:0.1233 b:0.8767", {"a": 1233, "b": 8767}),  # the longest period
 ])
-def test_weights_become_counts(mix, counts):
+def test_weights_become_sequences_in_a_period(mix, counts):
     assert read_mix(mix) == counts
 
 
@@ -28,12 +28,12 @@ def test_weights_become_counts(mix, counts):
     (":1", ":1 is not a source"), ("a:nan", "a:nan"), ("a:1/0", "a:1/0"), ("a:1 a:2", "a is given twice"), (" ", "names no source"),
     ("a:0.12345 b:0.87655", r"only after 20,000 sequences, at most 10,000 are supported: round them"),
 ])
-def test_what_is_no_mixture_is_one_sentence(mix, words):
+def test_an_invalid_mixture_is_explained(mix, words):
     with pytest.raises(ValueError, match=words):
         read_mix(mix)
 
 
-def test_a_mixture_that_cannot_work_is_a_problem_of_the_settings():
+def test_an_invalid_mixture_is_a_problem_of_the_settings():
     [problem] = DataConfig(mix="pydocs:1 no/such.txt:1").problems()
     assert problem.startswith("mix=") and "no/such.txt does not exist" in problem
     [problem] = DataConfig(mix="pydocs").problems()
@@ -42,29 +42,29 @@ def test_a_mixture_that_cannot_work_is_a_problem_of_the_settings():
 
 
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=9))
-def test_in_any_stretch_the_counts_are_within_two_of_the_weights(counts):
-    """Prefixes within one, whatever the weights; so stretches within two."""
-    turns = Interleaving(counts)
-    source, _ = turns.at(np.arange(2 * turns.period))
-    n = np.arange(1, 2 * turns.period + 1)
+def test_every_prefix_keeps_to_the_weights_within_one(counts):
+    """So every stretch does within two."""
+    interleaving = Interleaving(counts)
+    source, _ = interleaving.at(np.arange(2 * interleaving.period))
+    n = np.arange(1, 2 * interleaving.period + 1)
     for part, count in enumerate(counts):
         taken = np.cumsum(source == part)
-        assert np.abs(taken - n * count / turns.period).max() < 1
+        assert np.abs(taken - n * count / interleaving.period).max() < 1
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=6), st.integers(0, 10**12))
-def test_each_sequence_of_a_source_comes_once_and_in_order(counts, start):
-    turns = Interleaving(counts)
-    source, index = turns.at(start + np.arange(3 * turns.period))
+def test_each_sequence_of_a_part_comes_once_and_in_order(counts, start):
+    interleaving = Interleaving(counts)
+    source, index = interleaving.at(start + np.arange(3 * interleaving.period))
     for part in range(len(counts)):
         mine = index[source == part]
         assert np.array_equal(mine, np.arange(mine[0], mine[0] + len(mine)))
-    first_source, first_index = Interleaving(counts).at(np.arange(turns.period))
+    first_source, first_index = Interleaving(counts).at(np.arange(interleaving.period))
     assert all(first_index[first_source == part][0] == 0 for part in range(len(counts)))
 
 
-def test_the_turns_are_frozen():
-    """Another order that keeps to the weights as well would read other text in each run that goes on."""
+def test_the_interleaving_is_frozen():
+    """Another order would change the batches of resumed runs."""
     expected = {(14, 8, 2): [0, 1, 0, 0, 1, 0, 0, 1, 0, 1, 0, 2], (9, 14, 12): [1, 2, 0, 1, 2, 0, 1, 2, 1, 0, 2, 1]}
     assert {counts: Interleaving(list(counts)).at(np.arange(12))[0].tolist() for counts in expected} == expected
 
@@ -77,7 +77,7 @@ def mixed(tmp_path, fresh_data):
     return lambda **rest: DataConfig(**{"mix": f"{tmp_path}/a.txt:3 {tmp_path}/b.txt:1", "tokenizer": "char"} | rest)
 
 
-def test_a_mixture_is_prepared_with_one_tokenizer_and_each_part_apart(mixed):
+def test_the_parts_of_a_mixture_share_a_tokenizer(mixed):
     folder = prepare(config := mixed())
     meta, tokenizer = read_meta(folder), load_tokenizer(folder)
     assert folder.name.startswith("mix-char-") and [part["source"] for part in meta["parts"]] == config.mix.replace(":3", "").replace(":1", "").split()
@@ -88,17 +88,17 @@ def test_a_mixture_is_prepared_with_one_tokenizer_and_each_part_apart(mixed):
     assert val_bytes_per_token(folder, [3, 1]) == pytest.approx(0.75 * 660 / 661 + 0.25 * 110 / 111)
 
 
-def test_other_weights_take_the_same_tokens(mixed):
+def test_other_weights_use_the_same_tokens(mixed):
     config = mixed()
     assert prepare(config) == prepare(mixed(mix=config.mix.replace(":3", ":5")))
 
 
-def test_a_mixture_learns_its_tokens_from_all_its_parts(mixed):
+def test_a_tokenizer_is_trained_on_all_parts(mixed):
     tokenizer = load_tokenizer(prepare(mixed(tokenizer="bpe", vocab_size=275)))
     assert len(tokenizer.encode(" work")) == 1 and len(tokenizer.encode("0123456789")) < 10
 
 
-def test_the_parts_of_a_mixture_share_what_a_tokenizer_is_trained_on(mixed, monkeypatch):
+def test_the_parts_share_the_sample_for_training(mixed, monkeypatch):
     monkeypatch.setattr("data.prepare.SAMPLE_BYTES", 1000)
     asked, training_text = [], Corpus.training_text
     monkeypatch.setattr(Corpus, "training_text", lambda corpus, most_bytes: asked.append(most_bytes) or training_text(corpus, most_bytes))
@@ -106,7 +106,7 @@ def test_the_parts_of_a_mixture_share_what_a_tokenizer_is_trained_on(mixed, monk
     assert asked == [500, 500]
 
 
-def test_a_change_of_any_part_is_another_mixture(mixed, tmp_path):
+def test_a_change_of_a_part_gives_another_folder(mixed, tmp_path):
     folders = [prepare(config := mixed())]
     for name in "ab":
         with open(tmp_path / f"{name}.txt", "a") as file:

@@ -1,4 +1,4 @@
-"""python -m scripts.prepare: looking into prepared tokens, and cleaning up."""
+"""python -m scripts.prepare: inspecting and deleting prepared tokens."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from data.contents import Contents
 from data.prepare import load_tokenizer, prepare
 from data.shards import open_parts, read_meta
 from data.sources import DataConfig
-from scripts.prepare import PrepareSettings, main
+from scripts.prepare import PrepareSettings, clean, main
 
 DOCUMENTS = [f"Document {number} " + "word " * number for number in range(120)]
 
@@ -36,7 +36,7 @@ def run(*overrides):
 
 
 @pytest.mark.slow
-def test_inspecting_says_what_is_there(folder_of_texts, tmp_path, fresh_data, capsys):
+def test_inspect_prints_statistics_and_documents(folder_of_texts, tmp_path, fresh_data, capsys):
     pytest.importorskip("matplotlib")
     out = tmp_path / "picture.png"
     words = ["data=text", f"data.path={folder_of_texts}", "data.tokenizer=byte", "inspect=true", f"out={out}"]
@@ -47,7 +47,7 @@ def test_inspecting_says_what_is_there(folder_of_texts, tmp_path, fresh_data, ca
     assert said.count(f"{everything.count('o'):,}") >= 1 and said.count("  'o'") == 1
     train_documents, val_documents = (int(re.search(rf"{split} +(\d+) ", said)[1]) for split in ("train", "val"))
     assert train_documents + val_documents == 120
-    assert re.search(r"111 +\d,\d{3} +\d+\.\d\d%  'o'", said)  # "o" comes in "Document" and in each "word"
+    assert re.search(r"111 +\d,\d{3} +\d+\.\d\d%  'o'", said)
     shown = re.findall(r"--- Document (\d+) of (\d+): (\d+) tokens\n(Document \d+ (?:word )*)", said)
     assert len(shown) == 3 and all(int(total) == train_documents for _, total, _, _ in shown)
     assert all(len(text) == min(int(length), 600) for _, _, length, text in shown)
@@ -58,7 +58,7 @@ def test_inspecting_says_what_is_there(folder_of_texts, tmp_path, fresh_data, ca
     assert capsys.readouterr().out != said
 
 
-def test_contents_are_those_of_the_texts(folder_of_texts, fresh_data):
+def test_contents_match_the_texts(folder_of_texts, fresh_data):
     folder = prepare(DataConfig("text", str(folder_of_texts), "byte", val_fraction=0.1))
     contents = Contents(folder, load_tokenizer(folder))
     everything = "".join(DOCUMENTS).encode()
@@ -72,7 +72,7 @@ def test_contents_are_those_of_the_texts(folder_of_texts, fresh_data):
     assert {index for index, _, _ in contents.some_documents(1000, 0)} == set(range(len(texts)))
 
 
-def test_contents_do_not_depend_on_how_much_is_read_at_once(folder_of_texts, fresh_data, monkeypatch):
+def test_contents_do_not_depend_on_the_chunk_size(folder_of_texts, fresh_data, monkeypatch):
     folder = prepare(DataConfig("text", str(folder_of_texts), "byte", val_fraction=0.1))
     whole = Contents(folder, load_tokenizer(folder))
     monkeypatch.setattr("data.contents.CHUNK", 100)
@@ -81,7 +81,7 @@ def test_contents_do_not_depend_on_how_much_is_read_at_once(folder_of_texts, fre
     assert list(pieces.some_documents(10, 0)) == list(whole.some_documents(10, 0))
 
 
-def test_a_document_is_shown_from_its_beginning_and_not_beyond_its_end(folder_of_texts, fresh_data, monkeypatch):
+def test_the_beginning_of_a_document_is_shown(folder_of_texts, fresh_data, monkeypatch):
     monkeypatch.setattr("data.contents.BEGINNING", 200)
     folder = prepare(DataConfig("text", str(folder_of_texts), "byte", val_fraction=0.1))
     shown = list(Contents(folder, load_tokenizer(folder)).some_documents(1000, 0))
@@ -100,7 +100,7 @@ def test_documents_of_each_part_of_a_mixture_are_shown(folder_of_texts, tmp_path
 
 
 @pytest.mark.slow
-def test_the_picture_goes_into_the_folder_and_each_split_is_told_for_itself(tmp_path, fresh_data, capsys):
+def test_the_picture_is_saved_beside_the_tokens(tmp_path, fresh_data, capsys):
     pytest.importorskip("matplotlib")
     (tmp_path / "a.txt").write_text("abcdefghij" * 100)
     assert run("data=text", f"data.path={tmp_path / 'a.txt'}", "data.tokenizer=char", "inspect=true") == 0
@@ -111,8 +111,8 @@ def test_the_picture_goes_into_the_folder_and_each_split_is_told_for_itself(tmp_
     assert "10 of 10 tokens occur" in said and len(re.findall(r"100   10\.00%", said)) == 10
 
 
-def test_only_tokens_that_occur_are_listed(tmp_path, fresh_data, capsys):
-    pytest.importorskip("matplotlib")
+def test_only_tokens_that_occur_are_listed(tmp_path, fresh_data, capsys, monkeypatch):
+    monkeypatch.setattr("scripts.prepare.draw", lambda *args: b"")
     (tmp_path / "a.txt").write_text("abab" * 100)
     run("data=text", f"data.path={tmp_path / 'a.txt'}", "data.tokenizer=byte", "inspect=true")
     said = capsys.readouterr().out
@@ -126,8 +126,8 @@ def test_a_single_text_is_one_document(tmp_path, fresh_data):
     assert contents.n_documents == 1 and [length for _, length, _ in contents.some_documents(3, 0)] == [270]
 
 
-def test_text_from_files_cannot_command_the_terminal(tmp_path, fresh_data, capsys, monkeypatch):
-    """It once set the window's title, filled the clipboard and cleared the screen."""
+def test_control_characters_in_documents_are_escaped(tmp_path, fresh_data, capsys, monkeypatch):
+    """They could set the terminal's title, fill the clipboard and clear the screen."""
     monkeypatch.setattr("scripts.prepare.draw", lambda *args: b"")
     commands = "\x1b]0;title\x07 \x1b]52;c;Zm9v\x07 \x1b[2J \x9b2J \u202e "
     (tmp_path / "a.txt").write_text(commands * 40)
@@ -137,12 +137,12 @@ def test_text_from_files_cannot_command_the_terminal(tmp_path, fresh_data, capsy
     assert all(letter.isprintable() or letter in "\n\t" for letter in said)
 
 
-# Cleaning up
+# clean=true
 
 
 @pytest.fixture
 def run_with(monkeypatch):
-    """Makes a folder that counts as a run whose checkpoint holds these settings."""
+    """Make a folder that looks like a run whose checkpoint has these settings."""
     def make(folder, settings):
         (folder / "checkpoints").mkdir(parents=True)
         (folder / "checkpoints" / "settings.json").write_text(json.dumps(settings))
@@ -157,7 +157,7 @@ def run_with(monkeypatch):
 
 @pytest.fixture
 def tokens(tmp_path, fresh_data):
-    """Makes prepared tokens of a text."""
+    """Prepare the tokens of a text."""
     def make(text):
         (tmp_path / f"{text}.txt").write_text(text * 100)
         return prepare(DataConfig("text", str(tmp_path / f"{text}.txt"), "byte"))
@@ -168,7 +168,7 @@ def settings_with(folder):
     return {"data": {"prepared": read_meta(folder)["fingerprint"][:12]}}
 
 
-def test_cleaning_removes_what_no_run_uses(run_with, tokens, tmp_path, fresh_data, capsys):
+def test_clean_removes_unused_and_unfinished_tokens(run_with, tokens, tmp_path, fresh_data, capsys):
     used, unused = tokens("a"), tokens("b")
     run_with(tmp_path / "runs" / "one", settings_with(used))
     names = [f"{kind}text-byte-{digit * 12}" for digit, kind in zip("123", (".building-", ".building-", ".partial-"), strict=True)]
@@ -184,114 +184,111 @@ def test_cleaning_removes_what_no_run_uses(run_with, tokens, tmp_path, fresh_dat
     lock.release()
 
 
-@pytest.mark.parametrize("answer, removed", [("y\n", True), (" YES \n", True), ("\n", False), ("n\n", False), ("", False), (None, False)])
-def test_nothing_is_removed_without_a_yes(tokens, tmp_path, capsys, monkeypatch, answer, removed):
+@pytest.mark.parametrize("answer, removed", [(" YES \n", True), ("\n", False), ("", False), (None, False)])
+def test_clean_asks_for_a_confirmation(tokens, tmp_path, capsys, monkeypatch, answer, removed):
     folder = tokens("a")
     (tmp_path / "runs").mkdir()
     stream = io.StringIO("y\n" if answer is None else answer)
     stream.isatty = lambda: answer is not None
     monkeypatch.setattr("sys.stdin", stream)
-    assert run("clean=true", f"runs_dir={tmp_path / 'runs'}") == 0
+    assert clean(tmp_path / "runs", yes=False) == 0
     said = capsys.readouterr().out
     assert f"To be removed: {folder} (" in said and ("Nothing was removed" in said) is not removed
     assert folder.exists() is not removed
 
 
-@pytest.mark.parametrize("name", ["photos-of-2024", "my-data-0123456789ab", "text-byte-0123456789ab", ".building-a-b", "downloads", "hub",
-                                  ".partial-photos-of-2024", "text-byte-0123456789abc", ".git"])
-def test_cleaning_leaves_folders_alone_that_are_not_ours(tmp_path, fresh_data, name):
-    """NANOHYDRA_DATA may be a folder that other programs use too."""
+@pytest.mark.parametrize("name", ["my-data-0123456789ab", "text-byte-0123456789ab", ".building-a-b", ".partial-photos-of-2024",
+                                  "text-byte-0123456789abc"])
+def test_clean_ignores_folders_of_other_programs(tmp_path, fresh_data, name):
     (fresh_data / name / "inner").mkdir(parents=True)
     (fresh_data / name / "inner" / "photo.jpg").write_bytes(b"x")
     (tmp_path / "runs").mkdir()
-    run("clean=true", "yes=true", f"runs_dir={tmp_path / 'runs'}")
+    clean(tmp_path / "runs", yes=True)
     assert (fresh_data / name / "inner" / "photo.jpg").exists()
 
 
 @pytest.mark.parametrize("change, why", [
     (lambda folder: (folder / "notes.txt").write_text("mine"), "which has a file that prepared tokens do not have: notes.txt"),
-    (lambda folder: (folder / "photos").mkdir(), "which has a file that prepared tokens do not have: photos"),
-    (lambda folder: (folder / "meta.json").write_text("{}"), "whose meta.json cannot be read"),
     (lambda folder: (folder / "meta.json").write_text("[" * 100_000), "whose meta.json cannot be read"),
     (lambda folder: (folder / "meta.json").unlink(), "whose meta.json cannot be read"),
 ])
-def test_a_folder_of_tokens_with_anything_else_is_kept(tokens, tmp_path, capsys, change, why):
+def test_a_folder_with_other_files_is_kept(tokens, tmp_path, capsys, change, why):
     change(folder := tokens("a"))
     (tmp_path / "runs").mkdir()
-    run("clean=true", "yes=true", f"runs_dir={tmp_path / 'runs'}")
+    clean(tmp_path / "runs", yes=True)
     assert folder.is_dir() and re.search(rf"Kept {re.escape(str(folder))} \(.*\), {why}", capsys.readouterr().out)
 
 
-def test_a_link_among_prepared_tokens_is_not_followed(tokens, tmp_path, fresh_data):
+def test_a_link_to_tokens_is_not_followed(tokens, tmp_path, fresh_data):
     elsewhere = tokens("a").rename(tmp_path / "elsewhere")
     link = fresh_data / "text-byte-0123456789ab"
     link.symlink_to(elsewhere)
     (tmp_path / "runs").mkdir()
-    run("clean=true", "yes=true", f"runs_dir={tmp_path / 'runs'}")
+    clean(tmp_path / "runs", yes=True)
     assert link.is_symlink() and (elsewhere / "meta.json").exists()
 
 
 @pytest.mark.parametrize("target", ["disk/one", "disk"])
-def test_a_run_behind_a_link_uses_its_tokens(run_with, tokens, tmp_path, capsys, target):
+def test_runs_behind_links_keep_their_tokens(run_with, tokens, tmp_path, capsys, target):
     folder = tokens("a")
     run_with(tmp_path / "disk" / "one", settings_with(folder))
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "link").symlink_to(tmp_path / target)
     (tmp_path / "disk" / "back").symlink_to(tmp_path / "runs")
-    run("clean=true", "yes=true", f"runs_dir={tmp_path / 'runs'}")
+    clean(tmp_path / "runs", yes=True)
     assert folder.is_dir() and f"used by {tmp_path / 'runs' / 'link'}" in capsys.readouterr().out
 
 
-def test_a_link_to_a_run_that_is_not_there_stops_cleaning(tokens, tmp_path):
+def test_a_broken_link_stops_cleaning(tokens, tmp_path):
     folder = tokens("a")
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "link").symlink_to(tmp_path / "unmounted")
     with pytest.raises(ValueError, match=r"link is a broken link.*Nothing was removed"):
-        run("clean=true", "yes=true", f"runs_dir={tmp_path / 'runs'}")
+        clean(tmp_path / "runs", yes=True)
     assert folder.is_dir()
 
 
-@pytest.mark.parametrize("settings", [{}, {"data": {}}, {"data": []}, {"data": {"prepared": 3}}])
-def test_a_run_that_does_not_name_its_tokens_stops_cleaning(run_with, tokens, tmp_path, settings):
+@pytest.mark.parametrize("settings", [{}, {"data": {"prepared": 3}}])
+def test_a_run_with_unknown_tokens_stops_cleaning(run_with, tokens, tmp_path, settings):
     folder = tokens("a")
     run_with(tmp_path / "runs" / "one", settings)
     with pytest.raises(ValueError, match=r"is unknown which tokens .*one uses.*Nothing was removed"):
-        run("clean=true", "yes=true", f"runs_dir={tmp_path / 'runs'}")
+        clean(tmp_path / "runs", yes=True)
     assert folder.is_dir()
 
 
-def test_nothing_is_removed_while_a_run_without_a_checkpoint_trains(tokens, tmp_path):
+def test_a_run_without_a_checkpoint_stops_cleaning(tokens, tmp_path):
     unused = tokens("a")
     with pytest.raises(ValueError, match=r"runs_dir=\S*nowhere is not a folder.*Nothing was removed"):
-        run("clean=true", "yes=true", f"runs_dir={tmp_path / 'nowhere'}")
+        clean(tmp_path / "nowhere", yes=True)
     lock = locks.Lock(tmp_path / "runs" / "live" / "lock", "a test")
     with pytest.raises(ValueError, match=r"live is being trained .*Nothing was removed"):
-        run("clean=true", "yes=true", f"runs_dir={tmp_path / 'runs'}")
+        clean(tmp_path / "runs", yes=True)
     assert unused.is_dir()
     lock.release()
-    run("clean=true", "yes=true", f"runs_dir={tmp_path / 'runs'}")
+    clean(tmp_path / "runs", yes=True)
     assert not unused.exists()
 
 
 @pytest.mark.slow
-def test_tokens_of_a_run_in_a_folder_of_runs_are_kept_with_all_their_users(compose_tiny, tmp_path, fresh_data, capsys):
+def test_tokens_of_nested_runs_are_kept_with_all_users(compose_tiny, tmp_path, fresh_data, capsys):
     train.train(settings := compose_tiny("training.max_steps=1", "name=sweep/one"))
     shutil.copytree(tmp_path / "runs/sweep/one", tmp_path / "runs/two")
     capsys.readouterr()
-    run("clean=true", "yes=true", f"runs_dir={tmp_path / 'runs'}")
+    clean(tmp_path / "runs", yes=True)
     said = capsys.readouterr().out
     assert prepare(settings.data).is_dir() and "Removed" not in said
     assert all(f"{tmp_path / 'runs'}/{name}" in said for name in ("sweep/one", "two"))
 
 
-def test_tokens_that_lack_only_their_name_are_kept_while_they_are_prepared(tokens, tmp_path, fresh_data, capsys):
+def test_tokens_are_kept_while_they_are_being_prepared(tokens, tmp_path, fresh_data, capsys):
     folder = tokens("a")
     (folder / "inspect.png").write_bytes(bytes(3 * 2**20))
     (building := folder.with_name(f".building-{folder.name}")).mkdir()
     shutil.copytree(folder, building, dirs_exist_ok=True)
     lock = locks.Lock(fresh_data / f".lock-{folder.name}", "a test")
     (tmp_path / "runs").mkdir()
-    run("clean=true", "yes=true", f"runs_dir={tmp_path / 'runs'}")
+    clean(tmp_path / "runs", yes=True)
     said = capsys.readouterr().out
     assert building.is_dir() and not folder.exists()
     assert f"To be removed: {folder} (3 MB), not used by a run in" in said and "\n3 MB removed." in said
@@ -299,18 +296,18 @@ def test_tokens_that_lack_only_their_name_are_kept_while_they_are_prepared(token
 
 
 @pytest.mark.slow
-def test_nothing_is_removed_where_a_run_cannot_be_read(compose_tiny, tmp_path, fresh_data):
+def test_a_damaged_run_stops_cleaning(compose_tiny, tmp_path, fresh_data):
     train.train(settings := compose_tiny("training.max_steps=1"))
     used = prepare(settings.data)
     for state in (tmp_path / "runs").rglob("state.json"):
         state.write_text("{}")
     with pytest.raises(ValueError, match=r"is unknown which tokens .*tiny uses.*Nothing was removed"):
-        run("clean=true", "yes=true", f"runs_dir={tmp_path / 'runs'}")
+        clean(tmp_path / "runs", yes=True)
     assert used.is_dir()
 
 
 @pytest.mark.parametrize("words, problem", [(["clean=true", "inspect=true"], "exclude each other"), (["yes=true"], "confirms clean=true"), (["inspect=true", "out=a.txt"], "out=a.txt must"),
                                             (["data.pth=x"], "did you mean data.path")])
-def test_bad_settings_are_one_sentence(words, problem):
+def test_invalid_settings_are_explained(words, problem):
     with pytest.raises(ConfigError, match=problem):
         main(compose(PrepareSettings, words))

@@ -1,4 +1,4 @@
-"""The format on disk: shards of tokens, read as one sequence."""
+"""The format of prepared tokens: shards that are read as one sequence."""
 
 import hashlib
 import json
@@ -31,7 +31,7 @@ def write_shards(folder: Path, arrays: list[list[int]], split: str = "train", vo
 
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(257, np.uint16), (65_536, np.uint16), (65_537, np.uint32)])
-def test_tokens_take_two_bytes_where_the_vocabulary_allows(tmp_path, vocab_size, dtype):
+def test_tokens_take_two_bytes_if_the_vocabulary_allows(tmp_path, vocab_size, dtype):
     assert token_dtype(vocab_size) is dtype
     [path] = write_shards(tmp_path, [[0, vocab_size - 1]], vocab_size=vocab_size)
     assert np.load(path).dtype == dtype
@@ -39,7 +39,7 @@ def test_tokens_take_two_bytes_where_the_vocabulary_allows(tmp_path, vocab_size,
 
 
 @pytest.mark.parametrize("one", [1000, 65_536 + 7])
-def test_an_id_beyond_the_vocabulary_is_refused_not_wrapped(tmp_path, one):
+def test_an_id_beyond_the_vocabulary_is_refused(tmp_path, one):
     with pytest.raises(ValueError, match=f"the id {one} is beyond the vocabulary of 1000"):
         write_shards(tmp_path, [[1, one]])
 
@@ -74,7 +74,7 @@ def test_shards_are_read_only_memory_maps(tmp_path):
     assert all(isinstance(shard, np.memmap) and not shard.flags.writeable for shard in shards)
 
 
-def test_a_shard_has_its_name_only_when_it_is_whole(tmp_path):
+def test_a_shard_has_its_name_only_when_it_is_complete(tmp_path):
     writer = ShardWriter(tmp_path / "train_00000.npy", 1000)
     writer.add(np.arange(10))
     assert not list(tmp_path.glob("*.npy"))
@@ -83,8 +83,8 @@ def test_a_shard_has_its_name_only_when_it_is_whole(tmp_path):
     assert shard["sha256"] == hashlib.sha256((tmp_path / "train_00000.npy").read_bytes()).hexdigest() and shard["tokens"] == 10
 
 
-def test_the_fingerprint_tells_tokens_apart_by_every_shard_and_the_tokenizer(tmp_path):
-    """And by nothing else: not by where they lie, nor what they were made from."""
+def test_the_fingerprint_depends_on_shards_and_tokenizer(tmp_path):
+    """And on nothing else, such as their place or source."""
     def fingerprint(made_with="x", train="a", val="b", second="c", place="train_00000.npy", source="pydocs"):
         def part(*sums):
             return {split: {"shards": [{"file": place, "sha256": one, "offset": 0, "tokens": 0, "dtype": "uint16"}]} for split, one in zip(("train", "val"), sums, strict=True)}
@@ -108,7 +108,7 @@ class Bomb:
 
 
 def test_no_pickle_is_loaded(tmp_path):
-    """Neither an array of objects nor a bare pickle in place of a shard, whatever `meta.json` says of its size."""
+    """Neither an array of objects nor a bare pickle, even with the size that `meta.json` states."""
     for name in ("array", "bare"):
         (tmp_path / name).mkdir()
         [path] = write_shards(tmp_path / name, [[1, 2, 3]])
@@ -128,8 +128,7 @@ def test_no_pickle_is_loaded(tmp_path):
     ("tokens", "3"), ("tokens", -1), ("tokens", 1e30), ("tokens", True), ("offset", None), ("dtype", "O"),
     ("dtype", "nonsense"), ("file", 3), ("sha256", None),
 ])
-def test_a_shard_of_wrong_types_is_one_sentence(tmp_path, field, value):
-    """Not the message of NumPy or JSON, which would not name the file."""
+def test_a_field_of_a_wrong_type_is_a_damaged_meta_file(tmp_path, field, value):
     write_shards(tmp_path, [[1, 2, 3]])
     meta = json.loads((tmp_path / "meta.json").read_text())
     meta["parts"][0]["train"]["shards"][0][field] = value
@@ -147,8 +146,8 @@ def test_a_shard_of_wrong_types_is_one_sentence(tmp_path, field, value):
     (lambda path: path.unlink(), False),
     (lambda path: os.replace(shutil.copy(path.parent / "meta.json", path.parent / "copy"), path), False),
 ], ids=["cut short", "longer", "altered", "touched", "written again", "deleted", "replaced"])
-def test_a_shard_that_is_overwritten_while_it_is_read_is_named(tmp_path, change, refused):
-    """It once gave ids beyond the vocabulary, or killed the process where it had become shorter."""
+def test_a_shard_that_is_overwritten_while_open_is_named(tmp_path, change, refused):
+    """Reading it could give ids beyond the vocabulary or, if it is shorter now, kill the process."""
     [path] = write_shards(tmp_path, [[1, 2, 3]])
     os.utime(path, (1, 1))
     tokens = Tokens.open(tmp_path, "train")

@@ -1,4 +1,4 @@
-"""Checksums that are remembered, and folders that are made once."""
+"""Cached checksums, and folders that are made once."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from data.store import in_use, make_once, sha256_of
 
 
 @pytest.fixture
-def large_is_small(monkeypatch):
-    """So that small files are remembered too."""
+def cache_all(monkeypatch):
+    """The digests of small and new files are cached too."""
     monkeypatch.setattr(store, "LARGE", 1)
     monkeypatch.setattr(store, "SETTLED", -1)
 
@@ -29,7 +29,7 @@ def write_long_ago(path, content):
     os.utime(path, (time.time() - 100,) * 2)
 
 
-def test_a_file_that_did_not_change_is_not_read_again(tmp_path, fresh_data, large_is_small, monkeypatch):
+def test_an_unchanged_file_is_not_read_again(tmp_path, fresh_data, cache_all, monkeypatch):
     write_long_ago(path := tmp_path / "a", b"one")
     expected = [hashlib.sha256(b"one").hexdigest()]
     assert sha256_of([path]) == expected
@@ -40,17 +40,17 @@ def test_a_file_that_did_not_change_is_not_read_again(tmp_path, fresh_data, larg
     assert sha256_of([path]) == [hashlib.sha256(b"two").hexdigest()]
 
 
-def test_a_changed_file_that_was_given_its_old_time_again_is_read_again(tmp_path, fresh_data, large_is_small):
+def test_a_changed_file_with_its_old_time_is_read_again(tmp_path, fresh_data, cache_all):
     write_long_ago(path := tmp_path / "a", b"one")
     sha256_of([path])
     before = path.stat()
     path.write_bytes(b"two")
-    while path.stat().st_ctime_ns == before.st_ctime_ns or path.stat().st_mtime_ns != before.st_mtime_ns:  # clocks of files are coarse
+    while path.stat().st_ctime_ns == before.st_ctime_ns or path.stat().st_mtime_ns != before.st_mtime_ns:
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert sha256_of([path]) == [hashlib.sha256(b"two").hexdigest()]
 
 
-def test_a_file_of_many_blocks_is_read_to_its_end(tmp_path, fresh_data, monkeypatch):
+def test_a_file_of_many_blocks_is_read_completely(tmp_path, fresh_data, monkeypatch):
     monkeypatch.setattr(store, "BLOCK", 4)
     (tmp_path / "a").write_bytes(b"0123456789")
     assert sha256_of([tmp_path / "a"]) == [hashlib.sha256(b"0123456789").hexdigest()]
@@ -63,11 +63,11 @@ def test_a_small_file_is_read_each_time(tmp_path, fresh_data, monkeypatch):
     assert not (fresh_data / "digests.json").exists()
 
 
-@pytest.mark.parametrize("changed, hashed, remembered", [
-    ((50, 100), 104, True), ((50, 100), 102, False), ((100, 50), 102, False), ((50, 100), 100.9, False), ((50, 200), 150, False),
-], ids=["long ago", "status just now", "content just now", "same second", "in the future"])
-def test_a_file_that_changed_just_before_is_not_remembered(tmp_path, fresh_data, monkeypatch, changed, hashed, remembered):
-    """On a file system with whole seconds it could change again under the same times, also given its old time back."""
+@pytest.mark.parametrize("changed, hashed, cached", [
+    ((50, 100), 104, True), ((50, 100), 102, False), ((100, 50), 102, False), ((50, 200), 150, False),
+], ids=["long ago", "status just now", "content just now", "in the future"])
+def test_the_digest_of_a_fresh_file_is_not_cached(tmp_path, fresh_data, monkeypatch, changed, hashed, cached):
+    """With time stamps in whole seconds, the file could change again without a new time."""
     monkeypatch.setattr(store, "LARGE", 1)
     (path := tmp_path / "a").write_bytes(b"one")
     mtime, ctime = changed
@@ -85,10 +85,10 @@ def test_a_file_that_changed_just_before_is_not_remembered(tmp_path, fresh_data,
     assert sha256_of([path]) == [hashlib.sha256(b"one").hexdigest()]
     path.write_bytes(b"two")
     monkeypatch.setattr(store.time, "time", lambda: hashed + 1000.0)
-    assert sha256_of([path]) == [hashlib.sha256(b"one" if remembered else b"two").hexdigest()]
+    assert sha256_of([path]) == [hashlib.sha256(b"one" if cached else b"two").hexdigest()]
 
 
-def test_a_file_that_changes_while_it_is_read_is_not_remembered(tmp_path, fresh_data, large_is_small, monkeypatch):
+def test_a_file_that_changes_while_it_is_read_is_not_cached(tmp_path, fresh_data, cache_all, monkeypatch):
     write_long_ago(path := tmp_path / "a", b"one")
     hash_file = store.hash_file
     monkeypatch.setattr(store, "hash_file", lambda *args: (hash_file(*args), path.write_bytes(b"three"))[0])
@@ -96,8 +96,7 @@ def test_a_file_that_changes_while_it_is_read_is_not_remembered(tmp_path, fresh_
     assert not (fresh_data / "digests.json").exists()
 
 
-def test_what_was_remembered_too_early_is_not_believed(tmp_path, fresh_data, large_is_small, monkeypatch):
-    """As by a version that did not wait, or by one that did not say when it had read the file."""
+def test_a_digest_cached_too_early_is_ignored(tmp_path, fresh_data, cache_all, monkeypatch):
     write_long_ago(path := tmp_path / "a", b"one")
     sha256_of([path])
     memory = fresh_data / "digests.json"
@@ -108,7 +107,7 @@ def test_what_was_remembered_too_early_is_not_believed(tmp_path, fresh_data, lar
         assert sha256_of([path]) == [hashlib.sha256(b"one").hexdigest()]
 
 
-def test_an_error_of_reading_names_the_file(tmp_path, fresh_data, monkeypatch):
+def test_a_read_error_names_the_file(tmp_path, fresh_data, monkeypatch):
     write_long_ago(path := tmp_path / "a", b"one")
 
     def broken(*args):
@@ -119,8 +118,8 @@ def test_an_error_of_reading_names_the_file(tmp_path, fresh_data, monkeypatch):
         sha256_of([path])
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b"\xff", b'{"a": 1}', b'{"a": ["b", 1.5]}', b"[" * 100_000, b'{"a":' * 100_000])
-def test_a_memory_that_cannot_be_read_or_written_costs_time_only(tmp_path, fresh_data, large_is_small, content, monkeypatch):
+@pytest.mark.parametrize("content", [b"", b"[]", b"\xff", b'{"a": 1}', b'{"a": ["b", 1.5]}', b"[" * 100_000])
+def test_a_damaged_or_read_only_cache_is_no_error(tmp_path, fresh_data, cache_all, content, monkeypatch):
     write_long_ago(path := tmp_path / "a", b"one")
     fresh_data.mkdir()
     (fresh_data / "digests.json").write_bytes(content)
@@ -134,7 +133,7 @@ def test_a_memory_that_cannot_be_read_or_written_costs_time_only(tmp_path, fresh
     assert sha256_of([path]) == [hashlib.sha256(b"two").hexdigest()]
 
 
-def test_files_that_are_gone_are_forgotten(tmp_path, fresh_data, large_is_small):
+def test_deleted_files_leave_the_cache(tmp_path, fresh_data, cache_all):
     for name in "ab":
         write_long_ago(tmp_path / name, b"one")
         sha256_of([tmp_path / name])
@@ -142,27 +141,27 @@ def test_files_that_are_gone_are_forgotten(tmp_path, fresh_data, large_is_small)
     assert (fresh_data / "digests.json").read_text().count(str(tmp_path)) == 1
 
 
-def test_what_is_there_is_not_made_again(tmp_path):
+def test_an_existing_folder_is_not_made_again(tmp_path):
     make_once(tmp_path / "a", lambda partial: (partial / "x.json").write_text("1"))
     make_once(tmp_path / "a", lambda partial: pytest.fail("made again"))
     assert [path.name for path in tmp_path.iterdir()] == ["a"] and (tmp_path / "a" / "x.json").read_text() == "1"
 
 
-def test_what_is_there_needs_no_lock(tmp_path, monkeypatch):
-    """It may lie where nothing can be written."""
+def test_an_existing_folder_needs_no_lock(tmp_path, monkeypatch):
+    """It may be read-only."""
     (tmp_path / "a").mkdir()
     monkeypatch.setattr(store, "wait_for", lambda *args: pytest.fail("asked for the lock"))
     make_once(tmp_path / "a", lambda partial: pytest.fail("made again"))
 
 
-def test_what_was_made_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+def test_a_folder_is_synced_before_it_is_renamed(tmp_path, monkeypatch):
     synced, sync = [], atomic.sync
     monkeypatch.setattr(atomic, "sync", lambda folder: synced.append((folder.name, (tmp_path / "a").exists())) or sync(folder))
     make_once(tmp_path / "a", lambda partial: (partial / "x.json").write_text("1"))
     assert synced == [(".building-a", False), (tmp_path.name, True)]
 
 
-def test_what_a_kill_left_unfinished_does_not_come_along(tmp_path):
+def test_partial_files_of_a_kill_are_removed(tmp_path):
     (tmp_path / ".building-a").mkdir()
     for name in (".partial-x.json-1234", "whole.json"):
         (tmp_path / ".building-a" / name).write_text("1")
@@ -173,7 +172,7 @@ def test_what_a_kill_left_unfinished_does_not_come_along(tmp_path):
 @pytest.mark.parametrize(("failure", "begun", "stays"), [
     (KeyboardInterrupt(), True, True), (OSError(errno.EIO, "the disk is gone"), True, True), (ValueError("no text"), True, False),
     (KeyboardInterrupt(), False, False)])
-def test_a_failure_leaves_only_what_can_be_gone_on_with(tmp_path, failure, begun, stays):
+def test_a_failure_keeps_only_what_can_resume(tmp_path, failure, begun, stays):
     def make(partial):
         if begun:
             (partial / "progress.json").write_text("1")
@@ -194,7 +193,7 @@ def test_making_leaves_no_file_open(tmp_path):
     assert len(os.listdir("/dev/fd")) == descriptors
 
 
-def test_a_lock_that_nobody_holds_any_more_is_no_use_however_often_it_is_asked(tmp_path):
+def test_the_lock_file_of_a_dead_process_is_not_in_use(tmp_path):
     (tmp_path / ".lock-a").write_text("process 1")
     assert [in_use(tmp_path / ".building-a") for _ in range(3)] == [False] * 3
 
@@ -203,7 +202,7 @@ def test_a_lock_that_nobody_holds_any_more_is_no_use_however_often_it_is_asked(t
     (errno.ENOSPC, "is full .*: free some space, and the same command resumes"), (errno.EDQUOT, "is full"),
     (errno.EACCES, r"is not writable \(Permission denied\): set NANOHYDRA_DATA"), (errno.EPERM, "is not writable"), (errno.EROFS, "is not writable"),
     (errno.EIO, "^[^:]*Input/output error: '[^']*x'$")])
-def test_a_disk_that_refuses_is_one_sentence_with_the_way_out(tmp_path, number, words):
+def test_a_write_error_says_what_to_do(tmp_path, number, words):
     def make(partial):
         raise OSError(number, os.strerror(number), str(partial / "x"))
 
@@ -211,7 +210,7 @@ def test_a_disk_that_refuses_is_one_sentence_with_the_way_out(tmp_path, number, 
         make_once(tmp_path / "a", make)
 
 
-def test_a_source_that_may_not_be_read_is_not_blamed_on_the_folder_for_tokens(tmp_path):
+def test_an_unreadable_source_is_named_as_it_is(tmp_path):
     def make(partial):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/elsewhere/secret.txt")
 

@@ -70,10 +70,10 @@ def train_bpe(vocab_size: int = 300) -> BPETokenizer:
     return BPETokenizer.train(iter(TEXT.splitlines()), vocab_size)
 
 
-@pytest.fixture(scope="module", params=["char", "byte", "bpe", "gpt2", "cl100k_base", "o200k_base"])
+@pytest.fixture(scope="module", params=["char", "byte", "bpe", "o200k_base"])
 def tokenizer(request):
-    """Each kind. `char` knows CHARACTERS; the two large published ones have their own way to split a text and their own
-    special tokens with holes between the ids, but, for want of their files, ranks that are learned here."""
+    """Each kind. The large published vocabularies have their own pattern and special tokens, with unused ids between
+    them, but without their files the ranks are trained here."""
     if request.param == "gpt2":
         request.getfixturevalue("gpt2_files")
         yield BPETokenizer.published("gpt2")
@@ -81,7 +81,7 @@ def tokenizer(request):
         learned = BPETokenizer.train(iter([TEXT, *SCRIPTS.values()] * 2), 700)
         ranks = {token: rank for rank, token in enumerate(learned.ranks())}
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(tiktoken.registry, "ENCODINGS", {})  # where tiktoken finds it again
+            patch.setattr(tiktoken.registry, "ENCODINGS", {})
             with pytest.MonkeyPatch.context() as loading:
                 loading.setattr(openai_public, "load_tiktoken_bpe", lambda url, expected_hash: ranks)
                 made = BPETokenizer.published(request.param)
@@ -93,7 +93,7 @@ def tokenizer(request):
 
 
 def texts(tokenizer: Tokenizer) -> st.SearchStrategy[str]:
-    """Whatever a tokenizer should take, with the words of special tokens among it."""
+    """Any text that a tokenizer can encode, also with special tokens as plain text."""
     some = st.text(CHARACTERS) if isinstance(tokenizer, CharTokenizer) else st.text()
     known = [END_OF_TEXT, "<|endof", " ", "\r\n", "it was the ", "'ll ", *SCRIPTS.values()]
     return st.lists(some | st.sampled_from(known)).map("".join)
@@ -104,55 +104,41 @@ def special_ids(tokenizer: Tokenizer) -> set[int]:
 
 
 @given(data=st.data())
-def test_decoding_gives_back_any_text(tokenizer, data):
+def test_any_text_survives_encoding_and_decoding(tokenizer, data):
     text = data.draw(texts(tokenizer))
-    ids = tokenizer.encode(text)
-    assert tokenizer.decode_bytes(ids).decode() == text
-    assert all(0 <= one < tokenizer.vocab_size for one in ids)
-
-
-@given(data=st.data())
-def test_encoding_what_ids_say_gives_the_same_ids(tokenizer, data):
-    ids = tokenizer.encode(data.draw(texts(tokenizer)))
-    assert tokenizer.encode(tokenizer.decode_bytes(ids).decode()) == ids
+    ids = tokenizer.encode_array(text)
+    assert ids.dtype == (np.uint8 if isinstance(tokenizer, ByteTokenizer) else np.uint32)
+    assert tokenizer.decode_bytes(ids).decode() == text and tokenizer.encode(text) == ids.tolist()
+    assert ids.max(initial=0) < tokenizer.vocab_size
+    if isinstance(tokenizer, BPETokenizer):
+        assert ids.tolist() == tokenizer.encoding.encode_ordinary(text)
 
 
 @pytest.mark.slow
-def test_every_character_of_unicode_comes_back(tokenizer):
+def test_every_unicode_character_survives(tokenizer):
     if isinstance(tokenizer, CharTokenizer):
         tokenizer = CharTokenizer(EVERY_CHARACTER, with_end_of_text=True)
     for text in (EVERY_CHARACTER, " ".join(EVERY_CHARACTER[::7])):
         assert tokenizer.decode_bytes(tokenizer.encode(text)).decode() == text
 
 
-@given(data=st.data())
-def test_the_array_of_ids_is_the_list_of_ids(tokenizer, data):
-    text = data.draw(texts(tokenizer))
-    ids = tokenizer.encode_array(text)
-    assert ids.dtype == (np.uint8 if isinstance(tokenizer, ByteTokenizer) else np.uint32)
-    assert ids.tolist() == tokenizer.encode(text) and tokenizer.decode_bytes(ids).decode() == text
-    if isinstance(tokenizer, BPETokenizer):
-        assert ids.tolist() == tokenizer.encoding.encode_ordinary(text)
-
-
 @pytest.mark.slow
-def test_threads_can_encode_at_the_same_time(tokenizer):
+def test_encoding_is_thread_safe(tokenizer):
     many = [script * (number % 5) for number in range(200) for script in SCRIPTS.values()]
     with ThreadPoolExecutor(8) as threads:
         for text, ids in zip(many, threads.map(tokenizer.encode_array, many), strict=True):
             assert tokenizer.decode_bytes(ids).decode() == text
 
 
-def test_the_words_of_special_tokens_in_a_text_stay_words(tokenizer):
-    """A text cannot forge the end of itself."""
+def test_special_tokens_in_a_text_are_plain_text(tokenizer):
     for word in tokenizer.special if isinstance(tokenizer, BPETokenizer) else [END_OF_TEXT]:
         ids = tokenizer.encode(f"the best{word}of times")
         assert not set(ids) & special_ids(tokenizer)
         assert tokenizer.decode_bytes([*ids, tokenizer.end_of_text]).decode() == f"the best{word}of times{END_OF_TEXT}"
 
 
-def test_every_id_below_the_size_of_the_vocabulary_can_be_decoded(tokenizer):
-    """A model can give any of them, also one that no token has."""
+def test_every_id_below_vocab_size_can_be_decoded(tokenizer):
+    """A model can also generate an id without a token."""
     assert max(special_ids(tokenizer)) == tokenizer.vocab_size - 1
     tokens = [tokenizer.decode_bytes([one]) for one in range(tokenizer.vocab_size)]
     assert tokenizer.decode_bytes(range(tokenizer.vocab_size)) == b"".join(tokens)
@@ -160,34 +146,32 @@ def test_every_id_below_the_size_of_the_vocabulary_can_be_decoded(tokenizer):
     assert len(set(used)) == len(used) and END_OF_TEXT.encode() == tokens[tokenizer.end_of_text]
 
 
-def test_a_very_long_run_of_blanks_is_text_or_one_clear_error(tokenizer):
+def test_a_million_blanks_are_encoded_or_refused(tokenizer):
     text = " " * 1_000_000 + "x"
     try:
         ids = tokenizer.encode(text)
-    except ValueError as error:  # the split pattern overflows its stack
+    except ValueError as error:
         assert isinstance(tokenizer, BPETokenizer) and "a million or more blank characters" in str(error)
         assert "\n" not in str(error) and error.__suppress_context__
     else:
         assert tokenizer.decode_bytes(ids).decode() == text
 
 
-@pytest.mark.parametrize("text", ["abc\ud800", "abc\udcffdef"])
-def test_half_a_character_is_one_clear_error(tokenizer, text):
-    with pytest.raises(ValueError) as caught:
-        tokenizer.encode(text)
-    assert type(caught.value) is ValueError and ascii(text[3]) in str(caught.value) and "\n" not in str(caught.value)
-    if not isinstance(tokenizer, CharTokenizer):
-        assert "at character 3" in str(caught.value)
+def test_a_lone_surrogate_is_named(tokenizer):
+    expected = r"no character '\\ud800'" if isinstance(tokenizer, CharTokenizer) else r"surrogate, '\\ud800', at character 3"
+    with pytest.raises(ValueError, match=expected) as caught:
+        tokenizer.encode("abc\ud800def" if not isinstance(tokenizer, CharTokenizer) else "abc\ud800")
+    assert type(caught.value) is ValueError
 
 
-def test_json_gives_the_same_tokenizer_back(tokenizer):
+def test_json_restores_the_same_tokenizer(tokenizer):
     again = from_json(json.loads(json.dumps(tokenizer.to_json())), "here")
     assert again.encode(TEXT) == tokenizer.encode(TEXT)
     assert (again.vocab_size, again.end_of_text) == (tokenizer.vocab_size, tokenizer.end_of_text)
     assert fingerprint(again) == fingerprint(tokenizer)
 
 
-def test_a_fingerprint_tells_tokenizers_apart():
+def test_different_tokenizers_have_different_fingerprints():
     different = [ByteTokenizer(), CharTokenizer("ab", True), CharTokenizer("ab", False), CharTokenizer("ba", True),
                  train_bpe(300), train_bpe(299)]
     assert len({fingerprint(one) for one in different}) == len(different)
@@ -204,15 +188,7 @@ def test_char_ids_follow_the_given_characters():
     assert (tokenizer.vocab_size, tokenizer.end_of_text) == (4, 3)
 
 
-@given(text=st.text())
-def test_characters_of_any_text_come_back(text):
-    tokenizer = CharTokenizer("".join(sorted(set(text))), with_end_of_text=True)
-    ids = tokenizer.encode(text)
-    assert [tokenizer.characters[one] for one in ids] == list(text)
-    assert tokenizer.decode_bytes([*ids, tokenizer.end_of_text]).decode() == text + END_OF_TEXT
-
-
-@pytest.mark.parametrize("unknown", ["z", "\0", "\U0010ffff", "é", "\n", "'", "zé"])
+@pytest.mark.parametrize("unknown", ["\0", "zé\U0010ffff"])
 def test_unknown_characters_are_named(unknown):
     with pytest.raises(ValueError) as caught:
         CharTokenizer("abc", with_end_of_text=False).encode(f"ab{unknown}c{unknown}")
@@ -232,25 +208,24 @@ def test_bytes_are_their_own_ids():
 # A trained byte-pair encoding
 
 
-@pytest.mark.parametrize("vocab_size", [257, 258, 300, 330])
-def test_a_trained_vocabulary_has_exactly_the_size_asked_for(vocab_size):
-    """The end of the text counts; with 257, that and the bytes are all there is."""
+@pytest.mark.parametrize("vocab_size", [257, 300])
+def test_a_trained_vocabulary_has_the_requested_size(vocab_size):
     tokenizer = train_bpe(vocab_size)
     assert tokenizer.vocab_size == vocab_size and tokenizer.end_of_text == vocab_size - 1
     assert len({tokenizer.decode_bytes([one]) for one in range(vocab_size)}) == vocab_size
 
 
-def test_a_trained_vocabulary_learns_what_is_frequent():
+def test_training_merges_frequent_pairs():
     tokenizer = train_bpe()
     assert len(tokenizer.encode(TEXT)) < len(TEXT) / 2
     assert len(tokenizer.encode(" was the")) == 2
 
 
-def test_training_again_gives_the_same_tokenizer():
+def test_training_is_deterministic():
     assert fingerprint(train_bpe()) == fingerprint(train_bpe())
 
 
-def test_too_small_a_corpus_is_an_error_with_both_numbers():
+def test_too_small_a_corpus_names_the_possible_size():
     with pytest.raises(ValueError, match=r"vocab_size=5000 is too large .* set data.vocab_size=(\d+) or less") as caught:
         train_bpe(5000)
     possible = int(str(caught.value).split("vocab_size=")[-1].split()[0])
@@ -258,28 +233,28 @@ def test_too_small_a_corpus_is_an_error_with_both_numbers():
     assert train_bpe(possible).vocab_size == possible
 
 
-@pytest.mark.parametrize("run", [" " * 1_000_000 + "x", "x" * 1_000_000, "-" * 1_000_000, "\u4e00" * 300_000])
-def test_a_long_run_is_cut_before_training(run):
+@pytest.mark.parametrize("run", [" " * 1_000_000 + "x", "\u4e00" * 300_000])
+def test_a_long_run_is_split_before_training(run):
     tokenizer = BPETokenizer.train(iter([TEXT, run]), 300)
     assert tokenizer.decode_bytes(tokenizer.encode(TEXT)).decode() == TEXT
     assert max(map(len, tokenizer.ranks())) <= 4 * (LONGEST_WORD + 1)
 
 
 @given(st.lists(st.lists(st.sampled_from(["word ", "x" * 300, " " * 300, "\n", "语" * 1000, "😀"])).map("".join), max_size=8))
-def test_a_sample_is_the_text_in_parts_without_long_runs(many):
+def test_a_sample_is_the_text_without_long_runs(many):
     parts = list(with_few_words(iter(many), 10**6))
     assert "".join(parts) == "".join(many)
     assert all(len(run) <= LONGEST_WORD for part in parts for run in re.findall(r"\S+|\s+", part))
 
 
-def test_a_sample_ends_when_it_has_enough_different_words():
+def test_a_sample_ends_after_enough_distinct_words():
     assert list(with_few_words(iter(["one two", "two one"] * 1000), 7)) == ["one two", "two one"] * 1000
     assert list(with_few_words(iter(["one two", "two three", "four"]), 7)) == ["one two", "two three"]
     assert list(with_few_words(iter(["a 语", "b", "c"]), 5)) == ["a 语", "b"]  # bytes of UTF-8 are counted
-    assert len(list(with_few_words(iter(["  ", "\t\t"] * 3), 4))) == 2  # blanks in a row are a word too
+    assert len(list(with_few_words(iter(["  ", "\t\t"] * 3), 4))) == 2
 
 
-def test_a_text_of_different_words_is_read_only_in_part(monkeypatch):
+def test_training_stops_reading_after_enough_words(monkeypatch):
     monkeypatch.setattr("data.tokenizer.DISTINCT_BYTES", 2**16)
     read = []
 
@@ -312,7 +287,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
 @pytest.mark.parametrize("mistake", [ValueError("book.txt is not UTF-8"), KeyboardInterrupt()])
-def test_what_goes_wrong_while_reading_the_sample_is_said_as_it_is(mistake):
+def test_an_error_in_the_training_text_is_raised_unchanged(mistake):
     def reading():
         yield TEXT
         raise mistake
@@ -323,7 +298,7 @@ def test_what_goes_wrong_while_reading_the_sample_is_said_as_it_is(mistake):
 
 
 @pytest.mark.slow
-def test_a_hundred_thousand_tokens_can_be_trained_saved_and_loaded():
+def test_100_000_tokens_can_be_trained_saved_and_loaded():
     letters = np.random.default_rng(0).choice(list("abcdefghijklmnop"), (60_000, 12))
     text = " ".join(map("".join, letters.tolist()))
     tokenizer = BPETokenizer.train(iter([text]), 100_000)
@@ -332,7 +307,7 @@ def test_a_hundred_thousand_tokens_can_be_trained_saved_and_loaded():
     assert again.encode(text[:5000]) == tokenizer.encode(text[:5000]) and max(again.encode(text)) > 90_000
 
 
-def test_the_saved_json_is_all_that_tiktoken_needs():
+def test_tiktoken_can_use_the_saved_json():
     saved = json.loads(json.dumps(train_bpe().to_json()))
     encoding = tiktoken.Encoding("mine", pat_str=saved["pattern"], special_tokens={END_OF_TEXT: len(saved["ranks"])},
                                  mergeable_ranks={base64.b64decode(token): rank for rank, token in enumerate(saved["ranks"])})
@@ -341,7 +316,7 @@ def test_the_saved_json_is_all_that_tiktoken_needs():
     assert encoding.eot_token == train_bpe().end_of_text
 
 
-# The published ones
+# Published vocabularies
 
 
 def test_gpt2_ids_are_the_published_ones(gpt2_files):
@@ -369,7 +344,7 @@ def answer(content: bytes, status: int = 200) -> requests.Response:
 
 @pytest.fixture
 def network(monkeypatch, tmp_path):
-    """Sets what every download comes to: `network(exception or response)`. tiktoken has loaded nothing and kept nothing."""
+    """Set the outcome of all downloads: `network(exception or response)`. The caches of tiktoken are empty."""
     def get(url, *args, **kwargs):
         if isinstance(outcome[0], BaseException):
             raise outcome[0]
@@ -383,12 +358,12 @@ def network(monkeypatch, tmp_path):
     return lambda new: outcome.__setitem__(0, new)
 
 
-def kept_as(url: str) -> str:
+def cached_as(url: str) -> str:
     return hashlib.sha1(url.encode()).hexdigest()
 
 
 def failure(name: str) -> str:
-    """The one sentence that loading `name` ends with."""
+    """The message of the error of loading `name`."""
     with pytest.raises(ValueError) as caught:
         BPETokenizer.published(name)
     assert "\n" not in str(caught.value) and caught.value.__suppress_context__ and type(caught.value) is ValueError
@@ -396,34 +371,34 @@ def failure(name: str) -> str:
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_offline_the_sentence_names_files_folder_and_variable(name, network, tmp_path):
+def test_offline_the_files_and_their_folder_are_named(name, network, tmp_path):
     sentence = failure(name)
     for url in PUBLISHED[name]:
-        assert f"the file {kept_as(url)} (a copy of {url})" in sentence
+        assert f"the file {cached_as(url)} (a copy of {url})" in sentence
     assert f"in the folder {tmp_path}," in sentence and "set TIKTOKEN_CACHE_DIR" in sentence and "ConnectionError" in sentence
     with pytest.raises(ValueError, match=f"The tokenizer {name} needs"):
         from_json({"kind": name}, "here")
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_the_named_files_are_those_that_tiktoken_loads(name, monkeypatch):
+def test_the_named_files_are_those_of_tiktoken(name, monkeypatch):
     def read(url, expected_hash):
         asked.append(url)
         return b"{}"
 
     asked = []
     monkeypatch.setattr(tiktoken.load, "read_file_cached", read)
-    with pytest.raises((AssertionError, ValueError)):  # for that is no vocabulary
+    with pytest.raises((AssertionError, ValueError)):
         openai_public.ENCODING_CONSTRUCTORS[name]()
     assert asked == list(PUBLISHED[name])
 
 
 @pytest.mark.parametrize(("variables", "place"), [
-    ({"TIKTOKEN_CACHE_DIR": "mine"}, "mine"), ({"DATA_GYM_CACHE_DIR": "gym"}, "gym"), ({}, "temporary/data-gym-cache"),
+    ({"DATA_GYM_CACHE_DIR": "gym"}, "gym"), ({}, "temporary/data-gym-cache"),
     ({"TIKTOKEN_CACHE_DIR": "mine", "DATA_GYM_CACHE_DIR": "gym"}, "mine"),
 ], ids=str)
-def test_the_named_folder_is_where_tiktoken_looks(variables, place, network, tmp_path, monkeypatch):
-    """It throws away what is damaged, so that shows where it has looked."""
+def test_the_named_folder_is_the_one_of_tiktoken(variables, place, network, tmp_path, monkeypatch):
+    """tiktoken deletes a damaged file, which shows that it looked there."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     monkeypatch.delenv("TIKTOKEN_CACHE_DIR")
@@ -431,44 +406,41 @@ def test_the_named_folder_is_where_tiktoken_looks(variables, place, network, tmp
         monkeypatch.setenv(variable, value)
     sentence = failure("cl100k_base")
     assert f"in the folder {tmp_path / place}," in sentence
-    kept = tmp_path / place / kept_as(PUBLISHED["cl100k_base"][0])
+    kept = tmp_path / place / cached_as(PUBLISHED["cl100k_base"][0])
     kept.parent.mkdir(parents=True)
     kept.write_bytes(b"damaged")
     assert failure("cl100k_base") == sentence and not kept.exists()
 
 
-def test_an_empty_folder_variable_turns_keeping_off_and_is_named(network, monkeypatch):
+def test_an_empty_cache_variable_is_named(network, monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")
     sentence = failure("o200k_base")
-    assert "in the folder in TIKTOKEN_CACHE_DIR," in sentence and kept_as(PUBLISHED["o200k_base"][0]) in sentence
+    assert "in the folder in TIKTOKEN_CACHE_DIR," in sentence and cached_as(PUBLISHED["o200k_base"][0]) in sentence
 
 
 @pytest.mark.parametrize("there", [0, 1])
-def test_of_two_files_only_the_missing_one_is_named(there, network, tmp_path, gpt2_files):
+def test_only_the_missing_file_is_named(there, network, tmp_path, gpt2_files):
     kept, missing = PUBLISHED["gpt2"][there], PUBLISHED["gpt2"][1 - there]
-    (tmp_path / kept_as(kept)).write_bytes((gpt2_files / kept_as(kept)).read_bytes())
+    (tmp_path / cached_as(kept)).write_bytes((gpt2_files / cached_as(kept)).read_bytes())
     sentence = failure("gpt2")
     assert missing in sentence and kept not in sentence and "copy it there" in sentence
 
 
-@pytest.mark.parametrize("outcome", [
-    requests.ConnectTimeout("too slow"), requests.exceptions.SSLError("who is this"), requests.exceptions.ProxyError("no way"),
-    requests.exceptions.ChunkedEncodingError("cut short"), requests.exceptions.InvalidProxyURL("what proxy"),
-    OSError("no certificates"), PermissionError(13, "Permission denied"), answer(b"not here", 404), answer(b"", 503),
-    answer(b"<html>Please log in to this network</html>"), answer(b""),
-], ids=lambda outcome: type(outcome).__name__ if isinstance(outcome, Exception) else str(outcome.status_code))
-def test_however_the_network_fails_it_is_one_sentence(outcome, network):
+@pytest.mark.parametrize(("outcome", "reason"), [
+    (requests.exceptions.ProxyError("no way"), "ProxyError"), (PermissionError(13, "Permission denied"), "PermissionError"),
+    (answer(b"not here", 404), "HTTPError"), (answer(b"<html>Please log in to this network</html>"), "unexpected content"),
+])
+def test_a_failed_download_is_explained(outcome, reason, network):
     network(outcome)
-    sentence = failure("cl100k_base")
-    reason = type(outcome).__name__ if isinstance(outcome, Exception) else "unexpected content" if outcome.ok else "HTTPError"
-    assert f"({reason})" in sentence and PUBLISHED["cl100k_base"][0] in sentence
+    message = failure("cl100k_base")
+    assert f"({reason})" in message and PUBLISHED["cl100k_base"][0] in message
 
 
-def test_a_file_that_is_there_but_cannot_be_read_is_named(network, tmp_path, monkeypatch):
+def test_an_unreadable_file_is_named(network, tmp_path, monkeypatch):
     def unreadable(url, expected_hash):
         raise PermissionError(13, "Permission denied")
 
-    (tmp_path / kept_as(PUBLISHED["o200k_base"][0])).write_bytes(b"something")
+    (tmp_path / cached_as(PUBLISHED["o200k_base"][0])).write_bytes(b"something")
     monkeypatch.setattr(tiktoken.load, "read_file_cached", unreadable)
     assert "PermissionError" in (sentence := failure("o200k_base")) and PUBLISHED["o200k_base"][0] in sentence
 
@@ -480,20 +452,19 @@ BYTES = [base64.b64encode(bytes((value,))).decode() for value in range(256)]
 
 
 @pytest.mark.parametrize("saved", [
-    {}, {"kind": 3}, {"kind": []}, {"kind": "byte", "more": 1}, {"kind": "char"}, {"kind": "char", "characters": 5, "end_of_text": True},
-    {"kind": "char", "characters": ["a"], "end_of_text": True}, {"kind": "char", "characters": "ab", "end_of_text": 1},
+    {}, [], {"kind": 3}, {"kind": "byte", "more": 1}, {"kind": "char", "characters": "ab", "end_of_text": 1},
     {"kind": "char", "characters": "aa", "end_of_text": True}, {"kind": "char", "characters": "\ud800", "end_of_text": True},
-    {"kind": "bpe", "pattern": PATTERN}, {"kind": "bpe", "pattern": PATTERN, "ranks": BYTES[1:]},
-    {"kind": "bpe", "pattern": PATTERN, "ranks": [*BYTES, BYTES[0]]}, {"kind": "bpe", "pattern": PATTERN, "ranks": [*BYTES, "?"]},
-    {"kind": "bpe", "pattern": PATTERN, "ranks": [*BYTES, ""]}, {"kind": "bpe", "pattern": PATTERN, "ranks": [*BYTES, 7]},
-    {"kind": "bpe", "pattern": PATTERN, "ranks": {}}, {"kind": "bpe", "pattern": "(a+)+$", "ranks": BYTES},
-], ids=range(18))
-def test_what_is_no_tokenizer_of_ours_is_one_sentence(saved):
+    {"kind": "bpe", "pattern": PATTERN, "ranks": BYTES[1:]}, {"kind": "bpe", "pattern": PATTERN, "ranks": [*BYTES, BYTES[0]]},
+    {"kind": "bpe", "pattern": PATTERN, "ranks": [*BYTES, "?"]}, {"kind": "bpe", "pattern": PATTERN, "ranks": [*BYTES, 7]},
+    {"kind": "bpe", "pattern": PATTERN, "ranks": [*BYTES, ""]}, {"kind": "bpe", "pattern": PATTERN, "ranks": BYTES, "more": 1},
+    {"kind": "bpe", "pattern": "(a+)+$", "ranks": BYTES},
+], ids=range(14))
+def test_other_json_is_not_a_tokenizer(saved):
     with pytest.raises(ValueError, match=r"^place is not a nanohydra tokenizer.$"):
         from_json(saved, "place")
 
 
-def test_a_very_long_token_is_refused_when_it_is_loaded(tmp_path):
+def test_a_very_long_token_is_refused(tmp_path):
     longest = base64.b64encode(b"x" * 12_000_000).decode()
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps({"kind": "bpe", "pattern": PATTERN, "ranks": [*BYTES, longest]}))
@@ -501,7 +472,7 @@ def test_a_very_long_token_is_refused_when_it_is_loaded(tmp_path):
         read_tokenizer(path)
 
 
-def test_a_file_too_large_for_a_tokenizer_is_not_read(tmp_path):
+def test_a_very_large_file_is_not_read(tmp_path):
     path = tmp_path / "tokenizer.json"
     path.touch()
     os.truncate(path, 10 * 2**30)
@@ -509,14 +480,14 @@ def test_a_file_too_large_for_a_tokenizer_is_not_read(tmp_path):
         read_tokenizer(path)
 
 
-def test_a_pipe_is_no_tokenizer(tmp_path):
+def test_a_pipe_is_not_a_tokenizer(tmp_path):
     os.mkfifo(tmp_path / "tokenizer.json")
     with pytest.raises(ValueError, match=r"is not a nanohydra tokenizer"):
         read_tokenizer(tmp_path / "tokenizer.json")
 
 
 def test_the_split_pattern_is_the_one_that_training_uses():
-    """The pattern is a constant, so that no file can bring one that takes for ever; rustbpe's own default is the same."""
+    """It is a constant, so that no file can bring a pattern that takes for ever."""
     trainer = rustbpe.Tokenizer()
     trainer.train_from_iterator(iter(["hello world " * 10]), vocab_size=257)
     assert trainer.get_pattern() == PATTERN
@@ -532,7 +503,7 @@ def tokenizers():
 
 @pytest.fixture(scope="module")
 def load(tokenizers):
-    """Makes of a tokenizer of ours what a program with the package tokenizers has. It takes special words for words."""
+    """Export a tokenizer and load it with the package tokenizers."""
     def load(tokenizer):
         loaded = tokenizers.Tokenizer.from_str(json.dumps(to_hugging_face(tokenizer)))
         loaded.encode_special_tokens = True
@@ -548,7 +519,7 @@ def exported(tokenizer, load):
 @given(data=st.data())
 @example(data=None)
 @pytest.mark.slow
-def test_an_exported_tokenizer_gives_the_same_ids_and_text(tokenizer, exported, data):
+def test_an_export_gives_the_same_ids_and_text(tokenizer, exported, data):
     for text in [data.draw(texts(tokenizer))] if data else [TEXT, "", *SCRIPTS.values(), "\n".join(SCRIPTS.values())]:
         ids = exported.encode(text).ids
         assert ids == tokenizer.encode(text)
@@ -557,17 +528,17 @@ def test_an_exported_tokenizer_gives_the_same_ids_and_text(tokenizer, exported, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tokenizer", ["bpe", "gpt2", "cl100k_base", "o200k_base"], indirect=True)
-def test_an_exported_tokenizer_splits_at_every_character_of_unicode_as_ours(tokenizer, exported):
-    """Two libraries of regular expressions, and each has its own tables of what is a letter, a number, a blank."""
+def test_an_export_splits_every_unicode_character_alike(tokenizer, exported):
+    """Two regex libraries have two tables of letters, numbers and blanks."""
     around = "a{0}b {0}1{0}!{0}'{0}\n{0}A{0}"
-    new_ones_come_below = EVERY_CHARACTER.index("\U00020000")  # the rest is Chinese, private, or not given to anything
-    some = EVERY_CHARACTER[:new_ones_come_below] + EVERY_CHARACTER[new_ones_come_below::16]
+    plane_2 = EVERY_CHARACTER.index("\U00020000")  # from there on: Chinese, private use, unassigned
+    some = EVERY_CHARACTER[:plane_2] + EVERY_CHARACTER[plane_2::16]
     for start in range(0, len(some), 4096):
         text = "".join(map(around.format, some[start : start + 4096]))
         assert exported.encode(text).ids == tokenizer.encode(text), f"from {some[start]!a}"
 
 
-def test_an_exported_tokenizer_takes_special_words_for_the_token_unless_told_otherwise(tokenizer, exported):
+def test_an_export_encodes_special_tokens_by_default(tokenizer, exported):
     words = f"the best{END_OF_TEXT}of times"
     assert tokenizer.end_of_text not in exported.encode(words).ids
     exported.encode_special_tokens = False
@@ -578,7 +549,7 @@ def test_an_exported_tokenizer_takes_special_words_for_the_token_unless_told_oth
         exported.encode_special_tokens = True
 
 
-def test_an_exported_tokenizer_has_every_token_under_its_id(tokenizer, exported):
+def test_an_export_keeps_all_ids(tokenizer, exported):
     assert exported.token_to_id(END_OF_TEXT) == tokenizer.end_of_text
     words = tokenizer.special if isinstance(tokenizer, BPETokenizer) else {END_OF_TEXT: tokenizer.end_of_text}
     assert {token: added.content for token, added in exported.get_added_tokens_decoder().items()} == {
@@ -587,21 +558,21 @@ def test_an_exported_tokenizer_has_every_token_under_its_id(tokenizer, exported)
     assert set(exported.get_vocab().values()) == set(range(tokenizer.vocab_size)) - unused
 
 
-def test_an_exported_tokenizer_of_characters_refuses_what_it_does_not_know(load):
+def test_an_exported_char_tokenizer_refuses_unknown_ones(load):
     exported = load(CharTokenizer("ab", with_end_of_text=False))
     assert exported.encode("abba").ids == [0, 1, 1, 0] and not exported.get_added_tokens_decoder()
     with pytest.raises(Exception, match="UNK"):
         exported.encode("abc")
 
 
-def test_a_merge_that_looks_like_a_heading_is_exported_too(load):
+def test_a_merge_like_a_comment_is_exported(load):
     """In a list of merges, each as one string, "#version s" would be skipped."""
     tokenizer = BPETokenizer.train(iter(["\n#version\n#version\n#versions"] * 10), 265)
     assert b"#version" in (ranks := tokenizer.ranks()) and b"#versions" in ranks
     assert load(tokenizer).encode("\n#versions").ids == tokenizer.encode("\n#versions")
 
 
-def test_ranks_that_no_training_gives_are_not_exported():
+def test_ranks_that_cannot_be_trained_are_not_exported():
     tokenizer = BPETokenizer.from_ranks([*(bytes((value,)) for value in range(256)), b"abc"])
     with pytest.raises(ValueError, match=r"cannot be exported: its token b'abc' is not a pair"):
         to_hugging_face(tokenizer)
@@ -614,19 +585,14 @@ def export(tmp_path):
         compose(export_tokenizer.ExportTokenizerSettings, [f"runs_dir={tmp_path / 'runs'}", *overrides]))
 
 
-def test_a_run_gives_a_file_that_the_package_loads(compose_tiny, tokenizers, export, tmp_path, capsys):
-    train(compose_tiny("data.tokenizer=bpe", "data.vocab_size=300", "training.max_steps=1", "training.sample_tokens=0"))
+def test_a_runs_export_is_loaded_by_the_package(compose_tiny, tokenizers, export, tmp_path, capsys):
+    train(compose_tiny("data.tokenizer=bpe", "data.vocab_size=300", "training.max_steps=1"))
     tokenizer = export_tokenizer.last_tokenizer(tmp_path / "runs" / "tiny")
     for overrides, path in ([], tmp_path / "runs/tiny/tokenizer.json"), ([f"out={tmp_path / 'new/mine.json'}"], tmp_path / "new/mine.json"):
-        assert export("run=tiny", *overrides) == 0
+        assert export("run=tiny", *overrides) == export("run=tiny", *overrides) == 0  # it overwrites itself
         assert f"Wrote {path}: 300 tokens" in capsys.readouterr().out
         for text in SCRIPTS.values():
             assert tokenizers.Tokenizer.from_file(str(path)).encode(text).ids == tokenizer.encode(text)
-
-
-def test_an_export_replaces_itself_and_no_other_file(compose_tiny, export, tmp_path):
-    train(compose_tiny("training.max_steps=1", "training.sample_tokens=0"))
-    assert export() == export() == 0
     ours = next(tmp_path.glob("runs/tiny/checkpoints/*/tokenizer.json"))
     before = ours.read_bytes()
     with pytest.raises(ValueError, match=r"tokenizer.json exists and is not this tokenizer: .*out=FILE"):
@@ -634,8 +600,8 @@ def test_an_export_replaces_itself_and_no_other_file(compose_tiny, export, tmp_p
     assert ours.read_bytes() == before
 
 
-def test_a_tokenizer_that_the_model_was_not_trained_with_is_not_exported(compose_tiny, export, tmp_path):
-    train(compose_tiny("training.max_steps=1", "training.sample_tokens=0"))
+def test_another_tokenizer_in_a_checkpoint_is_refused(compose_tiny, export, tmp_path):
+    train(compose_tiny("training.max_steps=1"))
     [ours] = tmp_path.glob("runs/tiny/checkpoints/*/tokenizer.json")
     saved = json.loads(ours.read_text())
     ours.write_text(json.dumps(saved | {"characters": "".join(sorted(saved["characters"].replace("a", "!")))}))
@@ -644,7 +610,7 @@ def test_a_tokenizer_that_the_model_was_not_trained_with_is_not_exported(compose
         export()
 
 
-def test_where_there_is_nothing_to_export_it_is_one_sentence(export):
+def test_nothing_to_export_is_an_error(export):
     with pytest.raises(ValueError, match="holds no run with a checkpoint"):
         export()
     with pytest.raises(ConfigError, match=r"out=vocab.txt must end in .json"):

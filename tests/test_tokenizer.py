@@ -611,7 +611,7 @@ def test_another_tokenizer_in_a_checkpoint_is_refused(compose_tiny, export, tmp_
 
 
 def test_nothing_to_export_is_an_error(export):
-    with pytest.raises(ValueError, match="holds no run with a checkpoint"):
+    with pytest.raises(ValueError, match="has no run with a checkpoint"):
         export()
     with pytest.raises(ConfigError, match=r"out=vocab.txt must end in .json"):
         export("out=vocab.txt")

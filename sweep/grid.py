@@ -23,7 +23,7 @@ from conf.identity import flat, kind
 from conf.presets import ConfigError, groups, options
 from conf.schema import as_yaml, compose, folder_name
 from conf.settings import Settings, leaves
-from setting import as_word
+from setting import as_word, range_problems, setting
 from sweep.cluster import ClusterRunner
 from sweep.jobs import (
     RESUME,
@@ -52,12 +52,11 @@ LAUNCHER = ("hydra/launcher=", "hydra.launcher.")
 class GridSettings:
     """The settings of a grid itself; its other overrides are for the jobs."""
 
-    jobs: int = 1  # that run at a time on this machine
+    jobs: int = setting(1, "that run at a time on this machine", ge=1)
 
     def problems(self) -> Iterator[str]:
         """One sentence for each value that is invalid."""
-        if self.jobs < 1:
-            yield f"jobs={self.jobs} must be at least 1."
+        return range_problems(self)
 
 
 @dataclass(frozen=True)

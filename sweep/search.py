@@ -29,7 +29,7 @@ from conf.presets import ConfigError
 from conf.schema import compose, folder_name
 from conf.settings import Settings
 from report.history import PRUNED
-from setting import FilePath
+from setting import FilePath, range_problems, setting
 from sweep.jobs import (
     INTERRUPTED,
     RESUME,
@@ -57,26 +57,25 @@ STATES = {
 class SweepSettings:
     """The settings of a search itself; its other overrides are for the trials."""
 
-    sweep: FilePath = ""  # the space: a name in conf/sweep, or a YAML file
-    name: str = ""  # of the folder and the study; empty: the name of the space
-    runs_dir: FilePath = "runs"
-    trials: int | None = 20  # in all; null for no limit
-    hours: float | None = None  # of this command; null for no limit
-    jobs: int = 1  # trials at a time
-    pruner: Literal["median", "hyperband", "none"] = "median"
-    storage: str = ""  # a URL for Optuna; empty: a journal in the folder
+    sweep: FilePath = setting("", "the space: a name in conf/sweep, or a YAML file")
+    name: str = setting("", "of the folder and the study; empty: the name of the space")
+    runs_dir: FilePath = setting("runs", "where the folder is")
+    trials: int | None = setting(
+        20, "in all, with earlier ones and those of other machines; null: no limit", ge=1)
+    hours: float | None = setting(
+        None, "of this command; trials that run then are saved, to be resumed", gt=0)
+    jobs: int = setting(1, "trials at a time", ge=1)
+    pruner: Literal["median", "hyperband", "none"] = setting(
+        "median", "how unpromising trials are found, and stopped")
+    storage: str = setting(
+        "", "of the study, a URL for Optuna; empty: a journal in the folder, study.log")
     train: tuple[str, ...] = ()  # overrides for the trials
 
     def problems(self) -> Iterator[str]:
         """One sentence for each value that is invalid."""
+        yield from range_problems(self)
         if not self.sweep:
             yield "sweep= is empty: name a space, as in sweep=lr_width."
-        for name in ("trials", "jobs"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                yield f"{name}={value} must be at least 1."
-        if self.hours is not None and not self.hours > 0:
-            yield f"hours={self.hours} must be more than 0, or null for no limit."
         if self.trials is None and self.hours is None:
             yield "trials=null and hours=null set no limit: set one of them."
         yield from Settings(name=self.name, runs_dir=self.runs_dir).problems()
@@ -86,10 +85,8 @@ def search(settings: SweepSettings) -> int:
     """Start or resume a search; print its best trial. Returns the exit code."""
     space = read_space(settings.sweep, settings.train)
     folder = Path(settings.runs_dir) / (settings.name or folder_name(Path(settings.sweep).stem))
-    example = space.example()
     refuse_run(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    source = Search(settings, space, folder, example)
+    source = Search(settings, space, folder)
     ended = sum(trial.state.is_finished() for trial in source.trained())
     before = f", {counted(ended, 'trial')} before" if ended else ""
     say(f"Sweep: {folder}, study in {storage_name(settings, folder)}{before}")
@@ -145,11 +142,13 @@ class Search:
     so others find the trials of a worker that died. A trial without a worker was invalid.
     """
 
-    def __init__(
-        self, settings: SweepSettings, space: Space, folder: Path, example: Settings
-    ) -> None:
+    def __init__(self, settings: SweepSettings, space: Space, folder: Path) -> None:
         self.optuna = import_optuna()
-        self.settings, self.space, self.folder, self.example = settings, space, folder, example
+        self.settings, self.space, self.folder = settings, space, folder
+        # Both raise ValueError for a space without valid points, before anything is written.
+        space.draw(seed=0)
+        self.example = space.example
+        folder.mkdir(parents=True, exist_ok=True)
         self.metric = comparison_metric(list(space.varied))
         self.lock = FileLock(folder / "turn.lock")
         self.failures: list[str] = []
@@ -193,10 +192,11 @@ class Search:
         return storages.JournalStorage(storages.journal.JournalFileBackend(str(journal), lock))
 
     def pruner(self) -> Any:
-        limits, pruners = self.example.training, self.optuna.pruners
+        pruners = self.optuna.pruners
         if self.settings.pruner == "median":
             return pruners.MedianPruner()
         if self.settings.pruner == "hyperband":
+            limits = self.example.training
             return pruners.HyperbandPruner(max(1, limits.eval_every), limits.max_steps)
         return pruners.NopPruner()
 

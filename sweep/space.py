@@ -17,8 +17,9 @@ from __future__ import annotations
 import ast
 import math
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from types import CodeType
 from typing import Any
@@ -71,7 +72,23 @@ class Space:
     varied: dict[str, Range | list[Any]]
     fixed: dict[str, str]  # values as on a command line
     constraints: dict[str, CodeType]
-    known: Point  # the values of fixed settings, for constraints
+
+    @cached_property
+    def example(self) -> Settings:
+        """The settings of a random point. Raises ConfigError if MAX_INVALID points are invalid."""
+        rng = random.Random(0)
+        for _ in range(MAX_INVALID):
+            try:
+                return compose("config", ["name=-", *self.overrides(self.random_point(rng))])
+            except ConfigError as error:
+                last_error = error
+        raise last_error
+
+    @cached_property
+    def known(self) -> Point:
+        """The values of fixed settings, for constraints. A preset is known by its name."""
+        values = self.fixed | flat(asdict(self.example))
+        return {key: values[key] for key in self.fixed}
 
     def overrides(self, point: Point) -> list[str]:
         """The command line that trains `point`."""
@@ -114,20 +131,16 @@ class Space:
         raise ValueError(f"The space {self.place}: none of {MAX_DRAWS:,} random points satisfies "
                          f"{which}: widen the space, or loosen the constraint.")
 
-    def example(self) -> Settings:
-        """The settings of one point. Raises ConfigError if several points are all invalid."""
-        return first_valid(self.overrides(self.draw(seed)) for seed in range(MAX_INVALID))
-
     def description(self) -> dict[str, Any]:
         """The identity of the space, as JSON can hold it."""
-        varied = {}
+        parts: dict[str, Any] = {"constraints": sorted(self.constraints)}
         for key, values in self.varied.items():
-            varied[f"space of {key}"] = asdict(values) if isinstance(values, Range) else values
+            parts[f"space of {key}"] = asdict(values) if isinstance(values, Range) else values
         presets = groups()
-        fixed = {
-            key: value for key, value in self.fixed.items() if key in presets or kind(key) != "free"
-        }
-        return flat(varied) | fixed | {"constraints": sorted(self.constraints)}
+        for key, value in self.fixed.items():
+            if key in presets or kind(key) != "free":
+                parts[key] = value
+        return flat(parts)
 
 
 def read_space(name: str, overrides: tuple[str, ...]) -> Space:
@@ -170,14 +183,7 @@ def read_space(name: str, overrides: tuple[str, ...]) -> Space:
             problems.append(f"the constraint {text!r} ({place}) {reason}.")
     if problems:
         raise ConfigError(problems)
-    space = Space(place, ranges, fixed, compiled, {})
-    if not compiled:
-        return space
-    rng = random.Random(0)
-    points = (space.random_point(rng) for _ in range(MAX_INVALID))
-    # A fixed preset is known by its name, such as "nano".
-    values = fixed | flat(asdict(first_valid(map(space.overrides, points))))
-    return Space(place, ranges, fixed, compiled, {key: values[key] for key in fixed})
+    return Space(place, ranges, fixed, compiled)
 
 
 def key_problems(
@@ -201,16 +207,6 @@ def key_problems(
             yield f"{key} varies {place}, and is fixed too: remove one of them."
 
 
-def first_valid(candidates: Iterable[list[str]]) -> Settings:
-    """The settings of the first valid list of overrides. Raises ConfigError if there is none."""
-    for overrides in candidates:
-        try:
-            return compose("config", ["name=-", *overrides])
-        except ConfigError as error:
-            last_error = error
-    raise last_error
-
-
 def read_values(key: str, values: Any) -> Range | list[Any]:
     """The range or choices of a setting or preset. Raises ValueError saying what is wrong."""
     hint = leaves(Settings).get(key, str)
@@ -225,13 +221,11 @@ def read_values(key: str, values: Any) -> Range | list[Any]:
         raise ValueError(RANGE_FORM)
     if not {"low", "high"} <= values.keys() <= {"low", "high", "step", "log"}:
         raise ValueError(RANGE_FORM)
-    low, high = convert(values["low"], hint), convert(values["high"], hint)
-    step = values.get("step")
-    if step is not None:
-        step = convert(step, hint)
-    for end in (low, high):
-        if type(end) not in (int, float) or not math.isfinite(end):
+    numbers = {key: convert(values[key], hint) for key in values if key != "log"}
+    for number in numbers.values():
+        if type(number) not in (int, float) or not math.isfinite(number):
             raise ValueError("takes no range: list choices, as in [a, b]")
+    low, high, step = numbers["low"], numbers["high"], numbers.get("step")
     log = convert(values.get("log", False), bool)
     if low > high or (step is not None and step <= 0):
         raise ValueError(f"is empty: low={low}, high={high}, step={step}")

@@ -156,8 +156,8 @@ def test_two_spaces_differ_by_all_but_what_is_free(space):
 def test_what_the_command_line_fixes_need_only_work_with_the_space(space):
     """Three heads do not divide the default width, but they do the space's."""
     words = compose(SweepSettings, ["sweep=mine", "model.n_head=3"]).train
-    assert space("space: {optim.lr: [1e-3]}\nfixed: {model.n_embd: 96}\n", *words).example().model.n_head == 3
+    assert space("space: {optim.lr: [1e-3]}\nfixed: {model.n_embd: 96}\n", *words).example.model.n_head == 3
     with pytest.raises(ConfigError, match="n_head=3"):
-        space("space: {optim.lr: [1e-3]}\n", *words).example()
+        _ = space("space: {optim.lr: [1e-3]}\n", *words).example
     with pytest.raises(ConfigError, match=r"model\.n_haed .*on the command line.*did you mean model\.n_head"):
         space("space: {optim.lr: [1e-3]}\n", *compose(SweepSettings, ["sweep=mine", "model.n_haed=3"]).train)

@@ -40,7 +40,7 @@ def begin(book, tmp_path):
         path.write_text(f"{text}\nfixed:\n  model: nano\n  training: smoke\n  data: text\n  data.path: {book}\n")
         space = read_space(str(path), overrides)
         (tmp_path / "study").mkdir(exist_ok=True)
-        return Search(SweepSettings(sweep=str(path), **settings), space, tmp_path / "study", space.example())
+        return Search(SweepSettings(sweep=str(path), **settings), space, tmp_path / "study")
     return make
 
 

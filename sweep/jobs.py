@@ -209,7 +209,8 @@ class LocalRunner(Runner):
             try:
                 # In a session of its own, a job does not receive Ctrl-C from our terminal.
                 job.process = subprocess.Popen(
-                    job.command, stdin=subprocess.PIPE, stdout=log.handle, stderr=log.handle,
+                    job.command, stdin=subprocess.PIPE, stdout=log.descriptor,
+                    stderr=log.descriptor,
                     env=self.environment(job.slot), start_new_session=True)
             finally:
                 log.close()

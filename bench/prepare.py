@@ -30,9 +30,10 @@ from typing import Literal
 import atomic
 from bench.timing import ROOT, alternating_medians, minimum_problems, print_header, print_row
 from data import encode
-from data.files import cut_up
+from data.files import cut_into_pieces
+from data.library import StdLib
 from data.prepare import load_tokenizer, prepare
-from data.sources import DataConfig, StdLib
+from data.sources import DataConfig
 from data.tokenizer import Tokenizer, from_json
 
 
@@ -81,7 +82,7 @@ def measure_rates(settings: PrepareSettings, scratch: Path) -> None:
     # The first preparation trains the tokenizer, and brings the file into memory.
     folder = prepare(config)
     tokenizer = load_tokenizer(folder)
-    pieces = list(cut_up(path.read_text()))
+    pieces = list(cut_into_pieces([path.read_text()]))
     n_threads = encode.threads()
 
     def prepare_again() -> None:

@@ -1,4 +1,4 @@
-"""A source's documents without exact duplicates, sorted into a training and a validation split.
+"""The documents of a source without exact duplicates, divided into training and validation splits.
 
 Knows text; knows no tokens.
 """
@@ -14,128 +14,146 @@ from typing import NamedTuple
 
 from data.files import Document
 from data.sources import Source
-from data.split import EXPECTED_DOCUMENTS, LEAST_HELD_OUT, Text, choose, gives_tail, raised, tail_of
+from data.split import (
+    EXPECTED_DOCUMENTS,
+    LEAST_HELD_OUT,
+    Text,
+    choose_tails,
+    gives_tail,
+    held_out_fraction,
+    tail_length,
+)
 from progress import ProgressBar
+from terminal import counted
 
-# A corpus with less text than this is split knowing the lengths of all its documents.
+# A corpus with less text than this is split with the lengths of all its documents known.
 KNOWN_CHARACTERS = 2**24
-KNOWN_DOCUMENTS = 2**17  # the most whose lengths are kept in memory
+# The most documents whose lengths are kept in memory.
+KNOWN_DOCUMENTS = 2**17
 
 
 class Piece(NamedTuple):
-    """Some text of one split; `ends` where the document, or the part of it that the split has, ends behind it."""
+    """Some text of one split."""
 
     split: str  # "train" or "val"
     text: str
-    ends: bool = False
+    ends: bool = False  # whether the document's part in this split ends here
 
 
 class Found(NamedTuple):
-    """A document that is not left out as a duplicate."""
+    """A document that is not dropped as a duplicate."""
 
     index: int  # in its source
     document: Document
     number: float  # in [0, 1), from its hash
     length: int  # characters
-    split: str = ""  # "train" or "val" where that is decided by its source
+    split: str = ""  # "train" or "val" if that depends on its source
 
 
 class Corpus:
-    """The documents of `source`, split by `val_fraction` (data/split.py), or those of `validation` to validate on.
+    """The documents of `source` in two splits.
 
-    What occurs in `validation` is dropped from training. Raises ValueError if a split that has a source of its own holds
-    no text.
+    The validation split is a part of it (data/split.py), or the documents of `validation`, which
+    are then dropped from training. Raises ValueError if one of two sources holds no text.
     """
 
-    def __init__(self, source: Source, val_fraction: float, validation: Source | None = None,
-                 deduplicate: bool = True) -> None:
+    def __init__(
+        self,
+        source: Source,
+        val_fraction: float,
+        validation: Source | None = None,
+        deduplicate: bool = True,
+    ) -> None:
         self.source, self.validation, self.deduplicate = source, validation, deduplicate
         self.fraction = val_fraction
-        self.counts: Counter[str] = Counter()  # of the documents in the reading that was begun last
-        self.tails: dict[int, tuple[int, int]] = {}  # length and held-out end of each document, where all are known
-        self.longest_whole = 0.0  # characters
+        self.counts: Counter[str] = Counter()  # of documents in the latest reading
+        # The length and tail of each document by its index, if all are known.
+        self.tails: dict[int, tuple[int, int]] = {}
+        self.wanted = 0.0  # characters to hold out, if not all lengths are known
         if validation:
             self.has_boundaries = self.has_several()
         else:
-            self.has_boundaries = self.look_ahead(val_fraction)
+            self.has_boundaries = self.plan_split(val_fraction)
 
-    def look_ahead(self, val_fraction: float) -> bool:
-        """Read documents until it is clear how to split them. Whether there are several."""
+    def plan_split(self, val_fraction: float) -> bool:
+        """Read documents until it is clear how to split them. Returns whether there are several."""
         texts: dict[float, Text] = {}
-        known: list[tuple[int, float]] = []
-        characters, ended = 0, True
-        with self.watched("Reading") as watch:
-            for found in self.distinct(watch):
-                copies = texts[found.number].copies if found.number in texts else 0
-                texts[found.number] = Text(found.number, found.length, copies + 1)
-                known.append((found.index, found.number))
+        numbers: dict[int, float] = {}
+        characters, is_complete = 0, True
+        with self.progress("Reading") as update:
+            for found in self.distinct(update):
+                numbers[found.index] = found.number
+                text = texts.get(found.number, Text(found.number, found.length, 0))
+                texts[found.number] = text._replace(copies=text.copies + 1)
                 characters += found.length
-                if self.clear(len(known), characters, val_fraction):
-                    ended = False
+                if is_large(len(numbers), characters, val_fraction):
+                    is_complete = False
                     break
-        if not known:
+        if not numbers:
             raise ValueError("The source holds no text: every document is empty.")
-        if ended:
-            tails = choose(list(texts.values()), val_fraction)
-            self.tails = {index: (texts[number].length, tails[number]) for index, number in known}
+        if is_complete:
+            tails = choose_tails(list(texts.values()), val_fraction)
+            for index, number in numbers.items():
+                self.tails[index] = texts[number].length, tails[number]
         else:
-            self.fraction = raised(val_fraction, characters, len(known))
-            self.longest_whole = self.fraction * characters
-        return len(known) > 1
-
-    @staticmethod
-    def clear(documents: int, characters: int, val_fraction: float) -> bool:
-        """Whether so much text can be split by the hash of each document alone."""
-        if documents >= KNOWN_DOCUMENTS:
-            return True
-        return (characters >= KNOWN_CHARACTERS and val_fraction * characters >= LEAST_HELD_OUT
-                and val_fraction * documents >= EXPECTED_DOCUMENTS)
+            self.fraction = held_out_fraction(val_fraction, characters, len(numbers))
+            self.wanted = self.fraction * characters
+        return len(numbers) > 1
 
     def has_several(self) -> bool:
         """Whether a split has several documents. Raises ValueError for a split without any."""
         documents: Counter[str] = Counter()
-        with self.watched("Reading") as watch:
-            for found in self.distinct(watch):
+        with self.progress("Reading") as update:
+            for found in self.distinct(update):
                 documents[found.split] += 1
-                if documents["train"] > 1 or (documents["train"] and documents["val"] > 1):
+                if documents["train"] and documents.total() > 2:
                     break
         if not documents["val"]:
             raise ValueError("The validation text is empty: every document of it is blank.")
         if not documents["train"]:
             if self.counts["in_validation"]:
-                raise ValueError("Every document of the training text is also in the validation text: nothing is left "
-                                 "to train on.")
+                raise ValueError(
+                    "Every document of the training text is also in the validation text: nothing "
+                    "is left to train on."
+                )
             raise ValueError("The source holds no text: every document is empty.")
         return max(documents.values()) > 1
 
     @contextmanager
-    def watched(self, title: str) -> Iterator[Callable[[str], None]]:
-        """Something to call for each piece that is read; where that takes long, a bar shows how far it has come."""
-        bar_format = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
-        plain_format = "{desc}: {percentage:.0f}%, {elapsed} elapsed, {remaining} left"
-        with ProgressBar(desc=title, total=100, leave=False, delay=2, bar_format=bar_format,
-                         plain_format=plain_format) as bar:
-            def watch(text: str) -> None:
-                bar.update(100 * self.source.fraction() - bar.n)
-            yield watch
+    def progress(self, title: str) -> Iterator[Callable[[], None]]:
+        """Shows the progress of a long reading. Yields the function that updates it."""
+        with ProgressBar(
+            desc=title,
+            total=100,
+            leave=False,
+            delay=2,
+            bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}",
+            plain_format="{desc}: {percentage:.0f}%, {elapsed} elapsed, {remaining} left",
+        ) as bar:
+            yield lambda: bar.update(100 * self.source.fraction() - bar.n)
 
-    def distinct(self, watch: Callable[[str], None] = lambda text: None) -> Iterator[Found]:
-        """Each document that is no duplicate; those of a validation source first."""
+    def distinct(self, update: Callable[[], None] = lambda: None) -> Iterator[Found]:
+        """Each document that is not a duplicate, those of a validation source first.
+
+        `update` is called for each piece that is read.
+        """
         self.counts = Counter()
-        held_out, seen = Seen(), Seen()
-        for index, document in enumerate(self.validation.documents() if self.validation else ()):
-            digest, length = measure(document, watch)
-            if held_out.add(digest) or not self.deduplicate:
-                yield Found(index, document, number_of(digest), length, "val")
+        in_validation, seen = Seen(), Seen()
+        if self.validation:
+            for index, document in enumerate(self.validation.documents()):
+                digest, length = measure(document, update)
+                if in_validation.add(digest) or not self.deduplicate:
+                    yield Found(index, document, number_of(digest), length, "val")
+        split = "train" if self.validation else ""
         for index, document in enumerate(self.source.documents()):
-            digest, length = measure(document, watch)
+            digest, length = measure(document, update)
             self.counts["documents"] += 1
-            if self.validation and digest in held_out:
+            if self.validation and digest in in_validation:
                 self.counts["in_validation"] += 1
             elif self.deduplicate and not seen.add(digest):
                 self.counts["duplicates"] += 1
             else:
-                yield Found(index, document, number_of(digest), length, "train" if self.validation else "")
+                yield Found(index, document, number_of(digest), length, split)
 
     def pieces(self) -> Iterator[Piece]:
         """All text, in the order of the source, in pieces."""
@@ -145,21 +163,20 @@ class Corpus:
                     yield from divided(document, *self.tails[index])
         else:
             for found in self.distinct():
-                yield from divided(found.document, found.length, self.held_out(found))
+                yield from divided(found.document, found.length, self.tail_of(found))
 
-    def held_out(self, found: Found) -> int:
-        """How many characters at the end of a document are held out."""
-        if found.split:
-            return found.length if found.split == "val" else 0
-        if gives_tail(found.length, found.length, self.fraction, self.longest_whole):
-            return tail_of(found.length, self.fraction)
-        return found.length if found.number < self.fraction else 0
+    def tail_of(self, found: Found) -> int:
+        """The characters to hold out at the end of a document, without knowing the others."""
+        if not found.split and gives_tail(found.length, found.length, self.fraction, self.wanted):
+            return tail_length(found.length, self.fraction)
+        is_val = found.split == "val" or (not found.split and found.number < self.fraction)
+        return found.length if is_val else 0
 
     def training_text(self, most_bytes: int) -> Iterator[str]:
-        """The beginning of the training split, in pieces: what a tokenizer is trained on."""
-        with self.watched("Reading a sample") as watch:
+        """The start of the training split, in pieces, to train a tokenizer on."""
+        with self.progress("Reading a sample") as update:
             for piece in self.pieces():
-                watch(piece.text)
+                update()
                 if piece.split == "train" and piece.text:
                     yield piece.text
                     most_bytes -= len(piece.text.encode())
@@ -167,39 +184,48 @@ class Corpus:
                         return
 
     def summary(self) -> str:
-        """What the last complete reading found: files, documents, and those that were dropped."""
-        said = f"{self.source.description()}, {counted(self.counts['documents'], 'document')}"
+        """The files and documents of the latest complete reading, and the dropped ones."""
+        documents = counted(self.counts["documents"], "document")
+        text = f"{self.source.description()}, {documents}"
         if self.counts["duplicates"]:
-            said += f", {counted(self.counts['duplicates'], 'exact duplicate')} dropped"
+            text += f", {counted(self.counts['duplicates'], 'exact duplicate')} dropped"
         if self.counts["in_validation"]:
-            said += f", {counted(self.counts['in_validation'], 'document')} dropped that the validation text has too"
+            shared = counted(self.counts["in_validation"], "document")
+            text += f", {shared} dropped that the validation text also has"
         if self.validation:
-            said += f"; validation text: {self.validation.description()}"
-        return said
+            text += f"; validation text: {self.validation.description()}"
+        return text
 
 
-def counted(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+def is_large(documents: int, characters: int, val_fraction: float) -> bool:
+    """Whether a corpus of this size or more can be split by the hash of each document alone."""
+    if documents >= KNOWN_DOCUMENTS:
+        return True
+    return (
+        characters >= KNOWN_CHARACTERS
+        and val_fraction * characters >= LEAST_HELD_OUT
+        and val_fraction * documents >= EXPECTED_DOCUMENTS
+    )
 
 
-def measure(document: Document, watch: Callable[[str], None]) -> tuple[bytes, int]:
-    """A digest of a document's text, and its length in characters."""
-    hashed, length = hashlib.sha256(), 0
+def measure(document: Document, update: Callable[[], None]) -> tuple[bytes, int]:
+    """The hash of a document's text, and its length in characters."""
+    sha256, length = hashlib.sha256(), 0
     for text in document.pieces():
-        hashed.update(text.encode())
+        sha256.update(text.encode())
         length += len(text)
-        watch(text)
-    return hashed.digest()[:16], length
+        update()
+    return sha256.digest()[:16], length
 
 
 def number_of(digest: bytes) -> float:
-    """A number in [0, 1) that depends on the digest alone."""
+    """A uniformly distributed number in [0, 1) from a hash."""
     return int.from_bytes(digest[:8]) / 2**64
 
 
 def divided(document: Document, length: int, tail: int) -> Iterator[Piece]:
-    """A document's text, of which the last `tail` characters are held out."""
-    left = length - tail  # characters of the training part that are to come
+    """The text of a document, with the last `tail` characters in the validation split."""
+    left = length - tail  # characters of the training part that follow
     for text in document.pieces():
         if left:
             yield Piece("train", text[:left])
@@ -213,21 +239,26 @@ def divided(document: Document, length: int, tail: int) -> Iterator[Piece]:
 
 
 class Seen:
-    """The digests met so far, however many: what does not fit into some memory goes to a file that nobody else sees."""
+    """A set of hashes of any size. What exceeds 64 MB of memory goes to a temporary file."""
 
     def __init__(self) -> None:
         self.table = sqlite3.connect("", isolation_level=None)
-        for line in ("PRAGMA journal_mode=OFF", "PRAGMA cache_size=-65536",  # KiB
-                     "CREATE TABLE seen (digest BLOB PRIMARY KEY) WITHOUT ROWID", "BEGIN"):
-            self.table.execute(line)
+        self.table.execute("PRAGMA journal_mode=OFF")
+        self.table.execute("PRAGMA cache_size=-65536")  # KiB
+        self.table.execute("CREATE TABLE seen (digest BLOB PRIMARY KEY) WITHOUT ROWID")
+        self.table.execute("BEGIN")
 
     def add(self, digest: bytes) -> bool:
-        """Whether it is new. Raises OSError where the disk for temporary files is full."""
+        """Returns whether it is new. Raises OSError if the disk for temporary files is full."""
+        insert = "INSERT OR IGNORE INTO seen VALUES (?)"
         try:
-            return self.table.execute("INSERT OR IGNORE INTO seen VALUES (?)", (digest,)).rowcount == 1
+            return self.table.execute(insert, (digest,)).rowcount == 1
         except sqlite3.OperationalError as error:
-            raise OSError(f"No room for temporary files, in which copies are looked for ({error}): free some disk, or set "
-                          f"SQLITE_TMPDIR to a folder with more room.") from None
+            raise OSError(
+                f"No space for temporary files, which find duplicates ({error}): free some disk "
+                f"space, or set SQLITE_TMPDIR to a folder with more."
+            ) from None
 
     def __contains__(self, digest: bytes) -> bool:
-        return self.table.execute("SELECT 1 FROM seen WHERE digest = ?", (digest,)).fetchone() is not None
+        query = "SELECT 1 FROM seen WHERE digest = ?"
+        return self.table.execute(query, (digest,)).fetchone() is not None

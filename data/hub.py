@@ -1,7 +1,7 @@
-"""A data set of the Hugging Face Hub, or a folder laid out like one, as a source of documents.
+"""A dataset of the Hugging Face Hub, or a folder with the same layout, as a source of documents.
 
-Knows the `datasets` package, which is optional, and text; knows no tokens. `datasets` finds the files of a configuration
-and a split; they are read as they arrive, and nothing of them is kept.
+Knows text and the optional package `datasets`; knows no tokens. `datasets` finds the files of a
+configuration and a split. They are read by range requests, and nothing of them is stored.
 """
 
 from __future__ import annotations
@@ -14,239 +14,281 @@ from collections.abc import Iterator
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 import atomic
+from data import records
 from data.files import Document
-from data.records import MISSING, BadRecord, as_text, look_up, parquet_column, skipped_records
+from data.store import data_root
 from terminal import say
 
 if TYPE_CHECKING:
     from datasets import DatasetBuilder
 
-ASK_SECONDS = 10  # the longest that the Hub may take to say which commit a revision is
-CARD_BYTES = 2**22  # of a card, which is far more than one has
+    from data.sources import DataConfig
 
-
-class Version(NamedTuple):
-    """One state of a data set: its commit, empty for a folder, and a hash of the content of the split's files."""
-
-    commit: str
-    files: str
+TIMEOUT_SECONDS = 10  # for the commit of a revision
+CARD_BYTES = 2**22  # read of a dataset card
 
 
 class Hub:
-    """A split of a data set: `name` is OWNER/NAME on the Hub, or a folder; an empty `config` or `revision` is the default.
+    """A split of a dataset, OWNER/NAME on the Hub or a folder.
 
-    What the Hub said last is remembered in the folder `memory`, so that prepared tokens need no network, nor `datasets`.
-    `on_bad_record` says what to do with an example whose field is not text, "stop" or "skip". Null
-    is always skipped, as `datasets` gives it for a missing field. `bad_records` counts both in the
-    reading that was started last.
+    The last answers of the Hub are stored, so that prepared tokens need neither network nor
+    `datasets`. Null is always skipped, as `datasets` returns it for a missing field.
     """
 
-    def __init__(self, name: str, config: str, split: str, text_field: str, revision: str, memory: Path,
-                 on_bad_record: str = "stop") -> None:
-        self.name, self.config, self.split, self.text_field, self.revision = name, config, split, text_field, revision
-        self.on_bad_record = on_bad_record
-        self.bad_records = 0
-        self.folder = Path(name).expanduser().resolve() if Path(name).expanduser().is_dir() else None
-        words = "-".join(filter(None, (name, config, split)))
-        self.memory = memory / f"{re.sub(r'[^-+.0-9A-Z_a-z]+', '--', words)}.json"
+    def __init__(self, config: DataConfig) -> None:
+        self.config, self.name = config, config.hub_name
+        self.bad_records = 0  # in the latest reading
         self.done = 0.0
+        folder = Path(self.name).expanduser()
+        self.folder = folder.resolve() if folder.is_dir() else None
+        names = filter(None, (self.name, config.hub_config, config.split))
+        file_name = re.sub(r"[^-+.0-9A-Z_a-z]+", "--", "-".join(names))
+        self.memory = data_root() / "hub" / f"{file_name}.json"
 
     def fingerprint(self) -> str:
-        """Changes with the content of any file of the split, not with the rest of the data set, such as its card.
+        """Changes with the content of any file of the split, and not with the dataset card.
 
-        Raises ValueError where there is no such data set, or the Hub cannot be asked and was not before.
+        Raises ValueError if the dataset does not exist, or the Hub does not answer and never did.
         """
-        recipe = ["hub", self.config, self.split, self.text_field, self.version.files]
+        _, files = self.version
+        config = self.config
+        recipe = ["hub", config.hub_config, config.split, config.text_field, files]
         return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
 
     def documents(self) -> Iterator[Document]:
-        """Each example's text; blank ones are left out. Raises ValueError with the example that cannot be read.
+        """The text of each example that is not blank.
 
-        Raises ConnectionError where the network fails in between.
+        Raises ValueError with the number of an example that cannot be read, and ConnectionError if
+        the connection breaks.
         """
-        builder = self.builder(self.version.commit)
-        is_parquet = builder.name == "parquet"
-        values = self.parquet_values(builder) if is_parquet else self.streamed_values(builder)
-        self.done, number, self.bad_records = 0.0, 0, 0
+        commit, _ = self.version
+        builder = self.builder(commit)
+        read = self.parquet_values if builder.name == "parquet" else self.streamed_values
+        self.done, self.bad_records, number = 0.0, 0, 0
         try:
-            for number, value in enumerate(values, 1):
-                text = as_text(value, self.text_field, f"example {number:,}", [])
-                if isinstance(text, BadRecord):
-                    if value is not None and self.on_bad_record == "stop":
+            for number, value in enumerate(read(builder), 1):
+                text = records.as_text(value, self.config.text_field, f"example {number:,}")
+                if isinstance(text, records.BadRecord):
+                    if value is not None and self.config.on_bad_record == "stop":
                         raise text.refusal(self.name)
                     self.bad_records += 1
                 elif text and not text.isspace():
                     yield Document.of(text)
-        except Exception as error:  # of whichever library reads this format, or speaks to the network
+        except Exception as error:
+            # Any exception of the libraries that read this format, or of the network.
             if type(error) is ValueError:
-                raise  # a sentence already
-            place = f"at example {number + 1:,} ({in_one_line(error)})"
+                raise
+            place = f"at example {number + 1:,} ({first_line(error)})"
             if isinstance(error, ValueError) or self.folder:
                 raise ValueError(f"{self.name} cannot be read {place}.") from None
-            raise ConnectionError(f"{self.name} broke off {place}: run the same command again, which goes on where it "
-                                  f"was.") from None
+            raise ConnectionError(
+                f"The connection to {self.name} broke {place}: run the same command again, which "
+                f"resumes."
+            ) from None
 
     def fraction(self) -> float:
-        """How far the reading that was begun last has come, from 0 to 1; 0 where the data set does not say its size."""
         return self.done
 
     def description(self) -> str:
-        return self.name + skipped_records(self.bad_records)
+        return self.name + records.skipped_records(self.bad_records)
 
-    # What there is to read
+    # Find the files
 
     @cached_property
-    def version(self) -> Version:
-        """The data set as it is now, or, where that cannot be known, as it was when it was last seen."""
+    def version(self) -> tuple[str, str]:
+        """The commit, empty for a folder, and a hash of the split's files.
+
+        If the Hub does not answer, those that were last seen.
+        """
         if self.folder:
-            return self.look("")
-        known = self.seen()
-        last = known["commits"].get(self.revision)
+            return "", self.files_hash("")
+        revision = self.config.hub_revision
+        known = self.remembered()
+        last = known["commits"].get(revision)
         try:
-            commit = self.revision if self.revision in known["files"] else self.ask()  # a commit stays what it is
-            version = Version(commit, known["files"][commit]) if commit in known["files"] else self.look(commit)
+            # The content of a commit never changes.
+            commit = revision if revision in known["files"] else self.latest_commit()
+            files = known["files"].get(commit) or self.files_hash(commit)
         except ValueError as error:
             if not last:
                 raise
-            say(f"{error} {self.name} is taken as it was when it was last seen, at commit {last}.")
-            return Version(last, known["files"][last])
-        if last and known["files"][last] != version.files:
-            say(f"{self.name} has changed on the Hugging Face Hub since it was last seen: data.hub_revision={last} stays "
-                  f"with what it was.")
+            say(f"{error} Using {self.name} as it was last seen, at commit {last}.")
+            return last, known["files"][last]
+        if last and known["files"][last] != files:
+            say(
+                f"{self.name} has changed on the Hugging Face Hub since it was last seen: use "
+                f"data.hub_revision={last} for the old version."
+            )
         if last != commit:
-            known["commits"][self.revision] = commit
-            known["files"][commit] = version.files
-            with suppress(OSError):  # prepared tokens can lie where this user may only read
+            known["commits"][revision] = commit
+            known["files"][commit] = files
+            # The folder of prepared tokens may be read-only.
+            with suppress(OSError):
                 atomic.write_bytes(self.memory, json.dumps(known, indent=2).encode())
-        return version
+        return commit, files
 
-    def seen(self) -> dict[str, dict[str, Any]]:
-        """The commits of the data set that were seen, and their files. A damaged record of them is forgotten."""
-        try:
+    def remembered(self) -> dict[str, dict[str, Any]]:
+        """The commits of revisions and the file hashes of commits that were seen before."""
+        with suppress(OSError, ValueError, AttributeError, KeyError, TypeError):
             known = atomic.read_json(self.memory)
-        except (OSError, ValueError):
-            known = None
-        whole = isinstance(known, dict) and all(isinstance(known.get(key), dict) for key in ("commits", "files"))
-        if not whole or any(str(commit) not in known["files"] for commit in known["commits"].values()):
-            return {"commits": {}, "files": {}}
-        return known
+            if known["files"].keys() >= set(known["commits"].values()):
+                return known
+        # There are none, or the file is damaged.
+        return {"commits": {}, "files": {}}
 
-    def ask(self) -> str:
-        """The commit that the revision is now on the Hub. Raises ValueError if there is none, or no answer."""
-        datasets_package()
-        from huggingface_hub import HfApi
-        from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+    def latest_commit(self) -> str:
+        """The revision's commit on the Hub. Raises ValueError if there is none, or no answer."""
+        import_datasets()
+        from huggingface_hub import HfApi, errors
+
+        revision = self.config.hub_revision
         try:
-            return HfApi().dataset_info(self.name, revision=self.revision or None, timeout=ASK_SECONDS, expand=["sha"]).sha
-        except RevisionNotFoundError:
-            raise ValueError(f"data.hub_revision={self.revision}: {self.name} has no such branch, tag or commit.") from None
-        except (HFValidationError, RepositoryNotFoundError):
-            raise ValueError(f"data.hub_name={self.name} is no folder here, and no data set that the Hugging Face Hub shows "
-                             f"you: check the spelling, or, if it is private, log in with hf auth login.") from None
-        except Exception as error:  # of whichever library speaks to the network
+            info = HfApi().dataset_info(
+                self.name, revision=revision or None, timeout=TIMEOUT_SECONDS, expand=["sha"]
+            )
+        except errors.RevisionNotFoundError:
+            raise ValueError(
+                f"data.hub_revision={revision}: {self.name} has no such branch, tag or commit."
+            ) from None
+        except (errors.HFValidationError, errors.RepositoryNotFoundError):
+            raise ValueError(
+                f"data.hub_name={self.name} is neither a folder nor a dataset on the Hugging Face "
+                f"Hub that you can access: check the spelling, or, if it is private, log in with "
+                f"hf auth login."
+            ) from None
+        except Exception as error:
             raise no_answer(error) from None
+        return info.sha
 
-    def look(self, commit: str) -> Version:
-        """The data set at a commit. Raises ValueError where it cannot be opened."""
+    def files_hash(self, commit: str) -> str:
+        """A hash of the split's files at a commit. Raises ValueError if it cannot be opened."""
         digest = hashlib.sha256()
         for path in self.paths(self.builder(commit)):
-            digest.update(self.content(path).encode())
-        return Version(commit, digest.hexdigest())
+            digest.update(self.content_hash(path).encode())
+        return digest.hexdigest()
 
-    def content(self, path: str) -> str:
-        """What changes with the content of a file: of one on the Hub, the name that Git has for it."""
+    def content_hash(self, path: str) -> str:
+        """A hash of a file's content; for one on the Hub, its Git blob id."""
         if self.folder:
             with open(path, "rb") as file:
                 return hashlib.file_digest(file, "sha256").hexdigest()
         from huggingface_hub import HfFileSystem
+
         try:
             return HfFileSystem().info(path)["blob_id"]
-        except Exception as error:  # of whichever library speaks to the network
+        except Exception as error:
             raise no_answer(error) from None
 
     def builder(self, commit: str) -> DatasetBuilder:
-        """What `datasets` knows of the configuration at a commit. Raises ValueError saying why it knows nothing."""
-        datasets = datasets_package()
+        """The builder of `datasets` for the configuration at a commit.
+
+        Raises ValueError if there is none.
+        """
+        datasets = import_datasets()
         if self.folder:
             refuse_paths_outside(self.folder)
+        place = str(self.folder or self.name)
         try:
-            place = str(self.folder or self.name)
-            found = datasets.load_dataset_builder(place, self.config or None, revision=commit or None)
-            if found.name == "cache":  # what it falls back to: another download of this user, of whatever commit
-                raise ConnectionError("the Hugging Face Hub does not answer")
-            return found
-        except Exception as error:  # of whichever library speaks to the network
-            raise ValueError(self.complaint(error)) from None
+            builder = datasets.load_dataset_builder(
+                place, self.config.hub_config or None, revision=commit or None
+            )
+        except Exception as error:
+            raise ValueError(self.open_error(error)) from None
+        if builder.name == "cache":
+            # Without an answer, `datasets` falls back to an earlier download of any commit.
+            raise ValueError(
+                f"{self.name} cannot be opened: the Hugging Face Hub does not answer."
+            )
+        return builder
 
-    def complaint(self, error: Exception) -> str:
-        """Why `datasets` cannot open the data set, with what to do."""
-        said = in_one_line(error)
-        if "scripts are no longer supported" in said:
-            return (f"{self.name} comes with a program that makes it, which is not run: data.hub_revision="
-                    f"refs/convert/parquet names the Hub's own copy of it without one, if there is one.")
-        if "gated" in said:
-            return (f"{self.name} is for those who agreed to its terms: agree at https://huggingface.co/datasets/"
-                    f"{self.name}, then log in with hf auth login, or set HF_TOKEN.")
+    def open_error(self, error: Exception) -> str:
+        """Why `datasets` cannot open the dataset, and what to do."""
+        reason = first_line(error)
+        if "scripts are no longer supported" in reason:
+            return (
+                f"{self.name} is loaded by a script of its own, which is not run: use "
+                f"data.hub_revision=refs/convert/parquet, the Hub's copy without one, if it exists."
+            )
+        if "gated" in reason:
+            return (
+                f"{self.name} is gated: accept its terms at https://huggingface.co/datasets/"
+                f"{self.name}, then log in with hf auth login, or set HF_TOKEN."
+            )
         if isinstance(error, FileNotFoundError):
-            return f"{self.name} holds no files that can be read as a data set: {said}."
-        if names := re.search(r"[Cc]onfig.*\[(.*)\]", str(error), re.DOTALL):
-            there = names[1].replace("'", "")
-            return f"data.hub_config={self.config}: {self.name} has the configurations {there}; choose one of them."
-        return f"{self.name} cannot be opened: {said}."
+            return f"{self.name} holds no files that can be read as a dataset: {reason}."
+        configs = re.search(r"[Cc]onfig.*\[(.*)\]", str(error), re.DOTALL)
+        if configs:
+            names = configs[1].replace("'", "")
+            return (
+                f"data.hub_config={self.config.hub_config}: {self.name} has the configurations "
+                f"{names}; choose one of them."
+            )
+        return f"{self.name} cannot be opened: {reason}."
 
     def paths(self, builder: DatasetBuilder) -> list[str]:
-        """The files of the split, or of several, as in train+test. Raises ValueError naming the splits that there are."""
-        found = {str(split): paths for split, paths in (builder.config.data_files or {}).items()}
-        splits = self.split.split("+")
-        if not set(splits) <= set(found):
-            raise ValueError(f"data.split={self.split}: {self.name} has the splits {', '.join(found)}.")
-        paths = [path for split in splits for path in found[split]]
+        """The files of the split, or of several (train+test).
+
+        Raises ValueError if there is no such split.
+        """
+        files = {str(split): paths for split, paths in (builder.config.data_files or {}).items()}
+        splits = self.config.split.split("+")
+        if not set(splits) <= set(files):
+            raise ValueError(
+                f"data.split={self.config.split}: {self.name} has the splits {', '.join(files)}."
+            )
+        paths = [path for split in splits for path in files[split]]
         for path in paths:
             if self.folder and not is_file_in(self.folder, path):
-                raise ValueError(f"{self.name} names {path}, which is not a file inside that folder: "
-                                 f"only its own files are read.")
+                raise ValueError(
+                    f"{self.name} names {path}, which is not a file inside that folder: only its "
+                    f"own files are read."
+                )
         return paths
 
-    # Reading it
+    # Read the files
 
     def parquet_values(self, builder: DatasetBuilder) -> Iterator[Any]:
-        """The text of each row; of large other columns nothing is downloaded.
+        """The text of each row. Large other columns are not downloaded.
 
-        `datasets` itself leaves threads behind where a reader stops early, and they can abort or hang Python at its exit
-        (https://github.com/apache/arrow/issues/45214).
+        The reader of `datasets` leaves threads running if it is stopped early, which can abort or
+        hang Python at exit (https://github.com/apache/arrow/issues/45214).
         """
-        from datasets.utils.file_utils import xopen  # open, of what is on the Hub too; for minutes it tries again
+        # It opens local and remote files, and retries for minutes.
+        from datasets.utils.file_utils import xopen
         from pyarrow.parquet import ParquetFile
+
         paths = self.paths(builder)
         for index, path in enumerate(paths):
             with xopen(path, "rb") as file, ParquetFile(file) as parquet:
-                for row, value in enumerate(parquet_column(parquet, self.text_field, self.name), 1):
+                values = records.parquet_column(parquet, self.config.text_field, self.name)
+                for row, value in enumerate(values, 1):
                     self.done = (index + row / parquet.metadata.num_rows) / len(paths)
                     yield value
 
     def streamed_values(self, builder: DatasetBuilder) -> Iterator[Any]:
-        """The text of each example of any other format."""
-        self.paths(builder)  # which knows the splits
-        splits, stated, number = self.split.split("+"), builder.info.splits or {}, 0
-        examples = sum(stated[split].num_examples or 0 for split in splits if split in stated)
+        """The text of each example in any other format."""
+        # Checks the splits.
+        self.paths(builder)
+        splits, infos = self.config.split.split("+"), builder.info.splits or {}
+        total = sum(infos[split].num_examples or 0 for split in splits if split in infos)
+        number = 0
         for split in splits:
             for example in builder.as_streaming_dataset(split=split):
-                value = look_up(example, self.text_field)
-                if value is MISSING:
-                    raise ValueError(f"{self.name} has no field {self.text_field} (its fields are "
-                                     f"{', '.join(list(example)[:10])}): set data.text_field=NAME.")
+                value = records.look_up(example, self.config.text_field)
+                if value is records.MISSING:
+                    raise records.no_field(self.name, self.config.text_field, list(example))
                 number += 1
-                self.done = min(1.0, number / examples) if examples else 0.0
+                if total:
+                    self.done = min(1.0, number / total)
                 yield value
 
 
-def datasets_package() -> Any:
-    """The package. Raises ValueError saying how to install it."""
+def import_datasets() -> Any:
     try:
         import datasets
     except ImportError:
@@ -255,73 +297,74 @@ def datasets_package() -> Any:
 
 
 def refuse_paths_outside(folder: Path) -> None:
-    """Raises ValueError if a data set's card names files outside its folder or on other machines.
+    """Raises ValueError if a dataset card names files outside its folder or on other machines.
 
-    `datasets` would look for them before it says which they are.
+    `datasets` would open them before their names can be checked.
     """
     for card in (folder / "README.md", folder / ".huggingface.yaml"):
         if not os.path.lexists(card):
             continue
         if not is_file_in(folder, str(card)):
             raise ValueError(f"{card} is not a file inside the folder: replace it by a copy.")
-        for path in named_paths(head_of(card)):
-            parts = Path(path).parts
-            if "://" in path or "::" in path or ".." in parts or path.startswith(("/", "~")):
-                raise ValueError(f"{card} names {path}, which is not inside the folder: only its "
-                                 f"own files are read.")
+        for path in data_files(read_card(card)):
+            is_url = "://" in path or "::" in path
+            if is_url or ".." in Path(path).parts or path.startswith(("/", "~")):
+                raise ValueError(
+                    f"{card} names {path}, which is not inside the folder: only its own files are "
+                    f"read."
+                )
 
 
-def head_of(card: Path) -> Any:
-    """The YAML at the beginning of a README.md, or all of a .yaml file."""
+def read_card(card: Path) -> Any:
+    """The YAML header of a README.md, or all of a .yaml file."""
     with open(card, "rb") as file:
-        text = file.read(CARD_BYTES).decode("utf-8", "replace").removeprefix("\ufeff")
+        text = file.read(CARD_BYTES).decode("utf-8-sig", "replace")
     if card.suffix == ".md":
-        head = re.match(r"---\r?\n(.*?)^---", text, re.DOTALL | re.MULTILINE)
-        text = head[1] if head else ""
+        header = re.match(r"---\r?\n(.*?)^---", text, re.DOTALL | re.MULTILINE)
+        text = header[1] if header else ""
     try:
         return yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError) as error:
-        reason = in_one_line(error)
-        raise ValueError(f"{card} is not valid YAML at its beginning ({reason}).") from None
+        raise ValueError(f"The YAML header of {card} is invalid ({first_line(error)}).") from None
 
 
-def named_paths(head: Any) -> Iterator[str]:
-    """The paths and patterns of files that the head of a card names."""
-    configs = head.get("configs") if isinstance(head, dict) else None
-    waiting = []
-    for config in configs if isinstance(configs, list) else []:
-        if isinstance(config, dict):
-            waiting += [config.get("data_files"), config.get("data_dir")]
-    # A YAML file can hold the same list very often, by aliases.
+def data_files(card: Any) -> Iterator[str]:
+    """The paths and patterns of files in the configurations of a dataset card."""
+    waiting: list[Any] = []
+    match card:
+        case {"configs": list(configs)}:
+            for config in configs:
+                if isinstance(config, dict):
+                    waiting += [config.get("data_files"), config.get("data_dir")]
+    # YAML aliases can repeat the same list exponentially often.
     seen = set()
     while waiting:
         value = waiting.pop()
         if isinstance(value, str):
             yield value
-        elif id(value) not in seen:
+        elif isinstance(value, dict | list) and id(value) not in seen:
             seen.add(id(value))
-            if isinstance(value, dict):
-                waiting += value.values()
-            elif isinstance(value, list):
-                waiting += value
+            waiting += value.values() if isinstance(value, dict) else value
 
 
 def is_file_in(folder: Path, path: str) -> bool:
     """Whether a path is a regular file below `folder` after all symbolic links are followed.
 
-    Or, where `folder` is a snapshot in the cache of the Hub, a file that this cache keeps for it.
+    If `folder` is a snapshot in the Hub's cache, its files may be in that cache's `blobs`.
     """
-    place, folder = Path(path).resolve(), folder.resolve()
-    homes = [folder]
+    file, folder = Path(path).resolve(), folder.resolve()
+    allowed = [folder]
     if folder.parent.name == "snapshots":
-        homes.append(folder.parents[1] / "blobs")
-    return place.is_file() and any(place.is_relative_to(home) for home in homes)
+        allowed.append(folder.parents[1] / "blobs")
+    return file.is_file() and any(file.is_relative_to(parent) for parent in allowed)
 
 
 def no_answer(error: Exception) -> ValueError:
-    return ValueError(f"The Hugging Face Hub does not answer ({in_one_line(error)}): check the network.")
+    return ValueError(
+        f"The Hugging Face Hub does not answer ({first_line(error)}): check the network."
+    )
 
 
-def in_one_line(error: Exception) -> str:
-    """What an error says, without the advice that follows in further lines."""
+def first_line(error: Exception) -> str:
+    """The first line of an error message. Further lines are advice."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -178,10 +178,10 @@ def make_tokenizer(config: DataConfig, corpora: list[Corpus]) -> Tokenizer:
         return BPETokenizer.train(chain.from_iterable(samples), config.vocab_size)
     characters: set[str] = set()
     for corpus in corpora:
-        with corpus.watched("Listing characters") as watch:
+        with corpus.progress("Listing characters") as update:
             for piece in corpus.pieces():
                 characters.update(piece.text)
-                watch(piece.text)
+                update()
     several = len(corpora) > 1 or corpora[0].has_boundaries
     return CharTokenizer("".join(sorted(characters)), with_end_of_text=several)
 

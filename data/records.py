@@ -1,69 +1,90 @@
 """The texts in files of records: JSON Lines, a JSON array, CSV, TSV and Parquet.
 
-Each reader gives a text or a BadRecord for every record, with never more in memory than a record
-may have. Knows records; knows no tokens, and does not decide what happens to bad ones.
+Each reader yields a text or a BadRecord for each record, and holds one record in memory at most.
+Does not decide what happens to bad records.
 """
 
 from __future__ import annotations
 
 import csv
+import io
 import json
-import re
 from collections.abc import Iterator
-from itertools import chain, repeat
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from data.encodings import not_text
+from data.unpack import stream_of
+from terminal import counted
 
-RECORD_BYTES = 2**26  # the most that a record may have, as it must be in memory at once
-BATCH_BYTES = 2**20  # of Parquet: what the rows that are read at once have
-BOMB_BYTES, BOMB_RATIO = 2**28, 200  # of Parquet: columns beyond both are not unpacked
+RECORD_BYTES = 2**26  # the limit for one record, as it must fit in memory
+BATCH_BYTES = 2**20  # of the Parquet rows that are read at a time
+BOMB_BYTES, BOMB_RATIO = 2**28, 200  # Parquet columns beyond both are not decompressed
 MISSING = object()
 DELIMITERS = {".csv": ",;\t|", ".tsv": "\t"}
-DECODER = json.JSONDecoder()
-BARE_RETURN = re.compile(r"(?<=\r)(?!\n)")
+JSON_TYPES = {
+    type(None): "null",
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+    list: "a list",
+    dict: "an object with fields",
+}
 
 
 class BadRecord(NamedTuple):
-    """A record without text: where it is and what is wrong, and what to do."""
+    """Why a record has no text, and where it is."""
 
     problem: str  # such as "line 3 is not JSON (...)"
     advice: str = ""  # such as "set data.text_field=NAME"
 
     def refusal(self, name: str) -> ValueError:
-        """For a record of the file or data set `name`."""
+        """The error for a record of the file or dataset `name`."""
         advice = f"{self.advice}, or " if self.advice else ""
         return ValueError(
-            f"{name}, {self.problem}: {advice}set data.on_bad_record=skip to leave such "
-            f"records out."
+            f"{name}, {self.problem}: {advice}set data.on_bad_record=skip to skip such records."
         )
 
 
 def skipped_records(number: int) -> str:
-    """What a description of a source adds about them."""
-    if not number:
-        return ""
-    return f", {number:,} {'record' if number == 1 else 'records'} without text skipped"
+    """The addition to the description of a source."""
+    return f", {counted(number, 'record')} without text skipped" if number else ""
 
 
 class OfType(NamedTuple):
-    """Stands for a value of Parquet that is not text and is not read."""
+    """Stands for a Parquet value that is not text and is not read."""
 
-    name: str  # of the type
+    name: str
+
+
+def read_records(
+    blocks: Iterator[str], kind: str, field: str, path: Path
+) -> Iterator[str | BadRecord]:
+    """The text of each record in a file whose content is `blocks`. `kind` is its suffix."""
+    if kind in DELIMITERS:
+        return delimited(blocks, kind, field, path)
+    first = next(blocks, "")
+    if kind == ".json" and first.lstrip().startswith("["):
+        return json_array(chain([first], blocks), field, path)
+    return json_lines(chain([first], blocks), field, path)
 
 
 def text_of(record: Any, field: str, place: str) -> str | BadRecord:
-    """The text of a record: its `field`, or the record itself if that is a text."""
+    """The text of a JSON record: its `field`, or the record itself if it is a string."""
     if isinstance(record, str):
         return well_formed(record)
     if not isinstance(record, dict):
-        return BadRecord(f"{place} is not a record with fields (it is {kind_of(record)})")
-    return as_text(look_up(record, field), field, place, list(record))
+        return BadRecord(f"{place} is not a record with fields (it is {type_name(record)})")
+    value = look_up(record, field)
+    if value is MISSING:
+        names = ", ".join(list(record)[:10])
+        fields = f"its fields are {names}" if names else "it has no fields"
+        return BadRecord(f"{place} has no field {field} ({fields})", "set data.text_field=NAME")
+    return as_text(value, field, place)
 
 
 def look_up(record: dict[str, Any], field: str) -> Any:
-    """The value of a field. A name with dots, as in data.text, also names a field of a field."""
+    """The value of a field, or MISSING. Dots separate the names of nested fields (data.text)."""
     if field in record:
         return record[field]
     value: Any = record
@@ -74,218 +95,181 @@ def look_up(record: dict[str, Any], field: str) -> Any:
     return value
 
 
-def as_text(value: Any, field: str, place: str, fields: list[str]) -> str | BadRecord:
+def as_text(value: Any, field: str, place: str) -> str | BadRecord:
     if isinstance(value, str):
         return well_formed(value)
-    if value is MISSING:
-        there = (
-            f"its fields are {', '.join(map(str, fields[:10]))}" if fields else "it has no fields"
-        )
-        return BadRecord(f"{place} has no field {field} ({there})", "set data.text_field=NAME")
-    return BadRecord(f"{place} has no text in the field {field} (it is {kind_of(value)})")
+    return BadRecord(f"{place} has no text in the field {field} (it is {type_name(value)})")
 
 
-def kind_of(value: Any) -> str:
-    """What a value is, in the words of JSON."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "true or false"
-    if isinstance(value, int | float):
-        return "a number"
-    if isinstance(value, list):
-        return "a list"
+def type_name(value: Any) -> str:
     if isinstance(value, OfType):
         return f"of type {value.name}"
-    return "an object with fields" if isinstance(value, dict) else f"a {type(value).__name__}"
+    return JSON_TYPES.get(type(value), f"a {type(value).__name__}")
 
 
 def well_formed(text: str) -> str:
-    """JSON can spell half of a character, which UTF-8 cannot hold: it becomes a question mark."""
+    """`text` with ? for each lone surrogate, which JSON can hold and UTF-8 cannot."""
     return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
 
-# Lines
+def no_field(name: str, field: str, fields: list[str]) -> ValueError:
+    names = ", ".join(fields[:10])
+    return ValueError(
+        f"{name} has no field {field} (its fields are {names}): set data.text_field=NAME."
+    )
 
 
-def lines_of(file: BinaryIO, path: Path) -> Iterator[bytes]:
-    """Raises ValueError for a line that is longer than a record may be."""
+def too_long(place: str) -> ValueError:
+    return ValueError(
+        f"{place} is longer than {RECORD_BYTES // 2**20} MB, the limit for one record: split it, "
+        f"or store long texts as plain text."
+    )
+
+
+def lines_of(blocks: Iterator[str], newline: str, path: Path) -> Iterator[str]:
+    """The lines of a text with their ends. `newline` is as in `open`.
+
+    Raises ValueError for a line that is longer than a record may be.
+    """
+    stream = stream_of(block.encode("utf-8", "replace") for block in blocks)
+    file = io.TextIOWrapper(stream, "utf-8", newline=newline)
     number = 0
     while line := file.readline(RECORD_BYTES + 1):
         number += 1
         if len(line) > RECORD_BYTES:
-            raise ValueError(too_long(f"{path}, line {number}"))
+            raise too_long(f"{path}, line {number}")
         yield line
 
 
-def too_long(place: str) -> str:
-    return (
-        f"{place} is longer than {RECORD_BYTES // 2**20} MB, the most that a record may have: "
-        f"split it, or keep long texts as plain text."
-    )
+# JSON
 
 
-def decoded(line: bytes, errors: str, path: Path, number: int) -> str:
-    """Raises ValueError for a line that is not UTF-8."""
-    if errors == "strict" and 0 in line:
-        place = f"byte 0x00, byte {line.index(0) + 1} of the line"
-        raise ValueError(f"{path}, line {number} {not_text('utf-8', line, place)}")
-    try:
-        return line.decode("utf-8", errors)
-    except UnicodeDecodeError as error:
-        place = f"byte 0x{line[error.start]:02x}, byte {error.start + 1} of the line"
-        raise ValueError(f"{path}, line {number} {not_text('utf-8', line, place)}") from None
-
-
-def json_lines(file: BinaryIO, field: str, errors: str, path: Path) -> Iterator[str | BadRecord]:
-    """The text of each line's record. Blank lines are no records."""
-    for number, line in enumerate(lines_of(file, path), 1):
+def json_lines(blocks: Iterator[str], field: str, path: Path) -> Iterator[str | BadRecord]:
+    """The text of the record on each line. Blank lines are skipped."""
+    for number, line in enumerate(lines_of(blocks, "\n", path), 1):
         if line.isspace():
             continue
-        text = decoded(line, errors, path, number)
         try:
-            record = json.loads(text)
+            record = json.loads(line)
         except (ValueError, RecursionError) as error:
             yield BadRecord(
                 f"line {number} is not JSON ({reason_of(error)})",
-                "a file has one record a line, or, as .json, one array of records",
+                "write one record per line, or, in .json, one array of records",
             )
             continue
         yield text_of(record, field, f"line {number}")
 
 
 def reason_of(error: ValueError | RecursionError) -> str:
-    """Why something is not JSON, without places that count from somewhere else."""
+    """Why something is not JSON. Only the position in the record is given, not in the block."""
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg} at character {error.pos + 1}"
     return "too deeply nested" if isinstance(error, RecursionError) else str(error)
 
 
 def json_array(blocks: Iterator[str], field: str, path: Path) -> Iterator[str | BadRecord]:
-    """The text of each element of a JSON array, of which `blocks` are the pieces.
+    """The text of each element of a JSON array.
 
-    Raises ValueError where it is not JSON: what follows cannot be told apart there.
+    Raises ValueError for invalid JSON, as the start of the next element is unknown then.
     """
-    text, place, number = next(blocks, "").lstrip()[1:], 0, 0
+    text = next(blocks).lstrip()[1:]
+    start, number, n_blocks = 0, 0, 1
     while True:
         try:
-            record, end = element(text, place)
+            record, end = array_element(text, start)
         except (ValueError, RecursionError) as error:
-            text = text[place:]
-            more = following(blocks, len(text)) if may_be_cut(error) else ""
+            text, start = text[start:], 0
+            more = "".join(islice(blocks, n_blocks)) if may_be_cut(error) else ""
             if not more:
-                raise ValueError(
-                    f"{path}, record {number + 1} is not JSON ({reason_of(error)})."
-                ) from None
+                place = f"{path}, record {number + 1}"
+                raise ValueError(f"{place} is not JSON ({reason_of(error)}).") from None
             if len(text) > RECORD_BYTES:
-                raise ValueError(too_long(f"{path}, record {number + 1}")) from None
-            text, place = text + more, 0
+                raise too_long(f"{path}, record {number + 1}") from None
+            text += more
+            # Each attempt starts at the beginning of the element. Doubling keeps the time linear.
+            n_blocks *= 2
             continue
+        n_blocks = 1
         if record is not MISSING:
             number += 1
             yield text_of(record, field, f"record {number}")
-        place = end
+        start = end
         if text[end - 1] == "]":
             break
-    if any(block.strip() for block in chain([text[place:]], blocks)):
-        raise ValueError(f"{path} has more behind the end of its array: only one array is read.")
+    if any(block.strip() for block in chain([text[start:]], blocks)):
+        raise ValueError(f"{path} has more text after its array: only one array is read.")
 
 
-def element(text: str, start: int) -> tuple[Any, int]:
-    """The element of an array that begins at `start`, and the place behind what ends it.
+def array_element(text: str, start: int) -> tuple[Any, int]:
+    """The element of an array at `start`, and where the next one starts.
 
-    MISSING for an array without elements. Raises ValueError if it is not there whole.
+    MISSING at the end of the array. Raises ValueError if the element is incomplete.
     """
     start = skip_blanks(text, start)
     if text[start : start + 1] == "]":
         return MISSING, start + 1
-    record, end = DECODER.raw_decode(text, start)
+    record, end = json.JSONDecoder().raw_decode(text, start)
     end = skip_blanks(text, end)
     if text[end : end + 1] not in (",", "]"):
         raise json.JSONDecodeError("Expecting a comma or the end of the array", text, end)
     return record, end + 1
 
 
+def skip_blanks(text: str, start: int) -> int:
+    return json.decoder.WHITESPACE.match(text, start).end()
+
+
 def may_be_cut(error: ValueError | RecursionError) -> bool:
     """Whether more text might complete the element that cannot be read."""
     if not isinstance(error, json.JSONDecodeError):
         return False
-    # A part of the longest word, -Infinity, or of an escape such as \u00e9.
+    # The longest words are -Infinity and escapes such as \u00e9.
     return error.msg.startswith("Unterminated string") or len(error.doc.rstrip()) - error.pos < 10
 
 
-def following(blocks: Iterator[str], least: int) -> str:
-    """The next blocks, with more than `least` characters. Doubling keeps reading linear."""
-    found: list[str] = []
-    length = 0
-    for block in blocks:
-        found.append(block)
-        length += len(block)
-        if length > least:
-            break
-    return "".join(found)
-
-
-def skip_blanks(text: str, place: int) -> int:
-    return json.decoder.WHITESPACE.match(text, place).end()
-
-
-# Columns
-
-
-class TextLines:
-    """The lines of a CSV file. `size` counts the bytes since it was last set to 0.
-
-    Raises ValueError when that is more than a record may have, and for what is not UTF-8.
-    """
-
-    def __init__(self, file: BinaryIO, errors: str, path: Path) -> None:
-        self.file, self.errors, self.path = file, errors, path
-        self.size = 0
-
-    def __iter__(self) -> Iterator[str]:
-        for number, line in enumerate(lines_of(self.file, self.path), 1):
-            self.size += len(line)
-            if self.size > RECORD_BYTES:
-                raise ValueError(too_long(f"{self.path}: the record that has line {number}"))
-            text = decoded(line, self.errors, self.path, number)
-            # Old Macs end a line with \r alone.
-            yield from BARE_RETURN.split(text) if "\r" in text[:-2] else [text]
+# Tables
 
 
 def delimited(
-    file: BinaryIO, ending: str, field: str, errors: str, path: Path
+    blocks: Iterator[str], kind: str, field: str, path: Path
 ) -> Iterator[str | BadRecord]:
     """The text of each row of CSV or TSV, whose first row names the columns.
 
-    Blank lines are no rows. Raises ValueError if there is no such column.
+    Blank lines are skipped. Raises ValueError if there is no such column.
     """
     csv.field_size_limit(RECORD_BYTES)
-    lines = TextLines(file, errors, path)
-    found = iter(lines)
-    first = next((line for line in found if line.strip()), "")
-    if not first:
-        return
-    rows = csv.reader(
-        chain([first], found), delimiter=delimiter_of(first, ending, field), strict=True
-    )
+    n_blank, row_size = 0, 0
+
+    def counted_lines() -> Iterator[str]:
+        nonlocal row_size
+        # Lines can end with \r alone.
+        for number, line in enumerate(lines_of(blocks, "", path), 1):
+            row_size += len(line)
+            if row_size > RECORD_BYTES:
+                raise too_long(f"{path}: the record on line {number}")
+            yield line
+
+    lines = counted_lines()
+    first = next(lines, "")
+    while first.isspace():
+        n_blank += 1
+        first = next(lines, "")
+    delimiter = delimiter_of(first, kind, field)
+    rows = csv.reader(chain([first], lines), delimiter=delimiter, strict=True)
     header: list[str] = []
     while True:
-        lines.size, line = 0, rows.line_num + 1
+        row_size, line = 0, n_blank + rows.line_num + 1
         try:
-            row = next(rows)
-        except StopIteration:
-            return
+            row = next(rows, None)
         except csv.Error as error:
-            yield BadRecord(f"line {line} is not {ending[1:].upper()} ({error})")
+            yield BadRecord(f"line {line} is not {kind[1:].upper()} ({error})")
             continue
+        if row is None:
+            return
         if not header:
-            header = names_of(row)
-            if field not in header:
-                raise ValueError(
-                    f"{path} has no field {field} (its fields are {', '.join(header[:10])}): "
-                    f"set data.text_field=NAME."
-                )
+            header = [name.strip() for name in row]
+            if header and field not in header:
+                raise no_field(str(path), field, header)
         elif row and len(row) != len(header):
             yield BadRecord(
                 f"line {line} has {len(row):,} fields and the header has {len(header):,}"
@@ -294,74 +278,83 @@ def delimited(
             yield well_formed(row[header.index(field)])
 
 
-def delimiter_of(first: str, ending: str, field: str) -> str:
-    """What separates columns: of .csv, what makes `field` a name in the first line."""
-    for delimiter in DELIMITERS[ending]:
-        if field in names_of(next(csv.reader([first], delimiter=delimiter), [])):
+def delimiter_of(first: str, kind: str, field: str) -> str:
+    """The delimiter that makes `field` a column name in the first line, or else the usual one."""
+    for delimiter in DELIMITERS[kind]:
+        names = next(csv.reader([first], delimiter=delimiter), [])
+        if field in [name.strip() for name in names]:
             return delimiter
-    return DELIMITERS[ending][0]
+    return DELIMITERS[kind][0]
 
 
-def names_of(row: list[str]) -> list[str]:
-    return [name.strip() for name in row]
+# Parquet
 
 
 def parquet(file: BinaryIO, field: str, path: Path) -> Iterator[str | BadRecord]:
     """The text of each row. Raises ValueError for damage, and if there is no such column."""
     try:
-        from pyarrow import parquet as reader
+        from pyarrow import parquet as pq
     except ImportError:
         raise ValueError(f"{path}: reading .parquet needs pyarrow: pip install pyarrow.") from None
     try:
-        with reader.ParquetFile(file, buffer_size=2**18) as opened:
+        with pq.ParquetFile(file, buffer_size=2**18) as opened:
             for row, value in enumerate(parquet_column(opened, field, str(path)), 1):
-                yield as_text(value, field, f"row {row}", [])
+                yield as_text(value, field, f"row {row}")
     except Exception as error:
-        # pyarrow raises many kinds for damage: its own, OSError, UnicodeDecodeError.
+        # pyarrow raises many exceptions for damage: its own, OSError, UnicodeDecodeError.
         if type(error) is ValueError and str(path) in str(error):
-            raise  # a sentence already
-        said = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path} is damaged, or no Parquet file ({said}).") from None
+            raise
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path} is damaged, or not a Parquet file ({reason}).") from None
 
 
 def parquet_column(file: Any, field: str, name: str) -> Iterator[Any]:
-    """The values of a column of a pyarrow ParquetFile, few of them in memory at a time.
+    """The values of a column of a pyarrow ParquetFile, with few of them in memory at a time.
 
-    Of a column that is not text, each value is an OfType. Raises ValueError if the file, which
-    messages call `name`, has no such column or is a decompression bomb.
+    Each value of a column that is not text is an OfType. Raises ValueError, which calls the file
+    `name`, if there is no such column or the file is a decompression bomb.
     """
     columns = [file.schema.column(number).path for number in range(len(file.schema))]
-    kind = column_type(file.schema_arrow, field)
+    names = [field] if field in file.schema_arrow.names else field.split(".")
+    kind = column_type(file.schema_arrow, names)
     if kind is None:
-        there = ", ".join(file.schema_arrow.names[:10])
-        raise ValueError(
-            f"{name} has no field {field} (its fields are {there}): set data.text_field=NAME."
-        )
+        raise no_field(name, field, file.schema_arrow.names)
     for number in range(file.num_row_groups):
         group = file.metadata.row_group(number)
         if not is_text(kind):
             yield from repeat(OfType(str(kind)), group.num_rows)
             continue
         chunk = group.column(columns.index(field))
-        size = chunk.total_uncompressed_size
-        if size > BOMB_BYTES and size > BOMB_RATIO * chunk.total_compressed_size:
+        packed, size = chunk.total_compressed_size, chunk.total_uncompressed_size
+        if size > BOMB_BYTES and size > BOMB_RATIO * packed:
             raise ValueError(
-                f"{name} unpacks {chunk.total_compressed_size:,} bytes to {size // 2**20:,} MB at "
-                f"once, "
-                f"like a decompression bomb: write it again with smaller row groups."
+                f"{name} decompresses {packed:,} bytes to {size // 2**20:,} MB at once, like a "
+                f"decompression bomb: write it again with smaller row groups."
             )
         rows = batch_rows(chunk.encodings, size, group.num_rows)
         for batch in file.iter_batches(
             batch_size=rows, row_groups=[number], columns=[field], use_threads=False
         ):
-            if field in file.schema_arrow.names:
-                yield from batch.column(0).to_pylist()
-            else:
-                yield from (look_up(row, field) for row in batch.to_pylist())
+            values = batch.column(0)
+            for nested in names[1:]:
+                values = values.field(nested)
+            yield from values.to_pylist()
+
+
+def column_type(schema: Any, names: list[str]) -> Any:
+    """The pyarrow type of a column, or of a nested field by its path. None if there is none."""
+    import pyarrow
+
+    kind = pyarrow.struct(list(schema))
+    for name in names:
+        if not pyarrow.types.is_struct(kind) or kind.get_field_index(name) < 0:
+            return None
+        kind = kind.field(name).type
+    return kind
 
 
 def is_text(kind: Any) -> bool:
-    """Whether a pyarrow type is text, also one that keeps each text once."""
+    """Whether a pyarrow type is text, including dictionary-encoded text."""
     from pyarrow import types
 
     if types.is_dictionary(kind):
@@ -370,30 +363,11 @@ def is_text(kind: Any) -> bool:
 
 
 def batch_rows(encodings: tuple[str, ...], size: int, rows: int) -> int:
-    """The rows to read at once, of a column whose pages have `size` bytes.
-
-    A dictionary holds a value once that many rows have, as do the prefixes of delta encoding.
-    There, each row might have as many bytes as all pages.
-    """
+    """The number of rows to read at a time, of a column whose pages have `size` bytes."""
     if set(encodings) <= {"PLAIN", "RLE", "BIT_PACKED"}:
         at_once = BATCH_BYTES * rows // max(1, size)
     else:
+        # A dictionary holds the value of many rows once, and so do the prefixes of delta encoding.
+        # Each row can have as many bytes as all pages.
         at_once = RECORD_BYTES // max(1, size)
     return max(1, min(1024, at_once))
-
-
-def column_type(schema: Any, field: str) -> Any:
-    """The pyarrow type of a column, or of a field of a field. None if there is none."""
-    import pyarrow
-
-    if field in schema.names:
-        return schema.field(field).type
-    first, *rest = field.split(".")
-    if first not in schema.names:
-        return None
-    kind = schema.field(first).type
-    for name in rest:
-        if not pyarrow.types.is_struct(kind) or kind.get_field_index(name) < 0:
-            return None
-        kind = kind.field(name).type
-    return kind

@@ -5,18 +5,14 @@ Knows files and text; knows no tokens.
 
 from __future__ import annotations
 
-import ast
 import codecs
 import hashlib
 import http.client
 import os
-import platform
-import sysconfig
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Literal, Protocol, get_args, get_type_hints
 
@@ -24,13 +20,13 @@ import atomic
 from data import files
 from data.files import Document, File
 from data.hub import Hub
+from data.library import PyDocs, StdLib
 from data.mixture import read_mix
 from data.records import skipped_records
 from data.separator import divide, unescaped
 from data.store import data_root, sha256_of
-from progress import ProgressBar
 from setting import range_problems, setting
-from terminal import say
+from terminal import counted, say
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -157,16 +153,21 @@ class DataConfig:
 
 
 def missing_path(setting: str, path: str) -> Iterator[str]:
-    """The sentence about a path that does not exist; of a glob, that is known when it is read."""
+    """The problem of a path that does not exist. A glob is checked when it is read."""
     place = Path(expanded(path))
-    if path and place.is_symlink() and not place.exists():
+    if not path or place.exists():
+        return
+    if place.is_symlink():
         yield f"{setting}={path} {files.unreadable(place)}."
-    elif path and not place.exists() and not set(path) & set("*?["):
-        yield f"{setting}={path} does not exist: check the spelling, and that it is relative to {Path.cwd()}."
+    elif not set(path) & set("*?["):
+        yield (
+            f"{setting}={path} does not exist: check the spelling, and that it is relative to "
+            f"{Path.cwd()}."
+        )
 
 
 def is_text_encoding(name: str) -> bool:
-    """Whether Python can decode files in an encoding of this name, block by block."""
+    """Whether Python can decode text in an encoding of this name, block by block."""
     try:
         codecs.getincrementaldecoder(name)
         return isinstance("a".encode(name).decode(name), str)
@@ -175,37 +176,40 @@ def is_text_encoding(name: str) -> bool:
 
 
 def expanded(path: str) -> str:
-    """`path` with the user's home folder in place of ~; unchanged where there is no such user."""
+    """`path` with the user's home folder in place of ~."""
     return os.path.expanduser(path)
 
 
 class Source(Protocol):
-    """Where documents come from; they can be read again and again."""
+    """An origin of documents that can be read again and again."""
 
     def fingerprint(self) -> str: ...
+
     def documents(self) -> Iterator[Document]: ...
-    def fraction(self) -> float: ...  # how far the reading has come, from 0 to 1; 0 where nobody knows
-    def description(self) -> str: ...  # how many files there are, and which are left out
+
+    def fraction(self) -> float:
+        """The fraction that has been read, from 0 to 1; 0 where the size is unknown."""
+
+    def description(self) -> str:
+        """The number of files, and what was skipped in the latest reading."""
 
 
 def open_source(config: DataConfig) -> Source:
-    """The source that `config` names. Downloads where that is what it takes."""
+    """The source that `config` names, which may be downloaded."""
     if config.source == "pydocs":
         return PyDocs()
     if config.source == "stdlib":
         return StdLib()
     if config.source == "hub":
-        return Hub(config.hub_name, config.hub_config, config.split, config.text_field, config.hub_revision,
-                   data_root() / "hub", config.on_bad_record)
+        return Hub(config)
     path = config.path
     if config.source == "shakespeare" and not path:
         path = str(fetch(SHAKESPEARE_URL, SHAKESPEARE_SHA256))
-    return Files(path, config.text_field, config.errors, config.separator, config.encoding,
-                 config.on_bad_record)
+    return Files(path, config)
 
 
 def open_validation(config: DataConfig) -> Source | None:
-    """The source of the text to validate on, where it is not a part of the training text."""
+    """The source of the validation text, or None if it is a part of the training text."""
     if config.val_path:
         return open_source(replace(config, source="text", path=config.val_path))
     if config.val_split:
@@ -214,186 +218,113 @@ def open_validation(config: DataConfig) -> Source | None:
 
 
 def open_sources(config: DataConfig) -> dict[str, Source]:
-    """The sources that `config` names, by name: one, or the parts of a mixture."""
+    """The source that `config` names, or the parts of a mixture, by name.
+
+    Raises ValueError for a setting that no file uses.
+    """
     if config.mix:
         sources = {name: open_source(config.part(name)) for name in read_mix(config.mix)}
     else:
         sources = {config.source: open_source(config)}
-    if config.separator and not any(isinstance(source, Files) and source.has_plain_text() for source in sources.values()):
-        raise ValueError(f"data.separator={config.separator} divides plain text, and {config.mix or config.path} holds "
-                         f"only records: leave it out.")
-    has_records = any(map(reads_records, sources.values())) or config.val_path
+    place = config.mix or config.path
+    kinds = {kind for source in sources.values() for kind in kinds_of(source)}
+    if config.separator and "text" not in kinds:
+        raise ValueError(
+            f"data.separator={config.separator} divides plain text, and {place} holds only "
+            f"records: leave it out."
+        )
+    has_records = kinds - {"text"} or config.val_path
     if config.text_field != DataConfig.text_field and not has_records:
         raise ValueError(
-            f"data.text_field={config.text_field} names a field of records, and "
-            f"{config.mix or config.path} holds none, only plain text: leave it out, or give files "
-            f"of records one of the endings {', '.join(files.RECORDS)}."
+            f"data.text_field={config.text_field} names a field of records, and {place} holds "
+            f"only plain text: leave it out, or give files of records one of the extensions "
+            f"{', '.join(files.RECORDS)}."
         )
     return sources
 
 
-def reads_records(source: Source) -> bool:
-    return isinstance(source, Hub) or (isinstance(source, Files) and source.has_records())
-
-
-def library_files(library: Path | None = None) -> tuple[Path, list[Path]]:
-    """The folder of the standard library, and its files without tests and what was installed beside it."""
-    folder = library or Path(sysconfig.get_paths()["stdlib"])
-    skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__"}
-    paths: list[Path] = []
-    for parent, inner, names in os.walk(folder):
-        inner[:] = set(inner) - skipped  # not even looked into: what is installed is many times as much
-        paths += (Path(parent, name) for name in names if name.endswith(".py"))
-    return folder, sorted(paths)
-
-
-def library_fingerprint(kind: str, folder: Path, paths: list[Path]) -> str:
-    """Changes with the Python version, and with the name or any byte of a file; 12 MB are read in 25 ms."""
-    digest = hashlib.sha256(f"{kind} {platform.python_version()}\n".encode())
-    for path in paths:
-        content = path.read_bytes()
-        digest.update(f"{path.relative_to(folder)} {len(content)}\n".encode())
-        digest.update(content)
-    return digest.hexdigest()
-
-
-class PyDocs:
-    """The English inside every Python: the language reference of `pydoc_data`, and all docstrings.
-
-    Read with `ast`, never by importing. It varies with the Python version, so figures name that.
-    """
-
-    def __init__(self, library: Path | None = None) -> None:
-        self.stdlib, self.files = library_files(library)
-
-    def fingerprint(self) -> str:
-        """Changes with the Python version, and with the name or any byte of a file."""
-        return library_fingerprint("pydocs", self.stdlib, self.files)
-
-    def documents(self) -> Iterator[Document]:
-        yield from map(Document.of, self.texts)
-
-    def fraction(self) -> float:
-        return 0.0
-
-    def description(self) -> str:
-        return f"{len(self.files):,} files of Python's standard library"
-
-    @cached_property
-    def texts(self) -> list[str]:
-        """All of them, about 2 MB: parsing takes seconds, so it is done once."""
-        texts: list[str] = []
-        for path in ProgressBar(self.files, "Reading the standard library", unit="files", leave=False):
-            try:
-                tree = ast.parse(path.read_bytes())
-            except (SyntaxError, ValueError):
-                continue  # a template or an example of broken code: nothing to read
-            if path.relative_to(self.stdlib).as_posix() == "pydoc_data/topics.py":
-                texts.extend(self.topics(tree))
-            for node in ast.walk(tree):
-                if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                    texts.append(ast.get_docstring(node) or "")
-        return [text for text in texts if text.strip()]
-
-    @staticmethod
-    def topics(tree: ast.Module) -> Iterator[str]:
-        """The values of the dictionary of help topics, `topics = {...}`."""
-        for node in tree.body:
-            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
-                yield from ast.literal_eval(node.value).values()
-
-
-class StdLib:
-    """The source code of Python's standard library, about 12 MB, each file a document: code to learn, without a download."""
-
-    def __init__(self, library: Path | None = None) -> None:
-        self.stdlib, self.files = library_files(library)
-
-    def fingerprint(self) -> str:
-        """Changes with the Python version, and with the name or any byte of a file."""
-        return library_fingerprint("stdlib", self.stdlib, self.files)
-
-    def documents(self) -> Iterator[Document]:
-        for path in self.files:
-            text = path.read_bytes().decode("utf-8", "replace")
-            if text.strip():
-                yield Document.of(text)
-
-    def fraction(self) -> float:
-        return 0.0
-
-    def description(self) -> str:
-        return f"{len(self.files):,} files of Python's standard library"
+def kinds_of(source: Source) -> set[str]:
+    """The kinds of files in a source whose reading has settings."""
+    if isinstance(source, Hub):
+        return {"hub"}
+    return {file.kind for file in source.files} if isinstance(source, Files) else set()
 
 
 class Files:
-    """What `data.path` names: a file, a folder, or a glob. `data/files.py` says what is a document in it."""
+    """A file, a folder or a glob, with documents as described in data/files.py."""
 
-    def __init__(self, path: str, text_field: str = "text", errors: str = "strict", separator: str = "",
-                 encoding: str = "", on_bad_record: str = "stop") -> None:
+    def __init__(self, path: str, config: DataConfig = DataConfig()) -> None:
         self.skipped: Counter[str] = Counter()
-        self.files = [File(one, text_field, errors, encoding, on_bad_record)
-                      for one in files.find(expanded(path), self.skipped)]
-        self.separator = unescaped(separator)
-        # Newer settings are left out at their defaults, so that they do not change old fingerprints.
-        self.read_as = f"files {text_field} {errors}" + (f" {self.separator!r}" if separator else "")
+        paths = files.find(expanded(path), self.skipped)
+        text_field, errors, encoding = config.text_field, config.errors, config.encoding
+        on_bad_record = config.on_bad_record
+        self.files = [File(one, text_field, errors, encoding, on_bad_record) for one in paths]
+        self.separator = unescaped(config.separator)
+        # Newer settings are left out at their defaults, so that old fingerprints stay valid.
+        self.settings = f"files {text_field} {errors}"
+        if self.separator:
+            self.settings += f" {self.separator!r}"
         if encoding or on_bad_record != "stop":
-            self.read_as += f" {encoding} {on_bad_record}"
-        self.sizes = [file.path.stat().st_size for file in self.files]
+            self.settings += f" {encoding} {on_bad_record}"
+        self.sizes = [path.stat().st_size for path in paths]
         self.total = sum(self.sizes)
-        self.reading = 0  # the index of the file that is read now
-        self.read_before = 0  # bytes of the files before it
+        self.current = self.files[0]
+        self.read_before = 0  # bytes in the files before the current one
 
     def fingerprint(self) -> str:
-        """Changes with any byte of any file, and with what is read of them."""
-        digest = hashlib.sha256(self.read_as.encode())
-        for file, sha256 in zip(self.files, sha256_of([file.path for file in self.files]), strict=True):
+        """Changes with any byte of any file, and with the settings that change its documents."""
+        digest = hashlib.sha256(self.settings.encode())
+        hashes = sha256_of([file.path for file in self.files])
+        for file, sha256 in zip(self.files, hashes, strict=True):
             digest.update(file.kind.encode() + bytes.fromhex(sha256))
         return digest.hexdigest()
 
     def documents(self) -> Iterator[Document]:
         before = 0
-        for number, file in enumerate(self.files):
-            self.reading, self.read_before = number, before
+        for file, size in zip(self.files, self.sizes, strict=True):
+            self.current, self.read_before = file, before
             if self.separator and file.kind == "text":
                 yield from divide(file.text_pieces, self.separator)
             else:
                 yield from file.documents()
-            before += self.sizes[number]
+            before += size
 
     def fraction(self) -> float:
-        return (self.read_before + self.files[self.reading].position()) / max(1, self.total)
-
-    def has_plain_text(self) -> bool:
-        return any(file.kind == "text" for file in self.files)
-
-    def has_records(self) -> bool:
-        return any(file.kind != "text" for file in self.files)
+        return (self.read_before + self.current.position()) / max(1, self.total)
 
     def description(self) -> str:
-        said = f"{len(self.files):,} files" if len(self.files) != 1 else "1 file"
-        skipped = f" ({files.skipped_files(self.skipped)})" if self.skipped else ""
-        return said + skipped + skipped_records(sum(file.bad_records for file in self.files))
+        text = counted(len(self.files), "file")
+        if self.skipped:
+            text += f" ({files.skipped_files(self.skipped)})"
+        return text + skipped_records(sum(file.bad_records for file in self.files))
 
 
 def fetch(url: str, sha256: str) -> Path:
-    """Download a file once and check what arrived; return where it lies.
+    """Download a file once, check it, and return its path.
 
-    Raises ValueError, saying where to put the file by hand, if it cannot be had or is not the one meant.
+    Raises ValueError, which says where to put the file by hand, if the download fails or has
+    another hash.
     """
     path = data_root() / "downloads" / f"{sha256[:8]}-{url.rsplit('/', 1)[-1]}"
-    by_hand = f"Download {url} yourself and put it at {path}, or name your copy with data.path=FILE."
-    if not path.exists():
-        say(f"Downloading {url}")
-        try:
-            with urllib.request.urlopen(url, timeout=30) as response:
-                content = response.read()
-        except (OSError, http.client.HTTPException) as error:
-            raise ValueError(f"No download of {url}: {getattr(error, 'reason', error)}. {by_hand}") from None
-        if (found := hashlib.sha256(content).hexdigest()) != sha256:
-            raise ValueError(f"{url} holds another file than expected "
-                             f"(sha256 {found[:12]}..., not {sha256[:12]}...). {by_hand}")
-        atomic.write_bytes(path, content)
-    elif hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
-        raise ValueError(f"{path} is damaged (its sha256 is not {sha256[:12]}...): delete it to download it again.")
+    if path.exists():
+        if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+            raise ValueError(
+                f"{path} is damaged (its sha256 is not {sha256[:12]}...): delete it to download "
+                f"it again."
+            )
+        return path
+    advice = f"Download it yourself and put it at {path}, or name your copy with data.path=FILE."
+    say(f"Downloading {url}")
+    try:
+        with urllib.request.urlopen(url, timeout=30) as response:
+            content = response.read()
+    except (OSError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", error)
+        raise ValueError(f"{url} could not be downloaded ({reason}). {advice}") from None
+    found = hashlib.sha256(content).hexdigest()
+    if found != sha256:
+        raise ValueError(
+            f"{url} has changed: its sha256 is {found[:12]}..., not {sha256[:12]}.... {advice}"
+        )
+    atomic.write_bytes(path, content)
     return path

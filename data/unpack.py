@@ -1,4 +1,4 @@
-"""Decompress files as they are read, in bounded memory. Every error names the file.
+"""Open compressed files as streams of their content, in bounded memory. Every error names the file.
 
 Knows bytes; knows no text.
 """
@@ -17,21 +17,20 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
-BLOCK = 2**16
 
-# zstd and xz unpack whatever they are given at once, and 4 bytes can stand for 128 KB.
-# So they are given this many bytes at a time, which unpack to 16 MB at most.
+# zstd and xz decompress all of their input at once, and 4 bytes can stand for 128 KB.
+# This many bytes at a time decompress to 16 MB at most.
 INPUT_BYTES = 512
 
-# zstd and xz refer back to text that is kept in memory: what `zstd` itself accepts by default, and
-# up to 2 GB (`zstd --long=31`) for files that are themselves large.
+# zstd and xz keep a window of the last text in memory. The smallest limit is the default of the
+# `zstd` command; large files may need up to 2 GB (`zstd --long=31`).
 LEAST_WINDOW, LARGEST_WINDOW = 2**27, 2**31
 WINDOW_PER_BYTE = 16
 
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn errors of reading into a ValueError that names the file."""
+    """Turn read errors into a ValueError that names the file."""
     try:
         yield
     except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
@@ -39,7 +38,7 @@ def reading(path: Path) -> Iterator[None]:
             raise ValueError(f"{path} cannot be read ({error.strerror}).") from None
         raise damaged(path, error) from None
     except Exception as error:
-        # zstandard is optional, so its error cannot be named here.
+        # zstandard is optional, so its exception class cannot be named here.
         if type(error).__name__ != "ZstdError":
             raise
         raise damaged(path, error) from None
@@ -49,78 +48,85 @@ def damaged(path: Path, error: Exception) -> ValueError:
     reason = str(error)
     if "too much memory" in reason or "emory usage limit" in reason:
         return ValueError(
-            f"{path} is damaged, or needs more memory to be decompressed than a file of "
-            f"its size may take: compress it again with default settings."
+            f"{path} is damaged, or needs more memory to decompress than is allowed for a file of "
+            f"its size: compress it again with default settings."
         )
-    return ValueError(f"{path} is damaged or cut short ({reason}).")
+    return ValueError(f"{path} is damaged or truncated ({reason}).")
 
 
 def plain_name(path: Path) -> str:
-    """The lower-case name of a file without the ending of its compression."""
+    """The file name in lower case, without the suffix of a compression format."""
     name = path.name.lower()
-    for ending in COMPRESSIONS:
-        if name.endswith(ending):
-            return name.removesuffix(ending)
-    return name
+    stem, ending = os.path.splitext(name)
+    return stem if ending in COMPRESSIONS else name
 
 
-def decompressed(raw: BinaryIO, path: Path) -> Any:
-    """The content of a file that is open as `raw`. It is decompressed as it is read.
+def decompressed(raw: BinaryIO, path: Path) -> BinaryIO:
+    """A stream of the decompressed content of `path`, which is open as `raw`.
 
-    Raises ValueError if that takes a package that is not installed.
+    Raises ValueError if this needs a package that is not installed.
     """
-    window = min(
-        LARGEST_WINDOW, max(LEAST_WINDOW, WINDOW_PER_BYTE * os.fstat(raw.fileno()).st_size)
-    )
     ending = path.suffix.lower()
     if ending == ".gz":
         return gzip.GzipFile(fileobj=raw)
     if ending == ".bz2":
         return bz2.BZ2File(raw)
+    if ending not in COMPRESSIONS:
+        return raw
+    window = WINDOW_PER_BYTE * os.fstat(raw.fileno()).st_size
+    window = min(max(window, LEAST_WINDOW), LARGEST_WINDOW)
     if ending == ".xz":
-        return io.BufferedReader(Frames(raw, lambda: lzma.LZMADecompressor(memlimit=window)), BLOCK)
-    if ending == ".zst":
-        try:
-            import zstandard
-        except ImportError:
-            raise ValueError(
-                f"{path}: reading .zst needs zstandard: pip install zstandard."
-            ) from None
-        zstd = zstandard.ZstdDecompressor(max_window_size=window)
-        return io.BufferedReader(Frames(raw, zstd.decompressobj), BLOCK)
-    return raw
+        return stream_of(decompress_frames(raw, lambda: lzma.LZMADecompressor(memlimit=window)))
+    try:
+        import zstandard
+    except ImportError:
+        raise ValueError(f"{path}: reading .zst needs zstandard: pip install zstandard.") from None
+    zstd = zstandard.ZstdDecompressor(max_window_size=window)
+    return stream_of(decompress_frames(raw, zstd.decompressobj))
 
 
-class Frames(io.RawIOBase):
-    """The content of compressed frames, one after the other.
+def decompress_frames(raw: BinaryIO, new_decompressor: Callable[[], Any]) -> Iterator[bytes]:
+    """The content of one compressed frame after the other.
 
-    Raises EOFError if the last one is cut short. `new` makes a decompressor for a
-    frame, such as lzma.LZMADecompressor.
+    Raises EOFError if the last one is truncated.
     """
+    frame = new_decompressor()
+    while block := raw.read(INPUT_BYTES):
+        while block:
+            if frame.eof:
+                # Zeros between frames are padding.
+                block = block.lstrip(b"\0")
+                if not block:
+                    break
+                frame = new_decompressor()
+            yield frame.decompress(block)
+            block = frame.unused_data
+    if not frame.eof:
+        raise EOFError("its last frame has no end")
 
-    def __init__(self, raw: BinaryIO, new: Callable[[], Any]) -> None:
-        self.raw, self.new = raw, new
-        self.frame = new()
-        self.begun = False
-        self.left = memoryview(b"")
+
+def stream_of(blocks: Iterator[bytes]) -> BinaryIO:
+    """A buffered stream of the bytes that an iterator yields."""
+    return io.BufferedReader(BlockStream(blocks), buffer_size=2**16)
+
+
+class BlockStream(io.RawIOBase):
+    """An unbuffered stream of the bytes that an iterator yields."""
+
+    def __init__(self, blocks: Iterator[bytes]) -> None:
+        self.blocks = blocks
+        self.rest = memoryview(b"")
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: memoryview) -> int:
-        while not self.left:
-            block = self.raw.read(INPUT_BYTES)
-            if self.frame.eof:
-                # Zeros between frames are padding.
-                block = (self.frame.unused_data + block).lstrip(b"\0")
-                if block:
-                    self.frame = self.new()
-            elif not block:
-                raise EOFError("its last frame has no end")
-            if not block and not self.raw.peek(1):
+        while not self.rest:
+            block = next(self.blocks, None)
+            if block is None:
                 return 0
-            if block:
-                self.left = memoryview(self.frame.decompress(block))
-        size = min(len(buffer), len(self.left))
-        buffer[:size], self.left = self.left[:size], self.left[size:]
+            self.rest = memoryview(block)
+        size = min(len(buffer), len(self.rest))
+        buffer[:size] = self.rest[:size]
+        self.rest = self.rest[size:]
         return size

@@ -59,7 +59,7 @@ def test_the_likely_encoding_is_named_and_reads_the_file(tmp_path, encoding):
 )
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.csv", "a.tsv"])
 def test_a_byte_order_mark_decides(tmp_path, monkeypatch, mark, encoding, name):
-    monkeypatch.setattr(files, "PIECE", 100)
+    monkeypatch.setattr(encodings, "BLOCK", 100)
     text = "žluťoučký 🐎 \ufeff, “x” " * 50
     content = {
         "a.txt": text,
@@ -91,9 +91,9 @@ def test_bytes_of_no_text_in_an_encoding_are_placed(
     tmp_path, monkeypatch, encoding, content, place
 ):
     for piece in (1, 2, 3, 2**18):
-        monkeypatch.setattr(files, "PIECE", piece)
+        monkeypatch.setattr(encodings, "BLOCK", piece)
         (tmp_path / "a.txt").write_bytes(content)
-        with pytest.raises(ValueError, match=f"a.txt is not .*: {place};.*data.errors=replace"):
+        with pytest.raises(ValueError, match=f"a.txt is not .*: {place} \\(line 1\\);.*data.errors=replace"):
             read(tmp_path / "a.txt", encoding)
         assert read(tmp_path / "a.txt", encoding, "replace")
 
@@ -104,7 +104,7 @@ def test_a_record_in_another_encoding_is_read_by_lines(tmp_path):
     )
     (tmp_path / "a.jsonl").write_bytes(records.encode("latin-1"))
     with pytest.raises(
-        ValueError, match=r"a.jsonl, line 1 is not UTF-8: .*set data.encoding=latin-1"
+        ValueError, match=r"a.jsonl is not UTF-8: .*\(line 1\); .*set data.encoding=latin-1"
     ):
         read(tmp_path / "a.jsonl")
     assert read(tmp_path / "a.jsonl", "latin-1") == [f"é {number}" for number in range(1000)]

@@ -151,7 +151,7 @@ def hub(server, fresh_data, monkeypatch) -> StandIn:
 
 
 def source(name: str | Path, config: str = "", split: str = "train", text_field: str = "text", revision: str = "") -> Hub:
-    return Hub(str(name), config, split, text_field, revision, data_root() / "hub")
+    return Hub(DataConfig("hub", hub_name=str(name), hub_config=config, split=split, text_field=text_field, hub_revision=revision))
 
 
 def texts(source: Hub) -> list[str]:
@@ -256,7 +256,7 @@ def test_a_folder_with_a_pipe_does_not_hang(hub, tmp_path):
 def test_examples_without_text_stop_or_are_counted(hub, tmp_path, value, words):
     folder = write(tmp_path / "set", {"train.jsonl": lines({"text": value}, {"text": value})})
     assert f"example 1 has no text in the field text ({words}): set data.on_bad_record=skip" in refusal(source(folder))[:-1] + "."
-    skipping = Hub(str(folder), "", "train", "text", "", data_root() / "hub", "skip")
+    skipping = Hub(DataConfig("hub", hub_name=str(folder), on_bad_record="skip"))
     assert texts(skipping) == [] and skipping.bad_records == 2
     assert skipping.description().endswith(", 2 records without text skipped")
 
@@ -331,7 +331,7 @@ def test_a_folder_without_data_is_refused(hub, tmp_path):
 
 
 def test_a_folder_that_is_not_there_is_no_name_either(hub, tmp_path):
-    assert "data.hub_name=./no/such/set is no folder here" in refusal(source("./no/such/set"))
+    assert "data.hub_name=./no/such/set is neither a folder" in refusal(source("./no/such/set"))
 
 
 @pytest.mark.parametrize("name, content", [("train-1.jsonl", b'{"text": "b"}\n{"text": oops\n'), ("train-1.parquet", b"PAR1")])
@@ -375,7 +375,7 @@ def test_only_the_text_of_a_parquet_file_is_downloaded(hub):
 
 
 def test_a_data_set_that_the_hub_does_not_show_is_refused(hub):
-    assert "data.hub_name=me/sett is no folder here, and no data set" in refusal(source("me/sett"))
+    assert "data.hub_name=me/sett is neither a folder nor a dataset" in refusal(source("me/sett"))
     hub.push("me/set", {"train.jsonl": lines({"text": "a"})})
     assert refusal(source("me/set", revision="v2")) == "data.hub_revision=v2: me/set has no such branch, tag or commit."
 
@@ -401,7 +401,7 @@ def test_a_fingerprint_follows_the_data_and_not_the_card(hub, capsys):
     assert source("me/set").fingerprint() == before and not capsys.readouterr().out
     hub.push("me/set", {"README.md": b"", "train.jsonl": lines({"text": "new"})})
     assert (changed := source("me/set")).fingerprint() != before and texts(changed) == ["new"]
-    [advice] = re.findall(r"me/set has changed .* data.hub_revision=(\w{40}) stays with what it was", capsys.readouterr().out)
+    [advice] = re.findall(r"me/set has changed .* data.hub_revision=(\w{40}) for the old version", capsys.readouterr().out)
     kept = source("me/set", revision=advice)
     assert kept.fingerprint() == before and texts(kept) == ["old"]
     assert source("me/set", revision=old).fingerprint() == before and not capsys.readouterr().out
@@ -429,8 +429,8 @@ def test_a_connection_that_breaks_says_that_the_same_command_goes_on(hub):
     hub.most = 4_000_000
     for name, example in (("me/set", 101), ("me/lines", 2)):
         message = refusal(source(name), ConnectionError)
-        assert message.startswith(f"{name} broke off at example {example} (")
-        assert message.endswith("): run the same command again, which goes on where it was.")
+        assert message.startswith(f"The connection to {name} broke at example {example} (")
+        assert message.endswith("): run the same command again, which resumes.")
 
 
 # Without the Hub
@@ -454,7 +454,7 @@ def test_prepared_tokens_need_no_network_and_no_package(hub, monkeypatch, capsys
     assert prepared() == folder and not hub.asked
     [said] = capsys.readouterr().out.splitlines()
     reason = {"broken": "The Hugging Face Hub does not answer (", "told so": "HF_HUB_OFFLINE", "no package": "pip install datasets"}
-    assert reason[way] in said and "me/set is taken as it was when it was last seen, at commit" in said
+    assert reason[way] in said and "Using me/set as it was last seen, at commit" in said
 
 
 def test_what_was_never_seen_needs_the_hub(hub):
@@ -535,8 +535,8 @@ def test_the_fraction_of_other_files_needs_a_stated_number_of_examples(hub, tmp_
 @pytest.mark.slow
 def test_a_reader_that_stops_early_lets_python_end(hub, tmp_path):
     folder = write(tmp_path / "set", {f"{number}.parquet": parquet(text=noise(5000, 5000)) for number in range(2)})
-    program = ("import sys; from pathlib import Path; from data.hub import Hub\n"
-               "next(Hub(sys.argv[1], '', 'train', 'text', '', Path(sys.argv[1])).documents())")
+    program = ("import sys; from pathlib import Path; from data.hub import Hub; from data.sources import DataConfig\n"
+               "next(Hub(DataConfig('hub', hub_name=sys.argv[1])).documents())")
     for _ in range(5):  # with the package's own reader, most of them abort or hang
         done = subprocess.run([sys.executable, "-c", program, str(folder)], cwd=ROOT, env=dict(os.environ), timeout=60,
                               capture_output=True, text=True)
@@ -550,7 +550,8 @@ def test_the_settings_reach_the_source(fresh_data):
     settings = compose("config", ["data=hub", "data.hub_name=me/set", "data.hub_config=small", "data.split=train+test",
                                   "data.hub_revision=v2", "data.text_field=body"])
     read = open_source(settings.data)
-    assert (read.name, read.config, read.split, read.text_field, read.revision) == ("me/set", "small", "train+test", "body", "v2")
+    config = read.config
+    assert (config.hub_name, config.hub_config, config.split, config.text_field, config.hub_revision) == ("me/set", "small", "train+test", "body", "v2")
     assert read.memory.is_relative_to(fresh_data)
     assert settings.auto_name.startswith("hub-set-")
 

@@ -356,7 +356,7 @@ def test_a_validation_text_is_the_validation_split(corpus, validation, source):
 def test_validation_documents_are_dropped_from_training(corpus, validation, deduplicate):
     folder = prepare(corpus([*MANY, FEW[0]], val_path=validation([*MANY[:3], "x"]), deduplicate=deduplicate))
     assert documents(folder, "train") == [*MANY[3:], FEW[0]] and documents(folder, "val") == [*MANY[:3], "x"]
-    assert "3 documents dropped that the validation text has too; validation text: 4 files" in describe(folder)
+    assert "3 documents dropped that the validation text also has; validation text: 4 files" in describe(folder)
 
 
 @pytest.mark.parametrize("train, val, words", [
@@ -377,7 +377,7 @@ def test_the_description_says_what_was_left_out(corpus):
     for name in ("a.py", "b.py", "c", ".hidden.txt"):
         (Path(config.path) / name).write_text("x")
     said = describe(prepare(config))
-    assert said.endswith("read from 6 files (skipped 2 .py, 1 hidden, 1 without an ending), 5 documents, 2 exact duplicates dropped")
+    assert said.endswith("read from 6 files (skipped 2 .py, 1 hidden, 1 without an extension), 5 documents, 2 exact duplicates dropped")
 
 
 # What can go wrong
@@ -431,7 +431,7 @@ def test_an_invalid_source_leaves_nothing(corpus, fresh_data, monkeypatch):
 def test_a_full_temporary_folder_is_named(corpus, monkeypatch):
     begin = Seen.__init__
     monkeypatch.setattr(Seen, "__init__", lambda seen: (begin(seen), seen.table.execute("PRAGMA max_page_count=2"))[0])
-    with pytest.raises(OSError, match=r"^No room for temporary files.*set SQLITE_TMPDIR"):
+    with pytest.raises(OSError, match=r"^No space for temporary files.*set SQLITE_TMPDIR"):
         prepare(corpus(MANY))
 
 
@@ -480,6 +480,7 @@ def test_one_thread_for_each_allowed_core(monkeypatch):
 
 def test_progress_counts_the_parts_of_a_mixture_alike(tmp_path, monkeypatch):
     monkeypatch.setattr("data.files.PIECE", 100)
+    monkeypatch.setattr("data.encodings.BLOCK", 100)
     monkeypatch.setattr(encode, "BATCH_BYTES", 1000)
     for name, length in (("a.txt", 10_000), ("b.txt", 5_000)):
         (tmp_path / name).write_text("word " * (length // 5))

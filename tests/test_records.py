@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data import files, records
+from data import encodings, files, records
 
 TEXTS = ["one", "two\nlines, with a comma", 'a "quote"', "žluťoučký 🐎", "\ttab", "[1, 2]"]
 
@@ -167,7 +167,7 @@ def test_an_array_is_read_the_same_whatever_its_blocks(many, size, escaped):
             r"record 2 is not JSON \(Expecting value",
         ),
         ("[", "record 1 is not JSON"),
-        ('[{"text": "a"}] [{"text": "b"}]', "has more behind the end of its array"),
+        ('[{"text": "a"}] [{"text": "b"}]', "has more text after its array"),
         ("[" * 100_000, r"record 1 is not JSON \(too deeply nested\)"),
         ("[" + "1" * 5000 + "]", "record 1 is not JSON"),
     ],
@@ -183,7 +183,7 @@ def test_a_single_object_over_lines_is_told_what_is_read(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps({"data": [{"text": "x"}]}, indent=1))
     with pytest.raises(
         ValueError,
-        match=r"a.json, line 1 is not JSON .*one record a line, or, as .json, one array of records",
+        match=r"a.json, line 1 is not JSON .*one record per line, or, in .json, one array of records",
     ):
         read(tmp_path / "a.json")
 
@@ -200,9 +200,9 @@ def test_a_single_object_over_lines_is_told_what_is_read(tmp_path):
 )
 def test_a_record_that_is_too_long_is_refused(tmp_path, monkeypatch, name, content):
     monkeypatch.setattr(records, "RECORD_BYTES", 2**20)
-    monkeypatch.setattr(files, "PIECE", 2**16)
+    monkeypatch.setattr(encodings, "BLOCK", 2**16)
     (tmp_path / name).write_text(content("x" * 2**21))
-    with pytest.raises(ValueError, match="longer than 1 MB, the most that a record may have"):
+    with pytest.raises(ValueError, match="longer than 1 MB, the limit for one record"):
         read(tmp_path / name)
 
 
@@ -224,9 +224,9 @@ def test_a_record_that_is_too_long_is_refused(tmp_path, monkeypatch, name, conte
         ),
         (
             b"id,text\n1,caf\xe9\n",
-            "a.csv, line 2 is not UTF-8: byte 0xe9, byte 6 of the line; it looks like latin-1",
+            "a.csv is not UTF-8: byte 0xe9 at offset 13 \\(line 2\\); it looks like latin-1",
         ),
-        (b"id,text\n1,a\0b and more of it\n", "a.csv, line 2 is not text: byte 0x00"),
+        (b"id,text\n1,a\0b and more of it\n", "a.csv is not text: byte 0x00 at offset 11 \\(line 2\\)"),
     ],
 )
 def test_a_table_that_cannot_be_read_is_told_by_its_line(tmp_path, content, words):
@@ -268,7 +268,7 @@ def test_a_parquet_file_that_unpacks_to_much_more_is_refused(tmp_path, monkeypat
         use_dictionary=False,
     )
     with pytest.raises(
-        ValueError, match=r"a.parquet unpacks .* bytes to 8 MB at once, like a decompression bomb"
+        ValueError, match=r"a.parquet decompresses .* bytes to 8 MB at once, like a decompression bomb"
     ):
         read(tmp_path / "a.parquet")
 

@@ -64,10 +64,10 @@ def test_files_are_divided_and_records_are_not(tmp_path, compressed):
     else:
         (tmp_path / "a.txt").write_bytes(content)
     (tmp_path / "b.jsonl").write_text('{"text": "four\\n\\nfive"}\n')
-    source = Files(str(tmp_path), separator=r"\n\n")
+    source = Files(str(tmp_path), DataConfig(separator=r"\n\n"))
     assert [document.text for document in source.documents()] == ["one", "two", "three\n", "four\n\nfive"]
     assert source.fingerprint() != Files(str(tmp_path)).fingerprint()
-    assert source.fingerprint() == Files(str(tmp_path), separator="\n\n").fingerprint()
+    assert source.fingerprint() == Files(str(tmp_path), DataConfig(separator="\n\n")).fingerprint()
 
 
 def test_a_separator_that_nothing_uses_is_refused(tmp_path):

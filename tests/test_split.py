@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.split import TAIL, Text, choose, raised
+from data.split import TAIL, Text, choose_tails, held_out_fraction
 
 
 def texts(lengths: list[int], seed: int = 0) -> list[Text]:
@@ -23,7 +23,7 @@ def unequal(number: int, median: int, seed: int = 0) -> list[int]:
 
 
 def held_out(chosen: list[Text], val_fraction: float) -> list[int]:
-    tails = choose(chosen, val_fraction)
+    tails = choose_tails(chosen, val_fraction)
     return [tails[text.number] for text in chosen]
 
 
@@ -36,7 +36,7 @@ def share(chosen: list[Text], val_fraction: float) -> float:
 @pytest.mark.parametrize("number", [1, 2, 12, 40, 99, 999, 1500, 2100])
 def test_about_the_fraction_is_held_out_of_equal_documents(number, length, val_fraction):
     chosen = texts([length] * number)
-    wanted = raised(val_fraction, number * length)
+    wanted = held_out_fraction(val_fraction, number * length)
     assert 0.5 * wanted <= share(chosen, val_fraction) <= 1.26 * wanted
 
 
@@ -45,7 +45,7 @@ def test_about_the_fraction_is_held_out_of_equal_documents(number, length, val_f
 @pytest.mark.parametrize("number", [2, 12, 40, 99, 999, 1500, 2100])
 def test_about_the_fraction_is_held_out_of_unequal_documents(number, val_fraction, seed):
     chosen = texts(unequal(number, 3000, seed), seed)
-    wanted = raised(val_fraction, sum(text.length for text in chosen))
+    wanted = held_out_fraction(val_fraction, sum(text.length for text in chosen))
     assert 0.5 * wanted <= share(chosen, val_fraction) <= 1.26 * wanted
 
 
@@ -91,23 +91,23 @@ def test_a_few_dozen_long_documents_are_held_out_whole():
 def test_neither_split_is_empty_and_the_order_does_not_matter(lengths, val_fraction, draw):
     numbers = draw.sample(range(10**6), len(lengths))
     chosen = [Text(number / 10**6, length, draw.choice((1, 1, 1, 3))) for number, length in zip(numbers, lengths, strict=True)]
-    tails = choose(chosen, val_fraction)
+    tails = choose_tails(chosen, val_fraction)
     n_held_out = sum(tails[text.number] * text.copies for text in chosen)
     characters = sum(text.size for text in chosen)
     assert n_held_out > 0 and (n_held_out < characters or characters < 4)
     shuffled = draw.sample(chosen, len(chosen))
-    assert choose(shuffled, val_fraction) == tails
+    assert choose_tails(shuffled, val_fraction) == tails
 
 
 def test_more_documents_move_none_across_where_they_are_many():
     first = texts([500] * 1000)
     both = first + texts([500] * 1000, seed=1)
-    before, after = choose(first, 0.1), choose(both, 0.1)
+    before, after = choose_tails(first, 0.1), choose_tails(both, 0.1)
     assert all(after[text.number] == before[text.number] for text in first)
 
 
 def test_little_text_holds_out_more_than_was_asked():
-    assert raised(0.005, 499_500) == pytest.approx(2**14 / 499_500)
-    assert raised(0.005, 20_000) == 0.1
-    assert raised(0.3, 20_000) == 0.3
-    assert raised(0.0005, 40 * 10**9, 10**6) == 0.0005
+    assert held_out_fraction(0.005, 499_500) == pytest.approx(2**14 / 499_500)
+    assert held_out_fraction(0.005, 20_000) == 0.1
+    assert held_out_fraction(0.3, 20_000) == 0.3
+    assert held_out_fraction(0.0005, 40 * 10**9, 10**6) == 0.0005

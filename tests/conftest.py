@@ -94,6 +94,16 @@ def compose_tiny(book, tmp_path):
     return lambda *overrides: compose("config", [*small, *overrides])
 
 
+@pytest.fixture(scope="session")
+def tiny_runs(book, tmp_path_factory):
+    """A folder with one finished run by characters, `tiny`, for tests that do not change it."""
+    folder = tmp_path_factory.mktemp("runs")
+    train.train(compose("config", ["model=nano", "data=text", f"data.path={book}", "data.tokenizer=char", "training=smoke", "name=tiny",
+                                   "training.max_steps=60", "training.precision=fp32", f"runs_dir={folder}", "optim.lr=1e-2",
+                                   "training.eval_every=20", "training.checkpoint_every=20", "training.sample_tokens=0", "logger.report=false"]))
+    return folder
+
+
 @pytest.fixture
 def interrupt_at(monkeypatch):
     """Send this process a signal at the beginning of step `step`, once, when it comes for the `time`-th time."""

@@ -1,4 +1,4 @@
-"""Generation: the cache changes nothing but the time, and each rule draws from the distribution it promises."""
+"""Sampling: the cache changes only the time, and each rule samples from its distribution."""
 
 import math
 from collections.abc import Iterator
@@ -69,7 +69,7 @@ def plain_greedy(model: GPT, prompt: Tensor, max_new_tokens: int) -> list[list[i
 # The window and the cache
 
 
-def test_the_window_fits_holds_half_a_block_at_least_and_only_moves_on():
+def test_the_window_moves_in_steps_of_half_a_block():
     for block_size in range(1, 20):
         starts = [window_start(length, block_size) for length in range(1, 8 * block_size)]
         assert starts == sorted(starts)
@@ -80,12 +80,12 @@ def test_the_window_fits_holds_half_a_block_at_least_and_only_moves_on():
                 assert start == 0
             else:
                 assert context >= block_size / 2
-                assert start % max(block_size // 2, 1) == 0  # it moves by half a block, and a cache lives as long
+                assert start % max(block_size // 2, 1) == 0
 
 
 @every_model
-@pytest.mark.parametrize("block_size", [1, 2, 5, 8])
-def test_greedy_text_is_the_same_with_a_cache_and_without(block_size, flags):
+@pytest.mark.parametrize("block_size", [1, 5, 8])
+def test_greedy_text_is_the_same_with_and_without_a_cache(block_size, flags):
     """Well past the block size, so that the window moves several times; from prompts shorter and longer than a block."""
     model, seen = make(block_size, **flags), set()
     for length in (1, block_size, block_size + 1, 3 * block_size):
@@ -98,7 +98,7 @@ def test_greedy_text_is_the_same_with_a_cache_and_without(block_size, flags):
 
 
 @every_model
-def test_sampled_text_is_the_same_with_a_cache_and_without(flags):
+def test_sampled_text_is_the_same_with_and_without_a_cache(flags):
     model = make(**flags)
     prompt = prompt_of(3, rows=2)
     cached, plain = (text(model, prompt, 30, temperature=0.9, top_k=9, use_cache=cache) for cache in (True, False))
@@ -106,7 +106,7 @@ def test_sampled_text_is_the_same_with_a_cache_and_without(flags):
     assert len(set(cached[0])) > 5  # the comparison is not one of constants
 
 
-def test_with_a_cache_only_new_positions_are_computed():
+def test_a_cache_leaves_only_new_positions_to_compute():
     model, widths = make(), []
     model.h[0].register_forward_pre_hook(lambda _, inputs: widths.append(inputs[0].size(1)))
     text(model, prompt_of(3), 14)
@@ -116,15 +116,6 @@ def test_with_a_cache_only_new_positions_are_computed():
 
 @every_model
 def test_rows_of_a_batch_are_completed_as_if_alone(flags):
-    model = make(**flags)
-    prompt = prompt_of(5, rows=3)
-    alone = [text(model, row[None], 20, temperature=0)[0] for row in prompt]
-    assert text(model, prompt, 20, temperature=0) == alone
-    assert alone[0] != alone[1]
-
-
-@every_model
-def test_rows_of_different_lengths_are_completed_as_if_alone(flags):
     """Each with its own window, which moves at its own time; some begin beyond the block, two are equal."""
     model = make(**flags)
     prompts = [prompt_of(length)[0].tolist() for length in (3, 1, 8, 13, 3, 7, 30)]
@@ -134,16 +125,16 @@ def test_rows_of_different_lengths_are_completed_as_if_alone(flags):
 
 
 @every_model
-def test_the_same_seed_gives_the_same_text_alone_and_in_a_batch(flags):
+def test_a_seed_gives_the_same_text_alone_and_in_a_batch(flags):
     model, prompt = make(**flags), prompt_of(5)
-    batch = text(model, prompt.expand(6, -1), 30, temperature=0.9, top_p=0.95, seed=3)
+    batch = text(model, prompt.expand(6, -1), 15, temperature=0.9, top_p=0.95, seed=3)
     assert len({tuple(row) for row in batch}) == 6
     for number, row in enumerate(batch):
         for use_cache in (True, False):
-            assert text(model, prompt, 30, temperature=0.9, top_p=0.95, seed=3, numbers=[number], use_cache=use_cache) == [row]
+            assert text(model, prompt, 15, temperature=0.9, top_p=0.95, seed=3, numbers=[number], use_cache=use_cache) == [row]
 
 
-def test_the_logits_are_those_that_the_tokens_came_from():
+def test_the_logits_are_those_the_tokens_are_sampled_from():
     model = make()
     for _, tokens, logits in generate(model, prompt_of(3, rows=2), rules_of(12, temperature=0)):
         assert torch.equal(logits.argmax(-1), tokens)
@@ -210,7 +201,7 @@ def test_the_models_mode_is_restored_at_the_end(training):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_models_mode_is_restored_when_the_consumer_stops_early(training):
+def test_the_models_mode_is_restored_when_stopped_early(training):
     model = make().train(training)
     tokens = tokens_of(model, prompt_of(3), 10)
     next(tokens)
@@ -235,7 +226,7 @@ def test_generated_tokens_need_no_gradient():
 
 
 def kept(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> list[list[int]]:
-    """The ids that stay candidates, the likeliest first; the probabilities of those are as they were."""
+    """The ids of the candidates, in descending order, whose probabilities must be unchanged."""
     probabilities, ids = candidates(logits, top_k, top_p)
     for row in range(len(logits)):
         expected = logits[row, ids[row]].softmax(-1) if top_k else logits[row].softmax(-1)[ids[row]]
@@ -268,14 +259,14 @@ def test_top_p_keeps_the_fewest_that_reach_p(p, expected):
 
 
 @pytest.mark.parametrize(("p", "count"), [(1e-6, 1), (0.2, 1), (0.3, 2), (0.6, 3), (0.9, 4)])
-def test_top_p_keeps_no_more_than_it_needs_where_all_tie(p, count):
+def test_top_p_keeps_no_more_than_needed_of_a_tie(p, count):
     assert len(kept(torch.zeros(1, 4), top_p=p)[0]) == count
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9, 0.999])
 @pytest.mark.parametrize("spread", [0.0, 4.0])
-def test_top_p_of_a_large_vocabulary_is_the_same_whether_few_or_many_are_likely(p, spread):
-    """More are asked for than are ordered at first where the spread is none; by hand, in double precision."""
+def test_top_p_of_a_large_vocabulary(p, spread):
+    """Compared with double precision. Without a spread it needs more tokens than are sorted first."""
     logits = torch.randn(2, 5000, generator=torch.Generator().manual_seed(0)) * spread
     for row, found in zip(logits, kept(logits, top_p=p), strict=True):
         ordered = row.double().softmax(-1).sort(descending=True).values
@@ -283,20 +274,20 @@ def test_top_p_of_a_large_vocabulary_is_the_same_whether_few_or_many_are_likely(
         assert abs(len(found) - needed) <= 1  # the last may be a matter of rounding
 
 
-def test_each_row_has_its_own_set():
+def test_each_row_has_its_own_candidates():
     logits = log([0.7, 0.2, 0.1], [0.1, 0.2, 0.7], [0.3, 0.4, 0.3])
     assert kept(logits, top_k=1) == [[0], [2], [1]]
     assert [sorted(row) for row in kept(logits, top_p=0.8)] == [[0, 1], [1, 2], [0, 1, 2]]
 
 
-def test_temperature_zero_takes_the_largest_whatever_the_other_rules_say():
+def test_temperature_zero_takes_the_largest_logit():
     logits = log(PROBABILITIES, PROBABILITIES[::-1])
     assert pick(logits, 0, 2, 0.5, torch.ones(2)).tolist() == [1, 3]
 
 
 @pytest.mark.parametrize("temperature", [1e-10, 1e-30, 1e-44, 1e-300])
 @pytest.mark.parametrize("rules", [(0, 1.0), (3, 1.0), (0, 0.9)], ids=str)
-def test_a_temperature_near_zero_takes_the_largest_too(temperature, rules):
+def test_a_temperature_near_zero_takes_the_largest_logit(temperature, rules):
     logits = torch.tensor([[-40.0, 90.0, 89.9], [3.0, -2.0, 1.0]])
     assert pick(logits, temperature, *rules, torch.tensor([1.0, 0.5])).tolist() == [1, 0]
 
@@ -323,13 +314,13 @@ def test_pick_draws_from_the_promised_distribution(temperature, top_k, top_p, ex
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (3, 1.0), (0, 0.8)])
-def test_the_smallest_and_the_largest_draw_take_tokens_that_can_come(top_k, top_p):
+def test_extreme_draws_never_take_a_token_of_probability_0(top_k, top_p):
     logits = log([0.0, 0.2, 0.5, 0.3, 0.0], [0.0, 0.2, 0.5, 0.3, 0.0]).clamp(min=-1e4)
     assert set(pick(logits, 1.0, top_k, top_p, torch.tensor([2.0**-53, 1.0])).tolist()) <= {1, 2, 3}
 
 
 @pytest.mark.parametrize("rules", [{"temperature": 0.7}, {"temperature": 1.5, "top_k": 4}, {"top_p": 0.7}], ids=str)
-def test_the_first_tokens_of_many_rows_are_drawn_from_the_promised_distribution(rules):
+def test_many_rows_sample_from_the_promised_distribution(rules):
     """The streams of 4,000 rows together, by generate itself: each frequency within five standard deviations."""
     model, rows = make(), 4000
     prompt = prompt_of(3)
@@ -343,7 +334,7 @@ def test_the_first_tokens_of_many_rows_are_drawn_from_the_promised_distribution(
     assert ((counts / rows - p).abs() <= 5 * (p * (1 - p) / rows).sqrt()).all() and (counts > 0).sum() > 1
 
 
-def test_generate_passes_its_rules_on():
+def test_generate_applies_its_rules():
     """With top_k=1, a tiny top_p or a tiny temperature, sampling is greedy; hot and free, it is not."""
     model, prompt = make(), prompt_of(3)
     greedy = text(model, prompt, 20, temperature=0)
@@ -354,6 +345,6 @@ def test_generate_passes_its_rules_on():
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_an_output_that_is_not_finite_is_one_sentence(value, temperature):
+def test_logits_that_are_not_finite_are_an_error(value, temperature):
     with pytest.raises(ValueError, match="NaN or infinite"):
         pick(torch.tensor([[0.0, value]]), temperature, 0, 1.0, torch.ones(1))

@@ -1,4 +1,4 @@
-"""python -m scripts: list the scripts, a line each."""
+"""python -m scripts: list the scripts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from terminal import say
 
 if __name__ == "__main__":
-    say("python -m scripts.NAME --help says more about each:")
+    say("python -m scripts.NAME runs a script; python -m scripts.NAME --help shows its settings:")
     for path in sorted(Path(__file__).parent.glob("*.py")):
         text = path.read_text()
         if "launch(" in text and not path.stem.startswith("_"):

@@ -1,15 +1,17 @@
-"""Show what each head of a model attends to, as one page that opens from disk, without a network.
+"""Show the attention of each head of a model, as one page that opens from disk without a network.
 
   python -m scripts.attention_map run=pydocs prompt="Return the number of items."
   python -m scripts.attention_map fresh=gpt2 prompt="an untrained model"
 
 Settings, each with its default:
-  run=NAME         the run's name or folder; without it, the run that was trained last
+  run=NAME         the name or folder of a run; without it, the run that was trained last
   checkpoint=best  or last, or a step such as checkpoint=300
-  fresh=PRESET     instead of a run, a model of that shape with random weights, reading bytes
-  prompt=TEXT      what the model reads; of a long one the last tokens, as in sampling
-  out=FILE         the page; without it, attention.html in the run's folder, or here with fresh=
-  png=true         also a still picture, beside the page (needs matplotlib)
+  fresh=PRESET     instead of a run, a model of that preset with random weights, on bytes
+  seed=1337        of the random weights
+  prompt=TEXT      the text that the model reads; of a long one, the last tokens
+  out=FILE         the page; without it, attention.html in the folder of the run, or here with
+                   fresh=
+  png=true         also a picture of all heads, beside the page (needs matplotlib)
 """
 
 from __future__ import annotations
@@ -41,41 +43,43 @@ from conf.settings import checkpoint_problems
 from data.tokenizer import ByteTokenizer, Tokenizer
 from generation.engine import open_checkpoint
 from generation.sampling import finite
-from model import GPT
+from model import GPT, GPTConfig
+from model.attention import CausalSelfAttention
 from report.figures import as_image, new_figure, quiet, short_text
 from setting import FilePath
 from terminal import counted, escaped, readable_size, say
 from training.device import Device
 
 TEMPLATE = Path(__file__).with_suffix(".html")
-PLACE = '{"this": "is replaced"}'  # where the template holds data
+PLACEHOLDER = '{"this": "is replaced"}'  # of the data in the template
 SPACES = {"\n": "⏎", "\t": "⇥", " ": "·"}
-LONGEST = 40  # characters of a label
-SMALLEST = 5  # points, of a label in a picture
-N_NEXT = 8  # tokens that are shown as likely to come next
-MOST_VALUES = 2**24  # weights on a page: 45 MB, which a browser opens in some seconds
+MAX_LETTERS = 40  # of a label
+MIN_POINTS, MAX_POINTS = 5, 8  # font size of labels in a picture
+N_NEXT = 8  # most likely next tokens that are shown
+MAX_WEIGHTS = 2**24  # on a page: 45 MB, which a browser opens in some seconds
 
 
 @dataclass(frozen=True)
 class AttentionMapSettings:
-    """Everything about a page that shows what a model attends to."""
+    """The settings of an attention map."""
 
-    run: FilePath = ""  # the run's name, or its folder; empty: the run that was trained last
+    run: FilePath = ""
     runs_dir: FilePath = "runs"
-    checkpoint: str = "best"  # best, last, or the number of a step
-    fresh: str = ""  # instead of a run: a preset of conf/model with random weights, on bytes
-    seed: int = 1337  # of the random weights
+    checkpoint: str = "best"
+    fresh: str = ""
+    seed: int = 1337
     prompt: str = "The quick brown fox jumps."
-    out: FilePath = ""  # empty: attention.html in the run's folder, or here
-    png: bool = False  # a still picture of the grid beside the page
+    out: FilePath = ""
+    png: bool = False
 
     def problems(self) -> Iterator[str]:
-        """One sentence for each value that cannot work."""
+        """One sentence for each invalid value."""
+        presets = options("model")
         if self.run and self.fresh:
             yield "run and fresh exclude each other: choose one."
-        if self.fresh and self.fresh not in options("model"):
-            yield (f"fresh={self.fresh}: no such preset{closest(self.fresh, options('model'))}. "
-                   f"There are: {', '.join(options('model'))}.")
+        if self.fresh and self.fresh not in presets:
+            yield (f"fresh={self.fresh}: no such preset{closest(self.fresh, presets)}. "
+                   f"There are: {', '.join(presets)}.")
         if self.out and Path(self.out).suffix.lower() not in (".html", ".htm"):
             yield f"out={self.out} must end in .html."
         yield from checkpoint_problems(self.checkpoint)
@@ -85,33 +89,23 @@ class AttentionMapSettings:
 
 def main(settings: AttentionMapSettings) -> int:
     model, tokenizer, name, folder = open_model(settings)
-    ids = trimmed(tokenizer.encode(settings.prompt), model)
-    logits, weights = look(model, torch.tensor([ids]))
+    ids = last_tokens(tokenizer.encode(settings.prompt), model.config)
+    logits, weights = attention_weights(model, torch.tensor([ids]))
     finite(logits)
     out = Path(settings.out) if settings.out else folder / "attention.html"
-    labels = [label(tokenizer, token) for token in ids]
-    atomic.write_bytes(out, page(name, labels, weights, likely(logits, tokenizer)).encode())
+    labels = [token_label(tokenizer, token) for token in ids]
+    content = page(name, labels, weights, next_tokens(logits, tokenizer))
+    atomic.write_bytes(out, content.encode())
     say(f"Wrote {out} ({readable_size(out.stat().st_size)}): open it in a browser.")
     if settings.png:
-        atomic.write_bytes(picture := out.with_suffix(".png"), draw(name, labels, weights))
+        picture = out.with_suffix(".png")
+        atomic.write_bytes(picture, draw(name, labels, weights))
         say(f"Drew {picture}")
     return 0
 
 
-def trimmed(ids: list[int], model: GPT) -> list[int]:
-    """The last of the prompt's tokens: as many as the model reads and a page holds. Says so if that is not all."""
-    config = model.config
-    fits = math.isqrt(MOST_VALUES // (config.n_layer * config.n_head))
-    if len(ids) > min(fits, config.block_size):
-        reason = "as many as the model reads" if config.block_size <= fits else (
-            f"as many as a page holds for {config.n_layer} layers of {config.n_head} heads")
-        ids, whole = ids[-min(fits, config.block_size):], len(ids)
-        say(f"The prompt has {counted(whole, 'token')}: the map shows the last {len(ids):,}, {reason}.")
-    return ids
-
-
 def open_model(settings: AttentionMapSettings) -> tuple[GPT, Tokenizer, str, Path]:
-    """A model, its tokenizer, its name, and the folder for its page."""
+    """The model, its tokenizer, its name, and the folder for its page."""
     if settings.fresh:
         tokenizer = ByteTokenizer()
         config = compose("config", [f"model={settings.fresh}"]).model
@@ -123,12 +117,29 @@ def open_model(settings: AttentionMapSettings) -> tuple[GPT, Tokenizer, str, Pat
     return engine.model, engine.tokenizer, run.name, run
 
 
+def last_tokens(ids: list[int], config: GPTConfig) -> list[int]:
+    """The last tokens that fit into the context and on a page; prints if some are left out."""
+    on_a_page = math.isqrt(MAX_WEIGHTS // (config.n_layer * config.n_head))
+    limit = min(on_a_page, config.block_size)
+    if len(ids) > limit:
+        reason = "as many as the model reads"
+        if on_a_page < config.block_size:
+            reason = (f"as many as fit on a page for {config.n_layer} layers of {config.n_head} "
+                      "heads")
+        say(f"The prompt has {counted(len(ids), 'token')}: the map shows the last {limit:,}, "
+            f"{reason}.")
+    return ids[-limit:]
+
+
 @torch.inference_mode()
-def look(model: GPT, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits `[T, V]` for ids `[1, T]`, and the weights `[L, H, T, T]` of all layers and heads that led to them."""
+def attention_weights(model: GPT, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits `[T, V]` for ids `[1, T]`, and the attention weights `[L, H, T, T]` behind them."""
     weights: list[Tensor] = []
-    handles = [block.attn.register_forward_hook(lambda attn, given, _: weights.append(attn.explicit(*given)[1]))
-               for block in model.h]
+
+    def keep_weights(attention: CausalSelfAttention, inputs: Any, output: Any) -> None:
+        weights.append(attention.explicit(*inputs)[1])
+
+    handles = [block.attn.register_forward_hook(keep_weights) for block in model.h]
     try:
         logits = model(ids)[0]
     finally:
@@ -137,68 +148,84 @@ def look(model: GPT, ids: Tensor) -> tuple[Tensor, Tensor]:
     return logits, torch.cat(weights)
 
 
-def likely(logits: Tensor, tokenizer: Tokenizer) -> list[list[tuple[str, float]]]:
-    """For each position the likeliest next tokens, with their probabilities."""
+def next_tokens(logits: Tensor, tokenizer: Tokenizer) -> list[list[tuple[str, float]]]:
+    """For each position the most likely next tokens, with their probabilities."""
     top = logits.float().softmax(-1).topk(min(N_NEXT, logits.size(-1)))
-    return [[(label(tokenizer, token), round(p, 5)) for token, p in zip(*row, strict=True)]
-            for row in zip(top.indices.tolist(), top.values.tolist(), strict=True)]
+    rows = []
+    for ids, probabilities in zip(top.indices.tolist(), top.values.tolist(), strict=True):
+        row = []
+        for token, probability in zip(ids, probabilities, strict=True):
+            row.append((token_label(tokenizer, token), round(probability, 5)))
+        rows.append(row)
+    return rows
 
 
-def label(tokenizer: Tokenizer, token: int) -> str:
-    """A token's text so that each character can be seen, and not more than LONGEST of them."""
+def token_label(tokenizer: Tokenizer, token: int) -> str:
+    """The first MAX_LETTERS of a token's text, with every character visible."""
     text = tokenizer.decode_bytes([token]).decode(errors="backslashreplace")
-    if len(text) > LONGEST:
-        text = text[:LONGEST] + "…"
+    if len(text) > MAX_LETTERS:
+        text = text[:MAX_LETTERS] + "…"
+    # A combining character would change the character before the label.
     if text and unicodedata.category(text[0]).startswith("M"):
-        text = "◌" + text  # or it would change the character before it
+        text = "◌" + text
     return "".join(map(visible, text)) or "∅"
 
 
-def visible(letter: str) -> str:
-    """A character, or what stands for one that shows nothing."""
-    if letter in SPACES:
-        return SPACES[letter]
-    if letter.isspace():
-        return ascii(letter)[1:-1]
-    return escaped(letter, keep="")
+def visible(character: str) -> str:
+    """A character, or a text in its place if it shows nothing."""
+    if character in SPACES:
+        return SPACES[character]
+    if character.isspace():
+        return ascii(character)[1:-1]
+    return escaped(character, keep="")
 
 
-def page(name: str, labels: list[str], weights: Tensor, following: list[list[tuple[str, float]]]) -> str:
-    """The page. Weights are stored as 16-bit fractions: 4 digits, in a fifth of the space that JSON needs."""
+def page(
+    name: str, labels: list[str], weights: Tensor, following: list[list[tuple[str, float]]]
+) -> str:
+    """The page. Weights are stored as 16-bit fractions: four digits, in a fifth of JSON's space."""
     fractions = (weights * 65535).round().to(torch.int32).numpy().astype("<u2")
-    content: dict[str, Any] = {"name": escaped(name, keep=""), "words": labels, "next": following, "layers": weights.size(0),
-                               "heads": weights.size(1), "weights": base64.b64encode(fractions.tobytes()).decode()}
-    text = json.dumps(content).replace("<", "\\u003c")  # or a token could end the script
-    return TEMPLATE.read_text(encoding="utf-8").replace(PLACE, text)
+    content = {
+        "name": escaped(name, keep=""),
+        "words": labels,
+        "next": following,
+        "layers": weights.size(0),
+        "heads": weights.size(1),
+        "weights": base64.b64encode(fractions.tobytes()).decode(),
+    }
+    # A token could end the script that it is in.
+    text = json.dumps(content).replace("<", "\\u003c")
+    return TEMPLATE.read_text(encoding="utf-8").replace(PLACEHOLDER, text)
 
 
 def draw(name: str, labels: list[str], weights: Tensor) -> bytes:
     """The grid of all layers and heads, as PNG. Raises ValueError if matplotlib is missing."""
     layers, heads = weights.shape[:2]
-    size = 2.4 if layers * heads <= 24 else 1.6  # inches
-    figure, style = new_figure(1.5 + size * heads, 1.5 + size * layers, "attention")
-    points = 72 * 0.9 * size / len(labels)  # the height of a row
-    every = math.ceil(SMALLEST / points)
-    ticks = {"ticks": range(0, len(labels), every), "labels": [short_text(text) for text in labels[::every]],
-             "fontsize": max(SMALLEST, min(8, 0.85 * points))}
+    inches = 2.4 if layers * heads <= 24 else 1.6
+    row_points = 72 * 0.9 * inches / len(labels)
+    every = math.ceil(MIN_POINTS / row_points)
+    points = max(MIN_POINTS, min(MAX_POINTS, 0.85 * row_points))
+    ticks = range(0, len(labels), every)
+    texts = [short_text(label) for label in labels[::every]]
+    figure, style = new_figure(1.5 + inches * heads, 1.5 + inches * layers, "attention")
     with style, quiet():
-        axes = figure.subplots(layers, heads, squeeze=False, sharex=True, sharey=True)
+        grid = figure.subplots(layers, heads, squeeze=False, sharex=True, sharey=True)
         for layer in range(layers):
             for head in range(heads):
-                cell = axes[layer][head]
-                roots = weights[layer, head].sqrt().numpy()  # so that small weights show too
-                cell.imshow(roots, cmap="cividis", vmin=0, vmax=1)
-                cell.grid(False)
-                cell.tick_params(length=0)
-                if layer == 0:
-                    cell.set_title(f"head {head}", fontsize=9)
-                if head == 0:
-                    cell.set_ylabel(f"layer {layer}", fontsize=9)
-        axes[0][0].set_yticks(**ticks)
-        axes[0][0].set_xticks(**ticks, rotation=90)
-        for cell in axes[-1]:
-            cell.tick_params(axis="x", labelrotation=90, labelsize=ticks["fontsize"])
-        for cell in axes[:, 0]:
-            cell.tick_params(axis="y", labelsize=ticks["fontsize"])
-        figure.suptitle(f"{escaped(name, keep='')}: each row is a token, and shows which tokens it attends to", fontsize=10)
+                axes = grid[layer][head]
+                # Small weights are visible in their square roots.
+                axes.imshow(weights[layer, head].sqrt().numpy(), cmap="cividis", vmin=0, vmax=1)
+                axes.grid(False)
+                axes.tick_params(length=0)
+        grid[0][0].set_yticks(ticks, texts)
+        grid[0][0].set_xticks(ticks, texts)
+        for head, axes in enumerate(grid[0]):
+            axes.set_title(f"head {head}", fontsize=9)
+        for axes in grid[-1]:
+            axes.tick_params(axis="x", labelrotation=90, labelsize=points)
+        for layer, axes in enumerate(grid[:, 0]):
+            axes.set_ylabel(f"layer {layer}", fontsize=9)
+            axes.tick_params(axis="y", labelsize=points)
+        title = "each row is a token, and shows which tokens it attends to"
+        figure.suptitle(f"{escaped(name, keep='')}: {title}", fontsize=10)
         return as_image(figure, "png", dpi=120)

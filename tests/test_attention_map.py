@@ -16,7 +16,7 @@ from browser import browse, needs_chromium
 
 from conf.schema import ConfigError, compose
 from model import GPT, GPTConfig
-from scripts import attention_map as story
+from scripts import attention_map
 from train import train
 
 PROMPT = "The <b>fox</b> & the </script> dog."
@@ -25,7 +25,7 @@ PROMPT = "The <b>fox</b> & the </script> dog."
 def made(tmp_path: Path, *overrides: str) -> tuple[Path, dict]:
     """The page for a fresh model, and the data in it."""
     out = tmp_path / "page.html"
-    assert story.main(compose(story.AttentionMapSettings, ["fresh=nano", f"prompt={PROMPT[:32]}", f"out={out}", *overrides])) == 0
+    assert attention_map.main(compose(attention_map.AttentionMapSettings, ["fresh=nano", f"prompt={PROMPT[:32]}", f"out={out}", *overrides])) == 0
     return out, data_of(out)
 
 
@@ -39,14 +39,14 @@ def weights_of(data: dict) -> np.ndarray:
 
 
 @pytest.mark.parametrize("flags", [{}, {"position": "rotary", "norm": "rms", "qk_norm": True, "bias": False}, {"n_kv_head": 2}], ids=str)
-def test_the_weights_are_those_that_led_to_the_logits(flags):
+def test_the_weights_are_those_behind_the_logits(flags):
     """Recomputed by hand, layer by layer, from the residual stream; and the hooks change nothing and are gone."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=16, vocab_size=50, n_layer=3, n_head=4, n_embd=32, **flags)).eval()
     for weights in model.parameters():
         torch.nn.init.normal_(weights, std=0.2)
     ids = torch.randint(50, (1, 9))
-    logits, weights = story.look(model, ids)
+    logits, weights = attention_map.attention_weights(model, ids)
     with torch.inference_mode():
         assert torch.equal(logits, model(ids)[0]) and weights.shape == (3, 4, 9, 9)
         x = model.wte(ids) + (model.wpe.weight[:9] if flags.get("position") != "rotary" else 0)
@@ -59,22 +59,22 @@ def test_the_weights_are_those_that_led_to_the_logits(flags):
     assert not any(block.attn._forward_hooks for block in model.h)
 
 
-def test_the_page_holds_the_tokens_the_weights_and_the_likely_next_tokens(tmp_path):
+def test_the_page_holds_tokens_weights_and_next_tokens(tmp_path):
     page, data = made(tmp_path)
     weights = weights_of(data)
     assert "".join(data["words"]) == PROMPT[:32].replace(" ", "·") and weights.shape == (2, 2, 32, 32)
     assert np.allclose(weights.sum(-1), 1, atol=32 / 65535) and not np.triu(weights, 1).any()
-    model, tokenizer, name, _ = story.open_model(compose(story.AttentionMapSettings, ["fresh=nano"]))
+    model, tokenizer, name, _ = attention_map.open_model(compose(attention_map.AttentionMapSettings, ["fresh=nano"]))
     assert not model.training and name == "nano, random weights"
     with torch.inference_mode():
-        logits, expected = story.look(model, torch.tensor([tokenizer.encode(PROMPT[:32])]))
+        logits, expected = attention_map.attention_weights(model, torch.tensor([tokenizer.encode(PROMPT[:32])]))
     assert np.allclose(weights, expected.numpy(), atol=0.51 / 65535)
-    top = logits.softmax(-1).topk(story.N_NEXT)
+    top = logits.softmax(-1).topk(attention_map.N_NEXT)
     assert top.values[:, 0].std() > 1e-4  # they differ from position to position
     for position, row in enumerate(data["next"]):
-        assert [word for word, _ in row] == [story.label(tokenizer, token) for token in top.indices[position].tolist()]
+        assert [word for word, _ in row] == [attention_map.token_label(tokenizer, token) for token in top.indices[position].tolist()]
         assert np.allclose([p for _, p in row], top.values[position], atol=1e-5)
-    assert not re.search(r"https?:|<link|@import|src=|url\(|[\"']//", story.TEMPLATE.read_text()) and "is replaced" not in page.read_text()
+    assert not re.search(r"https?:|<link|@import|src=|url\(|[\"']//", attention_map.TEMPLATE.read_text()) and "is replaced" not in page.read_text()
 
 
 def test_the_seed_decides_the_random_weights(tmp_path):
@@ -82,46 +82,41 @@ def test_the_seed_decides_the_random_weights(tmp_path):
     assert first == again != other
 
 
-def test_words_cannot_end_the_script_they_stand_in():
-    page = story.page("</script><b>", ["</script>", "<!--"], torch.eye(2).expand(1, 1, 2, 2), [[("</script>", 1.0)]] * 2)
-    assert page.lower().count("</script>") == story.TEMPLATE.read_text().lower().count("</script>")
+def test_tokens_cannot_end_the_script_they_are_in():
+    page = attention_map.page("</script><b>", ["</script>", "<!--"], torch.eye(2).expand(1, 1, 2, 2), [[("</script>", 1.0)]] * 2)
+    assert page.lower().count("</script>") == attention_map.TEMPLATE.read_text().lower().count("</script>")
     content = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
     assert content["words"] == ["</script>", "<!--"] and content["name"] == "</script><b>"
 
 
 def test_an_output_that_is_not_finite_is_one_sentence(tmp_path, monkeypatch):
-    settings = compose(story.AttentionMapSettings, ["fresh=nano", f"out={tmp_path / 'x.html'}"])
-    monkeypatch.setattr(story, "look", lambda model, ids: (torch.full((26, 257), torch.nan), torch.zeros(2, 2, 26, 26)))
+    settings = compose(attention_map.AttentionMapSettings, ["fresh=nano", f"out={tmp_path / 'x.html'}"])
+    monkeypatch.setattr(attention_map, "attention_weights", lambda model, ids: (torch.full((26, 257), torch.nan), torch.zeros(2, 2, 26, 26)))
     with pytest.raises(ValueError, match="NaN or infinite"):
-        story.main(settings)
+        attention_map.main(settings)
     assert not (tmp_path / "x.html").exists()
 
 
-@pytest.mark.parametrize("which", ["best", "last"])
-def test_the_checkpoint_that_is_asked_for_is_shown(compose_tiny, tmp_path, monkeypatch, which):
-    train(compose_tiny("training.max_steps=2", "training.sample_tokens=0"))
-    opened = story.open_checkpoint
-    asked = []
-    monkeypatch.setattr(story, "open_checkpoint", lambda run, which, device: asked.append(which) or opened(run, which, device))
-    story.main(compose(story.AttentionMapSettings, [f"runs_dir={tmp_path / 'runs'}", "prompt=The quiet", f"checkpoint={which}"]))
-    assert asked == [which]
-
-
-def test_a_trained_run_gets_its_page_in_its_folder(compose_tiny, tmp_path, capsys):
-    train(compose_tiny("training.max_steps=3", "training.sample_tokens=0"))
-    assert story.main(compose(story.AttentionMapSettings, [f"runs_dir={tmp_path / 'runs'}", "prompt=The quiet dog"])) == 0
+def test_a_run_gets_a_page_of_the_chosen_checkpoint(compose_tiny, tmp_path, capsys, monkeypatch):
+    train(compose_tiny("training.max_steps=2"))
+    opened, asked = attention_map.open_checkpoint, []
+    monkeypatch.setattr(attention_map, "open_checkpoint", lambda run, which, device: asked.append(which) or opened(run, which, device))
     page = tmp_path / "runs/tiny/attention.html"
-    assert "".join(data_of(page)["words"]) == "The·quiet·dog" and str(page) in capsys.readouterr().out
+    for which in ("best", "last"):
+        attention_map.main(compose(attention_map.AttentionMapSettings, [f"runs_dir={tmp_path / 'runs'}", "prompt=The quiet dog", f"checkpoint={which}"]))
+        assert str(page) in capsys.readouterr().out and "".join(data_of(page)["words"]) == "The·quiet·dog"
+        page.unlink()
+    assert asked == ["best", "last"]
 
 
 def test_a_missing_matplotlib_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ValueError, match="pip install matplotlib"):
-        story.draw("x", ["a", "b"], torch.zeros(1, 1, 2, 2))
+        attention_map.draw("x", ["a", "b"], torch.zeros(1, 1, 2, 2))
 
 
 @pytest.mark.slow
-def test_a_still_picture_lies_beside_it(tmp_path):
+def test_png_writes_a_picture_beside_the_page(tmp_path):
     pytest.importorskip("matplotlib")
     page, _ = made(tmp_path, "png=true")
     assert page.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
@@ -129,8 +124,8 @@ def test_a_still_picture_lies_beside_it(tmp_path):
 
 def test_128_tokens_and_144_heads_stay_under_20_megabytes():
     weights = torch.rand(12, 12, 128, 128).tril().softmax(-1)
-    following = [[("word", 0.5)] * story.N_NEXT] * 128
-    assert len(story.page("x", ["word"] * 128, weights, following)) < 20 * 2**20
+    following = [[("word", 0.5)] * attention_map.N_NEXT] * 128
+    assert len(attention_map.page("x", ["word"] * 128, weights, following)) < 20 * 2**20
 
 
 @pytest.mark.parametrize("overrides, words", [
@@ -139,40 +134,40 @@ def test_128_tokens_and_144_heads_stay_under_20_megabytes():
 ])
 def test_bad_settings_are_one_sentence(overrides, words):
     with pytest.raises(ConfigError, match=words):
-        compose(story.AttentionMapSettings, overrides)
+        compose(attention_map.AttentionMapSettings, overrides)
 
 
-def test_a_prompt_that_is_too_long_is_trimmed_as_in_sampling(tmp_path, capsys):
+def test_a_prompt_beyond_the_context_keeps_its_last_tokens(tmp_path, capsys):
     _, data = made(tmp_path, f"prompt={'x' * 20}{'y' * 32}")
     assert data["words"] == ["y"] * 32 and weights_of(data).shape[-1] == 32
     assert capsys.readouterr().out.splitlines()[0] == "The prompt has 52 tokens: the map shows the last 32, as many as the model reads."
 
 
-def test_a_prompt_that_a_page_cannot_hold_is_trimmed(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(story, "MOST_VALUES", 4 * 7**2 + 3)
+def test_a_prompt_too_large_for_a_page_keeps_its_last_tokens(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(attention_map, "MAX_WEIGHTS", 4 * 7**2 + 3)
     _, data = made(tmp_path, "prompt=abcdefghijk")
     assert data["words"] == list("efghijk")
-    assert "11 tokens: the map shows the last 7, as many as a page holds for 2 layers of 2 heads." in capsys.readouterr().out
+    assert "11 tokens: the map shows the last 7, as many as fit on a page for 2 layers of 2 heads." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text, label", [
     (b" the", "·the"), (b"\n\t", "⏎⇥"), (b"\r\n", "\\r⏎"), (b"", "∅"), (b"\xff", "\\xff"), ("\u0301".encode(), "◌\u0301"), ("\u00a0\u3000".encode(), "\\xa0\\u3000"),
     (b"\x1b[2J", "\\x1b[2J"), ("\u202e".encode(), "\\u202e"), ("中文".encode(), "中文"), (b"<b>&", "<b>&"), (b"x" * 12_000_000, "x" * 40 + "…")], ids=lambda value: repr(value)[:20])
-def test_every_character_of_a_label_can_be_seen(text, label):
+def test_every_character_of_a_label_is_visible(text, label):
     class Tokenizer:
         def decode_bytes(self, tokens):
             return text
 
-    assert story.label(Tokenizer(), 0) == label
+    assert attention_map.token_label(Tokenizer(), 0) == label
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 24, 128])
-def test_the_picture_has_labels_that_do_not_overlap(monkeypatch, tokens):
+@pytest.mark.parametrize("tokens", [1, 24, 128])
+def test_the_labels_of_a_picture_do_not_overlap(monkeypatch, tokens):
     pytest.importorskip("matplotlib")
     drawn = []
-    monkeypatch.setattr(story, "as_image", lambda figure, *_, **__: figure.draw_without_rendering() or drawn.append(figure) or b"")
+    monkeypatch.setattr(attention_map, "as_image", lambda figure, *_, **__: figure.draw_without_rendering() or drawn.append(figure) or b"")
     labels = [f"·t{number}$x$" for number in range(tokens)]
-    story.draw("x", labels, torch.ones(2, 3, tokens, tokens))
+    attention_map.draw("x", labels, torch.ones(2, 3, tokens, tokens))
     axes = drawn[0].axes
     for cell, axis in ((axes[0], "yaxis"), (axes[3], "yaxis"), (axes[3], "xaxis"), (axes[5], "xaxis")):
         texts = [text for text in getattr(cell, axis).get_ticklabels() if text.get_text() and text.get_visible()]
@@ -184,7 +179,7 @@ def test_the_picture_has_labels_that_do_not_overlap(monkeypatch, tokens):
 
 @pytest.mark.slow
 @needs_chromium
-def test_it_opens_without_errors_and_all_heads_are_there(tmp_path):
+def test_the_page_opens_and_shows_all_heads(tmp_path):
     page, _ = made(tmp_path)
     found, console = browse(page, tmp_path, """
       const buttons = [...document.querySelectorAll("#grid button")];
@@ -206,7 +201,7 @@ def test_it_opens_without_errors_and_all_heads_are_there(tmp_path):
 
 @pytest.mark.slow
 @needs_chromium
-def test_a_click_enlarges_and_a_hover_shows_what_the_tensor_says(tmp_path):
+def test_clicks_and_hovers_show_the_weights_of_the_tensor(tmp_path):
     page, data = made(tmp_path)
     weights = weights_of(data)
     found, console = browse(page, tmp_path, """
@@ -264,7 +259,7 @@ def test_a_large_page_answers_at_once(tmp_path):
     torch.manual_seed(0)
     weights = (4 * torch.randn(12, 12, 128, 128)).masked_fill(torch.ones(128, 128).triu(1).bool(), -torch.inf).softmax(-1)
     page = tmp_path / "large.html"
-    page.write_text(story.page("large", [f"w{i} " for i in range(128)], weights, [[("a", 0.5)]] * 128))
+    page.write_text(attention_map.page("large", [f"w{i} " for i in range(128)], weights, [[("a", 0.5)]] * 128))
     found, console = browse(page, tmp_path, """
       const words = [...document.querySelectorAll("#words button")];
       const heads = [...document.querySelectorAll("#grid button")], times = [performance.now()];

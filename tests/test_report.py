@@ -343,7 +343,7 @@ def test_a_comparison_replaces_no_other(tmp_path, first, second, same):
     pages = []
     for names in (first, second):
         folders = [tmp_path / name.strip("'") for name in re.findall(r"'[^']*'|[^,]+", names)]
-        page = script.page_of(folders, tmp_path)
+        page = script.default_page(folders, tmp_path)
         assert page.parent == tmp_path and re.fullmatch(r"report-[\w.=+,-]+\.html", page.name)
         pages.append(page)
     assert (pages[0] == pages[1]) == same
@@ -362,7 +362,7 @@ def test_a_page_is_named_and_titled_by_what_it_compares(tmp_path, monkeypatch, n
 
 
 def test_the_name_of_a_page_has_a_limit(tmp_path):
-    assert len(script.page_of([tmp_path / f"{letter * 50}" for letter in "abcdef"], tmp_path).name) < 100
+    assert len(script.default_page([tmp_path / f"{letter * 50}" for letter in "abcdef"], tmp_path).name) < 100
 
 
 @pytest.mark.slow

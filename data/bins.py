@@ -40,9 +40,8 @@ LEAST_TOKENS = 16  # in fewer, a zero may be a token or the upper half of a wide
 def prepare_bins(path: str, tokenizer_name: str, dtype: str = "auto") -> Path:
     """Describe the tokens in `path` in a folder of prepared tokens, and return the folder.
 
-    The folder is updated if the files have moved. `dtype` is the type of files without a header;
-    "auto" detects it. Raises ValueError for files without tokens or of an ambiguous type, and for
-    ids that are not in the tokenizer's vocabulary.
+    The folder is updated if the files have moved. `dtype` is the type of files without a header, or
+    "auto". Raises ValueError for files that are not tokens of the tokenizer's vocabulary.
     """
     files = find_bins(path)
     tokenizer = tokenizer_of(files["train"][0].parent, tokenizer_name)
@@ -78,10 +77,7 @@ def prepare_bins(path: str, tokenizer_name: str, dtype: str = "auto") -> Path:
 
 
 def tokenizer_of(folder: Path, name: str) -> Tokenizer:
-    """The tokenizer that made the tokens in `folder`.
-
-    Raises ValueError if a file that it needs is missing.
-    """
+    """The tokenizer that made the tokens in `folder`; ValueError if it needs a missing file."""
     if name == "char":
         # nanoGPT saves the characters in a pickle, which is not safe to load.
         text = folder / "input.txt"
@@ -138,8 +134,7 @@ def find_bins(path: str) -> dict[str, list[Path]]:
 def describe_bin(path: Path, vocab_size: int, dtype: str) -> dict[str, Any]:
     """The entry of a file in `meta.json`, without its checksum.
 
-    Raises ValueError for a damaged or unsupported file, and for a type of tokens that is too small
-    for the vocabulary.
+    Raises ValueError for a damaged or unsupported file, or a type too small for the vocabulary.
     """
     if not path.is_file():
         raise ValueError(f"{path} is not a regular file: give files of tokens.")
@@ -192,10 +187,7 @@ def describe_numpy(path: Path) -> dict[str, Any]:
 
 
 def describe_header(path: Path, head: bytes) -> dict[str, Any] | None:
-    """The entry of a file with llm.c's header; None for a file without one.
-
-    Raises ValueError if the header does not match the file.
-    """
+    """The entry of a file with llm.c's header, else None; ValueError for a wrong header."""
     magic, _version, n_tokens = struct.unpack("<3i", head)
     if struct.unpack(">i", head[:4])[0] in MAGIC:
         raise big_endian(path)
@@ -218,10 +210,9 @@ def fits(dtype: str, vocab_size: int) -> bool:
 
 
 def detect_dtype(path: Path, vocab_size: int) -> str:
-    """The type of the tokens in a file without a header.
+    """The type of the tokens in a file without a header; ValueError if it is ambiguous.
 
-    That is the widest type whose values are in the vocabulary; without one, the narrowest type that
-    can hold the vocabulary. Raises ValueError if the type is ambiguous.
+    It is the widest type that gives ids in the vocabulary, else the narrowest that can hold it.
     """
     size = path.stat().st_size
     ambiguous = False
@@ -262,10 +253,7 @@ def read_sample(path: Path, dtype: str) -> np.ndarray:
 
 
 def count_tokens(shards: list[dict[str, Any]], tokenizer: Tokenizer) -> dict[str, Any]:
-    """The documents, bytes and tokens in some shards.
-
-    Raises ValueError for an id that is not in the vocabulary.
-    """
+    """The documents, bytes and tokens in some shards; ValueError for an unknown id."""
     counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
     total = sum(shard["tokens"] for shard in shards)
     with ProgressBar(desc="Counting tokens", total=total, unit="tokens", unit_scale=True,

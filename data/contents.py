@@ -1,7 +1,4 @@
-"""Statistics of prepared tokens: token counts and document lengths; and some documents.
-
-Everything is read in constant memory.
-"""
+"""Statistics and samples of prepared tokens, in constant memory."""
 
 from __future__ import annotations
 
@@ -41,10 +38,7 @@ class Contents:
         self.n_documents = self.by_length.total()
 
     def documents(self, tokens: Tokens) -> Iterator[tuple[int, int]]:
-        """The start and end of each document, without its end-of-text token.
-
-        If the tokenizer has no such token, all tokens are one document.
-        """
+        """The start and end of each document, without the end-of-text token (if there is one)."""
         start = 0
         if self.end_of_text is not None:
             offset = 0

@@ -1,7 +1,7 @@
 """Encode text into shards on all cores, in bounded memory, one segment of text after another.
 
-The boundaries of batches and segments depend only on the text, so every machine makes the same
-shards, and so does a run that resumes after a kill.
+Batches and segments depend only on the text, so every machine makes the same shards, also after an
+interruption.
 """
 
 from __future__ import annotations
@@ -77,17 +77,14 @@ def segments(corpora: list[Corpus], tokenizer: Tokenizer, folder: Path, first: i
     Segments before `first` are skipped. A segment has a "number", its "part", and for each split
     "documents", "bytes", "tokens" and "shards".
     """
-    end_of_text = np.array([], dtype=np.uint32)
-    several = len(corpora) > 1 or corpora[0].has_boundaries
-    if several and tokenizer.end_of_text is not None:
-        end_of_text = np.array([tokenizer.end_of_text], dtype=np.uint32)
+    has_ends = len(corpora) > 1 or corpora[0].has_boundaries
+    end_ids = [tokenizer.end_of_text] if has_ends and tokenizer.end_of_text is not None else []
+    end_of_text = np.array(end_ids, dtype=np.uint32)
 
     def encode(batch: Batch) -> dict[str, np.ndarray]:
         ids: dict[str, list[np.ndarray]] = {split: [end_of_text[:0]] for split in SPLITS}
         for split, text, ends in batch.pieces:
-            ids[split].append(tokenizer.encode_array(text))
-            if ends:
-                ids[split].append(end_of_text)
+            ids[split] += [tokenizer.encode_array(text), end_of_text[:ends]]
         return {split: np.concatenate(arrays) for split, arrays in ids.items()}
 
     def remaining() -> Iterator[Batch]:

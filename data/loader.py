@@ -1,13 +1,11 @@
-"""Batches as a pure function of (seed, step, micro-step, rank).
+"""Batches as a pure function of (seed, step, micro-step, rank), so resuming is exact.
 
-There is no cursor and no shuffled list: the step number alone says where a run stands, so resuming
-is exact. The order of the sequences is frozen: changing it would change the batches that resumed
-runs read next.
+The order of sequences is frozen: another order would change the batches of resumed runs.
 
-The split is cut into windows of `block_size` tokens. Each epoch visits every window once, in the
-order of a keyed permutation that is computed for any index. Each epoch also cuts at another offset
-(the split is read as a ring), so that no token stays at the edge of its window. The parts of a
-mixture are cut and shuffled separately, and interleaved by their weights.
+The split is cut into windows of `block_size` tokens. Each epoch reads every window once, in the
+order of a keyed permutation, and cuts at another offset (the split is read as a ring), so that no
+token stays at the edge of its window. The parts of a mixture are cut and shuffled separately, and
+interleaved by weight.
 """
 
 from __future__ import annotations
@@ -36,8 +34,8 @@ def mix(x: np.ndarray) -> np.ndarray:
 def permute(index: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
     """Apply a permutation of `range(n)` to `index`. Each element has its own key.
 
-    A Feistel network permutes the next power of four. Results of n or more are permuted again until
-    they are below n (cycle walking, Black and Rogaway 2002). O(1) per element, without a table.
+    A Feistel network permutes the next power of four. Results of n or more are permuted again
+    (cycle walking, Black and Rogaway 2002). O(1) per element, without a table.
     """
     half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     low = (np.uint64(1) << half) - np.uint64(1)
@@ -77,13 +75,11 @@ class Windows:
 
 
 class Loader:
-    """Training batches: inputs, and as targets the tokens that follow them.
+    """Training batches from the parts of a mixture, interleaved by `weights`.
 
-    `tokens` holds the training split of each part of the data, `weights` their shares of the
-    sequences. A step consists of `world_size` ranks times `micro_steps` micro-steps of `batch_size`
-    sequences. Each rank reads a contiguous piece of the step: its micro-step m is micro-step
-    `rank * micro_steps + m` of the same step on one rank.
-    Raises ValueError for a split that is shorter than one context.
+    In a step, each of `world_size` ranks has `micro_steps` batches of `batch_size` sequences, a
+    contiguous piece of the step: micro-step m of a rank is micro-step `rank * micro_steps + m` of
+    the same step on one rank. Raises ValueError for a split shorter than one context.
     """
 
     def __init__(self, tokens: list[Tokens], block_size: int, batch_size: int, micro_steps: int = 1,
@@ -132,9 +128,8 @@ class Loader:
 class Prefetch:
     """The batches of one rank on its device. While a GPU computes, a thread reads the next batch.
 
-    The thread reads into pinned memory, from which a GPU copies asynchronously. Other devices use
-    neither. Batches may be requested in any order, as after a rollback; only the next one in
-    sequence is prefetched. An error on the thread is raised when its batch is requested.
+    It reads into pinned memory, from which a GPU copies asynchronously. Batches may be requested in
+    any order, as after a rollback. An error on the thread is raised when its batch is requested.
     """
 
     def __init__(self, loader: Loader, device: torch.device, rank: int = 0) -> None:
@@ -163,11 +158,11 @@ class Prefetch:
 
 
 class Validation:
-    """The validation windows, the same in each evaluation: in order, without overlap.
+    """The validation windows, the same in each evaluation: in order, up to `max_tokens`.
 
-    At most `max_tokens` are read. In a mixture, `weights` are the parts' shares of `max_tokens` and
-    of the mean, even if a part has fewer tokens. Rank r reads the batches r, r + world_size, ...
-    with unchanged weights, so the sum over the ranks is the mean of all batches.
+    In a mixture, `weights` are the parts' shares of `max_tokens` and, even if a part has fewer
+    tokens, of the mean. Rank r reads the batches r, r + world_size, ... with unchanged weights, so
+    the sum over the ranks is the mean of all batches.
     """
 
     def __init__(self, tokens: list[Tokens], block_size: int, batch_size: int, max_tokens: int,

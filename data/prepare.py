@@ -1,7 +1,7 @@
 """Prepare token shards from documents: made if missing, else checked.
 
-The name of the folder ends with a hash of everything that its content depends on. After a kill, the
-same command resumes at the last complete segment and gives identical files.
+The folder's name ends with a hash of everything that the tokens depend on. After a kill, the same
+command resumes after the last complete segment and gives identical files.
 """
 
 from __future__ import annotations
@@ -40,8 +40,7 @@ FORMAT = 3  # part of the recipe: increase it when the same source would give ot
 def prepare(config: DataConfig) -> Path:
     """The folder of prepared tokens for `config`: made if it is missing, else checked.
 
-    Raises ValueError for a source that cannot be read or split and for damaged tokens, and OSError
-    for tokens that cannot be written.
+    Raises ValueError for an invalid source and damaged tokens, OSError for a write error.
     """
     if config.source == "bin" and not config.mix:
         return prepare_bins(expanded(config.path), config.tokenizer, config.dtype)
@@ -52,10 +51,7 @@ def prepare(config: DataConfig) -> Path:
 
 
 def find_prepared(fingerprint: str) -> Path | None:
-    """The folder of the prepared tokens whose fingerprint starts with `fingerprint`.
-
-    None if there is no such folder or its tokens are damaged.
-    """
+    """The folder of intact tokens whose fingerprint starts with `fingerprint`, if there is one."""
     for folder in sorted(data_root().glob("*-*-*")):
         if folder.name.startswith(BUILDING):
             continue
@@ -91,10 +87,8 @@ def planned(config: DataConfig) -> Plan:
 
 
 def build(building: Path, plan: Plan, config: DataConfig) -> None:
-    """Train a tokenizer if needed, encode the sources, and write `meta.json`.
-
-    Raises ValueError if a source changes meanwhile.
-    """
+    """Make the tokenizer, the shards and `meta.json`; ValueError if a source changes meanwhile."""
+    # Only the folder's last name was missing.
     if (building / "meta.json").exists():
         return
     corpora = []
@@ -137,10 +131,7 @@ def read_progress(building: Path) -> list[dict[str, Any]]:
 
 def summarize(segments: list[dict[str, Any]], names: list[str],
               descriptions: list[str]) -> dict[str, Any]:
-    """The entries of `meta.json` about the segments: the total, and each part of a mixture.
-
-    `names` and `descriptions` are those of the parts' sources.
-    """
+    """The entries of `meta.json`: the totals, and the parts with the names of their sources."""
     parts = []
     for number, (name, description) in enumerate(zip(names, descriptions, strict=True)):
         part: dict[str, Any] = {"source": name, "read": description}
@@ -161,10 +152,7 @@ def total(segments: list[dict[str, Any]], split: str) -> dict[str, Any]:
 
 
 def make_tokenizer(config: DataConfig, corpora: list[Corpus]) -> Tokenizer:
-    """The tokenizer that `config` names.
-
-    `bpe` is trained on the training split; `char` has the characters of both splits.
-    """
+    """The tokenizer of `config`: `bpe` is trained on the training split, `char` knows both."""
     if config.tokenizer == "byte":
         return ByteTokenizer()
     if config.tokenizer in PUBLISHED:

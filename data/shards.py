@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +67,9 @@ class ShardWriter:
 
 
 class ShardFile:
-    """The file of an open shard, to detect changes during training.
+    """The file of an open shard, to detect that it is overwritten during training.
 
-    A file that was replaced or deleted is unchanged: the memory map keeps the old one.
+    It may be replaced or deleted: the memory map keeps the old file.
     """
 
     def __init__(self, folder: Path, shard: dict[str, Any]) -> None:
@@ -78,13 +79,11 @@ class ShardFile:
     def check(self) -> None:
         """Raise ValueError if the file was changed. Reading beyond its end kills the process."""
         try:
-            now = self.path.stat()
+            now, before = self.path.stat(), self.status
         except FileNotFoundError:
             return
-        before = self.status
-        if (now.st_dev, now.st_ino) != (before.st_dev, before.st_ino):
-            return
-        if (now.st_size, now.st_mtime_ns) == (before.st_size, before.st_mtime_ns):
+        replaced = not os.path.samestat(now, before)
+        if replaced or (now.st_size, now.st_mtime_ns) == (before.st_size, before.st_mtime_ns):
             return
         if now.st_size != before.st_size or sha256_of([self.path]) != [self.sha256]:
             raise ValueError(f"{self.path} was overwritten while it was being read: restore the "
@@ -101,10 +100,7 @@ class Tokens:
 
     @classmethod
     def open(cls, folder: Path, split: str, part: int = 0) -> Tokens:
-        """One split of prepared tokens, or of one part of a mixture.
-
-        Raises ValueError naming a shard that is missing or truncated.
-        """
+        """One split of a part of prepared tokens. Raises ValueError naming a damaged shard."""
         shards = read_meta(folder)["parts"][part][split]["shards"]
         return cls([map_shard(folder, shard) for shard in shards],
                    [ShardFile(folder, shard) for shard in shards])
@@ -115,7 +111,7 @@ class Tokens:
     def read(self, positions: np.ndarray) -> np.ndarray:
         """The tokens at `positions` (any shape), as int64. One gather for each shard.
 
-        Raises ValueError if the file of a shard was overwritten since it was opened.
+        Raises ValueError if a shard was overwritten.
         """
         shard_of = np.searchsorted(self.ends, positions, side="right")
         tokens = np.empty(positions.shape, dtype=np.int64)
@@ -136,12 +132,11 @@ def open_parts(folder: Path, split: str) -> list[Tokens]:
 def map_shard(folder: Path, shard: dict[str, Any]) -> np.ndarray:
     # The path is absolute if the file belongs to another program and lies elsewhere.
     path = folder / shard["file"]
+    expected = shard["offset"] + shard["tokens"] * np.dtype(shard["dtype"]).itemsize
     if not path.is_file():
         raise ValueError(f"{path} is missing: {prepare_again(folder)}")
-    size = path.stat().st_size
-    expected = shard["offset"] + shard["tokens"] * np.dtype(shard["dtype"]).itemsize
-    if size != expected:
-        raise ValueError(f"{path} has {size:,} bytes instead of {expected:,}: "
+    if path.stat().st_size != expected:
+        raise ValueError(f"{path} has {path.stat().st_size:,} bytes instead of {expected:,}: "
                          f"{prepare_again(folder)}")
     return np.memmap(path, shard["dtype"], "r", shard["offset"], (shard["tokens"],))
 

@@ -68,8 +68,8 @@ def sha256_of(paths: list[Path]) -> list[str]:
 
 def key_of(path: Path, status: os.stat_result) -> str:
     """A key that changes when the file changes, as far as the file system can tell."""
-    return (f"{path.resolve()} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} "
-            f"{status.st_ino}")
+    times = f"{status.st_mtime_ns} {status.st_ctime_ns}"
+    return f"{path.resolve()} {status.st_size} {times} {status.st_ino}"
 
 
 def settled(status: os.stat_result, hashed_at: float) -> bool:
@@ -104,8 +104,8 @@ def read_digests(cache: Path) -> dict[str, tuple[str, float]]:
 def make_once(folder: Path, make: Callable[[Path], None]) -> None:
     """If `folder` does not exist, let `make` fill it under another name, and then rename it.
 
-    One process makes it while others wait. The other name is always the same, so that `make` can
-    resume. Raises OSError with advice if the disk is full or read-only.
+    One process makes it while others wait. The other name is always the same, so `make` can resume.
+    Raises OSError with advice if the disk is full or read-only.
     """
     if folder.is_dir():
         return
@@ -127,10 +127,9 @@ def in_use(building: Path) -> bool:
 
 def is_locked(lock: Path) -> bool:
     """Whether a process holds a lock."""
-    if not lock.exists():
-        return False
     try:
-        locks.Lock(lock, "nobody").release()
+        if lock.exists():
+            locks.Lock(lock, "nobody").release()
     except BlockingIOError:
         return True
     return False
@@ -144,8 +143,8 @@ def fill(folder: Path, make: Callable[[Path], None]) -> None:
         make(building)
     except BaseException as failure:
         remove_partial_files(building)
-        can_resume = any(building.glob("*.json")) and not isinstance(failure, ValueError)
-        if not can_resume:
+        # After a ValueError, the repaired source has another folder.
+        if isinstance(failure, ValueError) or not any(building.glob("*.json")):
             atomic.remove(building)
         raise
     atomic.publish_folder(building, folder)

@@ -49,19 +49,13 @@ UNKNOWN = 2**32 - 1  # the entry of unknown characters in a table of ids
 
 
 class Tokenizer(Protocol):
-    """The interface of all tokenizers.
-
-    All ids are below `vocab_size`. `end_of_text` is the id between documents, or None.
-    """
+    """All ids are below `vocab_size`. `end_of_text` is the id between documents, or None."""
 
     vocab_size: int
     end_of_text: int | None
 
     def encode_array(self, text: str) -> np.ndarray:
-        """The ids as uint32, or as uint8 for bytes. Thread-safe.
-
-        Raises ValueError for a text that cannot be encoded.
-        """
+        """The ids as uint32, or uint8 for bytes; ValueError for unknown characters. Thread-safe."""
 
     def encode(self, text: str) -> list[int]:
         """The ids as a list."""
@@ -89,8 +83,7 @@ class CharTokenizer(Tokenizer):
         if (ids == UNKNOWN).any():
             unknown = sorted(set(text) - set(self.characters))
             raise ValueError(f"The tokenizer has no character {', '.join(map(repr, unknown))}: it "
-                             f"knows the {len(self.characters)} characters of the text that it "
-                             f"was made from.")
+                             f"knows the {len(self.characters)} characters of its training text.")
         return ids
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
@@ -161,10 +154,9 @@ class BPETokenizer(Tokenizer):
 
     @classmethod
     def train(cls, texts: Iterator[str], vocab_size: int) -> BPETokenizer:
-        """Train `vocab_size` tokens, including the end of text.
+        """Train `vocab_size` tokens, with the end of text; ValueError if the texts give fewer.
 
-        Of texts with very many distinct words, only the beginning is read. Raises ValueError if the
-        texts have too few pairs to merge.
+        Of texts with very many distinct words, only the beginning is read.
         """
         import rustbpe
 
@@ -235,11 +227,9 @@ def missing_files(name: str, error: Exception) -> str:
         files[path] = f"the file {path.name} (a copy of {url})"
     missing = [path for path in files if not (folder and path.is_file())]
     listed = " and ".join(files[path] for path in missing or files)
-    place = f"the folder {Path(folder).absolute()}"
-    if not folder:
-        place = "the folder in TIKTOKEN_CACHE_DIR"
+    place = f"folder {Path(folder).absolute()}" if folder else "folder in TIKTOKEN_CACHE_DIR"
     reason = type(error).__name__ if isinstance(error, OSError) else "unexpected content"
-    return (f"The tokenizer {name} needs {listed} in {place}, which tiktoken could not read or "
+    return (f"The tokenizer {name} needs {listed} in the {place}, which tiktoken could not read or "
             f"download ({reason}): copy it there, or set TIKTOKEN_CACHE_DIR to a folder with it.")
 
 

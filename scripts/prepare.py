@@ -175,7 +175,7 @@ def confirmed() -> bool:
 def survey(runs_dir: Path) -> tuple[dict[Path, str], dict[Path, str]]:
     """The folders of prepared tokens to keep and to remove, with the reasons.
 
-    Other folders are ignored. Raises ValueError if it is unknown which tokens a run uses.
+    Raises ValueError if it is unknown which tokens a run uses.
     """
     try:
         users = runs_by_tokens(runs_dir)
@@ -219,10 +219,7 @@ def n_bytes(folder: Path) -> int:
 
 
 def runs_by_tokens(runs_dir: Path) -> dict[str, list[str]]:
-    """The runs that use each fingerprint of tokens.
-
-    Raises ValueError for a run whose tokens are unknown, and OSError for an unreadable folder.
-    """
+    """The runs that use each fingerprint of tokens; ValueError for a run with unknown tokens."""
     if not runs_dir.is_dir():
         raise ValueError(f"runs_dir={runs_dir} is not a folder, so it is unknown which tokens are "
                          f"used: set runs_dir= to the folder of your runs.")

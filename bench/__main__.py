@@ -5,13 +5,12 @@ from __future__ import annotations
 import ast
 import sys
 from pathlib import Path
+from typing import Any
 
-from conf.launch import launch
+from conf.launch import imported, launch
 from terminal import say
 
-BENCHMARKS = (
-    "ablation", "attention", "decode", "prepare", "profile", "result", "speed", "start",
-)
+BENCHMARKS = ("ablation", "attention", "decode", "prepare", "profile", "result", "speed", "start")
 
 
 def docstring(name: str) -> str:
@@ -24,8 +23,12 @@ def main() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in BENCHMARKS:
         del sys.argv[1]
-        module = f"bench.{name}"
-        launch(f"{module}:main", f"{module}:{name.capitalize()}Settings", docstring(name))
+        run: Any = f"bench.{name}:main"
+        settings: Any = f"bench.{name}:{name.capitalize()}Settings"
+        if "--help" in sys.argv or "-h" in sys.argv:
+            # The help is made from the fields of the class.
+            run, settings = imported(run), imported(settings)
+        launch(run, settings, docstring(name))
     if name not in ("--help", "-h"):
         sys.exit(f"Error: {name} is not a benchmark: choose one of {', '.join(BENCHMARKS)}.")
     say("python -m bench NAME runs a benchmark; python -m bench NAME --help shows its settings:")

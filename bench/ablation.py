@@ -3,8 +3,7 @@
   python -m bench ablation                             speedrun_shakespeare, 15 minutes
   python -m bench ablation experiment=pydocs seeds=5   another recipe
 
-Takes the settings of train.py, and
-  seeds=3          runs of each variant
+Takes the settings of train.py too.
 
 A difference that is smaller than the spread between seeds is noise.
 """
@@ -19,6 +18,7 @@ from bench.result import train_ours
 from bench.timing import print_header
 from conf.schema import compose
 from progress import ProgressBar, print_line
+from setting import range_problems, setting
 from training.config import TrainingConfig
 
 WITHOUT = {
@@ -44,13 +44,12 @@ WITHOUT = {
 class AblationSettings:
     """Settings of the ablation; all others are those of train.py."""
 
-    seeds: int = 3
+    seeds: int = setting(3, "runs of each variant", ge=2)
     train: tuple[str, ...] = ()
 
     def problems(self) -> Iterator[str]:
         """One sentence for each invalid value."""
-        if self.seeds < 2:
-            yield f"seeds={self.seeds} must be at least 2: one run has no spread."
+        yield from range_problems(self)
 
 
 def main(settings: AblationSettings) -> int:

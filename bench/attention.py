@@ -1,10 +1,6 @@
 """Ways to compute attention, from one head after the other to the fused block: seconds of each.
 
   python -m bench attention
-
-Settings, each with its default:
-  rounds=15        each round times every way once; medians are printed
-  device=auto  precision=auto
 """
 
 from __future__ import annotations
@@ -17,9 +13,10 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from bench.timing import alternating_medians, minimum_problems, print_header, print_row
+from bench.timing import alternating_medians, print_header, print_row
 from model import attention
 from model.reference import MultiHeadAttention, MultiHeadAttentionWrapper, fuse
+from setting import range_problems, setting
 from training.device import Device, configure
 
 SIZES = {
@@ -32,13 +29,13 @@ SIZES = {
 class AttentionSettings:
     """Settings of the benchmark of attention."""
 
-    rounds: int = 15
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    rounds: int = setting(15, "each round times every way once; medians are printed", ge=1)
+    device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "to compute on")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto", "of the products")
 
     def problems(self) -> Iterator[str]:
         """One sentence for each invalid value."""
-        yield from minimum_problems(self, rounds=1)
+        yield from range_problems(self)
 
 
 def main(settings: AttentionSettings) -> int:

@@ -5,14 +5,6 @@
 All sides have the same weights and prompts. Each case runs in processes of its own, in turn, and
 medians are printed. The rate counts the tokens after the first one. transformers is measured if it
 is installed.
-
-Settings, each with its default:
-  shape=gpt2       or gpt2-medium, modern, grouped
-  prompt=768       tokens that are given
-  tokens=192       tokens that are decoded
-  batch=16         sequences in the batched cases
-  rounds=3         processes of each case
-  out=FILE         write the measurements as JSON
 """
 
 from __future__ import annotations
@@ -30,20 +22,14 @@ import torch
 from torch import Tensor
 
 from bench import peer as nanogpt
-from bench.timing import (
-    measure_in_process,
-    minimum_problems,
-    print_header,
-    print_row,
-    write_json,
-)
+from bench.timing import measure_in_process, print_header, print_row, write_json
 from conf.sampling import SamplingConfig
 from generation import kernels
 from generation.decoder import Decoder
 from generation.sampling import generate
 from hardware import native
 from model import GPT, GPTConfig
-from setting import FilePath
+from setting import FilePath, range_problems, setting
 from training.device import keep_freed_memory
 
 SAMPLING = {"temperature": 0.8, "top_k": 50}
@@ -74,18 +60,18 @@ class Case(NamedTuple):
 class DecodeSettings:
     """Settings of the benchmark of decoding."""
 
-    peer: FilePath = ""  # a nanoGPT checkout
-    shape: Literal["gpt2", "gpt2-medium", "modern", "grouped"] = "gpt2"
-    prompt: int = 768
-    tokens: int = 192
-    batch: int = 16
-    rounds: int = 3
-    out: FilePath = ""
+    peer: FilePath = setting("", "a nanoGPT checkout")
+    shape: Literal["gpt2", "gpt2-medium", "modern", "grouped"] = setting("gpt2", "of the model")
+    prompt: int = setting(768, "tokens that are given", ge=1)
+    tokens: int = setting(192, "tokens that are decoded", ge=2)
+    batch: int = setting(16, "sequences in the batched cases", ge=1)
+    rounds: int = setting(3, "processes of each case", ge=1)
+    out: FilePath = setting("", "write the measurements as JSON")
 
     def problems(self) -> Iterator[str]:
         """One sentence for each invalid value."""
         yield from nanogpt.checkout_problems(self.peer)
-        yield from minimum_problems(self, prompt=1, tokens=2, batch=1, rounds=1)
+        yield from range_problems(self)
         block_size = SHAPES[self.shape].block_size
         if self.prompt + self.tokens > block_size:
             yield (f"prompt={self.prompt} and tokens={self.tokens} exceed the context of "

@@ -4,12 +4,6 @@
 
 The text is the standard library's source code, repeated, each copy of a document with its number
 before it.
-
-Settings, each with its default:
-  megabytes=64     of text for the rates
-  rounds=5         each round times every way once; medians are printed
-  gigabytes=4      of text for the memory; 0 skips that measurement
-  tokenizer=gpt2   or byte, bpe
 """
 
 from __future__ import annotations
@@ -28,29 +22,28 @@ from pathlib import Path
 from typing import Literal
 
 import atomic
-from bench.timing import ROOT, alternating_medians, minimum_problems, print_header, print_row
+from bench.timing import ROOT, alternating_medians, print_header, print_row
 from data import encode
 from data.files import cut_into_pieces
 from data.library import StdLib
 from data.prepare import load_tokenizer, prepare
 from data.sources import DataConfig
 from data.tokenizer import Tokenizer, from_json
+from setting import range_problems, setting
 
 
 @dataclass(frozen=True)
 class PrepareSettings:
     """Settings of the benchmark of preparing."""
 
-    megabytes: int = 64
-    rounds: int = 5
-    gigabytes: float = 4.0
-    tokenizer: Literal["gpt2", "bpe", "byte"] = "gpt2"
+    megabytes: int = setting(64, "of text for the rates", ge=1)
+    rounds: int = setting(5, "each round times every way once; medians are printed", ge=1)
+    gigabytes: float = setting(4.0, "of text for the memory; 0 skips that", ge=0, lt=1e6)
+    tokenizer: Literal["gpt2", "bpe", "byte"] = setting("gpt2", "of the tokens")
 
     def problems(self) -> Iterator[str]:
         """One sentence for each invalid value."""
-        yield from minimum_problems(self, megabytes=1, rounds=1)
-        if not 0 <= self.gigabytes < 1e6:
-            yield f"gigabytes={self.gigabytes} must be at least 0."
+        yield from range_problems(self)
 
 
 def main(settings: PrepareSettings) -> int:

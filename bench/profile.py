@@ -3,9 +3,7 @@
   python -m bench profile
   python -m bench profile experiment=speedrun_shakespeare rows=20
 
-Takes the settings of train.py, and
-  rows=12          operations in the table
-  trace=FILE       write a trace for chrome://tracing
+Takes the settings of train.py too.
 """
 
 from __future__ import annotations
@@ -18,9 +16,9 @@ import torch
 from torch.profiler import ProfilerActivity
 
 from bench.speed import random_loader, training_step
-from bench.timing import minimum_problems, print_header, print_row
+from bench.timing import print_header, print_row
 from conf.schema import compose
-from setting import FilePath
+from setting import FilePath, range_problems, setting
 from training.device import Device, configure
 
 
@@ -28,13 +26,13 @@ from training.device import Device, configure
 class ProfileSettings:
     """Settings of the profile; all others are those of train.py."""
 
-    rows: int = 12
-    trace: FilePath = ""
+    rows: int = setting(12, "operations in the table", ge=1)
+    trace: FilePath = setting("", "write a trace for chrome://tracing")
     train: tuple[str, ...] = ()
 
     def problems(self) -> Iterator[str]:
         """One sentence for each invalid value."""
-        yield from minimum_problems(self, rows=1)
+        yield from range_problems(self)
 
 
 def main(own: ProfileSettings) -> int:

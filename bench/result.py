@@ -6,11 +6,6 @@ nanoGPT trains its Shakespeare recipe for CPUs with its own train.py. Our side t
 `experiment=speedrun_shakespeare` and `experiment=modern_shakespeare` on the same text. The loss is
 that of the whole validation split, in windows that do not overlap. Seconds of training leave out
 evaluation and the start of the process. Three rounds take about ten minutes.
-
-Settings, each with its default:
-  rounds=3         runs of each side, each with another seed
-  seed=1337        of the first round; each round adds 1
-  out=FILE         write the measurements as JSON
 """
 
 from __future__ import annotations
@@ -29,9 +24,9 @@ from typing import Any
 import torch
 
 from bench import peer as nanogpt
-from bench.timing import minimum_problems, print_header, run_command, write_json
+from bench.timing import print_header, run_command, write_json
 from progress import ProgressBar, print_line
-from setting import FilePath
+from setting import FilePath, range_problems, setting
 from training.device import Device
 
 EXPERIMENTS = ("speedrun_shakespeare", "modern_shakespeare")
@@ -41,15 +36,15 @@ EXPERIMENTS = ("speedrun_shakespeare", "modern_shakespeare")
 class ResultSettings:
     """Settings of the benchmark of complete runs."""
 
-    peer: FilePath = ""  # a nanoGPT checkout, its data/shakespeare_char prepared
-    rounds: int = 3
-    seed: int = 1337
-    out: FilePath = ""
+    peer: FilePath = setting("", "a nanoGPT checkout, its data/shakespeare_char prepared")
+    rounds: int = setting(3, "runs of each side", ge=1)
+    seed: int = setting(1337, "of the first round; each round adds 1", ge=0)
+    out: FilePath = setting("", "write the measurements as JSON")
 
     def problems(self) -> Iterator[str]:
         """One sentence for each invalid value."""
         yield from nanogpt.shakespeare_problems(self.peer)
-        yield from minimum_problems(self, rounds=1)
+        yield from range_problems(self)
 
 
 def main(settings: ResultSettings) -> int:

@@ -4,12 +4,6 @@
 
 `peer` is a folder with a nanoGPT checkout; without it, only our side is measured. Each side runs in
 processes of its own, in turn, and medians are printed.
-
-Settings, each with its default:
-  shape=all        or one of: wide, narrow, gpt2 (GPT-2 124M)
-  rounds=3         processes of each side
-  seconds=5        of timed steps in each process (at least two), after two that warm up
-  out=FILE         write the measurements as JSON
 """
 
 from __future__ import annotations
@@ -27,17 +21,11 @@ import numpy as np
 import torch
 
 from bench import peer as nanogpt
-from bench.timing import (
-    measure_in_process,
-    minimum_problems,
-    print_header,
-    print_row,
-    write_json,
-)
+from bench.timing import measure_in_process, print_header, print_row, write_json
 from data.loader import Loader
 from data.shards import Tokens
 from model import GPT, GPTConfig
-from setting import FilePath
+from setting import FilePath, range_problems, setting
 from training.device import Device, configure
 from training.optim import OptimConfig, Optimizers
 from training.step import loss_of
@@ -59,18 +47,16 @@ PRODUCT_SIZES = (512, 1024, 2048)
 class SpeedSettings:
     """Settings of the benchmark of training steps."""
 
-    peer: FilePath = ""  # a nanoGPT checkout
-    shape: Literal["all", "wide", "narrow", "gpt2"] = "all"
-    rounds: int = 3
-    seconds: float = 5.0
-    out: FilePath = ""
+    peer: FilePath = setting("", "a nanoGPT checkout")
+    shape: Literal["all", "wide", "narrow", "gpt2"] = setting("all", "gpt2 is GPT-2 124M")
+    rounds: int = setting(3, "processes of each side", ge=1)
+    seconds: float = setting(5.0, "of timed steps in each process", gt=0, lt=3600)
+    out: FilePath = setting("", "write the measurements as JSON")
 
     def problems(self) -> Iterator[str]:
         """One sentence for each invalid value."""
         yield from nanogpt.checkout_problems(self.peer)
-        yield from minimum_problems(self, rounds=1)
-        if not 0 < self.seconds < 3600:
-            yield f"seconds={self.seconds} must be more than 0 and less than 3600."
+        yield from range_problems(self)
 
 
 def main(settings: SpeedSettings) -> int:

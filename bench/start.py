@@ -4,10 +4,6 @@
 
 nanoGPT's side is its Shakespeare recipe for CPUs, which evaluates before the first step: as little
 as it can (eval_iters=1). Our sides are the same recipe and the default run, with prepared data.
-
-Settings, each with its default:
-  rounds=5         starts of each side
-  out=FILE         write the measurements as JSON
 """
 
 from __future__ import annotations
@@ -22,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench import peer as nanogpt
-from bench.timing import ROOT, minimum_problems, print_header, print_row, write_json
-from setting import FilePath
+from bench.timing import ROOT, print_header, print_row, write_json
+from setting import FilePath, range_problems, setting
 
 OURS = ["train.py", "name=new", "training.eval_every=1", "training.eval_tokens=1"]
 
@@ -32,14 +28,14 @@ OURS = ["train.py", "name=new", "training.eval_every=1", "training.eval_tokens=1
 class StartSettings:
     """Settings of the benchmark of start-up."""
 
-    peer: FilePath = ""  # a nanoGPT checkout, its data/shakespeare_char prepared
-    rounds: int = 5
-    out: FilePath = ""
+    peer: FilePath = setting("", "a nanoGPT checkout, its data/shakespeare_char prepared")
+    rounds: int = setting(5, "starts of each side", ge=1)
+    out: FilePath = setting("", "write the measurements as JSON")
 
     def problems(self) -> Iterator[str]:
         """One sentence for each invalid value."""
         yield from nanogpt.shakespeare_problems(self.peer)
-        yield from minimum_problems(self, rounds=1)
+        yield from range_problems(self)
 
 
 def main(settings: StartSettings) -> int:

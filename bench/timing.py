@@ -7,21 +7,13 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import atomic
 
 ROOT = Path(__file__).parent.parent
-
-
-def minimum_problems(settings: object, **minimums: int) -> Iterator[str]:
-    """One sentence for each setting that is below its minimum."""
-    for name, least in minimums.items():
-        value = getattr(settings, name)
-        if value < least:
-            yield f"{name}={value} must be at least {least}."
 
 
 def alternating_medians(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:

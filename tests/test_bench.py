@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
-from bench import decode, profile, speed
+from bench import __main__ as command
+from bench import decode, profile, speed, timing
 from conf.schema import ConfigError, compose
 from generation import kernels
 
@@ -36,6 +38,37 @@ class GPT(torch.nn.Module):
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
         return torch.optim.AdamW(self.parameters(), lr=learning_rate)
 '''
+
+
+def test_the_benchmarks_are_listed_with_their_first_lines(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench"])
+    command.main()
+    for name, line in zip(command.BENCHMARKS, capsys.readouterr().out.splitlines()[1:], strict=True):
+        assert line.split(maxsplit=1) == [name, command.docstring(name).partition("\n")[0]]
+
+
+@pytest.mark.parametrize("name", command.BENCHMARKS)
+def test_every_benchmark_has_help_with_its_settings(monkeypatch, capsys, name):
+    monkeypatch.setattr(sys, "argv", ["bench", name, "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        command.main()
+    said = capsys.readouterr().out
+    assert stopped.value.code == 0 and f"python -m bench {name}" in said
+    assert re.search(r"^  (rounds|rows|seeds)=\d+ ", said, re.MULTILINE)
+
+
+def test_an_unknown_benchmark_is_one_sentence(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["bench", "sped"])
+    with pytest.raises(SystemExit, match="sped is not a benchmark: choose one of ablation, "):
+        command.main()
+
+
+def test_a_measurement_in_a_process_returns_its_result(tmp_path, monkeypatch):
+    (tmp_path / "doubling.py").write_text("def measure(number): print('noise'); return {'twice': 2 * number}")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert timing.measure_in_process("doubling", 4) == {"twice": 8}
+    with pytest.raises(ValueError, match="TypeError: unsupported operand"):
+        timing.measure_in_process("doubling", None)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The benchmark of attention: it times what it says, all ways alike."""
+"""python -m bench attention: all ways compute causal attention; no times are asserted."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def test_every_way_computes_attention_with_a_gradient():
     assert all(torch.equal(call(changed)[:, :-1], outputs[name][:, :-1]) for name, call in ways.items())
 
 
-def test_it_prints_a_table_with_a_line_for_each_way(monkeypatch, capsys):
+def test_the_table_has_a_row_for_each_way(monkeypatch, capsys):
     monkeypatch.setattr(attention, "SIZES", {"small": (2, 8, 16, 2)})
     assert attention.main(attention.AttentionSettings(rounds=2, device="cpu", precision="fp32")) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert len(lines) == 6 and lines[1].startswith("| head by head |") and lines[1].count("1.00") == 2
 
 
-def test_calls_take_turns_and_the_first_round_does_not_count(monkeypatch):
+def test_calls_alternate_and_the_first_round_is_not_counted(monkeypatch):
     calls, now = [], iter(range(1000))
     monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(now)))
     found = timing.alternating_medians({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=3)

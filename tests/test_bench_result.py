@@ -42,7 +42,7 @@ def peer(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_peer_trains_from_the_seed_and_is_judged_by_the_whole_validation_split(peer, monkeypatch):
+def test_the_peer_trains_from_the_seed_on_the_whole_split(peer, monkeypatch):
     said = []
     original = peer_module.run_command
     monkeypatch.setattr(peer_module, "run_command", lambda *args: said.append(original(*args)) or said[0])

@@ -31,7 +31,7 @@ class NotebookStream(io.StringIO):
 
 
 @pytest.mark.parametrize("name", ["stdout", "stderr"])
-def test_a_notebooks_stream_is_left_as_it_is(monkeypatch, name):
+def test_a_notebooks_stream_is_kept(monkeypatch, name):
     monkeypatch.setattr(sys, name, stream := NotebookStream())
     open_streams()
     assert getattr(sys, name) is stream
@@ -39,7 +39,7 @@ def test_a_notebooks_stream_is_left_as_it_is(monkeypatch, name):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("closed", [False, True])
-def test_a_missing_stream_leads_nowhere(monkeypatch, name, closed):
+def test_a_closed_stream_becomes_the_null_device(monkeypatch, name, closed):
     gone = io.StringIO() if closed else None
     if closed:
         gone.close()
@@ -66,7 +66,7 @@ launch(main, "sample", "")
 
 @pytest.mark.slow
 @pytest.mark.parametrize("closing", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
-def test_closed_streams_end_no_program(tmp_path, closing):
+def test_a_program_runs_with_closed_streams(tmp_path, closing):
     """Files opened later do not get the numbers of the closed descriptors either."""
     command = f'exec "$0" -c "$1" "$2" {closing}'
     done = subprocess.run(["sh", "-c", command, sys.executable, PROGRAM, tmp_path / "program"], cwd=ROOT, capture_output=True)
@@ -91,7 +91,7 @@ def test_ctrl_c_ends_a_program_but_not_a_notebook(monkeypatch, notebook):
         launch(interrupted, "sample", "")
 
 
-def test_a_thread_can_launch_and_its_ctrl_c_ends_only_it(monkeypatch):
+def test_ctrl_c_in_a_thread_ends_only_the_thread(monkeypatch):
     def run():
         try:
             launch(interrupted, "sample", "")
@@ -148,7 +148,7 @@ def test_a_wrong_setting_is_refused_without_torch():
 
 
 @pytest.mark.parametrize("path", ["train.py", "scripts/plan.py"])
-def test_windows_is_one_sentence(path):
+def test_windows_is_refused_in_one_sentence(path):
     program = (f"import sys, runpy; sys.platform = 'win32'; sys.modules['fcntl'] = None; "
                f"runpy.run_path({path!r}, run_name='__main__')")
     ran = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env={"PYTHONPATH": str(ROOT)},
@@ -156,21 +156,21 @@ def test_windows_is_one_sentence(path):
     assert ran.returncode == 1 and ran.stderr.count("\n") == 1 and "WSL" in ran.stderr
 
 
-def run_words(*words, root="config"):
+def command(*arguments, root="config"):
     multirun = "sweep.grid:run_grid" if root == "config" else ""
-    return launcher.run_command(lambda settings: 99, root, "", list(words), multirun)
+    return launcher.run_command(lambda settings: 99, root, "", list(arguments), multirun)
 
 
 @pytest.mark.parametrize("words", [["--cfg", "job"], ["--cfg=job"], ["-c", "job"], ["--cfg", "job", "--resolve"]])
 def test_every_form_of_cfg_job_prints_the_settings(words, capsys):
-    assert run_words("seed=3", *words, "model=nano") == 0
+    assert command("seed=3", *words, "model=nano") == 0
     settings = yaml.safe_load(capsys.readouterr().out)
     assert (settings["seed"], settings["model"]["n_layer"]) == (3, 2)
 
 
 @pytest.mark.parametrize("words", [["-m", "--cfg", "job"], ["--multirun", "--cfg=job"]])
 def test_cfg_job_of_a_sweep_prints_each_job(words, capsys):
-    assert run_words("seed=3,4", *words, "model=nano") == 0
+    assert command("seed=3,4", *words, "model=nano") == 0
     said = capsys.readouterr().out
     assert [settings["seed"] for settings in yaml.safe_load_all(said)] == [3, 4] and "# seed=3\n" in said
 
@@ -189,15 +189,15 @@ def test_cfg_job_of_a_sweep_prints_each_job(words, capsys):
     (["--device=cpu"], "training.device=cpu"), (["--seed=3"], "seed=3"), (["--max_iters=3"], "training.max_steps=3"),
     (["--num-train-epochs=3"], "training.max_steps=3: it counts steps"), (["--verbose"], "no such flag"), (["-x"], "no such flag"),
 ])
-def test_flags_of_other_programs_name_the_alternative(words, said):
+def test_an_unknown_flag_names_the_alternative(words, said):
     with pytest.raises(ValueError, match=r"^-") as caught:
-        run_words(*words)
+        command(*words)
     assert said in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_only_training_is_swept():
     with pytest.raises(ValueError, match=r"only train\.py runs sweeps"):
-        run_words("-m", "seed=1,2", root="sample")
+        command("-m", "seed=1,2", root="sample")
 
 
 TORCHRUN = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
@@ -215,17 +215,17 @@ def test_several_processes_for_one_training_are_refused(monkeypatch, variables, 
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     if not launched:
-        assert run_words() == 99
+        assert command() == 99
         return
     with pytest.raises(ValueError, match=f"{launched} started {variables.get('WORLD_SIZE', '4')} processes"):
-        run_words()
+        command()
 
 
-def test_only_the_first_of_several_processes_says_so(monkeypatch, capsys):
+def test_only_the_first_of_several_processes_prints_an_error(monkeypatch, capsys):
     for name, value in (TORCHRUN | {"LOCAL_RANK": "1", "RANK": "1"}).items():
         monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit) as caught:
-        run_words()
+        command()
     assert caught.value.code == 1 and capsys.readouterr().err == ""
 
 

@@ -37,7 +37,7 @@ def space(tmp_path):
 
 
 @pytest.mark.slow
-def test_points_lie_in_the_space_and_satisfy_the_constraints(space):
+def test_points_are_in_the_space_and_satisfy_the_constraints(space):
     whole = space(WHOLE)
     points = [whole.draw(seed) for seed in range(300)]
     assert whole.draw(7) == whole.draw(7) and points[0] != points[1]
@@ -51,7 +51,7 @@ def test_points_lie_in_the_space_and_satisfy_the_constraints(space):
 
 
 @pytest.mark.slow
-def test_a_points_words_make_the_settings_that_it_says(space):
+def test_the_overrides_of_a_point_set_its_values(space):
     whole = space(WHOLE, "seed=5")
     point = whole.draw(1) | {"training.max_seconds": None, "model.bias": False}
     settings = compose("config", whole.overrides(point))
@@ -59,7 +59,7 @@ def test_a_points_words_make_the_settings_that_it_says(space):
     assert (settings.training.max_steps, settings.training.max_seconds, settings.model.bias, settings.seed) == (100, None, False, 5)
 
 
-def test_what_is_whole_and_what_is_not_follows_from_the_setting(space):
+def test_the_type_of_a_range_follows_from_the_setting(space):
     read = space("space:\n  model.n_layer: {low: 1e0, high: 4}\n  optim.lr: {low: 1, high: 2}").varied
     assert read == {"model.n_layer": Range(1, 4), "optim.lr": Range(1.0, 2.0)} and isinstance(read["model.n_layer"].low, int)
 
@@ -76,7 +76,7 @@ def test_references_and_groups_are_read(space, monkeypatch):
         space("space: {seed: ['${oc.env:NH_NONE}']}")
 
 
-def test_a_space_may_lie_at_home_and_is_read_with_limits(tmp_path, monkeypatch):
+def test_a_file_at_home_is_read_with_limits(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "mine.yaml").write_text("space: {seed: [1, 2]}")
     settings = compose(SweepSettings, ["sweep=~/mine.yaml"])
@@ -101,18 +101,18 @@ def test_a_space_may_lie_at_home_and_is_read_with_limits(tmp_path, monkeypatch):
     ("space: {seed: [1]}\nconstraints: ['[seed for x in (1,)]']", "more than arithmetic|uses"), ("space: {seed: [1]}\nconstraints: [seed ** seed > 0]", "more than"),
     pytest.param(f"space: {{seed: [1]}}\nconstraints: ['{'-' * 20_000}seed > 0']", "is not a valid expression", id="deep"), ("space: {1: [1]}", "1 .* is not a setting"),
 ])
-def test_what_is_wrong_with_a_space_is_one_sentence(text, words, space):
+def test_a_problem_of_a_space_is_one_sentence(text, words, space):
     with pytest.raises(ConfigError, match=words) as caught:
         space(text)
     assert "\n" not in str(caught.value) and "mine.yaml" in str(caught.value)
 
 
-def test_all_that_is_wrong_comes_at_once(space):
+def test_all_problems_are_listed_at_once(space):
     with pytest.raises(ConfigError, match="2 problems"):
         space("space: {optim.lr: 3, seed: {low: 2, high: 1}}")
 
 
-def test_a_constraint_that_nothing_satisfies_is_named(space):
+def test_an_unsatisfiable_constraint_is_named(space):
     impossible = space("space: {seed: [1, 2], model.n_head: [1, 2]}\nconstraints: [seed > 0, seed > 2]")
     with pytest.raises(ValueError, match="none of 10,000 random points satisfies the constraint 'seed > 2'"):
         impossible.draw(0)
@@ -124,36 +124,36 @@ def test_a_constraint_that_nothing_satisfies_is_named(space):
             space(f'space: {{seed: [0]}}\nconstraints: ["{constraint}"]').draw(0)
 
 
-def test_a_constraint_may_speak_of_a_preset_that_is_fixed(space):
+def test_a_constraint_can_use_a_fixed_preset(space):
     presets = "space: {seed: [1, 2]}\nfixed: {model: nano}\nconstraints: [\"model == 'nano' or seed == 2\"]"
     assert space(presets).allows({"seed": 1}) and not space(presets, "model=modern-nano").allows({"seed": 1})
 
 
-def test_what_varies_cannot_be_fixed_on_the_command_line(space):
+def test_a_setting_cannot_be_varied_and_fixed(space):
     with pytest.raises(ConfigError, match=r"optim.lr varies .* fixed too"):
         space("space: {optim.lr: [1]}", "optim.lr=2")
 
 
-def test_a_space_that_is_not_there_is_named_with_those_that_are():
+def test_a_missing_space_is_named_with_the_existing_ones():
     with pytest.raises(ConfigError, match=r"sweep=lr_widht does not exist: use one of lr_width"):
         read_space("lr_widht", ())
 
 
 @pytest.mark.slow
-def test_the_space_that_comes_along_has_points():
+def test_the_shipped_space_has_valid_points():
     shipped = read_space("lr_width", ())
     for seed in range(3):
         assert compose("config", shipped.overrides(shipped.draw(seed))).training.max_steps == 100
 
 
 @pytest.mark.slow
-def test_two_spaces_differ_by_all_but_what_is_free(space):
+def test_free_settings_are_no_part_of_the_identity(space):
     one = space(WHOLE).description()
     assert one == space(WHOLE, "logger.wandb=offline").description() != space(WHOLE, "seed=1").description()
     assert one != space(WHOLE.replace("high: 1e-1", "high: 1")).description() != space(WHOLE.replace("1024", "1000")).description()
 
 
-def test_what_the_command_line_fixes_need_only_work_with_the_space(space):
+def test_fixed_settings_need_only_be_valid_with_the_space(space):
     """Three heads do not divide the default width, but they do the space's."""
     words = compose(SweepSettings, ["sweep=mine", "model.n_head=3"]).train
     assert space("space: {optim.lr: [1e-3]}\nfixed: {model.n_embd: 96}\n", *words).example.model.n_head == 3

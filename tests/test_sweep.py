@@ -1,4 +1,4 @@
-"""Searches: what Optuna is asked and told, budgets, several workers, and what is left after kills."""
+"""Searches: trials and Optuna, limits, several workers, and resuming after kills."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow  # each about a second, and they are many
 
 
 class Process:
-    """In place of a child: it only knows whether it was asked to end."""
+    """Stands for a child process; notes whether it was asked to end."""
 
     def terminate(self):
         self.asked = True
@@ -45,7 +45,7 @@ def begin(book, tmp_path):
 
 
 def take(search):
-    """The worker's next job, begun."""
+    """The worker's next job, started."""
     search.last_asked = float("-inf")
     if job := search.next_job():
         job.process = Process()
@@ -53,7 +53,7 @@ def take(search):
 
 
 def go(search, job, *losses):
-    """The job's validation losses at steps 2, 4, ...; then it ends, or it was stopped."""
+    """Report validation losses at steps 2, 4, ...; then end the job, which may have been stopped."""
     for number, loss in enumerate(losses, 1):
         job.new_rows = [{"step": 2 * number, "loss": 9.0}, {"step": 2 * number, "val_loss": loss}]
         job.best = min(job.best, loss)
@@ -65,7 +65,7 @@ def states(search):
     return [trial.state.name for trial in search.study.get_trials()]
 
 
-def test_the_best_validation_loss_is_told_and_the_best_command_line_printed(begin, tmp_path, capsys):
+def test_trials_report_losses_and_the_best_command_is_printed(begin, tmp_path, capsys):
     search = begin(trials=3)
     for loss in (3.0, 2.0, 2.5):
         go(search, job := take(search), 9.0, loss, loss + 0.1)
@@ -81,7 +81,7 @@ def test_the_best_validation_loss_is_told_and_the_best_command_line_printed(begi
 
 
 @pytest.mark.parametrize(("pruner", "stopped"), [("median", True), ("none", False)])
-def test_a_hopeless_trial_is_stopped(begin, pruner, stopped):
+def test_an_unpromising_trial_is_pruned(begin, pruner, stopped):
     search = begin(trials=9, pruner=pruner)
     for _ in range(5):
         go(search, take(search), 2.0, 1.0)
@@ -92,19 +92,19 @@ def test_a_hopeless_trial_is_stopped(begin, pruner, stopped):
     assert not job.stop_requested and not search.failures
 
 
-def test_hyperband_stops_what_is_hopeless_too(begin):
+def test_hyperband_prunes_too(begin):
     search = begin(trials=40, pruner="hyperband")
     for number in range(20):
         go(search, take(search), *[1.0 + number] * 9)
     assert "PRUNED" in states(search)
 
 
-def test_a_last_evaluation_stops_nothing(begin):
+def test_the_last_evaluation_prunes_nothing(begin):
     search = begin(trials=9)
     for _ in range(5):
         go(search, take(search), *[1.0] * 10)
     job = take(search)
-    job.new_rows, job.best = [{"step": 20, "val_loss": 8.0}], 8.0  # all the steps that training=smoke has
+    job.new_rows, job.best = [{"step": 20, "val_loss": 8.0}], 8.0  # the last step of training=smoke
     search.on_metrics(job)
     search.on_exit(job, 0)
     assert not job.stop_requested and states(search)[5] == "COMPLETE"
@@ -120,7 +120,7 @@ def test_two_workers_share_one_budget_and_one_study(begin):
     assert states(one) == states(other) == ["COMPLETE"] * 5 and len({trial.params["optim.lr"] for trial in one.study.trials}) == 5
 
 
-def test_a_trial_of_a_worker_that_died_is_gone_on_with(begin):
+def test_a_trial_of_a_dead_worker_is_resumed(begin):
     one, other = begin(trials=2), begin(trials=2)
     first, second = take(one), take(other)
     assert take(other) is None
@@ -129,15 +129,15 @@ def test_a_trial_of_a_worker_that_died_is_gone_on_with(begin):
     one.worker_lock.release()  # as the end of its process does
     again = take(other)
     assert again.name == first.name and again.command == first.command
-    with warnings.catch_warnings(record=True) as complaints:
-        go(other, again, 2.0, 1.0)  # it goes on from a checkpoint: its metrics begin with what was told before
-    assert not complaints and other.study.trials[0].intermediate_values == {2: 2.0, 4: 1.0}
+    with warnings.catch_warnings(record=True) as caught:
+        go(other, again, 2.0, 1.0)  # resumed from a checkpoint, it repeats a metric
+    assert not caught and other.study.trials[0].intermediate_values == {2: 2.0, 4: 1.0}
     go(other, second, 1.0)
     assert take(other) is None and states(other) == ["COMPLETE"] * 2
 
 
-def test_only_a_trial_whose_loss_is_not_finite_has_failed_for_good(begin):
-    """What a kill or a full disk did to another is no fault of its settings: the next command goes on with it."""
+def test_only_a_nonfinite_loss_fails_a_trial_for_good(begin):
+    """Others were killed or hit a full disk, which has nothing to do with their settings: they are resumed."""
     one = begin(trials=3)
     killed, failed, full = take(one), take(one), take(one)
     for job in (killed, failed):  # the first skipped what was not finite
@@ -149,13 +149,13 @@ def test_only_a_trial_whose_loss_is_not_finite_has_failed_for_good(begin):
         one.on_exit(job, 1)
     assert states(one) == ["RUNNING", "FAIL", "RUNNING"] and one.study.trials[1].user_attrs["reason"] == "the loss is nan"
     assert [line.partition(" ")[2][:15] for line in one.failures] == ["killed by SIGKI", "the loss is nan", "No space left o"]
-    assert take(one) is None  # in this life they would only fail again
+    assert take(one) is None  # this worker would only fail again
     one.release()
     other = begin(trials=3)
     assert [take(other).name, take(other).name] == [killed.name, full.name] and take(other) is None
 
 
-def test_a_trial_that_ends_without_a_loss_failed(begin):
+def test_a_trial_without_a_loss_has_failed(begin):
     search = begin(trials=1)
     search.on_exit(take(search), 0)
     assert states(search) == ["FAIL"] and "val_loss" in search.study.trials[0].user_attrs["reason"]
@@ -173,14 +173,14 @@ def test_hours_end_a_search_and_leave_its_trials(begin):
     assert states(search) == ["RUNNING"] and not search.failures
 
 
-def test_a_worker_that_leaves_nothing_leaves_no_file(begin, tmp_path):
+def test_a_worker_without_unfinished_trials_leaves_no_file(begin, tmp_path):
     search = begin(trials=1)
     go(search, take(search), 1.0)
     search.release()
     assert not list((tmp_path / "study" / "workers").iterdir())
 
 
-def test_a_line_of_the_journal_that_a_kill_cut_short_loses_no_trial(begin, tmp_path):
+def test_an_incomplete_line_of_the_journal_is_removed(begin, tmp_path):
     one = begin(trials=2)
     go(one, take(one), 1.0)
     with open(tmp_path / "study" / JOURNAL, "a") as file:
@@ -190,7 +190,7 @@ def test_a_line_of_the_journal_that_a_kill_cut_short_loses_no_trial(begin, tmp_p
     assert [trial.value for trial in begin(trials=2).study.trials] == [1.0, 2.0]
 
 
-def test_a_damaged_line_of_the_journal_is_named_with_what_to_do(begin, tmp_path):
+def test_a_damaged_line_of_the_journal_is_named(begin, tmp_path):
     begin().release()
     journal = tmp_path / "study" / JOURNAL
     lines = journal.read_bytes().splitlines(keepends=True)
@@ -199,7 +199,7 @@ def test_a_damaged_line_of_the_journal_is_named_with_what_to_do(begin, tmp_path)
         begin()
 
 
-def test_going_on_draws_no_point_again(begin):
+def test_a_resumed_search_repeats_no_suggestion(begin):
     one = begin(trials=8)
     for _ in range(4):
         go(one, take(one), 1.0)
@@ -210,7 +210,7 @@ def test_going_on_draws_no_point_again(begin):
     assert len({trial.params["optim.lr"] for trial in other.study.trials}) == 8
 
 
-def test_points_that_are_not_allowed_take_none_of_the_budget(begin, monkeypatch):
+def test_points_that_violate_constraints_are_not_counted(begin, monkeypatch):
     monkeypatch.setattr(sweep_search, "MAX_REJECTED", 3)
     search = begin("space: {seed: {low: 1, high: 200}, optim.lr: [0.1]}\nconstraints: [seed == 7]", trials=2)
     for _ in range(2):
@@ -218,7 +218,7 @@ def test_points_that_are_not_allowed_take_none_of_the_budget(begin, monkeypatch)
     assert [trial.params["seed"] for trial in search.trained()] == [7, 7] and take(search) is None
 
 
-def test_points_that_make_no_training_are_refused(begin, monkeypatch):
+def test_points_with_invalid_settings_are_rejected(begin, monkeypatch):
     monkeypatch.setattr(sweep_search, "MAX_REJECTED", 3)
     search = begin("space: {model.n_embd: [32, 33]}", trials=5)
     for _ in range(5):
@@ -237,7 +237,7 @@ def test_another_space_under_the_same_name_is_refused(begin):
     begin("space:\n  optim.lr: {low: 1e-4, high: 1e-1, log: true}", "logger.project=other")
 
 
-def test_a_search_in_a_runs_folder_is_refused_before_it_spends_its_trials(begin, tmp_path):
+def test_a_search_inside_a_run_is_refused(begin, tmp_path):
     begin().release()
     for name in ("lock", "config.yaml"):
         (tmp_path / name).touch()
@@ -246,7 +246,7 @@ def test_a_search_in_a_runs_folder_is_refused_before_it_spends_its_trials(begin,
     assert not (tmp_path / "inner").exists()
 
 
-def test_a_journal_on_a_full_disk_is_one_sentence_that_says_so(begin, tmp_path, monkeypatch):
+def test_a_journal_on_a_full_disk_is_one_sentence(begin, tmp_path, monkeypatch):
     begin().release()
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -257,7 +257,7 @@ def test_a_journal_on_a_full_disk_is_one_sentence_that_says_so(begin, tmp_path, 
     with pytest.raises(ValueError, match=r"storage=study.log cannot be .*No space left.*Run the same command again"):
         search(SweepSettings(sweep=str(tmp_path / "space.yaml"), runs_dir=str(tmp_path / "other")))
     full.filename = "logs/trial_0000.txt"
-    with pytest.raises(OSError, match="logs/trial_0000"):  # which says itself what could not be written
+    with pytest.raises(OSError, match="logs/trial_0000"):  # names the file itself
         search(SweepSettings(sweep=str(tmp_path / "space.yaml"), runs_dir=str(tmp_path / "other")))
 
 
@@ -268,7 +268,7 @@ def test_a_database_is_a_storage_too(begin, tmp_path):
 
 
 @pytest.mark.parametrize("storage", ["sqlite:////no/such/folder/study.db", "nonsense", "nodatabase://me:secret@host/x"])
-def test_a_storage_that_cannot_be_reached_is_one_sentence(begin, storage):
+def test_an_unusable_storage_is_one_sentence(begin, storage):
     with pytest.raises(ValueError, match="cannot be reached or used") as caught:
         begin(storage=storage)
     assert "secret" not in str(caught.value) and "\n" not in str(caught.value)
@@ -281,7 +281,7 @@ def test_a_password_is_never_shown(url):
     assert "secret" not in hide_password(f"Cannot connect to {url}: no route") and "host/x" in hide_password(url)
 
 
-def test_without_optuna_it_says_what_to_install(begin, monkeypatch):
+def test_without_optuna_the_message_says_what_to_install(begin, monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(ValueError, match="pip install optuna"):
         begin()
@@ -293,10 +293,10 @@ def test_bad_settings_are_named(settings, words):
     assert any(words in problem for problem in SweepSettings(**settings).problems())
 
 
-def test_two_workers_one_of_them_killed_finish_one_study(book, tmp_path):
+def test_a_study_survives_the_kill_of_one_of_two_workers(book, tmp_path):
     (tmp_path / "space.yaml").write_text("space:\n  optim.lr: {low: 1e-4, high: 1e-1, log: true}\n")
-    words = ["-m", "scripts.sweep", f"sweep={tmp_path}/space.yaml", f"runs_dir={tmp_path}", "name=study", "trials=4", "pruner=none", "model=nano",
-             "data=text", f"data.path={book}", "data.tokenizer=char", "training=smoke", "training.max_steps=150", "training.sample_tokens=0"]
+    words = ["-m", "scripts.sweep", f"sweep={tmp_path}/space.yaml", f"runs_dir={tmp_path}", "name=study", "trials=3", "pruner=none", "model=nano",
+             "data=text", f"data.path={book}", "data.tokenizer=char", "training=smoke", "training.max_steps=60", "training.sample_tokens=0"]
 
     def worker():
         return subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -309,8 +309,8 @@ def test_two_workers_one_of_them_killed_finish_one_study(book, tmp_path):
     doomed.kill()
     doomed.communicate()
     said, complaints = other.communicate(timeout=300)
-    assert other.returncode == 0 and "4 trials: 4 finished." in said and "python train.py" in said, said + complaints
-    assert len(list((tmp_path / "study").glob("trial_*/checkpoints"))) == 4
+    assert other.returncode == 0 and "3 trials: 3 finished." in said and "python train.py" in said, said + complaints
+    assert len(list((tmp_path / "study").glob("trial_*/checkpoints"))) == 3
     again = worker()
     said, _ = again.communicate(timeout=120)
-    assert again.returncode == 0 and "4 trials before" in said and "4 trials: 4 finished." in said
+    assert again.returncode == 0 and "3 trials before" in said and "3 trials: 3 finished." in said

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from generation import kernels
 from generation.caches import PackedCache, RaggedCache, StaticCache
-from generation.packed import can_pack, cast, pack
+from generation.packed import cast, pack
 from hardware import native
 from model.gpt import GPT
 from model.ngram import NOTHING
@@ -74,32 +74,29 @@ class Decoder:
         self.cache_type = choose_cache(model)
         self.can_drop = self.cache_type.can_drop
         self.has_kernels = self.cache_type is PackedCache
-        missing = None
-        if weight.is_cpu and can_pack(model) and not self.has_kernels:
-            missing = kernels.library()
+        self.uses_graphs = self.cache_type is StaticCache
+        self.cache: RaggedCache | None = None
+
         self.advice = ""
-        if missing:
-            self.advice = f"Decoding without kernels takes two to four times as long. {missing}"
+        reason: object = "it needs a CPU and a model with fp32 weights."
+        if has_fp32_weights(model) and weight.is_cpu and not self.has_kernels:
+            reason = kernels.library()
+            self.advice = f"Decoding without kernels takes two to four times as long. {reason}"
         if precision == "int8" and not self.has_kernels:
-            reason = missing or "it needs a CPU and a model with fp32 weights."
             raise ValueError(f"int8=true is not supported: {reason}")
 
-        autocast = autocast_dtype(model)
+        self.prefill_model = model
         self.dtype = native_dtype(model)  # of the cache
-        self.uses_graphs = self.cache_type is StaticCache
-        self.keeps_autocast = not self.has_kernels and self.dtype == autocast
-        self.step_model = self.prefill_model = model
+        product = partial(cast, dtype=self.dtype)
         if self.has_kernels:
             if not precision:
-                precision = "fp32" if autocast == torch.float32 else "bf16"
+                precision = "fp32" if autocast_dtype(model) == torch.float32 else "bf16"
             self.dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-            self.step_model = pack(model, partial(kernels.product, precision=precision))
+            product = partial(kernels.product, precision=precision)
             if precision != "fp32" and native("bf16"):
                 # For many tokens at once, torch's products are faster than our kernels.
                 self.prefill_model = pack(model, partial(cast, dtype=torch.bfloat16))
-        elif can_pack(model):
-            self.step_model = pack(model, partial(cast, dtype=self.dtype))
-        self.cache: RaggedCache | None = None
+        self.step_model = pack(model, product)
 
     def nbytes(self, rows: int, positions: int) -> int:
         """The memory for decoding so many rows and positions: cache, logits and probabilities."""
@@ -157,8 +154,10 @@ class Decoder:
     def prefill_row(self, row: int, ids: tuple[int, ...]) -> None:
         self.cache.lengths[row] = len(ids)
         if ids:
-            with self.own_precision(self.prefill_model), suppress(StopPrefill):
-                idx = torch.tensor([ids], device=self.device)
+            idx = torch.tensor([ids], device=self.device)
+            is_packed = self.prefill_model is not self.model
+            precision = without_autocast if is_packed else native_autocast
+            with precision(self.model), suppress(StopPrefill):
                 self.prefill_model.features(idx, PrefillCache(self.cache, row))
 
     def tokens_before_last(self, sequences: list[list[int]]) -> list[list[int]]:
@@ -173,7 +172,8 @@ class Decoder:
     def step(self) -> Tensor:
         """Logits `[B, V]` after the tokens `last`, which the cache then holds too."""
         self.cache.before = self.before if self.config.ngrams > 1 else None
-        with self.own_precision(self.step_model):
+        # Packed products have their own precision.
+        with without_autocast(self.model):
             features = self.step_model.features(self.last, self.cache)
             return self.step_model.head(features[:, -1])
 
@@ -203,21 +203,18 @@ class Decoder:
         self.window_starts.pop()
         self.last, self.before = self.last[:-1], self.before[:-1]
 
-    def own_precision(self, model: GPT) -> AbstractContextManager[None]:
-        """Autocast stays on only for the model itself: packed products have their own precision."""
-        if model is self.model and self.keeps_autocast:
-            return nullcontext()
-        return without_autocast(model)
-
 
 def choose_cache(model: GPT) -> type[RaggedCache]:
     """The fastest cache for the device and the type of the weights."""
-    weight = model.wte.weight
-    if weight.is_cuda and can_pack(model):
+    if model.wte.weight.is_cuda:
         return StaticCache
-    if weight.is_cpu and can_pack(model) and kernels.available():
+    if model.wte.weight.is_cpu and has_fp32_weights(model) and kernels.available():
         return PackedCache
     return RaggedCache
+
+
+def has_fp32_weights(model: GPT) -> bool:
+    return model.wte.weight.dtype == torch.float32
 
 
 def window_start(length: int, block_size: int) -> int:

@@ -112,9 +112,7 @@ class Engine:
     def complete(self, jobs: Sequence[Job], rules: SamplingConfig, decoder: Decoder | None = None,
                  logprobs: bool = False) -> list[Completion]:
         """Complete all `jobs` in one batch; the arguments are those of `steps`."""
-        completions: list[Completion] = []
-        for completions in self.steps(jobs, rules, decoder, logprobs):  # noqa: B007
-            pass
+        *_, completions = self.steps(jobs, rules, decoder, logprobs)
         return completions
 
     def stream(self, prompt: str, rules: SamplingConfig,

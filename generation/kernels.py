@@ -145,7 +145,10 @@ def load_library(source: Path) -> ctypes.CDLL:
     compiler = os.environ.get("CC") or found
     inputs = repr((source.read_bytes(), compiler, COMPILE, flags, LINK, processor()))
     name = f"{source.stem}-{hashlib.sha256(inputs.encode()).hexdigest()[:16]}"
-    path = cache_folder() / name
+    cache_home = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(cache_home):
+        cache_home = os.path.expanduser("~/.cache")
+    path = Path(cache_home, "nanohydra", name)
     with suppress(OSError):
         return load(read_cached(path))
     content = compile_source(source, shlex.split(compiler), shlex.split(flags))
@@ -184,14 +187,6 @@ def processor() -> str:
     return platform.machine() + platform.processor()
 
 
-def cache_folder() -> Path:
-    """The user's folder for compiled code; without a home, a relative path, which is not used."""
-    cache_home = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if not cache_home.is_absolute():
-        cache_home = Path(os.path.expanduser("~/.cache"))
-    return cache_home / "nanohydra"
-
-
 def open_private(folder: Path) -> int:
     """Open a folder, close it to other users, and return its descriptor.
 
@@ -201,11 +196,9 @@ def open_private(folder: Path) -> int:
         raise OSError("There is no home folder.")
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
-        found = os.fstat(handle)
-        if found.st_uid != os.getuid():
+        if os.fstat(handle).st_uid != os.getuid():
             raise OSError(f"{folder} belongs to another user.")
-        if found.st_mode & 0o077:
-            os.fchmod(handle, 0o700)
+        os.fchmod(handle, 0o700)
         return handle
     except OSError:
         os.close(handle)

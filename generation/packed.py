@@ -14,11 +14,6 @@ from model.gpt import GPT
 Product = Callable[[Tensor], Tensor]
 
 
-def can_pack(model: GPT) -> bool:
-    """Whether `pack` supports the model: its weights are fp32."""
-    return model.wte.weight.dtype == torch.float32
-
-
 def cast(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Product:
     """A function from rows `[..., in]` to rows @ `weight`.T + bias in `dtype`, cast once."""
     weight = weight.to(dtype)

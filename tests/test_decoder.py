@@ -24,7 +24,6 @@ from model.config import GPTConfig
 from model.gpt import GPT
 
 V = 96
-MODEL_ITSELF = None  # in place of a type of cache: a RaggedCache, and no packed weights
 SHAPES = {
     "gpt2": {},
     "modern": {"position": "rotary", "norm": "rms", "qk_norm": True, "bias": False, "tie_head": False, "activation": "relu2"},
@@ -120,15 +119,13 @@ def as_on_a_gpu(monkeypatch):
 @pytest.fixture
 def decoder_of(monkeypatch, request):
     """Makes a `Decoder` with a type of cache."""
-    def make_decoder(model: GPT, kind: type[RaggedCache] | None) -> Decoder:
+    def make_decoder(model: GPT, kind: type[RaggedCache]) -> Decoder:
         if kind is StaticCache:
             request.getfixturevalue("as_on_a_gpu")
-        elif kind is MODEL_ITSELF:
-            monkeypatch.setattr(decoding, "can_pack", lambda model: False)
         else:
             monkeypatch.setattr(decoding, "choose_cache", lambda model: kind)
         decoder = Decoder(model)
-        assert decoder.cache_type is (kind or RaggedCache) and (decoder.step_model is model) == (kind is MODEL_ITSELF)
+        assert decoder.cache_type is kind
         return decoder
     return make_decoder
 
@@ -138,7 +135,7 @@ def decoder_of(monkeypatch, request):
 
 @pytest.mark.parametrize(("kind", "shape"), [
     *(pytest.param(PackedCache, shape, marks=needs_kernels) for shape in SHAPES),
-    *((kind, shape) for kind in (StaticCache, RaggedCache, MODEL_ITSELF) for shape in SHAPES if shape not in FOR_KERNELS)])
+    *((kind, shape) for kind in (StaticCache, RaggedCache) for shape in SHAPES if shape not in FOR_KERNELS)])
 def test_logits_are_those_without_a_cache(kind, shape, decoder_of):
     """In a batch of several lengths, whose windows move at several times, and then alone."""
     block_size = 72 if kind is PackedCache else 16  # more than a panel of the kernels
@@ -160,7 +157,7 @@ def test_every_flag_of_the_model_is_in_a_shape():
 
 
 @for_shapes("gpt2", "grouped", "n-grams")
-@pytest.mark.parametrize("kind", [packed_cache, StaticCache, RaggedCache, MODEL_ITSELF, "no cache"])
+@pytest.mark.parametrize("kind", [packed_cache, StaticCache, RaggedCache, "no cache"])
 def test_finished_rows_leave_the_others_unchanged(flags, kind, decoder_of):
     """The first, the last, two at once, one whose window moves; at last all of them."""
     model = make(**flags)
@@ -209,7 +206,7 @@ def test_with_fewer_bits_logits_are_near(flags, precision, limit):
 
 
 @for_shapes("gpt2", "modern", "n-grams")
-@pytest.mark.parametrize("kind", [StaticCache, RaggedCache, MODEL_ITSELF])
+@pytest.mark.parametrize("kind", [StaticCache, RaggedCache])
 def test_under_autocast_logits_are_near(flags, kind, decoder_of, monkeypatch):
     monkeypatch.setenv("NANOHYDRA_NATIVE_BF16", "1")
     with torch.autocast("cpu", torch.bfloat16):
@@ -233,7 +230,7 @@ class ProductTypes(TorchDispatchMode):
         return call(*args, **kwargs or {})
 
 
-@pytest.mark.parametrize("kind", [packed_cache, RaggedCache, MODEL_ITSELF, "no cache"])
+@pytest.mark.parametrize("kind", [packed_cache, RaggedCache, "no cache"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("native", ["0", "1"])
 def test_a_format_that_is_not_native_is_not_used(kind, dtype, native, decoder_of, monkeypatch):
@@ -261,10 +258,12 @@ def test_prefill_uses_native_bf16(precision, monkeypatch):
         assert (decoder.prefill_model is decoder.model) == (native == "0"), "packed for nothing"
 
 
-def test_weights_of_other_types_are_not_packed():
-    for dtype in (torch.bfloat16, torch.float64):
+def test_weights_of_other_types_are_decoded_without_kernels():
+    for dtype, limit in ((torch.bfloat16, 0.03), (torch.float64, 1e-6)):
         decoder = Decoder(make().to(dtype))
-        assert decoder.step_model is decoder.model and decoder.cache_type is RaggedCache
+        assert decoder.cache_type is RaggedCache and decoder.dtype == dtype and not decoder.advice
+        for sequences, logits in steps(decoder, prompts_of(9, 4, 30), 10):
+            assert relative_error(make().double(), sequences, logits) < limit
     with pytest.raises(ValueError, match="int8=true is not supported: it needs a CPU and a model with fp32 weights"):
         Decoder(make().bfloat16(), "int8")
 

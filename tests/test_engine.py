@@ -122,15 +122,28 @@ logits = run.logits("The ")
 assert run.decode(run.encode("The")) == "The"
 assert logits.shape == (4, run.tokenizer.vocab_size) and not run.model.training
 assert state() == before, [pair for pair in zip(state(), before) if pair[0] != pair[1]]
-print(text, end="")
+assert os.listdir() == []
+
+from conf import compose
+from train import train
+train(compose(["model=nano", "data=text", "data.path=" + sys.argv[3], "data.tokenizer=char", "training=smoke", "name=second",
+               "training.max_steps=2", "training.threads=2", "training.sample_tokens=0", "logger.report=false"]))
+assert state() == before, [pair for pair in zip(state(), before) if pair[0] != pair[1]]
+assert os.listdir() == ["runs"] and os.listdir("runs") == ["second"]
+print(text)
 """
 
 
-def test_a_script_in_another_folder_uses_a_run(tiny_runs, tmp_path):
-    command = [sys.executable, "-c", SCRIPT, str(ROOT), str(tiny_runs / "tiny")]
+def test_a_script_elsewhere_samples_and_trains(tiny_runs, book, tmp_path):
+    command = [sys.executable, "-c", SCRIPT, str(ROOT), str(tiny_runs / "tiny"), str(book)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0 and len(done.stdout) == 20, done.stderr
-    assert list(tmp_path.iterdir()) == []
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("\n" + open_run(tiny_runs / "tiny").generate("The", max_new_tokens=20, seed=1) + "\n")
+
+
+def test_the_repository_says_that_it_is_not_installed():
+    done = subprocess.run([sys.executable, "setup.py"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "Clone the repository" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_importing_the_api_does_not_import_torch():

@@ -1,13 +1,11 @@
-"""Show that a training which is killed again and again becomes the training that was never stopped.
+"""Prove that a killed and resumed run is bit-identical to a run that was never stopped.
 
-  python -m scripts.verify_resume                                   the default model, a few steps
+  python -m scripts.verify_resume                                  # the default model, a few steps
   python -m scripts.verify_resume experiment=shakespeare_cpu kills=20 training.max_steps=200
 
-It trains once straight through and once under `kill -9` at random moments, every third of them inside a save, each time
-going on with the same command. Then it compares the two runs bit by bit, prints a table, and exits with 1 if
-anything differs. Each setting of train.py can be given; without them the training is made short.
-
-  kills=20         how often
+Trains once without a stop, and once under `kill -9` at random moments, every third of them during
+a save. Then compares weights, optimizer state and metrics, prints a table, and exits with 1 if
+anything differs. Takes the settings of train.py; without any, the training is short.
 """
 
 from __future__ import annotations
@@ -16,7 +14,7 @@ from conf.launch import launch
 from progress import ProgressBar
 
 if __name__ == "__main__":
-    # Before the imports below: --help and a wrong setting need not wait for torch.
+    # Before the imports below: --help and invalid settings need not wait for torch.
     launch("scripts.verify_resume:verify", "scripts.verify_resume:VerifySettings", __doc__)
 
 import json
@@ -34,119 +32,141 @@ import torch
 from safetensors.torch import load_file
 
 import atomic
-from checkpointing import checkpoint, store
+from checkpointing import store
+from checkpointing.checkpoint import MODEL, OPTIMIZER
 from conf.schema import compose
+from setting import range_problems, setting
 from terminal import counted
 
 ROOT = Path(__file__).parent.parent
-SHORT = ("training.max_steps=40", "training.checkpoint_every=7", "training.eval_every=10", "training.eval_tokens=8192",
-         "training.sample_tokens=0")
-TIMES = ("step_ms", "seconds")  # what a clock gives is not compared
+SHORT = ("training.max_steps=40", "training.checkpoint_every=7", "training.eval_every=10",
+         "training.eval_tokens=8192", "training.sample_tokens=0")
+TIMINGS = ("step_ms", "seconds")
+COMPARED_STATE = ("step", "batches_skipped", "nonfinite", "val_loss", "scaler")
 
 
 @dataclass(frozen=True)
 class VerifySettings:
-    """How a training is stopped and compared; all other settings are the training's own."""
+    """The settings of the proof; all others are those of train.py."""
 
-    kills: int = 20  # each a kill -9
-    train: tuple[str, ...] = ()  # what the command line says about the training
+    kills: int = setting(20, "how often to kill the training", ge=0)
+    # Overrides of the training.
+    train: tuple[str, ...] = ()
 
     def problems(self) -> Iterator[str]:
-        """One sentence for each value that cannot work."""
-        if self.kills < 0:
-            yield f"kills={self.kills} must be at least 0."
+        """One sentence for each invalid value."""
+        yield from range_problems(self)
 
 
 def verify(settings: VerifySettings) -> int:
-    """Train twice, compare, and print; 0 if nothing differs."""
+    """Train twice, compare, and print; return 0 if nothing differs."""
     overrides = [*SHORT, *settings.train]
     max_steps = compose("config", overrides).training.max_steps
+    kills = counted(settings.kills, "kill")
     with tempfile.TemporaryDirectory(prefix="verify-resume-") as scratch:
         straight, killed = Path(scratch, "straight"), Path(scratch, "killed")
-        print("Training straight through.", flush=True)
+        print("Training without a stop.", flush=True)
         finish(overrides, straight)
-        print(f"Training under {counted(settings.kills, 'kill')}.", flush=True)
-        inside, lost = train_under_kills(overrides, killed, settings.kills, max_steps)
-        found = compare(straight, killed)
-        print(f"\n{counted(settings.kills, 'kill')}, {inside} of them inside a save; "
-              f"{counted(lost, 'step')} lost and taken again.\n")
-        for what, difference in found.items():
-            print(f"  {what:<40} {difference or 'the same'}")
-        same = not any(found.values())
-        print("\nThe killed run is the straight one, bit by bit." if same else "\nThe runs DIFFER.")
-    return 0 if same else 1
+        print(f"Training under {kills}.", flush=True)
+        in_saves, lost = train_under_kills(overrides, killed, settings.kills, max_steps)
+        differences = compare(straight, killed)
+    print(f"\n{kills}, {in_saves} of them during a save; "
+          f"{counted(lost, 'step')} lost and trained again.\n")
+    for part, difference in differences.items():
+        print(f"  {part:<40} {difference or 'identical'}")
+    if any(differences.values()):
+        print("\nThe runs DIFFER.")
+        return 1
+    print("\nThe runs are bit-identical.")
+    return 0
 
 
 def start(overrides: list[str], run: Path) -> subprocess.Popen[str]:
-    """`python train.py` into the folder `run`, as a process of its own."""
-    words = [*overrides, f"runs_dir={run.parent}", f"name={run.name}"]
-    return subprocess.Popen([sys.executable, "train.py", *words], cwd=ROOT, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True)
+    """Start `python train.py` in the run folder `run`."""
+    command = [sys.executable, "train.py", *overrides, f"runs_dir={run.parent}", f"name={run.name}"]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            text=True)
 
 
 def finish(overrides: list[str], run: Path) -> None:
-    """Train to the end. Raises ValueError with the last words if that fails."""
-    program = start(overrides, run)
-    said, _ = program.communicate()
-    if program.returncode:
-        raise ValueError(f"train.py ended with {program.returncode}: {said.strip().splitlines()[-1]}")
+    """Train to the end. Raises ValueError with the last line of the output if that fails."""
+    process = start(overrides, run)
+    printed, _ = process.communicate()
+    if process.returncode:
+        last_line = printed.strip().splitlines()[-1]
+        raise ValueError(f"train.py exited with {process.returncode}: {last_line}")
 
 
-def train_under_kills(overrides: list[str], run: Path, kills: int, max_steps: int) -> tuple[int, int]:
-    """Train to the end, killed on the way; return how many kills fell inside a save and how many steps were lost."""
+def train_under_kills(
+    overrides: list[str], run: Path, kills: int, max_steps: int
+) -> tuple[int, int]:
+    """Train to the end under kills; return the number of kills during a save, and of lost steps."""
     moments = sorted(random.randrange(max_steps) for _ in range(kills))
-    inside = lost = 0
+    in_saves = lost = 0
     for number, step in enumerate(ProgressBar(moments, "Kills", unit="kills", leave=False)):
-        earlier, aimed = half_written(run), number % 3 == 0
-        with start(overrides, run) as program:
-            while program.poll() is None and steps(run) < step:
+        earlier = partial_checkpoints(run)
+        during_save = number % 3 == 0
+        with start(overrides, run) as process:
+            while process.poll() is None and last_recorded_step(run) < step:
                 time.sleep(0.002)
-            while aimed and program.poll() is None and half_written(run) <= earlier:
+            while during_save and process.poll() is None and partial_checkpoints(run) <= earlier:
                 pass
-            time.sleep(random.random() * (0.003 if aimed else 0.1))
-            program.kill()
-            program.communicate()
-        inside += not half_written(run) <= earlier
+            time.sleep(random.random() * (0.003 if during_save else 0.1))
+            process.kill()
+            process.communicate()
+        in_saves += not partial_checkpoints(run) <= earlier
         saved = store.list_checkpoints(run / "checkpoints")
-        lost += steps(run) - (saved[-1].step if saved else 0)
+        lost += last_recorded_step(run) - (saved[-1].step if saved else 0)
     finish(overrides, run)
-    return inside, lost
+    return in_saves, lost
 
 
-def half_written(run: Path) -> set[Path]:
-    """The checkpoints that are being written, or that a kill left so."""
+def partial_checkpoints(run: Path) -> set[Path]:
+    """The checkpoints that are being written, or were when a process was killed."""
     return set(run.glob(f"checkpoints/{atomic.PARTIAL}step_*"))
 
 
-def steps(run: Path) -> int:
-    """How many steps a run's metrics have."""
+def last_recorded_step(run: Path) -> int:
     rows = read_metrics(run)
     return rows[-1]["step"] if rows else 0
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The whole lines of a run's metrics, without those that hold samples."""
+    """The complete lines of the metrics, except for samples."""
     path = run / "metrics.jsonl"
-    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    return [row for row in map(json.loads, lines) if "sample" not in row]
+    if not path.exists():
+        return []
+    rows = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
+    return [row for row in rows if "sample" not in row]
 
 
 def compare(one: Path, other: Path) -> dict[str, str]:
-    """What two runs' last checkpoints and metrics hold, each with its first difference, or "" where there is none."""
-    a, b = (store.list_checkpoints(run / "checkpoints")[-1] for run in (one, other))
+    """The parts of two runs, each with its first difference, or "" if it is identical."""
+    saved, other_saved = (store.list_checkpoints(run / "checkpoints")[-1] for run in (one, other))
     found = {}
-    for name in (checkpoint.MODEL, checkpoint.OPTIMIZER):
-        tensors, others = load_file(a.folder / name), load_file(b.folder / name)
+    for name in (MODEL, OPTIMIZER):
+        tensors, others = load_file(saved.folder / name), load_file(other_saved.folder / name)
         numbers = sum(tensor.numel() for tensor in tensors.values())
-        differing = [key for key in tensors.keys() | others.keys()
-                     if key not in tensors or key not in others or not torch.equal(tensors[key], others[key])]
-        found[f"{name}: {numbers:,} numbers"] = f"{len(differing)} tensors differ, as {min(differing)}" if differing else ""
-    for key in ("step", "batches_skipped", "nonfinite", "val_loss", "scaler"):
-        found[f"state: {key}"] = "" if a.state[key] == b.state[key] else f"{a.state[key]} and {b.state[key]}"
-    rows, others = ([{key: value for key, value in row.items() if key not in TIMES} for row in read_metrics(run)]
-                    for run in (one, other))
-    differing = [f"{x} and {y}" for x, y in zip(rows, others, strict=False) if x != y]
-    if len(rows) != len(others):
-        differing.append(f"{counted(len(rows), 'row')} and {len(others)}")
-    found[f"metrics.jsonl: {counted(len(rows), 'row')}"] = differing[0] if differing else ""
+        differing = sorted(tensors.keys() ^ others.keys())
+        for key in tensors.keys() & others.keys():
+            if not torch.equal(tensors[key], others[key]):
+                differing.append(key)
+        part = f"{name}: {numbers:,} numbers"
+        found[part] = f"{len(differing)} tensors differ: {differing[0]}, ..." if differing else ""
+    for key in COMPARED_STATE:
+        value, other_value = saved.state[key], other_saved.state[key]
+        found[f"state: {key}"] = "" if value == other_value else f"{value} and {other_value}"
+    rows, other_rows = read_metrics(one), read_metrics(other)
+    found[f"metrics.jsonl: {counted(len(rows), 'row')}"] = compare_rows(rows, other_rows)
     return found
+
+
+def compare_rows(rows: list[dict[str, Any]], others: list[dict[str, Any]]) -> str:
+    """The first difference of two lists of metrics, timings left out; empty without one."""
+    for row, other in zip(rows, others, strict=False):
+        for key in row.keys() | other.keys():
+            if key not in TIMINGS and row.get(key) != other.get(key):
+                return f"{row} and {other}"
+    if len(rows) != len(others):
+        return f"{counted(len(rows), 'row')} and {len(others)}"
+    return ""

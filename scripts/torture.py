@@ -77,7 +77,7 @@ class TortureSettings:
     """The size of the campaign."""
 
     kills: int = setting(200, "programs to kill at random moments", ge=0)
-    every: int = setting(1, "fail at every N-th call that writes", ge=1)
+    every: int = setting(1, "try every N-th call that writes, and every N-th damage", ge=1)
 
     def problems(self) -> Iterator[str]:
         """One sentence for each invalid value."""
@@ -221,7 +221,8 @@ def damages(folder: Path, settings: TortureSettings) -> Iterator[Result]:
     train_in_fork([*tiny, "name=long"])
     for name in (*checkpoint.FILES, checkpoint.MANIFEST):
         lost = 0
-        for damage in DAMAGES:
+        tried = DAMAGES[::settings.every]
+        for damage in tried:
             shutil.copytree(folder / "long", folder / "run")
             path = max((folder / "run/checkpoints").glob("step_*")) / name
             path.write_bytes(damage(path.read_bytes()))
@@ -229,7 +230,7 @@ def damages(folder: Path, settings: TortureSettings) -> Iterator[Result]:
             if code != 0 or not is_identical(folder / "long", folder / "run"):
                 lost += 1
             shutil.rmtree(folder / "run")
-        yield f"damaged: {name}", len(DAMAGES), lost
+        yield f"damaged: {name}", len(tried), lost
 
 
 def full_disks(folder: Path, settings: TortureSettings) -> Iterator[Result]:
@@ -282,9 +283,11 @@ def kills(folder: Path, settings: TortureSettings) -> Iterator[Result]:
     """Kill whole programs at random moments and during saves."""
     share, rest = divmod(settings.kills, len(KILLED))
     for number, (name, overrides) in enumerate(KILLED.items()):
+        count = share + (number < rest)
+        if count == 0:
+            continue
         straight, killed = folder / f"straight_{number}", folder / f"killed_{number}"
         finish([*TINY, *overrides], straight)
-        count = share + (number < rest)
         in_saves, _ = train_under_kills([*TINY, *overrides], killed, count, max_steps=40)
         lost = not is_identical(straight, killed)
         yield f"kill -9, {in_saves} during a save: {name}", count, int(lost)

@@ -324,8 +324,8 @@ def write_files(folder: Path, snapshot: Snapshot) -> None:
 def safetensors_chunks(tensors: dict[str, Tensor]) -> Iterator[bytes | memoryview]:
     """The bytes of a safetensors file: a JSON header, then the tensors.
 
-    The library's `save_file` would copy all tensors of an accelerator to the CPU at once, and needs
-    a second pass for the checksum. The format: https://huggingface.co/docs/safetensors
+    The library would copy all tensors of an accelerator to the CPU at once, and would need a second
+    pass for the checksum. The format: https://huggingface.co/docs/safetensors
     """
     header, end = {}, 0
     for name, tensor in tensors.items():

@@ -143,7 +143,7 @@ def search_run(runs_dir: Path, name: str) -> Path:
         last = max(runs, key=saved_at)
         return best_run(last.parent) if is_sweep(last.parent) else last
     if not name:
-        raise ValueError(f"{runs_dir} has no run with a checkpoint: start one with "
+        raise ValueError(f"{runs_dir} has no run with a checkpoint: train one with "
                          f"python train.py.")
     places = (runs_dir / name, Path(name))
     for place in places:

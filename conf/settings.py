@@ -12,6 +12,7 @@ from conf.sampling import SamplingConfig
 from data.sources import DataConfig
 from model.config import GPTConfig
 from setting import FilePath, range_problems, setting
+from terminal import escaped
 from training.config import OptimConfig, TrainingConfig
 from training.recorder import LoggerConfig
 
@@ -42,10 +43,13 @@ class Settings:
         """One sentence for each invalid value, those of the groups included."""
         yield from range_problems(self)
         parts = Path(self.name).parts
-        if self.name != self.name.strip():
+        name = escaped(self.name, keep="")
+        if name != self.name:
+            yield f"name={name} contains control characters: remove them."
+        elif self.name != self.name.strip():
             yield f"name={self.name} begins or ends with white space: remove it."
         if Path(self.name).is_absolute() or ".." in parts or (self.name and not parts):
-            yield f"name={self.name} is outside runs_dir={self.runs_dir}: use a plain name."
+            yield f"name={name} is outside runs_dir={self.runs_dir}: use a plain name."
         found = []
         for group, settings in vars(self).items():
             if is_dataclass(settings):

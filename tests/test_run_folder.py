@@ -1,4 +1,4 @@
-"""A run's folder: which one a name means, what may lie in it, who holds it, and what happens when it is moved."""
+"""A run folder is found by name, refuses links, is locked by one process, and is noticed when it is moved."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import errno
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 from test_atomic import KINDS, special, tree
 from test_locks import without_locks
 
-import train as story
+import train as program
 from checkpointing import store
 from checkpointing.run_folder import FILES, FOLDERS, LOCK, Run, check_file_types, find_run
 from report.history import open_history
@@ -35,7 +36,7 @@ def make_run(tmp_path):
     return make
 
 
-def test_of_a_sweep_the_best_run_is_found_and_named(make_run, tmp_path, capsys):
+def test_the_best_run_of_a_sweep_is_found_and_named(make_run, tmp_path, capsys):
     (tmp_path / "sweep" / "logs").mkdir(parents=True)
     make_run("sweep/a", 2.5, 2.1)
     best = make_run("sweep/b", 2.5, 1.9, 2.6)
@@ -47,7 +48,7 @@ def test_of_a_sweep_the_best_run_is_found_and_named(make_run, tmp_path, capsys):
     assert find_run(tmp_path, "sweep/a") == tmp_path / "sweep/a"
 
 
-def test_a_run_that_was_saved_after_a_sweep_is_found(make_run, tmp_path):
+def test_a_run_saved_after_a_sweep_is_found(make_run, tmp_path):
     (tmp_path / "sweep" / "logs").mkdir(parents=True)
     make_run("sweep/a", 1.0)
     later = make_run("later", 2.0)
@@ -61,7 +62,7 @@ def test_without_results_the_last_run_of_a_sweep_is_found(make_run, tmp_path):
     assert find_run(tmp_path, "sweep") == last
 
 
-def test_runs_in_a_plain_folder_are_no_sweep(make_run, tmp_path):
+def test_a_folder_without_logs_is_not_a_sweep(make_run, tmp_path):
     make_run("mine/a", 1.0)
     last = make_run("mine/b", 2.0)
     assert find_run(tmp_path, "") == last
@@ -69,53 +70,74 @@ def test_runs_in_a_plain_folder_are_no_sweep(make_run, tmp_path):
         find_run(tmp_path, "mine")
 
 
-# What may lie in a run's folder
+def test_runs_are_found_by_name_path_and_age(tmp_path):
+    for name in ("old", "sweep/lr=0.1"):
+        (tmp_path / name / "checkpoints/step_00000001").mkdir(parents=True)
+    os.utime(tmp_path / "old" / "checkpoints", (1, 1))
+    assert find_run(tmp_path, "old") == tmp_path / "old"
+    assert find_run(tmp_path, "sweep/lr=0.1") == tmp_path / "sweep/lr=0.1"
+    assert find_run(tmp_path / "elsewhere", str(tmp_path / "old")) == tmp_path / "old"
+    assert find_run(tmp_path, "") == tmp_path / "sweep/lr=0.1"
+    with pytest.raises(ValueError, match=r"run=new does not exist. There are: old, sweep/lr=0.1"):
+        find_run(tmp_path, "new")
+    with pytest.raises(ValueError, match=r"elsewhere has no run with a checkpoint: train one with python train.py"):
+        find_run(tmp_path / "elsewhere", "new")
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new/lock").touch()
+    (tmp_path / "new/config.yaml").touch()
+    with pytest.raises(ValueError, match=r"run=new has no checkpoint yet: the first is saved after training.checkpoint_every steps"):
+        find_run(tmp_path, "new")
 
 
-RUN_ENTRIES = [(name, kind) for name in FILES for kind in KINDS] + [
-    (name, kind) for name in FOLDERS for kind in [*KINDS, "file"] if kind != "folder"]
+# Links and pipes in a run folder
 
 
-@pytest.mark.parametrize("name, kind", RUN_ENTRIES)
-def test_links_and_pipes_in_a_run_are_refused(tmp_path, monkeypatch, name, kind):
-    """At once, by one sentence, and without a change; a folder's place can also be taken by a link to a folder."""
-    (tmp_path / "tiny").mkdir()
-    monkeypatch.chdir(tmp_path / "tiny")
-    if kind == "file":
-        (tmp_path / "tiny" / name).touch()
-    elif kind == "link" and name in FOLDERS:
-        (tmp_path / "theirs").mkdir()
-        (tmp_path / "theirs/.partial-kept").touch()
-        (tmp_path / "tiny" / name).symlink_to(tmp_path / "theirs")
-    else:
-        special(tmp_path.joinpath("tiny", name).relative_to(tmp_path / "tiny"), kind)
-    before = sorted(os.listdir(tmp_path / "tiny"))
-    with pytest.raises(ValueError, match=f"{name} is .*move it away") as refusal:
-        Run(tmp_path / "tiny")
-    assert "\n" not in str(refusal.value) and sorted(os.listdir(tmp_path / "tiny")) == before
-    assert name not in FOLDERS or kind != "link" or list(tree(tmp_path / "theirs")) == [".partial-kept"]
+@pytest.mark.parametrize("name", [*FILES, *FOLDERS])
+def test_links_and_pipes_in_a_run_are_refused(tmp_path, monkeypatch, name):
+    """At once, by one sentence, and without a change, also if a link leads to a folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs/.partial-kept").touch()
+    kinds = [*KINDS, "link to a folder"] if name in FILES else [*(set(KINDS) - {"folder"}), "file", "link to a folder"]
+    for number, kind in enumerate(kinds):
+        folder = tmp_path / f"run-{number}"
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        if kind == "file":
+            (folder / name).touch()
+        elif kind == "link to a folder":
+            (folder / name).symlink_to(tmp_path / "theirs")
+        else:
+            special(Path(name), kind)
+        before = sorted(os.listdir(folder))
+        with pytest.raises(ValueError, match=f"{name} is .*move it away") as refusal:
+            Run(folder)
+        assert "\n" not in str(refusal.value) and sorted(os.listdir(folder)) == before
+    assert list(tree(tmp_path / "theirs")) == [".partial-kept"]
 
 
-@pytest.mark.parametrize("name", ["checkpoints", "metrics.jsonl", "config.yaml"])
-def test_reading_a_run_follows_no_links(compose_tiny, tmp_path, name):
-    """Neither sampling, nor a report, nor a sweep that asks whether the run is finished."""
-    story.train(compose_tiny("training.max_steps=1"))
+def test_reading_a_run_follows_no_links(compose_tiny, tmp_path):
+    """Neither does sampling, nor a report, nor a sweep that asks whether the run is finished."""
+    program.train(compose_tiny("training.max_steps=1"))
     run = tmp_path / "runs/tiny"
-    (run / name).rename(tmp_path / "elsewhere")
-    (run / name).symlink_to(tmp_path / "elsewhere")
-    for read in (lambda: find_run(tmp_path / "runs", "tiny"), lambda: open_history(run, "tiny"), lambda: check_file_types(run)):
-        with pytest.raises(ValueError, match=f"{name} is a link"):
-            read()
+    for name in ("checkpoints", "metrics.jsonl", "config.yaml"):
+        (run / name).rename(tmp_path / "elsewhere")
+        (run / name).symlink_to(tmp_path / "elsewhere")
+        for read in (lambda: find_run(tmp_path / "runs", "tiny"), lambda: open_history(run, "tiny"), lambda: check_file_types(run)):
+            with pytest.raises(ValueError, match=f"{name} is a link"):
+                read()
+        (run / name).unlink()
+        (tmp_path / "elsewhere").rename(run / name)
 
 
-def test_a_run_or_runs_dir_may_be_a_link_itself(compose_tiny, tmp_path):
+def test_a_run_and_runs_dir_may_be_links(compose_tiny, tmp_path):
     """As to a larger disk."""
     (tmp_path / "disk/tiny").mkdir(parents=True)
     (tmp_path / "runs").symlink_to(tmp_path / "disk")
-    assert story.train(compose_tiny("training.max_steps=1")) == 0
+    assert program.train(compose_tiny("training.max_steps=1")) == 0
     (tmp_path / "disk/other").mkdir()
     (tmp_path / "disk/linked").symlink_to(tmp_path / "disk/other")
-    assert story.train(compose_tiny("training.max_steps=1", "name=linked")) == 0
+    assert program.train(compose_tiny("training.max_steps=1", "name=linked")) == 0
     assert len(store.list_checkpoints(tmp_path / "disk/other/checkpoints")) == 1
 
 
@@ -126,12 +148,12 @@ def at_step(monkeypatch, step, change):
             change()
         return plain(now, *arguments)
 
-    plain = story.lr_scale
-    monkeypatch.setattr(story, "lr_scale", lr_scale)
+    plain = program.lr_scale
+    monkeypatch.setattr(program, "lr_scale", lr_scale)
 
 
-@pytest.mark.parametrize("locks", [True, False], ids=["locks", "no locks"])
-@pytest.mark.parametrize("change", ["moved", "removed", "its runs_dir moved", "replaced by another run"])
+@pytest.mark.parametrize("change, locks", [
+    ("moved", True), ("removed", True), ("its runs_dir moved", True), ("replaced by another run", True), ("replaced by another run", False)])
 def test_a_run_stops_when_its_folder_is_gone(compose_tiny, tmp_path, monkeypatch, capsys, change, locks):
     """At the next step, by one sentence; nothing is written at the old place, and another run there is left alone."""
     runs = tmp_path / "runs"
@@ -151,9 +173,9 @@ def test_a_run_stops_when_its_folder_is_gone(compose_tiny, tmp_path, monkeypatch
 
     if not locks:
         without_locks(monkeypatch)
-    at_step(monkeypatch, 7, do)
+    at_step(monkeypatch, 3, do)
     with pytest.raises(ValueError, match=r"tiny was moved, removed or replaced during training. The run stops"):
-        story.train(compose_tiny("training.max_steps=20", "training.checkpoint_every=5"))
+        program.train(compose_tiny("training.max_steps=5", "training.checkpoint_every=2"))
     assert "could not be written" not in capsys.readouterr().out
     if others:
         others[0].check_not_moved()
@@ -168,14 +190,14 @@ def test_a_run_stops_when_its_folder_is_gone(compose_tiny, tmp_path, monkeypatch
         moved.rename(tmp_path / "back")
         runs.mkdir(exist_ok=True)
         (tmp_path / "back").rename(runs / "again")
-        assert story.train(compose_tiny("training.max_steps=20", "name=again")) == 0
+        assert program.train(compose_tiny("training.max_steps=5", "name=again")) == 0
 
 
 def test_without_locks_a_run_trains_and_is_held(compose_tiny, tmp_path, monkeypatch):
     """Also when it is moved aside; nothing is left of what stands for its lock."""
     without_locks(monkeypatch, errno.EOPNOTSUPP)
-    assert story.train(compose_tiny("training.max_steps=1")) == 0
+    assert program.train(compose_tiny("training.max_steps=1")) == 0
     with Run(tmp_path / "runs/tiny"), pytest.raises(ValueError, match=rf"is being trained by process {os.getpid()} on"):
-        story.train(compose_tiny("training.max_steps=1"))
-    assert story.train(compose_tiny("training.max_steps=1", "restart=true")) == 0
+        program.train(compose_tiny("training.max_steps=1"))
+    assert program.train(compose_tiny("training.max_steps=1", "restart=true")) == 0
     assert sorted(path.name for path in (tmp_path / "runs").rglob("lock*")) == ["lock", "lock"]

@@ -113,7 +113,7 @@ def two_texts(compose_tiny, tmp_path, book):
     return unnamed, first
 
 
-def test_an_unnamed_different_run_is_named_by_differences(compose_tiny, tmp_path, two_texts, capsys):
+def test_an_unnamed_different_run_is_named_by_differences(compose_tiny, tmp_path, capsys, two_texts):
     unnamed, first = two_texts
     assert "the text is not the one that was trained on" in capsys.readouterr().out
     (second,) = set((tmp_path / "runs").iterdir()) - {first}
@@ -157,9 +157,9 @@ def test_runs_are_not_nested(compose_tiny, tmp_path):
 @pytest.mark.parametrize("name", ["a\x1b[31mb", "a\nb", "a\x7f"], ids=ascii)
 def test_a_name_with_control_characters_is_refused(name):
     with pytest.raises(ConfigError) as refusal:
-        compose("config", ["data=text", f"name={name}"])
+        compose("config", [f"name={name}"])
     assert f"name={ascii(name)[1:-1]} contains control characters" in str(refusal.value)
-    assert str(refusal.value).isprintable()
+    assert name not in str(refusal.value)
 
 
 def test_a_locked_run_names_its_process(compose_tiny, run):
@@ -173,12 +173,13 @@ def test_a_locked_run_names_its_process(compose_tiny, run):
 
 def test_settings_that_were_added_later_had_their_default(compose_tiny, run):
     program.train(compose_tiny("training.max_steps=2"))
-    state = json.loads((last(run).folder / STATE).read_text())
+    folder = last(run).folder
+    state = json.loads((folder / STATE).read_text())
     del state["settings"]["data"]["mix"], state["settings"]["data"]["respect_documents"]
     for key in checkpoint.NEW_FIELDS:
         del state[key]
-    (last(run).folder / STATE).write_text(json.dumps(state))
-    reseal(last(run).folder)
+    (folder / STATE).write_text(json.dumps(state))
+    reseal(folder)
     with pytest.raises(ValueError, match=r"data.errors was strict, now replace"):
         program.train(compose_tiny("training.max_steps=3", "data.errors=replace"))
     assert program.train(compose_tiny("training.max_steps=3", "training.patience=2")) == 0

@@ -1,4 +1,4 @@
-"""Saving beside training: what it waits for, and where its failures come out."""
+"""Saving in the background: what waits for it, and where its errors are reported."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from checkpointing.saver import Saver
 
 @pytest.fixture
 def slow(tmp_path):
-    """A saver whose writing begins when `go` is set, and what it warned of."""
+    """A saver that starts to write when `go` is set, and its warnings."""
     go, warnings = threading.Event(), []
 
     def make(stop_on_error=False):
@@ -22,7 +22,7 @@ def slow(tmp_path):
     return make
 
 
-def test_training_goes_on_while_a_checkpoint_is_written(slow, tmp_path):
+def test_training_continues_while_a_checkpoint_is_written(slow, tmp_path):
     one, go, _ = slow()
     with one:
         one.save(snapshot(1))
@@ -33,7 +33,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(slow, tmp_path):
         assert one.saved == 1 and len(store.list_checkpoints(tmp_path)) == 1
 
 
-def test_a_failing_run_still_gets_its_last_checkpoint_and_ctrl_c_does_not_wait(slow, tmp_path):
+def test_an_error_waits_for_the_save_and_ctrl_c_does_not(slow, tmp_path):
     one, go, _ = slow()
     with pytest.raises(ValueError), one:
         one.save(snapshot(1))
@@ -52,7 +52,7 @@ def test_a_failing_run_still_gets_its_last_checkpoint_and_ctrl_c_does_not_wait(s
 
 
 @pytest.mark.parametrize("stop", [True, False])
-def test_what_the_disk_refuses_is_a_warning_or_an_error_of_the_next_call(slow, monkeypatch, stop):
+def test_a_write_error_is_a_warning_or_raised_by_finish(slow, monkeypatch, stop):
     one, go, warnings = slow(stop)
     go.set()
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 0}))
@@ -66,7 +66,7 @@ def test_what_the_disk_refuses_is_a_warning_or_an_error_of_the_next_call(slow, m
     assert one.saved == 0 and len(warnings) == (not stop)
 
 
-def test_a_mistake_of_ours_is_not_taken_for_a_full_disk(slow, monkeypatch):
+def test_a_bug_is_not_reported_as_a_full_disk(slow, monkeypatch):
     one, go, _ = slow()
     go.set()
     monkeypatch.setattr(saver.store, "prune", lambda *words: 1 / 0)

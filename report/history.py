@@ -30,8 +30,13 @@ SAFE_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 CURVE_POINTS = 250  # more than a picture can show
 AXES = ("steps", "tokens", "seconds")
 LOSS, BITS = "best validation loss", "bits per byte"
+# Settings that can be "auto", and the names of their values in the record of a start.
+RECORDED = {
+    "training.device": "device", "training.precision": "precision", "training.compile": "compiled",
+}
 # In the folder of a run that a search stopped early.
 PRUNED = "pruned.json"
+Rows = list[dict[str, Any]]
 # Errors of reading files that no training wrote.
 DAMAGE = (
     ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError, yaml.YAMLError,
@@ -116,17 +121,11 @@ def read_history(folder: Path, name: str) -> History:
         losses["best_step"] = best["step"]
         losses["bits_per_byte"] = None if bits is None else float(bits)
     finished, state = progress(folder, rows, reached, settings)
+    environment = last_start | {"starts": len(starts)} if starts else {}
+    samples = [(row["step"], str(row["sample"])) for row in rows if "sample" in row]
     return History(
-        escaped(name, keep=""),
-        resolved(settings, last_start),
-        last_start | {"starts": len(starts)} if starts else {},
-        thinned(trained),
-        thinned(validated),
-        diagnostics(rows, settings),
-        [(row["step"], str(row["sample"])) for row in rows if "sample" in row],
-        reached,
-        finished,
-        state,
+        escaped(name, keep=""), resolved(settings, last_start), environment, thinned(trained),
+        thinned(validated), diagnostics(rows, settings), samples, reached, finished, state,
         **losses,
     )
 
@@ -142,7 +141,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     return flat(yaml.load(config, SAFE_LOADER))
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: Path) -> Rows:
     """The JSON objects with a step in a file with one on each line; none if there is no file."""
     lines = path.read_bytes().splitlines() if path.is_file() else []
     # Garbage collection would go through all these objects again and again: a quarter of the time.
@@ -160,7 +159,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return [row for row in rows if isinstance(row, dict) and isinstance(row.get("step"), int)]
 
 
-def table(rows: list[dict[str, Any]], key: str) -> np.ndarray:
+def table(rows: Rows, key: str) -> np.ndarray:
     """Steps, tokens, seconds and the value `key` of the rows that have it, as `[N, 4]`."""
     values = []
     for row in rows:
@@ -184,10 +183,7 @@ def thinned(points: np.ndarray) -> np.ndarray:
 
 
 def progress(
-    folder: Path,
-    rows: list[dict[str, Any]],
-    reached: tuple[int, int, float],
-    settings: dict[str, Any],
+    folder: Path, rows: Rows, reached: tuple[int, int, float], settings: dict[str, Any]
 ) -> tuple[bool, str]:
     """Whether a run is finished (a pruned one is not), and its state in words."""
     steps, _, seconds = reached
@@ -211,7 +207,7 @@ def progress(
     return finished, f"{state}, {nonfinite} not finite" if nonfinite else state
 
 
-def diagnostics(rows: list[dict[str, Any]], settings: dict[str, Any]) -> dict[str, np.ndarray]:
+def diagnostics(rows: Rows, settings: dict[str, Any]) -> dict[str, np.ndarray]:
     """The curves of learning rate, gradient norm and speed that were recorded."""
     rates = table(rows, "lr_scale")
     peak = settings.get("optim.lr")
@@ -231,15 +227,11 @@ def diagnostics(rows: list[dict[str, Any]], settings: dict[str, Any]) -> dict[st
 
 def resolved(settings: dict[str, Any], start: dict[str, Any]) -> dict[str, Any]:
     """The settings with the values that "auto" stood for at a start."""
-    chosen = {
-        "training.device": start.get("device"),
-        "training.precision": start.get("precision"),
-        "training.compile": {True: "true", False: "false"}.get(start.get("compiled")),
-    }
-    for key, value in chosen.items():
-        if settings.get(key) == "auto" and value is not None:
-            settings = settings | {key: value}
-    return settings
+    values = {}
+    for key, name in RECORDED.items():
+        if settings.get(key) == "auto" and start.get(name) is not None:
+            values[key] = str(start[name]).lower()
+    return settings | values
 
 
 def best_first(runs: list[History]) -> list[History]:
@@ -308,9 +300,8 @@ def choose(runs_dir: Path, names: str) -> tuple[list[tuple[Path, str]], list[Pat
     for folder in folders:
         runs = runs_in(folder)
         if not runs:
-            raise ValueError(
-                f"{folder} is not a run and holds none: a run's folder has a config.yaml."
-            )
+            problem = "is not a run and holds none: a run's folder has a config.yaml"
+            raise ValueError(f"{folder} {problem}.")
         # Runs of several sweeps often share names such as trial_0001: the sweep's name is added.
         alone = len(folders) == 1 and runs != [folder]
         above = folder if alone else folder.parent

@@ -23,6 +23,10 @@ MAX_COLUMNS = 6  # runs side by side in a table of settings
 MAX_SLICES = 12
 MAX_SAMPLES = 60  # runs whose samples are shown
 FEW = 20  # runs that are read without a progress bar
+CHOICE_OF_AXIS = """<div class="choice" role="group" aria-label="against">
+<button value="steps" aria-pressed="true">steps</button>
+<button value="tokens" aria-pressed="false">tokens</button>
+<button value="seconds" aria-pressed="false">seconds</button></div>"""
 NEEDS_MATPLOTLIB = ", without curves: they need matplotlib (pip install matplotlib)"
 
 
@@ -89,14 +93,10 @@ def comparable(runs: list[History]) -> tuple[list[History], list[str]]:
 def page(runs: list[History], title: str) -> str:
     """The page about `runs`, the best first."""
     parts = [
-        *summary(runs, title),
-        *losses(runs),
-        *diagnostics(runs),
-        *leaderboard(runs),
-        *importance_of_settings(runs),
-        *samples(runs),
-        *settings_table("Settings", [run.settings for run in runs], runs),
-        *settings_table("Environment", [run.environment for run in runs], runs),
+        *summary(runs, title), *losses(runs), *diagnostics(runs), *leaderboard(runs),
+        *importance_of_settings(runs), *samples(runs),
+        *compare("Settings", [run.settings for run in runs], runs),
+        *compare("Environment", [run.environment for run in runs], runs),
     ]
     template = TEMPLATE.read_text(encoding="utf-8")
     template = template.replace("{{title}}", escape(f"Report: {title}"))
@@ -127,11 +127,7 @@ def losses(runs: list[History]) -> Iterator[str]:
         for rank, run in enumerate(runs):
             names += f'<span data-run="{rank}">{swatch(rank, len(runs))}{escape(run.name)}</span>'
         yield f'<p class="legend">{names}</p>'
-    buttons = ""
-    for axis in AXES:
-        pressed = str(axis == "steps").lower()
-        buttons += f'<button value="{axis}" aria-pressed="{pressed}">{axis}</button>'
-    yield f'<div class="choice" role="group" aria-label="against">{buttons}</div>'
+    yield CHOICE_OF_AXIS
     kind = "curves single" if len(runs) == 1 else "curves"
     try:
         for axis in AXES:
@@ -210,21 +206,16 @@ def leaderboard_rows(runs: list[History]) -> list[dict[str, tuple[Any, str]]]:
     rows = []
     for rank, run in enumerate(runs):
         _, tokens, seconds = run.reached
-        row = {
-            "run": (run.name, run.name),
-            "state": (run.state, run.state),
-            LOSS: formatted(run.best_loss, ".4f"),
-            "at step": formatted(run.best_step, ",d"),
-            BITS: formatted(run.bits_per_byte, ".4f"),
-        }
+        row = {"run": (run.name, run.name), "state": (run.state, run.state)}
+        row[LOSS] = formatted(run.best_loss, ".4f")
+        row["at step"] = formatted(run.best_step, ",d")
+        row[BITS] = formatted(run.bits_per_byte, ".4f")
         row |= {key: column[rank] for key, column in settings.items()}
-        row |= {
-            "last validation loss": formatted(run.last_loss, ".4f"),
-            "training loss": formatted(run.train_loss, ".4f"),
-            "tokens": formatted(tokens, ",.0f"),
-            "time": (seconds, duration(seconds)),
-            "tokens/s": formatted(tokens / seconds if seconds else None, ",.0f"),
-        }
+        row["last validation loss"] = formatted(run.last_loss, ".4f")
+        row["training loss"] = formatted(run.train_loss, ".4f")
+        row["tokens"] = formatted(tokens, ",.0f")
+        row["time"] = (seconds, duration(seconds))
+        row["tokens/s"] = formatted(tokens / seconds if seconds else None, ",.0f")
         rows.append(row)
     return rows
 
@@ -285,9 +276,7 @@ def samples(runs: list[History]) -> Iterator[str]:
     yield f'<div class="cards">{cards}</div>'
 
 
-def settings_table(
-    title: str, values: list[dict[str, Any]], runs: list[History]
-) -> Iterator[str]:
+def compare(title: str, values: list[dict[str, Any]], runs: list[History]) -> Iterator[str]:
     """The `values` of all runs, differences marked; for many runs, each value with its count."""
     if title == "Settings" and len(runs) > 1:
         box = '<input type="checkbox" id="only-differences">'

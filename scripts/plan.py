@@ -121,9 +121,9 @@ def main(own: PlanSettings) -> int:
         say(f"Warning: {warning}")
     if gpu:
         seconds = flops / (PEAK_FLOPS[gpu] * own.mfu)
+        peak = f"{PEAK_FLOPS[gpu] / 1e12:,.0f} TFLOP/s for bf16 in its data sheet"
         say(f"Time: about {readable_time(seconds)} on one {gpu}, if training reaches "
-            f"{own.mfu:.0%} of its {PEAK_FLOPS[gpu] / 1e12:,.0f} TFLOP/s for bf16 by its data sheet "
-            f"(mfu={own.mfu}), without evaluation and saving")
+            f"{own.mfu:.0%} of the {peak} (mfu={own.mfu}), without evaluation and saving")
     elif own.measure and total > available_memory():
         say(f"Time: not measured, because only {readable_size(available_memory())} of memory "
             "are free")

@@ -156,7 +156,13 @@ def test_planned_memory_is_within_a_quarter_of_the_measured(tmp_path, prepared_d
     assert 0.75 < expected / measured < 1.25, (expected, measured)
 
 
-def test_a_plan_needs_no_data(capsys):
+@pytest.fixture
+def uncounted(monkeypatch):
+    """The import of fake tensors takes seconds, and other tests count memory."""
+    monkeypatch.setattr(plan, "count_memory", lambda settings, device: (10**6, 3 * 10**6))
+
+
+def test_a_plan_needs_no_data(capsys, uncounted):
     """As `experiment=gpt2_124m`, whose text is the user's; here in a small shape."""
     for words in (["data=text"], ["data=text", "data.path=/no/such"], ["data=hub"], ["data.mix=/no/such:1 pydocs:1"], ["data=bin"]):
         assert plan.main(compose(plan.PlanSettings, ["model=nano", "measure=false", *words])) == 0
@@ -165,7 +171,7 @@ def test_a_plan_needs_no_data(capsys):
         plan.main(compose(plan.PlanSettings, ["data=text", "training.max_steps=0"]))
 
 
-def test_another_gpu_is_planned_by_its_data_sheet(capsys):
+def test_another_gpu_is_planned_by_its_data_sheet(capsys, uncounted):
     words = ["model=nano", "data=text", "training=smoke", "training.max_steps=1e11"]
     assert plan.main(compose(plan.PlanSettings, [*words, "device=h100"])) == 0
     out = capsys.readouterr().out

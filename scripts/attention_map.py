@@ -226,6 +226,6 @@ def draw(name: str, labels: list[str], weights: Tensor) -> bytes:
         for layer, axes in enumerate(grid[:, 0]):
             axes.set_ylabel(f"layer {layer}", fontsize=9)
             axes.tick_params(axis="y", labelsize=points)
-        title = "each row is a token, and shows which tokens it attends to"
-        figure.suptitle(f"{escaped(name, keep='')}: {title}", fontsize=10)
+        title = "Each row is a token, and shows which tokens it attends to"
+        figure.suptitle(f"{escaped(name, keep='')}\n{title}", fontsize=9)
         return as_image(figure, "png", dpi=120)

@@ -65,8 +65,7 @@ def main(settings: SpeedSettings) -> int:
     limit = product_rate(device)
     print(f"torch {torch.__version__}, {device.describe()}; fastest matrix product in "
           f"{device.precision}: {limit / 1e9:,.0f} GFLOP/s\n")
-    print_header("shape", "nanoGPT, tokens/s", "ours", "x", "of product rate",
-                 "memory, nanoGPT", "ours", "x")
+    print_header("shape", "side", "tokens/s", "x", "of product rate", "memory", "x")
     measured: dict[str, Any] = {"precision": device.precision, "product_flops": limit}
     shapes = list(SHAPES) if settings.shape == "all" else [settings.shape]
     for shape in shapes:
@@ -76,7 +75,7 @@ def main(settings: SpeedSettings) -> int:
 
 
 def measure_shape(shape: str, limit: float, settings: SpeedSettings) -> dict[str, Any]:
-    """Measure both sides in turn and print their row."""
+    """Measure the sides in turn, and print a row for each."""
     sides = ["nanogpt", "ours"] if settings.peer else ["ours"]
     runs: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
     for _ in range(settings.rounds):
@@ -86,37 +85,24 @@ def measure_shape(shape: str, limit: float, settings: SpeedSettings) -> dict[str
 
     config, batch_size = SHAPES[shape]
     tokens = batch_size * config.block_size
+    flops_per_token = GPT(config).flops_per_token()
     rates: dict[str, list[float]] = {}
     memory: dict[str, float] = {}
     for side in sides:
         rates[side] = [tokens / statistics.median(run["seconds"]) for run in runs[side]]
         memory[side] = statistics.median(run["peak_bytes"] for run in runs[side])
-    rate = statistics.median(rates["ours"])
-    share = rate * GPT(config).flops_per_token() / limit
-
-    megabytes = f"{memory['ours'] / 2**20:,.0f} MB"
-    if settings.peer:
+        rate = statistics.median(rates[side])
         print_row(
-            shape,
-            f"{statistics.median(rates['nanogpt']):,.0f}", f"{rate:,.0f}",
-            f"{median_ratio(rates):.2f}", f"{share:.0%}",
-            f"{memory['nanogpt'] / 2**20:,.0f} MB", megabytes,
-            f"{memory['ours'] / memory['nanogpt']:.2f}",
+            shape, side, f"{rate:,.0f}", f"{median_ratio(rates[side], rates[sides[0]]):.2f}",
+            f"{rate * flops_per_token / limit:.0%}",
+            f"{memory[side] / 2**20:,.0f} MB", f"{memory[side] / memory[sides[0]]:.2f}",
         )
-    else:
-        print_row(shape, "not measured", f"{rate:,.0f}", "", f"{share:.0%}", "", megabytes, "")
-    return {
-        "tokens_per_second": rates,
-        "peak_bytes": memory,
-        "of_product_rate": share,
-        "runs": runs,
-    }
+    return {"tokens_per_second": rates, "peak_bytes": memory, "runs": runs}
 
 
-def median_ratio(rates: dict[str, list[float]]) -> float:
-    """Median over the rounds of our rate divided by nanoGPT's rate in the same round."""
-    rounds = zip(rates["ours"], rates["nanogpt"], strict=True)
-    return statistics.median(ours / theirs for ours, theirs in rounds)
+def median_ratio(ours: list[float], theirs: list[float]) -> float:
+    """The median over the rounds of our rate divided by theirs in the same round."""
+    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
 
 
 def product_rate(device: Device) -> float:

@@ -5,26 +5,13 @@
   python -m scripts.report runs=SWEEP                  all runs in a folder, such as a sweep's
   python -m scripts.report runs=pydocs out=loss.png    only the losses, as a picture
 
-Needs matplotlib (pip install matplotlib).
-
-Settings, each with its default:
-  runs=NAMES       runs or folders of runs, separated by commas; without it, the run that was
-                   trained last, or all runs of its sweep
-  out=FILE         the page; without it, report.html in the folder of the run or the sweep. A
-                   comparison of several is a page in runs_dir, such as report-first,second.html.
-                   Beside the page are report-curves.png, and report-slices.png if four or more
-                   finished runs differ in settings. A name in .png, .svg or .pdf is a picture of
-                   the losses instead of a page
-  runs_dir=runs
+The page of a run or a sweep is report.html in its folder. A comparison of several is a page in
+runs_dir, such as report-first,second.html. Beside the page are report-curves.png, and
+report-slices.png if four or more finished runs differ in settings. Needs matplotlib (pip install
+matplotlib).
 """
 
 from __future__ import annotations
-
-from conf.launch import launch
-
-if __name__ == "__main__":
-    # Before the imports below: --help and a wrong setting need not wait for numpy.
-    launch("scripts.report:main", "scripts.report:ReportSettings", __doc__)
 
 import hashlib
 import re
@@ -33,11 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import atomic
+from conf.launch import launch
 from report.curves import loss_picture
 from report.figures import PICTURES
 from report.history import choose
 from report.page import open_runs, write
-from setting import FilePath, FilePaths
+from setting import FilePath, FilePaths, setting
 from terminal import counted, readable_size, say
 
 PAGES = (".html", ".htm")
@@ -48,9 +36,15 @@ MAX_LETTERS = 60  # of the runs' names in the name of a page
 class ReportSettings:
     """The settings of a report."""
 
-    runs: FilePaths = ""
-    runs_dir: FilePath = "runs"
-    out: FilePath = ""
+    runs: FilePaths = setting(
+        "",
+        "names or folders of runs, or of folders with runs, separated by commas; empty: the run "
+        "that was trained last, or all runs of its sweep",
+    )
+    runs_dir: FilePath = setting("runs", "the folder that the names are in")
+    out: FilePath = setting(
+        "", "the page, .html; or a picture of the losses instead of a page: .png, .svg or .pdf"
+    )
 
     def problems(self) -> Iterator[str]:
         """One sentence for each invalid value."""
@@ -99,3 +93,7 @@ def default_page(folders: list[Path], runs_dir: Path) -> Path:
         paths = "\n".join(map(str, places))
         name += "-" + hashlib.sha256(paths.encode()).hexdigest()[:8]
     return runs_dir / f"report-{name}.html"
+
+
+if __name__ == "__main__":
+    launch(main, ReportSettings, __doc__)

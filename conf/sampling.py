@@ -16,7 +16,7 @@ class SamplingConfig:
     """How a model continues a text. The prompt, these settings and the seed decide the result."""
 
     max_new_tokens: int = setting(200, "the largest number of tokens to generate", ge=1)
-    temperature: float = setting(0.8, "0: always the most likely token", ge=0)
+    temperature: float = setting(0.8, "randomness; 0: always the most likely token", ge=0)
     top_k: int = setting(50, "sample from the k most likely tokens; 0: from all", ge=0)
     top_p: float = setting(
         0.9, "sample from the fewest tokens with this total probability; 1: from all", gt=0, le=1)

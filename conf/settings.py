@@ -81,7 +81,7 @@ class SampleSettings(SamplingConfig):
     prompt_file: FilePath = setting("", "read the prompt from this file; -: from standard input")
     prompts: FilePath = setting("", "a file with one prompt per line; the completions go to out")
     out: FilePath = setting(
-        "", "the file for the completions of prompts, one JSON line each; again, it continues it")
+        "", "the file for the completions of prompts, one JSON line each; continued if it exists")
     batch_size: int = setting(16, "with prompts: sequences decoded together", ge=1)
     logprobs: bool = setting(False, "print each token with its probability before temperature")
     num_samples: int = setting(1, "number of completions", ge=1)

@@ -131,8 +131,12 @@ class Decoder:
         """Logits `[B, V]` for the next tokens; each sequence is one token longer than last time."""
         self.prefill(sequences)
         self.cache.begin_step()
-        if self.config.ngrams > 1:
-            self.before.copy_(torch.tensor(self.tokens_before_last(sequences)))
+        context = self.config.ngrams - 1
+        if context:
+            # Tokens before the window may be among them: the model ignores those by position.
+            padding = [NOTHING] * context
+            before = [(padding + sequence[-1 - context : -1])[-context:] for sequence in sequences]
+            self.before.copy_(torch.tensor(before))
         self.last.copy_(torch.tensor([[sequence[-1]] for sequence in sequences]))
         return self.graph_step() if self.uses_graphs else self.step()
 
@@ -147,9 +151,9 @@ class Decoder:
             earlier = tuple(sequence[start:-1])
             if earlier in filled:
                 self.cache.copy_row(filled[earlier], row)
-            else:
-                self.prefill_row(row, earlier)
-                filled[earlier] = row
+                continue
+            filled[earlier] = row
+            self.prefill_row(row, earlier)
 
     def prefill_row(self, row: int, ids: tuple[int, ...]) -> None:
         self.cache.lengths[row] = len(ids)
@@ -159,15 +163,6 @@ class Decoder:
             precision = without_autocast if is_packed else native_autocast
             with precision(self.model), suppress(StopPrefill):
                 self.prefill_model.features(idx, PrefillCache(self.cache, row))
-
-    def tokens_before_last(self, sequences: list[list[int]]) -> list[list[int]]:
-        """The tokens before the last one that its n-grams need, padded on the left."""
-        count = self.config.ngrams - 1
-        rows = []
-        for sequence, start in zip(sequences, self.window_starts, strict=True):
-            before = sequence[max(start, len(sequence) - 1 - count) : -1]
-            rows.append([NOTHING] * (count - len(before)) + before)
-        return rows
 
     def step(self) -> Tensor:
         """Logits `[B, V]` after the tokens `last`, which the cache then holds too."""
@@ -229,14 +224,13 @@ def window_start(length: int, block_size: int) -> int:
 
 def autocast_dtype(model: GPT) -> torch.dtype:
     """The type of autocast where it is on, else that of the weights."""
-    device = model.wte.weight.device.type
-    if torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return model.wte.weight.dtype
+    weight = model.wte.weight
+    is_on = torch.is_autocast_enabled(weight.device.type)
+    return torch.get_autocast_dtype(weight.device.type) if is_on else weight.dtype
 
 
 def native_dtype(model: GPT) -> torch.dtype:
-    """The type of autocast where it is on, but that of the weights if a CPU would emulate it."""
+    """The same, but the type of the weights if a CPU would emulate that of autocast."""
     dtype, weight = autocast_dtype(model), model.wte.weight
     precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "fp32")
     return weight.dtype if weight.is_cpu and not native(precision) else dtype

@@ -17,7 +17,7 @@ V = 31
 FLAGS = {
     "learned": {"tie_head": False},
     "rotary": {"position": "rotary", "norm": "rms", "qk_norm": True, "bias": False, "tie_head": False},
-    "grouped": {"position": "rotary", "n_kv_head": 1, "tie_head": False},
+    "n-grams": {"position": "rotary", "n_kv_head": 1, "tie_head": False, "ngrams": 4, "ngram_rows": 50},
 }
 every_model = pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS.keys())
 

@@ -1,4 +1,4 @@
-"""Advice for names of other projects: it names settings that exist."""
+"""Suggestions for the names of other projects."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from typing import get_args
 import pytest
 
 from conf import hints
-from conf.schema import ConfigError, SampleSettings, Settings, compose, groups, leaves
+from conf.convert import convert
+from conf.presets import ConfigError, groups
+from conf.schema import compose
+from conf.settings import SampleSettings, Settings, leaves
 
 KNOWN = {*leaves(Settings), *leaves(SampleSettings), *groups()}
 
@@ -18,13 +21,13 @@ def complaint(*overrides, root="config"):
     return str(caught.value)
 
 
-def test_each_advice_names_a_setting_that_exists():
+def test_each_suggestion_is_a_setting_that_exists():
     assert hints.OTHER_NAMES.keys() <= KNOWN
     values = {value for hint in leaves(Settings).values() for value in get_args(hint)}
     assert set(hints.OTHER_VALUES.values()) <= values
 
 
-def test_no_name_that_others_use_is_one_of_ours():
+def test_names_of_other_projects_are_not_settings_here():
     others = [name for names in hints.OTHER_NAMES.values() for name in names.split()]
     assert not set(others) & KNOWN
     assert set(hints.UNITS) <= set(others)
@@ -45,22 +48,23 @@ def test_names_of_other_projects_find_ours(key, meant):
     assert f"{key} (on the command line) is not a setting (did you mean {meant}?)" in complaint(f"{key}=1")
 
 
-def test_another_unit_is_said():
+def test_a_hint_names_a_different_unit():
     assert "(did you mean training.max_steps?): it counts steps;" in complaint("num_train_epochs=3")
 
 
-def test_sampling_has_names_of_its_own():
+def test_sampling_has_its_own_names():
     assert "did you mean max_new_tokens?" in complaint("max_tokens=3", root="sample")
     assert "did you mean prompt?" in complaint("start=x", root="sample")
 
 
-@pytest.mark.parametrize(("override", "meant"), [
-    ("training.device=gpu", "cuda"), ("training.device=cuda:0", "cuda"), ("training.precision=float32", "fp32"),
-    ("training.precision=bfloat16", "bf16"), ("training.precision=16", "fp16"), ("optim.optimizer=adam", "adamw"),
-    ("training.precision=FP16", "fp16"),
+@pytest.mark.parametrize(("value", "key", "meant"), [
+    ("gpu", "training.device", "cuda"), ("cuda:0", "training.device", "cuda"), ("float32", "training.precision", "fp32"),
+    ("bfloat16", "training.precision", "bf16"), (16, "training.precision", "fp16"), ("FP16", "training.precision", "fp16"),
+    ("adam", "optim.optimizer", "adamw"),
 ])
-def test_values_of_other_projects_find_ours(override, meant):
-    assert f"did you mean {meant}?" in complaint(override)
+def test_values_of_other_projects_find_ours(value, key, meant):
+    with pytest.raises(ValueError, match=rf"did you mean {meant}\?"):
+        convert(value, leaves(Settings)[key])
 
 
 @pytest.mark.parametrize(("override", "advice"), [

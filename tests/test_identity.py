@@ -1,4 +1,4 @@
-"""What differs between two runs, in words."""
+"""Differences between two runs, in sentences."""
 
 from __future__ import annotations
 
@@ -16,6 +16,6 @@ TOKENS = {"data.prepared": ("0123456789ab", "ba9876543210"), "data.tokenizer_fin
     (TOKENS | {"seed": (1, 2)}, "the text is not the one that was trained on; seed was 1, now 2"),
     (TOKENS | {"data.tokenizer": ("bpe", "char")}, "data.tokenizer was bpe, now char"),
 ])
-def test_no_fingerprints_are_shown(changes, said):
+def test_fingerprints_are_not_shown(changes, said):
     """They follow from the text, or from a setting of the data."""
     assert listed(changes) == said

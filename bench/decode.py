@@ -140,7 +140,8 @@ def measure(
     decode = open_side(side, model, precision, peer)
     preparing = time.perf_counter() - start
 
-    decode(prompts, 2)  # warm-up
+    # Warm up.
+    decode(prompts, 2)
     # The memory rate of a shared machine changes, so it is measured before and after.
     before = read_rate()
     prefill = seconds_of(decode, prompts, 1)

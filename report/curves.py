@@ -40,7 +40,8 @@ def color(rank: int, count: int) -> str:
     """The color of a run: its own, or of many runs one on a scale from BEST to WORST."""
     if count <= len(COLORS):
         return COLORS[rank]
-    share = (rank / (count - 1)) ** 0.35  # the first few differ most
+    # By the exponent, the first few differ most.
+    share = (rank / (count - 1)) ** 0.35
     red, green, blue = (round(a + (b - a) * share) for a, b in zip(BEST, WORST, strict=True))
     return f"#{red:02x}{green:02x}{blue:02x}"
 
@@ -174,7 +175,8 @@ def draw_diagnostic(axes: Any, runs: list[History], name: str) -> None:
             peaks.append(peak)
     if name == "learning rate" and peaks and max(peaks) >= 10 * min(peaks):
         axes.set_yscale("log")
-        axes.set_ylim(min(peaks) / 20, 1.5 * max(peaks))  # schedules end near 0
+        # Schedules end near 0, which would take most of a log axis.
+        axes.set_ylim(min(peaks) / 20, 1.5 * max(peaks))
         log_ticks(axes.yaxis)
     elif peaks:
         axes.set_ylim(0, 1.05 * max(peaks))
@@ -281,6 +283,7 @@ def slices_png(runs: list[History], keys: list[str], ranks: dict[History, int]) 
     figure, style = new_figure(4 * columns, 3.2 * rows, "slices")
     with style, quiet():
         grid = figure.subplots(rows, columns, squeeze=False).ravel()
+        # The last row may have places without a slice.
         for axes in grid[len(keys) :]:
             axes.set_axis_off()
         for axes, key in zip(grid, keys, strict=False):

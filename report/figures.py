@@ -39,7 +39,9 @@ def new_figure(width: float, height: float, name: str) -> tuple[Any, AbstractCon
     """A figure in inches, and the style to draw it in. Raises ValueError without matplotlib."""
     try:
         import matplotlib
-        from matplotlib.figure import Figure  # pyplot would keep the figure
+
+        # Not pyplot, which keeps every figure.
+        from matplotlib.figure import Figure
     except ImportError:
         raise ValueError("Curves need matplotlib: pip install matplotlib.") from None
     style = matplotlib.rc_context(STYLE | {"svg.hashsalt": name})
@@ -72,6 +74,7 @@ def svg_element(
         draw(figure.subplots())
         figure.savefig(content, format="svg", transparent=True, metadata={"Date": None})
     svg = content.getvalue()
+    # Without the XML declaration, and in the colors of the page.
     svg = svg[svg.index("<svg ") :].replace(INK, "var(--ink)").replace(LINE, "var(--line)")
 
     def with_name(group: re.Match[str]) -> str:

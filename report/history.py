@@ -27,7 +27,8 @@ from terminal import counted, escaped
 
 # libyaml's loader is ten times as fast, where PyYAML was built with it.
 SAFE_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-CURVE_POINTS = 250  # more than a picture can show
+# More than a picture can show.
+CURVE_POINTS = 250
 AXES = ("steps", "tokens", "seconds")
 LOSS, BITS = "best validation loss", "bits per byte"
 # Settings that can be "auto", and the names of their values in the record of a start.
@@ -47,16 +48,16 @@ DAMAGE = (
 class History:
     """The content of a run's folder. Losses are in nats per token; unknown values are None.
 
-    A curve is an array `[n, 6]`: steps, tokens, seconds, and the mean, lowest and highest value
-    since the point before.
+    `training`, `validation` and the values of `diagnostics` are curves, arrays `[n, 6]`: steps,
+    tokens, seconds, and the mean, lowest and highest value since the point before.
     """
 
     name: str
     settings: dict[str, Any]  # {"model.n_layer": 4, ...}
     environment: dict[str, Any]  # of the last start
-    training: np.ndarray  # curve
-    validation: np.ndarray  # curve
-    diagnostics: dict[str, np.ndarray]  # curves by name: see `diagnostics`
+    training: np.ndarray
+    validation: np.ndarray
+    diagnostics: dict[str, np.ndarray]
     samples: list[tuple[int, str]]  # step and text
     reached: tuple[int, int, float]  # steps, tokens, seconds
     finished: bool
@@ -269,7 +270,8 @@ def can_matter(key: str) -> bool:
     try:
         # The size of the vocabulary follows from the tokenizer.
         return kind(key) != "free" and key != "model.vocab_size"
-    except KeyError:  # a setting of another version
+    except KeyError:
+        # A setting of another version of nanohydra.
         return True
 
 

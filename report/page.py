@@ -34,7 +34,8 @@ def after_training(run: Path) -> str:
     """Write the report of a run that has just ended; return the sentence to tell the user."""
     try:
         write([(run, run.name)], run / "report.html", run.name, pictures=False)
-    except Exception as error:  # training must not fail because a report does
+    except Exception as error:
+        # Training must not fail because a report does.
         return f"No report was written: {error}"
     missing = "" if find_spec("matplotlib") else NEEDS_MATPLOTLIB
     return f"Report: {run / 'report.html'}{missing}"
@@ -64,6 +65,7 @@ def write(
         if len(compared) >= MIN_RUNS and keys:
             slices = curves.slices_png(compared, keys[:MAX_SLICES], ranks_of(runs))
             contents[out.with_name(f"{out.stem}-slices.png")] = slices
+    # Nothing is written before all of it has been drawn.
     for path, content in contents.items():
         atomic.write_bytes(path, content)
     return list(contents)
@@ -134,7 +136,8 @@ def losses(runs: list[History]) -> Iterator[str]:
             hidden = "" if axis == "steps" else " hidden"
             pictures = curves.losses_svg(runs, axis)
             yield f'<div class="{kind}" data-axis="{axis}"{hidden}>{pictures}</div>'
-    except ValueError as error:  # without matplotlib
+    except ValueError as error:
+        # matplotlib is missing.
         yield f"<p>{escape(str(error))}</p>"
         return
     yield f"<p>{' '.join(notes_on_losses(runs))}</p>"

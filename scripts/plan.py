@@ -59,7 +59,8 @@ from training.step import first_loss, loss_of
 ROOT = Path(__file__).parent.parent
 GPUS = sorted(name.lower().replace(" ", "-") for name in PEAK_FLOPS)
 PUBLISHED_SIZES = {"gpt2": 50257, "cl100k_base": 100277, "o200k_base": 200019}
-ASSUMED_CHARACTERS = 65  # as in Tiny Shakespeare
+# As many as Tiny Shakespeare has.
+ASSUMED_CHARACTERS = 65
 # Memory of activations on a CPU divided by their bytes, because of holes in the heap. Measured: 1.1
 # to 1.8, see docs/benchmarks.md.
 CPU_FRAGMENTATION = 1.4
@@ -297,6 +298,7 @@ def resident_bytes() -> int:
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE")
-    except OSError:  # not Linux
+    except OSError:
+        # Not Linux.
         maximum = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return maximum if sys.platform == "darwin" else 1024 * maximum

@@ -102,7 +102,7 @@ class Engine:
             return self.model(ids)[0].float()
 
     def generate(self, prompt: str = "", **rules: object) -> str:
-        """The text that follows `prompt`. `rules` are fields of `SamplingConfig`, which see."""
+        """The text that follows `prompt`. `rules` are the fields of `SamplingConfig`."""
         config = SamplingConfig(**rules)
         problems = list(config.problems())
         if problems:
@@ -155,9 +155,9 @@ class Engine:
         yield completions
 
     def prompt_ids(self, prompt: str) -> list[int]:
-        """The ids of a prompt. An empty one becomes end of text, or a newline without that token.
+        """The ids of a prompt. An empty one becomes end of text, which precedes each document.
 
-        In training data, end of text is what precedes a document.
+        Tokenizers without that token start with a newline.
         """
         if prompt:
             return self.encode(prompt)
@@ -174,7 +174,7 @@ def open_run(run: str | Path = "", checkpoint: str = "best", runs_dir: str | Pat
     """Open a run, given by its name or its folder; without one, the run that was trained last.
 
     The arguments mean the same as the settings of sample.py. Raises ValueError for a run, a
-    checkpoint or a device that is not there.
+    checkpoint or a device that does not exist.
     """
     found = find_run(Path(runs_dir), str(run))
     return open_checkpoint(found, str(checkpoint), Device(device, precision))
@@ -196,7 +196,7 @@ def open_checkpoint(run: Path, which: str, device: Device) -> Engine:
                              f"tokens, its model {config.vocab_size}.")
         with Undrawn("meta"):
             shapes = GPT(config).state_dict()
-        # The model takes memory only after its weights were found whole.
+        # The model takes memory only after its weights have been verified.
         weights = found.load_tensors(checkpoint.MODEL, like=shapes)
         with Undrawn():
             model = GPT(config)

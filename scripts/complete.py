@@ -62,7 +62,7 @@ def read_jobs(settings: SampleSettings) -> list[Job]:
     prompts = [line.removesuffix("\r") for line in lines]
     jobs = [(prompt, n) for prompt in prompts if prompt for n in range(settings.num_samples)]
     if not jobs:
-        raise ValueError(f"prompts={settings.prompts} holds no prompts: write one a line.")
+        raise ValueError(f"prompts={settings.prompts} holds no prompts: write one per line.")
     return jobs
 
 
@@ -92,11 +92,11 @@ def as_line(job: Job, completion: Completion, settings_id: str) -> str:
 
 
 def count_done(path: Path, jobs: list[Job], settings_id: str) -> int:
-    """The number of jobs whose lines the file holds. Raises ValueError if it holds anything else.
+    """The number of jobs whose lines the file holds, without a last line that a kill cut.
 
-    A kill can have cut the last line, which then does not count.
+    Raises ValueError if it holds anything else.
     """
-    other = ValueError(f"out={path} holds something else than completions: choose another file.")
+    other = ValueError(f"out={path} holds something other than completions: choose another file.")
     *complete, partial = path.read_bytes().split(b"\n")
     try:
         lines = [json.loads(line) for line in complete]
@@ -106,15 +106,15 @@ def count_done(path: Path, jobs: list[Job], settings_id: str) -> int:
         raise other
     for number, (line, (prompt, sample)) in enumerate(zip(lines, jobs, strict=False), 1):
         if (line.get("prompt"), line.get("sample")) != (prompt, sample):
-            raise ValueError(f"out={path}, line {number}, is not of the prompt {prompt[:40]!r}: "
-                             "choose another file.")
+            raise ValueError(f"out={path}: line {number} does not belong to the prompt "
+                             f"{prompt[:40]!r}: choose another file.")
         if line.get("settings") != settings_id:
-            raise ValueError(f"out={path}, line {number}, is of another model or of other "
-                             "settings: choose another file.")
+            raise ValueError(f"out={path}: line {number} is from another model or other settings: "
+                             "choose another file.")
     found = len(lines) + bool(partial)
     if found > len(jobs):
-        raise ValueError(f"out={path} has {counted(found, 'line')}, and {len(jobs)} are asked "
-                         "for: choose another file.")
+        raise ValueError(f"out={path} has {counted(found, 'line')}, more than the "
+                         f"{counted(len(jobs), 'completion')} to write: choose another file.")
     if partial:
         prompt, sample = jobs[len(lines)]
         start = json.dumps({"prompt": prompt, "sample": sample}, ensure_ascii=False)[:-1].encode()

@@ -123,13 +123,13 @@ def test_another_batch_size_continues_only_in_fp32(fill, tmp_path):
         return fill(["The", "No"], "batch_size=1", *rules, content=content[: content.index("\n") + 1])
 
     assert len(continue_with_one()) == 2
-    with pytest.raises(ValueError, match="is of another model or of other settings"):
+    with pytest.raises(ValueError, match="is from another model or other settings"):
         continue_with_one("precision=bf16")
 
 
 @pytest.mark.parametrize(("prompts", "override", "problem"), [
-    (["The", "A"], "seed=1337", "line 2, is not of the prompt 'A'"), (["The", "No"], "temperature=0.5", "line 1, is of another model or of other"),
-    (["The"], "seed=1337", "has 2 lines, and 1 are asked for"), (["The", "café"], "seed=1337", "no character")])
+    (["The", "A"], "seed=1337", "line 2 does not belong to the prompt 'A'"), (["The", "No"], "temperature=0.5", "line 1 is from another model or other settings"),
+    (["The"], "seed=1337", "has 2 lines, more than the 1 completion"), (["The", "café"], "seed=1337", "no character")])
 def test_completions_of_other_prompts_are_not_changed(fill, tmp_path, prompts, override, problem):
     fill(["The", "No"])
     content = (tmp_path / "out.jsonl").read_text()
@@ -141,7 +141,7 @@ def test_completions_of_other_prompts_are_not_changed(fill, tmp_path, prompts, o
 def test_a_cut_line_more_than_asked_for_is_not_changed(fill, tmp_path):
     fill(["The", "No"])
     content = (tmp_path / "out.jsonl").read_text()[:-30]
-    with pytest.raises(ValueError, match="has 2 lines, and 1 are asked for"):
+    with pytest.raises(ValueError, match="has 2 lines, more than the 1 completion"):
         fill(["The"], content=content)
     assert (tmp_path / "out.jsonl").read_text() == content
 
@@ -150,13 +150,13 @@ def test_a_cut_line_more_than_asked_for_is_not_changed(fill, tmp_path):
                          ids=lambda content: content[:12])
 def test_a_file_of_something_else_is_not_changed(fill, tmp_path, content):
     """Also one whose last line has no end, and is not the beginning of one of ours."""
-    with pytest.raises(ValueError, match="holds something else"):
+    with pytest.raises(ValueError, match="holds something other than completions"):
         fill(["The"], content=content)
     assert (tmp_path / "out.jsonl").read_text() == content
 
 
 def test_the_file_of_prompts_is_not_overwritten(fill, tmp_path):
-    with pytest.raises(ValueError, match="holds something else"):
+    with pytest.raises(ValueError, match="holds something other than completions"):
         fill(["The"], f"out={tmp_path / 'prompts.txt'}")
     assert (tmp_path / "prompts.txt").read_text() == "The"
 
@@ -201,7 +201,7 @@ def test_a_file_system_without_locks_is_written_to(fill, monkeypatch):
 
 @pytest.mark.parametrize("prompts", [[""], ["", "\r", ""]])
 def test_a_file_without_prompts_is_an_error(fill, tmp_path, prompts):
-    with pytest.raises(ValueError, match=r"prompts.txt holds no prompts: write one a line"):
+    with pytest.raises(ValueError, match=r"prompts.txt holds no prompts: write one per line"):
         fill(prompts)
     assert not (tmp_path / "out.jsonl").exists()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import platform
 import subprocess
@@ -44,6 +45,7 @@ def compiled_at_last_start(folder: Path) -> bool | None:
     return compiled if isinstance(compiled, bool) else None
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """The versions of the installed packages."""
     found = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from checkpointing import checkpoint, store
@@ -13,26 +14,24 @@ from training.device import available_memory
 from training.interrupt import embedded
 
 
+@dataclass
 class Saver:
     """Writes one checkpoint at a time, then deletes old ones. A context manager.
 
-    `saved` is the last step on the disk. `before_write` is called before a checkpoint is written
-    and before it gets its name, and raises an error to prevent that. A write error is a warning,
-    or with `stop_on_error` an OSError of the next call; the caller saves again.
+    `before_write` is called before a checkpoint is written and before it gets its name, and raises
+    an error to prevent that. A write error is a warning, or with `stop_on_error` an OSError of the
+    next call; the caller saves again.
     """
 
-    def __init__(self, checkpoints: Path, keep_last: int, saved: int,
-                 before_write: Callable[[], None], warn: Callable[[str], None],
-                 stop_on_error: bool) -> None:
-        self.checkpoints = checkpoints
-        self.keep_last = keep_last
-        self.saved = saved
-        self.before_write = before_write
-        self.warn = warn
-        self.stop_on_error = stop_on_error
-        self.thread: threading.Thread | None = None
-        self.error: Exception | None = None
-        self.waiting_seconds = 0.0  # of training, for saving
+    checkpoints: Path
+    keep_last: int
+    saved: int  # the last step on the disk
+    before_write: Callable[[], None]
+    warn: Callable[[str], None]
+    stop_on_error: bool
+    waiting_seconds: float = 0.0  # of training, for saving
+    thread: threading.Thread | None = None
+    error: Exception | None = None
 
     def save(self, snapshot: Snapshot) -> None:
         """Wait for the previous save, then start this one."""

@@ -157,6 +157,21 @@ def test_an_invalid_state_is_not_written(tmp_path):
     assert len(store.list_checkpoints(tmp_path)) == 1
 
 
+@pytest.mark.parametrize("failing", [1, 2])
+def test_before_write_can_prevent_a_checkpoint(tmp_path, failing):
+    """It is called before the files are written, and before the folder gets its final name."""
+    calls = []
+
+    def before_write():
+        calls.append(list(tmp_path.iterdir()))
+        if len(calls) == failing:
+            raise ValueError("the run was moved")
+
+    with pytest.raises(ValueError, match="the run was moved"):
+        checkpoint.save(tmp_path, LIKE, before_write)
+    assert [len(found) for found in calls] == [0, 1][:failing] and not any(tmp_path.iterdir())
+
+
 # Damage by accident
 
 

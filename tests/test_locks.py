@@ -136,6 +136,14 @@ def test_one_of_several_threads_replaces_a_stale_marker(tmp_path, monkeypatch):
             lock.release()
 
 
+def test_a_marker_that_was_just_replaced_is_put_back(tmp_path):
+    """Another process found the same stale marker, and was faster."""
+    marker = locks.Marker(tmp_path / "lock", "the faster one")
+    marker._remove_stale({"host": socket.gethostname(), "process": 2**22 + 1, "started": ""})
+    assert locks.is_same_file(tmp_path / "lock.held", marker.descriptor)
+    marker.release()
+
+
 def test_exclusive_lock_works_without_locks(tmp_path, monkeypatch):
     without_locks(monkeypatch)
     with (locks.exclusive_lock(tmp_path / "out"), pytest.raises(BlockingIOError, match="is being written by another process"),

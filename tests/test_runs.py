@@ -209,7 +209,7 @@ def test_a_finished_run_samples_and_changes_nothing(compose_tiny, tmp_path, monk
 
 @pytest.mark.slow
 def test_max_seconds_ends_a_run_and_can_be_raised(compose_tiny, run, capsys):
-    limit = ["training.max_steps=1e15", "training.max_seconds=0.4", "training.eval_every=1e6"]
+    limit = ["training.compile=false", "training.max_steps=1e15", "training.max_seconds=0.4", "training.eval_every=1e6"]
     assert program.train(compose_tiny(*limit)) == 0
     saved = last(run)
     assert 0.4 <= saved.state["seconds"] < 5 and saved.state["val_loss"] is not None

@@ -6,9 +6,11 @@ import threading
 import time
 
 import pytest
+import torch
 from test_checkpoint import snapshot
 
 from checkpointing import checkpoint, saver, store
+from checkpointing.checkpoint import MODEL
 from checkpointing.saver import Saver
 
 
@@ -25,12 +27,16 @@ def slow(tmp_path):
 def test_training_continues_while_a_checkpoint_is_written(slow, tmp_path):
     one, go, _ = slow()
     with one:
-        one.save(snapshot(1))
+        state = snapshot(1)
+        one.save(state)
         one.check()
+        state.model["w"].zero_()
         assert one.saved == 0 and not list(tmp_path.glob("step_*"))
         go.set()
         one.finish()
-        assert one.saved == 1 and len(store.list_checkpoints(tmp_path)) == 1
+        assert one.saved == 1
+    (found,) = store.list_checkpoints(tmp_path)
+    assert torch.equal(found.load_tensors(MODEL, state.model)["w"], snapshot(1).model["w"])
 
 
 def test_an_error_waits_for_the_save_and_ctrl_c_does_not(slow, tmp_path):

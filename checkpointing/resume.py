@@ -16,7 +16,15 @@ from checkpointing.checkpoint import Checkpoint
 from checkpointing.provenance import compiled_at_last_start
 from checkpointing.run_folder import Run, check_file_types
 from conf.convert import rebuild
-from conf.identity import OF_THE_TOKENS, differences, flat, identity_differences, in_short, listed
+from conf.identity import (
+    OF_THE_TOKENS,
+    Changes,
+    differences,
+    flat,
+    identity_differences,
+    in_short,
+    listed,
+)
 from conf.schema import folder_name
 from conf.settings import Settings
 from data.prepare import find_prepared, planned, prepare
@@ -26,8 +34,6 @@ from model import GPT, GPTConfig, Undrawn
 from terminal import counted, say
 from training.config import TrainingConfig
 from training.device import Device, Environment, available
-
-Changes = dict[str, tuple[Any, Any]]  # old and new value of each setting that differs
 
 
 def prepared_tokens(settings: Settings, warn: Callable[[str], None] = say) -> Path:
@@ -54,9 +60,9 @@ def tokens_of_changed_text(settings: Settings, warn: Callable[[str], None]) -> P
         found = already_prepared(settings.data)
         if found:
             current = read_meta(found)["fingerprint"]
-        reason = "or how it is prepared, has changed"
+        problem = f"The text of {folder}, or how it is prepared, has changed"
     except (ValueError, OSError) as error:
-        reason = f"cannot be read ({str(error).rstrip('.')})"
+        problem = f"The text of {folder} cannot be read ({str(error).rstrip('.')})"
     if current.startswith(fingerprint):
         return None
     kept = find_prepared(fingerprint)
@@ -69,8 +75,8 @@ def tokens_of_changed_text(settings: Settings, warn: Callable[[str], None]) -> P
             return None
         if current and store.list_checkpoints(new / "checkpoints"):
             return None
-    warn(f"The text of {folder}, {reason}. The run resumes with the tokens it was trained on "
-         f"({kept}). To train on the text as it is now, use another name=, or pass restart=true.")
+    warn(f"{problem}. The run resumes with the tokens it was trained on ({kept}). To train on the "
+         f"text as it is now, use another name=, or pass restart=true.")
     return kept
 
 

@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from checkpointing.checkpoint import MODEL, OPTIMIZER, STATE, Checkpoint, DamagedCheckpoint, Snapshot
+from checkpointing.checkpoint import (
+    MODEL,
+    OPTIMIZER,
+    STATE,
+    Checkpoint,
+    DamagedCheckpoint,
+    Snapshot,
+)
 from training.optim import Optimizers
 
 # The counters, which a checkpoint holds under the names that they have in `State`.
@@ -58,7 +65,7 @@ class State:
     def restore(self, saved: Checkpoint) -> None:
         """Load a checkpoint.
 
-        Raises DamagedCheckpoint, changing nothing, if it does not fit this model and these optimizers.
+        Raises DamagedCheckpoint, changing nothing, if it is not one of this model and optimizers.
         """
         scaler = saved.state["scaler"]
         if not is_scaler_state(scaler, self.scaler.state_dict()):

@@ -147,12 +147,14 @@ def compare(one: Path, other: Path) -> dict[str, str]:
     for name in (MODEL, OPTIMIZER):
         tensors, others = load_file(saved.folder / name), load_file(other_saved.folder / name)
         numbers = sum(tensor.numel() for tensor in tensors.values())
-        differing = sorted(tensors.keys() ^ others.keys())
+        differing = list(tensors.keys() ^ others.keys())
         for key in tensors.keys() & others.keys():
             if not torch.equal(tensors[key], others[key]):
                 differing.append(key)
         part = f"{name}: {numbers:,} numbers"
-        found[part] = f"{len(differing)} tensors differ: {differing[0]}, ..." if differing else ""
+        found[part] = ""
+        if differing:
+            found[part] = f"{counted(len(differing), 'difference')}, such as {min(differing)}"
     for key in COMPARED_STATE:
         value, other_value = saved.state[key], other_saved.state[key]
         found[f"state: {key}"] = "" if value == other_value else f"{value} and {other_value}"

@@ -10,14 +10,17 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from test_checkpoint import snapshot
 from test_runs import ROOT, last_step, same
 
 import atomic
 import train as program
 from checkpointing import checkpoint, saver
+from checkpointing.checkpoint import MODEL, OPTIMIZER, STATE
 from scripts import verify_resume
 
 
@@ -140,7 +143,7 @@ def test_every_write_goes_through_atomic():
 def command(book, tmp_path):
     """The command of a long run in the folder `tiny`."""
     return [sys.executable, "train.py", "model=nano", "data=text", f"data.path={book}", "data.tokenizer=char",
-            "training=smoke", "name=tiny", "training.max_steps=1e5", "training.sample_tokens=0",
+            "training=smoke", "name=tiny", "training.compile=false", "training.max_steps=1e5", "training.sample_tokens=0",
             "training.eval_every=1e5", f"runs_dir={tmp_path}"]
 
 
@@ -168,6 +171,28 @@ def test_two_starts_at_once_and_two_signals(command, tmp_path):
     reached = last_step(tmp_path / "tiny")
     third = subprocess.run([*command, f"training.max_steps={reached + 10}"], cwd=ROOT, capture_output=True, text=True)
     assert third.returncode == 0 and f"from step {reached}" in third.stdout
+
+
+@pytest.mark.parametrize("name, difference", [
+    (None, None), (MODEL, "2 differences, such as b"), (OPTIMIZER, "1 difference, such as w.exp_avg"), (STATE, "None and 1.5"), ("metrics", "2.0"), ("rows", "1 row and 2")])
+def test_compare_finds_each_difference(tmp_path, name, difference):
+    for number, run in enumerate((tmp_path / "one", tmp_path / "other")):
+        state, rows = snapshot(2), [{"step": 1, "loss": 3.0, "step_ms": number}]
+        if number and name in (MODEL, OPTIMIZER):
+            tensors = state.model if name == MODEL else state.optimizer
+            changed = {key: tensor + 1 for key, tensor in tensors.items() if key != "w.step"}
+            state = replace(state, **{name.removesuffix(".safetensors"): tensors | changed})
+        if number and name == STATE:
+            state = snapshot(2, 1.5)
+        if number and name == "metrics":
+            rows[0]["loss"] = 2.0
+        if number and name == "rows":
+            rows *= 2
+        (run / "checkpoints").mkdir(parents=True)
+        checkpoint.save(run / "checkpoints", state)
+        (run / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    found = [text for text in verify_resume.compare(tmp_path / "one", tmp_path / "other").values() if text]
+    assert len(found) == (name is not None) and all(difference in text for text in found)
 
 
 @pytest.mark.slow

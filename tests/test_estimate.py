@@ -1,4 +1,4 @@
-"""The announced time: by a few sequences and updates, and without a change to what is trained."""
+"""The estimated duration: of steps, updates and evaluations, without training anything."""
 
 from __future__ import annotations
 
@@ -16,97 +16,107 @@ from training.estimate import Pace, measure_pace, update_seconds
 CPU = Device("cpu", "fp32")
 
 
-class Clock:
-    """Stands in for `seconds_of`: a sequence takes its time, the first call more."""
+class Timer:
+    """A model whose sequences take `seconds` each, and its clock; the first loss takes `set_up` more."""
 
-    def __init__(self, monkeypatch, seconds_per_sequence, first=0.5):
-        self.calls, self.seconds_per_sequence, self.first = [], seconds_per_sequence, first
-        monkeypatch.setattr(estimate, "seconds_of", self)
-        monkeypatch.setattr(estimate, "update_seconds", lambda *arguments: 0.2)
-
-    def __call__(self, call, device):
-        call()
-        return self.calls[-1] * self.seconds_per_sequence + (self.first if len(self.calls) == 1 else 0.0)
+    def __init__(self, monkeypatch, seconds, set_up=0.0):
+        self.calls, self.time, self.seconds, self.set_up = [], 0.0, seconds, set_up
+        monkeypatch.setattr(estimate, "now", lambda device: self.time)
 
     def loss(self, sequences):
+        self.time += sequences * self.seconds
+        if not self.calls:
+            self.time += self.set_up
         self.calls.append(sequences)
         return torch.zeros((), requires_grad=True)
 
-    def measure(self, micro_steps=3, windows=64, compiled=False, **limits):
+    def measure(self, micro_steps=3, compiled=False, **limits):
         limits = TrainingConfig(**{"max_steps": 100, "batch_size": 16} | limits)
-        return measure_pace(self.loss, {}, OptimConfig(), CPU, limits, micro_steps, windows, compiled)
+        return measure_pace(self.loss, {}, OptimConfig(), CPU, limits, micro_steps, 64, compiled)
 
 
 @pytest.mark.parametrize(("seconds", "limits", "calls"), [
-    (0.001, {}, [2, 2, 16, 16, 16, 16, 16, 16, 16, 16]), (0.05, {}, [2, 2, 16, 16, 16]),  # the last is an evaluation
-    (0.2, {}, [2, 2, 2]), (0.05, {"max_steps": 3}, [2, 2, 2]), (0.05, {"batch_size": 1}, [1, 1, 1])])
-def test_whole_micro_steps_are_timed_where_that_is_short(monkeypatch, seconds, limits, calls):
-    clock = Clock(monkeypatch, seconds)
-    pace = clock.measure(**limits)
-    assert clock.calls == calls
-    assert pace.step == pytest.approx(3 * limits.get("batch_size", 16) * seconds + 0.2)
-    assert pace.evaluation == pytest.approx(64 * seconds)
+    (0.05, {}, [1, 8]),  # half a micro-step, once
+    (0.001, {}, [1, 8, 8, 8, 8, 8]),  # repeated where it is short
+    (2.0, {}, [1, 2]),  # fewer sequences where they are slow
+    (20.0, {}, [1]),
+    (0.05, {"batch_size": 1}, [1, 1, 1])])
+def test_half_a_micro_step_is_timed_where_that_is_short(monkeypatch, seconds, limits, calls):
+    timer = Timer(monkeypatch, seconds)
+    pace = timer.measure(**limits)
+    assert timer.calls == calls
+    assert pace.step == pytest.approx(3 * limits.get("batch_size", 16) * seconds)
+    assert pace.evaluation == pytest.approx(64 * seconds / 3)
 
 
-def test_a_slow_model_is_timed_once(monkeypatch):
-    clock = Clock(monkeypatch, 20.0)
-    assert clock.measure().step == pytest.approx(3 * 16 * 20, rel=0.1) and clock.calls == [2, 2]
+def test_the_set_up_of_a_device_is_not_counted(monkeypatch):
+    assert Timer(monkeypatch, 0.05, set_up=0.5).measure().step == pytest.approx(3 * 16 * 0.05)
+
+
+def test_evaluation_is_a_quarter_of_a_micro_step_with_recompute(monkeypatch):
+    assert Timer(monkeypatch, 0.05).measure(recompute=True).evaluation == pytest.approx(64 * 0.05 / 4)
 
 
 def test_a_compiled_model_is_timed_in_its_own_shape(monkeypatch):
-    clock = Clock(monkeypatch, 0.01)
-    clock.measure(compiled=True)
-    assert set(clock.calls) == {16}
+    timer = Timer(monkeypatch, 0.01)
+    timer.measure(compiled=True)
+    assert timer.calls == [16]
+
+
+def test_the_update_is_part_of_a_step(monkeypatch):
+    monkeypatch.setattr(estimate, "update_seconds", lambda *arguments: 0.2)
+    assert Timer(monkeypatch, 0.05).measure().step == pytest.approx(3 * 16 * 0.05 + 0.2)
 
 
 @pytest.mark.parametrize(("limits", "step", "expected"), [
     ({}, 0, (100, 1)), ({"eval_every": 30}, 60, (40, 2)), ({"eval_every": 10}, 100, (0, 0)),
     ({"max_seconds": 50.0, "eval_every": 10}, 0, (25, 3)), ({"max_seconds": 500.0}, 0, (100, 1))])
-def test_the_work_left_is_counted_in_steps_and_evaluations(limits, step, expected):
+def test_the_steps_and_evaluations_left_are_counted(limits, step, expected):
     limits = TrainingConfig(**{"max_steps": 100, "eval_every": 0} | limits)
     pace = Pace(2.0, 5.0)
     assert pace.work_left(limits, step, 0.0) == expected
     assert pace.seconds_left(limits, step, 0.0) == expected[0] * 2.0 + expected[1] * 5.0
 
 
-def test_the_time_is_said_with_its_parts():
+def test_the_time_is_described_with_its_parts():
     said = Pace(2.0, 5.0).describe(TrainingConfig(max_steps=100, eval_every=50))
     assert said == "about 3.5 minutes on this machine: 100 steps of 2 s, 2 evaluations of 5 s"
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_an_update_of_parts_is_scaled_to_all(monkeypatch, optimizer):
+def test_the_update_of_a_sample_is_extrapolated(monkeypatch, optimizer):
     with torch.device("meta"):
-        model = GPT(GPTConfig(n_layer=4, n_embd=768, vocab_size=50_304))
-    roles = model.parameters_by_role()
-    numbers = []
+        model = GPT(GPTConfig(n_layer=4, n_head=4, n_embd=256, vocab_size=50_304))
+    time, updated = [0.0], []
 
-    def seconds_of(call, device):
-        (optimizers,) = call.__defaults__[:1]
-        call()
-        numbers.append(sum(weights.numel() for weights in optimizers.parameters))
-        return 1e-6 * numbers[-1]
+    class Optimizers(estimate.Optimizers):
+        """Takes a microsecond for each number."""
 
-    monkeypatch.setattr(estimate, "seconds_of", seconds_of)
+        def step(self, *arguments):
+            updated.append(sum(weights.numel() for weights in self.parameters))
+            time[0] += 1e-6 * updated[-1]
+
+    monkeypatch.setattr(estimate, "Optimizers", Optimizers)
+    monkeypatch.setattr(estimate, "now", lambda device: time[0])
+    found = update_seconds(model.parameters_by_role(), OptimConfig(optimizer=optimizer), CPU)
     expected = 1e-6 * sum(weights.numel() for weights in model.parameters())
-    found = update_seconds(roles, OptimConfig(optimizer=optimizer), CPU)
     assert found == pytest.approx(expected, rel=1e-3)
-    assert max(numbers) <= 768 * 4 * 768  # one matrix at most
+    assert max(updated) <= 256 * 4 * 256  # the largest matrix
 
 
-def test_an_estimate_changes_nothing_that_is_trained(compose_tiny, tmp_path, monkeypatch):
+def test_an_estimate_does_not_change_the_training(compose_tiny, tmp_path, monkeypatch):
     found = []
     for name in ("with", "without"):
         if name == "without":
             monkeypatch.setattr(story, "measure_pace", lambda *_: Pace(1.0, 1.0))
         story.train(compose_tiny("training.max_steps=3", "model.dropout=0.1", f"name={name}"))
-        found.append(story.store.list_checkpoints(tmp_path / "runs" / name / "checkpoints")[-1])
-    weights = [one.folder.joinpath("model.safetensors").read_bytes() for one in found]
-    assert weights[0] == weights[1]
+        last = story.store.list_checkpoints(tmp_path / "runs" / name / "checkpoints")[-1]
+        found.append((last.folder / "model.safetensors").read_bytes())
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize(("step", "steps", "every", "expected"), [
-    (0, 260, 130, 2), (130, 130, 130, 1), (0, 100, 30, 4), (0, 5, 0, 1), (5, 0, 5, 0), (29, 2, 30, 2)])
+    (0, 260, 130, 2), (0, 100, 30, 4), (0, 5, 0, 1), (5, 0, 5, 0), (29, 2, 30, 2)])
 def test_the_evaluations_of_a_span_are_counted(step, steps, every, expected):
     limits = TrainingConfig(eval_every=every, max_steps=step + steps)
     seen = {at for at in range(step + 1, step + steps + 1) if limits.evaluates(at)}

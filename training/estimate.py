@@ -1,13 +1,12 @@
-"""How long training will take: a few micro-steps, updates and evaluations, timed before the first step.
+"""How long training takes, estimated before the first step.
 
-Nothing is trained: gradients are dropped, and updates are those of other tensors of the same shapes. Knows no model
-and no text: it is handed what to time.
+Times part of a micro-step and of an optimizer step, without training anything. Knows no model and
+no data: it is given a function that returns a loss.
 """
 
 from __future__ import annotations
 
 import math
-import statistics
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -21,11 +20,10 @@ from training.config import OptimConfig, TrainingConfig
 from training.device import Device
 from training.optim import Optimizers
 
-# Whole micro-steps are timed where that takes at most so long, in a run of at least so many of them.
-MOST_SECONDS = 3.0
-LEAST_MICRO_STEPS = 20
-FAST_SECONDS = 0.1  # a micro-step that takes less is timed more often
-SAMPLE_NUMBERS = 2**20  # of each role and shape, so that the tensors to time fit beside a large model
+MOST_SECONDS = 5.0  # for the timing of a micro-step
+LEAST_SECONDS = 0.1  # shorter timings are repeated
+# The numbers in the tensors of one role and shape whose update is timed.
+SAMPLE_NUMBERS = 2**17
 
 
 @dataclass(frozen=True)
@@ -36,94 +34,95 @@ class Pace:
     evaluation: float
 
     def work_left(self, limits: TrainingConfig, step: int, seconds: float) -> tuple[int, int]:
-        """The steps and evaluations that follow after `step` steps and `seconds` of training."""
+        """The number of steps and evaluations left after `step` steps and `seconds`."""
         steps = limits.max_steps - step
         if limits.max_seconds:
-            steps = min(steps, math.ceil(max(0.0, limits.max_seconds - seconds) / self.step))
+            seconds_left = max(0.0, limits.max_seconds - seconds)
+            steps = min(steps, math.ceil(seconds_left / self.step))
         return steps, limits.evaluations(step, steps)
 
     def seconds_left(self, limits: TrainingConfig, step: int = 0, seconds: float = 0.0) -> float:
-        """How long the rest of the run takes, evaluations included."""
+        """The duration of the rest of the run, evaluations included."""
         steps, evaluations = self.work_left(limits, step, seconds)
         return steps * self.step + evaluations * self.evaluation
 
     def describe(self, limits: TrainingConfig, step: int = 0, seconds: float = 0.0) -> str:
-        """As in "about 2.9 minutes on this machine: 260 steps of 0.65 s, 2 evaluations of 3.1 s"."""
+        """Such as "about 2.9 minutes on this machine: 260 steps of 0.65 s, ..."."""
         steps, evaluations = self.work_left(limits, step, seconds)
-        return (f"about {readable_time(self.seconds_left(limits, step, seconds))} on this machine: "
+        duration = readable_time(self.seconds_left(limits, step, seconds))
+        return (f"about {duration} on this machine: "
                 f"{counted(steps, 'step')} of {self.step:.3g} s, "
                 f"{counted(evaluations, 'evaluation')} of {self.evaluation:.2g} s")
 
 
-def seconds_of(call: Callable[[], object], device: Device) -> float:
-    """The time that `call` takes."""
-    device.synchronize()
-    start = time.perf_counter()
-    call()
-    device.synchronize()
-    return time.perf_counter() - start
+def measure_pace(loss: Callable[[int], Tensor], roles: dict[str, dict[str, Tensor]],
+                 config: OptimConfig, device: Device, limits: TrainingConfig, micro_steps: int,
+                 eval_sequences: int, compiled: bool = False) -> Pace:
+    """The pace of training with `micro_steps` a step and `eval_sequences` an evaluation.
 
-
-def measure_pace(loss: Callable[[int], Tensor], roles: dict[str, dict[str, Tensor]], config: OptimConfig, device: Device,
-                 limits: TrainingConfig, micro_steps: int, eval_sequences: int, compiled: bool = False) -> Pace:
-    """The pace of a training with `micro_steps` a step and `eval_sequences` an evaluation.
-
-    `loss(n)` is the loss of n sequences, at most `batch_size` of them; `roles` are the parameters by their roles.
-    A compiled model is timed in its own shape only: another one would compile it again.
+    `loss(n)` returns the loss of n sequences, at most `batch_size`. `roles` are the parameters by
+    role and name (`GPT.parameters_by_role`).
     """
-    parameters = [weights for of in roles.values() for weights in of.values()]
-
     def micro_step(sequences: int) -> float:
-        seconds = seconds_of(lambda: loss(sequences).backward(), device)
-        for weights in parameters:
-            weights.grad = None
+        start = now(device)
+        loss(sequences).backward()
+        seconds = now(device) - start
+        for role in roles.values():
+            for weights in role.values():
+                weights.grad = None
         return seconds
 
-    @torch.inference_mode()
-    def forward(sequences: int) -> float:
-        return seconds_of(lambda: loss(sequences), device)
-
-    whole = limits.batch_size
-    sequences = whole if compiled else math.ceil(whole / 8)
-    # The first time also sets the device up.
-    first = micro_step(sequences)
-    second = first if first > MOST_SECONDS / 2 else micro_step(sequences)
-    # Something else may disturb one of the two, and only makes it longer.
-    seconds = min(first, second)
-    is_short = 2 * seconds * whole / sequences <= MOST_SECONDS
-    if is_short and sequences < whole and limits.max_steps * micro_steps >= LEAST_MICRO_STEPS:
-        # A sequence takes up to three times as long in a small batch. The first whole one asks for new memory.
-        sequences = whole
-        seconds = min(micro_step(whole), micro_step(whole))
-        if seconds < FAST_SECONDS:
-            seconds = statistics.median(micro_step(whole) for _ in range(5))
-    step = micro_steps * seconds * whole / sequences + update_seconds(roles, config, device)
-    return Pace(step, forward(sequences) * eval_sequences / sequences)
+    timings: list[float] = []
+    if compiled:
+        # Another batch size would compile the model again.
+        sequences = limits.batch_size
+    else:
+        # The first timing includes the set-up of the device, so it only limits the next one.
+        first = micro_step(1)
+        sequences = min(math.ceil(limits.batch_size / 2), int(MOST_SECONDS / first))
+        if sequences == 0:
+            sequences, timings = 1, [first]
+    while sum(timings) < LEAST_SECONDS and len(timings) < 5:
+        timings.append(micro_step(sequences))
+    # Other processes only ever make a timing longer.
+    per_sequence = min(timings) / sequences
+    step = micro_steps * limits.batch_size * per_sequence + update_seconds(roles, config, device)
+    # A backward pass takes about twice as long as the forward pass, which `recompute` repeats.
+    forward_passes = 4 if limits.recompute else 3
+    return Pace(step, eval_sequences * per_sequence / forward_passes)
 
 
-def update_seconds(roles: dict[str, dict[str, Tensor]], config: OptimConfig, device: Device) -> float:
-    """The time of an optimizer step for parameters by their roles (`GPT.parameters_by_role`).
+def update_seconds(roles: dict[str, dict[str, Tensor]], config: OptimConfig,
+                   device: Device) -> float:
+    """The seconds of an optimizer step.
 
-    Timed with new tensors of the same shapes, in a smaller number: an update takes a time in
-    proportion to it. Of what only AdamW updates a part of the rows is enough.
+    Updates new tensors of the same shapes, but fewer of them, and extrapolates.
     """
-    shapes = Counter((role, weights.shape) for role, of in roles.items() for weights in of.values())
+    shapes = Counter((role, weights.shape) for role, named in roles.items()
+                     for weights in named.values())
     scaler = torch.amp.GradScaler(device.type, enabled=False)
     seconds = 0.0
     for (role, shape), count in shapes.items():
-        whole = shape.numel() * count
-        number = max(1, min(count, SAMPLE_NUMBERS // shape.numel()))
+        numbers = shape.numel() * count
+        tensors = max(1, min(count, SAMPLE_NUMBERS // shape.numel()))
+        # AdamW updates each number alone, but Muon only whole matrices.
         if shape.numel() > SAMPLE_NUMBERS and role not in ("attention", "mlp"):
             shape = torch.Size((max(1, SAMPLE_NUMBERS // shape[1:].numel()), *shape[1:]))
-        tensors = [torch.zeros(shape, device=device.torch, requires_grad=True) for _ in range(number)]
-        named = {str(number): weights for number, weights in enumerate(tensors)}
-        optimizers = Optimizers({name: {} for name in roles} | {role: named}, config)
-
-        def update(optimizers: Optimizers = optimizers, tensors: list[Tensor] = tensors) -> None:
-            for weights in tensors:
+        sample = {str(number): torch.zeros(shape, device=device.torch, requires_grad=True)
+                  for number in range(tensors)}
+        optimizers = Optimizers({name: {} for name in roles} | {role: sample}, config)
+        timings = []
+        for _ in range(2):
+            for weights in sample.values():
                 weights.grad = torch.zeros_like(weights)
+            start = now(device)
             optimizers.step(scaler, optimizers.gradient_norm(scaler), config.grad_clip)
-
-        fastest = min(seconds_of(update, device) for _ in range(2))
-        seconds += fastest * whole / (shape.numel() * number)
+            timings.append(now(device) - start)
+        seconds += min(timings) * numbers / (shape.numel() * tensors)
     return seconds
+
+
+def now(device: Device) -> float:
+    """The time in seconds, once the device has finished its work."""
+    device.synchronize()
+    return time.perf_counter()

@@ -2,78 +2,40 @@
 
   python -m scripts.attention_map run=pydocs prompt="Return the number of items."
   python -m scripts.attention_map fresh=gpt2 prompt="an untrained model"
-
-Settings, each with its default:
-  run=NAME         the name or folder of a run; without it, the run that was trained last
-  checkpoint=best  or last, or a step such as checkpoint=300
-  fresh=PRESET     instead of a run, a model of that preset with random weights, on bytes
-  seed=1337        of the random weights
-  prompt=TEXT      the text that the model reads; of a long one, the last tokens
-  out=FILE         the page; without it, attention.html in the folder of the run, or here with
-                   fresh=
-  png=true         also a picture of all heads, beside the page (needs matplotlib)
 """
 
 from __future__ import annotations
 
-from conf.launch import launch
-
-if __name__ == "__main__":
-    # Before the imports below: --help and a wrong setting need not wait for torch.
-    launch("scripts.attention_map:main", "scripts.attention_map:AttentionMapSettings", __doc__)
-
-import base64
-import json
-import math
-import unicodedata
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor
-
-import atomic
-from checkpointing.run_folder import find_run
 from conf.hints import closest
+from conf.launch import launch
 from conf.presets import options
-from conf.schema import compose
 from conf.settings import checkpoint_problems
-from data.tokenizer import ByteTokenizer, Tokenizer
-from generation.engine import open_checkpoint
-from generation.sampling import finite
-from model import GPT, GPTConfig
-from model.attention import CausalSelfAttention
-from report.figures import as_image, new_figure, quiet, short_text
-from setting import FilePath
-from terminal import counted, escaped, readable_size, say
-from training.device import Device
-
-TEMPLATE = Path(__file__).with_suffix(".html")
-PLACEHOLDER = '{"this": "is replaced"}'  # of the data in the template
-SPACES = {"\n": "⏎", "\t": "⇥", " ": "·"}
-MAX_LETTERS = 40  # of a label
-MIN_POINTS, MAX_POINTS = 5, 8  # font size of labels in a picture
-N_NEXT = 8  # most likely next tokens that are shown
-MAX_WEIGHTS = 2**24  # on a page: 45 MB, which a browser opens in some seconds
+from setting import FilePath, range_problems, setting
 
 
 @dataclass(frozen=True)
 class AttentionMapSettings:
     """The settings of an attention map."""
 
-    run: FilePath = ""
-    runs_dir: FilePath = "runs"
-    checkpoint: str = "best"
-    fresh: str = ""
-    seed: int = 1337
-    prompt: str = "The quick brown fox jumps."
-    out: FilePath = ""
-    png: bool = False
+    run: FilePath = setting("", "name or folder of a run; empty: the run that was trained last")
+    runs_dir: FilePath = setting("runs", "the folder that the name is in")
+    checkpoint: str = setting("best", "best, last, or the number of a step")
+    fresh: str = setting(
+        "", "instead of a run, a model preset with random weights, which reads bytes")
+    seed: int = setting(1337, "of the random weights", ge=0, lt=2**63)
+    prompt: str = setting(
+        "The quick brown fox jumps.", "the text that the model reads; of a long one the last tokens")
+    out: FilePath = setting(
+        "", "the page; empty: attention.html in the run's folder, or here with fresh=")
+    png: bool = setting(False, "also draw all heads, beside the page (needs matplotlib)")
 
     def problems(self) -> Iterator[str]:
         """One sentence for each invalid value."""
+        yield from range_problems(self)
         presets = options("model")
         if self.run and self.fresh:
             yield "run and fresh exclude each other: choose one."
@@ -85,6 +47,41 @@ class AttentionMapSettings:
         yield from checkpoint_problems(self.checkpoint)
         if not self.prompt:
             yield "prompt is empty: a map needs tokens to show."
+
+
+if __name__ == "__main__":
+    # Before the imports below: --help and invalid settings need not wait for torch.
+    launch("scripts.attention_map:main", AttentionMapSettings, __doc__)
+
+import base64
+import json
+import math
+import unicodedata
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import atomic
+from checkpointing.run_folder import find_run
+from conf.schema import compose
+from data.tokenizer import ByteTokenizer, Tokenizer
+from generation.engine import open_checkpoint
+from generation.sampling import finite
+from model import GPT, GPTConfig
+from model.attention import CausalSelfAttention
+from report.figures import as_image, new_figure, quiet, short_text
+from terminal import counted, escaped, readable_size, say
+from training.device import Device
+
+TEMPLATE = Path(__file__).with_suffix(".html")
+PLACEHOLDER = '{"this": "is replaced"}'  # of the data in the template
+SPACES = {"\n": "⏎", "\t": "⇥", " ": "·"}
+MAX_LETTERS = 40  # of a label
+MIN_POINTS, MAX_POINTS = 5, 8  # font size of labels in a picture
+N_NEXT = 8  # most likely next tokens that are shown
+MAX_WEIGHTS = 2**24  # on a page: 45 MB, which a browser opens in some seconds
 
 
 def main(settings: AttentionMapSettings) -> int:

@@ -4,26 +4,38 @@
 
 It gives the same ids, except that <|endoftext|> in a text is encoded as the special token, unless
 the program that loads the file sets `encode_special_tokens = True`.
-
-Settings, each with its default:
-  run=NAME         the run's name or folder; without it, the run that was trained last
-  out=FILE         the file; without it, tokenizer.json in the run's folder
 """
 
 from __future__ import annotations
 
-from conf.launch import launch
-
-if __name__ == "__main__":
-    # Before the imports below: --help and a wrong setting need not wait for torch.
-    place = "scripts.export_tokenizer"
-    launch(f"{place}:main", f"{place}:ExportTokenizerSettings", __doc__)
-
-import json
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from conf.launch import launch
+from setting import FilePath, setting
+
+
+@dataclass(frozen=True)
+class ExportTokenizerSettings:
+    """The settings of the export."""
+
+    run: FilePath = setting("", "name or folder of a run; empty: the run that was trained last")
+    runs_dir: FilePath = setting("runs", "the folder that the name is in")
+    out: FilePath = setting("", "the file; empty: tokenizer.json in the run's folder")
+
+    def problems(self) -> Iterator[str]:
+        """One sentence for each invalid value."""
+        if self.out and Path(self.out).suffix != ".json":
+            yield f"out={self.out} must end in .json."
+
+
+if __name__ == "__main__":
+    # Before the imports below: --help and invalid settings need not wait for torch.
+    launch("scripts.export_tokenizer:main", ExportTokenizerSettings, __doc__)
+
+import json
+import sys
 
 import atomic
 from checkpointing import store
@@ -31,22 +43,7 @@ from checkpointing.run_folder import find_run
 from data.hugging_face import to_hugging_face
 from data.tokenizer import Tokenizer
 from generation.engine import tokenizer_of
-from setting import FilePath
 from terminal import say
-
-
-@dataclass(frozen=True)
-class ExportTokenizerSettings:
-    """The settings of the export."""
-
-    run: FilePath = ""  # a name or folder; empty: the run that was trained last
-    runs_dir: FilePath = "runs"
-    out: FilePath = ""  # empty: tokenizer.json in the run's folder
-
-    def problems(self) -> Iterator[str]:
-        """One sentence for each invalid value."""
-        if self.out and Path(self.out).suffix != ".json":
-            yield f"out={self.out} must end in .json."
 
 
 def main(settings: ExportTokenizerSettings) -> int:

@@ -3,24 +3,46 @@
   python -m scripts.plan experiment=gpt2_124m data.path=folder
   python -m scripts.plan model=gpt2-medium training.batch_size=8 measure=false
 
-Takes the settings of train.py, and
-  measure=true     time a few micro-steps on this machine; false prints no time
-  device=h100      plan for another GPU by its data sheet: a10, a10g, a100, h100, h100-pcie, h200,
-                   l4, l40s, rtx-3090, rtx-4090
-  mfu=0.4          the part of that GPU's peak FLOP/s that training is assumed to reach
-
-Memory is counted in a training step on tensors that have shapes but no content. On a CPU, the
-memory of the process without a model and the fragmentation of the heap are added. The data need not
-exist; their number of tokens is known once they are prepared.
+Takes all settings of train.py, too. Memory is counted in a training step on tensors that have
+shapes but no content. On a CPU, the memory of the process without a model and the fragmentation of
+the heap are added. The data need not exist; their number of tokens is known once they are prepared.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 from conf.launch import launch
+from setting import range_problems, setting
+
+
+@dataclass(frozen=True)
+class PlanSettings:
+    """The settings of a plan; all others are those of train.py."""
+
+    measure: bool = setting(True, "time a few micro-steps on this machine; false prints no time")
+    device: str = setting(
+        "", "plan for another GPU by its data sheet, such as h100; device=? lists them")
+    mfu: float = setting(
+        0.4, "part of that GPU's peak FLOP/s that training is assumed to reach", gt=0, le=1)
+    # Overrides of the training.
+    train: tuple[str, ...] = ()
+
+    def problems(self) -> Iterator[str]:
+        """One sentence for each invalid value."""
+        yield from range_problems(self)
+        if self.device:
+            # The list of GPUs is in a module that imports torch.
+            from scripts.plan import GPUS, gpu_named
+
+            if not gpu_named(self.device):
+                yield f"device={self.device} is not known: choose one of {', '.join(GPUS)}."
+
 
 if __name__ == "__main__":
-    # Before the imports below: --help and a wrong setting need not wait for torch.
-    launch("scripts.plan:main", "scripts.plan:PlanSettings", __doc__)
+    # Before the imports below: --help and invalid settings need not wait for torch.
+    launch("scripts.plan:main", PlanSettings, __doc__)
 
 import math
 import os
@@ -29,8 +51,7 @@ import resource
 import shutil
 import sys
 import weakref
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,23 +86,6 @@ ASSUMED_CHARACTERS = 65
 # to 1.8, see docs/benchmarks.md.
 CPU_FRAGMENTATION = 1.4
 CPU_RUNTIME = 50 * 2**20  # bytes that torch takes once it computes
-
-
-@dataclass(frozen=True)
-class PlanSettings:
-    """The settings of a plan; all others are those of train.py."""
-
-    measure: bool = True
-    device: str = ""  # empty: this machine
-    mfu: float = 0.4
-    train: tuple[str, ...] = ()
-
-    def problems(self) -> Iterator[str]:
-        """One sentence for each invalid value."""
-        if self.device and not gpu_named(self.device):
-            yield f"device={self.device} is not known: choose one of {', '.join(GPUS)}."
-        if not 0 < self.mfu <= 1:
-            yield f"mfu={self.mfu} is a part of the peak: choose 0 < mfu <= 1; 0.4 is usual."
 
 
 def main(own: PlanSettings) -> int:

@@ -5,27 +5,53 @@
   python -m scripts.prepare data=text data.path=book.txt inspect=true
   python -m scripts.prepare clean=true
 
-They are written to data/prepared, or to $NANOHYDRA_DATA. It takes all settings of train.py, and:
-  inspect=true     print statistics, the most frequent tokens and three documents; and draw token
-                   frequencies and document lengths (needs matplotlib)
-  out=FILE         the picture; without it, inspect.png in the folder of the tokens
-  clean=true       list all prepared tokens, and delete those that no run in runs_dir uses and
-                   unfinished ones; asks first, unless yes=true
+They are written to data/prepared, or to $NANOHYDRA_DATA. Takes all settings of train.py, too.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 from conf.launch import launch
+from report.figures import picture_problems
+from setting import FilePath, setting
+
+
+@dataclass(frozen=True)
+class PrepareSettings:
+    """The script's own settings; all others are those of train.py."""
+
+    inspect: bool = setting(
+        False,
+        "print statistics, the most frequent tokens and three documents; and draw token "
+        "frequencies and document lengths (needs matplotlib)")
+    clean: bool = setting(
+        False,
+        "list all prepared tokens, and delete those that no run in runs_dir uses and unfinished "
+        "ones, after a question")
+    yes: bool = setting(False, "with clean=true: delete without asking")
+    out: FilePath = setting(
+        "", "the picture of inspect=true; empty: inspect.png in the folder of the tokens")
+    # Overrides of train.py's settings.
+    train: tuple[str, ...] = ()
+
+    def problems(self) -> Iterator[str]:
+        """One sentence for each invalid value."""
+        if self.inspect and self.clean:
+            yield "inspect=true and clean=true exclude each other: choose one."
+        if self.yes and not self.clean:
+            yield "yes=true confirms clean=true: give both, or neither."
+        yield from picture_problems(self.out)
+
 
 if __name__ == "__main__":
-    # Before the imports below: --help and a wrong setting need not wait for torch.
-    launch("scripts.prepare:main", "scripts.prepare:PrepareSettings", __doc__)
+    # Before the imports below: --help and invalid settings need not wait for torch.
+    launch("scripts.prepare:main", PrepareSettings, __doc__)
 
 import os
 import re
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -43,8 +69,7 @@ from data.shards import SPLITS, read_meta
 from data.sources import DataConfig
 from data.store import BUILDING, data_root, in_use, is_locked
 from data.tokenizer import Tokenizer
-from report.figures import as_image, log_ticks, new_figure, picture_problems
-from setting import FilePath
+from report.figures import as_image, log_ticks, new_figure
 from terminal import readable_size, say
 
 # The names of folders of prepared tokens, complete and unfinished, and of the files in them.
@@ -57,25 +82,6 @@ FILES = (rf"(train|val)_\d{{5}}\.npy|meta\.json|tokenizer\.json|inspect\.png|{re
          rf"{PARTIAL}.*")
 FREQUENT = 20  # tokens that are listed
 SHOWN = 600  # characters of a document
-
-
-@dataclass(frozen=True)
-class PrepareSettings:
-    """The script's own settings; all others are those of train.py."""
-
-    inspect: bool = False
-    clean: bool = False
-    yes: bool = False  # with clean: delete without asking
-    out: FilePath = ""  # empty: inspect.png in the folder of the tokens
-    train: tuple[str, ...] = ()  # the overrides of train.py's settings
-
-    def problems(self) -> Iterator[str]:
-        """One sentence for each invalid value."""
-        if self.inspect and self.clean:
-            yield "inspect=true and clean=true exclude each other: choose one."
-        if self.yes and not self.clean:
-            yield "yes=true confirms clean=true: give both, or neither."
-        yield from picture_problems(self.out)
 
 
 def main(own: PrepareSettings) -> int:

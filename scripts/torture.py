@@ -15,12 +15,29 @@ training. Prints a table, and exits with 1 if anything was lost.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 from conf.launch import launch
 from progress import ProgressBar
+from setting import range_problems, setting
+
+
+@dataclass(frozen=True)
+class TortureSettings:
+    """The size of the campaign."""
+
+    kills: int = setting(200, "programs to kill at random moments", ge=0)
+    every: int = setting(1, "try every N-th call that writes, and every N-th damage", ge=1)
+
+    def problems(self) -> Iterator[str]:
+        """One sentence for each invalid value."""
+        yield from range_problems(self)
+
 
 if __name__ == "__main__":
     # Before the imports below: --help and invalid settings need not wait for torch.
-    launch("scripts.torture:torture", "scripts.torture:TortureSettings", __doc__)
+    launch("scripts.torture:torture", TortureSettings, __doc__)
 
 import contextlib
 import errno
@@ -32,8 +49,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -50,7 +66,7 @@ from scripts.verify_resume import (
     start,
     train_under_kills,
 )
-from setting import range_problems, setting
+from setting import setting
 from train import train
 
 TINY = ("model=nano", "data=text", f"data.path={ROOT / 'README.md'}", "data.tokenizer=char",
@@ -70,18 +86,6 @@ UNEXPECTED = 70  # exit code
 WRITING = ("open", "write", "pwrite", "fsync", "ftruncate", "truncate", "rename", "replace")
 
 Result = tuple[str, int, int]  # name, number of tries, number of lost runs
-
-
-@dataclass(frozen=True)
-class TortureSettings:
-    """The size of the campaign."""
-
-    kills: int = setting(200, "programs to kill at random moments", ge=0)
-    every: int = setting(1, "try every N-th call that writes, and every N-th damage", ge=1)
-
-    def problems(self) -> Iterator[str]:
-        """One sentence for each invalid value."""
-        yield from range_problems(self)
 
 
 class FaultyOs:

@@ -10,39 +10,12 @@ anything differs. Takes the settings of train.py; without any, the training is s
 
 from __future__ import annotations
 
-from conf.launch import launch
-from progress import ProgressBar
-
-if __name__ == "__main__":
-    # Before the imports below: --help and invalid settings need not wait for torch.
-    launch("scripts.verify_resume:verify", "scripts.verify_resume:VerifySettings", __doc__)
-
-import json
-import random
-import subprocess
-import sys
-import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-import torch
-from safetensors.torch import load_file
-
-import atomic
-from checkpointing import store
-from checkpointing.checkpoint import MODEL, OPTIMIZER
-from conf.schema import compose
+from conf.launch import launch
+from progress import ProgressBar
 from setting import range_problems, setting
-from terminal import counted
-
-ROOT = Path(__file__).parent.parent
-SHORT = ("training.max_steps=40", "training.checkpoint_every=7", "training.eval_every=10",
-         "training.eval_tokens=8192", "training.sample_tokens=0")
-TIMINGS = ("step_ms", "seconds")
-COMPARED_STATE = ("step", "batches_skipped", "nonfinite", "val_loss", "scaler")
 
 
 @dataclass(frozen=True)
@@ -56,6 +29,36 @@ class VerifySettings:
     def problems(self) -> Iterator[str]:
         """One sentence for each invalid value."""
         yield from range_problems(self)
+
+
+if __name__ == "__main__":
+    # Before the imports below: --help and invalid settings need not wait for torch.
+    launch("scripts.verify_resume:verify", VerifySettings, __doc__)
+
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+import atomic
+from checkpointing import store
+from checkpointing.checkpoint import MODEL, OPTIMIZER
+from conf.schema import compose
+from setting import setting
+from terminal import counted
+
+ROOT = Path(__file__).parent.parent
+SHORT = ("training.max_steps=40", "training.checkpoint_every=7", "training.eval_every=10",
+         "training.eval_tokens=8192", "training.sample_tokens=0")
+TIMINGS = ("step_ms", "seconds")
+COMPARED_STATE = ("step", "batches_skipped", "nonfinite", "val_loss", "scaler")
 
 
 def verify(settings: VerifySettings) -> int:

@@ -191,9 +191,9 @@ def test_gpus_are_found_by_their_names():
 
 @pytest.mark.parametrize("words, problem", [
     (["device=tpu"], "device=tpu is not known: choose one of a10, "),
-    (["device=h100", "mfu=0"], "choose 0 < mfu <= 1"),
-    (["mfu=1.5"], "choose 0 < mfu <= 1"),
-    (["mfu=nan"], "choose 0 < mfu <= 1"),
+    (["device=h100", "mfu=0"], "mfu=0.0 must be more than 0"),
+    (["mfu=1.5"], "mfu=1.5 must be at most 1"),
+    (["mfu=nan"], "mfu=nan must be more than 0 and at most 1"),
     (["model.n_layr=3"], "did you mean model.n_layer"),
     (["measure=perhaps"], "measure=perhaps is not true or false"),
 ])

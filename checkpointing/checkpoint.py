@@ -38,11 +38,8 @@ from training.device import available_memory
 
 FORMAT = 3
 READABLE = (2, FORMAT)  # format 2 named optimizer state by position; see state.py
-MODEL = "model.safetensors"
-OPTIMIZER = "optimizer.safetensors"
-STATE = "state.json"
-TOKENIZER = "tokenizer.json"
-MANIFEST = "manifest.json"
+MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
+STATE, TOKENIZER, MANIFEST = "state.json", "tokenizer.json", "manifest.json"
 FILES = (MODEL, OPTIMIZER, STATE, TOKENIZER)
 
 # More than the JSON files ever need.
@@ -267,7 +264,7 @@ def parse_json(path: Path, content: bytes) -> dict[str, Any]:
 
 
 def is_nested_deeper(value: Any, levels: int) -> bool:
-    """Whether dicts and lists are nested in more levels: the settings are compared recursively."""
+    """Whether dicts and lists are nested in more levels. Settings are compared recursively."""
     if not isinstance(value, dict | list):
         return False
     children = value.values() if isinstance(value, dict) else value

@@ -18,7 +18,7 @@ from checkpointing.checkpoint import FILES, MANIFEST, MODEL, DamagedCheckpoint
 from checkpointing.run_folder import find_run
 
 
-def test_pruning_keeps_the_newest_the_best_and_the_newest_scheduled(tmp_path):
+def test_pruning_keeps_the_newest_best_and_scheduled(tmp_path):
     for step, loss, scheduled in [(1, 3.0, True), (2, 1.0, True), (3, 2.0, True), (4, None, False), (5, 2.5, False)]:
         save(tmp_path, step, loss, scheduled)
     (tmp_path / f"{atomic.PARTIAL}step_00000006-x").mkdir()

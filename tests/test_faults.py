@@ -215,7 +215,7 @@ def test_verify_resume_succeeds_and_finds_a_difference(book, monkeypatch):
 def test_a_short_torture_loses_nothing():
     """Without whole programs, which the test of verify_resume kills."""
     code = ("import sys; from scripts import torture; torture.full_disks = torture.kills = lambda *_: []; "
-            "sys.exit(torture.torture(torture.TortureSettings(every=150)))")
+            "sys.exit(torture.torture(torture.TortureSettings(every=200)))")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "Nothing was lost." in done.stdout, done.stdout + done.stderr[-2000:]
     for words in ("killed before", "killed within", "disk full once", "disk full for good", "damaged: manifest.json"):

@@ -20,10 +20,11 @@ from contextlib import suppress
 from importlib import import_module
 from typing import Any, NoReturn
 
+from conf.convert import freeze
 from conf.hints import instead_of_hydras, unit_note
-from conf.presets import groups, options
+from conf.presets import default_presets, groups, options
 from conf.schema import SCHEMAS, as_yaml, compose
-from conf.settings import leaves
+from conf.settings import Settings, leaves
 from conf.unknown import likely_name
 from hardware import sleep_while_waiting, usable_cpus
 from setting import help_lines, two_columns
@@ -234,7 +235,8 @@ def help_text(root: str | type, doc: str) -> str:
         presets = ["Presets, as in model=gpt2; the files are in conf/:"]
         for group in groups():
             presets += two_columns(f"{group}=", ", ".join(options(group)))
-        values = compose(root, [])
+        # To compose them with Hydra would take longer than all else.
+        values = freeze(Settings, default_presets(), "", [])
         settings = ["Settings, with their values in the default run:", *help_lines(values)]
         parts += ["\n".join(presets), "\n".join(settings), FLAGS + SWEEP_FLAG]
         return "\n\n".join(parts)

@@ -106,6 +106,24 @@ def expanded_size(node: yaml.Node | None, sizes: dict[int, float]) -> float:
     return sizes[id(node)]
 
 
+def default_presets() -> dict[str, dict[str, Any]]:
+    """By group, the settings of the presets that conf/config.yaml chooses, read without Hydra."""
+    chosen = {}
+    for choice in read_yaml(CONF / "config.yaml")["defaults"]:
+        if isinstance(choice, dict):
+            chosen |= choice
+    return {group: preset(group, name) for group, name in chosen.items()}
+
+
+def preset(group: str, name: str) -> dict[str, Any]:
+    """The settings of a preset, those of the presets in its defaults list included."""
+    values = read_yaml(CONF / group / f"{name}.yaml")
+    made: dict[str, Any] = {}
+    for base in values.pop("defaults", []):
+        made |= values if base == "_self_" else preset(group, base)
+    return made | values
+
+
 def without_references(values: dict[str, Any], path: Path) -> dict[str, Any]:
     """The settings of a file with each ${...} replaced. Raises ConfigError for an unknown one."""
     try:

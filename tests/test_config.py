@@ -26,7 +26,7 @@ from conf.schema import ConfigError, compose
 from conf.settings import SampleSettings, Settings
 from model import GPTConfig
 from scripts.plan import PlanSettings
-from setting import FilePath, FilePaths
+from setting import FilePath, FilePaths, help_lines
 from training.config import OptimConfig, TrainingConfig
 from training.schedule import lr_scale
 
@@ -235,6 +235,7 @@ def test_help_lists_presets_settings_and_flags(capsys):
     for words in ("Train.\n", "experiment=", "gpt2-medium", "data.path=", "model.n_layer=4 ", "optim.lr=0.01 ", "logger.wandb=disabled", "-m"):
         assert words in said
     assert max(map(len, said.splitlines())) <= 100
+    assert all(line in said.splitlines() for line in help_lines(compose("config", [])))
 
 
 def test_composing_changes_nothing_global(tmp_path, monkeypatch):

@@ -91,7 +91,7 @@ def test_loops_within_loops_move_no_cursor(clock, streams):
 
 
 @pytest.mark.parametrize("steps_a_second, left", [(3, "00:15"), (100, "00:09")])
-def test_work_that_a_time_limit_ends_shows_the_time_left_until_then(clock, streams, steps_a_second, left):
+def test_a_time_limit_shows_the_time_left_until_then(clock, streams, steps_a_second, left):
     _, err = streams(io.StringIO)
     with ProgressBar(total=1900, leave=False) as bar:
         bar.expect(25, limited=True)

@@ -1,1 +1,1 @@
-"""How it is learned: steps, devices, disks. Knows no GPT and no text."""
+"""Training: steps, optimizers, devices and records. Knows no model and no text."""

@@ -121,8 +121,8 @@ class Device:
         if self.type != "cpu":
             return
         if self.precision != "fp32" and not native(self.precision):
-            yield (f"this processor emulates {self.precision}: "
-                   f"a product of 256 x 256 matrices took {self.times_fp32():.1f} times as long as in fp32. "
+            yield (f"this processor emulates {self.precision}: a product of 256 x 256 matrices "
+                   f"took {self.times_fp32():.1f} times as long as in fp32. "
                    f"Leave training.precision={self.precision} out.")
         busy = busy_cpus()
         if self.threads > usable_cpus():

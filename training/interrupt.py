@@ -1,4 +1,4 @@
-"""Stop signals: after the first, a run finishes its micro-step and saves; after the second, it ends at once.
+"""Stop signals: after the first, a run finishes its micro-step and saves; a second ends it.
 
 Knows nothing of training.
 """
@@ -19,7 +19,7 @@ def numbers(*names: str) -> tuple[signal.Signals, ...]:
 
 
 REQUESTS = numbers("SIGINT", "SIGTERM", "SIGHUP")
-# What a scheduler sends ahead of its SIGTERM or SIGKILL. The kernel repeats SIGXCPU every second.
+# Schedulers send these before SIGTERM or SIGKILL. The kernel repeats SIGXCPU every second.
 WARNINGS = numbers("SIGUSR1", "SIGUSR2", "SIGXCPU")
 ALWAYS_HANDLED = numbers("SIGINT", "SIGTERM")
 # The environment variable of a child process that should stop when its standard input ends.
@@ -27,11 +27,11 @@ CHILD = "NANOHYDRA_CHILD"
 
 
 class Interrupt:
-    """Notes the first stop signal while the context lasts. In a thread other than the main one it notes none.
+    """A context that records the first stop signal; in the main thread only.
 
-    The second of REQUESTS goes to the handler from before the context; WARNINGS never do. A signal that was
-    ignored stays ignored, such as SIGHUP under nohup; SIGINT and SIGTERM are always handled.
-    `exit_code` is 128 plus the signal, or 0 without one.
+    The second of REQUESTS goes to the earlier handler; WARNINGS never do. Ignored signals stay
+    ignored, such as SIGHUP under nohup, except SIGINT and SIGTERM.
+    `exit_code` is 128 plus the number of the signal, or 0 without one.
     """
 
     def __init__(self) -> None:
@@ -42,17 +42,18 @@ class Interrupt:
         return self.exit_code != 0
 
     def __enter__(self) -> Interrupt:
-        if not in_main_thread():  # Python allows no handlers there
+        # Python allows signal handlers in the main thread only.
+        if not in_main_thread():
             return self
         for number in (*REQUESTS, *WARNINGS):
             if number in ALWAYS_HANDLED or signal.getsignal(number) != signal.SIG_IGN:
-                self.before[number] = signal.signal(number, self._note)
+                self.before[number] = signal.signal(number, self._record)
         return self
 
     def __exit__(self, *failure: object) -> None:
         self._restore(*self.before)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _record(self, number: int, frame: FrameType | None) -> None:
         self.exit_code = self.exit_code or 128 + number
         if number in REQUESTS:
             self._restore(*REQUESTS)
@@ -60,7 +61,7 @@ class Interrupt:
     def _restore(self, *which: signal.Signals) -> None:
         for number in which:
             if number in self.before:
-                # Python does not know a handler that was set in C, and calls it None.
+                # None stands for a handler that was set in C, which Python cannot restore.
                 handler = self.before[number]
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
@@ -70,7 +71,7 @@ def in_main_thread() -> bool:
 
 
 def embedded() -> bool:
-    """Whether the process outlives this program: in a notebook, an interactive session, or a thread."""
+    """Whether this runs in a notebook, an interactive session, or a thread."""
     return hasattr(builtins, "__IPYTHON__") or hasattr(sys, "ps1") or not in_main_thread()
 
 

@@ -41,7 +41,7 @@ def extension(step: int, config: OptimConfig, old_max_steps: int, max_steps: int
               replanned: bool) -> str:
     """A message about the rates of a run of `old_max_steps` that becomes one of `max_steps`.
 
-    It has taken `step` steps. `replanned`: an earlier change of this kind already gave the run other rates.
+    It has taken `step` steps; `replanned`: an earlier change like this gave it other rates.
     """
     longer = counted(max_steps, "step")
     if same_rates(step, config, old_max_steps, max_steps) and not replanned:

@@ -14,7 +14,6 @@ from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from data.unpack import stream_of
 from terminal import counted
 
 RECORD_BYTES = 2**26  # the limit for one record, as it must fit in memory
@@ -131,14 +130,18 @@ def lines_of(blocks: Iterator[str], newline: str, path: Path) -> Iterator[str]:
 
     Raises ValueError for a line that is longer than a record may be.
     """
-    stream = stream_of(block.encode("utf-8", "replace") for block in blocks)
-    file = io.TextIOWrapper(stream, "utf-8", newline=newline)
-    number = 0
-    while line := file.readline(RECORD_BYTES + 1):
-        number += 1
-        if len(line) > RECORD_BYTES:
-            raise too_long(f"{path}, line {number}")
-        yield line
+    waiting, number = "", 0
+    for block in chain(blocks, ["\n"]):
+        waiting += block
+        if "\n" not in block and len(waiting) <= RECORD_BYTES:
+            continue
+        end = waiting.rfind("\n") + 1 or len(waiting)
+        for line in io.StringIO(waiting[:end], newline):
+            number += 1
+            if len(line) > RECORD_BYTES:
+                raise too_long(f"{path}, line {number}")
+            yield line
+        waiting = waiting[end:]
 
 
 # JSON

@@ -1,4 +1,4 @@
-"""Where documents come from. Each source yields texts and can say, without reading far, what it would yield.
+"""The sources of documents, the settings that choose one, and the files that they read.
 
 Knows files and text; knows no tokens.
 """
@@ -28,10 +28,12 @@ from data.store import data_root, sha256_of
 from setting import range_problems, setting
 from terminal import counted, say
 
-SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHAKESPEARE_URL = (
+    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+)
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
-# The settings about reading files that a source has no use for.
+# The settings of text files that a source does not use.
 UNUSED = dict.fromkeys(
     ("pydocs", "stdlib", "bin"), ("text_field", "on_bad_record", "encoding", "errors")
 )
@@ -103,52 +105,80 @@ class DataConfig:
 
     def path_problems(self) -> Iterator[str]:
         if self.source == "text" and not self.path:
-            yield ("path is missing: name a text file, or a folder or glob of .txt, .md, .jsonl, "
-                   ".csv or .parquet files, as in data.path=book.txt.")
+            yield (
+                "path is missing: name a text file, or a folder or glob of .txt, .md, .jsonl, "
+                ".csv or .parquet files, as in data.path=book.txt."
+            )
         if self.source == "hub" and not self.hub_name:
-            yield ("hub_name is missing: name a data set of the Hugging Face Hub, as in "
-                   "data.hub_name=HuggingFaceFW/fineweb-edu, or a folder laid out like one.")
+            yield (
+                "hub_name is missing: name a dataset of the Hugging Face Hub, as in "
+                "data.hub_name=HuggingFaceFW/fineweb-edu, or a folder with the same layout."
+            )
         if self.source == "bin" and not self.path:
-            yield "path is missing: name the folder where train.bin and val.bin lie, as in data.path=nanoGPT/data/owt."
+            yield (
+                "path is missing: name the folder where train.bin and val.bin are, as in "
+                "data.path=nanoGPT/data/owt."
+            )
         yield from missing_path("path", self.path)
 
     def reading_problems(self) -> Iterator[str]:
         if self.encoding and not is_text_encoding(self.encoding):
-            yield (f"encoding={self.encoding} is no text encoding that Python knows: use a name "
-                   f"such as latin-1, cp1252, utf-16 or gb18030.")
+            yield (
+                f"encoding={self.encoding} is not a text encoding of Python: use a name such as "
+                f"latin-1, cp1252, utf-16 or gb18030."
+            )
         if not self.text_field:
             yield "text_field is empty: name the field of a record that holds its text."
         if self.dtype != "auto" and self.source != "bin":
-            yield (f"dtype={self.dtype} is the type of tokens of data=bin, and data={self.source} "
-                   f"has none: leave it out.")
-        for name in () if self.mix else UNUSED.get(self.source, ()):
-            if getattr(self, name) != getattr(DataConfig, name):
-                yield (f"{name}={getattr(self, name)} is for files of text, and "
-                       f"data={self.source} reads none.")
+            yield (
+                f"dtype={self.dtype} is the type of tokens of data=bin, and data={self.source} has "
+                f"none: leave it out."
+            )
+        if self.mix:
+            return
+        for name in UNUSED.get(self.source, ()):
+            value = getattr(self, name)
+            if value != getattr(DataConfig, name):
+                yield f"{name}={value} is for files of text, and data={self.source} reads none."
+        if self.separator and self.source not in ("text", "shakespeare"):
+            yield (
+                f"separator={self.separator} divides plain text files, and data={self.source} has "
+                f"none: leave it out."
+            )
 
     def validation_problems(self) -> Iterator[str]:
         for name in ("val_path", "val_split"):
             value = getattr(self, name)
             if value and self.mix:
-                yield f"{name}={value} does not go with mix=: each part of a mixture is validated on its own text."
+                yield (
+                    f"{name}={value} cannot be used with mix=: each part of a mixture is validated "
+                    f"on its own text."
+                )
             elif value and self.source == "bin":
-                yield f"{name}={value} does not go with data=bin, which brings its own validation tokens."
+                yield (
+                    f"{name}={value} cannot be used with data=bin, which has its own validation "
+                    f"tokens."
+                )
         if self.val_path and self.val_split:
-            yield f"val_path={self.val_path} and val_split={self.val_split} exclude each other: choose one."
+            yield (
+                f"val_path={self.val_path} and val_split={self.val_split} exclude each other: "
+                f"choose one."
+            )
         if self.val_split and not self.mix and self.source not in ("hub", "bin"):
-            yield f"val_split={self.val_split} names a split of a data set of data=hub: use val_path= for files."
+            yield (
+                f"val_split={self.val_split} names a split of a dataset of data=hub: use val_path= "
+                f"for files."
+            )
         yield from missing_path("val_path", self.val_path)
-        if self.separator and not self.mix and self.source not in ("text", "shakespeare"):
-            yield f"separator={self.separator} divides plain text files, and data={self.source} has none: leave it out."
 
     def part(self, name: str) -> DataConfig:
-        """The settings of one part of the mixture: a source by its name, else files by their path."""
+        """The settings of one part of a mixture: the source of that name, or else its files."""
         if name in get_args(get_type_hints(DataConfig)["source"]):
             return replace(self, mix="", source=name)
         return replace(self, mix="", source="text", path=name)
 
     def weights(self) -> list[int]:
-        """How many sequences of a period each source gives."""
+        """The number of sequences of each source in a period."""
         return list(read_mix(self.mix).values()) if self.mix else [1]
 
 

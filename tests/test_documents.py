@@ -98,7 +98,7 @@ def test_positions_count_from_the_beginning_of_each_document():
     assert Documents(numbers).positions.tolist() == [[0, 1, 2, 0, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5, 6, 0]]
 
 
-def test_a_position_sees_itself_and_what_comes_before_it_in_its_document():
+def test_a_position_attends_to_earlier_ones_of_its_document():
     _, numbers, _ = packed_rows()
     mask = Documents(numbers).mask
     assert mask.shape == (3, 1, T, T)
@@ -108,7 +108,7 @@ def test_a_position_sees_itself_and_what_comes_before_it_in_its_document():
                 assert mask[row, 0, t, s].item() == (s <= t and numbers[row, s].item() == numbers[row, t].item())
 
 
-def test_packed_documents_are_cut_at_their_beginnings_and_at_the_end_of_each_row():
+def test_packed_documents_are_cut_at_starts_and_ends_of_rows():
     cuts = Documents(packed_rows()[1], packed=True).cuts
     assert cuts.tolist() == [0, 5, 6, 23, T, 2 * T, 2 * T + 9, 2 * T + 31, 3 * T]
 
@@ -161,7 +161,7 @@ def test_one_document_a_row_is_the_plain_path(config, kernel):
 
 
 @every_small
-def test_without_documents_nothing_of_them_runs_and_the_causal_kernel_does(config, monkeypatch):
+def test_without_documents_the_causal_kernel_runs(config, monkeypatch):
     def spy(*arguments, **options):
         asked.append((options["attn_mask"], options["is_causal"]))
         return attention(*arguments, **options)
@@ -251,7 +251,7 @@ def test_documents_are_packed_where_flash_attention_can_be_had(monkeypatch, chan
 
 
 @pytest.mark.slow
-def test_a_compiled_model_takes_batches_of_more_and_of_fewer_documents(kernel):
+def test_a_compiled_model_takes_any_number_of_documents(kernel):
     if not any(map(shutil.which, ("c++", "g++", "clang++"))):
         pytest.skip("needs a C++ compiler")
     torch._dynamo.reset()  # the kernel is chosen anew

@@ -87,7 +87,7 @@ def test_a_wide_encoding_without_a_mark_is_little_endian(tmp_path, encoding):
         ("utf-16-le", b"a\0\0\0", "byte 0x00 at offset 2"),
     ],
 )
-def test_bytes_of_no_text_in_an_encoding_are_placed(
+def test_undecodable_bytes_are_reported_with_their_offset(
     tmp_path, monkeypatch, encoding, content, place
 ):
     for piece in (1, 2, 3, 2**18):
@@ -121,7 +121,7 @@ def test_a_record_in_another_encoding_is_read_by_lines(tmp_path):
     ],
     ids=["damaged", "cut", "cut later", "all bytes", "binary"],
 )
-def test_nothing_is_guessed_of_damaged_utf8_and_binaries(block):
+def test_no_encoding_is_guessed_for_damaged_utf8_and_binaries(block):
     assert encodings.likely_encoding(block) == ""
 
 
@@ -135,6 +135,6 @@ def test_text_encodings_of_python_are_accepted(name):
 @pytest.mark.parametrize(
     "name", ["latin1x", "hex", "base64", "zip", "rot13", "undefined", "utf 99", "\0"]
 )
-def test_what_is_no_text_encoding_is_one_problem(name):
+def test_an_unknown_encoding_is_one_problem(name):
     [problem] = DataConfig("text", __file__, encoding=name).problems()
-    assert problem.startswith(f"encoding={name} is no text encoding")
+    assert problem.startswith(f"encoding={name} is not a text encoding")

@@ -1,4 +1,4 @@
-"""Data sets: folders and a stand-in for the Hugging Face Hub on this machine, both read with the real `datasets` package."""
+"""Datasets: folders and a stand-in for the Hugging Face Hub on this machine, both read with the real `datasets` package."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ROOT = Path(__file__).parent.parent
 
 
 class StandIn:
-    """What the Hub answers to the requests that reading a data set makes, and no more."""
+    """What the Hub answers to the requests that reading a dataset makes, and no more."""
 
     def __init__(self) -> None:
         self.repositories: dict[str, dict[str, dict[str, bytes]]] = {}  # by name, then by branch and commit: the files
@@ -140,7 +140,7 @@ def server(tmp_path_factory) -> Iterator[StandIn]:
 
 @pytest.fixture
 def hub(server, fresh_data, monkeypatch) -> StandIn:
-    """The stand-in without data sets, and nothing remembered; nobody waits before another attempt."""
+    """The stand-in without datasets, and nothing remembered; nobody waits before another attempt."""
     server.__init__()
     import datasets.config
     for name in ("OPEN", "READ"):
@@ -195,7 +195,7 @@ def write(folder: Path, files: dict[str, bytes]) -> Path:
     return folder
 
 
-# A folder laid out like a data set
+# A folder laid out like a dataset
 
 
 @pytest.mark.parametrize("path", ["../secret.jsonl", "{outside}/secret.jsonl", "in/../../secret.jsonl", "~/secret.jsonl",
@@ -240,7 +240,7 @@ def test_a_card_cannot_lead_outside_a_folder(hub, tmp_path):
     assert "README.md is not a file inside the folder" in refusal(source(folder))
 
 
-@pytest.mark.parametrize("content", [b"---\n[\n---\n", b"---\n" + b"[" * 10_000 + b"\n---\n",
+@pytest.mark.parametrize("content", [b"---\n[\n---\n", b"---\n" + b"[" * 2_000 + b"\n---\n",
                                      b"---\nconfigs: [{data_files: &a [x]}]\n---\n"], ids=["damaged", "deep", "no name"])
 def test_a_card_that_cannot_be_read_is_one_sentence(hub, tmp_path, content):
     refusal(source(write(tmp_path / "set", {"README.md": content, "train.jsonl": lines({"text": "a"})})))
@@ -302,7 +302,7 @@ def test_documents_can_be_read_again_and_again(hub, tmp_path):
 
 @pytest.mark.parametrize("files", [lambda: {"train.jsonl": lines({"body": "a", "id": 1})},
                                    lambda: {"train.parquet": parquet(body=["a"], id=[1])}], ids=["jsonl", "parquet"])
-def test_a_field_that_is_not_there_is_answered_with_those_that_are(hub, tmp_path, files):
+def test_a_missing_field_is_refused_with_the_existing_fields(hub, tmp_path, files):
     message = refusal(source(folder := write(tmp_path / "set", files())))
     assert message == f"{folder} has no field text (its fields are body, id): set data.text_field=NAME."
 
@@ -313,7 +313,7 @@ def test_a_field_that_holds_no_text_is_refused(hub, tmp_path):
 
 
 @pytest.mark.parametrize("split", ["val", "train[:10%]", "train+val", ""])
-def test_a_split_that_is_not_there_is_answered_with_those_that_are(hub, tmp_path, split):
+def test_a_missing_split_is_refused_with_the_existing_splits(hub, tmp_path, split):
     folder = write(tmp_path / "set", {"train.jsonl": lines({"text": "a"}), "test.jsonl": lines({"text": "b"})})
     assert refusal(source(folder, split=split)) == f"data.split={split}: {folder} has the splits train, test."
 
@@ -330,7 +330,7 @@ def test_a_folder_without_data_is_refused(hub, tmp_path):
     assert f"{tmp_path / 'set'} holds no files that can be read" in refusal(source(tmp_path / "set"))
 
 
-def test_a_folder_that_is_not_there_is_no_name_either(hub, tmp_path):
+def test_a_missing_folder_is_refused(hub, tmp_path):
     assert "data.hub_name=./no/such/set is neither a folder" in refusal(source("./no/such/set"))
 
 
@@ -342,7 +342,7 @@ def test_a_file_that_is_damaged_is_refused_with_its_place(hub, tmp_path, name, c
     assert "run the same command" not in message
 
 
-def test_a_folders_fingerprint_changes_with_its_text_and_how_it_is_read(hub, tmp_path):
+def test_a_folders_fingerprint_changes_with_text_and_settings(hub, tmp_path):
     folder = write(tmp_path / "set", {"train.jsonl": lines({"text": "a", "body": "b"}), "test.jsonl": lines({"text": "c"})})
     before = source(folder).fingerprint()
     write(folder, {"README.md": b"About it.\n"})
@@ -359,7 +359,7 @@ def test_a_folders_fingerprint_changes_with_its_text_and_how_it_is_read(hub, tmp
 # On the Hub
 
 
-def test_a_data_set_is_read_from_the_hub(hub):
+def test_a_dataset_is_read_from_the_hub(hub):
     hub.push("me/set", {"README.md": b"", "data/train-0.parquet": parquet(text=["a", "b"]), "data/train-1.parquet": parquet(text=["c"]),
                         "data/test-0.parquet": parquet(text=["d"])})
     hub.push("me/lines", {"train.jsonl": lines({"text": "e"})})
@@ -374,20 +374,20 @@ def test_only_the_text_of_a_parquet_file_is_downloaded(hub):
     assert hub.sent < 0.5 * 1000 * 40_000
 
 
-def test_a_data_set_that_the_hub_does_not_show_is_refused(hub):
+def test_a_dataset_that_the_hub_does_not_show_is_refused(hub):
     assert "data.hub_name=me/sett is neither a folder nor a dataset" in refusal(source("me/sett"))
     hub.push("me/set", {"train.jsonl": lines({"text": "a"})})
     assert refusal(source("me/set", revision="v2")) == "data.hub_revision=v2: me/set has no such branch, tag or commit."
 
 
-def test_a_gated_data_set_is_refused_with_what_opens_it(hub):
+def test_a_gated_dataset_is_refused_with_what_opens_it(hub):
     hub.push("me/secret", {"README.md": b"", "train.jsonl": lines({"text": "a"})})
     hub.gated.add("me/secret")
     message = refusal(source("me/secret"))
     assert "https://huggingface.co/datasets/me/secret" in message and "hf auth login" in message and "HF_TOKEN" in message
 
 
-def test_a_data_set_made_by_a_program_is_refused_and_its_copy_is_read(hub):
+def test_a_dataset_with_a_script_is_refused_and_its_copy_read(hub):
     hub.push("me/made", {"README.md": b"", "made.py": b"raise SystemExit('run!')"})
     assert "data.hub_revision=refs/convert/parquet" in refusal(source("me/made"))
     hub.push("me/made", {"plain_text/train/0000.parquet": parquet(text=["a"])}, branch="refs/convert/parquet")
@@ -407,7 +407,7 @@ def test_a_fingerprint_follows_the_data_and_not_the_card(hub, capsys):
     assert source("me/set", revision=old).fingerprint() == before and not capsys.readouterr().out
 
 
-def test_what_was_seen_once_takes_one_request_and_a_commit_takes_none(hub):
+def test_a_known_dataset_takes_one_request_and_a_commit_none(hub):
     commit = hub.push("me/set", {"README.md": b"", "train.jsonl": lines({"text": "a"})})
     first = source("me/set").fingerprint()
     hub.asked.clear()
@@ -415,7 +415,7 @@ def test_what_was_seen_once_takes_one_request_and_a_commit_takes_none(hub):
     assert source("me/set", revision=commit).fingerprint() == first and len(hub.asked) == 1
 
 
-def test_the_commit_that_was_fingerprinted_is_the_one_that_is_read(hub):
+def test_the_fingerprinted_commit_is_read(hub):
     hub.push("me/set", {"train.jsonl": lines({"text": "old"})})
     read = source("me/set")
     read.fingerprint()
@@ -423,7 +423,7 @@ def test_the_commit_that_was_fingerprinted_is_the_one_that_is_read(hub):
     assert texts(read) == ["old"]
 
 
-def test_a_connection_that_breaks_says_that_the_same_command_goes_on(hub):
+def test_a_broken_connection_says_to_run_the_command_again(hub):
     hub.push("me/set", {"train-0.parquet": parquet(text=noise(100, 20_000)), "train-1.parquet": parquet(text=noise(100, 80_000))})
     hub.push("me/lines", {"train-0.jsonl": lines({"text": "a"}), "train-1.jsonl": lines(*({"text": text} for text in noise(100, 80_000)))})
     hub.most = 4_000_000
@@ -457,19 +457,19 @@ def test_prepared_tokens_need_no_network_and_no_package(hub, monkeypatch, capsys
     assert reason[way] in said and "Using me/set as it was last seen, at commit" in said
 
 
-def test_what_was_never_seen_needs_the_hub(hub):
+def test_an_unseen_dataset_needs_the_hub(hub):
     hub.down = True
     assert refusal(source("me/set")).startswith("The Hugging Face Hub does not answer (")
 
 
-def test_what_was_seen_and_is_not_prepared_needs_the_hub(hub):
+def test_a_seen_dataset_that_is_not_prepared_needs_the_hub(hub):
     hub.push("me/set", {"train.jsonl": lines({"text": "a"})})
     source("me/set").fingerprint()
     hub.down = True
     assert refusal(source("me/set")).startswith("me/set cannot be opened: ")
 
 
-def test_another_download_of_the_user_is_not_taken_for_the_commit(hub, monkeypatch):
+def test_another_download_is_not_mistaken_for_the_commit(hub, monkeypatch):
     import datasets
     hub.push("me/kept", {"train.jsonl": lines({"text": "old"})})
     datasets.load_dataset_builder("me/kept").download_and_prepare()
@@ -479,7 +479,7 @@ def test_another_download_of_the_user_is_not_taken_for_the_commit(hub, monkeypat
     assert refusal(source("me/kept")) == "me/kept cannot be opened: the Hugging Face Hub does not answer."
 
 
-def test_a_mistake_is_not_covered_by_what_was_seen(hub):
+def test_an_invalid_setting_is_refused_for_a_known_dataset(hub):
     hub.push("me/set", {"train.jsonl": lines({"text": "a"})})
     source("me/set").fingerprint()
     for mistake in ({"split": "val"}, {"config": "no"}, {"revision": "no"}):
@@ -501,7 +501,7 @@ def test_a_damaged_memory_is_forgotten(hub, content):
     assert texts(source("me/set")) == ["a"]
 
 
-def test_the_package_that_is_not_here_is_named(fresh_data, tmp_path, monkeypatch):
+def test_a_missing_datasets_package_is_named(fresh_data, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     for name in (tmp_path, "me/set"):
         assert refusal(source(name)) == "data=hub needs the package datasets: pip install datasets."
@@ -514,14 +514,14 @@ def fractions(source: Hub) -> list[float]:
     return [source.fraction() for _ in source.documents()]
 
 
-def test_the_fraction_of_parquet_files_goes_evenly_from_file_to_file(hub, tmp_path):
+def test_the_fraction_grows_evenly_over_parquet_files(hub, tmp_path):
     folder = write(tmp_path / "set", {"train-0.parquet": parquet(text=["a", "b"]), "train-1.parquet": parquet(text=list("cdef"))})
     read = source(folder)
     assert read.fraction() == 0
     assert fractions(read) == fractions(read) == [0.25, 0.5, 0.625, 0.75, 0.875, 1.0]
 
 
-def test_the_fraction_of_other_files_needs_a_stated_number_of_examples(hub, tmp_path):
+def test_the_fraction_of_other_files_needs_a_stated_size(hub, tmp_path):
     files = {"train.jsonl": lines({"text": "a"}, {"text": "b"}), "test.jsonl": lines({"text": "c"}, {"text": "d"})}
     splits = [{"name": name, "num_examples": 2, "num_bytes": 2} for name in ("train", "test")]
     stated = write(tmp_path / "stated", files | {"README.md": card(dataset_info={"splits": splits})})
@@ -557,6 +557,6 @@ def test_the_settings_reach_the_source(fresh_data):
 
 
 @pytest.mark.parametrize("preset, name", [("openwebtext", "Skylion007/openwebtext"), ("fineweb_edu_10b", "HuggingFaceFW/fineweb-edu")])
-def test_the_presets_name_their_data_sets(preset, name):
+def test_the_presets_name_their_datasets(preset, name):
     settings = compose("config", [f"data={preset}"])
     assert (settings.data.source, settings.data.hub_name, settings.auto_name) == ("hub", name, preset)

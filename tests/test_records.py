@@ -10,7 +10,7 @@ import json
 import lzma
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import encodings, files, records
@@ -128,6 +128,7 @@ def test_all_types_of_text_in_parquet_are_read(tmp_path, kind):
 # JSON arrays
 
 
+@settings(max_examples=25)
 @given(
     st.lists(
         st.dictionaries(

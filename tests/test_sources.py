@@ -60,13 +60,13 @@ def library(tmp_path):
     })
 
 
-def test_pydocs_reads_docstrings_and_topics_and_skips_tests_and_broken_files(library):
+def test_pydocs_reads_docstrings_and_help_topics(library):
     assert sorted(texts(PyDocs(library))) == [
         "A reader.", "About topics.", "Café.", "I am read and never run.", "Read\nit.", "Read and write JSON.",
         "See if.", "The if\nstatement.", "Write it."]
 
 
-def test_pydocs_leaves_out_the_addresses_that_newer_pythons_keep_beside_the_topics(library):
+def test_pydocs_leaves_out_addresses_beside_the_topics(library):
     write(library, {"pydoc_data/module_docs.py": "module_docs = {'abc': 'abc#module-abc'}\n"})
     assert "abc#module-abc" not in texts(PyDocs(library))
 
@@ -90,7 +90,7 @@ def test_library_fingerprint_changes_with_any_byte(kind, library):
     assert kind(library).fingerprint() != before
 
 
-def test_pydocs_fingerprint_changes_with_a_files_size_or_name_or_the_python_version(library, monkeypatch):
+def test_library_fingerprint_changes_with_names_and_python_version(library, monkeypatch):
     fingerprints = [PyDocs(library).fingerprint()]
     assert PyDocs(library).fingerprint() == fingerprints[0]
     write(library, {"test/test_json.py": "# what is not read does not count"})
@@ -112,7 +112,7 @@ def test_a_single_file_of_any_ending_is_one_document(tmp_path):
     assert texts(Files(str(tmp_path / "book.rst"))) == ["Once upon a time.\n"]
 
 
-def test_a_folder_gives_txt_and_md_below_it_in_the_order_of_their_names(tmp_path):
+def test_a_folder_is_read_in_the_order_of_file_names(tmp_path):
     write(tmp_path, {"b.txt": "b", "a.md": "a", "c/d/deep.TXT": "deep", "c/e.md": "e", "code.py": "no", "data.xml": "no",
                      "txt": "no"})
     (tmp_path / "folder.txt").mkdir()
@@ -184,7 +184,7 @@ def test_a_folder_of_only_hidden_files_says_so(tmp_path):
         Files(str(tmp_path))
 
 
-def test_a_path_below_the_home_folder_may_be_written_with_a_tilde(tmp_path, monkeypatch):
+def test_a_tilde_stands_for_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     write(tmp_path, {"a.txt": "a"})
     for path in ("~/a.txt", "~", "~/*.txt"):
@@ -276,7 +276,7 @@ def test_fetch_says_where_to_put_the_file_when_it_is_not_found(server, fresh_dat
     assert "Not Found" in message
 
 
-def test_fetch_offline_says_where_to_put_the_file_and_takes_it_from_there(server, fresh_data):
+def test_fetch_offline_reads_a_file_that_was_put_there(server, fresh_data):
     with socket.socket() as unused:  # bound but not listening: a connection is refused
         unused.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{unused.getsockname()[1]}/input.txt"
@@ -329,7 +329,7 @@ def test_shakespeare_from_a_local_copy_asks_no_network(tmp_path, monkeypatch):
     ({"source": "bin", "path": __file__, "val_path": __file__}, "val_path", "its own validation tokens"),
     ({"source": "hub", "hub_name": "a/b", "val_path": __file__, "val_split": "test"}, "val_path", "exclude each other"),
 ])
-def test_a_setting_that_cannot_work_gives_one_sentence_with_its_value(settings, field, value):
+def test_an_invalid_setting_is_one_problem_with_its_value(settings, field, value):
     [problem] = DataConfig(**settings).problems()
     assert problem.startswith(field) and value in problem
 
@@ -357,12 +357,12 @@ def test_a_text_field_that_no_file_uses_is_an_error(tmp_path, source):
 @pytest.mark.parametrize("settings, name", [
     ({"source": "pydocs", "text_field": "body"}, "text_field"), ({"source": "bin", "encoding": "latin-1"}, "encoding"),
     ({"source": "hub", "hub_name": "x", "errors": "replace"}, "errors"), ({"on_bad_record": "skip"}, "on_bad_record")])
-def test_a_setting_about_files_that_a_source_does_not_use_is_told(settings, name):
+def test_a_setting_that_a_source_does_not_use_is_a_problem(settings, name):
     [problem] = DataConfig(path=str(Path(__file__).parent) if settings.get("source") == "bin" else "", **settings).problems()
     assert problem.startswith(f"{name}={settings[name]} is for files of text")
 
 
-def test_a_link_to_itself_is_named_by_the_settings(tmp_path):
+def test_a_link_to_itself_is_a_problem(tmp_path):
     (tmp_path / "a").symlink_to(tmp_path / "a")
     [problem] = DataConfig("text", str(tmp_path / "a")).problems()
     assert "is a symbolic link to itself or to nothing" in problem
@@ -377,7 +377,7 @@ def test_how_records_are_read_changes_the_fingerprint(tmp_path):
 
 
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: preset.stem)
-def test_each_preset_works_once_text_has_a_path_and_a_data_set_its_name(preset):
+def test_each_preset_is_valid_once_it_has_a_path_or_name(preset):
     config = DataConfig(**(yaml.safe_load(preset.read_text()) or {}))
     assert all(problem.startswith(("path is missing", "hub_name is missing")) for problem in config.problems())
 

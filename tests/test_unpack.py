@@ -55,7 +55,7 @@ def test_damaged_compression_is_one_sentence(tmp_path, ending, name):
 
 
 @pytest.mark.parametrize(
-    "line, ending", [(b"a line of text\n", ".zst"), *((b"x", ending) for ending in PACK)]
+    "line, ending", [(b"a line of text\n", ".zst"), (b"x", ".xz"), (b"x", ".gz")]
 )
 def test_a_small_file_of_much_text_takes_little_memory(tmp_path, ending, line):
     path = tmp_path / f"a.txt{ending}"

@@ -8,7 +8,9 @@ from typing import Literal
 
 import pytest
 
-from conf.settings import DERIVED, SampleSettings, Settings
+from bench.__main__ import BENCHMARKS
+from conf.launch import imported
+from conf.settings import DERIVED
 from setting import help_lines, range_problems, setting
 
 
@@ -58,7 +60,15 @@ def test_help_shows_names_values_choices_and_wraps():
     assert max(map(len, lines)) <= 100
 
 
-@pytest.mark.parametrize("schema", [Settings, SampleSettings])
+OF_PROGRAMS = [
+    "conf.settings:Settings", "conf.settings:SampleSettings", "sweep.search:SweepSettings", "scripts.plan:PlanSettings",
+    "scripts.attention_map:AttentionMapSettings", "scripts.export_tokenizer:ExportTokenizerSettings",
+    "scripts.prepare:PrepareSettings", "scripts.report:ReportSettings", "scripts.torture:TortureSettings",
+    "scripts.verify_resume:VerifySettings", *(f"bench.{name}:{name.capitalize()}Settings" for name in BENCHMARKS),
+]
+
+
+@pytest.mark.parametrize("schema", OF_PROGRAMS)
 def test_every_setting_for_users_is_in_the_help(schema):
     def names(settings, prefix=""):
         for field in fields(settings):
@@ -68,5 +78,6 @@ def test_every_setting_for_users_is_in_the_help(schema):
             else:
                 yield prefix + field.name
 
-    shown = [line.split("=")[0].strip() for line in help_lines(schema()) if "=" in line[:32]]
-    assert shown == [name for name in names(schema()) if name not in DERIVED]
+    settings = imported(schema)()
+    shown = [line.split("=")[0].strip() for line in help_lines(settings) if "=" in line[:32]]
+    assert shown == [name for name in names(settings) if name not in DERIVED]

@@ -27,7 +27,7 @@ class Settings:
     name: str = setting("", "name of the run's folder; empty: a name made from the overrides")
     # The name made from the overrides.
     auto_name: str = ""
-    seed: int = setting(1337, "of weights, batches and dropout", ge=0, lt=2**63)
+    seed: int = setting(1337, "random seed of weights, batches and dropout", ge=0, lt=2**63)
     runs_dir: FilePath = setting("runs", "folder that contains the runs' folders")
     restart: bool = setting(
         False, "start over: the run in this folder is renamed to NAME.old (docs/runs.md)")

@@ -21,15 +21,15 @@ class OptimConfig:
     lr: float = setting(6e-4, "learning rate of AdamW", gt=0)
     # The spectral norm of an update: not comparable to a learning rate of AdamW.
     muon_lr: float = setting(0.02, "learning rate of Muon", gt=0)
-    weight_decay: float = setting(0.1, "of matrices and embeddings, not of gains and biases", ge=0)
+    weight_decay: float = setting(0.1, "for matrices and embeddings; gains and biases have none", ge=0)
     beta1: float = setting(0.9, "AdamW's decay rate of the gradients' mean", ge=0, lt=1)
     beta2: float = setting(0.95, "AdamW's decay rate of the squared gradients' mean", ge=0, lt=1)
-    momentum: float = setting(0.95, "of Muon", ge=0, lt=1)
+    momentum: float = setting(0.95, "momentum of Muon", ge=0, lt=1)
     grad_clip: float = setting(1.0, "the largest norm of the gradient; 0: no clipping", ge=0)
     schedule: Literal["cosine", "wsd", "constant"] = setting(
         "cosine", "of the learning rate after the warm-up; wsd: warm-up, stable, decay")
     warmup_steps: int = setting(0, "steps in which the learning rate rises from 0", ge=0)
-    decay_fraction: float = setting(0.5, "of the steps, for the decay of wsd", ge=0, le=1)
+    decay_fraction: float = setting(0.5, "the decay of wsd, as a fraction of the steps", ge=0, le=1)
     min_lr_ratio: float = setting(
         0.1, "the last learning rate of cosine and wsd, as a fraction of the highest", ge=0, le=1)
 

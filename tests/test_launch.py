@@ -142,7 +142,10 @@ def test_help_of_every_entry_point_needs_no_torch():
 
 def test_a_wrong_setting_is_refused_without_torch():
     commands = [["train.py", "model.n_layr=3"], ["train.py", "-m", "model.n_layr=3,4"], ["train.py", "optim.lr=-1"],
-                ["sample.py", "promt=x"], ["scripts/sweep.py", "sweep=lr_width", "training.max_stps=3"]]
+                ["sample.py", "promt=x"], ["scripts/sweep.py", "sweep=lr_width", "training.max_stps=3"],
+                ["scripts/attention_map.py", "promt=x"], ["scripts/export_tokenizer.py", "rnu=x"], ["scripts/report.py", "rnus=x"],
+                ["scripts/torture.py", "kills=-1"], ["scripts/verify_resume.py", "kills=-1"], ["scripts/prepare.py", "clean=x"],
+                ["scripts/plan.py", "mfu=3"]]
     for command, (code, said) in zip(commands, without_torch(*commands), strict=True):
         assert code == 1 and said.startswith("Error: ") and command[-1].partition("=")[0] in said
 

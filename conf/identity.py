@@ -102,7 +102,7 @@ def listed(changes: Changes) -> str:
     shown = {key: pair for key, pair in changes.items() if key not in OF_THE_TOKENS}
     parts = [in_one_line(f"{key} was {old}, now {new}") for key, (old, new) in shown.items()]
     if len(shown) < len(changes) and not any(key.startswith("data.") for key in shown):
-        parts.insert(0, "the text is not the one that was trained on")
+        parts.insert(0, "the training text has changed")
     if len(parts) > 10:
         parts[10:] = [f"and {len(parts) - 10} more"]
     return "; ".join(parts)

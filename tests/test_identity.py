@@ -12,8 +12,8 @@ TOKENS = {"data.prepared": ("0123456789ab", "ba9876543210"), "data.tokenizer_fin
 
 @pytest.mark.parametrize("changes, said", [
     ({"optim.lr": (0.1, 0.2)}, "optim.lr was 0.1, now 0.2"),
-    (TOKENS, "the text is not the one that was trained on"),
-    (TOKENS | {"seed": (1, 2)}, "the text is not the one that was trained on; seed was 1, now 2"),
+    (TOKENS, "the training text has changed"),
+    (TOKENS | {"seed": (1, 2)}, "the training text has changed; seed was 1, now 2"),
     (TOKENS | {"data.tokenizer": ("bpe", "char")}, "data.tokenizer was bpe, now char"),
 ])
 def test_fingerprints_are_not_shown(changes, said):

@@ -79,7 +79,7 @@ def test_a_changed_text_without_the_old_tokens_is_refused(stopped, text, fresh_d
     settings = stopped()
     shutil.rmtree(fresh_data)
     text.write_text(text.read_text() + "\nOne more sentence.")
-    with pytest.raises(ValueError, match=r"the text is not the one that was trained on.*restore the old text") as refusal:
+    with pytest.raises(ValueError, match=r"the training text has changed.*restore the old text") as refusal:
         program.train(settings())
     assert "prepared was" not in str(refusal.value) and "restart=true" in str(refusal.value)
     assert last_step(tmp_path / "runs/tiny") == 2

@@ -115,7 +115,7 @@ def two_texts(compose_tiny, tmp_path, book):
 
 def test_an_unnamed_different_run_is_named_by_differences(compose_tiny, tmp_path, capsys, two_texts):
     unnamed, first = two_texts
-    assert "the text is not the one that was trained on" in capsys.readouterr().out
+    assert "the training text has changed" in capsys.readouterr().out
     (second,) = set((tmp_path / "runs").iterdir()) - {first}
     assert second.name.startswith(f"{first.name}-prepared=") and last_step(second) == 2
     program.train(compose_tiny(*unnamed, "training.max_steps=3"))  # the same folder

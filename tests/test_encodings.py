@@ -138,3 +138,11 @@ def test_text_encodings_of_python_are_accepted(name):
 def test_an_unknown_encoding_is_one_problem(name):
     [problem] = DataConfig("text", __file__, encoding=name).problems()
     assert problem.startswith(f"encoding={name} is not a text encoding")
+
+
+def test_a_bad_byte_is_named_by_its_line(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_bytes(b"one\ntwo\nthr\xff")
+    for block in (4, 2**18):
+        monkeypatch.setattr(encodings, "BLOCK", block)
+        with pytest.raises(ValueError, match=r"byte 0xff at offset 11 \(line 3\);"):
+            read(tmp_path / "a.txt")

@@ -254,6 +254,19 @@ def test_a_field_longer_than_pythons_own_limit_is_read(tmp_path):
     assert read(tmp_path / "a.csv") == ["x " * 300_000]
 
 
+def test_blank_lines_before_the_header_count_as_lines(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"\n \nid,text\n1,a\n2\n")
+    with pytest.raises(ValueError, match=r"a.csv, line 5 has 1 fields"):
+        read(tmp_path / "a.csv")
+
+
+def test_the_limit_of_a_record_is_not_one_of_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "RECORD_BYTES", 100)
+    (tmp_path / "a.csv").write_text("text\n" + f"{'x' * 90}\n" * 10)
+    (tmp_path / "a.jsonl").write_text(f'{{"text": "{"x" * 80}"}}\n' * 10)
+    assert len(read(tmp_path / "a.csv")) == len(read(tmp_path / "a.jsonl")) == 10
+
+
 # Parquet
 
 

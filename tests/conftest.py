@@ -6,6 +6,7 @@ import hashlib
 import os
 import random
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -87,11 +88,30 @@ def book(tmp_path_factory):
 
 @pytest.fixture
 def compose_tiny(book, tmp_path):
-    """Settings of a run that takes a second: `compose_tiny("training.max_steps=3", ...)`."""
-    small = ["model=nano", "data=text", f"data.path={book}", "data.tokenizer=char", "training=smoke", f"runs_dir={tmp_path / 'runs'}",
-             "name=tiny", "training.device=cpu", "training.precision=fp32", "training.eval_tokens=512", "optim.lr=3e-3",
-             "logger.report=false", "training.sample_tokens=0"]
-    return lambda *overrides: compose("config", [*small, *overrides])
+    """Settings of a run that takes a second: `compose_tiny("training.max_steps=3", ...)`.
+
+    Names and paths are put in after the composition, so that tests share compositions.
+    """
+    small = ["model=nano", "data=text", f"data.path={book}", "data.tokenizer=char", "training=smoke", "name=tiny", "training.device=cpu",
+             "training.precision=fp32", "training.eval_tokens=512", "optim.lr=3e-3", "logger.report=false", "training.sample_tokens=0"]
+
+    def compose_small(*overrides):
+        runs_dir, name, path, words = str(tmp_path / "runs"), None, None, []
+        for word in overrides:
+            key, _, value = word.partition("=")
+            if key == "runs_dir":
+                runs_dir = value
+            elif key == "name" and value.isidentifier():
+                name = value
+            elif key == "data.path" and "name=" not in overrides and Path(value).is_file():
+                path = value
+            else:
+                words.append(word)
+        settings = compose("config", [*small, *words])
+        data = replace(settings.data, path=path or settings.data.path)
+        return replace(settings, runs_dir=runs_dir, name=name or settings.name, data=data)
+
+    return compose_small
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 
 import train as program
 from checkpointing import store
-from conf.schema import compose, options
+from conf.presets import options
+from conf.schema import compose
 from data.loader import Loader, Validation
 from data.prepare import prepare
 from data.shards import Tokens, open_parts

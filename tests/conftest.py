@@ -97,7 +97,10 @@ def compose_tiny(book, tmp_path):
 
     def compose_small(*overrides):
         runs_dir, name, path, words = str(tmp_path / "runs"), None, None, []
+        paths = [word for word in overrides if word.startswith("data.path=")]
         for word in overrides:
+            if word in paths[:-1]:  # a later one replaces it
+                continue
             key, _, value = word.partition("=")
             if key == "runs_dir":
                 runs_dir = value

@@ -24,7 +24,7 @@ def rows(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_metrics_and_words_go_to_the_runs_folder(tmp_path, capsys):
+def test_metrics_and_messages_go_to_the_runs_folder(tmp_path, capsys):
     with Recorder(tmp_path, 0, 3, LoggerConfig(), {"name": "x"}) as recorder:
         recorder.say("hello")
         recorder.record(1, loss=2.5)
@@ -33,7 +33,7 @@ def test_metrics_and_words_go_to_the_runs_folder(tmp_path, capsys):
     assert "hello" in capsys.readouterr().out and (tmp_path / "log.txt").read_text() == "hello\n"
 
 
-def test_going_on_cuts_off_what_was_recorded_after_the_checkpoint(tmp_path):
+def test_resuming_removes_metrics_after_the_checkpoint(tmp_path):
     with Recorder(tmp_path, 0, 9, LoggerConfig(), {}) as recorder:
         for step in range(1, 6):
             recorder.record(step, loss=step)
@@ -44,7 +44,7 @@ def test_going_on_cuts_off_what_was_recorded_after_the_checkpoint(tmp_path):
     assert [(row["step"], row["loss"]) for row in rows(tmp_path)] == [(1, 1), (2, 2), (3, 3), (4, 40)]
 
 
-def test_cutting_back_drops_damaged_lines_and_keeps_the_last_losses(tmp_path):
+def test_cutting_back_drops_damaged_lines_and_keeps_losses(tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "loss": 3.0}\n{"loss": 1}\n\xff\n[1]\n"step"\n{"step": 2, "loss": 2.0}\n{"step": 3}\n'
                                            b'{"step": 1, "loss": {"a": 1}}\n' + b"[" * 100_000 + b"\n")
     with Recorder(tmp_path, 2, 9, LoggerConfig(), {}) as recorder:
@@ -54,7 +54,7 @@ def test_cutting_back_drops_damaged_lines_and_keeps_the_last_losses(tmp_path):
     assert rows(tmp_path) == [{"step": 1, "loss": 3.0}]
 
 
-def test_a_terminal_that_takes_nothing_stops_nothing(tmp_path, monkeypatch):
+def test_a_closed_terminal_does_not_stop_a_run(tmp_path, monkeypatch):
     class Closed:
         def __getattr__(self, name):
             raise OSError(errno.EPIPE, os.strerror(errno.EPIPE))
@@ -67,7 +67,7 @@ def test_a_terminal_that_takes_nothing_stops_nothing(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "log.txt"])
-def test_a_link_in_a_strangers_run_does_not_lead_us_to_overwrite_other_files(tmp_path, name):
+def test_links_in_a_run_do_not_overwrite_other_files(tmp_path, name):
     (tmp_path / "precious").write_text("mine")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / name).symlink_to(tmp_path / "precious")
@@ -76,7 +76,7 @@ def test_a_link_in_a_strangers_run_does_not_lead_us_to_overwrite_other_files(tmp
     assert (tmp_path / "precious").read_text() == "mine"
 
 
-def test_samples_are_said_kept_and_cut_back_with_the_metrics(tmp_path, capsys):
+def test_samples_are_printed_and_cut_back_with_the_metrics(tmp_path, capsys):
     with Recorder(tmp_path, 0, 9, LoggerConfig(), {}) as recorder:
         for step in (2, 4):
             recorder.record(step, loss=1.0)
@@ -87,13 +87,13 @@ def test_samples_are_said_kept_and_cut_back_with_the_metrics(tmp_path, capsys):
     assert [row["step"] for row in rows(tmp_path)] == [2, 2]
 
 
-def test_what_is_not_finite_is_null_in_json(tmp_path):
+def test_nan_and_infinity_are_null_in_json(tmp_path):
     with Recorder(tmp_path, 0, 9, LoggerConfig(), {}) as recorder:
         recorder.record(1, loss=float("inf"), gradient_norm=float("nan"), skipped=True)
     assert rows(tmp_path) == [{"step": 1, "loss": None, "gradient_norm": None, "skipped": True}]
 
 
-def test_metrics_that_a_full_disk_refuses_come_later_in_order(tmp_path, monkeypatch):
+def test_metrics_are_written_in_order_after_a_full_disk(tmp_path, monkeypatch):
     class Full:
         def __getattr__(self, name):
             return getattr(os, name)
@@ -182,7 +182,7 @@ def test_the_environment_can_make_wandb_send_less(monkeypatch, asked, setting, m
     assert wandb_mode(setting) == mode
 
 
-def test_a_missing_wandb_is_one_sentence_that_says_what_to_install(tmp_path, monkeypatch, capsys):
+def test_a_missing_wandb_says_what_to_install(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with Recorder(tmp_path, 0, 3, LoggerConfig(wandb="offline"), {"name": "x"}) as recorder:
         recorder.record(1, loss=1.0)
@@ -235,7 +235,7 @@ with Recorder(folder, start, 9, logger, {"name": "x", "seed": 5}) as recorder:
 
 
 @pytest.mark.slow
-def test_offline_wandb_needs_no_account_and_a_resumed_run_continues_the_same_run(tmp_path):
+def test_offline_wandb_continues_a_resumed_run(tmp_path):
     """Read back from what W&B wrote, which is what `wandb sync` sends: one id, each step, the settings."""
     pytest.importorskip("wandb")
     for start in (0, 2):  # each in a process of its own, with whose end W&B's writer is done

@@ -70,13 +70,13 @@ def make_modules(
     fused = fuse(split)
 
     def with_kernel(x: Tensor) -> Tensor:
-        with patch.object(attention, "products_are_faster", lambda v: False):
+        with patch.object(attention, "unfused_is_faster", lambda v: False):
             return fused(x)
 
     return {
         "head by head": wrapper,
         "split projections": split,
-        "one projection, plain products": lambda x: fused.explicit(x)[0],
+        "one projection, plain products": lambda x: fused.forward_with_weights(x)[0],
         "one projection, fused kernel": with_kernel,
         "the block, which chooses": fused,
     }

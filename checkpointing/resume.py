@@ -30,7 +30,7 @@ from conf.settings import Settings
 from data.prepare import find_prepared, planned, prepare
 from data.shards import read_meta
 from data.sources import DataConfig
-from model import GPT, GPTConfig, Undrawn
+from model import GPT, GPTConfig, SkipInit
 from terminal import counted, say
 from training.config import TrainingConfig
 from training.device import Device, Environment, available
@@ -229,7 +229,7 @@ def different_settings(folder: Path, changes: Changes) -> ValueError:
 
 def max_file_bytes(config: GPTConfig) -> int:
     """The bound on any file of a checkpoint: the two moments of AdamW, and the tokenizer."""
-    with Undrawn("meta"):
+    with SkipInit("meta"):
         parameters = sum(weights.numel() for weights in GPT(config).parameters())
     return 8 * parameters + checkpoint.MAX_BYTES[checkpoint.TOKENIZER]
 

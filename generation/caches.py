@@ -20,8 +20,8 @@ BUCKET = 256
 class RaggedCache(KVCache):
     """A cache of sequences of different lengths; one step adds a position to each.
 
-    It is also the attention context of `GPT.features`, as `Documents` is: it has the `positions` of
-    the new tokens, and `attend` for their queries.
+    It is also the attention context of `GPT.features`, with the `positions` of the new tokens
+    and `attend` for their queries.
     """
 
     can_drop = True
@@ -31,7 +31,7 @@ class RaggedCache(KVCache):
         super().__init__(config, batch_size, device, dtype, positions)
         self.dtype, self.lengths = dtype, [0] * batch_size
         self.rows = torch.arange(batch_size, device=device)
-        self.within = self
+        self.attention_context = self
 
     def fits(self, batch_size: int, positions: int) -> bool:
         """Whether it can be used for another batch. One that is cheap to allocate is not."""

@@ -18,7 +18,7 @@ from generation.caches import PackedCache, RaggedCache, StaticCache
 from generation.packed import cast, pack
 from hardware import native
 from model.gpt import GPT
-from model.ngram import NOTHING
+from model.ngram import NO_TOKEN
 
 
 class StopPrefill(Exception):
@@ -28,7 +28,9 @@ class StopPrefill(Exception):
 class PrefillCache:
     """A cache for `GPT.features` that copies keys and values to one row of a `RaggedCache`."""
 
-    within, before, length = None, None, 0
+    attention_context = None
+    previous_ids = None
+    length = 0
 
     def __init__(self, cache: RaggedCache, row: int) -> None:
         self.cache, self.row = cache, row
@@ -124,19 +126,19 @@ class Decoder:
         self.warmed_up: set[int] = set()
         self.cache = self.cache_type(self.config, rows, positions, self.device, self.dtype)
         self.last = torch.zeros(rows, 1, dtype=torch.long, device=self.device)
-        self.before = self.last.new_zeros(rows, self.config.ngrams - 1)
+        self.previous_ids = self.last.new_zeros(rows, self.config.ngrams - 1)
 
     @torch.inference_mode()
     def next_logits(self, sequences: list[list[int]]) -> Tensor:
         """Logits `[B, V]` for the next tokens; each sequence is one token longer than last time."""
         self.prefill(sequences)
         self.cache.begin_step()
-        context = self.config.ngrams - 1
-        if context:
+        n_previous = self.config.ngrams - 1
+        if n_previous:
             # Tokens before the window may be among them: the model ignores those by position.
-            padding = [NOTHING] * context
-            before = [(padding + sequence[-1 - context : -1])[-context:] for sequence in sequences]
-            self.before.copy_(torch.tensor(before))
+            padding = [NO_TOKEN] * n_previous
+            previous = [padding + sequence[-1 - n_previous : -1] for sequence in sequences]
+            self.previous_ids.copy_(torch.tensor([ids[-n_previous:] for ids in previous]))
         self.last.copy_(torch.tensor([[sequence[-1]] for sequence in sequences]))
         return self.graph_step() if self.uses_graphs else self.step()
 
@@ -166,7 +168,7 @@ class Decoder:
 
     def step(self) -> Tensor:
         """Logits `[B, V]` after the tokens `last`, which the cache then holds too."""
-        self.cache.before = self.before if self.config.ngrams > 1 else None
+        self.cache.previous_ids = self.previous_ids if self.config.ngrams > 1 else None
         # Packed products have their own precision.
         with without_autocast(self.model):
             features = self.step_model.features(self.last, self.cache)
@@ -196,7 +198,7 @@ class Decoder:
         self.cache.drop(row)
         self.window_starts[row] = self.window_starts[-1]
         self.window_starts.pop()
-        self.last, self.before = self.last[:-1], self.before[:-1]
+        self.last, self.previous_ids = self.last[:-1], self.previous_ids[:-1]
 
 
 def choose_cache(model: GPT) -> type[RaggedCache]:

@@ -24,7 +24,7 @@ from conf.sampling import SamplingConfig
 from data.tokenizer import Tokenizer, fingerprint, from_json
 from generation.decoder import Decoder, native_autocast
 from generation.sampling import generate
-from model import GPT, GPTConfig, Undrawn
+from model import GPT, GPTConfig, SkipInit
 from terminal import say
 from training.device import Device
 
@@ -194,11 +194,11 @@ def open_checkpoint(run: Path, which: str, device: Device) -> Engine:
         if tokenizer.vocab_size != config.vocab_size:
             raise ValueError(f"{found.folder} is invalid: its tokenizer has {tokenizer.vocab_size} "
                              f"tokens, its model {config.vocab_size}.")
-        with Undrawn("meta"):
+        with SkipInit("meta"):
             shapes = GPT(config).state_dict()
         # The model takes memory only after its weights have been verified.
         weights = found.load_tensors(checkpoint.MODEL, like=shapes)
-        with Undrawn():
+        with SkipInit():
             model = GPT(config)
         model.load_state_dict(weights)
         return Engine(model.to(device.torch).eval(), tokenizer, device)

@@ -1,6 +1,6 @@
-"""The Transformer. Knows tensors, nothing else.
+"""The model: tensors only, no files, no text, no training.
 
-`from model import GPT` imports torch then: the settings in `model.config` are read without it.
+Each class is imported on first use, so `model.config` can be read without importing torch.
 """
 
 from __future__ import annotations
@@ -13,19 +13,18 @@ from model.config import GPTConfig
 if TYPE_CHECKING:
     from model.attention import CausalSelfAttention, KVCache
     from model.gpt import GPT
-    from model.undrawn import Undrawn
+    from model.skip_init import SkipInit
 
-__all__ = ["GPT", "CausalSelfAttention", "GPTConfig", "KVCache", "Undrawn"]
+__all__ = ["GPT", "CausalSelfAttention", "GPTConfig", "KVCache", "SkipInit"]
 MODULES = {
     "GPT": "gpt",
     "CausalSelfAttention": "attention",
     "KVCache": "attention",
-    "Undrawn": "undrawn",
+    "SkipInit": "skip_init",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """A class of one of the modules, imported now."""
     if name not in MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{MODULES[name]}"), name)

@@ -1,10 +1,13 @@
-"""Causal self-attention with one fused projection, and the key-value cache that it fills.
+"""Causal self-attention, its key-value cache, and rotary position embeddings.
 
 Knows tensors only: no files, no text, no training.
-Shapes: B batch, T time, C width, H heads, G key-value heads, D head width.
+Shapes: B batch, T positions of the input, S positions attended to (T and those in a cache),
+C width, H heads, G key-value heads, D head width.
 """
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import torch
 import torch.nn as nn
@@ -15,84 +18,62 @@ from torch.utils.checkpoint import checkpoint
 from model.config import GPTConfig
 from model.linear import Linear
 
-QUERIES_AT_ONCE = 256  # of products on a CPU: what a block of queries cannot see is not computed
+# The number of queries in a chunk of unfused attention, which skips the keys behind its last query.
+QUERY_CHUNK = 256
+
+
+class AttentionContext(Protocol):
+    """Replaces plain causal attention over one sequence per row.
+
+    Made for one forward pass and shared by all layers: see `model/documents.py` and
+    `generation/caches.py`.
+    """
+
+    positions: Tensor  # [B, T], the index of each token in its own sequence
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+        """Attention `[B, H, T, D]` of queries `[B, H, T, D]` to keys and values `[B, G, S, D]`."""
+        ...
 
 
 class KVCache:
-    """Keys and values of the positions already seen: one preallocated pair of tensors a layer.
+    """Keys and values of earlier positions, in one preallocated pair of tensors per layer.
 
-    The modules stay stateless: whoever generates makes a cache and passes it to `GPT.forward`,
-    which writes behind `length` and moves it on. It holds `positions` of them: as many as a block, if not said.
+    `GPT.forward` writes behind `length` and advances it. `positions` is the capacity, by default
+    `block_size`.
     """
 
-    within = None  # see generation/caches.py
+    attention_context: AttentionContext | None = None
 
     def __init__(self, config: GPTConfig, batch_size: int, device: torch.device | str = "cpu",
-                 dtype: torch.dtype = torch.float32, positions: int = 0) -> None:
-        shape = (batch_size, config.kv_heads, positions or config.block_size, config.head_width)
+                 dtype: torch.dtype = torch.float32, positions: int | None = None) -> None:
+        positions = positions or config.block_size
+        shape = (batch_size, config.kv_heads, positions, config.head_width)
         self.keys = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
         self.values = [torch.empty_like(keys) for keys in self.keys]
         self.length = 0
-        self.before: Tensor | None = None  # the ids behind which the next ones come, where n-grams need them
+        # The last ids of the earlier positions, which n-gram embeddings need.
+        self.previous_ids: Tensor | None = None
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append `k`, `v` `[B, G, T, D]` of one layer; return all `[B, G, length + T, D]` so far."""
+        """Append `k` and `v` `[B, G, T, D]`; return all keys and values `[B, G, S, D]`."""
         end = self.length + k.size(2)
         self.keys[layer][:, :, self.length : end] = k
         self.values[layer][:, :, self.length : end] = v
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
 
-class Documents:
-    """Rows in which several documents lie one behind the other: where each position is in its own, and what it sees.
-
-    Made once a forward pass, for all layers, from `numbers` `[B, T]`: the document of each position, rising along a row.
-    A mask hides the others. Where flash attention can be had (`packed`), it takes the documents of the whole batch end to
-    end instead, and spends nothing on what lies between two of them: chosen for that, and not yet run on a GPU.
-    """
-
-    def __init__(self, numbers: Tensor, packed: bool = False) -> None:
-        T = numbers.size(1)
-        begins = F.pad(numbers.diff() != 0, (1, 0), value=True)  # [B, T]
-        index = torch.arange(T, device=numbers.device)
-        self.positions = index - (index * begins).cummax(dim=1).values  # [B, T], from 0 in each document
-        self.mask = self.cuts = None
-        if packed:
-            self.cuts = F.pad(begins.flatten().nonzero().flatten(), (0, 1), value=numbers.numel()).int()  # [documents + 1]
-        else:
-            same = numbers[:, None, :, None] == numbers[:, None, None, :]
-            self.mask = visible(T, T, numbers.device) & same  # [B, 1, T, T]
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-        """What the heads take `[B, H, T, D]`, for queries of that shape, keys and values `[B, G, T, D]`."""
-        if self.cuts is None:
-            return attend(q, k, v, self.mask, dropout)
-        from torch.nn.attention.varlen import varlen_attn  # here, since it takes a second to import
-
-        B, H, T, _ = q.shape
-        k, v = for_all_heads(k, H), for_all_heads(v, H)
-        q, k, v = (x.to(v.dtype).transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # [B * T, H, D]
-        return varlen_attn(q, k, v, self.cuts, self.cuts, T, T, window_size=(-1, 0)).unflatten(0, (B, T)).transpose(1, 2)
-
-
-def can_pack(config: GPTConfig, device: torch.device, training: bool) -> bool:
-    """Whether flash attention takes documents end to end here: in bfloat16, on GPUs that have it, without dropout."""
-    bf16 = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.bfloat16
-    return (device.type == "cuda" and bf16 and not (training and config.dropout)
-            and config.head_width % 8 == 0 and config.head_width <= 256)
-
-
 def rotary_table(block_size: int, head_width: int, base: float = 10_000.0) -> Tensor:
-    """Cosines and sines `[2, block_size, D]` of rotary positions (Su et al. 2021, arXiv:2104.09864)."""
+    """Cosines and sines `[2, block_size, D]` of rotary positions (RoPE, arXiv:2104.09864)."""
     frequencies = base ** (-torch.arange(0, head_width, 2, dtype=torch.float32) / head_width)
     angles = torch.arange(block_size, dtype=torch.float32).outer(frequencies).repeat(1, 2)
     return torch.stack((angles.cos(), angles.sin()))
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Turn each pair (d, d + D/2) of `x` `[B, H, T, D]` by its position's angle; `table` `[2, T, D]`.
+    """Rotate each pair (d, d + D/2) of `x` `[B, H, T, D]` by the angle of its position.
 
-    A `table` `[2, B, 1, T, D]` gives each row positions of its own.
+    `table` is `[2, T, D]`, or `[2, B, 1, T, D]` where the positions differ between rows.
     """
     cos, sin = table.to(x.dtype)
     left, right = x.chunk(2, dim=-1)
@@ -100,11 +81,10 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head self-attention in which position t sees positions 0..t only.
+    """Multi-head self-attention in which position t attends to positions 0..t only.
 
-    One matrix product makes queries, keys and values together; the kernels of
-    `scaled_dot_product_attention` do the rest without storing the `[T, T]` weights.
-    Dropout acts on the attention weights and on the way back into the residual stream.
+    One projection computes queries, keys and values. Dropout acts on the attention weights and on
+    the output.
     """
 
     def __init__(self, config: GPTConfig, layer: int = 0) -> None:
@@ -120,21 +100,27 @@ class CausalSelfAttention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, rotary: Tensor | None = None, cache: KVCache | None = None,
-                documents: Documents | None = None) -> Tensor:
-        """`x` `[B, T, C]` -> `[B, T, C]`; `rotary` is the table of the T positions, where used."""
-        q, k, v = self.project(x, rotary, cache)
+                context: AttentionContext | None = None) -> Tensor:
+        """`x` `[B, T, C]` -> `[B, T, C]`; `rotary` is the table of the T positions, if used."""
+        q, k, v = self.project_qkv(x, rotary, cache)
         dropout = self.dropout if self.training else 0.0
-        return self.merge(attend(q, k, v, None, dropout) if documents is None else documents.attend(q, k, v, dropout))
+        if context is None:
+            y = attend(q, k, v, None, dropout)
+        else:
+            y = context.attend(q, k, v, dropout)
+        return self.project_output(y)
 
-    def explicit(self, x: Tensor, rotary: Tensor | None = None, cache: KVCache | None = None) -> tuple[Tensor, Tensor]:
-        """The same by plain products, and the weights `[B, H, T, S]` before dropout, over all S positions seen."""
-        q, k, v = self.project(x, rotary, cache)
-        mask = visible(q.size(2), k.size(2), x.device)
-        y, weights = attend_by_products(q, k, v, mask, self.dropout if self.training else 0.0)
-        return self.merge(y), weights
+    def forward_with_weights(self, x: Tensor, rotary: Tensor | None = None,
+                             cache: KVCache | None = None) -> tuple[Tensor, Tensor]:
+        """The output by unfused attention, and the weights `[B, H, T, S]` before dropout."""
+        q, k, v = self.project_qkv(x, rotary, cache)
+        mask = causal_mask(q.size(2), k.size(2), x.device)
+        y, weights = unfused_attention(q, k, v, mask, self.dropout if self.training else 0.0)
+        return self.project_output(y), weights
 
-    def project(self, x: Tensor, rotary: Tensor | None, cache: KVCache | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries `[B, H, T, D]` of `x`, and keys and values `[B, G, S, D]` of it and of what the cache holds."""
+    def project_qkv(self, x: Tensor, rotary: Tensor | None,
+                    cache: KVCache | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries `[B, H, T, D]`, and keys and values `[B, G, S, D]`, which include the cache's."""
         B, T, _ = x.shape
         heads = self.c_attn(x).view(B, T, -1, self.head_width).transpose(1, 2)  # [B, H + 2G, T, D]
         qk, v = heads.split((self.n_head + self.n_kv_head, self.n_kv_head), dim=1)
@@ -147,58 +133,75 @@ class CausalSelfAttention(nn.Module):
             k, v = cache.extend(self.layer, k, v)
         return q, k, v
 
-    def merge(self, y: Tensor) -> Tensor:
-        """What the heads took `[B, H, T, D]`, side by side and projected: `[B, T, C]`."""
+    def project_output(self, y: Tensor) -> Tensor:
+        """Concatenate the heads `[B, H, T, D]` and project them: `[B, T, C]`."""
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-    """What the heads take `[B, H, T, D]`, for queries of that shape, keys and values `[B, G, S, D]`.
+    """Attention `[B, H, T, D]` of queries `[B, H, T, D]` to keys and values `[B, G, S, D]`.
 
-    A `mask` `[..., T, S]` is True where one may look; None: at all that is not later.
+    `mask` `[..., T, S]` is True where a query attends to a key; without it, attention is causal.
     """
     T, S = q.size(2), k.size(2)
-    if products_are_faster(v):
-        mask = visible(T, S, v.device) if mask is None else mask
-        if T <= QUERIES_AT_ONCE:
-            return attend_by_products(q, k, v, mask, dropout)[0]
-        parts = []
-        for queries, seen in zip(q.split(QUERIES_AT_ONCE, 2), mask.split(QUERIES_AT_ONCE, -2), strict=True):
-            end = S - T + sum(part.size(2) for part in parts) + queries.size(2)
-            # The weights of a long context would be most of what a step keeps: they are computed again for the gradients.
-            parts.append(checkpoint(attend_by_products, queries, k[:, :, :end], v[:, :, :end], seen[..., :end], dropout,
-                                    use_reentrant=False)[0])
-        return torch.cat(parts, dim=2)
-    if mask is not None:  # kernels that take one have no grouped heads on GPUs
-        k, v = for_all_heads(k, q.size(1)), for_all_heads(v, q.size(1))
-    # Without earlier positions the kernel's own causal mask serves; a single new position sees
-    # everything; several new ones behind a cache need a mask that is shifted by its length.
-    if mask is None and 1 < T < S:
-        mask = visible(T, S, v.device)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout,
-                                          is_causal=mask is None and T == S > 1, enable_gqa=k.size(1) != q.size(1))
+    if unfused_is_faster(v):
+        if mask is None:
+            mask = causal_mask(T, S, v.device)
+        return attend_in_chunks(q, k, v, mask, dropout)
+    if mask is not None:
+        # Fused kernels on GPUs do not support a mask together with grouped heads.
+        k, v = repeat_kv(k, q.size(1)), repeat_kv(v, q.size(1))
+    elif 1 < T < S:
+        # The kernel's own causal mask assumes that there are no earlier positions.
+        mask = causal_mask(T, S, v.device)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None and T == S > 1,
+        enable_gqa=k.size(1) != q.size(1))
 
 
-def products_are_faster(v: Tensor) -> bool:
-    """On CPUs in bf16 the fused kernel takes up to three times as long: docs/benchmarks.md."""
+def unfused_is_faster(v: Tensor) -> bool:
+    """In bf16 on CPUs the fused kernel takes up to three times as long: docs/benchmarks.md."""
     return v.is_cpu and v.dtype == torch.bfloat16
 
 
-def attend_by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout: float) -> tuple[Tensor, Tensor]:
-    """As `attend`, and the weights `[B, H, T, S]` before dropout."""
-    k, v = for_all_heads(k, q.size(1)), for_all_heads(v, q.size(1))
-    hidden = torch.zeros_like(mask, dtype=v.dtype).masked_fill(~mask, -torch.inf).expand(*q.shape[:3], k.size(2))
-    hidden, q, k = (x.to(v.dtype).flatten(0, 1) for x in (hidden, q, k))  # one product of two stacks of matrices
-    scores = torch.baddbmm(hidden, q, k.mT, alpha=q.size(-1) ** -0.5).unflatten(0, v.shape[:2])
+def attend_in_chunks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout: float) -> Tensor:
+    """As `attend`, by unfused attention on chunks of queries; `mask` hides later positions."""
+    T, S = q.size(2), k.size(2)
+    if T <= QUERY_CHUNK:
+        return unfused_attention(q, k, v, mask, dropout)[0]
+    outputs = []
+    end = S - T
+    for queries, rows in zip(q.split(QUERY_CHUNK, 2), mask.split(QUERY_CHUNK, -2), strict=True):
+        end += queries.size(2)
+        # The weights of a long context would take most of a step's memory, so the backward pass
+        # computes them again.
+        y, _ = checkpoint(unfused_attention, queries, k[:, :, :end], v[:, :, :end],
+                          rows[..., :end], dropout, use_reentrant=False)
+        outputs.append(y)
+    return torch.cat(outputs, dim=2)
+
+
+def unfused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor,
+                      dropout: float) -> tuple[Tensor, Tensor]:
+    """As `attend`, by two matrix products; also the weights `[B, H, T, S]` before dropout."""
+    B, H, T, D = q.shape
+    k, v = repeat_kv(k, H), repeat_kv(v, H)
+    bias = torch.zeros_like(mask, dtype=v.dtype).masked_fill(~mask, -torch.inf)
+    bias = bias.expand(B, H, T, k.size(2))
+    # One batched product of B * H matrices.
+    bias, q, k = (x.to(v.dtype).flatten(0, 1) for x in (bias, q, k))
+    scores = torch.baddbmm(bias, q, k.mT, alpha=D**-0.5).unflatten(0, (B, H))
     weights = scores.softmax(-1)
     return F.dropout(weights, dropout) @ v, weights
 
 
-def for_all_heads(x: Tensor, heads: int) -> Tensor:
-    """Keys or values `[B, G, S, D]`, each group's once for every head that shares it: `[B, H, S, D]`."""
-    return x if x.size(1) == heads else x.repeat_interleave(heads // x.size(1), dim=1)
+def repeat_kv(x: Tensor, n_head: int) -> Tensor:
+    """Repeat keys or values `[B, G, S, D]` for the heads that share them: `[B, H, S, D]`."""
+    if x.size(1) == n_head:
+        return x
+    return x.repeat_interleave(n_head // x.size(1), dim=1)
 
 
-def visible(T: int, S: int, device: torch.device) -> Tensor:
-    """True `[T, S]` where one of the last T of S positions may look: at itself and at what comes before it."""
+def causal_mask(T: int, S: int, device: torch.device) -> Tensor:
+    """`[T, S]`, True where one of the last T of S positions attends: to itself and earlier ones."""
     return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)

@@ -1,6 +1,7 @@
 """The model: token ids in, next-token logits or their mean loss out.
 
-One family, from GPT-2 exactly as published to a modern variant; each difference is a flag of `GPTConfig`.
+One architecture, from GPT-2 as published to a modern variant: the differences are flags of
+`GPTConfig`.
 Knows tensors only: no files, no text, no training. Parameter names are GPT-2's own.
 Shapes: B batch, T time, C width, V vocabulary.
 """
@@ -15,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from model.attention import CausalSelfAttention, Documents, KVCache, can_pack, rotary_table
+from model.attention import AttentionContext, CausalSelfAttention, KVCache, rotary_table
 from model.config import GPTConfig
+from model.documents import DocumentAttention, supports_varlen
 from model.linear import Linear
 from model.loss import next_token_loss
 from model.ngram import NGramEmbedding
@@ -29,7 +31,7 @@ def make_norm(config: GPTConfig) -> nn.Module:
 
 
 class MLP(nn.Module):
-    """Two linear layers, four times as wide inside."""
+    """Two linear layers with an activation between them; the hidden width is 4 C."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -48,7 +50,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm Transformer block: attention mixes positions, the MLP works within each."""
+    """A pre-norm Transformer block: attention, then an MLP, each added to its input."""
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
@@ -58,28 +60,31 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, rotary: Tensor | None = None, cache: KVCache | None = None,
-                documents: Documents | None = None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), rotary, cache, documents=documents)
+                context: AttentionContext | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), rotary, cache, context=context)
         return x + self.mlp(self.ln_2(x))
 
 
 class GPT(nn.Module):
     """A decoder-only Transformer language model.
 
-    Raises ValueError for a `config` whose values cannot work, with all reasons.
+    Raises ValueError for an invalid `config`, with all its problems.
     """
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        if problems := list(config.problems()):
+        problems = list(config.problems())
+        if problems:
             raise ValueError("\n".join(problems))
         self.config = config
-        self.recompute = False  # keep what goes into each block, and compute the rest again for the gradients: less memory
+        # Activation checkpointing: the backward pass computes each block's activations again.
+        self.recompute = False
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         if config.position == "learned":
             self.wpe = nn.Embedding(config.block_size, config.n_embd)
         else:
-            self.register_buffer("rotary", rotary_table(config.block_size, config.head_width), persistent=False)
+            table = rotary_table(config.block_size, config.head_width)
+            self.register_buffer("rotary", table, persistent=False)
         if config.ngrams > 1:
             self.ngram = NGramEmbedding(config)
         self.drop = nn.Dropout(config.dropout)
@@ -91,11 +96,15 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """GPT-2's: normal with deviation 0.02, the residual projections smaller by sqrt(2 n_layer), biases 0."""
+        """Initialize as GPT-2: weights have a standard deviation of 0.02, biases are zero.
+
+        The projections into the residual stream are smaller by a factor of sqrt(2 n_layer).
+        """
         for name, weights in self.named_parameters():
             if name.endswith("bias"):
                 weights.zero_()
-            elif weights.dim() == 1:  # the gain of a layer norm
+            elif weights.dim() == 1:
+                # The gain of a layer norm.
                 weights.fill_(1.0)
             elif self.config.zero_init and name.endswith(("c_proj.weight", "lm_head.weight")):
                 weights.zero_()
@@ -104,45 +113,67 @@ class GPT(nn.Module):
             else:
                 weights.normal_(std=0.02)
 
-    def features(self, idx: Tensor, cache: KVCache | None = None, documents: Tensor | None = None) -> Tensor:
+    def features(self, idx: Tensor, cache: KVCache | None = None,
+                 document_ids: Tensor | None = None) -> Tensor:
         """Token ids `[B, T]` -> the final residual stream `[B, T, C]`.
 
-        With a `cache` the ids continue the positions it holds, and it moves on by T. With `documents` `[B, T]`, numbers
-        that rise along a row, those of one number are a sequence of their own: positions restart, attention stays within.
-        Raises ValueError where the positions would pass `block_size`.
+        With a `cache` the ids continue its positions, and it advances by T. With `document_ids`
+        `[B, T]`, which increase along a row, each document is a sequence of its own. Raises
+        ValueError if the positions exceed `block_size`.
         """
-        start = cache.length if cache is not None else 0
+        start = 0
+        context: AttentionContext | None = None
+        if cache is not None:
+            start, context = cache.length, cache.attention_context
         end = start + idx.size(1)
         if end > self.config.block_size:
-            raise ValueError(f"A context of {end} tokens is longer than block_size={self.config.block_size}.")
-        x, rotary, within = self.wte(idx), None, cache.within if cache is not None else None
-        if documents is not None:
+            raise ValueError(f"A context of {end} tokens is longer than "
+                             f"block_size={self.config.block_size}.")
+        if document_ids is not None:
             assert cache is None, "a cache continues one document"
-            within = Documents(documents, can_pack(self.config, idx.device, self.training))
-        if self.config.position == "learned":
-            x = x + (self.wpe.weight[start:end] if within is None else self.wpe(within.positions))
-        else:
-            rotary = self.rotary[:, start:end] if within is None else self.rotary[:, within.positions[:, None]]
-        if self.config.ngrams > 1:
-            before = cache.before if cache is not None else None
-            x = x + self.ngram(idx, before, within.positions if within is not None else None)
-            if cache is not None:
-                cache.before = self.ngram.following(idx, before)
-        if self.config.embedding_norm:
-            x = F.rms_norm(x, (self.config.n_embd,))
-        x = self.drop(x)
+            varlen = supports_varlen(self.config, idx.device, self.training)
+            context = DocumentAttention(document_ids, varlen)
+
+        positions = context.positions if context is not None else None
+        x = self.drop(self.embed(idx, start, positions, cache))
+        rotary = self.rotary_at(start, end, positions)
         for block in self.h:
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, rotary, cache, within, use_reentrant=False)
+                x = checkpoint(block, x, rotary, cache, context, use_reentrant=False)
             else:
-                x = block(x, rotary, cache, within)
+                x = block(x, rotary, cache, context)
         if cache is not None:
             cache.length = end
         return self.ln_f(x)
 
+    def embed(self, idx: Tensor, start: int, positions: Tensor | None,
+              cache: KVCache | None) -> Tensor:
+        """The sum of all embeddings `[B, T, C]` of ids at `positions`, by default from `start`."""
+        x = self.wte(idx)
+        if self.config.position == "learned" and positions is None:
+            x = x + self.wpe.weight[start : start + idx.size(1)]
+        elif self.config.position == "learned":
+            x = x + self.wpe(positions)
+        if self.config.ngrams > 1:
+            previous_ids = cache.previous_ids if cache is not None else None
+            x = x + self.ngram(idx, previous_ids, positions)
+            if cache is not None:
+                cache.previous_ids = self.ngram.last_ids(idx, previous_ids)
+        if self.config.embedding_norm:
+            x = F.rms_norm(x, (self.config.n_embd,))
+        return x
+
+    def rotary_at(self, start: int, end: int, positions: Tensor | None) -> Tensor | None:
+        """The rotary table of the given positions, if the model uses one."""
+        if self.config.position == "learned":
+            return None
+        if positions is None:
+            return self.rotary[:, start:end]
+        return self.rotary[:, positions[:, None]]
+
     @property
     def head_weight(self) -> Tensor:
-        """The matrix `[V, C]` from features to logits."""
+        """The weights `[V, C]` of the output head."""
         return (self.wte if self.config.tie_head else self.lm_head).weight
 
     def head(self, features: Tensor) -> Tensor:
@@ -150,38 +181,43 @@ class GPT(nn.Module):
         return F.linear(features, self.head_weight)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, cache: KVCache | None = None,
-                documents: Tensor | None = None) -> Tensor:
-        """Logits `[B, T, V]` for ids `[B, T]`; with `targets` `[B, T]`, the mean loss in nats (a scalar) instead.
+                document_ids: Tensor | None = None) -> Tensor:
+        """Logits `[B, T, V]` for ids `[B, T]`, or with `targets` `[B, T]` the mean loss in nats.
 
-        `cache` and `documents` are as `features` takes them.
+        `cache` and `document_ids` are those of `features`.
         """
-        features = self.features(idx, cache, documents)
+        features = self.features(idx, cache, document_ids)
         if targets is None:
             return self.head(features)
         return next_token_loss(features.flatten(0, 1), self.head_weight, targets.flatten())
 
     def parameters_by_role(self) -> dict[str, dict[str, Tensor]]:
-        """The parameters by role and name, each once."""
+        """The parameters by role and name; each has one role."""
         roles: dict[str, dict[str, Tensor]] = {
             "embedding": {}, "attention": {}, "mlp": {}, "vector": {}, "head": {}}
         for name, weights in self.named_parameters():
             if weights.dim() == 1:
-                roles["vector"][name] = weights  # biases and gains
+                role = "vector"
             elif name.startswith(("wte", "wpe", "ngram")):
-                roles["embedding"][name] = weights
+                role = "embedding"
             elif name.startswith("lm_head"):
-                roles["head"][name] = weights
+                role = "head"
+            elif ".attn." in name:
+                role = "attention"
             else:
-                roles["attention" if ".attn." in name else "mlp"][name] = weights
+                role = "mlp"
+            roles[role][name] = weights
         return roles
 
     def flops_per_token(self) -> int:
-        """Floating-point operations to train on one token, forward and backward (arXiv:2204.02311, appendix B).
+        """The floating-point operations of forward and backward per token.
 
-        Six for each weight of a matrix product (the head's counts, a looked-up embedding does not), and
-        12 * C * T a layer for the two products of attention, counted as if no mask saved half of them.
+        As in arXiv:2204.02311, appendix B: six for each weight of a matrix product, which includes
+        the head but not the embeddings; and 12 * C * T per layer for the two products of attention,
+        without the saving by the causal mask.
         """
-        config, roles = self.config, self.parameters_by_role()
-        products = sum(w.numel() for role in ("attention", "mlp") for w in roles[role].values())
-        products += config.vocab_size * config.n_embd
+        config = self.config
+        roles = self.parameters_by_role()
+        weights = [*roles["attention"].values(), *roles["mlp"].values(), self.head_weight]
+        products = sum(weight.numel() for weight in weights)
         return 6 * products + 12 * config.n_layer * config.n_embd * config.block_size

@@ -1,6 +1,6 @@
-"""The linear layer. On AMD's CPUs in fp32 it trains with oneDNN's products instead of MKL's.
+"""The linear layer, which trains in fp32 on AMD CPUs with oneDNN instead of MKL.
 
-MKL does not use all of an AMD processor: docs/benchmarks.md has what both take. Knows tensors only.
+MKL is slower on AMD: docs/benchmarks.md has timings. Knows tensors only.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from hardware import onednn_beats_mkl
 
 
 class Linear(nn.Linear):
-    """`torch.nn.Linear` by the function below."""
+    """`torch.nn.Linear` by `linear`."""
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` `[..., in]` -> `[..., out]`."""
@@ -24,14 +24,14 @@ class Linear(nn.Linear):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`x` `[..., in]` times `weight` `[out, in]` transposed: `F.linear` but for rounding."""
+    """`F.linear` of `x` `[..., in]` and `weight` `[out, in]`, equal up to rounding."""
     if onednn_is_faster(x):
         return OneDNNLinear.apply(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
 def onednn_is_faster(x: Tensor) -> bool:
-    """Whether `x` trains in fp32 where torch would use MKL. In bf16 torch uses oneDNN itself."""
+    """Whether oneDNN is faster: training in fp32 on some CPUs. In bf16 torch uses it anyway."""
     trains_in_fp32 = torch.is_grad_enabled() and x.is_cpu and x.dtype == torch.float32
     if not trains_in_fp32 or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
         return False
@@ -39,7 +39,7 @@ def onednn_is_faster(x: Tensor) -> bool:
 
 
 class OneDNNLinear(torch.autograd.Function):
-    """The products that oneDNN computes faster: the layer's result, and the gradient of its input."""
+    """A linear layer whose output and input gradient are computed by oneDNN."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -61,5 +61,5 @@ class OneDNNLinear(torch.autograd.Function):
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """What `F.linear` computes, by oneDNN."""
+    """`F.linear` by oneDNN."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")

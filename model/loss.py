@@ -1,6 +1,7 @@
-"""The loss of a large vocabulary without all logits at once: a chunk of positions after the other.
+"""The loss of a large vocabulary, computed in chunks so that its logits never exist all at once.
 
-GPT-2's logits of 4 x 1,024 positions are 0.8 GB in fp32, and as much again for their gradient; the model itself is 0.5 GB.
+GPT-2's logits for 4 x 1,024 positions take 0.8 GB in fp32, and their gradient as much again; the
+model takes 0.5 GB.
 """
 
 from __future__ import annotations
@@ -13,53 +14,62 @@ from torch import Tensor
 
 from model.linear import linear
 
-LOGITS_AT_ONCE = 2**24  # 64 MB in fp32
+# The number of logits in a chunk: 64 MB in fp32.
+MAX_LOGITS = 2**24
 
 
 def next_token_loss(features: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """The mean cross-entropy, in nats, of targets `[N]` under logits `features` `[N, C]` times `weight` `[V, C]` turned.
+    """The mean cross-entropy in nats of targets `[N]` under the logits `features` @ `weight`.T.
 
-    Logits that are few are computed at once. `torch.nn.functional.linear_cross_entropy` does the same as the rest of
-    this file; on CPUs it took 2.6 times as long (docs/benchmarks.md).
+    `features` are `[N, C]`, `weight` is `[V, C]`. Small inputs need no chunks. On CPUs
+    `torch.nn.functional.linear_cross_entropy` takes 2.6 times as long: docs/benchmarks.md.
     """
-    if len(targets) * len(weight) <= LOGITS_AT_ONCE:
+    if len(targets) * len(weight) <= MAX_LOGITS:
         return F.cross_entropy(linear(features, weight).float(), targets)
-    kind = features.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else features.dtype
+    dtype = features.dtype
+    if torch.is_autocast_enabled(features.device.type):
+        dtype = torch.get_autocast_dtype(features.device.type)
     return ChunkedLoss.apply(features, weight, targets, dtype)
 
 
 class ChunkedLoss(torch.autograd.Function):
-    """Computes the gradients with the loss, while a chunk's logits are there. Products are of `dtype`, sums of fp32."""
+    """Computes a chunk's gradients together with its loss, while the logits are in memory.
+
+    Matrix products are computed in `dtype`, sums in fp32.
+    """
 
     @staticmethod
-    def forward(ctx: Any, features: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
-        chunk = max(1, LOGITS_AT_ONCE // len(weight))
-        product_weight = weight.to(dtype)
+    def forward(ctx: Any, features: Tensor, weight: Tensor, targets: Tensor,
+                dtype: torch.dtype) -> Tensor:
+        chunk_size = max(1, MAX_LOGITS // len(weight))
+        cast_weight = weight.to(dtype)
         loss = torch.zeros((), device=features.device)
-        wanted = any(ctx.needs_input_grad)
-        if wanted:
-            ctx.count = len(targets)
-            features_gradient, weight_gradient = torch.empty_like(features, dtype=torch.float32), torch.zeros_like(weight)
-        for start in range(0, len(targets), chunk):
-            x, aims = features[start : start + chunk].to(dtype), targets[start : start + chunk]
-            logits = (x @ product_weight.mT).float()  # [chunk, V]
-            normalizers = logits.logsumexp(dim=1, keepdim=True)
-            rows = torch.arange(len(aims), device=aims.device)
-            loss += (normalizers[:, 0] - logits[rows, aims]).sum()
-            if wanted:
-                off = logits.sub_(normalizers).exp_()  # the probabilities, less the truth: the gradient by the logits
-                off[rows, aims] -= 1
-                off = off.to(dtype)
-                features_gradient[start : start + chunk] = off @ product_weight
-                weight_gradient += off.mT @ x
-        if wanted:
+        needs_gradients = any(ctx.needs_input_grad)
+        if needs_gradients:
+            features_gradient = torch.empty_like(features, dtype=torch.float32)
+            weight_gradient = torch.zeros_like(weight)
+        for start in range(0, len(targets), chunk_size):
+            chunk = slice(start, start + chunk_size)
+            x = features[chunk].to(dtype)
+            logits = (x @ cast_weight.mT).float()  # [chunk, V]
+            log_normalizers = logits.logsumexp(dim=1, keepdim=True)
+            at_targets = torch.arange(len(x), device=x.device), targets[chunk]
+            loss += (log_normalizers[:, 0] - logits[at_targets]).sum()
+            if needs_gradients:
+                # The gradient of the logits: probabilities less one-hot targets.
+                logits_gradient = logits.sub_(log_normalizers).exp_()
+                logits_gradient[at_targets] -= 1
+                logits_gradient = logits_gradient.to(dtype)
+                features_gradient[chunk] = logits_gradient @ cast_weight
+                weight_gradient += logits_gradient.mT @ x
+        if needs_gradients:
             ctx.save_for_backward(features_gradient, weight_gradient)
-            ctx.dtype = features.dtype
+            ctx.count, ctx.dtype = len(targets), features.dtype
         return loss / len(targets)
 
     @staticmethod
-    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, loss_gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
         features_gradient, weight_gradient = ctx.saved_tensors
-        scale = outer / ctx.count  # here and not before, so that fp16 holds the small gradients of a large batch
+        # Dividing in the chunks would make gradients of a large batch too small for fp16.
+        scale = loss_gradient / ctx.count
         return (features_gradient * scale).to(ctx.dtype), weight_gradient * scale, None, None

@@ -1,7 +1,7 @@
-"""Embeddings of the last few tokens together, looked up by their hash: what a short context says, at the price of a lookup.
+"""N-gram embeddings: the last few tokens together select rows of a table by their hash.
 
 After arXiv:2501.16975 and arXiv:2412.09871. Knows tensors only.
-Shapes: B batch, T time, C width, N the longest n-gram.
+Shapes: B batch, T time, C width, N the length of the longest n-gram.
 """
 
 from __future__ import annotations
@@ -13,45 +13,55 @@ from torch import Tensor
 
 from model.config import GPTConfig
 
-NOTHING = -1  # stands where a text has no earlier token
-MULTIPLIER = 0x9E3779B97F4A7C15 - 2**64  # odd and without pattern, as an int64; products wrap around
+# Stands for the missing token before the start of a sequence.
+NO_TOKEN = -1
+# 2^64 divided by the golden ratio (Fibonacci hashing), as an int64. Products wrap around.
+MULTIPLIER = 0x9E3779B97F4A7C15 - 2**64
 
 
 class NGramEmbedding(nn.Module):
-    """The sum of the embeddings of the bigram, the trigram, ... up to the N-gram that end at each position.
+    """The sum of the embeddings of the bigram, trigram, ..., N-gram that end at each position.
 
-    All share one table of `ngram_rows` rows, and rows that collide; a row of its own for each trigram of 65 characters
-    would already take 274,625.
+    All share one table of `ngram_rows` rows, so different n-grams can share a row.
     """
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.longest = config.ngrams
+        self.n_previous = config.ngrams - 1
         self.table = nn.Embedding(config.ngram_rows, config.n_embd)
 
-    def forward(self, idx: Tensor, before: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
-        """Ids `[B, T]` -> `[B, T, C]`. `before` `[B, N - 1]` are the ids in front of them, where there are any.
+    def forward(self, idx: Tensor, previous_ids: Tensor | None = None,
+                positions: Tensor | None = None) -> Tensor:
+        """Ids `[B, T]` -> `[B, T, C]`.
 
-        With `positions` `[B, T]`, those of each id in its own document, no n-gram reaches into another.
+        `previous_ids` `[B, N - 1]` are the ids before `idx`, if any. `positions` `[B, T]` are those
+        of each token in its own document: no n-gram crosses documents.
         """
-        return self.table(self.rows(idx, before, positions)).sum(dim=2)
+        return self.table(self.row_indices(idx, previous_ids, positions)).sum(dim=2)
 
-    def rows(self, idx: Tensor, before: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
-        """The rows `[B, T, N - 1]` of the n-grams that end at each position, the shortest first."""
-        T, reach = idx.size(1), self.longest - 1
-        ids = F.pad(idx, (reach, 0), value=NOTHING) if before is None else torch.cat((before, idx), dim=1)
-        rows, gram = [], idx
-        for back in range(1, self.longest):
-            earlier = ids[:, reach - back : reach - back + T]
+    def row_indices(self, idx: Tensor, previous_ids: Tensor | None = None,
+                    positions: Tensor | None = None) -> Tensor:
+        """Rows of the table `[B, T, N - 1]`, those of the shortest n-grams first."""
+        ids = self.prepend(idx, previous_ids)
+        hashes = idx
+        indices = []
+        for distance in range(1, self.n_previous + 1):
+            start = self.n_previous - distance
+            earlier = ids[:, start : start + idx.size(1)]
             if positions is not None:
-                earlier = earlier.masked_fill(positions < back, NOTHING)
-            gram = gram * MULTIPLIER + earlier
-            gram = gram ^ gram >> 32  # the upper half is where all bits have met
-            rows.append((gram * MULTIPLIER >> 32) % self.table.num_embeddings)
-        return torch.stack(rows, dim=2)
+                earlier = earlier.masked_fill(positions < distance, NO_TOKEN)
+            hashes = hashes * MULTIPLIER + earlier
+            # The upper half of a product depends on all bits.
+            hashes = hashes ^ (hashes >> 32)
+            indices.append(((hashes * MULTIPLIER) >> 32) % self.table.num_embeddings)
+        return torch.stack(indices, dim=2)
 
-    def following(self, idx: Tensor, before: Tensor | None) -> Tensor:
-        """The `before` `[B, N - 1]` of what comes behind `idx`."""
-        reach = self.longest - 1
-        ids = F.pad(idx, (reach, 0), value=NOTHING) if before is None else torch.cat((before, idx), dim=1)
-        return ids[:, ids.size(1) - reach :]
+    def prepend(self, idx: Tensor, previous_ids: Tensor | None) -> Tensor:
+        """`idx` `[B, T]` after the N - 1 ids before it."""
+        if previous_ids is None:
+            return F.pad(idx, (self.n_previous, 0), value=NO_TOKEN)
+        return torch.cat((previous_ids, idx), dim=1)
+
+    def last_ids(self, idx: Tensor, previous_ids: Tensor | None) -> Tensor:
+        """The `previous_ids` `[B, N - 1]` of the tokens that follow `idx`."""
+        return self.prepend(idx, previous_ids)[:, -self.n_previous :]

@@ -1,11 +1,11 @@
-"""Attention from two matrix products to the block that the model uses, one idea a class.
+"""Attention in seven steps, from two matrix products to the module that the model uses.
 
-For reading from top to bottom, and as oracles: tests prove how each class follows from the one before it
-(docs/attention.md walks along). Nothing in training or sampling imports this file.
+For reading from top to bottom beside docs/attention.md, and as references for tests, which compare
+each class with the one before it. Training and sampling do not use this file.
 
-Shapes: B batch, T time, H heads, D head width; `d_in` and `d_out` are the widths of what comes in and goes out.
-With `return_weights=True` each class also returns its attention weights, before dropout: row t holds how much position t
-takes from each position.
+Shapes: B batch, T time, H heads, D head width; `d_in` and `d_out` are the widths of the input and
+the output. With `return_weights=True` each class also returns its attention weights before
+dropout: row t has the weights of all positions in the output of position t.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from model.attention import CausalSelfAttention
 from model.config import GPTConfig
 
-Attended = Tensor | tuple[Tensor, Tensor]  # the context vectors, and the weights where they are asked for
+# The context vectors, and the attention weights if requested.
+Output = Tensor | tuple[Tensor, Tensor]
 
 
 class SelfAttention_v1(nn.Module):
-    """Each position asks with its query; the keys that fit it best give the most of their values.
+    """Scaled dot-product attention (arXiv:1706.03762, equation 1).
 
-    One sequence, three bare matrices, no mask (Vaswani et al. 2017, arXiv:1706.03762, equation 1).
+    For one sequence, with three plain matrices and no mask.
     """
 
     def __init__(self, d_in: int, d_out: int) -> None:
@@ -33,19 +34,23 @@ class SelfAttention_v1(nn.Module):
         self.W_key = nn.Parameter(torch.rand(d_in, d_out))
         self.W_value = nn.Parameter(torch.rand(d_in, d_out))
 
-    def forward(self, x: Tensor, return_weights: bool = False) -> Attended:
+    def forward(self, x: Tensor, return_weights: bool = False) -> Output:
         """`x` `[T, d_in]` -> `[T, d_out]`, and weights `[T, T]`."""
-        queries, keys, values = x @ self.W_query, x @ self.W_key, x @ self.W_value  # [T, d_out] each
-        scores = queries @ keys.T  # [T, T]: how well query t fits key s
-        weights = torch.softmax(scores / math.sqrt(keys.size(-1)), dim=-1)  # each row sums to 1
+        queries = x @ self.W_query  # [T, d_out]
+        keys = x @ self.W_key  # [T, d_out]
+        values = x @ self.W_value  # [T, d_out]
+        # [T, T]: the score of key s for query t.
+        scores = queries @ keys.T / math.sqrt(keys.size(-1))
+        # Each row sums to 1.
+        weights = torch.softmax(scores, dim=-1)
         context = weights @ values  # [T, d_out]
         return (context, weights) if return_weights else context
 
 
 class SelfAttention_v2(nn.Module):
-    """The same with `nn.Linear`, which brings a better start for training and, if wanted, biases.
+    """The same with `nn.Linear`, which has a better initialization and optional biases.
 
-    A linear layer keeps its matrix transposed: `W_query.weight` here is `W_query.T` there.
+    `nn.Linear` stores its matrix transposed: `W_query.weight` equals `W_query.T` of v1.
     """
 
     def __init__(self, d_in: int, d_out: int, qkv_bias: bool = False) -> None:
@@ -54,185 +59,192 @@ class SelfAttention_v2(nn.Module):
         self.W_key = nn.Linear(d_in, d_out, bias=qkv_bias)
         self.W_value = nn.Linear(d_in, d_out, bias=qkv_bias)
 
-    def forward(self, x: Tensor, return_weights: bool = False) -> Attended:
+    def forward(self, x: Tensor, return_weights: bool = False) -> Output:
         """`x` `[T, d_in]` -> `[T, d_out]`, and weights `[T, T]`."""
-        queries, keys, values = self.W_query(x), self.W_key(x), self.W_value(x)  # [T, d_out] each
-        weights = torch.softmax(queries @ keys.T / math.sqrt(keys.size(-1)), dim=-1)
+        queries, keys, values = self.W_query(x), self.W_key(x), self.W_value(x)  # [T, d_out]
+        scores = queries @ keys.T / math.sqrt(keys.size(-1))
+        weights = torch.softmax(scores, dim=-1)
         context = weights @ values
         return (context, weights) if return_weights else context
 
 
-class CausalAttention(nn.Module):
-    """No position sees what comes after it, so that each can be trained to say what comes next.
+class CausalAttention(SelfAttention_v2):
+    """Attention to the position itself and earlier ones only, for next-token prediction.
 
-    What is ahead is masked before the softmax: its score becomes minus infinity, its weight exactly 0, and the others
-    still sum to 1. Dropout on the weights; batches; any length up to `context_length`.
+    The scores of later positions become minus infinity before the softmax, so their weights are
+    exactly 0 and the others still sum to 1. Adds dropout on the weights, and a batch dimension.
     """
 
-    def __init__(self, d_in: int, d_out: int, context_length: int, dropout: float, qkv_bias: bool = False) -> None:
-        super().__init__()
-        self.W_query = nn.Linear(d_in, d_out, bias=qkv_bias)
-        self.W_key = nn.Linear(d_in, d_out, bias=qkv_bias)
-        self.W_value = nn.Linear(d_in, d_out, bias=qkv_bias)
+    def __init__(self, d_in: int, d_out: int, context_length: int, dropout: float,
+                 qkv_bias: bool = False) -> None:
+        super().__init__(d_in, d_out, qkv_bias)
         self.dropout = nn.Dropout(dropout)
-        self.register_buffer("mask", future(context_length))
+        is_later = torch.ones(context_length, context_length, dtype=torch.bool).triu(diagonal=1)
+        self.register_buffer("mask", is_later)
 
-    def forward(self, x: Tensor, return_weights: bool = False) -> Attended:
-        """`x` `[B, T, d_in]` -> `[B, T, d_out]`, and weights `[B, T, T]`. Raises ValueError for too long an input."""
-        T = fitting(x, self.mask)
-        queries, keys, values = self.W_query(x), self.W_key(x), self.W_value(x)  # [B, T, d_out] each
-        scores = queries @ keys.transpose(1, 2) / math.sqrt(keys.size(-1))  # [B, T, T]
-        weights = torch.softmax(scores.masked_fill(self.mask[:T, :T], -torch.inf), dim=-1)
+    def forward(self, x: Tensor, return_weights: bool = False) -> Output:
+        """`x` `[B, T, d_in]` -> `[B, T, d_out]`, and weights `[B, T, T]`.
+
+        Raises ValueError if T exceeds `context_length`.
+        """
+        queries, keys, values = self.W_query(x), self.W_key(x), self.W_value(x)  # [B, T, d_out]
+        weights = self.causal_weights(queries, keys)
         context = self.dropout(weights) @ values
         return (context, weights) if return_weights else context
 
+    def causal_weights(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """Attention weights `[..., T, T]` of queries and keys `[..., T, D]`."""
+        length, context_length = keys.size(-2), len(self.mask)
+        if length > context_length:
+            raise ValueError(f"An input of {length} positions is longer than "
+                             f"context_length={context_length}.")
+        scores = queries @ keys.mT / math.sqrt(keys.size(-1))
+        scores = scores.masked_fill(self.mask[:length, :length], -torch.inf)
+        return torch.softmax(scores, dim=-1)
+
 
 class CausalMechanismV1(CausalAttention):
-    """Sequences of different lengths in one batch, the shorter ones padded at their end.
+    """Causal attention for a batch of sequences of different lengths, padded at their end.
 
-    Nobody attends to padding, and padding attends to nobody: its rows are zero, whatever lies in it. Dropout on
-    the weights, and on the context vectors too.
+    No position attends to padding, and the output of padding is zero, whatever its input. Adds
+    dropout on the context vectors.
     """
 
-    def forward(self, x: Tensor, lengths: Tensor | None = None, return_weights: bool = False) -> Attended:
-        """`x` `[B, T, d_in]`, `lengths` `[B]` (all T without it) -> `[B, T, d_out]`, and weights `[B, T, T]`.
+    def forward(self, x: Tensor, lengths: Tensor | None = None,
+                return_weights: bool = False) -> Output:
+        """`x` `[B, T, d_in]` -> `[B, T, d_out]`, and weights `[B, T, T]`.
 
-        Raises ValueError for too long an input and for lengths that do not fit it.
+        `lengths` `[B]` are the lengths of the sequences, by default T. Raises ValueError if T
+        exceeds `context_length` or if `lengths` are invalid.
         """
-        T = fitting(x, self.mask)
-        padding = padded(x, lengths)  # [B, T]
-        x = x.masked_fill(padding[:, :, None], 0.0)  # even NaN, which no weight of 0 could hide
-        queries, keys, values = self.W_query(x), self.W_key(x), self.W_value(x)  # [B, T, d_out] each
-        scores = queries @ keys.transpose(1, 2) / math.sqrt(keys.size(-1))  # [B, T, T]
-        # Padding comes last, so the causal mask already hides it from each real position. Its own rows must go.
-        weights = torch.softmax(scores.masked_fill(self.mask[:T, :T], -torch.inf), dim=-1)
-        weights = weights.masked_fill(padding[:, :, None], 0.0)
+        is_padding = padding_mask(x, lengths)[:, :, None]  # [B, T, 1]
+        # Padding may hold NaN, which a weight of 0 would not remove.
+        x = x.masked_fill(is_padding, 0.0)
+        queries, keys, values = self.W_query(x), self.W_key(x), self.W_value(x)  # [B, T, d_out]
+        # Padding comes last, so the causal mask already hides it from the other positions.
+        weights = self.causal_weights(queries, keys).masked_fill(is_padding, 0.0)
         context = self.dropout(self.dropout(weights) @ values)
         return (context, weights) if return_weights else context
 
 
 class MultiHeadAttentionWrapper(nn.Module):
-    """Several causal heads side by side, each `d_out` wide, each free to look for something else.
+    """Independent causal heads, each of width `d_out`, with concatenated outputs.
 
-    Raises ValueError for less than one head.
+    Raises ValueError if `num_heads` is less than 1.
     """
 
     def __init__(self, d_in: int, d_out: int, context_length: int, dropout: float, num_heads: int,
                  qkv_bias: bool = False) -> None:
         super().__init__()
-        if num_heads < 1:
-            raise ValueError(f"num_heads={num_heads} must be at least 1.")
-        self.heads = nn.ModuleList(CausalAttention(d_in, d_out, context_length, dropout, qkv_bias)
-                                   for _ in range(num_heads))
+        check_num_heads(num_heads)
+        self.heads = nn.ModuleList(
+            CausalAttention(d_in, d_out, context_length, dropout, qkv_bias)
+            for _ in range(num_heads))
 
-    def forward(self, x: Tensor, return_weights: bool = False) -> Attended:
+    def forward(self, x: Tensor, return_weights: bool = False) -> Output:
         """`x` `[B, T, d_in]` -> `[B, T, H * d_out]`, and weights `[B, H, T, T]`."""
-        contexts, weights = zip(*(head(x, return_weights=True) for head in self.heads), strict=True)
+        outputs = [head(x, return_weights=True) for head in self.heads]
+        contexts, weights = zip(*outputs, strict=True)
         context = torch.cat(contexts, dim=-1)
         return (context, torch.stack(weights, dim=1)) if return_weights else context
 
 
-class MultiHeadAttention(nn.Module):
-    """All heads at once: one projection each for queries, keys and values, cut into heads; `out_proj` mixes the heads.
+class MultiHeadAttention(CausalAttention):
+    """All heads in one projection each for queries, keys and values, then an output projection.
 
-    `d_out` is the width of all heads together from here on. Raises ValueError if it is not divisible by `num_heads`.
+    Here `d_out` is the width of all heads together. Raises ValueError if it is not divisible by
+    `num_heads`.
     """
 
     def __init__(self, d_in: int, d_out: int, context_length: int, dropout: float, num_heads: int,
                  qkv_bias: bool = False) -> None:
-        super().__init__()
-        if num_heads < 1:
-            raise ValueError(f"num_heads={num_heads} must be at least 1.")
+        super().__init__(d_in, d_out, context_length, dropout, qkv_bias)
+        check_num_heads(num_heads)
         if d_out % num_heads:
             raise ValueError(f"d_out={d_out} is not divisible by num_heads={num_heads}.")
-        self.num_heads, self.head_width = num_heads, d_out // num_heads
-        self.W_query = nn.Linear(d_in, d_out, bias=qkv_bias)
-        self.W_key = nn.Linear(d_in, d_out, bias=qkv_bias)
-        self.W_value = nn.Linear(d_in, d_out, bias=qkv_bias)
+        self.num_heads = num_heads
         self.out_proj = nn.Linear(d_out, d_out)
-        self.dropout = nn.Dropout(dropout)
-        self.register_buffer("mask", future(context_length))
 
-    def forward(self, x: Tensor, return_weights: bool = False) -> Attended:
-        """`x` `[B, T, d_in]` -> `[B, T, d_out]`, and weights `[B, H, T, T]`. Raises ValueError for too long an input."""
-        T = fitting(x, self.mask)
-        queries, keys, values = (self.cut(W(x)) for W in (self.W_query, self.W_key, self.W_value))  # [B, H, T, D]
-        scores = queries @ keys.transpose(2, 3) / math.sqrt(self.head_width)  # [B, H, T, T]
-        weights = torch.softmax(scores.masked_fill(self.mask[:T, :T], -torch.inf), dim=-1)
+    def forward(self, x: Tensor, return_weights: bool = False) -> Output:
+        """`x` `[B, T, d_in]` -> `[B, T, d_out]`, and weights `[B, H, T, T]`."""
+        queries = self.split_heads(self.W_query(x))  # [B, H, T, D]
+        keys = self.split_heads(self.W_key(x))  # [B, H, T, D]
+        values = self.split_heads(self.W_value(x))  # [B, H, T, D]
+        weights = self.causal_weights(queries, keys)
         context = self.dropout(weights) @ values  # [B, H, T, D]
-        context = self.out_proj(context.transpose(1, 2).flatten(2))  # heads side by side again: [B, T, d_out]
+        # Concatenate the heads: [B, T, d_out].
+        context = self.out_proj(context.transpose(1, 2).flatten(2))
         return (context, weights) if return_weights else context
 
-    def cut(self, x: Tensor) -> Tensor:
+    def split_heads(self, x: Tensor) -> Tensor:
         """`[B, T, d_out]` -> `[B, H, T, D]`."""
-        return x.unflatten(-1, (self.num_heads, self.head_width)).transpose(1, 2)
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
 
-def future(context_length: int) -> Tensor:
-    """True where a row's position would see a later one: above the diagonal of `[context_length, context_length]`."""
-    return torch.ones(context_length, context_length, dtype=torch.bool).triu(diagonal=1)
+def check_num_heads(num_heads: int) -> None:
+    if num_heads < 1:
+        raise ValueError(f"num_heads={num_heads} must be at least 1.")
 
 
-def fitting(x: Tensor, mask: Tensor) -> int:
-    """The length T of `x` `[B, T, d_in]`. Raises ValueError where it is more than the mask was made for."""
-    if x.size(1) > mask.size(0):
-        raise ValueError(f"An input of {x.size(1)} positions is longer than context_length={mask.size(0)}.")
-    return x.size(1)
-
-
-def padded(x: Tensor, lengths: Tensor | None) -> Tensor:
-    """True `[B, T]` where `x` `[B, T, d_in]` is padding. Raises ValueError for lengths that do not fit."""
+def padding_mask(x: Tensor, lengths: Tensor | None) -> Tensor:
+    """`[B, T]`, True where `x` `[B, T, d_in]` is padding. Raises ValueError for bad `lengths`."""
     B, T = x.shape[:2]
     if lengths is None:
         return torch.zeros(B, T, dtype=torch.bool, device=x.device)
     if lengths.shape != (B,) or lengths.is_floating_point():
-        raise ValueError(f"lengths is {lengths.dtype} of the shape {list(lengths.shape)}, a batch of {B} needs whole "
-                         f"numbers of the shape [{B}].")
+        raise ValueError(f"lengths has the shape {list(lengths.shape)} and the type "
+                         f"{lengths.dtype}: a batch of {B} needs integers of the shape [{B}].")
     if ((lengths < 0) | (lengths > T)).any():
-        raise ValueError(f"lengths={lengths.tolist()} must lie between 0 and the {T} positions of the input.")
+        raise ValueError(f"lengths={lengths.tolist()} must be between 0 and {T}, the positions of "
+                         "the input.")
     return torch.arange(T, device=x.device) >= lengths[:, None]
 
 
 @torch.no_grad()
 def fuse(attention: MultiHeadAttention) -> CausalSelfAttention:
-    """The fused block with the same weights: the three projections become the rows of one.
+    """Convert to the model's attention: its one projection stacks the three of `attention`.
 
-    In training it differs in one thing: it has dropout on its output too, on the way into the residual stream. Raises
-    ValueError unless `d_in` is `d_out`, as in a block whose output is added to its input.
+    In training the result has dropout on its output too. Raises ValueError unless `d_in` equals
+    `d_out`.
     """
     d_out, d_in = attention.W_query.weight.shape
     if d_in != d_out:
-        raise ValueError(f"The fused block has one width, this attention has d_in={d_in} and d_out={d_out}.")
-    config = GPTConfig(block_size=attention.mask.size(0), n_head=attention.num_heads, n_embd=d_out,
+        raise ValueError(f"d_in={d_in} and d_out={d_out} must be equal: the fused attention has "
+                         "one width.")
+    config = GPTConfig(block_size=len(attention.mask), n_head=attention.num_heads, n_embd=d_out,
                        dropout=attention.dropout.p)
     fused = CausalSelfAttention(config).to(attention.W_query.weight)
-    parts = (attention.W_query, attention.W_key, attention.W_value)
-    fused.c_attn.weight.copy_(torch.cat([part.weight for part in parts]))
-    fused.c_attn.bias.copy_(torch.cat([part.bias if part.bias is not None else torch.zeros_like(part.weight[:, 0])
-                                       for part in parts]))
+    projections = (attention.W_query, attention.W_key, attention.W_value)
+    fused.c_attn.weight.copy_(torch.cat([linear.weight for linear in projections]))
+    fused.c_attn.bias.zero_()
+    if attention.W_query.bias is not None:
+        fused.c_attn.bias.copy_(torch.cat([linear.bias for linear in projections]))
     fused.c_proj.load_state_dict(attention.out_proj.state_dict())
     return fused.train(attention.training)
 
 
 @torch.no_grad()
-def split(fused: CausalSelfAttention, context_length: int) -> MultiHeadAttention:
-    """The way back: three projections from one; key-value heads that several heads share are repeated.
+def unfuse(fused: CausalSelfAttention, context_length: int) -> MultiHeadAttention:
+    """The inverse of `fuse`; key-value heads that several heads share are repeated.
 
-    For blocks that are called without rotary positions, which these classes do not have. Raises ValueError for one
-    that normalises its queries and keys, which they do not do either.
+    The result has no rotary positions. Raises ValueError for attention with `qk_norm`, which it
+    does not have either.
     """
     if fused.qk_norm:
-        raise ValueError("A block with qk_norm has no equal among the plain classes.")
-    width, D = fused.c_proj.in_features, fused.head_width
+        raise ValueError("MultiHeadAttention does not support qk_norm=True.")
+    has_bias = fused.c_attn.bias is not None
+    width = fused.c_proj.in_features
     attention = MultiHeadAttention(width, width, context_length, fused.dropout, fused.n_head,
-                                   qkv_bias=fused.c_attn.bias is not None).to(fused.c_attn.weight)
-    shared = fused.n_head // fused.n_kv_head
-    for name in ("weight", "bias") if fused.c_attn.bias is not None else ("weight",):
-        heads = getattr(fused.c_attn, name).unflatten(0, (-1, D))  # [H + 2G, D, ...]
+                                   has_bias).to(fused.c_attn.weight)
+    group_size = fused.n_head // fused.n_kv_head
+    for name, parameter in fused.c_attn.named_parameters():
+        heads = parameter.unflatten(0, (-1, fused.head_width))  # [H + 2G, D, ...]
         q, k, v = heads.split((fused.n_head, fused.n_kv_head, fused.n_kv_head))
-        for part, of_heads in ((attention.W_query, q), (attention.W_key, k.repeat_interleave(shared, 0)),
-                               (attention.W_value, v.repeat_interleave(shared, 0))):
-            getattr(part, name).copy_(of_heads.flatten(0, 1))
-    attention.out_proj.weight.copy_(fused.c_proj.weight)
-    attention.out_proj.bias.copy_(fused.c_proj.bias if fused.c_proj.bias is not None else torch.zeros(width))
+        k, v = k.repeat_interleave(group_size, 0), v.repeat_interleave(group_size, 0)
+        attention.W_query.get_parameter(name).copy_(q.flatten(0, 1))
+        attention.W_key.get_parameter(name).copy_(k.flatten(0, 1))
+        attention.W_value.get_parameter(name).copy_(v.flatten(0, 1))
+    attention.out_proj.bias.zero_()
+    for name, parameter in fused.c_proj.named_parameters():
+        attention.out_proj.get_parameter(name).copy_(parameter)
     return attention.train(fused.training)

@@ -134,7 +134,7 @@ def attention_weights(model: GPT, ids: Tensor) -> tuple[Tensor, Tensor]:
     weights: list[Tensor] = []
 
     def keep_weights(attention: CausalSelfAttention, inputs: Any, output: Any) -> None:
-        weights.append(attention.explicit(*inputs)[1])
+        weights.append(attention.forward_with_weights(*inputs)[1])
 
     handles = [block.attn.register_forward_hook(keep_weights) for block in model.h]
     try:

@@ -70,7 +70,7 @@ from data.prepare import planned
 from data.shards import Tokens, read_meta
 from data.sources import DataConfig
 from data.tokenizer import ByteTokenizer
-from model import GPT, Undrawn
+from model import GPT, SkipInit
 from terminal import counted, readable_size, readable_time, say
 from training.device import PEAK_FLOPS, Device, available_memory, configure
 from training.estimate import measure_pace
@@ -186,7 +186,7 @@ def plan_model(settings: Settings, meta: dict[str, Any] | None) -> tuple[int, fl
     """Print parameters, tokens and FLOPs; return the number of parameters and the FLOPs."""
     limits = settings.training
     block_size = settings.model.block_size
-    with Undrawn("meta"):
+    with SkipInit("meta"):
         model = GPT(settings.model)
     counts: dict[str, int] = {}
     for role, parameters in model.parameters_by_role().items():

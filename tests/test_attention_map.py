@@ -52,7 +52,7 @@ def test_the_weights_are_those_behind_the_logits(flags):
         x = model.wte(ids) + (model.wpe.weight[:9] if flags.get("position") != "rotary" else 0)
         rotary = model.rotary[:, :9] if flags.get("position") == "rotary" else None
         for layer, block in enumerate(model.h):
-            y, expected = block.attn.explicit(block.ln_1(x), rotary)
+            y, expected = block.attn.forward_with_weights(block.ln_1(x), rotary)
             torch.testing.assert_close(weights[layer], expected[0], rtol=0, atol=1e-5)
             x = x + y
             x = x + block.mlp(block.ln_2(x))

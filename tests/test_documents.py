@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import model.gpt
-from model.attention import CausalSelfAttention, Documents, KVCache, can_pack
+from model.attention import CausalSelfAttention, KVCache
+from model.documents import DocumentAttention, supports_varlen
 from model.gpt import GPT, GPTConfig
 
 V, T = 65, 32
@@ -69,7 +70,7 @@ def backward(grad, q, k, v, out, lse, cuts, cuts_k, most, most_k, is_causal, sta
 @pytest.fixture(params=["mask", "packed"])
 def kernel(request, monkeypatch):
     """A test that takes this runs with both."""
-    monkeypatch.setattr(model.gpt, "can_pack", lambda *_: request.param == "packed")
+    monkeypatch.setattr(model.gpt, "supports_varlen", lambda *_: request.param == "packed")
     return request.param
 
 
@@ -95,12 +96,12 @@ def packed_rows() -> tuple[Tensor, Tensor, list[tuple[int, slice]]]:
 
 def test_positions_count_from_the_beginning_of_each_document():
     numbers = torch.tensor([[0, 0, 0, 1, 2, 2, 2, 2], [3, 3, 3, 3, 3, 3, 3, 9]])
-    assert Documents(numbers).positions.tolist() == [[0, 1, 2, 0, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5, 6, 0]]
+    assert DocumentAttention(numbers).positions.tolist() == [[0, 1, 2, 0, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5, 6, 0]]
 
 
 def test_a_position_attends_to_earlier_ones_of_its_document():
     _, numbers, _ = packed_rows()
-    mask = Documents(numbers).mask
+    mask = DocumentAttention(numbers).mask
     assert mask.shape == (3, 1, T, T)
     for row in range(3):
         for t in range(T):
@@ -109,7 +110,7 @@ def test_a_position_attends_to_earlier_ones_of_its_document():
 
 
 def test_packed_documents_are_cut_at_starts_and_ends_of_rows():
-    cuts = Documents(packed_rows()[1], packed=True).cuts
+    cuts = DocumentAttention(packed_rows()[1], varlen=True).cu_seqlens
     assert cuts.tolist() == [0, 5, 6, 23, T, 2 * T, 2 * T + 9, 2 * T + 31, 3 * T]
 
 
@@ -119,7 +120,7 @@ def test_documents_in_a_row_equal_separate_sequences(config, kernel):
     idx, documents, where = packed_rows()
     together, apart = shaken(config).double(), shaken(config).double()
     direction = torch.randn(3, T, V, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    logits = together(idx, documents=documents)
+    logits = together(idx, document_ids=documents)
     (logits * direction).sum().backward()
     for row, own in where:
         alone = apart(idx[row : row + 1, own])
@@ -134,11 +135,11 @@ def test_another_document_in_the_row_changes_nothing(config, kernel):
     """To the bit; and each document does depend on itself."""
     idx, documents, where = packed_rows()
     gpt = shaken(config)
-    before = gpt(idx, documents=documents)
+    before = gpt(idx, document_ids=documents)
     for row, own in where:
         changed = idx.clone()
         changed[row, own] = (changed[row, own] + 1) % V
-        same = gpt(changed, documents=documents) == before
+        same = gpt(changed, document_ids=documents) == before
         assert not same[row, own].all(-1).any()
         same[row, own] = True
         assert same.all()
@@ -148,8 +149,8 @@ def test_another_document_in_the_row_changes_nothing(config, kernel):
 def test_the_loss_of_documents_is_that_of_their_logits(config):
     idx, documents, _ = packed_rows()
     gpt, targets = shaken(config), idx.roll(-1, 1)
-    expected = F.cross_entropy(gpt(idx, documents=documents).flatten(0, 1), targets.flatten())
-    torch.testing.assert_close(gpt(idx, targets, documents=documents), expected)
+    expected = F.cross_entropy(gpt(idx, document_ids=documents).flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(gpt(idx, targets, document_ids=documents), expected)
 
 
 @every_small
@@ -157,7 +158,7 @@ def test_one_document_a_row_is_the_plain_path(config, kernel):
     idx, _, _ = packed_rows()
     gpt = shaken(config).double()
     for documents in (torch.zeros_like(idx), torch.full_like(idx, 7)):
-        torch.testing.assert_close(gpt(idx, documents=documents), gpt(idx), rtol=0, atol=1e-9)
+        torch.testing.assert_close(gpt(idx, document_ids=documents), gpt(idx), rtol=0, atol=1e-9)
 
 
 @every_small
@@ -168,8 +169,8 @@ def test_without_documents_the_causal_kernel_runs(config, monkeypatch):
 
     asked, attention = [], F.scaled_dot_product_attention
     monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
-    monkeypatch.setattr(model.gpt, "Documents", None)
-    monkeypatch.setattr(model.gpt, "can_pack", None)
+    monkeypatch.setattr(model.gpt, "DocumentAttention", None)
+    monkeypatch.setattr(model.gpt, "supports_varlen", None)
     shaken(config)(packed_rows()[0])
     assert asked == [(None, True)] * config.n_layer
 
@@ -178,13 +179,13 @@ def test_dropout_acts_on_documents_and_keeps_them_apart():
     config = GPTConfig(**BASE | {"dropout": 0.3})
     idx, documents, where = packed_rows()
     gpt = shaken(config)
-    quiet = gpt(idx, documents=documents)
+    quiet = gpt(idx, document_ids=documents)
     gpt.train()
     row, own = where[2]
 
     def loud(ids: Tensor) -> Tensor:
         torch.manual_seed(3)
-        return gpt(ids, documents=documents)
+        return gpt(ids, document_ids=documents)
 
     changed = idx.clone()
     changed[row, own] = 1
@@ -197,14 +198,14 @@ def test_dropout_acts_on_documents_and_keeps_them_apart():
 def test_dropout_acts_on_the_weights_of_documents():
     attention = CausalSelfAttention(GPTConfig(**BASE | {"dropout": 0.5}))
     attention.resid_dropout.p = 0.0
-    documents, x = Documents(torch.zeros(1, T, dtype=torch.int64)), torch.randn(1, T, 32)
-    assert not torch.equal(attention(x, documents=documents), attention(x, documents=documents))
+    documents, x = DocumentAttention(torch.zeros(1, T, dtype=torch.int64)), torch.randn(1, T, 32)
+    assert not torch.equal(attention(x, context=documents), attention(x, context=documents))
 
 
 def test_a_cache_takes_no_documents():
     config = SMALL["learned"]
     with pytest.raises(AssertionError, match="one document"):
-        GPT(config)(torch.zeros(1, 4, dtype=torch.int64), cache=KVCache(config, 1), documents=torch.zeros(1, 4))
+        GPT(config)(torch.zeros(1, 4, dtype=torch.int64), cache=KVCache(config, 1), document_ids=torch.zeros(1, 4))
 
 
 @every_small
@@ -213,11 +214,11 @@ def test_under_autocast_the_kernels_get_what_they_take_and_agree(config, monkeyp
     idx, documents, _ = packed_rows()
     gpt, found = shaken(config), {}
     for packed in (False, True):
-        monkeypatch.setattr(model.gpt, "can_pack", lambda *_, packed=packed: packed)
+        monkeypatch.setattr(model.gpt, "supports_varlen", lambda *_, packed=packed: packed)
         gpt.zero_grad()
         with torch.autocast("cpu", torch.bfloat16):
-            gpt(idx, idx.roll(-1, 1), documents=documents).backward()
-            found[packed] = gpt(idx, documents=documents), [weights.grad for weights in gpt.parameters()]
+            gpt(idx, idx.roll(-1, 1), document_ids=documents).backward()
+            found[packed] = gpt(idx, document_ids=documents), [weights.grad for weights in gpt.parameters()]
     assert found[True][0].dtype == torch.bfloat16
     assert (found[True][0] - found[False][0]).std() < 0.02 * found[False][0].std()
     for one, other in zip(found[True][1], found[False][1], strict=True):
@@ -226,7 +227,7 @@ def test_under_autocast_the_kernels_get_what_they_take_and_agree(config, monkeyp
 
 def test_packed_queries_and_keys_come_in_the_type_of_the_values():
     """On GPUs autocast can leave what was normalised in float32, which the kernel would refuse."""
-    documents = Documents(packed_rows()[1], packed=True)
+    documents = DocumentAttention(packed_rows()[1], varlen=True)
     q, k, v = torch.randn(3, 3, 2, T, 16)
     rounded = documents.attend(q, k, v.bfloat16(), 0.0)
     assert rounded.dtype == torch.bfloat16
@@ -247,7 +248,7 @@ def test_documents_are_packed_where_flash_attention_can_be_had(monkeypatch, chan
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type: autocast is not None)
     monkeypatch.setattr(torch, "get_autocast_dtype", lambda device_type: autocast)
     config = GPTConfig(**{"n_head": 4, "n_embd": 64} | changes)
-    assert can_pack(config, torch.device(device), training) == expected
+    assert supports_varlen(config, torch.device(device), training) == expected
 
 
 @pytest.mark.slow
@@ -263,7 +264,7 @@ def test_a_compiled_model_takes_any_number_of_documents(kernel):
         found = []
         for one in (gpt, compiled):
             gpt.zero_grad()
-            loss = one(idx, idx.roll(-1, 1), documents=(idx == END).cumsum(1))
+            loss = one(idx, idx.roll(-1, 1), document_ids=(idx == END).cumsum(1))
             loss.backward()
             found.append([loss.detach(), *(weights.grad for weights in gpt.parameters())])
         torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
@@ -275,10 +276,10 @@ def test_on_a_gpu_packed_documents_agree_with_the_mask(config, monkeypatch):
     idx, documents, _ = (x.cuda() if isinstance(x, Tensor) else x for x in packed_rows())
     gpt, losses, grads = shaken(config).cuda(), [], []
     for packed in (False, True):
-        monkeypatch.setattr(model.gpt, "can_pack", lambda *_, packed=packed: packed)
+        monkeypatch.setattr(model.gpt, "supports_varlen", lambda *_, packed=packed: packed)
         gpt.zero_grad()
         with torch.autocast("cuda", torch.bfloat16):
-            loss = gpt(idx, idx.roll(-1, 1), documents=documents)
+            loss = gpt(idx, idx.roll(-1, 1), document_ids=documents)
         loss.backward()
         losses.append(loss.item())
         grads.append([weights.grad for weights in gpt.parameters()])

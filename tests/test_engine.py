@@ -21,7 +21,7 @@ from data.tokenizer import fingerprint, from_json
 from generation import open_run
 from generation.decoder import Decoder
 from generation.engine import Completion, Engine, open_checkpoint
-from model import GPT, Undrawn
+from model import GPT, SkipInit
 from training.device import Device
 
 ROOT = Path(__file__).parent.parent
@@ -94,7 +94,7 @@ def test_opening_draws_no_random_weights(tiny_runs):
     before = torch.get_rng_state()
     engine = open_checkpoint(tiny_runs / "tiny", "best", CPU)
     assert torch.equal(torch.get_rng_state(), before) and not any(weights.is_meta for weights in engine.model.state_dict().values())
-    with Undrawn("meta"):
+    with SkipInit("meta"):
         shapes = GPT(replace(engine.model.config, position="rotary", tie_head=False))
     assert all(weights.is_meta for weights in shapes.parameters()) and shapes.rotary.isfinite().all()
 

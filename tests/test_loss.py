@@ -13,7 +13,7 @@ from model.loss import next_token_loss
 @pytest.fixture
 def in_chunks(monkeypatch):
     """Few logits at once, so that small sizes take many chunks; the last one is smaller."""
-    monkeypatch.setattr(loss, "LOGITS_AT_ONCE", 5 * 37)
+    monkeypatch.setattr(loss, "MAX_LOGITS", 5 * 37)
 
 
 def both(dtype=torch.float64, autocast=None, rows=53, scale=1.0):
@@ -71,7 +71,7 @@ def test_a_model_learns_alike_with_either(monkeypatch, tie_head):
     idx, targets = torch.randint(37, (4, 16)), torch.randint(37, (4, 16))
     gradients = []
     for at_once in (2**25, 200):
-        monkeypatch.setattr(loss, "LOGITS_AT_ONCE", at_once)
+        monkeypatch.setattr(loss, "MAX_LOGITS", at_once)
         model.zero_grad()
         model(idx, targets).backward()
         gradients.append([weights.grad.clone() for weights in model.parameters()])

@@ -25,12 +25,12 @@ def ids(rows: int = 3, length: int = 12, seed: int = 0) -> torch.Tensor:
 
 def test_an_n_gram_is_its_last_n_tokens_and_nothing_else():
     embedding, idx = NGramEmbedding(CONFIG), ids()
-    rows = embedding.rows(idx)
+    rows = embedding.row_indices(idx)
     assert rows.shape == (3, 12, 3) and rows.min() >= 0 and rows.max() < 997
     for t in range(12):
         changed = idx.clone()
         changed[:, t] = (changed[:, t] + 1) % 65
-        differs = embedding.rows(changed) != rows
+        differs = embedding.row_indices(changed) != rows
         for n in (2, 3, 4):
             assert differs[:, t : t + n, n - 2].float().mean() > 0.9  # two may collide
             assert not differs[:, :t, n - 2].any() and not differs[:, t + n :, n - 2].any()
@@ -39,7 +39,7 @@ def test_an_n_gram_is_its_last_n_tokens_and_nothing_else():
 def test_the_same_n_gram_has_the_same_row_wherever_it_stands():
     idx = ids(1, 12)
     idx[0, 8:12] = idx[0, 3:7]
-    rows = NGramEmbedding(CONFIG).rows(idx)
+    rows = NGramEmbedding(CONFIG).row_indices(idx)
     assert torch.equal(rows[0, 11], rows[0, 6])
     assert rows[0, 11].unique().numel() == 3  # those of different lengths are different
 
@@ -47,14 +47,14 @@ def test_the_same_n_gram_has_the_same_row_wherever_it_stands():
 def test_all_bigrams_spread_evenly_over_the_rows():
     first, second = torch.meshgrid(torch.arange(65), torch.arange(65), indexing="ij")
     pairs = torch.stack((first.flatten(), second.flatten()), dim=1)
-    counts = NGramEmbedding(CONFIG).rows(pairs)[:, 1, 0].bincount(minlength=997)
+    counts = NGramEmbedding(CONFIG).row_indices(pairs)[:, 1, 0].bincount(minlength=997)
     mean = 65 * 65 / 997
     assert counts.double().var() / mean < 1.25  # as thrown at random, or better
 
 
 def test_the_sum_of_the_looked_up_rows_comes_out():
     embedding, idx = NGramEmbedding(CONFIG).double(), ids(1, 5)
-    expected = sum(embedding.table.weight[embedding.rows(idx)[0, :, n]] for n in range(3))
+    expected = sum(embedding.table.weight[embedding.row_indices(idx)[0, :, n]] for n in range(3))
     torch.testing.assert_close(embedding(idx)[0], expected)
 
 
@@ -69,7 +69,7 @@ def test_a_cache_continues_n_grams(cuts):
 
 def test_documents_in_a_row_have_n_grams_of_their_own():
     gpt, idx = shaken(), ids(1, 12)
-    together = gpt(idx, documents=torch.tensor([[0] * 5 + [1] * 2 + [2] * 5]))
+    together = gpt(idx, document_ids=torch.tensor([[0] * 5 + [1] * 2 + [2] * 5]))
     alone = torch.cat([gpt(part) for part in idx.split((5, 2, 5), dim=1)], dim=1)
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-9)
 

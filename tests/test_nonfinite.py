@@ -31,8 +31,8 @@ def plant(monkeypatch):
                                 settings.training.batch_size, settings.training.micro_steps(settings.model.block_size), settings.seed)
         bad = [loader.batch(batch)[0] for batch in batches]
 
-        def forward(model, idx, targets=None, cache=None, documents=None):
-            loss = original(model, idx, targets, cache, documents)
+        def forward(model, idx, targets=None, cache=None, document_ids=None):
+            loss = original(model, idx, targets, cache, document_ids)
             if model.training and targets is not None and any(torch.equal(idx, one) for one in bad):
                 return loss * math.nan if how == "loss" else loss + (loss * 0.0).sqrt()  # whose gradient is 0 * inf
             return loss

@@ -18,7 +18,7 @@ from model.reference import (
     SelfAttention_v1,
     SelfAttention_v2,
     fuse,
-    split,
+    unfuse,
 )
 
 B, T, C, H = 3, 7, 12, 3
@@ -70,7 +70,7 @@ WORDS = torch.tensor([[0.43, 0.15, 0.89], [0.55, 0.87, 0.66], [0.57, 0.85, 0.64]
 def test_the_numbers_are_the_published_ones(seed, make, first, last):
     torch.manual_seed(seed)
     attention = make().eval()
-    x = WORDS if isinstance(attention, SelfAttention_v1 | SelfAttention_v2) else torch.stack((WORDS, WORDS))
+    x = WORDS if type(attention) in (SelfAttention_v1, SelfAttention_v2) else torch.stack((WORDS, WORDS))
     rows = attention(x) if x.dim() == 2 else attention(x)[1]
     torch.testing.assert_close(rows[[0, -1]], torch.tensor([first, last]), rtol=0, atol=6e-5)
 
@@ -173,7 +173,7 @@ def test_multi_head_attention_is_the_fused_block_both_ways(bias):
     x = inputs(B, T, C)
     fused = fuse(attention)
     agree(attention(x), fused(x), x, [(attention.out_proj.weight, fused.c_proj.weight), (attention.out_proj.bias, fused.c_proj.bias)])
-    again = split(fused, T)
+    again = unfuse(fused, T)
     agree(attention(x), again(x), x, [(attention.get_parameter(name), again.get_parameter(name))
                                       for name in ("W_query.weight", "W_key.weight", "W_value.weight", "out_proj.weight")])
     assert all(torch.equal(weights, again.get_parameter(name)) for name, weights in attention.named_parameters())
@@ -194,7 +194,7 @@ def test_the_gradient_of_the_fused_projection_is_the_three_gradients_stacked():
 def test_a_fused_block_is_multi_head_attention(n_kv_head, bias):
     fused = double(CausalSelfAttention(GPTConfig(block_size=T, n_head=4, n_embd=16, n_kv_head=n_kv_head, bias=bias)))
     x = inputs(B, T, 16)
-    agree(fused(x), split(fused, T)(x), x)
+    agree(fused(x), unfuse(fused, T)(x), x)
 
 
 @pytest.mark.parametrize("dtype, atol", [(torch.float32, 2e-6), (torch.bfloat16, 4e-2)])
@@ -268,18 +268,18 @@ def test_widths_and_lengths_that_do_not_fit_are_errors_with_the_numbers():
         MultiHeadAttention(C, 10, T, 0.0, 3)
     attention = CausalMechanismV1(C, 5, T, 0.0)
     for lengths in ([8, 1, 1], [-1, 1, 1]):
-        with pytest.raises(ValueError, match=r"between 0 and the 7 positions"):
+        with pytest.raises(ValueError, match=r"between 0 and 7, the positions"):
             attention(torch.zeros(B, T, C), torch.tensor(lengths))
     for lengths in (torch.tensor([1, 2]), torch.tensor([[1, 2, 3]]), torch.tensor([1.0, math.nan, 2.0])):
-        with pytest.raises(ValueError, match=r"a batch of 3 needs whole numbers of the shape \[3\]"):
+        with pytest.raises(ValueError, match=r"a batch of 3 needs integers of the shape \[3\]"):
             attention(torch.zeros(B, T, C), lengths)
     for kind in (MultiHeadAttention, MultiHeadAttentionWrapper):
         with pytest.raises(ValueError, match="num_heads=0 must be at least 1"):
             kind(C, C, T, 0.0, 0)
-    with pytest.raises(ValueError, match="d_in=12 and d_out=6"):
+    with pytest.raises(ValueError, match="d_in=12 and d_out=6 must be equal"):
         fuse(MultiHeadAttention(C, 6, T, 0.0, 3))
     with pytest.raises(ValueError, match="qk_norm"):
-        split(CausalSelfAttention(GPTConfig(n_head=4, n_embd=16, qk_norm=True)), T)
+        unfuse(CausalSelfAttention(GPTConfig(n_head=4, n_embd=16, qk_norm=True)), T)
 
 
 @pytest.mark.parametrize("name", CAUSAL)
@@ -314,7 +314,7 @@ def test_the_mask_is_a_buffer_saved_and_not_trained():
 def test_fuse_and_split_keep_dropout_and_mode_and_share_nothing(training):
     attention = double(MultiHeadAttention(C, C, T, 0.3, H, True)).train(training)
     fused = fuse(attention)
-    again = split(fused, T)
+    again = unfuse(fused, T)
     assert fused.training is again.training is training and fused.dropout == again.dropout.p == 0.3
     before = fused(inputs(B, T, C)) if not training else None
     for weights in (*attention.parameters(), *again.parameters()):

@@ -290,11 +290,11 @@ def test_a_signal_ends_a_step_at_the_next_micro_step(compose_tiny, run, monkeypa
     program.train(compose_tiny(*words, "name=straight"))
     calls = []
 
-    def forward(model, idx, targets=None, cache=None, documents=None):
+    def forward(model, idx, targets=None, cache=None, document_ids=None):
         calls.append(model.training and torch.is_grad_enabled())
         if sum(calls) == 4 * 2 + 2:  # the second micro-step of the third step
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(model, idx, targets, cache, documents)
+        return original(model, idx, targets, cache, document_ids)
 
     original = GPT.forward
     with monkeypatch.context() as patch:

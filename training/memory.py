@@ -49,7 +49,7 @@ def check_memory(model: nn.Module, inputs: Tensor, documents: Tensor | None,
         # Without the loss, which handles a batch in chunks.
         some = documents[:sequences] if documents is not None else None
         with device.autocast():
-            return bytes_kept(lambda: model.features(inputs[:sequences], documents=some))
+            return bytes_kept(lambda: model.features(inputs[:sequences], document_ids=some))
 
     batch_size = len(inputs)
     if batch_size * kept(1) <= free:

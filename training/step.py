@@ -68,7 +68,7 @@ def loss_of(model: nn.Module, batch: Batch, device: Device, boundary: int | None
     """
     inputs, targets = (ids.to(device.torch) for ids in batch)
     with device.autocast():
-        return model(inputs, targets, documents=document_numbers(inputs, boundary))
+        return model(inputs, targets, document_ids=document_numbers(inputs, boundary))
 
 
 def document_numbers(inputs: Tensor, boundary: int | None) -> Tensor | None:

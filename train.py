@@ -19,6 +19,7 @@ import shlex
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 import yaml
@@ -71,16 +72,25 @@ SAMPLES = 3  # of the best checkpoint, printed at the end
 
 
 def train(settings: Settings) -> int:
-    """Start or resume the run that `settings` describe; return the exit code."""
+    """Start or resume the run that `settings` describe; return the exit code.
+
+    Under torchrun, this is one of several processes that train the run together.
+    """
+    world = World()
+    with world.joined():
+        return train_together(settings, world)
+
+
+def train_together(settings: Settings, world: World) -> int:
+    """Train as one process of `world`. Only the first one writes, prints and samples."""
     # Load the data.
-    prepared = prepared_tokens(settings)
+    prepared = world.first(lambda: prepared_tokens(settings))
     tokenizer = load_tokenizer(prepared)
     boundary = document_boundary(tokenizer) if settings.data.respect_documents else None
     model_config = replace(settings.model, vocab_size=tokenizer.vocab_size)
     settings = replace(settings, model=model_config)
     limits, block_size = settings.training, model_config.block_size
     weights = settings.data.weights()
-    world = World()
     loader = Loader(open_parts(prepared, "train"), block_size, limits.batch_size,
                     limits.micro_steps(block_size, world.size), settings.seed, world.size, weights)
     validation = Validation(open_parts(prepared, "val"), block_size, limits.batch_size,
@@ -89,10 +99,11 @@ def train(settings: Settings) -> int:
     # A device that this machine does not have is an error before the run's folder is touched.
     Device(limits.device, limits.precision)
 
-    with start_or_resume(settings, prepared) as (run, settings, last), ExitStack() as stack:
+    with ExitStack() as stack:
+        run, settings, last = open_run(settings, prepared, world, stack)
         limits = settings.training
         if last and limit_reached(limits, last):
-            return already_finished(run, settings, last)
+            return world.first(lambda: already_finished(run, settings, last))
 
         # Build the model and the optimizers.
         device = open_device(run, settings, last)
@@ -100,8 +111,8 @@ def train(settings: Settings) -> int:
         torch.manual_seed(settings.seed)
         model = GPT(model_config).to(device.torch)
         model.recompute = limits.recompute
-        optimizers = Optimizers(model.parameters_by_role(), settings.optim)
-        scaler = torch.amp.GradScaler(device.type, enabled=device.precision == "fp16")
+        optimizers = Optimizers(model.parameters_by_role(), settings.optim, world)
+        scaler = world.grad_scaler(device.type, enabled=device.precision == "fp16")
 
         # Restore the latest checkpoint.
         state = State(model, optimizers, scaler)
@@ -112,16 +123,19 @@ def train(settings: Settings) -> int:
         first_batch = loader.batch(0)
         inputs, _ = first_batch
         check_memory(model, inputs, document_numbers(inputs, boundary), device)
-        store.check_free_space(run.checkpoints, state.nbytes())
-        config = yaml.safe_dump(asdict(settings), sort_keys=False)
-        atomic.write_bytes(run.folder / "config.yaml", config.encode())
+        if world.is_first:
+            store.check_free_space(run.checkpoints, state.nbytes())
+            config = yaml.safe_dump(asdict(settings), sort_keys=False)
+            atomic.write_bytes(run.folder / "config.yaml", config.encode())
 
         with (Interrupt() as interrupt, Clock() as clock,
-              Recorder(run.folder, state.step, limits.max_steps, settings.logger,
-                       asdict(settings)) as recorder,
-              Saver(run.checkpoints, limits.keep_last, state.step,
-                    partial(before_checkpoint, run, recorder), recorder.say,
-                    stop_on_error=limits.on_save_error == "stop") as saver):
+              world.only_first(lambda: Recorder(
+                  run.folder, state.step, limits.max_steps, settings.logger,
+                  asdict(settings))) as recorder,
+              world.only_first(lambda: Saver(
+                  run.checkpoints, limits.keep_last, state.step,
+                  partial(before_checkpoint, run, recorder), recorder.say,
+                  stop_on_error=limits.on_save_error == "stop")) as saver):
             # Describe the run, decide whether to compile, and estimate the time it takes.
             describe_run(recorder, run, device, model, loader, describe(prepared), state.step)
             describe_changes(recorder, settings, state, last)
@@ -133,7 +147,8 @@ def train(settings: Settings) -> int:
             facts = {"settings": settings_to_save(settings, prepared, device.precision),
                      "max_steps": limits.max_steps, "model": asdict(model.config),
                      "environment": asdict(device.environment(compiled))}
-            record_start(run.folder, state.step, facts["environment"])
+            if world.is_first:
+                record_start(run.folder, state.step, facts["environment"])
             pace = measure_pace(first_loss(forward, first_batch, device, boundary),
                                 model.parameters_by_role(), settings.optim, device, limits,
                                 loader.micro_steps, sum(validation.n_windows), compiled)
@@ -155,46 +170,48 @@ def train(settings: Settings) -> int:
                 start = clock.seconds()
                 scale = lr_scale(state.step, settings.optim, limits.max_steps)
                 optimizers.set_scale(scale)
-                loss = accumulate_gradients(forward, batches, boundary, state.batch, scaler,
-                                            device, settings.seed, interrupt)
-                if loss is None:
+                losses = accumulate_gradients(forward, optimizers.parameters, batches, boundary,
+                                              state.batch, scaler, device, settings.seed,
+                                              interrupt)
+                if losses is None:
                     # Interrupted between two micro-steps: the step is not taken.
                     break
                 norm = optimizers.gradient_norm(scaler)
                 # The only values that a step reads from the device.
-                loss_value, norm_value = read(loss, norm)
+                loss, norm_value = read(world.gather(losses), norm)
                 run.check_not_moved()
 
                 # A loss scaler passes over gradients that are not finite, and lowers its scale.
-                finite = math.isfinite(loss_value) and (math.isfinite(norm_value)
+                finite = math.isfinite(loss) and (math.isfinite(norm_value)
                                                         or scaler.is_enabled())
                 if finite:
                     optimizers.step(scaler, norm, settings.optim.grad_clip)
                 step_seconds = clock.seconds() - start
-                decision = decide(limits, state.step + 1, state.seconds + step_seconds, finite,
-                                  state.nonfinite, bool(interrupt))
+                seconds, interrupted = world.agree(state.seconds + step_seconds, bool(interrupt))
+                decision = decide(limits, state.step + 1, seconds, finite, state.nonfinite,
+                                  interrupted)
                 if not finite:
-                    answer_nonfinite(decision.action, loss_value, loader.sequences(state.batch),
-                                     state, run, limits, recorder, saver)
+                    answer_nonfinite(decision.action, loss, loader.sequences(state.batch), state,
+                                     run, limits, recorder, saver, world)
                 if decision.action == "rollback":
                     continue
                 state.step += 1
-                state.seconds += step_seconds
+                state.seconds = seconds
 
                 tokens_per_second = loader.tokens_per_step / step_seconds
                 measured = {"skipped": True}
                 if finite:
-                    measured = {"loss": loss_value, "gradient_norm": norm_value}
+                    measured = {"loss": loss, "gradient_norm": norm_value}
                 recorder.record(state.step, **measured, lr_scale=scale,
                                 tokens=state.step * loader.tokens_per_step,
                                 step_ms=1000 * step_seconds, seconds=state.seconds)
-                recorder.progress(state.step, loss=f"{loss_value:.3f}",
+                recorder.progress(state.step, loss=f"{loss:.3f}",
                                   speed=f"{tokens_per_second:,.0f} tokens/s",
-                                  **mfu(model, tokens_per_second, device))
+                                  **mfu(model, tokens_per_second / world.size, device))
 
                 val_loss = None
                 if decision.evaluate:
-                    val_loss = evaluate(model, validation, device, boundary)
+                    val_loss = evaluate(model, validation, device, boundary, world)
                     record_validation(recorder, state.step, val_loss, bytes_per_token)
                     # One that is only due to the end of the run does not count towards patience:
                     # a longer run would not have it.
@@ -205,7 +222,7 @@ def train(settings: Settings) -> int:
                     recorder.record(state.step, stopped_early=True)
                 if decision.save:
                     save(val_loss)
-                if decision.evaluate and limits.sample_tokens:
+                if decision.evaluate and limits.sample_tokens and world.is_first:
                     # Whatever happens while sampling, the checkpoint is on the disk.
                     saver.finish()
                     text = short_sample(model, tokenizer, limits.sample_tokens, device)
@@ -215,23 +232,39 @@ def train(settings: Settings) -> int:
             # Save what an interruption or a full disk has left unsaved.
             run.check_not_moved()
             saver.finish()
-            if saver.saved < state.step:
+            if world.first(lambda: saver.saved < state.step):
                 save(val_loss)
                 saver.finish()
-            if saver.saved < state.step:
+            if world.first(lambda: saver.saved < state.step):
                 raise OSError(f"Only {saver.saved} of {counted(state.step, 'step')} are saved in "
                               f"{run.folder}: free some disk space and run the command again.")
-            if interrupt:
+            if decision.interrupted or interrupt:
                 recorder.say(f"Interrupted: {state.step} of {counted(limits.max_steps, 'step')} "
                              f"are saved in {run.folder}; the same command resumes there.")
-                return interrupt.exit_code
+                return interrupt.exit_code or 143
             if decision.limit == "patience":
                 recorder.say(notices.early_stop(state))
-            if settings.logger.report:
+            if settings.logger.report and world.is_first:
                 recorder.say(after_training(run.folder))
-        say(f"Trained {counted(state.step, 'step')} in {state.seconds:.0f} s, "
-            f"and waited {saver.waiting_seconds:.1f} s for saving.")
-        return finish(run, limits)
+        if world.is_first:
+            say(f"Trained {counted(state.step, 'step')} in {state.seconds:.0f} s, "
+                f"and waited {saver.waiting_seconds:.1f} s for saving.")
+            finish(run, limits)
+        return 0
+
+
+def open_run(settings: Settings, prepared: Path, world: World,
+             stack: ExitStack) -> tuple[Run, Settings, Checkpoint | None]:
+    """Lock the run's folder in the first process; tell all what settings and checkpoint it has."""
+    runs = []
+
+    def lock() -> tuple[Settings, Checkpoint | None]:
+        run, resolved, last = stack.enter_context(start_or_resume(settings, prepared))
+        runs.append(run)
+        return resolved, last
+
+    resolved, last = world.first(lock)
+    return world.only_first(runs.pop), resolved, last
 
 
 def document_boundary(tokenizer: Tokenizer) -> int:
@@ -299,14 +332,15 @@ def describe_changes(recorder: Recorder, settings: Settings, state: State,
 
 
 def run_flops(model: GPT, loader: Loader, limits: TrainingConfig) -> float:
-    """The floating-point operations of the whole run, from its first step to its last."""
-    return model.flops_per_token() * loader.tokens_per_step * limits.max_steps
+    """The floating-point operations of each process, from the run's first step to its last."""
+    tokens_per_step = loader.tokens_per_step / loader.world_size
+    return model.flops_per_token() * tokens_per_step * limits.max_steps
 
 
-def read(loss: torch.Tensor, norm: torch.Tensor) -> tuple[float, float]:
-    """The values of both, read from the device at once."""
-    loss_value, norm_value = torch.stack((loss, norm.to(loss.dtype))).tolist()
-    return loss_value, norm_value
+def read(losses: torch.Tensor, norm: torch.Tensor) -> tuple[float, float]:
+    """The sum of the losses, in order, and the norm: read from the device at once."""
+    *values, norm_value = torch.cat((losses, norm.to(losses.dtype)[None])).tolist()
+    return sum(values), norm_value
 
 
 def record_validation(recorder: Recorder, step: int, val_loss: float,

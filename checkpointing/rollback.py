@@ -9,11 +9,13 @@ from checkpointing.state import State
 from terminal import counted
 from training import nonfinite
 from training.config import TrainingConfig
+from training.distributed import World
 from training.recorder import Recorder
 
 
 def answer_nonfinite(action: str, loss: float, sequences: list[int], state: State, run: Run,
-                     limits: TrainingConfig, recorder: Recorder, saver: Saver) -> None:
+                     limits: TrainingConfig, recorder: Recorder, saver: Saver,
+                     world: World) -> None:
     """Write a report, drop the gradients, and do what `action` says.
 
     "skip" leaves the weights as they are. "rollback" returns to the last scheduled checkpoint and
@@ -21,33 +23,42 @@ def answer_nonfinite(action: str, loss: float, sequences: list[int], state: Stat
     the step's batch start in the training split.
     """
     state.nonfinite += 1
-    batch = {"index": state.batch, "sequences_start_at": sequences}
     message = f"Step {state.step + 1} had a loss of {loss:.4g} and a gradient that is not finite"
-    try:
-        path = nonfinite.report(run.folder, state.nonfinite, state.step, batch, loss, state.model,
-                                recorder.recent, action)
-        message += f": see {path}."
-    except OSError as error:
-        message += f"; the report of it could not be written ({error.strerror})."
+    if world.is_first:
+        message += write_report(action, loss, sequences, state, run, recorder)
     state.optimizers.zero_grad(state.scaler)
-    if action == "stop":
-        saver.finish()
-        if state.nonfinite > 1:
-            message += (f" It is number {state.nonfinite} in this run, and "
-                        f"training.nonfinite_limit={limits.nonfinite_limit}.")
-        raise ValueError(f"{message} Saved so far: {counted(saver.saved, 'step')}. Try a lower "
-                         f"optim.lr, optim.grad_clip=1, training.precision=fp32, or "
-                         f"training.on_nonfinite=skip or rollback.")
     if action == "skip":
         recorder.say(f"{message} Its batch is skipped.")
         return
     saver.finish()
-    last = store.load_checkpoint(run.checkpoints, "scheduled", store.verified, recorder.say,
-                                 rename_damaged=True)
+    if action == "stop":
+        if state.nonfinite > 1:
+            message += (f" It is number {state.nonfinite} in this run, and "
+                        f"training.nonfinite_limit={limits.nonfinite_limit}.")
+        saved = world.first(lambda: saver.saved)
+        world.fail(ValueError(
+            f"{message} Saved so far: {counted(saved, 'step')}. Try a lower optim.lr, "
+            f"optim.grad_clip=1, training.precision=fp32, or training.on_nonfinite=skip or "
+            f"rollback."))
+    last = world.first(lambda: store.load_checkpoint(
+        run.checkpoints, "scheduled", store.verified, recorder.say, rename_damaged=True))
     if last is None:
-        raise ValueError(f"{message} There is no checkpoint to return to.")
+        world.fail(ValueError(f"{message} There is no checkpoint to return to."))
     state.roll_back(last)
-    store.delete_after(run.checkpoints, state.step)
     recorder.cut_back(state.step)
-    saver.saved = state.step
+    if world.is_first:
+        store.delete_after(run.checkpoints, state.step)
+        saver.saved = state.step
     recorder.say(f"{message} Returning to step {state.step}, past the batches since then.")
+
+
+def write_report(action: str, loss: float, sequences: list[int], state: State, run: Run,
+                 recorder: Recorder) -> str:
+    """Write a report of the step; return the end of a sentence that tells where it is."""
+    batch = {"index": state.batch, "sequences_start_at": sequences}
+    try:
+        path = nonfinite.report(run.folder, state.nonfinite, state.step, batch, loss, state.model,
+                                recorder.recent, action)
+    except OSError as error:
+        return f"; the report of it could not be written ({error.strerror})."
+    return f": see {path}."

@@ -59,7 +59,7 @@ class State:
 
     def nbytes(self) -> int:
         """The size of a checkpoint."""
-        tensors = [*self.model.state_dict().values(), *self.optimizers.tensors().values()]
+        tensors = [*self.model.state_dict().values(), *self.optimizers.shapes().values()]
         return sum(tensor.nbytes for tensor in tensors)
 
     def restore(self, saved: Checkpoint) -> None:
@@ -80,15 +80,13 @@ class State:
 
     def read_optimizer_state(self, saved: Checkpoint) -> dict[str, Tensor]:
         """The optimizer state of a checkpoint. Format 2 has numbers in place of names."""
-        own = self.optimizers.tensors()
+        shapes = self.optimizers.shapes()
         if saved.format != 2:
-            return saved.load_tensors(OPTIMIZER, own)
-        numbered = []
-        for number, optimizer in enumerate(self.optimizers.all):
-            for index, state in enumerate(optimizer.state.values()):
-                numbered += [f"{number}.{index}.{key}" for key in state]
-        tensors = saved.load_tensors(OPTIMIZER, dict(zip(numbered, own.values(), strict=True)))
-        return {name: tensors[old] for name, old in zip(own, numbered, strict=True)}
+            return saved.load_tensors(OPTIMIZER, shapes)
+        numbered = self.optimizers.numbered_names()
+        like = dict(zip(numbered, shapes.values(), strict=True))
+        tensors = saved.load_tensors(OPTIMIZER, like)
+        return dict(zip(shapes, tensors.values(), strict=True))
 
     def note_evaluation(self, val_loss: float) -> None:
         """Record the loss of a scheduled evaluation; NaN or infinity is never the best one."""

@@ -35,11 +35,6 @@ from training.interrupt import embedded, stop_with_parent
 Target = str | Callable[..., Any]
 
 FLAG_NAMES = {"--help": "--help", "-h": "--help", "-m": "-m", "--multirun": "-m"}
-# The environment variables that hold a process's rank and the number of processes.
-LAUNCHERS = (
-    ("torchrun", "LOCAL_RANK", "WORLD_SIZE"),
-    ("mpirun", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
-)
 FLAGS = """Flags:
   --help      this text
   --cfg job   print the composed configuration, run nothing
@@ -87,7 +82,9 @@ def launch(main: Target, root: str | type, doc: str, multirun: Target = "") -> N
         message = user_message(error, root)
         if not message or os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
-        say(f"Error: {message}", sys.stderr)
+        # Several processes of torchrun all find a mistake in the settings; the first prints it.
+        if os.environ.get("RANK", "0") == "0" or not isinstance(error, ValueError):
+            say(f"Error: {message}", sys.stderr)
         code = 1
     except KeyboardInterrupt:
         sys.stdout.flush()
@@ -142,6 +139,9 @@ def run_command(
     if "-m" in flags:
         if not multirun:
             raise ValueError("-m: only train.py runs sweeps.")
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            raise ValueError("-m: torchrun trains one run with several processes; start a sweep "
+                             "with python train.py -m.")
         return imported(multirun)(overrides, show="--cfg" in flags)
     if root not in SCHEMAS:
         root = imported(root)
@@ -149,7 +149,7 @@ def run_command(
         output(as_yaml(compose(root, overrides)), end="")
         return 0
     if root == "config":
-        refuse_several_processes(os.environ)
+        check_launcher(os.environ)
     settings = compose(root, overrides)
     sleep_while_waiting()
     return imported(main)(settings)
@@ -204,20 +204,16 @@ def unknown_flag(argument: str, known: dict[str, Any]) -> str:
     return f"{argument}: no such flag; settings are written key=value, and --help lists both."
 
 
-def refuse_several_processes(environment: Mapping[str, str]) -> None:
-    """Raise ValueError if a launcher started several processes for one training.
-
-    Each would train the same run. Only the first process prints the message.
-    """
-    for launcher, rank, size in LAUNCHERS:
-        if rank not in environment or environment.get(size, "1") in ("", "1"):
-            continue
-        if environment[rank] != "0":
-            sys.exit(1)
-        raise ValueError(f"{launcher} started {environment[size]} processes, and one training "
-                         f"uses one process (and one GPU): run python train.py without "
-                         f"{launcher}. Several runs at a time are a sweep: -m with "
-                         f"jobs={environment[size]}.")
+def check_launcher(environment: Mapping[str, str]) -> None:
+    """Raise ValueError if anything but torchrun started several processes for one training."""
+    size = environment.get("OMPI_COMM_WORLD_SIZE", "1")
+    if size in ("", "1"):
+        return
+    if environment.get("OMPI_COMM_WORLD_RANK") != "0":
+        sys.exit(1)
+    raise ValueError(f"mpirun started {size} processes, which would each train the same run: use "
+                     f"torchrun --nproc-per-node={size} train.py. Several runs at a time are a "
+                     f"sweep: -m with jobs={size}.")
 
 
 def imported(target: Target) -> Any:

@@ -134,7 +134,7 @@ class Prefetch:
 
     def __init__(self, loader: Loader, device: torch.device, rank: int = 0) -> None:
         self.loader, self.device, self.rank = loader, device, rank
-        self.micro_steps = loader.micro_steps
+        self.micro_steps, self.world_size = loader.micro_steps, loader.world_size
         self.executor = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
         self.next_key: tuple[int, int] | None = None  # (step, micro-step)
         self.next_batch: Future[list[Tensor]]
@@ -177,6 +177,11 @@ class Validation:
         for split, share in zip(tokens, self.shares, strict=True):
             n_tokens = min(len(split) - 1, max(int(max_tokens * share), block_size))
             self.n_windows.append(n_tokens // block_size)
+
+    @property
+    def n_batches(self) -> int:
+        """The number of batches of all ranks."""
+        return sum(-(-n_windows // self.batch_size) for n_windows in self.n_windows)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, float]]:
         """Inputs and targets, int64 `[batch_size or fewer, block_size]`; weight in the mean."""

@@ -119,17 +119,33 @@ class TrainingConfig:
         return step == 0 or (self.checkpoint_every > 0 and step % self.checkpoint_every == 0)
 
     def micro_steps(self, block_size: int, world_size: int = 1) -> int:
-        """The number of micro-steps in a step.
+        """The number of micro-steps of a step, for each of `world_size` processes.
 
-        Raises ValueError where `tokens_per_step` is not a multiple of a micro-step's tokens.
+        Raises ValueError where `tokens_per_step` is not a multiple of a micro-step's tokens, and
+        where the processes cannot share the micro-steps equally.
         """
-        if self.tokens_per_step is None:
-            return 1
-        one = self.batch_size * block_size * world_size
-        if self.tokens_per_step < one or self.tokens_per_step % one:
-            nearest = max(1, round(self.tokens_per_step / one)) * one
+        one = self.batch_size * block_size
+        tokens = one if self.tokens_per_step is None else self.tokens_per_step
+        if tokens < one or tokens % one:
+            nearest = max(1, round(tokens / one)) * one
             raise ValueError(
-                f"training.tokens_per_step={self.tokens_per_step} is not a multiple of the {one} "
-                f"tokens of a micro-step (batch_size={self.batch_size} x "
-                f"block_size={block_size}): try {nearest}.")
-        return self.tokens_per_step // one
+                f"training.tokens_per_step={tokens} is not a multiple of the {one} tokens of a "
+                f"micro-step (batch_size={self.batch_size} x block_size={block_size}): try "
+                f"{nearest}.")
+        if tokens // one % world_size:
+            raise ValueError(self.indivisible(tokens, block_size, world_size))
+        return tokens // one // world_size
+
+    def indivisible(self, tokens: int, block_size: int, world_size: int) -> str:
+        """The message that several processes cannot share the micro-steps of a step."""
+        micro_steps = tokens // (self.batch_size * block_size)
+        message = (f"{micro_steps} micro-steps a step ({tokens} tokens, batch_size="
+                   f"{self.batch_size} x block_size={block_size}) cannot be divided among "
+                   f"{world_size} processes: ")
+        sequences = tokens // block_size
+        if sequences % world_size:
+            return message + "use another number of processes, or another training.tokens_per_step."
+        each = sequences // world_size
+        fitting = max(n for n in range(1, min(each, self.batch_size) + 1) if each % n == 0)
+        return (message + f"for the same step, use training.batch_size={fitting} "
+                f"training.tokens_per_step={tokens}.")

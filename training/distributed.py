@@ -1,13 +1,204 @@
-"""The processes that share the work of one run. Today a run has one."""
+"""Several processes that train one run, started by torchrun: what they share and agree on.
+
+Every process has all weights. A step's micro-steps are divided among the processes, their gradients
+are added in a fixed order, and each process updates a part of the parameters, of which it alone has
+the optimizer state (as ZeRO stage 1, arXiv:1910.02054). With one process nothing here does
+anything, and torch.distributed is not used. Knows neither model nor files.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from datetime import timedelta
+from typing import NoReturn, TypeVar
+
+import torch
+from torch import Tensor
+
+from training.tree_sum import add_in_tree
+
+# A process waits this long for the others, for example while rank 0 prepares the data.
+TIMEOUT = timedelta(days=7)
+T = TypeVar("T")
 
 
-@dataclass(frozen=True)
+
 class World:
-    """The number of processes, and this process's rank among them."""
+    """The processes of a run: `size` of them, of which this one is `rank`; rank 0 is the first.
 
-    rank: int = 0
-    size: int = 1
+    Only the first process touches the run's folder, prints, and samples.
+    """
+
+    def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
+        started_by_torchrun = "TORCHELASTIC_RUN_ID" in environment
+        self.size = int(environment["WORLD_SIZE"]) if started_by_torchrun else 1
+        self.rank = int(environment["RANK"]) if started_by_torchrun else 0
+        self.local_rank = int(environment["LOCAL_RANK"]) if started_by_torchrun else 0
+        self.local_size = int(environment["LOCAL_WORLD_SIZE"]) if started_by_torchrun else 1
+        self.is_first = self.rank == 0
+
+    @contextmanager
+    def joined(self) -> Iterator[None]:
+        """Connect the processes while the context lasts.
+
+        A process that ends, or fails, ends the others: the first with one sentence, unless the
+        failure was its own, the others without any.
+        """
+        if self.size == 1:
+            yield
+            return
+        import torch.distributed as dist
+
+        backend = "gloo"
+        if torch.cuda.is_available():
+            torch.cuda.set_device(self.local_rank)
+            backend = "cpu:gloo,cuda:nccl"
+        dist.init_process_group(backend, timeout=TIMEOUT)
+        try:
+            if self.is_first:
+                yield
+            else:
+                with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+                    yield
+        except RuntimeError as error:
+            if not is_lost_connection(error):
+                raise
+            if not self.is_first:
+                sys.exit(1)
+            raise OSError("Another process of this run has ended. The run is saved up to its last "
+                          "checkpoint: the same command resumes there.") from error
+        finally:
+            dist.destroy_process_group()
+
+    def first(self, call: Callable[[], T]) -> T:
+        """Call a function in the first process, and return its result in all of them.
+
+        If it raises, the first process raises and the others exit.
+        """
+        if self.size == 1:
+            return call()
+        import torch.distributed as dist
+
+        result, error = None, None
+        if self.is_first:
+            try:
+                result = call()
+            except BaseException as raised:
+                error = raised
+        told = [(result, error is not None)]
+        dist.broadcast_object_list(told, src=0)
+        if error:
+            raise error
+        result, failed = told[0]
+        if failed:
+            sys.exit(1)
+        return result
+
+    def fail(self, error: Exception) -> NoReturn:
+        """Raise an error that all processes have found in the first one; exit from the others."""
+        if self.is_first:
+            raise error
+        sys.exit(1)
+
+    def only_first(self, make: Callable[[], T]) -> T | Silent:
+        """What `make` returns in the first process, in the others an object that does nothing."""
+        return make() if self.is_first else Silent()
+
+    def gather(self, values: Tensor) -> Tensor:
+        """Concatenate tensors `[N]` of all processes in the order of their ranks: `[size * N]`."""
+        if self.size == 1:
+            return values
+        import torch.distributed as dist
+
+        everyone = [torch.empty_like(values) for _ in range(self.size)]
+        dist.all_gather(everyone, values)
+        return torch.cat(everyone)
+
+    def agree(self, seconds: float, interrupted: bool) -> tuple[float, bool]:
+        """The first process's clock, and whether any process was interrupted."""
+        if self.size == 1:
+            return seconds, interrupted
+        values = self.gather(torch.tensor([seconds, interrupted], dtype=torch.float64))
+        return values[0].item(), values[1::2].any().item()
+
+    @torch.no_grad()
+    def add_gradients(self, parameters: Sequence[Tensor]) -> None:
+        """Replace each gradient by the sum over all processes, added in a fixed binary tree.
+
+        No arithmetic is left to the communication library, so the result does not depend on how
+        it routes messages. Each process adds a slice of all gradients; then slices are exchanged.
+        """
+        if self.size == 1:
+            return
+        import torch.distributed as dist
+
+        gradients = [weights.grad for weights in parameters if weights.grad is not None]
+        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        count = flat.numel()
+        flat = torch.nn.functional.pad(flat, (0, -count % self.size))
+        received = torch.empty_like(flat)
+        dist.all_to_all_single(received, flat)
+        total = add_in_tree(list(received.chunk(self.size)))
+        dist.all_gather(list(flat.chunk(self.size)), total)
+        for gradient, summed in zip(gradients, flat[:count].split([g.numel() for g in gradients]),
+                                    strict=True):
+            gradient.copy_(summed.view_as(gradient))
+
+    @torch.no_grad()
+    def share(self, parts: list[list[Tensor]]) -> None:
+        """Copy tensors from the process that owns them to all others, in place.
+
+        `parts[rank]` are the tensors of a rank; all have the same format and are contiguous.
+        """
+        if self.size == 1:
+            return
+        import torch.distributed as dist
+
+        longest = max(sum(tensor.numel() for tensor in part) for part in parts)
+        example = next(tensor for part in parts for tensor in part)
+        sent = example.new_zeros(longest)
+        own = parts[self.rank]
+        if own:
+            flat = torch.cat([tensor.reshape(-1) for tensor in own])
+            sent[: flat.numel()] = flat
+        received = [torch.empty_like(sent) for _ in range(self.size)]
+        dist.all_gather(received, sent)
+        for rank, part in enumerate(parts):
+            if rank == self.rank:
+                continue
+            sizes = [tensor.numel() for tensor in part]
+            for tensor, values in zip(part, received[rank][: sum(sizes)].split(sizes), strict=True):
+                tensor.copy_(values.view_as(tensor))
+
+    def grad_scaler(self, device_type: str, enabled: bool) -> torch.amp.GradScaler:
+        """A loss scaler that adapts to the gradients of all processes."""
+        if self.size == 1 or not enabled:
+            return torch.amp.GradScaler(device_type, enabled=enabled)
+        from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+
+        return ShardedGradScaler(device_type)
+
+
+class Silent:
+    """Takes the place of an object of the first process: every method does nothing."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *arguments, **named: None
+
+    def __enter__(self) -> Silent:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        pass
+
+
+def is_lost_connection(error: RuntimeError) -> bool:
+    """Whether a collective failed because another process ended."""
+    text = str(error)
+    words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe",
+             "NCCL communicator was aborted", "remote process exited", "Socket Timeout",
+             "failed to recv", "Connection refused")
+    return any(word in text for word in words)

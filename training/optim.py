@@ -11,6 +11,8 @@ from torch import Tensor
 
 from hardware import native
 from training.config import OptimConfig
+from training.distributed import World
+from training.sharding import Part, deal_out, slices
 
 # The coefficients of Keller Jordan's Muon (2024), kellerjordan.github.io/posts/muon.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -30,6 +32,7 @@ class WithoutCompiler(torch.optim.Optimizer):
 class AdamW(WithoutCompiler, torch.optim.AdamW):
     """`torch.optim.AdamW(fused=True)`, with its state created at once: checkpoint sizes need it."""
 
+    STATE = ("step", "exp_avg", "exp_avg_sq")
     step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
 
     def __init__(self, params: list[dict[str, Any]], lr: float, betas: tuple[float, float]) -> None:
@@ -48,6 +51,8 @@ class Muon(WithoutCompiler):
 
     Equal to `torch.optim.Muon`, which orthogonalizes one matrix after another.
     """
+
+    STATE = ("momentum_buffer",)
 
     def __init__(self, params: list[dict[str, Any]], lr: float, momentum: float) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": 0.0})
@@ -110,10 +115,13 @@ class Optimizers:
     """AdamW for all parameters, or Muon for the matrices of the blocks and AdamW for the rest.
 
     `roles` are the parameters by role and name (`GPT.parameters_by_role`). Muon gets the roles
-    "attention" and "mlp". Weight decay applies to all but the role "vector".
+    "attention" and "mlp". Weight decay applies to all but the role "vector". Of several processes,
+    each updates its part of the parameters, and has the optimizer state of that part.
     """
 
-    def __init__(self, roles: dict[str, dict[str, Tensor]], config: OptimConfig) -> None:
+    def __init__(self, roles: dict[str, dict[str, Tensor]], config: OptimConfig,
+                 world: World | None = None) -> None:
+        self.world = world or World({})
         self.names = {weights: name for role in roles.values() for name, weights in role.items()}
         self.parameters = list(self.names)
         matrices = [*roles["attention"].values(), *roles["mlp"].values()]
@@ -121,17 +129,35 @@ class Optimizers:
         vectors = list(roles["vector"].values())
 
         self.all: list[torch.optim.Optimizer] = []
+        # The parts that each rank updates, and the names of each parameter's state.
+        self.parts: list[list[Part]] = [[] for _ in range(self.world.size)]
+        self.keys: dict[Tensor, tuple[str, ...]] = {}
         if config.optimizer == "muon":
-            groups = [{"params": matrices, "weight_decay": config.weight_decay}]
+            self.keys |= dict.fromkeys(matrices, Muon.STATE)
+            own = self.assign(deal_out(matrices, self.world.size))
+            groups = [{"params": own, "weight_decay": config.weight_decay}]
             self.all.append(Muon(groups, config.muon_lr, config.momentum))
         else:
             decayed = matrices + decayed
-        groups = [{"params": decayed, "weight_decay": config.weight_decay},
-                  {"params": vectors, "weight_decay": 0.0}]
+        self.keys |= dict.fromkeys(decayed + vectors, AdamW.STATE)
+        own_decayed = self.assign(slices(decayed, self.world.size))
+        own_vectors = self.assign(slices(vectors, self.world.size))
+        groups = [{"params": own_decayed, "weight_decay": config.weight_decay},
+                  {"params": own_vectors, "weight_decay": 0.0}]
         self.all.append(AdamW(groups, config.lr, (config.beta1, config.beta2)))
         for optimizer in self.all:
             for group in optimizer.param_groups:
                 group["initial_lr"] = group["lr"]
+
+    def assign(self, parts: list[list[Part]]) -> list[Tensor]:
+        """Assign parts to the ranks; return the tensors of this one."""
+        for rank, some in enumerate(parts):
+            self.parts[rank] += some
+        return [part.tensor for part in parts[self.world.rank]]
+
+    @property
+    def own_parts(self) -> list[Part]:
+        return self.parts[self.world.rank]
 
     def set_scale(self, scale: float) -> None:
         """Set each learning rate to this fraction of its full value."""
@@ -140,11 +166,29 @@ class Optimizers:
                 group["lr"] = group["initial_lr"] * scale
 
     def gradient_norm(self, scaler: torch.amp.GradScaler) -> Tensor:
-        """Unscale the gradients and return the norm of all together, without waiting for it."""
-        for optimizer in self.all:
-            scaler.unscale_(optimizer)
+        """Add the gradients of all processes, unscale them, and return the norm of all together.
+
+        Does not wait for the device.
+        """
+        self.world.add_gradients(self.parameters)
+        for part in self.own_parts:
+            part.take_gradient()
+        if self.world.size == 1:
+            self.unscale(scaler)
+            return self.total_norm()
+        norm = self.total_norm()
+        # This unscales the own parts only. The scale is a power of two, so that the division has
+        # the same bits as a norm of unscaled gradients.
+        self.unscale(scaler)
+        return norm / scaler.scale(torch.ones_like(norm))
+
+    def total_norm(self) -> Tensor:
         gradients = [weights.grad for weights in self.parameters if weights.grad is not None]
         return torch.nn.utils.get_total_norm(gradients)
+
+    def unscale(self, scaler: torch.amp.GradScaler) -> None:
+        for optimizer in self.all:
+            scaler.unscale_(optimizer)
 
     def step(self, scaler: torch.amp.GradScaler, norm: Tensor, grad_clip: float) -> None:
         """Clip the gradients, whose norm is `norm`, update the weights, and drop the gradients.
@@ -155,9 +199,11 @@ class Optimizers:
             self.zero_grad(scaler)
             return
         if grad_clip:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters, grad_clip, norm)
+            own = [part.tensor for part in self.own_parts]
+            torch.nn.utils.clip_grads_with_norm_(own, grad_clip, norm)
         for optimizer in self.all:
             scaler.step(optimizer)
+        self.world.share([[part.tensor for part in parts] for parts in self.parts])
         self.zero_grad(scaler)
 
     def zero_grad(self, scaler: torch.amp.GradScaler) -> None:
@@ -165,20 +211,62 @@ class Optimizers:
         scaler.update()
         for optimizer in self.all:
             optimizer.zero_grad()
+        for weights in self.parameters:
+            weights.grad = None
+
+    def shapes(self) -> dict[str, Tensor]:
+        """The state of all processes, without its values: tensors on the meta device."""
+        shapes = {}
+        for weights, keys in self.keys.items():
+            for key in keys:
+                shape = () if key == "step" else weights.shape
+                name = f"{self.names[weights]}.{key}"
+                shapes[name] = torch.empty(shape, dtype=torch.float32, device="meta")
+        return shapes
 
     def tensors(self) -> dict[str, Tensor]:
         """The state, by names such as "h.0.attn.c_attn.weight.exp_avg".
 
-        Learning rates are left out: the schedule gives them.
+        Learning rates are left out: the schedule gives them. With several processes, the state is
+        gathered from all: each must call this.
         """
-        tensors = {}
-        for optimizer in self.all:
-            for weights, state in optimizer.state.items():
-                for key, tensor in state.items():
-                    tensors[f"{self.names[weights]}.{key}"] = tensor
+        states = self.own_states()
+        if self.world.size == 1:
+            return {name: states[name][1] for name in self.shapes()}
+        device = self.parameters[0].device
+        tensors = {name: torch.empty_like(like, device=device)
+                   for name, like in self.shapes().items()}
+        for name, (part, state) in states.items():
+            part.of(tensors[name]).copy_(state)
+        owned = []
+        for parts in self.parts:
+            owned.append([part.of(tensors[f"{self.names[part.weights]}.{key}"])
+                          for part in parts for key in self.keys[part.weights]])
+        self.world.share(owned)
         return tensors
 
+    def numbered_names(self) -> list[str]:
+        """The names of `shapes()` in checkpoints of format 2: optimizer, parameter, key."""
+        names, parameters_of = [], {}
+        for keys in self.keys.values():
+            index = parameters_of.setdefault(keys, 0)
+            number = list(parameters_of).index(keys)
+            parameters_of[keys] += 1
+            names += [f"{number}.{index}.{key}" for key in keys]
+        return names
+
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Copy the state from `tensors`, which has the names and shapes of `tensors()`."""
-        for name, tensor in self.tensors().items():
-            tensor.copy_(tensors[name])
+        """Copy the state from `tensors`, which has the names and shapes of `shapes()`."""
+        for name, (part, state) in self.own_states().items():
+            state.copy_(part.of(tensors[name]))
+
+    def own_states(self) -> dict[str, tuple[Part, Tensor]]:
+        """The state of this process's parts, by name."""
+        found = {}
+        by_tensor = {part.tensor: part for part in self.own_parts}
+        for optimizer in self.all:
+            for tensor, state in optimizer.state.items():
+                part = by_tensor[tensor]
+                for key, value in state.items():
+                    found[f"{self.names[part.weights]}.{key}"] = part, value
+        return found

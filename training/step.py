@@ -6,14 +6,17 @@ Knows no files and no settings: it is given a model that returns its loss, and b
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from training.device import Device
+from training.distributed import World
 from training.interrupt import Interrupt
+from training.tree_sum import TreeSum
 
 Batch = tuple[Tensor, Tensor]  # inputs and targets, each `[B, T]`
 
@@ -22,43 +25,61 @@ class Batches(Protocol):
     """This process's batches of each step. A process takes consecutive micro-steps of the step."""
 
     rank: int
+    world_size: int
     micro_steps: int  # of a step, in this process
 
     def batch(self, step: int, micro_step: int) -> Batch: ...
 
 
-def accumulate_gradients(model: nn.Module, batches: Batches, boundary: int | None, step: int,
-                         scaler: torch.amp.GradScaler, device: Device, seed: int,
-                         interrupt: Interrupt) -> Tensor | None:
-    """Run forward and backward for each micro-step; return their mean loss, in nats per token.
+class Validation(Protocol):
+    """This process's validation batches, with their weights in the mean."""
 
-    The loss stays on the device. Returns None if interrupted between two micro-steps.
+    n_batches: int  # of all processes
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, float]]: ...
+
+
+def accumulate_gradients(model: nn.Module, parameters: list[Tensor], batches: Batches,
+                         boundary: int | None, step: int, scaler: torch.amp.GradScaler,
+                         device: Device, seed: int, interrupt: Interrupt) -> Tensor | None:
+    """Run forward and backward for each micro-step; return its loss, in nats per token.
+
+    Each is divided by the number of all micro-steps, so that the sum is the step's loss. The losses
+    `[micro_steps]` stay on the device. Returns None if interrupted between two micro-steps.
     """
-    loss = torch.zeros((), dtype=device.sum_dtype, device=device.torch)
+    losses = []
+    gradients = TreeSum(parameters, batches.micro_steps)
     first = batches.rank * batches.micro_steps
     for micro_step in range(batches.micro_steps):
-        if interrupt:
+        # Several processes must agree on it, which they do once a step.
+        if interrupt and batches.world_size == 1:
             return None
         batch = batches.batch(step, micro_step)
         # By its number among the micro-steps of all processes.
         seed_dropout(seed, step, first + micro_step)
-        micro_loss = loss_of(model, batch, device, boundary) / batches.micro_steps
-        scaler.scale(micro_loss).backward()
-        loss += micro_loss.detach()
-    return loss
+        loss = loss_of(model, batch, device, boundary)
+        loss = loss / (batches.micro_steps * batches.world_size)
+        scaler.scale(loss).backward()
+        gradients.after_backward(micro_step)
+        losses.append(loss.detach().to(device.sum_dtype))
+    gradients.finish()
+    return torch.stack(losses)
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, validation: Iterable[tuple[Tensor, Tensor, float]], device: Device,
-             boundary: int | None = None) -> float:
+def evaluate(model: nn.Module, validation: Validation, device: Device, boundary: int | None,
+             world: World) -> float:
     """The mean loss over the validation windows, in nats per token."""
     model.eval()
-    total = torch.zeros((), dtype=device.sum_dtype, device=device.torch)
-    for inputs, targets, weight in validation:
+    # Each process has every size-th batch. The last turn may have no batch left for it.
+    turns = math.ceil(validation.n_batches / world.size)
+    losses = torch.zeros(turns, dtype=device.sum_dtype, device=device.torch)
+    for turn, (inputs, targets, weight) in enumerate(validation):
         loss = loss_of(model, (inputs, targets), device, boundary)
-        total += loss.to(device.sum_dtype) * weight
+        losses[turn] = loss.to(device.sum_dtype) * weight
     model.train()
-    return total.item()
+    in_order = world.gather(losses).view(world.size, turns).T.flatten()
+    return sum(in_order.tolist())
 
 
 def loss_of(model: nn.Module, batch: Batch, device: Device, boundary: int | None) -> Tensor:

@@ -1,0 +1,175 @@
+"""Several processes train one run: the same bits, and what happens when one of them ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from checkpointing import store
+from training.config import TrainingConfig
+from training.distributed import World
+
+ROOT = Path(__file__).parent.parent
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+TINY = ["model=nano", "data=text", "data.tokenizer=char", "training=smoke", "training.device=cpu",
+        "training.precision=fp32", "training.threads=1", "training.eval_tokens=512",
+        "logger.report=false", "training.sample_tokens=0", "training.batch_size=2",
+        "training.tokens_per_step=256", "training.checkpoint_every=2"]
+RECIPES = {
+    "muon": ["model=modern-nano", "optim=muon", "model.dropout=0.1"],
+    "adamw": ["optim=adamw", "model.dropout=0.1", "optim.grad_clip=0.1"],
+    "fp16": ["training.precision=fp16"],
+}
+
+
+@pytest.fixture
+def command(book, tmp_path):
+    def make(processes, *overrides):
+        start = [sys.executable] if processes == 1 else [*TORCHRUN, str(processes)]
+        return [*start, "train.py", *TINY, f"data.path={book}", f"runs_dir={tmp_path}", *overrides]
+    return make
+
+
+def run(command):
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+
+
+def content(run):
+    """The weights, the optimizer state, and the metrics without times."""
+    last = store.list_checkpoints(run / "checkpoints")[-1].folder
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    metrics = [{key: row.get(key) for key in ("step", "loss", "gradient_norm", "val_loss")}
+               for row in rows]
+    return load_file(last / "model.safetensors"), load_file(last / "optimizer.safetensors"), metrics
+
+
+def assert_bit_identical(left, right):
+    for ours, theirs in zip(left[:2], right[:2], strict=True):
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    assert left[2] == right[2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_two_processes_are_bit_identical_to_one(command, tmp_path, recipe):
+    for processes in (1, 2):
+        done = run(command(processes, f"name={processes}", *RECIPES[recipe], "training.max_steps=4"))
+        assert done.returncode == 0, done.stderr
+    assert_bit_identical(content(tmp_path / "1"), content(tmp_path / "2"))
+
+
+@pytest.mark.slow
+def test_a_run_moves_between_numbers_of_processes(command, tmp_path):
+    """One process, then four, then two: as if it had been one."""
+    words = [*RECIPES["muon"], "optim.schedule=constant"]
+    for steps, processes in ((2, 1), (4, 4), (6, 2)):
+        done = run(command(processes, "name=moving", *words, f"training.max_steps={steps}"))
+        assert done.returncode == 0, done.stderr
+    run(command(1, "name=one", *words, "training.max_steps=6"))
+    moving, one = content(tmp_path / "moving"), content(tmp_path / "one")
+    # The ends at 2 and 4 steps were evaluated, which the run of one process does not do.
+    trained = [[row for row in rows if row["loss"] is not None] for _, _, rows in (moving, one)]
+    assert trained[0] == trained[1]
+    assert_bit_identical((*moving[:2], []), (*one[:2], []))
+
+
+def wait_for(condition, process):
+    until = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < until and process.poll() is None
+        time.sleep(0.05)
+
+
+def training_processes(name):
+    """The ids of the processes that train a run, by rank."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (folder / "cmdline").read_bytes().split(b"\0")
+            environment = (folder / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if f"name={name}".encode() in words and b"TORCHELASTIC_RUN_ID" in b" ".join(environment):
+            ranks = [word for word in environment if word.startswith(b"RANK=")]
+            if ranks:
+                found[int(ranks[0][5:])] = int(folder.name)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc")
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_ends_all_and_the_run_resumes(command, tmp_path, rank):
+    words = [*RECIPES["adamw"], "training.max_steps=30"]
+    run(command(1, "name=whole", *words))
+    checkpoints = tmp_path / f"killed{rank}" / "checkpoints"
+    process = subprocess.Popen(command(2, f"name=killed{rank}", *words), cwd=ROOT,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: checkpoints.exists() and store.list_checkpoints(checkpoints), process)
+    os.kill(training_processes(f"killed{rank}")[rank], signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    own = [line for line in errors.splitlines() if line.startswith("Error:")]
+    assert len(own) <= 1 and all("Another process of this run has ended" in line for line in own)
+    assert not list(checkpoints.glob(".*"))
+    done = run(command(1, f"name=killed{rank}", *words))
+    assert done.returncode == 0, done.stderr
+    assert_bit_identical(content(tmp_path / "whole"), content(tmp_path / f"killed{rank}"))
+
+
+@pytest.mark.slow
+def test_sigterm_to_torchrun_saves_once(command, tmp_path):
+    checkpoints = tmp_path / "stopped" / "checkpoints"
+    process = subprocess.Popen(
+        command(2, "name=stopped", "training.max_steps=10000", "training.checkpoint_every=0"),
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "stopped" / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and len(metrics.read_bytes().splitlines()) > 3, process)
+    process.terminate()
+    output, _ = process.communicate(timeout=60)
+    assert output.count("Interrupted: ") == 1
+    assert len(store.list_checkpoints(checkpoints)) == 1
+
+
+@pytest.mark.slow
+def test_a_mistake_is_printed_once(command):
+    done = run(command(2, "training.tokens_per_step=64", "name=wrong"))
+    assert done.returncode == 1
+    assert done.stderr.count("cannot be divided among 2 processes") == 1
+
+
+def test_micro_steps_are_divided_among_processes():
+    limits = TrainingConfig(batch_size=4, tokens_per_step=128 * 8)
+    assert [limits.micro_steps(32, size) for size in (1, 2, 4, 8)] == [8, 4, 2, 1]
+    with pytest.raises(ValueError, match=r"8 micro-steps .* 3 processes: use another number"):
+        limits.micro_steps(32, 3)
+    with pytest.raises(ValueError, match=r"training\.batch_size=2 training\.tokens_per_step=1024"):
+        limits.micro_steps(32, 16)
+    with pytest.raises(ValueError, match=r"1 micro-steps .*use training\.batch_size=16 "):
+        TrainingConfig(batch_size=32).micro_steps(32, 2)
+
+
+def test_one_process_does_not_use_torch_distributed(monkeypatch):
+    monkeypatch.delattr(torch, "distributed")
+    world = World({})
+    with world.joined():
+        assert world.first(lambda: 5) == 5 and world.agree(1.5, True) == (1.5, True)
+        world.add_gradients([torch.zeros(1)])
+        world.share([[torch.zeros(1)]])
+    assert (world.size, world.rank, world.is_first) == (1, 0, True)
+
+
+def test_world_is_read_from_torchruns_environment():
+    world = World({"TORCHELASTIC_RUN_ID": "x", "RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1",
+                   "LOCAL_WORLD_SIZE": "2"})
+    assert (world.size, world.rank, world.local_rank, world.is_first) == (8, 3, 1, False)

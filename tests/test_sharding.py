@@ -1,0 +1,48 @@
+"""The parts of the parameters that each process updates."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from training.sharding import SLICE_UNIT, deal_out, slices
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 7])
+def test_slices_cover_each_number_once(size):
+    parameters = [torch.zeros(shape) for shape in [(1,), (64,), (65,), (100, 130), (3, 5)]]
+    for parts in slices(parameters, size):
+        for part in parts:
+            part.tensor.add_(1)
+    assert all((weights == 1).all() for weights in parameters)
+
+
+def test_slices_are_equal_and_aligned():
+    weights = torch.zeros(1000, 64)
+    parts = slices([weights], 4)
+    sizes = [sum(part.tensor.numel() for part in some) for some in parts]
+    assert max(sizes) - min(sizes) <= SLICE_UNIT
+    assert all(part.start % SLICE_UNIT == 0 for some in parts for part in some)
+
+
+def test_matrices_are_dealt_out_by_shape():
+    matrices = [torch.zeros(4, 8) for _ in range(4)] + [torch.zeros(8, 8) for _ in range(2)]
+    for parts in deal_out(matrices, 2):
+        assert sorted(tuple(part.weights.shape) for part in parts) == [(4, 8), (4, 8), (8, 8)]
+
+
+def test_a_slice_is_updated_like_the_whole_by_adamw():
+    """The same bits, although vector instructions treat the end of a tensor differently."""
+    from training.optim import AdamW
+
+    torch.manual_seed(0)
+    whole = torch.randn(1000)
+    sliced, gradient = whole.clone(), torch.randn(1000)
+    for weights, size in ((whole, 1), (sliced, 4)):
+        for (part,) in slices([weights], size):
+            weights.grad = gradient.clone()
+            part.take_gradient()
+            optimizer = AdamW([{"params": [part.tensor], "weight_decay": 0.1}], 0.01, (0.9, 0.95))
+            optimizer.step()
+            optimizer.step()
+    assert torch.equal(whole, sliced)

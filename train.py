@@ -112,7 +112,7 @@ def train_together(settings: Settings, world: World) -> int:
         model = GPT(model_config).to(device.torch)
         model.recompute = limits.recompute
         optimizers = Optimizers(model.parameters_by_role(), settings.optim, world)
-        scaler = world.grad_scaler(device.type, enabled=device.precision == "fp16")
+        scaler = torch.amp.GradScaler(device.type, enabled=device.precision == "fp16")
 
         # Restore the latest checkpoint.
         state = State(model, optimizers, scaler)

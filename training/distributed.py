@@ -173,14 +173,6 @@ class World:
             for tensor, values in zip(part, received[rank][: sum(sizes)].split(sizes), strict=True):
                 tensor.copy_(values.view_as(tensor))
 
-    def grad_scaler(self, device_type: str, enabled: bool) -> torch.amp.GradScaler:
-        """A loss scaler that adapts to the gradients of all processes."""
-        if self.size == 1 or not enabled:
-            return torch.amp.GradScaler(device_type, enabled=enabled)
-        from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
-
-        return ShardedGradScaler(device_type)
-
 
 class Silent:
     """Takes the place of an object of the first process: every method does nothing."""

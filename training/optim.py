@@ -177,10 +177,15 @@ class Optimizers:
             self.unscale(scaler)
             return self.total_norm()
         norm = self.total_norm()
-        # This unscales the own parts only. The scale is a power of two, so that the division has
-        # the same bits as a norm of unscaled gradients.
+        # This unscales and checks the own parts only. The scale is a power of two, so that the
+        # division has the same bits as a norm of unscaled gradients.
         self.unscale(scaler)
-        return norm / scaler.scale(torch.ones_like(norm))
+        if scaler.is_enabled():
+            norm = norm / scaler.scale(torch.ones_like(norm))
+            for optimizer in self.all:
+                for found_inf in scaler._found_inf_per_device(optimizer).values():
+                    found_inf.fill_(~norm.isfinite())
+        return norm
 
     def total_norm(self) -> Tensor:
         gradients = [weights.grad for weights in self.parameters if weights.grad is not None]

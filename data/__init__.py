@@ -1,1 +1,1 @@
-"""What is learned from: documents, tokenizers, token shards, batches. Knows text and tokens, no model."""
+"""Text and tokens: documents, tokenizers, token shards and batches. Knows no model."""

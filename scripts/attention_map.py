@@ -28,7 +28,7 @@ class AttentionMapSettings:
         "", "instead of a run, a model preset with random weights, which reads bytes")
     seed: int = setting(1337, "of the random weights", ge=0, lt=2**63)
     prompt: str = setting(
-        "The quick brown fox jumps.", "the text that the model reads; of a long one the last tokens")
+        "The quick brown fox jumps.", "the text for the model; of a long one the last tokens")
     out: FilePath = setting(
         "", "the page; empty: attention.html in the run's folder, or here with fresh=")
     png: bool = setting(False, "also draw all heads, beside the page (needs matplotlib)")

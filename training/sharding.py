@@ -17,7 +17,7 @@ SLICE_UNIT = 64
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """The numbers from `start` to `end` of a parameter, in the order in which they lie in memory."""
+    """The numbers from `start` to `end` of a parameter, in their order in memory."""
 
     weights: Tensor
     start: int

@@ -1,4 +1,4 @@
-"""Adds gradients in a fixed binary tree, so that the sum does not depend on who computes which part.
+"""Adds gradients in a fixed binary tree: the sum does not depend on who computes which part.
 
 Floating-point addition depends on its order: (a + b) + (c + d) has other last bits than
 ((a + b) + c) + d.

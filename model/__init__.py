@@ -1,6 +1,6 @@
 """The model: tensors only, no files, no text, no training.
 
-Each class is imported on first use, so `model.config` can be read without importing torch.
+`GPT` and `SkipInit` are imported on first use, so the settings can be read without torch.
 """
 
 from __future__ import annotations
@@ -11,20 +11,14 @@ from typing import TYPE_CHECKING, Any
 from model.config import GPTConfig
 
 if TYPE_CHECKING:
-    from model.attention import CausalSelfAttention, KVCache
     from model.gpt import GPT
     from model.skip_init import SkipInit
 
-__all__ = ["GPT", "CausalSelfAttention", "GPTConfig", "KVCache", "SkipInit"]
-MODULES = {
-    "GPT": "gpt",
-    "CausalSelfAttention": "attention",
-    "KVCache": "attention",
-    "SkipInit": "skip_init",
-}
+__all__ = ["GPT", "GPTConfig", "SkipInit"]
+MODULES = {"GPT": "model.gpt", "SkipInit": "model.skip_init"}
 
 
 def __getattr__(name: str) -> Any:
     if name not in MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{MODULES[name]}"), name)
+    return getattr(import_module(MODULES[name]), name)

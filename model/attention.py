@@ -18,37 +18,31 @@ from torch.utils.checkpoint import checkpoint
 from model.config import GPTConfig
 from model.linear import Linear
 
-# The number of queries in a chunk of unfused attention, which skips the keys behind its last query.
+# Unfused attention handles this number of queries at a time. It skips the keys after the last.
 QUERY_CHUNK = 256
 
 
 class AttentionContext(Protocol):
-    """Replaces plain causal attention over one sequence per row.
+    """Attention other than causal over whole rows; one object serves all layers."""
 
-    Made for one forward pass and shared by all layers: see `model/documents.py` and
-    `generation/caches.py`.
-    """
-
-    positions: Tensor  # [B, T], the index of each token in its own sequence
+    # `[B, T]`, the position of each token in its own sequence.
+    positions: Tensor
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-        """Attention `[B, H, T, D]` of queries `[B, H, T, D]` to keys and values `[B, G, S, D]`."""
-        ...
+        """As the function `attend`, with a mask of its own."""
 
 
 class KVCache:
     """Keys and values of earlier positions, in one preallocated pair of tensors per layer.
 
-    `GPT.forward` writes behind `length` and advances it. `positions` is the capacity, by default
-    `block_size`.
+    `GPT.forward` appends to it. `positions` is its capacity, by default `block_size`.
     """
 
     attention_context: AttentionContext | None = None
 
     def __init__(self, config: GPTConfig, batch_size: int, device: torch.device | str = "cpu",
                  dtype: torch.dtype = torch.float32, positions: int | None = None) -> None:
-        positions = positions or config.block_size
-        shape = (batch_size, config.kv_heads, positions, config.head_width)
+        shape = (batch_size, config.kv_heads, positions or config.block_size, config.head_width)
         self.keys = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
         self.values = [torch.empty_like(keys) for keys in self.keys]
         self.length = 0

@@ -136,7 +136,11 @@ class GPT(nn.Module):
 
         positions = context.positions if context is not None else None
         x = self.drop(self.embed(idx, start, positions, cache))
-        rotary = self.rotary_at(start, end, positions)
+        rotary = None
+        if self.config.position == "rotary" and positions is None:
+            rotary = self.rotary[:, start:end]
+        elif self.config.position == "rotary":
+            rotary = self.rotary[:, positions[:, None]]
         for block in self.h:
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, rotary, cache, context, use_reentrant=False)
@@ -162,14 +166,6 @@ class GPT(nn.Module):
         if self.config.embedding_norm:
             x = F.rms_norm(x, (self.config.n_embd,))
         return x
-
-    def rotary_at(self, start: int, end: int, positions: Tensor | None) -> Tensor | None:
-        """The rotary table of the given positions, if the model uses one."""
-        if self.config.position == "learned":
-            return None
-        if positions is None:
-            return self.rotary[:, start:end]
-        return self.rotary[:, positions[:, None]]
 
     @property
     def head_weight(self) -> Tensor:

@@ -1,7 +1,7 @@
-"""Documents that share a row: equal to separate sequences, by the mask and by flash attention's packed documents.
+"""Documents in one row equal separate sequences, with a mask and with variable-length flash attention.
 
-That kernel runs on GPUs only. Here torch's operator around it runs with plain arithmetic in the kernel's place, which
-also refuses what the kernel refuses; what is left to a GPU is the kernel itself.
+The flash attention kernel runs on GPUs only. Here a plain implementation, registered for the CPU, takes its place and
+checks its inputs as the kernel does.
 """
 
 import math
@@ -20,7 +20,7 @@ from model.documents import DocumentAttention, supports_varlen
 from model.gpt import GPT, GPTConfig
 
 V, T = 65, 32
-END = 0  # the id that ends a document and begins the next
+BOUNDARY = 0  # the id that starts a document
 BASE = {"block_size": T, "vocab_size": V, "n_layer": 2, "n_head": 2, "n_embd": 32}
 MODERN = BASE | {"position": "rotary", "norm": "rms", "qk_norm": True, "activation": "relu2", "tie_head": False}
 SMALL = {
@@ -33,32 +33,32 @@ SMALL = {
 every_small = pytest.mark.parametrize("config", SMALL.values(), ids=SMALL.keys())
 
 
-def in_plain_arithmetic(q: Tensor, k: Tensor, cuts: Tensor, scale: float | None):
-    """Each document's place and attention weights `[H, T, T]`, checked as the kernel checks what it is given."""
-    assert q.dtype == k.dtype and cuts.dtype == torch.int32 and cuts.is_contiguous()
+def plain_varlen(q: Tensor, k: Tensor, cu_seqlens: Tensor, scale: float | None):
+    """Yield the slice of each document and its attention weights `[H, T, T]`."""
+    assert q.dtype == k.dtype and cu_seqlens.dtype == torch.int32 and cu_seqlens.is_contiguous()
     assert q.dim() == 3 and q.stride(-1) == k.stride(-1) == 1 and q.size(-1) % 8 == 0
-    assert cuts[0] == 0 and cuts[-1] == len(q) and (cuts.diff() > 0).all()
-    for start, end in pairwise(cuts.tolist()):
+    assert cu_seqlens[0] == 0 and cu_seqlens[-1] == len(q) and (cu_seqlens.diff() > 0).all()
+    for start, end in pairwise(cu_seqlens.tolist()):
         scores = torch.einsum("thd,shd->hts", q[start:end], k[start:end]) * (scale or q.size(-1) ** -0.5)
         future = torch.ones(end - start, end - start, dtype=torch.bool).triu(1)
         yield slice(start, end), scores.masked_fill(future, -math.inf).softmax(-1)
 
 
 @torch.library.register_kernel("torch_attn::_varlen_attn", "cpu")
-def forward(q, k, v, cuts, cuts_k, most, most_k, is_causal=False, scale=None, window_size=None, *rest):
+def forward(q, k, v, cu_seqlens, cu_seqlens_k, max_q, max_k, is_causal=False, scale=None, window_size=None, *rest):
     assert is_causal and q.shape == k.shape == v.shape and v.dtype == q.dtype and v.stride(-1) == 1
-    assert torch.equal(cuts, cuts_k) and most == most_k >= cuts.diff().max()
+    assert torch.equal(cu_seqlens, cu_seqlens_k) and max_q == max_k >= cu_seqlens.diff().max()
     out = torch.empty_like(q)
-    for own, weights in in_plain_arithmetic(q, k, cuts, scale):
+    for own, weights in plain_varlen(q, k, cu_seqlens, scale):
         out[own] = torch.einsum("hts,shd->thd", weights, v[own])
     return out, torch.zeros(q.size(1), len(q)), torch.zeros(2, dtype=torch.uint64)
 
 
 @torch.library.register_kernel("torch_attn::_varlen_attn_backward", "cpu")
-def backward(grad, q, k, v, out, lse, cuts, cuts_k, most, most_k, is_causal, state, scale=None, window_size=None):
+def backward(grad, q, k, v, out, lse, cu_seqlens, cu_seqlens_k, max_q, max_k, is_causal, state, scale=None, window_size=None):
     assert is_causal and grad.dtype == q.dtype and grad.stride(-1) == 1
     grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    for own, weights in in_plain_arithmetic(q, k, cuts, scale):
+    for own, weights in plain_varlen(q, k, cu_seqlens, scale):
         of_weights = torch.einsum("thd,shd->hts", grad[own], v[own])
         of_scores = weights * (of_weights - (of_weights * weights).sum(-1, keepdim=True)) * (scale or q.size(-1) ** -0.5)
         grads[0][own] = torch.einsum("hts,shd->thd", of_scores, k[own])
@@ -67,14 +67,14 @@ def backward(grad, q, k, v, out, lse, cuts, cuts_k, most, most_k, is_causal, sta
     return grads
 
 
-@pytest.fixture(params=["mask", "packed"])
+@pytest.fixture(params=["mask", "varlen"])
 def kernel(request, monkeypatch):
-    """A test that takes this runs with both."""
-    monkeypatch.setattr(model.gpt, "supports_varlen", lambda *_: request.param == "packed")
+    """Run a test with both implementations."""
+    monkeypatch.setattr(model.gpt, "supports_varlen", lambda *_: request.param == "varlen")
     return request.param
 
 
-def shaken(config: GPTConfig) -> GPT:
+def randomized(config: GPTConfig) -> GPT:
     torch.manual_seed(0)
     gpt = GPT(config).eval()
     with torch.no_grad():
@@ -84,17 +84,20 @@ def shaken(config: GPTConfig) -> GPT:
 
 
 def packed_rows() -> tuple[Tensor, Tensor, list[tuple[int, slice]]]:
-    """Ids `[3, T]`, their documents' numbers, and where each document is: the second row is one, the third begins within one."""
+    """Ids `[3, T]`, their document ids, and the row and slice of each document.
+
+    The second row is one document, the third starts in the middle of one.
+    """
     idx = torch.randint(1, V, (3, T), generator=torch.Generator().manual_seed(0))
-    begins = [[0, 5, 6, 23], [0], [0, 9, 31]]
-    for row, places in enumerate(begins):
-        idx[row, places] = END
+    starts = [[0, 5, 6, 23], [0], [0, 9, 31]]
+    for row, places in enumerate(starts):
+        idx[row, places] = BOUNDARY
     idx[2, 0] = 7
-    where = [(row, slice(*place)) for row, places in enumerate(begins) for place in pairwise([*places, T])]
-    return idx, (idx == END).cumsum(1), where
+    where = [(row, slice(*place)) for row, places in enumerate(starts) for place in pairwise([*places, T])]
+    return idx, (idx == BOUNDARY).cumsum(1), where
 
 
-def test_positions_count_from_the_beginning_of_each_document():
+def test_positions_start_at_0_in_each_document():
     numbers = torch.tensor([[0, 0, 0, 1, 2, 2, 2, 2], [3, 3, 3, 3, 3, 3, 3, 9]])
     assert DocumentAttention(numbers).positions.tolist() == [[0, 1, 2, 0, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5, 6, 0]]
 
@@ -109,16 +112,16 @@ def test_a_position_attends_to_earlier_ones_of_its_document():
                 assert mask[row, 0, t, s].item() == (s <= t and numbers[row, s].item() == numbers[row, t].item())
 
 
-def test_packed_documents_are_cut_at_starts_and_ends_of_rows():
-    cuts = DocumentAttention(packed_rows()[1], varlen=True).cu_seqlens
-    assert cuts.tolist() == [0, 5, 6, 23, T, 2 * T, 2 * T + 9, 2 * T + 31, 3 * T]
+def test_cu_seqlens_are_the_starts_of_documents_and_rows():
+    cu_seqlens = DocumentAttention(packed_rows()[1], varlen=True).cu_seqlens
+    assert cu_seqlens.tolist() == [0, 5, 6, 23, T, 2 * T, 2 * T + 9, 2 * T + 31, 3 * T]
 
 
 @every_small
 def test_documents_in_a_row_equal_separate_sequences(config, kernel):
     """Their logits, and the gradients of all parameters."""
     idx, documents, where = packed_rows()
-    together, apart = shaken(config).double(), shaken(config).double()
+    together, apart = randomized(config).double(), randomized(config).double()
     direction = torch.randn(3, T, V, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     logits = together(idx, document_ids=documents)
     (logits * direction).sum().backward()
@@ -131,10 +134,10 @@ def test_documents_in_a_row_equal_separate_sequences(config, kernel):
 
 
 @every_small
-def test_another_document_in_the_row_changes_nothing(config, kernel):
-    """To the bit; and each document does depend on itself."""
+def test_other_documents_in_the_row_have_no_effect(config, kernel):
+    """Outputs are bit-identical; each document does depend on itself."""
     idx, documents, where = packed_rows()
-    gpt = shaken(config)
+    gpt = randomized(config)
     before = gpt(idx, document_ids=documents)
     for row, own in where:
         changed = idx.clone()
@@ -146,23 +149,23 @@ def test_another_document_in_the_row_changes_nothing(config, kernel):
 
 
 @every_small
-def test_the_loss_of_documents_is_that_of_their_logits(config):
+def test_the_loss_of_documents_is_their_cross_entropy(config):
     idx, documents, _ = packed_rows()
-    gpt, targets = shaken(config), idx.roll(-1, 1)
+    gpt, targets = randomized(config), idx.roll(-1, 1)
     expected = F.cross_entropy(gpt(idx, document_ids=documents).flatten(0, 1), targets.flatten())
     torch.testing.assert_close(gpt(idx, targets, document_ids=documents), expected)
 
 
 @every_small
-def test_one_document_a_row_is_the_plain_path(config, kernel):
+def test_one_document_per_row_equals_plain_attention(config, kernel):
     idx, _, _ = packed_rows()
-    gpt = shaken(config).double()
+    gpt = randomized(config).double()
     for documents in (torch.zeros_like(idx), torch.full_like(idx, 7)):
         torch.testing.assert_close(gpt(idx, document_ids=documents), gpt(idx), rtol=0, atol=1e-9)
 
 
 @every_small
-def test_without_documents_the_causal_kernel_runs(config, monkeypatch):
+def test_without_documents_the_causal_kernel_is_used(config, monkeypatch):
     def spy(*arguments, **options):
         asked.append((options["attn_mask"], options["is_causal"]))
         return attention(*arguments, **options)
@@ -171,14 +174,14 @@ def test_without_documents_the_causal_kernel_runs(config, monkeypatch):
     monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
     monkeypatch.setattr(model.gpt, "DocumentAttention", None)
     monkeypatch.setattr(model.gpt, "supports_varlen", None)
-    shaken(config)(packed_rows()[0])
+    randomized(config)(packed_rows()[0])
     assert asked == [(None, True)] * config.n_layer
 
 
-def test_dropout_acts_on_documents_and_keeps_them_apart():
+def test_with_dropout_documents_stay_separate():
     config = GPTConfig(**BASE | {"dropout": 0.3})
     idx, documents, where = packed_rows()
-    gpt = shaken(config)
+    gpt = randomized(config)
     quiet = gpt(idx, document_ids=documents)
     gpt.train()
     row, own = where[2]
@@ -195,38 +198,38 @@ def test_dropout_acts_on_documents_and_keeps_them_apart():
     assert same.all()
 
 
-def test_dropout_acts_on_the_weights_of_documents():
+def test_dropout_acts_on_attention_weights_of_documents():
     attention = CausalSelfAttention(GPTConfig(**BASE | {"dropout": 0.5}))
     attention.resid_dropout.p = 0.0
     documents, x = DocumentAttention(torch.zeros(1, T, dtype=torch.int64)), torch.randn(1, T, 32)
     assert not torch.equal(attention(x, context=documents), attention(x, context=documents))
 
 
-def test_a_cache_takes_no_documents():
+def test_a_cache_with_document_ids_is_an_error():
     config = SMALL["learned"]
     with pytest.raises(AssertionError, match="one document"):
         GPT(config)(torch.zeros(1, 4, dtype=torch.int64), cache=KVCache(config, 1), document_ids=torch.zeros(1, 4))
 
 
 @every_small
-def test_under_autocast_the_kernels_get_what_they_take_and_agree(config, monkeypatch):
-    """Rounding to bfloat16 is what they may differ by, as in test_gpt.py."""
+def test_under_autocast_mask_and_varlen_agree(config, monkeypatch):
+    """Up to rounding to bfloat16, as in test_gpt.py."""
     idx, documents, _ = packed_rows()
-    gpt, found = shaken(config), {}
-    for packed in (False, True):
-        monkeypatch.setattr(model.gpt, "supports_varlen", lambda *_, packed=packed: packed)
+    gpt, found = randomized(config), {}
+    for varlen in (False, True):
+        monkeypatch.setattr(model.gpt, "supports_varlen", lambda *_, varlen=varlen: varlen)
         gpt.zero_grad()
         with torch.autocast("cpu", torch.bfloat16):
             gpt(idx, idx.roll(-1, 1), document_ids=documents).backward()
-            found[packed] = gpt(idx, document_ids=documents), [weights.grad for weights in gpt.parameters()]
+            found[varlen] = gpt(idx, document_ids=documents), [weights.grad for weights in gpt.parameters()]
     assert found[True][0].dtype == torch.bfloat16
     assert (found[True][0] - found[False][0]).std() < 0.02 * found[False][0].std()
     for one, other in zip(found[True][1], found[False][1], strict=True):
         assert (one - other).norm() < 0.05 * other.norm()
 
 
-def test_packed_queries_and_keys_come_in_the_type_of_the_values():
-    """On GPUs autocast can leave what was normalised in float32, which the kernel would refuse."""
+def test_varlen_casts_queries_and_keys_to_the_values_dtype():
+    """Autocast can leave normalized queries in float32, which the kernel does not support."""
     documents = DocumentAttention(packed_rows()[1], varlen=True)
     q, k, v = torch.randn(3, 3, 2, T, 16)
     rounded = documents.attend(q, k, v.bfloat16(), 0.0)
@@ -238,13 +241,13 @@ def test_packed_queries_and_keys_come_in_the_type_of_the_values():
     ({}, "cuda", torch.bfloat16, True, True),
     ({"dropout": 0.1}, "cuda", torch.bfloat16, True, False),
     ({"dropout": 0.1}, "cuda", torch.bfloat16, False, True),
-    ({}, "cuda", torch.float16, True, False),  # what older GPUs compute in, which flash attention does not support
+    ({}, "cuda", torch.float16, True, False),
     ({}, "cuda", None, True, False),
     ({}, "cpu", torch.bfloat16, True, False),
     ({"n_embd": 4 * 12}, "cuda", torch.bfloat16, True, False),
     ({"n_embd": 4 * 264}, "cuda", torch.bfloat16, True, False),
 ], ids=str)
-def test_documents_are_packed_where_flash_attention_can_be_had(monkeypatch, changes, device, autocast, training, expected):
+def test_varlen_needs_bf16_on_a_gpu_and_no_dropout(monkeypatch, changes, device, autocast, training, expected):
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type: autocast is not None)
     monkeypatch.setattr(torch, "get_autocast_dtype", lambda device_type: autocast)
     config = GPTConfig(**{"n_head": 4, "n_embd": 64} | changes)
@@ -252,19 +255,19 @@ def test_documents_are_packed_where_flash_attention_can_be_had(monkeypatch, chan
 
 
 @pytest.mark.slow
-def test_a_compiled_model_takes_any_number_of_documents(kernel):
+def test_a_compiled_model_supports_any_number_of_documents(kernel):
     if not any(map(shutil.which, ("c++", "g++", "clang++"))):
         pytest.skip("needs a C++ compiler")
-    torch._dynamo.reset()  # the kernel is chosen anew
-    gpt = shaken(replace(SMALL["modern, grouped"], n_layer=1))
+    torch._dynamo.reset()  # else the implementation of the last test is used
+    gpt = randomized(replace(SMALL["modern, grouped"], n_layer=1))
     compiled = torch.compile(gpt)
     for more in (0, 3, 1):
         idx, _, _ = packed_rows()
-        idx[1, 3 : 3 + more] = END
+        idx[1, 3 : 3 + more] = BOUNDARY
         found = []
         for one in (gpt, compiled):
             gpt.zero_grad()
-            loss = one(idx, idx.roll(-1, 1), document_ids=(idx == END).cumsum(1))
+            loss = one(idx, idx.roll(-1, 1), document_ids=(idx == BOUNDARY).cumsum(1))
             loss.backward()
             found.append([loss.detach(), *(weights.grad for weights in gpt.parameters())])
         torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
@@ -272,11 +275,11 @@ def test_a_compiled_model_takes_any_number_of_documents(kernel):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @every_small
-def test_on_a_gpu_packed_documents_agree_with_the_mask(config, monkeypatch):
+def test_on_a_gpu_mask_and_varlen_agree(config, monkeypatch):
     idx, documents, _ = (x.cuda() if isinstance(x, Tensor) else x for x in packed_rows())
-    gpt, losses, grads = shaken(config).cuda(), [], []
-    for packed in (False, True):
-        monkeypatch.setattr(model.gpt, "supports_varlen", lambda *_, packed=packed: packed)
+    gpt, losses, grads = randomized(config).cuda(), [], []
+    for varlen in (False, True):
+        monkeypatch.setattr(model.gpt, "supports_varlen", lambda *_, varlen=varlen: varlen)
         gpt.zero_grad()
         with torch.autocast("cuda", torch.bfloat16):
             loss = gpt(idx, idx.roll(-1, 1), document_ids=documents)

@@ -1,4 +1,4 @@
-"""The model against its paper: sizes, names, the first loss, causality, and a second GPT-2 written plainly."""
+"""The model against the published GPT-2: sizes, names, initial loss, causality, and a plain implementation."""
 
 import math
 from dataclasses import replace
@@ -12,29 +12,30 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from conf import compose
 from conf.presets import options
-from model import linear
+from model import SkipInit, linear
 from model.attention import KVCache
 from model.gpt import GPT, MLP, GPTConfig
 
 V = 65
 
 
-def preset(name: str, **changes: object) -> GPTConfig:
-    return replace(compose([f"model={name}"]).model, **changes)
-
-
+NANO = GPTConfig(block_size=32, vocab_size=V, n_layer=2, n_head=2, n_embd=32)
+MODERN = replace(NANO, bias=False, position="rotary", norm="rms", qk_norm=True, activation="relu2", zero_init=True,
+                 tie_head=False, embedding_norm=True, ngrams=2, ngram_rows=64)
 SMALL = {
-    "gpt2": preset("nano", vocab_size=V),
-    "no bias": preset("nano", vocab_size=V, bias=False),
-    "modern": preset("modern-nano", vocab_size=V),
-    "grouped": preset("modern-nano", vocab_size=V, n_head=4, n_kv_head=2),
-    "grouped gpt2": preset("nano", vocab_size=V, n_head=4, n_kv_head=1),
+    "gpt2": NANO,
+    "no bias": replace(NANO, bias=False),
+    "modern": MODERN,
+    "grouped": replace(MODERN, n_head=4, n_kv_head=2),
+    "grouped gpt2": replace(NANO, n_head=4, n_kv_head=1),
 }
 every_small = pytest.mark.parametrize("config", SMALL.values(), ids=SMALL.keys())
+GPT2_PARAMETERS = {
+    "gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080, "gpt2-xl": 1_557_611_200}
 
 
-def shaken(config: GPTConfig) -> GPT:
-    """A model whose every weight is random and large: at its first weights attention is even and the head may be zero."""
+def randomized(config: GPTConfig) -> GPT:
+    """A model with large random weights: as initialized, attention is nearly uniform and the head may be zero."""
     torch.manual_seed(0)
     model = GPT(config).eval()
     with torch.no_grad():
@@ -50,24 +51,19 @@ def random_ids(*shape: int, vocab_size: int = V, seed: int = 0) -> Tensor:
 # Sizes, names and roles
 
 
-@pytest.mark.parametrize(("name", "published"), [
-    ("gpt2", 124_439_808), ("gpt2-medium", 354_823_168), ("gpt2-large", 774_030_080), ("gpt2-xl", 1_557_611_200)])
-def test_gpt2_presets_have_the_published_parameter_counts(name, published):
-    with torch.device("meta"):  # shapes without memory
-        model = GPT(preset(name))
-    assert sum(weights.numel() for weights in model.parameters()) == published
-
-
 @pytest.mark.parametrize("name", options("model"))
-def test_every_preset_can_be_built_and_partitions_its_parameters_by_role(name):
-    with torch.device("meta"):
-        model = GPT(preset(name))
+def test_each_preset_has_its_size_and_one_role_per_parameter(name):
+    """GPT-2's presets have the published numbers of parameters."""
+    with SkipInit("meta"):
+        model = GPT(compose([f"model={name}"]).model)
     by_role = [id(weights) for role in model.parameters_by_role().values() for weights in role.values()]
     assert sorted(by_role) == sorted(id(weights) for weights in model.parameters())
+    count = sum(weights.numel() for weights in model.parameters())
+    assert count == GPT2_PARAMETERS.get(name, count)
 
 
-def test_roles_are_what_their_names_say():
-    model = GPT(preset("nano", vocab_size=V, tie_head=False))
+def test_roles_contain_the_parameters_they_name():
+    model = GPT(replace(NANO, tie_head=False))
     roles = {role: list(members) for role, members in model.parameters_by_role().items()}
     assert roles["embedding"] == ["wte.weight", "wpe.weight"]
     assert roles["attention"] == [f"h.{n}.attn.{part}.weight" for n in (0, 1) for part in ("c_attn", "c_proj")]
@@ -80,24 +76,24 @@ def test_state_dict_has_gpt2s_names():
     names = {"wte.weight", "wpe.weight", "ln_f.weight", "ln_f.bias"}
     for part in ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj"):
         names |= {f"h.0.{part}.weight", f"h.0.{part}.bias"}
-    assert set(GPT(preset("nano", vocab_size=V, n_layer=1)).state_dict()) == names
+    assert set(GPT(replace(NANO, n_layer=1)).state_dict()) == names
 
 
-def test_modern_state_dict_holds_no_table_and_no_norms():
+def test_the_modern_state_dict_has_no_rotary_table_or_norms():
     names = {"wte.weight", "ngram.table.weight", "lm_head.weight"}
     names |= {f"h.0.{part}.weight" for part in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")}
-    assert set(GPT(preset("modern-nano", vocab_size=V, n_layer=1)).state_dict()) == names
+    assert set(GPT(replace(MODERN, n_layer=1)).state_dict()) == names
 
 
 @every_small
-def test_no_two_tensors_of_the_state_dict_share_memory(config):
-    """safetensors would refuse them; so a tied head has no entry of its own."""
+def test_tensors_of_the_state_dict_share_no_memory(config):
+    """safetensors does not support shared memory, so a tied head has no entry."""
     state = GPT(config).state_dict()
     assert len({tensor.data_ptr() for tensor in state.values()}) == len(state)
     assert ("lm_head.weight" in state) == (not config.tie_head)
 
 
-# Values that cannot work
+# Invalid values
 
 
 @pytest.mark.parametrize(("changes", "named"), [
@@ -114,82 +110,73 @@ def test_no_two_tensors_of_the_state_dict_share_memory(config):
     ({"n_kv_head": 0}, "n_kv_head=0"),
     ({"n_kv_head": -1}, "n_kv_head=-1"),
 ], ids=str)
-def test_each_bad_value_is_one_problem_that_names_it(changes, named):
-    problems = list(preset("nano", **changes).problems())
+def test_an_invalid_value_is_one_problem_that_names_it(changes, named):
+    problems = list(replace(NANO, **changes).problems())
     assert len(problems) == 1
     assert named in problems[0]
 
 
-def test_a_model_refuses_bad_values_with_all_reasons():
+def test_an_invalid_config_raises_with_all_problems():
     with pytest.raises(ValueError) as caught:
-        GPT(preset("nano", n_embd=33, dropout=1.5, n_kv_head=3))
+        GPT(replace(NANO, n_embd=33, dropout=1.5, n_kv_head=3))
     assert all(part in str(caught.value) for part in ("n_embd=33", "n_embd=34", "dropout=1.5", "n_kv_head=3"))
 
 
-@every_small
-def test_good_values_have_no_problems(config):
-    assert list(config.problems()) == []
-
-
-@every_small
-def test_a_context_too_long_is_refused_with_both_numbers(config):
-    model = GPT(config)
-    assert model(random_ids(1, 32)).shape == (1, 32, V)
+def test_a_context_longer_than_block_size_is_an_error():
+    model = GPT(NANO)
     with pytest.raises(ValueError, match=r"33 tokens.*block_size=32"):
         model(random_ids(1, 33))
-    cache = KVCache(config, 1)
+    cache = KVCache(NANO, 1)
     model(random_ids(1, 30), cache=cache)
     with pytest.raises(ValueError, match=r"33 tokens.*block_size=32"):
         model(random_ids(1, 3), cache=cache)
 
 
-# The first weights
+# Initialization
 
 
-def test_first_weights_have_gpt2s_deviations():
-    model = GPT(preset("nano", vocab_size=512, block_size=256, n_embd=128))
+def test_initial_weights_have_gpt2s_standard_deviations():
+    model = GPT(replace(NANO, vocab_size=512, block_size=256, n_embd=128))
     for name, weights in model.named_parameters():
         if name.endswith("bias"):
             assert not weights.any()
         elif weights.dim() == 1:
             assert (weights == 1).all()
         else:
-            promised = 0.02 / math.sqrt(4) if name.endswith("c_proj.weight") else 0.02  # two layers write four times
-            assert weights.std().item() == pytest.approx(promised, rel=0.03), name
+            # Two layers have four projections into the residual stream.
+            expected = 0.02 / math.sqrt(4) if name.endswith("c_proj.weight") else 0.02
+            assert weights.std().item() == pytest.approx(expected, rel=0.03), name
 
 
-@pytest.mark.parametrize("name", ["modern-nano", "modern-small"])
-@pytest.mark.parametrize("vocab_size", [2, 2048])
-def test_first_loss_with_a_zero_head_is_that_of_guessing(name, vocab_size):
-    model = GPT(preset(name, vocab_size=vocab_size))
-    idx, targets = (random_ids(2, 16, vocab_size=vocab_size, seed=seed) for seed in (0, 1))
-    assert model(idx, targets).item() == pytest.approx(math.log(vocab_size), rel=1e-6)
+def test_the_initial_loss_with_a_zero_head_is_ln_v():
+    idx, targets = (random_ids(2, 16, seed=seed) for seed in (0, 1))
+    assert GPT(MODERN)(idx, targets).item() == pytest.approx(math.log(V), rel=1e-6)
 
 
-def test_first_loss_of_gpt2_is_a_little_above_guessing():
-    """The loss is log(sum of exp z) - z_target, with z = f . wte and f the normalised residual stream.
+def test_the_initial_loss_of_gpt2_is_a_little_above_ln_v():
+    """The loss is log(sum of exp z) - z_target, with z = f . wte and f the normalized residual stream.
 
-    f has C coordinates of mean square 1, a row of wte has deviation 0.02, so a logit is normal with variance
+    f has C coordinates of mean square 1, and a row of wte has standard deviation 0.02, so a logit is normal with variance
     s2 = C * 0.02^2. A random target's logit is 0 on average, and V such logits have a mean exponential of e^(s2/2):
-    the loss is ln V + s2/2 at least. The tied head adds one thing: f holds the input token's own embedding, divided by
-    the deviation s of the stream, so that token's logit is about C * 0.02^2 / s. As wte and wpe alone make
-    s = 0.02 * sqrt(2) and the blocks only add to it, it is C * 0.02 / sqrt(2) at most.
-    The mean over N random targets strays by sqrt(s2 / N); four of these are allowed on both sides.
+    the loss is at least ln V + s2/2. The tied head adds one term: f contains the input token's own embedding, divided by
+    the standard deviation s of the stream, so that token's logit is about C * 0.02^2 / s. Since wte and wpe alone make
+    s = 0.02 * sqrt(2) and the blocks only add to it, that logit is at most C * 0.02 / sqrt(2).
+    The mean over N random targets has the standard error sqrt(s2 / N); four of these are allowed on both sides.
     """
-    config = preset("nano", vocab_size=1024, n_embd=256, block_size=64)
+    config = replace(NANO, vocab_size=1024, n_embd=256, block_size=64)
     torch.manual_seed(0)
     idx, targets = (random_ids(32, 64, vocab_size=1024, seed=seed) for seed in (0, 1))
     with torch.no_grad():
         loss = GPT(config)(idx, targets).item()
     s2, own = 256 * 0.02**2, 256 * 0.02 / math.sqrt(2)
-    stray = 4 * math.sqrt(s2 / targets.numel())
-    assert stray < s2 / 2  # so that the bounds tell this from guessing
-    assert math.log(1024) + s2 / 2 - stray < loss < math.log(1024 * math.exp(s2 / 2) + math.exp(own)) + stray
+    tolerance = 4 * math.sqrt(s2 / targets.numel())
+    assert tolerance < s2 / 2  # otherwise ln V would pass too
+    assert math.log(1024) + s2 / 2 - tolerance < loss < math.log(1024 * math.exp(s2 / 2) + math.exp(own)) + tolerance
 
 
 @every_small
-def test_zero_init_makes_each_block_the_identity(config):
-    model = GPT(GPTConfig(**vars(config) | {"zero_init": True}))
+def test_with_zero_init_each_block_is_the_identity(config):
+    model = GPT(replace(config, zero_init=True))
     x = torch.randn(2, 8, config.n_embd)
     rotary = model.rotary[:, :8] if config.position == "rotary" else None
     for block in model.h:
@@ -200,8 +187,8 @@ def test_zero_init_makes_each_block_the_identity(config):
 
 
 @every_small
-def test_a_changed_token_changes_no_logit_before_it(config):
-    model = shaken(config)
+def test_logits_depend_on_earlier_tokens_only(config):
+    model = randomized(config)
     idx = random_ids(2, 12)
     with torch.no_grad():
         before = model(idx)
@@ -209,7 +196,7 @@ def test_a_changed_token_changes_no_logit_before_it(config):
             changed = idx.clone()
             changed[:, t] = (idx[:, t] + 1) % V
             after = model(changed)
-            assert torch.equal(after[:, :t], before[:, :t])  # to the bit
+            assert torch.equal(after[:, :t], before[:, :t])
             assert (after[:, t:] != before[:, t:]).any(-1).all()
 
 
@@ -240,18 +227,18 @@ def plain_gpt2(weights: dict[str, Tensor], idx: Tensor, n_layer: int, n_head: in
 
 
 def test_logits_equal_a_plain_gpt2():
-    model = shaken(SMALL["gpt2"]).double()
+    model = randomized(SMALL["gpt2"]).double()
     idx = random_ids(2, 32)
     expected = torch.stack([plain_gpt2(model.state_dict(), row, n_layer=2, n_head=2) for row in idx])
     torch.testing.assert_close(model(idx), expected, rtol=0, atol=1e-9)
 
 
 def test_logits_equal_a_plain_modern_model():
-    """What differs from GPT-2 around attention, which test_attention.py covers: n-grams (test_ngram.py), norms, squared ReLU, untied head."""
+    """The differences from GPT-2 outside attention: n-grams, norms, squared ReLU, untied head."""
     def norm(x: Tensor) -> Tensor:
         return x / (x.square().mean(-1, keepdim=True) + torch.finfo(x.dtype).eps).sqrt()
 
-    model = shaken(SMALL["modern"]).double()
+    model = randomized(SMALL["modern"]).double()
     idx = random_ids(2, 32)
     x = norm(model.wte.weight[idx] + model.ngram(idx))
     for block in model.h:
@@ -261,8 +248,8 @@ def test_logits_equal_a_plain_modern_model():
 
 
 @every_small
-def test_chunks_behind_a_cache_give_the_logits_of_the_whole(config):
-    model = shaken(config).double()
+def test_chunks_with_a_cache_have_the_logits_of_one_pass(config):
+    model = randomized(config).double()
     idx, cache = random_ids(2, 32), KVCache(config, 2, dtype=torch.float64)
     chunks = [model(chunk, cache=cache) for chunk in idx.split((7, 1, 1, 10, 13), dim=1)]
     assert cache.length == 32
@@ -270,8 +257,8 @@ def test_chunks_behind_a_cache_give_the_logits_of_the_whole(config):
 
 
 @every_small
-def test_loss_is_the_cross_entropy_of_the_logits(config):
-    model = shaken(config)
+def test_the_loss_is_the_cross_entropy_of_the_logits(config):
+    model = randomized(config)
     idx, targets = random_ids(2, 12), random_ids(2, 12, seed=1)
     logits = model(idx)
     assert logits.shape == (2, 12, V)
@@ -282,20 +269,21 @@ def test_loss_is_the_cross_entropy_of_the_logits(config):
     torch.testing.assert_close(loss, F.cross_entropy(logits.flatten(0, 1), targets.flatten()))
 
 
-def test_the_heads_gradient_is_probabilities_less_targets_times_features():
-    model = shaken(SMALL["modern"])
+def test_the_gradient_of_the_head_follows_the_formula():
+    """Probabilities less one-hot targets, times features."""
+    model = randomized(SMALL["modern"])
     idx, targets = random_ids(2, 12), random_ids(2, 12, seed=1)
     model(idx, targets).backward()
     with torch.no_grad():
-        surprise = model(idx).softmax(-1) - F.one_hot(targets, V)
-        expected = torch.einsum("btv,btc->vc", surprise, model.features(idx)) / targets.numel()
+        difference = model(idx).softmax(-1) - F.one_hot(targets, V)
+        expected = torch.einsum("btv,btc->vc", difference, model.features(idx)) / targets.numel()
     torch.testing.assert_close(model.lm_head.weight.grad, expected, rtol=1e-4, atol=1e-6)
 
 
 @every_small
-def test_gradients_predict_how_the_loss_changes_with_each_parameter(config):
+def test_gradients_equal_finite_differences(config):
     """A small step along a parameter's gradient changes the loss by step * |gradient|: a central difference."""
-    model = shaken(config).double()
+    model = randomized(config).double()
     idx, targets = random_ids(2, 12), random_ids(2, 12, seed=1)
 
     def loss() -> Tensor:  # written out, because the model's own is rounded to float32
@@ -314,10 +302,10 @@ def test_gradients_predict_how_the_loss_changes_with_each_parameter(config):
             assert ((above - below) / 2e-4).item() == pytest.approx(size.item(), rel=1e-4), name
 
 
-def test_dropout_is_off_in_evaluation_and_on_in_training():
+def test_dropout_acts_in_training_only():
     idx = random_ids(2, 12)
-    model = shaken(preset("nano", vocab_size=V, dropout=0.5))
-    assert torch.equal(model(idx), shaken(SMALL["gpt2"])(idx))
+    model = randomized(replace(NANO, dropout=0.5))
+    assert torch.equal(model(idx), randomized(SMALL["gpt2"])(idx))
     for dropouts in ([model.drop], [block.mlp.dropout for block in model.h]):
         model.eval()
         for dropout in dropouts:
@@ -327,11 +315,11 @@ def test_dropout_is_off_in_evaluation_and_on_in_training():
 
 @every_small
 def test_bf16_autocast_stays_near_fp32(config):
-    """bfloat16 rounds by up to 2^-9 of a value, about a dozen times in a layer; the errors add up like a random walk.
+    """bfloat16 rounds by up to 2^-9 of a value, about 12 times per layer, and the errors add up like a random walk.
 
-    Over two layers that is 2^-9 * sqrt(24), 1 % of the logits' deviation; 2 % are allowed. The loss stays in float32.
+    Over two layers that is 2^-9 * sqrt(24), 1% of the logits' standard deviation; 2% is allowed. The loss is fp32.
     """
-    model = shaken(config)
+    model = randomized(config)
     idx = random_ids(4, 32)
     with torch.no_grad():
         exact = model(idx)
@@ -343,10 +331,10 @@ def test_bf16_autocast_stays_near_fp32(config):
 
 
 @every_small
-def test_flops_per_token_are_those_that_torch_counts(config, monkeypatch):
-    """Every matrix product of a forward and backward over a full context; torch's counter ignores the rest, as ours does.
+def test_flops_per_token_equal_those_that_torch_counts(config, monkeypatch):
+    """All matrix products of forward and backward over a full context.
 
-    The math backend makes attention from plain products, masked ones included, which the counter sees.
+    The math backend computes attention with matrix products, which the counter knows.
     """
     monkeypatch.setattr(linear, "onednn_is_faster", lambda x: False)  # the counter does not know oneDNN's products
     model = GPT(config)
@@ -361,14 +349,14 @@ def test_flops_per_token_are_those_that_torch_counts(config, monkeypatch):
     ("gelu_erf", lambda x: 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))),
     ("relu2", lambda x: torch.where(x > 0, x, 0) ** 2),
 ])
-def test_activations_are_what_their_names_say(activation, expected):
+def test_activations_equal_their_formulas(activation, expected):
     mlp = MLP(GPTConfig(n_embd=8, activation=activation)).double()
     x = torch.linspace(-3, 3, 16, dtype=torch.float64).view(2, 8)
     torch.testing.assert_close(mlp(x), mlp.c_proj(expected(mlp.c_fc(x))), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_recomputing_gives_the_same_gradients_and_keeps_less(dropout):
+def test_recomputing_has_the_same_gradients_and_keeps_less(dropout):
     found, kept = [], []
     for recompute in (False, True):
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""The linear layer: values and gradients of torch's own, whichever library multiplies."""
+"""The linear layer has the values and gradients of nn.Linear with oneDNN too."""
 
 from __future__ import annotations
 
@@ -11,26 +11,25 @@ from model.linear import Linear
 
 SHAPES = [(7,), (3, 5, 7), (2, 1, 7), (0, 7)]
 
+
 @pytest.fixture(autouse=True)
 def onednn(monkeypatch):
     """Use oneDNN on any processor."""
     monkeypatch.setenv("NANOHYDRA_ONEDNN", "1")
 
 
-
-
 @pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="torch has no MKL here")
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_values_and_gradients_are_those_of_nn_linear(shape, bias, transposed):
+def test_values_and_gradients_equal_those_of_nn_linear(shape, bias, transposed):
     torch.manual_seed(0)
     ours, theirs = Linear(7, 4, bias=bias), nn.Linear(7, 4, bias=bias)
     theirs.load_state_dict(ours.state_dict())
     results = []
     for layer in (ours, theirs):
         x = torch.arange(torch.Size(shape).numel()).float().sin().view(shape).requires_grad_()
-        # Rows that do not lie one behind the other in memory, forward and backward.
+        # Non-contiguous inputs, forward and backward.
         y = layer(x.mT.contiguous().mT) if transposed and x.dim() == 3 else layer(x)
         loss = (y.mT if y.dim() > 1 else y).square().sum()
         results.append([y, *torch.autograd.grad(loss, [x, *layer.parameters()])])
@@ -47,7 +46,7 @@ def test_a_frozen_weight_gets_no_gradient():
     assert layer.weight.grad is None and layer.bias.grad is None
 
 
-def test_torch_multiplies_outside_fp32_training():
+def test_onednn_is_used_for_fp32_training_only():
     x = torch.ones(2, 3)
     with torch.no_grad():
         assert not linear.onednn_is_faster(x)

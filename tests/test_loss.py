@@ -1,4 +1,4 @@
-"""The chunked loss is the plain one: value and gradients, in every precision."""
+"""The chunked loss has the value and gradients of the plain one, in every precision."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from model.loss import next_token_loss
 
 @pytest.fixture
 def in_chunks(monkeypatch):
-    """Few logits at once, so that small sizes take many chunks; the last one is smaller."""
+    """Five rows of logits per chunk, so that small inputs take many chunks."""
     monkeypatch.setattr(loss, "MAX_LOGITS", 5 * 37)
 
 
@@ -21,25 +21,25 @@ def both(dtype=torch.float64, autocast=None, rows=53, scale=1.0):
     torch.manual_seed(0)
     features, weight, targets = torch.randn(rows, 16, dtype=dtype), torch.randn(37, 16, dtype=dtype), torch.randint(37, (rows,))
     results = []
-    for way in (next_token_loss, lambda x, w, t: F.cross_entropy(F.linear(x, w).float() if autocast else F.linear(x, w), t)):
+    for function in (next_token_loss, lambda x, w, t: F.cross_entropy(F.linear(x, w).float() if autocast else F.linear(x, w), t)):
         x, w = features.clone().requires_grad_(), weight.clone().requires_grad_()
         with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
-            value = way(x, w, targets)
+            value = function(x, w, targets)
         (value * scale).backward()
         results.append((value.detach(), x.grad / scale, w.grad / scale))
     return results
 
 
 @pytest.mark.parametrize("rows", [5, 6, 53, 55])
-def test_value_and_gradients_are_those_of_the_plain_loss(in_chunks, rows):
+def test_value_and_gradients_equal_those_of_the_plain_loss(in_chunks, rows):
     chunked, plain = both(torch.float32, rows=rows)
     for one, other in zip(chunked, plain, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_under_autocast_too(in_chunks, dtype):
-    """Products are rounded in both; fp16 keeps small gradients because a loss is scaled."""
+def test_autocast_rounds_as_in_the_plain_loss(in_chunks, dtype):
+    """The loss is scaled, as fp16 needs for small gradients."""
     chunked, plain = both(torch.float32, autocast=dtype, scale=2.0**10)
     exact, _ = both(torch.float32)
     torch.testing.assert_close(chunked[0], plain[0], rtol=1e-4, atol=1e-4)
@@ -48,7 +48,7 @@ def test_under_autocast_too(in_chunks, dtype):
         assert (one - true).norm() < 1.2 * (other - true).norm() + 1e-6
 
 
-def test_the_logits_of_a_whole_batch_never_exist(in_chunks, monkeypatch):
+def test_logits_exist_for_one_chunk_at_a_time(in_chunks, monkeypatch):
     seen = []
     matmul = torch.Tensor.__matmul__
     monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: seen.append(matmul(a, b)) or seen[-1])
@@ -56,16 +56,16 @@ def test_the_logits_of_a_whole_batch_never_exist(in_chunks, monkeypatch):
     assert max(len(one) for one in seen if one.shape[-1] == 37) == 5
 
 
-def test_without_gradients_none_are_computed(in_chunks, monkeypatch):
+def test_in_inference_no_gradients_are_computed(in_chunks, monkeypatch):
     features, weight, targets = torch.randn(53, 16), torch.randn(37, 16), torch.randint(37, (53,))
-    monkeypatch.setattr(torch, "zeros_like", lambda *args: pytest.fail("room for a gradient"))
+    monkeypatch.setattr(torch, "zeros_like", lambda *args: pytest.fail("a gradient was allocated"))
     with torch.inference_mode():
         value = next_token_loss(features, weight, targets)
     torch.testing.assert_close(value, F.cross_entropy(features @ weight.T, targets))
 
 
 @pytest.mark.parametrize("tie_head", [True, False])
-def test_a_model_learns_alike_with_either(monkeypatch, tie_head):
+def test_a_model_has_the_same_gradients_with_chunks(monkeypatch, tie_head):
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=16, vocab_size=37, n_layer=2, n_head=2, n_embd=16, tie_head=tie_head))
     idx, targets = torch.randint(37, (4, 16)), torch.randint(37, (4, 16))

@@ -67,7 +67,7 @@ WORDS = torch.tensor([[0.43, 0.15, 0.89], [0.55, 0.87, 0.66], [0.57, 0.85, 0.64]
     (123, lambda: MultiHeadAttentionWrapper(3, 2, 6, 0.0, 2), [-0.4519, 0.2216, 0.4772, 0.1063], [-0.5299, -0.1081, 0.5077, 0.3493]),
     (123, lambda: MultiHeadAttention(3, 2, 6, 0.0, 2), [0.3190, 0.4858], [0.2575, 0.4028]),
 ], ids=["v1", "v2", "causal", "mechanism", "wrapper", "multi-head"])
-def test_the_numbers_are_the_published_ones(seed, make, first, last):
+def test_outputs_equal_the_published_numbers(seed, make, first, last):
     torch.manual_seed(seed)
     attention = make().eval()
     x = WORDS if type(attention) in (SelfAttention_v1, SelfAttention_v2) else torch.stack((WORDS, WORDS))
@@ -88,7 +88,7 @@ def test_v1_equals_v2_with_the_same_weights():
     agree(one(x), two(x), x, pairs)
 
 
-def test_v1_is_the_equation_written_out_by_loops():
+def test_v1_equals_the_equation_written_as_loops():
     one = double(SelfAttention_v1(C, 5))
     x = inputs(T, C)
     _, weights = one(x, return_weights=True)
@@ -102,7 +102,7 @@ def test_v1_is_the_equation_written_out_by_loops():
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("kind", [CausalAttention, CausalMechanismV1])
-def test_row_t_of_causal_attention_is_the_last_row_of_v2_on_the_prefix(kind, bias):
+def test_causal_attention_at_t_is_v2_on_the_first_t(kind, bias):
     causal, free = double(kind(C, 5, T, 0.0, bias)), double(SelfAttention_v2(C, 5, bias))
     free.load_state_dict({name: tensor for name, tensor in causal.state_dict().items() if name != "mask"})
     pairs = list(zip((weights for weights in causal.parameters()), free.parameters(), strict=True))
@@ -111,7 +111,7 @@ def test_row_t_of_causal_attention_is_the_last_row_of_v2_on_the_prefix(kind, bia
 
 
 @pytest.mark.parametrize("lengths", [[7, 4, 1], [7, 7, 7], [2, 0, 5], [0, 0, 0]], ids=str)
-def test_a_batch_with_lengths_is_its_sequences_one_by_one(lengths):
+def test_a_padded_batch_equals_its_sequences_one_by_one(lengths):
     attention = double(CausalMechanismV1(C, 5, T, 0.0, True))
     x = inputs(B, T, C)
     together, weights = attention(x, torch.tensor(lengths), return_weights=True)
@@ -124,7 +124,7 @@ def test_a_batch_with_lengths_is_its_sequences_one_by_one(lengths):
     assert gradient.isfinite().all() and not any(gradient[b, n:].any() for b, n in enumerate(lengths))
 
 
-def test_padding_does_not_leak_whatever_lies_in_it():
+def test_the_content_of_padding_has_no_effect():
     attention = double(CausalMechanismV1(C, 5, T, 0.0))
     x, lengths = inputs(B, T, C).detach(), torch.tensor([3, 0, 7])
     clean = attention(x, lengths)
@@ -141,13 +141,13 @@ def test_each_head_of_the_wrapper_is_causal_attention():
     assert len(wrapper.heads) == H and all(type(head) is CausalAttention for head in wrapper.heads)
 
 
-def test_the_weights_of_v2_are_those_that_mix_the_values():
+def test_the_output_of_v2_is_its_weights_times_the_values():
     attention, x = double(SelfAttention_v2(C, 5)), inputs(T, C)
     context, weights = attention(x, return_weights=True)
     agree(context, weights @ attention.W_value(x), x)
 
 
-def test_the_wrapper_is_multi_head_attention_without_its_output_projection():
+def test_the_wrapper_is_multi_head_attention_before_out_proj():
     wrapper, attention = double(MultiHeadAttentionWrapper(C, 4, T, 0.0, H, True)), double(MultiHeadAttention(C, 4 * H, T, 0.0, H, True))
     names = [f"{matrix}.{part}" for matrix in ("W_query", "W_key", "W_value") for part in ("weight", "bias")]
     with torch.no_grad():
@@ -168,7 +168,7 @@ def test_the_wrapper_is_multi_head_attention_without_its_output_projection():
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_multi_head_attention_is_the_fused_block_both_ways(bias):
+def test_multi_head_attention_equals_fused_both_ways(bias):
     attention = double(MultiHeadAttention(C, C, T, 0.0, H, bias))
     x = inputs(B, T, C)
     fused = fuse(attention)
@@ -179,7 +179,7 @@ def test_multi_head_attention_is_the_fused_block_both_ways(bias):
     assert all(torch.equal(weights, again.get_parameter(name)) for name, weights in attention.named_parameters())
 
 
-def test_the_gradient_of_the_fused_projection_is_the_three_gradients_stacked():
+def test_the_fused_gradient_is_the_three_gradients_stacked():
     attention = double(MultiHeadAttention(C, C, T, 0.0, H, True))
     fused, x = fuse(attention), inputs(B, T, C)
     (attention(x) ** 2).sum().backward()
@@ -191,14 +191,14 @@ def test_the_gradient_of_the_fused_projection_is_the_three_gradients_stacked():
 
 @pytest.mark.parametrize("n_kv_head", [None, 1, 2])
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_fused_block_is_multi_head_attention(n_kv_head, bias):
+def test_fused_attention_equals_multi_head_attention(n_kv_head, bias):
     fused = double(CausalSelfAttention(GPTConfig(block_size=T, n_head=4, n_embd=16, n_kv_head=n_kv_head, bias=bias)))
     x = inputs(B, T, 16)
     agree(fused(x), unfuse(fused, T)(x), x)
 
 
 @pytest.mark.parametrize("dtype, atol", [(torch.float32, 2e-6), (torch.bfloat16, 4e-2)])
-def test_in_lower_precision_they_agree_to_its_rounding(dtype, atol):
+def test_in_lower_precision_they_are_equal_up_to_rounding(dtype, atol):
     """Outputs are about 1; a step of float32 there is 1e-7, of bfloat16 8e-3, and sums of tens of them are compared."""
     torch.manual_seed(0)
     attention = MultiHeadAttention(64, 64, 32, 0.0, 4, True).eval()
@@ -214,7 +214,7 @@ def test_in_lower_precision_they_agree_to_its_rounding(dtype, atol):
 
 
 @pytest.mark.parametrize("name", CAUSAL)
-def test_attended_rows_sum_to_one_and_are_zero_above_the_diagonal(name):
+def test_weights_sum_to_one_and_are_zero_for_later_positions(name):
     _, weights = double(CAUSAL[name]())(inputs(B, T, C), return_weights=True)
     assert weights.shape == ((B, H, T, T) if "Multi" in name else (B, T, T))
     torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights.sum(-1)))
@@ -223,7 +223,7 @@ def test_attended_rows_sum_to_one_and_are_zero_above_the_diagonal(name):
 
 @pytest.mark.parametrize("name", CAUSAL)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_a_perturbation_changes_nothing_before_it_exactly(name, dtype):
+def test_outputs_depend_on_earlier_positions_only(name, dtype):
     attention, x = double(CAUSAL[name]()).to(dtype), inputs(B, T, C).detach().to(dtype)
     before = attention(x)
     for t in range(T):
@@ -255,7 +255,7 @@ def test_masking_after_the_softmax_leaks_the_future():
 
 
 @pytest.mark.parametrize("name", CAUSAL)
-def test_shorter_inputs_work_and_longer_ones_are_an_error_with_both_numbers(name):
+def test_inputs_longer_than_context_length_are_an_error(name):
     attention = double(CAUSAL[name]())
     x = inputs(B, T, C)
     torch.testing.assert_close(attention(x[:, :3]), attention(x)[:, :3], rtol=0, atol=1e-12)
@@ -263,7 +263,7 @@ def test_shorter_inputs_work_and_longer_ones_are_an_error_with_both_numbers(name
         attention(inputs(B, T + 1, C))
 
 
-def test_widths_and_lengths_that_do_not_fit_are_errors_with_the_numbers():
+def test_invalid_widths_heads_and_lengths_are_errors():
     with pytest.raises(ValueError, match=r"d_out=10 is not divisible by num_heads=3"):
         MultiHeadAttention(C, 10, T, 0.0, 3)
     attention = CausalMechanismV1(C, 5, T, 0.0)
@@ -283,7 +283,7 @@ def test_widths_and_lengths_that_do_not_fit_are_errors_with_the_numbers():
 
 
 @pytest.mark.parametrize("name", CAUSAL)
-def test_dropout_acts_in_training_only_and_not_on_the_returned_weights(name):
+def test_dropout_acts_in_training_on_unreturned_weights(name):
     attention, x = double(CAUSAL[name](dropout=0.5)), inputs(B, T, C)
     quiet, weights = attention(x, return_weights=True)
     assert torch.equal(quiet, attention(x)) and torch.equal(quiet, double(CAUSAL[name]())(x))
@@ -292,26 +292,26 @@ def test_dropout_acts_in_training_only_and_not_on_the_returned_weights(name):
     assert not torch.equal(loud, attention(x)) and torch.equal(weights, also)
 
 
-def test_dropout_is_on_the_context_vectors_too_in_the_mechanism():
+def test_the_mechanism_has_dropout_on_context_vectors():
     x = torch.ones(1, 400, C, dtype=torch.float64)
     attention = double(CausalMechanismV1(C, 50, 400, 0.25)).train()
     assert (attention(x)[0, 300:] == 0).double().mean() == pytest.approx(0.25, abs=0.03)  # with weights alone, none would be 0
 
 
-def test_dropout_is_on_the_weights_in_the_mechanism():
+def test_the_mechanism_has_dropout_on_weights():
     """A single position attends to itself alone: dropout on its weight empties the whole row, and doubles it otherwise."""
     attention, x = double(CausalMechanismV1(C, 50, T, 0.5)), torch.ones(400, 1, C, dtype=torch.float64)
     rows = attention.train()(x)[:, 0]
     assert (rows == 0).all(-1).double().mean() == pytest.approx(0.5, abs=0.1)
 
 
-def test_the_mask_is_a_buffer_saved_and_not_trained():
+def test_the_mask_is_a_buffer():
     attention = CausalAttention(C, C, T, 0.0)
     assert "mask" in attention.state_dict() and len(list(attention.parameters())) == 3
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_fuse_and_split_keep_dropout_and_mode_and_share_nothing(training):
+def test_fuse_and_unfuse_keep_dropout_and_mode_and_copy(training):
     attention = double(MultiHeadAttention(C, C, T, 0.3, H, True)).train(training)
     fused = fuse(attention)
     again = unfuse(fused, T)
@@ -322,7 +322,7 @@ def test_fuse_and_split_keep_dropout_and_mode_and_share_nothing(training):
     assert training or torch.equal(fused(inputs(B, T, C)), before)
 
 
-def test_parameters_are_drawn_in_the_order_query_key_value_output():
+def test_parameters_are_initialized_in_a_fixed_order():
     torch.manual_seed(5)
     ours = MultiHeadAttention(C, C, T, 0.0, H, True)
     torch.manual_seed(5)

@@ -1,6 +1,8 @@
 # `make train` and `make test` are all that most users need. Every target sets up .venv first.
 PYTHON ?= python3
 RUN := .venv/bin/python
+# Tests run in as many processes as there are cores, up to four.
+WORKERS := --numprocesses auto --maxprocesses 4
 
 .PHONY: help train sample test test-fast torture lint clean
 
@@ -14,10 +16,10 @@ sample: .venv/ready  ## complete a prompt with the latest run (ARGS='prompt="Ret
 	@$(RUN) sample.py $(ARGS)
 
 test: .venv/ready  ## run the whole test suite
-	$(RUN) -m pytest -q
+	$(RUN) -m pytest -q $(WORKERS)
 
 test-fast: .venv/ready  ## run the tests that take seconds
-	$(RUN) -m pytest -q -m "not slow"
+	$(RUN) -m pytest -q $(WORKERS) -m "not slow"
 
 torture: .venv/ready  ## try to lose a run in every possible way (half an hour)
 	$(RUN) -m scripts.torture

@@ -219,6 +219,19 @@ def test_a_folder_with_other_files_is_kept(tokens, tmp_path, capsys, change, why
     assert folder.is_dir() and re.search(rf"Kept {re.escape(str(folder))} \(.*\), {why}", capsys.readouterr().out)
 
 
+def test_tokens_that_a_run_starts_to_use_meanwhile_are_kept(run_with, tokens, tmp_path, monkeypatch):
+    folder = tokens("a")
+    (tmp_path / "runs").mkdir()
+
+    def confirmed():
+        run_with(tmp_path / "runs" / "new", settings_with(folder))
+        return True
+
+    monkeypatch.setattr("scripts.prepare.confirmed", confirmed)
+    assert clean(tmp_path / "runs", yes=False) == 0
+    assert folder.is_dir()
+
+
 def test_a_link_to_tokens_is_not_followed(tokens, tmp_path, fresh_data):
     elsewhere = tokens("a").rename(tmp_path / "elsewhere")
     link = fresh_data / "text-byte-0123456789ab"

@@ -526,6 +526,12 @@ def test_an_export_gives_the_same_ids_and_text(tokenizer, exported, data):
         assert exported.decode(ids, skip_special_tokens=False) == text
 
 
+@pytest.mark.parametrize("tokenizer", ["gpt2", "cl100k_base", "o200k_base"], indirect=True)
+def test_an_export_splits_scripts_and_numbers_alike(tokenizer, exported):
+    for text in SCRIPTS.values():
+        assert exported.encode(text).ids == tokenizer.encode(text)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("tokenizer", ["bpe", "gpt2", "cl100k_base", "o200k_base"], indirect=True)
 def test_an_export_splits_every_unicode_character_alike(tokenizer, exported):

@@ -45,7 +45,7 @@ from data.loader import Loader, Prefetch, Validation
 from data.prepare import describe, load_tokenizer, val_bytes_per_token
 from data.shards import open_parts
 from data.tokenizer import Tokenizer
-from generation.engine import Engine, open_checkpoint
+from generation.engine import open_checkpoint, short_sample
 from model import GPT
 from report.page import after_training, is_current
 from terminal import counted, output, say
@@ -59,12 +59,13 @@ from training.interrupt import Interrupt
 from training.memory import check_memory
 from training.optim import Optimizers
 from training.recorder import Recorder
-from training.schedule import extension, lr_scale, same_rates
+from training.schedule import lr_scale
 from training.step import (
     accumulate_gradients,
     document_numbers,
     evaluate,
     first_loss,
+    read_losses,
     try_micro_step,
 )
 
@@ -137,11 +138,14 @@ def train_together(settings: Settings, world: World) -> int:
                   partial(before_checkpoint, run, recorder), recorder.say,
                   stop_on_error=limits.on_save_error == "stop")) as saver):
             # Describe the run, decide whether to compile, and estimate the time it takes.
-            describe_run(recorder, run, device, model, loader, describe(prepared), state.step)
-            describe_changes(recorder, settings, state, last)
+            notices.describe_run(recorder.say, run.folder, device, model, loader,
+                                 describe(prepared), state.step)
+            notices.describe_changes(recorder.say, settings, state, last)
             micro_step = partial(try_micro_step, batch=first_batch, device=device,
                                  boundary=boundary)
-            forward = maybe_compile(model, limits.compile, device, run_flops(model, loader, limits),
+            # The floating-point operations of each process in a step.
+            step_flops = model.flops_per_token() * loader.tokens_per_step / world.size
+            forward = maybe_compile(model, limits.compile, device, step_flops * limits.max_steps,
                                     micro_step, recorder.say)
             compiled = forward is not model
             facts = {"settings": settings_to_save(settings, prepared, device.precision),
@@ -178,7 +182,7 @@ def train_together(settings: Settings, world: World) -> int:
                     break
                 norm = optimizers.gradient_norm(scaler)
                 # The only values that a step reads from the device.
-                loss, norm_value = read(world.gather(losses), norm)
+                loss, norm_value = read_losses(world.gather(losses), norm)
                 run.check_not_moved()
 
                 # A loss scaler passes over gradients that are not finite, and lowers its scale.
@@ -207,12 +211,12 @@ def train_together(settings: Settings, world: World) -> int:
                                 step_ms=1000 * step_seconds, seconds=state.seconds)
                 recorder.progress(state.step, loss=f"{loss:.3f}",
                                   speed=f"{tokens_per_second:,.0f} tokens/s",
-                                  **mfu(model, tokens_per_second / world.size, device))
+                                  **device.mfu(step_flops / step_seconds))
 
                 val_loss = None
                 if decision.evaluate:
                     val_loss = evaluate(model, validation, device, boundary, world)
-                    record_validation(recorder, state.step, val_loss, bytes_per_token)
+                    recorder.record_validation(state.step, val_loss, bytes_per_token)
                     # One that is only due to the end of the run does not count towards patience:
                     # a longer run would not have it.
                     if limits.evaluates(state.step):
@@ -292,91 +296,6 @@ def before_checkpoint(run: Run, recorder: Recorder) -> None:
     """Check that the folder is still the run's, and bring its metrics to the disk."""
     run.check_not_moved()
     recorder.sync()
-
-
-def describe_run(recorder: Recorder, run: Run, device: Device, model: GPT, loader: Loader,
-                 data: str, step: int) -> None:
-    """Say what will be trained, on which data and device, and from which step."""
-    start = f", from step {step}" if step else ""
-    recorder.say(f"Run: {run.folder}{start}")
-    recorder.say(f"Data: {data}")
-    counts = {}
-    for role, parameters in model.parameters_by_role().items():
-        counts[role] = sum(weights.numel() for weights in parameters.values())
-    parts = ", ".join(f"{role} {count:,}" for role, count in counts.items() if count)
-    recorder.say(f"Model: {sum(counts.values()):,} parameters ({parts}), "
-                 f"{model.flops_per_token() / 1e6:,.1f} MFLOPs a token")
-    epochs = " and ".join(f"{steps:,.1f}" for steps in loader.steps_an_epoch())
-    recorder.say(f"Step: {loader.tokens_per_step:,} tokens ({loader.micro_steps} x "
-                 f"{loader.batch_size} sequences of {loader.block_size}), {epochs} steps an epoch")
-    recorder.say(f"Device: {device.describe()}")
-    for warning in device.warnings():
-        recorder.say(f"Warning: {warning}")
-
-
-def describe_changes(recorder: Recorder, settings: Settings, state: State,
-                     last: Checkpoint | None) -> None:
-    """Say what a resumed run does differently from now on, and warn of settings that do little."""
-    for warning in settings.warnings():
-        recorder.say(f"Warning: {warning}")
-    if last is None:
-        return
-    micro_steps = settings.training.micro_steps(settings.model.block_size)
-    if last.format == 2 and micro_steps > 2:
-        recorder.say("Resuming a checkpoint of an earlier version: gradients of micro-steps are "
-                     "now added in another order, so the result is not bit-identical to its.")
-    planned, max_steps = last.state["max_steps"], settings.training.max_steps
-    if planned != max_steps:
-        if not same_rates(state.step, settings.optim, planned, max_steps):
-            state.replanned = True
-        recorder.say(extension(state.step, settings.optim, planned, max_steps, state.replanned))
-    change = notices.changed_batch_size(settings, last)
-    if change:
-        recorder.say(change)
-
-
-def run_flops(model: GPT, loader: Loader, limits: TrainingConfig) -> float:
-    """The floating-point operations of each process, from the run's first step to its last."""
-    tokens_per_step = loader.tokens_per_step / loader.world_size
-    return model.flops_per_token() * tokens_per_step * limits.max_steps
-
-
-def read(losses: torch.Tensor, norm: torch.Tensor) -> tuple[float, float]:
-    """The sum of the losses, in order, and the norm: read from the device at once."""
-    *values, norm_value = torch.cat((losses, norm.to(losses.dtype)[None])).tolist()
-    return sum(values), norm_value
-
-
-def record_validation(recorder: Recorder, step: int, val_loss: float,
-                      bytes_per_token: float) -> None:
-    """Record a validation loss, with perplexity and bits per byte.
-
-    Bits per byte can be compared between tokenizers.
-    """
-    # A float cannot hold the exponential of more.
-    perplexity = math.exp(min(val_loss, 700))
-    bits_per_byte = val_loss / math.log(2) / bytes_per_token
-    recorder.record(step, val_loss=val_loss, perplexity=perplexity, bits_per_byte=bits_per_byte)
-    recorder.say(f"Step {step}: validation loss {val_loss:.4f}, perplexity {perplexity:.2f}, "
-                 f"{bits_per_byte:.4f} bits per byte")
-
-
-def short_sample(model: GPT, tokenizer: Tokenizer, length: int, device: Device) -> str:
-    """A sample of the model, or the reason why there is none."""
-    try:
-        engine, rules = Engine(model, tokenizer, device), SamplingConfig(max_new_tokens=length)
-        return engine.complete([("", 0)], rules)[0].text
-    except ValueError as error:
-        # A model that has diverged: the next loss decides what to do about it.
-        return str(error)
-
-
-def mfu(model: GPT, tokens_per_second: float, device: Device) -> dict[str, str]:
-    """Model FLOPs utilisation (arXiv:2204.02311), where the device's peak is known."""
-    peak = device.peak_flops()
-    if not peak:
-        return {}
-    return {"mfu": f"{model.flops_per_token() * tokens_per_second / peak:.1%}"}
 
 
 def finish(run: Run, limits: TrainingConfig) -> int:

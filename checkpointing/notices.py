@@ -1,13 +1,60 @@
-"""Messages about a run that resumes or has ended: what changes, and how to train further."""
+"""Messages about a run: what it trains, what a resumed run changes, and how to train further."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
 
 from checkpointing.checkpoint import Checkpoint
 from checkpointing.state import State
 from conf.identity import flat
 from conf.schema import Settings
+from data.loader import Loader
+from model import GPT
 from terminal import counted
-from training.schedule import extension
+from training.device import Device
+from training.schedule import extension, same_rates
+
+
+def describe_run(say: Callable[[str], None], folder: Path, device: Device, model: GPT,
+                 loader: Loader, data: str, step: int) -> None:
+    """Say what will be trained, on which data and device, and from which step."""
+    start = f", from step {step}" if step else ""
+    say(f"Run: {folder}{start}")
+    say(f"Data: {data}")
+    counts = {}
+    for role, parameters in model.parameters_by_role().items():
+        counts[role] = sum(weights.numel() for weights in parameters.values())
+    parts = ", ".join(f"{role} {count:,}" for role, count in counts.items() if count)
+    say(f"Model: {sum(counts.values()):,} parameters ({parts}), "
+                 f"{model.flops_per_token() / 1e6:,.1f} MFLOPs a token")
+    epochs = " and ".join(f"{steps:,.1f}" for steps in loader.steps_an_epoch())
+    say(f"Step: {loader.tokens_per_step:,} tokens ({loader.micro_steps} x "
+                 f"{loader.batch_size} sequences of {loader.block_size}), {epochs} steps an epoch")
+    say(f"Device: {device.describe()}")
+    for warning in device.warnings():
+        say(f"Warning: {warning}")
+
+
+def describe_changes(say: Callable[[str], None], settings: Settings, state: State,
+                     last: Checkpoint | None) -> None:
+    """Say what a resumed run does differently from now on, and warn of settings that do little."""
+    for warning in settings.warnings():
+        say(f"Warning: {warning}")
+    if last is None:
+        return
+    micro_steps = settings.training.micro_steps(settings.model.block_size)
+    if last.format == 2 and micro_steps > 2:
+        say("Resuming a checkpoint of an earlier version: gradients of micro-steps are "
+                     "now added in another order, so the result is not bit-identical to its.")
+    planned, max_steps = last.state["max_steps"], settings.training.max_steps
+    if planned != max_steps:
+        if not same_rates(state.step, settings.optim, planned, max_steps):
+            state.replanned = True
+        say(extension(state.step, settings.optim, planned, max_steps, state.replanned))
+    change = changed_batch_size(settings, last)
+    if change:
+        say(change)
 
 
 def how_to_continue(limit: str, settings: Settings, last: Checkpoint) -> str:

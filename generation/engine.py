@@ -229,3 +229,13 @@ def own_logprobs(logits: Tensor, tokens: Tensor) -> list[float]:
     """Log probabilities of `tokens` `[B]` by `logits` `[B, V]`, before any sampling rule."""
     logits = logits.float()
     return (logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(1)).tolist()
+
+
+def short_sample(model: GPT, tokenizer: Tokenizer, length: int, device: Device) -> str:
+    """A sample of the model, or the reason why there is none."""
+    try:
+        engine, rules = Engine(model, tokenizer, device), SamplingConfig(max_new_tokens=length)
+        return engine.complete([("", 0)], rules)[0].text
+    except ValueError as error:
+        # A model that has diverged: the next loss decides what to do about it.
+        return str(error)

@@ -168,6 +168,13 @@ class Device:
         name = self.name()
         return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
 
+    def mfu(self, flops_per_second: float) -> dict[str, str]:
+        """Model FLOPs utilisation (arXiv:2204.02311), to show, where the device's peak is known."""
+        peak = self.peak_flops()
+        if not peak:
+            return {}
+        return {"mfu": f"{flops_per_second / peak:.1%}"}
+
     def nominal_flops(self) -> float:
         """The FLOP/s that training is assumed to reach, however busy the machine is."""
         if self.type == "cpu":

@@ -86,6 +86,18 @@ class Recorder:
         if self.wandb is not None:
             self._send(lambda: self.wandb.log(row))
 
+    def record_validation(self, step: int, val_loss: float, bytes_per_token: float) -> None:
+        """Record a validation loss, with perplexity and bits per byte.
+
+        Bits per byte can be compared between tokenizers.
+        """
+        # A float cannot hold the exponential of more.
+        perplexity = math.exp(min(val_loss, 700))
+        bits_per_byte = val_loss / math.log(2) / bytes_per_token
+        self.record(step, val_loss=val_loss, perplexity=perplexity, bits_per_byte=bits_per_byte)
+        self.say(f"Step {step}: validation loss {val_loss:.4f}, perplexity {perplexity:.2f}, "
+                 f"{bits_per_byte:.4f} bits per byte")
+
     def cut_back(self, step: int) -> None:
         """Remove the metrics after `step`, and damaged lines."""
         self.metrics.close()

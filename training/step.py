@@ -66,6 +66,12 @@ def accumulate_gradients(model: nn.Module, parameters: list[Tensor], batches: Ba
     return torch.stack(losses)
 
 
+def read_losses(losses: Tensor, norm: Tensor) -> tuple[float, float]:
+    """The sum of the losses, in order, and the norm: read from the device at once."""
+    *values, norm_value = torch.cat((losses, norm.to(losses.dtype)[None])).tolist()
+    return sum(values), norm_value
+
+
 @torch.inference_mode()
 def evaluate(model: nn.Module, validation: Validation, device: Device, boundary: int | None,
              world: World) -> float:

@@ -16,20 +16,30 @@ from model.linear import linear
 
 # The number of logits in a chunk: 64 MB in fp32.
 MAX_LOGITS = 2**24
+# The target of a position that does not count, as in torch.nn.functional.cross_entropy.
+MASKED = -100
 
 
 def next_token_loss(features: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """The mean cross-entropy in nats of targets `[N]` under the logits `features` @ `weight`.T.
 
-    `features` are `[N, C]`, `weight` is `[V, C]`. Small inputs need no chunks. On CPUs
+    `features` are `[N, C]`, `weight` is `[V, C]`. Targets that are MASKED do not count; if all are,
+    the loss is 0. Small inputs need no chunks. On CPUs
     `torch.nn.functional.linear_cross_entropy` takes 2.6 times as long: docs/benchmarks.md.
     """
     if len(targets) * len(weight) <= MAX_LOGITS:
-        return F.cross_entropy(linear(features, weight).float(), targets)
+        logits = linear(features, weight).float()
+        total = F.cross_entropy(logits, targets, ignore_index=MASKED, reduction="sum")
+        return total / number_of(targets)
     dtype = features.dtype
     if torch.is_autocast_enabled(features.device.type):
         dtype = torch.get_autocast_dtype(features.device.type)
     return ChunkedLoss.apply(features, weight, targets, dtype)
+
+
+def number_of(targets: Tensor) -> Tensor:
+    """The number of targets that count; 1 if there are none, so that one can divide by it."""
+    return (targets != MASKED).sum().clamp(min=1)
 
 
 class ChunkedLoss(torch.autograd.Function):
@@ -53,23 +63,28 @@ class ChunkedLoss(torch.autograd.Function):
             x = features[chunk].to(dtype)
             logits = (x @ cast_weight.mT).float()  # [chunk, V]
             log_normalizers = logits.logsumexp(dim=1, keepdim=True)
-            at_targets = torch.arange(len(x), device=x.device), targets[chunk]
-            loss += (log_normalizers[:, 0] - logits[at_targets]).sum()
+            masked = targets[chunk] == MASKED
+            at_targets = torch.arange(len(x), device=x.device), targets[chunk].clamp(min=0)
+            losses = log_normalizers[:, 0] - logits[at_targets]
+            loss += losses.masked_fill(masked, 0).sum()
             if needs_gradients:
-                # The gradient of the logits: probabilities less one-hot targets.
+                # The gradient of the logits: probabilities less one-hot targets. Where the target
+                # is masked, it is 0: without another pass over the logits, by exp(-inf).
+                log_normalizers.masked_fill_(masked[:, None], torch.inf)
                 logits_gradient = logits.sub_(log_normalizers).exp_()
-                logits_gradient[at_targets] -= 1
+                logits_gradient[at_targets] -= (~masked).float()
                 logits_gradient = logits_gradient.to(dtype)
                 features_gradient[chunk] = logits_gradient @ cast_weight
                 weight_gradient += logits_gradient.mT @ x
+        count = number_of(targets)
         if needs_gradients:
-            ctx.save_for_backward(features_gradient, weight_gradient)
-            ctx.count, ctx.dtype = len(targets), features.dtype
-        return loss / len(targets)
+            ctx.save_for_backward(features_gradient, weight_gradient, count)
+            ctx.dtype = features.dtype
+        return loss / count
 
     @staticmethod
     def backward(ctx: Any, loss_gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        features_gradient, weight_gradient = ctx.saved_tensors
+        features_gradient, weight_gradient, count = ctx.saved_tensors
         # Dividing in the chunks would make gradients of a large batch too small for fp16.
-        scale = loss_gradient / ctx.count
+        scale = loss_gradient / count
         return (features_gradient * scale).to(ctx.dtype), weight_gradient * scale, None, None

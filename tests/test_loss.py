@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from model import GPT, GPTConfig, loss
-from model.loss import next_token_loss
+from model.loss import MASKED, next_token_loss
 
 
 @pytest.fixture
@@ -16,10 +16,11 @@ def in_chunks(monkeypatch):
     monkeypatch.setattr(loss, "MAX_LOGITS", 5 * 37)
 
 
-def both(dtype=torch.float64, autocast=None, rows=53, scale=1.0):
+def both(dtype=torch.float64, autocast=None, rows=53, scale=1.0, targets=None):
     """Loss and gradients, chunked and plain, of the same features `[rows, 16]` and weights `[37, 16]`."""
     torch.manual_seed(0)
-    features, weight, targets = torch.randn(rows, 16, dtype=dtype), torch.randn(37, 16, dtype=dtype), torch.randint(37, (rows,))
+    features, weight, drawn = torch.randn(rows, 16, dtype=dtype), torch.randn(37, 16, dtype=dtype), torch.randint(37, (rows,))
+    targets = drawn if targets is None else targets
     results = []
     for function in (next_token_loss, lambda x, w, t: F.cross_entropy(F.linear(x, w).float() if autocast else F.linear(x, w), t)):
         x, w = features.clone().requires_grad_(), weight.clone().requires_grad_()
@@ -35,6 +36,28 @@ def test_value_and_gradients_equal_those_of_the_plain_loss(in_chunks, rows):
     chunked, plain = both(torch.float32, rows=rows)
     for one, other in zip(chunked, plain, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("masked", ["some", "whole chunks", "all but one"])
+def test_masked_targets_count_for_nothing(in_chunks, masked):
+    """Their rows have no gradient, and the mean is that over the other targets."""
+    torch.manual_seed(0)
+    targets = torch.randint(37, (53,))
+    if masked == "some":
+        targets[torch.rand(53) < 0.4] = MASKED
+    else:
+        targets[5 if masked == "whole chunks" else 1 :] = MASKED
+    chunked, plain = both(torch.float32, targets=targets)
+    for one, other in zip(chunked, plain, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    assert not chunked[1][targets == MASKED].any()
+
+
+@pytest.mark.parametrize("max_logits", [5 * 37, 2**24])
+def test_only_masked_targets_give_a_loss_of_zero(monkeypatch, max_logits):
+    monkeypatch.setattr(loss, "MAX_LOGITS", max_logits)
+    (value, *gradients), _ = both(torch.float32, targets=torch.full((53,), MASKED))
+    assert value == 0 and not any(gradient.any() for gradient in gradients)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -43,10 +43,9 @@ def describe_changes(say: Callable[[str], None], settings: Settings, state: Stat
         say(f"Warning: {warning}")
     if last is None:
         return
-    micro_steps = settings.training.micro_steps(settings.model.block_size)
-    if last.format == 2 and micro_steps > 2:
-        say("Resuming a checkpoint of an earlier version: gradients of micro-steps are "
-                     "now added in another order, so the result is not bit-identical to its.")
+    if last.format == 2:
+        say("Resuming a checkpoint of an earlier version: gradients and their squares are now "
+            "added in another order, so the result is not bit-identical to its.")
     planned, max_steps = last.state["max_steps"], settings.training.max_steps
     if planned != max_steps:
         if not same_rates(state.step, settings.optim, planned, max_steps):

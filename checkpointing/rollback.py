@@ -57,8 +57,8 @@ def write_report(action: str, loss: float, sequences: list[int], state: State, r
     """Write a report of the step; return the end of a sentence that tells where it is."""
     batch = {"index": state.batch, "sequences_start_at": sequences}
     try:
-        path = nonfinite.report(run.folder, state.nonfinite, state.step, batch, loss, state.model,
-                                recorder.recent, action)
+        path = nonfinite.report(run.folder, state.nonfinite, state.step, batch, loss,
+                                state.optimizers, recorder.recent, action)
     except OSError as error:
         return f"; the report of it could not be written ({error.strerror})."
     return f": see {path}."

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from training.sharding import SLICE_UNIT, deal_out, slices
+from training.sharding import CHUNK, deal_out, slices
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 7])
 def test_slices_cover_each_number_once(size):
-    parameters = [torch.zeros(shape) for shape in [(1,), (64,), (65,), (100, 130), (3, 5)]]
+    parameters = [torch.zeros(shape) for shape in [(1,), (1024,), (1025,), (100, 130), (3, 5)]]
     for parts in slices(parameters, size):
         for part in parts:
             part.tensor.add_(1)
@@ -18,11 +18,16 @@ def test_slices_cover_each_number_once(size):
 
 
 def test_slices_are_equal_and_aligned():
-    weights = torch.zeros(1000, 64)
+    weights = torch.zeros(1000, 96)
     parts = slices([weights], 4)
     sizes = [sum(part.tensor.numel() for part in some) for some in parts]
-    assert max(sizes) - min(sizes) <= SLICE_UNIT
-    assert all(part.start % SLICE_UNIT == 0 for some in parts for part in some)
+    assert max(sizes) - min(sizes) <= CHUNK
+    assert all(part.start % CHUNK == 0 for some in parts for part in some)
+
+
+def test_small_parameters_are_dealt_out_in_turn():
+    parts = slices([torch.zeros(300) for _ in range(8)], 4)
+    assert [len(some) for some in parts] == [2, 2, 2, 2]
 
 
 def test_matrices_are_dealt_out_by_shape():
@@ -36,8 +41,8 @@ def test_a_slice_is_updated_like_the_whole_by_adamw():
     from training.optim import AdamW
 
     torch.manual_seed(0)
-    whole = torch.randn(1000)
-    sliced, gradient = whole.clone(), torch.randn(1000)
+    whole = torch.randn(5000)
+    sliced, gradient = whole.clone(), torch.randn(5000)
     for weights, size in ((whole, 1), (sliced, 4)):
         for (part,) in slices([weights], size):
             weights.grad = gradient.clone()

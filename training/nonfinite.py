@@ -9,19 +9,20 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 import atomic
+from training.optim import Optimizers
 
 
-def report(run: Path, number: int, step: int, batch: dict[str, Any], loss: float, model: nn.Module,
-           last_losses: Iterable[float], action: str) -> Path:
+def report(run: Path, number: int, step: int, batch: dict[str, Any], loss: float,
+           optimizers: Optimizers, last_losses: Iterable[float], action: str) -> Path:
     """Write `RUN/nonfinite/NUMBER-step_XXXXXXXX.json`, and return its path.
 
-    `number` counts the reports of the run, and `step` the steps before this one. The model must
-    still have its gradients, unscaled and unclipped.
+    `number` counts the reports of the run, and `step` the steps before this one. The norms
+    are those of `optimizers.gradient_norm`.
     """
-    norms = {block: to_json(norm) for block, norm in gradient_norms(model).items()}
+    norms = {block: to_json(norm) for block, norm in gradient_norms(optimizers).items()}
     content = {"step": step, "action": action, "loss": to_json(loss), "batch": batch,
                "gradient_norms": norms, "last_losses": list(last_losses)}
     path = run / "nonfinite" / f"{number:02d}-step_{step:08d}.json"
@@ -29,15 +30,13 @@ def report(run: Path, number: int, step: int, batch: dict[str, Any], loss: float
     return path
 
 
-def gradient_norms(model: nn.Module) -> dict[str, float]:
+def gradient_norms(optimizers: Optimizers) -> dict[str, float]:
     """The norm of the gradients of each block, such as "wte" or "h.0"."""
     blocks: dict[str, list[Tensor]] = {}
-    for name, weights in model.named_parameters():
-        if weights.grad is not None:
-            block = re.match(r"\w+(\.\d+)?", name)[0]
-            blocks.setdefault(block, []).append(weights.grad)
-    norms = {block: nn.utils.get_total_norm(gradients) for block, gradients in blocks.items()}
-    return {block: norm.item() for block, norm in norms.items()}
+    for weights, name in optimizers.names.items():
+        block = re.match(r"\w+(\.\d+)?", name)[0]
+        blocks.setdefault(block, []).append(weights)
+    return {block: optimizers.norm.of(parameters) for block, parameters in blocks.items()}
 
 
 def to_json(value: float) -> float | str:

@@ -12,6 +12,7 @@ from torch import Tensor
 from hardware import native
 from training.config import OptimConfig
 from training.distributed import World
+from training.gradient_norm import GradientNorm
 from training.sharding import Part, deal_out, slices
 
 # The coefficients of Keller Jordan's Muon (2024), kellerjordan.github.io/posts/muon.
@@ -148,6 +149,7 @@ class Optimizers:
         for optimizer in self.all:
             for group in optimizer.param_groups:
                 group["initial_lr"] = group["lr"]
+        self.norm = GradientNorm(self.world, list(self.keys), self.parts)
 
     def assign(self, parts: list[list[Part]]) -> list[Tensor]:
         """Assign parts to the ranks; return the tensors of this one."""
@@ -173,23 +175,14 @@ class Optimizers:
         self.world.add_gradients(self.parameters)
         for part in self.own_parts:
             part.take_gradient()
-        if self.world.size == 1:
-            self.unscale(scaler)
-            return self.total_norm()
-        norm = self.total_norm()
-        # This unscales and checks the own parts only. The scale is a power of two, so that the
-        # division has the same bits as a norm of unscaled gradients.
+        # This unscales and checks the own parts only.
         self.unscale(scaler)
-        if scaler.is_enabled():
-            norm = norm / scaler.scale(torch.ones_like(norm))
+        norm = self.norm.measure()
+        if scaler.is_enabled() and self.world.size > 1:
             for optimizer in self.all:
                 for found_inf in scaler._found_inf_per_device(optimizer).values():
                     found_inf.fill_(~norm.isfinite())
         return norm
-
-    def total_norm(self) -> Tensor:
-        gradients = [weights.grad for weights in self.parameters if weights.grad is not None]
-        return torch.nn.utils.get_total_norm(gradients)
 
     def unscale(self, scaler: torch.amp.GradScaler) -> None:
         for optimizer in self.all:

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-# Slices start at multiples of this, so that vector instructions treat a number in a slice as they
-# would in the whole tensor, and give it the same bits.
-SLICE_UNIT = 64
+# Slices start at multiples of this many numbers. The norm of the gradients is made of the norms of
+# such chunks, so it does not depend on the number of slices; and vector instructions treat a number
+# in a slice as they would in the whole tensor, and give it the same bits.
+CHUNK = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,12 +56,13 @@ def slices(parameters: list[Tensor], size: int) -> list[list[Part]]:
     if size == 1:
         return [[whole(weights) for weights in parameters]]
     parts: list[list[Part]] = [[] for _ in range(size)]
-    for weights in parameters:
-        units = math.ceil(weights.numel() / SLICE_UNIT)
-        for rank in range(size):
-            start = units * rank // size * SLICE_UNIT
-            end = min(units * (rank + 1) // size * SLICE_UNIT, weights.numel())
+    for number, weights in enumerate(parameters):
+        chunks = math.ceil(weights.numel() / CHUNK)
+        for index in range(size):
+            start = chunks * index // size * CHUNK
+            end = min(chunks * (index + 1) // size * CHUNK, weights.numel())
             if start < end:
                 view = weights.detach().view(-1)[start:end]
-                parts[rank].append(Part(weights, start, end, view))
+                # Parameters of fewer chunks than ranks go to one rank after the other.
+                parts[(index + number) % size].append(Part(weights, start, end, view))
     return parts

@@ -83,7 +83,7 @@ OTHER_VALUES = {
     "float16": "fp16", "16": "fp16", "half": "fp16",
     "adam": "adamw", "linear": "wsd",
 }
-# By the beginning of a key or flag of Hydra's, what to do here; the first one that fits counts.
+# By the beginning of a key or flag, mostly of Hydra's, what to do here; the first that fits counts.
 HYDRA = {
     "hydra.run": "runs_dir=FOLDER and name=NAME say where a run goes",
     "hydra.sweep.": "runs_dir=FOLDER and name=NAME say where a sweep goes",
@@ -95,6 +95,7 @@ HYDRA = {
     "hydra.launcher": "add -m and hydra/launcher=slurm; it is for sweeps on a cluster",
     "hydra/sweeper": "python -m scripts.sweep searches with Optuna",
     "hydra.sweeper": "python -m scripts.sweep searches with Optuna",
+    "gpus_per_job": "add -m and processes_per_job=N; on a machine with GPUs, each process has one",
     "hydra": "Hydra's own settings do nothing; a run's folder holds its log.txt and config.yaml",
     "--config-": "experiment=path/to/own.yaml reads a YAML file from anywhere",
     "--info": "--help lists the presets, and --cfg job prints all settings",

@@ -13,7 +13,7 @@ from conf.settings import SampleSettings, Settings, leaves
 
 YAML_FILES = (".yaml", ".yml")
 SWEEP_ADVICE = "several values are a sweep: add -m to run them all, or choose one."
-OF_SWEEPS = ("jobs", "trials", "pruner", "sweep")
+OF_SWEEPS = ("jobs", "processes_per_job", "trials", "pruner", "sweep")
 
 
 def unknown(key: str, known: dict[str, Any], place: str, group: str = "") -> str:

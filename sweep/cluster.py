@@ -31,13 +31,15 @@ LAUNCHERS = ("use slurm, submitit_slurm or submitit_local; without a launcher, j
 class ClusterRunner(Runner):
     """Submits all jobs at once, as an array; the cluster decides when each runs.
 
-    Raises ValueError for invalid settings.
+    A job is one task, on one node, in which torchrun starts the processes. Raises ValueError for
+    invalid settings.
     """
 
     poll_seconds = 1.0
 
-    def __init__(self, overrides: list[str], folder: Path) -> None:
+    def __init__(self, overrides: list[str], folder: Path, processes: int = 1) -> None:
         super().__init__(max_jobs=math.inf)
+        self.processes = processes
         known = (*options("hydra/launcher"), "submitit_slurm", "submitit_local")
         for override in overrides:
             key, _, value = override.partition("=")
@@ -62,6 +64,7 @@ class ClusterRunner(Runner):
         except RuntimeError as error:
             # For example where SLURM is not installed.
             raise ValueError(f"{overrides[0]} is not available here: {error}") from None
+        check_size(settings, processes)
         del settings["submitit_folder"]
         settings["name"] = folder.name
         self.executor.update_parameters(**{
@@ -73,10 +76,24 @@ class ClusterRunner(Runner):
             return
         commands = [job.command for job in jobs]
         logs = [str(job.open_log()) for job in jobs]
-        submitted = self.executor.map_array(run_on_node(), commands, logs)
+        submitted = self.executor.map_array(run_on_node(self.processes), commands, logs)
         for job, handle in zip(jobs, submitted, strict=True):
             job.process = Submitted(handle, job.log)
         self.running += jobs
+
+
+def check_size(settings: dict[str, Any], processes: int) -> None:
+    """Raise ValueError if the launcher's settings do not suit jobs of this many processes."""
+    for key in ("nodes", "tasks_per_node"):
+        if settings.get(key) not in (None, 1):
+            raise ValueError(f"hydra.launcher.{key}={settings[key]}: a job of a sweep is one task "
+                             "on one node. Leave it out; processes_per_job= sets the number of "
+                             "processes.")
+    gpus = settings.get("gpus_per_node")
+    if gpus and gpus != processes:
+        raise ValueError(f"hydra.launcher.gpus_per_node={gpus} and processes_per_job={processes} "
+                         "differ, but each process trains on one GPU: set both to the same "
+                         "number.")
 
 
 class Submitted:
@@ -108,7 +125,7 @@ class Submitted:
     kill = terminate
 
 
-def run_on_node() -> Callable[[list[str], str], int]:
+def run_on_node(processes: int) -> Callable[[list[str], str], int]:
     """The function that a node calls with a command and a log.
 
     It is a closure so that it is pickled by value: the node cannot import this module.
@@ -116,10 +133,13 @@ def run_on_node() -> Callable[[list[str], str], int]:
     child = {CHILD: "1"}
 
     def run(command: list[str], log: str) -> int:
+        share = {}
+        if processes > 1:
+            share["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // processes))
         with open(log, "ab") as output:
             process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=output, stderr=output,
-                env=os.environ | child)
+                env=os.environ | child | share)
             try:
                 return process.wait()
             finally:

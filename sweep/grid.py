@@ -53,6 +53,7 @@ class GridSettings:
     """The settings of a grid itself; its other overrides are for the jobs."""
 
     jobs: int = setting(1, "that run at a time on this machine", ge=1)
+    processes_per_job: int = setting(1, "started by torchrun; with GPUs, one for each", ge=1)
 
     def problems(self) -> Iterator[str]:
         """One sentence for each value that is invalid."""
@@ -67,7 +68,7 @@ class Plan:
     composed: dict[str, tuple[list[str], Settings]]  # by job name
     failures: list[str]  # combinations that cannot be composed, with the reason
     launcher: list[str]  # overrides that choose a cluster
-    max_jobs: int
+    own: GridSettings
 
     @property
     def folder(self) -> Path:
@@ -76,8 +77,8 @@ class Plan:
 
     def runner(self) -> Runner:
         if self.launcher:
-            return ClusterRunner(self.launcher, self.folder)
-        return LocalRunner(self.max_jobs)
+            return ClusterRunner(self.launcher, self.folder, self.own.processes_per_job)
+        return LocalRunner(self.own.jobs, self.own.processes_per_job)
 
 
 class Grid:
@@ -126,7 +127,8 @@ def run_grid(overrides: list[str], show: bool = False) -> int:
         jobs, left, finished = [], [], []
         metric = comparison_metric(plan.swept)
         for name, (words, settings) in plan.composed.items():
-            job = Job(name, plan.folder, words, settings.training.max_steps, metric)
+            job = Job(name, plan.folder, words, settings.training.max_steps, metric,
+                      plan.own.processes_per_job)
             jobs.append(job)
             if is_finished(settings, job.folder):
                 finished.append(job)
@@ -155,7 +157,7 @@ def run_grid(overrides: list[str], show: bool = False) -> int:
 
 def plan_grid(overrides: list[str]) -> Plan:
     """The jobs of a grid's command line. Raises ValueError if no job can be composed."""
-    own = [word for word in overrides if word.startswith("jobs=")]
+    own = [word for word in overrides if word.partition("=")[0] in leaves(GridSettings)]
     names = [word for word in overrides if word.startswith("name=")]
     launcher = [word for word in overrides if word.startswith(LAUNCHER)]
     settings = compose(GridSettings, own)
@@ -177,7 +179,7 @@ def plan_grid(overrides: list[str]) -> Plan:
         name = names[-1]
     combinations = [[*words, name] for words in product(*choices.values())]
     composed, failures = compose_all(combinations, swept)
-    return Plan(swept, composed, failures, launcher, settings.jobs)
+    return Plan(swept, composed, failures, launcher, settings)
 
 
 def changes_run(override: str) -> bool:

@@ -35,13 +35,17 @@ RESUME = "Run the same command again to resume."
 
 @dataclass(eq=False)
 class Job:
-    """One training of a sweep: `python train.py` with `overrides`, into the folder SWEEP/NAME."""
+    """One training of a sweep: `python train.py` with `overrides`, into the folder SWEEP/NAME.
+
+    With several `processes`, torchrun starts them.
+    """
 
     name: str
     sweep: Path
     overrides: list[str]
     max_steps: int
     metric: str = "val_loss"
+    processes: int = 1
     process: Any = None  # a Popen, or its like on a cluster
     slot: int = 0
     started_at: float = 0.0
@@ -66,7 +70,11 @@ class Job:
         """The command line. W&B groups the jobs of a sweep, unless the overrides say otherwise."""
         wandb = [f"logger.group={self.sweep.name}", "logger.tags=sweep"]
         place = [f"runs_dir={self.sweep.parent}", f"name={self.sweep.name}/{self.name}"]
-        return [sys.executable, str(TRAIN), *wandb, *self.overrides, *place]
+        start = [sys.executable]
+        if self.processes > 1:
+            start += ["-m", "torch.distributed.run", "--standalone",
+                      f"--nproc-per-node={self.processes}"]
+        return [*start, str(TRAIN), *wandb, *self.overrides, *place]
 
     def is_locked(self) -> bool:
         """Whether a process trains in the folder: a killed sweep's child may still be saving."""
@@ -115,6 +123,21 @@ class Job:
         self.stop_requested = True
         self.process.terminate()
 
+    def exit_code(self, code: int) -> int:
+        """The run's exit code, for that of its process.
+
+        torchrun exits with 1 also where the run was stopped. Then the run's own files tell whether
+        all that it has trained is saved.
+        """
+        if code != 1 or self.processes == 1 or not self.stop_requested:
+            return code
+        # Imports torch, which --help should not wait for.
+        from checkpointing import store
+
+        saved = store.list_checkpoints(self.folder / "checkpoints")
+        last_step = saved[-1].step if saved else 0
+        return 128 + signal.SIGTERM if last_step == self.step else code
+
     def failed(self, code: int) -> bool:
         """Whether it ended with an error, rather than because we stopped it."""
         return code != 0 and not (self.stop_requested and code in INTERRUPTED)
@@ -129,7 +152,7 @@ class Job:
             output = self.log.read_bytes()[self.log_start :]
         text = output.decode(errors="replace").replace("\r", "\n")
         lines = [line.strip() for line in text.splitlines() if line.strip()]
-        errors = [line for line in lines if line.startswith("Error: ")]
+        errors = [line for line in lines if line.startswith(("Error: ", "Interrupted: "))]
         last = (errors or lines or [f"exit code {code}"])[-1]
         return last.removeprefix("Error: ")
 
@@ -179,14 +202,29 @@ class Runner:
             raise
 
 
-class LocalRunner(Runner):
-    """Runs jobs on this machine. Each gets the same share of the threads, and one of the GPUs."""
+class Torchrun(subprocess.Popen):
+    """torchrun with the processes of a job."""
 
-    def __init__(self, max_jobs: int) -> None:
+    def terminate(self) -> None:
+        """Have the processes save and stop, as they do when their standard input ends.
+
+        After a signal, torchrun would kill those that take longer than 30 s.
+        """
+        self.stdin.close()
+
+
+class LocalRunner(Runner):
+    """Runs jobs on this machine, each in `processes` processes.
+
+    Each process gets the same share of the threads, and one of the GPUs.
+    """
+
+    def __init__(self, max_jobs: int, processes: int = 1) -> None:
         # Importing torch takes a second, which an error in the settings should not wait for.
         import torch
 
         super().__init__(max_jobs)
+        self.processes = processes
         self.threads = torch.get_num_threads()
         self.gpus = [str(number) for number in range(torch.cuda.device_count())]
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -196,10 +234,14 @@ class LocalRunner(Runner):
     def environment(self, slot: int) -> dict[str, str]:
         """A job's environment. With other thread counts, results would differ in the last bits."""
         share = {CHILD: "1"}
-        if self.max_jobs > 1:
-            share["OMP_NUM_THREADS"] = str(max(1, self.threads // self.max_jobs))
-            if self.gpus:
-                share["CUDA_VISIBLE_DEVICES"] = self.gpus[slot % len(self.gpus)]
+        all_processes = self.max_jobs * self.processes
+        if all_processes > 1:
+            share["OMP_NUM_THREADS"] = str(max(1, self.threads // all_processes))
+        if all_processes > 1 and self.gpus:
+            first = slot * self.processes
+            own = [self.gpus[number % len(self.gpus)]
+                   for number in range(first, first + min(self.processes, len(self.gpus)))]
+            share["CUDA_VISIBLE_DEVICES"] = ",".join(own)
         return os.environ | share
 
     def start(self, jobs: list[Job]) -> None:
@@ -208,7 +250,8 @@ class LocalRunner(Runner):
             log = atomic.LineFile(job.open_log())
             try:
                 # In a session of its own, a job does not receive Ctrl-C from our terminal.
-                job.process = subprocess.Popen(
+                start = Torchrun if job.processes > 1 else subprocess.Popen
+                job.process = start(
                     job.command, stdin=subprocess.PIPE, stdout=log.descriptor,
                     stderr=log.descriptor,
                     env=self.environment(job.slot), start_new_session=True)
@@ -241,6 +284,7 @@ def run_jobs(source: JobSource, runner: Runner, progress: Progress) -> int:
                 job.update()
                 source.on_metrics(job)
                 if code is not None:
+                    code = job.exit_code(code)
                     runner.running.remove(job)
                     progress.on_exit(job, code)
                     source.on_exit(job, code)

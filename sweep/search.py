@@ -65,6 +65,7 @@ class SweepSettings:
     hours: float | None = setting(
         None, "of this command; trials that run then are saved, to be resumed", gt=0)
     jobs: int = setting(1, "trials at a time", ge=1)
+    processes_per_job: int = setting(1, "started by torchrun; with GPUs, one for each", ge=1)
     pruner: Literal["median", "hyperband", "none"] = setting(
         "median", "how unpromising trials are found, and stopped")
     storage: str = setting(
@@ -91,7 +92,8 @@ def search(settings: SweepSettings) -> int:
     before = f", {counted(ended, 'trial')} before" if ended else ""
     say(f"Sweep: {folder}, study in {storage_name(settings, folder)}{before}")
     try:
-        code = run_jobs(source, LocalRunner(settings.jobs), Progress(settings.trials, ended, 0))
+        runner = LocalRunner(settings.jobs, settings.processes_per_job)
+        code = run_jobs(source, runner, Progress(settings.trials, ended, 0))
         print_best_trial(source, resumable=code != 0)
     except Exception as error:
         # Each kind of storage has its own exceptions. These two kinds name their cause themselves.
@@ -225,7 +227,8 @@ class Search:
     def job_of(self, trial: Any) -> Job:
         overrides = self.space.overrides({key: trial.params[key] for key in self.space.varied})
         max_steps = compose("config", ["name=-", *overrides]).training.max_steps
-        return Job(f"trial_{trial.number:04d}", self.folder, overrides, max_steps, self.metric)
+        return Job(f"trial_{trial.number:04d}", self.folder, overrides, max_steps, self.metric,
+                   self.settings.processes_per_job)
 
     def abandoned_trial(self) -> Any:
         """A trial whose worker died, if its training has ended too: it may still be saving."""

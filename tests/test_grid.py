@@ -22,6 +22,7 @@ from checkpointing import store
 from checkpointing.resume import is_finished
 from conf.presets import ConfigError
 from sweep import grid, jobs
+from sweep.cluster import check_size
 from sweep.jobs import Job, LocalRunner, Progress, run_jobs
 
 ROOT = Path(__file__).parent.parent
@@ -58,6 +59,7 @@ def test_values_that_cannot_be_listed_are_refused(override):
 
 @pytest.mark.parametrize(("overrides", "message"), [
     ([], "no values to sweep"), (["jobs=2", "name=x"], "no values to sweep"), (["seed=1,2", "jobs=0"], "jobs=0 must be"),
+    (["seed=1,2", "gpus_per_job=2"], "processes_per_job=N"), (["seed=1,2", "processes_per_job=0"], "processes_per_job=0 must be"),
     (["data=text", "data.path=x=y.txt,z.txt"], "x=y.txt does not exist"), (["sed=1,2"], "did you mean seed"),
     (["seed=1,2", "name=../up"], "is outside runs_dir"), (["seed=-1,-2"], "seed=-1 must be"),
 ])
@@ -187,6 +189,10 @@ def test_jobs_share_threads_and_gpus(monkeypatch):
     assert [share["CUDA_VISIBLE_DEVICES"] for share in shares] == ["4", "7", "4", "7"]
     assert LocalRunner(1).environment(0)["CUDA_VISIBLE_DEVICES"] == "4,7"
     assert LocalRunner(16).environment(0)["OMP_NUM_THREADS"] == "1"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7,5")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    shares = [LocalRunner(2, processes=2).environment(slot) for slot in range(2)]
+    assert [(share["OMP_NUM_THREADS"], share["CUDA_VISIBLE_DEVICES"]) for share in shares] == [("2", "4,7"), ("2", "5,4")]
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert LocalRunner(2).environment(1)["CUDA_VISIBLE_DEVICES"] == "1"
 
@@ -213,6 +219,22 @@ def test_an_interruption_stops_all_jobs_and_starts_no_other(job, tmp_path, numbe
     code, source = run(*ran)
     assert code == 128 + number and not source.failures and not (tmp_path / "on-c").exists()
     assert [one.process.poll() for one in ran[:2]] == [143, 143]
+
+
+@pytest.mark.parametrize(("step", "state"), [(0, "stopped"), (2, "failed")])
+def test_a_stopped_job_of_torchrun_saved_all_or_failed(job, tmp_path, capsys, step, state):
+    """Its exit code is 1 in both cases. It stops when its standard input ends, without a signal."""
+    metrics = as_lines({"step": step, "loss": 3}).strip()
+    ran = job("a", f"trap '' TERM; mkdir -p {tmp_path}/a; echo '{metrics}' > {tmp_path}/a/metrics.jsonl; touch {tmp_path}/on-a; read x; exit 1")
+    ran.processes = 2
+
+    def interrupt():
+        wait_for((tmp_path / "on-a").exists)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    code, source = run(ran)
+    assert code == 130 and f"a: {state} after" in capsys.readouterr().out and bool(source.failures) == (state == "failed")
 
 
 @pytest.mark.slow
@@ -394,6 +416,17 @@ def test_a_killed_sweep_leaves_no_orphans_and_resumes(book, tmp_path):
         assert f"from step {at}" in (tmp_path / "sweep" / "logs" / f"{name}.txt").read_text()
 
 
+@pytest.mark.slow
+def test_a_sweep_of_jobs_with_two_processes_each(book, tmp_path):
+    words = ["training.tokens_per_step=256", "training.max_steps=4", "optim.lr=1e-3,2e-3", "jobs=2", "processes_per_job=2"]
+    program = start(book, tmp_path, *words)
+    printed, _ = program.communicate(timeout=120)
+    assert program.returncode == 0 and "2 of 2 jobs finished" in printed, printed
+    for name in ("lr=0.001", "lr=0.002"):
+        assert steps(tmp_path, name) == 4
+        assert (tmp_path / "sweep/logs" / f"{name}.txt").read_text().count("Trained 4 steps") == 1
+
+
 # Clusters.
 
 
@@ -419,6 +452,13 @@ def test_an_unusable_launcher_is_refused(overrides, message, tmp_path, monkeypat
     with pytest.raises(ValueError, match=message) as caught:
         grid.run_grid(["seed=1,2", *overrides])
     assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("settings", [{"nodes": 2}, {"tasks_per_node": 4}, {"gpus_per_node": 4}])
+def test_a_cluster_job_is_one_task_with_a_gpu_a_process(settings):
+    check_size({"nodes": 1, "tasks_per_node": 1, "gpus_per_node": 2}, processes=2)
+    with pytest.raises(ValueError, match=f"hydra.launcher.{next(iter(settings))}=.*processes_per_job="):
+        check_size(settings, processes=2)
 
 
 def test_the_slurm_preset_extends_the_launchers_own():

@@ -27,6 +27,7 @@ import yaml
 import atomic
 from checkpointing import notices, store
 from checkpointing.checkpoint import Checkpoint
+from checkpointing.peers import Peers
 from checkpointing.provenance import record_start
 from checkpointing.resume import (
     limit_reached,
@@ -133,10 +134,9 @@ def train_together(settings: Settings, world: World) -> int:
               world.only_first(lambda: Recorder(
                   run.folder, state.step, limits.max_steps, settings.logger,
                   asdict(settings))) as recorder,
-              world.only_first(lambda: Saver(
-                  run.checkpoints, limits.keep_last, state.step,
-                  partial(before_checkpoint, run, recorder), recorder.say,
-                  stop_on_error=limits.on_save_error == "stop")) as saver):
+              Saver(run.checkpoints, limits.keep_last, state.step,
+                    partial(before_checkpoint, run, recorder), recorder.say,
+                    stop_on_error=limits.on_save_error == "stop", peers=Peers(world)) as saver):
             # Describe the run, decide whether to compile, and estimate the time it takes.
             notices.describe_run(recorder.say, run.folder, device, model, loader,
                                  describe(prepared), state.step)
@@ -240,8 +240,9 @@ def train_together(settings: Settings, world: World) -> int:
                 save(val_loss)
                 saver.finish()
             if world.first(lambda: saver.saved < state.step):
-                raise OSError(f"Only {saver.saved} of {counted(state.step, 'step')} are saved in "
-                              f"{run.folder}: free some disk space and run the command again.")
+                world.fail(OSError(f"Only {saver.saved} of {counted(state.step, 'step')} are saved "
+                                   f"in {run.folder}: free some disk space and run the command "
+                                   f"again."))
             if decision.interrupted or interrupt:
                 recorder.say(f"Interrupted: {state.step} of {counted(limits.max_steps, 'step')} "
                              f"are saved in {run.folder}; the same command resumes there.")

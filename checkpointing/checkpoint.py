@@ -7,6 +7,7 @@
         tokenizer.json         the tokenizer
         manifest.json          size and SHA-256 of each file above, and of itself
 
+Of a large model that several processes train, each process writes a part of the tensors.
 A checkpoint may come from a stranger, who can also write matching checksums: docs/runs.md states
 what is checked. Knows nothing about models and optimizers.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -22,8 +24,8 @@ import shutil
 import stat
 import struct
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,11 +35,18 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 import atomic
+from checkpointing.peers import Peers
 from terminal import readable_size
 from training.device import available_memory
+from training.sharding import Divided
 
-FORMAT = 3
-READABLE = (2, FORMAT)  # format 2 named optimizer state by position; see state.py
+# Format 2 named optimizer state by position; see state.py.
+FORMAT, READABLE = 3, (2, 3, 4)
+# As format 3, but several processes have each written a part of the tensors:
+# model-00001-of-00004.safetensors and so on, as Hugging Face names the parts of large models.
+FORMAT_IN_PARTS = 4
+# Checkpoints that are larger are written so.
+MAX_BYTES_OF_ONE_WRITER = 8 * 2**30
 MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 STATE, TOKENIZER, MANIFEST = "state.json", "tokenizer.json", "manifest.json"
 FILES = (MODEL, OPTIMIZER, STATE, TOKENIZER)
@@ -77,27 +86,46 @@ NEW_FIELDS = {"best_val_loss": None, "stale_evaluations": 0}
 CONTENT_ERRORS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 
 
+Tensors = dict[str, Tensor | Divided]
+FileEntry = dict[str, int | str]  # "bytes" and "sha256"
+
+
 class DamagedCheckpoint(ValueError):
     """A checkpoint whose content is not as written; the message names the file and the problem."""
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The content of a checkpoint; `state` has the fields of STATE_FIELDS."""
+    """The content of a checkpoint; `state` has the fields of STATE_FIELDS.
 
-    model: dict[str, Tensor]
-    optimizer: dict[str, Tensor]
+    Of several processes, each has this process's parts of the tensors.
+    """
+
+    model: Tensors
+    optimizer: Tensors
     tokenizer: dict[str, Any]
     state: dict[str, Any]
 
     def nbytes(self) -> int:
-        """The size of the tensors; the rest is small."""
+        """The size of the whole tensors; the rest is small."""
         return sum(tensor.nbytes for tensor in (*self.model.values(), *self.optimizer.values()))
+
+    def own_nbytes(self) -> int:
+        """The size of what this process has."""
+        tensors = [*self.model.values(), *self.optimizer.values()]
+        own = [tensor.own if isinstance(tensor, Divided) else tensor for tensor in tensors]
+        return sum(tensor.nbytes for tensor in own)
 
     def copy(self) -> Snapshot:
         """A copy on the CPU that shares no memory with the model and the optimizers."""
-        def copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-            return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+        def copied(tensors: Tensors) -> Tensors:
+            found = {}
+            for name, tensor in tensors.items():
+                if isinstance(tensor, Divided):
+                    found[name] = tensor.copy()
+                else:
+                    found[name] = tensor.detach().to("cpu", copy=True)
+            return found
 
         return Snapshot(copied(self.model), copied(self.optimizer), self.tokenizer, self.state)
 
@@ -107,7 +135,7 @@ class Checkpoint:
     """A saved checkpoint. Opening reads only the small files; `verify` checks the large ones."""
 
     folder: Path
-    manifest: dict[str, dict[str, Any]]  # "bytes" and "sha256" of each file
+    manifest: dict[str, FileEntry]
     state: dict[str, Any]
     format: int = FORMAT
 
@@ -127,7 +155,7 @@ class Checkpoint:
             raise ValueError(f"{folder} has checkpoint format {ascii(version)[:40]}; this version "
                              f"of nanohydra reads format {FORMAT}. Use the version that wrote it.")
         files = manifest.get("files")
-        if not isinstance(files, dict) or sorted(files) != sorted(FILES):
+        if not isinstance(files, dict) or not is_complete(files):
             raise DamagedCheckpoint(f"{folder / MANIFEST} does not list the files of a checkpoint")
         for name, entry in files.items():
             if not isinstance(entry, dict) or file_size(folder / name) != entry.get("bytes"):
@@ -147,15 +175,19 @@ class Checkpoint:
     def step(self) -> int:
         return self.state["step"]
 
+    def files(self, name: str) -> list[str]:
+        """The files that hold the content of one of FILES."""
+        return [name] if name in self.manifest else parts_of(name, self.manifest)
+
     def verify(self, names: Iterable[str] = FILES, max_bytes: float = math.inf) -> None:
         """Raise DamagedCheckpoint if a file exceeds `max_bytes` or does not match its checksum."""
-        for name in names:
-            path = self.folder / name
+        for file_name in itertools.chain.from_iterable(map(self.files, names)):
+            path = self.folder / file_name
             if file_size(path) > max_bytes:
                 raise DamagedCheckpoint(f"{path} is larger than these settings allow")
             with read_errors(path), os.fdopen(atomic.open_regular(path), "rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
-            if found != self.manifest[name].get("sha256"):
+            if found != self.manifest[file_name].get("sha256"):
                 raise DamagedCheckpoint(f"{path} does not match its checksum")
 
     def tokenizer(self) -> dict[str, Any]:
@@ -171,29 +203,95 @@ class Checkpoint:
         """
         path = self.folder / name
         nbytes = sum(tensor.nbytes for tensor in like.values())
-        if file_size(path) > nbytes + HEADER_BYTES + HEADER_BYTES_PER_TENSOR * len(like):
-            raise DamagedCheckpoint(f"{path} is larger than the settings ask for")
+        self.check_size(name, like)
         free = available_memory()
         if nbytes > free:
             raise ValueError(f"{path} needs {readable_size(nbytes)} of memory, "
                              f"{readable_size(free)} are free.")
+        with self.open_tensors(name, like) as tensors:
+            # Without the copy, the tensors would be views of the mapped file.
+            return {key: tensors[key].clone() for key in like}
+
+    def check_size(self, name: str, like: dict[str, Tensor]) -> None:
+        """Raise DamagedCheckpoint if the files are larger than the tensors of `like`."""
+        names = self.files(name)
+        nbytes = sum(tensor.nbytes for tensor in like.values())
+        headers = HEADER_BYTES * len(names) + HEADER_BYTES_PER_TENSOR * len(like)
+        if sum(file_size(self.folder / one) for one in names) > nbytes + headers:
+            raise DamagedCheckpoint(f"{self.folder / name} is larger than the settings ask for")
+
+    @contextmanager
+    def open_tensors(self, name: str, like: dict[str, Tensor]) -> Iterator[Mapping[str, Tensor]]:
+        """Open model.safetensors or optimizer.safetensors; a tensor is read when it is asked for.
+
+        Raises DamagedCheckpoint unless it has the names, shapes and dtypes of `like`. The tensors
+        are views of the mapped file.
+        """
+        self.check_size(name, like)
         self.verify([name])
         wanted = {key: (DTYPES[value.dtype], tuple(value.shape)) for key, value in like.items()}
-        try:
-            with read_errors(path), safe_open(path, "pt") as file:
-                found = {}
-                for key in file.keys():  # noqa: SIM118 (not a dict)
-                    tensor = file.get_slice(key)
-                    found[key] = (tensor.get_dtype(), tuple(tensor.get_shape()))
-                for key in sorted(found.keys() | wanted.keys()):
-                    if found.get(key) != wanted.get(key):
-                        raise DamagedCheckpoint(
-                            f"{path} has {ascii(key)[:80]} as {found.get(key)}, but the settings "
-                            f"ask for {wanted.get(key)}")
-                # Without the copy, the tensors would be views of the mapped file.
-                return {key: file.get_tensor(key).clone() for key in wanted}
-        except SafetensorError as error:
-            raise DamagedCheckpoint(f"{path} cannot be read ({error})") from None
+        with ExitStack() as stack:
+            found, holder = {}, {}
+            path = self.folder / name
+            try:
+                for path in (self.folder / one for one in self.files(name)):
+                    with read_errors(path):
+                        file = stack.enter_context(safe_open(path, "pt"))
+                        for key in file.keys():  # noqa: SIM118 (not a dict)
+                            if key in found:
+                                raise DamagedCheckpoint(f"{path} has {ascii(key)[:80]} again")
+                            tensor = file.get_slice(key)
+                            found[key] = (tensor.get_dtype(), tuple(tensor.get_shape()))
+                            holder[key] = file
+            except SafetensorError as error:
+                raise DamagedCheckpoint(f"{path} cannot be read ({error})") from None
+            for key in sorted(found.keys() | wanted.keys()):
+                if found.get(key) != wanted.get(key):
+                    raise DamagedCheckpoint(
+                        f"{self.folder / name} has {ascii(key)[:80]} as {found.get(key)}, but the "
+                        f"settings ask for {wanted.get(key)}")
+            yield LazyTensors(holder)
+
+
+class LazyTensors(Mapping[str, Tensor]):
+    """Tensors of open safetensors files, read when they are asked for."""
+
+    def __init__(self, files: dict[str, Any]) -> None:
+        self.files = files
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self.files[key].get_tensor(key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+
+def part_names(name: str, count: int) -> list[str]:
+    """The names of the files that `count` processes write instead of the file `name`."""
+    stem, suffix = name.split(".")
+    return [f"{stem}-{number:05d}-of-{count:05d}.{suffix}" for number in range(1, count + 1)]
+
+
+def parts_of(name: str, files: Iterable[str]) -> list[str]:
+    """The names in `files` that begin as those of the parts of `name` do, in order."""
+    stem, _ = name.split(".")
+    return sorted(file for file in files if file.startswith(f"{stem}-"))
+
+
+def is_complete(files: Iterable[str]) -> bool:
+    """Whether these are the names of the files of a checkpoint, and all of them."""
+    found = set(files)
+    expected = set()
+    for name in FILES:
+        parts = parts_of(name, found)
+        if name in (MODEL, OPTIMIZER) and parts:
+            expected |= set(part_names(name, len(parts)))
+        else:
+            expected.add(name)
+    return found == expected
 
 
 def step_name(step: int) -> str:
@@ -275,51 +373,93 @@ def checksum(value: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def save(checkpoints: Path, snapshot: Snapshot,
-         before_write: Callable[[], None] = lambda: None) -> None:
+def save(checkpoints: Path, snapshot: Snapshot, before_write: Callable[[], None] = lambda: None,
+         peers: Peers | None = None) -> None:
     """Write `checkpoints/step_XXXXXXXX`, completely or not at all.
 
     Calls `before_write` first, and again before the folder gets its final name. Raises OSError
-    with the space that is needed if the checkpoint cannot be written.
+    with the space that is needed if the checkpoint cannot be written. Of several processes, the
+    first one calls this, and the others `join_save`.
     """
+    peers = peers or Peers()
     folder = checkpoints / step_name(snapshot.state["step"])
     needed = int(1.01 * snapshot.nbytes()) + 2**20
     problem = find_problem(snapshot.state)
     assert not problem, problem
-    try:
-        before_write()
-        if folder.exists():
-            raise OSError("it already exists")
-        if shutil.disk_usage(checkpoints).free < needed:
-            raise OSError("the disk is full")
-        with atomic.new_folder(folder) as partial:
-            write_files(partial, snapshot)
+    with ExitStack() as stack:
+        # If this process fails before the others write, they are told.
+        stack.callback(peers.tell, None)
+        try:
             before_write()
-    except OSError as error:
-        raise OSError(
-            f"{folder} could not be written ({error.strerror or error}). It needs "
-            f"{readable_size(needed)} of free disk space. Earlier checkpoints are kept."
-        ) from None
+            if folder.exists():
+                raise OSError("it already exists")
+            if shutil.disk_usage(checkpoints).free < needed:
+                raise OSError("the disk is full")
+            with atomic.new_folder(folder) as partial:
+                stack.pop_all()
+                peers.tell(str(partial.absolute()))
+                write_files(partial, snapshot, peers)
+                before_write()
+        except OSError as error:
+            raise OSError(
+                f"{folder} could not be written ({error.strerror or error}). It needs "
+                f"{readable_size(needed)} of free disk space. Earlier checkpoints are kept."
+            ) from None
 
 
-def write_files(folder: Path, snapshot: Snapshot) -> None:
-    contents = {
-        MODEL: safetensors_chunks(snapshot.model),
-        OPTIMIZER: safetensors_chunks(snapshot.optimizer),
-        TOKENIZER: [json.dumps(snapshot.tokenizer).encode()],
-        STATE: [json.dumps(snapshot.state, indent=2, allow_nan=False).encode()],
-    }
+def join_save(snapshot: Snapshot, peers: Peers) -> None:
+    """Send this process's parts to those that write them, and write what this process has to."""
+    folder = peers.tell()
+    if folder is not None:
+        peers.gather(write_tensors(Path(folder), snapshot, peers))
+
+
+def write_files(folder: Path, snapshot: Snapshot, peers: Peers) -> None:
     files = {}
-    for name, chunks in contents.items():
-        sha256 = atomic.write_file(folder / name, chunks)
-        files[name] = {"bytes": file_size(folder / name), "sha256": sha256}
-    manifest = {"format": FORMAT, "files": files}
+    for written, error in peers.gather(write_tensors(folder, snapshot, peers)):
+        if error:
+            raise error
+        files |= written
+    contents = {TOKENIZER: json.dumps(snapshot.tokenizer),
+                STATE: json.dumps(snapshot.state, indent=2, allow_nan=False)}
+    for name, content in contents.items():
+        files[name] = write_file(folder / name, [content.encode()])
+    manifest = {"format": FORMAT if MODEL in files else FORMAT_IN_PARTS, "files": files}
     manifest["sha256"] = checksum(manifest)
     atomic.write_file(folder / MANIFEST, [json.dumps(manifest, indent=2).encode()])
 
 
-def safetensors_chunks(tensors: dict[str, Tensor]) -> Iterator[bytes | memoryview]:
-    """The bytes of a safetensors file: a JSON header, then the tensors.
+def write_tensors(folder: Path, snapshot: Snapshot,
+                  peers: Peers) -> tuple[dict[str, FileEntry], OSError | None]:
+    """Write this process's share of the tensors; return the files, or the error."""
+    files, error = {}, None
+    for name, tensors in ((MODEL, snapshot.model), (OPTIMIZER, snapshot.optimizer)):
+        writers = 1
+        if snapshot.nbytes() > MAX_BYTES_OF_ONE_WRITER:
+            writers = min(peers.size, len(tensors))
+        own = {key: tensors[key] for key in peers.own_share(tensors, writers)}
+        contents = peers.collect(tensors, writers)
+        if peers.rank < writers and not error:
+            file = part_names(name, writers)[peers.rank] if writers > 1 else name
+            try:
+                files[file] = write_file(folder / file, safetensors_chunks(own, contents))
+            except OSError as raised:
+                error = raised
+        # The other processes wait until their parts are received, even if they cannot be written.
+        for _ in contents:
+            pass
+    return files, error
+
+
+def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> FileEntry:
+    """Write a file; return its entry in the manifest."""
+    sha256 = atomic.write_file(path, chunks)
+    return {"bytes": file_size(path), "sha256": sha256}
+
+
+def safetensors_chunks(tensors: Tensors,
+                       contents: Iterable[Tensor] | None = None) -> Iterator[bytes | memoryview]:
+    """The bytes of a safetensors file: a JSON header, then the tensors, or their whole `contents`.
 
     The library would copy all tensors of an accelerator to the CPU at once, and would need a second
     pass for the checksum. The format: https://huggingface.co/docs/safetensors
@@ -332,5 +472,5 @@ def safetensors_chunks(tensors: dict[str, Tensor]) -> Iterator[bytes | memoryvie
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     yield struct.pack("<Q", len(text)) + text
-    for tensor in tensors.values():
+    for tensor in contents if contents is not None else tensors.values():
         yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -5,11 +5,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from checkpointing import checkpoint, store
 from checkpointing.checkpoint import Snapshot
+from checkpointing.peers import Peers
 from training.device import available_memory
 from training.interrupt import embedded
 
@@ -20,7 +21,8 @@ class Saver:
 
     `before_write` is called before a checkpoint is written and before it gets its name, and raises
     an error to prevent that. A write error is a warning, or with `stop_on_error` an OSError of the
-    next call; the caller saves again.
+    next call; the caller saves again. Of several processes, each has a saver, all save at the same
+    steps, and the first one's arguments count.
     """
 
     checkpoints: Path
@@ -29,6 +31,7 @@ class Saver:
     before_write: Callable[[], None]
     warn: Callable[[str], None]
     stop_on_error: bool
+    peers: Peers = field(default_factory=Peers)
     waiting_seconds: float = 0.0  # of training, for saving
     thread: threading.Thread | None = None
     error: Exception | None = None
@@ -37,7 +40,7 @@ class Saver:
         """Wait for the previous save, then start this one."""
         self.finish()
         start = time.perf_counter()
-        if available_memory() > 1.5 * snapshot.nbytes():
+        if available_memory() > 1.5 * snapshot.own_nbytes():
             self.thread = threading.Thread(target=self._write, args=[snapshot.copy()], daemon=True)
             self.thread.start()
         else:
@@ -65,7 +68,10 @@ class Saver:
 
     def _write(self, snapshot: Snapshot) -> None:
         try:
-            checkpoint.save(self.checkpoints, snapshot, self.before_write)
+            if not self.peers.is_first:
+                checkpoint.join_save(snapshot, self.peers)
+                return
+            checkpoint.save(self.checkpoints, snapshot, self.before_write, self.peers)
             self.saved = snapshot.state["step"]
             store.prune(self.checkpoints, self.keep_last)
         except Exception as error:
@@ -73,7 +79,8 @@ class Saver:
             self.error = error
 
     def __enter__(self) -> Saver:
-        self.checkpoints.mkdir(exist_ok=True)
+        if self.peers.is_first:
+            self.checkpoints.mkdir(exist_ok=True)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *failure: object) -> None:

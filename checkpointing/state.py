@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,23 +72,26 @@ class State:
         scaler = saved.state["scaler"]
         if not is_scaler_state(scaler, self.scaler.state_dict()):
             raise DamagedCheckpoint(f"{saved.folder / STATE} is not the state of this loss scaler")
-        weights = saved.load_tensors(MODEL, self.model.state_dict())
-        optimizer_state = self.read_optimizer_state(saved)
-        self.model.load_state_dict(weights)
-        self.optimizers.load_tensors(optimizer_state)
+        with (saved.open_tensors(MODEL, self.model.state_dict()) as weights,
+              self.open_optimizer_state(saved) as optimizer_state):
+            self.model.load_state_dict(weights)
+            self.optimizers.load_tensors(optimizer_state)
         self.scaler.load_state_dict(scaler)
         for name in COUNTERS:
             setattr(self, name, saved.state[name])
 
-    def read_optimizer_state(self, saved: Checkpoint) -> dict[str, Tensor]:
+    @contextmanager
+    def open_optimizer_state(self, saved: Checkpoint) -> Iterator[Mapping[str, Tensor]]:
         """The optimizer state of a checkpoint. Format 2 has numbers in place of names."""
         shapes = self.optimizers.shapes()
         if saved.format != 2:
-            return saved.load_tensors(OPTIMIZER, shapes)
+            with saved.open_tensors(OPTIMIZER, shapes) as tensors:
+                yield tensors
+            return
         numbered = self.optimizers.numbered_names()
         like = dict(zip(numbered, shapes.values(), strict=True))
         tensors = saved.load_tensors(OPTIMIZER, like)
-        return dict(zip(shapes, tensors.values(), strict=True))
+        yield dict(zip(shapes, tensors.values(), strict=True))
 
     def note_evaluation(self, val_loss: float) -> None:
         """Record the loss of a scheduled evaluation; NaN or infinity is never the best one."""

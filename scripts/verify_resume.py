@@ -46,10 +46,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 import atomic
 from checkpointing import store
-from checkpointing.checkpoint import MODEL, OPTIMIZER
+from checkpointing.checkpoint import MODEL, OPTIMIZER, Checkpoint
 from conf.schema import compose
 from setting import setting
 from terminal import counted
@@ -148,7 +149,7 @@ def compare(one: Path, other: Path) -> dict[str, str]:
     saved, other_saved = (store.list_checkpoints(run / "checkpoints")[-1] for run in (one, other))
     found = {}
     for name in (MODEL, OPTIMIZER):
-        tensors, others = load_file(saved.folder / name), load_file(other_saved.folder / name)
+        tensors, others = all_tensors(saved, name), all_tensors(other_saved, name)
         numbers = sum(tensor.numel() for tensor in tensors.values())
         differing = list(tensors.keys() ^ others.keys())
         for key in tensors.keys() & others.keys():
@@ -164,6 +165,14 @@ def compare(one: Path, other: Path) -> dict[str, str]:
     rows, other_rows = read_metrics(one), read_metrics(other)
     found[f"metrics.jsonl: {counted(len(rows), 'row')}"] = compare_rows(rows, other_rows)
     return found
+
+
+def all_tensors(saved: Checkpoint, name: str) -> dict[str, Tensor]:
+    """The tensors of a checkpoint's model or optimizer, also of one that is in several files."""
+    tensors: dict[str, Tensor] = {}
+    for file in saved.files(name):
+        tensors |= load_file(saved.folder / file)
+    return tensors
 
 
 def compare_rows(rows: list[dict[str, Any]], others: list[dict[str, Any]]) -> str:

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from checkpointing import store
+from checkpointing.checkpoint import MODEL, OPTIMIZER
+from scripts.verify_resume import all_tensors
 from training.config import TrainingConfig
 from training.distributed import World
 
@@ -45,11 +46,11 @@ def run(command):
 
 def content(run):
     """The weights, the optimizer state, and the metrics without times."""
-    last = store.list_checkpoints(run / "checkpoints")[-1].folder
+    last = store.list_checkpoints(run / "checkpoints")[-1]
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     metrics = [{key: row.get(key) for key in ("step", "loss", "gradient_norm", "val_loss")}
                for row in rows]
-    return load_file(last / "model.safetensors"), load_file(last / "optimizer.safetensors"), metrics
+    return all_tensors(last, MODEL), all_tensors(last, OPTIMIZER), metrics
 
 
 def assert_bit_identical(left, right):
@@ -121,10 +122,48 @@ def test_a_killed_rank_ends_all_and_the_run_resumes(command, tmp_path, rank):
     assert process.returncode == 1
     own = [line for line in errors.splitlines() if line.startswith("Error:")]
     assert len(own) <= 1 and all("Another process of this run has ended" in line for line in own)
-    assert not list(checkpoints.glob(".*"))
     done = run(command(1, f"name=killed{rank}", *words))
     assert done.returncode == 0, done.stderr
+    assert not list(checkpoints.glob(".*"))
     assert_bit_identical(content(tmp_path / "whole"), content(tmp_path / f"killed{rank}"))
+
+
+# train.py, whose second checkpoint rank 1 does not survive.
+KILLED_WHILE_SAVING = """
+import os, signal
+import atomic
+from checkpointing import checkpoint
+from conf.launch import launch
+
+def write_file(path, chunks):
+    if os.environ["RANK"] == "1" and "step_00000004" in str(path):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return whole(path, chunks)
+
+checkpoint.MAX_BYTES_OF_ONE_WRITER = 10_000
+whole, atomic.write_file = atomic.write_file, write_file
+launch("train:train", "config", "")
+"""
+
+
+@pytest.mark.slow
+def test_large_checkpoints_are_written_in_parts(command, tmp_path, monkeypatch):
+    """A rank is killed while it writes its part: the checkpoint before it is used."""
+    (tmp_path / "start.py").write_text(KILLED_WHILE_SAVING)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    words = [*RECIPES["muon"], "training.max_steps=6"]
+    start = command(2, "name=parts", *words)
+    start[start.index("train.py")] = str(tmp_path / "start.py")
+    assert run(start).returncode == 1
+    (last,) = store.list_checkpoints(tmp_path / "parts/checkpoints")
+    parts = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    assert last.step == 2 and last.files(MODEL) == parts
+    sizes = [last.manifest[part]["bytes"] for part in parts]
+    assert max(sizes) < 1.5 * min(sizes)
+    for name in ("parts", "whole"):
+        done = run(command(1, f"name={name}", *words))
+        assert done.returncode == 0, done.stderr
+    assert_bit_identical(content(tmp_path / "parts"), content(tmp_path / "whole"))
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from hardware import native
 from training.config import OptimConfig
 from training.distributed import World
 from training.gradient_norm import GradientNorm
-from training.sharding import Part, deal_out, slices
+from training.sharding import Divided, Part, deal_out, slices
 
 # The coefficients of Keller Jordan's Muon (2024), kellerjordan.github.io/posts/muon.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -222,25 +223,31 @@ class Optimizers:
                 shapes[name] = torch.empty(shape, dtype=torch.float32, device="meta")
         return shapes
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor | Divided]:
         """The state, by names such as "h.0.attn.c_attn.weight.exp_avg".
 
-        Learning rates are left out: the schedule gives them. With several processes, the state is
-        gathered from all: each must call this.
+        Learning rates are left out: the schedule gives them.
         """
         states = self.own_states()
         if self.world.size == 1:
             return {name: states[name][1] for name in self.shapes()}
-        device = self.parameters[0].device
-        tensors = {name: torch.empty_like(like, device=device)
-                   for name, like in self.shapes().items()}
-        for name, (part, state) in states.items():
-            part.of(tensors[name]).copy_(state)
-        owned = []
-        for parts in self.parts:
-            owned.append([part.of(tensors[f"{self.names[part.weights]}.{key}"])
-                          for part in parts for key in self.keys[part.weights]])
-        self.world.share(owned)
+        ranges: dict[Tensor, list[tuple[int, int, int]]] = {}
+        for rank, parts in enumerate(self.parts):
+            for part in parts:
+                ranges.setdefault(part.weights, []).append((rank, part.start, part.end))
+        tensors = {}
+        for weights, keys in self.keys.items():
+            for key in keys:
+                name = f"{self.names[weights]}.{key}"
+                own = weights.new_empty(0)
+                if name in states:
+                    own = states[name][1].view(-1)
+                if key == "step":
+                    # All have the same number.
+                    owner = ranges[weights][0][0]
+                    tensors[name] = Divided(torch.Size(()), own, [(owner, 0, 1)])
+                else:
+                    tensors[name] = Divided(weights.shape, own, ranges[weights])
         return tensors
 
     def numbered_names(self) -> list[str]:
@@ -253,7 +260,7 @@ class Optimizers:
             names += [f"{number}.{index}.{key}" for key in keys]
         return names
 
-    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy the state from `tensors`, which has the names and shapes of `shapes()`."""
         for name, (part, state) in self.own_states().items():
             state.copy_(part.of(tensors[name]))

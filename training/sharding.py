@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
 # Slices start at multiples of this many numbers. The norm of the gradients is made of the norms of
@@ -66,3 +68,49 @@ def slices(parameters: list[Tensor], size: int) -> list[list[Part]]:
                 # Parameters of fewer chunks than ranks go to one rank after the other.
                 parts[(index + number) % size].append(Part(weights, start, end, view))
     return parts
+
+
+@dataclass(frozen=True, eq=False)
+class Divided:
+    """A tensor of which each process has a part, or none."""
+
+    shape: torch.Size
+    own: Tensor  # this process's numbers, in one dimension
+    # The rank, first and last number of each part, in order: together they cover the tensor once.
+    ranges: list[tuple[int, int, int]]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.own.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the whole tensor."""
+        return self.shape.numel() * self.own.itemsize
+
+    def copy(self) -> Divided:
+        """The same with a copy of the own part on the CPU."""
+        return Divided(self.shape, self.own.to("cpu", copy=True), self.ranges)
+
+    def collect(self, to: int, rank: int, group: Any = None) -> Tensor | None:
+        """The whole tensor in the process `to`, on the CPU; None in the others. All must call it.
+
+        `rank` is this process's.
+        """
+        import torch.distributed as dist
+
+        ranges = [one for one in self.ranges if one[1] < one[2]]
+        if rank != to:
+            if any(source == rank for source, _, _ in ranges):
+                dist.send(self.own.cpu(), to, group=group)
+            return None
+        whole = torch.empty(self.shape.numel(), dtype=self.dtype)
+        requests = []
+        for source, start, end in ranges:
+            if source == rank:
+                whole[start:end] = self.own
+            else:
+                requests.append(dist.irecv(whole[start:end], source, group=group))
+        for request in requests:
+            request.wait()
+        return whole.view(self.shape)

@@ -88,6 +88,14 @@ def assert_refused(folder, match="step_00000002"):
     assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 1000
 
 
+@pytest.mark.parametrize(("names", "complete"), [
+    (["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"], True),
+    (["model-00001-of-00002.safetensors"], False), (["model-00001-of-00001.safetensors", MODEL], False),
+    (["model-00001-of-00002.safetensors", "model-../../x"], False), ([], False)])
+def test_parts_of_a_file_are_complete_or_refused(names, complete):
+    assert checkpoint.is_complete([*names, OPTIMIZER, STATE, TOKENIZER]) is complete
+
+
 # Saving
 
 

@@ -17,10 +17,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from checkpointing.run_folder import find_run
+from checkpointing.weights import find_weights
 from conf.settings import SampleSettings
 from data.tokenizer import Tokenizer
 from generation.decoder import Decoder
-from generation.engine import Completion, Engine, open_checkpoint
+from generation.engine import Completion, Engine, engine_of, open_checkpoint
 from generation.prompts import read_text
 from hardware import native
 from scripts.complete import complete_file
@@ -34,8 +35,7 @@ def sample(settings: SampleSettings) -> int:
     """Open a run, print completions or write them to a file, and return the exit code."""
     device = Device(settings.device, settings.precision)
     configure(device)
-    run = find_run(Path(settings.runs_dir), settings.run)
-    engine = open_checkpoint(run, settings.checkpoint, device)
+    engine = open_engine(settings, device)
     decoder = make_decoder(engine, settings)
     if settings.prompts:
         complete_file(engine, settings, decoder)
@@ -52,6 +52,16 @@ def sample(settings: SampleSettings) -> int:
             prompt = read_text("prompt_file", settings.prompt_file)
         print_completions(engine, prompt, settings, decoder)
     return 0
+
+
+def open_engine(settings: SampleSettings, device: Device) -> Engine:
+    """The engine of the run, or of the weights, that the settings name."""
+    if settings.init_from:
+        weights = find_weights(settings.init_from, Path(settings.runs_dir))
+        say(weights.describe(), sys.stderr)
+        return engine_of(weights, device)
+    run = find_run(Path(settings.runs_dir), settings.run)
+    return open_checkpoint(run, settings.checkpoint, device)
 
 
 def make_decoder(engine: Engine, settings: SampleSettings) -> Decoder | None:

@@ -35,11 +35,13 @@ from checkpointing.resume import (
     prepared_tokens,
     settings_to_save,
     start_or_resume,
+    with_initial_weights,
 )
 from checkpointing.rollback import answer_nonfinite
 from checkpointing.run_folder import Run
 from checkpointing.saver import Saver
 from checkpointing.state import State
+from checkpointing.weights import initial_weights
 from conf.sampling import SamplingConfig
 from conf.settings import Settings
 from data.loader import Loader, Prefetch, Validation
@@ -85,7 +87,8 @@ def train(settings: Settings) -> int:
 
 def train_together(settings: Settings, world: World) -> int:
     """Train as one process of `world`. Only the first one writes, prints and samples."""
-    # Load the data.
+    # Find the weights to start from, and load the data.
+    settings, imported = world.first(lambda: with_initial_weights(settings))
     prepared = world.first(lambda: prepared_tokens(settings))
     tokenizer = load_tokenizer(prepared)
     boundary = document_boundary(tokenizer) if settings.data.respect_documents else None
@@ -116,10 +119,12 @@ def train_together(settings: Settings, world: World) -> int:
         optimizers = Optimizers(model.parameters_by_role(), settings.optim, world)
         scaler = torch.amp.GradScaler(device.type, enabled=device.precision == "fp16")
 
-        # Restore the latest checkpoint.
+        # Restore the latest checkpoint, or load the weights to start from.
         state = State(model, optimizers, scaler)
         if last:
             state.restore(last)
+        elif settings.init_from:
+            model.load_state_dict(initial_weights(settings, tokenizer))
 
         # Check that memory and disk space suffice, before anything is written.
         first_batch = loader.batch(0)
@@ -140,6 +145,8 @@ def train_together(settings: Settings, world: World) -> int:
             # Describe the run, decide whether to compile, and estimate the time it takes.
             notices.describe_run(recorder.say, run.folder, device, model, loader,
                                  describe(prepared), state.step)
+            for line in imported:
+                recorder.say(line)
             notices.describe_changes(recorder.say, settings, state, last)
             micro_step = partial(try_micro_step, batch=first_batch, device=device,
                                  boundary=boundary)

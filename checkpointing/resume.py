@@ -15,6 +15,7 @@ from checkpointing import checkpoint, store
 from checkpointing.checkpoint import Checkpoint
 from checkpointing.provenance import compiled_at_last_start
 from checkpointing.run_folder import Run, check_file_types
+from checkpointing.weights import with_shape_of_weights
 from conf.convert import rebuild
 from conf.identity import (
     OF_THE_TOKENS,
@@ -34,6 +35,16 @@ from model import GPT, GPTConfig, SkipInit
 from terminal import counted, say
 from training.config import TrainingConfig
 from training.device import Device, Environment, available
+
+
+def with_initial_weights(settings: Settings) -> tuple[Settings, list[str]]:
+    """The settings with the shape of the weights to start from, and messages about the weights.
+
+    A run that resumes does not need the weights. Raises ValueError for weights that are invalid or
+    contradict the settings.
+    """
+    folder = Path(settings.runs_dir) / (settings.name or settings.auto_name)
+    return with_shape_of_weights(settings, last_checkpoint(folder, settings))
 
 
 def prepared_tokens(settings: Settings, warn: Callable[[str], None] = say) -> Path:
@@ -202,7 +213,8 @@ def is_finished(settings: Settings, folder: Path) -> bool:
         return False
     in_place = replace(settings, name=folder.name, runs_dir=str(folder.parent))
     try:
-        prepared = prepared_tokens(in_place, warn=lambda text: None)
+        settings, _ = with_initial_weights(in_place)
+        prepared = prepared_tokens(settings, warn=lambda text: None)
     except (ValueError, OSError):
         # The run itself reports this error.
         return False

@@ -14,14 +14,14 @@ from terminal import escaped
 # `extendable` ones when the run resumes, `machine` ones only by the user's wish; `identity` makes
 # another run.
 KINDS = {
-    "free": "name auto_name runs_dir restart allow_drift data.path data.val_path "
-    "data.hub_revision training.sample_tokens training.recompute logger.*",
+    "free": "name auto_name runs_dir restart allow_drift init_from init_source model_given "
+    "data.path data.val_path data.hub_revision training.sample_tokens training.recompute logger.*",
     "extendable": "training.max_steps training.max_seconds training.patience training.eval_every "
     "training.eval_tokens training.checkpoint_every training.keep_last training.on_save_error "
     "training.on_nonfinite training.nonfinite_limit",
     "machine": "training.device training.threads training.compile training.deterministic",
-    "identity": "seed model.* data.* optim.* training.batch_size training.tokens_per_step "
-    "training.precision",
+    "identity": "seed init_fingerprint model.* data.* optim.* training.batch_size "
+    "training.tokens_per_step training.precision",
 }
 MICRO_BATCHES = ("training.batch_size", "training.tokens_per_step")
 # The text and the settings of the data decide these.
@@ -99,10 +99,13 @@ def listed(changes: Changes) -> str:
 
     Fingerprints are left out: a reader learns instead that the text or a setting of it has changed.
     """
-    shown = {key: pair for key, pair in changes.items() if key not in OF_THE_TOKENS}
+    hidden = (*OF_THE_TOKENS, "init_fingerprint")
+    shown = {key: pair for key, pair in changes.items() if key not in hidden}
     parts = [in_one_line(f"{key} was {old}, now {new}") for key, (old, new) in shown.items()]
-    if len(shown) < len(changes) and not any(key.startswith("data.") for key in shown):
+    if changes.keys() & set(OF_THE_TOKENS) and not any(key.startswith("data.") for key in shown):
         parts.insert(0, "the training text has changed")
+    if "init_fingerprint" in changes:
+        parts.insert(0, "the weights of init_from have changed")
     if len(parts) > 10:
         parts[10:] = [f"and {len(parts) - 10} more"]
     return "; ".join(parts)

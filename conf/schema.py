@@ -42,6 +42,7 @@ from conf.presets import (
 )
 from conf.settings import DERIVED, SampleSettings, Settings, leaves
 from conf.unknown import SWEEP_ADVICE, YAML_FILES, not_an_override, unknown, wrong_preset
+from model.config import GPTConfig
 
 # The dataclass by the name of its file, conf/NAME.yaml.
 SCHEMAS = {"config": Settings, "sample": SampleSettings}
@@ -76,6 +77,8 @@ def compose(root: str | type, overrides: list[str]) -> Any:
             place, group = origins.get(key, ("in conf/config.yaml", ""))
             problems.append(unknown(key, known, place, group))
     settings = freeze(schema, values, "", problems)
+    if isinstance(settings, Settings) and settings.init_from:
+        settings = replace(settings, model_given=given_of_model(overrides, origins))
     problems = problems or list(settings.problems())
     if problems:
         raise ConfigError(problems)
@@ -84,6 +87,20 @@ def compose(root: str | type, overrides: list[str]) -> Any:
     if isinstance(settings, Settings) and not settings.name:
         return replace(settings, auto_name=automatic_name(overrides, settings, experiment))
     return settings
+
+
+def given_of_model(overrides: list[str], origins: Origins) -> tuple[str, ...]:
+    """The settings of the model that the command line or an experiment sets.
+
+    A preset on the command line sets the shape, but neither dropout nor the length of a sequence.
+    What an experiment chooses by a preset is not included: weights replace it.
+    """
+    keys = {override.partition("=")[0] for override in overrides}
+    keys |= {key for key, (_, group) in origins.items() if not group}
+    given = {key.removeprefix("model.") for key in keys if key.startswith("model.")}
+    if "model" in keys:
+        given |= {one.name for one in fields(GPTConfig)} - {"vocab_size", "block_size", "dropout"}
+    return tuple(sorted(given))
 
 
 def checked(root: str | type, known: dict[str, Any], overrides: list[str]) -> list[str]:
@@ -276,7 +293,8 @@ def automatic_name(overrides: list[str], settings: Settings, experiment: str) ->
     """A short name for a run: its experiment, and the overrides of its identity."""
     chosen = dict(override.split("=", 1) for override in overrides)
     choices = {group: chosen[group] for group in groups() if group in chosen}
-    paths = {"data.path": settings.data.path, "data.hub_name": settings.data.hub_name}
+    paths = {"data.path": settings.data.path, "data.hub_name": settings.data.hub_name,
+             "init_from": settings.init_from}
     named = [f"{key}={value}" for key, value in (paths | choices).items()]
     plain = settings
     if set(overrides) - set(named):
@@ -285,7 +303,8 @@ def automatic_name(overrides: list[str], settings: Settings, experiment: str) ->
     if Path(start).suffix in YAML_FILES:
         start = Path(start).stem
     choices.pop("logger", None)
-    sources = [Path(settings.data.path).stem, Path(chosen.get("data.hub_name", "")).name]
+    sources = [Path(settings.data.path).stem, Path(chosen.get("data.hub_name", "")).name,
+               Path(chosen.get("init_from", "")).stem]
     changes = identity_differences(asdict(plain), asdict(settings))
     parts = [start, *choices.values(), *sources, *in_short(changes)]
     return folder_name("-".join(part for part in parts if part))

@@ -17,7 +17,8 @@ from training.config import OptimConfig, TrainingConfig
 from training.recorder import LoggerConfig
 
 # Users cannot set these: the tokenizer and the other settings decide them.
-DERIVED = ("model.vocab_size", "auto_name", "train")
+DERIVED = ("model.vocab_size", "auto_name", "train", "model_given", "init_source",
+           "init_fingerprint")
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,13 @@ class Settings:
         False, "start over: the run in this folder is renamed to NAME.old (docs/runs.md)")
     allow_drift: bool = setting(
         False, "resume on another machine or with other versions, not bit-identically")
+    init_from: FilePath = setting(
+        "", "weights to start from: a run or one of its checkpoints (docs/weights.md)")
+    # Where these weights were when the run was started, and a hash of them.
+    init_source: str = ""
+    init_fingerprint: str = ""
+    # The settings of the model that were chosen, rather than the defaults of a preset.
+    model_given: tuple[str, ...] = ()
     model: GPTConfig = field(default_factory=GPTConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -55,7 +63,9 @@ class Settings:
             if is_dataclass(settings):
                 found += [f"{group}.{problem}" for problem in settings.problems()]
         yield from found
-        if not found:
+        # The weights of init_from decide the length of a sequence, unless it is set.
+        is_known = not self.init_from or "block_size" in self.model_given
+        if not found and is_known:
             try:
                 self.training.micro_steps(self.model.block_size)
             except ValueError as error:
@@ -71,10 +81,12 @@ class Settings:
 
 @dataclass(frozen=True)
 class SampleSettings(SamplingConfig):
-    """The settings of sampling from a run."""
+    """The settings of sampling from a run or from published weights."""
 
     run: FilePath = setting(
         "", "name or folder of a run, or of a sweep for its best run; empty: the latest run")
+    init_from: FilePath = setting(
+        "", "weights to sample from instead of a run, as in train.py (docs/weights.md)")
     runs_dir: FilePath = setting("runs", "folder that contains the runs' folders")
     checkpoint: str = setting("best", "best, last, or the number of a step")
     prompt: str = setting("", "the text to continue, taken literally; empty: start a new text")
@@ -102,6 +114,11 @@ class SampleSettings(SamplingConfig):
             yield ("logprobs=true only prints, and prompts= writes a file: leave logprobs out; "
                    "each line of the file has the mean log probability.")
         yield from checkpoint_problems(self.checkpoint)
+        if self.init_from and self.run:
+            yield f"run={self.run} and init_from={self.init_from} exclude each other: choose one."
+        elif self.init_from and self.checkpoint != "best":
+            yield (f"checkpoint={self.checkpoint} is for run=: name the folder of a checkpoint in "
+                   "init_from=.")
 
 
 def checkpoint_problems(checkpoint: str) -> Iterator[str]:

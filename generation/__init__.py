@@ -1,6 +1,6 @@
-"""Text generation with a trained model: `from generation import open_run`.
+"""Text generation with a trained model: `from generation import open_run, open_weights`.
 
-`Engine` and `open_run` import torch on first use, as the names of `model` do.
+`Engine`, `open_run` and `open_weights` import torch on first use, as the names of `model` do.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from conf.sampling import SamplingConfig
 
 if TYPE_CHECKING:
-    from generation.engine import Engine, open_run
+    from generation.engine import Engine, open_run, open_weights
 
-__all__ = ["Engine", "SamplingConfig", "open_run"]
+__all__ = ["Engine", "SamplingConfig", "open_run", "open_weights"]
 
 
 def __getattr__(name: str) -> Any:

@@ -15,16 +15,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from checkpointing import checkpoint, store
+from checkpointing import store
 from checkpointing.checkpoint import Checkpoint
 from checkpointing.run_folder import find_run
-from conf.convert import rebuild
-from conf.identity import flat, in_one_line
+from checkpointing.weights import Weights, find_weights, own_weights
 from conf.sampling import SamplingConfig
-from data.tokenizer import Tokenizer, fingerprint, from_json
+from data.tokenizer import Tokenizer
 from generation.decoder import Decoder, native_autocast
 from generation.sampling import generate
-from model import GPT, GPTConfig, SkipInit
+from model import GPT
 from terminal import say
 from training.device import Device
 
@@ -180,6 +179,21 @@ def open_run(run: str | Path = "", checkpoint: str = "best", runs_dir: str | Pat
     return open_checkpoint(found, str(checkpoint), Device(device, precision))
 
 
+def open_weights(init_from: str | Path, runs_dir: str | Path = "runs", device: str = "auto",
+                 precision: str = "auto") -> Engine:
+    """Open the weights that `init_from=` of train.py names: also published ones, without a run.
+
+    Raises ValueError if they do not exist, are invalid, or have no tokenizer.
+    """
+    found = find_weights(str(init_from), Path(runs_dir))
+    return engine_of(found, Device(device, precision))
+
+
+def engine_of(weights: Weights, device: Device) -> Engine:
+    """An engine on `device`. Raises ValueError if the tokenizer of the weights is not known."""
+    return Engine(weights.model().to(device.torch), weights.tokenizer, device)
+
+
 def open_checkpoint(run: Path, which: str, device: Device) -> Engine:
     """Load a checkpoint of a run's folder to the device, ready to generate.
 
@@ -188,20 +202,7 @@ def open_checkpoint(run: Path, which: str, device: Device) -> Engine:
     """
 
     def load(found: Checkpoint) -> Engine:
-        place = f"{found.folder / checkpoint.STATE}, model"
-        config = rebuild(GPTConfig, found.state["model"], place)
-        tokenizer = tokenizer_of(found)
-        if tokenizer.vocab_size != config.vocab_size:
-            raise ValueError(f"{found.folder} is invalid: its tokenizer has {tokenizer.vocab_size} "
-                             f"tokens, its model {config.vocab_size}.")
-        with SkipInit("meta"):
-            shapes = GPT(config).state_dict()
-        # The model takes memory only after its weights have been verified.
-        weights = found.load_tensors(checkpoint.MODEL, like=shapes)
-        with SkipInit():
-            model = GPT(config)
-        model.load_state_dict(weights)
-        return Engine(model.to(device.torch).eval(), tokenizer, device)
+        return engine_of(own_weights(found), device)
 
     if which.isdecimal():
         return store.load_step(run / "checkpoints", int(which), load)
@@ -210,19 +211,6 @@ def open_checkpoint(run: Path, which: str, device: Device) -> Engine:
     if engine is None:
         raise ValueError(f"{run} has no checkpoint.")
     return engine
-
-
-def tokenizer_of(found: Checkpoint) -> Tokenizer:
-    """The tokenizer of a checkpoint. Raises ValueError if the model was trained with another."""
-    path = found.folder / checkpoint.TOKENIZER
-    tokenizer = from_json(found.tokenizer(), f"{path}")
-    given = fingerprint(tokenizer)[:12]
-    trained = flat(found.state["settings"]).get("data.tokenizer_fingerprint")
-    if trained not in (None, given):
-        raise ValueError(f"{path} (fingerprint {given}) is not the tokenizer that the model was "
-                         f"trained with (fingerprint {in_one_line(str(trained))}): restore that "
-                         "file.")
-    return tokenizer
 
 
 def own_logprobs(logits: Tensor, tokens: Tensor) -> list[float]:

@@ -40,9 +40,9 @@ import sys
 import atomic
 from checkpointing import store
 from checkpointing.run_folder import find_run
+from checkpointing.weights import tokenizer_of
 from data.hugging_face import to_hugging_face
 from data.tokenizer import Tokenizer
-from generation.engine import tokenizer_of
 from terminal import say
 
 

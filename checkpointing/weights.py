@@ -101,7 +101,7 @@ def with_shape_of_weights(settings: Settings, last: Checkpoint | None
         return replace(settings, model=given_shape(settings, shape), **told), []
     weights = find_weights(settings.init_from, Path(settings.runs_dir))
     asked = settings.model.block_size
-    if "block_size" in settings.model_given and asked > weights.config.block_size:
+    if "block_size" in settings.model_given.split() and asked > weights.config.block_size:
         raise ValueError(f"model.block_size={asked} is longer than the context of "
                          f"init_from={settings.init_from}, {weights.config.block_size} tokens: "
                          "choose at most that, or leave it out.")
@@ -114,7 +114,7 @@ def with_shape_of_weights(settings: Settings, last: Checkpoint | None
 
 def given_shape(settings: Settings, shape: GPTConfig) -> GPTConfig:
     """The shape of the weights, with the dropout and the length of a sequence that were set."""
-    chosen = {name: getattr(settings.model, name) for name in settings.model_given}
+    chosen = {name: getattr(settings.model, name) for name in settings.model_given.split()}
     changed = {name: chosen.pop(name) for name in CHANGEABLE if name in chosen}
     for name, value in chosen.items():
         if value != getattr(shape, name):

@@ -89,8 +89,8 @@ def compose(root: str | type, overrides: list[str]) -> Any:
     return settings
 
 
-def given_of_model(overrides: list[str], origins: Origins) -> tuple[str, ...]:
-    """The settings of the model that the command line or an experiment sets.
+def given_of_model(overrides: list[str], origins: Origins) -> str:
+    """The names of the settings of the model that the command line or an experiment sets.
 
     A preset on the command line sets the shape, but neither dropout nor the length of a sequence.
     What an experiment chooses by a preset is not included: weights replace it.
@@ -100,7 +100,7 @@ def given_of_model(overrides: list[str], origins: Origins) -> tuple[str, ...]:
     given = {key.removeprefix("model.") for key in keys if key.startswith("model.")}
     if "model" in keys:
         given |= {one.name for one in fields(GPTConfig)} - {"vocab_size", "block_size", "dropout"}
-    return tuple(sorted(given))
+    return " ".join(sorted(given))
 
 
 def checked(root: str | type, known: dict[str, Any], overrides: list[str]) -> list[str]:

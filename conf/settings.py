@@ -39,8 +39,8 @@ class Settings:
     # Where these weights were when the run was started, and a hash of them.
     init_source: str = ""
     init_fingerprint: str = ""
-    # The settings of the model that were chosen, rather than the defaults of a preset.
-    model_given: tuple[str, ...] = ()
+    # The settings of the model that were chosen, rather than the defaults of a preset, by name.
+    model_given: str = ""
     model: GPTConfig = field(default_factory=GPTConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -64,7 +64,7 @@ class Settings:
                 found += [f"{group}.{problem}" for problem in settings.problems()]
         yield from found
         # The weights of init_from decide the length of a sequence, unless it is set.
-        is_known = not self.init_from or "block_size" in self.model_given
+        is_known = not self.init_from or "block_size" in self.model_given.split()
         if not found and is_known:
             try:
                 self.training.micro_steps(self.model.block_size)

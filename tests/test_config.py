@@ -371,7 +371,7 @@ def test_every_setting_that_names_a_path_is_of_type_path():
     from scripts import attention_map, export_tokenizer, prepare, report
     from sweep import search
 
-    named = ("run", "runs_dir", "out", "prompts", "prompt_file", "sweep", "peer", "trace")
+    named = ("run", "init_from", "runs_dir", "out", "prompts", "prompt_file", "sweep", "peer", "trace")
     for settings in (Settings, SampleSettings, attention_map.AttentionMapSettings, search.SweepSettings, start.StartSettings,
                      export_tokenizer.ExportTokenizerSettings, prepare.PrepareSettings):
         for name, hint in get_type_hints(settings).items():

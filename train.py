@@ -52,6 +52,7 @@ from generation.engine import open_checkpoint, short_sample
 from model import GPT
 from report.page import after_training, is_current
 from terminal import counted, output, say
+from training.buckets import GradientBuckets
 from training.clock import Clock
 from training.config import TrainingConfig
 from training.decision import Decision, decide
@@ -174,6 +175,7 @@ def train_together(settings: Settings, world: World) -> int:
 
             # Train.
             batches = Prefetch(loader, device.torch, world.rank)
+            buckets = GradientBuckets(world, list(model.parameters()), optimizers.parts)
             val_loss, decision = None, Decision()
             if limits.on_nonfinite == "rollback" and not last:
                 save(val_loss)  # a checkpoint to return to
@@ -181,9 +183,8 @@ def train_together(settings: Settings, world: World) -> int:
                 start = clock.seconds()
                 scale = lr_scale(state.step, settings.optim, limits.max_steps)
                 optimizers.set_scale(scale)
-                losses = accumulate_gradients(forward, optimizers.parameters, batches, boundary,
-                                              state.batch, scaler, device, settings.seed,
-                                              interrupt)
+                losses = accumulate_gradients(forward, buckets, batches, boundary, state.batch,
+                                              scaler, device, settings.seed, interrupt)
                 if losses is None:
                     # Interrupted between two micro-steps: the step is not taken.
                     break

@@ -33,7 +33,8 @@ def norms_of(parameters, size):
     ranks = [GradientNorm(Together(size, rank, sent), parameters, parts) for rank in range(size)]
     for some in parts:
         for part in some:
-            part.take_gradient()
+            if part.weights.grad is not None:
+                part.tensor.grad = part.of(part.weights.grad)
     for norm in ranks:
         norm.measure()
     return [(norm.measure(), norm) for norm in ranks]

@@ -45,8 +45,7 @@ def test_a_slice_is_updated_like_the_whole_by_adamw():
     sliced, gradient = whole.clone(), torch.randn(5000)
     for weights, size in ((whole, 1), (sliced, 4)):
         for (part,) in slices([weights], size):
-            weights.grad = gradient.clone()
-            part.take_gradient()
+            part.tensor.grad = part.of(gradient).clone()
             optimizer = AdamW([{"params": [part.tensor], "weight_decay": 0.1}], 0.01, (0.9, 0.95))
             optimizer.step()
             optimizer.step()

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from data.loader import Loader, Prefetch, Validation
 from data.shards import Tokens
 from model import GPT, GPTConfig
+from training.buckets import GradientBuckets
 from training.config import OptimConfig
 from training.device import Device
 from training.distributed import World
@@ -43,6 +44,11 @@ def tiny():
     return GPT(config), Prefetch(Loader([tokens], 8, 2, micro_steps=3), torch.device("cpu"))
 
 
+def all_gradients(model):
+    """Those of one process, which owns all of them."""
+    return GradientBuckets(World({}), list(model.parameters()), [[]])
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_step_reads_nothing_from_the_device(tiny, optimizer):
     """The training loop itself reads loss and norm, once."""
@@ -51,7 +57,7 @@ def test_a_step_reads_nothing_from_the_device(tiny, optimizer):
     optimizers = Optimizers(model.parameters_by_role(), config)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     with CountReads() as reads:
-        loss = accumulate_gradients(model, list(model.parameters()), batches, None, 0, scaler, device, 0, Interrupt())
+        loss = accumulate_gradients(model, all_gradients(model), batches, None, 0, scaler, device, 0, Interrupt())
         norm = optimizers.gradient_norm(scaler)
         optimizers.step(scaler, norm, 1.0)
     assert not reads.counts and loss.shape == (3,) and norm.ndim == 0
@@ -60,7 +66,7 @@ def test_a_step_reads_nothing_from_the_device(tiny, optimizer):
 def test_the_loss_of_a_step_is_the_mean_of_its_micro_steps(tiny):
     model, batches = tiny
     scaler, device = torch.amp.GradScaler("cpu", enabled=False), Device("cpu", "fp32")
-    loss = accumulate_gradients(model, list(model.parameters()), batches, None, 5, scaler, device, 0, Interrupt())
+    loss = accumulate_gradients(model, all_gradients(model), batches, None, 5, scaler, device, 0, Interrupt())
     losses = [model(*batches.batch(5, micro_step)).item() for micro_step in range(3)]
     assert loss.sum().item() == pytest.approx(sum(losses) / 3)
 
@@ -70,7 +76,7 @@ def test_an_interrupt_between_micro_steps_gives_no_loss(tiny):
     interrupt = Interrupt()
     interrupt.exit_code = 130
     scaler, device = torch.amp.GradScaler("cpu", enabled=False), Device("cpu", "fp32")
-    assert accumulate_gradients(model, list(model.parameters()), batches, None, 0, scaler, device, 0, interrupt) is None
+    assert accumulate_gradients(model, all_gradients(model), batches, None, 0, scaler, device, 0, interrupt) is None
 
 
 def test_evaluation_reads_the_device_once(tiny):

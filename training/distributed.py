@@ -2,23 +2,24 @@
 
 Every process has all weights. A step's micro-steps are divided among the processes, their gradients
 are added in a fixed order, and each process updates a part of the parameters, of which it alone has
-the optimizer state (as ZeRO stage 1, arXiv:1910.02054). With one process nothing here does
-anything, and torch.distributed is not used. Knows neither model nor files.
+the optimizer state and the sum of the gradients (as ZeRO stage 2, arXiv:1910.02054). With one
+process nothing here does anything, and torch.distributed is not used. Knows no model and no files.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
-from typing import NoReturn, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
 
-from training.tree_sum import add_in_tree
+if TYPE_CHECKING:
+    from torch.distributed import Work
 
 # A process waits this long for the others, for example while rank 0 prepares the data.
 TIMEOUT = timedelta(days=7)
@@ -124,28 +125,18 @@ class World:
         values = self.gather(torch.tensor([seconds, interrupted], dtype=torch.float64))
         return values[0].item(), values[1::2].any().item()
 
-    @torch.no_grad()
-    def add_gradients(self, parameters: Sequence[Tensor]) -> None:
-        """Replace each gradient by the sum over all processes, added in a fixed binary tree.
+    def exchange(self, sent: Tensor, sizes: list[int]) -> tuple[Tensor, Work]:
+        """Start to send the first `sizes[0]` numbers to rank 0, the next `sizes[1]` to rank 1, ...
 
-        No arithmetic is left to the communication library, so the result does not depend on how
-        it routes messages. Each process adds a slice of all gradients; then slices are exchanged.
+        All processes have the same sizes. Once the returned work is waited for, the returned tensor
+        has what each rank has sent to this one: `[size * sizes[rank]]`.
         """
-        if self.size == 1:
-            return
         import torch.distributed as dist
 
-        gradients = [weights.grad for weights in parameters if weights.grad is not None]
-        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-        count = flat.numel()
-        flat = torch.nn.functional.pad(flat, (0, -count % self.size))
-        received = torch.empty_like(flat)
-        dist.all_to_all_single(received, flat)
-        total = add_in_tree(list(received.chunk(self.size)))
-        dist.all_gather(list(flat.chunk(self.size)), total)
-        for gradient, summed in zip(gradients, flat[:count].split([g.numel() for g in gradients]),
-                                    strict=True):
-            gradient.copy_(summed.view_as(gradient))
+        own = sizes[self.rank]
+        received = sent.new_empty(self.size * own)
+        work = dist.all_to_all_single(received, sent, [own] * self.size, sizes, async_op=True)
+        return received, work
 
     @torch.no_grad()
     def share(self, parts: list[list[Tensor]]) -> None:

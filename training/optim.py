@@ -169,14 +169,10 @@ class Optimizers:
                 group["lr"] = group["initial_lr"] * scale
 
     def gradient_norm(self, scaler: torch.amp.GradScaler) -> Tensor:
-        """Add the gradients of all processes, unscale them, and return the norm of all together.
+        """Unscale the gradients of the own parts, and return the norm of all processes' gradients.
 
         Does not wait for the device.
         """
-        self.world.add_gradients(self.parameters)
-        for part in self.own_parts:
-            part.take_gradient()
-        # This unscales and checks the own parts only.
         self.unscale(scaler)
         norm = self.norm.measure()
         if scaler.is_enabled() and self.world.size > 1:

@@ -33,10 +33,6 @@ class Part:
             return whole
         return whole.view(-1)[self.start : self.end]
 
-    def take_gradient(self) -> None:
-        if self.weights.grad is not None:
-            self.tensor.grad = self.of(self.weights.grad)
-
 
 def whole(weights: Tensor) -> Part:
     return Part(weights, 0, weights.numel(), weights)

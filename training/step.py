@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from training.buckets import GradientBuckets
 from training.device import Device
 from training.distributed import World
 from training.interrupt import Interrupt
@@ -39,16 +40,17 @@ class Validation(Protocol):
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, float]]: ...
 
 
-def accumulate_gradients(model: nn.Module, parameters: list[Tensor], batches: Batches,
+def accumulate_gradients(model: nn.Module, buckets: GradientBuckets, batches: Batches,
                          boundary: int | None, step: int, scaler: torch.amp.GradScaler,
                          device: Device, seed: int, interrupt: Interrupt) -> Tensor | None:
     """Run forward and backward for each micro-step; return its loss, in nats per token.
 
+    Of several processes, each then has the gradients of the parts that it updates, added over all.
     Each is divided by the number of all micro-steps, so that the sum is the step's loss. The losses
     `[micro_steps]` stay on the device. Returns None if interrupted between two micro-steps.
     """
     losses = []
-    gradients = TreeSum(parameters, batches.micro_steps)
+    gradients = TreeSum(buckets.parameters, batches.micro_steps)
     first = batches.rank * batches.micro_steps
     for micro_step in range(batches.micro_steps):
         # Several processes must agree on it, which they do once a step.
@@ -59,10 +61,13 @@ def accumulate_gradients(model: nn.Module, parameters: list[Tensor], batches: Ba
         seed_dropout(seed, step, first + micro_step)
         loss = loss_of(model, batch, device, boundary)
         loss = loss / (batches.micro_steps * batches.world_size)
+        if micro_step == batches.micro_steps - 1:
+            buckets.start(gradients.put_total)
         scaler.scale(loss).backward()
         gradients.after_backward(micro_step)
         losses.append(loss.detach().to(device.sum_dtype))
     gradients.finish()
+    buckets.finish()
     return torch.stack(losses)
 
 

@@ -36,26 +36,37 @@ class TreeSum:
         self.micro_steps_of_leaf = micro_steps // leaves
         if self.micro_steps_of_leaf == 1 and leaves > 1:
             self.micro_steps_of_leaf = 2
+        self.micro_steps = micro_steps
         self.partial_sums: list[tuple[int, list[Tensor | None]]] = []  # with the leaves in each
 
     def after_backward(self, micro_step: int) -> None:
         """Move a finished leaf's gradients onto the stack, adding sums of equal size."""
-        if (micro_step + 1) % self.micro_steps_of_leaf:
+        if micro_step + 1 == self.micro_steps or (micro_step + 1) % self.micro_steps_of_leaf:
             return
         size, gradients = 1, [weights.grad for weights in self.parameters]
         while self.partial_sums and self.partial_sums[-1][0] == size:
             _, left = self.partial_sums.pop()
-            for total, gradient in zip(left, gradients, strict=True):
-                if total is not None:
-                    total.add_(gradient)
-            size, gradients = 2 * size, left
+            gradients = [add(*pair) for pair in zip(left, gradients, strict=True)]
+            size *= 2
         self.partial_sums.append((size, gradients))
         for weights in self.parameters:
             weights.grad = None
 
+    def put_total(self, index: int) -> None:
+        """After a parameter's last gradient: put the sum of all into its `.grad`."""
+        weights = self.parameters[index]
+        for _, gradients in reversed(self.partial_sums):
+            weights.grad = add(gradients[index], weights.grad)
+            gradients[index] = None
+
     def finish(self) -> None:
-        """Put the sum into `.grad`."""
-        (_, gradients), = self.partial_sums
-        self.partial_sums = []
-        for weights, gradient in zip(self.parameters, gradients, strict=True):
-            weights.grad = gradient
+        """Put the sums of all parameters into their `.grad`."""
+        for index in range(len(self.parameters)):
+            self.put_total(index)
+
+
+def add(left: Tensor | None, right: Tensor | None) -> Tensor | None:
+    """The sum, in the memory of `left`; a missing gradient counts as zero."""
+    if left is None or right is None:
+        return right if left is None else left
+    return left.add_(right)

@@ -20,7 +20,7 @@ from model.attention import AttentionContext, CausalSelfAttention, KVCache, rota
 from model.config import GPTConfig
 from model.documents import DocumentAttention, supports_varlen
 from model.linear import Linear
-from model.loss import next_token_loss
+from model.loss import LossOptions, next_token_loss
 from model.ngram import NGramEmbedding
 
 
@@ -79,6 +79,8 @@ class GPT(nn.Module):
         self.config = config
         # Activation checkpointing: the backward pass computes each block's activations again.
         self.recompute = False
+        # How the device computes the loss; None: as a CPU.
+        self.loss_options: LossOptions | None = None
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         if config.position == "learned":
             self.wpe = nn.Embedding(config.block_size, config.n_embd)
@@ -185,7 +187,8 @@ class GPT(nn.Module):
         features = self.features(idx, cache, document_ids)
         if targets is None:
             return self.head(features)
-        return next_token_loss(features.flatten(0, 1), self.head_weight, targets.flatten())
+        return next_token_loss(features.flatten(0, 1), self.head_weight, targets.flatten(),
+                               self.loss_options)
 
     def parameters_by_role(self) -> dict[str, dict[str, Tensor]]:
         """The parameters by role and name; each has one role."""

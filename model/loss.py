@@ -6,6 +6,10 @@ model takes 0.5 GB.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,13 +18,40 @@ from torch import Tensor
 
 from model.linear import linear
 
-# The number of logits in a chunk: 64 MB in fp32.
+# The number of logits in a chunk: 64 MB in fp32. Inputs with fewer logits need no chunks.
 MAX_LOGITS = 2**24
 # The target of a position that does not count, as in torch.nn.functional.cross_entropy.
 MASKED = -100
+# GPUs need larger products. A logit takes about 8 bytes while its chunk is computed.
+MAX_LOGITS_ON_GPUS = 2**29
+LEAST_GPU_BYTES_PER_LOGIT = 128
+# Numbers in a row of a matrix, or rows in a chunk, that fill a GPU's tensor cores.
+TENSOR_CORE_MULTIPLE = 64
 
 
-def next_token_loss(features: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class LossOptions:
+    """How a device computes the loss. The results are equal up to rounding."""
+
+    max_logits: int  # in a chunk
+    # The matrix products have a multiple of this number of logits in a row, and rows in a chunk.
+    multiple: int = 1
+    # Compile the operations on the logits, which are then read twice instead of ten times.
+    fused: bool = False
+
+
+def loss_options(device: torch.device, fused: bool = False) -> LossOptions | None:
+    """The fastest options for a device; None on CPUs."""
+    if device.type != "cuda":
+        return None
+    memory = torch.cuda.get_device_properties(device).total_memory
+    # A power of two: cards of one kind differ in the last megabytes.
+    fitting = 2 ** int(math.log2(memory / LEAST_GPU_BYTES_PER_LOGIT))
+    return LossOptions(min(MAX_LOGITS_ON_GPUS, fitting), TENSOR_CORE_MULTIPLE, fused)
+
+
+def next_token_loss(features: Tensor, weight: Tensor, targets: Tensor,
+                    options: LossOptions | None = None) -> Tensor:
     """The mean cross-entropy in nats of targets `[N]` under the logits `features` @ `weight`.T.
 
     `features` are `[N, C]`, `weight` is `[V, C]`. Targets that are MASKED do not count; if all are,
@@ -34,7 +65,7 @@ def next_token_loss(features: Tensor, weight: Tensor, targets: Tensor) -> Tensor
     dtype = features.dtype
     if torch.is_autocast_enabled(features.device.type):
         dtype = torch.get_autocast_dtype(features.device.type)
-    return ChunkedLoss.apply(features, weight, targets, dtype)
+    return ChunkedLoss.apply(features, weight, targets, dtype, options or LossOptions(MAX_LOGITS))
 
 
 def number_of(targets: Tensor) -> Tensor:
@@ -49,33 +80,34 @@ class ChunkedLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, features: Tensor, weight: Tensor, targets: Tensor,
-                dtype: torch.dtype) -> Tensor:
-        chunk_size = max(1, MAX_LOGITS // len(weight))
-        cast_weight = weight.to(dtype)
+    def forward(ctx: Any, features: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype,
+                options: LossOptions) -> Tensor:
+        rows = chunk_size(len(targets), len(weight), options)
+        vocab_size = len(weight)
+        padded_weight = weight.to(dtype)
+        if vocab_size % options.multiple:
+            padded_weight = F.pad(padded_weight, (0, 0, 0, -vocab_size % options.multiple))
         loss = torch.zeros((), device=features.device)
         needs_gradients = any(ctx.needs_input_grad)
+        on_logits = loss_and_gradient
         if needs_gradients:
             features_gradient = torch.empty_like(features, dtype=torch.float32)
             weight_gradient = torch.zeros_like(weight)
-        for start in range(0, len(targets), chunk_size):
-            chunk = slice(start, start + chunk_size)
+            if options.fused and torch.compiler.is_compiling():
+                on_logits = fusible_loss_and_gradient
+            elif options.fused:
+                on_logits = compiled_loss_and_gradient()
+        for start in range(0, len(targets), rows):
+            chunk = slice(start, start + rows)
             x = features[chunk].to(dtype)
-            logits = (x @ cast_weight.mT).float()  # [chunk, V]
-            log_normalizers = logits.logsumexp(dim=1, keepdim=True)
-            masked = targets[chunk] == MASKED
-            at_targets = torch.arange(len(x), device=x.device), targets[chunk].clamp(min=0)
-            losses = log_normalizers[:, 0] - logits[at_targets]
-            loss += losses.masked_fill(masked, 0).sum()
-            if needs_gradients:
-                # The gradient of the logits: probabilities less one-hot targets. Where the target
-                # is masked, it is 0: without another pass over the logits, by exp(-inf).
-                log_normalizers.masked_fill_(masked[:, None], torch.inf)
-                logits_gradient = logits.sub_(log_normalizers).exp_()
-                logits_gradient[at_targets] -= (~masked).float()
-                logits_gradient = logits_gradient.to(dtype)
-                features_gradient[chunk] = logits_gradient @ cast_weight
-                weight_gradient += logits_gradient.mT @ x
+            logits = x @ padded_weight.mT  # [chunk, padded V]
+            if not needs_gradients:
+                loss += summed_loss(logits, targets[chunk], vocab_size)[0]
+                continue
+            chunk_loss, logits_gradient = on_logits(logits, targets[chunk], vocab_size)
+            loss += chunk_loss
+            features_gradient[chunk] = logits_gradient @ padded_weight
+            weight_gradient += (logits_gradient.mT @ x)[:vocab_size]
         count = number_of(targets)
         if needs_gradients:
             ctx.save_for_backward(features_gradient, weight_gradient, count)
@@ -83,8 +115,71 @@ class ChunkedLoss(torch.autograd.Function):
         return loss / count
 
     @staticmethod
-    def backward(ctx: Any, loss_gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any,
+                 loss_gradient: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         features_gradient, weight_gradient, count = ctx.saved_tensors
         # Dividing in the chunks would make gradients of a large batch too small for fp16.
         scale = loss_gradient / count
-        return (features_gradient * scale).to(ctx.dtype), weight_gradient * scale, None, None
+        features_gradient = (features_gradient * scale).to(ctx.dtype)
+        return features_gradient, weight_gradient * scale, None, None, None
+
+
+def chunk_size(n_targets: int, vocab_size: int, options: LossOptions) -> int:
+    """The number of rows in a chunk."""
+    rows = max(1, options.max_logits // vocab_size)
+    if options.multiple == 1:
+        return rows
+    # Chunks of equal size, so that the last product is not a small one.
+    rows = math.ceil(n_targets / math.ceil(n_targets / rows))
+    return math.ceil(rows / options.multiple) * options.multiple
+
+
+def summed_loss(logits: Tensor, targets: Tensor,
+                vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum of the losses, the logits `[N, padded V]` in fp32, and their normalizers `[N, 1]`.
+
+    The logits after the first `vocab_size` are padding, which gets the probability 0. So do all
+    logits of a masked target, whose normalizer is infinite.
+    """
+    logits = logits.float()
+    if logits.size(1) > vocab_size:
+        logits[:, vocab_size:] = -torch.inf
+    log_normalizers = logits.logsumexp(dim=1, keepdim=True)
+    losses = log_normalizers[:, 0] - logits[places(targets)]
+    masked = targets == MASKED
+    loss = losses.masked_fill(masked, 0).sum()
+    return loss, logits, log_normalizers.masked_fill(masked[:, None], torch.inf)
+
+
+def places(targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows and columns of the targets `[N]` in the logits; of a masked one, the first token."""
+    return torch.arange(len(targets), device=targets.device), targets.clamp(min=0)
+
+
+def loss_and_gradient(logits: Tensor, targets: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """The sum of the losses of a chunk, and its gradient by the logits, in their dtype.
+
+    The gradient is the probabilities less one-hot targets; 0 where the target is masked. In fp32 it
+    overwrites the logits.
+    """
+    dtype = logits.dtype
+    loss, logits, log_normalizers = summed_loss(logits, targets, vocab_size)
+    gradient = logits.sub_(log_normalizers).exp_()
+    gradient[places(targets)] -= (targets != MASKED).float()
+    return loss, gradient.to(dtype)
+
+
+def fusible_loss_and_gradient(logits: Tensor, targets: Tensor,
+                              vocab_size: int) -> tuple[Tensor, Tensor]:
+    """`loss_and_gradient` as a compiler fuses it: it does not write the logits in fp32."""
+    dtype = logits.dtype
+    loss, logits, log_normalizers = summed_loss(logits, targets, vocab_size)
+    # No column is MASKED.
+    is_target = torch.arange(logits.size(1), device=logits.device) == targets[:, None]
+    gradient = (logits - log_normalizers).exp() - is_target.float()
+    return loss, gradient.to(dtype)
+
+
+@cache
+def compiled_loss_and_gradient() -> Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]:
+    return torch.compile(fusible_loss_and_gradient, dynamic=False)

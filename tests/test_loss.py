@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import shutil
+from functools import partial
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from model import GPT, GPTConfig, loss
-from model.loss import MASKED, next_token_loss
+from model.loss import (
+    MASKED,
+    LossOptions,
+    chunk_size,
+    fusible_loss_and_gradient,
+    loss_and_gradient,
+    loss_options,
+    next_token_loss,
+)
 
 
 @pytest.fixture
@@ -16,13 +28,14 @@ def in_chunks(monkeypatch):
     monkeypatch.setattr(loss, "MAX_LOGITS", 5 * 37)
 
 
-def both(dtype=torch.float64, autocast=None, rows=53, scale=1.0, targets=None):
+def both(dtype=torch.float64, autocast=None, rows=53, scale=1.0, targets=None, options=None):
     """Loss and gradients, chunked and plain, of the same features `[rows, 16]` and weights `[37, 16]`."""
     torch.manual_seed(0)
     features, weight, drawn = torch.randn(rows, 16, dtype=dtype), torch.randn(37, 16, dtype=dtype), torch.randint(37, (rows,))
     targets = drawn if targets is None else targets
     results = []
-    for function in (next_token_loss, lambda x, w, t: F.cross_entropy(F.linear(x, w).float() if autocast else F.linear(x, w), t)):
+    chunked = partial(next_token_loss, options=options)
+    for function in (chunked, lambda x, w, t: F.cross_entropy(F.linear(x, w).float() if autocast else F.linear(x, w), t)):
         x, w = features.clone().requires_grad_(), weight.clone().requires_grad_()
         with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
             value = function(x, w, targets)
@@ -100,3 +113,50 @@ def test_a_model_has_the_same_gradients_with_chunks(monkeypatch, tie_head):
         gradients.append([weights.grad.clone() for weights in model.parameters()])
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("rows", "options"), [
+    (53, LossOptions(5 * 37, 8)), (8, LossOptions(100 * 37, 8)), (53, LossOptions(16 * 37, 64, fused=True))])
+def test_a_padded_vocabulary_has_the_same_loss_and_gradients(in_chunks, monkeypatch, rows, options):
+    """As on GPUs."""
+    monkeypatch.setattr(loss, "compiled_loss_and_gradient", lambda: fusible_loss_and_gradient)
+    torch.manual_seed(1)
+    targets = torch.randint(37, (rows,))
+    targets[3:5] = MASKED
+    for one, other in zip(*both(torch.float32, rows=rows, targets=targets, options=options), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_products_on_gpus_have_aligned_sizes(in_chunks, monkeypatch):
+    seen = []
+    matmul = torch.Tensor.__matmul__
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: seen.append((a.shape, b.shape)) or matmul(a, b))
+    features, weight = torch.randn(128, 16, requires_grad=True), torch.randn(37, 16, requires_grad=True)
+    next_token_loss(features, weight, torch.zeros(128, dtype=torch.int64), LossOptions(100 * 37, 64))
+    assert seen == 2 * [((64, 16), (16, 64)), ((64, 64), (64, 16)), ((64, 64), (64, 16))]
+
+
+@pytest.mark.parametrize(("gigabytes", "chunks"), [(80, 2), (24, 7), (8, 24)])
+def test_chunks_are_equal_and_follow_the_memory_of_a_gpu(monkeypatch, gigabytes, chunks):
+    """Of GPT-2's logits for 16 x 1,024 positions."""
+    card = SimpleNamespace(total_memory=gigabytes * 2**30 - 2**28)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    options = loss_options(torch.device("cuda"), fused=True)
+    rows = chunk_size(16 * 1024, 50257, options)
+    assert options.fused and rows % 64 == 0 and -(-16 * 1024 // rows) == chunks
+    assert rows * 50257 * 8 < card.total_memory / 12
+    assert loss_options(torch.device("cpu")) is None
+
+
+@pytest.mark.slow
+def test_fused_operations_write_no_logits_in_fp32():
+    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        pytest.skip("needs a C++ compiler")
+    from torch._inductor.utils import run_and_get_code
+
+    logits, targets = torch.randn(96, 320).bfloat16(), torch.randint(300, (96,))
+    plain = loss_and_gradient(logits.clone(), targets, 300)
+    compiled = torch.compile(fusible_loss_and_gradient, dynamic=False)
+    fused, (code,) = run_and_get_code(compiled, logits, targets, 300)
+    torch.testing.assert_close(fused, plain, rtol=1e-2, atol=1e-4)
+    assert "(96, 320), (320, 1), torch.bfloat16" in code and "(96, 320), (320, 1), torch.float32" not in code

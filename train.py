@@ -163,7 +163,8 @@ def train_together(settings: Settings, world: World) -> int:
                 record_start(run.folder, state.step, facts["environment"])
             pace = measure_pace(first_loss(forward, first_batch, device, boundary),
                                 model.parameters_by_role(), settings.optim, device, limits,
-                                loader.micro_steps, sum(validation.n_windows), compiled)
+                                loader.micro_steps, sum(validation.n_windows), compiled,
+                                world.size)
             steps_left, _ = pace.work_left(limits, state.step, state.seconds)
             recorder.expect(pace.seconds_left(limits, state.step, state.seconds),
                             limited=steps_left < limits.max_steps - state.step)

@@ -30,9 +30,10 @@ class Timer:
         self.calls.append(sequences)
         return torch.zeros((), requires_grad=True)
 
-    def measure(self, micro_steps=3, compiled=False, **limits):
+    def measure(self, micro_steps=3, compiled=False, world_size=1, **limits):
         limits = TrainingConfig(**{"max_steps": 100, "batch_size": 16} | limits)
-        return measure_pace(self.loss, {}, OptimConfig(), CPU, limits, micro_steps, 64, compiled)
+        return measure_pace(self.loss, {}, OptimConfig(), CPU, limits, micro_steps, 64, compiled,
+                            world_size)
 
 
 @pytest.mark.parametrize(("seconds", "limits", "calls"), [
@@ -66,6 +67,13 @@ def test_a_compiled_model_is_timed_in_its_own_shape(monkeypatch):
 def test_the_update_is_part_of_a_step(monkeypatch):
     monkeypatch.setattr(estimate, "update_seconds", lambda *arguments: 0.2)
     assert Timer(monkeypatch, 0.05).measure().step == pytest.approx(3 * 16 * 0.05 + 0.2)
+
+
+def test_processes_share_the_update_and_the_evaluation(monkeypatch):
+    monkeypatch.setattr(estimate, "update_seconds", lambda *arguments: 0.2)
+    pace = Timer(monkeypatch, 0.05).measure(world_size=4)
+    assert pace.step == pytest.approx(3 * 16 * 0.05 + 0.2 / 4)
+    assert pace.evaluation == pytest.approx(64 * 0.05 / 3 / 4)
 
 
 @pytest.mark.parametrize(("limits", "step", "expected"), [

@@ -57,11 +57,12 @@ class Pace:
 
 def measure_pace(loss: Callable[[int], Tensor], roles: dict[str, dict[str, Tensor]],
                  config: OptimConfig, device: Device, limits: TrainingConfig, micro_steps: int,
-                 eval_sequences: int, compiled: bool = False) -> Pace:
+                 eval_sequences: int, compiled: bool = False, world_size: int = 1) -> Pace:
     """The pace of training with `micro_steps` a step and `eval_sequences` an evaluation.
 
     `loss(n)` returns the loss of n sequences, at most `batch_size`. `roles` are the parameters by
-    role and name (`GPT.parameters_by_role`).
+    role and name (`GPT.parameters_by_role`). Several processes share the update and the evaluation
+    equally; `micro_steps` are those of each. Their communication is not counted.
     """
     def micro_step(sequences: int) -> float:
         start = now(device)
@@ -86,10 +87,11 @@ def measure_pace(loss: Callable[[int], Tensor], roles: dict[str, dict[str, Tenso
         timings.append(micro_step(sequences))
     # Other processes only ever make a timing longer.
     per_sequence = min(timings) / sequences
-    step = micro_steps * limits.batch_size * per_sequence + update_seconds(roles, config, device)
+    step = micro_steps * limits.batch_size * per_sequence
+    step += update_seconds(roles, config, device) / world_size
     # A backward pass takes about twice as long as the forward pass, which `recompute` repeats.
     forward_passes = 4 if limits.recompute else 3
-    return Pace(step, eval_sequences * per_sequence / forward_passes)
+    return Pace(step, eval_sequences * per_sequence / forward_passes / world_size)
 
 
 def update_seconds(roles: dict[str, dict[str, Tensor]], config: OptimConfig,

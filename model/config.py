@@ -30,11 +30,13 @@ class GPTConfig:
     dropout: float = setting(0.0, "probability of dropout", ge=0, lt=1)
     bias: bool = setting(True, "biases in linear layers and layer norms")
     position: Literal["learned", "rotary"] = setting("learned", "position embedding")
-    norm: Literal["layer", "rms"] = setting("layer", "normalization; rms has no parameters")
+    norm: Literal["layer", "rms", "rms_gain"] = setting(
+        "layer", "normalization; rms has no parameters, rms_gain a gain for each channel")
     qk_norm: bool = setting(False, "normalize queries and keys (arXiv:2010.04245)")
-    activation: Literal["gelu", "gelu_erf", "relu2"] = setting(
+    activation: Literal["gelu", "gelu_erf", "relu2", "swiglu"] = setting(
         "gelu",
-        "of the MLP: gelu by tanh as in GPT-2, exact gelu, or squared relu (arXiv:2109.08668)")
+        "of the MLP: gelu by tanh as in GPT-2, exact gelu, squared relu (arXiv:2109.08668), or "
+        "swiglu (arXiv:2002.05202)")
     zero_init: bool = setting(False, "initialize output projections and an untied head to zero")
     tie_head: bool = setting(True, "the output head shares the weights of the token embedding")
     embedding_norm: bool = setting(False, "normalize the input of the first block")
@@ -49,6 +51,16 @@ class GPTConfig:
     @property
     def head_width(self) -> int:
         return self.n_embd // self.n_head
+
+    @property
+    def mlp_width(self) -> int:
+        """The hidden width of the MLP: 4 C, or 8/3 C with SwiGLU, which has a third matrix.
+
+        The latter is a multiple of 32, the number of weights that GGUF files quantize together.
+        """
+        if self.activation == "swiglu":
+            return math.ceil(8 * self.n_embd / 3 / 32) * 32
+        return 4 * self.n_embd
 
     def problems(self) -> Iterator[str]:
         """One sentence for each invalid value."""

@@ -25,27 +25,30 @@ from model.ngram import NGramEmbedding
 
 
 def make_norm(config: GPTConfig) -> nn.Module:
-    if config.norm == "rms":
-        return nn.RMSNorm(config.n_embd, elementwise_affine=False)
+    if config.norm != "layer":
+        return nn.RMSNorm(config.n_embd, elementwise_affine=config.norm == "rms_gain")
     return nn.LayerNorm(config.n_embd, bias=config.bias)
 
 
 class MLP(nn.Module):
-    """Two linear layers with an activation between them; the hidden width is 4 C."""
+    """Two linear layers with an activation between them; SwiGLU has a third, its gate."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_fc = Linear(config.n_embd, config.mlp_width, bias=config.bias)
+        if config.activation == "swiglu":
+            self.c_gate = Linear(config.n_embd, config.mlp_width, bias=config.bias)
+        self.c_proj = Linear(config.mlp_width, config.n_embd, bias=config.bias)
         self.activation = config.activation
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.c_fc(x)
-        if self.activation == "relu2":
-            x = F.relu(x).square()
+        if self.activation == "swiglu":
+            x = F.silu(self.c_gate(x)) * self.c_fc(x)
+        elif self.activation == "relu2":
+            x = F.relu(self.c_fc(x)).square()
         else:
-            x = F.gelu(x, approximate="tanh" if self.activation == "gelu" else "none")
+            x = F.gelu(self.c_fc(x), approximate="tanh" if self.activation == "gelu" else "none")
         return self.dropout(self.c_proj(x))
 
 
@@ -106,7 +109,7 @@ class GPT(nn.Module):
             if name.endswith("bias"):
                 weights.zero_()
             elif weights.dim() == 1:
-                # The gain of a layer norm.
+                # The gain of a norm.
                 weights.fill_(1.0)
             elif self.config.zero_init and name.endswith(("c_proj.weight", "lm_head.weight")):
                 weights.zero_()

@@ -27,6 +27,7 @@ V = 96
 SHAPES = {
     "gpt2": {},
     "modern": {"position": "rotary", "norm": "rms", "qk_norm": True, "bias": False, "tie_head": False, "activation": "relu2"},
+    "llama": {"position": "rotary", "n_kv_head": 2, "norm": "rms_gain", "activation": "swiglu", "bias": False},
     "grouped": {"position": "rotary", "n_kv_head": 2},
     "one group": {"n_kv_head": 1, "tie_head": False},
     "n-grams": {"position": "rotary", "ngrams": 4, "ngram_rows": 50, "embedding_norm": True},
@@ -196,7 +197,7 @@ def test_attention_may_return_any_memory_layout(kind, monkeypatch):
 
 
 @needs_kernels
-@for_shapes("modern", "one group", "n-grams", "heads of 80", "odd")
+@for_shapes("modern", "llama", "one group", "n-grams", "heads of 80", "odd")
 @pytest.mark.parametrize(("precision", "limit"), [("bf16", 0.03), ("int8", 0.12)])
 def test_with_fewer_bits_logits_are_near(flags, precision, limit):
     decoder = Decoder(make(**flags), precision)

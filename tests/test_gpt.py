@@ -26,6 +26,7 @@ SMALL = {
     "gpt2": NANO,
     "no bias": replace(NANO, bias=False),
     "modern": MODERN,
+    "qwen3": replace(NANO, bias=False, position="rotary", norm="rms_gain", qk_norm=True, activation="swiglu", n_kv_head=1),
     "grouped": replace(MODERN, n_head=4, n_kv_head=2),
     "grouped gpt2": replace(NANO, n_head=4, n_kv_head=1),
 }
@@ -83,6 +84,15 @@ def test_the_modern_state_dict_has_no_rotary_table_or_norms():
     names = {"wte.weight", "ngram.table.weight", "lm_head.weight"}
     names |= {f"h.0.{part}.weight" for part in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")}
     assert set(GPT(replace(MODERN, n_layer=1)).state_dict()) == names
+
+
+def test_llamas_mlp_multiplies_by_a_gate():
+    mlp = randomized(SMALL["qwen3"]).double().h[0].mlp
+    assert mlp.c_gate.weight.shape == mlp.c_fc.weight.shape == (96, 32)
+    x = torch.linspace(-3, 3, 64, dtype=torch.float64).view(2, 32)
+    gate = x @ mlp.c_gate.weight.T
+    expected = (gate / (1 + (-gate).exp()) * (x @ mlp.c_fc.weight.T)) @ mlp.c_proj.weight.T
+    torch.testing.assert_close(mlp(x), expected, rtol=0, atol=1e-12)
 
 
 @every_small

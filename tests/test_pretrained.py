@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from model import GPT, GPTConfig
-from model.pretrained import config_from, config_to, weights_from, weights_to
+from model.pretrained import config_from, config_to, layout_for, weights_from, weights_to
 
 SMALL = GPTConfig(block_size=16, vocab_size=64, n_layer=2, n_head=2, n_embd=32)
 NANOGPT = replace(SMALL, activation="gelu_erf", bias=False)
@@ -86,7 +86,7 @@ def test_weights_in_16_bits_become_fp32():
     ({"h.0.attn.c_attn.weight": torch.ones(96, 32)},
      "have h.0.attn.c_attn.weight of the shape [96, 32]; this configuration of gpt2 has [32, 96]."),
     ({"wte.weight": torch.ones(64, 32, dtype=torch.int8)}, "have wte.weight of the type torch.int8"),
-    ({"lm_head.weight": torch.ones(64, 32)}, "have lm_head.weight with other values than wte.weight"),
+    ({"lm_head.weight": torch.ones(64, 32)}, "have lm_head.weight with other values than those of wte.weight"),
     ({"transformer.ln_f.bias": torch.ones(32)}, "have ln_f.bias twice, as ln_f.bias and transformer.ln_f.bias."),
     ({"evil\x1b[2J" + "x" * 200: torch.ones(1)}, r"have evil\x1b[2Jxxx"),
 ])
@@ -140,26 +140,105 @@ def test_unsupported_configurations_are_named(change, message):
 
 
 def test_another_model_type_is_named():
-    with pytest.raises(ValueError, match="model_type=bert is not supported; supported are gpt2, nanogpt"):
+    with pytest.raises(ValueError, match="model_type=bert is not supported; supported are gpt2, nanochat, qwen3, llama, nanogpt"):
         config_from("bert", {})
 
 
-@pytest.mark.parametrize("config", [SMALL, NANOGPT, replace(SMALL, tie_head=False)], ids=["gpt2", "no bias", "own head"])
-def test_transformers_computes_the_same_logits(config):
-    transformers = pytest.importorskip("transformers", reason="needs transformers: pip install transformers")
+MODERN = replace(SMALL, bias=False, position="rotary", norm="rms", qk_norm=True, activation="relu2", tie_head=False)
+LLAMA = replace(SMALL, bias=False, position="rotary", norm="rms_gain", activation="swiglu", n_head=4, n_kv_head=2)
+CLASSES = {
+    "gpt2": ("gpt2", SMALL),
+    "gpt2, no bias": ("gpt2", NANOGPT),
+    "gpt2, own head": ("gpt2", replace(SMALL, tie_head=False, activation="relu2")),
+    "nanochat": ("nanochat", replace(MODERN, embedding_norm=True)),
+    "nanochat, grouped": ("nanochat", replace(MODERN, embedding_norm=True, n_head=4, n_kv_head=2, tie_head=True)),
+    "qwen3": ("qwen3", MODERN),
+    "qwen3, swiglu": ("qwen3", replace(LLAMA, qk_norm=True)),
+    "llama": ("llama", LLAMA),
+    "llama, relu2": ("llama", replace(MODERN, qk_norm=False, norm="rms_gain")),
+}
+every_class = pytest.mark.parametrize(("layout", "config"), CLASSES.values(), ids=CLASSES.keys())
+
+
+def randomized(config: GPTConfig) -> GPT:
+    """A model with large random weights, so that no bias is zero and no gain is one."""
     torch.manual_seed(0)
     model = GPT(config).eval()
     with torch.no_grad():
         for weights in model.parameters():
-            weights.add_(0.1 * torch.randn(weights.shape))
-    published = config_to("gpt2", config)
-    other = transformers.GPT2LMHeadModel(transformers.GPT2Config(**published)).eval()
-    loaded = other.load_state_dict(weights_to("gpt2", config, model.state_dict()), strict=False)
+            weights.add_(0.2 * torch.randn(weights.shape))
+    return model
+
+
+@every_class
+def test_each_model_returns_bit_identical_from_its_layout(layout, config):
+    assert layout_for(config) == layout
+    state = randomized(config).state_dict()
+    published = weights_to(layout, config, state)
+    assert equal(weights_from(layout, config, published), state)
+    again = GPTConfig(**config_from(layout, config_to(layout, config)))
+    # An import always has the parameters of the class: biases of GPT-2, gains of Llama.
+    assert replace(again, bias=config.bias, norm=config.norm) == config
+    assert GPT(again).load_state_dict(weights_from(layout, again, published))
+
+
+@every_class
+def test_transformers_computes_the_same_logits(layout, config):
+    transformers = pytest.importorskip("transformers", reason="needs transformers: pip install transformers")
+    model = randomized(config)
+    settings = transformers.AutoConfig.for_model(**config_to(layout, config))
+    other = transformers.AutoModelForCausalLM.from_config(settings).eval()
+    assert type(other).__name__ == config_to(layout, config)["architectures"][0]
+    loaded = other.load_state_dict(weights_to(layout, config, model.state_dict()), strict=False)
     assert not loaded.unexpected_keys and set(loaded.missing_keys) <= {"lm_head.weight"}
     other.tie_weights()
     ids = torch.arange(16)[None]
     with torch.no_grad():
         logits = model(ids)
         assert torch.allclose(other(ids).logits, logits, rtol=0, atol=1e-5 * logits.abs().max())
-        # And back: the weights as transformers has them.
-        assert equal(weights_from("gpt2", config, other.state_dict()), model.state_dict())
+        # And back: the names and shapes as transformers has them.
+        assert equal(weights_from(layout, config, other.state_dict()), model.state_dict())
+
+
+@pytest.mark.parametrize("config", [SMALL, LLAMA, replace(LLAMA, qk_norm=True, tie_head=False)], ids=["gpt2", "llama", "qwen3"])
+def test_gguf_tensors_return_bit_identical(config):
+    layout = layout_for(config, gguf=True)
+    state = randomized(config).state_dict()
+    published = weights_to(layout, config, state)
+    assert "blk.1.attn_output.weight" in published and ("output.weight" in published) != config.tie_head
+    assert equal(weights_from(layout, config, published), state)
+
+
+def test_llamas_gguf_pairs_adjacent_rows():
+    state = randomized(LLAMA).state_dict()
+    published = weights_to("gguf-llama", LLAMA, state)
+    keys = state["h.0.attn.c_attn.weight"][32:48]
+    # Heads of width 8: row 1 of the first head rotates with row 5.
+    assert torch.equal(published["blk.0.attn_k.weight"][:4], keys[[0, 4, 1, 5]])
+    assert torch.equal(published["blk.0.attn_v.weight"], state["h.0.attn.c_attn.weight"][48:])
+
+
+@pytest.mark.parametrize(("changes", "gguf", "message"), [
+    ({"position": "rotary"}, False, "No class of transformers has this model: GPT2LMHeadModel, the nearest, does not have "
+                                    "model.position=rotary (only learned)."),
+    ({"n_kv_head": 1}, False, "model.n_kv_head=1 (only null)."),
+    ({"activation": "gelu_erf"}, True, "No GGUF architecture has this model: gpt2, the nearest, does not have "
+                                       "model.activation=gelu_erf (only gelu)."),
+])
+def test_a_model_that_no_class_has_is_refused(changes, gguf, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        layout_for(replace(SMALL, **changes), gguf)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"rms_norm_eps": 1e-6}, "has rms_norm_eps=1e-06, which is not supported; supported are 1.1920928955078125e-07."),
+    ({"rms_norm_eps": None}, "config.json lacks rms_norm_eps: it is no configuration of llama."),
+    ({"intermediate_size": 100}, "has intermediate_size=100, which is not supported; supported are 96."),
+    ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "has rope_theta={'rope_type': 'llama3'"),
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, "has rope_theta=500000.0, which is not supported"),
+    ({"hidden_act": "gelu"}, "has hidden_act=gelu, which is not supported; supported are silu, relu."),
+])
+def test_unsupported_llamas_are_named(change, message):
+    published = config_to("llama", LLAMA) | change
+    with pytest.raises(ValueError, match=re.escape(message)):
+        config_from("llama", {name: value for name, value in published.items() if value is not None})

@@ -17,8 +17,10 @@ import numpy as np
 import atomic
 from data.files import File
 from data.shards import SPLITS, check, read_meta, write_meta
+from data.sources import TOKENIZERS
 from data.store import folder_for, make_once, sha256_of
 from data.tokenizer import CharTokenizer, Tokenizer, fingerprint, from_json, read_tokenizer
+from data.tokenizer_file import open_tokenizer
 from progress import ProgressBar
 
 NUMPY_MAGIC = b"\x93NUMPY"
@@ -45,6 +47,8 @@ def prepare_bins(path: str, tokenizer_name: str, dtype: str = "auto") -> Path:
     """
     files = find_bins(path)
     tokenizer = tokenizer_of(files["train"][0].parent, tokenizer_name)
+    if tokenizer_name not in TOKENIZERS:
+        tokenizer_name = "file"
     shards, digests, headerless = {}, {}, {}
     for split in SPLITS:
         shards[split] = [describe_bin(file, tokenizer.vocab_size, dtype) for file in files[split]]
@@ -94,6 +98,8 @@ def tokenizer_of(folder: Path, name: str) -> Tokenizer:
             raise ValueError(f"{saved} is missing: name the tokenizer that made these tokens, as "
                              f"in data.tokenizer=gpt2.")
         return read_tokenizer(saved)
+    if name not in TOKENIZERS:
+        return open_tokenizer(name)
     return from_json({"kind": name}, f"data.tokenizer={name}")
 
 

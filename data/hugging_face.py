@@ -1,6 +1,6 @@
-"""Convert tokenizers to Hugging Face's `tokenizer.json` (the packages tokenizers, transformers).
+"""Convert tokenizers to and from Hugging Face's `tokenizer.json` (tokenizers, transformers).
 
-Needs neither package.
+Needs neither package. Reads no files.
 """
 
 from __future__ import annotations
@@ -9,10 +9,26 @@ import math
 from itertools import count, pairwise
 from typing import Any
 
-from data.tokenizer import END_OF_TEXT, BPETokenizer, CharTokenizer, Tokenizer
+from data.patterns import BY_ONIGURUMA, GPT2, for_oniguruma
+from data.tokenizer import (
+    END_OF_TEXT,
+    LONGEST_TOKEN,
+    MOST_SPECIAL,
+    OTHER_ENDS,
+    BPETokenizer,
+    ByteTokenizer,
+    CharTokenizer,
+    ExtendedTokenizer,
+    Tokenizer,
+)
 
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False,
               "use_regex": False}
+EACH_CHARACTER = r"[\s\S]"
+# The fields of a BPE model whose other values are not supported, with the supported ones.
+PLAIN_BPE: dict[str, tuple[Any, ...]] = {
+    "dropout": (None, 0, 0.0), "continuing_subword_prefix": (None, ""),
+    "end_of_word_suffix": (None, ""), "fuse_unk": (None, False), "byte_fallback": (None, False)}
 
 
 def to_hugging_face(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -22,32 +38,31 @@ def to_hugging_face(tokenizer: Tokenizer) -> dict[str, Any]:
     file sets `encode_special_tokens = True`. Unknown characters are an error there too.
     Raises ValueError for ranks that no training gives.
     """
-    decoder = BYTE_LEVEL
-    if isinstance(tokenizer, CharTokenizer):
-        pre_tokenizers, decoder = [split(r"[\s\S]")], {"type": "Fuse"}
+    base = tokenizer.base if isinstance(tokenizer, ExtendedTokenizer) else tokenizer
+    decoder, normalizer, in_text = BYTE_LEVEL, None, ()
+    if isinstance(base, CharTokenizer):
+        pre_tokenizers, decoder = [split(EACH_CHARACTER)], {"type": "Fuse"}
         # Unknown characters map to "unk_token"; without an id, that is an error.
-        vocab = {character: token for token, character in enumerate(tokenizer.characters)}
+        vocab = {character: token for token, character in enumerate(base.characters)}
         model = {"type": "WordLevel", "vocab": vocab, "unk_token": ""}
-    elif isinstance(tokenizer, BPETokenizer):
-        # Oniguruma, Hugging Face's regex library, reads `{1,3}+` as a repetition, not as
-        # possessive.
-        pattern = tokenizer.pattern.replace("{1,3}+", "{1,3}")
-        pre_tokenizers, model = [split(pattern), BYTE_LEVEL], byte_pairs(tokenizer.ranks())
+    elif isinstance(base, BPETokenizer):
+        pre_tokenizers = [split(for_oniguruma(base.pattern)), BYTE_LEVEL]
+        model, in_text = byte_pairs(base.ranks()), base.in_text
+        if base.normalizer:
+            normalizer = {"type": base.normalizer}
     else:
         single_bytes = [bytes((value,)) for value in range(256)]
         pre_tokenizers, model = [BYTE_LEVEL], byte_pairs(single_bytes)
 
-    special = {} if tokenizer.end_of_text is None else {END_OF_TEXT: tokenizer.end_of_text}
-    if isinstance(tokenizer, BPETokenizer):
-        special = dict(sorted(tokenizer.special.items(), key=lambda item: item[1]))
+    special = dict(sorted(tokenizer.special.items(), key=lambda item: item[1]))
     # Special tokens take their ids from the vocabulary, which allows unused ids below them.
     model["vocab"] |= special
     added_tokens = []
     for word, token in special.items():
         added_tokens.append({"id": token, "content": word, "single_word": False, "lstrip": False,
-                             "rstrip": False, "normalized": False, "special": True})
+                             "rstrip": False, "normalized": False, "special": word not in in_text})
     return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added_tokens,
-            "normalizer": None,
+            "normalizer": normalizer,
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": pre_tokenizers},
             "post_processor": None, "decoder": decoder, "model": model}
 
@@ -64,9 +79,9 @@ def byte_pairs(ranks: list[bytes]) -> dict[str, Any]:
     def written(token: bytes) -> str:
         return "".join(letters[byte] for byte in token)
 
-    rank_of = {token: rank for rank, token in enumerate(ranks)}
+    rank_of = {token: rank for rank, token in enumerate(ranks) if token}
     merges = []
-    for token in ranks:
+    for token in rank_of:
         if len(token) > 1:
             # Lists of two, because "#version ..." in a single string is read as a comment.
             merges.append([written(half) for half in halves(token, rank_of)])
@@ -96,7 +111,188 @@ def halves(token: bytes, rank_of: dict[bytes, int]) -> list[bytes]:
         rank = min(ranks)
         if rank > rank_of[token]:
             raise ValueError(f"The tokenizer cannot be exported: its token {token!r} is not a pair "
-                             f"of tokens with lower ids.")
+                         f"of tokens with lower ids.")
         place = ranks.index(rank)
         parts[place : place + 2] = [parts[place] + parts[place + 1]]
     return parts
+
+
+def from_hugging_face(content: Any, place: str) -> Tokenizer:
+    """The tokenizer of a tokenizer.json: the same ids as the package tokenizers gives for a text.
+
+    Special tokens in a text are plain text here, as with `encode_special_tokens = True` there, and
+    none are added around it. Byte-level BPE with a known split pattern is supported, and what
+    `to_hugging_face` writes. Raises ValueError, which names `place`, for anything else.
+    """
+    try:
+        model, added = content["model"], content.get("added_tokens") or []
+        special = {one["content"]: one["id"] for one in added}
+        vocab = {word: token for word, token in model["vocab"].items() if word not in special}
+        check_ids(vocab, special)
+        if model["type"] == "WordLevel":
+            return characters(content, vocab, special)
+        return byte_level_bpe(content, vocab, special)
+    except Unsupported as error:
+        raise ValueError(f"{place} cannot be used as a tokenizer: {error}. Supported is byte-level "
+                         f"BPE as of GPT-2, GPT-4, Llama 3 and Qwen 2.") from None
+    except (LookupError, TypeError, AttributeError, ValueError):
+        raise ValueError(f"{place} is not a tokenizer: give a tokenizer.json of Hugging Face or of "
+                         f"nanohydra.") from None
+
+
+class Unsupported(Exception):
+    """A feature of a tokenizer.json that is not supported, as the middle of a sentence."""
+
+
+def check_ids(vocab: dict[str, int], special: dict[str, int]) -> None:
+    ids = [*vocab.values(), *special.values()]
+    if not all(type(token) is int and token >= 0 for token in ids):
+        raise TypeError("an id is not a number")
+    if len(set(ids)) < len(ids):
+        raise Unsupported("two of its tokens have the same id")
+    if max(ids) >= len(ids) + MOST_SPECIAL:
+        raise Unsupported(f"its largest id is {max(ids):,}, and it has {len(ids):,} tokens")
+
+
+def characters(content: dict[str, Any], vocab: dict[str, int],
+               special: dict[str, int]) -> Tokenizer:
+    """A character tokenizer that was exported from here."""
+    letters = "".join(sorted(set("".join(vocab))))
+    tokenizer = with_added(CharTokenizer(letters, END_OF_TEXT in special), special)
+    expected = to_hugging_face(tokenizer)
+    if any(expected[name] != content[name] for name in ("model", "normalizer", "pre_tokenizer")):
+        raise Unsupported("its model is WordLevel")
+    return tokenizer
+
+
+def with_added(base: Tokenizer, special: dict[str, int]) -> Tokenizer:
+    """`base` with the special tokens that it lacks, in the order of their ids."""
+    added = [word for word in sorted(special, key=special.__getitem__) if word not in base.special]
+    return ExtendedTokenizer(base, added) if added else base
+
+
+def byte_level_bpe(content: dict[str, Any], vocab: dict[str, int],
+                   special: dict[str, int]) -> Tokenizer:
+    """The tokenizer of a BPE model. Raises Unsupported naming a feature that is not."""
+    model = content["model"]
+    if model["type"] != "BPE":
+        raise Unsupported(f"its model is {model['type']}")
+    for name, supported in PLAIN_BPE.items():
+        if model.get(name) not in supported:
+            raise Unsupported(f"its model has {name}={model[name]}")
+    normalizer = normalizer_of(content.get("normalizer"))
+    pattern = pattern_of(content.get("pre_tokenizer"))
+    in_text = tokens_in_text(content.get("added_tokens") or [], bool(normalizer))
+    ranks = ranks_of(vocab, model["merges"])
+    if ranks == [bytes((value,)) for value in range(256)] and not normalizer and not in_text:
+        plain = with_added(ByteTokenizer(), special)
+        if plain.special == special:
+            return plain
+    if not pattern:
+        raise Unsupported("it merges bytes without splitting a text into words first")
+    if any(word in special for word in (END_OF_TEXT, *OTHER_ENDS)):
+        return BPETokenizer.from_ranks(ranks, pattern, special, in_text, normalizer)
+    special = special | {END_OF_TEXT: max([len(ranks) - 1, *special.values()]) + 1}
+    return BPETokenizer.from_ranks(ranks, pattern, special, in_text, normalizer)
+
+
+def normalizer_of(content: dict[str, Any] | None) -> str:
+    """The normal form of Unicode that texts are brought to; empty for none."""
+    if content is None:
+        return ""
+    if content["type"] == "Sequence" and len(content["normalizers"]) <= 1:
+        return normalizer_of(next(iter(content["normalizers"]), None))
+    if content["type"] != "NFC":
+        raise Unsupported(f"its normalizer is {content['type']}")
+    return "NFC"
+
+
+def pattern_of(content: dict[str, Any] | None) -> str:
+    """The pattern that splits a text into words; empty for none."""
+    steps = [content]
+    if content and content["type"] == "Sequence":
+        steps = content["pretokenizers"]
+    if not steps or not steps[-1] or steps[-1]["type"] != "ByteLevel":
+        raise Unsupported("its pre_tokenizer does not end with ByteLevel")
+    *before, byte_level = steps
+    if byte_level.get("add_prefix_space", True):
+        raise Unsupported("its pre_tokenizer has add_prefix_space=true")
+    if byte_level.get("use_regex", True):
+        if before:
+            raise Unsupported(f"its pre_tokenizer has {before[0]['type']} before ByteLevel's own "
+                              f"pattern")
+        return GPT2
+    if not before:
+        return ""
+    if len(before) > 1:
+        raise Unsupported("its pre_tokenizer splits several times")
+    step = before[0]
+    if step["type"] != "Split":
+        raise Unsupported(f"its pre_tokenizer has {step['type']}")
+    # With another behavior, or inverted, the matches would not be the words.
+    if step["behavior"] != "Isolated" or step["invert"]:
+        raise Unsupported(f"its pre_tokenizer has behavior={step['behavior']}, "
+                          f"invert={step['invert']}")
+    pattern = step["pattern"].get("Regex", "")
+    if pattern not in BY_ONIGURUMA:
+        raise Unsupported(f"its pre_tokenizer splits words by an unknown pattern, {pattern!r}")
+    return BY_ONIGURUMA[pattern]
+
+
+def tokens_in_text(added: list[dict[str, Any]], is_normalized: bool) -> list[str]:
+    """The added tokens that are also found inside a text."""
+    found = []
+    for one in added:
+        if one.get("special"):
+            continue
+        flags = [name for name in ("single_word", "lstrip", "rstrip") if one.get(name)]
+        if is_normalized and one.get("normalized"):
+            flags.append("normalized")
+        if flags:
+            raise Unsupported(f"its added token {one['content']!r} has {flags[0]}=true")
+        # A long text is encoded in pieces, which may end before a blank or after a line end.
+        if any(letter.isspace() for letter in one["content"]):
+            raise Unsupported(f"its added token {one['content']!r} contains white space")
+        found.append(one["content"])
+    return found
+
+
+def ranks_of(vocab: dict[str, int], merges: list[Any]) -> list[bytes]:
+    """The tokens in the order of their ids, if merging by ids gives the same as by `merges`."""
+    byte_of = {letter: byte for byte, letter in enumerate(byte_letters())}
+    rank_of = {}
+    for word, rank in vocab.items():
+        if not set(word) <= set(byte_of) or not word:
+            raise Unsupported(f"its token {word!r} is not written in the letters of ByteLevel")
+        rank_of[bytes(map(byte_of.__getitem__, word))] = rank
+    missing = [value for value in range(256) if bytes((value,)) not in rank_of]
+    if missing:
+        raise Unsupported(f"it has no token for the byte {missing[0]}")
+    longest = max(rank_of, key=len)
+    if len(longest) > LONGEST_TOKEN:
+        raise Unsupported(f"it has a token of {len(longest):,} bytes")
+    pairs, last = set(), -1
+    for merge in merges:
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        pair = bytes(map(byte_of.__getitem__, left)), bytes(map(byte_of.__getitem__, right))
+        rank = rank_of[b"".join(pair)]
+        if rank < last:
+            raise Unsupported(f"its merge {left!r} {right!r} comes after one that makes a token "
+                              f"with a higher id")
+        pairs.add(pair)
+        last = rank
+    ranks = [b""] * (max(rank_of.values()) + 1)
+    for token, rank in rank_of.items():
+        ranks[rank] = token
+        if len(token) > 1 and not is_merged(token, rank_of, pairs):
+            raise Unsupported(f"its token {token!r} is not made by its merges")
+    return ranks
+
+
+def is_merged(token: bytes, rank_of: dict[bytes, int], pairs: set[tuple[bytes, bytes]]) -> bool:
+    """Whether the last merge that encodes `token`, when merging by ids, is one of `pairs`."""
+    try:
+        left, right = halves(token, rank_of)
+    except ValueError:
+        return False
+    return (left, right) in pairs

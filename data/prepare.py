@@ -18,8 +18,15 @@ from data.bins import prepare_bins
 from data.corpus import Corpus
 from data.encode import segments
 from data.shards import SPLITS, check, check_shards, prepare_again, read_meta, write_meta
-from data.sources import DataConfig, Source, expanded, open_sources, open_validation
-from data.store import BUILDING, data_root, folder_for, make_once
+from data.sources import (
+    TOKENIZERS,
+    DataConfig,
+    Source,
+    expanded,
+    open_sources,
+    open_validation,
+)
+from data.store import BUILDING, data_root, folder_for, make_once, sha256_of
 from data.tokenizer import (
     DISTINCT_BYTES,
     PUBLISHED,
@@ -31,6 +38,7 @@ from data.tokenizer import (
     read_tokenizer,
     with_few_words,
 )
+from data.tokenizer_file import find_tokenizer, open_tokenizer
 
 SAMPLE_BYTES = 2**28  # from the start of the training split, to train a tokenizer
 PROGRESS = "progress.json"  # lists the complete segments while tokens are being prepared
@@ -75,15 +83,18 @@ class Plan(NamedTuple):
 
 def planned(config: DataConfig) -> Plan:
     sources, validation = open_sources(config), open_validation(config)
+    name, of_tokenizer = config.tokenizer, config.tokenizer
+    if name not in TOKENIZERS:
+        name, of_tokenizer = "file", f"file {sha256_of([find_tokenizer(name)])[0]}"
     recipe = {"format": FORMAT,
               "sources": [source.fingerprint() for source in sources.values()],
               "validation": validation.fingerprint() if validation else None,
               "val_fraction": None if validation else config.val_fraction,
               "deduplicate": config.deduplicate,
-              "tokenizer": config.tokenizer,
+              "tokenizer": of_tokenizer,
               "asked_vocab_size": config.vocab_size if config.tokenizer == "bpe" else None}
-    name = f"{'mix' if config.mix else config.source}-{config.tokenizer}"
-    return Plan(folder_for(name, recipe), recipe, sources, validation)
+    folder = folder_for(f"{'mix' if config.mix else config.source}-{name}", recipe)
+    return Plan(folder, recipe, sources, validation)
 
 
 def build(building: Path, plan: Plan, config: DataConfig) -> None:
@@ -153,6 +164,8 @@ def total(segments: list[dict[str, Any]], split: str) -> dict[str, Any]:
 
 def make_tokenizer(config: DataConfig, corpora: list[Corpus]) -> Tokenizer:
     """The tokenizer of `config`: `bpe` is trained on the training split, `char` knows both."""
+    if config.tokenizer not in TOKENIZERS:
+        return open_tokenizer(config.tokenizer)
     if config.tokenizer == "byte":
         return ByteTokenizer()
     if config.tokenizer in PUBLISHED:

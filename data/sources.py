@@ -25,13 +25,15 @@ from data.mixture import read_mix
 from data.records import skipped_records
 from data.separator import divide, unescaped
 from data.store import data_root, sha256_of
-from setting import range_problems, setting
+from setting import FilePath, range_problems, setting
 from terminal import counted, say
 
 SHAKESPEARE_URL = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 )
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+
+TOKENIZERS = ("char", "byte", "gpt2", "cl100k_base", "o200k_base", "bpe")
 
 # The settings of text files that a source does not use.
 UNUSED = dict.fromkeys(
@@ -50,8 +52,10 @@ class DataConfig:
     path: str = setting(
         "", "text: a file, folder or glob; bin: the folder of the .bin files; shakespeare: a copy"
     )
-    tokenizer: Literal["char", "byte", "gpt2", "cl100k_base", "o200k_base", "bpe"] = setting(
-        "bpe", "bpe is trained on the text"
+    tokenizer: FilePath = setting(
+        "bpe",
+        f"{', '.join(TOKENIZERS)} (which is trained on the text), the path of a tokenizer.json, or "
+        "that of a run",
     )
     vocab_size: int = setting(2048, "number of tokens of tokenizer=bpe", ge=257, le=100_000)
     val_fraction: float = setting(0.1, "part of the text held out for validation", ge=1e-6, lt=1)
@@ -90,6 +94,11 @@ class DataConfig:
             yield from self.path_problems()
         yield from self.validation_problems()
         yield from self.reading_problems()
+        if self.tokenizer not in TOKENIZERS and not Path(self.tokenizer).exists():
+            yield (
+                f"tokenizer={self.tokenizer} is not one of {', '.join(TOKENIZERS)}, and there is "
+                f"no such file or folder in {Path.cwd()}."
+            )
 
     def mix_problems(self) -> Iterator[str]:
         try:

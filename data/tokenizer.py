@@ -8,19 +8,20 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import tiktoken
 
-END_OF_TEXT = "<|endoftext|>"  # the token between documents; inside a text, it is plain text
+from data.patterns import KNOWN, PATTERN
 
-# How a trained BPE splits text into words before merging, as in GPT-4: letters with the space
-# before them, numbers of up to three digits.
-PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*"
-           r"|\s*[\r\n]|\s+(?!\S)|\s+")
+END_OF_TEXT = "<|endoftext|>"  # the token between documents; inside a text, it is plain text
+# Its names in other tokenizers: Llama 3, DeepSeek, Llama 2 and RoBERTa.
+OTHER_ENDS = ("<|end_of_text|>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "</s>")
 
 # OpenAI's vocabularies, and the files that tiktoken downloads for them.
 OPENAI = "https://openaipublic.blob.core.windows.net"
@@ -44,15 +45,20 @@ TEXTS_AT_ONCE = 64  # texts of up to 2 MB that are passed to training together
 # Limits for loading. No training here makes a longer token.
 LONGEST_TOKEN = 4096  # bytes
 LARGEST_FILE = 2**26  # bytes
+MOST_SPECIAL = 2**16  # ids after the last merged token
 
 UNKNOWN = 2**32 - 1  # the entry of unknown characters in a table of ids
 
 
 class Tokenizer(Protocol):
-    """All ids are below `vocab_size`. `end_of_text` is the id between documents, or None."""
+    """All ids are below `vocab_size`. `end_of_text` is the id between documents, or None.
+
+    `special` has the ids of special tokens by their names, which are plain text inside a text.
+    """
 
     vocab_size: int
     end_of_text: int | None
+    special: dict[str, int]
 
     def encode_array(self, text: str) -> np.ndarray:
         """The ids as uint32, or uint8 for bytes; ValueError for unknown characters. Thread-safe."""
@@ -71,6 +77,7 @@ class CharTokenizer(Tokenizer):
     def __init__(self, characters: str, with_end_of_text: bool) -> None:
         self.characters = characters
         self.end_of_text = len(characters) if with_end_of_text else None
+        self.special = {END_OF_TEXT: len(characters)} if with_end_of_text else {}
         self.vocab_size = len(characters) + with_end_of_text
         self.tokens = [*characters, END_OF_TEXT][: self.vocab_size]
         codes = code_points(characters)
@@ -103,6 +110,7 @@ class ByteTokenizer(Tokenizer):
     """The 256 bytes of UTF-8, and an end of text."""
 
     vocab_size, end_of_text = 257, 256
+    special = {END_OF_TEXT: 256}  # noqa: RUF012
 
     def encode_array(self, text: str) -> np.ndarray:
         try:
@@ -123,20 +131,36 @@ def surrogate(error: UnicodeEncodeError) -> ValueError:
 
 
 class BPETokenizer(Tokenizer):
-    """Byte-pair encoding by tiktoken, with a published vocabulary or one trained on the corpus."""
+    """Byte-pair encoding by tiktoken: a published vocabulary, one trained on the corpus, or a file.
 
-    def __init__(self, encoding: tiktoken.Encoding) -> None:
-        self.encoding = encoding
+    The special tokens `in_text` are also found inside a text. `normalizer` is "" or "NFC", a form
+    of Unicode that a text gets before it is encoded.
+    """
+
+    def __init__(self, encoding: tiktoken.Encoding, in_text: Sequence[str] = (),
+                 normalizer: str = "") -> None:
+        self.encoding, self.in_text, self.normalizer = encoding, tuple(in_text), normalizer
         self.pattern = encoding._pat_str  # tiktoken has no public name for it
-        # Merged tokens have the ids below n_ranks, special tokens higher ones.
-        self.n_ranks = len(encoding.token_byte_values())
         self.special = {}
         for word in encoding.special_tokens_set:
             self.special[word] = encoding.encode_single_token(word)
         self.vocab_size = encoding.n_vocab
-        self.end_of_text = encoding.eot_token
-        # Published vocabularies have ids without a token.
-        self.unused = set(range(self.n_ranks, self.vocab_size)) - set(self.special.values())
+        self.end_of_text = end_of_text_in(self.special)
+        longest_first = sorted(self.in_text, key=len, reverse=True)
+        self.find_in_text = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
+
+    @cached_property
+    def merged(self) -> dict[bytes, int]:
+        """The ids of the merged tokens."""
+        tokens = self.encoding.token_byte_values()
+        return {token: self.encoding.encode_single_token(token) for token in tokens}
+
+    @cached_property
+    def unused(self) -> set[int]:
+        """Ids without a token, which published vocabularies have."""
+        if len(self.encoding.token_byte_values()) + len(self.special) == self.vocab_size:
+            return set()
+        return set(range(self.vocab_size)) - {*self.merged.values(), *self.special.values()}
 
     @classmethod
     def published(cls, name: str) -> BPETokenizer:
@@ -147,10 +171,18 @@ class BPETokenizer(Tokenizer):
             raise ValueError(missing_files(name, error)) from None
 
     @classmethod
-    def from_ranks(cls, ranks: list[bytes]) -> BPETokenizer:
-        return cls(tiktoken.Encoding(
-            "nanohydra-bpe", pat_str=PATTERN, special_tokens={END_OF_TEXT: len(ranks)},
-            mergeable_ranks={token: rank for rank, token in enumerate(ranks)}))
+    def from_ranks(cls, ranks: list[bytes], pattern: str = PATTERN,
+                   special: dict[str, int] | None = None, in_text: Sequence[str] = (),
+                   normalizer: str = "") -> BPETokenizer:
+        """The merged tokens in the order of their ids; empty ones are ids of special tokens.
+
+        Without `special`, the end of text is the last token.
+        """
+        merged = {token: rank for rank, token in enumerate(ranks) if token}
+        encoding = tiktoken.Encoding(
+            "nanohydra-bpe", pat_str=pattern, special_tokens=special or {END_OF_TEXT: len(ranks)},
+            mergeable_ranks=merged)
+        return cls(encoding, in_text, normalizer)
 
     @classmethod
     def train(cls, texts: Iterator[str], vocab_size: int) -> BPETokenizer:
@@ -171,6 +203,21 @@ class BPETokenizer(Tokenizer):
         return cls.from_ranks([bytes(token) for token, _ in ranks])
 
     def encode_array(self, text: str) -> np.ndarray:
+        if not self.in_text:
+            return self.encode_plain(text)
+        arrays = []
+        for place, part in enumerate(self.find_in_text.split(text)):
+            # Every second part is a special token.
+            if place % 2:
+                arrays.append(np.array([self.special[part]], dtype=np.uint32))
+            else:
+                arrays.append(self.encode_plain(part))
+        return np.concatenate(arrays)
+
+    def encode_plain(self, text: str) -> np.ndarray:
+        """The ids of a text without special tokens."""
+        if self.normalizer:
+            text = unicodedata.normalize(self.normalizer, text)
         try:
             return self.encoding.encode_to_numpy(text, disallowed_special=())
         except UnicodeEncodeError as error:
@@ -185,14 +232,62 @@ class BPETokenizer(Tokenizer):
         return self.encoding.decode_bytes([token for token in ids if token not in self.unused])
 
     def ranks(self) -> list[bytes]:
-        """The merged tokens in the order of their ids."""
-        return [self.encoding.decode_single_token_bytes(rank) for rank in range(self.n_ranks)]
+        """The merged tokens in the order of their ids; empty ones are ids of special tokens."""
+        ranks = [b""] * (max(self.merged.values()) + 1)
+        for token, rank in self.merged.items():
+            ranks[rank] = token
+        return ranks
 
     def to_json(self) -> dict[str, Any]:
         if self.encoding.name in PUBLISHED:
             return {"kind": self.encoding.name}
-        return {"kind": "bpe", "pattern": PATTERN,
-                "ranks": [base64.b64encode(token).decode() for token in self.ranks()]}
+        ranks = self.ranks()
+        saved: dict[str, Any] = {"kind": "bpe", "pattern": self.pattern,
+                                 "ranks": [base64.b64encode(token).decode() for token in ranks]}
+        # The settings of imported tokenizers are left out where they are the usual ones, so that
+        # old fingerprints stay valid.
+        if self.special != {END_OF_TEXT: len(ranks)}:
+            saved["special"] = self.special
+        if self.in_text:
+            saved["in_text"] = list(self.in_text)
+        if self.normalizer:
+            saved["normalizer"] = self.normalizer
+        return saved
+
+
+def end_of_text_in(special: dict[str, int]) -> int:
+    """The id of the end of text among special tokens. Raises ValueError if it has no known name."""
+    for word in (END_OF_TEXT, *OTHER_ENDS):
+        if word in special:
+            return special[word]
+    raise ValueError(f"The tokenizer has no {END_OF_TEXT}.")
+
+
+class ExtendedTokenizer(Tokenizer):
+    """A tokenizer with more special tokens, `added`, whose ids follow its last id."""
+
+    def __init__(self, base: Tokenizer, added: Sequence[str]) -> None:
+        self.base, self.added = base, tuple(added)
+        self.vocab_size = base.vocab_size + len(self.added)
+        self.end_of_text = base.end_of_text
+        self.special = dict(base.special)
+        for token, word in enumerate(self.added, base.vocab_size):
+            self.special[word] = token
+
+    def encode_array(self, text: str) -> np.ndarray:
+        return self.base.encode_array(text)
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        pieces = []
+        for token in ids:
+            if token < self.base.vocab_size:
+                pieces.append(self.base.decode_bytes((token,)))
+            else:
+                pieces.append(self.added[token - self.base.vocab_size].encode())
+        return b"".join(pieces)
+
+    def to_json(self) -> dict[str, Any]:
+        return self.base.to_json() | {"added": list(self.added)}
 
 
 def with_few_words(texts: Iterable[str], most_bytes: int) -> Iterator[str]:
@@ -236,6 +331,10 @@ def missing_files(name: str, error: Exception) -> str:
 def from_json(saved: dict[str, Any], place: str) -> Tokenizer:
     """The tokenizer that `to_json` saved. Raises ValueError naming `place` for anything else."""
     match saved:
+        case {"added": list(words), **base} if are_words(words):
+            tokenizer = from_json(base, place)
+            if not set(words) & set(tokenizer.special):
+                return ExtendedTokenizer(tokenizer, words)
         case {"kind": "byte", **rest} if not rest:
             return ByteTokenizer()
         case {"kind": str(name), **rest} if name in PUBLISHED and not rest:
@@ -251,32 +350,67 @@ def from_json(saved: dict[str, Any], place: str) -> Tokenizer:
                 raise ValueError(f"{place} has a token of {longest:,} bytes, more than the "
                                  f"{LONGEST_TOKEN:,} allowed: it was not trained here, or is "
                                  f"damaged.")
-            if ranks and pattern == PATTERN and not rest:
-                return BPETokenizer.from_ranks(ranks)
+            if ranks and pattern in KNOWN and are_options(rest, ranks):
+                return BPETokenizer.from_ranks(ranks, pattern, **rest)
     raise ValueError(f"{place} is not a nanohydra tokenizer.")
 
 
+def are_words(words: list[Any]) -> bool:
+    """Whether the names of special tokens are distinct texts that UTF-8 can encode."""
+    for word in words:
+        if not isinstance(word, str) or not word or re.search("[\ud800-\udfff]", word):
+            return False
+    return len(set(words)) == len(words)
+
+
+def are_options(options: dict[str, Any], ranks: list[bytes]) -> bool:
+    """Whether these are valid arguments of `BPETokenizer.from_ranks`."""
+    default = {"special": {END_OF_TEXT: len(ranks)}, "in_text": [], "normalizer": ""}
+    match default | options:
+        case {"special": dict(special), "in_text": list(in_text),
+              "normalizer": "" | "NFC", **rest} if not rest:
+            free = {rank for rank, token in enumerate(ranks) if not token}
+            free |= set(range(len(ranks), len(ranks) + MOST_SPECIAL))
+            ids = list(special.values())
+            has_end = any(word in special for word in (END_OF_TEXT, *OTHER_ENDS))
+            return (are_words(list(special)) and all(type(token) is int for token in ids)
+                    and len(set(ids)) == len(ids) and set(ids) <= free and has_end
+                    and are_words(in_text) and set(in_text) <= set(special))
+    return False
+
+
 def decode_ranks(encoded: list[Any]) -> list[bytes]:
-    """Tokens from base64; an empty list if they are not distinct or do not include all bytes."""
+    """Tokens from base64; an empty list if they are not distinct or do not include all bytes.
+
+    Only those of special tokens may be empty, which the last one is not.
+    """
     try:
         ranks = [base64.b64decode(token, validate=True) for token in encoded]
     except (TypeError, ValueError):
         return []
-    distinct = set(ranks) - {b""}
-    has_all_bytes = {bytes((value,)) for value in range(256)} <= distinct
-    return ranks if has_all_bytes and len(distinct) == len(ranks) else []
+    tokens = [token for token in ranks if token]
+    has_all_bytes = {bytes((value,)) for value in range(256)} <= set(tokens)
+    is_valid = has_all_bytes and len(set(tokens)) == len(tokens) and ranks[-1]
+    return ranks if is_valid else []
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer in a file. Raises ValueError naming the file for anything else."""
+    return from_json(read_json(path), str(path))
+
+
+def read_json(path: Path) -> Any:
+    """The content of a file; empty if there is no such file or it is not JSON.
+
+    Raises ValueError if it is larger than a tokenizer is.
+    """
     if path.is_file() and path.stat().st_size > LARGEST_FILE:
         raise ValueError(f"{path} has {path.stat().st_size // 2**20:,} MB, more than the "
-                         f"{LARGEST_FILE // 2**20} MB of a nanohydra tokenizer.")
+                         f"{LARGEST_FILE // 2**20} MB of a tokenizer.")
     try:
-        saved = json.loads(path.read_text()) if path.is_file() else {}
+        return json.loads(path.read_text()) if path.is_file() else {}
     except (OSError, ValueError, RecursionError):
-        saved = {}
-    return from_json(saved, str(path))
+        return {}
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:

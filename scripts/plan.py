@@ -70,6 +70,7 @@ from data.prepare import planned
 from data.shards import Tokens, read_meta
 from data.sources import DataConfig
 from data.tokenizer import ByteTokenizer
+from data.tokenizer_file import open_tokenizer
 from model import GPT, SkipInit
 from terminal import counted, readable_size, readable_time, say
 from training.device import PEAK_FLOPS, Device, available_memory, configure
@@ -177,6 +178,8 @@ def describe_data(
         "bpe": config.vocab_size,
         "char": ASSUMED_CHARACTERS,
     }
+    if config.tokenizer not in sizes:
+        sizes[config.tokenizer] = open_tokenizer(config.tokenizer).vocab_size
     size = sizes[config.tokenizer]
     source = "assumed" if config.tokenizer == "char" else f"of {config.tokenizer}"
     return size, None, f"{state}; a vocabulary of {size:,} ({source})"

@@ -66,7 +66,7 @@ from data.contents import Contents
 from data.files import refuse
 from data.prepare import PROGRESS, describe, load_tokenizer, prepare
 from data.shards import SPLITS, read_meta
-from data.sources import DataConfig
+from data.sources import TOKENIZERS, DataConfig
 from data.store import BUILDING, data_root, in_use, is_locked
 from data.tokenizer import Tokenizer
 from report.figures import as_image, log_ticks, new_figure
@@ -74,8 +74,7 @@ from terminal import readable_size, say
 
 # The names of folders of prepared tokens, complete and unfinished, and of the files in them.
 SOURCES = "|".join(get_args(get_type_hints(DataConfig)["source"]))
-TOKENIZERS = "|".join(get_args(get_type_hints(DataConfig)["tokenizer"]))
-COMPLETE = rf"({SOURCES}|mix)-({TOKENIZERS})-[0-9a-f]{{12}}"
+COMPLETE = rf"({SOURCES}|mix)-({'|'.join(TOKENIZERS)}|file)-[0-9a-f]{{12}}"
 PARTIAL, BEING_BUILT = re.escape(atomic.PARTIAL), re.escape(BUILDING)
 UNFINISHED = rf"{BEING_BUILT}{COMPLETE}|{PARTIAL}({BEING_BUILT})?{COMPLETE}-[0-9a-f]{{8}}"
 FILES = (rf"(train|val)_\d{{5}}\.npy|meta\.json|tokenizer\.json|inspect\.png|{re.escape(PROGRESS)}|"

@@ -332,8 +332,8 @@ def test_a_published_vocabulary_keeps_its_published_ids(tokenizer):
     assert (tokenizer.vocab_size, tokenizer.end_of_text) == {
         "gpt2": (50257, 50256), "cl100k_base": (100277, 100257), "o200k_base": (200019, 199999)}[name]
     assert tokenizer.to_json() == {"kind": name}
-    holes = [one for one in range(tokenizer.n_ranks, tokenizer.vocab_size) if not tokenizer.decode_bytes([one])]
-    assert len(holes) == tokenizer.vocab_size - tokenizer.n_ranks - len(tokenizer.special)
+    holes = {one for one in range(tokenizer.vocab_size) if not tokenizer.decode_bytes([one])}
+    assert holes == tokenizer.unused and len(holes) == tokenizer.vocab_size - len(tokenizer.ranks()) - len(tokenizer.special)
 
 
 def answer(content: bytes, status: int = 200) -> requests.Response:
@@ -457,8 +457,11 @@ BYTES = [base64.b64encode(bytes((value,))).decode() for value in range(256)]
     {"kind": "bpe", "pattern": PATTERN, "ranks": BYTES[1:]}, {"kind": "bpe", "pattern": PATTERN, "ranks": [*BYTES, BYTES[0]]},
     {"kind": "bpe", "pattern": PATTERN, "ranks": [*BYTES, "?"]}, {"kind": "bpe", "pattern": PATTERN, "ranks": [*BYTES, 7]},
     {"kind": "bpe", "pattern": PATTERN, "ranks": [*BYTES, ""]}, {"kind": "bpe", "pattern": PATTERN, "ranks": BYTES, "more": 1},
-    {"kind": "bpe", "pattern": "(a+)+$", "ranks": BYTES},
-], ids=range(14))
+    {"kind": "bpe", "pattern": "(a+)+$", "ranks": BYTES}, {"kind": "byte", "added": ["x", "x"]}, {"kind": "byte", "added": [END_OF_TEXT]},
+    *({"kind": "bpe", "pattern": PATTERN, "ranks": BYTES} | options for options in (
+        {"special": {"<x>": 256}}, {"special": {END_OF_TEXT: 3}}, {"special": {END_OF_TEXT: 10**9}}, {"special": {END_OF_TEXT: "3"}},
+        {"special": {END_OF_TEXT: 256, "x": 256}}, {"in_text": ["x"]}, {"normalizer": "NFKC"})),
+], ids=range(23))
 def test_other_json_is_not_a_tokenizer(saved):
     with pytest.raises(ValueError, match=r"^place is not a nanohydra tokenizer.$"):
         from_json(saved, "place")
@@ -476,7 +479,7 @@ def test_a_very_large_file_is_not_read(tmp_path):
     path = tmp_path / "tokenizer.json"
     path.touch()
     os.truncate(path, 10 * 2**30)
-    with pytest.raises(ValueError, match=r"tokenizer.json has 10,240 MB, more than the 64 MB of a nanohydra tokenizer"):
+    with pytest.raises(ValueError, match=r"tokenizer.json has 10,240 MB, more than the 64 MB of a tokenizer"):
         read_tokenizer(path)
 
 

@@ -1,0 +1,37 @@
+"""Find and read the tokenizer that `data.tokenizer=` names by its path: a file, a run, a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from data.hugging_face import from_hugging_face
+from data.tokenizer import Tokenizer, from_json, read_json
+
+
+def find_tokenizer(path: str) -> Path:
+    """The file of a tokenizer: `path` itself, a run's, or the `tokenizer.json` in a folder.
+
+    Raises ValueError if there is none.
+    """
+    place = Path(path)
+    if place.is_file():
+        return place
+    # Of a run, the tokenizer in its last checkpoint.
+    saved = sorted(place.glob("checkpoints/step_*/tokenizer.json"))
+    found = saved[-1] if saved else place / "tokenizer.json"
+    if not found.is_file():
+        raise ValueError(f"data.tokenizer={path} has no tokenizer.json: name such a file, or the "
+                         f"folder of a run, of prepared tokens or of a model.")
+    return found
+
+
+def open_tokenizer(path: str) -> Tokenizer:
+    """The tokenizer at `path`, in nanohydra's or in Hugging Face's format.
+
+    Raises ValueError if there is none, and for a tokenizer with features that are not supported.
+    """
+    file = find_tokenizer(path)
+    content = read_json(file)
+    if isinstance(content, dict) and "kind" in content:
+        return from_json(content, str(file))
+    return from_hugging_face(content, str(file))

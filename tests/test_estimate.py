@@ -17,16 +17,22 @@ CPU = Device("cpu", "fp32")
 
 
 class Timer:
-    """A model whose sequences take `seconds` each, and its clock; the first loss takes `set_up` more."""
+    """A model whose sequences take `seconds` each, and its clock.
 
-    def __init__(self, monkeypatch, seconds, set_up=0.0):
+    The first loss takes `set_up` more, and the first with a number of sequences `first_of_size`.
+    """
+
+    def __init__(self, monkeypatch, seconds, set_up=0.0, first_of_size=0.0):
         self.calls, self.time, self.seconds, self.set_up = [], 0.0, seconds, set_up
+        self.first_of_size = first_of_size
         monkeypatch.setattr(estimate, "now", lambda device: self.time)
 
     def loss(self, sequences):
         self.time += sequences * self.seconds
         if not self.calls:
             self.time += self.set_up
+        if sequences not in self.calls:
+            self.time += self.first_of_size
         self.calls.append(sequences)
         return torch.zeros((), requires_grad=True)
 
@@ -37,10 +43,12 @@ class Timer:
 
 
 @pytest.mark.parametrize(("seconds", "limits", "calls"), [
-    (0.05, {}, [1, 8]),  # half a micro-step, once
+    (0.05, {"max_steps": 1}, [1, 8]),  # half a micro-step, once
+    (0.05, {}, [1, 8, 8]),  # twice, if that is little beside the run
+    (0.05, {"max_seconds": 20}, [1, 8]),
     (0.001, {}, [1, 8, 8, 8, 8, 8]),  # repeated where it is short
-    (2.0, {}, [1, 2]),  # fewer sequences where they are slow
-    (20.0, {}, [1]),
+    (2.0, {"max_steps": 1}, [1, 2]),  # fewer sequences where they are slow
+    (20.0, {"max_steps": 1}, [1]),
     (0.05, {"batch_size": 1}, [1, 1, 1])])
 def test_half_a_micro_step_is_timed_where_that_is_short(monkeypatch, seconds, limits, calls):
     timer = Timer(monkeypatch, seconds)
@@ -54,6 +62,11 @@ def test_the_set_up_of_a_device_is_not_counted(monkeypatch):
     assert Timer(monkeypatch, 0.05, set_up=0.5).measure().step == pytest.approx(3 * 16 * 0.05)
 
 
+def test_the_cost_of_new_memory_is_not_counted(monkeypatch):
+    timer = Timer(monkeypatch, 0.05, first_of_size=0.5)
+    assert timer.measure().step == pytest.approx(3 * 16 * 0.05)
+
+
 def test_evaluation_is_a_quarter_of_a_micro_step_with_recompute(monkeypatch):
     assert Timer(monkeypatch, 0.05).measure(recompute=True).evaluation == pytest.approx(64 * 0.05 / 4)
 
@@ -61,7 +74,7 @@ def test_evaluation_is_a_quarter_of_a_micro_step_with_recompute(monkeypatch):
 def test_a_compiled_model_is_timed_in_its_own_shape(monkeypatch):
     timer = Timer(monkeypatch, 0.01)
     timer.measure(compiled=True)
-    assert timer.calls == [16]
+    assert timer.calls == [16, 16]
 
 
 def test_the_update_is_part_of_a_step(monkeypatch):

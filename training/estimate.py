@@ -22,6 +22,9 @@ from training.optim import Optimizers
 
 MOST_SECONDS = 5.0  # for the timing of a micro-step
 LEAST_SECONDS = 0.1  # shorter timings are repeated
+# So is one that takes at most this fraction of the run: the first of a size also includes what it
+# costs to obtain memory from the operating system.
+RUN_FRACTION = 0.01
 # The numbers in the tensors of one role and shape whose update is timed.
 SAMPLE_NUMBERS = 2**17
 
@@ -83,7 +86,17 @@ def measure_pace(loss: Callable[[int], Tensor], roles: dict[str, dict[str, Tenso
         sequences = min(math.ceil(limits.batch_size / 2), int(MOST_SECONDS / first))
         if sequences == 0:
             sequences, timings = 1, [first]
-    while sum(timings) < LEAST_SECONDS and len(timings) < 5:
+    sequences_of_run = limits.max_steps * micro_steps * limits.batch_size
+
+    def is_enough() -> bool:
+        if not timings or sum(timings) < LEAST_SECONDS:
+            return len(timings) == 5
+        run_seconds = sequences_of_run * timings[0] / sequences
+        if limits.max_seconds:
+            run_seconds = min(run_seconds, limits.max_seconds)
+        return len(timings) > 1 or timings[0] > RUN_FRACTION * run_seconds
+
+    while not is_enough():
         timings.append(micro_step(sequences))
     # Other processes only ever make a timing longer.
     per_sequence = min(timings) / sequences

@@ -8,9 +8,7 @@ processes of its own, in turn, and medians are printed.
 
 from __future__ import annotations
 
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -21,7 +19,13 @@ import numpy as np
 import torch
 
 from bench import peer as nanogpt
-from bench.timing import measure_in_process, print_header, print_row, write_json
+from bench.timing import (
+    measure_in_process,
+    peak_bytes,
+    print_header,
+    print_row,
+    write_json,
+)
 from data.loader import Loader
 from data.shards import Tokens
 from model import GPT, GPTConfig
@@ -136,15 +140,15 @@ def measure(side: str, shape: str, least_seconds: float, peer: str) -> dict[str,
         start = time.perf_counter()
         step(len(seconds))
         seconds.append(time.perf_counter() - start)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    if sys.platform != "darwin":
-        peak *= 1024
-    return {"seconds": seconds[2:], "peak_bytes": peak}
+    return {"seconds": seconds[2:], "peak_bytes": peak_bytes()}
 
 
-def random_loader(config: GPTConfig, batch_size: int) -> Loader:
+def random_loader(config: GPTConfig, batch_size: int, micro_steps: int = 1,
+                  world_size: int = 1) -> Loader:
+    """Batches of random tokens; each of `world_size` processes has so many micro-steps a step."""
     ids = np.random.default_rng(0).integers(0, config.vocab_size, 2_000_000, dtype=np.uint16)
-    return Loader([Tokens([ids])], config.block_size, batch_size)
+    return Loader([Tokens([ids])], config.block_size, batch_size, micro_steps,
+                  world_size=world_size)
 
 
 def training_step(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import resource
 import statistics
 import subprocess
 import sys
@@ -44,11 +46,29 @@ def run_command(command: list[str], folder: Path = ROOT) -> str:
     return result.stdout
 
 
-def measure_in_process(module: str, *arguments: Any) -> dict[str, Any]:
-    """The result of `measure(*arguments)` of a module, from a process of its own."""
-    result = f"json.dumps(measure(*{arguments!r}))"
-    program = f"import json; from {module} import measure; print({result})"
-    return json.loads(run_command([sys.executable, "-c", program]).splitlines()[-1])
+def measure_in_process(module: str, *arguments: Any, processes: int = 1) -> dict[str, Any]:
+    """The result of `measure(*arguments)` of a module, from a process of its own.
+
+    Several processes are started by torchrun. All but the first must return None.
+    """
+    program = (f"import json; from {module} import measure; result = measure(*{arguments!r}); "
+               "result is None or print(json.dumps(result))")
+    start = [sys.executable]
+    if processes > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+                  str(processes), "--no-python", sys.executable]
+    return json.loads(run_command([*start, "-c", program]).splitlines()[-1])
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has held."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        # What getrusage gives includes the process that started this one.
+        peak = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE)
+        return 1024 * int(peak[1])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def print_header(*names: str) -> None:

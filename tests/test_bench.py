@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import decode, profile, speed, timing
+from bench import decode, profile, speed, timing, workers
 from conf.schema import ConfigError, compose
 from generation import kernels
 
@@ -107,6 +107,19 @@ def test_speed_measures_both_sides_in_turn(tmp_path, monkeypatch, capsys, in_thi
     assert float(cells[4]) == pytest.approx(speed.median_ratio(rates["ours"], rates["nanogpt"]), abs=0.01)
 
 
+@pytest.mark.slow
+def test_workers_are_measured_under_torchrun(monkeypatch, capsys):
+    """Two processes have half of the optimizer state each, and wait for each other."""
+    monkeypatch.setattr(workers, "SIDES", ((2, 1),))
+    monkeypatch.setattr(workers, "sum_seconds", lambda *_: {"plain": 1.0, "tree": 1.0})
+    words = ["shape=narrow", "optimizer=adamw", "rounds=1", "seconds=0.01", "micro_steps=2"]
+    assert workers.main(compose(workers.WorkersSettings, words)) == 0
+    (cells,) = [line.split("|") for line in capsys.readouterr().out.splitlines() if "2 x 1" in line]
+    assert cells[3] == " 1.00 " and float(cells[4].strip(" %")) > 0
+    numbers = sum(weights.numel() for weights in speed.GPT(speed.SHAPES["narrow"][0]).parameters())
+    assert float(cells[7]) == pytest.approx(8 * numbers / 2 / 2**20, rel=0.05)
+
+
 @pytest.mark.parametrize(("native", "precision"), [("1", torch.bfloat16), ("0", torch.float32)])
 def test_the_product_rate_uses_the_precision_of_training(native, precision, monkeypatch):
     """A CPU that emulates bf16 would multiply for minutes."""
@@ -141,6 +154,7 @@ def test_a_profile_shows_the_parts_of_a_step(capsys, tmp_path):
     (decode.DecodeSettings, "tokens=1", "at least 2"),
     (decode.DecodeSettings, "prompt=1000", "exceed the context of 1024 tokens"),
     (profile.ProfileSettings, "rows=0", "at least 1"),
+    (workers.WorkersSettings, "micro_steps=3", "cannot be divided among 2"),
 ])
 def test_bad_settings_are_one_sentence(settings, word, problem):
     with pytest.raises(ConfigError, match=problem):

@@ -82,7 +82,7 @@ def train(settings: Settings) -> int:
     Under torchrun, this is one of several processes that train the run together.
     """
     world = World()
-    with world.joined():
+    with world.joined(use_gpus=settings.training.device != "cpu"):
         return train_together(settings, world)
 
 
@@ -136,7 +136,8 @@ def train_together(settings: Settings, world: World) -> int:
             config = yaml.safe_dump(asdict(settings), sort_keys=False)
             atomic.write_bytes(run.folder / "config.yaml", config.encode())
 
-        with (Interrupt() as interrupt, Clock() as clock,
+        # A scheduler signals all processes, and torchrun then signals them again: these are one.
+        with (Interrupt(second_ends=world.size == 1) as interrupt, Clock() as clock,
               world.only_first(lambda: Recorder(
                   run.folder, state.step, limits.max_steps, settings.logger,
                   asdict(settings))) as recorder,

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Callable
 from pathlib import Path
+
+import torch
 
 from checkpointing.checkpoint import Checkpoint
 from checkpointing.state import State
@@ -34,6 +38,10 @@ def describe_run(say: Callable[[str], None], folder: Path, device: Device, model
     say(f"Device: {device.describe()}")
     for warning in device.warnings():
         say(f"Warning: {warning}")
+    if device.type == "cuda" and loader.world_size == 1 and torch.cuda.device_count() > 1:
+        gpus = torch.cuda.device_count()
+        say(f"This run uses one of {gpus} GPUs. To use all: torchrun --standalone "
+            f"--nproc-per-node={gpus} {shlex.join(sys.argv)}")
 
 
 def describe_changes(say: Callable[[str], None], settings: Settings, state: State,

@@ -42,6 +42,15 @@ def test_a_second_request_reaches_the_earlier_handler(unhandled, number):
         assert unhandled == [number]
 
 
+def test_repeated_signals_count_once_where_torchrun_repeats_them(unhandled):
+    with Interrupt(second_ends=False) as noted:
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert noted.exit_code == 143 and not unhandled
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert unhandled == [signal.SIGTERM]
+
+
 @pytest.mark.parametrize("warning", WARNINGS)
 def test_a_warning_repeated_or_before_sigterm_still_saves(unhandled, warning):
     """The kernel repeats SIGXCPU, and a scheduler's SIGTERM follows its warning while the run saves."""

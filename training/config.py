@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from setting import range_problems, setting
+from terminal import counted
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ class TrainingConfig:
     def indivisible(self, tokens: int, block_size: int, world_size: int) -> str:
         """The message that several processes cannot share the micro-steps of a step."""
         micro_steps = tokens // (self.batch_size * block_size)
-        message = (f"{micro_steps} micro-steps a step ({tokens} tokens, batch_size="
+        message = (f"{counted(micro_steps, 'micro-step')} a step ({tokens} tokens, batch_size="
                    f"{self.batch_size} x block_size={block_size}) cannot be divided among "
                    f"{world_size} processes: ")
         sequences = tokens // block_size

@@ -42,8 +42,8 @@ class World:
         self.is_first = self.rank == 0
 
     @contextmanager
-    def joined(self) -> Iterator[None]:
-        """Connect the processes while the context lasts.
+    def joined(self, use_gpus: bool = True) -> Iterator[None]:
+        """Connect the processes while the context lasts. Each has a GPU, where there are any.
 
         A process that ends, or fails, ends the others: the first with one sentence, unless the
         failure was its own, the others without any.
@@ -54,7 +54,12 @@ class World:
         import torch.distributed as dist
 
         backend = "gloo"
-        if torch.cuda.is_available():
+        if use_gpus and torch.cuda.is_available():
+            gpus = torch.cuda.device_count()
+            if self.local_size > gpus:
+                raise ValueError(f"torchrun started {self.local_size} processes on a machine with "
+                                 f"{gpus} GPUs, and each needs one: use --nproc-per-node={gpus}, "
+                                 "or training.device=cpu.")
             torch.cuda.set_device(self.local_rank)
             backend = "cpu:gloo,cuda:nccl"
         dist.init_process_group(backend, timeout=TIMEOUT)

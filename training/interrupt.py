@@ -29,13 +29,14 @@ CHILD = "NANOHYDRA_CHILD"
 class Interrupt:
     """A context that records the first stop signal; in the main thread only.
 
-    The second of REQUESTS goes to the earlier handler; WARNINGS never do. Ignored signals stay
-    ignored, such as SIGHUP under nohup, except SIGINT and SIGTERM.
+    The second of REQUESTS goes to the earlier handler if `second_ends`; WARNINGS never do. Ignored
+    signals stay ignored, such as SIGHUP under nohup, except SIGINT and SIGTERM.
     `exit_code` is 128 plus the number of the signal, or 0 without one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, second_ends: bool = True) -> None:
         self.exit_code = 0
+        self.second_ends = second_ends
         self.before: dict[signal.Signals, object] = {}
 
     def __bool__(self) -> bool:
@@ -55,7 +56,7 @@ class Interrupt:
 
     def _record(self, number: int, frame: FrameType | None) -> None:
         self.exit_code = self.exit_code or 128 + number
-        if number in REQUESTS:
+        if number in REQUESTS and self.second_ends:
             self._restore(*REQUESTS)
 
     def _restore(self, *which: signal.Signals) -> None:

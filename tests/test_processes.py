@@ -1,0 +1,190 @@
+"""What one of several processes meets, a NaN or a full disk, ends or continues the run in all.
+
+The processes are forks of the test's, started as torchrun would: imports take longer than training.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import socket
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed
+from test_faults import FullDisk
+from test_runs import last_step, same
+
+import atomic
+import train as program
+from checkpointing import notices
+from conf.launch import launch
+from data.loader import Loader
+from data.prepare import prepare
+from model import GPT
+from scripts.verify_resume import read_metrics
+from training.distributed import World
+
+SECONDS = 60  # after which processes that wait for each other have failed
+WORDS = ["training.batch_size=2", "training.tokens_per_step=256", "training.max_steps=6",
+         "training.checkpoint_every=2"]
+
+
+@pytest.fixture
+def train_together(tmp_path):
+    """Train in forks of this process; return the exit code and the output of each.
+
+    `prepare_rank(rank)` is called in each before it trains.
+    """
+    def start(settings, size, prepare_rank=lambda rank: None):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        children = []
+        for rank in range(size):
+            child = os.fork()
+            if child == 0:
+                run_rank(settings, size, rank, port, tmp_path / f"output-{rank}", prepare_rank)
+            children.append(child)
+        codes = [wait(child) for child in children]
+        return codes, [(tmp_path / f"output-{rank}").read_text() for rank in range(size)]
+    return start
+
+
+def run_rank(settings, size, rank, port, output, prepare_rank):
+    """In a fork: train as one process; never return."""
+    code = 70
+    try:
+        os.environ.update(TORCHELASTIC_RUN_ID="test", RANK=str(rank), LOCAL_RANK=str(rank),
+                          WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size),
+                          MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        sys.stdout = sys.stderr = open(output, "w", buffering=1)  # noqa: SIM115
+        sys.argv = ["train.py"]
+        prepare_rank(rank)
+        launch(lambda _: program.train(settings), "config", "")
+    except SystemExit as ended:
+        code = ended.code
+    finally:
+        os._exit(code)
+
+
+def wait(child):
+    until = time.monotonic() + SECONDS
+    while True:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() > until:
+            os.kill(child, 9)
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def run(tmp_path):
+    return tmp_path / "runs/tiny"
+
+
+def plant_nan(settings, step, micro_step):
+    """Make the loss of one micro-step of one step NaN, known by its tokens."""
+    limits = settings.training
+    parts = program.open_parts(prepare(settings.data), "train")
+    loader = Loader(parts, settings.model.block_size, limits.batch_size,
+                    limits.micro_steps(settings.model.block_size), settings.seed)
+    bad, forward = loader.batch(step, micro_step)[0], GPT.forward
+
+    def planted(model, idx, targets=None, cache=None, document_ids=None):
+        loss = forward(model, idx, targets, cache, document_ids)
+        if model.training and targets is not None and torch.equal(idx, bad):
+            return loss * math.nan
+        return loss
+
+    return planted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("action", ["skip", "rollback", "stop"])
+def test_a_nan_in_one_process_is_answered_by_all(compose_tiny, train_together, run, monkeypatch, action):
+    """As one process would: here the last of four micro-steps of step 4, which the second one has."""
+    words = [*WORDS, f"training.on_nonfinite={action}"]
+    monkeypatch.setattr(GPT, "forward", plant_nan(compose_tiny(*words), 3, 3))
+    codes, output = train_together(compose_tiny(*words), 2)
+    alone, _ = train_together(compose_tiny(*words, "name=alone"), 1)
+    assert codes == 2 * alone and codes[0] == (action == "stop"), output
+    assert same(run.with_name("alone"), run)
+    reports = [[path.read_text() for path in folder.glob("nonfinite/*.json")] for folder in (run, run.with_name("alone"))]
+    assert len(reports[0]) == 1 and reports[0] == reports[1]
+    assert output[0].count("Step 4 had a loss of nan") == 1 and output[1] == ""
+
+
+def fill_disk_of_the_first(run):
+    def prepare_rank(rank):
+        if rank == 0:
+            atomic.os = FullDisk(run / "checkpoints/step_00000002")
+    return prepare_rank
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_all_and_the_run_resumes(compose_tiny, train_together, run):
+    words = [*WORDS, "training.max_steps=4"]
+    codes, output = train_together(compose_tiny(*words), 2, fill_disk_of_the_first(run))
+    assert codes == [1, 1] and last_step(run) == 2
+    assert output[0].count("Error: ") == 1 and "Error: Only 2 of 4 steps are saved" in output[0]
+    assert output[1] == ""
+    assert train_together(compose_tiny(*words), 2)[0] == [0, 0]
+    train_together(compose_tiny(*words, "name=straight"), 1)
+    assert same(run.with_name("straight"), run)
+
+
+@pytest.mark.slow
+def test_a_full_disk_stops_all_at_once_if_asked(compose_tiny, train_together, run):
+    words = [*WORDS, "training.max_steps=2000", "training.eval_every=0", "training.on_save_error=stop"]
+    codes, output = train_together(compose_tiny(*words), 2, fill_disk_of_the_first(run))
+    assert codes == [1, 1] and last_step(run) == 2
+    assert output[0].count("Error: ") == 1 and "could not be written" in output[0].partition("Error: ")[2]
+    assert output[1] == ""
+
+
+def test_a_mixture_is_bit_identical_in_two_processes(compose_tiny, train_together, book, run, tmp_path):
+    (tmp_path / "digits.txt").write_text("0123456789 " * 300)
+    words = [*WORDS, "training.max_steps=2", f"data.mix={book}:2 {tmp_path / 'digits.txt'}:1"]
+    for size, name in ((1, "alone"), (2, "tiny")):
+        assert train_together(compose_tiny(*words, f"name={name}"), size)[0] == [0] * size
+    assert same(run.with_name("alone"), run)
+
+
+@pytest.mark.slow
+def test_more_processes_do_not_enlarge_a_step(compose_tiny, train_together, run):
+    """A step of one micro-step cannot be divided. The message has settings that keep the step."""
+    assert train_together(compose_tiny("training.max_steps=2"), 1)[0] == [0]
+    codes, output = train_together(compose_tiny("training.max_steps=4"), 2)
+    assert codes == [1, 1] and output[1] == ""
+    advice = re.search(r"1 micro-step a step .* cannot be divided among 2 processes: .*, use (.*)\.", output[0])[1]
+    assert train_together(compose_tiny("training.max_steps=4", *advice.split()), 2)[0] == [0, 0]
+    assert [row["tokens"] for row in read_metrics(run) if "tokens" in row] == [128, 256, 384, 512]
+
+
+def test_a_run_on_one_of_several_gpus_says_how_to_use_all(monkeypatch, capsys):
+    model = SimpleNamespace(parameters_by_role=dict, flops_per_token=lambda: 0)
+    device = SimpleNamespace(type="cuda", describe=str, warnings=list)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(sys, "argv", ["train.py", "data.path=a b.txt"])
+    for size in (1, 4):
+        loader = SimpleNamespace(world_size=size, steps_an_epoch=list, tokens_per_step=1, micro_steps=1, batch_size=1, block_size=1)
+        notices.describe_run(print, Path("run"), device, model, loader, "", 0)
+    command = "torchrun --standalone --nproc-per-node=4 train.py 'data.path=a b.txt'\n"
+    assert capsys.readouterr().out.count(f"This run uses one of 4 GPUs. To use all: {command}") == 1
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    environment = {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0",
+                   "LOCAL_WORLD_SIZE": "4"}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match=r"4 processes on a machine with 2 GPUs.* use --nproc-per-node=2, or"), \
+         World(environment).joined():
+        pass

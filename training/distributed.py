@@ -39,6 +39,7 @@ class World:
         self.rank = int(environment["RANK"]) if started_by_torchrun else 0
         self.local_rank = int(environment["LOCAL_RANK"]) if started_by_torchrun else 0
         self.local_size = int(environment["LOCAL_WORLD_SIZE"]) if started_by_torchrun else 1
+        self.restarts = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
         self.is_first = self.rank == 0
 
     @contextmanager
@@ -62,8 +63,14 @@ class World:
                                  "or training.device=cpu.")
             torch.cuda.set_device(self.local_rank)
             backend = "cpu:gloo,cuda:nccl"
-        dist.init_process_group(backend, timeout=TIMEOUT)
         try:
+            store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
+            if self.size == self.local_size:
+                # torchrun keeps the store when it restarts the processes. In a new namespace, none
+                # finds the address of a process that has ended.
+                store = dist.PrefixStore(f"restart {self.restarts}", store)
+            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size,
+                                    timeout=TIMEOUT)
             if self.is_first:
                 yield
             else:
@@ -77,7 +84,8 @@ class World:
             raise OSError("Another process of this run has ended. The run is saved up to its last "
                           "checkpoint: the same command resumes there.") from error
         finally:
-            dist.destroy_process_group()
+            if dist.is_initialized():
+                dist.destroy_process_group()
 
     def first(self, call: Callable[[], T]) -> T:
         """Call a function in the first process, and return its result in all of them.
@@ -188,5 +196,5 @@ def is_lost_connection(error: RuntimeError) -> bool:
     text = str(error)
     words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe",
              "NCCL communicator was aborted", "remote process exited", "Socket Timeout",
-             "failed to recv", "Connection refused")
+             "failed to recv", "Connection refused", "connectFullMesh failed")
     return any(word in text for word in words)

@@ -457,14 +457,15 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> FileEntry:
     return {"bytes": file_size(path), "sha256": sha256}
 
 
-def safetensors_chunks(tensors: Tensors,
-                       contents: Iterable[Tensor] | None = None) -> Iterator[bytes | memoryview]:
+def safetensors_chunks(tensors: Mapping[str, Tensor], contents: Iterable[Tensor] | None = None,
+                       metadata: dict[str, str] | None = None) -> Iterator[bytes | memoryview]:
     """The bytes of a safetensors file: a JSON header, then the tensors, or their whole `contents`.
 
     The library would copy all tensors of an accelerator to the CPU at once, and would need a second
     pass for the checksum. The format: https://huggingface.co/docs/safetensors
     """
-    header, end = {}, 0
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    end = 0
     for name, tensor in tensors.items():
         start, end = end, end + tensor.nbytes
         entry = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape)}

@@ -230,10 +230,29 @@ def match_names(layout: str, entries: list[Entry], given: list[str]) -> dict[str
     return names
 
 
-def weights_to(layout: str, config: GPTConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The published tensors of a state dict of `GPT(config)`, views where that is possible."""
-    entries = table(layout, config)
-    return {entry.published: entry.publish(state) for entry in entries if not entry.optional}
+class Published(Mapping[str, Tensor]):
+    """Tensors of ours in a layout. Each is made when it is asked for, and shares memory if it can.
+
+    So a file can be written without a second copy of all weights.
+    """
+
+    def __init__(self, entries: list[Entry], state: Mapping[str, Tensor]) -> None:
+        self.entries = {entry.published: entry for entry in entries if not entry.optional}
+        self.state = state
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.entries[name].publish(self.state)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+
+def weights_to(layout: str, config: GPTConfig, state: Mapping[str, Tensor]) -> Published:
+    """The published tensors of a state dict of `GPT(config)`."""
+    return Published(table(layout, config), state)
 
 
 def table(layout: str, config: GPTConfig) -> list[Entry]:

@@ -51,7 +51,7 @@ def test_prefixes_masks_and_a_tied_head_do_not_matter(prefix):
 def test_without_biases_gpt2_gets_zeros():
     torch.manual_seed(0)
     model = GPT(NANOGPT)
-    published = weights_to("gpt2", NANOGPT, model.state_dict())
+    published = dict(weights_to("gpt2", NANOGPT, model.state_dict()))
     assert published.keys() == gpt2_tensors().keys()
     assert published["transformer.h.1.attn.c_attn.bias"].equal(torch.zeros(96))
     assert equal(weights_from("gpt2", NANOGPT, published), model.state_dict())

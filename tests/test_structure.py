@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ENTRY_POINTS = {"train", "sample"}
-ABOVE_CONF = {"checkpointing", "generation", "sweep", "report", "scripts", "bench"} | ENTRY_POINTS
+ABOVE_CONF = {"checkpointing", "generation", "exporting", "sweep", "report", "scripts", "bench"} | ENTRY_POINTS
 # Each room, and the rooms that it must not import.
 FORBIDDEN = {
     "model": {"data", "training", "conf"} | ABOVE_CONF,
@@ -18,7 +18,8 @@ FORBIDDEN = {
     "training": {"model", "data", "conf"} | ABOVE_CONF,
     "conf": ABOVE_CONF,
     "checkpointing": ABOVE_CONF - {"checkpointing"},
-    "generation": {"sweep", "report", "scripts", "bench"} | ENTRY_POINTS,
+    "generation": {"exporting", "sweep", "report", "scripts", "bench"} | ENTRY_POINTS,
+    "exporting": {"generation", "sweep", "report", "scripts", "bench"} | ENTRY_POINTS,
     "sweep": {"generation", "scripts", "bench"} | ENTRY_POINTS,
     "report": {"model", "data", "torch", "generation", "sweep", "scripts", "bench"} | ENTRY_POINTS,
     "scripts": {"bench", "sample"},

@@ -1,0 +1,159 @@
+"""Write a folder that the package transformers loads, and check it.
+
+Knows no command line. The check is by transformers if it is installed; otherwise the written
+weights are read back into our own model.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import atomic
+from checkpointing.checkpoint import safetensors_chunks
+from checkpointing.weights import Weights
+from data.hugging_face import to_hugging_face
+from data.tokenizer import END_OF_TEXT, Tokenizer
+from exporting.check import difference, our_logits
+from model import GPTConfig
+from model.pretrained import CLASSES, config_to, layout_for, weights_from, weights_to
+
+WEIGHTS = "model.safetensors"
+# A module with a class that has n-gram embeddings, after the class of transformers in BASE.
+MODELING = Path(__file__).with_name("modeling_nanohydra.py")
+BASE = "NanoChat"
+CONFIG_CLASSES = {"gpt2": "GPT2Config", "nanochat": "NanoChatConfig", "qwen3": "Qwen3Config",
+                  "llama": "LlamaConfig"}
+
+
+def choose_layout(config: GPTConfig, remote_code: bool) -> str:
+    """The layout of a model. Raises ValueError with the reason if transformers lacks its class."""
+    layout = layout_for(config)
+    if config.ngrams > 1 and not remote_code:
+        raise ValueError(f"No class of transformers has n-gram embeddings (model.ngrams="
+                         f"{config.ngrams}): pass remote_code=true, which writes a class that "
+                         "trust_remote_code=True loads, or train with model.ngrams=1.")
+    return layout
+
+
+def write_folder(folder: Path, weights: Weights, layout: str) -> None:
+    """Write the files of a model into an empty folder, tensor by tensor."""
+    tokenizer = weights.tokenizer
+    contents: dict[str, Any] = {
+        "config.json": model_config(weights.config, layout, tokenizer),
+        "generation_config.json": special_ids(tokenizer),
+        "tokenizer.json": to_hugging_face(tokenizer),
+        "tokenizer_config.json": tokenizer_config(weights.config, tokenizer),
+    }
+    for name, content in contents.items():
+        text = json.dumps(content, ensure_ascii=False, indent=None if "r.json" in name else 2)
+        atomic.write_file(folder / name, [text.encode()])
+    if weights.config.ngrams > 1:
+        atomic.write_file(folder / MODELING.name, [modeling_source(layout).encode()])
+    tensors = weights_to(layout, weights.config, weights.tensors)
+    atomic.write_file(folder / WEIGHTS, safetensors_chunks(tensors, metadata={"format": "pt"}))
+
+
+def model_config(config: GPTConfig, layout: str, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The content of config.json."""
+    content = config_to(layout, config) | special_ids(tokenizer) | {"dtype": "float32"}
+    if config.ngrams > 1:
+        module = MODELING.stem
+        content |= {
+            "model_type": "nanohydra", "architectures": ["NanohydraForCausalLM"],
+            "ngrams": config.ngrams, "ngram_rows": config.ngram_rows,
+            "auto_map": {"AutoConfig": f"{module}.NanohydraConfig",
+                         "AutoModelForCausalLM": f"{module}.NanohydraForCausalLM"}}
+    return content
+
+
+def special_ids(tokenizer: Tokenizer) -> dict[str, int | None]:
+    """The token between documents, which begins and ends a text."""
+    return dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.end_of_text)
+
+
+def tokenizer_config(config: GPTConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The content of tokenizer_config.json."""
+    content = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.block_size,
+               "clean_up_tokenization_spaces": False,
+               # In a text, <|endoftext|> is plain text.
+               "split_special_tokens": True}
+    if tokenizer.end_of_text is not None:
+        content |= dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT)
+    return content
+
+
+def modeling_source(layout: str) -> str:
+    """The module with the class that has n-gram embeddings."""
+    source = MODELING.read_text().replace(f"{BASE}ForCausalLM", CLASSES[layout])
+    return source.replace(f"{BASE}Config", CONFIG_CLASSES[layout])
+
+
+def class_name(config: GPTConfig, layout: str) -> str:
+    """The class that loads the folder."""
+    return "NanohydraForCausalLM" if config.ngrams > 1 else CLASSES[layout]
+
+
+def check_folder(folder: Path, config: GPTConfig, tokenizer: Tokenizer, layout: str, text: str,
+                 ids: Tensor, ours: Tensor) -> tuple[float, str]:
+    """The largest difference of logits from `ours`, and the program that computed the others.
+
+    Raises ValueError if the model or the tokenizer in the folder is not the same.
+    """
+    program = "this model with the written weights"
+    try:
+        import transformers
+    except ImportError:
+        program += " (transformers is not installed)"
+        found = read_back(folder, config, layout, ids)
+    else:
+        version = f"transformers {transformers.__version__}"
+        if hasattr(transformers, CLASSES[layout]):
+            program = version
+            found = transformers_logits(folder, config, ids)
+            check_tokenizer(folder, tokenizer, text)
+        else:
+            program += f" ({version} has no {CLASSES[layout]})"
+            found = read_back(folder, config, layout, ids)
+    return difference(ours, found, program), program
+
+
+def read_back(folder: Path, config: GPTConfig, layout: str, ids: Tensor) -> Tensor:
+    """The logits of our model with the weights in a folder."""
+    tensors = weights_from(layout, config, load_file(folder / WEIGHTS))
+    return our_logits(config, tensors, ids)
+
+
+def transformers_logits(folder: Path, config: GPTConfig, ids: Tensor) -> Tensor:
+    """The logits of the model in a folder, loaded by transformers."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    auto = transformers.AutoModelForCausalLM
+    if config.ngrams > 1:
+        # As trust_remote_code=True, which would keep a copy of the module in the user's cache.
+        found = importlib.util.spec_from_file_location(MODELING.stem, folder / MODELING.name)
+        module = importlib.util.module_from_spec(found)
+        found.loader.exec_module(module)
+        auto = module.NanohydraForCausalLM
+    model = auto.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        return model(ids).logits
+
+
+def check_tokenizer(folder: Path, tokenizer: Tokenizer, text: str) -> None:
+    """Raise ValueError if transformers' tokenizer gives other ids than ours."""
+    import transformers
+
+    theirs = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    part = text[:100_000]
+    if theirs(part, verbose=False)["input_ids"] != tokenizer.encode(part):
+        raise ValueError("The exported tokenizer is not the same: transformers gives other ids for "
+                         "the same text. Nothing was written.")

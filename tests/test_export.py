@@ -69,6 +69,9 @@ def test_transformers_writes_the_same_text(exported, transformers, overrides, cl
     ids = tokenizer(text, return_tensors="pt")
     assert ids["input_ids"][0].tolist() == run.encode(text)
     assert tokenizer.eos_token_id == run.tokenizer.end_of_text
+    if "data.tokenizer=char" not in overrides:
+        # In a text, the token between documents is plain text.
+        assert tokenizer("a<|endoftext|>b")["input_ids"] == run.encode("a<|endoftext|>b")
     with torch.no_grad():
         logits = run.logits(text)
         assert (model(**ids).logits[0] - logits).abs().max() <= 1e-5 * logits.abs().max()

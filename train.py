@@ -146,10 +146,10 @@ def train_together(settings: Settings, world: World) -> int:
                     stop_on_error=limits.on_save_error == "stop", peers=Peers(world)) as saver):
             # Describe the run, decide whether to compile, and estimate the time it takes.
             notices.describe_run(recorder.say, run.folder, device, model, loader,
-                                 describe(prepared), state.step)
+                                 describe(prepared), state.step, world.local_size)
             for line in imported:
                 recorder.say(line)
-            notices.describe_changes(recorder.say, settings, state, last)
+            notices.describe_changes(recorder.say, settings, state, last, world.size)
             micro_step = partial(try_micro_step, batch=first_batch, device=device,
                                  boundary=boundary)
             # The floating-point operations of each process in a step.
@@ -159,7 +159,7 @@ def train_together(settings: Settings, world: World) -> int:
             compiled = forward is not model
             facts = {"settings": settings_to_save(settings, prepared, device.precision),
                      "max_steps": limits.max_steps, "model": asdict(model.config),
-                     "environment": asdict(device.environment(compiled))}
+                     "environment": asdict(device.environment(compiled, world.size))}
             if world.is_first:
                 record_start(run.folder, state.step, facts["environment"])
             pace = measure_pace(first_loss(forward, first_batch, device, boundary),

@@ -21,7 +21,7 @@ from training.schedule import extension, same_rates
 
 
 def describe_run(say: Callable[[str], None], folder: Path, device: Device, model: GPT,
-                 loader: Loader, data: str, step: int) -> None:
+                 loader: Loader, data: str, step: int, local_processes: int = 1) -> None:
     """Say what will be trained, on which data and device, and from which step."""
     start = f", from step {step}" if step else ""
     say(f"Run: {folder}{start}")
@@ -36,7 +36,7 @@ def describe_run(say: Callable[[str], None], folder: Path, device: Device, model
     say(f"Step: {loader.tokens_per_step:,} tokens ({loader.micro_steps} x "
                  f"{loader.batch_size} sequences of {loader.block_size}), {epochs} steps an epoch")
     say(f"Device: {device.describe()}")
-    for warning in device.warnings():
+    for warning in device.warnings(local_processes):
         say(f"Warning: {warning}")
     if device.type == "cuda" and loader.world_size == 1 and torch.cuda.device_count() > 1:
         gpus = torch.cuda.device_count()
@@ -45,7 +45,7 @@ def describe_run(say: Callable[[str], None], folder: Path, device: Device, model
 
 
 def describe_changes(say: Callable[[str], None], settings: Settings, state: State,
-                     last: Checkpoint | None) -> None:
+                     last: Checkpoint | None, world_size: int = 1) -> None:
     """Say what a resumed run does differently from now on, and warn of settings that do little."""
     for warning in settings.warnings():
         say(f"Warning: {warning}")
@@ -59,9 +59,9 @@ def describe_changes(say: Callable[[str], None], settings: Settings, state: Stat
         if not same_rates(state.step, settings.optim, planned, max_steps):
             state.replanned = True
         say(extension(state.step, settings.optim, planned, max_steps, state.replanned))
-    change = changed_batch_size(settings, last)
-    if change:
-        say(change)
+    for change in (changed_batch_size(settings, last), changed_world_size(last, world_size)):
+        if change:
+            say(change)
 
 
 def how_to_continue(limit: str, settings: Settings, last: Checkpoint) -> str:
@@ -99,3 +99,18 @@ def changed_batch_size(settings: Settings, last: Checkpoint) -> str:
     return (f"Resuming with micro-batches of {now} sequences instead of {before}: each step trains "
             f"on the same sequences as before, but sums are rounded in another order{dropout}, so "
             f"the result is not bit-identical.")
+
+
+def changed_world_size(last: Checkpoint, now: int) -> str:
+    """The effect of resuming with another number of processes; empty if it is the same."""
+    before = last.state["environment"].get("world_size", 1)
+    if before == now:
+        return ""
+    effect = "sums are rounded as before"
+    if not (is_power_of_two(before) and is_power_of_two(now)):
+        effect = "sums are rounded in another order, so the result is not bit-identical"
+    return f"Resuming with world_size={now} instead of {before}: {effect}."
+
+
+def is_power_of_two(number: int) -> bool:
+    return number & (number - 1) == 0

@@ -297,8 +297,8 @@ def open_device(run: Run, settings: Settings, last: Checkpoint | None) -> Device
         say(f"Resuming with {counted(threads, 'thread')} instead of {saved.threads}: the result is "
             f"not bit-identical from here on.")
     here = device.environment(limits.compile == "true")
-    # The number of threads may change. Older checkpoints do not record native_bf16.
-    expected = replace(saved, threads=threads)
+    # The numbers of threads and processes may change. Older checkpoints do not record native_bf16.
+    expected = replace(saved, threads=threads, world_size=here.world_size)
     if saved.native_bf16 is None:
         expected = replace(expected, native_bf16=here.native_bf16)
     drift = differences(asdict(expected), asdict(here))

@@ -12,14 +12,15 @@ from terminal import escaped
 
 # The first pattern that matches a setting's name decides. `free` settings may change at any time,
 # `extendable` ones when the run resumes, `machine` ones only by the user's wish; `identity` makes
-# another run.
+# another run. `world_size` is the number of processes that torchrun starts.
 KINDS = {
     "free": "name auto_name runs_dir restart allow_drift init_from init_source model_given "
     "data.path data.val_path data.hub_revision training.sample_tokens training.recompute logger.*",
     "extendable": "training.max_steps training.max_seconds training.patience training.eval_every "
     "training.eval_tokens training.checkpoint_every training.keep_last training.on_save_error "
     "training.on_nonfinite training.nonfinite_limit",
-    "machine": "training.device training.threads training.compile training.deterministic",
+    "machine": "training.device training.threads training.compile training.deterministic "
+    "world_size",
     "identity": "seed init_fingerprint model.* data.* optim.* training.batch_size "
     "training.tokens_per_step training.precision",
 }

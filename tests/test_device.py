@@ -145,13 +145,14 @@ def test_an_emulated_precision_is_warned_about(monkeypatch, native, precision, w
     assert all(re.search(r"took \d+\.\d times as long as in fp32", line) for line in found)
 
 
-@pytest.mark.parametrize(("busy", "threads", "advice"), [
-    (8, 4, "training.threads=1"), (8, 1, ""), (0.3, 4, ""), (1, 4, "training.threads=3"), (0, 6, "training.threads=4")])
-def test_a_busy_machine_is_warned_about(monkeypatch, busy, threads, advice):
+@pytest.mark.parametrize(("busy", "threads", "processes", "advice"), [
+    (8, 4, 1, "training.threads=1"), (8, 1, 1, ""), (0.3, 4, 1, ""), (1, 4, 1, "training.threads=3"),
+    (0, 6, 1, "training.threads=4"), (0, 4, 2, "training.threads=2"), (4, 2, 2, "")])
+def test_a_busy_machine_is_warned_about(monkeypatch, busy, threads, processes, advice):
     monkeypatch.setattr(module, "busy_cpus", lambda: busy)
     monkeypatch.setattr(module.os, "cpu_count", lambda: 4)
     monkeypatch.setattr(module, "usable_cpus", lambda: 4)
-    found = list(Device("cpu", "fp32", threads=threads).warnings())
+    found = list(Device("cpu", "fp32", threads=threads).warnings(processes))
     assert [line.endswith(f"try {advice}.") for line in found] == [True] * bool(advice)
 
 

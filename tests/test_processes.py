@@ -165,12 +165,13 @@ def test_more_processes_do_not_enlarge_a_step(compose_tiny, train_together, run)
     assert codes == [1, 1] and output[1] == ""
     advice = re.search(r"1 micro-step a step .* cannot be divided among 2 processes: .*, use (.*)\.", output[0])[1]
     assert train_together(compose_tiny("training.max_steps=4", *advice.split()), 2)[0] == [0, 0]
+    assert "Resuming with world_size=2 instead of 1: sums are" in (run / "log.txt").read_text()
     assert [row["tokens"] for row in read_metrics(run) if "tokens" in row] == [128, 256, 384, 512]
 
 
 def test_a_run_on_one_of_several_gpus_says_how_to_use_all(monkeypatch, capsys):
     model = SimpleNamespace(parameters_by_role=dict, flops_per_token=lambda: 0)
-    device = SimpleNamespace(type="cuda", describe=str, warnings=list)
+    device = SimpleNamespace(type="cuda", describe=str, warnings=lambda processes: [])
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(sys, "argv", ["train.py", "data.path=a b.txt"])
     for size in (1, 4):
@@ -178,6 +179,13 @@ def test_a_run_on_one_of_several_gpus_says_how_to_use_all(monkeypatch, capsys):
         notices.describe_run(print, Path("run"), device, model, loader, "", 0)
     command = "torchrun --standalone --nproc-per-node=4 train.py 'data.path=a b.txt'\n"
     assert capsys.readouterr().out.count(f"This run uses one of 4 GPUs. To use all: {command}") == 1
+
+
+@pytest.mark.parametrize("before, now, said", [(2, 2, ""), (4, 1, "as before"), (1, 3, "not bit-identical"), (3, 2, "not bit-identical")])
+def test_another_number_of_processes_is_said(before, now, said):
+    last = SimpleNamespace(state={"environment": {"world_size": before}})
+    found = notices.changed_world_size(last, now)
+    assert said in found and bool(found) == bool(said)
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):

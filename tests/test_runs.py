@@ -60,7 +60,7 @@ def run(tmp_path):
 
 
 def test_every_setting_is_of_one_kind():
-    settings = [*leaves(Settings), "auto_name", "model_given", "init_source", "init_fingerprint"]
+    settings = [*leaves(Settings), "world_size", "auto_name", "model_given", "init_source", "init_fingerprint"]
     assert {identity.kind(setting) for setting in settings} == set(identity.KINDS)
     for pattern in " ".join(identity.KINDS.values()).split():
         assert any(identity.fnmatchcase(setting, pattern) for setting in [*settings, "model.vocab_size"]), pattern

@@ -53,11 +53,15 @@ class Environment:
     torch: str = ""
     # Decides the precision of Muon's products. None: from a version that did not record it.
     native_bf16: bool | None = None
+    # The number of processes, which changes no bits if it is a power of two.
+    world_size: int = 1
 
     def problems(self) -> Iterator[str]:
         """One sentence for each invalid value."""
         if not 1 <= self.threads <= 1024:
             yield f"threads={self.threads} must lie between 1 and 1024."
+        if not 1 <= self.world_size <= 2**20:
+            yield f"world_size={self.world_size} must lie between 1 and {2**20}."
 
 
 def available() -> dict[str, bool]:
@@ -116,20 +120,26 @@ class Device:
         kept = "; memory that a step frees is kept for the next" if self.keeps_memory else ""
         return f"{self.name()}; {self.precision} ({self.reason}){kept}"
 
-    def warnings(self) -> Iterator[str]:
-        """One sentence for each thing that makes training on this CPU slower than necessary."""
+    def warnings(self, processes: int = 1) -> Iterator[str]:
+        """One sentence for each thing that makes training on this CPU slower than necessary.
+
+        `processes` are those of the run on this machine.
+        """
         if self.type != "cpu":
             return
         if self.precision != "fp32" and not native(self.precision):
             yield (f"this processor emulates {self.precision}: a product of 256 x 256 matrices "
                    f"took {self.times_fp32():.1f} times as long as in fp32. "
                    f"Leave training.precision={self.precision} out.")
-        busy = busy_cpus()
-        if self.threads > usable_cpus():
-            cpus = usable_cpus()
-            yield (f"{self.threads} threads share {counted(cpus, 'CPU')}. Threads wait for each "
-                   f"other and can take far longer than fewer: try training.threads={cpus}.")
-        elif are_crowded(self.threads, busy):
+        cpus, threads = usable_cpus(), processes * self.threads
+        if threads > cpus:
+            fewer = max(1, cpus // processes)
+            yield (f"{threads} threads share {counted(cpus, 'CPU')}. Threads wait for each "
+                   f"other and can take far longer than fewer: try training.threads={fewer}.")
+            return
+        # The other processes of the run are busy, too.
+        busy = busy_cpus() if processes == 1 else 0.0
+        if are_crowded(self.threads, busy):
             cpus = os.cpu_count() or 1
             fewer = max(1, round(cpus - busy))
             yield (f"other processes keep {min(busy, cpus):.0f} of {counted(cpus, 'CPU')} busy. "
@@ -149,10 +159,10 @@ class Device:
             seconds.append(min(times))
         return seconds[1] / seconds[0]
 
-    def environment(self, compiled: bool) -> Environment:
+    def environment(self, compiled: bool, world_size: int = 1) -> Environment:
         name = processor() if self.type == "cpu" else self.name()
         return Environment(self.type, name, self.threads, self.precision, self.deterministic,
-                           compiled, torch.__version__, self.native_bf16)
+                           compiled, torch.__version__, self.native_bf16, world_size)
 
     def name(self) -> str:
         if self.type == "cuda":

@@ -16,8 +16,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from checkpointing.initial import find_weights
 from checkpointing.run_folder import find_run
-from checkpointing.weights import find_weights
 from conf.settings import SampleSettings
 from data.tokenizer import Tokenizer
 from generation.decoder import Decoder

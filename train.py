@@ -27,6 +27,7 @@ import yaml
 import atomic
 from checkpointing import notices, store
 from checkpointing.checkpoint import Checkpoint
+from checkpointing.initial import initial_weights
 from checkpointing.peers import Peers
 from checkpointing.provenance import record_start
 from checkpointing.resume import (
@@ -41,7 +42,6 @@ from checkpointing.rollback import answer_nonfinite
 from checkpointing.run_folder import Run
 from checkpointing.saver import Saver
 from checkpointing.state import State
-from checkpointing.weights import initial_weights
 from conf.sampling import SamplingConfig
 from conf.settings import Settings
 from data.loader import Loader, Prefetch, Validation

@@ -13,9 +13,9 @@ from typing import Any
 
 from checkpointing import checkpoint, store
 from checkpointing.checkpoint import Checkpoint
+from checkpointing.initial import with_shape_of_weights
 from checkpointing.provenance import compiled_at_last_start
 from checkpointing.run_folder import Run, check_file_types
-from checkpointing.weights import with_shape_of_weights
 from conf.convert import rebuild
 from conf.identity import (
     OF_THE_TOKENS,

@@ -31,6 +31,7 @@ PUBLISHED = {
     "cl100k_base": (f"{OPENAI}/encodings/cl100k_base.tiktoken",),
     "o200k_base": (f"{OPENAI}/encodings/o200k_base.tiktoken",),
 }
+PUBLISHED_SIZES = {"gpt2": 50257, "cl100k_base": 100277, "o200k_base": 200019}
 
 # Training keeps each distinct word in memory, about 45 bytes for each byte. In Chinese or base64
 # almost every word is distinct, so training stops reading after this many bytes of distinct words,

@@ -5,7 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from data.hugging_face import from_hugging_face
-from data.tokenizer import Tokenizer, from_json, read_json
+from data.tokenizer import (
+    PUBLISHED_SIZES,
+    ByteTokenizer,
+    Tokenizer,
+    from_json,
+    read_json,
+)
 
 
 def find_tokenizer(path: str) -> Path:
@@ -35,3 +41,9 @@ def open_tokenizer(path: str) -> Tokenizer:
     if isinstance(content, dict) and "kind" in content:
         return from_json(content, str(file))
     return from_hugging_face(content, str(file))
+
+
+def planned_size(name: str, vocab_size: int) -> int | None:
+    """The number of tokens of `data.tokenizer=NAME`; None where the text decides it."""
+    sizes = {**PUBLISHED_SIZES, "byte": ByteTokenizer.vocab_size, "bpe": vocab_size, "char": None}
+    return sizes[name] if name in sizes else open_tokenizer(name).vocab_size

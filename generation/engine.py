@@ -17,8 +17,9 @@ from torch import Tensor
 
 from checkpointing import store
 from checkpointing.checkpoint import Checkpoint
+from checkpointing.initial import find_weights
 from checkpointing.run_folder import find_run
-from checkpointing.weights import Weights, find_weights, own_weights
+from checkpointing.weights import Weights, own_weights
 from conf.sampling import SamplingConfig
 from data.tokenizer import Tokenizer
 from generation.decoder import Decoder, native_autocast
@@ -191,6 +192,10 @@ def open_weights(init_from: str | Path, runs_dir: str | Path = "runs", device: s
 
 def engine_of(weights: Weights, device: Device) -> Engine:
     """An engine on `device`. Raises ValueError if the tokenizer of the weights is not known."""
+    if weights.tokenizer is None:
+        raise ValueError(f"{weights.place} has no tokenizer that is known here, for its vocabulary "
+                         f"of {weights.config.vocab_size:,} tokens: start a run from it with the "
+                         "text whose tokens it has (python train.py init_from=), and sample that.")
     return Engine(weights.model().to(device.torch), weights.tokenizer, device)
 
 

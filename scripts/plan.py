@@ -61,6 +61,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from checkpointing.initial import shape_of_weights
 from checkpointing.state import State
 from conf.presets import ConfigError
 from conf.schema import compose
@@ -69,8 +70,7 @@ from data.loader import Loader
 from data.prepare import planned
 from data.shards import Tokens, read_meta
 from data.sources import DataConfig
-from data.tokenizer import ByteTokenizer
-from data.tokenizer_file import open_tokenizer
+from data.tokenizer_file import planned_size
 from model import GPT, SkipInit
 from terminal import counted, readable_size, readable_time, say
 from training.device import PEAK_FLOPS, Device, available_memory, configure
@@ -80,7 +80,6 @@ from training.step import first_loss, loss_of
 
 ROOT = Path(__file__).parent.parent
 GPUS = sorted(name.lower().replace(" ", "-") for name in PEAK_FLOPS)
-PUBLISHED_SIZES = {"gpt2": 50257, "cl100k_base": 100277, "o200k_base": 200019}
 # As many as Tiny Shakespeare has.
 ASSUMED_CHARACTERS = 65
 # Memory of activations on a CPU divided by their bytes, because of holes in the heap. Measured: 1.1
@@ -99,7 +98,8 @@ def main(own: PlanSettings) -> int:
         device = Device(settings.training.device, settings.training.precision)
     configure(device)
     vocab_size, meta, description = describe_data(settings.data, has_data)
-    settings = replace(settings, model=replace(settings.model, vocab_size=vocab_size))
+    shape = shape_of_weights(settings)
+    settings = replace(settings, model=replace(shape, vocab_size=vocab_size))
     say(f"Data: {description}")
 
     n_parameters, flops = plan_model(settings, meta)
@@ -172,15 +172,7 @@ def describe_data(
             n_tokens = meta["splits"]["train"]["tokens"]
             return meta["vocab_size"], meta, f"{n_tokens:,} training tokens ({folder})"
         state = "not prepared yet"
-    sizes = {
-        **PUBLISHED_SIZES,
-        "byte": ByteTokenizer.vocab_size,
-        "bpe": config.vocab_size,
-        "char": ASSUMED_CHARACTERS,
-    }
-    if config.tokenizer not in sizes:
-        sizes[config.tokenizer] = open_tokenizer(config.tokenizer).vocab_size
-    size = sizes[config.tokenizer]
+    size = planned_size(config.tokenizer, config.vocab_size) or ASSUMED_CHARACTERS
     source = "assumed" if config.tokenizer == "char" else f"of {config.tokenizer}"
     return size, None, f"{state}; a vocabulary of {size:,} ({source})"
 

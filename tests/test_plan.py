@@ -53,10 +53,10 @@ def test_vocabulary_sizes_are_known_without_the_data(tokenizer, size):
 
 
 def test_sizes_of_published_vocabularies(gpt2_files):
-    from data.tokenizer import BPETokenizer
+    from data.tokenizer import PUBLISHED_SIZES, BPETokenizer
 
-    assert plan.PUBLISHED_SIZES.keys() == PUBLISHED.keys()
-    assert BPETokenizer.published("gpt2").vocab_size == plan.PUBLISHED_SIZES["gpt2"]
+    assert PUBLISHED_SIZES.keys() == PUBLISHED.keys()
+    assert BPETokenizer.published("gpt2").vocab_size == PUBLISHED_SIZES["gpt2"]
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ import sample as sampling
 import train as program
 from checkpointing import store
 from checkpointing.checkpoint import MODEL
-from checkpointing.weights import find_weights
+from checkpointing.initial import find_weights
 from conf.schema import compose
 from generation import open_run, open_weights
 
@@ -59,7 +59,7 @@ def test_the_shape_is_that_of_the_weights(start, more):
     (["model.n_layer=3"], "model.n_layer=3 contradicts init_from=.*, whose weights have 2: leave it out"),
     (["model=modern-nano"], "model.activation=relu2 contradicts"),
     (["model.block_size=64"], "model.block_size=64 is longer than the context of init_from=.*, 32 tokens"),
-    (["data.tokenizer=byte"], r"has a vocabulary of \d+ tokens, the training text one of 257 \(data.tokenizer=byte\)"),
+    (["data.tokenizer=byte"], r"has a vocabulary of 28 tokens, data.tokenizer=byte one of 257: set data.tokenizer=.*step_00000060\.$"),
 ])
 def test_settings_that_contradict_the_weights_are_refused(start, more, words, said):
     with pytest.raises(ValueError, match=said) as refused:
@@ -70,9 +70,23 @@ def test_settings_that_contradict_the_weights_are_refused(start, more, words, sa
 def test_another_tokenizer_of_the_same_size_is_refused(start, more, book, tmp_path):
     other = tmp_path / "other.txt"
     other.write_text(book.read_text().replace("y", "7"))
-    with pytest.raises(ValueError, match="trained with another tokenizer"):
+    with pytest.raises(ValueError, match=r"although both have 28 different ones: set data.tokenizer="):
         start(f"data.path={other}")
     assert not more.exists()
+
+
+def test_a_run_continues_on_another_text_with_its_tokenizer(start, more, book, tmp_path, tiny_runs):
+    other = tmp_path / "other.txt"
+    other.write_text(book.read_text()[: 20_000].replace("y", "s"))
+    assert start(f"data.path={other}", f"data.tokenizer={tiny_runs / 'tiny'}") == 0
+    assert open_run(more).tokenizer.characters == open_run(tiny_runs / "tiny").tokenizer.characters
+
+
+def test_tokens_that_are_added_get_the_mean_embedding(tiny_runs):
+    weights = find_weights(str(tiny_runs / "tiny"), tiny_runs)
+    embedding = weights.fitted(16, 30)["wte.weight"]
+    assert torch.equal(embedding[:28], weights.tensors["wte.weight"])
+    assert torch.allclose(embedding[28:], weights.tensors["wte.weight"].mean(0))
 
 
 def test_a_run_resumes_without_the_weights_it_started_from(compose_tiny, tiny_runs, tmp_path, interrupt_at, more):

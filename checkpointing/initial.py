@@ -1,0 +1,198 @@
+"""The weights that `init_from=` names: which they are, and how they decide a run's settings."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from checkpointing import checkpoint, pretrained, store
+from checkpointing.checkpoint import Checkpoint
+from checkpointing.run_folder import find_run
+from checkpointing.weights import Weights, own_weights
+from conf.convert import rebuild
+from conf.identity import flat
+from conf.presets import preset
+from conf.settings import Settings
+from data.tokenizer import (
+    PUBLISHED,
+    BPETokenizer,
+    ExtendedTokenizer,
+    Tokenizer,
+    fingerprint,
+)
+from data.tokenizer_file import planned_size
+from model import GPTConfig
+from setting import as_word
+from terminal import say
+
+# The settings of the model that need not be those of the weights.
+CHANGEABLE = ("block_size", "dropout")
+# From the logits of transformers, relative to the largest: in fp32, sums are rounded differently.
+LARGEST_DIFFERENCE = 1e-4
+
+
+def find_weights(name: str, runs_dir: Path) -> Weights:
+    """The weights that `init_from=NAME` means; docs/weights.md lists the kinds of names.
+
+    Raises ValueError with one sentence if there are none, or if they are invalid.
+    """
+    path = Path(name)
+    if name in pretrained.NAMES:
+        return pretrained.read_folder(pretrained.find_published(name))
+    if (path / checkpoint.MANIFEST).exists():
+        return own_weights(Checkpoint.open(path))
+    if path.is_file():
+        return pretrained.read_nanogpt(path)
+    if pretrained.is_folder_of_weights(path):
+        return pretrained.read_folder(path)
+    try:
+        run = find_run(runs_dir, name)
+    except ValueError as error:
+        if path.is_dir():
+            raise ValueError(f"init_from={name} is a folder without weights: it has neither the "
+                             f"checkpoints of a run nor {pretrained.CONFIG} nor "
+                             f"{pretrained.NANOGPT}.") from None
+        raise ValueError(str(error).replace(f"run={name} ", f"init_from={name} ")) from None
+    found = store.load_checkpoint(run / "checkpoints", "best", own_weights,
+                                  lambda text: say(text, sys.stderr))
+    if found is None:
+        raise ValueError(f"{run} has no checkpoint.")
+    return found
+
+
+def with_shape_of_weights(settings: Settings, last: Checkpoint | None
+                          ) -> tuple[Settings, list[str]]:
+    """The settings with the model's shape from the weights of `init_from`, and messages for users.
+
+    If `last` is a checkpoint of a run that started from the same place, the run resumes: the shape
+    is its own, and the weights are not read. Raises ValueError if a setting contradicts the shape.
+    """
+    saved = flat(last.state["settings"]) if last else {}
+    if not settings.init_from:
+        return settings, []
+    if saved.get("init_from") == settings.init_from:
+        shape = rebuild(GPTConfig, last.state["model"], f"{last.folder / checkpoint.STATE}, model")
+        told = {name: str(saved.get(name)) for name in ("init_source", "init_fingerprint")}
+        return replace(settings, model=given_shape(settings, shape), **told), []
+    if settings.init_from in pretrained.NAMES:
+        # Before they are downloaded.
+        check_vocabulary(settings, pretrained.GPT2_TOKENS, "set data.tokenizer=gpt2")
+    weights = find_weights(settings.init_from, Path(settings.runs_dir))
+    # Before the text is prepared.
+    check_vocabulary(settings, weights.config.vocab_size, how_to_encode(weights))
+    asked = settings.model.block_size
+    if "block_size" in settings.model_given.split() and asked > weights.config.block_size:
+        raise ValueError(f"model.block_size={asked} is longer than the context of "
+                         f"init_from={settings.init_from}, {weights.config.block_size} tokens: "
+                         "choose at most that, or leave it out.")
+    model = given_shape(settings, weights.config)
+    found = weights.fingerprint()
+    settings = replace(settings, model=model, init_source=str(weights.place),
+                       init_fingerprint=found)
+    return settings, [f"{weights.describe()}, fingerprint {found}", *check(weights)]
+
+
+@torch.no_grad()
+def check(weights: Weights) -> Iterator[str]:
+    """A sentence about a check of the weights, if their tokenizer can encode English.
+
+    Where transformers is installed and has this model, its logits must be ours, or ValueError is
+    raised. Elsewhere the loss is told: wrong weights make it as large as that of a guess.
+    """
+    ids = weights.sentence_ids()
+    if ids is None:
+        return
+    model = weights.model()
+    logits = model(ids)
+    theirs = pretrained.logits_of_transformers(weights, ids)
+    if theirs is None:
+        loss = F.cross_entropy(logits[0, :-1], ids[0, 1:]).item()
+        yield (f"Check of the weights: the loss on a sentence of English is {loss:.2f}; that of a "
+               f"guess is {math.log(model.config.vocab_size):.2f}")
+        return
+    difference, largest = (logits - theirs).abs().max().item(), theirs.abs().max().item()
+    compared = (f"the logits of a sentence differ from those of transformers by at most "
+                f"{difference:.1e}, of {largest:.1f}")
+    if not difference <= LARGEST_DIFFERENCE * largest:
+        raise ValueError(f"{weights.place} is not used: {compared}, more than "
+                         f"{LARGEST_DIFFERENCE:g} of the largest. Please report this.")
+    yield f"Check of the weights: {compared}"
+
+
+def shape_of_weights(settings: Settings) -> GPTConfig:
+    """The model of a run that would start now. Published weights are not downloaded."""
+    if not settings.init_from:
+        return settings.model
+    if settings.init_from in pretrained.NAMES:
+        return given_shape(settings, GPTConfig(**preset("model", settings.init_from)))
+    weights = find_weights(settings.init_from, Path(settings.runs_dir))
+    return given_shape(settings, weights.config)
+
+
+def check_vocabulary(settings: Settings, expected: int, advice: str) -> None:
+    """Raise ValueError if it is known that the text will not have `expected` different tokens."""
+    data = settings.data
+    found = None
+    if not (data.source == "bin" and data.tokenizer == "bpe"):
+        found = planned_size(data.tokenizer, data.vocab_size)
+    if found not in (None, expected):
+        raise ValueError(f"init_from={settings.init_from} has a vocabulary of {expected:,} tokens, "
+                         f"data.tokenizer={data.tokenizer} one of {found:,}: {advice}.")
+
+
+def given_shape(settings: Settings, shape: GPTConfig) -> GPTConfig:
+    """The shape of the weights, with the dropout and the length of a sequence that were set."""
+    chosen = {name: getattr(settings.model, name) for name in settings.model_given.split()}
+    changed = {name: chosen.pop(name) for name in CHANGEABLE if name in chosen}
+    for name, value in chosen.items():
+        if value != getattr(shape, name):
+            raise ValueError(f"model.{name}={as_word(value)} contradicts "
+                             f"init_from={settings.init_from}, whose weights have "
+                             f"{as_word(getattr(shape, name))}: leave it out.")
+    return replace(shape, **changed)
+
+
+def how_to_encode(weights: Weights) -> str:
+    """The advice to use the tokenizer of the weights."""
+    if weights.tokenizer is None:
+        return "use the text and the tokenizer that the weights were trained with"
+    kind = weights.tokenizer.to_json()["kind"]
+    name = kind if kind in (*PUBLISHED, "byte") else weights.place
+    return f"set data.tokenizer={name}"
+
+
+def initial_weights(settings: Settings, tokenizer: Tokenizer) -> dict[str, Tensor]:
+    """The weights that a run with these settings starts from.
+
+    Raises ValueError if they are for another tokenizer, or have changed since the settings were
+    made.
+    """
+    weights = find_weights(settings.init_source, Path(settings.runs_dir))
+    name, size = settings.init_from, weights.config.vocab_size
+    if weights.fingerprint() != settings.init_fingerprint:
+        raise ValueError(f"init_from={name} has changed since this command began: run it again.")
+    known = tokenizer
+    if isinstance(tokenizer, ExtendedTokenizer) and tokenizer.vocab_size > size:
+        known = tokenizer.base
+    if known.vocab_size != size:
+        raise ValueError(f"init_from={name} has a vocabulary of {size:,} tokens, the training text "
+                         f"one of {known.vocab_size:,}: {how_to_encode(weights)}.")
+    if weights.tokenizer and not has_same_tokens(weights.tokenizer, known):
+        raise ValueError(f"init_from={name} was trained with other tokens than the training text "
+                         f"has, although both have {size:,} different ones: "
+                         f"{how_to_encode(weights)}.")
+    return weights.fitted(settings.model.block_size, tokenizer.vocab_size)
+
+
+def has_same_tokens(one: Tokenizer, other: Tokenizer) -> bool:
+    """Whether all ids mean the same. A text may be split into words in other ways."""
+    if isinstance(one, BPETokenizer) and isinstance(other, BPETokenizer):
+        return (one.merged, one.special) == (other.merged, other.special)
+    return fingerprint(one) == fingerprint(other)

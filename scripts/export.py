@@ -1,7 +1,8 @@
 """Write a trained model for other programs, and check that it computes the same there.
 
-  python -m scripts.export run=pydocs format=hf out=FOLDER                  # transformers
-  python -m scripts.export run=pydocs format=hf out=FOLDER remote_code=true # with n-gram embeddings
+  python -m scripts.export run=first out=FOLDER                      # for transformers
+  python -m scripts.export run=pydocs out=FOLDER remote_code=true    # with n-gram embeddings
+  python -m scripts.export run=first format=gguf out=FILE.gguf       # for llama.cpp
 
 docs/weights.md lists the models that each format has.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from conf.launch import launch
@@ -24,15 +26,20 @@ class ExportSettings:
     run: FilePath = setting("", "name or folder of a run; empty: the run that was trained last")
     runs_dir: FilePath = setting("runs", "folder that contains the runs' folders")
     checkpoint: str = setting("best", "best, last, or the number of a step")
-    format: Literal["hf"] = setting("hf", "hf: a folder for Hugging Face's transformers")
-    out: FilePath = setting("", "the folder to write, which must not exist")
+    format: Literal["hf", "gguf"] = setting(
+        "hf", "hf: a folder for Hugging Face's transformers; gguf: a file for llama.cpp")
+    out: FilePath = setting("", "the folder or file to write, which must not exist")
     remote_code: bool = setting(
         False, "n-gram embeddings: write a class that trust_remote_code=True loads")
 
     def problems(self) -> Iterator[str]:
         """One sentence for each invalid value."""
         if not self.out:
-            yield "out is missing: name the folder to write, as in out=exported."
+            yield "out is missing: name the folder or file to write, as in out=exported."
+        elif self.format == "gguf" and Path(self.out).suffix != ".gguf":
+            yield f"out={self.out} must end in .gguf."
+        if self.format == "gguf" and self.remote_code:
+            yield "remote_code=true is only for format=hf: leave it out."
         yield from checkpoint_problems(self.checkpoint)
 
 
@@ -42,17 +49,18 @@ if __name__ == "__main__":
 
 import os
 import sys
-from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 import atomic
 from checkpointing import store
 from checkpointing.checkpoint import Checkpoint
 from checkpointing.run_folder import find_run
 from checkpointing.weights import Weights, own_weights
-from exporting import hugging_face
+from exporting import gguf_file, hugging_face
 from exporting.card import model_card
-from exporting.check import english_text, our_logits, text_ids
+from exporting.check import difference, english_text, our_logits, text_ids
 from terminal import readable_size, say
 
 
@@ -62,27 +70,65 @@ def main(settings: ExportSettings) -> int:
         raise ValueError(f"out={out} exists: choose another name, or remove it.")
     run = find_run(Path(settings.runs_dir), settings.run)
     weights, state = load(run, settings.checkpoint)
-    config, tokenizer = weights.config, weights.tokenizer
-    layout = hugging_face.choose_layout(config, settings.remote_code)
-    name = hugging_face.class_name(config, layout)
-    parameters = sum(tensor.numel() for tensor in weights.tensors.values())
-    text = english_text(tokenizer)
-    ids = text_ids(tokenizer, text, config)
-    logits = our_logits(config, weights.tensors, ids)
     out.parent.mkdir(parents=True, exist_ok=True)
+    if settings.format == "gguf":
+        program = export_gguf(out, weights, run.name)
+    else:
+        program = export_hugging_face(out, weights, run.name, state, settings.remote_code)
+    files = [out] if out.is_file() else list(out.iterdir())
+    size = sum(path.stat().st_size for path in files)
+    say(f"Wrote {out} ({readable_size(size)}), for {program}.")
+    return 0
+
+
+def export_hugging_face(out: Path, weights: Weights, name: str, state: dict[str, Any],
+                        remote_code: bool) -> str:
+    """Write and check a folder; return the class that loads it."""
+    config, tokenizer = weights.config, weights.tokenizer
+    layout = hugging_face.choose_layout(config, remote_code)
+    class_name = hugging_face.class_name(config, layout)
+    parameters = sum(tensor.numel() for tensor in weights.tensors.values())
+    text, ids, logits = reference(weights)
     with atomic.new_folder(out) as folder:
         hugging_face.write_folder(folder, weights, layout)
-        # The check loads the exported weights: one copy at a time is in memory.
-        del weights
-        found, program = hugging_face.check_folder(folder, config, tokenizer, layout, text, ids,
-                                                   logits)
-        checked = (f"The largest difference of a logit in {program} is {found:.1e} of the largest "
-                   f"logit, for {ids.numel():,} tokens of text.")
-        card = model_card(run.name, config, name, state, parameters, checked)
+        # The check loads the written weights: one copy at a time is in memory.
+        weights.tensors.clear()
+        theirs, program = hugging_face.check_folder(folder, config, tokenizer, layout, text, ids)
+        checked = report(logits, theirs, program)
+        card = model_card(name, config, class_name, state, parameters, checked)
         atomic.write_file(folder / "README.md", [card.encode()])
-    size = sum(path.stat().st_size for path in out.iterdir())
-    say(f"{checked}\nWrote {out} ({readable_size(size)}), which {name} loads.")
-    return 0
+    return class_name
+
+
+def export_gguf(out: Path, weights: Weights, name: str) -> str:
+    """Write and check a file; return the program that runs it, and its architecture there."""
+    gguf_file.import_gguf()
+    config = weights.config
+    layout = gguf_file.choose_layout(config)
+    gguf_file.splitter(weights.tokenizer)
+    _, ids, logits = reference(weights)
+    with atomic.NewFile(out) as file:
+        gguf_file.write_file(file.partial, weights, layout, name)
+        weights.tensors.clear()
+        theirs = gguf_file.read_back(file.partial, config, layout, ids)
+        report(logits, theirs, "this model with the tensors of the file")
+    return f"llama.cpp (architecture {layout.removeprefix('gguf-')})"
+
+
+def reference(weights: Weights) -> tuple[str, Tensor, Tensor]:
+    """A text, its ids `[1, T]`, and the logits `[1, T, V]` of the weights."""
+    text = english_text(weights.tokenizer)
+    ids = text_ids(weights.tokenizer, text, weights.config)
+    return text, ids, our_logits(weights.config, weights.tensors, ids)
+
+
+def report(ours: Tensor, theirs: Tensor, program: str) -> str:
+    """Print how much the logits `[1, T, V]` of a program differ, and return the sentence."""
+    found = difference(ours, theirs, program)
+    checked = (f"The largest difference of a logit in {program} is {found:.1e} of the largest "
+               f"logit, for {ours.size(1):,} tokens of text.")
+    say(checked)
+    return checked
 
 
 def load(run: Path, which: str) -> tuple[Weights, dict[str, Any]]:

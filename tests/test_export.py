@@ -2,6 +2,8 @@
 
 import json
 import re
+import sys
+import urllib.request
 from dataclasses import replace
 
 import pytest
@@ -10,13 +12,14 @@ from safetensors.torch import load_file
 
 import train
 from conf.sampling import SamplingConfig
-from exporting import check, hugging_face
+from exporting import check, gguf_file, hugging_face
 from exporting.card import plain
 from generation import open_run
 from model.pretrained import CLASSES, weights_from
 from scripts import export
 from scripts.export import ExportSettings
 
+BPE = ["data.tokenizer=bpe", "data.vocab_size=300"]
 GPT2 = ["model=nano"]
 NGRAMS = ["model=modern-nano"]
 NANOCHAT = [*NGRAMS, "model.ngrams=1"]
@@ -35,7 +38,7 @@ def transformers(tmp_path_factory):
 
 @pytest.fixture
 def without_transformers(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "transformers", None)
+    monkeypatch.setitem(sys.modules, "transformers", None)
 
 
 @pytest.fixture
@@ -44,7 +47,7 @@ def exported(compose_tiny, tmp_path, capsys):
     def make(*overrides, **settings):
         chosen = compose_tiny("training.max_steps=20", "training.eval_every=20", "training.checkpoint_every=20", *overrides)
         train.train(chosen)
-        out = tmp_path / "out"
+        out = tmp_path / ("out.gguf" if settings.get("format") == "gguf" else "out")
         export.main(ExportSettings(run="tiny", runs_dir=chosen.runs_dir, out=str(out), **settings))
         return out, open_run("tiny", runs_dir=chosen.runs_dir, device="cpu", precision="fp32")
 
@@ -52,11 +55,11 @@ def exported(compose_tiny, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("overrides", "class_name"), [
-    ([*GPT2, "data.tokenizer=bpe", "data.vocab_size=300"], "GPT2LMHeadModel"),
+    ([*GPT2, *BPE], "GPT2LMHeadModel"),
     ([*NANOCHAT, "data.tokenizer=char"], "NanoChatForCausalLM"),
     ([*QWEN3, "data.tokenizer=byte"], "Qwen3ForCausalLM"),
-    ([*LLAMA, "data.tokenizer=bpe", "data.vocab_size=300"], "LlamaForCausalLM"),
-    ([*NGRAMS, "data.tokenizer=bpe", "data.vocab_size=300"], "NanohydraForCausalLM"),
+    ([*LLAMA, *BPE], "LlamaForCausalLM"),
+    ([*NGRAMS, *BPE], "NanohydraForCausalLM"),
     ([*GPT2, "model.ngrams=3", "data.tokenizer=char"], "NanohydraForCausalLM"),
 ])
 def test_transformers_writes_the_same_text(exported, transformers, overrides, class_name):
@@ -146,13 +149,87 @@ def test_bad_exports_are_refused_in_one_sentence(exported, without_transformers,
         export.main(settings)
     with pytest.raises(ValueError, match="none"):
         export.main(replace(settings, run="none", out=str(tmp_path / "other")))
-    assert list(ExportSettings().problems()) == ["out is missing: name the folder to write, as in out=exported."]
+    assert list(ExportSettings().problems()) == ["out is missing: name the folder or file to write, as in out=exported."]
     assert not (tmp_path / "other").exists()
 
 
 def test_a_model_without_a_class_is_refused(exported, without_transformers):
     with pytest.raises(ValueError, match=r"GPT2LMHeadModel, the nearest, does not have model.n_kv_head=1"):
         exported(*GPT2, "model.n_kv_head=1")
+
+
+# GGUF
+
+
+@pytest.fixture
+def gguf():
+    return pytest.importorskip("gguf", reason="needs gguf: pip install gguf")
+
+
+@pytest.mark.parametrize(("overrides", "architecture"), [(GPT2, "gpt2"), (LLAMA, "llama"), ([*LLAMA, "model.qk_norm=true"], "qwen3")])
+def test_a_gguf_file_has_the_models_sizes(exported, gguf, capsys, overrides, architecture):
+    out, run = exported(*overrides, *BPE, format="gguf")
+    assert f"for llama.cpp (architecture {architecture})." in capsys.readouterr().out
+    reader, config = gguf.GGUFReader(out), run.model.config
+    found = {name: field.contents() for name, field in reader.fields.items()}
+    assert found["general.architecture"] == architecture and found["general.name"] == "tiny"
+    assert found[f"{architecture}.context_length"] == config.block_size
+    assert found[f"{architecture}.feed_forward_length"] == config.mlp_width
+    assert found.get(f"{architecture}.attention.head_count_kv", config.n_head) == config.kv_heads
+    assert len(found["tokenizer.ggml.tokens"]) == config.vocab_size == 300
+    assert found["tokenizer.ggml.token_type"][299] == gguf.TokenType.CONTROL
+    assert not [path for path in out.parent.iterdir() if path.name not in ("runs", "out.gguf")]
+
+
+@pytest.mark.parametrize("overrides", [GPT2, LLAMA, [*LLAMA, "model.qk_norm=true"]], ids=["gpt2", "llama", "qwen3"])
+def test_llama_cpp_writes_the_same_text(exported, gguf, overrides):
+    llama = pytest.importorskip("xllamacpp", reason="needs llama.cpp: pip install xllamacpp")
+    out, run = exported(*overrides, *BPE, format="gguf")
+    settings = llama.CommonParams()
+    settings.model.path, settings.n_ctx, settings.n_parallel = str(out), 32, 1
+    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = 1
+    settings.warmup = settings.fit_params = False
+    settings.cache_type_k = settings.cache_type_v = llama.ggml_type.GGML_TYPE_F32
+    server = llama.Server(settings)
+
+    text = "The old dog's shadow sees 12345 tokens.\n\n  Straße, 你好 <|endoftext|>"
+    request = urllib.request.Request(f"{server.listening_address}/tokenize", json.dumps({"content": text, "parse_special": False}).encode())
+    with urllib.request.urlopen(request) as answer:
+        assert json.load(answer)["tokens"] == run.encode(text)
+    prompt = run.encode("The old dog")
+    request = {"prompt": prompt, "n_predict": 12, "temperature": 0, "n_probs": 1}
+    found = server.handle_completions(request)["choices"][0]["logprobs"]["content"]
+    (ours,) = run.complete([("The old dog", 0)], SamplingConfig(12, temperature=0), logprobs=True)
+    assert [token["id"] for token in found] == ours.tokens
+    assert [token["logprob"] for token in found] == pytest.approx(ours.logprobs, abs=1e-3)
+
+
+def test_a_damaged_gguf_file_is_not_kept(exported, gguf, monkeypatch, tmp_path):
+    read = gguf_file.read_back
+    monkeypatch.setattr(gguf_file, "read_back", lambda *arguments: read(*arguments) * 1.001)
+    with pytest.raises(ValueError, match=r"Nothing was written"):
+        exported(*GPT2, *BPE, format="gguf")
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
+@pytest.mark.parametrize(("overrides", "message"), [
+    ([*NGRAMS, *BPE], "GGUF files have no n-gram embeddings (model.ngrams=2): train with model=llama-style or a GPT-2 preset."),
+    ([*GPT2, "model.activation=gelu_erf", *BPE], "gpt2, the nearest, does not have model.activation=gelu_erf (only gelu)"),
+    ([*GPT2, "data.tokenizer=char"], "GGUF files have no tokenizer of characters or bytes"),
+    ([*GPT2, "data.tokenizer=byte"], "GGUF files have no tokenizer of characters or bytes"),
+])
+def test_what_gguf_files_lack_is_refused(exported, gguf, tmp_path, overrides, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        exported(*overrides, format="gguf")
+    assert not (tmp_path / "out.gguf").exists()
+
+
+def test_without_gguf_it_says_what_to_install(exported, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ValueError, match=r"^format=gguf needs the package gguf: pip install gguf.$"):
+        exported(*GPT2, *BPE, format="gguf")
+    settings = ExportSettings(out="model", format="gguf", remote_code=True)
+    assert list(settings.problems()) == ["out=model must end in .gguf.", "remote_code=true is only for format=hf: leave it out."]
 
 
 def test_logits_that_are_not_finite_are_no_export():

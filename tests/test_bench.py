@@ -114,7 +114,7 @@ def test_workers_are_measured_under_torchrun(monkeypatch, capsys):
     monkeypatch.setattr(workers, "sum_seconds", lambda *_: {"plain": 1.0, "tree": 1.0})
     words = ["shape=narrow", "optimizer=adamw", "rounds=1", "seconds=0.01", "micro_steps=2"]
     assert workers.main(compose(workers.WorkersSettings, words)) == 0
-    (cells,) = [line.split("|") for line in capsys.readouterr().out.splitlines() if "2 x 1" in line]
+    (cells,) = [line.split("|") for line in capsys.readouterr().out.splitlines() if "| 2 x 1 |" in line]
     assert cells[3] == " 1.00 " and float(cells[4].strip(" %")) > 0
     numbers = sum(weights.numel() for weights in speed.GPT(speed.SHAPES["narrow"][0]).parameters())
     assert float(cells[7]) == pytest.approx(8 * numbers / 2 / 2**20, rel=0.05)

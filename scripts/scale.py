@@ -1,0 +1,227 @@
+"""Simulate the time of a training step on many GPUs, from bytes and FLOPs.
+
+  python -m scripts.scale experiment=gpt2_124m optim=muon
+  python -m scripts.scale model=gpt2-xl training.batch_size=8 training.tokens_per_step=1048576
+
+Takes the settings of train.py, too. Nothing is measured: the assumptions are printed, and explained
+in docs/scale.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from conf.launch import launch
+from setting import range_problems, setting
+
+
+@dataclass(frozen=True)
+class ScaleSettings:
+    """The GPUs and what connects them; all other settings are those of train.py."""
+
+    device: str = setting("h100", "a GPU with a data sheet, as in scripts.plan")
+    mfu: float = setting(0.4, "part of its peak FLOP/s that matrix products reach", gt=0, le=1)
+    memory: float = setting(2700.0, "GB/s that it reads and writes its memory with", gt=0)
+    node: int = setting(8, "GPUs of a node", ge=1)
+    nvlink: float = setting(360.0, "GB/s that a GPU sends to others of its node", gt=0)
+    network: float = setting(40.0, "GB/s that a GPU sends to other nodes", gt=0)
+    latency: float = setting(20.0, "microseconds before a collective sends anything", ge=0)
+    message: float = setting(2.0, "microseconds for each process that it sends to", ge=0)
+    two_levels: bool = setting(
+        False, "as if gradients were added within a node, then between nodes: not implemented")
+    # Overrides of the training.
+    train: tuple[str, ...] = ()
+
+    def problems(self) -> Iterator[str]:
+        """One sentence for each invalid value."""
+        yield from range_problems(self)
+        # The list of GPUs is in a module that imports torch.
+        from scripts.plan import GPUS, gpu_named
+
+        if not gpu_named(self.device):
+            yield f"device={self.device} is not known: choose one of {', '.join(GPUS)}."
+
+
+if __name__ == "__main__":
+    # Before the imports below: --help and invalid settings need not wait for torch.
+    launch("scripts.scale:main", ScaleSettings, __doc__)
+
+import math
+from typing import NamedTuple
+
+from conf.settings import Settings
+from model import GPT, SkipInit
+from scripts.plan import gpu_named, settings_without_data
+from terminal import readable_size, say
+from training.buckets import BUCKET_NUMBERS
+from training.device import PEAK_FLOPS
+from training.distributed import World
+from training.optim import NEWTON_SCHULZ_STEPS, AdamW, Muon, Optimizers
+from training.sharding import Part
+
+GPUS = (1, 8, 16, 32, 64, 128, 256, 512, 1024)
+BYTES = 4  # of a weight, a gradient, a number of the optimizer state: all are fp32
+# What an update reads and writes for each number: weight, gradient, and the state.
+UPDATE_BYTES = {AdamW.STATE: 7 * BYTES, Muon.STATE: 5 * BYTES}
+STATE_BYTES = {AdamW.STATE: 2 * BYTES, Muon.STATE: BYTES}
+# A part of a step that takes less than this is not what limits it.
+LEAST_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class Step:
+    """The seconds of the parts of a step on a number of GPUs."""
+
+    sequences: float  # of each GPU
+    compute: float
+    exchange: float  # of gradients, all of it
+    exposed: float  # what of it the backward pass does not hide
+    gather: float  # of weights
+    newton_schulz: float
+    update: float  # all else in the update
+    state_bytes: int  # of the optimizer, on the GPU that has most
+
+    @property
+    def optimizer(self) -> float:
+        return self.newton_schulz + self.update
+
+    @property
+    def seconds(self) -> float:
+        return self.compute + self.exposed + self.gather + self.optimizer
+
+    @property
+    def efficiency(self) -> float:
+        """The speed per GPU, compared with a step that only computes forward and backward."""
+        return self.compute / self.seconds
+
+    @property
+    def limit(self) -> str:
+        """What takes most of the step beside forward and backward, if it is much."""
+        network = self.exposed + self.gather
+        if max(network, self.optimizer) < LEAST_SHARE * self.seconds:
+            return "compute"
+        return "network" if network > self.optimizer else "optimizer"
+
+
+class Share(NamedTuple):
+    """What one rank updates."""
+
+    numbers: int
+    matrix_flops: float  # of Newton-Schulz
+    update_bytes: int  # read and written for all else
+    state_bytes: int
+
+
+def main(own: ScaleSettings) -> int:
+    settings, _ = settings_without_data(list(own.train))
+    with SkipInit("meta"):
+        model = GPT(settings.model)
+    limits, block_size = settings.training, settings.model.block_size
+    tokens = limits.tokens_per_step or limits.batch_size * block_size
+    peak = PEAK_FLOPS[gpu_named(own.device)]
+    n_parameters = sum(weights.numel() for weights in model.parameters())
+    say(f"Simulated: {n_parameters:,} parameters, {settings.optim.optimizer}, {tokens:,} tokens a "
+        f"step, at most {limits.batch_size} sequences of {block_size} in a micro-step")
+    say(f"Assumed: {own.mfu:.0%} of {peak / 1e12:,.0f} TFLOP/s, memory {own.memory:,.0f} GB/s, "
+        f"{own.nvlink:,.0f} GB/s within a node of {own.node}, {own.network:,.0f} GB/s between "
+        f"nodes, {own.latency:g} + {own.message:g} a process microseconds a collective")
+    say("")
+    names = ("GPUs", "sequences each", "forward, backward", "gradients", "not hidden", "weights",
+             "Newton-Schulz", "update", "step, ms", "efficiency", "state each", "limit")
+    say(f"| {' | '.join(names)} |")
+    say("|---" * len(names) + "|")
+    for size in GPUS:
+        if tokens // block_size % size:
+            say(f"| {size:,} | {tokens / block_size / size:g} " + "| " * (len(names) - 3)
+                + "| batch |")
+            continue
+        step = simulate(model, settings, own, size)
+        parts = (step.compute, step.exchange, step.exposed, step.gather, step.newton_schulz,
+                 step.update, step.seconds)
+        milliseconds = " | ".join(f"{1000 * seconds:,.1f}" for seconds in parts)
+        say(f"| {size:,} | {step.sequences:g} | {milliseconds} | {step.efficiency:.0%} | "
+            f"{readable_size(step.state_bytes)} | {step.limit} |")
+    return 0
+
+
+def simulate(model: GPT, settings: Settings, own: ScaleSettings, size: int) -> Step:
+    """A step on `size` GPUs."""
+    limits, block_size = settings.training, settings.model.block_size
+    flops = own.mfu * PEAK_FLOPS[gpu_named(own.device)]
+    tokens = (limits.tokens_per_step or limits.batch_size * block_size) / size
+    micro_steps = math.ceil(tokens / block_size / limits.batch_size)
+    compute = model.flops_per_token() * tokens / flops
+
+    share = largest_share(model, settings, size)
+    # All processes send and receive as much as the one with the largest share.
+    nbytes = BYTES * share.numbers * size
+    buckets = math.ceil(nbytes / BYTES / BUCKET_NUMBERS)
+    exchange = exchange_seconds(nbytes, buckets, own, size)
+    # The backward pass is two thirds of a micro-step, and the last one hides the exchange.
+    hidden = compute / micro_steps * 2 / 3
+    return Step(
+        sequences=tokens / block_size,
+        compute=compute,
+        exchange=exchange,
+        exposed=max(0.0, exchange - hidden),
+        gather=gather_seconds(nbytes, own, size),
+        newton_schulz=share.matrix_flops / flops,
+        update=share.update_bytes / own.memory / 1e9,
+        state_bytes=share.state_bytes,
+    )
+
+
+def exchange_seconds(nbytes: int, buckets: int, own: ScaleSettings, size: int) -> float:
+    """Each GPU sends each other one its part of the gradients, of which it has `nbytes`."""
+    if size == 1:
+        return 0.0
+    node = min(size, own.node)
+    near, far = (node - 1) / size, (size - node) / size
+    messages = size - 1
+    if own.two_levels:
+        # To the GPU of the node with the same place as the owner; from there one sum a node.
+        near, far = (node - 1) / node, far / node
+        messages = node - 1 + size // node - 1
+    # Links of both kinds work at the same time.
+    sending = max(near / own.nvlink, far / own.network) * nbytes / 1e9
+    return sending + buckets * (own.latency + own.message * messages) / 1e6
+
+
+def gather_seconds(nbytes: int, own: ScaleSettings, size: int) -> float:
+    """Each GPU gets the weights of all others; they enter each node only once."""
+    if size == 1:
+        return 0.0
+    node = min(size, own.node)
+    near = (size - 1) / size / own.nvlink
+    far = (size - node) / size / node / own.network
+    seconds = (own.latency + own.message * (size - 1)) / 1e6
+    return max(near, far) * nbytes / 1e9 + seconds
+
+
+def largest_share(model: GPT, settings: Settings, size: int) -> Share:
+    """The most that one of `size` ranks has to do, send and keep."""
+    world = World({})
+    world.size = size
+    optimizers = Optimizers(model.parameters_by_role(), settings.optim, world)
+    shares = [share_of(parts, optimizers) for parts in optimizers.parts]
+    return Share(*(max(values) for values in zip(*shares, strict=True)))
+
+
+def share_of(parts: list[Part], optimizers: Optimizers) -> Share:
+    numbers = update_bytes = state_bytes = 0
+    matrix_flops = 0.0
+    for part in parts:
+        keys = optimizers.keys[part.weights]
+        numbers += part.tensor.numel()
+        update_bytes += UPDATE_BYTES[keys] * part.tensor.numel()
+        state_bytes += STATE_BYTES[keys] * part.tensor.numel()
+        if keys == Muon.STATE:
+            matrix_flops += newton_schulz_flops(part.weights.shape)
+    return Share(numbers, matrix_flops, update_bytes, state_bytes)
+
+
+def newton_schulz_flops(shape: tuple[int, ...]) -> float:
+    """Three products in each step: X X', its square, and their sum times X."""
+    rows, columns = sorted(shape)
+    return NEWTON_SCHULZ_STEPS * (4 * rows * rows * columns + 2 * rows**3)

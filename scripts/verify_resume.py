@@ -2,10 +2,13 @@
 
   python -m scripts.verify_resume                                  # the default model, a few steps
   python -m scripts.verify_resume experiment=shakespeare_cpu kills=20 training.max_steps=200
+  python -m scripts.verify_resume processes=4 training.batch_size=8 training.tokens_per_step=4096
 
 Trains once without a stop, and once under `kill -9` at random moments, every third of them during
-a save. Then compares weights, optimizer state and metrics, prints a table, and exits with 1 if
-anything differs. Takes the settings of train.py; without any, the training is short.
+a save. With processes=4, each start has another number of processes, in turn 1, 2 and 4, and the
+first or the second of them is killed. Then compares weights, optimizer state and metrics, prints a
+table, and exits with 1 if anything differs. Takes the settings of train.py; without any, the
+training is short.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ class VerifySettings:
     """The settings of the proof; all others are those of train.py."""
 
     kills: int = setting(20, "how often to kill the training", ge=0)
+    processes: int = setting(1, "train with 1, 2, 4, ... processes, up to this number", ge=1)
     # Overrides of the training.
     train: tuple[str, ...] = ()
 
@@ -35,10 +39,12 @@ if __name__ == "__main__":
     # Before the imports below: --help and invalid settings need not wait for torch.
     launch("scripts.verify_resume:verify", VerifySettings, __doc__)
 
+import contextlib
 import json
+import os
 import random
+import signal
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -53,6 +59,7 @@ from checkpointing import store
 from checkpointing.checkpoint import MODEL, OPTIMIZER, Checkpoint
 from conf.schema import compose
 from setting import setting
+from sweep.jobs import python
 from terminal import counted
 
 ROOT = Path(__file__).parent.parent
@@ -65,6 +72,9 @@ COMPARED_STATE = ("step", "batches_skipped", "nonfinite", "val_loss", "scaler")
 def verify(settings: VerifySettings) -> int:
     """Train twice, compare, and print; return 0 if nothing differs."""
     overrides = [*SHORT, *settings.train]
+    if settings.processes > 1:
+        # Each process would have a part of the CPUs, and another number of threads has other bits.
+        overrides.insert(0, "training.threads=1")
     max_steps = compose("config", overrides).training.max_steps
     kills = counted(settings.kills, "kill")
     with tempfile.TemporaryDirectory(prefix="verify-resume-") as scratch:
@@ -72,7 +82,8 @@ def verify(settings: VerifySettings) -> int:
         print("Training without a stop.", flush=True)
         finish(overrides, straight)
         print(f"Training under {kills}.", flush=True)
-        in_saves, lost = train_under_kills(overrides, killed, settings.kills, max_steps)
+        in_saves, lost = train_under_kills(overrides, killed, settings.kills, max_steps,
+                                           settings.processes)
         differences = compare(straight, killed)
     print(f"\n{kills}, {in_saves} of them during a save; "
           f"{counted(lost, 'step')} lost and trained again.\n")
@@ -85,9 +96,10 @@ def verify(settings: VerifySettings) -> int:
     return 0
 
 
-def start(overrides: list[str], run: Path) -> subprocess.Popen[str]:
-    """Start `python train.py` in the run folder `run`."""
-    command = [sys.executable, "train.py", *overrides, f"runs_dir={run.parent}", f"name={run.name}"]
+def start(overrides: list[str], run: Path, processes: int = 1) -> subprocess.Popen[str]:
+    """Start train.py in the run folder `run`, with several processes by torchrun."""
+    command = [*python(processes), "train.py", *overrides, f"runs_dir={run.parent}",
+               f"name={run.name}"]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                             text=True)
 
@@ -102,27 +114,50 @@ def finish(overrides: list[str], run: Path) -> None:
 
 
 def train_under_kills(
-    overrides: list[str], run: Path, kills: int, max_steps: int
+    overrides: list[str], run: Path, kills: int, max_steps: int, most_processes: int = 1
 ) -> tuple[int, int]:
     """Train to the end under kills; return the number of kills during a save, and of lost steps."""
+    sizes = [2**power for power in range(most_processes.bit_length())]
     moments = sorted(random.randrange(max_steps) for _ in range(kills))
     in_saves = lost = 0
     for number, step in enumerate(ProgressBar(moments, "Kills", unit="kills", leave=False)):
         earlier = partial_checkpoints(run)
         during_save = number % 3 == 0
-        with start(overrides, run) as process:
+        with start(overrides, run, sizes[number % len(sizes)]) as process:
             while process.poll() is None and last_recorded_step(run) < step:
                 time.sleep(0.002)
             while during_save and process.poll() is None and partial_checkpoints(run) <= earlier:
                 pass
             time.sleep(random.random() * (0.003 if during_save else 0.1))
-            process.kill()
+            kill(process, sizes[number % len(sizes)])
             process.communicate()
         in_saves += not partial_checkpoints(run) <= earlier
         saved = store.list_checkpoints(run / "checkpoints")
         lost += last_recorded_step(run) - (saved[-1].step if saved else 0)
     finish(overrides, run)
     return in_saves, lost
+
+
+def kill(process: subprocess.Popen[str], processes: int) -> None:
+    """Kill a training; of several processes, the first or the second, after which all end."""
+    if processes == 1:
+        process.kill()
+        return
+    # torchrun starts them in the order of their ranks.
+    ranks: list[int] = []
+    while process.poll() is None and len(ranks) < 2:
+        ranks = children(process.pid)
+    with contextlib.suppress(ProcessLookupError, IndexError):
+        os.kill(random.choice(ranks[:2]), signal.SIGKILL)
+
+
+def children(parent: int) -> list[int]:
+    """The ids of the processes that a process has started and that still run, in order."""
+    table = subprocess.run(["ps", "-A", "-o", "ppid=,pid=,stat="], capture_output=True, text=True,
+                           check=True)
+    rows = [line.split() for line in table.stdout.splitlines()]
+    return sorted(int(pid) for ppid, pid, state in rows
+                  if int(ppid) == parent and not state.startswith("Z"))
 
 
 def partial_checkpoints(run: Path) -> set[Path]:

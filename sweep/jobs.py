@@ -33,6 +33,14 @@ INTERRUPTED |= {-number for number in (*REQUESTS, *WARNINGS, signal.SIGKILL)}
 RESUME = "Run the same command again to resume."
 
 
+def python(processes: int) -> list[str]:
+    """The words before a program's name that start it in this many processes on this machine."""
+    if processes == 1:
+        return [sys.executable]
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone",
+            f"--nproc-per-node={processes}"]
+
+
 @dataclass(eq=False)
 class Job:
     """One training of a sweep: `python train.py` with `overrides`, into the folder SWEEP/NAME.
@@ -70,11 +78,7 @@ class Job:
         """The command line. W&B groups the jobs of a sweep, unless the overrides say otherwise."""
         wandb = [f"logger.group={self.sweep.name}", "logger.tags=sweep"]
         place = [f"runs_dir={self.sweep.parent}", f"name={self.sweep.name}/{self.name}"]
-        start = [sys.executable]
-        if self.processes > 1:
-            start += ["-m", "torch.distributed.run", "--standalone",
-                      f"--nproc-per-node={self.processes}"]
-        return [*start, str(TRAIN), *wandb, *self.overrides, *place]
+        return [*python(self.processes), str(TRAIN), *wandb, *self.overrides, *place]
 
     def is_locked(self) -> bool:
         """Whether a process trains in the folder: a killed sweep's child may still be saving."""

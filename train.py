@@ -59,6 +59,7 @@ from training.decision import Decision, decide
 from training.device import Device, configure, maybe_compile
 from training.distributed import World
 from training.estimate import measure_pace
+from training.fsdp import RowGradients, shard
 from training.interrupt import Interrupt
 from training.memory import check_memory
 from training.optim import Optimizers
@@ -115,9 +116,14 @@ def train_together(settings: Settings, world: World) -> int:
         device = open_device(run, settings, last)
         stack.enter_context(configure(device))
         torch.manual_seed(settings.seed)
-        model = GPT(model_config).to(device.torch)
+        model = GPT(model_config)
         model.recompute = limits.recompute
-        optimizers = Optimizers(model.parameters_by_role(), settings.optim, world)
+        sharded = limits.shard == "full" and world.size > 1
+        if sharded:
+            shard(model, world, device)
+        else:
+            model.to(device.torch)
+        optimizers = Optimizers(model.parameters_by_role(), settings.optim, world, sharded)
         scaler = torch.amp.GradScaler(device.type, enabled=device.precision == "fp16")
 
         # Restore the latest checkpoint, or load the weights to start from.
@@ -125,12 +131,13 @@ def train_together(settings: Settings, world: World) -> int:
         if last:
             state.restore(last)
         elif settings.init_from:
-            model.load_state_dict(initial_weights(settings, tokenizer))
+            state.load_weights(initial_weights(settings, tokenizer))
 
         # Check that memory and disk space suffice, before anything is written.
         first_batch = loader.batch(0)
         inputs, _ = first_batch
-        check_memory(model, inputs, document_numbers(inputs, boundary), device)
+        if not sharded:
+            check_memory(model, inputs, document_numbers(inputs, boundary), device)
         if world.is_first:
             store.check_free_space(run.checkpoints, state.nbytes())
             config = yaml.safe_dump(asdict(settings), sort_keys=False)
@@ -164,8 +171,7 @@ def train_together(settings: Settings, world: World) -> int:
                 record_start(run.folder, state.step, facts["environment"])
             pace = measure_pace(first_loss(forward, first_batch, device, boundary),
                                 model.parameters_by_role(), settings.optim, device, limits,
-                                loader.micro_steps, sum(validation.n_windows), compiled,
-                                world.size)
+                                loader.micro_steps, sum(validation.n_windows), compiled, world)
             steps_left, _ = pace.work_left(limits, state.step, state.seconds)
             recorder.expect(pace.seconds_left(limits, state.step, state.seconds),
                             limited=steps_left < limits.max_steps - state.step)
@@ -177,7 +183,9 @@ def train_together(settings: Settings, world: World) -> int:
 
             # Train.
             batches = Prefetch(loader, device.torch, world.rank)
-            buckets = GradientBuckets(world, list(model.parameters()), optimizers.parts)
+            gradients = GradientBuckets(world, list(model.parameters()), optimizers.parts)
+            if sharded:
+                gradients = RowGradients(optimizers)
             val_loss, decision = None, Decision()
             if limits.on_nonfinite == "rollback" and not last:
                 save(val_loss)  # a checkpoint to return to
@@ -185,7 +193,7 @@ def train_together(settings: Settings, world: World) -> int:
                 start = clock.seconds()
                 scale = lr_scale(state.step, settings.optim, limits.max_steps)
                 optimizers.set_scale(scale)
-                losses = accumulate_gradients(forward, buckets, batches, boundary, state.batch,
+                losses = accumulate_gradients(forward, gradients, batches, boundary, state.batch,
                                               scaler, device, settings.seed, interrupt)
                 if losses is None:
                     # Interrupted between two micro-steps: the step is not taken.
@@ -236,11 +244,13 @@ def train_together(settings: Settings, world: World) -> int:
                     recorder.record(state.step, stopped_early=True)
                 if decision.save:
                     save(val_loss)
-                if decision.evaluate and limits.sample_tokens and world.is_first:
+                if decision.evaluate and limits.sample_tokens:
                     # Whatever happens while sampling, the checkpoint is on the disk.
                     saver.finish()
-                    text = short_sample(model, tokenizer, limits.sample_tokens, device)
-                    recorder.sample(state.step, text)
+                    whole = state.whole_model()
+                    if world.is_first:
+                        text = short_sample(whole, tokenizer, limits.sample_tokens, device)
+                        recorder.sample(state.step, text)
                 saver.check()
 
             # Save what an interruption or a full disk has left unsaved.

@@ -212,7 +212,7 @@ class Checkpoint:
             # Without the copy, the tensors would be views of the mapped file.
             return {key: tensors[key].clone() for key in like}
 
-    def check_size(self, name: str, like: dict[str, Tensor]) -> None:
+    def check_size(self, name: str, like: Tensors) -> None:
         """Raise DamagedCheckpoint if the files are larger than the tensors of `like`."""
         names = self.files(name)
         nbytes = sum(tensor.nbytes for tensor in like.values())
@@ -221,7 +221,7 @@ class Checkpoint:
             raise DamagedCheckpoint(f"{self.folder / name} is larger than the settings ask for")
 
     @contextmanager
-    def open_tensors(self, name: str, like: dict[str, Tensor]) -> Iterator[Mapping[str, Tensor]]:
+    def open_tensors(self, name: str, like: Tensors) -> Iterator[Mapping[str, Tensor]]:
         """Open model.safetensors or optimizer.safetensors; a tensor is read when it is asked for.
 
         Raises DamagedCheckpoint unless it has the names, shapes and dtypes of `like`. The tensors

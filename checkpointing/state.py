@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from checkpointing.checkpoint import (
     MODEL,
@@ -19,7 +19,9 @@ from checkpointing.checkpoint import (
     DamagedCheckpoint,
     Snapshot,
 )
+from model import GPT, SkipInit
 from training.optim import Optimizers
+from training.sharding import Divided
 
 # The counters, which a checkpoint holds under the names that they have in `State`.
 COUNTERS = ("step", "seconds", "batches_skipped", "nonfinite", "replanned", "best_val_loss",
@@ -30,7 +32,7 @@ COUNTERS = ("step", "seconds", "batches_skipped", "nonfinite", "replanned", "bes
 class State:
     """The weights, the state of the optimizers and the loss scaler, and the counters."""
 
-    model: nn.Module
+    model: GPT
     optimizers: Optimizers
     scaler: torch.amp.GradScaler
     step: int = 0  # steps taken
@@ -57,11 +59,39 @@ class State:
         state = {name: getattr(self, name) for name in COUNTERS}
         state |= {"scheduled": scheduled, "val_loss": val_loss, "scaler": self.scaler.state_dict()}
         tensors = self.optimizers.tensors()
-        return Snapshot(self.model.state_dict(), tensors, tokenizer, state | facts)
+        return Snapshot(self.weights(), tensors, tokenizer, state | facts)
+
+    def weights(self) -> dict[str, Tensor | Divided]:
+        """The weights by name."""
+        weights = self.model.state_dict()
+        if not self.optimizers.sharded:
+            return weights
+        size = self.optimizers.world.size
+        return {name: Divided.by_rows(tensor, size) for name, tensor in weights.items()}
+
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        if not self.optimizers.sharded:
+            self.model.load_state_dict(weights)
+            return
+        for name, divided in self.weights().items():
+            divided.load(weights[name], self.optimizers.world.rank)
+
+    def whole_model(self) -> GPT | None:
+        """The model; of one that is divided, a copy on the CPU in the first process."""
+        if not self.optimizers.sharded:
+            return self.model
+        rank = self.optimizers.world.rank
+        weights = {name: divided.collect(0, rank) for name, divided in self.weights().items()}
+        if rank > 0:
+            return None
+        with SkipInit():
+            model = GPT(self.model.config)
+        model.load_state_dict(weights)
+        return model
 
     def nbytes(self) -> int:
         """The size of a checkpoint."""
-        tensors = [*self.model.state_dict().values(), *self.optimizers.shapes().values()]
+        tensors = [*self.weights().values(), *self.optimizers.shapes().values()]
         return sum(tensor.nbytes for tensor in tensors)
 
     def restore(self, saved: Checkpoint) -> None:
@@ -72,9 +102,9 @@ class State:
         scaler = saved.state["scaler"]
         if not is_scaler_state(scaler, self.scaler.state_dict()):
             raise DamagedCheckpoint(f"{saved.folder / STATE} is not the state of this loss scaler")
-        with (saved.open_tensors(MODEL, self.model.state_dict()) as weights,
+        with (saved.open_tensors(MODEL, self.weights()) as weights,
               self.open_optimizer_state(saved) as optimizer_state):
-            self.model.load_state_dict(weights)
+            self.load_weights(weights)
             self.optimizers.load_tensors(optimizer_state)
         self.scaler.load_state_dict(scaler)
         for name in COUNTERS:

@@ -20,7 +20,7 @@ KINDS = {
     "training.eval_tokens training.checkpoint_every training.keep_last training.on_save_error "
     "training.on_nonfinite training.nonfinite_limit",
     "machine": "training.device training.threads training.compile training.deterministic "
-    "world_size",
+    "training.shard world_size",
     "identity": "seed init_fingerprint model.* data.* optim.* training.batch_size "
     "training.tokens_per_step training.precision",
 }

@@ -162,7 +162,8 @@ class Validation:
 
     In a mixture, `weights` are the parts' shares of `max_tokens` and, even if a part has fewer
     tokens, of the mean. Rank r reads the batches r, r + world_size, ... with unchanged weights, so
-    the sum over the ranks is the mean of all batches.
+    the sum over the ranks is the mean of all batches. All ranks read equally many: where one has
+    no batch left, it reads the first one again, with a weight of 0.
     """
 
     def __init__(self, tokens: list[Tokens], block_size: int, batch_size: int, max_tokens: int,
@@ -189,12 +190,16 @@ class Validation:
         for part, n_windows in enumerate(self.n_windows):
             for first in range(0, n_windows, self.batch_size):
                 batches.append((part, first))
-        for part, first in batches[self.rank :: self.world_size]:
+        turns = -(-len(batches) // self.world_size)
+        for number in range(self.rank, turns * self.world_size, self.world_size):
+            is_own = number < len(batches)
+            part, first = batches[number if is_own else 0]
             n_windows = self.n_windows[part]
             last = min(first + self.batch_size, n_windows)
             positions = np.arange(first, last)[:, None] * self.block_size
             windows = self.tokens[part].read(positions + np.arange(self.block_size + 1))
-            yield *as_batch(windows), self.shares[part] * len(windows) / n_windows
+            weight = self.shares[part] * len(windows) / n_windows if is_own else 0.0
+            yield *as_batch(windows), weight
 
 
 def check_lengths(split: str, tokens: list[Tokens], block_size: int, advice: str) -> None:

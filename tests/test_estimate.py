@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -36,10 +38,10 @@ class Timer:
         self.calls.append(sequences)
         return torch.zeros((), requires_grad=True)
 
-    def measure(self, micro_steps=3, compiled=False, world_size=1, **limits):
+    def measure(self, micro_steps=3, compiled=False, world=None, **limits):
         limits = TrainingConfig(**{"max_steps": 100, "batch_size": 16} | limits)
         return measure_pace(self.loss, {}, OptimConfig(), CPU, limits, micro_steps, 64, compiled,
-                            world_size)
+                            world)
 
 
 @pytest.mark.parametrize(("seconds", "limits", "calls"), [
@@ -84,7 +86,8 @@ def test_the_update_is_part_of_a_step(monkeypatch):
 
 def test_processes_share_the_update_and_the_evaluation(monkeypatch):
     monkeypatch.setattr(estimate, "update_seconds", lambda *arguments: 0.2)
-    pace = Timer(monkeypatch, 0.05).measure(world_size=4)
+    four = SimpleNamespace(size=4, agree=lambda seconds, interrupted: (seconds, interrupted))
+    pace = Timer(monkeypatch, 0.05).measure(world=four)
     assert pace.step == pytest.approx(3 * 16 * 0.05 + 0.2 / 4)
     assert pace.evaluation == pytest.approx(64 * 0.05 / 3 / 4)
 

@@ -76,6 +76,9 @@ class TrainingConfig:
     compile: Literal["auto", "true", "false"] = setting("auto", "use torch.compile")
     recompute: bool = setting(
         False, "recompute activations in the backward pass: less memory, a sixth more time")
+    shard: Literal["auto", "none", "full"] = setting(
+        "auto", "full: each of several processes has a part of the weights (FSDP2), which takes "
+        "less memory and more time; auto: full where the whole does not fit")
     deterministic: bool = setting(
         False, "on a GPU, use only deterministic kernels where torch has them")
     on_nonfinite: Literal["stop", "skip", "rollback"] = setting(

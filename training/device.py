@@ -107,8 +107,12 @@ class Device:
 
     def autocast(self) -> AbstractContextManager[None]:
         """A context in which matrix products use the run's precision; weights stay fp32."""
-        dtype = torch.float16 if self.precision == "fp16" else torch.bfloat16
-        return torch.autocast(self.type, dtype, enabled=self.precision != "fp32")
+        return torch.autocast(self.type, self.low_dtype, enabled=self.precision != "fp32")
+
+    @property
+    def low_dtype(self) -> torch.dtype:
+        """The format of matrix products, unless the precision is "fp32"."""
+        return torch.float16 if self.precision == "fp16" else torch.bfloat16
 
     @property
     def sum_dtype(self) -> torch.dtype:
@@ -149,7 +153,7 @@ class Device:
     def times_fp32(self) -> float:
         """How many times as long as in fp32 a small matrix product takes in this precision."""
         seconds = []
-        for dtype in (torch.float32, torch.float16 if self.precision == "fp16" else torch.bfloat16):
+        for dtype in (torch.float32, self.low_dtype):
             matrix = torch.ones((256, 256), dtype=dtype)
             times = []
             for _ in range(4):

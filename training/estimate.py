@@ -18,6 +18,7 @@ from torch import Tensor
 from terminal import counted, readable_time
 from training.config import OptimConfig, TrainingConfig
 from training.device import Device
+from training.distributed import World
 from training.optim import Optimizers
 
 MOST_SECONDS = 5.0  # for the timing of a micro-step
@@ -60,7 +61,7 @@ class Pace:
 
 def measure_pace(loss: Callable[[int], Tensor], roles: dict[str, dict[str, Tensor]],
                  config: OptimConfig, device: Device, limits: TrainingConfig, micro_steps: int,
-                 eval_sequences: int, compiled: bool = False, world_size: int = 1) -> Pace:
+                 eval_sequences: int, compiled: bool = False, world: World | None = None) -> Pace:
     """The pace of training with `micro_steps` a step and `eval_sequences` an evaluation.
 
     `loss(n)` returns the loss of n sequences, at most `batch_size`. `roles` are the parameters by
@@ -71,11 +72,15 @@ def measure_pace(loss: Callable[[int], Tensor], roles: dict[str, dict[str, Tenso
         start = now(device)
         loss(sequences).backward()
         seconds = now(device) - start
+        if world:
+            # By the first process's clock, so that all go on in the same way.
+            seconds, _ = world.agree(seconds, False)
         for role in roles.values():
             for weights in role.values():
                 weights.grad = None
         return seconds
 
+    size = world.size if world else 1
     timings: list[float] = []
     if compiled:
         # Another batch size would compile the model again.
@@ -101,10 +106,10 @@ def measure_pace(loss: Callable[[int], Tensor], roles: dict[str, dict[str, Tenso
     # Other processes only ever make a timing longer.
     per_sequence = min(timings) / sequences
     step = micro_steps * limits.batch_size * per_sequence
-    step += update_seconds(roles, config, device) / world_size
+    step += update_seconds(roles, config, device) / size
     # A backward pass takes about twice as long as the forward pass, which `recompute` repeats.
     forward_passes = 4 if limits.recompute else 3
-    return Pace(step, eval_sequences * per_sequence / forward_passes / world_size)
+    return Pace(step, eval_sequences * per_sequence / forward_passes / size)
 
 
 def update_seconds(roles: dict[str, dict[str, Tensor]], config: OptimConfig,

@@ -14,7 +14,7 @@ from hardware import native
 from training.config import OptimConfig
 from training.distributed import World
 from training.gradient_norm import GradientNorm
-from training.sharding import Divided, Part, deal_out, slices
+from training.sharding import Divided, Part, deal_out, rows, slices
 
 # The coefficients of Keller Jordan's Muon (2024), kellerjordan.github.io/posts/muon.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -69,7 +69,7 @@ class Muon(WithoutCompiler):
             batches: dict[tuple[int, ...], list[Tensor]] = {}
             for weights in group["params"]:
                 if weights.grad is not None:
-                    batches.setdefault(tuple(sorted(weights.shape)), []).append(weights)
+                    batches.setdefault(tuple(sorted(self.shape(weights))), []).append(weights)
             for batch in batches.values():
                 self.update(batch, group["lr"], group["momentum"], group["weight_decay"])
 
@@ -83,18 +83,33 @@ class Muon(WithoutCompiler):
             mean = self.state[weights]["momentum_buffer"]
             mean.lerp_(weights.grad, 1 - momentum)
             nesterov = weights.grad.lerp(mean, momentum)
-            directions.append(wide(nesterov.to(dtype)))
-        for weights, update in zip(batch, orthogonalize(torch.stack(directions)), strict=True):
-            rows, columns = weights.shape
-            if rows > columns:
-                update = update.mT
+            directions.append(nesterov.to(dtype))
+        for weights, update in zip(batch, self.updates(batch, directions), strict=True):
+            rows, columns = self.shape(weights)
             weights.mul_(1 - lr * weight_decay)
             weights.add_(update, alpha=-lr * math.sqrt(max(1, rows / columns)))
+
+    def shape(self, weights: Tensor) -> torch.Size:
+        """The shape of the matrix; those of processes that have a part of it differ from it."""
+        return weights.shape
+
+    def updates(self, batch: list[Tensor], directions: list[Tensor]) -> list[Tensor]:
+        """The orthogonalized directions of the matrices in a batch."""
+        return orthogonalize_all(directions)
 
 
 def wide(matrix: Tensor) -> Tensor:
     """The matrix, transposed if it has more rows than columns."""
     return matrix.mT if matrix.size(0) > matrix.size(1) else matrix
+
+
+def orthogonalize_all(matrices: list[Tensor]) -> list[Tensor]:
+    """Orthogonalize matrices of one shape, or its transpose, in one batch."""
+    if not matrices:
+        return []
+    found = orthogonalize(torch.stack([wide(matrix) for matrix in matrices]))
+    return [result.mT if matrix.size(0) > matrix.size(1) else result
+            for matrix, result in zip(matrices, found, strict=True)]
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
@@ -118,12 +133,14 @@ class Optimizers:
 
     `roles` are the parameters by role and name (`GPT.parameters_by_role`). Muon gets the roles
     "attention" and "mlp". Weight decay applies to all but the role "vector". Of several processes,
-    each updates its part of the parameters, and has the optimizer state of that part.
+    each updates its part of the parameters, and has the optimizer state of that part. `sharded`
+    are the parameters of a model that training/fsdp.py has divided by rows.
     """
 
     def __init__(self, roles: dict[str, dict[str, Tensor]], config: OptimConfig,
-                 world: World | None = None) -> None:
+                 world: World | None = None, sharded: bool = False) -> None:
         self.world = world or World({})
+        self.sharded = sharded
         self.names = {weights: name for role in roles.values() for name, weights in role.items()}
         self.parameters = list(self.names)
         matrices = [*roles["attention"].values(), *roles["mlp"].values()]
@@ -131,32 +148,50 @@ class Optimizers:
         vectors = list(roles["vector"].values())
 
         self.all: list[torch.optim.Optimizer] = []
+        self.nothing = torch.empty(0, device=self.parameters[0].device)
         # The parts that each rank updates, and the names of each parameter's state.
         self.parts: list[list[Part]] = [[] for _ in range(self.world.size)]
         self.keys: dict[Tensor, tuple[str, ...]] = {}
         if config.optimizer == "muon":
             self.keys |= dict.fromkeys(matrices, Muon.STATE)
-            own = self.assign(deal_out(matrices, self.world.size))
+            own = self.assign(matrices, whole=True)
             groups = [{"params": own, "weight_decay": config.weight_decay}]
-            self.all.append(Muon(groups, config.muon_lr, config.momentum))
+            self.all.append(self.make_muon(groups, config))
         else:
             decayed = matrices + decayed
         self.keys |= dict.fromkeys(decayed + vectors, AdamW.STATE)
-        own_decayed = self.assign(slices(decayed, self.world.size))
-        own_vectors = self.assign(slices(vectors, self.world.size))
+        own_decayed, own_vectors = self.assign(decayed), self.assign(vectors)
         groups = [{"params": own_decayed, "weight_decay": config.weight_decay},
                   {"params": own_vectors, "weight_decay": 0.0}]
         self.all.append(AdamW(groups, config.lr, (config.beta1, config.beta2)))
         for optimizer in self.all:
             for group in optimizer.param_groups:
                 group["initial_lr"] = group["lr"]
-        self.norm = GradientNorm(self.world, list(self.keys), self.parts)
+        if sharded:
+            from training.fsdp import RowNorm
 
-    def assign(self, parts: list[list[Part]]) -> list[Tensor]:
-        """Assign parts to the ranks; return the tensors of this one."""
+            self.norm = RowNorm(self.world, self.own_parts)
+        else:
+            self.norm = GradientNorm(self.world, list(self.keys), self.parts)
+
+    def assign(self, parameters: list[Tensor], whole: bool = False) -> list[Tensor]:
+        """Divide parameters, or deal them out `whole`, to the ranks; return this one's tensors."""
+        if self.sharded:
+            parts = rows(parameters, self.world.rank, self.world.size)
+        elif whole:
+            parts = deal_out(parameters, self.world.size)
+        else:
+            parts = slices(parameters, self.world.size)
         for rank, some in enumerate(parts):
             self.parts[rank] += some
         return [part.tensor for part in parts[self.world.rank]]
+
+    def make_muon(self, groups: list[dict[str, Any]], config: OptimConfig) -> Muon:
+        if not self.sharded:
+            return Muon(groups, config.muon_lr, config.momentum)
+        from training.fsdp import RowMuon
+
+        return RowMuon(groups, config.muon_lr, config.momentum, self.own_parts, self.world)
 
     @property
     def own_parts(self) -> list[Part]:
@@ -198,7 +233,8 @@ class Optimizers:
             torch.nn.utils.clip_grads_with_norm_(own, grad_clip, norm)
         for optimizer in self.all:
             scaler.step(optimizer)
-        self.world.share([[part.tensor for part in parts] for parts in self.parts])
+        if not self.sharded:
+            self.world.share([[part.tensor for part in parts] for parts in self.parts])
         self.zero_grad(scaler)
 
     def zero_grad(self, scaler: torch.amp.GradScaler) -> None:
@@ -235,11 +271,9 @@ class Optimizers:
         for weights, keys in self.keys.items():
             for key in keys:
                 name = f"{self.names[weights]}.{key}"
-                own = weights.new_empty(0)
-                if name in states:
-                    own = states[name][1].view(-1)
+                _, own = states.get(name, (None, self.nothing))
                 if key == "step":
-                    # All have the same number.
+                    # All processes have the same number.
                     owner = ranges[weights][0][0]
                     tensors[name] = Divided(torch.Size(()), own, [(owner, 0, 1)])
                 else:
@@ -259,7 +293,7 @@ class Optimizers:
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy the state from `tensors`, which has the names and shapes of `shapes()`."""
         for name, (part, state) in self.own_states().items():
-            state.copy_(part.of(tensors[name]))
+            state.copy_(part.of(tensors[name]).view(state.shape))
 
     def own_states(self) -> dict[str, tuple[Part, Tensor]]:
         """The state of this process's parts, by name."""

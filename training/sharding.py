@@ -25,7 +25,8 @@ class Part:
     weights: Tensor
     start: int
     end: int
-    tensor: Tensor  # the parameter itself, or a view of the slice
+    # The parameter itself, or a view of the slice. Of rows, this process has only its own.
+    tensor: Tensor | None
 
     def of(self, whole: Tensor) -> Tensor:
         """The same part of a tensor of the parameter's shape; of a scalar, all."""
@@ -66,14 +67,45 @@ def slices(parameters: list[Tensor], size: int) -> list[list[Part]]:
     return parts
 
 
+@torch.no_grad()
+def rows(parameters: list[Tensor], rank: int, size: int) -> list[list[Part]]:
+    """The rows of each parameter that FSDP2 gives to each rank. `rank` is this process's."""
+    parts: list[list[Part]] = [[] for _ in range(size)]
+    for weights in parameters:
+        for one in range(size):
+            start, end = number_range(weights.shape, one, size)
+            own = weights.to_local() if one == rank else None
+            parts[one].append(Part(weights, start, end, own))
+    return parts
+
+
+def row_range(n_rows: int, rank: int, size: int) -> tuple[int, int]:
+    """The first row of a rank, and the one after its last, as `torch.chunk` divides them."""
+    most = math.ceil(n_rows / size)
+    return min(rank * most, n_rows), min((rank + 1) * most, n_rows)
+
+
+def number_range(shape: torch.Size, rank: int, size: int) -> tuple[int, int]:
+    """As `row_range`, for the numbers in these rows."""
+    first, last = row_range(shape[0], rank, size)
+    width = shape[1:].numel()
+    return first * width, last * width
+
+
 @dataclass(frozen=True, eq=False)
 class Divided:
     """A tensor of which each process has a part, or none."""
 
     shape: torch.Size
-    own: Tensor  # this process's numbers, in one dimension
-    # The rank, first and last number of each part, in order: together they cover the tensor once.
+    own: Tensor  # this process's numbers
+    # The rank, start and end of each part. Together they cover the tensor once.
     ranges: list[tuple[int, int, int]]
+
+    @classmethod
+    def by_rows(cls, weights: Tensor, size: int) -> Divided:
+        """A DTensor of FSDP2."""
+        ranges = [(rank, *number_range(weights.shape, rank, size)) for rank in range(size)]
+        return cls(weights.shape, weights.detach().to_local(), ranges)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -88,6 +120,13 @@ class Divided:
         """The same with a copy of the own part on the CPU."""
         return Divided(self.shape, self.own.to("cpu", copy=True), self.ranges)
 
+    @torch.no_grad()
+    def load(self, whole: Tensor, rank: int) -> None:
+        """Copy this process's numbers from a whole tensor. `rank` is this process's."""
+        for source, start, end in self.ranges:
+            if source == rank:
+                self.own.copy_(whole.reshape(-1)[start:end].view(self.own.shape))
+
     def collect(self, to: int, rank: int, group: Any = None) -> Tensor | None:
         """The whole tensor in the process `to`, on the CPU; None in the others. All must call it.
 
@@ -95,16 +134,17 @@ class Divided:
         """
         import torch.distributed as dist
 
+        own = self.own.reshape(-1)
         ranges = [one for one in self.ranges if one[1] < one[2]]
         if rank != to:
             if any(source == rank for source, _, _ in ranges):
-                dist.send(self.own.cpu(), to, group=group)
+                dist.send(own.cpu(), to, group=group)
             return None
         whole = torch.empty(self.shape.numel(), dtype=self.dtype)
         requests = []
         for source, start, end in ranges:
             if source == rank:
-                whole[start:end] = self.own
+                whole[start:end] = own
             else:
                 requests.append(dist.irecv(whole[start:end], source, group=group))
         for request in requests:

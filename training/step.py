@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from training.buckets import GradientBuckets
 from training.device import Device
 from training.distributed import World
+from training.fsdp import RowGradients
 from training.interrupt import Interrupt
 from training.tree_sum import TreeSum
 
@@ -40,7 +41,7 @@ class Validation(Protocol):
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, float]]: ...
 
 
-def accumulate_gradients(model: nn.Module, buckets: GradientBuckets, batches: Batches,
+def accumulate_gradients(model: nn.Module, buckets: GradientBuckets | RowGradients, batches: Batches,
                          boundary: int | None, step: int, scaler: torch.amp.GradScaler,
                          device: Device, seed: int, interrupt: Interrupt) -> Tensor | None:
     """Run forward and backward for each micro-step; return its loss, in nats per token.
@@ -82,12 +83,13 @@ def evaluate(model: nn.Module, validation: Validation, device: Device, boundary:
              world: World) -> float:
     """The mean loss over the validation windows, in nats per token."""
     model.eval()
-    # Each process has every size-th batch. The last turn may have no batch left for it.
+    # Each process has every size-th batch.
     turns = math.ceil(validation.n_batches / world.size)
     losses = torch.zeros(turns, dtype=device.sum_dtype, device=device.torch)
     for turn, (inputs, targets, weight) in enumerate(validation):
         loss = loss_of(model, (inputs, targets), device, boundary)
-        losses[turn] = loss.to(device.sum_dtype) * weight
+        if weight:
+            losses[turn] = loss.to(device.sum_dtype) * weight
     model.train()
     in_order = world.gather(losses).view(world.size, turns).T.flatten()
     return sum(in_order.tolist())

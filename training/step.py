@@ -41,8 +41,8 @@ class Validation(Protocol):
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, float]]: ...
 
 
-def accumulate_gradients(model: nn.Module, buckets: GradientBuckets | RowGradients, batches: Batches,
-                         boundary: int | None, step: int, scaler: torch.amp.GradScaler,
+def accumulate_gradients(model: nn.Module, buckets: GradientBuckets | RowGradients,
+                         batches: Batches, boundary: int | None, step: int, scaler: torch.amp.GradScaler,
                          device: Device, seed: int, interrupt: Interrupt) -> Tensor | None:
     """Run forward and backward for each micro-step; return its loss, in nats per token.
 

@@ -42,8 +42,9 @@ class Validation(Protocol):
 
 
 def accumulate_gradients(model: nn.Module, buckets: GradientBuckets | RowGradients,
-                         batches: Batches, boundary: int | None, step: int, scaler: torch.amp.GradScaler,
-                         device: Device, seed: int, interrupt: Interrupt) -> Tensor | None:
+                         batches: Batches, boundary: int | None, step: int,
+                         scaler: torch.amp.GradScaler, device: Device, seed: int,
+                         interrupt: Interrupt) -> Tensor | None:
     """Run forward and backward for each micro-step; return its loss, in nats per token.
 
     Of several processes, each then has the gradients of the parts that it updates, added over all.

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from data.files import Document
+from data.files import Document, SpecialToken
 from data.sources import Source
 from data.split import (
     EXPECTED_DOCUMENTS,
@@ -54,7 +54,8 @@ class Corpus:
     """The documents of `source` in two splits.
 
     The validation split is a part of it (data/split.py), or the documents of `validation`, which
-    are then dropped from training. Raises ValueError if one of two sources holds no text.
+    are then dropped from training. Each document is in one split if they are not `divisible`.
+    Raises ValueError if one of two sources holds no text.
     """
 
     def __init__(
@@ -63,9 +64,10 @@ class Corpus:
         val_fraction: float,
         validation: Source | None = None,
         deduplicate: bool = True,
+        divisible: bool = True,
     ) -> None:
         self.source, self.validation, self.deduplicate = source, validation, deduplicate
-        self.fraction = val_fraction
+        self.divisible, self.fraction = divisible, val_fraction
         self.counts: Counter[str] = Counter()  # of documents in the latest reading
         # The length and tail of each document by its index, if all are known.
         self.tails: dict[int, tuple[int, int]] = {}
@@ -74,6 +76,9 @@ class Corpus:
             self.has_boundaries = self.has_several()
         else:
             self.has_boundaries = self.plan_split(val_fraction)
+        if not divisible:
+            # Also the end of a single document is marked.
+            self.has_boundaries = True
 
     def plan_split(self, val_fraction: float) -> bool:
         """Read documents until it is clear how to split them. Returns whether there are several."""
@@ -92,7 +97,7 @@ class Corpus:
         if not numbers:
             raise ValueError("The source holds no text: every document is empty.")
         if is_complete:
-            tails = choose_tails(list(texts.values()), val_fraction)
+            tails = choose_tails(list(texts.values()), val_fraction, self.divisible)
             for index, number in numbers.items():
                 self.tails[index] = texts[number].length, tails[number]
         else:
@@ -167,7 +172,8 @@ class Corpus:
 
     def tail_of(self, found: Found) -> int:
         """The characters to hold out at the end of a document, without knowing the others."""
-        if not found.split and gives_tail(found.length, found.length, self.fraction, self.wanted):
+        may_divide = self.divisible and not found.split
+        if may_divide and gives_tail(found.length, found.length, self.fraction, self.wanted):
             return tail_length(found.length, self.fraction)
         is_val = found.split == "val" or (not found.split and found.number < self.fraction)
         return found.length if is_val else 0
@@ -177,7 +183,8 @@ class Corpus:
         with self.progress("Reading a sample") as update:
             for piece in self.pieces():
                 update()
-                if piece.split == "train" and piece.text:
+                is_text = piece.text and not isinstance(piece.text, SpecialToken)
+                if piece.split == "train" and is_text:
                     yield piece.text
                     most_bytes -= len(piece.text.encode())
                     if most_bytes <= 0:
@@ -227,9 +234,12 @@ def divided(document: Document, length: int, tail: int) -> Iterator[Piece]:
     """The text of a document, with the last `tail` characters in the validation split."""
     left = length - tail  # characters of the training part that follow
     for text in document.pieces():
-        if left:
+        if left >= len(text):
+            yield Piece("train", text)
+        elif left == 0:
+            yield Piece("val", text)
+        else:
             yield Piece("train", text[:left])
-        if left < len(text):
             yield Piece("val", text[left:])
         left = max(0, left - len(text))
     if tail < length:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from data.corpus import Corpus, Piece
+from data.files import SpecialToken
 from data.shards import SPLITS, ShardWriter
 from data.tokenizer import Tokenizer
 from progress import ProgressBar
@@ -58,7 +59,8 @@ def batches(corpora: list[Corpus]) -> Iterator[Batch]:
                     segment, segment_bytes = segment + 1, 0
                 batch = Batch(part, segment)
             batch.pieces.append(piece)
-            batch.n_bytes[piece.split] += len(piece.text.encode())
+            if not isinstance(piece.text, SpecialToken):
+                batch.n_bytes[piece.split] += len(piece.text.encode())
         batch.progress = progress_of(corpora, part)
         yield batch
         segment += 1
@@ -84,7 +86,10 @@ def segments(corpora: list[Corpus], tokenizer: Tokenizer, folder: Path, first: i
     def encode(batch: Batch) -> dict[str, np.ndarray]:
         ids: dict[str, list[np.ndarray]] = {split: [end_of_text[:0]] for split in SPLITS}
         for split, text, ends in batch.pieces:
-            ids[split] += [tokenizer.encode_array(text), end_of_text[:ends]]
+            if isinstance(text, SpecialToken):
+                ids[split].append(np.array([tokenizer.special[text]], dtype=np.uint32))
+            else:
+                ids[split] += [tokenizer.encode_array(text), end_of_text[:ends]]
         return {split: np.concatenate(arrays) for split, arrays in ids.items()}
 
     def remaining() -> Iterator[Batch]:

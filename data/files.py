@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from data.encodings import decoded
-from data.records import BadRecord, parquet, read_records
+from data.records import BadRecord, RecordReader, parquet, read_records
 from data.unpack import COMPRESSIONS, decompressed, plain_name, reading
 
 # A long text is read in pieces of about this many characters. With so few, no tokenizer fails on
@@ -41,6 +41,12 @@ MARK = r"[\u3001\u3002\u300a-\u300f\uff01\uff08\uff09\uff0c\uff1a\uff1b\uff1f]"
 CUT = re.compile(rf"(?<={WORD})(?= \S)|(?<=\S\n)(?=[^\s/])|(?<={LETTER})(?={MARK})")
 # How many characters at the end of a piece are searched for a place to cut: few, then more.
 CUT_WITHIN = (2**10, 2**16)
+
+
+class SpecialToken(str):
+    """The name of a special token, as a piece of a document between pieces of text."""
+
+    __slots__ = ()
 
 
 @dataclass(frozen=True)
@@ -158,7 +164,8 @@ class File:
 
     `text_field` names a record's text. `encoding` is for files without a byte order mark; empty is
     UTF-8. `errors` says what to do with bytes that are not text, "strict" or "replace", and
-    `on_bad_record` with records without text, "stop" or "skip".
+    `on_bad_record` with records without text, "stop" or "skip". `read_record` makes the text, or a
+    whole document, of a JSON record; by default it is the text of its field.
     """
 
     path: Path
@@ -166,6 +173,7 @@ class File:
     errors: str = "strict"
     encoding: str = ""
     on_bad_record: str = "stop"
+    read_record: RecordReader | None = None
     bad_records: int = field(default=0, init=False)  # in the latest reading
     raw: BinaryIO | None = field(default=None, init=False)
 
@@ -188,6 +196,8 @@ class File:
                 if self.on_bad_record == "stop":
                     raise text.refusal(str(self.path))
                 self.bad_records += 1
+            elif isinstance(text, Document):
+                yield text
             elif text and not text.isspace():
                 yield Document.of(text)
 
@@ -220,11 +230,11 @@ class File:
         with self.opened() as stream:
             yield from cut_into_pieces(self.decoded(stream))
 
-    def records(self) -> Iterator[str | BadRecord]:
+    def records(self) -> Iterator[str | Document | BadRecord]:
         with self.opened() as stream:
             if self.kind != ".parquet":
-                blocks = self.decoded(stream)
-                yield from read_records(blocks, self.kind, self.text_field, self.path)
+                blocks, read = self.decoded(stream), self.read_record
+                yield from read_records(blocks, self.kind, self.text_field, self.path, read)
             elif self.path.suffix.lower() in COMPRESSIONS:
                 raise ValueError(
                     f"{self.path} is a compressed Parquet file: decompress it first. Parquet has "

@@ -111,7 +111,7 @@ def halves(token: bytes, rank_of: dict[bytes, int]) -> list[bytes]:
         rank = min(ranks)
         if rank > rank_of[token]:
             raise ValueError(f"The tokenizer cannot be exported: its token {token!r} is not a pair "
-                         f"of tokens with lower ids.")
+                             f"of tokens with lower ids.")
         place = ranks.index(rank)
         parts[place : place + 2] = [parts[place] + parts[place + 1]]
     return parts

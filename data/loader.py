@@ -5,7 +5,7 @@ The order of sequences is frozen: another order would change the batches of resu
 The split is cut into windows of `block_size` tokens. Each epoch reads every window once, in the
 order of a keyed permutation, and cuts at another offset (the split is read as a ring), so that no
 token stays at the edge of its window. The parts of a mixture are cut and shuffled separately, and
-interleaved by weight.
+interleaved by weight. Sequences of conversations hold whole ones instead (data/examples.py).
 """
 
 from __future__ import annotations
@@ -17,41 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.chat import Markers
+from data.examples import Examples
 from data.mixture import Interleaving
+from data.permutation import mix, permute
 from data.shards import Tokens
-
-FEISTEL_ROUNDS = 6
-
-
-def mix(x: np.ndarray) -> np.ndarray:
-    """A 64-bit hash of each element (the finalizer of SplitMix64, Steele et al. 2014)."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def permute(index: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
-    """Apply a permutation of `range(n)` to `index`. Each element has its own key.
-
-    A Feistel network permutes the next power of four. Results of n or more are permuted again
-    (cycle walking, Black and Rogaway 2002). O(1) per element, without a table.
-    """
-    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
-    low = (np.uint64(1) << half) - np.uint64(1)
-
-    def feistel(x: np.ndarray, keys: np.ndarray) -> np.ndarray:
-        left, right = x >> half, x & low
-        for r in range(FEISTEL_ROUNDS):
-            left, right = right, left ^ (mix(right ^ mix(keys + np.uint64(r))) & low)
-        return left << half | right
-
-    result = feistel(index.astype(np.uint64), keys)
-    outside = result >= n
-    while outside.any():
-        result[outside] = feistel(result[outside], keys[outside])
-        outside = result >= n
-    return result.astype(np.int64)
 
 
 class Windows:
@@ -69,9 +39,24 @@ class Windows:
         first = offset + permute(in_epoch, self.count, keys) * self.block_size
         return first % len(self.tokens)
 
-    def read(self, index: np.ndarray) -> np.ndarray:
-        positions = self.starts(index)[:, None] + np.arange(self.block_size + 1)
-        return self.tokens.read(positions % len(self.tokens))
+    def read(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs and targets of the windows at `index`, each `[N, block_size]`."""
+        return self.read_at(self.starts(index))
+
+    def read_in_order(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The same in the order of the split, without an offset."""
+        return self.read_at(index * self.block_size)
+
+    def read_at(self, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        positions = starts[:, None] + np.arange(self.block_size + 1)
+        ids = self.tokens.read(positions % len(self.tokens))
+        return ids[:, :-1], ids[:, 1:]
+
+    def n_targets(self, index: np.ndarray) -> np.ndarray:
+        """The number of targets in each window."""
+        return np.full(len(index), self.block_size)
+
+    n_targets_in_order = n_targets
 
 
 class Loader:
@@ -79,18 +64,25 @@ class Loader:
 
     In a step, each of `world_size` ranks has `micro_steps` batches of `batch_size` sequences, a
     contiguous piece of the step: micro-step m of a rank is micro-step `rank * micro_steps + m` of
-    the same step on one rank. Raises ValueError for a split shorter than one context.
+    the same step on one rank. With the `markers` of conversations, sequences are whole ones, and
+    only answers are targets. Raises ValueError for a split shorter than one context.
     """
 
     def __init__(self, tokens: list[Tokens], block_size: int, batch_size: int, micro_steps: int = 1,
-                 seed: int = 0, world_size: int = 1, weights: list[int] | None = None) -> None:
+                 seed: int = 0, world_size: int = 1, weights: list[int] | None = None,
+                 markers: Markers | None = None) -> None:
         self.block_size, self.batch_size = block_size, batch_size
         self.micro_steps, self.world_size = micro_steps, world_size
-        check_lengths("training", tokens, block_size, "use more text or a smaller model.block_size")
-        self.parts = []
+        if not markers:
+            check_lengths("training", tokens, block_size,
+                          "use more text or a smaller model.block_size")
+        self.parts: list[Windows | Examples] = []
         for part, split in enumerate(tokens):
             part_seed = mix(np.array([seed], dtype=np.uint64)) ^ np.uint64(part)
-            self.parts.append(Windows(split, block_size, part_seed))
+            if markers:
+                self.parts.append(Examples(split, block_size, markers, "training", part_seed))
+            else:
+                self.parts.append(Windows(split, block_size, part_seed))
         self.interleaving = Interleaving(weights or [1] * len(tokens))
 
     @property
@@ -107,22 +99,36 @@ class Loader:
 
     def sequences(self, step: int) -> list[int]:
         """The first positions of all sequences of a step, each in the split of its part."""
-        count = self.tokens_per_step // self.block_size
-        part, index = self.interleaving.at(step * count + np.arange(count, dtype=np.int64))
-        starts = np.empty(count, dtype=np.int64)
+        part, index = self.of_step(step)
+        starts = np.empty(len(part), dtype=np.int64)
         for number in np.unique(part):
             starts[part == number] = self.parts[number].starts(index[part == number])
         return starts.tolist()
+
+    def n_targets(self, step: int) -> list[int]:
+        """The number of targets in each micro-step of a step, of all ranks."""
+        part, index = self.of_step(step)
+        counts = np.empty(len(part), dtype=np.int64)
+        for number in np.unique(part):
+            counts[part == number] = self.parts[number].n_targets(index[part == number])
+        return counts.reshape(-1, self.batch_size).sum(axis=1).tolist()
+
+    def of_step(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """The part of each sequence of a step, and its index there."""
+        count = self.tokens_per_step // self.block_size
+        return self.interleaving.at(step * count + np.arange(count, dtype=np.int64))
 
     def batch(self, step: int, micro_step: int = 0, rank: int = 0) -> tuple[Tensor, Tensor]:
         """Inputs and targets, each int64 `[batch_size, block_size]`."""
         micro_batch = (step * self.world_size + rank) * self.micro_steps + micro_step
         sequences = micro_batch * self.batch_size + np.arange(self.batch_size, dtype=np.int64)
         part, index = self.interleaving.at(sequences)
-        windows = np.empty((self.batch_size, self.block_size + 1), dtype=np.int64)
+        inputs = np.empty((self.batch_size, self.block_size), dtype=np.int64)
+        targets = np.empty_like(inputs)
         for number in np.unique(part):
-            windows[part == number] = self.parts[number].read(index[part == number])
-        return as_batch(windows)
+            here = part == number
+            inputs[here], targets[here] = self.parts[number].read(index[here])
+        return torch.from_numpy(inputs), torch.from_numpy(targets)
 
 
 class Prefetch:
@@ -151,33 +157,44 @@ class Prefetch:
         inputs, targets = (ids.to(self.device, non_blocking=True) for ids in pinned)
         return inputs, targets
 
+    def n_targets(self, step: int) -> list[int]:
+        """The number of targets in each micro-step of a step, of all ranks."""
+        return self.loader.n_targets(step)
+
     def read(self, step: int, micro_step: int) -> list[Tensor]:
-        """A batch in pinned memory; contiguous, because strided copies are synchronous."""
-        batch = self.loader.batch(step, micro_step, self.rank)
-        return [ids.contiguous().pin_memory() for ids in batch]
+        """A batch in pinned memory."""
+        return [ids.pin_memory() for ids in self.loader.batch(step, micro_step, self.rank)]
 
 
 class Validation:
-    """The validation windows, the same in each evaluation: in order, up to `max_tokens`.
+    """The validation sequences, the same in each evaluation: in order, up to `max_tokens`.
 
     In a mixture, `weights` are the parts' shares of `max_tokens` and, even if a part has fewer
-    tokens, of the mean. Rank r reads the batches r, r + world_size, ... with unchanged weights, so
-    the sum over the ranks is the mean of all batches. All ranks read equally many: where one has
-    no batch left, it reads the first one again, with a weight of 0.
+    tokens, of the mean. `markers` are those of the `Loader`. Rank r reads the batches r, r +
+    world_size, ... with unchanged weights, so the sum over the ranks is the mean of all batches.
+    All ranks read equally many: where one has no batch left, it reads the first one again, with a
+    weight of 0.
     """
 
     def __init__(self, tokens: list[Tokens], block_size: int, batch_size: int, max_tokens: int,
-                 weights: list[int] | None = None, rank: int = 0, world_size: int = 1) -> None:
-        self.tokens, self.block_size, self.batch_size = tokens, block_size, batch_size
-        self.rank, self.world_size = rank, world_size
-        check_lengths("validation", tokens, block_size,
-                      "raise data.val_fraction, use more text, or lower model.block_size")
+                 weights: list[int] | None = None, rank: int = 0, world_size: int = 1,
+                 markers: Markers | None = None) -> None:
+        self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
+        if not markers:
+            check_lengths("validation", tokens, block_size,
+                          "raise data.val_fraction, use more text, or lower model.block_size")
         weights = weights or [1] * len(tokens)
         self.shares = [weight / sum(weights) for weight in weights]
+        self.parts: list[Windows | Examples] = []
         self.n_windows = []
+        no_seed = np.zeros(1, dtype=np.uint64)
         for split, share in zip(tokens, self.shares, strict=True):
-            n_tokens = min(len(split) - 1, max(int(max_tokens * share), block_size))
-            self.n_windows.append(n_tokens // block_size)
+            part = Windows(split, block_size, no_seed)
+            if markers:
+                part = Examples(split, block_size, markers, "validation", no_seed)
+            self.parts.append(part)
+            most = max(int(max_tokens * share), block_size) // block_size
+            self.n_windows.append(min(part.count, most))
 
     @property
     def n_batches(self) -> int:
@@ -194,12 +211,13 @@ class Validation:
         for number in range(self.rank, turns * self.world_size, self.world_size):
             is_own = number < len(batches)
             part, first = batches[number if is_own else 0]
-            n_windows = self.n_windows[part]
-            last = min(first + self.batch_size, n_windows)
-            positions = np.arange(first, last)[:, None] * self.block_size
-            windows = self.tokens[part].read(positions + np.arange(self.block_size + 1))
-            weight = self.shares[part] * len(windows) / n_windows if is_own else 0.0
-            yield *as_batch(windows), weight
+            n_windows, split = self.n_windows[part], self.parts[part]
+            index = np.arange(first, min(first + self.batch_size, n_windows))
+            inputs, targets = split.read_in_order(index)
+            n_targets = int(split.n_targets_in_order(index).sum())
+            of_all = int(split.n_targets_in_order(np.arange(n_windows)).sum())
+            weight = self.shares[part] * n_targets / of_all if is_own else 0.0
+            yield torch.from_numpy(inputs), torch.from_numpy(targets), weight
 
 
 def check_lengths(split: str, tokens: list[Tokens], block_size: int, advice: str) -> None:
@@ -210,8 +228,3 @@ def check_lengths(split: str, tokens: list[Tokens], block_size: int, advice: str
             raise ValueError(f"The {split} split{which} has {len(part_tokens)} tokens, one context "
                              f"needs {block_size + 1}: {advice}.")
 
-
-def as_batch(windows: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Windows `[B, T + 1]` -> inputs and targets, each `[B, T]`."""
-    ids = torch.from_numpy(windows)
-    return ids[:, :-1], ids[:, 1:]

@@ -15,8 +15,10 @@ from typing import Any, NamedTuple
 
 import atomic
 from data.bins import prepare_bins
+from data.chat import markers_of, with_markers
 from data.corpus import Corpus
 from data.encode import segments
+from data.files import SpecialToken
 from data.shards import SPLITS, check, check_shards, prepare_again, read_meta, write_meta
 from data.sources import (
     TOKENIZERS,
@@ -104,7 +106,8 @@ def build(building: Path, plan: Plan, config: DataConfig) -> None:
         return
     corpora = []
     for source in plan.sources.values():
-        corpora.append(Corpus(source, config.val_fraction, plan.validation, config.deduplicate))
+        corpora.append(Corpus(source, config.val_fraction, plan.validation, config.deduplicate,
+                              divisible=config.source != "chat"))
     tokenizer_path = building / "tokenizer.json"
     done = read_progress(building)
     tokenizer = read_tokenizer(tokenizer_path) if done else make_tokenizer(config, corpora)
@@ -163,6 +166,15 @@ def total(segments: list[dict[str, Any]], split: str) -> dict[str, Any]:
 
 
 def make_tokenizer(config: DataConfig, corpora: list[Corpus]) -> Tokenizer:
+    """The tokenizer of `config`, for conversations with the markers of messages."""
+    tokenizer = tokenizer_for_text(config, corpora)
+    if config.source == "chat":
+        tokenizer = with_markers(tokenizer)
+        markers_of(tokenizer)  # which checks them
+    return tokenizer
+
+
+def tokenizer_for_text(config: DataConfig, corpora: list[Corpus]) -> Tokenizer:
     """The tokenizer of `config`: `bpe` is trained on the training split, `char` knows both."""
     if config.tokenizer not in TOKENIZERS:
         return open_tokenizer(config.tokenizer)
@@ -181,7 +193,8 @@ def make_tokenizer(config: DataConfig, corpora: list[Corpus]) -> Tokenizer:
     for corpus in corpora:
         with corpus.progress("Listing characters") as update:
             for piece in corpus.pieces():
-                characters.update(piece.text)
+                if not isinstance(piece.text, SpecialToken):
+                    characters.update(piece.text)
                 update()
     several = len(corpora) > 1 or corpora[0].has_boundaries
     return CharTokenizer("".join(sorted(characters)), with_end_of_text=several)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -50,6 +51,10 @@ def skipped_records(number: int) -> str:
     return f", {counted(number, 'record')} without text skipped" if number else ""
 
 
+# Makes a text or a document of a JSON record, whose place is given for messages.
+RecordReader = Callable[[Any, str], Any]
+
+
 class OfType(NamedTuple):
     """Stands for a Parquet value that is not text and is not read."""
 
@@ -57,18 +62,22 @@ class OfType(NamedTuple):
 
 
 def read_records(
-    blocks: Iterator[str], kind: str, field: str, path: Path
-) -> Iterator[str | BadRecord]:
-    """The text of each record in a file whose content is `blocks`. `kind` is its suffix."""
+    blocks: Iterator[str], kind: str, field: str, path: Path, read: RecordReader | None = None
+) -> Iterator[Any]:
+    """The text of each record in a file whose content is `blocks`. `kind` is its suffix.
+
+    Of JSON, it is what `read` makes of a record, by default the text of its `field`.
+    """
+    read = read or partial(text_of, field=field)
     if kind in DELIMITERS:
         return delimited(blocks, kind, field, path)
     first = next(blocks, "")
     if kind == ".json" and first.lstrip().startswith("["):
-        return json_array(chain([first], blocks), field, path)
-    return json_lines(chain([first], blocks), field, path)
+        return json_array(chain([first], blocks), read, path)
+    return json_lines(chain([first], blocks), read, path)
 
 
-def text_of(record: Any, field: str, place: str) -> str | BadRecord:
+def text_of(record: Any, place: str, field: str) -> str | BadRecord:
     """The text of a JSON record: its `field`, or the record itself if it is a string."""
     if isinstance(record, str):
         return well_formed(record)
@@ -147,8 +156,8 @@ def lines_of(blocks: Iterator[str], newline: str, path: Path) -> Iterator[str]:
 # JSON
 
 
-def json_lines(blocks: Iterator[str], field: str, path: Path) -> Iterator[str | BadRecord]:
-    """The text of the record on each line. Blank lines are skipped."""
+def json_lines(blocks: Iterator[str], read: RecordReader, path: Path) -> Iterator[Any]:
+    """What `read` makes of the record on each line. Blank lines are skipped."""
     for number, line in enumerate(lines_of(blocks, "\n", path), 1):
         if line.isspace():
             continue
@@ -160,7 +169,7 @@ def json_lines(blocks: Iterator[str], field: str, path: Path) -> Iterator[str | 
                 "write one record per line, or, in .json, one array of records",
             )
             continue
-        yield text_of(record, field, f"line {number}")
+        yield read(record, f"line {number}")
 
 
 def reason_of(error: ValueError | RecursionError) -> str:
@@ -170,8 +179,8 @@ def reason_of(error: ValueError | RecursionError) -> str:
     return "too deeply nested" if isinstance(error, RecursionError) else str(error)
 
 
-def json_array(blocks: Iterator[str], field: str, path: Path) -> Iterator[str | BadRecord]:
-    """The text of each element of a JSON array.
+def json_array(blocks: Iterator[str], read: RecordReader, path: Path) -> Iterator[Any]:
+    """What `read` makes of each element of a JSON array.
 
     Raises ValueError for invalid JSON, as the start of the next element is unknown then.
     """
@@ -195,7 +204,7 @@ def json_array(blocks: Iterator[str], field: str, path: Path) -> Iterator[str | 
         n_blocks = 1
         if record is not MISSING:
             number += 1
-            yield text_of(record, field, f"record {number}")
+            yield read(record, f"record {number}")
         start = end
         if text[end - 1] == "]":
             break

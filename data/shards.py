@@ -20,6 +20,7 @@ import atomic
 from data.store import sha256_of
 
 SPLITS = ("train", "val")
+CHUNK = 2**22  # tokens that are compared at a time
 
 
 def token_dtype(vocab_size: int) -> type[np.unsignedinteger]:
@@ -107,6 +108,15 @@ class Tokens:
 
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
+
+    def positions_of(self, token: int) -> np.ndarray:
+        """The positions of a token, in ascending order."""
+        found = [np.zeros(0, dtype=np.int64)]
+        for shard, end in zip(self.shards, self.ends.tolist(), strict=True):
+            for start in range(0, len(shard), CHUNK):
+                here = np.flatnonzero(shard[start : start + CHUNK] == token)
+                found.append(here + (end - len(shard) + start))
+        return np.concatenate(found)
 
     def read(self, positions: np.ndarray) -> np.ndarray:
         """The tokens at `positions` (any shape), as int64. One gather for each shard.

@@ -18,6 +18,7 @@ from typing import Literal, Protocol, get_args, get_type_hints
 
 import atomic
 from data import files
+from data.chat import read_conversation
 from data.files import Document, File
 from data.hub import Hub
 from data.library import PyDocs, StdLib
@@ -35,22 +36,28 @@ SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2d
 
 TOKENIZERS = ("char", "byte", "gpt2", "cl100k_base", "o200k_base", "bpe")
 
+# Files of conversations.
+JSON = (".jsonl", ".ndjson", ".json")
+
 # The settings of text files that a source does not use.
 UNUSED = dict.fromkeys(
     ("pydocs", "stdlib", "bin"), ("text_field", "on_bad_record", "encoding", "errors")
 )
 UNUSED["hub"] = ("encoding", "errors")
+UNUSED["chat"] = ("text_field",)
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """The training text and its tokens."""
 
-    source: Literal["pydocs", "stdlib", "shakespeare", "text", "hub", "bin"] = setting(
+    source: Literal["pydocs", "stdlib", "shakespeare", "text", "chat", "hub", "bin"] = setting(
         "pydocs", "kind of the training text; presets (data=...) choose it"
     )
     path: str = setting(
-        "", "text: a file, folder or glob; bin: the folder of the .bin files; shakespeare: a copy"
+        "",
+        "text, chat: a file, folder or glob; bin: the folder of the .bin files; shakespeare: a "
+        "copy",
     )
     tokenizer: FilePath = setting(
         "bpe",
@@ -106,8 +113,12 @@ class DataConfig:
         except ValueError as error:
             yield f"mix={self.mix}: {error}"
             return
-        if "bin" in names:
-            yield f"mix={self.mix}: bin has tokens, and a mixture is made of text: leave it out."
+        for name, has in {"bin": "tokens", "chat": "conversations"}.items():
+            if name in names:
+                yield (
+                    f"mix={self.mix}: {name} has {has}, and a mixture is made of text: leave it "
+                    f"out."
+                )
         for name in names:
             for problem in self.part(name).path_problems():
                 yield f"mix={self.mix}: {problem}"
@@ -117,6 +128,11 @@ class DataConfig:
             yield (
                 "path is missing: name a text file, or a folder or glob of .txt, .md, .jsonl, "
                 ".csv or .parquet files, as in data.path=book.txt."
+            )
+        if self.source == "chat" and not self.path:
+            yield (
+                "path is missing: name a .jsonl file of conversations, or a folder or glob of such "
+                "files, as in data.path=examples.jsonl."
             )
         if self.source == "hub" and not self.hub_name:
             yield (
@@ -250,7 +266,8 @@ def open_source(config: DataConfig) -> Source:
 def open_validation(config: DataConfig) -> Source | None:
     """The source of the validation text, or None if it is a part of the training text."""
     if config.val_path:
-        return open_source(replace(config, source="text", path=config.val_path))
+        source = "chat" if config.source == "chat" else "text"
+        return open_source(replace(config, source=source, path=config.val_path))
     if config.val_split:
         return open_source(replace(config, split=config.val_split))
     return None
@@ -290,22 +307,38 @@ def kinds_of(source: Source) -> set[str]:
 
 
 class Files:
-    """A file, a folder or a glob, with documents as described in data/files.py."""
+    """A file, a folder or a glob, with documents as described in data/files.py.
+
+    Of conversations, other files than JSON are skipped. Raises ValueError if there is no file.
+    """
 
     def __init__(self, path: str, config: DataConfig = DataConfig()) -> None:
         self.skipped: Counter[str] = Counter()
         paths = files.find(expanded(path), self.skipped)
         text_field, errors, encoding = config.text_field, config.errors, config.encoding
         on_bad_record = config.on_bad_record
-        self.files = [File(one, text_field, errors, encoding, on_bad_record) for one in paths]
+        read = read_conversation if config.source == "chat" else None
+        self.files = []
+        for one in paths:
+            file = File(one, text_field, errors, encoding, on_bad_record, read)
+            if read and file.kind not in JSON:
+                self.skipped[one.suffix.lower()] += 1
+            else:
+                self.files.append(file)
+        if not self.files:
+            raise ValueError(
+                f"{path} has no conversations: data=chat reads {', '.join(JSON)}, also compressed."
+            )
         self.separator = unescaped(config.separator)
         # Newer settings are left out at their defaults, so that old fingerprints stay valid.
         self.settings = f"files {text_field} {errors}"
+        if read:
+            self.settings = f"chat {errors}"
         if self.separator:
             self.settings += f" {self.separator!r}"
         if encoding or on_bad_record != "stop":
             self.settings += f" {encoding} {on_bad_record}"
-        self.sizes = [path.stat().st_size for path in paths]
+        self.sizes = [file.path.stat().st_size for file in self.files]
         self.total = sum(self.sizes)
         self.current = self.files[0]
         self.read_before = 0  # bytes in the files before the current one

@@ -39,12 +39,13 @@ def held_out_fraction(val_fraction: float, characters: int, documents: int | Non
     return max(val_fraction, min(LARGEST_SHARE, least))
 
 
-def choose_tails(texts: list[Text], val_fraction: float) -> dict[float, int]:
+def choose_tails(texts: list[Text], val_fraction: float,
+                 divisible: bool = True) -> dict[float, int]:
     """How many characters at the end of each document are held out, by its number.
 
     Most documents are held out as a whole or not at all, by their numbers. A document that is more
-    than a third of the text to hold out gives its tail, if that has TAIL characters. The order of
-    `texts` does not matter.
+    than a third of the text to hold out gives its tail, if that has TAIL characters and documents
+    are `divisible`. The order of `texts` does not matter.
     """
     characters = sum(text.size for text in texts)
     fraction = held_out_fraction(val_fraction, characters)
@@ -53,14 +54,18 @@ def choose_tails(texts: list[Text], val_fraction: float) -> dict[float, int]:
     others = []
     for text in texts:
         tails[text.number] = 0
-        if gives_tail(text.size, text.length, fraction, wanted):
+        if divisible and gives_tail(text.size, text.length, fraction, wanted):
             tails[text.number] = tail_length(text.length, fraction)
         else:
             others.append(text)
     for text in whole_documents(sorted(others), fraction):
         tails[text.number] = text.length
+    if not divisible and len(texts) > 1 and not any(tails.values()):
+        # Each is more than the text to hold out.
+        chosen = min(texts)
+        tails[chosen.number] = chosen.length
     missing = wanted - sum(tails[text.number] * text.copies for text in texts)
-    if missing > wanted / 2:
+    if missing > wanted / 2 and divisible:
         # No document is long enough for its share, or short enough to be held out whole. So the
         # longest ones give more than their share, in tails of at least TAIL characters.
         kept = [text for text in others if not tails[text.number]]

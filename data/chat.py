@@ -1,0 +1,136 @@
+"""Conversations: their records in JSON, and the template that makes tokens of them.
+
+A conversation is `<|system|>text<|end|><|user|>text<|end|><|assistant|>text<|end|>`, with any
+number of messages and nothing between them. The markers are special tokens, which no text contains.
+Knows no files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from data.files import Document, SpecialToken, cut_into_pieces
+from data.records import BadRecord, type_name, well_formed
+from data.tokenizer import BPETokenizer, ExtendedTokenizer, Tokenizer
+
+MARKER_OF = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
+END = "<|end|>"
+MARKERS = (*MARKER_OF.values(), END)
+# The template as Hugging Face's tokenizer_config.json has it. A text starts with an end of text.
+JINJA = ("{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + "
+         "'<|end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
+
+
+class Message(NamedTuple):
+    """What one side of a conversation says. The `role` is one of MARKER_OF."""
+
+    role: str
+    text: str
+
+
+class Markers(NamedTuple):
+    """The ids of the tokens that divide conversations."""
+
+    end_of_text: int
+    end: int
+    assistant: int
+    others: tuple[int, ...]  # the markers of the other roles
+
+    def ids(self) -> list[int]:
+        return [self.end_of_text, self.end, self.assistant, *self.others]
+
+
+def with_markers(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer with those of the markers that it lacks as new tokens, after its last id.
+
+    A text cannot contain them then. Tokens of its own would have other meanings: GPT-2 has only
+    the end of text, which divides documents.
+    """
+    missing = [word for word in MARKERS if word not in tokenizer.special]
+    return ExtendedTokenizer(tokenizer, missing) if missing else tokenizer
+
+
+def markers_of(tokenizer: Tokenizer) -> Markers:
+    """The markers of a tokenizer. Raises ValueError if it lacks one, or finds one in a text."""
+    special = tokenizer.special
+    missing = [word for word in MARKERS if word not in special]
+    if missing or tokenizer.end_of_text is None:
+        raise ValueError(f"The tokenizer has no {missing[0] if missing else 'end of text'}: it is "
+                         f"not one of data=chat.")
+    base = tokenizer.base if isinstance(tokenizer, ExtendedTokenizer) else tokenizer
+    if isinstance(base, BPETokenizer) and set(MARKERS) & set(base.in_text):
+        raise ValueError("The tokenizer finds the markers of data=chat inside a text, so that a "
+                         "message could end itself: make them special tokens (special: true) in "
+                         "its tokenizer.json.")
+    others = tuple(special[word] for word in MARKERS if word not in (END, MARKER_OF["assistant"]))
+    return Markers(tokenizer.end_of_text, special[END], special[MARKER_OF["assistant"]], others)
+
+
+def message_ids(tokenizer: Tokenizer, message: Message) -> list[int]:
+    """The ids of a whole message, with its markers."""
+    start, end = tokenizer.special[MARKER_OF[message.role]], tokenizer.special[END]
+    return [start, *tokenizer.encode(message.text), end]
+
+
+def document_of(messages: Sequence[Message]) -> Document:
+    """The conversation as a document."""
+
+    def pieces() -> Iterator[str]:
+        for message in messages:
+            yield SpecialToken(MARKER_OF[message.role])
+            yield from cut_into_pieces([message.text])
+            yield SpecialToken(END)
+
+    return Document(pieces)
+
+
+def read_conversation(record: Any, place: str) -> Document | BadRecord:
+    """The conversation in a JSON record: `messages` with `role` and `content`, or `prompt` and
+    `completion`.
+    """
+    messages = read_messages(record, place)
+    if isinstance(messages, BadRecord):
+        return messages
+    answers = [message.text for message in messages if message.role == "assistant"]
+    if not answers:
+        return BadRecord(f"{place} has no message of the assistant")
+    if any(not answer.strip() for answer in answers):
+        return BadRecord(f"{place} has an empty answer")
+    return document_of(messages)
+
+
+def read_messages(record: Any, place: str) -> list[Message] | BadRecord:
+    if not isinstance(record, dict):
+        return BadRecord(f"{place} is not a record with fields (it is {type_name(record)})")
+    if "messages" in record:
+        listed = record["messages"]
+        if not isinstance(listed, list):
+            return BadRecord(f"{place}: messages is not a list (it is {type_name(listed)})")
+    elif "prompt" in record and "completion" in record:
+        listed = [{"role": "user", "content": record["prompt"]},
+                  {"role": "assistant", "content": record["completion"]}]
+    else:
+        names = ", ".join(list(record)[:10]) or "none"
+        return BadRecord(f"{place} has neither messages nor prompt and completion (its fields: "
+                         f"{names})")
+    messages = []
+    for number, one in enumerate(listed, 1):
+        message = read_message(one, f"{place}, message {number}")
+        if isinstance(message, BadRecord):
+            return message
+        messages.append(message)
+    return messages
+
+
+def read_message(record: Any, place: str) -> Message | BadRecord:
+    if not isinstance(record, dict):
+        return BadRecord(f"{place} is not a message with role and content (it is "
+                         f"{type_name(record)})")
+    role, content = record.get("role"), record.get("content")
+    if not isinstance(role, str) or role not in MARKER_OF:
+        return BadRecord(f"{place} has the role {role!r:.40}, which is none of "
+                         f"{', '.join(MARKER_OF)}")
+    if not isinstance(content, str):
+        return BadRecord(f"{place} has no text in its content (it is {type_name(content)})")
+    return Message(role, well_formed(content))

@@ -1,0 +1,145 @@
+"""The sequences of a split of conversations: whole ones, of which only the answers are targets.
+
+Consecutive conversations are put into a sequence as long as they fit. The rest of it is padding. A
+conversation that is longer than a sequence is cut at its end, and left out if no part of an answer
+remains. A sequence starts with the end of text before its first conversation, as in sampling.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from data.chat import Markers
+from data.permutation import mix, permute
+from data.shards import Tokens
+from terminal import counted
+
+# The target of a token that is not trained on, as in torch.nn.functional.cross_entropy.
+MASKED = -100
+
+
+class Examples:
+    """The sequences of whole conversations in a split, in an endless shuffled order.
+
+    Each epoch has all of them, in another order. Raises ValueError, which names the `split`, if
+    there are none.
+    """
+
+    def __init__(self, tokens: Tokens, block_size: int, markers: Markers, split: str,
+                 seed: np.ndarray) -> None:
+        self.tokens, self.block_size, self.markers, self.seed = tokens, block_size, markers, seed
+        ends = tokens.positions_of(markers.end_of_text)
+        if not len(ends):
+            raise ValueError(f"The {split} split has no conversation: use more of them, or raise "
+                             f"data.val_fraction.")
+        # From the end of text before it to the one after it, which is no part of it.
+        starts = np.concatenate(([-1], ends[:-1]))
+        targets = targets_within(tokens, markers, starts, ends, block_size)
+        self.n_conversations = len(ends)
+        self.n_cut = int((ends - starts > block_size + 1).sum())
+        self.n_left_out = int((targets == 0).sum())
+        first, last = pack(starts, ends, targets > 0, block_size + 1)
+        if not len(first):
+            raise ValueError(f"The {split} split has no conversation with an answer within a "
+                             f"context of {block_size} tokens: use a larger model.block_size.")
+        self.count = len(first)
+        self.first_positions = starts[first]
+        self.lengths = np.minimum(ends[last] - starts[first], block_size + 1)
+        before = np.concatenate(([0], np.cumsum(targets)))
+        self.targets = before[last + 1] - before[first]
+
+    def numbers(self, index: np.ndarray) -> np.ndarray:
+        """The sequences at `index`, counted from the start of the run, by their numbers."""
+        epoch, in_epoch = np.divmod(index, self.count)
+        return permute(in_epoch, self.count, mix(self.seed ^ mix(epoch.astype(np.uint64))))
+
+    def starts(self, index: np.ndarray) -> np.ndarray:
+        """The first positions of the sequences at `index`."""
+        return self.first_positions[self.numbers(index)] % len(self.tokens)
+
+    def read(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs and targets of the sequences at `index`, each `[N, block_size]`."""
+        return self.read_in_order(self.numbers(index))
+
+    def n_targets(self, index: np.ndarray) -> np.ndarray:
+        """The number of targets in each of the sequences at `index`."""
+        return self.n_targets_in_order(self.numbers(index))
+
+    def read_in_order(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs and targets of the sequences with these numbers."""
+        offsets = np.arange(self.block_size + 1)
+        # The first conversation starts with the end of text of the last one.
+        positions = (self.first_positions[numbers][:, None] + offsets) % len(self.tokens)
+        is_padding = offsets >= self.lengths[numbers][:, None]
+        ids = np.where(is_padding, self.markers.end_of_text, self.tokens.read(positions))
+        is_target = in_answers(ids, self.markers)[:, 1:] & ~is_padding[:, 1:]
+        return ids[:, :-1], np.where(is_target, ids[:, 1:], MASKED)
+
+    def n_targets_in_order(self, numbers: np.ndarray) -> np.ndarray:
+        """The number of targets in each of the sequences with these numbers."""
+        return self.targets[numbers]
+
+    def describe(self) -> str:
+        """The numbers of conversations and sequences, and what was cut."""
+        size = self.count * self.block_size
+        text = (f"{counted(self.n_conversations, 'conversation')} in "
+                f"{counted(self.count, 'sequence')}, "
+                f"{(self.lengths - 1).sum() / size:.0%} of which is not padding and "
+                f"{self.targets.sum() / size:.0%} answers")
+        if self.n_cut:
+            text += f"; {self.n_cut:,} cut at {self.block_size} tokens"
+        if self.n_left_out:
+            text += f", {self.n_left_out:,} of them left out, as no answer begins before that"
+        return text
+
+
+def targets_within(tokens: Tokens, markers: Markers, starts: np.ndarray, ends: np.ndarray,
+                   block_size: int) -> np.ndarray:
+    """The number of targets of each conversation, after it is cut: the tokens of its answers.
+
+    Each answer has one more target, its end marker.
+    """
+    first = tokens.positions_of(markers.assistant)
+    answer_ends = tokens.positions_of(markers.end)
+    last = answer_ends[np.searchsorted(answer_ends, first)]
+    conversation = np.searchsorted(ends, first)
+    last = np.minimum(last, starts[conversation] + block_size)
+    lengths = np.maximum(last - first, 0)
+    return np.bincount(conversation, lengths, minlength=len(ends)).astype(np.int64)
+
+
+def pack(starts: np.ndarray, ends: np.ndarray, kept: np.ndarray,
+         length: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first and the last conversation of each sequence of up to `length` tokens.
+
+    One that is longer has a sequence of its own. Those that are not `kept` are in no sequence.
+    """
+    count = len(starts)
+    index = np.arange(count)
+    # The conversation after those that fit, as if all were kept; the next one that is not kept, and
+    # the next one that is.
+    following = np.maximum(np.searchsorted(ends, starts + length, side="right"), index + 1)
+    left_out = np.append(np.flatnonzero(~kept), count)
+    following = np.minimum(following, left_out[np.searchsorted(left_out, index)])
+    kept_ones = np.append(np.flatnonzero(kept), count)
+    next_kept = kept_ones[np.searchsorted(kept_ones, np.arange(count + 1))]
+    jumps = next_kept[following].tolist()
+    first = []
+    place = int(next_kept[0])
+    while place < count:
+        first.append(place)
+        place = jumps[place]
+    chosen = np.array(first, dtype=np.int64)
+    return chosen, following[chosen] - 1
+
+
+def in_answers(ids: np.ndarray, markers: Markers) -> np.ndarray:
+    """Whether each token of rows `[N, T]` belongs to an answer; its end marker does.
+
+    So it is if the last marker before it is the assistant's. The first token is one, or no answer.
+    """
+    is_marker = np.isin(ids, markers.ids())
+    places = np.where(is_marker, np.arange(ids.shape[1]), 0)
+    last = np.maximum.accumulate(places, axis=1)[:, :-1]
+    after = np.take_along_axis(ids, last, axis=1) == markers.assistant
+    return np.concatenate((np.zeros((len(ids), 1), dtype=bool), after), axis=1)

@@ -1,6 +1,7 @@
-"""Complete a prompt with a trained model.
+"""Complete a prompt with a trained model, or talk to it.
 
   python sample.py run=pydocs prompt="Return the number of"
+  python sample.py run=NAME chat=true     of a run that was trained with data=chat
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from checkpointing.initial import find_weights
 from checkpointing.run_folder import find_run
 from conf.settings import SampleSettings
 from data.tokenizer import Tokenizer
+from generation.chat import Conversation
 from generation.decoder import Decoder
 from generation.engine import Completion, Engine, engine_of, open_checkpoint
 from generation.prompts import read_text
@@ -39,8 +41,10 @@ def sample(settings: SampleSettings) -> int:
     decoder = make_decoder(engine, settings)
     if settings.prompts:
         complete_file(engine, settings, decoder)
+    elif settings.chat:
+        chat(engine, settings, decoder)
     elif settings.interactive:
-        for line in typed_prompts():
+        for line in typed_prompts("\nprompt> "):
             try:
                 print_completions(engine, line, settings, decoder)
             except ValueError as error:
@@ -98,17 +102,36 @@ def warn_if_emulated(device: Device) -> None:
             sys.stderr)
 
 
-def typed_prompts() -> Iterator[str]:
-    """Lines that the user types, until end of input."""
+def chat(engine: Engine, settings: SampleSettings, decoder: Decoder | None) -> None:
+    """Answer each line that the user types, until the end of the input."""
+    conversation = Conversation(engine, settings, decoder, settings.system)
+    for line in typed_prompts("\nyou> " if sys.stdin.isatty() else ""):
+        if not line.strip():
+            continue
+        try:
+            for piece in conversation.answer(line):
+                output(piece, end="")
+        except ValueError as error:
+            # A question that is too long, or has a character that the tokenizer lacks.
+            say(f"Error: {error}")
+            continue
+        output("")
+        if conversation.was_cut:
+            say("The answer was cut: raise max_new_tokens, up to half of the context.", sys.stderr)
+
+
+def typed_prompts(mark: str) -> Iterator[str]:
+    """Lines that the user types, each after a `mark`, until end of input."""
     # A notebook's stream has no such method.
     if hasattr(sys.stdin, "reconfigure"):
         # Bytes that are not UTF-8 become characters that the tokenizer refuses with a message.
         sys.stdin.reconfigure(errors="surrogateescape")
     while True:
         try:
-            line = input("\nprompt> ")
+            line = input(mark)
         except EOFError:
-            output("")
+            if mark:
+                output("")
             return
         except KeyboardInterrupt:
             output("")

@@ -44,11 +44,12 @@ from checkpointing.saver import Saver
 from checkpointing.state import State
 from conf.sampling import SamplingConfig
 from conf.settings import Settings
+from data.chat import markers_of
 from data.loader import Loader, Prefetch, Validation
 from data.prepare import describe, load_tokenizer, val_bytes_per_token
 from data.shards import open_parts
 from data.tokenizer import Tokenizer
-from generation.engine import open_checkpoint, short_sample
+from generation.engine import Prompt, open_checkpoint, short_sample
 from model import GPT
 from report.page import after_training, is_current
 from terminal import counted, output, say
@@ -94,15 +95,21 @@ def train_together(settings: Settings, world: World) -> int:
     prepared = world.first(lambda: prepared_tokens(settings))
     tokenizer = load_tokenizer(prepared)
     boundary = document_boundary(tokenizer) if settings.data.respect_documents else None
+    markers = markers_of(tokenizer) if settings.data.source == "chat" else None
     model_config = replace(settings.model, vocab_size=tokenizer.vocab_size)
     settings = replace(settings, model=model_config)
     limits, block_size = settings.training, model_config.block_size
     weights = settings.data.weights()
     loader = Loader(open_parts(prepared, "train"), block_size, limits.batch_size,
-                    limits.micro_steps(block_size, world.size), settings.seed, world.size, weights)
+                    limits.micro_steps(block_size, world.size), settings.seed, world.size, weights,
+                    markers)
     validation = Validation(open_parts(prepared, "val"), block_size, limits.batch_size,
-                            limits.eval_tokens, weights, world.rank, world.size)
+                            limits.eval_tokens, weights, world.rank, world.size, markers)
+    prompts: list[Prompt] = [""] * SAMPLES
     bytes_per_token = val_bytes_per_token(prepared, weights)
+    if markers:
+        prompts = validation.questions(SAMPLES)
+        bytes_per_token = validation.bytes_per_target(tokenizer)
     # A device that this machine does not have is an error before the run's folder is touched.
     Device(limits.device, limits.precision)
 
@@ -110,7 +117,7 @@ def train_together(settings: Settings, world: World) -> int:
         run, settings, last = open_run(settings, prepared, world, stack)
         limits = settings.training
         if last and limit_reached(limits, last):
-            return world.first(lambda: already_finished(run, settings, last))
+            return world.first(lambda: already_finished(run, settings, last, prompts))
 
         # Build the model and the optimizers.
         device = open_device(run, settings, last)
@@ -249,7 +256,8 @@ def train_together(settings: Settings, world: World) -> int:
                     saver.finish()
                     whole = state.whole_model()
                     if world.is_first:
-                        text = short_sample(whole, tokenizer, limits.sample_tokens, device)
+                        text = short_sample(whole, tokenizer, limits.sample_tokens, device,
+                                            prompts[0])
                         recorder.sample(state.step, text)
                 saver.check()
 
@@ -274,7 +282,7 @@ def train_together(settings: Settings, world: World) -> int:
         if world.is_first:
             say(f"Trained {counted(state.step, 'step')} in {state.seconds:.0f} s, "
                 f"and waited {saver.waiting_seconds:.1f} s for saving.")
-            finish(run, limits)
+            finish(run, limits, prompts)
         return 0
 
 
@@ -301,7 +309,8 @@ def document_boundary(tokenizer: Tokenizer) -> int:
     return tokenizer.end_of_text
 
 
-def already_finished(run: Run, settings: Settings, last: Checkpoint) -> int:
+def already_finished(run: Run, settings: Settings, last: Checkpoint,
+                     prompts: list[Prompt]) -> int:
     """Say that there is nothing left to train, and complete what a kill may have left undone."""
     limits = settings.training
     advice = notices.how_to_continue(limit_reached(limits, last), settings, last)
@@ -310,7 +319,7 @@ def already_finished(run: Run, settings: Settings, last: Checkpoint) -> int:
     store.prune(run.checkpoints, limits.keep_last)
     if settings.logger.report and not is_current(run.folder):
         say(after_training(run.folder))
-    return finish(run, limits)
+    return finish(run, limits, prompts)
 
 
 def before_checkpoint(run: Run, recorder: Recorder) -> None:
@@ -319,15 +328,17 @@ def before_checkpoint(run: Run, recorder: Recorder) -> None:
     recorder.sync()
 
 
-def finish(run: Run, limits: TrainingConfig) -> int:
+def finish(run: Run, limits: TrainingConfig, prompts: list[Prompt]) -> int:
     """Print samples of the best checkpoint, and the command for more."""
     if limits.sample_tokens:
         device = Device(limits.device, limits.precision)
         with configure(device):
             engine = open_checkpoint(run.folder, "best", device)
-            prompts = [("", number) for number in range(SAMPLES)]
-            for number, completion in enumerate(engine.complete(prompts, SamplingConfig()), 1):
-                output(f"--- {number} of {SAMPLES}\n{completion.text}")
+            jobs = [(prompt, number) for number, prompt in enumerate(prompts)]
+            for number, completion in enumerate(engine.complete(jobs, SamplingConfig())):
+                output(f"--- {number + 1} of {len(jobs)}\n"
+                       f"{engine.shown(prompts[number])}{completion.text}")
     argument = shlex.quote(f"run={run.folder}")
-    say(f'More: python sample.py {argument} prompt="..."')
+    more = 'prompt="..."' if "" in prompts else "chat=true"
+    say(f"More: python sample.py {argument} {more}")
     return 0

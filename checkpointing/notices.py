@@ -35,6 +35,8 @@ def describe_run(say: Callable[[str], None], folder: Path, device: Device, model
     epochs = " and ".join(f"{steps:,.1f}" for steps in loader.steps_an_epoch())
     say(f"Step: {loader.tokens_per_step:,} tokens ({loader.micro_steps} x "
                  f"{loader.batch_size} sequences of {loader.block_size}), {epochs} steps an epoch")
+    if loader.notes():
+        say(f"Conversations: {loader.notes()}")
     say(f"Device: {device.describe()}")
     for warning in device.warnings(local_processes):
         say(f"Warning: {warning}")

@@ -49,7 +49,7 @@ SCHEMAS = {"config": Settings, "sample": SampleSettings}
 # Hydra's name for an experiment that is given by its path.
 GIVEN_FILE = "given-file"
 # In these texts ${...} has no meaning.
-VERBATIM = ("prompt", "stop", "data.separator")
+VERBATIM = ("prompt", "stop", "system", "data.separator")
 Origins = dict[str, tuple[str, str]]
 
 

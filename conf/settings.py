@@ -98,6 +98,9 @@ class SampleSettings(SamplingConfig):
     logprobs: bool = setting(False, "print each token with its probability before temperature")
     num_samples: int = setting(1, "number of completions", ge=1)
     interactive: bool = setting(False, "ask for prompts until the input ends")
+    chat: bool = setting(
+        False, "a conversation, line by line, with a model trained with data=chat")
+    system: str = setting("", "chat: instructions that precede the conversation")
     device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "where to run the model")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = setting(
         "auto", "number format of matrix products")
@@ -105,9 +108,14 @@ class SampleSettings(SamplingConfig):
     def problems(self) -> Iterator[str]:
         """One sentence for each invalid value."""
         yield from super().problems()
-        inputs = (self.prompt, self.prompt_file, self.prompts, self.interactive)
+        inputs = (self.prompt, self.prompt_file, self.prompts, self.interactive, self.chat)
         if sum(map(bool, inputs)) > 1:
-            yield "prompt, prompt_file, prompts and interactive exclude each other: choose one."
+            yield ("prompt, prompt_file, prompts, interactive and chat exclude each other: choose "
+                   "one.")
+        if self.chat and (self.logprobs or self.num_samples > 1):
+            yield "chat=true gives one answer as text: leave out logprobs and num_samples."
+        if self.system and not self.chat:
+            yield f"system={self.system} is for chat=true: add it, or leave it out."
         if bool(self.prompts) != bool(self.out):
             yield "prompts=FILE and out=FILE.jsonl belong together: give both."
         if self.prompts and self.logprobs:

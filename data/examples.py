@@ -12,10 +12,12 @@ import numpy as np
 from data.chat import Markers
 from data.permutation import mix, permute
 from data.shards import Tokens
+from data.tokenizer import Tokenizer
 from terminal import counted
 
 # The target of a token that is not trained on, as in torch.nn.functional.cross_entropy.
 MASKED = -100
+SEQUENCES_AT_ONCE = 256
 
 
 class Examples:
@@ -78,6 +80,27 @@ class Examples:
     def n_targets_in_order(self, numbers: np.ndarray) -> np.ndarray:
         """The number of targets in each of the sequences with these numbers."""
         return self.targets[numbers]
+
+    def questions(self, number: int) -> list[list[int]]:
+        """The first sequences up to the beginning of their first answer, to be sampled from."""
+        found = []
+        for ids in self.read_in_order(np.arange(min(number, self.count)))[0]:
+            start = int(np.flatnonzero(ids == self.markers.assistant)[0])
+            found.append(ids[: start + 1].tolist())
+        return found
+
+    def bytes_per_target(self, number: int, tokenizer: Tokenizer) -> float:
+        """The bytes of text in the answers of the first sequences by the number of targets."""
+        counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
+        for start in range(0, number, SEQUENCES_AT_ONCE):
+            index = np.arange(start, min(start + SEQUENCES_AT_ONCE, number))
+            targets = self.read_in_order(index)[1]
+            counts += np.bincount(targets[targets != MASKED], minlength=len(counts))
+        n_bytes = 0
+        for token in np.flatnonzero(counts).tolist():
+            if token != self.markers.end:
+                n_bytes += int(counts[token]) * len(tokenizer.decode_bytes((token,)))
+        return n_bytes / int(counts.sum())
 
     def describe(self) -> str:
         """The numbers of conversations and sequences, and what was cut."""

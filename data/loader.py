@@ -22,6 +22,7 @@ from data.examples import Examples
 from data.mixture import Interleaving
 from data.permutation import mix, permute
 from data.shards import Tokens
+from data.tokenizer import Tokenizer
 
 
 class Windows:
@@ -96,6 +97,10 @@ class Loader:
             share = weight / self.interleaving.period
             steps.append(part.count * self.block_size / (self.tokens_per_step * share))
         return steps
+
+    def notes(self) -> str:
+        """What is left out of the sequences of conversations; empty for text."""
+        return " and ".join(part.describe() for part in self.parts if isinstance(part, Examples))
 
     def sequences(self, step: int) -> list[int]:
         """The first positions of all sequences of a step, each in the split of its part."""
@@ -195,6 +200,14 @@ class Validation:
             self.parts.append(part)
             most = max(int(max_tokens * share), block_size) // block_size
             self.n_windows.append(min(part.count, most))
+
+    def questions(self, number: int) -> list[list[int]]:
+        """Some questions of conversations, in tokens, to be answered by a model."""
+        return self.parts[0].questions(number)
+
+    def bytes_per_target(self, tokenizer: Tokenizer) -> float:
+        """The bytes of the answers of conversations by the number of targets."""
+        return self.parts[0].bytes_per_target(self.n_windows[0], tokenizer)
 
     @property
     def n_batches(self) -> int:

@@ -21,6 +21,7 @@ from checkpointing.initial import find_weights
 from checkpointing.run_folder import find_run
 from checkpointing.weights import Weights, own_weights
 from conf.sampling import SamplingConfig
+from data.chat import MARKERS
 from data.tokenizer import Tokenizer
 from generation.decoder import Decoder, native_autocast
 from generation.sampling import generate
@@ -28,19 +29,21 @@ from model import GPT
 from terminal import say
 from training.device import Device
 
+# A text, or token ids.
+Prompt = str | Sequence[int]
 # A prompt, and the number of its sample: each number is another random stream.
-Job = tuple[str, int]
+Job = tuple[Prompt, int]
 
 
 class Completion:
-    """The text of one sequence while its tokens arrive: ends at end of text, or before `stop`."""
+    """The text of one sequence while its tokens arrive: ends at an end token, or before `stop`."""
 
     def __init__(self, tokenizer: Tokenizer, stop: str) -> None:
-        self.tokenizer, self.stop = tokenizer, stop
+        self.tokenizer, self.stop, self.ends = tokenizer, stop, end_tokens(tokenizer)
         self.utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self.text = ""
         self.finished = False
-        # Every generated token, with end of text and with those of a text that `stop` cut off.
+        # Every generated token, with the end and with those of a text that `stop` cut off.
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
         self.reason = "length"
@@ -50,7 +53,7 @@ class Completion:
             return
         self.tokens.append(token)
         self.logprobs.append(logprob)
-        if token == self.tokenizer.end_of_text:
+        if token in self.ends:
             self.finish()
             self.reason = "end_of_text"
             return
@@ -154,11 +157,19 @@ class Engine:
             completion.finish()
         yield completions
 
-    def prompt_ids(self, prompt: str) -> list[int]:
-        """The ids of a prompt. An empty one becomes end of text, which precedes each document.
+    def shown(self, prompt: Prompt) -> str:
+        """A prompt as text, without an end of text before it."""
+        if isinstance(prompt, str):
+            return prompt
+        return self.decode([token for token in prompt if token != self.tokenizer.end_of_text])
+
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        """The ids of a prompt. An empty text becomes end of text, which precedes each document.
 
         Tokenizers without that token start with a newline.
         """
+        if not isinstance(prompt, str):
+            return list(prompt)
         if prompt:
             return self.encode(prompt)
         if self.tokenizer.end_of_text is not None:
@@ -224,11 +235,18 @@ def own_logprobs(logits: Tensor, tokens: Tensor) -> list[float]:
     return (logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(1)).tolist()
 
 
-def short_sample(model: GPT, tokenizer: Tokenizer, length: int, device: Device) -> str:
+def end_tokens(tokenizer: Tokenizer) -> set[int]:
+    """The tokens that end a completion: end of text, and the markers of conversations."""
+    return {token for word, token in tokenizer.special.items()
+            if token == tokenizer.end_of_text or word in MARKERS}
+
+
+def short_sample(model: GPT, tokenizer: Tokenizer, length: int, device: Device,
+                 prompt: Prompt = "") -> str:
     """A sample of the model, or the reason why there is none."""
     try:
         engine, rules = Engine(model, tokenizer, device), SamplingConfig(max_new_tokens=length)
-        return engine.complete([("", 0)], rules)[0].text
+        return engine.shown(prompt) + engine.complete([(prompt, 0)], rules)[0].text
     except ValueError as error:
         # A model that has diverged: the next loss decides what to do about it.
         return str(error)

@@ -66,6 +66,7 @@ from checkpointing.state import State
 from conf.presets import ConfigError
 from conf.schema import compose
 from conf.settings import Settings
+from data.chat import MARKERS
 from data.loader import Loader
 from data.prepare import planned
 from data.shards import Tokens, read_meta
@@ -165,7 +166,7 @@ def describe_data(
     """The size of the vocabulary, the metadata of prepared tokens if there are any, and a line."""
     state = "not looked up" if exists else "not found"
     # Other sources cannot be looked up without a network.
-    if exists and config.source in ("pydocs", "stdlib", "text") and not config.mix:
+    if exists and config.source in ("pydocs", "stdlib", "text", "chat") and not config.mix:
         folder = planned(config)[0]
         if folder.is_dir():
             meta = read_meta(folder)
@@ -173,6 +174,8 @@ def describe_data(
             return meta["vocab_size"], meta, f"{n_tokens:,} training tokens ({folder})"
         state = "not prepared yet"
     size = planned_size(config.tokenizer, config.vocab_size) or ASSUMED_CHARACTERS
+    if config.source == "chat":
+        size += len(MARKERS)
     source = "assumed" if config.tokenizer == "char" else f"of {config.tokenizer}"
     return size, None, f"{state}; a vocabulary of {size:,} ({source})"
 

@@ -201,6 +201,7 @@ class Bytes:
     """A tokenizer for `Completion`: bytes, and 256 for the end of a text."""
 
     end_of_text = 256
+    special = {"<|endoftext|>": 256}  # noqa: RUF012
 
     def decode_bytes(self, ids):
         return bytes(ids)

@@ -148,7 +148,7 @@ def test_an_array_is_read_the_same_whatever_its_blocks(many, size, escaped):
         ensure_ascii=escaped,
     )
     blocks = (content[start : start + size] for start in range(0, len(content), size))
-    found = [text for text in records.json_array(blocks, "text", "a.json") if isinstance(text, str)]
+    found = [text for text in records.read_records(blocks, ".json", "text", "a.json") if isinstance(text, str)]
     expected = [one.get("text", "x") if isinstance(one, dict) else one for one in many]
     assert found == [records.well_formed(one) for one in expected if isinstance(one, str)]
 

@@ -32,6 +32,9 @@ class Batches(Protocol):
 
     def batch(self, step: int, micro_step: int) -> Batch: ...
 
+    def n_targets(self, step: int) -> list[int]:
+        """The number of targets that count in each micro-step, of all processes."""
+
 
 class Validation(Protocol):
     """This process's validation batches, with their weights in the mean."""
@@ -48,10 +51,12 @@ def accumulate_gradients(model: nn.Module, buckets: GradientBuckets | RowGradien
     """Run forward and backward for each micro-step; return its loss, in nats per token.
 
     Of several processes, each then has the gradients of the parts that it updates, added over all.
-    Each is divided by the number of all micro-steps, so that the sum is the step's loss. The losses
-    `[micro_steps]` stay on the device. Returns None if interrupted between two micro-steps.
+    Each counts by its share of the step's targets, so that the sum is the mean over all of them,
+    however they are divided into micro-steps and among processes. The losses `[micro_steps]` stay
+    on the device. Returns None if interrupted between two micro-steps.
     """
     losses = []
+    n_targets = batches.n_targets(step)
     gradients = TreeSum(buckets.parameters, batches.micro_steps)
     first = batches.rank * batches.micro_steps
     for micro_step in range(batches.micro_steps):
@@ -62,7 +67,7 @@ def accumulate_gradients(model: nn.Module, buckets: GradientBuckets | RowGradien
         # By its number among the micro-steps of all processes.
         seed_dropout(seed, step, first + micro_step)
         loss = loss_of(model, batch, device, boundary)
-        loss = loss / (batches.micro_steps * batches.world_size)
+        loss = loss / (sum(n_targets) / n_targets[first + micro_step])
         if micro_step == batches.micro_steps - 1:
             buckets.start(gradients.put_total)
         scaler.scale(loss).backward()

@@ -1,0 +1,74 @@
+"""A conversation with a model that was trained on conversations (data=chat).
+
+Prints nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from conf.sampling import SamplingConfig
+from data.chat import Message, markers_of, message_ids
+from generation.decoder import Decoder
+from generation.engine import Engine
+
+
+class Conversation:
+    """Questions and answers, of which the last ones that fit are the context of the next answer.
+
+    `system` is an instruction that precedes them. Raises ValueError if the model was not trained on
+    conversations.
+    """
+
+    def __init__(self, engine: Engine, rules: SamplingConfig, decoder: Decoder | None = None,
+                 system: str = "") -> None:
+        markers = markers_of(engine.tokenizer)
+        self.engine, self.rules, self.decoder = engine, rules, decoder
+        self.answer_start = markers.assistant
+        self.end = markers.end
+        self.start = [markers.end_of_text]
+        if system:
+            self.start += message_ids(engine.tokenizer, Message("system", system))
+        # The tokens of each question with its answer.
+        self.turns: list[list[int]] = []
+        self.n_questions = 0
+        self.was_cut = False
+
+    def answer(self, question: str) -> Iterator[str]:
+        """The answer to a question, piece by piece. Then `was_cut` says whether it has no end.
+
+        Raises ValueError for a question that is too long, or that the tokenizer cannot encode.
+        """
+        asked = message_ids(self.engine.tokenizer, Message("user", question))
+        prompt = self.prompt(asked)
+        room = self.engine.model.config.block_size - len(prompt)
+        rules = replace(self.rules, max_new_tokens=min(self.rules.max_new_tokens, room))
+        shown = 0
+        for (completion,) in self.engine.steps([(prompt, self.n_questions)], rules, self.decoder):
+            text = completion.printable()
+            yield text[shown:]
+            shown = len(text)
+        self.was_cut = completion.reason == "length"
+        answered = completion.tokens
+        if completion.reason == "end_of_text":
+            answered = answered[:-1]
+        self.turns.append([*asked, self.answer_start, *answered, self.end])
+        self.n_questions += 1
+
+    def prompt(self, asked: list[int]) -> list[int]:
+        """The tokens before an answer: the last turns that leave room for it, and the question.
+
+        Drops the turns before them.
+        """
+        block_size = self.engine.model.config.block_size
+        room = block_size - min(self.rules.max_new_tokens, block_size // 2)
+        room -= len(self.start) + len(asked) + 1
+        if room < 0:
+            raise ValueError(f"The question has {len(asked) - 2:,} tokens, and the context of "
+                             f"{block_size:,} has room for {max(0, len(asked) - 2 + room):,}: "
+                             f"shorten it, or lower max_new_tokens.")
+        while sum(map(len, self.turns)) > room:
+            self.turns.pop(0)
+        history = [token for turn in self.turns for token in turn]
+        return [*self.start, *history, *asked, self.answer_start]

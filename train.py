@@ -126,8 +126,11 @@ def train_together(settings: Settings, world: World) -> int:
         model = GPT(model_config)
         model.recompute = limits.recompute
         sharded = limits.shard == "full" and world.size > 1
+        sampling_device = device
         if sharded:
             shard(model, world, device)
+            # The whole model may not fit on another device.
+            sampling_device = Device("cpu")
         else:
             model.to(device.torch)
         optimizers = Optimizers(model.parameters_by_role(), settings.optim, world, sharded)
@@ -256,8 +259,8 @@ def train_together(settings: Settings, world: World) -> int:
                     saver.finish()
                     whole = state.whole_model()
                     if world.is_first:
-                        text = short_sample(whole, tokenizer, limits.sample_tokens, device,
-                                            prompts[0])
+                        text = short_sample(whole, tokenizer, limits.sample_tokens,
+                                            sampling_device, prompts[0])
                         recorder.sample(state.step, text)
                 saver.check()
 
@@ -282,7 +285,7 @@ def train_together(settings: Settings, world: World) -> int:
         if world.is_first:
             say(f"Trained {counted(state.step, 'step')} in {state.seconds:.0f} s, "
                 f"and waited {saver.waiting_seconds:.1f} s for saving.")
-            finish(run, limits, prompts)
+            finish(run, limits, prompts, sampling_device)
         return 0
 
 
@@ -319,7 +322,7 @@ def already_finished(run: Run, settings: Settings, last: Checkpoint,
     store.prune(run.checkpoints, limits.keep_last)
     if settings.logger.report and not is_current(run.folder):
         say(after_training(run.folder))
-    return finish(run, limits, prompts)
+    return finish(run, limits, prompts, Device(limits.device, limits.precision))
 
 
 def before_checkpoint(run: Run, recorder: Recorder) -> None:
@@ -328,10 +331,9 @@ def before_checkpoint(run: Run, recorder: Recorder) -> None:
     recorder.sync()
 
 
-def finish(run: Run, limits: TrainingConfig, prompts: list[Prompt]) -> int:
+def finish(run: Run, limits: TrainingConfig, prompts: list[Prompt], device: Device) -> int:
     """Print samples of the best checkpoint, and the command for more."""
     if limits.sample_tokens:
-        device = Device(limits.device, limits.precision)
         with configure(device):
             engine = open_checkpoint(run.folder, "best", device)
             jobs = [(prompt, number) for number, prompt in enumerate(prompts)]

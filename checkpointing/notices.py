@@ -61,7 +61,9 @@ def describe_changes(say: Callable[[str], None], settings: Settings, state: Stat
         if not same_rates(state.step, settings.optim, planned, max_steps):
             state.replanned = True
         say(extension(state.step, settings.optim, planned, max_steps, state.replanned))
-    for change in (changed_batch_size(settings, last), changed_world_size(last, world_size)):
+    sharded = state.optimizers.sharded
+    for change in (changed_batch_size(settings, last),
+                   changed_world_size(last, world_size, sharded)):
         if change:
             say(change)
 
@@ -103,13 +105,13 @@ def changed_batch_size(settings: Settings, last: Checkpoint) -> str:
             f"the result is not bit-identical.")
 
 
-def changed_world_size(last: Checkpoint, now: int) -> str:
+def changed_world_size(last: Checkpoint, now: int, sharded: bool = False) -> str:
     """The effect of resuming with another number of processes; empty if it is the same."""
     before = last.state["environment"].get("world_size", 1)
     if before == now:
         return ""
     effect = "sums are rounded as before"
-    if not (is_power_of_two(before) and is_power_of_two(now)):
+    if sharded or not (is_power_of_two(before) and is_power_of_two(now)):
         effect = "sums are rounded in another order, so the result is not bit-identical"
     return f"Resuming with world_size={now} instead of {before}: {effect}."
 

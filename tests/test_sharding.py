@@ -5,7 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from training.sharding import CHUNK, deal_out, slices
+from model import GPT, GPTConfig
+from training.config import OptimConfig
+from training.distributed import World
+from training.optim import Optimizers
+from training.sharding import CHUNK, deal_out, row_range, slices
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 7])
@@ -50,3 +54,34 @@ def test_a_slice_is_updated_like_the_whole_by_adamw():
             optimizer.step()
             optimizer.step()
     assert torch.equal(whole, sliced)
+
+
+def process(rank, size):
+    return World({"TORCHELASTIC_RUN_ID": "x", "RANK": str(rank), "WORLD_SIZE": str(size),
+                  "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"})
+
+
+def state_bytes(rank, size, optimizer):
+    """The bytes of the optimizer state that a process allocates."""
+    config = GPTConfig(block_size=64, vocab_size=512, n_layer=8, n_head=2, n_embd=64)
+    optimizers = Optimizers(GPT(config).parameters_by_role(), OptimConfig(optimizer=optimizer),
+                            process(rank, size))
+    return sum(tensor.nbytes for one in optimizers.all for state in one.state.values()
+               for tensor in state.values())
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_each_process_has_1_nth_of_the_state(optimizer):
+    whole = state_bytes(0, 1, optimizer)
+    for size in (2, 4, 8):
+        found = [state_bytes(rank, size, optimizer) for rank in range(size)]
+        assert max(found) < 1.03 * whole / size and sum(found) < 1.03 * whole
+
+
+@pytest.mark.parametrize("n_rows", [1, 3, 4, 5, 8, 33])
+def test_rows_are_divided_as_fsdp_does(n_rows):
+    chunks = torch.arange(n_rows).chunk(4)
+    for rank in range(4):
+        first, last = row_range(n_rows, rank, 4)
+        expected = chunks[rank].tolist() if rank < len(chunks) else []
+        assert list(range(first, last)) == expected

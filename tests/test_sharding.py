@@ -75,7 +75,7 @@ def test_each_process_has_1_nth_of_the_state(optimizer):
     whole = state_bytes(0, 1, optimizer)
     for size in (2, 4, 8):
         found = [state_bytes(rank, size, optimizer) for rank in range(size)]
-        assert max(found) < 1.03 * whole / size and sum(found) < 1.03 * whole
+        assert max(found) < 1.05 * whole / size and sum(found) < 1.01 * whole
 
 
 @pytest.mark.parametrize("n_rows", [1, 3, 4, 5, 8, 33])

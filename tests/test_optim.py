@@ -14,6 +14,7 @@ import torch
 from model import GPT, GPTConfig
 from training import optim
 from training.config import OptimConfig
+from training.distributed import World
 from training.optim import AdamW, Muon, Optimizers, orthogonalize
 
 NANO = GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=16)
@@ -221,6 +222,23 @@ def test_an_overflow_in_one_optimizer_skips_the_step_of_both(name):
         assert torch.equal(weights, before[name])
     assert scaler.get_scale() == 512.0
     assert all(not tensor.any() for tensor in optimizers.tensors().values())
+
+
+def test_a_process_without_a_matrix_steps_with_a_scaler(monkeypatch):
+    world = World({"TORCHELASTIC_RUN_ID": "", "RANK": "2", "WORLD_SIZE": "3", "LOCAL_RANK": "2",
+                   "LOCAL_WORLD_SIZE": "3"})
+    monkeypatch.setattr(world, "share", lambda parts: None)
+    table, matrix = torch.ones(8, 1024), torch.ones(4, 4)
+    roles = {"attention": {"matrix": matrix}, "mlp": {}, "embedding": {"table": table},
+             "head": {}, "vector": {}}
+    optimizers = Optimizers(roles, OptimConfig(optimizer="muon"), world)
+    monkeypatch.setattr(optimizers.norm, "measure", lambda: torch.ones(()))
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(torch.zeros(()))
+    (part,) = optimizers.own_parts
+    part.tensor.grad = torch.ones_like(part.tensor)
+    optimizers.step(scaler, optimizers.gradient_norm(scaler), 1.0)
+    assert (part.tensor != 1).all()
 
 
 @BOTH

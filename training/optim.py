@@ -231,8 +231,9 @@ class Optimizers:
         if grad_clip:
             own = [part.tensor for part in self.own_parts]
             torch.nn.utils.clip_grads_with_norm_(own, grad_clip, norm)
+        # The scaler's own check would fail in a process that has no matrix for Muon to update.
         for optimizer in self.all:
-            scaler.step(optimizer)
+            optimizer.step()
         if not self.sharded:
             self.world.share([[part.tensor for part in parts] for parts in self.parts])
         self.zero_grad(scaler)

@@ -48,6 +48,9 @@ def find_weights(name: str, runs_dir: Path) -> Weights:
         return pretrained.read_folder(pretrained.find_published(name))
     if (path / checkpoint.MANIFEST).exists():
         return own_weights(Checkpoint.open(path))
+    if path.is_file() and path.suffix in (".safetensors", ".gguf", ".bin"):
+        raise ValueError(f"init_from={name} is one file of a model: name a folder with "
+                         f"{pretrained.CONFIG} and {pretrained.TENSORS}.")
     if path.is_file():
         return pretrained.read_nanogpt(path)
     if pretrained.is_folder_of_weights(path):

@@ -60,10 +60,10 @@ class Weights:
         return fitted
 
     def model(self) -> GPT:
-        """The model on the CPU, in evaluation mode."""
-        with SkipInit():
+        """The model on the CPU, in evaluation mode. It shares the memory of the weights."""
+        with SkipInit("meta"):
             model = GPT(self.config)
-        model.load_state_dict(self.tensors)
+        model.load_state_dict(self.tensors, assign=True)
         return model.eval()
 
     def sentence_ids(self) -> Tensor | None:

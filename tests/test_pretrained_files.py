@@ -262,6 +262,7 @@ def test_a_false_header_is_refused(tmp_path, content):
 @pytest.mark.parametrize(("changes", "said"), [
     ({"model_type": "bert"}, "config.json has model_type=bert, which is not supported: supported are gpt2, nanochat"),
     ({"model_type": "evil\x1b[2J"}, "model_type=evil\\x1b[2J"),
+    ({"model_type": []}, "model_type=[]"),
     ({"n_layer": 3}, "lack transformer.h.2."),
     ({"n_layer": 1}, "h.1."),
     ({"n_embd": 64}, "of the shape"),
@@ -330,3 +331,5 @@ def test_the_tokenizer_of_a_folder_must_belong_to_it(tmp_path, gpt2_files):
 
 def test_a_folder_without_weights_is_refused(tmp_path):
     assert "is a folder without weights" in refusal(tmp_path)
+    save_folder(tmp_path / "small")
+    assert "is one file of a model: name a folder" in refusal(tmp_path / "small/model.safetensors")

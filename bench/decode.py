@@ -29,6 +29,7 @@ from generation.decoder import Decoder
 from generation.sampling import generate
 from hardware import native
 from model import GPT, GPTConfig
+from model.pretrained import config_to, weights_to
 from setting import FilePath, range_problems, setting
 from training.device import keep_freed_memory
 
@@ -223,16 +224,7 @@ def as_transformers(model: GPT, precision: str) -> Any:
     """GPT-2 of transformers with the weights of our model."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    config = model.config
-    shape = GPT2Config(
-        vocab_size=config.vocab_size, n_positions=config.block_size, n_embd=config.n_embd,
-        n_layer=config.n_layer, n_head=config.n_head,
-    )
-    other = GPT2LMHeadModel(shape).eval()
-    weights = {"lm_head.weight": model.head_weight}
-    for name, each in model.state_dict().items():
-        # Its projections are stored transposed.
-        transposed = ".c_" in name and each.dim() == 2
-        weights[f"transformer.{name}"] = each.t() if transposed else each
-    other.load_state_dict(weights)
+    other = GPT2LMHeadModel(GPT2Config(**config_to("gpt2", model.config))).eval()
+    # Without the head, which it ties.
+    other.load_state_dict(weights_to("gpt2", model.config, model.state_dict()), strict=False)
     return other.to(torch.bfloat16 if precision == "bf16" else torch.float32)

@@ -124,7 +124,7 @@ def add_tokenizer(gguf: ModuleType, writer: object, tokenizer: Tokenizer) -> Non
 
 def read_back(path: Path, config: GPTConfig, layout: str, ids: Tensor) -> Tensor:
     """The logits of our model with the tensors of a file."""
-    tensors = {}
-    for tensor in import_gguf().GGUFReader(path).tensors:
-        tensors[tensor.name] = torch.from_numpy(np.array(tensor.data))
+    # "c" maps the file into memory, and writes nothing to it.
+    found = import_gguf().GGUFReader(path, "c").tensors
+    tensors = {tensor.name: torch.from_numpy(np.asarray(tensor.data)) for tensor in found}
     return our_logits(config, weights_from(layout, config, tensors), ids)

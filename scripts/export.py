@@ -2,6 +2,7 @@
 
   python -m scripts.export run=first out=FOLDER                      # for transformers
   python -m scripts.export run=pydocs out=FOLDER remote_code=true    # with n-gram embeddings
+  python -m scripts.export run=first out=FOLDER push_to=OWNER/NAME   # and the Hugging Face Hub
   python -m scripts.export run=first format=gguf out=FILE.gguf       # for llama.cpp
 
 docs/weights.md lists the models that each format has.
@@ -9,6 +10,7 @@ docs/weights.md lists the models that each format has.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,9 @@ from typing import Literal
 from conf.launch import launch
 from conf.settings import checkpoint_problems
 from setting import FilePath, setting
+
+# OWNER/NAME of the Hugging Face Hub.
+REPOSITORY = r"[\w-][\w.-]*/[\w-][\w.-]*"
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,9 @@ class ExportSettings:
     out: FilePath = setting("", "the folder or file to write, which must not exist")
     remote_code: bool = setting(
         False, "n-gram embeddings: write a class that trust_remote_code=True loads")
+    push_to: str = setting(
+        "", "also upload the folder to this model of the Hugging Face Hub, OWNER/NAME; a new one "
+            "is private")
 
     def problems(self) -> Iterator[str]:
         """One sentence for each invalid value."""
@@ -40,6 +48,10 @@ class ExportSettings:
             yield f"out={self.out} must end in .gguf."
         if self.format == "gguf" and self.remote_code:
             yield "remote_code=true is only for format=hf: leave it out."
+        if self.push_to and self.format != "hf":
+            yield f"push_to={self.push_to} is only for format=hf: leave it out."
+        elif self.push_to and not re.fullmatch(REPOSITORY, self.push_to, re.ASCII):
+            yield f"push_to={self.push_to} must be OWNER/NAME, as on the Hugging Face Hub."
         yield from checkpoint_problems(self.checkpoint)
 
 
@@ -58,7 +70,7 @@ from checkpointing import store
 from checkpointing.checkpoint import Checkpoint
 from checkpointing.run_folder import find_run
 from checkpointing.weights import Weights, own_weights
-from exporting import gguf_file, hugging_face
+from exporting import gguf_file, hub, hugging_face
 from exporting.card import model_card
 from exporting.check import difference, english_text, our_logits, text_ids
 from terminal import readable_size, say
@@ -68,6 +80,8 @@ def main(settings: ExportSettings) -> int:
     out = Path(settings.out)
     if os.path.lexists(out):
         raise ValueError(f"out={out} exists: choose another name, or remove it.")
+    if settings.push_to:
+        hub.import_hub()
     run = find_run(Path(settings.runs_dir), settings.run)
     weights, state = load(run, settings.checkpoint)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -78,6 +92,8 @@ def main(settings: ExportSettings) -> int:
     files = [out] if out.is_file() else list(out.iterdir())
     size = sum(path.stat().st_size for path in files)
     say(f"Wrote {out} ({readable_size(size)}), for {program}.")
+    if settings.push_to:
+        say(f"Uploaded to {hub.push(out, settings.push_to)}")
     return 0
 
 

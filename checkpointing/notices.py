@@ -31,10 +31,11 @@ def describe_run(say: Callable[[str], None], folder: Path, device: Device, model
         counts[role] = sum(weights.numel() for weights in parameters.values())
     parts = ", ".join(f"{role} {count:,}" for role, count in counts.items() if count)
     say(f"Model: {sum(counts.values()):,} parameters ({parts}), "
-                 f"{model.flops_per_token() / 1e6:,.1f} MFLOPs a token")
+        f"{model.flops_per_token() / 1e6:,.1f} MFLOPs a token")
     epochs = " and ".join(f"{steps:,.1f}" for steps in loader.steps_an_epoch())
-    say(f"Step: {loader.tokens_per_step:,} tokens ({loader.micro_steps} x "
-                 f"{loader.batch_size} sequences of {loader.block_size}), {epochs} steps an epoch")
+    processes = f"{loader.world_size} processes x " if loader.world_size > 1 else ""
+    say(f"Step: {loader.tokens_per_step:,} tokens ({processes}{loader.micro_steps} x "
+        f"{loader.batch_size} sequences of {loader.block_size}), {epochs} steps an epoch")
     if loader.notes():
         say(f"Conversations: {loader.notes()}")
     say(f"Device: {device.describe()}")

@@ -66,6 +66,7 @@ def test_two_processes_are_bit_identical_to_one(command, tmp_path, recipe):
     for processes in (1, 2):
         done = run(command(processes, f"name={processes}", *RECIPES[recipe], "training.max_steps=4"))
         assert done.returncode == 0, done.stderr
+    assert "(2 processes x 2 x 2 sequences of 32)" in done.stdout
     assert_bit_identical(content(tmp_path / "1"), content(tmp_path / "2"))
 
 

@@ -17,9 +17,10 @@ from data.tokenizer import BPETokenizer, ExtendedTokenizer, Tokenizer
 MARKER_OF = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
 END = "<|end|>"
 MARKERS = (*MARKER_OF.values(), END)
-# The template as Hugging Face's tokenizer_config.json has it. A text starts with an end of text.
-JINJA = ("{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + "
-         "'<|end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
+# The template as Hugging Face's tokenizer_config.json has it.
+JINJA = ("{{ bos_token }}{% for message in messages %}{{ '<|' + message['role'] + '|>' + "
+         "message['content'] + '<|end|>' }}{% endfor %}"
+         "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
 
 
 class Message(NamedTuple):
@@ -49,6 +50,11 @@ def with_markers(tokenizer: Tokenizer) -> Tokenizer:
     """
     missing = [word for word in MARKERS if word not in tokenizer.special]
     return ExtendedTokenizer(tokenizer, missing) if missing else tokenizer
+
+
+def has_markers(tokenizer: Tokenizer) -> bool:
+    """Whether a tokenizer is one of conversations."""
+    return set(MARKERS) <= set(tokenizer.special)
 
 
 def markers_of(tokenizer: Tokenizer) -> Markers:

@@ -18,6 +18,7 @@ from torch import Tensor
 import atomic
 from checkpointing.checkpoint import safetensors_chunks
 from checkpointing.weights import Weights
+from data.chat import END, JINJA, has_markers
 from data.hugging_face import to_hugging_face
 from data.tokenizer import Tokenizer
 from exporting.check import our_logits
@@ -47,7 +48,7 @@ def write_folder(folder: Path, weights: Weights, layout: str) -> None:
     tokenizer = weights.tokenizer
     contents: dict[str, Any] = {
         "config.json": model_config(weights.config, layout, tokenizer),
-        "generation_config.json": special_ids(tokenizer),
+        "generation_config.json": generation_config(tokenizer),
         "tokenizer.json": to_hugging_face(tokenizer),
         "tokenizer_config.json": tokenizer_config(weights.config, tokenizer),
     }
@@ -78,6 +79,14 @@ def special_ids(tokenizer: Tokenizer) -> dict[str, int | None]:
     return dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.end_of_text)
 
 
+def generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The content of generation_config.json. Answers of conversations also end at their marker."""
+    content: dict[str, Any] = special_ids(tokenizer)
+    if has_markers(tokenizer):
+        content["eos_token_id"] = [tokenizer.end_of_text, tokenizer.special[END]]
+    return content
+
+
 def tokenizer_config(config: GPTConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     """The content of tokenizer_config.json."""
     content = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.block_size,
@@ -87,6 +96,9 @@ def tokenizer_config(config: GPTConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     for word, token in tokenizer.special.items():
         if token == tokenizer.end_of_text:
             content |= dict.fromkeys(("bos_token", "eos_token", "pad_token"), word)
+    if has_markers(tokenizer):
+        # transformers makes a text of a conversation first, with the markers.
+        content |= {"chat_template": JINJA, "split_special_tokens": False}
     return content
 
 

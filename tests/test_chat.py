@@ -226,8 +226,8 @@ def test_the_template_of_hugging_face_is_the_same():
     messages = [Message("system", "S"), Message("user", "Hi"), Message("assistant", "Yo")]
     ids = [token for message in messages for token in message_ids(tokenizer, message)]
     dicts = [{"role": message.role, "content": message.text} for message in messages]
-    rendered = jinja2.Template(JINJA).render(messages=dicts, add_generation_prompt=True)
-    assert tokenizer.decode_bytes([*ids, tokenizer.special["<|assistant|>"]]).decode() == rendered
+    rendered = jinja2.Template(JINJA).render(messages=dicts, add_generation_prompt=True, bos_token="<|endoftext|>")
+    assert tokenizer.decode_bytes([tokenizer.end_of_text, *ids, tokenizer.special["<|assistant|>"]]).decode() == rendered
 
 
 # Talking
@@ -349,6 +349,20 @@ def test_a_conversation_in_a_terminal_ends_cleanly(parrot, last):
             said += piece
     assert process.wait() == (130 if last == b"\x03" else 0)
     assert b"BA" in said and b"Traceback" not in said
+
+
+def test_an_export_talks_alike_in_transformers(parrot, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="needs transformers: pip install transformers")
+    from scripts.export import ExportSettings, main
+
+    out = tmp_path / "exported"
+    main(compose(ExportSettings, ["run=parrot", f"runs_dir={parrot[0]}", "format=hf", f"out={out}"]))
+    tokenizer, model = transformers.AutoTokenizer.from_pretrained(out), transformers.AutoModelForCausalLM.from_pretrained(out)
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "cd"}], add_generation_prompt=True, return_tensors="pt", return_dict=False)
+    own = open_run("parrot", runs_dir=parrot[0], device="cpu", precision="fp32")
+    assert ids[0].tolist() == Conversation(own, SamplingConfig()).prompt(message_ids(own.tokenizer, Message("user", "cd")))
+    [answer] = model.generate(ids, do_sample=False, max_new_tokens=9)
+    assert tokenizer.decode(answer[ids.shape[1] :]) == "DC<|end|>"
 
 
 # Training

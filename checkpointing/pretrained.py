@@ -11,6 +11,7 @@ import errno
 import importlib.util
 import os
 import struct
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -83,6 +84,8 @@ def read_nanogpt(path: Path) -> Weights:
     arguments, tensors = content.get("model_args"), content.get("model")
     if not isinstance(arguments, dict) or not isinstance(tensors, dict):
         raise ValueError(f"{path} is not a checkpoint of nanoGPT: it has no model and model_args.")
+    # A pickle can have nested lists that are too long to print.
+    arguments = {name: value for name, value in arguments.items() if isinstance(value, int | str)}
     config = make_config("nanogpt", arguments, f"{path}, model_args")
     state = restore("nanogpt", config, tensors, path)
     note = ""
@@ -114,7 +117,8 @@ def restore(layout: str, config: GPTConfig, tensors: Mapping[str, Tensor],
     for name, tensor in tensors.items():
         is_plain = isinstance(tensor, Tensor) and tensor.layout == torch.strided
         if not isinstance(name, str) or not is_plain or tensor.device.type != "cpu":
-            raise ValueError(f"{place} has {shown(name)}, which is no plain tensor.")
+            name = shown(name) if isinstance(name, str) else "a tensor without a name"
+            raise ValueError(f"{place} has {name}, which is no plain tensor.")
     try:
         return weights_from(layout, config, tensors)
     except ValueError as error:
@@ -189,10 +193,12 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def read_pickled(path: Path) -> dict[Any, Any]:
     """The tensors and plain values that `torch.save` wrote."""
-    with reading(path) as found:
+    with reading(path) as found, warnings.catch_warnings(action="ignore"):
         try:
-            content = torch.load(found, map_location="cpu", weights_only=True,
-                                 mmap=zipfile.is_zipfile(found))
+            is_zip = zipfile.is_zipfile(found)
+            if is_zip:
+                refuse_compressed(found)
+            content = torch.load(found, map_location="cpu", weights_only=True, mmap=is_zip)
         except OSError:
             raise
         except Exception as error:
@@ -205,6 +211,14 @@ def read_pickled(path: Path) -> dict[Any, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} has no tensors by name.")
     return content
+
+
+def refuse_compressed(path: Path) -> None:
+    """Raise ValueError for a zip with compressed entries: unpacked, they could fill the memory."""
+    with zipfile.ZipFile(path) as entries:
+        for entry in entries.infolist():
+            if entry.compress_type != zipfile.ZIP_STORED:
+                raise ValueError("torch.save compresses nothing")
 
 
 # Tokenizers

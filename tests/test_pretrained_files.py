@@ -7,6 +7,7 @@ import os
 import struct
 import sys
 import types
+import zipfile
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -300,6 +301,22 @@ def test_damaged_and_missing_files_are_named(tmp_path, file, content):
                                      {"model": {1: torch.ones(2)}, "model_args": asdict(NANOGPT) | {"bias": 7}}])
 def test_another_torch_file_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "ckpt.pt")
+    assert "ckpt.pt" in refusal(tmp_path / "ckpt.pt")
+
+
+def test_a_compressed_or_nested_pickle_is_refused(tmp_path):
+    """Both would fill the memory, unpacked or printed."""
+    save_nanogpt(tmp_path / "whole.pt")
+    with zipfile.ZipFile(tmp_path / "whole.pt") as whole, zipfile.ZipFile(tmp_path / "ckpt.pt", "w", zipfile.ZIP_DEFLATED) as packed:
+        for name in whole.namelist():
+            packed.writestr(name, whole.read(name))
+    assert "is not a complete file of torch.save" in refusal(tmp_path / "ckpt.pt")
+    nested = ()
+    for _ in range(60):
+        nested = (nested, nested)
+    save_nanogpt(tmp_path / "ckpt.pt", model_args=asdict(NANOGPT) | {"n_layer": nested})
+    assert "model_args lacks n_layer" in refusal(tmp_path / "ckpt.pt")
+    save_nanogpt(tmp_path / "ckpt.pt", model={"a": nested})
     assert "ckpt.pt" in refusal(tmp_path / "ckpt.pt")
 
 

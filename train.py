@@ -29,6 +29,7 @@ from checkpointing import notices, store
 from checkpointing.checkpoint import Checkpoint
 from checkpointing.initial import initial_weights
 from checkpointing.peers import Peers
+from checkpointing.planned import divides_weights
 from checkpointing.provenance import record_start
 from checkpointing.resume import (
     limit_reached,
@@ -125,7 +126,7 @@ def train_together(settings: Settings, world: World) -> int:
         torch.manual_seed(settings.seed)
         model = GPT(model_config)
         model.recompute = limits.recompute
-        sharded = limits.shard == "full" and world.size > 1
+        sharded = divides_weights(settings, world, device)
         sampling_device = device
         if sharded:
             shard(model, world, device)
@@ -171,7 +172,8 @@ def train_together(settings: Settings, world: World) -> int:
                                  boundary=boundary)
             # The floating-point operations of each process in a step.
             step_flops = model.flops_per_token() * loader.tokens_per_step / world.size
-            forward = maybe_compile(model, limits.compile, device, step_flops * limits.max_steps,
+            choice = "false" if sharded else limits.compile
+            forward = maybe_compile(model, choice, device, step_flops * limits.max_steps,
                                     micro_step, recorder.say)
             compiled = forward is not model
             facts = {"settings": settings_to_save(settings, prepared, device.precision),

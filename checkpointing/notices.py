@@ -52,6 +52,9 @@ def describe_changes(say: Callable[[str], None], settings: Settings, state: Stat
     """Say what a resumed run does differently from now on, and warn of settings that do little."""
     for warning in settings.warnings():
         say(f"Warning: {warning}")
+    if state.optimizers.sharded:
+        say(f"Weights: divided among {world_size} processes (training.shard="
+            f"{settings.training.shard}); the model is not compiled")
     if last is None:
         return
     if last.format == 2:

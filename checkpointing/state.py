@@ -59,7 +59,7 @@ class State:
         state = {name: getattr(self, name) for name in COUNTERS}
         state |= {"scheduled": scheduled, "val_loss": val_loss, "scaler": self.scaler.state_dict()}
         tensors = self.optimizers.tensors()
-        return Snapshot(self.weights(), tensors, tokenizer, state | facts)
+        return Snapshot(self.shared_weights(), tensors, tokenizer, state | facts)
 
     def weights(self) -> dict[str, Tensor | Divided]:
         """The weights by name."""
@@ -68,6 +68,15 @@ class State:
             return weights
         size = self.optimizers.world.size
         return {name: Divided.by_rows(tensor, size) for name, tensor in weights.items()}
+
+    def shared_weights(self) -> dict[str, Tensor | Divided]:
+        """The weights to save: where all processes have all, each saves some of the tensors."""
+        world = self.optimizers.world
+        weights = self.weights()
+        if world.size == 1 or self.optimizers.sharded:
+            return weights
+        return {name: Divided.of_one(tensor, number % world.size, world.rank)
+                for number, (name, tensor) in enumerate(weights.items())}
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         if not self.optimizers.sharded:

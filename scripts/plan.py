@@ -2,6 +2,7 @@
 
   python -m scripts.plan experiment=gpt2_124m data.path=folder
   python -m scripts.plan model=gpt2-medium training.batch_size=8 measure=false
+  python -m scripts.plan model=gpt2-xl data=hub ranks=8 device=h100
 
 Takes all settings of train.py, too. Memory is counted in a training step on tensors that have
 shapes but no content. On a CPU, the memory of the process without a model and the fragmentation of
@@ -26,6 +27,7 @@ class PlanSettings:
         "", "plan for another GPU by its data sheet, such as h100; device=? lists them")
     mfu: float = setting(
         0.4, "part of that GPU's peak FLOP/s that training is assumed to reach", gt=0, le=1)
+    ranks: int = setting(1, "plan for so many processes of torchrun", ge=1, le=2**20)
     # Overrides of the training.
     train: tuple[str, ...] = ()
 
@@ -50,19 +52,14 @@ import re
 import resource
 import shutil
 import sys
-import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from checkpointing.initial import shape_of_weights
-from checkpointing.state import State
+from checkpointing.planned import count_memory, memory_of_each
 from conf.presets import ConfigError
 from conf.schema import compose
 from conf.settings import Settings
@@ -76,8 +73,7 @@ from model import GPT, SkipInit
 from terminal import counted, readable_size, readable_time, say
 from training.device import PEAK_FLOPS, Device, available_memory, configure
 from training.estimate import measure_pace
-from training.optim import Optimizers
-from training.step import first_loss, loss_of
+from training.step import first_loss
 
 ROOT = Path(__file__).parent.parent
 GPUS = sorted(name.lower().replace(" ", "-") for name in PEAK_FLOPS)
@@ -103,34 +99,38 @@ def main(own: PlanSettings) -> int:
     settings = replace(settings, model=replace(shape, vocab_size=vocab_size))
     say(f"Data: {description}")
 
-    n_parameters, flops = plan_model(settings, meta)
+    flops = plan_model(settings, meta)
     state_bytes, peak_bytes = count_memory(settings, device)
-    gradients = 4 * n_parameters
-    memory = {
-        "weights and optimizer": state_bytes,
-        "gradients": gradients,
-        "activations": max(0, peak_bytes - state_bytes - gradients),
-    }
-    # Saving copies the state, and may continue beside the next step.
-    while_saving = 2 * state_bytes
-    if device.type == "cpu" and not gpu:
-        memory["activations"] *= CPU_FRAGMENTATION
-        memory["Python and torch"] = process_bytes + CPU_RUNTIME
-        while_saving += memory["Python and torch"]
-    total = max(sum(memory.values()), while_saving)
-    say(f"Memory: {readable_size(total)} at the peak; while a checkpoint is saved, "
-        f"{readable_size(state_bytes)} more if they are free")
-    for name, nbytes in memory.items():
-        say(f"  {name:<22} {readable_size(nbytes):>10}")
+    choices = {"": False}
+    if own.ranks > 1:
+        choices = {f" of each of {own.ranks} processes, training.shard=none": False,
+                   f" of each of {own.ranks} processes, training.shard=full": True}
+    for title, sharded in choices.items():
+        memory = memory_of_each(settings, state_bytes, peak_bytes, own.ranks, sharded)
+        # Saving copies the state, and may continue beside the next step.
+        saved = state_bytes / own.ranks
+        while_saving = memory["weights and optimizer"] + saved
+        if device.type == "cpu" and not gpu:
+            memory["activations"] *= CPU_FRAGMENTATION
+            memory["Python and torch"] = process_bytes + CPU_RUNTIME
+            while_saving += memory["Python and torch"]
+        total = max(sum(memory.values()), while_saving)
+        say(f"Memory{title}: {readable_size(total)} at the peak; while a checkpoint is saved, "
+            f"{readable_size(saved)} more if they are free")
+        for name, nbytes in memory.items():
+            say(f"  {name:<22} {readable_size(nbytes):>10}")
     plan_disk(settings, state_bytes)
 
     for warning in settings.warnings():
         say(f"Warning: {warning}")
     if gpu:
-        seconds = flops / (PEAK_FLOPS[gpu] * own.mfu)
+        seconds = flops / (PEAK_FLOPS[gpu] * own.mfu) / own.ranks
+        gpus = f"one {gpu}" if own.ranks == 1 else f"{own.ranks} x {gpu}"
         peak = f"{PEAK_FLOPS[gpu] / 1e12:,.0f} TFLOP/s for bf16 in its data sheet"
-        say(f"Time: about {readable_time(seconds)} on one {gpu}, if training reaches "
+        say(f"Time: about {readable_time(seconds)} on {gpus}, if training reaches "
             f"{own.mfu:.0%} of the {peak} (mfu={own.mfu}), without evaluation and saving")
+    elif own.ranks > 1:
+        say("Time: is planned for one process, or by device=")
     elif own.measure and total > available_memory():
         say(f"Time: not measured, because only {readable_size(available_memory())} of memory "
             "are free")
@@ -180,8 +180,8 @@ def describe_data(
     return size, None, f"{state}; a vocabulary of {size:,} ({source})"
 
 
-def plan_model(settings: Settings, meta: dict[str, Any] | None) -> tuple[int, float]:
-    """Print parameters, tokens and FLOPs; return the number of parameters and the FLOPs."""
+def plan_model(settings: Settings, meta: dict[str, Any] | None) -> float:
+    """Print parameters, tokens and FLOPs; return the FLOPs."""
     limits = settings.training
     block_size = settings.model.block_size
     with SkipInit("meta"):
@@ -203,7 +203,7 @@ def plan_model(settings: Settings, meta: dict[str, Any] | None) -> tuple[int, fl
     say(f"{line}; {tokens / n_parameters:,.1f} per parameter")
     flops = model.flops_per_token() * tokens
     say(f"FLOPs: {flops:.3g}, {model.flops_per_token() / 1e6:,.1f} M per token")
-    return n_parameters, flops
+    return flops
 
 
 def plan_disk(settings: Settings, state_bytes: int) -> None:
@@ -221,52 +221,6 @@ def plan_disk(settings: Settings, state_bytes: int) -> None:
     say(f"Disk: {readable_size((kept + 1) * state_bytes)} for checkpoints of "
         f"{readable_size(state_bytes)}: {kept} that are kept, and one that is being written; "
         f"{readable_size(free)} are free")
-
-
-class AllocationCounter(TorchDispatchMode):
-    """Counts the bytes of all tensors that are created while it is active, and their peak."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = 0
-        self.peak = 0
-        self.seen: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if not isinstance(leaf, Tensor):
-                continue
-            storage = leaf.untyped_storage()
-            if storage not in self.seen:
-                self.seen.add(storage)
-                self.add(storage.nbytes())
-                weakref.finalize(storage, self.add, -storage.nbytes())
-        return result
-
-    def add(self, nbytes: int) -> None:
-        self.now += nbytes
-        self.peak = max(self.peak, self.now)
-
-
-def count_memory(settings: Settings, device: Device) -> tuple[int, int]:
-    """Bytes of the state that a checkpoint holds, and of the peak in a step, state included.
-
-    Both are counted in a training step on fake tensors, which have no content.
-    """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    boundary = 0 if settings.data.respect_documents else None
-    shape = (settings.training.batch_size, settings.model.block_size)
-    scaler = torch.amp.GradScaler(device.type, enabled=False)
-    with FakeTensorMode(), AllocationCounter() as counter, device.torch:
-        model = GPT(settings.model)
-        optimizers = Optimizers(model.parameters_by_role(), settings.optim)
-        ids = torch.zeros(shape, dtype=torch.int64)
-        for _ in range(2):
-            loss_of(model, (ids, ids), device, boundary).backward()
-        optimizers.step(scaler, optimizers.gradient_norm(scaler), settings.optim.grad_clip)
-        return State(model, optimizers, scaler).nbytes(), counter.peak
 
 
 def expected_time(settings: Settings, device: Device, meta: dict[str, Any] | None) -> str:

@@ -6,12 +6,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from checkpointing import checkpoint, store
+from checkpointing import checkpoint, planned, store
 from conf.schema import ConfigError, compose
 from data.prepare import prepare
 from data.tokenizer import PUBLISHED
@@ -72,7 +73,7 @@ def test_a_checkpoint_is_as_large_as_planned(compose_tiny, tmp_path, optim):
 
 
 def test_bytes_are_counted_while_their_tensors_live():
-    with plan.AllocationCounter() as counter:
+    with planned.AllocationCounter() as counter:
         a = torch.zeros(1000)
         b = a + 1
         view = b[10:]
@@ -181,6 +182,41 @@ def test_another_gpu_is_planned_by_its_data_sheet(capsys, uncounted):
     assert plan.main(compose(plan.PlanSettings, [*words, "device=RTX4090", "mfu=0.2"])) == 0
     hours = float(re.search(r"Time: about ([\d.]+) hours on one RTX 4090", capsys.readouterr().out)[1])
     assert hours == pytest.approx(flops / (165e12 * 0.2) / 3600, abs=0.1, rel=0.01)
+
+
+MILLION = 10**6
+
+
+@pytest.mark.parametrize(("sharded", "state"), [(False, lambda weights, moments: weights + moments / 8),
+                                               (True, lambda weights, moments: (weights + moments) / 8)])
+def test_processes_divide_the_planned_memory(sharded, state):
+    settings = compose("config", ["model=nano", "model.n_layer=8", "data=pydocs"])
+    weights = 4 * sum(tensor.numel() for tensor in GPT(settings.model).parameters())
+    one = planned.memory_of_each(settings, 3 * weights, 4 * weights + MILLION)
+    assert one == {"weights and optimizer": 3 * weights, "gradients": weights, "activations": MILLION}
+    each = planned.memory_of_each(settings, 3 * weights, 4 * weights + MILLION, 8, sharded)
+    assert each["weights and optimizer"] == state(weights, 2 * weights) and each["activations"] == MILLION
+    assert each["gradients"] == (weights / 8 if sharded else weights)
+
+
+def test_memory_is_printed_for_each_of_several_processes(capsys, uncounted):
+    words = ["model=nano", "data=text", "training=smoke", "device=h100", "ranks=8"]
+    assert plan.main(compose(plan.PlanSettings, words)) == 0
+    out = capsys.readouterr().out
+    assert all(f"Memory of each of 8 processes, training.shard={shard}: " in out for shard in ("none", "full"))
+    assert "on 8 x H100, if" in out
+
+
+@pytest.mark.parametrize(("gigabytes", "shard", "divided"), [
+    (100, "auto", False), (1, "auto", True), (1, "none", False), (100, "full", True)])
+def test_weights_are_divided_if_they_do_not_fit(monkeypatch, gigabytes, shard, divided):
+    settings = compose("config", ["model=gpt2", "data=pydocs", "optim=adamw", f"training.shard={shard}"])
+    monkeypatch.setattr(planned, "memory_limit", lambda device: gigabytes * 2**30)
+    monkeypatch.setattr(planned, "count_memory", lambda settings, device: (15 * 10**8, 4 * 10**9))
+    world = SimpleNamespace(size=2, local_size=2, first=lambda call: call())
+    assert planned.divides_weights(settings, world, Device("cpu", "fp32")) is divided
+    world.size = 1
+    assert not planned.divides_weights(settings, world, Device("cpu", "fp32"))
 
 
 def test_gpus_are_found_by_their_names():

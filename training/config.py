@@ -90,6 +90,8 @@ class TrainingConfig:
     def problems(self) -> Iterator[str]:
         """One sentence for each invalid value."""
         yield from range_problems(self)
+        if self.shard == "full" and self.compile == "true":
+            yield "shard=full does not support compile=true: leave one of them out."
         if self.patience > 0 and self.eval_every == 0:
             yield (f"patience={self.patience} counts evaluations, and eval_every=0 asks for none: "
                    "raise eval_every.")

@@ -320,6 +320,17 @@ def available_memory() -> float:
         return free
 
 
+def memory_limit(device: Device) -> float:
+    """The bytes of a device's memory, free or not; of a CPU, those that this process may use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    total = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    try:
+        return min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):
+        return total
+
+
 def maybe_compile(model: nn.Module, choice: str, device: Device, flops: float,
                   trial: Callable[[nn.Module], None], say: Callable[[str], None]) -> nn.Module:
     """The model, compiled if `choice` is "true", or if it is "auto" and the run is long enough.

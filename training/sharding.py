@@ -107,6 +107,12 @@ class Divided:
         ranges = [(rank, *number_range(weights.shape, rank, size)) for rank in range(size)]
         return cls(weights.shape, weights.detach().to_local(), ranges)
 
+    @classmethod
+    def of_one(cls, tensor: Tensor, owner: int, rank: int) -> Divided:
+        """A tensor that all processes have, as the `owner`'s. `rank` is this process's."""
+        own = tensor.detach() if rank == owner else tensor.new_empty(0)
+        return cls(tensor.shape, own, [(owner, 0, tensor.numel())])
+
     @property
     def dtype(self) -> torch.dtype:
         return self.own.dtype

@@ -1,0 +1,137 @@
+"""The memory that training takes, counted without training, and how several processes divide it.
+
+Knows nothing about the memory of Python and torch themselves.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from checkpointing.state import State
+from conf.settings import Settings
+from model import GPT, SkipInit
+from training.buckets import BUCKET_NUMBERS, MOST_IN_FLIGHT
+from training.device import Device, memory_limit
+from training.distributed import World
+from training.memory import MOST_BYTES_KEPT
+from training.optim import Optimizers
+from training.step import loss_of
+
+# The part of a device's memory that training may be planned to take. The rest is fragmentation and
+# what libraries take.
+USABLE_MEMORY = 0.9
+
+
+class AllocationCounter(TorchDispatchMode):
+    """Counts the bytes of all tensors that are created while it is active, and their peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0
+        self.peak = 0
+        self.seen: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if not isinstance(leaf, Tensor):
+                continue
+            storage = leaf.untyped_storage()
+            if storage not in self.seen:
+                self.seen.add(storage)
+                self.add(storage.nbytes())
+                weakref.finalize(storage, self.add, -storage.nbytes())
+        return result
+
+    def add(self, nbytes: int) -> None:
+        self.now += nbytes
+        self.peak = max(self.peak, self.now)
+
+
+def count_memory(settings: Settings, device: Device) -> tuple[int, int]:
+    """Bytes of the state that a checkpoint holds, and of the peak in a step, state included.
+
+    Both are those of one process, counted in a training step on fake tensors, which have no
+    content.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    boundary = 0 if settings.data.respect_documents else None
+    shape = (settings.training.batch_size, settings.model.block_size)
+    scaler = torch.amp.GradScaler(device.type, enabled=False)
+    with FakeTensorMode(), AllocationCounter() as counter, device.torch:
+        model = GPT(settings.model)
+        optimizers = Optimizers(model.parameters_by_role(), settings.optim)
+        ids = torch.zeros(shape, dtype=torch.int64)
+        for _ in range(2):
+            loss_of(model, (ids, ids), device, boundary).backward()
+        optimizers.step(scaler, optimizers.gradient_norm(scaler), settings.optim.grad_clip)
+        return State(model, optimizers, scaler).nbytes(), counter.peak
+
+
+def memory_of_each(settings: Settings, state_bytes: int, peak_bytes: int, processes: int = 1,
+                   sharded: bool = False) -> dict[str, float]:
+    """The bytes that each of several processes takes in a step, by what they are for.
+
+    `state_bytes` and `peak_bytes` are those of `count_memory`. `sharded` is training.shard=full.
+    """
+    with SkipInit("meta"):
+        model = GPT(settings.model)
+    weights = 4 * sum(parameter.numel() for parameter in model.parameters())
+    optimizer = state_bytes - weights
+    activations = max(0, peak_bytes - state_bytes - weights)
+    if processes == 1:
+        return {"weights and optimizer": state_bytes, "gradients": weights,
+                "activations": activations}
+    if not sharded:
+        # Gradients in flight; after the backward pass, weights are exchanged in their place.
+        sent = 4 * MOST_IN_FLIGHT * min(4 * BUCKET_NUMBERS, weights)
+        exchanged = 2 * weights / processes - activations
+        return {"weights and optimizer": weights + optimizer / processes, "gradients": weights,
+                "activations": activations, "communication": max(sent, exchanged)}
+    layer = max(layer_bytes(part) for block in model.h for part in (block.attn, block.mlp))
+    layers = sum(layer_bytes(part) for block in model.h for part in (block.attn, block.mlp))
+    # A layer and the next one are whole at the same time, with their gradients. So are embeddings,
+    # norms and the head, from the beginning to the end.
+    whole = 2 * (2 * layer + weights - layers)
+    return {"weights and optimizer": state_bytes / processes, "gradients": weights / processes,
+            "activations": activations, "whole layers": whole}
+
+
+def layer_bytes(layer: torch.nn.Module) -> int:
+    return 4 * sum(parameter.numel() for parameter in layer.parameters())
+
+
+def divides_weights(settings: Settings, world: World, device: Device) -> bool:
+    """Whether the weights are divided among the processes, by training.shard."""
+    shard = settings.training.shard
+    if world.size == 1 or shard == "none":
+        return False
+    return shard == "full" or world.first(lambda: exceeds_memory(settings, world, device))
+
+
+def exceeds_memory(settings: Settings, world: World, device: Device) -> bool:
+    """Whether a process with whole weights is planned to take more than its device's memory.
+
+    Depends on the size of the memory, not on how much of it is free.
+    """
+    usable = USABLE_MEMORY * memory_limit(device)
+    if device.type == "cpu":
+        usable /= world.local_size
+    config, limits = settings.model, settings.training
+    with SkipInit("meta"):
+        weights = 4 * sum(parameter.numel() for parameter in GPT(config).parameters())
+    # A bound that does not need the import of fake tensors, which takes seconds.
+    residual_stream = limits.batch_size * config.block_size * config.n_embd * config.n_layer
+    logits = 4 * limits.batch_size * config.block_size * config.vocab_size
+    if 8 * weights + residual_stream * MOST_BYTES_KEPT + 2 * logits < usable:
+        return False
+    state_bytes, peak_bytes = count_memory(settings, device)
+    memory = memory_of_each(settings, state_bytes, peak_bytes, world.size)
+    return sum(memory.values()) > usable

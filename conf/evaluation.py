@@ -1,0 +1,64 @@
+"""The settings of eval.py.
+
+They are here, below `evaluation`, since the command line checks them before it imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+from conf.settings import checkpoint_problems
+from setting import FilePath, FilePaths, range_problems, setting
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The text whose loss is measured."""
+
+    path: str = setting(
+        "", "a file, folder or glob of text to measure the loss on; empty: each run's own "
+        "validation split")
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """The settings of an evaluation."""
+
+    run: FilePaths = setting(
+        "", "names or folders of runs, separated by commas; empty: the latest run")
+    init_from: FilePath = setting(
+        "", "weights to evaluate instead of a run, as in train.py (docs/weights.md)")
+    runs_dir: FilePath = setting("runs", "folder that contains the runs' folders")
+    checkpoint: str = setting("best", "best, last, or the number of a step")
+    data: TextConfig = field(default_factory=TextConfig)
+    eval_tokens: int | None = setting(
+        None, "the most tokens of the text to read; null: all of them", ge=1)
+    tasks: FilePaths = setting(
+        "", "standard tasks, as in hellaswag,lambada,piqa, or files of requests "
+        "(docs/evaluation.md)")
+    limit: int | None = setting(
+        None, "the number of documents of each task; null: all of them", ge=1)
+    batch_tokens: int = setting(8192, "tokens that are read at once", ge=1)
+    out: FilePath = setting("", "the JSON file; empty: evaluation.json in each run's folder")
+    device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "where to run the model")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = setting(
+        "auto", "number format of matrix products")
+
+    def problems(self) -> Iterator[str]:
+        """One sentence for each invalid value."""
+        yield from range_problems(self)
+        yield from checkpoint_problems(self.checkpoint)
+        if self.init_from and self.run:
+            yield f"run={self.run} and init_from={self.init_from} exclude each other: choose one."
+        if self.init_from and not self.data.path and not self.tasks:
+            yield (f"init_from={self.init_from} has no validation split: name a text, as in "
+                   "data.path=book.txt, or tasks=.")
+        if self.limit and not self.tasks:
+            yield (f"limit={self.limit} is for tasks=: use eval_tokens= to read less of a text.")
+
+    @property
+    def measures_loss(self) -> bool:
+        """Whether the loss on a text is measured: with `tasks`, only if a text is named."""
+        return bool(self.data.path) or not self.tasks

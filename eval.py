@@ -1,0 +1,151 @@
+"""Measure trained models: the loss on a text, and the accuracy on standard tasks.
+
+  python eval.py run=NAME                          on the run's own validation split
+  python eval.py run=A,B data.path=book.txt        two runs on the same text
+  python eval.py init_from=gpt2 tasks=hellaswag,lambada,piqa,arc_easy,winogrande
+
+docs/evaluation.md explains the numbers.
+"""
+
+from __future__ import annotations
+
+from conf.evaluation import EvalSettings
+from conf.launch import launch
+
+if __name__ == "__main__":
+    # Before the imports below: --help and invalid settings need not wait for torch.
+    launch("eval:evaluate", EvalSettings, __doc__)
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import atomic
+from checkpointing import store
+from checkpointing.checkpoint import Checkpoint
+from checkpointing.initial import find_weights
+from checkpointing.resume import saved_settings
+from checkpointing.run_folder import find_run
+from checkpointing.weights import own_weights
+from evaluation.loss import measure_loss, named_text, own_validation_split
+from evaluation.table import table
+from evaluation.tasks import find_tasks, measure_task, read_questions
+from generation.engine import Engine, engine_of
+from terminal import counted, output, say
+from training.device import Device, configure
+
+FILE = "evaluation.json"
+
+
+def evaluate(settings: EvalSettings) -> int:
+    """Measure each model, print a table, write the numbers as JSON, and return the exit code."""
+    device = Device(settings.device, settings.precision)
+    tasks = {}
+    if settings.tasks:
+        for name, path in find_tasks(settings.tasks).items():
+            tasks[name] = read_questions(path, settings.limit)
+    runs = [] if settings.init_from else find_runs(settings)
+    models = []
+    with configure(device):
+        for run in runs or [None]:
+            engine, model, saved = open_model(settings, run, device)
+            if settings.measures_loss:
+                model["loss"] = loss_on_text(settings, engine, run, saved, model["name"])
+            for name, questions in tasks.items():
+                title = f"{model['name']}: {name}"
+                try:
+                    found = measure_task(engine, name, questions, settings.batch_tokens, title)
+                except ValueError as error:
+                    raise ValueError(f"{model['name']} cannot read {name}: {error}") from None
+                model["tasks"].append(found)
+            models.append(model)
+            if run and not settings.out:
+                write(run / FILE, [model])
+    if settings.out:
+        write(Path(settings.out), models)
+    output(table(models))
+    for note in notes(models):
+        say(note, sys.stderr)
+    return 0
+
+
+def find_runs(settings: EvalSettings) -> list[Path]:
+    """The folders of the runs, by their names, which are separated by commas."""
+    runs_dir = Path(settings.runs_dir)
+    names = settings.run.split(",")
+    # The names that are made from settings can contain commas.
+    if (runs_dir / settings.run).is_dir() or Path(settings.run).is_dir():
+        names = [settings.run]
+    return [find_run(runs_dir, name) for name in names]
+
+
+def open_model(settings: EvalSettings, run: Path | None,
+               device: Device) -> tuple[Engine, dict[str, Any], dict[str, Any]]:
+    """The model of a run or of `init_from`, its entry in the results, and the run's settings."""
+    model: dict[str, Any] = {"name": settings.init_from, "tasks": []}
+    if run is None:
+        weights = find_weights(settings.init_from, Path(settings.runs_dir))
+        engine, saved = engine_of(weights, device), {}
+    else:
+        def load(found: Checkpoint) -> tuple[Engine, dict[str, Any], int]:
+            return engine_of(own_weights(found), device), saved_settings(found), found.step
+
+        checkpoints, which = run / "checkpoints", settings.checkpoint
+        if which.isdecimal():
+            opened = store.load_step(checkpoints, int(which), load)
+        else:
+            opened = store.load_checkpoint(checkpoints, which, load,
+                                           lambda text: say(text, sys.stderr))
+        if opened is None:
+            raise ValueError(f"{run} has no checkpoint.")
+        engine, saved, model["step"] = opened
+        model["name"] = run.name
+    model["parameters"] = sum(weights.numel() for weights in engine.model.parameters())
+    model["precision"] = device.precision
+    return engine, model, saved
+
+
+def loss_on_text(settings: EvalSettings, engine: Engine, run: Path | None, saved: dict[str, Any],
+                 name: str) -> dict[str, Any]:
+    """The loss of a model on the named text, or on the validation split of its run."""
+    most, batch_tokens = settings.eval_tokens, settings.batch_tokens
+    if settings.data.path:
+        text = named_text(settings.data.path, engine, most, batch_tokens)
+    else:
+        text = own_validation_split(saved, engine, run, most, batch_tokens)
+    return measure_loss(engine, text, f"{name}: {text.name}")
+
+
+def notes(models: list[dict[str, Any]]) -> list[str]:
+    """Sentences about what makes the numbers harder to compare."""
+    found = []
+    texts = {model["loss"]["identity"] for model in models if "loss" in model}
+    if len(texts) > 1:
+        found.append("Note: these runs have different validation splits, so their losses cannot be "
+                     "compared: name one text for all of them, as in data.path=book.txt.")
+    for model in models:
+        for task in model["tasks"]:
+            if task["requests_cut"]:
+                found.append(f"Note: {model['name']}, {task['task']}: the beginning of "
+                             f"{counted(task['requests_cut'], 'request')} was left out, which are "
+                             "longer than the context of the model.")
+    return found
+
+
+def write(path: Path, models: list[dict[str, Any]]) -> None:
+    """Write the results of `models` as JSON; numbers that are not finite become null."""
+    content = json.dumps({"models": [finite(model) for model in models]}, indent=2)
+    atomic.write_bytes(path, f"{content}\n".encode())
+    say(f"Wrote {path}", sys.stderr)
+
+
+def finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: finite(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [finite(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

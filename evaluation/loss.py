@@ -1,0 +1,214 @@
+"""The loss of a model on a text, with standard errors.
+
+The text is read in sequences of one context each, without overlap, as training validates.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from conf.convert import freeze
+from data.chat import markers_of
+from data.files import SpecialToken
+from data.loader import Validation
+from data.prepare import find_prepared, load_tokenizer, prepare, val_bytes_per_token
+from data.shards import Tokens, open_parts, read_meta
+from data.sources import DataConfig, open_sources
+from data.tokenizer import Tokenizer
+from generation.engine import Engine
+from model.loss import MASKED, next_token_loss
+from progress import ProgressBar
+from training.step import document_numbers
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text in the tokens of one model, ready to be read."""
+
+    name: str
+    # Two models were measured on the same text if this is equal.
+    identity: str
+    validation: Validation
+    bytes_per_token: float
+    # The token that starts a document, if attention does not cross documents.
+    boundary: int | None = None
+
+
+def own_validation_split(saved: dict[str, Any], engine: Engine, run: Path, max_tokens: int | None,
+                         batch_tokens: int) -> Text:
+    """The validation split of a run, from the flat settings `saved` in its checkpoint.
+
+    Raises ValueError if the tokens are gone and cannot be prepared again.
+    """
+    config = data_config(saved, run)
+    prepared = prepared_again(config, str(saved["data.prepared"]), run)
+    tokenizer = load_tokenizer(prepared)
+    markers = markers_of(tokenizer) if config.source == "chat" else None
+    tokens, weights = open_parts(prepared, "val"), config.weights()
+    block_size = engine.model.config.block_size
+    if max_tokens is None:
+        # A part of a mixture is read up to its share of the most tokens.
+        max_tokens = sum(map(len, tokens)) * sum(weights)
+    validation = Validation(tokens, block_size, batch_size(batch_tokens, block_size), max_tokens,
+                            weights, markers=markers)
+    bytes_per_token = val_bytes_per_token(prepared, weights)
+    if markers:
+        bytes_per_token = validation.bytes_per_target(tokenizer)
+    boundary = tokenizer.end_of_text if config.respect_documents else None
+    identity = f"validation split {read_meta(prepared)['fingerprint'][:12]}"
+    return Text("validation split", identity, validation, bytes_per_token, boundary)
+
+
+def data_config(saved: dict[str, Any], run: Path) -> DataConfig:
+    """The settings of the text that a run was trained on. Raises ValueError for invalid ones."""
+    problems: list[str] = []
+    values = {one.name: saved[f"data.{one.name}"] for one in fields(DataConfig)}
+    config = freeze(DataConfig, values, "data.", problems)
+    if problems:
+        raise ValueError(f"{run} has invalid settings: {problems[0]}")
+    return config
+
+
+def prepared_again(config: DataConfig, expected: str, run: Path) -> Path:
+    """The folder of the tokens whose fingerprint starts with `expected`."""
+    found = find_prepared(expected)
+    if found:
+        return found
+    problem = "its text has changed"
+    try:
+        found = prepare(config)
+        if read_meta(found)["fingerprint"].startswith(expected):
+            return found
+    except (ValueError, OSError) as error:
+        problem = str(error).rstrip(".")
+    raise ValueError(f"The validation split of {run} is gone, and cannot be prepared again "
+                     f"({problem}): name a text instead, as in data.path=book.txt.")
+
+
+def named_text(path: str, engine: Engine, max_tokens: int | None, batch_tokens: int) -> Text:
+    """The text of files, in the tokens of the engine.
+
+    Raises ValueError for a text that is shorter than one context, or that the tokenizer cannot
+    encode.
+    """
+    config = DataConfig(source="text", path=path)
+    problems = list(config.problems())
+    if problems:
+        raise ValueError(f"data.{problems[0]}")
+    ids, n_bytes = read_documents(config, engine.tokenizer, max_tokens)
+    block_size = engine.model.config.block_size
+    if len(ids) <= block_size:
+        raise ValueError(f"data.path={path} has {len(ids):,} tokens, one context of the model "
+                         f"needs {block_size + 1:,}: name a longer text.")
+    validation = Validation([Tokens([ids])], block_size, batch_size(batch_tokens, block_size),
+                            max_tokens or len(ids))
+    return Text(path, path, validation, n_bytes / len(ids))
+
+
+def read_documents(config: DataConfig, tokenizer: Tokenizer,
+                   max_tokens: int | None) -> tuple[np.ndarray, int]:
+    """The tokens of all documents, and their bytes; reads a little more than `max_tokens`.
+
+    As in training, each of several documents is followed by the end-of-text token.
+    """
+    chunks: list[np.ndarray] = []
+    n_tokens = n_bytes = n_documents = 0
+    ends = [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]
+    end_of_text = np.array(ends, dtype=np.uint32)
+    for source in open_sources(config).values():
+        for document in source.documents():
+            if n_documents:
+                chunks.append(end_of_text)
+            n_documents += 1
+            for piece in document.pieces():
+                if isinstance(piece, SpecialToken):
+                    continue
+                chunks.append(tokenizer.encode_array(piece).astype(np.uint32))
+                n_tokens += len(chunks[-1])
+                n_bytes += len(piece.encode())
+                # One more token, the target of the last.
+                if max_tokens and n_tokens > max_tokens:
+                    return np.concatenate(chunks), n_bytes
+    if n_documents > 1:
+        chunks.append(end_of_text)
+    return np.concatenate([end_of_text[:0], *chunks]), n_bytes
+
+
+def batch_size(batch_tokens: int, block_size: int) -> int:
+    """The number of sequences that are read at once."""
+    return max(1, batch_tokens // block_size)
+
+
+def measure_loss(engine: Engine, text: Text, title: str) -> dict[str, Any]:
+    """The mean loss on a text in nats per token, perplexity and bits per byte, with their errors.
+
+    The standard errors treat the sequences as independent samples of the text.
+    """
+    sums, counts = sequence_losses(engine, text, title)
+    loss = variance = 0.0
+    first = 0
+    for n_windows, share in zip(text.validation.n_windows, text.validation.shares, strict=True):
+        part = slice(first, first + n_windows)
+        mean, part_variance = mean_of_sums(sums[part], counts[part])
+        loss += share * mean
+        variance += share**2 * part_variance
+        first += n_windows
+    error = math.sqrt(variance)
+    per_byte = 1 / (math.log(2) * text.bytes_per_token)
+    # Past the largest number, perplexity is infinite.
+    perplexity = math.exp(loss) if loss < 700 else math.inf
+    return {"text": text.name, "identity": text.identity, "sequences": len(sums),
+            "tokens": int(counts.sum()), "loss": loss, "loss_se": error,
+            "perplexity": perplexity, "perplexity_se": perplexity * error,
+            "bits_per_byte": loss * per_byte, "bits_per_byte_se": error * per_byte}
+
+
+@torch.inference_mode()
+def sequence_losses(engine: Engine, text: Text, title: str) -> tuple[np.ndarray, np.ndarray]:
+    """The sum of the losses of each sequence, and the number of its targets."""
+    sums: list[float] = []
+    counts: list[int] = []
+    total = sum(text.validation.n_windows)
+    with ProgressBar(total=total, desc=title, unit="sequences", leave=False) as bar:
+        for inputs, targets, _ in text.validation:
+            losses = row_losses(engine, inputs, targets, text.boundary)
+            n_targets = (targets != MASKED).sum(1).tolist()
+            sums += [loss * n for loss, n in zip(losses, n_targets, strict=True)]
+            counts += n_targets
+            bar.update(len(inputs))
+    return np.array(sums), np.array(counts)
+
+
+def row_losses(engine: Engine, inputs: torch.Tensor, targets: torch.Tensor,
+               boundary: int | None) -> list[float]:
+    """The mean loss of each row of a batch, in nats per token."""
+    model, device = engine.model, engine.device
+    inputs, targets = inputs.to(device.torch), targets.to(device.torch)
+    losses = []
+    with device.autocast():
+        features = model.features(inputs, document_ids=document_numbers(inputs, boundary))
+        for row, row_targets in zip(features, targets, strict=True):
+            losses.append(next_token_loss(row, model.head_weight, row_targets,
+                                          model.loss_options))
+    return torch.stack(losses).float().tolist()
+
+
+def mean_of_sums(sums: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
+    """The mean loss per target, and the variance of that mean over sequences.
+
+    For sequences with different numbers of targets, it is the variance of a ratio of means
+    (Cochran, Sampling Techniques, section 6.3).
+    """
+    mean = sums.sum() / counts.sum()
+    n = len(sums)
+    if n < 2:
+        return float(mean), math.nan
+    residuals = sums - mean * counts
+    variance = (residuals**2).sum() / (n - 1) / n / counts.mean() ** 2
+    return float(mean), float(variance)

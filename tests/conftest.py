@@ -5,17 +5,21 @@ import functools
 import hashlib
 import os
 import random
+import re
 import signal
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import settings
 
 import train
 from conf import presets, schema
+from conf.convert import is_text
 from conf.schema import compose
+from conf.settings import leaves
 from data.tokenizer import PUBLISHED
 
 settings.register_profile("nanohydra", deadline=None, max_examples=50)  # no deadline: the machine may be busy
@@ -32,20 +36,53 @@ def prepared_data(tmp_path_factory):
         yield folder
 
 
+compose_with_hydra, conf = schema.compose_with_hydra, presets.CONF
+
+
+@functools.cache
+def composed(root, settings, words):
+    return compose_with_hydra(root, settings, list(words))
+
+
+def compose_or_remember(root, settings, words):
+    """Hydra takes a fifth of a second for a composition, and many tests ask for the same one."""
+    if conf != presets.CONF:
+        return compose_with_hydra(root, settings, words)
+    return copy.deepcopy(composed(root, settings, tuple(words)))
+
+
+def compose_or_set(root, settings, words):
+    """As `compose_or_remember`, but the numbers and words among the values are set afterwards, read by Hydra's parser.
+
+    Thus tests whose runs differ in such settings share a composition.
+    """
+    known = leaves(settings)
+    later = [word for word in words if re.fullmatch(r"[a-z_.0-9]+=[\w.+-]+", word)]
+    later = [word for word in later if not is_text(known.get(word.partition("=")[0], str))]
+    before = [word for word in words if word not in later]
+    if any(word.endswith((".yaml", ".yml")) for word in before):  # the file may change
+        return compose_or_remember(root, settings, words)
+    values, experiment, origins = compose_or_remember(root, settings, before)
+    for word in later:
+        *groups, key = word.partition("=")[0].split(".")
+        place = values
+        for group in groups:
+            place = place[group]
+        place[key] = OverridesParser.create().parse_override(word).value()
+    return values, experiment, origins
+
+
 @pytest.fixture(scope="session", autouse=True)
 def composed_once():
-    """Hydra takes a tenth of a second for a composition, and many tests ask for the same one."""
-    compose_with_hydra, conf = schema.compose_with_hydra, presets.CONF
-    remembered = functools.cache(lambda root, settings, words: compose_with_hydra(root, settings, list(words)))
-
-    def compose_or_remember(root, settings, words):
-        if conf != presets.CONF:
-            return compose_with_hydra(root, settings, words)
-        return copy.deepcopy(remembered(root, settings, tuple(words)))
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(schema, "compose_with_hydra", compose_or_remember)
+        patch.setattr(schema, "compose_with_hydra", compose_or_set)
         yield
+
+
+@pytest.fixture
+def composed_by_hydra(monkeypatch):
+    """For tests of compositions."""
+    monkeypatch.setattr(schema, "compose_with_hydra", compose_or_remember)
 
 
 @pytest.fixture

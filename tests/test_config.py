@@ -30,6 +30,8 @@ from setting import FilePath, FilePaths, help_lines
 from training.config import OptimConfig, TrainingConfig
 from training.schedule import lr_scale
 
+pytestmark = pytest.mark.usefixtures("composed_by_hydra")
+
 ROOT = Path(__file__).parent.parent
 
 

@@ -12,6 +12,8 @@ from conf.presets import ConfigError, groups
 from conf.schema import compose
 from conf.settings import SampleSettings, Settings, leaves
 
+pytestmark = pytest.mark.usefixtures("composed_by_hydra")
+
 KNOWN = {*leaves(Settings), *leaves(SampleSettings), *groups()}
 
 

@@ -14,6 +14,8 @@ from conf.presets import ConfigError, nested, read_yaml
 from conf.schema import as_yaml, compose
 from model import GPTConfig
 
+pytestmark = pytest.mark.usefixtures("composed_by_hydra")
+
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True))
 MERGE_BOMB = "a: &a {k: 1}\n" + "".join(

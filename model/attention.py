@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from model.autocast import rms_norm
 from model.config import GPTConfig
 from model.linear import Linear
 
@@ -119,7 +120,7 @@ class CausalSelfAttention(nn.Module):
         heads = self.c_attn(x).view(B, T, -1, self.head_width).transpose(1, 2)  # [B, H + 2G, T, D]
         qk, v = heads.split((self.n_head + self.n_kv_head, self.n_kv_head), dim=1)
         if self.qk_norm:
-            qk = F.rms_norm(qk, (self.head_width,))
+            qk = rms_norm(qk)
         if rotary is not None:
             qk = rotate(qk, rotary)
         q, k = qk.split((self.n_head, self.n_kv_head), dim=1)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from model.attention import AttentionContext, CausalSelfAttention, KVCache, rotary_table
+from model.autocast import square
 from model.config import GPTConfig
 from model.documents import DocumentAttention, supports_varlen
 from model.linear import Linear
@@ -46,7 +47,7 @@ class MLP(nn.Module):
         if self.activation == "swiglu":
             x = F.silu(self.c_gate(x)) * self.c_fc(x)
         elif self.activation == "relu2":
-            x = F.relu(self.c_fc(x)).square()
+            x = square(F.relu(self.c_fc(x)))
         else:
             x = F.gelu(self.c_fc(x), approximate="tanh" if self.activation == "gelu" else "none")
         return self.dropout(self.c_proj(x))

@@ -143,7 +143,7 @@ def summed_loss(logits: Tensor, targets: Tensor,
     """
     logits = logits.float()
     if logits.size(1) > vocab_size:
-        logits[:, vocab_size:] = -torch.inf
+        logits[:, vocab_size:].fill_(-torch.inf)
     log_normalizers = logits.logsumexp(dim=1, keepdim=True)
     losses = log_normalizers[:, 0] - logits[places(targets)]
     masked = targets == MASKED

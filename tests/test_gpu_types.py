@@ -77,7 +77,7 @@ class Types(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         if isinstance(result, Tensor) and result.is_floating_point():
             assert result.device.type == "cuda", function
-            if result.size() and result.size(-1) == 4 * self.config.n_embd:
+            if result.size() and result.size(-1) == self.config.mlp_width:
                 self.hidden.add(result.dtype)
             if function in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
                 assert result.dtype == torch.bfloat16

@@ -91,6 +91,8 @@ def tokenizer_config(config: GPTConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     """The content of tokenizer_config.json."""
     content = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.block_size,
                "clean_up_tokenization_spaces": False,
+               # Without token_type_ids, which GPT-2 would embed.
+               "model_input_names": ["input_ids", "attention_mask"],
                # In a text, special tokens are plain text.
                "split_special_tokens": True}
     for word, token in tokenizer.special.items():

@@ -29,7 +29,7 @@ LLAMA = ["model=llama-style", "model.block_size=32", "model.n_layer=2", "model.n
 
 @pytest.fixture(scope="module")
 def transformers(tmp_path_factory):
-    found = pytest.importorskip("transformers", reason="needs transformers: pip install transformers")
+    found = pytest.importorskip("transformers", "5", reason="needs transformers 5: pip install transformers")
     with pytest.MonkeyPatch.context() as patch:
         # Where trust_remote_code=True keeps copies of modules.
         patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
@@ -71,6 +71,7 @@ def test_transformers_writes_the_same_text(exported, transformers, overrides, cl
     text = "The old dog sees"
     ids = tokenizer(text, return_tensors="pt")
     assert ids["input_ids"][0].tolist() == run.encode(text)
+    assert sorted(ids) == ["attention_mask", "input_ids"]
     assert tokenizer.eos_token_id == run.tokenizer.end_of_text
     if "data.tokenizer=char" not in overrides:
         # In a text, the token between documents is plain text.

@@ -82,6 +82,11 @@ def test_a_run_continues_on_another_text_with_its_tokenizer(start, more, book, t
     assert open_run(more).tokenizer.characters == open_run(tiny_runs / "tiny").tokenizer.characters
 
 
+def test_a_shorter_context_keeps_the_first_positions(tiny_runs):
+    weights = find_weights(str(tiny_runs / "tiny"), tiny_runs)
+    assert torch.equal(weights.fitted(16, 28)["wpe.weight"], weights.tensors["wpe.weight"][:16])
+
+
 def test_tokens_that_are_added_get_the_mean_embedding(tiny_runs):
     weights = find_weights(str(tiny_runs / "tiny"), tiny_runs)
     embedding = weights.fitted(16, 30)["wte.weight"]

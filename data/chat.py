@@ -62,8 +62,8 @@ def markers_of(tokenizer: Tokenizer) -> Markers:
     special = tokenizer.special
     missing = [word for word in MARKERS if word not in special]
     if missing or tokenizer.end_of_text is None:
-        raise ValueError(f"The tokenizer has no {missing[0] if missing else 'end of text'}: it is "
-                         f"not one of data=chat.")
+        raise ValueError(f"The tokenizer has no {missing[0] if missing else 'end of text'}: the "
+                         f"model was not trained on conversations (data=chat).")
     base = tokenizer.base if isinstance(tokenizer, ExtendedTokenizer) else tokenizer
     if isinstance(base, BPETokenizer) and set(MARKERS) & set(base.in_text):
         raise ValueError("The tokenizer finds the markers of data=chat inside a text, so that a "

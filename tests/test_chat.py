@@ -217,7 +217,7 @@ def test_a_tokenizers_own_markers_are_used():
     found = BPETokenizer.from_ranks([bytes((value,)) for value in range(256)], special=special, in_text=["<|end|>"])
     with pytest.raises(ValueError, match="finds the markers of data=chat inside a text"):
         markers_of(with_markers(found))
-    with pytest.raises(ValueError, match=r"has no <\|system\|>: it is not one of data=chat"):
+    with pytest.raises(ValueError, match=r"has no <\|system\|>: the model was not trained on conversations"):
         markers_of(ByteTokenizer())
 
 
@@ -318,7 +318,7 @@ def test_an_answer_without_an_end_is_said_to_be_cut(talk):
 
 
 def test_a_model_of_plain_text_has_no_conversations(tiny_runs, monkeypatch):
-    with pytest.raises(ValueError, match=r"has no <\|system\|>: it is not one of data=chat"):
+    with pytest.raises(ValueError, match=r"has no <\|system\|>: the model was not trained on conversations"):
         sample.sample(compose("sample", [f"runs_dir={tiny_runs}", "chat=true", "precision=fp32"]))
 
 

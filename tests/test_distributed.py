@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import train as program
 from checkpointing import store
 from checkpointing.checkpoint import MODEL, OPTIMIZER
+from conf.schema import compose
 from scripts.verify_resume import all_tensors
 from training.config import TrainingConfig
 from training.distributed import World
@@ -28,7 +30,6 @@ TINY = ["model=nano", "data=text", "data.tokenizer=char", "training=smoke", "tra
 RECIPES = {
     "muon": ["model=modern-nano", "optim=muon", "model.dropout=0.1"],
     "adamw": ["optim=adamw", "model.dropout=0.1", "optim.grad_clip=0.1"],
-    "fp16": ["training.precision=fp16"],
 }
 
 
@@ -60,31 +61,6 @@ def assert_bit_identical(left, right):
     assert left[2] == right[2]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_two_processes_are_bit_identical_to_one(command, tmp_path, recipe):
-    for processes in (1, 2):
-        done = run(command(processes, f"name={processes}", *RECIPES[recipe], "training.max_steps=4"))
-        assert done.returncode == 0, done.stderr
-    assert "(2 processes x 2 x 2 sequences of 32)" in done.stdout
-    assert_bit_identical(content(tmp_path / "1"), content(tmp_path / "2"))
-
-
-@pytest.mark.slow
-def test_a_run_moves_between_numbers_of_processes(command, tmp_path):
-    """One process, then four, then two: as if it had been one."""
-    words = [*RECIPES["muon"], "optim.schedule=constant"]
-    for steps, processes in ((2, 1), (4, 4), (6, 2)):
-        done = run(command(processes, "name=moving", *words, f"training.max_steps={steps}"))
-        assert done.returncode == 0, done.stderr
-    run(command(1, "name=one", *words, "training.max_steps=6"))
-    moving, one = content(tmp_path / "moving"), content(tmp_path / "one")
-    # The ends at 2 and 4 steps were evaluated, which the run of one process does not do.
-    trained = [[row for row in rows if row["loss"] is not None] for _, _, rows in (moving, one)]
-    assert trained[0] == trained[1]
-    assert_bit_identical((*moving[:2], []), (*one[:2], []))
-
-
 def wait_for(condition, process):
     until = time.monotonic() + 120
     while not condition():
@@ -114,7 +90,7 @@ def training_processes(name):
 def test_a_killed_rank_ends_all_and_the_run_resumes(command, tmp_path, rank, restarts):
     """By the same command again, or by torchrun itself."""
     words = [*RECIPES["adamw"], "training.max_steps=30"]
-    run(command(1, "name=whole", *words))
+    assert program.train(compose("config", command(1, "name=whole", *words)[2:])) == 0
     checkpoints = tmp_path / f"killed{rank}" / "checkpoints"
     start = command(2, f"name=killed{rank}", *words)
     start.insert(start.index("--standalone"), f"--max-restarts={restarts}")
@@ -126,8 +102,7 @@ def test_a_killed_rank_ends_all_and_the_run_resumes(command, tmp_path, rank, res
     assert process.returncode == 1 - restarts
     own = [line for line in errors.splitlines() if line.startswith("Error:")]
     assert len(own) <= 1 and all("Another process of this run has ended" in line for line in own)
-    done = run(command(1, f"name=killed{rank}", *words))
-    assert done.returncode == 0, done.stderr
+    assert program.train(compose("config", command(1, f"name=killed{rank}", *words)[2:])) == 0
     assert not list(checkpoints.glob(".*"))
     assert_bit_identical(content(tmp_path / "whole"), content(tmp_path / f"killed{rank}"))
 
@@ -165,8 +140,7 @@ def test_large_checkpoints_are_written_in_parts(command, tmp_path, monkeypatch):
     sizes = [last.manifest[part]["bytes"] for part in parts]
     assert max(sizes) < 1.5 * min(sizes)
     for name in ("parts", "whole"):
-        done = run(command(1, f"name={name}", *words))
-        assert done.returncode == 0, done.stderr
+        assert program.train(compose("config", command(1, f"name={name}", *words)[2:])) == 0
     assert_bit_identical(content(tmp_path / "parts"), content(tmp_path / "whole"))
 
 
@@ -185,13 +159,6 @@ def test_sigterm_to_torchrun_saves_once(command, tmp_path):
     output, _ = process.communicate(timeout=60)
     assert output.count("Interrupted: ") == 1
     assert len(store.list_checkpoints(checkpoints)) == 1
-
-
-@pytest.mark.slow
-def test_a_mistake_is_printed_once(command):
-    done = run(command(2, "training.tokens_per_step=64", "name=wrong"))
-    assert done.returncode == 1
-    assert done.stderr.count("cannot be divided among 2 processes") == 1
 
 
 def test_micro_steps_are_divided_among_processes():

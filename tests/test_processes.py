@@ -1,4 +1,4 @@
-"""What one of several processes meets, a NaN or a full disk, ends or continues the run in all.
+"""Several processes train the same run as one, and what one of them meets is answered by all.
 
 The processes are forks of the test's, started as torchrun would: imports take longer than training.
 """
@@ -87,6 +87,36 @@ def wait(child):
 @pytest.fixture
 def run(tmp_path):
     return tmp_path / "runs/tiny"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", [
+    ["model=modern-nano", "optim=muon", "model.dropout=0.1"],
+    ["optim=adamw", "model.dropout=0.1", "optim.grad_clip=0.1"],
+    ["training.precision=fp16"],
+])
+def test_two_processes_are_bit_identical_to_one(compose_tiny, train_together, run, recipe):
+    for size, name in ((1, "alone"), (2, "tiny")):
+        codes, output = train_together(compose_tiny(*WORDS, *recipe, f"name={name}"), size)
+        assert codes == [0] * size, output
+    assert "(2 processes x 2 x 2 sequences of 32)" in output[0]
+    assert same(run.with_name("alone"), run)
+
+
+@pytest.mark.slow
+def test_a_run_moves_between_numbers_of_processes(compose_tiny, train_together, run):
+    """One process, then four, then two: as if it had been one."""
+    words = [*WORDS, "model=modern-nano", "optim=muon", "model.dropout=0.1", "optim.schedule=constant", "training.eval_every=2"]
+    for steps, size in ((2, 1), (4, 4), (6, 2)):
+        codes, output = train_together(compose_tiny(*words, f"training.max_steps={steps}"), size)
+        assert codes == [0] * size, output
+    train_together(compose_tiny(*words, "name=alone"), 1)
+    assert same(run.with_name("alone"), run)
+
+
+def test_a_mistake_is_printed_once(compose_tiny, train_together):
+    codes, output = train_together(compose_tiny("training.max_steps=2"), 3)
+    assert codes == [1, 1, 1] and output[0].count("Error: ") == 1 and output[1:] == ["", ""]
 
 
 def plant_nan(settings, step, micro_step):

@@ -41,9 +41,17 @@ def describe_run(say: Callable[[str], None], folder: Path, device: Device, model
     say(f"Device: {device.describe()}")
     for warning in device.warnings(local_processes):
         say(f"Warning: {warning}")
-    if device.type == "cuda" and loader.world_size == 1 and torch.cuda.device_count() > 1:
-        gpus = torch.cuda.device_count()
-        say(f"This run uses one of {gpus} GPUs. To use all: torchrun --standalone "
+    unused = unused_gpus(device.type, loader.world_size)
+    if unused:
+        say(unused)
+
+
+def unused_gpus(device_type: str, world_size: int) -> str:
+    """How to use all GPUs of this machine; empty for a run of several processes, or on one GPU."""
+    gpus = torch.cuda.device_count() if device_type == "cuda" else 0
+    if world_size > 1 or gpus < 2:
+        return ""
+    return (f"This run uses one of {gpus} GPUs. To use all: torchrun --standalone "
             f"--nproc-per-node={gpus} {shlex.join(sys.argv)}")
 
 

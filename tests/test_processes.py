@@ -11,7 +11,6 @@ import re
 import socket
 import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -199,16 +198,12 @@ def test_more_processes_do_not_enlarge_a_step(compose_tiny, train_together, run)
     assert [row["tokens"] for row in read_metrics(run) if "tokens" in row] == [128, 256, 384, 512]
 
 
-def test_a_run_on_one_of_several_gpus_says_how_to_use_all(monkeypatch, capsys):
-    model = SimpleNamespace(parameters_by_role=dict, flops_per_token=lambda: 0)
-    device = SimpleNamespace(type="cuda", describe=str, warnings=lambda processes: [])
+def test_a_run_on_one_of_several_gpus_says_how_to_use_all(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(sys, "argv", ["train.py", "data.path=a b.txt"])
-    for size in (1, 4):
-        loader = SimpleNamespace(world_size=size, steps_an_epoch=list, tokens_per_step=1, micro_steps=1, batch_size=1, block_size=1)
-        notices.describe_run(print, Path("run"), device, model, loader, "", 0)
-    command = "torchrun --standalone --nproc-per-node=4 train.py 'data.path=a b.txt'\n"
-    assert capsys.readouterr().out.count(f"This run uses one of 4 GPUs. To use all: {command}") == 1
+    assert notices.unused_gpus("cuda", 1) == (
+        "This run uses one of 4 GPUs. To use all: torchrun --standalone --nproc-per-node=4 train.py 'data.path=a b.txt'")
+    assert notices.unused_gpus("cuda", 4) == notices.unused_gpus("cpu", 1) == ""
 
 
 @pytest.mark.parametrize("before, now, said", [(2, 2, ""), (4, 1, "as before"), (1, 3, "not bit-identical"), (3, 2, "not bit-identical")])

@@ -10,10 +10,12 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from test_checkpoint import snapshot
 from test_runs import ROOT, last_step, same
 
@@ -21,7 +23,9 @@ import atomic
 import train as program
 from checkpointing import checkpoint, saver
 from checkpointing.checkpoint import MODEL, OPTIMIZER, STATE
+from conf.schema import compose
 from scripts import verify_resume
+from training import step
 
 
 @pytest.fixture
@@ -157,20 +161,21 @@ def test_a_run_with_closed_streams_trains(command, tmp_path, closing):
 
 
 @pytest.mark.slow
-def test_two_starts_at_once_and_two_signals(command, tmp_path):
+def test_two_starts_at_once_and_two_signals(command, tmp_path, capsys):
     """The second start names the first; a second Ctrl-C ends the first at once, and the run resumes."""
     first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not list(tmp_path.glob("tiny/checkpoints/step_*")):
         assert first.poll() is None, first.stderr.read()
-    second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert second.returncode == 1 and f"is being trained by process {first.pid} on" in second.stderr and "Traceback" not in second.stderr
+        time.sleep(0.01)
+    with pytest.raises(ValueError, match=f"is being trained by process {first.pid} on"):
+        program.train(compose("config", command[2:]))
     first.send_signal(signal.SIGINT)
     first.send_signal(signal.SIGINT)
     _, complaints = first.communicate(timeout=60)
     assert first.returncode == 130 and "Traceback" not in complaints
     reached = last_step(tmp_path / "tiny")
-    third = subprocess.run([*command, f"training.max_steps={reached + 10}"], cwd=ROOT, capture_output=True, text=True)
-    assert third.returncode == 0 and f"from step {reached}" in third.stdout
+    assert program.train(compose("config", [*command[2:], f"training.max_steps={reached + 10}"])) == 0
+    assert f"from step {reached}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name, difference", [
@@ -196,18 +201,16 @@ def test_compare_finds_each_difference(tmp_path, name, difference):
 
 
 @pytest.mark.slow
-def test_verify_resume_succeeds_and_finds_a_difference(book, monkeypatch):
+def test_verify_resume_succeeds_and_finds_a_difference(book, monkeypatch, capsys):
     """The difference: dropout that is not a function of the step."""
     words = ["model=nano", "data=text", f"data.path={book}", "data.tokenizer=char", "training.batch_size=4",
              "training.max_steps=12", "training.checkpoint_every=3", "training.eval_tokens=512"]
-    command = [sys.executable, "-m", "scripts.verify_resume", *words, "kills=2"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "The runs are bit-identical" in done.stdout and done.stdout.count(" identical") == 8
-    broken = ("import train; from training import step; step.seed_dropout = lambda *place: train.torch.seed(); "
-              "train.launch(train.train, 'config', '')")
-    popen = subprocess.Popen
-    monkeypatch.setattr(verify_resume.subprocess, "Popen",
-                        lambda command, **options: popen([command[0], "-c", broken, *command[2:]], **options))
+    assert verify_resume.verify(verify_resume.VerifySettings(kills=2, train=tuple(words))) == 0
+    printed = capsys.readouterr().out
+    assert "The runs are bit-identical" in printed and printed.count(" identical") == 8
+    monkeypatch.setattr(step, "seed_dropout", lambda *place: torch.seed())
+    monkeypatch.setattr(verify_resume, "finish", lambda overrides, run: program.train(
+        compose("config", [*overrides, f"runs_dir={run.parent}", f"name={run.name}"])))
     assert verify_resume.verify(verify_resume.VerifySettings(kills=0, train=(*words, "model.dropout=0.2"))) == 1
 
 

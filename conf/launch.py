@@ -41,7 +41,8 @@ FLAGS = """Flags:
 """
 SWEEP_FLAG = """\
   -m          sweep: one run for each combination of values separated by commas; jobs=2 at
-              a time, or on a cluster with hydra/launcher=slurm; --cfg job prints their settings
+              a time, each in processes_per_job=2 processes, or on a cluster with
+              hydra/launcher=slurm; --cfg job prints their settings
 """
 # Parts of torch's messages, on a GPU and on a CPU.
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory")

@@ -157,6 +157,10 @@ class Job:
         text = output.decode(errors="replace").replace("\r", "\n")
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         errors = [line for line in lines if line.startswith(("Error: ", "Interrupted: "))]
+        if self.processes > 1 and not errors:
+            # The last lines are torchrun's table.
+            return (f"one of its {self.processes} processes ended without a message, perhaps "
+                    f"killed; run the same command again to resume it.")
         last = (errors or lines or [f"exit code {code}"])[-1]
         return last.removeprefix("Error: ")
 

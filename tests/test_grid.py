@@ -155,6 +155,16 @@ def test_a_failed_job_stops_no_other_and_names_its_last_error(job, tmp_path, cap
     assert "0 running, 1 done, 0 stopped, 4 failed" in printed.err
 
 
+@pytest.mark.parametrize(("printed", "reason"), [
+    ("Error: too wide", "too wide"), ("Interrupted: 4 of 9 steps are saved", "Interrupted: 4 of 9 steps are saved"),
+    ("failed (exitcode: -9) local_rank: 0", "one of its 2 processes ended without a message")])
+def test_a_failure_under_torchrun_is_the_runs_own_sentence(job, printed, reason):
+    ran = job("a", f"echo '{printed}'; echo =====; exit 1")
+    ran.processes = 2
+    _, source = run(ran)
+    assert source.failures[0].startswith(f"a: {reason}")
+
+
 def test_the_best_job_is_named_with_the_next_commands(job, tmp_path, capsys):
     ran = [job(name) for name in ("a", "b b", "none")]
     ran[0].best, ran[1].best = 2.0, 1.5

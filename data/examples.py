@@ -81,6 +81,14 @@ class Examples:
         """The number of targets in each of the sequences with these numbers."""
         return self.targets[numbers]
 
+    def count_within(self, max_tokens: int) -> int:
+        """The number of first sequences with at most so many tokens, at least one.
+
+        Padding does not count.
+        """
+        ends = np.cumsum(self.lengths - 1)
+        return max(1, int(np.searchsorted(ends, max_tokens, side="right")))
+
     def questions(self, number: int) -> list[list[int]]:
         """The first sequences up to the beginning of their first answer, to be sampled from."""
         found = []

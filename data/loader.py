@@ -53,6 +53,10 @@ class Windows:
         ids = self.tokens.read(positions % len(self.tokens))
         return ids[:, :-1], ids[:, 1:]
 
+    def count_within(self, max_tokens: int) -> int:
+        """The number of windows with at most so many tokens, at least one."""
+        return min(self.count, max(max_tokens, self.block_size) // self.block_size)
+
     def n_targets(self, index: np.ndarray) -> np.ndarray:
         """The number of targets in each window."""
         return np.full(len(index), self.block_size)
@@ -198,8 +202,7 @@ class Validation:
             if markers:
                 part = Examples(split, block_size, markers, "validation", no_seed)
             self.parts.append(part)
-            most = max(int(max_tokens * share), block_size) // block_size
-            self.n_windows.append(min(part.count, most))
+            self.n_windows.append(part.count_within(int(max_tokens * share)))
 
     def questions(self, number: int) -> list[list[int]]:
         """Some questions of conversations, in tokens, to be answered by a model."""

@@ -429,7 +429,9 @@ def test_validation_is_the_mean_over_the_targets(counted):
     values = [evaluate(model, Validation([tokens], 32, batch_size, 10**6, markers=markers), Device("cpu", "fp32"), None, World({}))
               for batch_size in (1, 5, 1000)]
     assert values == pytest.approx([values[0]] * 3, rel=1e-5)
-    [(inputs, targets, weight)] = Validation([tokens], 32, 1000, 10**6, markers=markers)
+    # All of the split, although sequences have padding.
+    [(inputs, targets, weight)] = Validation([tokens], 32, 1000, len(tokens), markers=markers)
+    assert Validation([tokens], 32, 1000, 1, markers=markers).n_windows == [1]
     assert weight == 1 and model(inputs, targets).item() == pytest.approx(values[0], rel=1e-5)
     assert model_loss.MASKED == MASKED
 

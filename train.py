@@ -52,13 +52,14 @@ from data.shards import open_parts
 from data.tokenizer import Tokenizer
 from generation.engine import Prompt, open_checkpoint, short_sample
 from model import GPT
+from model.loss import loss_options
 from report.page import after_training, is_current
 from terminal import counted, output, say
 from training.buckets import GradientBuckets
 from training.clock import Clock
 from training.config import TrainingConfig
 from training.decision import Decision, decide
-from training.device import Device, configure, maybe_compile
+from training.device import Device, check_fused_loss, configure, maybe_compile
 from training.distributed import World
 from training.estimate import measure_pace
 from training.fsdp import RowGradients, shard
@@ -126,6 +127,7 @@ def train_together(settings: Settings, world: World) -> int:
         torch.manual_seed(settings.seed)
         model = GPT(model_config)
         model.recompute = limits.recompute
+        model.loss_options = loss_options(device.torch, fused=limits.compile != "false")
         sharded = divides_weights(settings, world, device)
         sampling_device = device
         if sharded:
@@ -176,6 +178,8 @@ def train_together(settings: Settings, world: World) -> int:
             forward = maybe_compile(model, choice, device, step_flops * limits.max_steps,
                                     micro_step, recorder.say)
             compiled = forward is not model
+            if not compiled:
+                check_fused_loss(model, micro_step, recorder.say)
             facts = {"settings": settings_to_save(settings, prepared, device.precision),
                      "max_steps": limits.max_steps, "model": asdict(model.config),
                      "environment": asdict(device.environment(compiled, world.size))}
@@ -183,7 +187,8 @@ def train_together(settings: Settings, world: World) -> int:
                 record_start(run.folder, state.step, facts["environment"])
             pace = measure_pace(first_loss(forward, first_batch, device, boundary),
                                 model.parameters_by_role(), settings.optim, device, limits,
-                                loader.micro_steps, sum(validation.n_windows), compiled, world)
+                                loader.micro_steps, sum(validation.n_windows),
+                                compiled or model.loss_options is not None, world)
             steps_left, _ = pace.work_left(limits, state.step, state.seconds)
             recorder.expect(pace.seconds_left(limits, state.step, state.seconds),
                             limited=steps_left < limits.max_steps - state.step)
@@ -219,7 +224,8 @@ def train_together(settings: Settings, world: World) -> int:
                 finite = math.isfinite(loss) and (math.isfinite(norm_value)
                                                         or scaler.is_enabled())
                 if finite:
-                    optimizers.step(scaler, norm, settings.optim.grad_clip)
+                    optimizers.step(scaler, norm, settings.optim.grad_clip,
+                                    overflowed=not math.isfinite(norm_value))
                 step_seconds = clock.seconds() - start
                 seconds, interrupted = world.agree(state.seconds + step_seconds, bool(interrupt))
                 decision = decide(limits, state.step + 1, seconds, finite, state.nonfinite,

@@ -153,6 +153,8 @@ def run_command(
         check_launcher(os.environ)
     settings = compose(root, overrides)
     sleep_while_waiting()
+    # Operations that Apple's GPUs lack run on the CPU. torch reads it when it is imported.
+    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
     return imported(main)(settings)
 
 

@@ -48,10 +48,18 @@ class CapturedCall:
 
     def __init__(self, call: Callable[[], Tensor], device: torch.device) -> None:
         self.graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.current_stream(device)
-        # The outer stream is current again if capturing fails.
-        with torch.cuda.device(device), torch.cuda.stream(stream), torch.cuda.graph(self.graph):
-            self.result = call()
+        # `torch.cuda.graph` would return all free memory to the driver, and training would have to
+        # ask for it again after each evaluation.
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.device(device), torch.cuda.stream(side):
+            # Beside it, a thread of the training may allocate pinned memory.
+            self.graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                self.result = call()
+            finally:
+                self.graph.capture_end()
+        torch.cuda.current_stream(device).wait_stream(side)
 
     def replay(self) -> Tensor:
         """Run the call on what the captured tensors hold now; the result is a new tensor."""

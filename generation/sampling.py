@@ -31,6 +31,16 @@ def finite(logits: Tensor) -> Tensor:
     return logits
 
 
+def cumulative_sum(probabilities: Tensor) -> Tensor:
+    """The cumulative sum of rows. On GPUs torch has no deterministic one: there the CPU computes it.
+
+    Only where deterministic kernels were asked for.
+    """
+    if probabilities.is_cpu or not torch.are_deterministic_algorithms_enabled():
+        return probabilities.cumsum(-1)
+    return probabilities.cpu().cumsum(-1).to(probabilities.device)
+
+
 def candidates(logits: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
     """The most likely tokens of each row of `[B, V]`: probabilities `[B, K]` and ids `[B, K]`.
 
@@ -43,7 +53,7 @@ def candidates(logits: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor
         largest, ids = logits.topk(min(size, logits.size(-1)))
         competing = largest if top_k else logits
         probabilities = (largest - competing.logsumexp(-1, keepdim=True)).exp()
-        cumulative = probabilities.cumsum(-1)
+        cumulative = cumulative_sum(probabilities)
         if (cumulative[:, -1] >= top_p).all():
             break
     return probabilities.masked_fill(cumulative - probabilities >= top_p, 0), ids
@@ -63,7 +73,7 @@ def pick(logits: Tensor, rules: SamplingConfig, draws: Tensor) -> Tensor:
         probabilities, ids = candidates(logits, rules.top_k, rules.top_p)
     else:
         probabilities = logits.softmax(-1)
-    cumulative = probabilities.cumsum(-1)
+    cumulative = cumulative_sum(probabilities)
     # The first place that reaches the draw cannot have probability 0.
     places = torch.searchsorted(cumulative, draws[:, None] * cumulative[:, -1:])
     if ids is not None:

@@ -8,13 +8,15 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import train
+from model.loss import LossOptions
 from training import device as module
-from training.device import Device, configure, maybe_compile
+from training.device import Device, check_fused_loss, configure, maybe_compile
 from training.memory import bytes_kept
 
 
@@ -161,7 +163,7 @@ class Compiler:
 
     def __init__(self, monkeypatch, fails=False):
         self.said, self.tried, self.fails = [], [], fails
-        monkeypatch.setattr(torch, "compile", lambda model: ("compiled", model))
+        monkeypatch.setattr(torch, "compile", lambda model, dynamic: ("compiled", model))
         monkeypatch.setattr(module.shutil, "which", lambda name: "/usr/bin/g++")
 
     def trial(self, model):
@@ -237,3 +239,20 @@ def test_a_tensor_that_is_kept_twice_is_counted_once():
     assert bytes_kept(lambda: product().exp() + product()) == 4 * (100 * 50 + 100 * 20)
     with torch.no_grad():
         assert bytes_kept(product) == 0
+
+
+def test_a_loss_that_cannot_be_compiled_runs_uncompiled():
+    """With a warning. A GPU that is full is no reason to try without."""
+    def fails(model):
+        if model.loss_options.fused:
+            raise error
+
+    model, said = SimpleNamespace(loss_options=LossOptions(2**20, 64, fused=True)), []
+    error = torch.OutOfMemoryError("full")
+    with pytest.raises(torch.OutOfMemoryError):
+        check_fused_loss(model, fails, said.append)
+    error = RuntimeError("no compiler")
+    check_fused_loss(model, fails, said.append)
+    assert not model.loss_options.fused and "no compiler" in said[0]
+    check_fused_loss(model, pytest.fail, said.append)
+    check_fused_loss(SimpleNamespace(loss_options=None), pytest.fail, said.append)

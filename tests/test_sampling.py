@@ -9,7 +9,7 @@ from torch import Tensor
 
 from conf.sampling import SamplingConfig
 from generation.decoder import native_dtype, window_start
-from generation.sampling import candidates, generate
+from generation.sampling import candidates, cumulative_sum, generate
 from generation.sampling import pick as pick_by
 from model.gpt import GPT, GPTConfig
 
@@ -348,3 +348,15 @@ def test_generate_applies_its_rules():
 def test_logits_that_are_not_finite_are_an_error(value, temperature):
     with pytest.raises(ValueError, match="NaN or infinite"):
         pick(torch.tensor([[0.0, value]]), temperature, 0, 1.0, torch.ones(1))
+
+
+def test_on_a_gpu_deterministic_sums_are_added_on_the_cpu(monkeypatch):
+    """torch raises an error for the sum of a GPU. The device "meta" stands in for one, and gives back no content."""
+    moved = []
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda x: moved.append(x) or torch.ones(x.shape))
+    probabilities = torch.empty(2, 3, device="meta")
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
+    assert cumulative_sum(probabilities).is_meta and not moved
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert cumulative_sum(probabilities).is_meta and len(moved) == 1
+    assert cumulative_sum(torch.ones(2, 3))[:, -1].tolist() == [3, 3] and len(moved) == 1

@@ -89,3 +89,15 @@ def test_evaluation_reads_the_device_once(tiny):
     losses = [model.eval()(*batch).item() * weight for *batch, weight in validation]
     assert not reads.counts
     assert loss == pytest.approx(sum(losses))
+
+
+def test_a_step_in_fp16_reads_nothing_from_the_device(tiny):
+    """The training loop reads the norm, and says whether it overflowed."""
+    model, batches = tiny
+    optimizers = Optimizers(model.parameters_by_role(), OptimConfig(optimizer="muon"))
+    scaler, device = torch.amp.GradScaler("cpu"), Device("cpu", "fp16")
+    before = model.wte.weight.clone()
+    with CountReads() as reads:
+        accumulate_gradients(model, all_gradients(model), batches, None, 0, scaler, device, 0, Interrupt())
+        optimizers.step(scaler, optimizers.gradient_norm(scaler), 1.0, overflowed=False)
+    assert not reads.counts and not torch.equal(model.wte.weight, before)

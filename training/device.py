@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -351,9 +351,18 @@ def maybe_compile(model: nn.Module, choice: str, device: Device, flops: float,
                 raise RuntimeError("no C++ compiler found")
             # Otherwise a compiled embedding adds its gradients in a random order.
             be_deterministic()
-        compiled = torch.compile(model)
+        if device.type == "cuda":
+            from torch._dynamo import config
+
+            # Otherwise the number of documents in a batch would break the graph.
+            config.capture_dynamic_output_shape_ops = True
+        # All batches of training have one shape.
+        compiled = torch.compile(model, dynamic=False)
         trial(compiled)
         return compiled
+    except torch.OutOfMemoryError:
+        # Uncompiled, it would need more.
+        raise
     except Exception as error:
         lines = str(error).strip().splitlines() or [""]
         cause = f"{type(error).__name__}: {lines[0]}"
@@ -362,3 +371,22 @@ def maybe_compile(model: nn.Module, choice: str, device: Device, flops: float,
                              f"set training.compile=false.") from error
         say(f"Warning: the model could not be compiled and runs uncompiled ({cause}).")
         return model
+
+
+def check_fused_loss(model: nn.Module, trial: Callable[[nn.Module], None],
+                     say: Callable[[str], None]) -> None:
+    """Try the compiled loss of an uncompiled model; where that fails, warn and do without it.
+
+    `model` is a GPT, and `trial` runs it once.
+    """
+    if model.loss_options is None or not model.loss_options.fused:
+        return
+    try:
+        trial(model)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        model.loss_options = replace(model.loss_options, fused=False)
+        cause = (str(error).strip().splitlines() or [""])[0]
+        say(f"Warning: the loss could not be compiled and runs uncompiled "
+            f"({type(error).__name__}: {cause}).")

@@ -220,12 +220,16 @@ class Optimizers:
         for optimizer in self.all:
             scaler.unscale_(optimizer)
 
-    def step(self, scaler: torch.amp.GradScaler, norm: Tensor, grad_clip: float) -> None:
+    def step(self, scaler: torch.amp.GradScaler, norm: Tensor, grad_clip: float,
+             overflowed: bool | None = None) -> None:
         """Clip the gradients, whose norm is `norm`, update the weights, and drop the gradients.
 
         With an enabled scaler, a gradient that overflowed skips the step of all optimizers.
+        `overflowed` tells it where the caller has read the norm; otherwise this waits for it.
         """
-        if scaler.is_enabled() and not norm.isfinite():
+        if overflowed is None:
+            overflowed = scaler.is_enabled() and not norm.isfinite()
+        if overflowed:
             self.zero_grad(scaler)
             return
         if grad_clip:

@@ -32,9 +32,9 @@ def finite(logits: Tensor) -> Tensor:
 
 
 def cumulative_sum(probabilities: Tensor) -> Tensor:
-    """The cumulative sum of rows. On GPUs torch has no deterministic one: there the CPU computes it.
+    """The cumulative sum of rows: on the CPU where deterministic kernels were asked for.
 
-    Only where deterministic kernels were asked for.
+    torch has no deterministic one on GPUs.
     """
     if probabilities.is_cpu or not torch.are_deterministic_algorithms_enabled():
         return probabilities.cumsum(-1)

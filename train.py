@@ -202,7 +202,7 @@ def train_together(settings: Settings, world: World) -> int:
             batches = Prefetch(loader, device.torch, world.rank)
             gradients = GradientBuckets(world, list(model.parameters()), optimizers.parts)
             if sharded:
-                gradients = RowGradients(optimizers)
+                gradients = RowGradients(optimizers.parameters, optimizers.own_parts)
             val_loss, decision = None, Decision()
             if limits.on_nonfinite == "rollback" and not last:
                 save(val_loss)  # a checkpoint to return to

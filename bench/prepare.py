@@ -24,10 +24,10 @@ from typing import Literal
 import atomic
 from bench.timing import ROOT, alternating_medians, print_header, print_row
 from data import encode
+from data.config import DataConfig
 from data.files import cut_into_pieces
 from data.library import StdLib
 from data.prepare import load_tokenizer, prepare
-from data.sources import DataConfig
 from data.tokenizer import Tokenizer, from_json
 from setting import range_problems, setting
 

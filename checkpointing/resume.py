@@ -28,9 +28,9 @@ from conf.identity import (
 )
 from conf.schema import folder_name
 from conf.settings import Settings
+from data.config import DataConfig
 from data.prepare import find_prepared, planned, prepare
 from data.shards import read_meta
-from data.sources import DataConfig
 from model import GPT, GPTConfig, SkipInit
 from terminal import counted, say
 from training.config import TrainingConfig

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_type_hints
 
 from conf.hints import closest
 from conf.sampling import SamplingConfig
-from data.sources import DataConfig
+from data.config import DataConfig
 from model.config import GPTConfig
 from setting import FilePath, range_problems, setting
 from terminal import escaped

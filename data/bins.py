@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 import atomic
+from data.config import TOKENIZERS
 from data.files import File
 from data.shards import SPLITS, check, read_meta, write_meta
-from data.sources import TOKENIZERS
 from data.store import folder_for, make_once, sha256_of
 from data.tokenizer import CharTokenizer, Tokenizer, fingerprint, from_json, read_tokenizer
 from data.tokenizer_file import open_tokenizer

@@ -20,14 +20,13 @@ import yaml
 
 import atomic
 from data import records
+from data.config import DataConfig
 from data.files import Document
 from data.store import data_root
 from terminal import say
 
 if TYPE_CHECKING:
     from datasets import DatasetBuilder
-
-    from data.sources import DataConfig
 
 TIMEOUT_SECONDS = 10  # for the commit of a revision
 CARD_BYTES = 2**22  # read of a dataset card

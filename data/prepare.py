@@ -16,18 +16,12 @@ from typing import Any, NamedTuple
 import atomic
 from data.bins import prepare_bins
 from data.chat import markers_of, with_markers
+from data.config import TOKENIZERS, DataConfig, expanded
 from data.corpus import Corpus
 from data.encode import segments
 from data.files import SpecialToken
 from data.shards import SPLITS, check, check_shards, prepare_again, read_meta, write_meta
-from data.sources import (
-    TOKENIZERS,
-    DataConfig,
-    Source,
-    expanded,
-    open_sources,
-    open_validation,
-)
+from data.sources import Source, open_sources, open_validation
 from data.store import BUILDING, data_root, folder_for, make_once, sha256_of
 from data.tokenizer import (
     DISTINCT_BYTES,

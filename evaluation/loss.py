@@ -15,11 +15,12 @@ import torch
 
 from conf.convert import freeze
 from data.chat import markers_of
+from data.config import DataConfig
 from data.files import SpecialToken
 from data.loader import Validation
 from data.prepare import find_prepared, load_tokenizer, prepare, val_bytes_per_token
 from data.shards import Tokens, open_parts, read_meta
-from data.sources import DataConfig, open_sources
+from data.sources import open_sources
 from data.tokenizer import Tokenizer
 from generation.engine import Engine
 from model.loss import MASKED, next_token_loss

@@ -64,10 +64,10 @@ from conf.presets import ConfigError
 from conf.schema import compose
 from conf.settings import Settings
 from data.chat import MARKERS
+from data.config import DataConfig
 from data.loader import Loader
 from data.prepare import planned
 from data.shards import Tokens, read_meta
-from data.sources import DataConfig
 from data.tokenizer_file import planned_size
 from model import GPT, SkipInit
 from terminal import counted, readable_size, readable_time, say

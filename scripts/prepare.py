@@ -62,11 +62,11 @@ from checkpointing import store
 from checkpointing.run_folder import LOCK
 from conf.schema import compose
 from conf.settings import Settings
+from data.config import TOKENIZERS, DataConfig
 from data.contents import Contents
 from data.files import refuse
 from data.prepare import PROGRESS, describe, load_tokenizer, prepare
 from data.shards import SPLITS, read_meta
-from data.sources import TOKENIZERS, DataConfig
 from data.store import BUILDING, data_root, in_use, is_locked
 from data.tokenizer import Tokenizer
 from report.figures import as_image, log_ticks, new_figure

@@ -57,7 +57,8 @@ from terminal import readable_size, say
 from training.buckets import BUCKET_NUMBERS
 from training.device import PEAK_FLOPS
 from training.distributed import World
-from training.optim import NEWTON_SCHULZ_STEPS, AdamW, Muon, Optimizers
+from training.muon import NEWTON_SCHULZ_STEPS, Muon
+from training.optim import AdamW, Optimizers
 from training.sharding import Part
 
 GPUS = (1, 8, 16, 32, 64, 128, 256, 512, 1024)

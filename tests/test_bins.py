@@ -9,9 +9,9 @@ import pickle
 import numpy as np
 import pytest
 
+from data.config import DataConfig
 from data.prepare import describe, load_tokenizer, prepare
 from data.shards import Tokens, read_meta
-from data.sources import DataConfig
 from data.tokenizer import BPETokenizer, CharTokenizer
 
 TEXT = "It was the best of times, it was the worst of times. Žluťoučký kůň! " * 20

@@ -23,11 +23,11 @@ import sample
 from conf.sampling import SamplingConfig
 from conf.schema import ConfigError, compose
 from data.chat import JINJA, MARKERS, Message, markers_of, message_ids, with_markers
+from data.config import DataConfig
 from data.examples import MASKED, Examples
 from data.loader import Loader, Validation
 from data.prepare import load_tokenizer, prepare
 from data.shards import Tokens, open_parts, read_meta
-from data.sources import DataConfig
 from data.tokenizer import BPETokenizer, ByteTokenizer, ExtendedTokenizer
 from generation import open_run
 from generation.chat import Conversation

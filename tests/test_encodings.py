@@ -8,7 +8,7 @@ import json
 import pytest
 
 from data import encodings, files
-from data.sources import DataConfig
+from data.config import DataConfig
 
 TEXTS = {
     "latin-1": "Le café était fermé à Noël, où êtes-vous allés déjà ?\n",

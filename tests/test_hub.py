@@ -21,9 +21,10 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 from conf.schema import compose
+from data.config import DataConfig
 from data.hub import Hub
 from data.prepare import prepare
-from data.sources import DataConfig, data_root, open_source
+from data.sources import data_root, open_source
 
 ROOT = Path(__file__).parent.parent
 
@@ -534,7 +535,7 @@ def test_the_fraction_of_other_files_needs_a_stated_size(hub, tmp_path):
 @pytest.mark.slow
 def test_a_reader_that_stops_early_lets_python_end(hub, tmp_path):
     folder = write(tmp_path / "set", {f"{number}.parquet": parquet(text=noise(5000, 5000)) for number in range(2)})
-    program = ("import sys; from pathlib import Path; from data.hub import Hub; from data.sources import DataConfig\n"
+    program = ("import sys; from pathlib import Path; from data.hub import Hub; from data.config import DataConfig\n"
                "next(Hub(DataConfig('hub', hub_name=sys.argv[1])).documents())")
     for _ in range(5):  # with the package's own reader, most of them abort or hang
         done = subprocess.run([sys.executable, "-c", program, str(folder)], cwd=ROOT, env=dict(os.environ), timeout=60,

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+from data.config import DataConfig
 from data.loader import Loader, Prefetch, Validation, mix, permute
 from data.prepare import prepare
 from data.shards import Tokens
-from data.sources import DataConfig
 
 
 def positions(n_tokens: int) -> Tokens:

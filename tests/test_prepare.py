@@ -21,10 +21,11 @@ import pytest
 
 import data.prepare
 from data import encode
+from data.config import DataConfig
 from data.corpus import Corpus, Seen
 from data.prepare import describe, find_prepared, load_tokenizer, prepare
 from data.shards import ShardWriter, Tokens, read_meta
-from data.sources import DataConfig, Files
+from data.sources import Files
 from data.tokenizer import fingerprint
 
 ROOT = Path(__file__).parent.parent
@@ -566,7 +567,8 @@ PREPARING = """
 import sys
 import data.encode, data.files
 from data.prepare import prepare
-from data.sources import DataConfig, Files
+from data.config import DataConfig
+from data.sources import Files
 data.encode.BATCH_BYTES, data.encode.SEGMENT_BYTES = 2**12, 2**15
 data.files.PIECE = 2**10
 print(prepare(DataConfig("text", sys.argv[1], "bpe", 300, 0.1)))

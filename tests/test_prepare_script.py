@@ -14,10 +14,10 @@ import pytest
 import locks
 import train
 from conf.schema import ConfigError, compose
+from data.config import DataConfig
 from data.contents import Contents
 from data.prepare import load_tokenizer, prepare
 from data.shards import open_parts, read_meta
-from data.sources import DataConfig
 from scripts.prepare import PrepareSettings, clean, main
 
 DOCUMENTS = [f"Document {number} " + "word " * number for number in range(120)]

@@ -8,8 +8,9 @@ import random
 import pytest
 
 from data import separator
+from data.config import DataConfig
 from data.separator import divide, unescaped
-from data.sources import DataConfig, Files, open_sources
+from data.sources import Files, open_sources
 
 
 def divided(text: str, between: str, piece: int = 1000) -> list[str]:

@@ -14,8 +14,9 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
+from data.config import DataConfig
 from data.library import PyDocs, StdLib
-from data.sources import DataConfig, Files, data_root, fetch, open_source, open_sources
+from data.sources import Files, data_root, fetch, open_source, open_sources
 
 
 def texts(source):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from training.device import Device
 from training.distributed import World
-from training.optim import Muon, Optimizers, orthogonalize_all
+from training.muon import Muon, orthogonalize_all
 from training.sharding import Part, row_range
 
 
@@ -51,8 +51,8 @@ def shard(model: nn.Module, world: World, device: Device) -> None:
 class RowGradients:
     """The gradients of a step, which FSDP2 has added; takes the place of `GradientBuckets`."""
 
-    def __init__(self, optimizers: Optimizers) -> None:
-        self.parameters, self.own = optimizers.parameters, optimizers.own_parts
+    def __init__(self, parameters: list[Tensor], own: list[Part]) -> None:
+        self.parameters, self.own = parameters, own
 
     def start(self, put_total: Callable[[int], None]) -> None:
         """Nothing is left to send."""

@@ -1,34 +1,19 @@
-"""AdamW, Muon, and `Optimizers`, which assigns each parameter to one of them."""
+"""AdamW, and `Optimizers`, which assigns each parameter to AdamW or Muon."""
 
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hardware import native
 from training.config import OptimConfig
 from training.distributed import World
 from training.gradient_norm import GradientNorm
+from training.muon import Muon, WithoutCompiler
 from training.sharding import Divided, Part, deal_out, rows, slices
-
-# The coefficients of Keller Jordan's Muon (2024), kellerjordan.github.io/posts/muon.
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-NEWTON_SCHULZ_STEPS = 5
-
-
-class WithoutCompiler(torch.optim.Optimizer):
-    """Keeps torch.optim from importing torch's compiler, which takes 2 s at start-up.
-
-    Decorators of these methods import it to exclude them from compilation; steps are not compiled.
-    """
-
-    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
-    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
 
 
 class AdamW(WithoutCompiler, torch.optim.AdamW):
@@ -46,86 +31,6 @@ class AdamW(WithoutCompiler, torch.optim.AdamW):
                     "exp_avg": torch.zeros_like(weights),
                     "exp_avg_sq": torch.zeros_like(weights),
                 }
-
-
-class Muon(WithoutCompiler):
-    """Muon (Jordan 2024), for matrices, orthogonalizing those of one shape in one batch.
-
-    Equal to `torch.optim.Muon`, which orthogonalizes one matrix after another.
-    """
-
-    STATE = ("momentum_buffer",)
-
-    def __init__(self, params: list[dict[str, Any]], lr: float, momentum: float) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": 0.0})
-        for group in self.param_groups:
-            for weights in group["params"]:
-                self.state[weights] = {"momentum_buffer": torch.zeros_like(weights)}
-
-    @torch.no_grad()
-    def step(self) -> None:
-        for group in self.param_groups:
-            # Tall matrices are transposed, to share a batch with wide ones of the same sizes.
-            batches: dict[tuple[int, ...], list[Tensor]] = {}
-            for weights in group["params"]:
-                if weights.grad is not None:
-                    batches.setdefault(tuple(sorted(self.shape(weights))), []).append(weights)
-            for batch in batches.values():
-                self.update(batch, group["lr"], group["momentum"], group["weight_decay"])
-
-    def update(self, batch: list[Tensor], lr: float, momentum: float, weight_decay: float) -> None:
-        """Update matrices of one shape, or its transpose."""
-        # Singular values only need to come near 1, so bf16 is exact enough where it is native.
-        is_fast = native("bf16", batch[0].device.type)
-        dtype = torch.bfloat16 if is_fast else torch.float32
-        directions = []
-        for weights in batch:
-            mean = self.state[weights]["momentum_buffer"]
-            mean.lerp_(weights.grad, 1 - momentum)
-            nesterov = weights.grad.lerp(mean, momentum)
-            directions.append(nesterov.to(dtype))
-        for weights, update in zip(batch, self.updates(batch, directions), strict=True):
-            rows, columns = self.shape(weights)
-            weights.mul_(1 - lr * weight_decay)
-            weights.add_(update, alpha=-lr * math.sqrt(max(1, rows / columns)))
-
-    def shape(self, weights: Tensor) -> torch.Size:
-        """The shape of the matrix; those of processes that have a part of it differ from it."""
-        return weights.shape
-
-    def updates(self, batch: list[Tensor], directions: list[Tensor]) -> list[Tensor]:
-        """The orthogonalized directions of the matrices in a batch."""
-        return orthogonalize_all(directions)
-
-
-def wide(matrix: Tensor) -> Tensor:
-    """The matrix, transposed if it has more rows than columns."""
-    return matrix.mT if matrix.size(0) > matrix.size(1) else matrix
-
-
-def orthogonalize_all(matrices: list[Tensor]) -> list[Tensor]:
-    """Orthogonalize matrices of one shape, or its transpose, in one batch."""
-    if not matrices:
-        return []
-    found = orthogonalize(torch.stack([wide(matrix) for matrix in matrices]))
-    return [result.mT if matrix.size(0) > matrix.size(1) else result
-            for matrix, result in zip(matrices, found, strict=True)]
-
-
-def orthogonalize(matrices: Tensor) -> Tensor:
-    """Bring all singular values of matrices `[N, rows, columns]` near 1.
-
-    By five steps of a quintic Newton-Schulz iteration.
-    """
-    a, b, c = NEWTON_SCHULZ
-    # After division by the Frobenius norm, no singular value is above 1.
-    norms = matrices.flatten(1).norm(dim=1).clamp(min=1e-7)
-    x = matrices / norms[:, None, None]
-    for _ in range(NEWTON_SCHULZ_STEPS):
-        gram = x @ x.mT
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, polynomial, x, beta=a)
-    return x
 
 
 class Optimizers:

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from model import GPT, GPTConfig
-from training import optim
 from training.config import OptimConfig
 from training.distributed import World
 from training.muon import Muon, orthogonalize
@@ -138,8 +137,8 @@ def test_adamw_is_bit_identical_to_torchs():
 def test_muon_uses_bf16_only_where_it_is_native(monkeypatch, native, dtype):
     monkeypatch.setenv("NANOHYDRA_NATIVE_BF16", native)
     dtypes = []
-    monkeypatch.setattr(
-        optim, "orthogonalize", lambda stack: dtypes.append(stack.dtype) or orthogonalize(stack))
+    monkeypatch.setattr("training.muon.orthogonalize",
+                        lambda stack: dtypes.append(stack.dtype) or orthogonalize(stack))
     _, optimizers = make(optimizer="muon")
     take_step(optimizers)
     assert set(dtypes) == {dtype}

@@ -54,7 +54,7 @@ def test_every_benchmark_has_help_with_its_settings(monkeypatch, capsys, name):
         command.main()
     said = capsys.readouterr().out
     assert stopped.value.code == 0 and f"python -m bench {name}" in said
-    assert re.search(r"^  (rounds|rows|seeds)=\d+ ", said, re.MULTILINE)
+    assert re.search(r"^  (rounds|rows|seeds|batch_size)=\d+ ", said, re.MULTILINE)
 
 
 def test_an_unknown_benchmark_is_one_sentence(monkeypatch):

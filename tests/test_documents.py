@@ -273,6 +273,7 @@ def test_a_compiled_model_supports_any_number_of_documents(kernel):
         torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @every_small
 def test_on_a_gpu_mask_and_varlen_agree(config, monkeypatch):

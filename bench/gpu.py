@@ -1,0 +1,189 @@
+"""One GPU: training speed and its parts, peak memory and decoding, in under ten minutes.
+
+  python -m bench gpu
+  python -m bench gpu part=training seconds=5
+
+Trains GPT-2 124M and modern-124m on random tokens, uncompiled and compiled, and without each of the
+changes that were made for GPUs. Decodes with the shape of GPT-2 XL. Each case runs in a process of
+its own. The tests for GPUs are `pytest -m gpu`. Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+
+from bench.decode import MODERN, RULES, bytes_read
+from bench.speed import random_loader
+from bench.timing import measure_in_process, print_header, print_row, write_json
+from data.loader import Prefetch
+from generation.decoder import Decoder
+from generation.sampling import generate
+from model import GPT, GPTConfig
+from model.loss import LossOptions, loss_options
+from setting import FilePath, range_problems, setting
+from training.config import OptimConfig
+from training.device import Device, configure
+from training.optim import Optimizers
+from training.step import loss_of
+
+SHAPES = {
+    "gpt2": GPTConfig(),
+    "modern-124m": replace(MODERN, n_head=6, zero_init=True),
+    "gpt2-xl": GPTConfig(n_layer=48, n_head=25, n_embd=1600),
+    # For tests on CPUs.
+    "tiny": GPTConfig(block_size=32, vocab_size=65, n_layer=1, n_head=2, n_embd=16),
+}
+# How a case differs from what train.py does.
+VARIANTS = ("eager", "compiled", "small chunks", "unfused loss", "unpadded vocabulary")
+
+
+@dataclass(frozen=True)
+class GpuSettings:
+    """Settings of the benchmark of one GPU."""
+
+    part: Literal["all", "training", "decoding"] = setting("all", "what is measured")
+    batch_size: int = setting(16, "sequences in a micro-step", ge=1)
+    seconds: float = setting(10.0, "of timed steps in each case", gt=0, lt=3600)
+    shape: Literal["all", "gpt2", "modern-124m", "tiny"] = setting("all", "that is trained")
+    decoded: Literal["gpt2-xl", "gpt2", "tiny"] = setting("gpt2-xl", "that decodes")
+    device: Literal["cuda", "cpu"] = setting("cuda", "cpu: to try the benchmark itself")
+    out: FilePath = setting("", "write the measurements as JSON")
+
+    def problems(self) -> Iterator[str]:
+        """One sentence for each invalid value."""
+        yield from range_problems(self)
+
+
+def main(settings: GpuSettings) -> int:
+    device = Device(settings.device)
+    print(f"torch {torch.__version__}, {device.describe()}, {time.strftime('%Y-%m-%d')}\n")
+    measured: dict[str, Any] = {}
+    if settings.part != "decoding":
+        shapes = ["gpt2", "modern-124m"] if settings.shape == "all" else [settings.shape]
+        print_header("shape", "variant", "tokens/s", "MFU", "peak memory", "first step, s")
+        for shape in shapes:
+            for variant in VARIANTS:
+                arguments = ("training", shape, variant, settings.batch_size, settings.seconds,
+                             settings.device)
+                measured[f"{shape}, {variant}"] = measure_and_print(shape, variant, arguments)
+    if settings.part != "training":
+        print_header("shape", "variant", "tokens/s", "of the memory rate", "peak memory",
+                     "first step, s")
+        arguments = ("decoding", settings.decoded, "", 1, settings.seconds, settings.device)
+        measured["decoding"] = measure_and_print(settings.decoded, "decoding", arguments)
+    write_json(settings.out, measured)
+    return 0
+
+
+def measure_and_print(shape: str, variant: str, arguments: tuple[Any, ...]) -> dict[str, float]:
+    """Measure a case in a process of its own, and print its row; the reason where it fails."""
+    try:
+        found = measure_in_process("bench.gpu", *arguments)
+    except ValueError as error:
+        print_row(shape, variant, f"failed: {error}", "", "", "")
+        return {}
+    share = "not known" if found["share"] is None else f"{found['share']:.1%}"
+    print_row(shape, variant, f"{found['rate']:,.0f}", share,
+              f"{found['peak_bytes'] / 2**20:,.0f} MB", f"{found['first']:.1f}")
+    return found
+
+
+def measure(kind: str, shape: str, variant: str, batch_size: int, seconds: float,
+            device_name: str) -> dict[str, Any]:
+    """Measure a case in this process."""
+    device = Device(device_name)
+    with configure(device):
+        torch.manual_seed(0)
+        if kind == "decoding":
+            found = measure_decoding(SHAPES[shape], device)
+        else:
+            found = measure_training(SHAPES[shape], variant, batch_size, seconds, device)
+        found["peak_bytes"] = 0
+        if device.type == "cuda":
+            found["peak_bytes"] = torch.cuda.max_memory_allocated()
+    return found
+
+
+def options_of(variant: str, device: Device) -> LossOptions | None:
+    """How the loss of a variant is computed."""
+    options = loss_options(device.torch, fused=variant != "unfused loss")
+    if options is None or variant in ("eager", "compiled", "unfused loss"):
+        return options
+    if variant == "small chunks":
+        return replace(options, max_logits=2**24)
+    return replace(options, multiple=1)
+
+
+def measure_training(config: GPTConfig, variant: str, batch_size: int, least_seconds: float,
+                     device: Device) -> dict[str, Any]:
+    """The tokens a second of whole steps, each with one micro-step, and their share of the peak."""
+    model = GPT(config).to(device.torch)
+    model.loss_options = options_of(variant, device)
+    optim = OptimConfig(optimizer="muon" if config.qk_norm else "adamw")
+    optimizers = Optimizers(model.parameters_by_role(), optim)
+    scaler = torch.amp.GradScaler(device.type, enabled=device.precision == "fp16")
+    forward = torch.compile(model, dynamic=False) if variant == "compiled" else model
+    batches = Prefetch(random_loader(config, batch_size), device.torch)
+    times: list[float] = []
+    number = 0
+    # The first steps warm up.
+    while len(times) < 6 or sum(times[3:]) < least_seconds:
+        start = time.perf_counter()
+        loss = loss_of(forward, batches.batch(number), device, None)
+        scaler.scale(loss).backward()
+        norm = optimizers.gradient_norm(scaler)
+        # As in train.py, the only values that are read.
+        norm_value = norm.item()
+        optimizers.step(scaler, norm, optim.grad_clip, overflowed=norm_value == float("inf"))
+        device.synchronize()
+        times.append(time.perf_counter() - start)
+        number += 1
+    rate = batch_size * config.block_size / statistics.median(times[3:])
+    peak = device.peak_flops()
+    share = model.flops_per_token() * rate / peak if peak else None
+    return {"rate": rate, "share": share, "first": times[0]}
+
+
+def measure_decoding(config: GPTConfig, device: Device, tokens: int = 128) -> dict[str, Any]:
+    """The tokens a second of one sequence, and their bytes as a share of the copying rate."""
+    model = GPT(config).to(device.torch).eval()
+    prompt = config.block_size // 4
+    tokens = min(tokens, config.block_size // 2)
+    prompts = torch.randint(config.vocab_size, (1, prompt)).tolist()
+    with device.autocast():
+        decoder = Decoder(model)
+        times: list[float] = []
+        # The first time captures the graph.
+        for count in (tokens, 2, tokens):
+            start = time.perf_counter()
+            for _ in generate(model, prompts, replace(RULES, max_new_tokens=count),
+                              decoder=decoder):
+                pass
+            device.synchronize()
+            times.append(time.perf_counter() - start)
+    rate = (tokens - 2) / max(times[2] - times[1], 1e-9)
+    precision = "fp32" if decoder.dtype == torch.float32 else "bf16"
+    read = bytes_read(model, precision, 1, prompt + tokens / 2)
+    return {"rate": rate, "share": rate * read / copy_rate(device), "first": times[0]}
+
+
+def copy_rate(device: Device, numbers: int = 2**26) -> float:
+    """The bytes a second that a copy reads and writes, at best."""
+    if device.type == "cpu":
+        numbers = 2**22
+    source = torch.zeros(numbers, device=device.torch)
+    target = torch.empty_like(source)
+    best = 0.0
+    for _ in range(8):
+        device.synchronize()
+        start = time.perf_counter()
+        target.copy_(source)
+        device.synchronize()
+        best = max(best, 2 * source.nbytes / (time.perf_counter() - start))
+    return best

@@ -1,0 +1,98 @@
+"""The model compiles as one graph, and once: every preset, with and without documents."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch._dynamo
+import torch._dynamo.config
+from test_documents import packed_rows  # registers a plain varlen kernel for the CPU, too
+
+import model.gpt
+import model.loss
+from conf.presets import CONF
+from conf.schema import compose
+from data.loader import Validation
+from data.shards import Tokens
+from model import GPT
+from model.loss import LossOptions
+from training.device import Device
+from training.distributed import World
+from training.step import evaluate
+
+
+def tiny_presets():
+    """The configurations of the presets, as small as possible. Those that differ by their size only are one."""
+    found = {}
+    for path in sorted((CONF / "model").glob("*.yaml")):
+        config = compose("config", [f"model={path.stem}"]).model
+        heads = 2 if config.n_kv_head else None
+        config = replace(config, n_layer=1, n_head=4, n_kv_head=heads, n_embd=64, block_size=32, vocab_size=65, ngram_rows=64, dropout=0.0)
+        found.setdefault(config, path.stem)
+    return {name: config for config, name in found.items()}
+
+
+@pytest.fixture
+def graphs():
+    """Compile as `maybe_compile` does, but without code for a device; the graphs so far are in the list."""
+    def backend(graph, inputs):
+        found.append(graph)
+        return aot_eager(graph, inputs)
+
+    found, aot_eager = [], torch._dynamo.lookup_backend("aot_eager")
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        yield lambda gpt: torch.compile(gpt, backend=backend, fullgraph=True, dynamic=False), found
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("documents", ["none", "mask", "varlen"])
+@pytest.mark.parametrize("config", tiny_presets().values(), ids=tiny_presets().keys())
+def test_every_preset_is_one_graph(config, documents, graphs, monkeypatch):
+    monkeypatch.setattr(model.gpt, "supports_varlen", lambda *_: documents == "varlen")
+    torch.manual_seed(0)
+    gpt = GPT(config)
+    compile_model, found = graphs
+    compiled = compile_model(gpt)
+    for more in (0, 3):
+        idx, numbers, _ = packed_rows()
+        idx[1, 3 : 3 + more] = 0
+        numbers = None if documents == "none" else (idx == 0).cumsum(1)
+        losses = [each(idx, idx.roll(-1, 1), document_ids=numbers) for each in (gpt, compiled)]
+        losses[1].backward()
+        torch.testing.assert_close(*losses)
+    assert len(found) == 1
+
+
+@pytest.mark.slow
+def test_evaluation_does_not_compile_again(graphs):
+    """It runs the plain model, also for its last batch, which is smaller."""
+    torch.manual_seed(0)
+    gpt = GPT(next(iter(tiny_presets().values())))
+    compile_model, found = graphs
+    compiled = compile_model(gpt)
+    validation = Validation([Tokens([np.arange(200, dtype=np.uint32) % 65])], 32, 4, max_tokens=190)
+    idx, _, _ = packed_rows()
+    for _ in range(2):
+        compiled(idx, idx.roll(-1, 1)).backward()
+        evaluate(gpt, validation, Device("cpu", "fp32"), None, World({}))
+    assert len(found) == 1
+
+
+@pytest.mark.slow
+def test_the_loss_in_chunks_is_in_the_same_graph(graphs, monkeypatch):
+    """As on GPUs, with a padded vocabulary and fusible operations."""
+    monkeypatch.setattr(model.loss, "MAX_LOGITS", 40 * 65)
+    gpt = GPT(next(iter(tiny_presets().values())))
+    gpt.loss_options = LossOptions(40 * 65, 8, fused=True)
+    compile_model, found = graphs
+    compiled = compile_model(gpt)
+    idx, _, _ = packed_rows()
+    losses = [each(idx, idx.roll(-1, 1)) for each in (gpt, compiled)]
+    losses[1].backward()
+    torch.testing.assert_close(*losses)
+    assert len(found) == 1

@@ -84,6 +84,16 @@ def test_only_answers_and_their_ends_are_targets(chats):
     assert learned == "_" * 16 + "Yo<|end|>" + "_" * 4 + "<|user|><|end|>" + "_" * 8
 
 
+def test_a_message_with_markers_is_no_duplicate_of_two(chats):
+    folder = chats([pair("a", "1"), pair("a<|end|><|assistant|>1<|end|><|user|>b", "2"),
+                    {"messages": [*pair_messages("a", "1"), *pair_messages("b", "2")]}, pair("a", "1")])
+    assert read_meta(folder)["splits"]["train"]["documents"] == 3
+
+
+def pair_messages(question, answer):
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
 def test_prompt_and_completion_are_a_conversation(chats):
     one = chats([pair("Hi", "Yo")])
     other = chats([{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]}], name="other.jsonl")

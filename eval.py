@@ -112,7 +112,7 @@ def loss_on_text(settings: EvalSettings, engine: Engine, run: Path | None, saved
     """The loss of a model on the named text, or on the validation split of its run."""
     most, batch_tokens = settings.eval_tokens, settings.batch_tokens
     if settings.data.path:
-        text = named_text(settings.data.path, engine, most, batch_tokens)
+        text = named_text(settings.data.path, saved, engine, most, batch_tokens)
     else:
         text = own_validation_split(saved, engine, run, most, batch_tokens)
     return measure_loss(engine, text, f"{name}: {text.name}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from conf.settings import checkpoint_problems
@@ -56,7 +57,12 @@ class EvalSettings:
             yield (f"init_from={self.init_from} has no validation split: name a text, as in "
                    "data.path=book.txt, or tasks=.")
         if self.limit and not self.tasks:
-            yield (f"limit={self.limit} is for tasks=: use eval_tokens= to read less of a text.")
+            yield f"limit={self.limit} is for tasks=: use eval_tokens= to read less of a text."
+        if self.eval_tokens and not self.measures_loss:
+            yield (f"eval_tokens={self.eval_tokens} is for a text: use limit= to read less of each "
+                   "task.")
+        if self.out and Path(self.out).is_dir():
+            yield f"out={self.out} is a folder: name a file, as in out=results.json."
 
     @property
     def measures_loss(self) -> bool:

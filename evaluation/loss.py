@@ -92,11 +92,12 @@ def prepared_again(config: DataConfig, expected: str, run: Path) -> Path:
                      f"({problem}): name a text instead, as in data.path=book.txt.")
 
 
-def named_text(path: str, engine: Engine, max_tokens: int | None, batch_tokens: int) -> Text:
+def named_text(path: str, saved: dict[str, Any], engine: Engine, max_tokens: int | None,
+               batch_tokens: int) -> Text:
     """The text of files, in the tokens of the engine.
 
-    Raises ValueError for a text that is shorter than one context, or that the tokenizer cannot
-    encode.
+    `saved` are the flat settings of a run, which say whether attention crosses documents. Raises
+    ValueError for a text that is shorter than one context, or that the tokenizer cannot encode.
     """
     config = DataConfig(source="text", path=path)
     problems = list(config.problems())
@@ -109,7 +110,10 @@ def named_text(path: str, engine: Engine, max_tokens: int | None, batch_tokens: 
                          f"needs {block_size + 1:,}: name a longer text.")
     validation = Validation([Tokens([ids])], block_size, batch_size(batch_tokens, block_size),
                             max_tokens or len(ids))
-    return Text(path, path, validation, n_bytes / len(ids))
+    boundary = None
+    if saved.get("data.respect_documents"):
+        boundary = engine.tokenizer.end_of_text
+    return Text(path, path, validation, n_bytes / len(ids), boundary)
 
 
 def read_documents(config: DataConfig, tokenizer: Tokenizer,

@@ -255,19 +255,28 @@ def test_varlen_needs_bf16_on_a_gpu_and_no_dropout(monkeypatch, changes, device,
 
 
 @pytest.mark.slow
-def test_a_compiled_model_supports_any_number_of_documents(kernel):
+@pytest.mark.parametrize("varlen", [False, True])
+def test_a_compiled_model_gives_the_same_loss_and_gradients(monkeypatch, varlen):
+    """For any number of documents, and without document ids.
+
+    The kernel of variable lengths is compiled for GPUs only, so here nothing is compiled to C++ with it.
+    """
     if not any(map(shutil.which, ("c++", "g++", "clang++"))):
         pytest.skip("needs a C++ compiler")
+    monkeypatch.setattr(model.gpt, "supports_varlen", lambda *_: varlen)
     torch._dynamo.reset()  # else the implementation of the last test is used
     gpt = randomized(replace(SMALL["modern, grouped"], n_layer=1))
-    compiled = torch.compile(gpt)
-    for more in (0, 3, 1):
+    compiled = torch.compile(gpt, backend="aot_eager" if varlen else "inductor")
+    for more in (0, 3, 1, None):
         idx, _, _ = packed_rows()
-        idx[1, 3 : 3 + more] = BOUNDARY
+        documents = None
+        if more is not None:
+            idx[1, 3 : 3 + more] = BOUNDARY
+            documents = (idx == BOUNDARY).cumsum(1)
         found = []
         for one in (gpt, compiled):
             gpt.zero_grad()
-            loss = one(idx, idx.roll(-1, 1), document_ids=(idx == BOUNDARY).cumsum(1))
+            loss = one(idx, idx.roll(-1, 1), document_ids=documents)
             loss.backward()
             found.append([loss.detach(), *(weights.grad for weights in gpt.parameters())])
         torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)

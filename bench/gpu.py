@@ -10,6 +10,7 @@ its own. The tests for GPUs are `pytest -m gpu`. Nothing is downloaded.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Iterator
@@ -140,7 +141,7 @@ def measure_training(config: GPTConfig, variant: str, batch_size: int, least_sec
         norm = optimizers.gradient_norm(scaler)
         # As in train.py, the only values that are read.
         norm_value = norm.item()
-        optimizers.step(scaler, norm, optim.grad_clip, overflowed=norm_value == float("inf"))
+        optimizers.step(scaler, norm, optim.grad_clip, overflowed=not math.isfinite(norm_value))
         device.synchronize()
         times.append(time.perf_counter() - start)
         number += 1

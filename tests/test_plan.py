@@ -148,7 +148,7 @@ def test_planned_memory_is_within_a_quarter_of_the_measured(tmp_path, prepared_d
     """A training of two steps in a process of its own, which is asked for the most that it held."""
     if sys.platform != "linux":
         pytest.skip("measured on Linux")
-    words = ["data=pydocs", *words, "training.max_steps=2", "training.eval_tokens=1024", "training.sample_tokens=0", f"runs_dir={tmp_path}", "training.device=cpu"]
+    words = ["data=text", "data.path=docs", "data.tokenizer=bpe", *words, "training.max_steps=2", "training.eval_tokens=1024", "training.sample_tokens=0", f"runs_dir={tmp_path}", "training.device=cpu"]
     here = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
     planned = subprocess.run([sys.executable, "-m", "scripts.plan", *words, "measure=false"], **here).stdout
     training = subprocess.run([sys.executable, "-c", MOST_MEMORY_OF, sys.executable, "train.py", *words, "logger.report=false"], **here).stdout

@@ -18,7 +18,7 @@ from conf.schema import ConfigError, compose
 from generation.engine import open_run
 
 # Documents of a task: the contexts, the continuations and the label of each.
-CHOICE = (["The small ", "The small"], ["dog", " river"], 1)
+CHOICE = (["The small ", "The small"], ["dog", " river"], 0)
 WORD = (["Every old house"], [" sees"], ["sees"])
 
 
@@ -106,9 +106,9 @@ def test_scores_are_those_computed_by_hand(measure, task_file, tiny_runs):
     greedy = engine.generate("Every old house", temperature=0, max_new_tokens=5) == " sees"
     (model,), printed = measure(f"tasks={task_file(CHOICE, CHOICE, WORD)}")
     (task,) = model["tasks"]
-    right = [river > dog, river > dog, greedy]
+    right = [dog > river, dog > river, greedy]
     assert task["accuracy"] == pytest.approx(statistics.fmean(right))
-    bits = [-river / math.log(2) / 6, -river / math.log(2) / 6, -sees / math.log(2) / 5]
+    bits = [-dog / math.log(2) / 3, -dog / math.log(2) / 3, -sees / math.log(2) / 5]
     assert task["bits_per_byte"] == pytest.approx(statistics.fmean(bits), abs=1e-5)
     assert task["bits_per_byte_se"] == pytest.approx(statistics.stdev(bits) / math.sqrt(3), abs=1e-5)
     assert "accuracy_normalised" not in task and "own" in printed.out and "loss" not in model

@@ -18,6 +18,7 @@ import jinja2
 import numpy as np
 import pytest
 import torch
+from terminal_input import read_or_interrupt
 
 import sample
 from conf.sampling import SamplingConfig
@@ -360,7 +361,7 @@ def test_a_conversation_in_a_terminal_ends_cleanly(parrot, last):
         os.write(master, typed)
         said += typed
     with contextlib.suppress(OSError):  # as Linux reports that the other side is closed
-        while piece := os.read(master, 1000):
+        while piece := read_or_interrupt(master):
             said += piece
     assert process.wait() == (130 if last == b"\x03" else 0)
     assert b"BA" in said and b"Traceback" not in said

@@ -104,7 +104,8 @@ def test_yaml_that_is_a_trap_is_refused_at_once(tmp_path, text, said):
         read_yaml(tmp_path / "own.yaml")
     message = str(caught.value)
     assert said in message and "own.yaml" in message and "\n" not in message and len(message) < 400
-    assert time.process_time() - start < 3
+    # Without its checks, it would take minutes.
+    assert time.process_time() - start < 30
 
 
 @pytest.mark.parametrize("which", ["config.yaml", "model/extra.yaml", "experiment/extra.yaml"])

@@ -7,7 +7,6 @@ import fcntl
 import io
 import os
 import re
-import select
 import subprocess
 import sys
 import termios
@@ -15,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from terminal_input import read_or_interrupt
 
 import sample as story
 from conf.schema import ConfigError, compose
@@ -117,16 +117,6 @@ def test_interactive_answers_each_line_of_the_input(say, monkeypatch):
     monkeypatch.setattr("builtins.input", answer)
     said = say("interactive=true")
     assert "The" in said and "'§'" in said and "No" in said and len(asked) == 4
-
-
-def read_or_interrupt(terminal):
-    """What is written next; Ctrl-C once more if nothing is.
-
-    A signal that comes after the prompt, and before input() waits for the answer, is not noticed.
-    """
-    while not select.select([terminal], [], [], 10)[0]:
-        os.write(terminal, b"\x03")
-    return os.read(terminal, 1000)
 
 
 @pytest.mark.slow

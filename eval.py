@@ -92,15 +92,7 @@ def open_model(settings: EvalSettings, run: Path | None,
         def load(found: Checkpoint) -> tuple[Engine, dict[str, Any], int]:
             return engine_of(own_weights(found), device), saved_settings(found), found.step
 
-        checkpoints, which = run / "checkpoints", settings.checkpoint
-        if which.isdecimal():
-            opened = store.load_step(checkpoints, int(which), load)
-        else:
-            opened = store.load_checkpoint(checkpoints, which, load,
-                                           lambda text: say(text, sys.stderr))
-        if opened is None:
-            raise ValueError(f"{run} has no checkpoint.")
-        engine, saved, model["step"] = opened
+        engine, saved, model["step"] = store.load_of_run(run, settings.checkpoint, load)
         model["name"] = run.name
     model["parameters"] = sum(weights.numel() for weights in engine.model.parameters())
     model["precision"] = device.precision

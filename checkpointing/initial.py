@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +29,6 @@ from data.tokenizer import (
 from data.tokenizer_file import planned_size
 from model import GPTConfig
 from setting import as_word
-from terminal import say
 
 # The settings of the model that need not be those of the weights.
 CHANGEABLE = ("block_size", "dropout")
@@ -63,11 +61,7 @@ def find_weights(name: str, runs_dir: Path) -> Weights:
                              f"checkpoints of a run nor {pretrained.CONFIG} nor "
                              f"{pretrained.NANOGPT}.") from None
         raise ValueError(str(error).replace(f"run={name} ", f"init_from={name} ")) from None
-    found = store.load_checkpoint(run / "checkpoints", "best", own_weights,
-                                  lambda text: say(text, sys.stderr))
-    if found is None:
-        raise ValueError(f"{run} has no checkpoint.")
-    return found
+    return store.load_of_run(run, "best", own_weights)
 
 
 def with_shape_of_weights(settings: Settings, last: Checkpoint | None

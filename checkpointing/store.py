@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import atomic
 from checkpointing.checkpoint import Checkpoint, DamagedCheckpoint, step_name
-from terminal import readable_size
+from terminal import readable_size, say
 
 Loaded = TypeVar("Loaded")
 
@@ -117,6 +118,21 @@ def load_first(checkpoints: Path, which: str, load: Callable[[Checkpoint], Loade
                          f"{'; '.join(damaged.values())}. Restore a copy of one, or pass "
                          f"restart=true to start over.")
     return None, "", {}
+
+
+def load_of_run(run: Path, which: str, load: Callable[[Checkpoint], Loaded]) -> Loaded:
+    """Call `load` on a checkpoint of a run: "best", "last", or the number of a step.
+
+    Damaged ones are a warning on standard error. Raises ValueError if there is no such checkpoint,
+    or if its content is invalid.
+    """
+    checkpoints = run / "checkpoints"
+    if which.isdecimal():
+        return load_step(checkpoints, int(which), load)
+    loaded = load_checkpoint(checkpoints, which, load, lambda text: say(text, sys.stderr))
+    if loaded is None:
+        raise ValueError(f"{run} has no checkpoint.")
+    return loaded
 
 
 def load_step(checkpoints: Path, step: int, load: Callable[[Checkpoint], Loaded]) -> Loaded:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import codecs
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,6 @@ from data.tokenizer import Tokenizer
 from generation.decoder import Decoder, native_autocast
 from generation.sampling import generate
 from model import GPT
-from terminal import say
 from training.device import Device
 
 # A text, or token ids.
@@ -216,17 +214,10 @@ def open_checkpoint(run: Path, which: str, device: Device) -> Engine:
     `which` is "best", "last", or the number of a step. Raises ValueError if the run has no such
     checkpoint, or if its content is invalid.
     """
-
     def load(found: Checkpoint) -> Engine:
         return engine_of(own_weights(found), device)
 
-    if which.isdecimal():
-        return store.load_step(run / "checkpoints", int(which), load)
-    engine = store.load_checkpoint(run / "checkpoints", which, load,
-                                   lambda text: say(text, sys.stderr))
-    if engine is None:
-        raise ValueError(f"{run} has no checkpoint.")
-    return engine
+    return store.load_of_run(run, which, load)
 
 
 def own_logprobs(logits: Tensor, tokens: Tensor) -> list[float]:

@@ -60,7 +60,6 @@ if __name__ == "__main__":
     launch("scripts.export:main", ExportSettings, __doc__)
 
 import os
-import sys
 from typing import Any
 
 from torch import Tensor
@@ -152,10 +151,4 @@ def load(run: Path, which: str) -> tuple[Weights, dict[str, Any]]:
     def read(found: Checkpoint) -> tuple[Weights, dict[str, Any]]:
         return own_weights(found), found.state
 
-    if which.isdecimal():
-        return store.load_step(run / "checkpoints", int(which), read)
-    loaded = store.load_checkpoint(run / "checkpoints", which, read,
-                                   lambda text: say(text, sys.stderr))
-    if loaded is None:
-        raise ValueError(f"{run} has no checkpoint.")
-    return loaded
+    return store.load_of_run(run, which, read)

@@ -35,7 +35,6 @@ if __name__ == "__main__":
     launch("scripts.export_tokenizer:main", ExportTokenizerSettings, __doc__)
 
 import json
-import sys
 
 import atomic
 from checkpointing import store
@@ -62,10 +61,4 @@ def main(settings: ExportTokenizerSettings) -> int:
 
 def last_tokenizer(run: Path) -> Tokenizer:
     """The tokenizer in the run's last checkpoint. Raises ValueError if all are damaged."""
-    def warn(text: str) -> None:
-        say(text, sys.stderr)
-
-    tokenizer = store.load_checkpoint(run / "checkpoints", "last", tokenizer_of, warn)
-    if tokenizer is None:
-        raise ValueError(f"{run} has no checkpoint.")
-    return tokenizer
+    return store.load_of_run(run, "last", tokenizer_of)

@@ -26,7 +26,6 @@ TIMEOUT = timedelta(days=7)
 T = TypeVar("T")
 
 
-
 class World:
     """The processes of a run: `size` of them, of which this one is `rank`; rank 0 is the first.
 

@@ -219,8 +219,10 @@ class Validation:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, float]]:
         """Inputs and targets, int64 `[batch_size or fewer, block_size]`; weight in the mean."""
-        batches = []
+        batches, totals = [], []
         for part, n_windows in enumerate(self.n_windows):
+            all_windows = np.arange(n_windows)
+            totals.append(int(self.parts[part].n_targets_in_order(all_windows).sum()))
             for first in range(0, n_windows, self.batch_size):
                 batches.append((part, first))
         turns = -(-len(batches) // self.world_size)
@@ -231,8 +233,7 @@ class Validation:
             index = np.arange(first, min(first + self.batch_size, n_windows))
             inputs, targets = split.read_in_order(index)
             n_targets = int(split.n_targets_in_order(index).sum())
-            of_all = int(split.n_targets_in_order(np.arange(n_windows)).sum())
-            weight = self.shares[part] * n_targets / of_all if is_own else 0.0
+            weight = self.shares[part] * n_targets / totals[part] if is_own else 0.0
             yield torch.from_numpy(inputs), torch.from_numpy(targets), weight
 
 

@@ -57,6 +57,7 @@ def accumulate_gradients(model: nn.Module, buckets: GradientBuckets | RowGradien
     """
     losses = []
     n_targets = batches.n_targets(step)
+    all_targets = sum(n_targets)
     gradients = TreeSum(buckets.parameters, batches.micro_steps)
     first = batches.rank * batches.micro_steps
     for micro_step in range(batches.micro_steps):
@@ -67,7 +68,7 @@ def accumulate_gradients(model: nn.Module, buckets: GradientBuckets | RowGradien
         # By its number among the micro-steps of all processes.
         seed_dropout(seed, step, first + micro_step)
         loss = loss_of(model, batch, device, boundary)
-        loss = loss / (sum(n_targets) / n_targets[first + micro_step])
+        loss = loss / (all_targets / n_targets[first + micro_step])
         if micro_step == batches.micro_steps - 1:
             buckets.start(gradients.put_total)
         scaler.scale(loss).backward()

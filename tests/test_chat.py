@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import io
 import json
 import math
-import os
 import re
-import subprocess
-import sys
-import termios
 from pathlib import Path
 
 import jinja2
 import numpy as np
 import pytest
 import torch
-from terminal_input import read_or_interrupt
+from terminal_input import type_into
 
 import sample
 from conf.sampling import SamplingConfig
@@ -349,21 +344,9 @@ def test_settings_that_contradict_a_conversation(words, problem):
 @pytest.mark.slow
 @pytest.mark.parametrize("last", [b"\x03", b"\x04"])
 def test_a_conversation_in_a_terminal_ends_cleanly(parrot, last):
-    master, slave = os.openpty()
-    command = [sys.executable, "sample.py", f"runs_dir={parrot[0]}", "chat=true", "temperature=0", "precision=fp32"]
-    process = subprocess.Popen(command, cwd=ROOT, stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
-                               preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
-    os.close(slave)
-    said = b""
-    for typed in (b"ab\n", last):
-        while not said.endswith(b"you> "):
-            said += os.read(master, 1000)
-        os.write(master, typed)
-        said += typed
-    with contextlib.suppress(OSError):  # as Linux reports that the other side is closed
-        while piece := read_or_interrupt(master):
-            said += piece
-    assert process.wait() == (130 if last == b"\x03" else 0)
+    words = ["sample.py", f"runs_dir={parrot[0]}", "chat=true", "temperature=0", "precision=fp32"]
+    said, code = type_into(words, b"you> ", [b"ab\n", last])
+    assert code == (130 if last == b"\x03" else 0)
     assert b"BA" in said and b"Traceback" not in said
 
 

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import ast
-import fcntl
 import io
-import os
 import re
 import subprocess
 import sys
-import termios
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from terminal_input import read_or_interrupt
+from terminal_input import type_into
 
 import sample as story
 from conf.schema import ConfigError, compose
@@ -122,21 +118,9 @@ def test_interactive_answers_each_line_of_the_input(say, monkeypatch):
 @pytest.mark.slow
 def test_interactive_in_a_terminal(tiny_runs):
     """A line that is not UTF-8 is refused and the next one answered; Ctrl-C ends it without a traceback."""
-    master, slave = os.openpty()
-    command = [sys.executable, "sample.py", f"runs_dir={tiny_runs}", "interactive=true", "max_new_tokens=5"]
-    process = subprocess.Popen(command, cwd=ROOT, stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
-                               preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
-    os.close(slave)
-    said = b""
-    for typed in (b"\xff\n", b"The\n", b"\x03"):
-        while not said.endswith(b"prompt> "):
-            said += os.read(master, 1000)
-        os.write(master, typed)
-        said += typed
-    with suppress(OSError):  # as Linux reports that the other side is closed
-        while piece := read_or_interrupt(master):
-            said += piece
-    assert process.wait() == 130
+    words = ["sample.py", f"runs_dir={tiny_runs}", "interactive=true", "max_new_tokens=5"]
+    said, code = type_into(words, b"prompt> ", [b"\xff\n", b"The\n", b"\x03"])
+    assert code == 130
     assert b"Traceback" not in said and b"'\\udcff'" in said and said.count(b"prompt> ") == 3
 
 

@@ -21,7 +21,6 @@ from training.device import Device, memory_limit
 from training.distributed import World
 from training.memory import MOST_BYTES_KEPT
 from training.optim import Optimizers
-from training.step import loss_of
 
 # The part of a device's memory that training may be planned to take. The rest is fragmentation and
 # what libraries take.
@@ -62,15 +61,18 @@ def count_memory(settings: Settings, device: Device) -> tuple[int, int]:
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    boundary = 0 if settings.data.respect_documents else None
     shape = (settings.training.batch_size, settings.model.block_size)
     scaler = torch.amp.GradScaler(device.type, enabled=False)
     with FakeTensorMode(), AllocationCounter() as counter, device.torch:
         model = GPT(settings.model)
         optimizers = Optimizers(model.parameters_by_role(), settings.optim)
         ids = torch.zeros(shape, dtype=torch.int64)
+        document_ids = ids if settings.data.respect_documents else None
         for _ in range(2):
-            loss_of(model, (ids, ids), device, boundary).backward()
+            with device.autocast():
+                loss = model(ids, ids, document_ids=document_ids)
+            loss.backward()
+            del loss
         optimizers.step(scaler, optimizers.gradient_norm(scaler), settings.optim.grad_clip)
         return State(model, optimizers, scaler).nbytes(), counter.peak
 

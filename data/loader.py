@@ -141,7 +141,7 @@ class Loader:
 
 
 class Prefetch:
-    """The batches of one rank on its device. While a GPU computes, a thread reads the next batch.
+    """The batches of one rank. While a GPU computes, a thread reads the next batch.
 
     It reads into pinned memory, from which a GPU copies asynchronously. Batches may be requested in
     any order, as after a rollback. An error on the thread is raised when its batch is requested.
@@ -152,27 +152,27 @@ class Prefetch:
         self.micro_steps, self.world_size = loader.micro_steps, loader.world_size
         self.executor = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
         self.next_key: tuple[int, int] | None = None  # (step, micro-step)
-        self.next_batch: Future[list[Tensor]]
+        self.next_batch: Future[tuple[Tensor, Tensor]]
 
     def batch(self, step: int, micro_step: int = 0) -> tuple[Tensor, Tensor]:
-        """Inputs and targets on the device, each int64 `[batch_size, block_size]`."""
+        """Inputs and targets in the CPU's memory, each int64 `[batch_size, block_size]`."""
         if self.device.type != "cuda":
             return self.loader.batch(step, micro_step, self.rank)
         prefetched = (step, micro_step) == self.next_key
-        pinned = self.next_batch.result() if prefetched else self.read(step, micro_step)
+        batch = self.next_batch.result() if prefetched else self.read(step, micro_step)
         is_last = micro_step + 1 == self.micro_steps
         self.next_key = (step + 1, 0) if is_last else (step, micro_step + 1)
         self.next_batch = self.executor.submit(self.read, *self.next_key)
-        inputs, targets = (ids.to(self.device, non_blocking=True) for ids in pinned)
-        return inputs, targets
+        return batch
 
     def n_targets(self, step: int) -> list[int]:
         """The number of targets in each micro-step of a step, of all ranks."""
         return self.loader.n_targets(step)
 
-    def read(self, step: int, micro_step: int) -> list[Tensor]:
+    def read(self, step: int, micro_step: int) -> tuple[Tensor, Tensor]:
         """A batch in pinned memory."""
-        return [ids.pin_memory() for ids in self.loader.batch(step, micro_step, self.rank)]
+        inputs, targets = self.loader.batch(step, micro_step, self.rank)
+        return inputs.pin_memory(), targets.pin_memory()
 
 
 class Validation:

@@ -25,7 +25,7 @@ from data.tokenizer import Tokenizer
 from generation.engine import Engine
 from model.loss import MASKED, next_token_loss
 from progress import ProgressBar
-from training.step import document_numbers
+from training.step import document_options
 
 
 @dataclass(frozen=True)
@@ -194,10 +194,11 @@ def row_losses(engine: Engine, inputs: torch.Tensor, targets: torch.Tensor,
                boundary: int | None) -> list[float]:
     """The mean loss of each row of a batch, in nats per token."""
     model, device = engine.model, engine.device
-    inputs, targets = inputs.to(device.torch), targets.to(device.torch)
+    options = document_options(inputs, boundary, device)
+    targets = targets.to(device.torch)
     losses = []
     with device.autocast():
-        features = model.features(inputs, document_ids=document_numbers(inputs, boundary))
+        features = model.features(inputs.to(device.torch), **options)
         for row, row_targets in zip(features, targets, strict=True):
             losses.append(next_token_loss(row, model.head_weight, row_targets,
                                           model.loss_options))

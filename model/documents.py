@@ -1,9 +1,12 @@
 """Attention within documents, where several documents are packed into one row.
 
-Shapes: B batch, T time, H heads, G key-value heads, D head width.
+Shapes: B batch, T time, H heads, G key-value heads, D head width, M the most documents in a batch.
 """
 
 from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +21,11 @@ class DocumentAttention:
 
     `document_ids` `[B, T]` has the same number for all tokens of a document, and increases along a
     row. By default a mask hides the other documents. With `varlen`, variable-length flash
-    attention computes each document on its own, which avoids the masked products.
+    attention computes each document on its own, which avoids the masked products. There are at
+    most `max_documents` in the batch, by default as many as tokens.
     """
 
-    def __init__(self, document_ids: Tensor, varlen: bool = False) -> None:
+    def __init__(self, document_ids: Tensor, varlen: bool = False, max_documents: int = 0) -> None:
         T = document_ids.size(1)
         is_start = F.pad(document_ids.diff() != 0, (1, 0), value=True)  # [B, T]
         index = torch.arange(T, device=document_ids.device)
@@ -30,9 +34,11 @@ class DocumentAttention:
         self.mask: Tensor | None = None
         self.cu_seqlens: Tensor | None = None
         if varlen:
-            # Offsets of the documents in the flattened batch, and its end.
-            starts = is_start.flatten().nonzero().flatten()
-            self.cu_seqlens = F.pad(starts, (0, 1), value=document_ids.numel()).int()
+            # Offsets of the documents in the flattened batch `[M + 1]`; those of missing documents
+            # are its end. Of any other length, the host would have to wait for it.
+            number = is_start.flatten().cumsum(0)
+            numbers = torch.arange(1, (max_documents or len(number)) + 2, device=number.device)
+            self.cu_seqlens = torch.searchsorted(number, numbers, out_int32=True)
         else:
             same_document = document_ids[:, None, :, None] == document_ids[:, None, None, :]
             self.mask = causal_mask(T, T, document_ids.device) & same_document  # [B, 1, T, T]
@@ -45,11 +51,21 @@ class DocumentAttention:
         from torch.nn.attention.varlen import varlen_attn
 
         B, H, T, _ = q.shape
-        k, v = repeat_kv(k, H), repeat_kv(v, H)
+        options = {}
+        if k.size(1) != H and takes_shared_heads(varlen_attn):
+            options["enable_gqa"] = True
+        else:
+            k, v = repeat_kv(k, H), repeat_kv(v, H)
         # All rows end to end: [B * T, H, D].
         q, k, v = (x.to(v.dtype).transpose(1, 2).flatten(0, 1) for x in (q, k, v))
-        y = varlen_attn(q, k, v, self.cu_seqlens, self.cu_seqlens, T, T, window_size=(-1, 0))
+        y = varlen_attn(q, k, v, self.cu_seqlens, self.cu_seqlens, T, T, window_size=(-1, 0),
+                        **options)
         return y.unflatten(0, (B, T)).transpose(1, 2)
+
+
+def takes_shared_heads(varlen_attn: Callable[..., Tensor]) -> bool:
+    """Whether heads of queries can share keys and values without copies: since torch 2.12."""
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def supports_varlen(config: GPTConfig, device: torch.device, training: bool) -> bool:

@@ -120,12 +120,13 @@ class GPT(nn.Module):
                 weights.normal_(std=0.02)
 
     def features(self, idx: Tensor, cache: KVCache | None = None,
-                 document_ids: Tensor | None = None) -> Tensor:
+                 document_ids: Tensor | None = None, max_documents: int = 0) -> Tensor:
         """Token ids `[B, T]` -> the final residual stream `[B, T, C]`.
 
         With a `cache` the ids continue its positions, and it advances by T. With `document_ids`
-        `[B, T]`, which increase along a row, each document is a sequence of its own. Raises
-        ValueError if the positions exceed `block_size`.
+        `[B, T]`, which increase along a row, each document is a sequence of its own; a bound on
+        their number, `max_documents`, saves memory. Raises ValueError if the positions exceed
+        `block_size`.
         """
         start = 0
         context: AttentionContext | None = None
@@ -138,7 +139,7 @@ class GPT(nn.Module):
         if document_ids is not None:
             assert cache is None, "a cache continues one document"
             varlen = supports_varlen(self.config, idx.device, self.training)
-            context = DocumentAttention(document_ids, varlen)
+            context = DocumentAttention(document_ids, varlen, max_documents)
 
         positions = context.positions if context is not None else None
         x = self.drop(self.embed(idx, start, positions, cache))
@@ -183,12 +184,12 @@ class GPT(nn.Module):
         return F.linear(features, self.head_weight)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, cache: KVCache | None = None,
-                document_ids: Tensor | None = None) -> Tensor:
+                document_ids: Tensor | None = None, max_documents: int = 0) -> Tensor:
         """Logits `[B, T, V]` for ids `[B, T]`, or with `targets` `[B, T]` the mean loss in nats.
 
-        `cache` and `document_ids` are those of `features`.
+        The other arguments are those of `features`.
         """
-        features = self.features(idx, cache, document_ids)
+        features = self.features(idx, cache, document_ids, max_documents)
         if targets is None:
             return self.head(features)
         return next_token_loss(features.flatten(0, 1), self.head_weight, targets.flatten(),

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 import torch._dynamo
-import torch._dynamo.config
 from test_documents import packed_rows  # registers a plain varlen kernel for the CPU, too
 
 import model.gpt
@@ -45,8 +44,7 @@ def graphs():
 
     found, aot_eager = [], torch._dynamo.lookup_backend("aot_eager")
     torch._dynamo.reset()
-    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
-        yield lambda gpt: torch.compile(gpt, backend=backend, fullgraph=True, dynamic=False), found
+    yield lambda gpt: torch.compile(gpt, backend=backend, fullgraph=True, dynamic=False), found
     torch._dynamo.reset()
 
 

@@ -37,8 +37,9 @@ def plain_varlen(q: Tensor, k: Tensor, cu_seqlens: Tensor, scale: float | None):
     """Yield the slice of each document and its attention weights `[H, T, T]`."""
     assert q.dtype == k.dtype and cu_seqlens.dtype == torch.int32 and cu_seqlens.is_contiguous()
     assert q.dim() == 3 and q.stride(-1) == k.stride(-1) == 1 and q.size(-1) % 8 == 0
-    assert cu_seqlens[0] == 0 and cu_seqlens[-1] == len(q) and (cu_seqlens.diff() > 0).all()
-    for start, end in pairwise(cu_seqlens.tolist()):
+    assert cu_seqlens[0] == 0 and cu_seqlens[-1] == len(q) and (cu_seqlens.diff() >= 0).all()
+    k = k.repeat_interleave(q.size(1) // k.size(1), 1)
+    for start, end in pairwise(cu_seqlens.unique().tolist()):
         scores = torch.einsum("thd,shd->hts", q[start:end], k[start:end]) * (scale or q.size(-1) ** -0.5)
         future = torch.ones(end - start, end - start, dtype=torch.bool).triu(1)
         yield slice(start, end), scores.masked_fill(future, -math.inf).softmax(-1)
@@ -46,9 +47,9 @@ def plain_varlen(q: Tensor, k: Tensor, cu_seqlens: Tensor, scale: float | None):
 
 @torch.library.register_kernel("torch_attn::_varlen_attn", "cpu")
 def forward(q, k, v, cu_seqlens, cu_seqlens_k, max_q, max_k, is_causal=False, scale=None, window_size=None, *rest):
-    assert is_causal and q.shape == k.shape == v.shape and v.dtype == q.dtype and v.stride(-1) == 1
+    assert is_causal and len(q) == len(k) and k.shape == v.shape and v.dtype == q.dtype and v.stride(-1) == 1
     assert torch.equal(cu_seqlens, cu_seqlens_k) and max_q == max_k >= cu_seqlens.diff().max()
-    out = torch.empty_like(q)
+    out, v = torch.empty_like(q), v.repeat_interleave(q.size(1) // v.size(1), 1)
     for own, weights in plain_varlen(q, k, cu_seqlens, scale):
         out[own] = torch.einsum("hts,shd->thd", weights, v[own])
     return out, torch.zeros(q.size(1), len(q)), torch.zeros(2, dtype=torch.uint64)
@@ -57,6 +58,8 @@ def forward(q, k, v, cu_seqlens, cu_seqlens_k, max_q, max_k, is_causal=False, sc
 @torch.library.register_kernel("torch_attn::_varlen_attn_backward", "cpu")
 def backward(grad, q, k, v, out, lse, cu_seqlens, cu_seqlens_k, max_q, max_k, is_causal, state, scale=None, window_size=None):
     assert is_causal and grad.dtype == q.dtype and grad.stride(-1) == 1
+    heads = k.size(1)
+    k, v = (x.repeat_interleave(q.size(1) // heads, 1) for x in (k, v))
     grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     for own, weights in plain_varlen(q, k, cu_seqlens, scale):
         of_weights = torch.einsum("thd,shd->hts", grad[own], v[own])
@@ -64,7 +67,7 @@ def backward(grad, q, k, v, out, lse, cu_seqlens, cu_seqlens_k, max_q, max_k, is
         grads[0][own] = torch.einsum("hts,shd->thd", of_scores, k[own])
         grads[1][own] = torch.einsum("hts,thd->shd", of_scores, q[own])
         grads[2][own] = torch.einsum("hts,thd->shd", weights, grad[own])
-    return grads
+    return grads[0], *(x.unflatten(1, (heads, -1)).sum(2) for x in grads[1:])
 
 
 @pytest.fixture(params=["mask", "varlen"])
@@ -113,8 +116,10 @@ def test_a_position_attends_to_earlier_ones_of_its_document():
 
 
 def test_cu_seqlens_are_the_starts_of_documents_and_rows():
-    cu_seqlens = DocumentAttention(packed_rows()[1], varlen=True).cu_seqlens
-    assert cu_seqlens.tolist() == [0, 5, 6, 23, T, 2 * T, 2 * T + 9, 2 * T + 31, 3 * T]
+    starts = [0, 5, 6, 23, T, 2 * T, 2 * T + 9, 2 * T + 31]
+    for most in (8, 11):
+        cu_seqlens = DocumentAttention(packed_rows()[1], varlen=True, max_documents=most).cu_seqlens
+        assert cu_seqlens.tolist() == starts + [3 * T] * (most - 7)
 
 
 @every_small

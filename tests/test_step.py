@@ -7,8 +7,10 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from test_documents import forward  # noqa: F401 (a kernel of documents for the CPU)
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import model.gpt
 from data.loader import Loader, Prefetch, Validation
 from data.shards import Tokens
 from model import GPT, GPTConfig
@@ -18,7 +20,7 @@ from training.device import Device
 from training.distributed import World
 from training.interrupt import Interrupt
 from training.optim import Optimizers
-from training.step import accumulate_gradients, evaluate
+from training.step import accumulate_gradients, evaluate, most_documents
 
 READS = {"aten::item", "aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::nonzero"}
 
@@ -49,18 +51,26 @@ def all_gradients(model):
     return GradientBuckets(World({}), list(model.parameters()), [[]])
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_step_reads_nothing_from_the_device(tiny, optimizer):
+@pytest.mark.parametrize(("optimizer", "boundary"), [("adamw", None), ("muon", 0)])
+def test_a_step_reads_nothing_from_the_device(tiny, optimizer, boundary, monkeypatch):
     """The training loop itself reads loss and norm, once."""
-    model, batches = tiny
+    monkeypatch.setattr(model.gpt, "supports_varlen", lambda *_: True)
+    gpt, batches = tiny
     config, device = OptimConfig(optimizer=optimizer), Device("cpu", "fp32")
-    optimizers = Optimizers(model.parameters_by_role(), config)
+    optimizers = Optimizers(gpt.parameters_by_role(), config)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     with CountReads() as reads:
-        loss = accumulate_gradients(model, all_gradients(model), batches, None, 0, scaler, device, 0, Interrupt())
+        loss = accumulate_gradients(gpt, all_gradients(gpt), batches, boundary, 0, scaler, device, 0, Interrupt())
         norm = optimizers.gradient_norm(scaler)
         optimizers.step(scaler, norm, 1.0)
     assert not reads.counts and loss.shape == (3,) and norm.ndim == 0
+
+
+def test_the_bound_on_documents_rarely_changes():
+    inputs = torch.ones(4, 256, dtype=torch.int64)
+    for count, bound in ((0, 16), (12, 16), (13, 32), (60, 64)):
+        inputs.flatten()[:count] = 0
+        assert most_documents(inputs, 0) == bound
 
 
 def test_the_loss_of_a_step_is_the_mean_of_its_micro_steps(tiny):

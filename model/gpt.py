@@ -120,20 +120,21 @@ class GPT(nn.Module):
                 weights.normal_(std=0.02)
 
     def features(self, idx: Tensor, cache: KVCache | None = None,
-                 document_ids: Tensor | None = None, max_documents: int = 0) -> Tensor:
+                 document_ids: Tensor | None = None, max_documents: int = 0,
+                 context: AttentionContext | None = None) -> Tensor:
         """Token ids `[B, T]` -> the final residual stream `[B, T, C]`.
 
         With a `cache` the ids continue its positions, and it advances by T. With `document_ids`
         `[B, T]`, which increase along a row, each document is a sequence of its own; a bound on
-        their number, `max_documents`, saves memory. Raises ValueError if the positions exceed
-        `block_size`.
+        their number, `max_documents`, saves memory. Any other attention is a `context`, whose
+        positions the caller has checked. Raises ValueError if the positions exceed `block_size`.
         """
         start = 0
-        context: AttentionContext | None = None
+        is_checked = context is not None
         if cache is not None:
             start, context = cache.length, cache.attention_context
         end = start + idx.size(1)
-        if end > self.config.block_size:
+        if end > self.config.block_size and not is_checked:
             raise ValueError(f"A context of {end} tokens is longer than "
                              f"block_size={self.config.block_size}.")
         if document_ids is not None:

@@ -9,13 +9,17 @@ import statistics
 import sys
 
 import pytest
+import torch
 
 import eval
 import train
 from checkpointing import store
 from conf.evaluation import EvalSettings
 from conf.schema import ConfigError, compose
-from generation.engine import open_run
+from evaluation.scoring import plant, request_of, score
+from generation.engine import Engine, open_run
+from model import GPT, GPTConfig
+from training.device import Device
 
 # Documents of a task: the contexts, the continuations and the label of each.
 CHOICE = (["The small ", "The small"], ["dog", " river"], 0)
@@ -131,6 +135,23 @@ def test_batches_and_long_contexts_change_no_score(measure, task_file, tiny_runs
     (alone,), _ = measure(f"tasks={path}", "batch_tokens=1")
     assert together["tasks"][0] == pytest.approx(alone["tasks"][0] | {"task": "own"}, abs=1e-5)
     assert together["tasks"][0]["requests_cut"] == 1 and "the beginning of 1 request was left out" in printed.err
+
+
+@pytest.mark.parametrize("config", [{}, {"position": "rotary", "ngrams": 3, "ngram_rows": 50}])
+def test_shared_beginnings_are_read_once(config):
+    model = GPT(GPTConfig(vocab_size=20, block_size=24, n_layer=2, n_head=2, n_embd=16, **config)).eval()
+    engine = Engine(model, None, Device("cpu", "fp32"))
+    # The continuations of the first context share a token too; the last request is alone.
+    context, other = tuple(range(12)), tuple(range(12, 20))
+    parts = [(context, (3, 4)), (other, (1, 2)), (context, (3, 5, 6)), (context[:9], (2, 3)), (context, (7,))]
+    requests = [request_of(engine, before + after, len(before)) for before, after in parts]
+    trees = plant(engine, requests)
+    if not config:  # tokens of an n-gram are neighbours
+        assert [len(tree.tokens) for tree in trees] == [12 + 1 + 1 + 1, 9]
+    for (before, after), scored in zip(parts, score(engine, requests, 1000, ""), strict=True):
+        rows = model(torch.tensor([before + after]))[0].log_softmax(1)[len(before) - 1 :]
+        assert scored.logprob == pytest.approx(sum(row[token].item() for row, token in zip(rows, after, strict=False)), abs=1e-5)
+        assert scored.is_greedy == (rows[: len(after)].argmax(1).tolist() == list(after))
 
 
 def test_a_task_of_the_package_and_its_limit(measure, package):

@@ -20,16 +20,16 @@ BUCKET = 256
 class RaggedCache(KVCache):
     """A cache of sequences of different lengths; one step adds a position to each.
 
-    It is also the attention context of `GPT.features`, with the `positions` of the new tokens
-    and `attend` for their queries.
+    It has memory for `batch_size` sequences. Those in it, at first none, are the first rows. It is
+    also the attention context of `GPT.features`, with the `positions` of the new tokens and
+    `attend` for their queries.
     """
-
-    can_drop = True
 
     def __init__(self, config: GPTConfig, batch_size: int, positions: int, device: torch.device,
                  dtype: torch.dtype) -> None:
         super().__init__(config, batch_size, device, dtype, positions)
-        self.dtype, self.lengths = dtype, [0] * batch_size
+        self.dtype, self.batch_size = dtype, batch_size
+        self.lengths: list[int] = []
         self.rows = torch.arange(batch_size, device=device)
         self.attention_context = self
 
@@ -37,10 +37,21 @@ class RaggedCache(KVCache):
         """Whether it can be used for another batch. One that is cheap to allocate is not."""
         return False
 
-    def clear(self) -> None:
-        """Set all to zero: masked positions are multiplied by 0, which does not remove NaN."""
+    @property
+    def step_rows(self) -> int:
+        """The number of rows that a step computes."""
+        return len(self.lengths)
+
+    def clear(self, row: int) -> None:
+        """Set a row to zero: masked positions are multiplied by 0, which does not remove NaN."""
         for tensor in (*self.keys, *self.values):
-            tensor.zero_()
+            tensor[row].zero_()
+
+    def join(self) -> None:
+        """Add an empty row after the others."""
+        assert len(self.lengths) < self.batch_size, "more rows than were allocated"
+        self.clear(len(self.lengths))
+        self.lengths.append(0)
 
     def copy_row(self, source: int, target: int) -> None:
         self.lengths[target] = self.lengths[source]
@@ -53,9 +64,6 @@ class RaggedCache(KVCache):
         if row != last:
             self.copy_row(last, row)
         self.lengths.pop()
-        self.rows = self.rows[:last]
-        self.keys = [keys[:last] for keys in self.keys]
-        self.values = [values[:last] for values in self.values]
 
     def fill(self, layer: int, row: int, k: Tensor, v: Tensor) -> None:
         """Write the first keys and values `[G, T, D]` of a row."""
@@ -83,11 +91,14 @@ class RaggedCache(KVCache):
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """As `KVCache.extend`, for one new position at the end of each row."""
-        if self.mask is None:
-            return super().extend(layer, k, v)
-        for cached, new in ((self.keys[layer], k), (self.values[layer], v)):
-            cached[self.rows, :, self.positions[:, 0]] = new[:, :, 0].to(self.dtype)
-        return self.keys[layer][:, :, : self.end], self.values[layer][:, :, : self.end]
+        rows = k.size(0)
+        keys, values = self.keys[layer][:rows], self.values[layer][:rows]
+        for cached, new in ((keys, k), (values, v)):
+            if self.mask is None:
+                cached[:, :, self.length] = new[:, :, 0]
+            else:
+                cached[self.rows[:rows], :, self.positions[:, 0]] = new[:, :, 0].to(self.dtype)
+        return keys[:, :, : self.end], values[:, :, : self.end]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
         """Attention `[B, H, 1, D]`. Heads that share keys are the rows of one product."""
@@ -99,26 +110,31 @@ class RaggedCache(KVCache):
 class StaticCache(RaggedCache):
     """A cache for CUDA graphs: steps use the same memory, and the same shapes within a bucket.
 
-    Rows cannot be dropped: fewer would need another graph, and would hardly be faster on a GPU.
+    A step computes all rows, also those without a sequence: fewer would need another graph, and
+    would hardly be faster on a GPU.
     """
-
-    can_drop = False
 
     def __init__(self, config: GPTConfig, batch_size: int, positions: int, device: torch.device,
                  dtype: torch.dtype) -> None:
         # Rounded up, so that it also fits the next batch.
         positions = min(round_up(positions, BUCKET), config.block_size)
         super().__init__(config, batch_size, positions, device, dtype)
-        self.clear()
+        for row in range(batch_size):
+            self.clear(row)
         self.positions = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
         self.masks: dict[int, Tensor] = {}
 
     def fits(self, batch_size: int, positions: int) -> bool:
-        return batch_size == len(self.lengths) and positions <= self.keys[0].size(2)
+        return batch_size == self.batch_size and positions <= self.keys[0].size(2)
+
+    @property
+    def step_rows(self) -> int:
+        return self.batch_size
 
     def update(self) -> None:
         self.end = min(round_up(self.length + 1, BUCKET), self.keys[0].size(2))
-        self.positions.copy_(torch.tensor(self.lengths)[:, None])
+        unused = [0] * (self.batch_size - len(self.lengths))
+        self.positions.copy_(torch.tensor([*self.lengths, *unused])[:, None])
         mask = self.length_mask()
         # Graphs read the mask at a fixed address.
         self.mask = self.masks.setdefault(self.end, mask)
@@ -144,7 +160,7 @@ class PackedCache(RaggedCache):
         self.values = [torch.empty(values_shape, dtype=dtype) for _ in layers]
         self.scores = torch.empty(batch_size, config.n_head, positions)
 
-    def clear(self) -> None:
+    def clear(self, row: int) -> None:
         """Nothing to do: the kernels read no position that was not written."""
 
     def fill(self, layer: int, row: int, k: Tensor, v: Tensor) -> None:

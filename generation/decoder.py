@@ -75,14 +75,13 @@ class Decoder:
     Raises ValueError for int8 where it is not supported.
 
     Making one packs the weights, so it is kept for several batches. `advice` is a sentence for the
-    user where the kernels are missing. `can_drop` says whether `drop` is supported.
+    user where the kernels are missing.
     """
 
     def __init__(self, model: GPT, precision: str = "") -> None:
         weight = model.wte.weight
         self.model, self.config, self.device = model, model.config, weight.device
         self.cache_type = choose_cache(model)
-        self.can_drop = self.cache_type.can_drop
         self.has_kernels = self.cache_type is PackedCache
         self.uses_graphs = self.cache_type is StaticCache
         self.cache: RaggedCache | None = None
@@ -115,16 +114,18 @@ class Decoder:
         cache_bytes = sum(tensor.nbytes for tensor in (*one_row.keys, *one_row.values))
         return rows * (cache_bytes + 3 * 4 * self.config.vocab_size)
 
-    def begin(self, sequences: list[list[int]], max_new_tokens: int) -> None:
-        """Prepare for a batch of `sequences` that grow by up to `max_new_tokens`."""
-        rows, lengths = len(sequences), [len(sequence) for sequence in sequences]
-        positions = min(max(lengths) + max_new_tokens, self.config.block_size)
+    def begin(self, rows: int, positions: int) -> None:
+        """Prepare for up to `rows` sequences of up to `positions` tokens, at first none."""
+        positions = min(positions, self.config.block_size)
         if self.cache is None or not self.cache.fits(rows, positions):
             self.allocate(rows, positions)
-        self.cache.lengths = [0] * rows
-        self.window_starts = [-1] * rows
-        if min(lengths) < max(lengths):
-            self.cache.clear()
+        self.cache.lengths = []
+        self.window_starts: list[int] = []
+
+    def join(self) -> None:
+        """Add a row after the others. The next step prefills it with its sequence."""
+        self.cache.join()
+        self.window_starts.append(-1)
 
     def allocate(self, rows: int, positions: int) -> None:
         """Allocate the cache and the tensors that a step reads."""
@@ -139,6 +140,7 @@ class Decoder:
     @torch.inference_mode()
     def next_logits(self, sequences: list[list[int]]) -> Tensor:
         """Logits `[B, V]` for the next tokens; each sequence is one token longer than last time."""
+        rows = len(sequences)
         self.prefill(sequences)
         self.cache.begin_step()
         n_previous = self.config.ngrams - 1
@@ -146,9 +148,10 @@ class Decoder:
             # Tokens before the window may be among them: the model ignores those by position.
             padding = [NO_TOKEN] * n_previous
             previous = [padding + sequence[-1 - n_previous : -1] for sequence in sequences]
-            self.previous_ids.copy_(torch.tensor([ids[-n_previous:] for ids in previous]))
-        self.last.copy_(torch.tensor([[sequence[-1]] for sequence in sequences]))
-        return self.graph_step() if self.uses_graphs else self.step()
+            self.previous_ids[:rows] = torch.tensor([ids[-n_previous:] for ids in previous])
+        self.last[:rows] = torch.tensor([[sequence[-1]] for sequence in sequences])
+        logits = self.graph_step() if self.uses_graphs else self.step()
+        return logits[:rows]
 
     def prefill(self, sequences: list[list[int]]) -> None:
         """Cache all but the last token of each new sequence, and of each whose window moved."""
@@ -176,10 +179,11 @@ class Decoder:
 
     def step(self) -> Tensor:
         """Logits `[B, V]` after the tokens `last`, which the cache then holds too."""
-        self.cache.previous_ids = self.previous_ids if self.config.ngrams > 1 else None
+        rows = self.cache.step_rows
+        self.cache.previous_ids = self.previous_ids[:rows] if self.config.ngrams > 1 else None
         # Packed products have their own precision.
         with without_autocast(self.model):
-            features = self.step_model.features(self.last, self.cache)
+            features = self.step_model.features(self.last[:rows], self.cache)
             return self.step_model.head(features[:, -1])
 
     def graph_step(self) -> Tensor:
@@ -206,7 +210,6 @@ class Decoder:
         self.cache.drop(row)
         self.window_starts[row] = self.window_starts[-1]
         self.window_starts.pop()
-        self.last, self.previous_ids = self.last[:-1], self.previous_ids[:-1]
 
 
 def choose_cache(model: GPT) -> type[RaggedCache]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Container, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -81,7 +82,76 @@ def pick(logits: Tensor, rules: SamplingConfig, draws: Tensor) -> Tensor:
     return places.squeeze(-1)
 
 
-@torch.inference_mode()
+@dataclass
+class Row:
+    """A sequence that grows. The seed of its rules and its `number` decide its random draws."""
+
+    sequence: list[int]
+    rules: SamplingConfig
+    number: int
+
+    def __post_init__(self) -> None:
+        if not self.sequence:
+            raise ValueError("The prompt has no tokens: generation continues at least one.")
+        self.stream = random.Random(f"{self.rules.seed} {self.number}")
+
+
+class Batch:
+    """Rows that grow together, by one token per step. They can join and leave between two steps.
+
+    In fp32, a row gets the same tokens in any company, and with and without a decoder. There is
+    room for `rows` rows of `positions` tokens (those of the model's context, if that is shorter).
+    """
+
+    def __init__(self, model: GPT, decoder: Decoder | None, rows: int, positions: int) -> None:
+        self.model, self.decoder = model, decoder
+        self.rows: list[Row] = []
+        if decoder:
+            decoder.begin(rows, positions)
+
+    def join(self, row: Row) -> None:
+        """Add a row after the others."""
+        self.rows.append(row)
+        if self.decoder:
+            self.decoder.join()
+
+    def leave(self, place: int) -> None:
+        """Remove the row at `place`. The last one takes its place."""
+        self.rows[place] = self.rows[-1]
+        self.rows.pop()
+        if self.decoder:
+            self.decoder.drop(place)
+
+    @torch.inference_mode()
+    def step(self) -> tuple[Tensor, Tensor]:
+        """Add a token to each row; the tokens `[B]`, and the logits `[B, V]` they are from."""
+        sequences = [row.sequence for row in self.rows]
+        if self.decoder:
+            logits = self.decoder.next_logits(sequences)
+        else:
+            logits = uncached_logits(self.model, sequences)
+        draws = torch.tensor([1 - row.stream.random() for row in self.rows], device=logits.device)
+        tokens = self.pick(logits, draws)
+        for row, token in zip(self.rows, tokens.tolist(), strict=True):
+            row.sequence.append(token)
+        return tokens, logits
+
+    def pick(self, logits: Tensor, draws: Tensor) -> Tensor:
+        """Sample one token per row, together for the rows of the same rules."""
+        by_rules: dict[tuple[float, int, float], list[int]] = {}
+        for place, row in enumerate(self.rows):
+            rules = row.rules
+            key = (rules.temperature, rules.top_k, rules.top_p)
+            by_rules.setdefault(key, []).append(place)
+        if len(by_rules) == 1:
+            return pick(logits, self.rows[0].rules, draws)
+        tokens = torch.empty(len(self.rows), dtype=torch.long, device=logits.device)
+        for places in by_rules.values():
+            rules = self.rows[places[0]].rules
+            tokens[places] = pick(logits[places], rules, draws[places])
+        return tokens
+
+
 def generate(
     model: GPT, prompts: Tensor | Sequence[Sequence[int]], rules: SamplingConfig,
     numbers: Sequence[int] | None = None, decoder: Decoder | None = None, done: Container[int] = (),
@@ -95,43 +165,34 @@ def generate(
     `decoder` saves making one. Raises ValueError for a prompt without tokens.
 
     The caller can add finished rows to `done`. They leave the batch and the last rows take their
-    places; a decoder that cannot drop rows goes on yielding them. It ends when all are done.
+    places. It ends when all are done.
     """
     if isinstance(prompts, Tensor):
         prompts = prompts.tolist()
-    sequences = [list(prompt) for prompt in prompts]
-    if not all(sequences):
-        raise ValueError("The prompt has no tokens: generation continues at least one.")
-    device = model.wte.weight.device
-    rows = list(range(len(sequences)))
-    streams = [random.Random(f"{rules.seed} {number}") for number in numbers or rows]
+    rows = list(range(len(prompts)))
+    made = [Row(list(prompt), rules, number)
+            for prompt, number in zip(prompts, numbers or rows, strict=True)]
     was_training = model.training
     model.eval()
     try:
-        if rules.cache:
-            decoder = decoder or Decoder(model, rules.decoder_precision)
-            decoder.begin(sequences, rules.max_new_tokens)
+        if not rules.cache:
+            decoder = None
+        elif decoder is None:
+            decoder = Decoder(model, rules.decoder_precision)
+        longest = max(map(len, prompts))
+        batch = Batch(model, decoder, len(rows), longest + rules.max_new_tokens)
+        for row in made:
+            batch.join(row)
         for _ in range(rules.max_new_tokens):
-            if rules.cache:
-                logits = decoder.next_logits(sequences)
-            else:
-                logits = uncached_logits(model, sequences)
-            draws = torch.tensor([1 - stream.random() for stream in streams], device=device)
-            tokens = pick(logits, rules, draws)
-            for sequence, token in zip(sequences, tokens.tolist(), strict=True):
-                sequence.append(token)
+            tokens, logits = batch.step()
             yield rows.copy(), tokens, logits
             finished = [place for place, row in enumerate(rows) if row in done]
             if len(finished) == len(rows):
                 return
-            if rules.cache and not decoder.can_drop:
-                continue
             for place in reversed(finished):
-                for per_row in (rows, sequences, streams):
-                    per_row[place] = per_row[-1]
-                    per_row.pop()
-                if rules.cache:
-                    decoder.drop(place)
+                rows[place] = rows[-1]
+                rows.pop()
+                batch.leave(place)
     finally:
         model.train(was_training)
 

@@ -19,7 +19,7 @@ from generation import decoder as decoding
 from generation.caches import PackedCache, RaggedCache, StaticCache
 from generation.decoder import Decoder
 from generation.packed import cast, pack
-from generation.sampling import generate, uncached_logits
+from generation.sampling import Batch, Row, generate, uncached_logits
 from model.config import GPTConfig
 from model.gpt import GPT
 
@@ -70,6 +70,12 @@ def steps(decoder: Decoder | GPT, prompts: list[list[int]], count: int, done: se
         yield [sequences[row] for row in rows], logits
         for row, token in zip(rows, tokens.tolist(), strict=True):
             sequences[row].append(token)
+
+
+def begin(decoder: Decoder, prompts: list[list[int]]) -> None:
+    decoder.begin(len(prompts), decoder.config.block_size)
+    for _ in prompts:
+        decoder.join()
 
 
 def assert_exact(model: GPT, sequences: list[list[int]], logits: Tensor) -> None:
@@ -168,7 +174,38 @@ def test_finished_rows_leave_the_others_unchanged(flags, kind, decoder_of):
         assert_exact(model, sequences, logits)
         done.update(finish.get(step, []))
         counts.append(len(sequences))
-    assert counts == ([5] * 17 if kind is StaticCache else [5] * 3 + [4] * 2 + [3] * 7 + [1] * 5)
+    assert counts == [5] * 3 + [4] * 2 + [3] * 7 + [1] * 5
+
+
+@for_shapes("gpt2", "grouped", "n-grams")
+@pytest.mark.parametrize("kind", [packed_cache, StaticCache, RaggedCache])
+def test_rows_that_join_leave_the_others_unchanged(flags, kind, decoder_of):
+    """In the place of one that has left too, with rules of their own; with our kernels, to the last bit."""
+    def row(number: int) -> Row:
+        rules = SamplingConfig(temperature=number / 2, top_k=5 * (number % 2), seed=number)
+        return Row(prompts_of(3, 21, 15, 1, 9)[number], rules, number)
+
+    model = make(**flags)
+    alone = []
+    for number in range(5):
+        batch = Batch(model, decoder_of(model, kind), 3, 50)
+        batch.join(row(number))
+        alone.append([batch.step() for _ in range(6)])
+    batch, present, seen = Batch(model, decoder_of(model, kind), 3, 50), [], [0] * 5
+    for joins, leaves in (([0], []), ([1, 2], []), ([], []), ([], [1]), ([3], []), ([], [0, 2]), ([4], [])):
+        for number in joins:
+            batch.join(row(number))
+            present.append(number)
+        tokens, logits = batch.step()
+        assert_exact(model, [each.sequence[:-1] for each in batch.rows], logits)
+        for place, number in enumerate(present):
+            token, expected = alone[number][seen[number]]
+            assert tokens[place] == token[0] and (kind is not PackedCache or torch.equal(logits[place], expected[0]))
+            seen[number] += 1
+        for number in leaves:
+            batch.leave(present.index(number))
+            present[present.index(number)] = present[-1]
+            present.pop()
 
 
 def test_a_row_that_takes_another_place_is_not_refilled(monkeypatch):
@@ -252,7 +289,7 @@ def test_prefill_uses_native_bf16(precision, monkeypatch):
     for native, dtype in (("0", torch.float32), ("1", torch.bfloat16)):
         monkeypatch.setenv("NANOHYDRA_NATIVE_BF16", native)
         decoder = Decoder(make(), precision)
-        decoder.begin(prompts_of(9), 1)
+        begin(decoder, prompts_of(9))
         with ProductTypes() as products:
             decoder.next_logits(prompts_of(9))
         assert dtype in products.dtypes
@@ -288,7 +325,7 @@ def test_packing_shares_other_tensors_and_keeps_the_model():
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
 def test_logits_have_no_gradients(precision):
     decoder = Decoder(make(), precision)
-    decoder.begin(prompts_of(3), 2)
+    begin(decoder, prompts_of(3))
     assert not decoder.next_logits(prompts_of(3)).requires_grad
 
 
@@ -311,9 +348,9 @@ def test_graphs_serve_the_next_batch_that_fits_the_cache(as_on_a_gpu):
             assert_exact(model, sequences, logits)
         memory.append([each.data_ptr() for each in (decoder.last, decoder.cache.positions, *decoder.cache.keys)])
         assert TracedCall.made == made and memory[-1] == memory[0]
-    decoder.begin([[1]], 9)
+    decoder.begin(1, 10)
     assert not decoder.graphs, "one row is another shape"
-    decoder.begin([[1]], 24)
+    decoder.begin(1, 25)
     assert not decoder.graphs and decoder.cache.keys[0].size(2) == 24
 
 
@@ -358,7 +395,7 @@ def test_a_cache_is_allocated_once_with_the_positions_needed(decoder_of):
     for _ in steps(decoder, prompts_of(5, 9), 20):
         memory.append([each.data_ptr() for each in (*decoder.cache.keys, *decoder.cache.values)])
         assert decoder.cache.keys[0].shape[2] == 29 and memory[-1] == memory[0]
-    decoder.begin([[1]], 1000)
+    decoder.begin(1, 1000)
     assert decoder.cache.keys[0].shape[2] == 64
 
 

@@ -189,7 +189,7 @@ def test_autocast_is_off_between_two_pieces(engine):
 
 def test_a_decoder_takes_the_memory_that_it_announces(engine):
     decoder = Decoder(engine.model)
-    decoder.begin([[1], [1], [1]], 9)
+    decoder.begin(3, 10)
     cache_bytes = sum(each.nbytes for each in (*decoder.cache.keys, *decoder.cache.values))
     assert cache_bytes == decoder.nbytes(3, 10) - 3 * 4 * 3 * engine.tokenizer.vocab_size
 

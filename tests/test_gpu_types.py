@@ -124,7 +124,9 @@ def test_a_gpu_multiplies_and_attends_in_bf16(gpu, preset, monkeypatch):
     sequences = [[1, 2, 3], [4, 5]]
     with gpu.autocast(), torch.no_grad(), Types(model.config) as types:
         types.watch(decoder.step_model, monkeypatch)
-        decoder.begin(sequences, 4)
+        decoder.begin(2, 7)
+        decoder.join()
+        decoder.join()
         logits = next_logits(decoder, sequences)
     assert types.heads == {torch.bfloat16} and types.stream == {torch.float32}
     assert logits.shape == (2, 50257) and logits.dtype == torch.bfloat16

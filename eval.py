@@ -27,7 +27,7 @@ from checkpointing import store
 from checkpointing.checkpoint import Checkpoint
 from checkpointing.initial import find_weights
 from checkpointing.resume import saved_settings
-from checkpointing.run_folder import find_run
+from checkpointing.run_folder import find_runs
 from checkpointing.weights import own_weights
 from evaluation.loss import measure_loss, named_text, own_validation_split
 from evaluation.table import table
@@ -46,7 +46,9 @@ def evaluate(settings: EvalSettings) -> int:
     if settings.tasks:
         for name, path in find_tasks(settings.tasks).items():
             tasks[name] = read_questions(path, settings.limit)
-    runs = [] if settings.init_from else find_runs(settings)
+    runs = []
+    if not settings.init_from:
+        runs = find_runs(Path(settings.runs_dir), settings.run)
     models = []
     with configure(device):
         for run in runs or [None]:
@@ -69,16 +71,6 @@ def evaluate(settings: EvalSettings) -> int:
     for note in notes(models):
         say(note, sys.stderr)
     return 0
-
-
-def find_runs(settings: EvalSettings) -> list[Path]:
-    """The folders of the runs, by their names, which are separated by commas."""
-    runs_dir = Path(settings.runs_dir)
-    names = settings.run.split(",")
-    # The names that are made from settings can contain commas.
-    if (runs_dir / settings.run).is_dir() or Path(settings.run).is_dir():
-        names = [settings.run]
-    return [find_run(runs_dir, name) for name in names]
 
 
 def open_model(settings: EvalSettings, run: Path | None,

@@ -24,12 +24,11 @@ from data.chat import has_markers
 from data.tokenizer import Tokenizer
 from generation.chat import Conversation
 from generation.decoder import Decoder
-from generation.engine import Completion, Engine, engine_of, open_checkpoint
+from generation.engine import Completion, Engine, engine_of, open_checkpoint, open_decoder
 from generation.prompts import read_text
-from hardware import native
 from scripts.complete import complete_file
-from terminal import has_colors, output, readable_size, say
-from training.device import Device, available_memory, configure
+from terminal import has_colors, output, say
+from training.device import Device, configure
 
 RED, YELLOW, GREEN = 31, 33, 32  # ANSI colors
 
@@ -73,37 +72,13 @@ def open_engine(settings: SampleSettings, device: Device) -> Engine:
 
 
 def make_decoder(engine: Engine, settings: SampleSettings) -> Decoder | None:
-    """A decoder for the whole session, or None without the cache.
-
-    Raises ValueError if completing so many sequences at once takes more than the free memory, even
-    with prompts of no tokens.
-    """
-    device = engine.device
-    if not settings.cache:
-        warn_if_emulated(device)
-        return None
-    with device.autocast():
-        decoder = Decoder(engine.model, settings.decoder_precision)
-    if decoder.advice:
-        say(decoder.advice, sys.stderr)
-    if not decoder.has_kernels:
-        warn_if_emulated(device)
-    if device.type == "cpu":
-        setting = "batch_size" if settings.prompts else "num_samples"
-        rows = getattr(settings, setting)
-        needed, free = decoder.nbytes(rows, settings.max_new_tokens), available_memory()
-        if needed > free:
-            raise ValueError(f"{setting}={rows} completions at once take {readable_size(needed)} "
-                             f"of memory, {readable_size(free)} are free: choose a smaller "
-                             f"{setting}.")
+    """A decoder for the whole session, or None without the cache."""
+    setting = "batch_size" if settings.prompts else "num_samples"
+    rows = getattr(settings, setting)
+    decoder, advice = open_decoder(engine, settings, setting, rows, settings.max_new_tokens)
+    for line in advice:
+        say(line, sys.stderr)
     return decoder
-
-
-def warn_if_emulated(device: Device) -> None:
-    """Warn that fp32 replaces a precision that this CPU only emulates, 10 to 30 times slower."""
-    if device.type == "cpu" and not native(device.precision):
-        say(f"precision={device.precision} is not native to this processor: computing in fp32.",
-            sys.stderr)
 
 
 def chat(engine: Engine, settings: SampleSettings, decoder: Decoder | None) -> None:

@@ -137,6 +137,14 @@ def find_run(runs_dir: Path, name: str) -> Path:
     return run
 
 
+def find_runs(runs_dir: Path, names: str) -> list[Path]:
+    """The folders of several runs, as `find_run`; their names are separated by commas."""
+    # The names that are made from settings can contain commas.
+    if (runs_dir / names).is_dir() or Path(names).is_dir():
+        return [find_run(runs_dir, names)]
+    return [find_run(runs_dir, name) for name in names.split(",")]
+
+
 def search_run(runs_dir: Path, name: str) -> Path:
     runs = sorted(runs_below(runs_dir))
     if not name and runs:

@@ -5,7 +5,7 @@ Prints nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from conf.sampling import SamplingConfig
@@ -55,6 +55,25 @@ class Conversation:
             answered = answered[:-1]
         self.turns.append([*asked, self.answer_start, *answered, self.end])
         self.n_questions += 1
+
+    def continued(self, messages: Sequence[Message]) -> list[int]:
+        """The tokens before the answer to the last of `messages`, a question of the user.
+
+        Raises ValueError for another order, and as `answer` does.
+        """
+        messages = list(messages)
+        if messages and messages[0].role == "system":
+            self.start += message_ids(self.engine.tokenizer, messages.pop(0))
+        roles = [message.role for message in messages]
+        if not roles or roles != ["user", "assistant"] * (len(roles) // 2) + ["user"]:
+            raise ValueError(f"The roles of the messages are {', '.join(roles) or 'missing'}: "
+                             "after a system message, if there is one, user and assistant take "
+                             "turns, and the last one is of the user.")
+        ids = [message_ids(self.engine.tokenizer, message) for message in messages]
+        for question, answer in zip(ids[:-1:2], ids[1::2], strict=True):
+            self.turns.append(question + answer)
+        self.n_questions = len(self.turns)
+        return self.prompt(ids[-1])
 
     def prompt(self, asked: list[int]) -> list[int]:
         """The tokens before an answer: the last turns that leave room for it, and the question.

@@ -24,8 +24,10 @@ from data.chat import MARKERS
 from data.tokenizer import Tokenizer
 from generation.decoder import Decoder, native_autocast
 from generation.sampling import generate
+from hardware import native
 from model import GPT
-from training.device import Device
+from terminal import readable_size
+from training.device import Device, available_memory
 
 # A text, or token ids.
 Prompt = str | Sequence[int]
@@ -34,10 +36,14 @@ Job = tuple[Prompt, int]
 
 
 class Completion:
-    """The text of one sequence while its tokens arrive: ends at an end token, or before `stop`."""
+    """The text of one sequence while its tokens arrive: ends at an end token, or before a stop.
 
-    def __init__(self, tokenizer: Tokenizer, stop: str) -> None:
-        self.tokenizer, self.stop, self.ends = tokenizer, stop, end_tokens(tokenizer)
+    `stops` are texts; empty ones are ignored.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *stops: str) -> None:
+        self.tokenizer, self.ends = tokenizer, end_tokens(tokenizer)
+        self.stops = [stop for stop in stops if stop]
         self.utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self.text = ""
         self.finished = False
@@ -56,8 +62,9 @@ class Completion:
             self.reason = "end_of_text"
             return
         self.text += self.utf8.decode(self.tokenizer.decode_bytes((token,)))
-        if self.stop and self.stop in self.text:
-            self.text = self.text[: self.text.index(self.stop)]
+        found = [self.text.index(stop) for stop in self.stops if stop in self.text]
+        if found:
+            self.text = self.text[: min(found)]
             self.finished, self.reason = True, "stop"
 
     def finish(self) -> None:
@@ -67,11 +74,13 @@ class Completion:
             self.finished = True
 
     def printable(self) -> str:
-        """The text without a trailing part that could still become `stop`."""
+        """The text without a trailing part that could still become a stop."""
         if self.finished:
             return self.text
-        for length in range(min(len(self.stop) - 1, len(self.text)), 0, -1):
-            if self.text.endswith(self.stop[:length]):
+        longest = max(map(len, self.stops), default=0)
+        for length in range(min(longest - 1, len(self.text)), 0, -1):
+            end = self.text[-length:]
+            if any(stop.startswith(end) for stop in self.stops):
                 return self.text[:-length]
         return self.text
 
@@ -218,6 +227,34 @@ def open_checkpoint(run: Path, which: str, device: Device) -> Engine:
         return engine_of(own_weights(found), device)
 
     return store.load_of_run(run, which, load)
+
+
+def open_decoder(engine: Engine, rules: SamplingConfig, setting: str, rows: int,
+                 positions: int) -> tuple[Decoder | None, list[str]]:
+    """A decoder of `rows` sequences of `positions` tokens, or None without the cache.
+
+    Also returns sentences for the user about its speed. `setting` is the name of the number of
+    rows. Raises ValueError if decoding so many at once takes more than the free memory.
+    """
+    device = engine.device
+    advice = []
+    decoder = None
+    if rules.cache:
+        with device.autocast():
+            decoder = Decoder(engine.model, rules.decoder_precision)
+        advice += [decoder.advice] if decoder.advice else []
+    emulated = device.type == "cpu" and not native(device.precision)
+    if emulated and not (decoder and decoder.has_kernels):
+        # fp32 is 10 to 30 times as fast as a precision that this CPU emulates.
+        advice.append(f"precision={device.precision} is not native to this processor: computing in "
+                      "fp32.")
+    if decoder and device.type == "cpu":
+        needed, free = decoder.nbytes(rows, positions), available_memory()
+        if needed > free:
+            raise ValueError(f"{setting}={rows} completions at once take {readable_size(needed)} "
+                             f"of memory, {readable_size(free)} are free: choose a smaller "
+                             f"{setting}.")
+    return decoder, advice
 
 
 def own_logprobs(logits: Tensor, tokens: Tensor) -> list[float]:

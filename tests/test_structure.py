@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ENTRY_POINTS = {"train", "sample", "eval"}
-ABOVE_CONF = {"checkpointing", "generation", "evaluation", "exporting", "sweep", "report", "scripts", "bench"} | ENTRY_POINTS
+ENTRY_POINTS = {"train", "sample", "eval", "serve"}
+ABOVE_CONF = {"checkpointing", "generation", "evaluation", "serving", "exporting", "sweep", "report", "scripts", "bench"} | ENTRY_POINTS
 # Each room, and the rooms that it must not import.
 FORBIDDEN = {
     "model": {"data", "training", "conf"} | ABOVE_CONF,
@@ -18,13 +18,14 @@ FORBIDDEN = {
     "training": {"model", "data", "conf"} | ABOVE_CONF,
     "conf": ABOVE_CONF,
     "checkpointing": ABOVE_CONF - {"checkpointing"},
-    "generation": {"evaluation", "exporting", "sweep", "report", "scripts", "bench"} | ENTRY_POINTS,
-    "evaluation": {"exporting", "sweep", "report", "scripts", "bench"} | ENTRY_POINTS,
-    "exporting": {"generation", "evaluation", "sweep", "report", "scripts", "bench"} | ENTRY_POINTS,
-    "sweep": {"generation", "evaluation", "scripts", "bench"} | ENTRY_POINTS,
-    "report": {"model", "data", "torch", "generation", "evaluation", "sweep", "scripts", "bench"} | ENTRY_POINTS,
-    "scripts": {"bench", "sample", "eval"},
-    "bench": {"sample", "eval"},
+    "generation": {"evaluation", "serving", "exporting", "sweep", "report", "scripts", "bench"} | ENTRY_POINTS,
+    "evaluation": {"serving", "exporting", "sweep", "report", "scripts", "bench"} | ENTRY_POINTS,
+    "serving": {"evaluation", "exporting", "sweep", "scripts", "bench"} | ENTRY_POINTS,
+    "exporting": {"generation", "evaluation", "serving", "sweep", "report", "scripts", "bench"} | ENTRY_POINTS,
+    "sweep": {"generation", "evaluation", "serving", "scripts", "bench"} | ENTRY_POINTS,
+    "report": {"model", "data", "torch", "generation", "evaluation", "serving", "sweep", "scripts", "bench"} | ENTRY_POINTS,
+    "scripts": {"bench", "serving", "sample", "eval", "serve"},
+    "bench": {"sample", "eval", "serve"},
 }
 
 
@@ -54,7 +55,7 @@ def test_imports_go_down_only(room):
 
 
 def test_train_imports_no_other_entry_point():
-    assert not imports(ROOT / "train.py") & {"sample", "eval", "evaluation", "scripts", "bench"}
+    assert not imports(ROOT / "train.py") & {"sample", "eval", "serve", "evaluation", "serving", "scripts", "bench"}
 
 
 def test_model_knows_no_files_and_no_hydra():

@@ -1,0 +1,50 @@
+"""The settings of serve.py.
+
+They are here, below `serving`, since the command line checks them before it imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from conf.sampling import SamplingConfig
+from conf.settings import checkpoint_problems
+from setting import FilePath, FilePaths, setting
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+@dataclass(frozen=True)
+class ServeSettings(SamplingConfig):
+    """The settings of a server. Those of sampling are the defaults of a request."""
+
+    run: FilePaths = setting(
+        "", "names or folders of runs, separated by commas; empty: the latest run")
+    init_from: FilePath = setting(
+        "", "weights to serve instead of a run, as in train.py (docs/weights.md)")
+    runs_dir: FilePath = setting("runs", "folder that contains the runs' folders")
+    checkpoint: str = setting("best", "best, last, or the number of a step")
+    host: str = setting("127.0.0.1", "the address to listen on; others than this machine's own "
+                        "need api_key")
+    port: int = setting(8000, "the port to listen on; 0: any free one", ge=0, le=65535)
+    api_key: str = setting("", "a secret that requests must have; empty: none")
+    batch_size: int = setting(16, "sequences decoded together, of each run", ge=1)
+    max_requests: int = setting(64, "requests that decode or wait at a time, of each run", ge=1)
+    max_request_tokens: int = setting(8192, "the most tokens that one request may generate", ge=1)
+    device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "where to run the model")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = setting(
+        "auto", "number format of matrix products")
+
+    def problems(self) -> Iterator[str]:
+        """One sentence for each invalid value."""
+        yield from super().problems()
+        yield from checkpoint_problems(self.checkpoint)
+        if self.init_from and self.run:
+            yield f"run={self.run} and init_from={self.init_from} exclude each other: choose one."
+        if self.host not in LOOPBACK and not self.api_key:
+            yield (f"host={self.host} lets other machines in: set a secret with api_key=, or "
+                   "leave host out.")
+        if not self.api_key.isascii() or self.api_key != self.api_key.strip():
+            yield "api_key must consist of ASCII characters, without spaces around them."

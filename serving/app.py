@@ -1,0 +1,260 @@
+"""The server's routes: the page, and OpenAI's API. Checks who asks, and answers errors as JSON."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from starlette.applications import Starlette
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from conf.serving import LOOPBACK, ServeSettings
+from serving.answers import Answer, error_json
+from serving.decoding import Busy, Generation, Stopped
+from serving.fields import BadRequest, Fields, parse
+from serving.tasks import Model, chat_task, completion_task
+
+MAX_BODY = 2**20  # bytes
+BODY_SECONDS = 30
+# The files of the page, by their routes, with their types. They are read at the start.
+FILES = {"/": ("page.html", "text/html")}
+# All that the page loads is from this server, and no other page shows it in a frame.
+PAGE_HEADERS = {"content-security-policy": "default-src 'self'; frame-ancestors 'none'",
+                "cache-control": "no-cache"}
+
+MakeTask = Callable[[Fields, Model, ServeSettings], Awaitable[tuple[Generation, Answer]]]
+
+
+def make_app(models: dict[str, Model], settings: ServeSettings) -> Starlette:
+    """The application that serves `models`, by their names. Their threads must run."""
+    routes = [
+        *[file_route(path, *file) for path, file in FILES.items()],
+        Route("/v1/models", list_models),
+        Route("/v1/completions", completions, methods=["POST"]),
+        Route("/v1/chat/completions", chat_completions, methods=["POST"]),
+    ]
+    errors = (HTTPException, BadRequest, Busy, Stopped, ClientDisconnect, Exception)
+    app = Starlette(routes=routes, exception_handlers=dict.fromkeys(errors, on_error),
+                    middleware=[Middleware(Guard, settings=settings)])
+    app.state.models, app.state.settings = models, settings
+    return app
+
+
+class Guard:
+    """Refuses what another web page or another user could ask for, before anything is read.
+
+    A page of an attacker whose name resolves to this machine (DNS rebinding) has another Host; one
+    that sends requests to another site has another Origin.
+    """
+
+    def __init__(self, app: ASGIApp, settings: ServeSettings) -> None:
+        self.app = app
+        self.is_local = settings.host in LOOPBACK
+        self.api_key = settings.api_key.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        problem = None
+        if scope["type"] == "http":
+            problem = self.problem(Headers(scope=scope), scope["path"])
+        await (problem or self.app)(scope, receive, send)
+
+    def problem(self, headers: Headers, path: str) -> Response | None:
+        """The answer to a request that is refused."""
+        host, origin = headers.get("host", ""), headers.get("origin")
+        if self.is_local and host_name(host) not in LOOPBACK:
+            return failure(403, f"Host {host[:100]} is not this machine: use "
+                                f"{', '.join(LOOPBACK)}.", code="wrong_host")
+        if origin is not None and origin.partition("://")[2] != host:
+            return failure(403, f"Origin {origin[:100]} is another site.", code="wrong_origin")
+        if self.api_key and path not in FILES:
+            given = headers.get("authorization", "").encode()
+            # In a time that does not depend on the first difference.
+            if not hmac.compare_digest(given, b"Bearer " + self.api_key):
+                return failure(401, "Authorization: Bearer API_KEY is missing or wrong.",
+                               code="invalid_api_key")
+        return None
+
+
+def host_name(host: str) -> str:
+    """The name in a Host header, without the port; empty if it is invalid."""
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
+
+
+class JsonResponse(Response):
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        # In ASCII: a message can quote a surrogate, which UTF-8 cannot hold.
+        return json.dumps(content, allow_nan=False).encode()
+
+
+def failure(status: int, message: str, param: str | None = None,
+            code: str | None = None) -> JsonResponse:
+    headers = {"retry-after": "1"} if status == 429 else None
+    return JsonResponse(error_json(message, status, param, code), status, headers)
+
+
+def on_error(request: Request, error: Exception) -> Response:
+    """The response for an exception. Starlette logs those that are bugs."""
+    match error:
+        case HTTPException():
+            return failure(error.status_code, f"{request.method} {request.url.path[:100]}: "
+                                              f"{error.detail}.")
+        case BadRequest():
+            return failure(error.status, str(error), error.param, error.code)
+        case Busy():
+            return failure(429, str(error), code="too_many_requests")
+        case Stopped():
+            return failure(503, str(error), code="stopped")
+        case ValueError():
+            # The model's output is not finite.
+            return failure(500, str(error))
+        case ClientDisconnect():
+            return Response(status_code=400)
+    return failure(500, "An error of the server: its log has the details.")
+
+
+def file_route(path: str, name: str, media_type: str) -> Route:
+    content = Path(__file__).with_name(name).read_bytes()
+
+    async def get(request: Request) -> Response:
+        return Response(content, media_type=media_type, headers=PAGE_HEADERS)
+
+    return Route(path, get)
+
+
+async def list_models(request: Request) -> Response:
+    """GET /v1/models"""
+    listed = [{"id": model.name, "object": "model", "created": model.created,
+               "owned_by": "nanohydra"} for model in request.app.state.models.values()]
+    return JsonResponse({"object": "list", "data": listed})
+
+
+async def completions(request: Request) -> Response:
+    """POST /v1/completions"""
+    return await answer(request, completion_task)
+
+
+async def chat_completions(request: Request) -> Response:
+    """POST /v1/chat/completions"""
+    return await answer(request, chat_task)
+
+
+async def read_fields(request: Request) -> Fields:
+    """The fields of a request's JSON object. Raises BadRequest."""
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != "application/json":
+        raise BadRequest("Content-Type must be application/json.", status=415)
+    body = bytearray()
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for part in request.stream():
+                body += part
+                if len(body) > MAX_BODY:
+                    raise BadRequest(f"The body is larger than {MAX_BODY:,} bytes.", status=413)
+    except TimeoutError:
+        raise BadRequest(f"The body did not arrive within {BODY_SECONDS} seconds.",
+                         status=408) from None
+    return Fields(parse(bytes(body)))
+
+
+def take_model(request: Request, fields: Fields) -> Model:
+    """The model that `model` names; where there is only one, it need not be named."""
+    models: dict[str, Model] = request.app.state.models
+    default = next(iter(models)) if len(models) == 1 else ""
+    name = fields.take("model", default)
+    if name not in models:
+        raise BadRequest(f"model={name[:100]} is not one of {', '.join(models)}.", "model",
+                         "model_not_found", 404)
+    return models[name]
+
+
+async def answer(request: Request, make_task: MakeTask) -> Response:
+    """Decode what a request asks for, and answer it: whole, or piece by piece."""
+    fields = await read_fields(request)
+    model = take_model(request, fields)
+    streams = fields.take("stream", False)
+    options = Fields(fields.take("stream_options", {}))
+    has_usage = options.take("include_usage", False)
+    generation, answer = await make_task(fields, model, request.app.state.settings)
+    fields.check_rest()
+    generation.streams = streams
+    model.thread.submit(generation)
+    try:
+        if streams:
+            return EventStream(generation, answer, has_usage)
+        return await whole(request, generation, answer)
+    except BaseException:
+        generation.cancelled = True
+        raise
+
+
+async def whole(request: Request, generation: Generation, answer: Answer) -> Response:
+    """The response with all sequences, unless the client goes away."""
+    async def collect() -> None:
+        async for piece in generation.pieces():
+            answer.add(piece)
+
+    work = asyncio.ensure_future(collect())
+    # After the body, nothing but the end of the connection is received.
+    gone = asyncio.ensure_future(request.receive())
+    try:
+        await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            raise ClientDisconnect
+        work.result()
+    finally:
+        work.cancel()
+        gone.cancel()
+    return JsonResponse(answer.to_json(generation.top is not None))
+
+
+class EventStream(StreamingResponse):
+    """A response of server-sent events. If the client goes away, its sequences end."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, generation: Generation, answer: Answer, has_usage: bool) -> None:
+        self.generation = generation
+        super().__init__(events(generation, answer, has_usage),
+                         headers={"cache-control": "no-store"})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.generation.cancelled = True
+
+
+async def events(generation: Generation, answer: Answer, has_usage: bool) -> AsyncIterator[str]:
+    """The events of a stream; an error is one of them, since the status is sent already."""
+    for chunk in answer.first_chunks():
+        yield event(chunk)
+    try:
+        async for piece in generation.pieces():
+            yield event(answer.chunk_of(piece, generation.top is not None))
+    except Exception as error:
+        status = 503 if isinstance(error, Stopped) else 500
+        yield event(error_json(str(error), status))
+        return
+    if has_usage:
+        yield event(answer.last_chunk())
+    yield "data: [DONE]\n\n"
+
+
+def event(content: Any) -> str:
+    return f"data: {json.dumps(content, allow_nan=False)}\n\n"

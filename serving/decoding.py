@@ -1,0 +1,265 @@
+"""Continuous batching: a thread that decodes the requests for one model together.
+
+The sequences of a request join the batch between two steps and leave it when they have ended, so a
+request waits for room, but never for the end of another one. Knows no HTTP and no JSON.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+import traceback
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from conf.sampling import SamplingConfig
+from generation.decoder import Decoder
+from generation.engine import Completion, Engine
+from generation.sampling import Batch, Row
+
+STOPPED = "The server was stopped."
+
+
+class Stopped(Exception):
+    """The server was stopped before it could answer."""
+
+
+class Busy(Exception):
+    """Too many requests are open."""
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token with its log probability, and those of the most likely ones, by their ids."""
+
+    id: int
+    # The number of characters before its text.
+    offset: int
+    logprob: float
+    top: dict[int, float]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one sequence of a generation has grown by. The last piece has a reason."""
+
+    index: int
+    text: str
+    tokens: list[Token]
+    # The number of tokens of the sequence so far.
+    n_tokens: int
+    # "", "length", "stop" or "end_of_text".
+    reason: str
+
+
+@dataclass(eq=False)
+class Generation:
+    """The sequences of one request: prompts, each with the number of its sample.
+
+    Ends before the first of the texts `stops`. `top` is the number of likely tokens that each
+    token has; None: no log probabilities. If it does not stream, each sequence is one piece.
+    """
+
+    jobs: Sequence[tuple[list[int], int]]
+    rules: SamplingConfig
+    stops: Sequence[str] = ()
+    top: int | None = None
+    streams: bool = False
+    # Whether the client has gone; its sequences then leave the batch.
+    cancelled: bool = False
+    received: asyncio.Queue[Piece | Exception] = field(default_factory=asyncio.Queue)
+
+    def __post_init__(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.n_open = len(self.jobs)
+
+    def put(self, piece: Piece | Exception) -> None:
+        """Hand over a piece, from the decoding thread."""
+        try:
+            self.loop.call_soon_threadsafe(self.received.put_nowait, piece)
+        except RuntimeError:
+            # The loop is closed: nobody waits for it.
+            self.cancelled = True
+
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """Its pieces until all sequences have ended. Raises the exception that ended them."""
+        n_ended = 0
+        while n_ended < len(self.jobs):
+            piece = await self.received.get()
+            if isinstance(piece, Exception):
+                raise piece
+            n_ended += bool(piece.reason)
+            yield piece
+
+
+@dataclass(eq=False)
+class Call:
+    """A function that uses the model, and its result."""
+
+    function: Callable[[], Any]
+    future: Future[Any] = field(default_factory=Future)
+
+
+class Sample(Row):
+    """A row of the batch: one sequence of a generation, and its text so far."""
+
+    def __init__(self, generation: Generation, index: int, completion: Completion) -> None:
+        prompt, number = generation.jobs[index]
+        super().__init__(list(prompt), generation.rules, number)
+        self.generation, self.index, self.completion = generation, index, completion
+        self.n_shown = 0
+        self.tokens: deque[Token] = deque()
+
+    def add(self, token: int, logits: Tensor) -> None:
+        """Count a token that the batch has added, and hand over what it completes."""
+        generation, completion = self.generation, self.completion
+        if generation.top is not None:
+            logprobs = logits.float().log_softmax(-1)
+            values, ids = logprobs.topk(generation.top)
+            top = dict(zip(ids.tolist(), values.tolist(), strict=True))
+            offset = len(completion.text)
+            self.tokens.append(Token(token, offset, logprobs[token].item(), top))
+        completion.add(token)
+        if len(completion.tokens) == self.rules.max_new_tokens:
+            completion.finish()
+        if generation.streams or completion.finished:
+            self.hand_over()
+
+    def hand_over(self) -> None:
+        completion = self.completion
+        text = completion.printable()
+        # Without the tokens of a stop, of an end, and of a character that is not complete.
+        tokens = []
+        while self.tokens and self.tokens[0].offset < len(text):
+            tokens.append(self.tokens.popleft())
+        reason = completion.reason if completion.finished else ""
+        piece = Piece(self.index, text[self.n_shown :], tokens, len(completion.tokens), reason)
+        self.n_shown = len(text)
+        if piece.text or reason:
+            self.generation.put(piece)
+
+
+class DecodingThread(threading.Thread):
+    """Decodes up to `rows` sequences at a time, of up to `max_requests` requests that wait."""
+
+    def __init__(self, engine: Engine, decoder: Decoder | None, rows: int,
+                 max_requests: int) -> None:
+        super().__init__(daemon=True)
+        self.engine, self.decoder = engine, decoder
+        self.rows, self.max_requests = rows, max_requests
+        self.inbox: queue.SimpleQueue[Generation | Call | None] = queue.SimpleQueue()
+        self.waiting: deque[Generation] = deque()
+        # What was submitted and has not ended.
+        self.open: set[Generation | Call] = set()
+        self.stopped = False
+
+    # Called by the event loop
+
+    def submit(self, task: Generation | Call) -> None:
+        """Start a task. Raises `Busy` if too many are open."""
+        if self.stopped:
+            raise Stopped(STOPPED)
+        if len(self.open) >= self.max_requests:
+            raise Busy(f"{self.max_requests} requests are open, which is the limit: try again "
+                       "later.")
+        self.open.add(task)
+        self.inbox.put(task)
+
+    async def call(self, function: Callable[[], Any]) -> Any:
+        """The result of a function that uses the model, called between two steps."""
+        task = Call(function)
+        self.submit(task)
+        return await asyncio.wrap_future(task.future)
+
+    def stop(self) -> None:
+        """End all tasks with `Stopped`."""
+        self.stopped = True
+        self.inbox.put(None)
+
+    # Called by the thread
+
+    def run(self) -> None:
+        """Decode until `stop`."""
+        # Both are settings of a thread.
+        with self.engine.device.autocast():
+            self.new_batch()
+            while not self.stopped:
+                try:
+                    self.receive()
+                    self.admit()
+                    if self.batch.rows:
+                        self.step()
+                except Exception as error:
+                    # A ValueError says that the model's output is not finite.
+                    if not isinstance(error, ValueError):
+                        traceback.print_exc()
+                    self.end_all(error)
+                    self.new_batch()
+        self.receive()
+        self.end_all(Stopped(STOPPED))
+
+    def new_batch(self) -> None:
+        self.batch = Batch(self.engine.model, self.decoder, self.rows,
+                           self.engine.model.config.block_size)
+
+    def receive(self) -> None:
+        """Take all new tasks. Waits for one while there is nothing to decode."""
+        is_idle = not self.batch.rows and not self.waiting and not self.stopped
+        while is_idle or not self.inbox.empty():
+            task = self.inbox.get()
+            is_idle = False
+            if isinstance(task, Generation):
+                self.waiting.append(task)
+            elif task is not None:
+                self.call_now(task)
+
+    def call_now(self, task: Call) -> None:
+        if task.future.set_running_or_notify_cancel():
+            try:
+                task.future.set_result(task.function())
+            except Exception as error:
+                task.future.set_exception(error)
+        self.open.discard(task)
+
+    def admit(self) -> None:
+        """Let the first generation that waits join, if there is room.
+
+        Only one per step: the others' sequences do not grow while its prompts are read.
+        """
+        while self.waiting and self.waiting[0].cancelled:
+            self.open.discard(self.waiting.popleft())
+        if not self.waiting or len(self.batch.rows) + len(self.waiting[0].jobs) > self.rows:
+            return
+        generation = self.waiting.popleft()
+        for index in range(len(generation.jobs)):
+            completion = Completion(self.engine.tokenizer, *generation.stops)
+            self.batch.join(Sample(generation, index, completion))
+
+    def step(self) -> None:
+        """Add a token to each sequence. Those that have ended leave the batch."""
+        tokens, logits = self.batch.step()
+        for sample, token, row in zip(self.batch.rows, tokens.tolist(), logits, strict=True):
+            sample.add(token, row)
+        for place in reversed(range(len(self.batch.rows))):
+            sample = self.batch.rows[place]
+            if not sample.completion.finished and not sample.generation.cancelled:
+                continue
+            self.batch.leave(place)
+            sample.generation.n_open -= 1
+            if not sample.generation.n_open:
+                self.open.discard(sample.generation)
+
+    def end_all(self, error: Exception) -> None:
+        for task in list(self.open):
+            if isinstance(task, Generation):
+                task.put(error)
+            elif task.future.set_running_or_notify_cancel():
+                task.future.set_exception(error)
+        self.open.clear()
+        self.waiting.clear()

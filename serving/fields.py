@@ -1,0 +1,116 @@
+"""Read the fields of a request's JSON object, each with its type and its range.
+
+Knows no HTTP.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from typing import Any, NoReturn
+
+from conf.sampling import SamplingConfig
+
+# The setting by the name of OpenAI's API, where it has another one.
+NAMES = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens",
+         "temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "seed": "seed"}
+INTEGERS = ("max_new_tokens", "top_k", "seed")
+# These do not change the answer.
+IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
+MAX_STOPS, MAX_STOP = 16, 200
+MAX_NUMBER = 2**63
+
+
+class BadRequest(Exception):
+    """A mistake in a request: an HTTP status, a message, the field, and a code for programs."""
+
+    def __init__(self, message: str, param: str | None = None, code: str | None = None,
+                 status: int = 400) -> None:
+        super().__init__(message)
+        self.status, self.param, self.code = status, param, code
+
+
+def parse(body: bytes) -> dict[str, Any]:
+    """The JSON object of a body. Raises BadRequest if it is not one."""
+    def refuse(constant: str) -> NoReturn:
+        raise ValueError(f"{constant} is not a number of JSON")
+
+    try:
+        values = json.loads(body.decode(), parse_constant=refuse)
+    except RecursionError:
+        raise BadRequest("The body is nested too deeply.") from None
+    except ValueError as error:
+        raise BadRequest(f"The body is not JSON in UTF-8: {error}.") from None
+    if not isinstance(values, dict):
+        raise BadRequest("The body is not a JSON object.")
+    return values
+
+
+class Fields:
+    """The fields of an object. Each is taken once; null is the same as a field that is missing."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        self.values = {name: value for name, value in values.items() if value is not None}
+
+    def take(self, name: str, default: Any, *types: type) -> Any:
+        """The value of a field, of one of the `types`."""
+        value = self.values.pop(name, default)
+        # To Python, true is a number.
+        if type(value) not in (*types, type(default)):
+            wanted = " or ".join(JSON_NAMES[kind] for kind in types)
+            raise BadRequest(f"{name}={shown(value)} must be {wanted}.", name)
+        if isinstance(value, int | float) and not abs(value) < MAX_NUMBER:
+            raise BadRequest(f"{name}={shown(value)} is too large.", name)
+        return value
+
+    def integer(self, name: str, default: int | None, low: int, high: int) -> int | None:
+        value = self.take(name, default, int)
+        if value is not None and not low <= value <= high:
+            raise BadRequest(f"{name}={value} must be from {low} to {high}.", name)
+        return value
+
+    def rules(self, defaults: SamplingConfig) -> SamplingConfig:
+        """The sampling rules, with `defaults` for those that are missing."""
+        given: dict[str, Any] = {}
+        for name, setting in NAMES.items():
+            default = given.get(setting, getattr(defaults, setting))
+            types = (int,) if setting in INTEGERS else (int, float)
+            given[setting] = self.take(name, default, *types)
+        rules = replace(SamplingConfig(cache=defaults.cache, int8=defaults.int8), **given)
+        for problem in rules.problems():
+            raise BadRequest(problem, problem.partition("=")[0])
+        return rules
+
+    def stops(self, default: str) -> list[str]:
+        """The texts to stop at: `stop` is one text or a list."""
+        stops = self.take("stop", default, str, list)
+        if isinstance(stops, str):
+            stops = [stops] if stops else []
+        for stop in stops:
+            if not isinstance(stop, str) or not 0 < len(stop) <= MAX_STOP:
+                raise BadRequest(f"stop={shown(stop)} must be a text of 1 to {MAX_STOP} "
+                                 "characters.", "stop")
+        if len(stops) > MAX_STOPS:
+            raise BadRequest(f"stop has {len(stops)} texts, and the limit is {MAX_STOPS}.", "stop")
+        return stops
+
+    def check_rest(self) -> None:
+        """Raise BadRequest for a field that nobody took, unless it changes nothing."""
+        for name, value in self.values.items():
+            # Such as presence_penalty=0 or tools=[].
+            if name not in IGNORED and value:
+                raise BadRequest(f"{name[:100]}={shown(value)} is not supported: leave it out.",
+                                 name[:100], "unsupported_parameter")
+
+
+JSON_NAMES = {int: "an integer", float: "a number", str: "a text", bool: "true or false",
+              list: "a list", dict: "an object"}
+
+
+def shown(value: Any) -> str:
+    """A value for a message."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."

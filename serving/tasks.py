@@ -1,0 +1,136 @@
+"""From the fields of a request to what is decoded and how it is answered.
+
+Knows no HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from conf.sampling import SamplingConfig
+from conf.serving import ServeSettings
+from data.chat import has_markers, read_messages
+from data.records import BadRecord
+from generation.chat import Conversation
+from generation.engine import Engine
+from serving.answers import Answer, ChatAnswer
+from serving.decoding import DecodingThread, Generation
+from serving.fields import BadRequest, Fields, shown
+
+MAX_TOP = 20
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that is served, by its name."""
+
+    name: str
+    engine: Engine
+    thread: DecodingThread
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def block_size(self) -> int:
+        return self.engine.model.config.block_size
+
+
+async def completion_task(fields: Fields, model: Model,
+                          settings: ServeSettings) -> tuple[Generation, Answer]:
+    """A task of /v1/completions. Raises BadRequest."""
+    prompts = await asyncio.to_thread(read_prompts, fields, model)
+    n = fields.integer("n", 1, 1, settings.batch_size)
+    top = fields.integer("logprobs", None, 0, MAX_TOP)
+    # The texts of one prompt are those that sample.py prints for num_samples.
+    jobs = [(prompt, number) for prompt in prompts for number in range(n)]
+    generation = make_generation(fields, jobs, fields.rules(settings), settings, top)
+    echoes = []
+    if fields.take("echo", False):
+        echoes = [model.engine.shown(prompt) for prompt, _ in jobs]
+    return generation, Answer(model.name, model.engine.tokenizer, prompts, n, echoes)
+
+
+async def chat_task(fields: Fields, model: Model,
+                    settings: ServeSettings) -> tuple[Generation, Answer]:
+    """A task of /v1/chat/completions. Raises BadRequest."""
+    rules = fields.rules(settings)
+    messages = fields.take("messages", [])
+    prompt, number = await asyncio.to_thread(read_conversation, messages, model, rules)
+    n = fields.integer("n", 1, 1, settings.batch_size)
+    top = fields.integer("top_logprobs", 0, 0, MAX_TOP)
+    if not fields.take("logprobs", False):
+        top = None
+    # An answer never goes beyond the context, as in sample.py.
+    most = min(rules.max_new_tokens, model.block_size - len(prompt))
+    # The same text as the answer to the same question in sample.py.
+    jobs = [(prompt, number + index) for index in range(n)]
+    generation = make_generation(fields, jobs, replace(rules, max_new_tokens=most), settings, top)
+    return generation, ChatAnswer(model.name, model.engine.tokenizer, [prompt], n)
+
+
+def make_generation(fields: Fields, jobs: Sequence[tuple[list[int], int]], rules: SamplingConfig,
+                    settings: ServeSettings, top: int | None) -> Generation:
+    """The generation of `jobs`. Raises BadRequest if it is too large."""
+    if len(jobs) > settings.batch_size:
+        raise BadRequest(f"{len(jobs)} completions are asked for, and the limit is "
+                         f"{settings.batch_size} (batch_size).", "n")
+    n_tokens = len(jobs) * rules.max_new_tokens
+    if n_tokens > settings.max_request_tokens:
+        raise BadRequest(f"{n_tokens} tokens are asked for, and the limit is "
+                         f"{settings.max_request_tokens} (max_request_tokens).", "max_tokens")
+    return Generation(jobs, rules, fields.stops(settings.stop), top)
+
+
+def read_prompts(fields: Fields, model: Model) -> list[list[int]]:
+    """The token ids of `prompt`: a text, token ids, or a list of either."""
+    given = fields.take("prompt", "", str, list)
+    is_one = isinstance(given, str) or (given and all(type(one) is int for one in given))
+    prompts = [given] if is_one else given
+    if not prompts:
+        raise BadRequest("prompt is an empty list: give at least one.", "prompt")
+    return [read_prompt(prompt, model) for prompt in prompts]
+
+
+def read_prompt(prompt: Any, model: Model) -> list[int]:
+    """The token ids of one text, or of token ids."""
+    n_vocab = model.engine.tokenizer.vocab_size
+    if isinstance(prompt, list):
+        for token in prompt:
+            if type(token) is not int or not 0 <= token < n_vocab:
+                raise BadRequest(f"prompt has {shown(token)} in place of a token id from 0 to "
+                                 f"{n_vocab - 1}.", "prompt")
+    elif not isinstance(prompt, str):
+        raise BadRequest(f"prompt has {shown(prompt)} in place of a text.", "prompt")
+    ids = encoded("prompt", model, prompt or "")
+    if len(ids) > model.block_size:
+        raise BadRequest(f"The prompt has {len(ids):,} tokens, and the context of the model "
+                         f"{model.block_size:,}: shorten it.", "prompt", "context_length_exceeded")
+    return ids
+
+
+def encoded(name: str, model: Model, prompt: str | list[int]) -> list[int]:
+    try:
+        return model.engine.prompt_ids(prompt)
+    except ValueError as error:
+        # A character that the tokenizer lacks.
+        raise BadRequest(str(error), name) from None
+
+
+def read_conversation(given: list[Any], model: Model, rules: SamplingConfig) -> tuple[list[int],
+                                                                                    int]:
+    """The prompt of the next answer, and the number of questions before the last one."""
+    if not has_markers(model.engine.tokenizer):
+        raise BadRequest(f"{model.name} was not trained on conversations (data=chat): use "
+                         "/v1/completions.", "model")
+    messages = read_messages({"messages": given}, "The request")
+    if isinstance(messages, BadRecord):
+        raise BadRequest(f"{messages.problem}.", "messages")
+    try:
+        conversation = Conversation(model.engine, rules)
+        return conversation.continued(messages), conversation.n_questions
+    except ValueError as error:
+        # A question that is too long, or a character that the tokenizer lacks.
+        raise BadRequest(str(error), "messages") from None

@@ -17,11 +17,10 @@ if __name__ == "__main__":
 import math
 import shlex
 from contextlib import ExitStack
-from dataclasses import asdict, replace
-from functools import partial
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
 from pathlib import Path
 
-import torch
 import yaml
 
 import atomic
@@ -34,25 +33,24 @@ from checkpointing.provenance import record_start
 from checkpointing.resume import (
     limit_reached,
     open_device,
+    open_run,
     prepared_tokens,
     settings_to_save,
-    start_or_resume,
     with_initial_weights,
+    with_vocab_size,
 )
 from checkpointing.rollback import answer_nonfinite
 from checkpointing.run_folder import Run
 from checkpointing.saver import Saver
-from checkpointing.state import State
+from checkpointing.state import State, new_state
 from conf.sampling import SamplingConfig
 from conf.settings import Settings
 from data.chat import markers_of
-from data.loader import Loader, Prefetch, Validation
+from data.loader import Loader, Prefetch, Validation, document_boundary
 from data.prepare import describe, load_tokenizer, val_bytes_per_token
 from data.shards import open_parts
 from data.tokenizer import Tokenizer
 from generation.engine import Prompt, open_checkpoint, short_sample
-from model import GPT
-from model.loss import loss_options
 from report.page import after_training, is_current
 from terminal import counted, output, say
 from training.buckets import GradientBuckets
@@ -62,13 +60,13 @@ from training.decision import Decision, decide
 from training.device import Device, check_fused_loss, configure, maybe_compile
 from training.distributed import World
 from training.estimate import measure_pace
-from training.fsdp import RowGradients, shard
+from training.fsdp import RowGradients
 from training.interrupt import Interrupt
 from training.memory import check_memory
-from training.optim import Optimizers
 from training.recorder import Recorder
 from training.schedule import lr_scale
 from training.step import (
+    Batch,
     accumulate_gradients,
     document_numbers,
     evaluate,
@@ -94,63 +92,33 @@ def train_together(settings: Settings, world: World) -> int:
     """Train as one process of `world`. Only the first one writes, prints and samples."""
     # Find the weights to start from, and load the data.
     settings, imported = world.first(lambda: with_initial_weights(settings))
-    prepared = world.first(lambda: prepared_tokens(settings))
-    tokenizer = load_tokenizer(prepared)
-    boundary = document_boundary(tokenizer) if settings.data.respect_documents else None
-    markers = markers_of(tokenizer) if settings.data.source == "chat" else None
-    model_config = replace(settings.model, vocab_size=tokenizer.vocab_size)
-    settings = replace(settings, model=model_config)
-    limits, block_size = settings.training, model_config.block_size
-    weights = settings.data.weights()
-    loader = Loader(open_parts(prepared, "train"), block_size, limits.batch_size,
-                    limits.micro_steps(block_size, world.size), settings.seed, world.size, weights,
-                    markers)
-    validation = Validation(open_parts(prepared, "val"), block_size, limits.batch_size,
-                            limits.eval_tokens, weights, world.rank, world.size, markers)
-    prompts: list[Prompt] = [""] * SAMPLES
-    bytes_per_token = val_bytes_per_token(prepared, weights)
-    if markers:
-        prompts = validation.questions(SAMPLES)
-        bytes_per_token = validation.bytes_per_target(tokenizer)
+    data = load_data(settings, world)
+    settings = with_vocab_size(settings, data.prepared)
     # A device that this machine does not have is an error before the run's folder is touched.
-    Device(limits.device, limits.precision)
+    Device(settings.training.device, settings.training.precision)
 
     with ExitStack() as stack:
-        run, settings, last = open_run(settings, prepared, world, stack)
+        run, settings, last = open_run(settings, data.prepared, world, stack)
         limits = settings.training
         if last and limit_reached(limits, last):
-            return world.first(lambda: already_finished(run, settings, last, prompts))
+            return world.first(lambda: already_finished(run, settings, last, data.prompts))
 
         # Build the model and the optimizers.
         device = open_device(run, settings, last)
         stack.enter_context(configure(device))
-        torch.manual_seed(settings.seed)
-        model = GPT(model_config)
-        model.recompute = limits.recompute
-        model.loss_options = loss_options(device.torch, fused=limits.compile != "false")
         sharded = divides_weights(settings, world, device)
-        sampling_device = device
-        if sharded:
-            shard(model, world, device)
-            # The whole model may not fit on another device.
-            sampling_device = Device("cpu")
-        else:
-            model.to(device.torch)
-        optimizers = Optimizers(model.parameters_by_role(), settings.optim, world, sharded)
-        scaler = torch.amp.GradScaler(device.type, enabled=device.precision == "fp16")
+        state = new_state(settings, world, device, sharded)
 
         # Restore the latest checkpoint, or load the weights to start from.
-        state = State(model, optimizers, scaler)
         if last:
             state.restore(last)
         elif settings.init_from:
-            state.load_weights(initial_weights(settings, tokenizer))
+            state.load_weights(initial_weights(settings, data.tokenizer))
 
         # Check that memory and disk space suffice, before anything is written.
-        first_batch = loader.batch(0)
-        inputs, _ = first_batch
         if not sharded:
-            check_memory(model, inputs, document_numbers(inputs, boundary), device)
+            inputs, _ = data.first_batch
+            check_memory(state.model, inputs, document_numbers(inputs, data.boundary), device)
         if world.is_first:
             store.check_free_space(run.checkpoints, state.nbytes())
             config = yaml.safe_dump(asdict(settings), sort_keys=False)
@@ -164,124 +132,14 @@ def train_together(settings: Settings, world: World) -> int:
               Saver(run.checkpoints, limits.keep_last, state.step,
                     partial(before_checkpoint, run, recorder), recorder.say,
                     stop_on_error=limits.on_save_error == "stop", peers=Peers(world)) as saver):
-            # Describe the run, decide whether to compile, and estimate the time it takes.
-            notices.describe_run(recorder.say, run.folder, device, model, loader,
-                                 describe(prepared), state.step, world.local_size)
-            for line in imported:
-                recorder.say(line)
-            notices.describe_changes(recorder.say, settings, state, last, world.size)
-            micro_step = partial(try_micro_step, batch=first_batch, device=device,
-                                 boundary=boundary)
-            # The floating-point operations of each process in a step.
-            step_flops = model.flops_per_token() * loader.tokens_per_step / world.size
-            choice = "false" if sharded else limits.compile
-            forward = maybe_compile(model, choice, device, step_flops * limits.max_steps,
-                                    micro_step, recorder.say)
-            compiled = forward is not model
-            if not compiled:
-                check_fused_loss(model, micro_step, recorder.say)
-            facts = {"settings": settings_to_save(settings, prepared, device.precision),
-                     "max_steps": limits.max_steps, "model": asdict(model.config),
-                     "environment": asdict(device.environment(compiled, world.size))}
-            if world.is_first:
-                record_start(run.folder, state.step, facts["environment"])
-            pace = measure_pace(first_loss(forward, first_batch, device, boundary),
-                                model.parameters_by_role(), settings.optim, device, limits,
-                                loader.micro_steps, sum(validation.n_windows),
-                                compiled or model.loss_options is not None, world)
-            steps_left, _ = pace.work_left(limits, state.step, state.seconds)
-            recorder.expect(pace.seconds_left(limits, state.step, state.seconds),
-                            limited=steps_left < limits.max_steps - state.step)
-            recorder.say(f"Time: {pace.describe(limits, state.step, state.seconds)}")
-
-            def save(val_loss: float | None) -> None:
-                scheduled = limits.saves(state.step)
-                saver.save(state.snapshot(val_loss, scheduled, tokenizer.to_json(), facts))
-
-            # Train.
-            batches = Prefetch(loader, device.torch, world.rank)
-            gradients = GradientBuckets(world, list(model.parameters()), optimizers.parts)
-            if sharded:
-                gradients = RowGradients(optimizers.parameters, optimizers.own_parts)
-            val_loss, decision = None, Decision()
+            training = Training(settings, data, state, device, world, run, recorder, saver)
+            training.describe(last, imported)
+            training.compile()
+            training.estimate()
             if limits.on_nonfinite == "rollback" and not last:
-                save(val_loss)  # a checkpoint to return to
-            while not decision.ends_run:
-                start = clock.seconds()
-                scale = lr_scale(state.step, settings.optim, limits.max_steps)
-                optimizers.set_scale(scale)
-                losses = accumulate_gradients(forward, gradients, batches, boundary, state.batch,
-                                              scaler, device, settings.seed, interrupt)
-                if losses is None:
-                    # Interrupted between two micro-steps: the step is not taken.
-                    break
-                norm = optimizers.gradient_norm(scaler)
-                # The only values that a step reads from the device.
-                loss, norm_value = read_losses(world.gather(losses), norm)
-                run.check_not_moved()
-
-                # A loss scaler passes over gradients that are not finite, and lowers its scale.
-                finite = math.isfinite(loss) and (math.isfinite(norm_value)
-                                                        or scaler.is_enabled())
-                if finite:
-                    optimizers.step(scaler, norm, settings.optim.grad_clip,
-                                    overflowed=not math.isfinite(norm_value))
-                step_seconds = clock.seconds() - start
-                seconds, interrupted = world.agree(state.seconds + step_seconds, bool(interrupt))
-                decision = decide(limits, state.step + 1, seconds, finite, state.nonfinite,
-                                  interrupted)
-                if not finite:
-                    answer_nonfinite(decision.action, loss, loader.sequences(state.batch), state,
-                                     run, limits, recorder, saver, world)
-                if decision.action == "rollback":
-                    continue
-                state.step += 1
-                state.seconds = seconds
-
-                tokens_per_second = loader.tokens_per_step / step_seconds
-                measured = {"skipped": True}
-                if finite:
-                    measured = {"loss": loss, "gradient_norm": norm_value}
-                recorder.record(state.step, **measured, lr_scale=scale,
-                                tokens=state.step * loader.tokens_per_step,
-                                step_ms=1000 * step_seconds, seconds=state.seconds)
-                recorder.progress(state.step, loss=f"{loss:.3f}",
-                                  speed=f"{tokens_per_second:,.0f} tokens/s",
-                                  **device.mfu(step_flops / step_seconds))
-
-                val_loss = None
-                if decision.evaluate:
-                    val_loss = evaluate(model, validation, device, boundary, world)
-                    recorder.record_validation(state.step, val_loss, bytes_per_token)
-                    # One that is only due to the end of the run does not count towards patience:
-                    # a longer run would not have it.
-                    if limits.evaluates(state.step):
-                        state.note_evaluation(val_loss)
-                        decision = decision.after_evaluation(limits, state.stale_evaluations)
-                if decision.limit == "patience":
-                    recorder.record(state.step, stopped_early=True)
-                if decision.save:
-                    save(val_loss)
-                if decision.evaluate and limits.sample_tokens:
-                    # Whatever happens while sampling, the checkpoint is on the disk.
-                    saver.finish()
-                    whole = state.whole_model()
-                    if world.is_first:
-                        text = short_sample(whole, tokenizer, limits.sample_tokens,
-                                            sampling_device, prompts[0])
-                        recorder.sample(state.step, text)
-                saver.check()
-
-            # Save what an interruption or a full disk has left unsaved.
-            run.check_not_moved()
-            saver.finish()
-            if world.first(lambda: saver.saved < state.step):
-                save(val_loss)
-                saver.finish()
-            if world.first(lambda: saver.saved < state.step):
-                world.fail(OSError(f"Only {saver.saved} of {counted(state.step, 'step')} are saved "
-                                   f"in {run.folder}: free some disk space and run the command "
-                                   f"again."))
+                training.save()  # a checkpoint to return to
+            decision = training.loop(clock, interrupt)
+            training.save_last_step()
             if decision.interrupted or interrupt:
                 recorder.say(f"Interrupted: {state.step} of {counted(limits.max_steps, 'step')} "
                              f"are saved in {run.folder}; the same command resumes there.")
@@ -293,31 +151,246 @@ def train_together(settings: Settings, world: World) -> int:
         if world.is_first:
             say(f"Trained {counted(state.step, 'step')} in {state.seconds:.0f} s, "
                 f"and waited {saver.waiting_seconds:.1f} s for saving.")
-            finish(run, limits, prompts, sampling_device)
+            finish(run, limits, data.prompts, training.sampling_device)
         return 0
 
 
-def open_run(settings: Settings, prepared: Path, world: World,
-             stack: ExitStack) -> tuple[Run, Settings, Checkpoint | None]:
-    """Lock the run's folder in the first process; tell all what settings and checkpoint it has."""
-    runs = []
+@dataclass(frozen=True)
+class Data:
+    """The prepared text of a run, and the batches of it that this process trains on."""
 
-    def lock() -> tuple[Settings, Checkpoint | None]:
-        run, resolved, last = stack.enter_context(start_or_resume(settings, prepared))
-        runs.append(run)
-        return resolved, last
+    prepared: Path
+    tokenizer: Tokenizer
+    loader: Loader
+    validation: Validation
+    boundary: int | None  # the token between documents, if attention does not cross them
+    prompts: list[Prompt]  # of the samples at the end
+    bytes_per_token: float  # of the validation text
 
-    resolved, last = world.first(lock)
-    return world.only_first(runs.pop), resolved, last
+    @cached_property
+    def first_batch(self) -> Batch:
+        """A batch to try and to time a micro-step with."""
+        return self.loader.batch(0)
 
 
-def document_boundary(tokenizer: Tokenizer) -> int:
-    """The id that starts a document: the end-of-text token of the document before it."""
-    if tokenizer.end_of_text is None:
-        raise ValueError("data.respect_documents=true needs several documents, but this text is a "
-                         "single one and its tokenizer has no end-of-text token. Leave it out, or "
-                         "name several texts.")
-    return tokenizer.end_of_text
+def load_data(settings: Settings, world: World) -> Data:
+    """Open the prepared text; the first process prepares it if necessary."""
+    prepared = world.first(lambda: prepared_tokens(settings))
+    tokenizer = load_tokenizer(prepared)
+    boundary = document_boundary(tokenizer) if settings.data.respect_documents else None
+    markers = markers_of(tokenizer) if settings.data.source == "chat" else None
+    limits, block_size = settings.training, settings.model.block_size
+    weights = settings.data.weights()
+    loader = Loader(open_parts(prepared, "train"), block_size, limits.batch_size,
+                    limits.micro_steps(block_size, world.size), settings.seed, world.size, weights,
+                    markers)
+    validation = Validation(open_parts(prepared, "val"), block_size, limits.batch_size,
+                            limits.eval_tokens, weights, world.rank, world.size, markers)
+    prompts: list[Prompt] = [""] * SAMPLES
+    bytes_per_token = val_bytes_per_token(prepared, weights)
+    if markers:
+        prompts = validation.questions(SAMPLES)
+        bytes_per_token = validation.bytes_per_target(tokenizer)
+    return Data(prepared, tokenizer, loader, validation, boundary, prompts, bytes_per_token)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step that was taken, or skipped because its loss or gradient is not finite."""
+
+    loss: float  # nats per token
+    norm: float  # of the gradient
+    lr_scale: float
+    finite: bool
+
+
+@dataclass
+class Training:
+    """The training loop of this process."""
+
+    settings: Settings
+    data: Data
+    state: State
+    device: Device
+    world: World
+    run: Run
+    recorder: Recorder
+    saver: Saver
+    # The validation loss after the last step, where it was evaluated.
+    val_loss: float | None = None
+
+    def __post_init__(self) -> None:
+        data, state, world = self.data, self.state, self.world
+        self.limits = self.settings.training
+        # The floating-point operations of this process in a step.
+        tokens = data.loader.tokens_per_step / world.size
+        self.step_flops = state.model.flops_per_token() * tokens
+        self.batches = Prefetch(data.loader, self.device.torch, world.rank)
+        if state.optimizers.sharded:
+            self.gradients = RowGradients(state.optimizers.parameters, state.optimizers.own_parts)
+            # The whole model may not fit on another device.
+            self.sampling_device = Device("cpu")
+        else:
+            self.gradients = GradientBuckets(world, list(state.model.parameters()),
+                                             state.optimizers.parts)
+            self.sampling_device = self.device
+
+    def describe(self, last: Checkpoint | None, imported: list[str]) -> None:
+        """Say what is trained on what, and what a resumed run does differently."""
+        say, world, state = self.recorder.say, self.world, self.state
+        notices.describe_run(say, self.run.folder, self.device, state.model, self.data.loader,
+                             describe(self.data.prepared), state.step, world.local_size)
+        for line in imported:
+            say(line)
+        notices.describe_changes(say, self.settings, state, last, world.size)
+
+    def compile(self) -> None:
+        """Compile the model where that pays, otherwise only its loss, and record the start."""
+        model, limits, say = self.state.model, self.limits, self.recorder.say
+        micro_step = partial(try_micro_step, batch=self.data.first_batch, device=self.device,
+                             boundary=self.data.boundary)
+        choice = "false" if self.state.optimizers.sharded else limits.compile
+        self.forward = maybe_compile(model, choice, self.device,
+                                     self.step_flops * limits.max_steps, micro_step, say)
+        self.is_compiled = self.forward is not model
+        if not self.is_compiled:
+            check_fused_loss(model, micro_step, say)
+        environment = asdict(self.device.environment(self.is_compiled, self.world.size))
+        if self.world.is_first:
+            record_start(self.run.folder, self.state.step, environment)
+        # What all checkpoints of this process say.
+        saved_settings = settings_to_save(self.settings, self.data.prepared, self.device.precision)
+        self.facts = {"settings": saved_settings, "max_steps": limits.max_steps,
+                      "model": asdict(model.config), "environment": environment}
+
+    def estimate(self) -> None:
+        """Estimate the time that training takes, for a message and the progress bar."""
+        data, limits, state = self.data, self.limits, self.state
+        loss = first_loss(self.forward, data.first_batch, self.device, data.boundary)
+        pace = measure_pace(loss, state.model.parameters_by_role(), self.settings.optim,
+                            self.device, limits, data.loader.micro_steps,
+                            sum(data.validation.n_windows),
+                            self.is_compiled or state.model.loss_options is not None, self.world)
+        steps_left, _ = pace.work_left(limits, state.step, state.seconds)
+        self.recorder.expect(pace.seconds_left(limits, state.step, state.seconds),
+                             limited=steps_left < limits.max_steps - state.step)
+        self.recorder.say(f"Time: {pace.describe(limits, state.step, state.seconds)}")
+
+    def loop(self, clock: Clock, interrupt: Interrupt) -> Decision:
+        """Train until a limit or an interruption ends the run."""
+        limits, state, world = self.limits, self.state, self.world
+        decision = Decision()
+        while not decision.ends_run:
+            start = clock.seconds()
+            step = self.take_step(interrupt)
+            if step is None:
+                break
+            step_seconds = clock.seconds() - start
+            seconds, interrupted = world.agree(state.seconds + step_seconds, bool(interrupt))
+            decision = decide(limits, state.step + 1, seconds, step.finite, state.nonfinite,
+                              interrupted)
+            if not step.finite:
+                answer_nonfinite(decision.action, step.loss,
+                                 self.data.loader.sequences(state.batch), state, self.run, limits,
+                                 self.recorder, self.saver, world)
+            if decision.action == "rollback":
+                continue
+            state.step += 1
+            state.seconds = seconds
+            self.record(step, step_seconds)
+
+            self.val_loss = None
+            if decision.evaluate:
+                decision = self.evaluate(decision)
+            if decision.save:
+                self.save()
+            if decision.evaluate and limits.sample_tokens:
+                self.sample()
+            self.saver.check()
+        return decision
+
+    def take_step(self, interrupt: Interrupt) -> Step | None:
+        """Update the weights by a batch; None if interrupted between two micro-steps of it."""
+        settings, state, scaler = self.settings, self.state, self.state.scaler
+        scale = lr_scale(state.step, settings.optim, self.limits.max_steps)
+        state.optimizers.set_scale(scale)
+        losses = accumulate_gradients(self.forward, self.gradients, self.batches,
+                                      self.data.boundary, state.batch, scaler, self.device,
+                                      settings.seed, interrupt)
+        if losses is None:
+            return None
+        norm = state.optimizers.gradient_norm(scaler)
+        # The only values that a step reads from the device.
+        loss, norm_value = read_losses(self.world.gather(losses), norm)
+        self.run.check_not_moved()
+
+        # A loss scaler passes over gradients that are not finite, and lowers its scale.
+        is_norm_finite = math.isfinite(norm_value)
+        finite = math.isfinite(loss) and (is_norm_finite or scaler.is_enabled())
+        if finite:
+            state.optimizers.step(scaler, norm, settings.optim.grad_clip,
+                                  overflowed=not is_norm_finite)
+        return Step(loss, norm_value, scale, finite)
+
+    def record(self, step: Step, step_seconds: float) -> None:
+        """Write the metrics of a step, and show its progress."""
+        tokens_per_step = self.data.loader.tokens_per_step
+        measured = {"skipped": True}
+        if step.finite:
+            measured = {"loss": step.loss, "gradient_norm": step.norm}
+        done = self.state.step
+        self.recorder.record(done, **measured, lr_scale=step.lr_scale,
+                             tokens=done * tokens_per_step, step_ms=1000 * step_seconds,
+                             seconds=self.state.seconds)
+        self.recorder.progress(done, loss=f"{step.loss:.3f}",
+                               speed=f"{tokens_per_step / step_seconds:,.0f} tokens/s",
+                               **self.device.mfu(self.step_flops / step_seconds))
+
+    def evaluate(self, decision: Decision) -> Decision:
+        """Measure the validation loss; return what follows, since patience may end the run."""
+        data, state = self.data, self.state
+        self.val_loss = evaluate(state.model, data.validation, self.device, data.boundary,
+                                 self.world)
+        self.recorder.record_validation(state.step, self.val_loss, data.bytes_per_token)
+        # One that is only due to the end of the run does not count towards patience: a longer run
+        # would not have it.
+        if self.limits.evaluates(state.step):
+            state.note_evaluation(self.val_loss)
+            decision = decision.after_evaluation(self.limits, state.stale_evaluations)
+        if decision.limit == "patience":
+            self.recorder.record(state.step, stopped_early=True)
+        return decision
+
+    def save(self) -> None:
+        """Start to save a checkpoint."""
+        scheduled = self.limits.saves(self.state.step)
+        self.saver.save(self.state.snapshot(self.val_loss, scheduled,
+                                            self.data.tokenizer.to_json(), self.facts))
+
+    def save_last_step(self) -> None:
+        """Save what an interruption or a full disk has left unsaved."""
+        self.run.check_not_moved()
+        self.saver.finish()
+        if self.world.first(self.is_unsaved):
+            self.save()
+            self.saver.finish()
+        if self.world.first(self.is_unsaved):
+            self.world.fail(OSError(
+                f"Only {self.saver.saved} of {counted(self.state.step, 'step')} are saved in "
+                f"{self.run.folder}: free some disk space and run the command again."))
+
+    def is_unsaved(self) -> bool:
+        return self.saver.saved < self.state.step
+
+    def sample(self) -> None:
+        """Record a short text by the model."""
+        # Whatever happens while sampling, the checkpoint is on the disk.
+        self.saver.finish()
+        whole = self.state.whole_model()
+        if self.world.is_first:
+            text = short_sample(whole, self.data.tokenizer, self.limits.sample_tokens,
+                                self.sampling_device, self.data.prompts[0])
+            self.recorder.sample(self.state.step, text)
 
 
 def already_finished(run: Run, settings: Settings, last: Checkpoint,

@@ -6,7 +6,7 @@ Also chooses the tokens and the device that the run was started with. docs/runs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from model import GPT, GPTConfig, SkipInit
 from terminal import counted, say
 from training.config import TrainingConfig
 from training.device import Device, Environment, available
+from training.distributed import World
 
 
 def with_initial_weights(settings: Settings) -> tuple[Settings, list[str]]:
@@ -166,6 +167,20 @@ def start_or_resume(
         name = folder_name("-".join([name, *in_short(changes)]))
         say(f"{folder} was trained with different settings: {listed(changes)}. "
             f"This run uses {folder.with_name(name)}.")
+
+
+def open_run(settings: Settings, prepared: Path, world: World,
+             stack: ExitStack) -> tuple[Run, Settings, Checkpoint | None]:
+    """Lock the run's folder in the first process; tell all what settings and checkpoint it has."""
+    runs = []
+
+    def lock() -> tuple[Settings, Checkpoint | None]:
+        run, resolved, last = stack.enter_context(start_or_resume(settings, prepared))
+        runs.append(run)
+        return resolved, last
+
+    resolved, last = world.first(lock)
+    return world.only_first(runs.pop), resolved, last
 
 
 def load_last(run: Run, settings: Settings, prepared: Path) -> tuple[Checkpoint | None, Changes]:

@@ -19,7 +19,12 @@ from checkpointing.checkpoint import (
     DamagedCheckpoint,
     Snapshot,
 )
+from conf.settings import Settings
 from model import GPT, SkipInit
+from model.loss import loss_options
+from training.device import Device
+from training.distributed import World
+from training.fsdp import shard
 from training.optim import Optimizers
 from training.sharding import Divided
 
@@ -146,6 +151,24 @@ class State:
         self.restore(saved)
         self.batches_skipped = next_batch - self.step
         self.nonfinite, self.replanned = nonfinite, replanned
+
+
+def new_state(settings: Settings, world: World, device: Device, sharded: bool) -> State:
+    """The state before the first step, with random weights.
+
+    With `sharded`, the weights are divided among the processes by FSDP2.
+    """
+    torch.manual_seed(settings.seed)
+    model = GPT(settings.model)
+    model.recompute = settings.training.recompute
+    model.loss_options = loss_options(device.torch, fused=settings.training.compile != "false")
+    if sharded:
+        shard(model, world, device)
+    else:
+        model.to(device.torch)
+    optimizers = Optimizers(model.parameters_by_role(), settings.optim, world, sharded)
+    scaler = torch.amp.GradScaler(device.type, enabled=device.precision == "fp16")
+    return State(model, optimizers, scaler)
 
 
 def is_scaler_state(state: dict[str, Any], own: dict[str, Any]) -> bool:

@@ -237,6 +237,15 @@ class Validation:
             yield torch.from_numpy(inputs), torch.from_numpy(targets), weight
 
 
+def document_boundary(tokenizer: Tokenizer) -> int:
+    """The id that starts a document: the end-of-text token of the document before it."""
+    if tokenizer.end_of_text is None:
+        raise ValueError("data.respect_documents=true needs several documents, but this text is a "
+                         "single one and its tokenizer has no end-of-text token. Leave it out, or "
+                         "name several texts.")
+    return tokenizer.end_of_text
+
+
 def check_lengths(split: str, tokens: list[Tokens], block_size: int, advice: str) -> None:
     """Raise ValueError if the split of a part is shorter than one context."""
     for part, part_tokens in enumerate(tokens, start=1):

@@ -166,7 +166,8 @@ def new_state(settings: Settings, world: World, device: Device, sharded: bool) -
         shard(model, world, device)
     else:
         model.to(device.torch)
-    optimizers = Optimizers(model.parameters_by_role(), settings.optim, world, sharded)
+    optimizers = Optimizers(model.parameters_by_role(), settings.optim, world, sharded,
+                            model.rate_scales(settings.optim.optimizer))
     scaler = torch.amp.GradScaler(device.type, enabled=device.precision == "fp16")
     return State(model, optimizers, scaler)
 

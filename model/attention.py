@@ -88,6 +88,7 @@ class CausalSelfAttention(nn.Module):
         self.n_head, self.n_kv_head = config.n_head, config.kv_heads
         self.head_width = config.head_width
         self.qk_norm = config.qk_norm
+        self.query_scale = config.query_scale
         self.dropout = config.dropout
         fused_width = (self.n_head + 2 * self.n_kv_head) * self.head_width
         self.c_attn = Linear(config.n_embd, fused_width, bias=config.bias)
@@ -124,6 +125,8 @@ class CausalSelfAttention(nn.Module):
         if rotary is not None:
             qk = rotate(qk, rotary)
         q, k = qk.split((self.n_head, self.n_kv_head), dim=1)
+        if self.query_scale != 1:
+            q = q * self.query_scale
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
         return q, k, v

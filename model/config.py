@@ -43,6 +43,15 @@ class GPTConfig:
     ngrams: int = setting(
         1, "also embed the last 2, ..., ngrams tokens together; 1: only tokens", ge=1, le=2**4)
     ngram_rows: int = setting(2**14, "rows of the table of n-grams", ge=1, le=2**24)
+    parametrization: Literal["standard", "mup"] = setting(
+        "standard", "mup: rates tuned on a narrow model suit a wide one (docs/transfer.md)")
+    mup_base_width: int = setting(
+        256, "mup: n_embd of the model that rates were tuned on", ge=1, le=2**16)
+    mup_base_depth: int | None = setting(
+        None, "mup: its n_layer, to scale residual branches by 1/n_layer (arXiv:2505.01618)",
+        ge=1, le=2**10)
+    mup_base_head_width: int | None = setting(
+        None, "mup: its n_embd / n_head, if wider models have wider heads, not more", ge=1)
 
     @property
     def kv_heads(self) -> int:
@@ -62,6 +71,26 @@ class GPTConfig:
             return math.ceil(8 * self.n_embd / 3 / 32) * 32
         return 4 * self.n_embd
 
+    @property
+    def width_ratio(self) -> float:
+        """The width relative to that of the base model of muP."""
+        return self.n_embd / self.mup_base_width
+
+    @property
+    def depth_ratio(self) -> float:
+        """The depth relative to that of the base model of muP; 1 if depths are not scaled."""
+        return self.n_layer / (self.mup_base_depth or self.n_layer)
+
+    @property
+    def query_scale(self) -> float:
+        """The factor of queries, besides attention's 1 / sqrt(D).
+
+        Under muP both together are proportional to 1 / D (arXiv:2203.03466, definition 4.1).
+        """
+        if self.parametrization == "standard" or self.mup_base_head_width is None:
+            return 1.0
+        return math.sqrt(self.mup_base_head_width / self.head_width)
+
     def problems(self) -> Iterator[str]:
         """One sentence for each invalid value."""
         yield from range_problems(self)
@@ -76,3 +105,16 @@ class GPTConfig:
                    f"{self.head_width}: position=rotary needs an even width.")
         if self.n_kv_head is not None and (self.n_kv_head < 1 or self.n_head % self.n_kv_head):
             yield f"n_kv_head={self.n_kv_head} must divide n_head={self.n_head}."
+        if self.parametrization == "mup" and self.n_embd % self.n_head == 0:
+            yield from self.mup_problems()
+
+    def mup_problems(self) -> Iterator[str]:
+        """One sentence for each setting that the rules of muP do not have."""
+        width = self.head_width
+        if self.mup_base_head_width is None and self.mup_base_width % width:
+            yield (f"parametrization=mup: heads of width n_embd / n_head = {width} do not divide "
+                   f"mup_base_width={self.mup_base_width}. Choose another n_head, or set "
+                   "mup_base_head_width, the width of the heads of the base model.")
+        if self.tie_head and self.norm == "rms":
+            yield ("parametrization=mup with tie_head=true scales the gain of the last norm, and "
+                   "norm=rms has none: choose norm=rms_gain or tie_head=false.")

@@ -23,6 +23,7 @@ from model.documents import DocumentAttention, supports_varlen
 from model.linear import Linear
 from model.loss import LossOptions, next_token_loss
 from model.ngram import NGramEmbedding
+from model.parametrization import initial_scale, rate_scale
 
 
 def make_norm(config: GPTConfig) -> nn.Module:
@@ -105,19 +106,21 @@ class GPT(nn.Module):
         """Initialize as GPT-2: weights have a standard deviation of 0.02, biases are zero.
 
         The projections into the residual stream are smaller by a factor of sqrt(2 n_layer).
+        parametrization.py may scale both.
         """
         for name, weights in self.named_parameters():
+            scale = initial_scale(self.config, name)
             if name.endswith("bias"):
                 weights.zero_()
             elif weights.dim() == 1:
                 # The gain of a norm.
-                weights.fill_(1.0)
+                weights.fill_(scale)
             elif self.config.zero_init and name.endswith(("c_proj.weight", "lm_head.weight")):
                 weights.zero_()
             elif name.endswith("c_proj.weight"):
-                weights.normal_(std=0.02 / math.sqrt(2 * self.config.n_layer))
+                weights.normal_(std=scale * 0.02 / math.sqrt(2 * self.config.n_layer))
             else:
-                weights.normal_(std=0.02)
+                weights.normal_(std=scale * 0.02)
 
     def features(self, idx: Tensor, cache: KVCache | None = None,
                  document_ids: Tensor | None = None, max_documents: int = 0,
@@ -213,6 +216,11 @@ class GPT(nn.Module):
                 role = "mlp"
             roles[role][name] = weights
         return roles
+
+    def rate_scales(self, optimizer: str) -> dict[str, float]:
+        """The factors of the learning rates of the parameters, by name."""
+        return {name: rate_scale(self.config, name, optimizer)
+                for name, _ in self.named_parameters()}
 
     def flops_per_token(self) -> int:
         """The floating-point operations of forward and backward per token.

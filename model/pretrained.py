@@ -364,6 +364,9 @@ def layout_for(config: GPTConfig, gguf: bool = False) -> str:
 
     N-gram embeddings are not considered. Raises ValueError with the reason if there is none.
     """
+    if config.query_scale != 1:
+        raise ValueError(f"Other programs do not scale attention by model.mup_base_head_width="
+                         f"{config.mup_base_head_width}: train with heads of that width.")
     lacking: dict[str, list[str]] = {}
     for layout in CLASSES:
         name = f"gguf-{layout}" if gguf else layout

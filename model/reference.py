@@ -241,7 +241,7 @@ def unfuse(fused: CausalSelfAttention, context_length: int) -> MultiHeadAttentio
         heads = parameter.unflatten(0, (-1, fused.head_width))  # [H + 2G, D, ...]
         q, k, v = heads.split((fused.n_head, fused.n_kv_head, fused.n_kv_head))
         k, v = k.repeat_interleave(group_size, 0), v.repeat_interleave(group_size, 0)
-        attention.W_query.get_parameter(name).copy_(q.flatten(0, 1))
+        attention.W_query.get_parameter(name).copy_(q.flatten(0, 1) * fused.query_scale)
         attention.W_key.get_parameter(name).copy_(k.flatten(0, 1))
         attention.W_value.get_parameter(name).copy_(v.flatten(0, 1))
     attention.out_proj.bias.zero_()

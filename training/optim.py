@@ -15,6 +15,9 @@ from training.gradient_norm import GradientNorm
 from training.muon import Muon, WithoutCompiler
 from training.sharding import Divided, Part, deal_out, rows, slices
 
+# torch's default.
+ADAM_EPSILON = 1e-8
+
 
 class AdamW(WithoutCompiler, torch.optim.AdamW):
     """`torch.optim.AdamW(fused=True)`, with its state created at once: checkpoint sizes need it."""
@@ -22,8 +25,9 @@ class AdamW(WithoutCompiler, torch.optim.AdamW):
     STATE = ("step", "exp_avg", "exp_avg_sq")
     step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
 
-    def __init__(self, params: list[dict[str, Any]], lr: float, betas: tuple[float, float]) -> None:
-        super().__init__(params, lr, betas, fused=True)
+    def __init__(self, params: list[dict[str, Any]], lr: float, betas: tuple[float, float],
+                 epsilon: float = ADAM_EPSILON) -> None:
+        super().__init__(params, lr, betas, epsilon, fused=True)
         for group in self.param_groups:
             for weights in group["params"]:
                 self.state[weights] = {
@@ -39,15 +43,18 @@ class Optimizers:
     `roles` are the parameters by role and name (`GPT.parameters_by_role`). Muon gets the roles
     "attention" and "mlp". Weight decay applies to all but the role "vector". Of several processes,
     each updates its part of the parameters, and has the optimizer state of that part. `sharded`
-    are the parameters of a model that training/fsdp.py has divided by rows.
+    are the parameters of a model that training/fsdp.py has divided by rows. `rates` are factors of
+    the learning rates by name (`GPT.rate_scales`), by default 1.
     """
 
     def __init__(self, roles: dict[str, dict[str, Tensor]], config: OptimConfig,
-                 world: World | None = None, sharded: bool = False) -> None:
+                 world: World | None = None, sharded: bool = False,
+                 rates: Mapping[str, float] | None = None) -> None:
         self.world = world or World({})
         self.sharded = sharded
         self.names = {weights: name for role in roles.values() for name, weights in role.items()}
         self.parameters = list(self.names)
+        self.rates = dict.fromkeys(self.names.values(), 1.0) | dict(rates or {})
         matrices = [*roles["attention"].values(), *roles["mlp"].values()]
         decayed = [*roles["embedding"].values(), *roles["head"].values()]
         vectors = list(roles["vector"].values())
@@ -60,15 +67,16 @@ class Optimizers:
         if config.optimizer == "muon":
             self.keys |= dict.fromkeys(matrices, Muon.STATE)
             own = self.assign(matrices, whole=True)
-            groups = [{"params": own, "weight_decay": config.weight_decay}]
+            groups = self.groups(own, config.muon_lr, config.weight_decay)
             self.all.append(self.make_muon(groups, config))
         else:
             decayed = matrices + decayed
         self.keys |= dict.fromkeys(decayed + vectors, AdamW.STATE)
-        own_decayed, own_vectors = self.assign(decayed), self.assign(vectors)
-        groups = [{"params": own_decayed, "weight_decay": config.weight_decay},
-                  {"params": own_vectors, "weight_decay": 0.0}]
-        self.all.append(AdamW(groups, config.lr, (config.beta1, config.beta2)))
+        groups = self.groups(self.assign(decayed), config.lr, config.weight_decay)
+        groups += self.groups(self.assign(vectors), config.lr, 0.0)
+        # Gradients become smaller as rates do, and stay larger than epsilon: arXiv:2505.01618.
+        epsilon = ADAM_EPSILON * min(self.rates.values())
+        self.all.append(AdamW(groups, config.lr, (config.beta1, config.beta2), epsilon))
         for optimizer in self.all:
             for group in optimizer.param_groups:
                 group["initial_lr"] = group["lr"]
@@ -79,8 +87,17 @@ class Optimizers:
         else:
             self.norm = GradientNorm(self.world, list(self.keys), self.parts)
 
-    def assign(self, parameters: list[Tensor], whole: bool = False) -> list[Tensor]:
-        """Divide parameters, or deal them out `whole`, to the ranks; return this one's tensors."""
+    def groups(self, own: list[Part], lr: float, weight_decay: float) -> list[dict[str, Any]]:
+        """The own parts by learning rate. The product of rate and decay is the same for all."""
+        by_scale: dict[float, list[Tensor]] = {1.0: []}
+        for part in own:
+            scale = self.rates[self.names[part.weights]]
+            by_scale.setdefault(scale, []).append(part.tensor)
+        return [{"params": tensors, "lr": lr * scale, "weight_decay": weight_decay / scale}
+                for scale, tensors in by_scale.items()]
+
+    def assign(self, parameters: list[Tensor], whole: bool = False) -> list[Part]:
+        """Divide parameters, or deal them out `whole`, to the ranks; return this one's parts."""
         if self.sharded:
             parts = rows(parameters, self.world.rank, self.world.size)
         elif whole:
@@ -89,7 +106,7 @@ class Optimizers:
             parts = slices(parameters, self.world.size)
         for rank, some in enumerate(parts):
             self.parts[rank] += some
-        return [part.tensor for part in parts[self.world.rank]]
+        return parts[self.world.rank]
 
     def make_muon(self, groups: list[dict[str, Any]], config: OptimConfig) -> Muon:
         if not self.sharded:

@@ -7,7 +7,7 @@ names of parameters, neither tensors nor optimizers.
 
 m is the width, and L the depth, relative to those of the base model, where muP changes nothing. For
 AdamW and Muon, a factor of a weight matrix in the model is equal to the same factor in its initial
-size and in its rate (arXiv:2203.03466, appendix J.2.1). So logits and residual branches have none.
+size and in its rate. So logits and residual branches have none.
 """
 
 from __future__ import annotations

@@ -1,0 +1,117 @@
+"""Compare the best learning rates of narrow and wide models, from the runs of a grid.
+
+  python -m scripts.transfer runs=lr-adamw,lr-muon
+  python -m scripts.transfer runs=lr-adamw,lr-muon out=transfer.png
+
+docs/transfer.md has the commands of such grids. Runs that differ in their seeds are averaged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from conf.launch import launch
+from report.figures import picture_problems
+from setting import FilePath, FilePaths, setting
+
+
+@dataclass(frozen=True)
+class TransferSettings:
+    """The settings of a comparison of learning rates."""
+
+    runs: FilePaths = setting("", "names or folders of grids, separated by commas")
+    runs_dir: FilePath = setting("runs", "the folder that the names are in")
+    out: FilePath = setting("", "also draw a picture: .png, .svg or .pdf; needs matplotlib")
+
+    def problems(self) -> Iterator[str]:
+        """One sentence for each invalid value."""
+        yield from picture_problems(self.out)
+
+
+if __name__ == "__main__":
+    launch("scripts.transfer:main", TransferSettings, __doc__)
+
+from collections import defaultdict
+from statistics import fmean
+
+import atomic
+from report.curves import COLORS
+from report.figures import as_image, label_numbers, new_figure, number_text
+from report.history import History, choose, open_history
+from terminal import say
+
+# Mean losses by rate, by width, and by optimizer and parametrization.
+Losses = dict[tuple[str, str], dict[int, dict[float, float]]]
+RATES = {"adamw": "optim.lr", "muon": "optim.muon_lr"}
+
+
+def main(settings: TransferSettings) -> int:
+    chosen, _ = choose(Path(settings.runs_dir), settings.runs)
+    losses = mean_losses([open_history(folder, name) for folder, name in chosen])
+    for line in describe(losses):
+        say(line)
+    if settings.out:
+        kind = Path(settings.out).suffix.lower().lstrip(".")
+        atomic.write_bytes(Path(settings.out), draw(losses, kind))
+        say(f"Drew {settings.out}")
+    return 0
+
+
+def mean_losses(runs: list[History]) -> Losses:
+    """Raises ValueError if fewer than two widths or two rates are finished."""
+    found: dict[tuple[tuple[str, str], int, float], list[float]] = defaultdict(list)
+    for run in runs:
+        if run.finished and run.last_loss is not None:
+            optimizer = run.settings["optim.optimizer"]
+            group = optimizer, run.settings.get("model.parametrization", "standard")
+            rate = run.settings[RATES[optimizer]]
+            found[group, run.settings["model.n_embd"], rate].append(run.last_loss)
+    losses: Losses = {}
+    for group, width, rate in sorted(found):
+        by_width = losses.setdefault(group, {})
+        by_width.setdefault(width, {})[rate] = fmean(found[group, width, rate])
+    for group, by_width in losses.items():
+        if len(by_width) < 2 or min(map(len, by_width.values())) < 2:
+            raise ValueError(f"The finished runs of {' and '.join(group)} do not have two widths "
+                             "with two rates each: finish the grid.")
+    if not losses:
+        raise ValueError("None of the runs is finished: finish the grid.")
+    return losses
+
+
+def describe(losses: Losses) -> Iterator[str]:
+    """The best rate of each width, and how many steps of the grid are between them."""
+    for (optimizer, parametrization), by_width in losses.items():
+        rates = rates_of(by_width)
+        best = {width: min(of_width, key=of_width.get) for width, of_width in by_width.items()}
+        parts = [f"{number_text(rate, 3)} at width {width} (loss {by_width[width][rate]:.3f})"
+                 for width, rate in best.items()]
+        positions = [rates.index(rate) for rate in best.values()]
+        yield (f"{optimizer}, {parametrization}: best rate {', '.join(parts)}; "
+               f"{max(positions) - min(positions)} of {len(rates) - 1} steps of the grid apart")
+
+
+def rates_of(by_width: dict[int, dict[float, float]]) -> list[float]:
+    return sorted({rate for of_width in by_width.values() for rate in of_width})
+
+
+def draw(losses: Losses, kind: str) -> bytes:
+    """A picture: the loss by rate, a line for each width, a panel for each group."""
+    figure, style = new_figure(2.6 * len(losses), 2.8, "learning rate transfer")
+    with style:
+        panels = figure.subplots(1, len(losses), sharey=True, squeeze=False)[0]
+        for axes, (group, by_width) in zip(panels, losses.items(), strict=True):
+            for number, (width, of_width) in enumerate(by_width.items()):
+                color = COLORS[number % len(COLORS)]
+                axes.plot(list(of_width), list(of_width.values()), color=color, marker="o",
+                          markersize=3, label=f"width {width}")
+                best = min(of_width, key=of_width.get)
+                axes.plot(best, of_width[best], "*", color=color, markersize=11)
+            label_numbers(axes, rates_of(by_width))
+            axes.set_title(", ".join(group))
+            axes.set_xlabel("learning rate")
+        panels[0].set_ylabel("validation loss (nats per token)")
+        panels[0].legend()
+        return as_image(figure, kind)

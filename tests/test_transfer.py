@@ -1,0 +1,64 @@
+"""python -m scripts.transfer: the best learning rates of narrow and wide models."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+
+from conf.schema import compose
+from scripts import transfer
+from scripts.transfer import TransferSettings
+
+
+@pytest.fixture
+def grid(tmp_path):
+    """Grids of AdamW and Muon, with two seeds; the best rate falls with the width without muP."""
+    number = 0
+    for optimizer, name in (("adamw", "lr"), ("muon", "muon_lr")):
+        for parametrization, best in (("standard", {64: 0.04, 256: 0.01}), ("mup", {64: 0.04, 256: 0.02})):
+            for width in (64, 256):
+                for rate in (0.01, 0.02, 0.04):
+                    for seed in (1, 2):
+                        number += 1
+                        folder = tmp_path / optimizer / f"run{number}"
+                        folder.mkdir(parents=True)
+                        settings = {"model": {"n_embd": width, "parametrization": parametrization}, "seed": seed,
+                                    "optim": {"optimizer": optimizer, name: rate}, "training": {"max_steps": 2}}
+                        (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+                        # One seed alone has its best rate elsewhere.
+                        loss = 2 + abs(rate - best[width]) * 10 + (0.5 if seed == 1 else 50 * rate)
+                        if rate == best[width]:
+                            loss -= 3
+                        rows = [{"step": 2, "loss": loss, "tokens": 8, "seconds": 1}, {"step": 2, "val_loss": loss}]
+                        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def run(grid, *overrides):
+    return transfer.main(compose(TransferSettings, [f"runs_dir={grid}", *overrides]))
+
+
+def test_best_rates_and_their_distance_are_printed(grid, capsys):
+    assert run(grid, "runs=adamw,muon") == 0
+    lines = capsys.readouterr().out.splitlines()
+    for optimizer in ("adamw", "muon"):
+        standard = next(line for line in lines if line.startswith(f"{optimizer}, standard"))
+        assert "best rate 0.04 at width 64" in standard and "0.01 at width 256" in standard
+        assert standard.endswith("2 of 2 steps of the grid apart")
+        mup = next(line for line in lines if line.startswith(f"{optimizer}, mup"))
+        assert mup.endswith("1 of 2 steps of the grid apart")
+
+
+def test_losses_are_drawn(grid):
+    pytest.importorskip("matplotlib")
+    assert run(grid, "runs=adamw,muon", f"out={grid / 'transfer.png'}") == 0
+    assert (grid / "transfer.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_unfinished_grid_is_refused(grid):
+    for folder in sorted((grid / "adamw").iterdir())[1:]:
+        (folder / "metrics.jsonl").unlink()
+    with pytest.raises(ValueError, match="do not have two widths with two rates each"):
+        run(grid, "runs=adamw")

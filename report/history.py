@@ -257,12 +257,33 @@ def tokens_of(run: History) -> frozenset[tuple[str, str]]:
 
 def differing(runs: list[History]) -> list[str]:
     """The settings that differ between the runs and can change the result."""
-    keys = dict.fromkeys(key for run in runs for key in run.settings)
+    return differing_settings([run.settings for run in runs])
+
+
+def differing_settings(settings: list[dict[str, Any]]) -> list[str]:
+    """The names of flat settings that differ and can change the result of a run."""
+    keys = dict.fromkeys(key for one in settings for key in one)
     return [
         key
         for key in keys
-        if can_matter(key) and len({str(run.settings.get(key)) for run in runs}) > 1
+        if can_matter(key) and len({str(one.get(key)) for one in settings}) > 1
     ]
+
+
+def arms_of(runs: list[History]) -> dict[str, dict[int, History]]:
+    """The runs that differ in nothing but their seed, by seed, under what differs from others.
+
+    Raises ValueError for two runs with the same settings and seed.
+    """
+    keys = [key for key in differing(runs) if key != "seed"]
+    arms: dict[str, dict[int, History]] = {}
+    for run in runs:
+        name = ", ".join(f"{key}={run.settings.get(key)}" for key in keys)
+        other = arms.setdefault(name, {}).setdefault(run.settings.get("seed"), run)
+        if other is not run:
+            raise ValueError(f"{other.name} and {run.name} have the same settings and the same "
+                             f"seed: name one of them.")
+    return arms
 
 
 def can_matter(key: str) -> bool:

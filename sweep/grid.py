@@ -119,6 +119,16 @@ def run_grid(overrides: list[str], show: bool = False) -> int:
         for name, (_, settings) in plan.composed.items():
             output(f"---  # {name}\n{as_yaml(settings)}", end="")
         return report_failures(plan.failures)
+    code, jobs = run_plan(plan)
+    print_best(jobs)
+    return code or report_failures(plan.failures)
+
+
+def run_plan(plan: Plan) -> tuple[int, list[Job]]:
+    """Run the jobs that are not finished; return the exit code of an interruption or 0, and all.
+
+    Adds the jobs that fail to `plan.failures`. Raises ValueError as `run_grid` does.
+    """
     runner = plan.runner()
     # Imports torch, which an error above should not wait for.
     from checkpointing.resume import is_finished
@@ -151,8 +161,7 @@ def run_grid(overrides: list[str], show: bool = False) -> int:
     say(f"{done} of {counted(total, 'job')} finished in {plan.folder}.")
     if code:
         say(RESUME)
-    print_best(jobs)
-    return code or report_failures(source.failures)
+    return code, jobs
 
 
 def plan_grid(overrides: list[str]) -> Plan:
@@ -174,9 +183,7 @@ def plan_grid(overrides: list[str]) -> Plan:
     swept = list(dict.fromkeys(word.partition("=")[0] for word in several))
     if math.prod(map(len, choices.values())) > MAX_JOBS:
         raise too_many_jobs(" ".join(several))
-    name = f"name={automatic_name(choices, swept)}"
-    if names:
-        name = names[-1]
+    name = names[-1] if names else f"name={automatic_name(choices, swept)}"
     combinations = [[*words, name] for words in product(*choices.values())]
     composed, failures = compose_all(combinations, swept)
     return Plan(swept, composed, failures, launcher, settings)

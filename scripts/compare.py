@@ -1,0 +1,261 @@
+"""Train what is missing, and say which of two recipes is better, or that the noise hides it.
+
+  python -m scripts.compare optim=adamw optim=muon seeds=5           two recipes, five seeds each
+  python -m scripts.compare "optim=muon optim.lr=0.02" optim=muon base="training=smoke data=stdlib"
+  python -m scripts.compare optim.lr=1e-3,3e-3,1e-2 seeds=3          a sweep with seeds
+  python -m scripts.compare old,old-2,old-3 new,new-2,new-3          runs, or folders of runs
+  python -m scripts.compare runs/A runs/B rule=speedrun              the rule of modded-nanogpt
+
+The same command resumes, and with more seeds trains only the new ones. Looking at the answer after
+every seed is allowed: docs/evaluation.md. Needs SciPy (pip install scipy).
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from conf.launch import launch
+from setting import FilePath, range_problems, setting
+
+
+@dataclass(frozen=True)
+class CompareSettings:
+    """The settings of a comparison; all other words on the command line are its arms."""
+
+    seeds: int = setting(5, "of each arm that is trained: 0, 1, ...", ge=2)
+    base: str = setting("", "overrides for all arms that are trained")
+    jobs: int = setting(1, "that run at a time", ge=1)
+    runs_dir: FilePath = setting("runs", "folder that contains the runs' folders")
+    metric: Literal["bits_per_byte", "val_loss"] = setting("bits_per_byte", "lowest of a run")
+    smallest: float = setting(0.005, "difference that matters, in the unit of metric=", gt=0)
+    rule: Literal["sequential", "speedrun"] = setting(
+        "sequential", "or that of modded-nanogpt's track 3, for its recipe")
+    # The arms.
+    train: tuple[str, ...] = ()
+
+    def problems(self) -> Iterator[str]:
+        """One sentence for each invalid value."""
+        yield from range_problems(self)
+
+
+if __name__ == "__main__":
+    # Before the imports below: --help and invalid settings need not wait for NumPy.
+    launch("scripts.compare:main", CompareSettings, __doc__)
+
+from checkpointing import store
+from conf.identity import flat
+from conf.presets import groups
+from conf.schema import folder_name
+from conf.settings import Settings, leaves
+from evaluation import comparison
+from report.history import (
+    History,
+    arms_of,
+    choose,
+    differing_settings,
+    open_history,
+)
+from sweep.grid import Plan, plan_grid, run_plan
+from sweep.jobs import report_failures
+from terminal import counted, say
+
+# The settings that choose tokens for a text, and those that choose only what is trained on where
+# another text is named for validation.
+TOKENIZER = ("data.tokenizer", "data.tokenizer_fingerprint", "data.vocab_size")
+TRAINING_TEXT = ("data.path", "data.hub_name", "data.hub_config", "data.split", "data.mix",
+                 "data.val_fraction", "data.deduplicate")
+NOT_THE_TEXT = (*TOKENIZER, "data.prepared", "data.dtype", "data.respect_documents")
+UNITS = {"bits_per_byte": "bits per byte", "val_loss": "nats per token"}
+Arms = dict[str, dict[int, History]]  # the runs of each arm by seed
+
+
+def main(settings: CompareSettings) -> int:
+    comparison.import_stats()
+    words = list(dict.fromkeys(settings.train))
+    runs_dir = Path(settings.runs_dir)
+    plans = {}
+    for word in words:
+        if is_overrides(word):
+            plans[word] = plan_arm(shlex.split(word), settings)
+        else:
+            choose(runs_dir, word)
+    refuse_equal(plans)
+    folders = train_all(plans)
+    arms: Arms = {}
+    for word in words:
+        arms |= read_arms(word, runs_dir, folders.get(word))
+    check(arms, settings.metric)
+    for name, runs in arms.items():
+        results = results_of(runs, settings.metric)
+        mean = sum(results.values()) / len(results)
+        say(f"{name}: {mean:.4f} {UNITS[settings.metric]}, {counted(len(runs), 'seed')}, "
+            f"{steps_of(runs)}")
+    # The arms of one sweep have no order.
+    reference = words[0] if words[0] in arms and len(words) > 1 else ""
+    say("\n".join(answers(arms, settings, reference)))
+    return 0
+
+
+def is_overrides(word: str) -> bool:
+    """Whether an arm is to be trained: it begins with a setting or a preset."""
+    key = word.partition("=")[0].strip()
+    return "=" in word and (key in groups() or key in leaves(Settings))
+
+
+def plan_arm(arm: list[str], settings: CompareSettings) -> Plan:
+    """The runs of an arm: a sweep over seeds, in a folder that is named by its overrides."""
+    base = shlex.split(settings.base)
+    for word in (*base, *arm):
+        if word.startswith(("seed=", "name=", "runs_dir=")):
+            raise ValueError(f"{word} is set for all arms: by seeds= and runs_dir=; the overrides "
+                             f"of an arm name its folder. Leave it out.")
+    seeds = ",".join(map(str, range(settings.seeds)))
+    name = folder_name(" ".join([*arm, *base]))
+    return plan_grid([*base, *arm, f"seed={seeds}", f"name={name}",
+                      f"runs_dir={settings.runs_dir}", f"jobs={settings.jobs}"])
+
+
+def refuse_equal(plans: dict[str, Plan]) -> None:
+    """Raise ValueError, before anything is trained, for arms with the same settings."""
+    seen: dict[str, dict[str, object]] = {}
+    for word, plan in plans.items():
+        _, settings = next(iter(plan.composed.values()))
+        values = flat(asdict(settings))
+        for other, of_other in seen.items():
+            if len(plan.swept) == 1 and not differing_settings([values, of_other]):
+                raise identical(other, word)
+        seen[word] = values
+
+
+def identical(first: str, second: str) -> ValueError:
+    return ValueError(f"{first} and {second} are the same settings with the same seeds: there is "
+                      f"nothing to compare. Change a setting of one of them.")
+
+
+def train_all(plans: dict[str, Plan]) -> dict[str, Path]:
+    """Train what is missing; return the folder of each arm. Exits if a run failed or stopped."""
+    folders = {}
+    for word, plan in plans.items():
+        code, _ = run_plan(plan)
+        code = code or report_failures(plan.failures)
+        if code:
+            raise SystemExit(code)
+        folders[word] = plan.folder
+    return folders
+
+
+def read_arms(word: str, runs_dir: Path, folder: Path | None = None) -> Arms:
+    """The runs that a word names or that were trained for it: one arm for each of their settings.
+
+    Raises ValueError for a run that is unfinished.
+    """
+    chosen, _ = choose(runs_dir, str(folder) if folder else word)
+    runs = [open_finished(path, name) for path, name in chosen]
+    arms = arms_of(runs)
+    if len(arms) == 1:
+        return {word: next(iter(arms.values()))}
+    return arms
+
+
+def open_finished(folder: Path, name: str) -> History:
+    """A finished run, with the fingerprints of its tokens among its settings."""
+    run = open_history(folder, name)
+    if not run.finished or run.bits_per_byte is None:
+        raise ValueError(f"{folder} is not finished ({run.state}): resume it by the command that "
+                         f"started it, or name other runs.")
+    saved = store.list_checkpoints(folder / "checkpoints")
+    if saved:
+        fingerprints = flat(saved[-1].state["settings"])
+        for key in ("data.prepared", "data.tokenizer_fingerprint"):
+            run.settings[key] = fingerprints.get(key)
+    return run
+
+
+def check(arms: Arms, metric: str) -> None:
+    """Raise ValueError for arms that cannot be compared; say what else differs."""
+    if len(arms) < 2:
+        raise ValueError(f"Two arms are needed, not {len(arms)}: name recipes, such as optim=adamw "
+                         f"optim=muon, or runs.")
+    (first, runs), *others = arms.items()
+    one = next(iter(runs.values())).settings
+    for name, of_name in others:
+        other = next(iter(of_name.values())).settings
+        differing = text_differences(one, other)
+        if differing:
+            raise ValueError(f"{first} and {name} were validated on different texts "
+                             f"({', '.join(differing)}): their results cannot be compared. "
+                             f"python eval.py run=A,B data.path=FILE measures both on one text.")
+        if metric == "val_loss" and differing_settings([only(one, TOKENIZER),
+                                                        only(other, TOKENIZER)]):
+            raise ValueError(f"{first} and {name} have different tokenizers, so losses per token "
+                             f"cannot be compared: use metric=bits_per_byte.")
+        if not differing_settings([one | {"seed": 0}, other | {"seed": 0}]):
+            if runs.keys() & of_name.keys():
+                raise identical(first, name)
+            say(f"{first} and {name} have the same settings, with other seeds.")
+    if len({steps_of(runs) for runs in arms.values()}) > 1:
+        steps = ", ".join(f"{name} {steps_of(runs)}" for name, runs in arms.items())
+        say(f"The arms were trained for different numbers of steps: {steps}.")
+
+
+def only(settings: dict[str, Any], keys: Iterable[str]) -> dict[str, Any]:
+    return {key: settings.get(key) for key in keys}
+
+
+def text_differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """How the validation texts of two runs differ, from their flat settings."""
+    keys = {key for key in one | other if key.startswith("data.")} | {"training.eval_tokens"}
+    differing = {key for key in keys if one.get(key) != other.get(key)}
+    if differing == {"data.prepared"}:
+        return ["the content of the text"]
+    if one.get("data.prepared") and one.get("data.prepared") == other.get("data.prepared"):
+        # The same text can have several paths.
+        return sorted(differing & {"training.eval_tokens"})
+    if one.get("data.val_path"):
+        differing -= set(TRAINING_TEXT)
+    return sorted(differing - set(NOT_THE_TEXT))
+
+
+def steps_of(runs: dict[int, History]) -> str:
+    """The number of steps of the runs of an arm, or its range."""
+    steps = sorted({run.reached[0] for run in runs.values()})
+    if len(steps) == 1:
+        return counted(steps[0], "step")
+    return f"{steps[0]:,} to {steps[-1]:,} steps"
+
+
+def results_of(runs: dict[int, History], metric: str) -> comparison.Results:
+    """The lowest validation result of each seed."""
+    if metric == "val_loss":
+        return {seed: run.best_loss for seed, run in runs.items()}
+    return {seed: run.bits_per_byte for seed, run in runs.items()}
+
+
+def answers(arms: Arms, settings: CompareSettings, reference: str) -> list[str]:
+    """One sentence for each comparison."""
+    if settings.rule == "speedrun":
+        first, *others = arms
+        return [speedrun(first, name, arms) for name in others]
+    results = {name: results_of(runs, settings.metric) for name, runs in arms.items()}
+    unit = UNITS[settings.metric]
+    compared = comparison.compare_all(results, reference)
+    return [one.sentence(unit, settings.smallest) for one in compared]
+
+
+def speedrun(first: str, second: str, arms: Arms) -> str:
+    """The answer by the rule of modded-nanogpt's track 3."""
+    losses, steps, seeds = [], [], []
+    for name in (first, second):
+        runs = list(arms[name].values())
+        losses.append(sum(run.best_loss for run in runs) / len(runs))
+        steps.append(sum(run.reached[0] for run in runs) / len(runs))
+        seeds.append(len(runs))
+    score = comparison.speedrun_score(tuple(losses), tuple(steps), tuple(seeds))
+    better, needed = score >= comparison.SPEEDRUN_SCORE, comparison.SPEEDRUN_SCORE
+    verdict = "is better than" if better else "is not shown to be better than"
+    return (f"{second} {verdict} {first} by the rule of modded-nanogpt's track 3: its score is "
+            f"{score:.4f}, and {needed} is needed.")

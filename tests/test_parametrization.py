@@ -8,10 +8,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from checkpointing.state import new_state
+from conf.settings import Settings
 from model import GPT, GPTConfig
 from model.pretrained import layout_for, weights_from, weights_to
 from training import optim
 from training.config import OptimConfig
+from training.device import Device
+from training.distributed import World
 from training.optim import Optimizers
 
 BASE = GPTConfig(block_size=8, vocab_size=16, n_layer=2, n_head=2, n_embd=16)
@@ -108,6 +112,24 @@ def test_unsupported_shapes_of_mup_are_refused(changes, said):
     assert said in problems
     if "mup_base_width" not in changes:
         assert not list(replace(LARGE, **changes, parametrization="standard").problems())
+
+
+@BOTH
+def test_a_training_uses_the_rates_of_its_model(optimizer):
+    settings = Settings(model=LARGE, optim=OptimConfig(optimizer=optimizer, lr=0.1, muon_lr=0.2))
+    state = new_state(settings, World({}), Device("cpu"), sharded=False)
+    names, rates = state.optimizers.names, {}
+    for one in state.optimizers.all:
+        for group in one.param_groups:
+            rates |= {names[weights]: group["initial_lr"] for weights in group["params"]}
+    assert rates["wte.weight"] == 0.1
+    assert rates["ln_f.weight"] == 0.1 / 4
+    assert rates["h.0.mlp.c_fc.weight"] == (0.2 if optimizer == "muon" else 0.1 / 4)
+    assert rates["h.0.mlp.c_proj.weight"] == (0.2 / 2 if optimizer == "muon" else 0.1 / 8)
+    # Weights decay by the same part in each step.
+    for one in state.optimizers.all:
+        products = {round(group["lr"] * group["weight_decay"], 9) for group in one.param_groups}
+        assert len(products - {0.0}) == 1
 
 
 @pytest.mark.parametrize("layout", ["gpt2", "gguf-gpt2"])

@@ -82,15 +82,20 @@ def mean_losses(runs: list[History]) -> Losses:
 
 
 def describe(losses: Losses) -> Iterator[str]:
-    """The best rate of each width, and how many steps of the grid are between them."""
+    """The best rate of each width, and how well the narrowest model's suits the widest."""
     for (optimizer, parametrization), by_width in losses.items():
         rates = rates_of(by_width)
         best = {width: min(of_width, key=of_width.get) for width, of_width in by_width.items()}
         parts = [f"{number_text(rate, 3)} at width {width} (loss {by_width[width][rate]:.3f})"
                  for width, rate in best.items()]
         positions = [rates.index(rate) for rate in best.values()]
+        narrow, wide = min(by_width), max(by_width)
         yield (f"{optimizer}, {parametrization}: best rate {', '.join(parts)}; "
                f"{max(positions) - min(positions)} of {len(rates) - 1} steps of the grid apart")
+        if best[narrow] in by_width[wide]:
+            loss = by_width[wide][best[narrow]]
+            yield (f"  With {number_text(best[narrow], 3)}, width {wide} has a loss of {loss:.3f}, "
+                   f"{loss - by_width[wide][best[wide]]:.3f} above its lowest.")
 
 
 def rates_of(by_width: dict[int, dict[float, float]]) -> list[float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import yaml
@@ -47,6 +48,8 @@ def test_best_rates_and_their_distance_are_printed(grid, capsys):
         standard = next(line for line in lines if line.startswith(f"{optimizer}, standard"))
         assert "best rate 0.04 at width 64" in standard and "0.01 at width 256" in standard
         assert standard.endswith("2 of 2 steps of the grid apart")
+        after = lines[lines.index(standard) + 1]
+        assert re.search(r"With 0.04, width 256 has a loss of [\d.]+, 4.050 above its lowest", after)
         mup = next(line for line in lines if line.startswith(f"{optimizer}, mup"))
         assert mup.endswith("1 of 2 steps of the grid apart")
 

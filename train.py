@@ -137,7 +137,7 @@ def train_together(settings: Settings, world: World) -> int:
             training.compile()
             training.estimate()
             if limits.on_nonfinite == "rollback" and not last:
-                training.save()  # a checkpoint to return to
+                training.start_save()  # a checkpoint to return to
             decision = training.loop(clock, interrupt)
             training.save_last_step()
             if decision.interrupted or interrupt:
@@ -303,7 +303,7 @@ class Training:
             if decision.evaluate:
                 decision = self.evaluate(decision)
             if decision.save:
-                self.save()
+                self.start_save()
             if decision.evaluate and limits.sample_tokens:
                 self.sample()
             self.saver.check()
@@ -361,8 +361,8 @@ class Training:
             self.recorder.record(state.step, stopped_early=True)
         return decision
 
-    def save(self) -> None:
-        """Start to save a checkpoint."""
+    def start_save(self) -> None:
+        """Start to save a checkpoint, in another thread."""
         scheduled = self.limits.saves(self.state.step)
         self.saver.save(self.state.snapshot(self.val_loss, scheduled,
                                             self.data.tokenizer.to_json(), self.facts))
@@ -372,7 +372,7 @@ class Training:
         self.run.check_not_moved()
         self.saver.finish()
         if self.world.first(self.is_unsaved):
-            self.save()
+            self.start_save()
             self.saver.finish()
         if self.world.first(self.is_unsaved):
             self.world.fail(OSError(

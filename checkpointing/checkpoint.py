@@ -20,11 +20,9 @@ import itertools
 import json
 import math
 import os
-import shutil
 import stat
-import struct
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +33,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 import atomic
-from checkpointing.peers import Peers
 from terminal import readable_size
 from training.device import available_memory
 from training.sharding import Divided
@@ -45,8 +42,6 @@ FORMAT, READABLE = 3, (2, 3, 4)
 # As format 3, but several processes have each written a part of the tensors:
 # model-00001-of-00004.safetensors and so on, as Hugging Face names the parts of large models.
 FORMAT_IN_PARTS = 4
-# Checkpoints that are larger are written so.
-MAX_BYTES_OF_ONE_WRITER = 8 * 2**30
 MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 STATE, TOKENIZER, MANIFEST = "state.json", "tokenizer.json", "manifest.json"
 FILES = (MODEL, OPTIMIZER, STATE, TOKENIZER)
@@ -92,42 +87,6 @@ FileEntry = dict[str, int | str]  # "bytes" and "sha256"
 
 class DamagedCheckpoint(ValueError):
     """A checkpoint whose content is not as written; the message names the file and the problem."""
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """The content of a checkpoint; `state` has the fields of STATE_FIELDS.
-
-    Of several processes, each has this process's parts of the tensors.
-    """
-
-    model: Tensors
-    optimizer: Tensors
-    tokenizer: dict[str, Any]
-    state: dict[str, Any]
-
-    def nbytes(self) -> int:
-        """The size of the whole tensors; the rest is small."""
-        return sum(tensor.nbytes for tensor in (*self.model.values(), *self.optimizer.values()))
-
-    def own_nbytes(self) -> int:
-        """The size of what this process has."""
-        tensors = [*self.model.values(), *self.optimizer.values()]
-        own = [tensor.own if isinstance(tensor, Divided) else tensor for tensor in tensors]
-        return sum(tensor.nbytes for tensor in own)
-
-    def copy(self) -> Snapshot:
-        """A copy on the CPU that shares no memory with the model and the optimizers."""
-        def copied(tensors: Tensors) -> Tensors:
-            found = {}
-            for name, tensor in tensors.items():
-                if isinstance(tensor, Divided):
-                    found[name] = tensor.copy()
-                else:
-                    found[name] = tensor.detach().to("cpu", copy=True)
-            return found
-
-        return Snapshot(copied(self.model), copied(self.optimizer), self.tokenizer, self.state)
 
 
 @dataclass(frozen=True)
@@ -371,107 +330,3 @@ def is_nested_deeper(value: Any, levels: int) -> bool:
 
 def checksum(value: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def save(checkpoints: Path, snapshot: Snapshot, before_write: Callable[[], None] = lambda: None,
-         peers: Peers | None = None) -> None:
-    """Write `checkpoints/step_XXXXXXXX`, completely or not at all.
-
-    Calls `before_write` first, and again before the folder gets its final name. Raises OSError
-    with the space that is needed if the checkpoint cannot be written. Of several processes, the
-    first one calls this, and the others `join_save`.
-    """
-    peers = peers or Peers()
-    folder = checkpoints / step_name(snapshot.state["step"])
-    needed = int(1.01 * snapshot.nbytes()) + 2**20
-    problem = find_problem(snapshot.state)
-    assert not problem, problem
-    with ExitStack() as stack:
-        # If this process fails before the others write, they are told.
-        stack.callback(peers.tell, None)
-        try:
-            before_write()
-            if folder.exists():
-                raise OSError("it already exists")
-            if shutil.disk_usage(checkpoints).free < needed:
-                raise OSError("the disk is full")
-            with atomic.new_folder(folder) as partial:
-                stack.pop_all()
-                peers.tell(str(partial.absolute()))
-                write_files(partial, snapshot, peers)
-                before_write()
-        except OSError as error:
-            raise OSError(
-                f"{folder} could not be written ({error.strerror or error}). It needs "
-                f"{readable_size(needed)} of free disk space. Earlier checkpoints are kept."
-            ) from None
-
-
-def join_save(snapshot: Snapshot, peers: Peers) -> None:
-    """Send this process's parts to those that write them, and write what this process has to."""
-    folder = peers.tell()
-    if folder is not None:
-        peers.gather(write_tensors(Path(folder), snapshot, peers))
-
-
-def write_files(folder: Path, snapshot: Snapshot, peers: Peers) -> None:
-    files = {}
-    for written, error in peers.gather(write_tensors(folder, snapshot, peers)):
-        if error:
-            raise error
-        files |= written
-    contents = {TOKENIZER: json.dumps(snapshot.tokenizer),
-                STATE: json.dumps(snapshot.state, indent=2, allow_nan=False)}
-    for name, content in contents.items():
-        files[name] = write_file(folder / name, [content.encode()])
-    manifest = {"format": FORMAT if MODEL in files else FORMAT_IN_PARTS, "files": files}
-    manifest["sha256"] = checksum(manifest)
-    atomic.write_file(folder / MANIFEST, [json.dumps(manifest, indent=2).encode()])
-
-
-def write_tensors(folder: Path, snapshot: Snapshot,
-                  peers: Peers) -> tuple[dict[str, FileEntry], OSError | None]:
-    """Write this process's share of the tensors; return the files, or the error."""
-    files, error = {}, None
-    for name, tensors in ((MODEL, snapshot.model), (OPTIMIZER, snapshot.optimizer)):
-        writers = 1
-        if snapshot.nbytes() > MAX_BYTES_OF_ONE_WRITER:
-            writers = min(peers.size, len(tensors))
-        own = {key: tensors[key] for key in peers.own_share(tensors, writers)}
-        contents = peers.collect(tensors, writers)
-        if peers.rank < writers and not error:
-            file = part_names(name, writers)[peers.rank] if writers > 1 else name
-            try:
-                files[file] = write_file(folder / file, safetensors_chunks(own, contents))
-            except OSError as raised:
-                error = raised
-        # The other processes wait until their parts are received, even if they cannot be written.
-        for _ in contents:
-            pass
-    return files, error
-
-
-def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> FileEntry:
-    """Write a file; return its entry in the manifest."""
-    sha256 = atomic.write_file(path, chunks)
-    return {"bytes": file_size(path), "sha256": sha256}
-
-
-def safetensors_chunks(tensors: Mapping[str, Tensor], contents: Iterable[Tensor] | None = None,
-                       metadata: dict[str, str] | None = None) -> Iterator[bytes | memoryview]:
-    """The bytes of a safetensors file: a JSON header, then the tensors, or their whole `contents`.
-
-    The library would copy all tensors of an accelerator to the CPU at once, and would need a second
-    pass for the checksum. The format: https://huggingface.co/docs/safetensors
-    """
-    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
-    end = 0
-    for name, tensor in tensors.items():
-        start, end = end, end + tensor.nbytes
-        entry = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape)}
-        header[name] = entry | {"data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    yield struct.pack("<Q", len(text)) + text
-    for tensor in contents if contents is not None else tensors.values():
-        yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from checkpointing import checkpoint, store
-from checkpointing.checkpoint import Snapshot
+from checkpointing import store
 from checkpointing.peers import Peers
+from checkpointing.snapshot import Snapshot, join_save, save_checkpoint
 from training.device import available_memory
 from training.interrupt import embedded
 
@@ -69,9 +69,9 @@ class Saver:
     def _write(self, snapshot: Snapshot) -> None:
         try:
             if not self.peers.is_first:
-                checkpoint.join_save(snapshot, self.peers)
+                join_save(snapshot, self.peers)
                 return
-            checkpoint.save(self.checkpoints, snapshot, self.before_write, self.peers)
+            save_checkpoint(self.checkpoints, snapshot, self.before_write, self.peers)
             self.saved = snapshot.state["step"]
             store.prune(self.checkpoints, self.keep_last)
         except Exception as error:

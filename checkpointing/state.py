@@ -17,8 +17,8 @@ from checkpointing.checkpoint import (
     STATE,
     Checkpoint,
     DamagedCheckpoint,
-    Snapshot,
 )
+from checkpointing.snapshot import Snapshot
 from conf.settings import Settings
 from model import GPT, SkipInit
 from model.loss import loss_options

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import atomic
-from checkpointing.checkpoint import safetensors_chunks
+from checkpointing.snapshot import safetensors_chunks
 from checkpointing.weights import Weights
 from data.chat import END, JINJA, has_markers
 from data.hugging_face import to_hugging_face

@@ -11,6 +11,7 @@ import os
 import pickle
 import random
 import re
+import shutil
 import struct
 
 import pytest
@@ -29,8 +30,8 @@ from checkpointing.checkpoint import (
     TOKENIZER,
     Checkpoint,
     DamagedCheckpoint,
-    Snapshot,
 )
+from checkpointing.snapshot import Snapshot, safetensors_chunks, save_checkpoint
 
 
 def snapshot(step, val_loss=None, scheduled=True, seed=0):
@@ -45,7 +46,7 @@ def snapshot(step, val_loss=None, scheduled=True, seed=0):
 
 def save(folder, step, *arguments, **options):
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint.save(folder, snapshot(step, *arguments, **options))
+    save_checkpoint(folder, snapshot(step, *arguments, **options))
     return folder / checkpoint.step_name(step)
 
 
@@ -115,7 +116,7 @@ def test_every_dtype_and_layout_loads_unchanged(tmp_path):
     for dtype in checkpoint.DTYPES:
         tensors |= {f"{dtype} w": torch.arange(6).view(2, 3).to(dtype), f"{dtype} empty": torch.empty(0, 4, dtype=dtype),
                     f"{dtype} scalar": torch.tensor(3).to(dtype)}
-    checkpoint.save(tmp_path, Snapshot(tensors, {}, LIKE.tokenizer, LIKE.state))
+    save_checkpoint(tmp_path, Snapshot(tensors, {}, LIKE.tokenizer, LIKE.state))
     found = store.list_checkpoints(tmp_path)[0].load_tensors(MODEL, tensors)
     assert all(torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype for name, tensor in tensors.items())
 
@@ -150,7 +151,7 @@ def test_a_disk_that_fills_up_keeps_the_old_checkpoints(tmp_path, monkeypatch):
 
 
 def test_a_full_disk_is_noticed_before_writing(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     monkeypatch.setattr(atomic, "write_file", pytest.fail)
     with pytest.raises(OSError, match=r"the disk is full\). It needs 1 MB"):
         save(tmp_path, 2)
@@ -160,8 +161,8 @@ def test_a_full_disk_is_noticed_before_writing(tmp_path, monkeypatch):
 def test_an_invalid_state_is_not_written(tmp_path):
     for key, value in (("step", 2**63), ("val_loss", math.inf), ("seconds", -1.0)):
         with pytest.raises(AssertionError, match=key):
-            checkpoint.save(tmp_path, Snapshot({}, {}, {}, LIKE.state | {key: value}))
-    checkpoint.save(tmp_path, Snapshot({}, {}, {}, LIKE.state | {"max_steps": 2**62, "val_loss": 1e300}))
+            save_checkpoint(tmp_path, Snapshot({}, {}, {}, LIKE.state | {key: value}))
+    save_checkpoint(tmp_path, Snapshot({}, {}, {}, LIKE.state | {"max_steps": 2**62, "val_loss": 1e300}))
     assert len(store.list_checkpoints(tmp_path)) == 1
 
 
@@ -176,7 +177,7 @@ def test_before_write_can_prevent_a_checkpoint(tmp_path, failing):
             raise ValueError("the run was moved")
 
     with pytest.raises(ValueError, match="the run was moved"):
-        checkpoint.save(tmp_path, LIKE, before_write)
+        save_checkpoint(tmp_path, LIKE, before_write)
     assert [len(found) for found in calls] == [0, 1][:failing] and not any(tmp_path.iterdir())
 
 
@@ -229,7 +230,7 @@ def safetensors(header, body=b""):
     return struct.pack("<Q", len(text)) + text + body
 
 
-CHUNKS = [bytes(chunk) for chunk in checkpoint.safetensors_chunks(LIKE.model)]
+CHUNKS = [bytes(chunk) for chunk in safetensors_chunks(LIKE.model)]
 HEADER, BODY = json.loads(CHUNKS[0][8:]), b"".join(CHUNKS[1:])
 
 

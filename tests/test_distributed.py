@@ -111,7 +111,7 @@ def test_a_killed_rank_ends_all_and_the_run_resumes(command, tmp_path, rank, res
 KILLED_WHILE_SAVING = """
 import os, signal
 import atomic
-from checkpointing import checkpoint
+from checkpointing import snapshot
 from conf.launch import launch
 
 def write_file(path, chunks):
@@ -119,7 +119,7 @@ def write_file(path, chunks):
         os.kill(os.getpid(), signal.SIGKILL)
     return whole(path, chunks)
 
-checkpoint.MAX_BYTES_OF_ONE_WRITER = 10_000
+snapshot.MAX_BYTES_OF_ONE_WRITER = 10_000
 whole, atomic.write_file = atomic.write_file, write_file
 launch("train:train", "config", "")
 """

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,11 +19,13 @@ import pytest
 import torch
 from test_checkpoint import snapshot
 from test_runs import ROOT, last_step, same
+from test_structure import product
 
 import atomic
 import train as program
-from checkpointing import checkpoint, saver
+from checkpointing import saver
 from checkpointing.checkpoint import MODEL, OPTIMIZER, STATE
+from checkpointing.snapshot import Snapshot, save_checkpoint
 from conf.schema import compose
 from scripts import verify_resume
 from training import step
@@ -99,7 +102,7 @@ def test_a_full_disk_stops_the_run_if_asked(compose_tiny, run, monkeypatch):
 
 
 def test_a_disk_too_small_for_two_checkpoints_is_refused(compose_tiny, run, monkeypatch):
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     with pytest.raises(ValueError, match=r"1 KB free, two checkpoints need \d"):
         program.train(compose_tiny("model.n_embd=128"))
     assert not any(run.parent.iterdir())
@@ -108,7 +111,7 @@ def test_a_disk_too_small_for_two_checkpoints_is_refused(compose_tiny, run, monk
 def test_short_memory_saves_without_a_copy(compose_tiny, run, monkeypatch):
     program.train(compose_tiny("name=with_copy", "training.max_steps=4"))
     monkeypatch.setattr(saver, "available_memory", lambda: 0.0)
-    monkeypatch.setattr(checkpoint.Snapshot, "copy", pytest.fail)
+    monkeypatch.setattr(Snapshot, "copy", pytest.fail)
     program.train(compose_tiny("training.max_steps=4"))
     assert same(run.with_name("with_copy"), run)
 
@@ -127,11 +130,10 @@ def test_every_write_goes_through_atomic():
     """No other module opens a file to write, renames, or has a library write one."""
     writing = re.compile(r"""write_text|write_bytes\(|\.save\(|savefig|save_file|os\.replace|os\.rename|\.dump\(|copyfile|copytree"""
                          r"""|open\(.*["'][wax]b?\+?["']""")
-    allowed = ("atomic.write_bytes(", "checkpoint.save(", "saver.save(", "figure.savefig(picture", "figure.savefig(content",
+    allowed = ("atomic.write_bytes(", "saver.save(", "figure.savefig(picture", "figure.savefig(content",
                'open(os.devnull, "w")', 'open(log, "ab") as output')  # the output of a process, on a cluster's node that need not know this code
     harmful = ("atomic.py", "locks.py", "torture.py")
-    rooms = ("model", "data", "training", "checkpointing", "conf", "generation", "sweep", "report", "scripts", "bench")
-    for path in [*ROOT.glob("*.py"), *(path for room in rooms for path in (ROOT / room).glob("*.py"))]:
+    for path in product():
         if path.name in harmful:
             continue
         for number, line in enumerate(path.read_text().splitlines(), 1):
@@ -194,7 +196,7 @@ def test_compare_finds_each_difference(tmp_path, name, difference):
         if number and name == "rows":
             rows *= 2
         (run / "checkpoints").mkdir(parents=True)
-        checkpoint.save(run / "checkpoints", state)
+        save_checkpoint(run / "checkpoints", state)
         (run / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     found = [text for text in verify_resume.compare(tmp_path / "one", tmp_path / "other").values() if text]
     assert len(found) == (name is not None) and all(difference in text for text in found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from test_checkpoint import snapshot
 
-from checkpointing import checkpoint, saver, store
+from checkpointing import saver, store
 from checkpointing.checkpoint import MODEL
 from checkpointing.saver import Saver
 
@@ -61,7 +62,7 @@ def test_an_error_waits_for_the_save_and_ctrl_c_does_not(slow, tmp_path):
 def test_a_write_error_is_a_warning_or_raised_by_finish(slow, monkeypatch, stop):
     one, go, warnings = slow(stop)
     go.set()
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 0}))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 0}))
     with one:
         one.save(snapshot(1))
         if stop:

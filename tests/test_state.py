@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from checkpointing import checkpoint
-from checkpointing.checkpoint import Checkpoint, DamagedCheckpoint, Snapshot, step_name
+from checkpointing.checkpoint import Checkpoint, DamagedCheckpoint, step_name
+from checkpointing.snapshot import Snapshot, save_checkpoint
 from checkpointing.state import State, is_scaler_state
 from model import GPT, GPTConfig
 from training.config import OptimConfig
@@ -35,7 +35,7 @@ def take_steps(state, steps):
 
 def save(state, folder):
     folder.mkdir()
-    checkpoint.save(folder, state.snapshot(1.5, True, {"kind": "byte"}, FACTS))
+    save_checkpoint(folder, state.snapshot(1.5, True, {"kind": "byte"}, FACTS))
     return Checkpoint.open(folder / step_name(state.step))
 
 
@@ -65,8 +65,8 @@ def test_format_2_with_numbered_names_is_restored(tmp_path, monkeypatch, optimiz
             for key, tensor in one.state[weights].items():
                 numbered[f"{number}.{index}.{key}"] = tensor
     (tmp_path / "run").mkdir()
-    monkeypatch.setattr(checkpoint, "FORMAT", 2)
-    checkpoint.save(tmp_path / "run", Snapshot(snapshot.model, numbered, snapshot.tokenizer, snapshot.state))
+    monkeypatch.setattr("checkpointing.snapshot.FORMAT", 2)
+    save_checkpoint(tmp_path / "run", Snapshot(snapshot.model, numbered, snapshot.tokenizer, snapshot.state))
     other.restore(Checkpoint.open(tmp_path / "run" / step_name(2)))
     for name, tensor in state.optimizers.tensors().items():
         assert torch.equal(tensor, other.optimizers.tensors()[name])

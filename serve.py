@@ -19,6 +19,7 @@ if __name__ == "__main__":
 import errno
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -31,8 +32,11 @@ from serving.tasks import Model
 from terminal import say
 from training.device import Device, configure
 
+# Returns engines by their names.
+OpenModels = Callable[[ServeSettings, Device], dict[str, Engine]]
 
-def serve(settings: ServeSettings) -> int:
+
+def serve(settings: ServeSettings, open_models: OpenModels | None = None) -> int:
     """Open the models, and answer requests until a signal ends it."""
     try:
         import uvicorn
@@ -44,7 +48,7 @@ def serve(settings: ServeSettings) -> int:
     configure(device)
     with listen(settings) as listening:
         models = {}
-        for name, engine in open_engines(settings, device).items():
+        for name, engine in (open_models or open_engines)(settings, device).items():
             models[name] = Model(name, engine, start_decoding(engine, settings))
         server = make_server(uvicorn, make_app(models, settings), models)
         host = f"[{settings.host}]" if ":" in settings.host else settings.host

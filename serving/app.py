@@ -17,16 +17,16 @@ from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from conf.serving import LOOPBACK, ServeSettings
 from serving.answers import Answer, error_json
 from serving.decoding import Busy, Generation, Stopped
-from serving.fields import BadRequest, Fields, parse
+from serving.fields import NESTED, BadRequest, Fields, parse
 from serving.tasks import Model, chat_task, completion_task
 
 MAX_BODY = 2**20  # bytes
-BODY_SECONDS = 30
+BODY_SECONDS = SEND_SECONDS = 30
 # The files of the page, by their routes, with their types. They are read at the start.
 FILES = {"/": ("page.html", "text/html")}
 # All that the page loads is from this server, and no other page shows it in a frame.
@@ -44,7 +44,7 @@ def make_app(models: dict[str, Model], settings: ServeSettings) -> Starlette:
         Route("/v1/completions", completions, methods=["POST"]),
         Route("/v1/chat/completions", chat_completions, methods=["POST"]),
     ]
-    errors = (HTTPException, BadRequest, Busy, Stopped, ClientDisconnect, Exception)
+    errors = (HTTPException, BadRequest, RecursionError, Busy, Stopped, ClientDisconnect, Exception)
     app = Starlette(routes=routes, exception_handlers=dict.fromkeys(errors, on_error),
                     middleware=[Middleware(Guard, settings=settings)])
     app.state.models, app.state.settings = models, settings
@@ -116,6 +116,8 @@ def on_error(request: Request, error: Exception) -> Response:
                                               f"{error.detail}.")
         case BadRequest():
             return failure(error.status, str(error), error.param, error.code)
+        case RecursionError():
+            return failure(400, NESTED)
         case Busy():
             return failure(429, str(error), code="too_many_requests")
         case Stopped():
@@ -224,7 +226,8 @@ async def whole(request: Request, generation: Generation, answer: Answer) -> Res
 
 
 class EventStream(StreamingResponse):
-    """A response of server-sent events. If the client goes away, its sequences end."""
+    """A response of server-sent events. If the client goes away, or takes none, its sequences end.
+    """
 
     media_type = "text/event-stream"
 
@@ -234,8 +237,15 @@ class EventStream(StreamingResponse):
                          headers={"cache-control": "no-store"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_soon(message: Message) -> None:
+            async with asyncio.timeout(SEND_SECONDS):
+                await send(message)
+
         try:
-            await super().__call__(scope, receive, send)
+            await super().__call__(scope, receive, send_soon)
+        except TimeoutError:
+            # uvicorn then closes the connection.
+            return
         finally:
             self.generation.cancelled = True
 
@@ -247,9 +257,11 @@ async def events(generation: Generation, answer: Answer, has_usage: bool) -> Asy
     try:
         async for piece in generation.pieces():
             yield event(answer.chunk_of(piece, generation.top is not None))
+    except Stopped as error:
+        yield event(error_json(str(error), 503, code="stopped"))
+        return
     except Exception as error:
-        status = 503 if isinstance(error, Stopped) else 500
-        yield event(error_json(str(error), status))
+        yield event(error_json(str(error), 500))
         return
     if has_usage:
         yield event(answer.last_chunk())

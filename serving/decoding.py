@@ -23,6 +23,8 @@ from generation.decoder import Decoder
 from generation.engine import Completion, Engine
 from generation.sampling import Batch, Row
 
+# The number of tokens of prompts after which the next step begins.
+PREFILL_TOKENS = 512
 STOPPED = "The server was stopped."
 
 
@@ -134,11 +136,12 @@ class Sample(Row):
     def hand_over(self) -> None:
         completion = self.completion
         text = completion.printable()
-        # Without the tokens of a stop, of an end, and of a character that is not complete.
-        tokens = []
-        while self.tokens and self.tokens[0].offset < len(text):
-            tokens.append(self.tokens.popleft())
         reason = completion.reason if completion.finished else ""
+        # Without the tokens of a stop, and of a character that is not complete.
+        n_characters = len(text) + (reason == "end_of_text")
+        tokens = []
+        while self.tokens and self.tokens[0].offset < n_characters:
+            tokens.append(self.tokens.popleft())
         piece = Piece(self.index, text[self.n_shown :], tokens, len(completion.tokens), reason)
         self.n_shown = len(text)
         if piece.text or reason:
@@ -228,18 +231,25 @@ class DecodingThread(threading.Thread):
         self.open.discard(task)
 
     def admit(self) -> None:
-        """Let the first generation that waits join, if there is room.
+        """Let generations that wait join in their order, while there is room.
 
-        Only one per step: the others' sequences do not grow while its prompts are read.
+        The sequences of the others do not grow while prompts are read, so that the rest waits for
+        the next step once the prompts have PREFILL_TOKENS tokens.
         """
-        while self.waiting and self.waiting[0].cancelled:
-            self.open.discard(self.waiting.popleft())
-        if not self.waiting or len(self.batch.rows) + len(self.waiting[0].jobs) > self.rows:
-            return
-        generation = self.waiting.popleft()
-        for index in range(len(generation.jobs)):
-            completion = Completion(self.engine.tokenizer, *generation.stops)
-            self.batch.join(Sample(generation, index, completion))
+        for generation in list(self.waiting):
+            if generation.cancelled:
+                self.waiting.remove(generation)
+                self.open.discard(generation)
+        n_tokens = 0
+        while self.waiting and n_tokens < PREFILL_TOKENS:
+            generation = self.waiting[0]
+            if len(self.batch.rows) + len(generation.jobs) > self.rows:
+                return
+            self.waiting.popleft()
+            for index, (prompt, _) in enumerate(generation.jobs):
+                completion = Completion(self.engine.tokenizer, *generation.stops)
+                self.batch.join(Sample(generation, index, completion))
+                n_tokens += len(prompt)
 
     def step(self) -> None:
         """Add a token to each sequence. Those that have ended leave the batch."""

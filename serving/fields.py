@@ -20,6 +20,8 @@ INTEGERS = ("max_new_tokens", "top_k", "seed")
 IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
 MAX_STOPS, MAX_STOP = 16, 200
 MAX_NUMBER = 2**63
+MAX_MESSAGE = 500
+NESTED = "The body is nested too deeply."
 
 
 class BadRequest(Exception):
@@ -27,7 +29,8 @@ class BadRequest(Exception):
 
     def __init__(self, message: str, param: str | None = None, code: str | None = None,
                  status: int = 400) -> None:
-        super().__init__(message)
+        # It can quote the request.
+        super().__init__(message[:MAX_MESSAGE])
         self.status, self.param, self.code = status, param, code
 
 
@@ -39,7 +42,7 @@ def parse(body: bytes) -> dict[str, Any]:
     try:
         values = json.loads(body.decode(), parse_constant=refuse)
     except RecursionError:
-        raise BadRequest("The body is nested too deeply.") from None
+        raise BadRequest(NESTED) from None
     except ValueError as error:
         raise BadRequest(f"The body is not JSON in UTF-8: {error}.") from None
     if not isinstance(values, dict):
@@ -54,10 +57,11 @@ class Fields:
         self.values = {name: value for name, value in values.items() if value is not None}
 
     def take(self, name: str, default: Any, *types: type) -> Any:
-        """The value of a field, of one of the `types`."""
+        """The value of a field, of one of the `types`; by default, that of `default`."""
         value = self.values.pop(name, default)
+        types = types or (type(default),)
         # To Python, true is a number.
-        if type(value) not in (*types, type(default)):
+        if value is not default and type(value) not in types:
             wanted = " or ".join(JSON_NAMES[kind] for kind in types)
             raise BadRequest(f"{name}={shown(value)} must be {wanted}.", name)
         if isinstance(value, int | float) and not abs(value) < MAX_NUMBER:

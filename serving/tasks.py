@@ -41,7 +41,7 @@ class Model:
 async def completion_task(fields: Fields, model: Model,
                           settings: ServeSettings) -> tuple[Generation, Answer]:
     """A task of /v1/completions. Raises BadRequest."""
-    prompts = await asyncio.to_thread(read_prompts, fields, model)
+    prompts = await asyncio.to_thread(read_prompts, fields, model, settings.batch_size)
     n = fields.integer("n", 1, 1, settings.batch_size)
     top = fields.integer("logprobs", None, 0, MAX_TOP)
     # The texts of one prompt are those that sample.py prints for num_samples.
@@ -50,6 +50,8 @@ async def completion_task(fields: Fields, model: Model,
     echoes = []
     if fields.take("echo", False):
         echoes = [model.engine.shown(prompt) for prompt, _ in jobs]
+        if top is not None:
+            raise BadRequest("echo with logprobs is not supported: leave one of them out.", "echo")
     return generation, Answer(model.name, model.engine.tokenizer, prompts, n, echoes)
 
 
@@ -84,13 +86,16 @@ def make_generation(fields: Fields, jobs: Sequence[tuple[list[int], int]], rules
     return Generation(jobs, rules, fields.stops(settings.stop), top)
 
 
-def read_prompts(fields: Fields, model: Model) -> list[list[int]]:
-    """The token ids of `prompt`: a text, token ids, or a list of either."""
+def read_prompts(fields: Fields, model: Model, most: int) -> list[list[int]]:
+    """The token ids of `prompt`: a text, token ids, or a list of up to `most` of either."""
     given = fields.take("prompt", "", str, list)
     is_one = isinstance(given, str) or (given and all(type(one) is int for one in given))
     prompts = [given] if is_one else given
     if not prompts:
         raise BadRequest("prompt is an empty list: give at least one.", "prompt")
+    if len(prompts) > most:
+        raise BadRequest(f"prompt has {len(prompts)} prompts, and the limit is {most} "
+                         "(batch_size).", "prompt")
     return [read_prompt(prompt, model) for prompt in prompts]
 
 

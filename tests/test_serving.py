@@ -2,21 +2,39 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import http.client
+import json
+import signal
 import socket
+import subprocess
+import sys
 import threading
+import time
+from pathlib import Path
 
 import pytest
+import torch
 
+import serve
 from conf.sampling import SamplingConfig
-from conf.schema import compose
+from conf.schema import ConfigError, compose
 from conf.serving import ServeSettings
+from data.chat import with_markers
+from data.tokenizer import ByteTokenizer
 from generation import open_run
+from generation.chat import Conversation
+from generation.decoder import Decoder
 from generation.engine import Engine
-from serving.decoding import DecodingThread
+from model.gpt import GPT, GPTConfig
+from serving.decoding import Busy, DecodingThread, Generation, Stopped
 from serving.tasks import Model
+from training.device import Device
 
-RULES = SamplingConfig(max_new_tokens=40)
+ROOT = Path(__file__).parent.parent
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+ENDLESS = {"prompt": "The", "max_tokens": 8000}
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +45,6 @@ def engine(tiny_runs):
 @contextlib.contextmanager
 def decoding(engine: Engine, rows: int = 16, max_requests: int = 64):
     """The running thread of an engine."""
-    from generation.decoder import Decoder
-
     thread = DecodingThread(engine, Decoder(engine.model), rows, max_requests)
     thread.start()
     try:
@@ -39,25 +55,61 @@ def decoding(engine: Engine, rows: int = 16, max_requests: int = 64):
         assert not thread.is_alive()
 
 
-@pytest.fixture(scope="module")
-def server(engine):
-    """A client of a server in a thread of this process."""
+class Server:
+    """A server in a thread of this process, and its clients."""
+
+    def __init__(self, port: int, threads: dict[str, DecodingThread]) -> None:
+        self.port, self.threads = port, threads
+
+    def ask(self, path: str, body: object, **headers: str) -> tuple[int, dict]:
+        """The status and the JSON that answer a body, which is JSON or bytes."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        sent = {"Content-Type": "application/json"} | {name.replace("_", "-"): value for name, value in headers.items()}
+        with contextlib.closing(connection):
+            connection.request("POST" if body is not None else "GET", path, None if body is None else content, sent)
+            answer = connection.getresponse()
+            return answer.status, json.loads(answer.read())
+
+    def openai(self):
+        import openai
+
+        return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="secret", max_retries=0)
+
+
+@contextlib.contextmanager
+def serving(engines: dict[str, Engine], *overrides: str, max_requests: int = 64):
     pytest.importorskip("starlette", reason="needs starlette, which is optional")
     uvicorn = pytest.importorskip("uvicorn", reason="needs uvicorn, which is optional")
-    openai = pytest.importorskip("openai", reason="needs openai, which is optional")
     from serving.app import make_app
 
-    settings = compose(ServeSettings, ["max_new_tokens=40"])
-    with decoding(engine) as thread, socket.create_server(("127.0.0.1", 0)) as listening:
-        app = make_app({"tiny": Model("tiny", engine, thread)}, settings)
-        running = uvicorn.Server(uvicorn.Config(app, http="h11", ws="none", lifespan="off", log_level="error"))
+    with contextlib.ExitStack() as stack:
+        threads = {name: stack.enter_context(decoding(engine, max_requests=max_requests)) for name, engine in engines.items()}
+        models = {name: Model(name, engine, threads[name]) for name, engine in engines.items()}
+        listening = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        running = serve.make_server(uvicorn, make_app(models, compose(ServeSettings, ["max_new_tokens=40", *overrides])), models)
         loop = threading.Thread(target=running.run, args=([listening],))
         loop.start()
-        url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
-        with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
-            yield client
-        running.should_exit = True
-        loop.join(timeout=10)
+        try:
+            yield Server(listening.getsockname()[1], threads)
+        finally:
+            running.should_exit = True
+            loop.join(timeout=10)
+
+
+@pytest.fixture(scope="module")
+def talker():
+    """A model of conversations with random weights."""
+    torch.manual_seed(0)
+    tokenizer = with_markers(ByteTokenizer())
+    model = GPT(GPTConfig(block_size=64, vocab_size=tokenizer.vocab_size, n_layer=1, n_head=2, n_embd=16)).eval()
+    return Engine(model, tokenizer, Device("cpu", "fp32"))
+
+
+@pytest.fixture(scope="module")
+def server(engine, talker):
+    with serving({"tiny": engine, "talker": talker}) as running:
+        yield running
 
 
 def texts_of(engine: Engine, prompt: str, n: int = 1, **rules: object) -> list[str]:
@@ -66,10 +118,259 @@ def texts_of(engine: Engine, prompt: str, n: int = 1, **rules: object) -> list[s
     return [one.text for one in engine.complete([(prompt, number) for number in range(n)], config)]
 
 
+def wait_until(holds) -> None:
+    end = time.monotonic() + 10
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+# Continuous batching
+
+
+async def collected(generation: Generation) -> tuple[list[str], list[int]]:
+    """The texts and the numbers of tokens of a generation."""
+    texts, counts = [""] * len(generation.jobs), [0] * len(generation.jobs)
+    async for piece in generation.pieces():
+        texts[piece.index] += piece.text
+        counts[piece.index] = piece.n_tokens
+    return texts, counts
+
+
+def test_a_text_does_not_depend_on_its_company(engine):
+    """More sequences than places, of other lengths and rules; they come while others are decoded."""
+    cases = [("The", 1, {}), ("A", 3, {"temperature": 0}), ("every", 2, {"seed": 4, "top_k": 3}), ("No", 4, {"top_p": 0.5, "stop": "e"}),
+             ("its", 1, {"max_new_tokens": 90}), ("The old", 2, {"temperature": 1.5, "top_k": 0, "max_new_tokens": 7})]
+
+    async def together(thread):
+        async def one(delay, prompt, n, rules):
+            await asyncio.sleep(0.004 * delay)
+            rules = SamplingConfig(**{"max_new_tokens": 40} | rules)
+            jobs = [(engine.encode(prompt), number) for number in range(n)]
+            generation = Generation(jobs, rules, [rules.stop], streams=delay % 2 == 0)
+            thread.submit(generation)
+            return (await collected(generation))[0]
+        return await asyncio.gather(*(one(number, *case) for number, case in enumerate(cases)))
+
+    with decoding(engine, rows=5) as thread:
+        step, sizes = thread.step, []
+        thread.step = lambda: sizes.append(len(thread.batch.rows)) or step()
+        texts = asyncio.run(together(thread))
+    assert texts == [texts_of(engine, prompt, n, **rules) for prompt, n, rules in cases]
+    assert max(sizes) == 5 and len(sizes) < 0.7 * sum(sizes)
+
+
+def test_a_client_that_goes_frees_its_place(server):
+    """Of a stream, and of a request that would be answered whole."""
+    thread = server.threads["tiny"]
+    for body in (ENDLESS | {"model": "tiny", "stream": True}, ENDLESS | {"model": "tiny"}):
+        connection = http.client.HTTPConnection("127.0.0.1", server.port)
+        connection.request("POST", COMPLETIONS, json.dumps(body), {"Content-Type": "application/json"})
+        wait_until(lambda: thread.batch.rows)
+        connection.close()
+        wait_until(lambda: not thread.open and not thread.batch.rows)
+
+
+def test_open_requests_are_limited(engine):
+    async def flood(thread):
+        for _ in range(2):
+            thread.submit(Generation([([1], 0)], SamplingConfig(5000)))
+        with pytest.raises(Busy, match="2 requests are open, which is the limit"):
+            thread.submit(Generation([([1], 0)], SamplingConfig(5000)))
+
+    with decoding(engine, max_requests=2) as thread:
+        asyncio.run(flood(thread))
+
+
+def test_a_failure_ends_the_requests_and_not_the_thread(engine, monkeypatch):
+    def broken_step():
+        raise ValueError("NaN")
+
+    async def fail_and_go_on(thread):
+        generations = [Generation([([1], 0)], SamplingConfig(3)) for _ in range(2)]
+        with monkeypatch.context() as broken:
+            broken.setattr(thread.batch, "step", broken_step)
+            thread.submit(generations[0])
+            with pytest.raises(ValueError, match="NaN"):
+                await collected(generations[0])
+        thread.submit(generations[1])
+        assert (await collected(generations[1]))[1] == [3] and await thread.call(lambda: 5) == 5
+        with pytest.raises(ZeroDivisionError):
+            await thread.call(lambda: 1 / 0)
+
+    with decoding(engine) as thread:
+        wait_until(lambda: hasattr(thread, "batch"))
+        asyncio.run(fail_and_go_on(thread))
+
+
+def test_stopping_ends_what_is_open(engine):
+    async def stop(thread):
+        running, waiting = Generation([([1], 0)], SamplingConfig(5000)), Generation([([1], 0)] * 16, SamplingConfig(5000))
+        thread.submit(running)
+        thread.submit(waiting)
+        thread.stop()
+        for generation in (running, waiting):
+            with pytest.raises(Stopped):
+                await collected(generation)
+        with pytest.raises(Stopped):
+            thread.submit(running)
+
+    with decoding(engine) as thread:
+        asyncio.run(stop(thread))
+
+
+# OpenAI's API
+
+
 def test_the_openai_client_gets_the_texts_of_sample_py(server, engine):
-    assert [model.id for model in server.models.list()] == ["tiny"]
-    made = server.completions.create(model="tiny", prompt="The", n=3, seed=5, max_tokens=30, top_p=0.8, extra_body={"top_k": 9})
-    assert [one.text for one in made.choices] == texts_of(engine, "The", 3, seed=5, max_new_tokens=30, top_p=0.8, top_k=9)
-    pieces = list(server.completions.create(model="tiny", prompt="The", seed=2, stream=True, stream_options={"include_usage": True}))
-    assert "".join(piece.choices[0].text for piece in pieces[:-1]) == texts_of(engine, "The", seed=2)[0]
-    assert len(pieces) > 10 and pieces[-1].usage.total_tokens == 43
+    pytest.importorskip("openai", reason="needs openai, which is optional")
+    with server.openai() as client:
+        assert [model.id for model in client.models.list()] == ["tiny", "talker"]
+        made = client.completions.create(model="tiny", prompt="The", n=3, seed=5, max_tokens=30, top_p=0.8, extra_body={"top_k": 9})
+        assert [one.text for one in made.choices] == texts_of(engine, "The", 3, seed=5, max_new_tokens=30, top_p=0.8, top_k=9)
+        pieces = list(client.completions.create(model="tiny", prompt="The", seed=2, stream=True, stream_options={"include_usage": True}))
+        assert "".join(piece.choices[0].text for piece in pieces[:-1]) == texts_of(engine, "The", seed=2)[0]
+        assert len(pieces) > 10 and pieces[-1].usage.total_tokens == 43
+
+
+def test_prompts_can_be_texts_tokens_or_several(server, engine):
+    for prompt in (["The", "A"], [engine.encode("The"), engine.encode("A")]):
+        status, answer = server.ask(COMPLETIONS, {"model": "tiny", "prompt": prompt, "n": 2, "echo": True})
+        expected = [prompt + text for prompt in ("The", "A") for text in texts_of(engine, prompt, 2)]
+        assert status == 200 and [choice["text"] for choice in answer["choices"]] == expected
+        assert answer["usage"] == {"prompt_tokens": 4, "completion_tokens": 160, "total_tokens": 164}
+    assert server.ask(COMPLETIONS, {"model": "tiny"})[1]["choices"][0]["text"] == texts_of(engine, "")[0]
+
+
+def test_a_completion_ends_at_the_first_of_several_stops(server, engine):
+    text = texts_of(engine, "The")[0]
+    stops = [text[20:22], text[9:12], "zzz"]
+    choice = server.ask(COMPLETIONS, {"model": "tiny", "prompt": "The", "stop": stops})[1]["choices"][0]
+    assert choice["text"] == text[: min(text.index(stop) for stop in stops[:2])] and choice["finish_reason"] == "stop"
+    assert server.ask(COMPLETIONS, {"model": "tiny", "prompt": "The"})[1]["choices"][0]["finish_reason"] == "length"
+
+
+def test_log_probabilities_are_the_models(server, engine):
+    body = {"model": "tiny", "prompt": "The ", "max_tokens": 9, "logprobs": 3, "stop": "\n"}
+    choice = server.ask(COMPLETIONS, body)[1]["choices"][0]
+    found = choice["logprobs"]
+    assert "".join(found["tokens"]) == choice["text"] and found["text_offset"] == list(range(len(choice["text"])))
+    exact = engine.logits("The " + choice["text"]).log_softmax(-1)[3:-1]
+    for row, token, logprob, top in zip(exact, found["tokens"], found["token_logprobs"], found["top_logprobs"], strict=True):
+        assert logprob == pytest.approx(row[engine.encode(token)[0]].item(), abs=1e-4)
+        assert list(top.values()) == pytest.approx(row.topk(3).values.tolist(), abs=1e-4)
+
+
+def test_a_chat_is_that_of_sample_py(server, talker):
+    """A first question and a second one; whole and as a stream."""
+    rules = SamplingConfig(max_new_tokens=9)
+    conversation = Conversation(talker, rules, system="S")
+    conversation.answer = lambda question: "".join(Conversation.answer(conversation, question))
+    messages = [{"role": "system", "content": "S"}]
+    for question in ("a?", "b?"):
+        messages.append({"role": "user", "content": question})
+        body = {"model": "talker", "messages": messages, "max_tokens": 9, "logprobs": True, "top_logprobs": 2}
+        choice = server.ask(CHAT, body)[1]["choices"][0]
+        expected = conversation.answer(question)
+        assert choice["message"] == {"role": "assistant", "content": expected}
+        assert all(len(token["top_logprobs"]) == 2 for token in choice["logprobs"]["content"])
+        messages.append({"role": "assistant", "content": expected})
+        # Its bytes that are not UTF-8 are lost in the text.
+        conversation.turns[-1] = [*conversation.turns[-1][:5], *talker.tokenizer.encode(expected), conversation.end]
+
+
+# Limits and errors
+
+
+BAD = {
+    "not JSON": b"{", "not UTF-8": b'{"prompt": "\xff"}', "not an object": [1], "a deep nest": b'{"prompt": ' + b"[" * 100_000,
+    "a nest that json reads": b'{"model": "tiny", "messages": [{"role": ' + b"[" * 900 + b"]" * 900 + b"}]}",
+    "NaN": b'{"temperature": NaN}', "infinite": b'{"temperature": 1e999}', "a huge integer": b'{"seed": ' + b"9" * 5000 + b"}",
+    "a large integer": {"seed": 10**30}, "a boolean for a number": {"n": True}, "a text for a number": {"max_tokens": "5"},
+    "a fraction": {"max_tokens": 1.5}, "no tokens": {"max_tokens": 0}, "a negative number": {"temperature": -1},
+    "too many samples": {"n": 17}, "no samples": {"n": 0}, "too many prompts": {"prompt": [[]] * 100_000},
+    "too many tokens": {"max_tokens": 5000, "n": 2}, "a number as prompt": {"prompt": 5}, "mixed prompts": {"prompt": ["a", 5]},
+    "an unknown token": {"prompt": [10**6]}, "a boolean token": {"prompt": [True]}, "no prompts": {"prompt": []},
+    "an unknown character": {"prompt": "\u20ac"}, "a surrogate": b'{"prompt": "\\ud800"}', "a long prompt": {"prompt": "a" * 500},
+    "a stop that is empty": {"stop": [""]}, "a stop that is a number": {"stop": 5}, "many stops": {"stop": ["a"] * 99},
+    "an unknown model": {"model": "../tiny"}, "a penalty": {"presence_penalty": 1}, "tools": {"tools": [{}]}, "a list as model": {"model": []},
+    "no boolean": {"stream": "yes"}, "bad options": {"stream_options": 5}, "too many logprobs": {"logprobs": 99},
+    "a stream of nothing": {"stream": True, "prompt": "\u20ac"},
+}
+
+
+@pytest.mark.parametrize("body", BAD.values(), ids=BAD)
+def test_a_bad_body_is_an_error_of_openais_shape(server, body):
+    if isinstance(body, dict):
+        body = {"model": "tiny"} | body
+    for path in (COMPLETIONS, CHAT):
+        status, answer = server.ask(path, body)
+        assert 400 <= status < 500 and answer["error"].keys() == {"message", "type", "param", "code"}
+        assert answer["error"]["message"] and len(answer["error"]["message"]) < 600
+
+
+@pytest.mark.parametrize("messages", [
+    [], "hi", [{}], [{"role": "assistant", "content": "a"}], [{"role": "tool", "content": "a"}], [{"role": "user", "content": 5}],
+    [{"role": "user", "content": "a"}] * 2, [{"role": "user", "content": "a" * 100}], [{"role": "system", "content": "a"}]])
+def test_bad_messages_are_an_error(server, messages):
+    status, answer = server.ask(CHAT, {"model": "talker", "messages": messages})
+    assert status == 400 and answer["error"]["param"] == "messages"
+
+
+def test_http_mistakes_have_their_status(server):
+    for status, path, body, headers in (
+            (404, "/../etc/passwd", None, {}), (404, "/v1/files", None, {}), (405, COMPLETIONS, None, {}), (415, COMPLETIONS, {}, {"Content_Type": "text/plain"}),
+            (413, COMPLETIONS, b" " * 2**21, {}), (403, "/v1/models", None, {"Host": "evil.example:8000"}), (403, "/", None, {"Host": "[::"}),
+            (403, COMPLETIONS, {}, {"Origin": "http://evil.example"}), (403, COMPLETIONS, {}, {"Origin": "null"})):
+        found, answer = server.ask(path, body, **headers)
+        assert found == status and answer["error"]["message"]
+    assert server.ask("/v1/models", None, Host="LOCALHOST:1", Origin="http://LOCALHOST:1")[0] == 200
+
+
+def test_an_api_key_is_needed_where_one_is_set(engine):
+    with serving({"tiny": engine}, "api_key=secret", "host=0.0.0.0") as running:
+        for header in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer secr\u00e9t"}, {"Authorization": "secret"}):
+            assert running.ask("/v1/models", None, **header)[0] == 401
+        assert running.ask("/v1/models", None, Authorization="Bearer secret", Host="server.example")[0] == 200
+
+
+# The program
+
+
+@pytest.mark.parametrize(("words", "problem"), [
+    (["host=0.0.0.0"], "host=0.0.0.0 lets other machines in: set a secret with api_key="),
+    (["port=65536"], "port=65536 must be at least 0 and at most 65535"),
+    (["run=a", "init_from=gpt2"], "exclude each other")])
+def test_settings_that_are_refused(words, problem):
+    with pytest.raises(ConfigError, match=problem):
+        compose(ServeSettings, words)
+
+
+def test_a_missing_package_is_one_sentence(monkeypatch, tiny_runs):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    with pytest.raises(ValueError, match=r"serve.py needs uvicorn: pip install starlette uvicorn"):
+        serve.serve(compose(ServeSettings, [f"runs_dir={tiny_runs}"]))
+
+
+def test_a_port_in_use_is_one_sentence():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=f"port={port} cannot be used .Address already in use.: choose another port"):
+            serve.listen(compose(ServeSettings, [f"port={port}"]))
+
+
+def test_a_signal_ends_streams_and_the_program(tiny_runs):
+    pytest.importorskip("uvicorn", reason="needs uvicorn, which is optional")
+    command = [sys.executable, "serve.py", f"runs_dir={tiny_runs}", "run=tiny,tiny", "port=0", "device=cpu", "precision=fp32"]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stderr.startswith("Error: run=tiny,tiny has two runs")
+    command[3] = "run=tiny"
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as program:
+        said = program.stdout.readline()
+        assert said.startswith("Serving tiny at http://127.0.0.1:")
+        connection = http.client.HTTPConnection("127.0.0.1", int(said.strip("/\n").rpartition(":")[2]))
+        connection.request("POST", COMPLETIONS, json.dumps(ENDLESS | {"stream": True}), {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        answer.readline()
+        program.send_signal(signal.SIGINT)
+        assert b'"code": "stopped"' in answer.read().splitlines()[-2]
+        assert program.stdout.read() == "" and program.wait(timeout=10) == 130

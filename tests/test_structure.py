@@ -25,7 +25,7 @@ FORBIDDEN = {
     "sweep": {"generation", "evaluation", "serving", "scripts", "bench"} | ENTRY_POINTS,
     "report": {"model", "data", "torch", "generation", "evaluation", "serving", "sweep", "scripts", "bench"} | ENTRY_POINTS,
     "scripts": {"bench", "serving", "sample", "eval", "serve"},
-    "bench": {"sample", "eval", "serve"},
+    "bench": {"sample", "eval"},
 }
 
 

@@ -68,8 +68,9 @@ def listen(settings: ServeSettings) -> socket.socket:
         advice = ""
         if error.errno == errno.EADDRINUSE:
             advice = ": choose another port, or port=0 for any free one"
-        raise ValueError(f"host={settings.host} port={settings.port} cannot be used "
-                         f"({error.strerror}){advice}.") from None
+        reason = error.strerror.partition(" (")[0]
+        raise ValueError(f"host={settings.host} port={settings.port} cannot be used: "
+                         f"{reason}{advice}.") from None
 
 
 def open_engines(settings: ServeSettings, device: Device) -> dict[str, Engine]:

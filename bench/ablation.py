@@ -1,31 +1,32 @@
-"""The validation loss of a recipe without each of its ingredients, after the same steps.
+"""Which ingredients of a recipe lower its validation loss: the recipe without each of them.
 
-  python -m bench ablation                             speedrun_shakespeare, 15 minutes
-  python -m bench ablation experiment=pydocs seeds=5   another recipe
+  python -m bench ablation                                   speedrun_shakespeare
+  python -m bench ablation experiment=modern_shakespeare seeds=16 jobs=2
+  python -m bench ablation model=modern-small                another recipe
 
-Takes the settings of train.py too.
-
-A difference that is smaller than the spread between seeds is noise.
+Takes the settings of train.py too. Each variant is compared with the recipe over the same seeds, as
+by python -m scripts.compare (docs/evaluation.md). The same command resumes.
 """
 
 from __future__ import annotations
 
-import statistics
+import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
-from bench.result import train_ours
 from bench.timing import print_header
+from conf.identity import flat
 from conf.schema import compose
-from progress import ProgressBar, print_line
-from setting import range_problems, setting
-from training.config import TrainingConfig
+from conf.settings import Settings
+from evaluation.comparison import Comparison, compare_all
+from progress import print_line
+from report.history import differing_settings
+from scripts.compare import CompareSettings, plan_arm, read_arms, results_of, train_all
+from setting import FilePath, range_problems, setting
 
+RECIPE = "the recipe"
 WITHOUT = {
-    "the recipe": "",
-    "n-grams": "model.ngrams=1",
-    "n-grams of more than 2": "model.ngrams=2",
-    "n-grams of more than 3": "model.ngrams=3",
     "embedding norm": "model.embedding_norm=false",
     "Muon (AdamW for all, 3e-3)": "optim.optimizer=adamw optim.lr=3e-3",
     "Muon (AdamW for all, 1e-2)": "optim.optimizer=adamw",
@@ -36,6 +37,7 @@ WITHOUT = {
     "a head of its own": "model.tie_head=true",
     "rotary positions (learned)": "model.position=learned",
     "RMS norm (layer norm)": "model.norm=layer",
+    "layers without biases (with)": "model.bias=true",
     "decay over 60% of the steps (20%)": "optim.decay_fraction=0.2",
 }
 
@@ -44,7 +46,9 @@ WITHOUT = {
 class AblationSettings:
     """Settings of the ablation; all others are those of train.py."""
 
-    seeds: int = setting(3, "runs of each variant", ge=2)
+    seeds: int = setting(8, "runs of each variant; 4 or fewer cannot decide", ge=2)
+    jobs: int = setting(1, "that run at a time", ge=1)
+    runs_dir: FilePath = setting("runs/ablation", "folder for the runs of all variants")
     train: tuple[str, ...] = ()
 
     def problems(self) -> Iterator[str]:
@@ -54,29 +58,45 @@ class AblationSettings:
 
 def main(settings: AblationSettings) -> int:
     recipe = settings.train or ("experiment=speedrun_shakespeare",)
-    variants = all_variants(compose("config", list(recipe)).training)
-    print_header("without", "validation loss", "spread", "more than the recipe")
-    recipe_mean = 0.0
-    total = len(variants) * settings.seeds
-    with ProgressBar(desc="Training", total=total, unit="runs", leave=False) as bar:
-        for name, overrides in variants.items():
-            losses = []
-            for seed in range(settings.seeds):
-                losses.append(train_ours(*recipe, *overrides, f"seed={seed}")["val_loss"])
-                bar.update()
-            mean = statistics.mean(losses)
-            if name == "the recipe":
-                recipe_mean = mean
-            spread = max(losses) - min(losses)
-            print_line(f"| {name} | {mean:.4f} | {spread:.4f} | {mean - recipe_mean:+.4f} |")
+    own = CompareSettings(seeds=settings.seeds, jobs=settings.jobs, runs_dir=settings.runs_dir,
+                          base=shlex.join([*recipe, "training.sample_tokens=0"]))
+    plans = {RECIPE: plan_arm([], own)}
+    for name, overrides in variants_of(list(recipe)).items():
+        plans[name] = plan_arm(overrides, own)
+    results = {}
+    for name, folder in train_all(plans).items():
+        [runs] = read_arms(name, Path(own.runs_dir), folder).values()
+        results[name] = results_of(runs, "val_loss")
+    print_header("without", "validation loss", "more than the recipe", "p", "beyond the noise")
+    for one in compare_all(results, RECIPE):
+        print_line(row(one, results[one.second]))
     return 0
 
 
-def all_variants(limits: TrainingConfig) -> dict[str, list[str]]:
-    """The overrides of each variant."""
-    variants = {name: overrides.split() for name, overrides in WITHOUT.items()}
+def row(one: Comparison, results: dict[int, float]) -> str:
+    """A line of the table: the mean loss of a variant, and its comparison with the recipe."""
+    mean = sum(results.values()) / len(results)
+    answer = "yes" if one.is_decided else "no"
+    return (f"| {one.second} | {mean:.4f} | {one.difference:+.4f} ± {one.error:.4f} "
+            f"| {one.p:.2g} | {answer} |")
+
+
+def variants_of(recipe: list[str]) -> dict[str, list[str]]:
+    """The overrides of each variant that differs from the recipe."""
+    settings = compose("config", recipe)
+    limits = settings.training
+    variants = {}
+    for ngrams in range(1, settings.model.ngrams):
+        name = f"n-grams of more than {ngrams}" if ngrams > 1 else "n-grams"
+        variants[name] = [f"model.ngrams={ngrams}"]
+    variants |= {name: overrides.split() for name, overrides in WITHOUT.items()}
     variants["small batches (2 x, half the steps)"] = [
         f"training.batch_size={2 * limits.batch_size}",
         f"training.max_steps={max(1, limits.max_steps // 2)}",
     ]
-    return variants
+    return {name: overrides for name, overrides in variants.items()
+            if differs(settings, compose("config", [*recipe, *overrides]))}
+
+
+def differs(one: Settings, other: Settings) -> bool:
+    return bool(differing_settings([flat(asdict(one)), flat(asdict(other))]))

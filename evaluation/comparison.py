@@ -15,6 +15,8 @@ import numpy as np
 
 # The probability of calling a winner where there is no difference, over all looks together.
 ALPHA = 0.05
+# The difference in bits per byte that matters, unless the user says otherwise.
+SMALLEST = 0.005
 # The probability of finding a difference after as many seeds as `seeds_needed` says.
 POWER = 0.8
 MAX_SEEDS = 1000

@@ -11,16 +11,28 @@ from pathlib import Path
 from typing import Any
 
 import atomic
+from evaluation.comparison import SMALLEST, compare_all
 from progress import ProgressBar
 from report import curves
 from report.figures import number_texts
-from report.history import AXES, BITS, LOSS, History, best_first, differing, open_history
+from report.history import (
+    AXES,
+    BITS,
+    LOSS,
+    History,
+    arms_of,
+    best_first,
+    differing,
+    open_history,
+    tokens_of,
+)
 from report.importance import MIN_RUNS, importance
 from terminal import counted, escaped
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 MAX_COLUMNS = 6  # runs side by side in a table of settings
 MAX_SLICES = 12
+MAX_ARMS = 20  # settings that are compared over seeds: all pairs are tested
 MAX_SAMPLES = 60  # runs whose samples are shown
 FEW = 20  # runs that are read without a progress bar
 CHOICE_OF_AXIS = """<div class="choice" role="group" aria-label="against">
@@ -96,7 +108,7 @@ def page(runs: list[History], title: str) -> str:
     """The page about `runs`, the best first."""
     parts = [
         *summary(runs, title), *losses(runs), *diagnostics(runs), *leaderboard(runs),
-        *importance_of_settings(runs), *samples(runs),
+        *comparisons(runs), *importance_of_settings(runs), *samples(runs),
         *compare("Settings", [run.settings for run in runs], runs),
         *compare("Environment", [run.environment for run in runs], runs),
     ]
@@ -221,6 +233,29 @@ def leaderboard_rows(runs: list[History]) -> list[dict[str, tuple[Any, str]]]:
         row["tokens/s"] = formatted(tokens / seconds if seconds else None, ",.0f")
         rows.append(row)
     return rows
+
+
+def comparisons(runs: list[History]) -> Iterator[str]:
+    """The best settings against each of the others, of those that were run with several seeds."""
+    finished = [run for run in comparable(runs)[0] if isinstance(run.settings.get("seed"), int)]
+    try:
+        arms = arms_of(finished)
+    except ValueError:
+        # Copies of a run say nothing about the noise.
+        return
+    results = {}
+    for name, of_arm in arms.items():
+        if len(of_arm) > 1:
+            results[name] = {seed: run.score for seed, run in of_arm.items()}
+    if not 1 < len(results) <= MAX_ARMS or len({tokens_of(run) for run in finished}) > 1:
+        return
+    unit = "bits per byte" if finished[0].measure == BITS else "nats per token"
+    yield "<h2>Beyond the noise between seeds?</h2>"
+    try:
+        for one in compare_all(results):
+            yield f"<p>{escape(one.sentence(unit, SMALLEST))}</p>"
+    except ValueError as error:
+        yield f"<p>{escape(str(error))}</p>"
 
 
 def importance_of_settings(runs: list[History]) -> Iterator[str]:

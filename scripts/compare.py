@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from conf.launch import launch
+from evaluation.comparison import SMALLEST
 from setting import FilePath, range_problems, setting
 
 
@@ -31,7 +32,7 @@ class CompareSettings:
     jobs: int = setting(1, "that run at a time", ge=1)
     runs_dir: FilePath = setting("runs", "folder that contains the runs' folders")
     metric: Literal["bits_per_byte", "val_loss"] = setting("bits_per_byte", "lowest of a run")
-    smallest: float = setting(0.005, "difference that matters, in the unit of metric=", gt=0)
+    smallest: float = setting(SMALLEST, "difference that matters, in the unit of metric=", gt=0)
     rule: Literal["sequential", "speedrun"] = setting(
         "sequential", "or that of modded-nanogpt's track 3, for its recipe")
     # The arms.

@@ -6,10 +6,14 @@ import json
 
 import numpy as np
 import pytest
+import yaml
+from test_report import write_run
 
 from bench import ablation, result, start
 from bench import peer as peer_module
+from conf import presets
 from conf.schema import ConfigError, compose
+from scripts import compare
 
 VAL = (np.arange(1000) ** 2 % 97).astype(np.uint16)
 
@@ -76,17 +80,32 @@ def test_bad_settings_are_one_sentence(words, problem):
 
 
 @pytest.mark.slow
-def test_an_ablation_compares_the_same_seeds_with_and_without(monkeypatch, capsys):
-    ran = []
-    monkeypatch.setattr(ablation, "train_ours", lambda *words: ran.append(words) or {"val_loss": 2.0 + ("model.ngrams=1" in words) + int(words[-1][-1])})
-    assert ablation.main(compose(ablation.AblationSettings, ["seeds=2", "experiment=shakespeare_cpu"])) == 0
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[2:]]
-    assert rows[0] == ["the recipe", "2.5000", "1.0000", "+0.0000"] and rows[1] == ["n-grams", "3.5000", "1.0000", "+1.0000"]
-    assert len(rows) == len(ablation.WITHOUT) + 1 and len(ran) == 2 * len(rows)
-    assert all(words[0] == "experiment=shakespeare_cpu" for words in ran)
-    assert {"training.batch_size=24", "training.max_steps=1000"} <= set(ran[-1])
-    for words in {words[:-1] for words in ran}:
-        compose("config", list(words))  # each is something that train.py knows
+def test_an_ablation_compares_the_same_seeds_with_and_without(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("scipy")
+
+    def run_plan(plan):
+        for name, (_, settings) in plan.composed.items():
+            worse = 2 if settings.model.ngrams == 1 else 0
+            write_run(plan.folder / name, end=3 + worse + settings.seed % 3 / 10 + worse * settings.seed / 50, seed=settings.seed)
+        return 0, []
+
+    monkeypatch.setattr(compare, "run_plan", run_plan)
+    monkeypatch.setattr(ablation, "variants_of", lambda recipe: {"n-grams": ["model.ngrams=1"]})
+    assert ablation.main(compose(ablation.AblationSettings, [f"runs_dir={tmp_path}", "seeds=4", "model.ngrams=2"])) == 0
+    _, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    assert rows == [["n-grams", "5.2560", "+2.0449 ± 0.0256", "0.004", "yes"]]
+
+
+@pytest.mark.slow
+def test_every_ingredient_of_the_modern_models_has_a_variant():
+    """Which train.py accepts; those that change nothing are left out."""
+    variants = ablation.variants_of(["experiment=modern_shakespeare"])
+    assert variants.keys() > ablation.WITHOUT.keys()
+    changed = {word.partition("=")[0] for words in variants.values() for word in words}
+    for preset in (presets.CONF / "model").glob("modern-*.yaml"):
+        flags = yaml.safe_load(preset.read_text()).keys() - {"defaults", "block_size", "n_layer", "n_head", "n_embd", "ngram_rows"}
+        assert {f"model.{flag}" for flag in flags} <= changed, preset
+    assert "n-grams" not in ablation.variants_of(["experiment=shakespeare_cpu"])  # it has none
 
 
 def test_the_clock_stops_at_the_first_step():

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 import time
 from dataclasses import replace
@@ -422,6 +423,19 @@ def test_auto_does_not_differ_from_the_value_it_resolved_to(tmp_path):
     assert differing([straight, went_on]) == [] and differing([straight, other]) == ["training.precision"]
     (tmp_path / "runs/straight/environment.jsonl").unlink()  # nobody knows what it came to
     assert open_history(tmp_path / "runs/straight", "straight").settings["training.precision"] == "auto"
+
+
+def test_settings_with_several_seeds_are_compared(tmp_path, monkeypatch):
+    pytest.importorskip("scipy")
+    for lr, seed in itertools.product((0.01, 0.1, 1.0), range(4)):
+        write_run(tmp_path / f"sweep/lr={lr},seed={seed}", end=3 + lr + seed % 3 / 10 + lr * seed / 40, seed=seed, optim__lr=lr)
+    page = make(tmp_path / "sweep")
+    assert page.count("3 comparisons") == 2 and "optim.lr=0.01 is better than optim.lr=1.0 by 1.0" in page
+    write_run(tmp_path / "sweep/copy", seed=1, optim__lr=0.1)
+    assert "Beyond the noise" not in make(tmp_path / "sweep")
+    shutil.rmtree(tmp_path / "sweep/copy")
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    assert "Comparing runs needs SciPy: pip install scipy." in make(tmp_path / "sweep")
 
 
 @pytest.mark.slow

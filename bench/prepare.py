@@ -28,7 +28,8 @@ from data.config import DataConfig
 from data.files import cut_into_pieces
 from data.library import StdLib
 from data.prepare import load_tokenizer, prepare
-from data.tokenizer import Tokenizer, from_json
+from data.tokenizer import Tokenizer
+from data.tokenizer_json import from_json
 from setting import range_problems, setting
 
 

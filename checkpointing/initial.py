@@ -19,14 +19,9 @@ from conf.convert import rebuild
 from conf.identity import flat
 from conf.presets import preset
 from conf.settings import Settings
-from data.tokenizer import (
-    PUBLISHED,
-    BPETokenizer,
-    ExtendedTokenizer,
-    Tokenizer,
-    fingerprint,
-)
+from data.tokenizer import PUBLISHED, BPETokenizer, ExtendedTokenizer, Tokenizer
 from data.tokenizer_file import planned_size
+from data.tokenizer_json import fingerprint
 from model import GPTConfig
 from setting import as_word
 

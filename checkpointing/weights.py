@@ -16,7 +16,8 @@ from checkpointing import checkpoint
 from checkpointing.checkpoint import Checkpoint
 from conf.convert import rebuild
 from conf.identity import flat, in_one_line
-from data.tokenizer import Tokenizer, fingerprint, from_json
+from data.tokenizer import Tokenizer
+from data.tokenizer_json import fingerprint, from_json
 from model import GPT, GPTConfig, SkipInit
 from terminal import counted
 

@@ -19,8 +19,9 @@ from data.config import TOKENIZERS
 from data.files import File
 from data.shards import SPLITS, check, read_meta, write_meta
 from data.store import folder_for, make_once, sha256_of
-from data.tokenizer import CharTokenizer, Tokenizer, fingerprint, from_json, read_tokenizer
+from data.tokenizer import CharTokenizer, Tokenizer
 from data.tokenizer_file import open_tokenizer
+from data.tokenizer_json import fingerprint, from_json, read_tokenizer
 from progress import ProgressBar
 
 NUMPY_MAGIC = b"\x93NUMPY"

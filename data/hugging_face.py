@@ -12,8 +12,6 @@ from typing import Any
 from data.patterns import BY_ONIGURUMA, GPT2, for_oniguruma
 from data.tokenizer import (
     END_OF_TEXT,
-    LONGEST_TOKEN,
-    MOST_SPECIAL,
     OTHER_ENDS,
     BPETokenizer,
     ByteTokenizer,
@@ -21,6 +19,7 @@ from data.tokenizer import (
     ExtendedTokenizer,
     Tokenizer,
 )
+from data.tokenizer_json import LONGEST_TOKEN, MOST_SPECIAL
 
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False,
               "use_regex": False}

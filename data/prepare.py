@@ -30,11 +30,10 @@ from data.tokenizer import (
     ByteTokenizer,
     CharTokenizer,
     Tokenizer,
-    fingerprint,
-    read_tokenizer,
     with_few_words,
 )
 from data.tokenizer_file import find_tokenizer, open_tokenizer
+from data.tokenizer_json import fingerprint, read_tokenizer
 
 SAMPLE_BYTES = 2**28  # from the start of the training split, to train a tokenizer
 PROGRESS = "progress.json"  # lists the complete segments while tokens are being prepared

@@ -5,13 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from data.hugging_face import from_hugging_face
-from data.tokenizer import (
-    PUBLISHED_SIZES,
-    ByteTokenizer,
-    Tokenizer,
-    from_json,
-    read_json,
-)
+from data.tokenizer import PUBLISHED_SIZES, ByteTokenizer, Tokenizer
+from data.tokenizer_json import from_json, read_json
 
 
 def find_tokenizer(path: str) -> Path:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from checkpointing import checkpoint, store
 from conf.sampling import SamplingConfig
-from data.tokenizer import fingerprint, from_json
+from data.tokenizer_json import fingerprint, from_json
 from generation import open_run
 from generation.decoder import Decoder
 from generation.engine import Completion, Engine, open_checkpoint

@@ -17,9 +17,8 @@ from data.tokenizer import (
     ByteTokenizer,
     CharTokenizer,
     ExtendedTokenizer,
-    fingerprint,
-    from_json,
 )
+from data.tokenizer_json import fingerprint, from_json
 
 STYLES = {
     "gpt2": {"pattern": None, "special": [END_OF_TEXT]},

@@ -27,7 +27,7 @@ from data.corpus import Corpus, Seen
 from data.prepare import describe, find_prepared, load_tokenizer, prepare
 from data.shards import ShardWriter, Tokens, read_meta
 from data.sources import Files
-from data.tokenizer import fingerprint
+from data.tokenizer_json import fingerprint
 
 ROOT = Path(__file__).parent.parent
 MANY = [f"Document {number} says {number * number}.\n" for number in range(200)]

@@ -34,11 +34,9 @@ from data.tokenizer import (
     ByteTokenizer,
     CharTokenizer,
     Tokenizer,
-    fingerprint,
-    from_json,
-    read_tokenizer,
     with_few_words,
 )
+from data.tokenizer_json import fingerprint, from_json, read_tokenizer
 from scripts import export_tokenizer
 from train import train
 

@@ -15,8 +15,8 @@ from data.config import DataConfig
 from data.hugging_face import to_hugging_face
 from data.prepare import load_tokenizer, prepare
 from data.shards import read_meta
-from data.tokenizer import fingerprint
 from data.tokenizer_file import open_tokenizer
+from data.tokenizer_json import fingerprint
 from scripts.plan import describe_data
 from scripts.prepare import COMPLETE
 from train import train

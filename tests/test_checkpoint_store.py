@@ -133,6 +133,7 @@ def test_a_link_to_the_checkpoints_is_refused(tmp_path):
 # Reading while a training saves and prunes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", store.ORDERS)
 def test_reading_during_training_always_succeeds(tmp_path, which):
     """Another thread replaces the newest and the best checkpoint all the time, and may run at any point."""

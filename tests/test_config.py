@@ -264,6 +264,7 @@ def test_composing_changes_nothing_global(tmp_path, monkeypatch):
     assert (dict(store.repo), Path.cwd(), list(tmp_path.iterdir())) == (repo, tmp_path, [])
 
 
+@pytest.mark.slow
 def test_settings_compose_from_another_folder_without_torch(tmp_path):
     program = ("import sys; sys.modules['torch'] = None; from conf import compose; "
                "print(compose(['training=smoke', 'model.n_layer=3']).auto_name, compose(['seed=2']).auto_name)")

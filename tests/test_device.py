@@ -83,6 +83,7 @@ def test_configure_applies_a_device_and_restores_everything():
     assert global_settings() == before
 
 
+@pytest.mark.slow
 def test_training_from_python_changes_no_global_state(compose_tiny):
     before = global_settings()
     settings = compose_tiny("training.max_steps=1", "training.threads=2", "training.deterministic=true")

@@ -53,6 +53,7 @@ def test_a_run_stops_without_a_lower_loss(compose_tiny, run, losses, capsys):
     assert last_step(run) == 20  # 14 is a new lowest loss, and 20 the end
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_stops_early_at_the_same_step(compose_tiny, run, losses, interrupt_at, monkeypatch):
     losses(LOSSES)
     program.train(compose_tiny(*PATIENT, "name=straight"))

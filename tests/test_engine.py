@@ -134,6 +134,7 @@ print(text)
 """
 
 
+@pytest.mark.slow
 def test_a_script_elsewhere_samples_and_trains(tiny_runs, book, tmp_path):
     command = [sys.executable, "-c", SCRIPT, str(ROOT), str(tiny_runs / "tiny"), str(book)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)

@@ -102,6 +102,7 @@ def model_on_gpu(preset: str) -> GPT:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_gpu_multiplies_and_attends_in_bf16(gpu, preset, monkeypatch):
     """In a step, in evaluation and in decoding; the residual stream, the loss and the weights are in fp32."""

@@ -49,6 +49,7 @@ def refused(compose_tiny, run):
     return check
 
 
+@pytest.mark.slow
 def test_a_hostile_shape_is_refused_and_takes_no_memory(run, refused):
     shape = last(run).state["model"]
     for change in [{"n_layer": 10**6}, {"n_embd": 10**9}, {"block_size": 10**12}, {"vocab_size": 0}, {"n_layer": "x"}, {"n_layer": 1e308},

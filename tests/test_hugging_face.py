@@ -120,6 +120,7 @@ def test_an_extended_tokenizer_keeps_its_special_tokens(tokenizers):
         assert loaded.encode("best<|end|>").ids == [*made.encode("best"), 301]
 
 
+@pytest.mark.slow
 def test_gpt2s_own_file_gives_gpt2s_ids(gpt2_files):
     published = BPETokenizer.published("gpt2")
     content = to_hugging_face(published)

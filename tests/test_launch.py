@@ -140,6 +140,7 @@ def test_help_of_every_entry_point_needs_no_torch():
         assert (code, said.partition("\n")[0]) == (0, first_line), (path, flag)
 
 
+@pytest.mark.slow
 def test_a_wrong_setting_is_refused_without_torch():
     commands = [["train.py", "model.n_layr=3"], ["train.py", "-m", "model.n_layr=3,4"], ["train.py", "optim.lr=-1"],
                 ["sample.py", "promt=x"], ["scripts/sweep.py", "sweep=lr_width", "training.max_stps=3"],

@@ -163,6 +163,7 @@ def uncounted(monkeypatch):
     monkeypatch.setattr(plan, "count_memory", lambda settings, device: (10**6, 3 * 10**6))
 
 
+@pytest.mark.slow
 def test_a_plan_needs_no_data(capsys, uncounted):
     """As `experiment=gpt2_124m`, whose text is the user's; here in a small shape."""
     for words in (["data=text"], ["data=text", "data.path=/no/such"], ["data=hub"], ["data.mix=/no/such:1 pydocs:1"], ["data=bin"]):

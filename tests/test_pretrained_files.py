@@ -327,6 +327,7 @@ def test_a_fifo_is_refused(tmp_path):
     assert "model.safetensors is not a regular file" in refusal(tmp_path / "small")
 
 
+@pytest.mark.slow
 def test_the_tokenizer_of_a_folder_must_belong_to_it(tmp_path, gpt2_files):
     save_folder(tmp_path / "small", replace(SMALL, vocab_size=50257, n_embd=8, n_layer=1))
     gpt2 = to_hugging_face(BPETokenizer.published("gpt2"))

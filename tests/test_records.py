@@ -128,6 +128,7 @@ def test_all_types_of_text_in_parquet_are_read(tmp_path, kind):
 # JSON arrays
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(
     st.lists(

@@ -53,6 +53,7 @@ def change(text: Path, how: str, monkeypatch) -> None:
         monkeypatch.setattr(preparation, "FORMAT", preparation.FORMAT + 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how, name", [("changed", "tiny"), ("changed", ""), ("unreadable", "tiny"), ("prepared in another way", "")])
 def test_a_run_of_a_changed_text_resumes_with_its_tokens(stopped, text, tmp_path, capsys, monkeypatch, how, name):
     """One line says so; the result is the run whose text never changed."""

@@ -306,6 +306,7 @@ def test_a_signal_ends_a_step_at_the_next_micro_step(compose_tiny, run, monkeypa
     assert same(run.with_name("straight"), run)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_uses_its_number_of_threads(compose_tiny, run):
     threads = torch.get_num_threads()
     program.train(compose_tiny("training.max_steps=1"))

@@ -26,14 +26,17 @@ from typing import Any
 
 from checkpointing.initial import find_weights
 from checkpointing.run_folder import find_runs
+from conf.settings import SampleSettings
 from generation.engine import Engine, engine_of, open_checkpoint, open_decoder
 from serving.decoding import DecodingThread
 from serving.tasks import Model
+from setting import as_word
 from terminal import say
 from training.device import Device, configure
 
-# Returns engines by their names.
-OpenModels = Callable[[ServeSettings, Device], dict[str, Engine]]
+# By the names that requests give: an engine, and the arguments of sample.py that open it.
+Opened = dict[str, tuple[Engine, list[str]]]
+OpenModels = Callable[[ServeSettings, Device], Opened]
 
 
 def serve(settings: ServeSettings, open_models: OpenModels | None = None) -> int:
@@ -48,8 +51,8 @@ def serve(settings: ServeSettings, open_models: OpenModels | None = None) -> int
     configure(device)
     with listen(settings) as listening:
         models = {}
-        for name, engine in (open_models or open_engines)(settings, device).items():
-            models[name] = Model(name, engine, start_decoding(engine, settings))
+        for name, (engine, arguments) in (open_models or open_engines)(settings, device).items():
+            models[name] = Model(name, engine, start_decoding(engine, settings), arguments)
         server = make_server(uvicorn, make_app(models, settings), models)
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         say(f"Serving {', '.join(models)} at http://{host}:{listening.getsockname()[1]}/")
@@ -73,19 +76,35 @@ def listen(settings: ServeSettings) -> socket.socket:
                          f"{reason}{advice}.") from None
 
 
-def open_engines(settings: ServeSettings, device: Device) -> dict[str, Engine]:
-    """The engines of the runs, or of the weights, by the names that requests give."""
+def open_engines(settings: ServeSettings, device: Device) -> Opened:
+    """Open the runs or the weights."""
     if settings.init_from:
         weights = find_weights(settings.init_from, Path(settings.runs_dir))
         say(weights.describe(), sys.stderr)
-        return {settings.init_from: engine_of(weights, device)}
-    engines: dict[str, Engine] = {}
+        arguments = [f"init_from={settings.init_from}", f"runs_dir={settings.runs_dir}"]
+        engine = engine_of(weights, device)
+        return {settings.init_from: (engine, arguments + changed_arguments(settings))}
+    opened: Opened = {}
+    checkpoints = settings.checkpoint.split(",")
     for run in find_runs(Path(settings.runs_dir), settings.run):
-        if run.name in engines:
-            raise ValueError(f"run={settings.run} has two runs with the name {run.name}: a request "
-                             "could not tell them apart. Serve one of them.")
-        engines[run.name] = open_checkpoint(run, settings.checkpoint, device)
-    return engines
+        for which in checkpoints:
+            name = run.name if len(checkpoints) == 1 else f"{run.name}@{which}"
+            if name in opened:
+                raise ValueError(f"run={settings.run} has two runs with the name {name}: a request "
+                                 "could not tell them apart. Serve one of them.")
+            arguments = [f"run={run}", f"checkpoint={which}", *changed_arguments(settings)]
+            opened[name] = open_checkpoint(run, which, device), arguments
+    return opened
+
+
+def changed_arguments(settings: ServeSettings) -> list[str]:
+    """The arguments of sample.py for how a model is computed, where it is not the default."""
+    arguments = []
+    for name in ("cache", "int8", "device", "precision"):
+        value = getattr(settings, name)
+        if value != getattr(SampleSettings, name):
+            arguments.append(f"{name}={as_word(value)}")
+    return arguments
 
 
 def start_decoding(engine: Engine, settings: ServeSettings) -> DecodingThread:

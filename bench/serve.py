@@ -136,10 +136,10 @@ def serve_random(shape: str, options: list[str]) -> None:
     from generation.engine import Engine
     from model import GPT
 
-    def open_models(settings: ServeSettings, device: Any) -> dict[str, Engine]:
+    def open_models(settings: ServeSettings, device: Any) -> serve.Opened:
         torch.manual_seed(0)
         model = GPT(SHAPES[shape]).to(device.torch)
-        return {shape: Engine(model, Words(model.config.vocab_size), device)}
+        return {shape: (Engine(model, Words(model.config.vocab_size), device), [])}
 
     serve.serve(compose(ServeSettings, options), open_models)
 

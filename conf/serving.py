@@ -25,7 +25,8 @@ class ServeSettings(SamplingConfig):
     init_from: FilePath = setting(
         "", "weights to serve instead of a run, as in train.py (docs/weights.md)")
     runs_dir: FilePath = setting("runs", "folder that contains the runs' folders")
-    checkpoint: str = setting("best", "best, last, or the number of a step")
+    checkpoint: str = setting(
+        "best", "best, last, or the number of a step; several, separated by commas")
     host: str = setting("127.0.0.1", "the address to listen on; others than this machine's own "
                         "need api_key")
     port: int = setting(8000, "the port to listen on; 0: any free one", ge=0, le=65535)
@@ -40,7 +41,8 @@ class ServeSettings(SamplingConfig):
     def problems(self) -> Iterator[str]:
         """One sentence for each invalid value."""
         yield from super().problems()
-        yield from checkpoint_problems(self.checkpoint)
+        for checkpoint in self.checkpoint.split(","):
+            yield from checkpoint_problems(checkpoint)
         if self.init_from and self.run:
             yield f"run={self.run} and init_from={self.init_from} exclude each other: choose one."
         if self.host not in LOOPBACK and not self.api_key:

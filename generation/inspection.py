@@ -1,8 +1,10 @@
-"""What a model computes for a text: attention weights and the most likely next tokens."""
+"""What a model computes for a text: attention weights, the most likely next tokens, and losses."""
 
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,6 +35,40 @@ def attention_weights(model: GPT, ids: Tensor) -> tuple[Tensor, Tensor]:
         for handle in handles:
             handle.remove()
     return logits, torch.cat(weights)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The most likely tokens at one position, and the log probability of the token that is there.
+
+    It is None after the last token.
+    """
+
+    logprob: float | None
+    # Log probabilities by token ids, the largest first.
+    top: dict[int, float]
+
+
+@torch.inference_mode()
+def predictions(model: GPT, ids: Sequence[int], n_top: int) -> Iterator[Prediction]:
+    """The predictions of what follows each of `ids`.
+
+    Beyond the context, sequences of `block_size` tokens are read that overlap by half.
+    """
+    block_size, device = model.config.block_size, model.wte.weight.device
+    done = 0
+    while done < len(ids):
+        start = max(0, done - block_size // 2)
+        window = torch.tensor([ids[start : start + block_size]], device=device)
+        logprobs = model(window)[0, done - start :].float().log_softmax(-1)
+        top = logprobs.topk(min(n_top, logprobs.size(-1)))
+        following = ids[done + 1 : done + 1 + len(logprobs)]
+        for row, values, tokens in zip(logprobs, top.values.tolist(), top.indices.tolist(),
+                                       strict=True):
+            own = row[following[0]].item() if following else None
+            following = following[1:]
+            yield Prediction(own, dict(zip(tokens, values, strict=True)))
+        done += len(logprobs)
 
 
 def next_tokens(logits: Tensor, tokenizer: Tokenizer) -> list[list[tuple[str, float]]]:

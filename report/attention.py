@@ -6,6 +6,7 @@ import base64
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -26,12 +27,18 @@ def max_tokens(n_layer: int, n_head: int) -> int:
 def page(
     name: str, labels: list[str], weights: np.ndarray, following: list[list[tuple[str, float]]]
 ) -> str:
-    """The page of the weights `[L, H, T, T]`.
+    """The page of the weights `[L, H, T, T]`."""
+    # A token could end the script that it is in.
+    text = json.dumps(page_data(name, labels, weights, following)).replace("<", "\\u003c")
+    return TEMPLATE.read_text(encoding="utf-8").replace(PLACEHOLDER, text)
 
-    They are stored as 16-bit fractions: four digits, in a fifth of JSON's space.
-    """
+
+def page_data(
+    name: str, labels: list[str], weights: np.ndarray, following: list[list[tuple[str, float]]]
+) -> dict[str, Any]:
+    """What the page shows. Weights are 16-bit fractions, in a fifth of JSON's space."""
     fractions = (weights * 65535).round().astype("<u2")
-    content = {
+    return {
         "name": escaped(name, keep=""),
         "words": labels,
         "next": following,
@@ -39,9 +46,6 @@ def page(
         "heads": weights.shape[1],
         "weights": base64.b64encode(fractions.tobytes()).decode(),
     }
-    # A token could end the script that it is in.
-    text = json.dumps(content).replace("<", "\\u003c")
-    return TEMPLATE.read_text(encoding="utf-8").replace(PLACEHOLDER, text)
 
 
 def draw(name: str, labels: list[str], weights: np.ndarray) -> bytes:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+import atomic
 from checkpointing.provenance import STARTS
 from checkpointing.run_folder import check_file_types, find_run, is_sweep
 from conf.identity import flat, kind
@@ -144,7 +146,11 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 def read_rows(path: Path) -> Rows:
     """The JSON objects with a step in a file with one on each line; none if there is no file."""
-    lines = path.read_bytes().splitlines() if path.is_file() else []
+    return parse_rows(path.read_bytes().splitlines() if path.is_file() else [])
+
+
+def parse_rows(lines: list[bytes]) -> Rows:
+    """The JSON objects with a step of these lines, without those that cannot be read."""
     # Garbage collection would go through all these objects again and again: a quarter of the time.
     gc.disable()
     try:
@@ -158,6 +164,24 @@ def read_rows(path: Path) -> Rows:
     finally:
         gc.enable()
     return [row for row in rows if isinstance(row, dict) and isinstance(row.get("step"), int)]
+
+
+def read_new_rows(path: Path, offset: int, max_bytes: int) -> tuple[Rows, int, int]:
+    """The rows of the complete lines after byte `offset`, and the bytes where these begin and end.
+
+    They begin at 0 if the file has become shorter than `offset`.
+    """
+    try:
+        descriptor = atomic.open_regular(path)
+    except FileNotFoundError:
+        return [], 0, 0
+    with os.fdopen(descriptor, "rb") as file:
+        if os.fstat(descriptor).st_size < offset:
+            offset = 0
+        file.seek(offset)
+        lines = file.read(max_bytes)
+    end = lines.rfind(b"\n") + 1
+    return parse_rows(lines[:end].splitlines()), offset, offset + end
 
 
 def table(rows: Rows, key: str) -> np.ndarray:

@@ -27,6 +27,14 @@ def error_json(message: str, status: int, param: str | None = None,
     return {"error": error}
 
 
+def token_text(tokenizer: Tokenizer, token: int) -> str:
+    """The text of a token. Bytes that are no character by themselves are escaped."""
+    for word, special in tokenizer.special.items():
+        if token == special:
+            return word
+    return tokenizer.decode_bytes((token,)).decode(errors="backslashreplace")
+
+
 class Answer:
     """The JSON that answers one request for completions: whole, or chunk by chunk.
 
@@ -38,7 +46,6 @@ class Answer:
     def __init__(self, model: str, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], n: int,
                  echoes: Sequence[str] = ()) -> None:
         self.model, self.tokenizer = model, tokenizer
-        self.names = {token: word for word, token in tokenizer.special.items()}
         self.id = f"{self.prefix}-{uuid.uuid4().hex}"
         self.created = int(time.time())
         self.n_prompt = sum(map(len, prompts))
@@ -111,10 +118,7 @@ class Answer:
         }
 
     def text_of(self, token: int) -> str:
-        """The text of a token. Bytes that are no character by themselves are escaped."""
-        if token in self.names:
-            return self.names[token]
-        return self.tokenizer.decode_bytes((token,)).decode(errors="backslashreplace")
+        return token_text(self.tokenizer, token)
 
 
 class ChatAnswer(Answer):

@@ -19,35 +19,41 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+import atomic
 from conf.serving import LOOPBACK, ServeSettings
-from serving.answers import Answer, error_json
+from serving.answers import Answer, Json, error_json
 from serving.decoding import Busy, Generation, Stopped
 from serving.fields import NESTED, BadRequest, Fields, parse
+from serving.inspect import attention, losses
+from serving.pages import REPORT_POLICY, file_response, file_route, page_files, settings_json
 from serving.tasks import Model, chat_task, completion_task
+from serving.watch import Runs
 
 MAX_BODY = 2**20  # bytes
 BODY_SECONDS = SEND_SECONDS = 30
-# The files of the page, by their routes, with their types. They are read at the start.
-FILES = {"/": ("page.html", "text/html")}
-# All that the page loads is from this server, and no other page shows it in a frame.
-PAGE_HEADERS = {"content-security-policy": "default-src 'self'; frame-ancestors 'none'",
-                "cache-control": "no-cache"}
+MAX_REPORT = 2**27  # bytes
+FILES = page_files()
 
 MakeTask = Callable[[Fields, Model, ServeSettings], Awaitable[tuple[Generation, Answer]]]
 
 
 def make_app(models: dict[str, Model], settings: ServeSettings) -> Starlette:
     """The application that serves `models`, by their names. Their threads must run."""
+    runs = Runs(Path(settings.runs_dir))
     routes = [
-        *[file_route(path, *file) for path, file in FILES.items()],
+        *[file_route(path, file) for path, file in FILES.items()],
         Route("/v1/models", list_models),
         Route("/v1/completions", completions, methods=["POST"]),
         Route("/v1/chat/completions", chat_completions, methods=["POST"]),
+        Route("/page/settings", page_settings, methods=["POST"]),
+        Route("/reports/{key}", report),
+        *[look_route(look) for look in (losses, attention)],
+        *[watch_route(watch) for watch in (runs.list, runs.metrics, runs.sweep)],
     ]
     errors = (HTTPException, BadRequest, RecursionError, Busy, Stopped, ClientDisconnect, Exception)
     app = Starlette(routes=routes, exception_handlers=dict.fromkeys(errors, on_error),
                     middleware=[Middleware(Guard, settings=settings)])
-    app.state.models, app.state.settings = models, settings
+    app.state.models, app.state.settings, app.state.runs = models, settings, runs
     return app
 
 
@@ -77,7 +83,9 @@ class Guard:
                                 f"{', '.join(LOOPBACK)}.", code="wrong_host")
         if origin is not None and origin.partition("://")[2] != host:
             return failure(403, f"Origin {origin[:100]} is another site.", code="wrong_origin")
-        if self.api_key and path not in FILES:
+        # The names of reports cannot be guessed.
+        is_open = path in FILES or path.startswith("/reports/")
+        if self.api_key and not is_open:
             given = headers.get("authorization", "").encode()
             # In a time that does not depend on the first difference.
             if not hmac.compare_digest(given, b"Bearer " + self.api_key):
@@ -130,13 +138,39 @@ def on_error(request: Request, error: Exception) -> Response:
     return failure(500, "An error of the server: its log has the details.")
 
 
-def file_route(path: str, name: str, media_type: str) -> Route:
-    content = Path(__file__).with_name(name).read_bytes()
+async def page_settings(request: Request) -> Response:
+    """POST /page/settings"""
+    (await read_fields(request)).check_rest()
+    return JsonResponse(settings_json(request.app.state.models, request.app.state.settings))
 
-    async def get(request: Request) -> Response:
-        return Response(content, media_type=media_type, headers=PAGE_HEADERS)
 
-    return Route(path, get)
+def look_route(look: Callable[[Model, Fields], Awaitable[Json]]) -> Route:
+    async def post(request: Request) -> Response:
+        fields = await read_fields(request)
+        answer = await look(take_model(request, fields), fields)
+        fields.check_rest()
+        return JsonResponse(answer)
+
+    return Route(f"/page/{look.__name__}", post, methods=["POST"])
+
+
+def watch_route(watch: Callable[[Fields], Json]) -> Route:
+    async def post(request: Request) -> Response:
+        fields = await read_fields(request)
+        answer = await asyncio.to_thread(watch, fields)
+        fields.check_rest()
+        return JsonResponse(answer)
+
+    return Route(f"/page/{watch.__name__}", post, methods=["POST"])
+
+
+async def report(request: Request) -> Response:
+    """GET /reports/KEY"""
+    path = request.app.state.runs.reports.get(request.path_params["key"])
+    if path is None:
+        raise HTTPException(404)
+    content = await asyncio.to_thread(atomic.read_regular, path, MAX_REPORT)
+    return file_response(content, "text/html", REPORT_POLICY)
 
 
 async def list_models(request: Request) -> Response:

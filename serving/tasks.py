@@ -31,6 +31,8 @@ class Model:
     name: str
     engine: Engine
     thread: DecodingThread
+    # The arguments of sample.py that open it.
+    arguments: Sequence[str] = ()
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property

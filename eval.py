@@ -3,6 +3,7 @@
   python eval.py run=NAME                          on the run's own validation split
   python eval.py run=A,B data.path=book.txt        two runs on the same text
   python eval.py init_from=gpt2 tasks=hellaswag,lambada,piqa,arc_easy,winogrande
+  python eval.py run=NAME lm_eval=blimp,wikitext   with lm-evaluation-harness
 
 docs/evaluation.md explains the numbers.
 """
@@ -19,6 +20,7 @@ if __name__ == "__main__":
 import json
 import math
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,7 @@ def evaluate(settings: EvalSettings) -> int:
     runs = []
     if not settings.init_from:
         runs = find_runs(Path(settings.runs_dir), settings.run)
+    harness = open_harness(settings.lm_eval) if settings.lm_eval else None
     models = []
     with configure(device):
         for run in runs or [None]:
@@ -62,6 +65,9 @@ def evaluate(settings: EvalSettings) -> int:
                 except ValueError as error:
                     raise ValueError(f"{model['name']} cannot read {name}: {error}") from None
                 model["tasks"].append(found)
+            if harness:
+                model["tasks"] += harness.measure(engine, settings.limit, settings.batch_tokens,
+                                                  model["name"])
             models.append(model)
             if run and not settings.out:
                 write(run / FILE, [model])
@@ -71,6 +77,15 @@ def evaluate(settings: EvalSettings) -> int:
     for note in notes(models):
         say(note, sys.stderr)
     return 0
+
+
+def open_harness(names: str) -> Any:
+    """Tasks of lm-evaluation-harness. Raises ValueError for an unknown one, or without lm_eval."""
+    if not find_spec("lm_eval"):
+        raise ValueError(f"lm_eval={names} needs the package lm_eval (pip install lm_eval).")
+    from evaluation.harness import HarnessTasks
+
+    return HarnessTasks(names)
 
 
 def open_model(settings: EvalSettings, run: Path | None,
@@ -111,7 +126,7 @@ def notes(models: list[dict[str, Any]]) -> list[str]:
                      "compared: name one text for all of them, as in data.path=book.txt.")
     for model in models:
         for task in model["tasks"]:
-            if task["requests_cut"]:
+            if task.get("requests_cut"):
                 found.append(f"Note: {model['name']}, {task['task']}: the beginning of "
                              f"{counted(task['requests_cut'], 'request')} was left out, which are "
                              "longer than the context of the model.")

@@ -39,6 +39,8 @@ class EvalSettings:
     tasks: FilePaths = setting(
         "", "standard tasks, as in hellaswag,lambada,piqa, or files of requests "
         "(docs/evaluation.md)")
+    lm_eval: FilePaths = setting(
+        "", "tasks of lm-evaluation-harness, as in blimp,wikitext, or its .yaml files")
     limit: int | None = setting(
         None, "the number of documents of each task; null: all of them", ge=1)
     batch_tokens: int = setting(8192, "tokens that are read at once", ge=1)
@@ -53,10 +55,10 @@ class EvalSettings:
         yield from checkpoint_problems(self.checkpoint)
         if self.init_from and self.run:
             yield f"run={self.run} and init_from={self.init_from} exclude each other: choose one."
-        if self.init_from and not self.data.path and not self.tasks:
+        if self.init_from and self.measures_loss and not self.data.path:
             yield (f"init_from={self.init_from} has no validation split: name a text, as in "
                    "data.path=book.txt, or tasks=.")
-        if self.limit and not self.tasks:
+        if self.limit and not self.has_tasks:
             yield f"limit={self.limit} is for tasks=: use eval_tokens= to read less of a text."
         if self.eval_tokens and not self.measures_loss:
             yield (f"eval_tokens={self.eval_tokens} is for a text: use limit= to read less of each "
@@ -65,6 +67,10 @@ class EvalSettings:
             yield f"out={self.out} is a folder: name a file, as in out=results.json."
 
     @property
+    def has_tasks(self) -> bool:
+        return bool(self.tasks or self.lm_eval)
+
+    @property
     def measures_loss(self) -> bool:
-        """Whether the loss on a text is measured: with `tasks`, only if a text is named."""
-        return bool(self.data.path) or not self.tasks
+        """Whether the loss on a text is measured: with tasks, only if a text is named."""
+        return bool(self.data.path) or not self.has_tasks

@@ -5,41 +5,47 @@ from __future__ import annotations
 import math
 from typing import Any
 
-# The title of each column of numbers, the name of the number, and how it is written.
-COLUMNS = (("loss", "loss", ".4f"), ("perplexity", "perplexity", ".2f"),
-           ("bits/byte", "bits_per_byte", ".4f"), ("accuracy", "accuracy", ".1%"),
-           ("acc. norm.", "accuracy_normalised", ".1%"))
+# The number of each column, its title, and how it is written. Others have columns of their own.
+COLUMNS = {"loss": ("loss", ".4f"), "perplexity": ("perplexity", ".2f"),
+           "bits_per_byte": ("bits/byte", ".4f"), "accuracy": ("accuracy", ".1%"),
+           "accuracy_normalised": ("acc. norm.", ".1%")}
 
 
 def table(models: list[dict[str, Any]]) -> str:
     """One row for each model and text or task; numbers have their standard errors."""
-    rows = []
-    for model in models:
-        measured = [model["loss"]] if "loss" in model else []
-        for one in [*measured, *model["tasks"]]:
-            name = one.get("text") or one["task"]
-            count = one.get("tokens") or one["documents"]
-            unit = "tokens" if "tokens" in one else "documents"
-            rows.append([model["name"], name, f"{count:,} {unit}", *numbers(one)])
-    titles = ["model", "on", "size", *(title for title, _, _ in COLUMNS)]
-    columns = [column for column in zip(titles, *rows, strict=True) if any(column[1:])]
+    columns = list(zip(*cells(models), strict=True))
     widths = [max(map(len, column)) for column in columns]
     lines = []
     for line in zip(*columns, strict=True):
-        cells = [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
-        lines.append("  ".join(cells).rstrip())
+        padded = [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
+        lines.append("  ".join(padded).rstrip())
     return "\n".join(lines)
 
 
-def numbers(measured: dict[str, Any]) -> list[str]:
-    """Each number as a cell with its standard error; empty where it was not measured."""
-    cells = []
-    for _, name, style in COLUMNS:
-        cell = ""
-        if name in measured:
-            cell = format(measured[name], style)
-            error = measured[f"{name}_se"]
-            if math.isfinite(error):
-                cell += f" ± {format(error, style)}"
-        cells.append(cell)
-    return cells
+def cells(models: list[dict[str, Any]]) -> list[list[str]]:
+    """The table as rows of cells, with a row of titles."""
+    measured = []
+    for model in models:
+        losses = [model["loss"]] if "loss" in model else []
+        measured += [(model["name"], one) for one in [*losses, *model["tasks"]]]
+    found = dict.fromkeys(name.removesuffix("_se") for _, one in measured for name in one
+                          if name.endswith("_se"))
+    names = [name for name in COLUMNS if name in found]
+    names += [name for name in found if name not in COLUMNS]
+    rows = [["model", "on", "size", *(COLUMNS.get(name, (name,))[0] for name in names)]]
+    for model, one in measured:
+        size = f"{one['documents']:,} documents" if "task" in one else f"{one['tokens']:,} tokens"
+        numbers = [number(one, name) for name in names]
+        rows.append([model, one.get("text") or one["task"], size, *numbers])
+    return rows
+
+
+def number(measured: dict[str, Any], name: str) -> str:
+    """A number with its standard error; empty if it was not measured."""
+    value, error = measured.get(name), measured.get(f"{name}_se")
+    if value is None:
+        return ""
+    style = COLUMNS.get(name, ("", ".4f"))[1]
+    if error is None or not math.isfinite(error):
+        return format(value, style)
+    return f"{format(value, style)} ± {format(error, style)}"

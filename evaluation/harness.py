@@ -1,0 +1,179 @@
+"""The tasks of lm-evaluation-harness, by our engine: import this only if lm_eval is installed.
+
+The harness reads the data, makes the requests and computes the metrics; here they are answered.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from lm_eval import simple_evaluate
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import get_rolling_token_windows
+
+from conf.hints import closest
+from conf.sampling import SamplingConfig
+from evaluation.scoring import Request, Score, request_of, score
+from generation.engine import Engine
+from progress import ProgressBar
+
+# Our names of metrics, as in the tasks of this package.
+METRICS = {"acc": "accuracy", "acc_norm": "accuracy_normalised"}
+# The harness estimates some standard errors by this number of random samples.
+BOOTSTRAP = 1000
+
+
+class Harness(TemplateLM):
+    """The interface of lm-evaluation-harness to a model."""
+
+    def __init__(self, engine: Engine, batch_tokens: int, title: str) -> None:
+        super().__init__()
+        self.engine, self.batch_tokens, self.title = engine, batch_tokens, title
+        self.block_size = engine.model.config.block_size
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.engine.prompt_ids("")[0]
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None,
+                   **unused: Any) -> list[int]:
+        return self.engine.encode(string)
+
+    def score(self, requests: list[Request]) -> list[Score]:
+        return score(self.engine, requests, self.batch_tokens, self.title)
+
+    def loglikelihood(self, requests: list[Instance],
+                      disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        return super().loglikelihood(requests, disable_tqdm=True)
+
+    def _loglikelihood_tokens(self, requests: list[tuple[tuple[str, str], list[int], list[int]]],
+                              **unused: Any) -> list[tuple[float, bool]]:
+        encoded = [request_of(self.engine, context + continuation, len(context))
+                   for _, context, continuation in requests]
+        return [(one.logprob, one.is_greedy) for one in self.score(encoded)]
+
+    def loglikelihood_rolling(self, requests: list[Instance],
+                              disable_tqdm: bool = False) -> list[float]:
+        windows: list[Request] = []
+        text_of: list[int] = []
+        for number, instance in enumerate(requests):
+            ids = self.tok_encode(instance.args[0])
+            for inputs, targets in get_rolling_token_windows(ids, self.eot_token_id,
+                                                             self.block_size, context_len=1):
+                windows.append(Request(tuple(inputs), tuple(targets)))
+                text_of.append(number)
+        sums = [0.0] * len(requests)
+        for number, scored in zip(text_of, self.score(windows), strict=True):
+            sums[number] += scored.logprob
+        return sums
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        texts = [""] * len(requests)
+        by_rules: dict[str, list[int]] = defaultdict(list)
+        for number, instance in enumerate(requests):
+            by_rules[str(instance.args[1])].append(number)
+        with ProgressBar(total=len(requests), desc=self.title, unit="texts", leave=False) as bar:
+            for numbers in by_rules.values():
+                until, rules = sampling_rules(requests[numbers[0]].args[1])
+                room = self.block_size - rules.max_new_tokens
+                if room < 1:
+                    raise ValueError(f"a task generates {rules.max_new_tokens} tokens, which needs "
+                                     f"a longer context than the model's of {self.block_size}.")
+                prompts = {number: self.engine.prompt_ids(requests[number].args[0])[-room:]
+                           for number in numbers}
+                numbers.sort(key=lambda number: len(prompts[number]), reverse=True)
+                size = max(1, self.batch_tokens // self.block_size)
+                for start in range(0, len(numbers), size):
+                    batch = numbers[start : start + size]
+                    jobs = [(prompts[number], number) for number in batch]
+                    found = self.engine.complete(jobs, rules)
+                    for number, completion in zip(batch, found, strict=True):
+                        texts[number] = cut(completion.text, until)
+                    bar.update(len(batch))
+        return texts
+
+
+def sampling_rules(arguments: dict[str, Any]) -> tuple[list[str], SamplingConfig]:
+    """The texts that end a generation, and how to sample, by the arguments of a task."""
+    given = normalize_gen_kwargs(arguments)
+    until = given.get("until") or []
+    until = [until] if isinstance(until, str) else until
+    temperature = given.get("temperature", 1.0) if given["do_sample"] else 0.0
+    rules = SamplingConfig(max_new_tokens=given["max_gen_toks"], temperature=temperature,
+                           top_k=given.get("top_k", 0), top_p=given.get("top_p", 1.0),
+                           stop=until[0] if until else "")
+    return until, rules
+
+
+def cut(text: str, until: list[str]) -> str:
+    """The text before the first of some texts."""
+    for end in until:
+        if end:
+            text = text.partition(end)[0]
+    return text
+
+
+class HarnessTasks:
+    """Tasks of the harness, or its .yaml files, by their `names` separated by commas.
+
+    Raises ValueError for a name that it does not know.
+    """
+
+    def __init__(self, names: str) -> None:
+        self.manager = TaskManager()
+        self.names = names.split(",")
+        known = self.manager.all_tasks
+        for name in self.names:
+            is_file = name.endswith((".yaml", ".yml")) and Path(name).is_file()
+            if name not in known and not is_file:
+                raise ValueError(f"lm_eval={name}: no such task{closest(name, known)}. The command "
+                                 "lm-eval ls tasks lists them.")
+
+    def measure(self, engine: Engine, limit: int | None, batch_tokens: int,
+                title: str) -> list[dict[str, Any]]:
+        """The metrics of the first `limit` documents of each task, and those of groups of tasks.
+
+        Raises ValueError for data that cannot be loaded.
+        """
+        loaded = [task for name in self.names for task in self.load(name)]
+        model = Harness(engine, batch_tokens, f"{title}: lm_eval")
+        try:
+            found = simple_evaluate(model, tasks=loaded, limit=limit, log_samples=False,
+                                    task_manager=self.manager, bootstrap_iters=BOOTSTRAP)
+        except ValueError as error:
+            raise ValueError(f"{title}, lm_eval={','.join(self.names)}: {error}") from None
+        return [entry(name, values) for name, values in found["results"].items()]
+
+    def load(self, name: str) -> list[Any]:
+        """The tasks of a name, with their data."""
+        try:
+            found = self.manager.load([name])
+        except Exception as error:
+            # Whatever the library of datasets raises without a network, or for a damaged file.
+            reason = (str(error).strip().splitlines() or [""])[0].rstrip(".")
+            raise ValueError(
+                f"lm_eval={name}: its data could not be loaded ({type(error).__name__}: {reason}). "
+                "It is a dataset of the Hugging Face Hub: run the command once with a network, or "
+                "set HF_HOME to a folder where it has been downloaded.") from None
+        return list(found["groups"].values() or found["tasks"].values())
+
+
+def entry(name: str, values: dict[str, Any]) -> dict[str, Any]:
+    """The entry of a task in the results, by the harness's own entry."""
+    made = {"task": name, "documents": values["sample_len"]}
+    for key, value in values.items():
+        metric, comma, filtered = key.partition(",")
+        if not comma or metric.endswith("_stderr"):
+            continue
+        own_name = METRICS.get(metric, metric)
+        if filtered != "none":
+            own_name += f",{filtered}"
+        error = values.get(f"{metric}_stderr,{filtered}")
+        made |= {own_name: value, f"{own_name}_se": error if isinstance(error, float) else math.nan}
+    return made

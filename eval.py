@@ -30,8 +30,9 @@ from checkpointing.checkpoint import Checkpoint
 from checkpointing.initial import find_weights
 from checkpointing.resume import saved_settings
 from checkpointing.run_folder import find_runs
-from checkpointing.weights import own_weights
+from checkpointing.weights import Weights, own_weights
 from evaluation.loss import measure_loss, named_text, own_validation_split
+from evaluation.scoring import FinishedScores, Scorer
 from evaluation.table import table
 from evaluation.tasks import find_tasks, measure_task, read_questions
 from generation.engine import Engine, engine_of
@@ -39,6 +40,8 @@ from terminal import counted, output, say
 from training.device import Device, configure
 
 FILE = "evaluation.json"
+# The suffix of the file beside it with the scores of single requests.
+SCORES = ".scores.jsonl"
 
 
 def evaluate(settings: EvalSettings) -> int:
@@ -55,19 +58,19 @@ def evaluate(settings: EvalSettings) -> int:
     models = []
     with configure(device):
         for run in runs or [None]:
-            engine, model, saved = open_model(settings, run, device)
+            scorer, model, saved = open_model(settings, run, device)
             if settings.measures_loss:
-                model["loss"] = loss_on_text(settings, engine, run, saved, model["name"])
+                model["loss"] = loss_on_text(settings, scorer.engine, run, saved,
+                                             model["name"])
             for name, questions in tasks.items():
                 title = f"{model['name']}: {name}"
                 try:
-                    found = measure_task(engine, name, questions, settings.batch_tokens, title)
+                    found = measure_task(scorer, name, questions, title)
                 except ValueError as error:
                     raise ValueError(f"{model['name']} cannot read {name}: {error}") from None
                 model["tasks"].append(found)
             if harness:
-                model["tasks"] += harness.measure(engine, settings.limit, settings.batch_tokens,
-                                                  model["name"])
+                model["tasks"] += harness.measure(scorer, settings.limit, model["name"])
             models.append(model)
             if run and not settings.out:
                 write(run / FILE, [model])
@@ -89,21 +92,27 @@ def open_harness(names: str) -> Any:
 
 
 def open_model(settings: EvalSettings, run: Path | None,
-               device: Device) -> tuple[Engine, dict[str, Any], dict[str, Any]]:
+               device: Device) -> tuple[Scorer, dict[str, Any], dict[str, Any]]:
     """The model of a run or of `init_from`, its entry in the results, and the run's settings."""
     model: dict[str, Any] = {"name": settings.init_from, "tasks": []}
+    place = None
     if run is None:
-        weights = find_weights(settings.init_from, Path(settings.runs_dir))
-        engine, saved = engine_of(weights, device), {}
+        weights, saved = find_weights(settings.init_from, Path(settings.runs_dir)), {}
+        if settings.out:
+            place = Path(settings.out).with_suffix(SCORES)
     else:
-        def load(found: Checkpoint) -> tuple[Engine, dict[str, Any], int]:
-            return engine_of(own_weights(found), device), saved_settings(found), found.step
+        def load(found: Checkpoint) -> tuple[Weights, dict[str, Any], int]:
+            return own_weights(found), saved_settings(found), found.step
 
-        engine, saved, model["step"] = store.load_of_run(run, settings.checkpoint, load)
+        weights, saved, model["step"] = store.load_of_run(run, settings.checkpoint, load)
         model["name"] = run.name
-    model["parameters"] = sum(weights.numel() for weights in engine.model.parameters())
+        place = (run / FILE).with_suffix(SCORES)
+    scorer = Scorer(engine_of(weights, device), settings.batch_tokens)
+    if place and settings.has_tasks:
+        scorer.finished = FinishedScores(place, weights.fingerprint(), device.precision)
+    model["parameters"] = sum(tensor.numel() for tensor in scorer.engine.model.parameters())
     model["precision"] = device.precision
-    return engine, model, saved
+    return scorer, model, saved
 
 
 def loss_on_text(settings: EvalSettings, engine: Engine, run: Path | None, saved: dict[str, Any],
@@ -111,7 +120,7 @@ def loss_on_text(settings: EvalSettings, engine: Engine, run: Path | None, saved
     """The loss of a model on the named text, or on the validation split of its run."""
     most, batch_tokens = settings.eval_tokens, settings.batch_tokens
     if settings.data.path:
-        text = named_text(settings.data.path, saved, engine, most, batch_tokens)
+        text = named_text(settings.data, saved, engine, most, batch_tokens)
     else:
         text = own_validation_split(saved, engine, run, most, batch_tokens)
     return measure_loss(engine, text, f"{name}: {text.name}")

@@ -19,8 +19,12 @@ class TextConfig:
     """The text whose loss is measured."""
 
     path: str = setting(
-        "", "a file, folder or glob of text to measure the loss on; empty: each run's own "
-        "validation split")
+        "", "a file, folder or glob of text, or of .bin or .npy files of tokens, to measure the "
+        "loss on; empty: each run's own validation split")
+    text_field: str = setting("text", "the field of a record with its text; data.text: nested")
+    on_bad_record: Literal["stop", "skip"] = setting("stop", "the reaction to records without text")
+    dtype: Literal["auto", "uint8", "uint16", "int16", "uint32", "int32", "uint64", "int64"] = (
+        setting("auto", "type of the tokens in .bin files without a header"))
 
 
 @dataclass(frozen=True)

@@ -274,9 +274,9 @@ def count_tokens(shards: list[dict[str, Any]], tokenizer: Tokenizer) -> dict[str
                     if not 0 <= int(chunk[place]) < len(counts):
                         raise ValueError(
                             f"{shard['file']} has the id {chunk[place]} (token {start + place}), "
-                            f"beyond the vocabulary of {len(counts)}: set data.tokenizer= to the "
-                            f"tokenizer that made it, or data.dtype= if its tokens are not "
-                            f"{shard['dtype']}.")
+                            f"beyond the vocabulary of {len(counts)}: the tokenizer that made it "
+                            f"is another (data.tokenizer=), or the type of its tokens is not "
+                            f"{shard['dtype']} (data.dtype=).")
                 counts += np.bincount(chunk.astype(np.int64, copy=False), minlength=len(counts))
                 bar.update(len(chunk))
     documents = 0

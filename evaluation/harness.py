@@ -19,8 +19,7 @@ from lm_eval.utils import get_rolling_token_windows
 
 from conf.hints import closest
 from conf.sampling import SamplingConfig
-from evaluation.scoring import Request, Score, request_of, score
-from generation.engine import Engine
+from evaluation.scoring import Request, Scorer, request_of
 from progress import ProgressBar
 
 # Our names of metrics, as in the tasks of this package.
@@ -32,10 +31,10 @@ BOOTSTRAP = 1000
 class Harness(TemplateLM):
     """The interface of lm-evaluation-harness to a model."""
 
-    def __init__(self, engine: Engine, batch_tokens: int, title: str) -> None:
+    def __init__(self, scorer: Scorer, title: str) -> None:
         super().__init__()
-        self.engine, self.batch_tokens, self.title = engine, batch_tokens, title
-        self.block_size = engine.model.config.block_size
+        self.scorer, self.engine, self.title = scorer, scorer.engine, title
+        self.block_size = scorer.engine.model.config.block_size
 
     @property
     def eot_token_id(self) -> int:
@@ -45,9 +44,6 @@ class Harness(TemplateLM):
                    **unused: Any) -> list[int]:
         return self.engine.encode(string)
 
-    def score(self, requests: list[Request]) -> list[Score]:
-        return score(self.engine, requests, self.batch_tokens, self.title)
-
     def loglikelihood(self, requests: list[Instance],
                       disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         return super().loglikelihood(requests, disable_tqdm=True)
@@ -56,7 +52,7 @@ class Harness(TemplateLM):
                               **unused: Any) -> list[tuple[float, bool]]:
         encoded = [request_of(self.engine, context + continuation, len(context))
                    for _, context, continuation in requests]
-        return [(one.logprob, one.is_greedy) for one in self.score(encoded)]
+        return [(one.logprob, one.is_greedy) for one in self.scorer.score(encoded, self.title)]
 
     def loglikelihood_rolling(self, requests: list[Instance],
                               disable_tqdm: bool = False) -> list[float]:
@@ -69,7 +65,7 @@ class Harness(TemplateLM):
                 windows.append(Request(tuple(inputs), tuple(targets)))
                 text_of.append(number)
         sums = [0.0] * len(requests)
-        for number, scored in zip(text_of, self.score(windows), strict=True):
+        for number, scored in zip(text_of, self.scorer.score(windows, self.title), strict=True):
             sums[number] += scored.logprob
         return sums
 
@@ -88,7 +84,7 @@ class Harness(TemplateLM):
                 prompts = {number: self.engine.prompt_ids(requests[number].args[0])[-room:]
                            for number in numbers}
                 numbers.sort(key=lambda number: len(prompts[number]), reverse=True)
-                size = max(1, self.batch_tokens // self.block_size)
+                size = max(1, self.scorer.batch_tokens // self.block_size)
                 for start in range(0, len(numbers), size):
                     batch = numbers[start : start + size]
                     jobs = [(prompts[number], number) for number in batch]
@@ -135,14 +131,13 @@ class HarnessTasks:
                 raise ValueError(f"lm_eval={name}: no such task{closest(name, known)}. The command "
                                  "lm-eval ls tasks lists them.")
 
-    def measure(self, engine: Engine, limit: int | None, batch_tokens: int,
-                title: str) -> list[dict[str, Any]]:
+    def measure(self, scorer: Scorer, limit: int | None, title: str) -> list[dict[str, Any]]:
         """The metrics of the first `limit` documents of each task, and those of groups of tasks.
 
         Raises ValueError for data that cannot be loaded.
         """
         loaded = [task for name in self.names for task in self.load(name)]
-        model = Harness(engine, batch_tokens, f"{title}: lm_eval")
+        model = Harness(scorer, f"{title}: lm_eval")
         try:
             found = simple_evaluate(model, tasks=loaded, limit=limit, log_samples=False,
                                     task_manager=self.manager, bootstrap_iters=BOOTSTRAP)

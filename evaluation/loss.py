@@ -14,12 +14,14 @@ import numpy as np
 import torch
 
 from conf.convert import freeze
+from conf.evaluation import TextConfig
+from data.bins import ENDINGS, count_tokens, describe_bin, find_bins
 from data.chat import markers_of
 from data.config import DataConfig
 from data.files import SpecialToken
 from data.loader import Validation
 from data.prepare import find_prepared, load_tokenizer, prepare, val_bytes_per_token
-from data.shards import Tokens, open_parts, read_meta
+from data.shards import Tokens, map_shard, open_parts, read_meta
 from data.sources import open_sources
 from data.tokenizer import Tokenizer
 from generation.engine import Engine
@@ -92,28 +94,59 @@ def prepared_again(config: DataConfig, expected: str, run: Path) -> Path:
                      f"({problem}): name a text instead, as in data.path=book.txt.")
 
 
-def named_text(path: str, saved: dict[str, Any], engine: Engine, max_tokens: int | None,
+def named_text(named: TextConfig, saved: dict[str, Any], engine: Engine, max_tokens: int | None,
                batch_tokens: int) -> Text:
-    """The text of files, in the tokens of the engine.
+    """The text of files, or their tokens, in the tokens of the engine.
 
     `saved` are the flat settings of a run, which say whether attention crosses documents. Raises
     ValueError for a text that is shorter than one context, or that the tokenizer cannot encode.
     """
-    config = DataConfig(source="text", path=path)
+    path = named.path
+    config = DataConfig(source="text", path=path, text_field=named.text_field,
+                        on_bad_record=named.on_bad_record)
     problems = list(config.problems())
     if problems:
         raise ValueError(f"data.{problems[0]}")
-    ids, n_bytes = read_documents(config, engine.tokenizer, max_tokens)
+    bins = bins_of(path)
+    if bins:
+        tokens, bytes_per_token = read_bins(bins, named.dtype, engine.tokenizer)
+    else:
+        ids, n_bytes = read_documents(config, engine.tokenizer, max_tokens)
+        tokens, bytes_per_token = Tokens([ids]), n_bytes / max(1, len(ids))
     block_size = engine.model.config.block_size
-    if len(ids) <= block_size:
-        raise ValueError(f"data.path={path} has {len(ids):,} tokens, one context of the model "
+    if len(tokens) <= block_size:
+        raise ValueError(f"data.path={path} has {len(tokens):,} tokens, one context of the model "
                          f"needs {block_size + 1:,}: name a longer text.")
-    validation = Validation([Tokens([ids])], block_size, batch_size(batch_tokens, block_size),
-                            max_tokens or len(ids))
+    validation = Validation([tokens], block_size, batch_size(batch_tokens, block_size),
+                            max_tokens or len(tokens))
     boundary = None
     if saved.get("data.respect_documents"):
         boundary = engine.tokenizer.end_of_text
-    return Text(path, path, validation, n_bytes / len(ids), boundary)
+    return Text(path, path, validation, bytes_per_token, boundary)
+
+
+def bins_of(path: str) -> list[Path]:
+    """The files of tokens that a path names: itself, or those for validation in a folder or glob.
+
+    Empty if it names a text. Raises ValueError for a folder or glob without tokens for validation.
+    """
+    place = Path(path)
+    if place.suffix.lower() in ENDINGS and place.is_file():
+        return [place]
+    has_bins = place.is_dir() and any(file.suffix.lower() in ENDINGS for file in place.iterdir())
+    if has_bins or place.suffix.lower() in ENDINGS:
+        return find_bins(path)["val"]
+    return []
+
+
+def read_bins(files: list[Path], dtype: str, tokenizer: Tokenizer) -> tuple[Tokens, float]:
+    """The tokens in files, which `tokenizer` must have made, and their mean bytes.
+
+    Raises ValueError for damaged files, and for an id that the tokenizer does not have.
+    """
+    shards = [describe_bin(file, tokenizer.vocab_size, dtype) for file in files]
+    counts = count_tokens(shards, tokenizer)
+    return Tokens([map_shard(Path(), shard) for shard in shards]), counts["bytes_per_token"]
 
 
 def read_documents(config: DataConfig, tokenizer: Tokenizer,

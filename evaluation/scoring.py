@@ -6,14 +6,19 @@ those on the way from the root. Shapes: B rows, T tokens of a row, N scored toke
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+import atomic
 from generation.engine import Engine
 from model.attention import attend
 from progress import ProgressBar
@@ -125,26 +130,69 @@ def request_of(engine: Engine, ids: Sequence[int], n_context: int) -> Request:
     return Request(tuple(kept[:-1]), tuple(targets), len(kept) < len(ids))
 
 
-def score(engine: Engine, requests: Sequence[Request], batch_tokens: int,
-          title: str) -> list[Score]:
-    """The score of each request. What several requests begin with is read once."""
-    scores: dict[int, Score] = {}
-    with ProgressBar(total=len(requests), desc=title, unit="requests", leave=False) as bar:
-        for trees in batches(plant(engine, requests), batch_tokens):
-            found = score_batch(engine, trees, requests)
-            scores |= found
-            bar.update(len(found))
-    return [scores[number] for number in range(len(requests))]
+class FinishedScores:
+    """A file of the scores so far, so that an evaluation that was interrupted resumes.
+
+    A line has a hash of the weights, the precision and the tokens of a request, and its score.
+    """
+
+    def __init__(self, path: Path, weights: str, precision: str) -> None:
+        self.model = f"{weights} {precision}"
+        self.scores: dict[str, Score] = {}
+        self.file = atomic.LineFile(path)
+        for line in path.read_bytes().splitlines():
+            with suppress(ValueError, TypeError):
+                key, logprob, is_greedy = json.loads(line)
+                self.scores[key] = Score(float(logprob), bool(is_greedy))
+
+    def key(self, request: Request) -> str:
+        text = f"{self.model} {request.inputs} {request.targets}"
+        return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+    def find(self, request: Request) -> Score | None:
+        return self.scores.get(self.key(request))
+
+    def add(self, request: Request, score: Score) -> None:
+        self.file.add(json.dumps([self.key(request), score.logprob, score.is_greedy]))
 
 
-def plant(engine: Engine, requests: Sequence[Request]) -> list[Tree]:
-    """The trees of all requests."""
+@dataclass
+class Scorer:
+    """Scores the requests of one model, up to `batch_tokens` tokens at once."""
+
+    engine: Engine
+    batch_tokens: int
+    finished: FinishedScores | None = None
+
+    def score(self, requests: Sequence[Request], title: str) -> list[Score]:
+        """The score of each request. What several requests begin with is read once."""
+        scores: dict[int, Score] = {}
+        if self.finished:
+            for number, request in enumerate(requests):
+                found = self.finished.find(request)
+                if found:
+                    scores[number] = found
+        left = [number for number in range(len(requests)) if number not in scores]
+        with ProgressBar(total=len(requests), initial=len(scores), desc=title, unit="requests",
+                         leave=False) as bar:
+            for trees in batches(plant(self.engine, requests, left), self.batch_tokens):
+                new = score_batch(self.engine, trees, requests)
+                if self.finished:
+                    for number, one in new.items():
+                        self.finished.add(requests[number], one)
+                scores |= new
+                bar.update(len(new))
+        return [scores[number] for number in range(len(requests))]
+
+
+def plant(engine: Engine, requests: Sequence[Request], numbers: Sequence[int]) -> list[Tree]:
+    """The trees of the requests with these numbers."""
     # An n-gram embedding takes the tokens before it in the row for those before it in the text.
     most = MAX_TREE if engine.model.config.ngrams == 1 else 0
     trees: list[Tree] = []
     before: tuple[int, ...] = ()
     # In this order, a request has no longer beginning in common with another than the one before.
-    for number in sorted(range(len(requests)), key=lambda number: requests[number].inputs):
+    for number in sorted(numbers, key=lambda number: requests[number].inputs):
         inputs = requests[number].inputs
         shared = shared_length(before, inputs)
         least = max(LEAST_SHARED, LEAST_PART_SHARED * len(inputs))

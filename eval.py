@@ -33,9 +33,9 @@ from checkpointing.run_folder import find_runs
 from checkpointing.weights import Weights, own_weights
 from evaluation.loss import measure_loss, named_text, own_validation_split
 from evaluation.scoring import FinishedScores, Scorer
-from evaluation.table import table
 from evaluation.tasks import find_tasks, measure_task, read_questions
 from generation.engine import Engine, engine_of
+from report.results import table
 from terminal import counted, output, say
 from training.device import Device, configure
 

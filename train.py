@@ -50,7 +50,8 @@ from data.loader import Loader, Prefetch, Validation, document_boundary
 from data.prepare import describe, load_tokenizer, val_bytes_per_token
 from data.shards import open_parts
 from data.tokenizer import Tokenizer
-from generation.engine import Prompt, open_checkpoint, short_sample
+from evaluation.tasks import Question, measure_slices, read_slices
+from generation.engine import Engine, Prompt, open_checkpoint, short_sample
 from report.page import after_training, is_current
 from terminal import counted, output, say
 from training.buckets import GradientBuckets
@@ -166,6 +167,7 @@ class Data:
     boundary: int | None  # the token between documents, if attention does not cross them
     prompts: list[Prompt]  # of the samples at the end
     bytes_per_token: float  # of the validation text
+    tasks: dict[str, list[Question]]  # to measure at each evaluation
 
     @cached_property
     def first_batch(self) -> Batch:
@@ -191,7 +193,8 @@ def load_data(settings: Settings, world: World) -> Data:
     if markers:
         prompts = validation.questions(SAMPLES)
         bytes_per_token = validation.bytes_per_target(tokenizer)
-    return Data(prepared, tokenizer, loader, validation, boundary, prompts, bytes_per_token)
+    tasks = read_slices(limits.tasks(), tokenizer)
+    return Data(prepared, tokenizer, loader, validation, boundary, prompts, bytes_per_token, tasks)
 
 
 @dataclass(frozen=True)
@@ -304,8 +307,8 @@ class Training:
                 decision = self.evaluate(decision)
             if decision.save:
                 self.start_save()
-            if decision.evaluate and limits.sample_tokens:
-                self.sample()
+            if decision.evaluate:
+                self.try_out()
             self.saver.check()
         return decision
 
@@ -382,15 +385,23 @@ class Training:
     def is_unsaved(self) -> bool:
         return self.saver.saved < self.state.step
 
-    def sample(self) -> None:
-        """Record a short text by the model."""
-        # Whatever happens while sampling, the checkpoint is on the disk.
+    def try_out(self) -> None:
+        """Record numbers on standard tasks and a short text by the model, if that is asked for."""
+        data, tokens, step = self.data, self.limits.sample_tokens, self.state.step
+        if not (data.tasks or tokens):
+            return
+        # Whatever happens here, the checkpoint is on the disk.
         self.saver.finish()
         whole = self.state.whole_model()
-        if self.world.is_first:
-            text = short_sample(whole, self.data.tokenizer, self.limits.sample_tokens,
-                                self.sampling_device, self.data.prompts[0])
-            self.recorder.sample(self.state.step, text)
+        if not self.world.is_first:
+            return
+        if data.tasks:
+            engine = Engine(whole, data.tokenizer, self.sampling_device)
+            self.recorder.record_tasks(step, measure_slices(engine, data.tasks))
+        if tokens:
+            text = short_sample(whole, data.tokenizer, tokens, self.sampling_device,
+                                data.prompts[0])
+            self.recorder.sample(step, text)
 
 
 def already_finished(run: Run, settings: Settings, last: Checkpoint,

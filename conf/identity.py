@@ -17,8 +17,8 @@ KINDS = {
     "free": "name auto_name runs_dir restart allow_drift init_from init_source model_given "
     "data.path data.val_path data.hub_revision training.sample_tokens training.recompute logger.*",
     "extendable": "training.max_steps training.max_seconds training.patience training.eval_every "
-    "training.eval_tokens training.checkpoint_every training.keep_last training.on_save_error "
-    "training.on_nonfinite training.nonfinite_limit",
+    "training.eval_tokens training.eval_tasks training.checkpoint_every training.keep_last "
+    "training.on_save_error training.on_nonfinite training.nonfinite_limit",
     "machine": "training.device training.threads training.compile training.deterministic "
     "training.shard world_size",
     "identity": "seed init_fingerprint model.* data.* optim.* training.batch_size "

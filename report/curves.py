@@ -168,7 +168,7 @@ def draw_diagnostic(axes: Any, runs: list[History], name: str) -> None:
     for rank, run in worst_first(runs):
         points = run.diagnostics.get(name, np.empty((0, 6)))
         bands = name == "gradient norm" and len(runs) <= MAX_BANDS
-        smoothed = name != "learning rate"
+        smoothed = name in DIAGNOSTICS[1:]
         draw_curve(axes, points, "steps", smoothed, bands, **line_style(rank, runs))
         peak = points[:, 3].max(initial=0)
         if peak > 0:

@@ -25,6 +25,7 @@ import atomic
 from checkpointing.provenance import STARTS
 from checkpointing.run_folder import check_file_types, find_run, is_sweep
 from conf.identity import flat, kind
+from report import results
 from terminal import counted, escaped
 
 # libyaml's loader is ten times as fast, where PyYAML was built with it.
@@ -37,6 +38,10 @@ LOSS, BITS = "best validation loss", "bits per byte"
 RECORDED = {
     "training.device": "device", "training.precision": "precision", "training.compile": "compiled",
 }
+# In the folder of a run that was evaluated.
+EVALUATION = "evaluation.json"
+# The beginning of the names of metrics on standard tasks.
+TASKS = "tasks/"
 # In the folder of a run that a search stopped early.
 PRUNED = "pruned.json"
 Rows = list[dict[str, Any]]
@@ -71,6 +76,7 @@ class History:
     best_step: int | None = None
     bits_per_byte: float | None = None  # at the best step
     measure: str = LOSS  # LOSS, or BITS for runs with different tokens
+    evaluated: tuple[dict[str, Any], ...] = ()  # the models in evaluation.json, this run's
 
     @property
     def score(self) -> float | None:
@@ -129,8 +135,19 @@ def read_history(folder: Path, name: str) -> History:
     return History(
         escaped(name, keep=""), resolved(settings, last_start), environment, thinned(trained),
         thinned(validated), diagnostics(rows, settings), samples, reached, finished, state,
-        **losses,
+        evaluated=read_evaluation(folder / EVALUATION, name), **losses,
     )
+
+
+def read_evaluation(path: Path, name: str) -> tuple[dict[str, Any], ...]:
+    """The results of the last evaluation of a run; none if there was none, or if it is damaged."""
+    try:
+        models = [model | {"name": name} for model in atomic.read_json(path)["models"]]
+        # Whether they can be shown.
+        results.cells(models)
+        return tuple(models)
+    except (OSError, *DAMAGE):
+        return ()
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -233,7 +250,7 @@ def progress(
 
 
 def diagnostics(rows: Rows, settings: dict[str, Any]) -> dict[str, np.ndarray]:
-    """The curves of learning rate, gradient norm and speed that were recorded."""
+    """The curves of learning rate, gradient norm, speed and tasks that were recorded."""
     rates = table(rows, "lr_scale")
     peak = settings.get("optim.lr")
     if isinstance(peak, int | float):
@@ -247,6 +264,8 @@ def diagnostics(rows: Rows, settings: dict[str, Any]) -> dict[str, np.ndarray]:
         "gradient norm": table(rows, "gradient_norm"),
         "tokens per second": speeds,
     }
+    tasks = dict.fromkeys(key for row in rows for key in row if key.startswith(TASKS))
+    curves |= {key.removeprefix(TASKS): table(rows, key) for key in tasks}
     return {name: thinned(points) for name, points in curves.items() if len(points)}
 
 

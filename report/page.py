@@ -27,6 +27,7 @@ from report.history import (
     tokens_of,
 )
 from report.importance import MIN_RUNS, importance
+from report.results import cells
 from terminal import counted, escaped
 
 TEMPLATE = Path(__file__).with_suffix(".html")
@@ -108,7 +109,7 @@ def page(runs: list[History], title: str) -> str:
     """The page about `runs`, the best first."""
     parts = [
         *summary(runs, title), *losses(runs), *diagnostics(runs), *leaderboard(runs),
-        *comparisons(runs), *importance_of_settings(runs), *samples(runs),
+        *evaluations(runs), *comparisons(runs), *importance_of_settings(runs), *samples(runs),
         *compare("Settings", [run.settings for run in runs], runs),
         *compare("Environment", [run.environment for run in runs], runs),
     ]
@@ -174,14 +175,26 @@ def notes_on_losses(runs: list[History]) -> Iterator[str]:
 
 
 def diagnostics(runs: list[History]) -> Iterator[str]:
-    """Learning rate, gradient norm and speed, of those that were recorded."""
-    recorded = [name for name in curves.DIAGNOSTICS if any(name in run.diagnostics for run in runs)]
+    """Learning rate, gradient norm, speed and tasks, of those that were recorded."""
+    recorded = list(dict.fromkeys(name for run in runs for name in run.diagnostics))
     if recorded:
         # Without matplotlib, the section about losses says so.
         with suppress(ValueError):
             pictures = "".join(curves.diagnostic_svg(runs, name) for name in recorded)
             yield f"<h2>{', '.join(recorded).capitalize()}</h2>"
             yield f'<div class="slices">{pictures}</div>'
+
+
+def evaluations(runs: list[History]) -> Iterator[str]:
+    """The results of python eval.py."""
+    titles, *rows = cells([model for run in runs for model in run.evaluated])
+    if rows:
+        heads = "".join(f"<th>{escape(title)}</th>" for title in titles)
+        body = ""
+        for row in rows:
+            body += f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>"
+        yield "<h2>Evaluation</h2>"
+        yield f'<div class="wide">{table(heads, body, "id", "evaluation")}</div>'
 
 
 def leaderboard(runs: list[History]) -> Iterator[str]:

@@ -21,6 +21,7 @@ from evaluation import scoring
 from evaluation.scoring import Scorer, plant, request_of
 from generation.engine import Engine, open_run
 from model import GPT, GPTConfig
+from report import page
 from training.device import Device
 
 # Documents of a task: the contexts, the continuations and the label of each.
@@ -196,6 +197,21 @@ def test_results_are_kept_and_an_evaluation_resumes(compose_tiny, tmp_path, task
     assert sum(read) == 8 and json.loads((folder / "evaluation.json").read_text()) == resumed
 
 
+def test_tasks_while_training_change_no_weight(compose_tiny, package, tmp_path):
+    """They are in the metrics and, as the results of eval.py, in the report."""
+    weights = []
+    for name, chosen in (("with", "training.eval_tasks=piqa:1"), ("without", "training.max_steps=4")):
+        train.train(compose_tiny("training.max_steps=4", "training.eval_every=2", "model.dropout=0.5", f"name={name}", chosen))
+        state = open_run(name, runs_dir=tmp_path / "runs", device="cpu").model.state_dict()
+        weights.append({key: tensor.tolist() for key, tensor in state.items()})
+    assert weights[0] == weights[1]
+    rows = map(json.loads, (tmp_path / "runs" / "with" / "metrics.jsonl").read_text().splitlines())
+    assert [(row["step"], row["tasks/piqa/accuracy"] in (0, 1)) for row in rows if "tasks/piqa/accuracy" in row] == [(2, True), (4, True)]
+    eval.evaluate(compose(EvalSettings, ["run=with", f"runs_dir={tmp_path / 'runs'}", "device=cpu", "precision=fp32", "tasks=piqa"]))
+    page.write([(tmp_path / "runs" / "with", "with")], tmp_path / "report.html", "", pictures=False)
+    assert "<td>with</td><td>piqa</td><td>1 documents</td>" in (tmp_path / "report.html").read_text()
+
+
 # Errors
 
 
@@ -211,6 +227,14 @@ def test_a_missing_package_is_one_sentence(measure, monkeypatch, task, package, 
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ValueError, match=says):
         measure(task)
+
+
+@pytest.mark.parametrize(("chosen", "says"), [
+    ("piqaa:2", r"eval_tasks=piqaa:2: no such task .did you mean piqa"), ("piqa", "eval_tasks=piqa: write a task and a number"),
+])
+def test_invalid_tasks_of_a_training_are_refused(compose_tiny, package, chosen, says):
+    with pytest.raises(ValueError, match=says):
+        train.train(compose_tiny(f"training.eval_tasks={chosen}"))
 
 
 @pytest.mark.parametrize(("content", "says"), [

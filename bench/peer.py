@@ -19,12 +19,15 @@ SHARED_FIELDS = (
 )
 SHAKESPEARE = "data/shakespeare_char"
 EVAL_INTERVAL = 250
-# The recipe for CPUs in nanoGPT's README, but every step is logged with its time.
-RECIPE = [
-    "config/train_shakespeare_char.py", "--device=cpu", "--compile=False", "--eval_iters=20",
-    "--log_interval=1", "--block_size=64", "--batch_size=12", "--n_layer=4", "--n_head=4",
-    "--n_embd=128", "--max_iters=2000", "--lr_decay_iters=2000", "--dropout=0.0",
+# The recipes of nanoGPT's README for one GPU and for CPUs, but every step is logged with its time.
+RECIPE_FOR_GPUS = [
+    "config/train_shakespeare_char.py", "--eval_iters=20", "--log_interval=1",
     f"--eval_interval={EVAL_INTERVAL}",
+]
+RECIPE = [
+    *RECIPE_FOR_GPUS, "--device=cpu", "--compile=False", "--block_size=64", "--batch_size=12",
+    "--n_layer=4", "--n_head=4", "--n_embd=128", "--max_iters=2000", "--lr_decay_iters=2000",
+    "--dropout=0.0",
 ]
 
 # Appended to nanoGPT's train.py, whose names it uses: the loss over the whole validation split, in
@@ -39,7 +42,7 @@ targets = tokens[1 : 1 + count * block_size].view(count, block_size)
 total = 0.0
 with torch.inference_mode():
     for x, y in zip(inputs.split(64), targets.split(64)):
-        total += raw_model(x, y)[1].item() * len(x)
+        total += raw_model(x.to(device), y.to(device))[1].item() * len(x)
 print(total / count, sum(weights.numel() for weights in raw_model.parameters()))
 """
 
@@ -75,12 +78,13 @@ def build_model(peer: Path, config: GPTConfig) -> Any:
     return module.GPT(module.GPTConfig(**shape))
 
 
-def train(peer: Path, seed: int) -> dict[str, Any]:
+def train(peer: Path, seed: int, device: str) -> dict[str, Any]:
     """Run nanoGPT's train.py with another seed: seconds of training, final loss and size."""
+    recipe = RECIPE if device == "cpu" else RECIPE_FOR_GPUS
     program = (peer / "train.py").read_text()
     program = program.replace("torch.manual_seed(1337", f"torch.manual_seed({seed}") + EVALUATION
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-c", program, *RECIPE, f"--out_dir={folder}"]
+        command = [sys.executable, "-c", program, *recipe, f"--out_dir={folder}"]
         printed = run_command(command, peer)
     logged = re.findall(r"^iter (\d+): .*time ([\d.]+)ms", printed, re.MULTILINE)
     step_seconds = {int(step): float(step_ms) / 1000 for step, step_ms in logged}

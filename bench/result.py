@@ -1,11 +1,13 @@
 """Training to a result beside nanoGPT: the time and the validation loss of complete runs.
 
   python -m bench result peer=../nanoGPT
+  python -m bench result peer=../nanoGPT device=cuda rounds=1
 
 nanoGPT trains its Shakespeare recipe for CPUs with its own train.py. Our side trains
-`experiment=speedrun_shakespeare` and `experiment=modern_shakespeare` on the same text. The loss is
-that of the whole validation split, in windows that do not overlap. Seconds of training leave out
-evaluation and the start of the process. Three rounds take about ten minutes.
+`experiment=speedrun_shakespeare` and `experiment=modern_shakespeare` on the same text. On a GPU,
+nanoGPT trains its recipe for GPUs, and our side `experiment=shakespeare_gpu`. The loss is that of
+the whole validation split, in windows that do not overlap. Seconds of training leave out evaluation
+and the start of the process. Three rounds take about ten minutes on a CPU.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -29,7 +31,7 @@ from progress import ProgressBar, print_line
 from setting import FilePath, range_problems, setting
 from training.device import Device
 
-EXPERIMENTS = ("speedrun_shakespeare", "modern_shakespeare")
+EXPERIMENTS = {"cpu": ("speedrun_shakespeare", "modern_shakespeare"), "cuda": ("shakespeare_gpu",)}
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class ResultSettings:
     """Settings of the benchmark of complete runs."""
 
     peer: FilePath = setting("", "a nanoGPT checkout, its data/shakespeare_char prepared")
+    device: Literal["cpu", "cuda"] = setting("cpu", "to train on")
     rounds: int = setting(3, "runs of each side", ge=1)
     seed: int = setting(1337, "of the first round; each round adds 1", ge=0)
     out: FilePath = setting("", "write the measurements as JSON")
@@ -48,15 +51,16 @@ class ResultSettings:
 
 
 def main(settings: ResultSettings) -> int:
-    runs: dict[str, list[dict[str, Any]]] = {side: [] for side in ("nanoGPT", *EXPERIMENTS)}
-    print(f"torch {torch.__version__}, {Device().describe()}\n")
+    sides = ("nanoGPT", *EXPERIMENTS[settings.device])
+    runs: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
+    print(f"torch {torch.__version__}, {Device(settings.device).describe()}\n")
     print_header("round", "side", "parameters", "seconds of training", "seconds in all",
                  "validation loss")
     total = settings.rounds * len(runs)
     with ProgressBar(desc="Training", total=total, unit="runs", leave=False) as bar:
         for number in range(settings.rounds):
             for side in runs:
-                run = train_side(side, settings.peer, settings.seed + number)
+                run = train_side(side, settings, settings.seed + number)
                 runs[side].append(run)
                 print_line(f"| {number + 1} | {side} | {run['parameters']:,} "
                            f"| {run['seconds']:.1f} | {run['seconds_in_all']:.1f} "
@@ -77,14 +81,15 @@ def main(settings: ResultSettings) -> int:
     return 0
 
 
-def train_side(side: str, peer: str, seed: int) -> dict[str, Any]:
+def train_side(side: str, settings: ResultSettings, seed: int) -> dict[str, Any]:
     """Train nanoGPT, or one of our experiments, from a seed."""
     start = time.perf_counter()
     if side == "nanoGPT":
-        run = nanogpt.train(Path(peer), seed)
+        run = nanogpt.train(Path(settings.peer), seed, settings.device)
     else:
-        text = nanogpt.shakespeare_override(peer)
-        run = train_ours(f"experiment={side}", text, f"seed={seed}")
+        text = nanogpt.shakespeare_override(settings.peer)
+        device = f"training.device={settings.device}"
+        run = train_ours(f"experiment={side}", text, device, f"seed={seed}")
     return run | {"seconds_in_all": time.perf_counter() - start}
 
 

@@ -6,6 +6,9 @@ Knows nothing about the memory of Python and torch themselves.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +19,8 @@ from torch.utils._pytree import tree_leaves
 from checkpointing.state import State
 from conf.settings import Settings
 from model import GPT, SkipInit
+from model.loss import loss_options
+from terminal import readable_size
 from training.buckets import BUCKET_NUMBERS, MOST_IN_FLIGHT
 from training.device import Device, memory_limit
 from training.distributed import World
@@ -53,11 +58,11 @@ class AllocationCounter(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
 
 
-def count_memory(settings: Settings, device: Device) -> tuple[int, int]:
+def count_memory(settings: Settings, device: Device, gpu_bytes: float = 0) -> tuple[int, int]:
     """Bytes of the state that a checkpoint holds, and of the peak in a step, state included.
 
     Both are those of one process, counted in a training step on fake tensors, which have no
-    content.
+    content. `gpu_bytes` is the memory of a GPU for which this is planned on another device.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -65,6 +70,8 @@ def count_memory(settings: Settings, device: Device) -> tuple[int, int]:
     scaler = torch.amp.GradScaler(device.type, enabled=False)
     with FakeTensorMode(), AllocationCounter() as counter, device.torch:
         model = GPT(settings.model)
+        model.recompute = settings.training.recompute
+        model.loss_options = loss_options(device.torch, gpu_bytes=gpu_bytes)
         optimizers = Optimizers(model.parameters_by_role(), settings.optim)
         ids = torch.zeros(shape, dtype=torch.int64)
         document_ids = ids if settings.data.respect_documents else None
@@ -108,6 +115,40 @@ def memory_of_each(settings: Settings, state_bytes: int, peak_bytes: int, proces
 
 def layer_bytes(layer: torch.nn.Module) -> int:
     return 4 * sum(parameter.numel() for parameter in layer.parameters())
+
+
+def fitting_batch_size(settings: Settings, device: Device, gpu_bytes: float, processes: int = 1,
+                       sharded: bool = False) -> int:
+    """The most sequences at once that are planned to fit into a GPU with `gpu_bytes`; 0 if none."""
+    def needed(batch_size: int) -> float:
+        limits = replace(settings.training, batch_size=batch_size)
+        counted = count_memory(replace(settings, training=limits), device, gpu_bytes)
+        return sum(memory_of_each(settings, *counted, processes, sharded).values())
+
+    # Each further sequence takes the same.
+    batch_size = settings.training.batch_size
+    once, twice = needed(batch_size), needed(2 * batch_size)
+    for_each = max(1, twice - once) / batch_size
+    return max(0, int(batch_size + (USABLE_MEMORY * gpu_bytes - once) // for_each))
+
+
+@contextmanager
+def memory_advice(settings: Settings, world: World, device: Device,
+                  sharded: bool) -> Iterator[None]:
+    """Turn an error of a GPU without free memory into a ValueError with the batch that fits."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        gpu_bytes = memory_limit(device)
+        fitting = fitting_batch_size(settings, device, gpu_bytes, world.size, sharded)
+        batch_size = settings.training.batch_size
+        # Other programs may use the memory.
+        if not 0 < fitting < batch_size:
+            raise
+        raise ValueError(
+            f"training.batch_size={batch_size} does not fit into the {readable_size(gpu_bytes)} of "
+            f"this GPU: training.batch_size={fitting} is planned to (training.tokens_per_step "
+            "keeps a step as large as it was), and more with training.recompute=true.") from error
 
 
 def divides_weights(settings: Settings, world: World, device: Device) -> bool:

@@ -71,6 +71,8 @@ def launch(main: Target, root: str | type, doc: str, multirun: Target = "") -> N
     # torch counts the cores of the machine, even in a container that may only use a few of them.
     if usable_cpus() < (os.cpu_count() or 1):
         os.environ.setdefault("OMP_NUM_THREADS", str(usable_cpus()))
+    # Operations that Apple's GPUs lack run on the CPU. torch reads it when it is imported.
+    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
     try:
         code = run_command(main, root, doc, sys.argv[1:], multirun)
         sys.stdout.flush()
@@ -153,8 +155,6 @@ def run_command(
         check_launcher(os.environ)
     settings = compose(root, overrides)
     sleep_while_waiting()
-    # Operations that Apple's GPUs lack run on the CPU. torch reads it when it is imported.
-    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
     return imported(main)(settings)
 
 

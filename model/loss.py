@@ -40,13 +40,15 @@ class LossOptions:
     fused: bool = False
 
 
-def loss_options(device: torch.device, fused: bool = False) -> LossOptions | None:
-    """The fastest options for a device; None on CPUs."""
-    if device.type != "cuda":
+def loss_options(device: torch.device, fused: bool = False,
+                 gpu_bytes: float = 0) -> LossOptions | None:
+    """The fastest options for a device, or for a GPU with `gpu_bytes` of memory; None on CPUs."""
+    if device.type == "cuda" and not gpu_bytes:
+        gpu_bytes = torch.cuda.get_device_properties(device).total_memory
+    if not gpu_bytes:
         return None
-    memory = torch.cuda.get_device_properties(device).total_memory
     # A power of two: cards of one kind differ in the last megabytes.
-    fitting = 2 ** int(math.log2(memory / LEAST_GPU_BYTES_PER_LOGIT))
+    fitting = 2 ** int(math.log2(gpu_bytes / LEAST_GPU_BYTES_PER_LOGIT))
     return LossOptions(min(MAX_LOGITS_ON_GPUS, fitting), TENSOR_CORE_MULTIPLE, fused)
 
 

@@ -59,7 +59,12 @@ from typing import Any
 import numpy as np
 
 from checkpointing.initial import shape_of_weights
-from checkpointing.planned import count_memory, memory_of_each
+from checkpointing.planned import (
+    USABLE_MEMORY,
+    count_memory,
+    fitting_batch_size,
+    memory_of_each,
+)
 from conf.presets import ConfigError
 from conf.schema import compose
 from conf.settings import Settings
@@ -71,7 +76,14 @@ from data.shards import Tokens, read_meta
 from data.tokenizer_file import planned_size
 from model import GPT, SkipInit
 from terminal import counted, readable_size, readable_time, say
-from training.device import PEAK_FLOPS, Device, available_memory, configure
+from training.device import (
+    GPU_GIGABYTES,
+    PEAK_FLOPS,
+    Device,
+    available_memory,
+    configure,
+    memory_limit,
+)
 from training.estimate import measure_pace
 from training.step import first_loss
 
@@ -100,7 +112,12 @@ def main(own: PlanSettings) -> int:
     say(f"Data: {description}")
 
     flops = plan_model(settings, meta)
-    state_bytes, peak_bytes = count_memory(settings, device)
+    gpu_bytes = 0
+    if gpu:
+        gpu_bytes = GPU_GIGABYTES[gpu] * 2**30
+    elif device.type == "cuda":
+        gpu_bytes = memory_limit(device)
+    state_bytes, peak_bytes = count_memory(settings, device, gpu_bytes)
     choices = {"": False}
     if own.ranks > 1:
         choices = {f" of each of {own.ranks} processes, training.shard=none": False,
@@ -119,6 +136,13 @@ def main(own: PlanSettings) -> int:
             f"{readable_size(saved)} more if they are free")
         for name, nbytes in memory.items():
             say(f"  {name:<22} {readable_size(nbytes):>10}")
+    if gpu_bytes and total > USABLE_MEMORY * gpu_bytes:
+        fitting = fitting_batch_size(settings, device, gpu_bytes, own.ranks, own.ranks > 1)
+        advice = f"training.batch_size={fitting} does"
+        if not fitting:
+            advice = "nor does training.batch_size=1"
+        say(f"Warning: this does not fit into the {readable_size(gpu_bytes)} of "
+            f"{gpu or device.name()}; {advice}")
     plan_disk(settings, state_bytes)
 
     for warning in settings.warnings():

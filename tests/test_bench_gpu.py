@@ -21,7 +21,7 @@ def test_each_variant_differs_in_one_option(monkeypatch):
     device = gpu.Device("cpu", "fp32")
     found = {variant: gpu.options_of(variant, device) for variant in gpu.VARIANTS}
     full = LossOptions(2**29, 64, fused=True)
-    assert found["eager"] == found["compiled"] == full
+    assert found["eager"] == found["compiled"] == found["fp32 norms"] == full
     assert found["small chunks"] == LossOptions(2**24, 64, fused=True)
     assert found["unfused loss"] == LossOptions(2**29, 64, fused=False)
     assert found["unpadded vocabulary"] == LossOptions(2**29, 1, fused=True)
@@ -34,9 +34,11 @@ def test_a_failing_case_is_a_row_and_the_others_go_on(monkeypatch, capsys):
         return {"rate": 5.0, "share": 0.5, "first": 1.0, "peak_bytes": 2**20}
 
     monkeypatch.setattr(gpu, "measure_in_process", fails)
+    monkeypatch.setattr(gpu, "run_command", lambda command: "\nThe runs are bit-identical.\n")
     assert gpu.main(gpu.GpuSettings(device="cpu", shape="tiny", decoded="tiny")) == 0
     out = capsys.readouterr().out
     assert "| tiny | compiled | failed: no compiler |" in out and out.count("| 50.0% |") == len(gpu.VARIANTS)
+    assert "| 1.00 | 0.88 or more |" in out and out.endswith("killed and resumed: The runs are bit-identical.\n")
 
 
 @pytest.mark.gpu

@@ -19,6 +19,7 @@ VAL = (np.arange(1000) ** 2 % 97).astype(np.uint16)
 
 TRAIN = '''
 import os, torch, numpy as np
+device = "cpu"
 torch.manual_seed(1337 + 0)
 block_size, data_dir = 4, "data/shakespeare_char"
 class Model(torch.nn.Module):
@@ -50,7 +51,7 @@ def test_the_peer_trains_from_the_seed_on_the_whole_split(peer, monkeypatch):
     said = []
     original = peer_module.run_command
     monkeypatch.setattr(peer_module, "run_command", lambda *args: said.append(original(*args)) or said[0])
-    found = peer_module.train(peer, 7)
+    found = peer_module.train(peer, 7, "cpu")
     assert "iter 0: loss 7," in said[0]
     assert found["seconds"] == pytest.approx(501 * 0.02)  # without what it spends on evaluating
     assert found["parameters"] == 15
@@ -60,13 +61,13 @@ def test_the_peer_trains_from_the_seed_on_the_whole_split(peer, monkeypatch):
 def test_a_peer_that_fails_is_one_sentence(peer):
     (peer / "train.py").write_text("raise RuntimeError('no such device')")
     with pytest.raises(ValueError, match="no such device"):
-        peer_module.train(peer, 7)
+        peer_module.train(peer, 7, "cpu")
 
 
 def test_each_round_has_another_seed(peer, monkeypatch, tmp_path, capsys):
     seeds = []
     run = {"val_loss": 1.5, "parameters": 1}
-    monkeypatch.setattr(peer_module, "train", lambda peer, seed: seeds.append(seed) or run | {"seconds": 8.0})
+    monkeypatch.setattr(peer_module, "train", lambda peer, seed, device: seeds.append(seed) or run | {"seconds": 8.0})
     monkeypatch.setattr(result, "train_ours", lambda *words: seeds.append(words[-1]) or run | {"seconds": 2.0})
     assert result.main(compose(result.ResultSettings, [f"peer={peer}", "rounds=2", f"out={tmp_path / 'r.json'}"])) == 0
     assert seeds == [1337, "seed=1337", "seed=1337", 1338, "seed=1338", "seed=1338"]

@@ -19,8 +19,10 @@ from data.loader import Validation
 from data.shards import Tokens
 from model import GPT
 from model.loss import LossOptions
+from training.config import OptimConfig
 from training.device import Device
 from training.distributed import World
+from training.optim import Optimizers
 from training.step import evaluate
 
 
@@ -68,18 +70,22 @@ def test_every_preset_is_one_graph(name, documents, graphs, monkeypatch):
 
 
 @pytest.mark.slow
-def test_evaluation_does_not_compile_again(graphs):
-    """It runs the plain model, also for its last batch, which is smaller."""
+def test_steps_and_evaluation_do_not_compile_again(graphs):
+    """Neither another learning rate does, nor the last batch of an evaluation, which is smaller."""
     torch.manual_seed(0)
     gpt = GPT(next(iter(tiny_presets().values())))
     compile_model, found = graphs
     compiled = compile_model(gpt)
     validation = Validation([Tokens([np.arange(200, dtype=np.uint32) % 65])], 32, 4, max_tokens=190)
     idx, _, _ = packed_rows()
-    for _ in range(2):
+    optimizers, scaler = Optimizers(gpt.parameters_by_role(), OptimConfig("muon")), torch.amp.GradScaler("cpu", enabled=False)
+    torch._dynamo.utils.counters.clear()
+    for step in range(3):
         compiled(idx, idx.roll(-1, 1)).backward()
+        optimizers.set_scale(1 / (step + 1))
+        optimizers.step(scaler, optimizers.gradient_norm(scaler), 1.0)
         evaluate(gpt, validation, Device("cpu", "fp32"), None, World({}))
-    assert len(found) == 1
+    assert len(found) == torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.slow

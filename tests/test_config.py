@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -283,6 +284,21 @@ def test_the_exit_code_is_that_of_main_or_1_for_a_mistake(monkeypatch, capsys):
     assert code(lambda settings: 0, "model.foo=1") == 1
     said = capsys.readouterr()
     assert said.err.startswith("Error: model.foo") and "Traceback" not in said.err and said.out == ""
+
+
+def test_operations_that_apple_gpus_lack_run_on_the_cpu(monkeypatch):
+    """torch reads the variable when it is imported."""
+    def imported(name):
+        found.append(os.environ.get("PYTORCH_ENABLE_MPS_FALLBACK"))
+        return PlanSettings if name == "settings" else lambda settings: 0
+
+    found = []
+    monkeypatch.delenv("PYTORCH_ENABLE_MPS_FALLBACK", raising=False)
+    monkeypatch.setattr("sys.argv", ["x"])
+    monkeypatch.setattr(launch, "imported", imported)
+    with pytest.raises(SystemExit):
+        launch.launch("main", "settings", "")
+    assert found == ["1", "1"]
 
 
 def test_a_path_that_cannot_be_opened_is_one_sentence(monkeypatch, capsys):

@@ -83,6 +83,25 @@ def test_configure_applies_a_device_and_restores_everything():
     assert global_settings() == before
 
 
+@pytest.mark.parametrize(("major", "installed", "dropout", "used"), [
+    (9, True, 0.0, True), (9, True, 0.1, False), (9, False, 0.0, False), (8, True, 0.0, False)])
+def test_flash_attention_3_is_used_where_it_is(monkeypatch, major, installed, dropout, used):
+    """It has no dropout."""
+    calls = []
+    monkeypatch.setattr(module, "find_spec", lambda name: installed or None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (major, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: None)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state: None)
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", calls.append)
+    monkeypatch.setattr(torch.nn.attention, "restore_flash_attention_impl", lambda: calls.append("torch's own"))
+    device = Device("cpu")
+    device.type = "cuda"
+    with configure(device, dropout):
+        assert calls == ["FA3"] * used and device.name() == "NVIDIA H100" + " with FlashAttention 3" * used
+    assert calls == ["FA3", "torch's own"] * used
+
+
 @pytest.mark.slow
 def test_training_from_python_changes_no_global_state(compose_tiny):
     before = global_settings()

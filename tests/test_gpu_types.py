@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import inspect
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -102,20 +103,56 @@ def model_on_gpu(preset: str) -> GPT:
     return model
 
 
+@torch.no_grad()
+def gradients_of(loss: Tensor) -> dict[Tensor, Tensor]:
+    """By plain Python: the engine of autograd asks for the streams of a device."""
+    nodes, parents = [loss.grad_fn], Counter()
+    for node in nodes:
+        for child, _ in node.next_functions:
+            if child is not None:
+                parents[child] += 1
+                nodes += [child] * (parents[child] == 1)
+    found, given, ready = {}, {loss.grad_fn: {0: torch.ones_like(loss)}}, [loss.grad_fn]
+    while ready:
+        node = ready.pop()
+        gradients = given.pop(node, {})
+        if hasattr(node, "variable"):
+            found[node.variable] = gradients[0]
+            continue
+        call = node if callable(node) else node.apply  # of a function in Python
+        results = call(*(gradients.get(place) for place in range(max(gradients) + 1)))
+        results = results if isinstance(results, tuple) else (results,)
+        for (child, place), gradient in zip(node.next_functions, results, strict=False):
+            if child is None:
+                continue
+            if gradient is not None:
+                own = given.setdefault(child, {})
+                gradient = gradient.to(child._input_metadata[place].dtype)
+                own[place] = own[place] + gradient if place in own else gradient
+            parents[child] -= 1
+            if not parents[child]:
+                ready.append(child)
+    return found
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_gpu_multiplies_and_attends_in_bf16(gpu, preset, monkeypatch):
-    """In a step, in evaluation and in decoding; the residual stream, the loss and the weights are in fp32."""
+    """Forward, backward, in evaluation and in decoding; the residual stream, the loss and the weights are in fp32."""
     model = model_on_gpu(preset)
     ids = torch.zeros(16, model.config.block_size, dtype=torch.int64, device="cuda")
     with Types(model.config) as types:
         types.watch(model, monkeypatch)
         loss = loss_of(model, (ids, ids), gpu, None)
         assert types.heads == types.hidden == {torch.bfloat16}
-        assert types.stream == {torch.float32} and loss.dtype == torch.float32 and loss.grad_fn
+        assert types.stream == {torch.float32} and loss.dtype == torch.float32
         with torch.inference_mode():
             assert loss_of(model.eval(), (ids, ids), gpu, None).dtype == torch.float32
         assert types.heads == types.hidden == {torch.bfloat16} and types.stream == {torch.float32}
+
+    with Types(model.config):  # checks products
+        gradients = gradients_of(loss)
+    assert gradients.keys() == set(model.parameters()) and {gradient.dtype for gradient in gradients.values()} == {torch.float32}
 
     with gpu.autocast():
         decoder = Decoder(model)

@@ -160,7 +160,7 @@ def test_planned_memory_is_within_a_quarter_of_the_measured(tmp_path, prepared_d
 @pytest.fixture
 def uncounted(monkeypatch):
     """The import of fake tensors takes seconds, and other tests count memory."""
-    monkeypatch.setattr(plan, "count_memory", lambda settings, device: (10**6, 3 * 10**6))
+    monkeypatch.setattr(plan, "count_memory", lambda settings, device, gpu_bytes: (10**6, 3 * 10**6))
 
 
 @pytest.mark.slow
@@ -218,6 +218,27 @@ def test_weights_are_divided_if_they_do_not_fit(monkeypatch, gigabytes, shard, d
     assert planned.divides_weights(settings, world, Device("cpu", "fp32")) is divided
     world.size = 1
     assert not planned.divides_weights(settings, world, Device("cpu", "fp32"))
+
+
+def test_a_batch_that_does_not_fit_names_one_that_does(monkeypatch, capsys):
+    """In training, and in a plan for another GPU."""
+    def count(settings, device, gpu_bytes):
+        return 10 * MILLION, (20 + settings.training.batch_size) * MILLION
+
+    words = ["model=nano", "data=text", "training=smoke", "training.batch_size=64"]
+    settings = compose("config", [*words, f"data.path={ROOT}"])
+    world, device = SimpleNamespace(size=1), Device("cpu", "bf16")
+    for module in (plan, planned):
+        monkeypatch.setattr(module, "count_memory", count)
+        monkeypatch.setattr(module, "USABLE_MEMORY", 1.0)
+    for megabytes, error, said in ((25.5, ValueError, "batch_size=64 does not fit into the 24.3 MB of this GPU: training.batch_size=5 is "),
+                                   (20, torch.OutOfMemoryError, "full"), (100, torch.OutOfMemoryError, "full")):
+        monkeypatch.setattr(planned, "memory_limit", lambda device, megabytes=megabytes: megabytes * MILLION)
+        with pytest.raises(error, match=said), planned.memory_advice(settings, world, device, False):
+            raise torch.OutOfMemoryError("full")
+    monkeypatch.setitem(plan.GPU_GIGABYTES, "L4", 25.5 * MILLION / 2**30)
+    assert plan.main(compose(plan.PlanSettings, [*words, "device=l4"])) == 0
+    assert "does not fit into the 24.3 MB of L4; training.batch_size=5 does" in capsys.readouterr().out
 
 
 def test_gpus_are_found_by_their_names():

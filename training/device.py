@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -26,6 +27,11 @@ from terminal import counted
 PEAK_FLOPS = {
     "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
     "L4": 121e12, "A10G": 70e12, "A10": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
+}
+# Of the smallest card of that name.
+GPU_GIGABYTES = {
+    "H200": 141, "H100 PCIe": 80, "H100": 80, "A100": 40, "L40S": 48, "L4": 24, "A10G": 24,
+    "A10": 24, "RTX 4090": 24, "RTX 3090": 24,
 }
 # FLOP/s that training is assumed to reach, to decide whether compiling pays. Nothing is timed,
 # since how busy a machine is must not change what a run computes.
@@ -90,6 +96,8 @@ class Device:
         self.deterministic = deterministic
         self.native_bf16 = native("bf16", self.type)
         self.keeps_memory = self.type == "cpu" and platform.libc_ver()[0] == "glibc"
+        # Set by `configure`: kernels of attention other than torch's own.
+        self.attention = ""
         reasons = {"bf16": "native here", "fp16": "bf16 is not native here",
                    "fp32": "no faster precision is native here"}
         if precision == "auto":
@@ -170,7 +178,8 @@ class Device:
 
     def name(self) -> str:
         if self.type == "cuda":
-            return torch.cuda.get_device_name()
+            kernels = f" with {self.attention}" if self.attention else ""
+            return torch.cuda.get_device_name() + kernels
         if self.type == "cpu":
             return f"cpu, {counted(self.threads, 'thread')}"
         return self.type
@@ -208,11 +217,12 @@ class Device:
 class configure:
     """Apply a device's settings to this process. As a context manager, undo that at the end.
 
-    Sets the number of threads, TF32, deterministic kernels and malloc's options. At the end, these
-    and torch's random number generators are as before, whatever was set in between.
+    Sets the number of threads, TF32, kernels of attention, deterministic kernels and malloc's
+    options. At the end, these and torch's random number generators are as before, whatever was set
+    in between. `dropout` is that of the model, if it is trained.
     """
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: Device, dropout: float = 0.0) -> None:
         self.before = ExitStack()
         self.before.callback(torch.set_rng_state, torch.get_rng_state())
         if device.type == "cuda":
@@ -225,6 +235,10 @@ class configure:
             torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
         if device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32
+            # FlashAttention 3 has no dropout.
+            if not dropout and activate_flash_attention_3():
+                device.attention = "FlashAttention 3"
+                self.before.callback(torch.nn.attention.restore_flash_attention_impl)
 
         self.before.callback(restore_determinism, torch.are_deterministic_algorithms_enabled(),
                              torch.is_deterministic_algorithms_warn_only_enabled(),
@@ -242,6 +256,26 @@ class configure:
 
     def __exit__(self, *failure: object) -> None:
         self.before.close()
+
+
+def activate_flash_attention_3() -> bool:
+    """Use FlashAttention 3, if the GPU is a Hopper and the package is installed.
+
+    False if it is not used, or already was.
+    """
+    is_hopper = torch.cuda.get_device_capability()[0] == 9
+    if not is_hopper or find_spec("flash_attn_interface") is None:
+        return False
+    from torch.nn import attention
+
+    if attention.current_flash_attention_impl():
+        return False
+    try:
+        attention.activate_flash_attention_impl("FA3")
+    except (ImportError, OSError, RuntimeError):
+        # The package is of another version of torch.
+        return False
+    return True
 
 
 def set_threads(threads: int) -> None:

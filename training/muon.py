@@ -59,15 +59,15 @@ class Muon(WithoutCompiler):
         # Singular values only need to come near 1, so bf16 is exact enough where it is native.
         is_fast = native("bf16", batch[0].device.type)
         dtype = torch.bfloat16 if is_fast else torch.float32
-        directions = []
-        for weights in batch:
-            mean = self.state[weights]["momentum_buffer"]
-            mean.lerp_(weights.grad, 1 - momentum)
-            nesterov = weights.grad.lerp(mean, momentum)
-            directions.append(nesterov.to(dtype))
-        for weights, update in zip(batch, self.updates(batch, directions), strict=True):
+        means = [self.state[weights]["momentum_buffer"] for weights in batch]
+        gradients = [weights.grad for weights in batch]
+        # On GPUs, an operation on all matrices is launched once.
+        torch._foreach_lerp_(means, gradients, 1 - momentum)
+        nesterov = torch._foreach_lerp(gradients, means, momentum)
+        updates = self.updates(batch, [direction.to(dtype) for direction in nesterov])
+        torch._foreach_mul_(batch, 1 - lr * weight_decay)
+        for weights, update in zip(batch, updates, strict=True):
             rows, columns = self.shape(weights)
-            weights.mul_(1 - lr * weight_decay)
             weights.add_(update, alpha=-lr * math.sqrt(max(1, rows / columns)))
 
     def shape(self, weights: Tensor) -> torch.Size:

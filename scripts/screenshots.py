@@ -7,23 +7,13 @@ Needs Chromium, and pip install starlette uvicorn matplotlib.
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import atomic
-from checkpointing.run_folder import find_run
 from conf.launch import launch
-from conf.schema import compose
-from report.page import write
-from scripts import attention_map
-from scripts.chromium import Chromium
 from setting import FilePath, setting
-from terminal import readable_size, say
 
 WIDTH, HEIGHT = 1280, 800
 ROOT = Path(__file__).parent.parent
@@ -42,6 +32,23 @@ class ScreenshotSettings:
         """One sentence for each invalid value."""
         if not self.prompt:
             yield "prompt is empty: give a text to continue."
+
+
+if __name__ == "__main__":
+    # Before the imports below: --help and invalid settings need not wait for torch.
+    launch("scripts.screenshots:main", ScreenshotSettings, __doc__)
+
+import subprocess
+import sys
+import tempfile
+
+import atomic
+from checkpointing.run_folder import find_run
+from conf.schema import compose
+from report.page import write
+from scripts import attention_map
+from scripts.chromium import Chromium
+from terminal import readable_size, say
 
 
 def main(settings: ScreenshotSettings) -> int:
@@ -94,7 +101,3 @@ def save(browser: Chromium, settings: ScreenshotSettings, name: str) -> None:
     picture = browser.picture()
     atomic.write_bytes(path, picture)
     say(f"Wrote {path} ({readable_size(len(picture))})")
-
-
-if __name__ == "__main__":
-    launch(main, ScreenshotSettings, __doc__)

@@ -98,11 +98,12 @@ def read_prompts(fields: Fields, model: Model, most: int) -> list[list[int]]:
     if len(prompts) > most:
         raise BadRequest(f"prompt has {len(prompts)} prompts, and the limit is {most} "
                          "(batch_size).", "prompt")
-    return [read_prompt(prompt, model) for prompt in prompts]
+    truncates = fields.take("truncate_prompt", False)
+    return [read_prompt(prompt, model, truncates) for prompt in prompts]
 
 
-def read_prompt(prompt: Any, model: Model) -> list[int]:
-    """The token ids of one text, or of token ids."""
+def read_prompt(prompt: Any, model: Model, truncates: bool) -> list[int]:
+    """The token ids of one text, or of token ids: of a long one, the model may see the end only."""
     n_vocab = model.engine.tokenizer.vocab_size
     if isinstance(prompt, list):
         for token in prompt:
@@ -112,9 +113,10 @@ def read_prompt(prompt: Any, model: Model) -> list[int]:
     elif not isinstance(prompt, str):
         raise BadRequest(f"prompt has {shown(prompt)} in place of a text.", "prompt")
     ids = encoded("prompt", model, prompt or "")
-    if len(ids) > model.block_size:
+    if len(ids) > model.block_size and not truncates:
         raise BadRequest(f"The prompt has {len(ids):,} tokens, and the context of the model "
-                         f"{model.block_size:,}: shorten it.", "prompt", "context_length_exceeded")
+                         f"{model.block_size:,}: shorten it, or set truncate_prompt.", "prompt",
+                         "context_length_exceeded")
     return ids
 
 

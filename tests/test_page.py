@@ -64,7 +64,7 @@ def address(engines, runs_dir):
     uvicorn = pytest.importorskip("uvicorn", reason="needs uvicorn, which is optional")
     from serving.app import make_app
 
-    settings = compose(ServeSettings, [f"runs_dir={runs_dir}", "max_new_tokens=30"])
+    settings = compose(ServeSettings, [f"runs_dir={runs_dir}", "max_new_tokens=60"])
     models = {}
     for name, engine in engines.items():
         thread = DecodingThread(engine, Decoder(engine.model), 4, 8)
@@ -156,21 +156,22 @@ def test_the_page_writes_looks_and_watches(address, engines, runs_dir):
 def write_and_branch(browser: Chromium, engine: Engine) -> None:
     limits = browser.value("[...document.querySelectorAll('#settings input[type=number]')].map(({id, value, min, max}) => [id, value, min, max])")
     assert [f"setting-{name}" for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")] == [row[0] for row in limits]
-    assert limits[0] == ["setting-max_new_tokens", "30", "1", ""] and limits[3] == ["setting-top_p", "0.9", "0", "1"]
+    assert limits[0] == ["setting-max_new_tokens", "60", "1", ""] and limits[3] == ["setting-top_p", "0.9", "0", "1"]
     browser.click("#prompt")
     browser.type("The ")
     browser.value("document.getElementById('model-1').value = 'tiny'")
     browser.click("#ask .primary")
     browser.wait(WROTE)
-    expected = engine.complete([("The ", 0)], SamplingConfig(max_new_tokens=30))[0].text
+    expected = engine.complete([("The ", 0)], SamplingConfig(max_new_tokens=60))[0].text
     assert browser.value(TEXTS) == ["The " + expected] * 2
-    # Another token than the fourth.
-    browser.click("document.querySelectorAll('#panels .token')[3]")
-    other = browser.value("document.querySelectorAll('.popover .word')[2].textContent").replace("·", " ")
+    # Another token in place of one beyond the context.
+    place = next(place for place in range(engine.model.config.block_size, 60) if expected[place].isalpha())
+    browser.click(f"document.querySelectorAll('#panels .token')[{place}]")
+    other = browser.value("document.querySelectorAll('.popover .word')[2].textContent").replace("·", " ").replace("⏎", "\n")
     browser.click(".popover li:nth-child(2) button")
     browser.wait(WROTE)
-    prompt = "The " + expected[:3] + other
-    assert browser.value(TEXTS)[0] == prompt + engine.complete([(prompt, 0)], SamplingConfig(max_new_tokens=30))[0].text
+    prompt = "The " + expected[:place] + other
+    assert browser.value(TEXTS)[0] == prompt + engine.complete([(prompt, 0)], SamplingConfig(max_new_tokens=60))[0].text
     browser.click("document.querySelector('.tree button')")
     assert browser.value(TEXTS)[0] == "The " + expected
     # By keyboard: to the next token, its alternatives, and back.
@@ -187,13 +188,13 @@ def show_hostile_text(browser: Chromium) -> None:
     browser.value("document.getElementById('model-0').value = 'hostile'; document.getElementById('model-1').value = ''")
     browser.click("#ask .primary")
     browser.wait(WROTE)
-    assert browser.value(TEXTS)[0] == PROMPT + 30 * SCRIPT
+    assert browser.value(TEXTS)[0] == PROMPT + 60 * SCRIPT
     assert browser.value("document.querySelectorAll('script').length + document.images.length === 1 && !('hacked' in window)")
     browser.click("#panels [value=command]")
     browser.wait("document.querySelector('.copied code')")
     words = shlex_bash(browser.value("document.querySelector('.copied code').textContent"))
     settings = compose(SampleSettings, words[2:])
-    assert words[:2] == ["python", "sample.py"] and (settings.run, settings.prompt, settings.max_new_tokens) == ("runs/hostile", PROMPT, 30)
+    assert words[:2] == ["python", "sample.py"] and (settings.run, settings.prompt, settings.max_new_tokens) == ("runs/hostile", PROMPT, 60)
     # Long enough to be stopped.
     browser.value("document.getElementById('setting-max_new_tokens').value = 8000")
     browser.click("#ask .primary")

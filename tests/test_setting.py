@@ -63,7 +63,7 @@ def test_help_shows_names_values_choices_and_wraps():
 OF_PROGRAMS = [
     "conf.settings:Settings", "conf.settings:SampleSettings", "sweep.search:SweepSettings", "scripts.plan:PlanSettings",
     "scripts.attention_map:AttentionMapSettings", "scripts.export_tokenizer:ExportTokenizerSettings",
-    "scripts.prepare:PrepareSettings", "scripts.report:ReportSettings", "scripts.torture:TortureSettings",
+    "scripts.prepare:PrepareSettings", "scripts.report:ReportSettings", "scripts.screenshots:ScreenshotSettings", "scripts.torture:TortureSettings",
     "scripts.verify_resume:VerifySettings", *(f"bench.{name}:{name.capitalize()}Settings" for name in BENCHMARKS),
 ]
 

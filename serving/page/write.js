@@ -108,8 +108,11 @@ class Panel {
     const { model, prompt, chars, tokens, settings } = node, base = chars.length, nGiven = tokens.length;
     (node.parent?.children ?? this.roots).push(node);
     node.start = prompt + chars.join("");
-    const body = { model, prompt: node.start, stream: true, logprobs: ALTERNATIVES };
-    for (const [name, value] of Object.entries(settings)) if (value !== "") body[NAMES[name] ?? name] = value;
+    const body = { model, prompt: node.start, stream: true, logprobs: ALTERNATIVES, truncate_prompt: true };
+    for (const { name, kind } of served.settings) {
+      const isUnset = kind === "str" && !settings[name];
+      body[NAMES[name] ?? name] = isUnset ? [] : settings[name]; // stop=[]: nothing stops it
+    }
     this.show(node);
     try {
       for await (const { choices: [choice] } of events(await request("v1/completions", body, controller.signal))) {

@@ -54,9 +54,9 @@ class RaggedCache(KVCache):
         self.lengths.append(0)
 
     def copy_row(self, source: int, target: int) -> None:
-        self.lengths[target] = self.lengths[source]
+        length = self.lengths[target] = self.lengths[source]
         for tensor in (*self.keys, *self.values):
-            tensor[target] = tensor[source]
+            tensor[target, :, :length] = tensor[source, :, :length]
 
     def drop(self, row: int) -> None:
         """Remove a row: the last one takes its place."""
@@ -168,6 +168,14 @@ class PackedCache(RaggedCache):
         v = kernels.in_panels(v.mT.to(self.dtype), self.values[layer].size(4))
         self.keys[layer][row, :, : k.size(1)] = k
         self.values[layer][row, :, :, : v.size(2)] = v
+
+    def copy_row(self, source: int, target: int) -> None:
+        length = self.lengths[target] = self.lengths[source]
+        keys_end = -(-length // self.keys[0].size(4))
+        values_end = -(-length // self.values[0].size(5))
+        for keys, values in zip(self.keys, self.values, strict=True):
+            keys[target, :, :keys_end] = keys[source, :, :keys_end]
+            values[target, :, :, :values_end] = values[source, :, :, :values_end]
 
     def update(self) -> None:
         assert self.length < self.scores.size(2), "more positions than were allocated"

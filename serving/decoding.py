@@ -13,6 +13,7 @@ import traceback
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,16 +79,7 @@ class Generation:
     received: asyncio.Queue[Piece | Exception] = field(default_factory=asyncio.Queue)
 
     def __post_init__(self) -> None:
-        self.loop = asyncio.get_running_loop()
         self.n_open = len(self.jobs)
-
-    def put(self, piece: Piece | Exception) -> None:
-        """Hand over a piece, from the decoding thread."""
-        try:
-            self.loop.call_soon_threadsafe(self.received.put_nowait, piece)
-        except RuntimeError:
-            # The loop is closed: nobody waits for it.
-            self.cancelled = True
 
     async def pieces(self) -> AsyncIterator[Piece]:
         """Its pieces until all sequences have ended. Raises the exception that ended them."""
@@ -118,8 +110,8 @@ class Sample(Row):
         self.n_shown = 0
         self.tokens: deque[Token] = deque()
 
-    def add(self, token: int, logits: Tensor) -> None:
-        """Count a token that the batch has added, and hand over what it completes."""
+    def add(self, token: int, logits: Tensor) -> Piece | None:
+        """Count a token that the batch has added. Returns the text that it completes."""
         generation, completion = self.generation, self.completion
         if generation.top is not None:
             logprobs = logits.float().log_softmax(-1)
@@ -130,11 +122,8 @@ class Sample(Row):
         completion.add(token)
         if len(completion.tokens) == self.rules.max_new_tokens:
             completion.finish()
-        if generation.streams or completion.finished:
-            self.hand_over()
-
-    def hand_over(self) -> None:
-        completion = self.completion
+        if not generation.streams and not completion.finished:
+            return None
         text = completion.printable()
         reason = completion.reason if completion.finished else ""
         # Without the tokens of a stop, and of a character that is not complete.
@@ -144,12 +133,14 @@ class Sample(Row):
             tokens.append(self.tokens.popleft())
         piece = Piece(self.index, text[self.n_shown :], tokens, len(completion.tokens), reason)
         self.n_shown = len(text)
-        if piece.text or reason:
-            self.generation.put(piece)
+        return piece if piece.text or reason else None
 
 
 class DecodingThread(threading.Thread):
-    """Decodes up to `rows` sequences at a time, of up to `max_requests` requests that wait."""
+    """Decodes up to `rows` sequences at a time, of up to `max_requests` open requests.
+
+    All requests come from one event loop.
+    """
 
     def __init__(self, engine: Engine, decoder: Decoder | None, rows: int,
                  max_requests: int) -> None:
@@ -171,6 +162,7 @@ class DecodingThread(threading.Thread):
         if len(self.open) >= self.max_requests:
             raise Busy(f"{self.max_requests} requests are open, which is the limit: try again "
                        "later.")
+        self.loop = asyncio.get_running_loop()
         self.open.add(task)
         self.inbox.put(task)
 
@@ -189,7 +181,7 @@ class DecodingThread(threading.Thread):
 
     def run(self) -> None:
         """Decode until `stop`."""
-        # Both are settings of a thread.
+        # Autocast is a setting of a thread.
         with self.engine.device.autocast():
             self.new_batch()
             while not self.stopped:
@@ -254,8 +246,13 @@ class DecodingThread(threading.Thread):
     def step(self) -> None:
         """Add a token to each sequence. Those that have ended leave the batch."""
         tokens, logits = self.batch.step()
-        for sample, token, row in zip(self.batch.rows, tokens.tolist(), logits, strict=True):
-            sample.add(token, row)
+        pieces = []
+        for place, token in enumerate(tokens.tolist()):
+            sample = self.batch.rows[place]
+            piece = sample.add(token, logits[place])
+            if piece:
+                pieces.append((sample.generation, piece))
+        self.hand_over(pieces)
         for place in reversed(range(len(self.batch.rows))):
             sample = self.batch.rows[place]
             if not sample.completion.finished and not sample.generation.cancelled:
@@ -265,10 +262,21 @@ class DecodingThread(threading.Thread):
             if not sample.generation.n_open:
                 self.open.discard(sample.generation)
 
+    def hand_over(self, pieces: Sequence[tuple[Generation, Piece | Exception]]) -> None:
+        """Give pieces to those who wait for them. Waking the event loop is slow: once a step."""
+        def put() -> None:
+            for generation, piece in pieces:
+                generation.received.put_nowait(piece)
+
+        # A loop that is closed has nobody who waits.
+        if pieces:
+            with suppress(RuntimeError):
+                self.loop.call_soon_threadsafe(put)
+
     def end_all(self, error: Exception) -> None:
         for task in list(self.open):
             if isinstance(task, Generation):
-                task.put(error)
+                self.hand_over([(task, error)])
             elif task.future.set_running_or_notify_cancel():
                 task.future.set_exception(error)
         self.open.clear()

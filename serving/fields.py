@@ -6,9 +6,8 @@ Knows no HTTP.
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any
 
 from conf.sampling import SamplingConfig
 
@@ -36,11 +35,8 @@ class BadRequest(Exception):
 
 def parse(body: bytes) -> dict[str, Any]:
     """The JSON object of a body. Raises BadRequest if it is not one."""
-    def refuse(constant: str) -> NoReturn:
-        raise ValueError(f"{constant} is not a number of JSON")
-
     try:
-        values = json.loads(body.decode(), parse_constant=refuse)
+        values = json.loads(body.decode())
     except RecursionError:
         raise BadRequest(NESTED) from None
     except ValueError as error:
@@ -64,8 +60,9 @@ class Fields:
         if value is not default and type(value) not in types:
             wanted = " or ".join(JSON_NAMES[kind] for kind in types)
             raise BadRequest(f"{name}={shown(value)} must be {wanted}.", name)
+        # Neither NaN nor infinity is.
         if isinstance(value, int | float) and not abs(value) < MAX_NUMBER:
-            raise BadRequest(f"{name}={shown(value)} is too large.", name)
+            raise BadRequest(f"{name}={shown(value)} is not a number below {MAX_NUMBER}.", name)
         return value
 
     def integer(self, name: str, default: int | None, low: int, high: int) -> int | None:
@@ -114,7 +111,5 @@ JSON_NAMES = {int: "an integer", float: "a number", str: "a text", bool: "true o
 
 def shown(value: Any) -> str:
     """A value for a message."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
     text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:60]}..."

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from terminal import counted
+
 # The probability of calling a winner where there is no difference, over all looks together.
 ALPHA = 0.05
 # The difference in bits per byte that matters, unless the user says otherwise.
@@ -49,8 +51,8 @@ class Comparison:
     def is_decided(self) -> bool:
         return self.p <= ALPHA
 
-    def more_seeds(self, smallest: float) -> int | None:
-        """The number of further seeds that would show a difference of `smallest`.
+    def more_seeds(self, size: float) -> int | None:
+        """The number of further seeds that would show a difference of this size.
 
         None for more than MAX_SEEDS. An estimate, since the noise is estimated.
         """
@@ -59,7 +61,7 @@ class Comparison:
         else:
             # As if both had the same noise.
             spread = self.error * math.sqrt(2 / sum(1 / count for count in self.seeds))
-        needed = seeds_needed(smallest, spread, self.paired, ALPHA / self.tests)
+        needed = seeds_needed(size, spread, self.paired, ALPHA / self.tests)
         return None if needed is None else max(0, needed - min(self.seeds))
 
     def sentence(self, unit: str, smallest: float) -> str:
@@ -76,13 +78,15 @@ class Comparison:
             better, worse = worse, better
         if self.is_decided:
             return f"{better} is better than {worse} by {result}."
-        more = self.more_seeds(smallest)
+        # A difference of the size that was found, unless it is too small to matter.
+        size = max(smallest, abs(self.difference))
+        more = self.more_seeds(size)
         if more is None:
-            outlook = f"more than {MAX_SEEDS:,} seeds would be needed to show one of {smallest:g}"
+            outlook = f"more than {MAX_SEEDS:,} seeds would be needed to show one of {size:.2g}"
         elif more == 0:
-            outlook = f"one of {smallest:g} would probably have shown"
+            outlook = f"one of {size:.2g} would probably have shown"
         else:
-            outlook = f"about {more} more seeds would show one of {smallest:g}"
+            outlook = f"about {counted(more, 'more seed')} would show one of {size:.2g}"
         return (f"No difference beyond the noise between {self.first} and {self.second}: {better} "
                 f"is lower by {result}; {outlook}.")
 
@@ -193,9 +197,9 @@ def with_holm(compared: list[Comparison]) -> list[Comparison]:
     return adjusted
 
 
-def seeds_needed(smallest: float, spread: float, paired: bool = True,
+def seeds_needed(size: float, spread: float, paired: bool = True,
                  alpha: float = ALPHA) -> int | None:
-    """The number of seeds that show a difference of `smallest` with probability POWER.
+    """The number of seeds that show a difference of this size with probability POWER.
 
     `spread` is the standard deviation of the difference of one pair. None for more than MAX_SEEDS.
     """
@@ -203,7 +207,7 @@ def seeds_needed(smallest: float, spread: float, paired: bool = True,
         return 2
     n = np.arange(2, MAX_SEEDS + 1)
     # Far beyond any threshold, the distribution can no longer be computed.
-    shift = np.minimum(smallest / spread * np.sqrt(n), 30)
+    shift = np.minimum(size / spread * np.sqrt(n), 30)
     t = threshold(n - 1, n if paired else n / 2, alpha)
     enough = n[import_stats().nct.sf(t, n - 1, shift) >= POWER]
     return int(enough[0]) if len(enough) else None

@@ -80,10 +80,10 @@ def main(settings: CompareSettings) -> int:
     runs_dir = Path(settings.runs_dir)
     plans = {}
     for word in words:
-        if is_overrides(word):
+        if is_overrides(word, runs_dir):
             plans[word] = plan_arm(shlex.split(word), settings)
-        else:
-            choose(runs_dir, word)
+    if len(words) == 1 and [plan.swept for plan in plans.values()] == [["seed"]]:
+        raise too_few(words)
     refuse_equal(plans)
     folders = train_all(plans)
     arms: Arms = {}
@@ -101,10 +101,19 @@ def main(settings: CompareSettings) -> int:
     return 0
 
 
-def is_overrides(word: str) -> bool:
-    """Whether an arm is to be trained: it begins with a setting or a preset."""
+def is_overrides(word: str, runs_dir: Path) -> bool:
+    """Whether an arm is to be trained. Raises ValueError for runs that do not exist."""
     key = word.partition("=")[0].strip()
-    return "=" in word and (key in groups() or key in leaves(Settings))
+    if key in groups() or key in leaves(Settings):
+        return True
+    try:
+        choose(runs_dir, word)
+    except ValueError as error:
+        # A setting that does not exist, rather than a run.
+        if "=" in word:
+            return True
+        raise ValueError(str(error).removeprefix("runs=")) from None
+    return False
 
 
 def plan_arm(arm: list[str], settings: CompareSettings) -> Plan:
@@ -179,8 +188,7 @@ def open_finished(folder: Path, name: str) -> History:
 def check(arms: Arms, metric: str) -> None:
     """Raise ValueError for arms that cannot be compared; say what else differs."""
     if len(arms) < 2:
-        raise ValueError(f"Two arms are needed, not {len(arms)}: name recipes, such as optim=adamw "
-                         f"optim=muon, or runs.")
+        raise too_few([*arms])
     (first, runs), *others = arms.items()
     one = next(iter(runs.values())).settings
     for name, of_name in others:
@@ -201,6 +209,11 @@ def check(arms: Arms, metric: str) -> None:
     if len({steps_of(runs) for runs in arms.values()}) > 1:
         steps = ", ".join(f"{name} {steps_of(runs)}" for name, runs in arms.items())
         say(f"The arms were trained for different numbers of steps: {steps}.")
+
+
+def too_few(names: list[str]) -> ValueError:
+    return ValueError(f"Two arms are needed, not {len(names)}: name recipes, such as optim=adamw "
+                      f"optim=muon, or runs.")
 
 
 def only(settings: dict[str, Any], keys: Iterable[str]) -> dict[str, Any]:

@@ -106,6 +106,7 @@ def test_more_than_two_arms_are_adjusted_by_holm():
     ((0.012, 0.002, 1e-5, (5, 4), False), "A is better than B by 0.0120 ± 0.0020 bits (5 and 4 seeds, not in pairs, p < 0.001)."),
     ((-0.002, 0.002, 0.7, (5, 5), True), "between A and B: B is lower by 0.0020 ± 0.0020 bits (5 seeds, p = 0.7); about 14 more seeds would show one of 0.005."),
     ((-0.002, 0.0001, 0.06, (9, 9), True), "; one of 0.005 would probably have shown."),
+    ((-0.02, 0.004, 0.07, (5, 5), True), "; about 2 more seeds would show one of 0.02."),
     ((-0.002, 0.9, 0.7, (5, 5), True), "; more than 1,000 seeds would be needed to show one of 0.005."),
 ])
 def test_the_answer_is_one_sentence(values, words):
@@ -209,14 +210,14 @@ def test_arms_of_the_same_settings_need_other_seeds(arm, tmp_path, capsys):
 
 @needs_scipy
 @pytest.mark.parametrize("changes, words, complaint", [
-    ({}, ["a"], "Two arms are needed, not 1"), ({}, [], "not 0"), ({}, ["a", "nope"], "nope is neither"),
+    ({}, ["a"], "Two arms are needed, not 1"), ({}, ["optim=muon", "seeds=2"], "not 1"), ({}, [], "not 0"), ({}, ["a", "nope"], "nope is neither"),
     ({"steps": 30}, ["a", "b"], r"seed=0 is not finished \(30 of 60 steps\)"),
     ({"data__path": "other.txt"}, ["a", "b"], r"validated on different texts \(data.path\)"),
     ({"training__eval_tokens": 7}, ["a", "b"], r"different texts \(training.eval_tokens\)"),
     ({"data__tokenizer": "byte"}, ["a", "b", "metric=val_loss"], "different tokenizers"),
     ({"seeds": [0], "optim__lr": 1.0}, ["a", "b"], "b has 1 seed"),
     ({}, ["optim=muon seed=3", "optim=adamw"], "seed=3 is set for all arms"),
-    ({}, ["model.n_layr=3"], "neither a folder"),
+    ({}, ["a", "model.n_layr=3"], "model.n_layr .* is not a setting"),
     ({}, ["optim=adamw", "optim=adamw optim.optimizer=adamw", "seeds=2"], "are the same settings with the same seeds"),
 ])
 def test_what_cannot_be_compared_is_one_sentence(arm, tmp_path, changes, words, complaint):

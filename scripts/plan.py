@@ -84,7 +84,7 @@ from training.device import (
     configure,
     memory_limit,
 )
-from training.estimate import measure_pace
+from training.estimate import Pace, measure_pace
 from training.step import first_loss
 
 ROOT = Path(__file__).parent.parent
@@ -248,7 +248,13 @@ def plan_disk(settings: Settings, state_bytes: int) -> None:
 
 
 def expected_time(settings: Settings, device: Device, meta: dict[str, Any] | None) -> str:
-    """The time of training, measured by micro-steps on random tokens."""
+    """The time of training, in words."""
+    pace = pace_of(settings, device, meta)
+    return f"{pace.describe(settings.training)} ({device.describe()})"
+
+
+def pace_of(settings: Settings, device: Device, meta: dict[str, Any] | None) -> Pace:
+    """The time of a step and of an evaluation, measured by micro-steps on random tokens."""
     config, limits = settings.model, settings.training
     n_tokens = 4 * limits.batch_size * config.block_size + 1
     ids = np.random.default_rng(0).integers(0, config.vocab_size, n_tokens, dtype=np.uint32)
@@ -258,7 +264,7 @@ def expected_time(settings: Settings, device: Device, meta: dict[str, Any] | Non
     eval_tokens = limits.eval_tokens
     if meta:
         eval_tokens = min(eval_tokens, meta["splits"]["val"]["tokens"])
-    pace = measure_pace(
+    return measure_pace(
         first_loss(model, loader.batch(0), device, boundary),
         model.parameters_by_role(),
         settings.optim,
@@ -267,7 +273,6 @@ def expected_time(settings: Settings, device: Device, meta: dict[str, Any] | Non
         limits.micro_steps(config.block_size),
         math.ceil(eval_tokens / config.block_size),
     )
-    return f"{pace.describe(limits)} ({device.describe()})"
 
 
 def resident_bytes() -> int:

@@ -1,0 +1,185 @@
+"""Scaling laws: the loss as a function of the size of a model and its training tokens.
+
+L(N, D) = E + A / N^alpha + B / D^beta is fitted as in approach 3 of Hoffmann et al. 2022
+(arXiv:2203.15556): a Huber loss of the log losses, minimized by L-BFGS from a grid of starts.
+Numbers only: knows nothing of runs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+# Where the Huber loss of a difference of log losses turns from squares to absolute values.
+HUBER = 1e-3
+# The exponents that a fit starts from, each pair with the best E, A and B for it.
+START_EXPONENTS = np.array([0.1, 0.2, 0.3, 0.45, 0.65, 0.9, 1.2])
+STARTS = 3  # pairs of exponents that L-BFGS starts from
+LEVEL = 0.95  # the part of intervals that contain the true number
+MIN_RUNS = 8  # for five constants and their intervals
+MIN_STEPS = 100  # of a run in a grid
+
+
+@dataclass(frozen=True)
+class ScalingLaw:
+    """The constants of the law. Losses are in the unit of the fitted ones."""
+
+    E: float  # of a model of any size after any number of tokens
+    A: float
+    B: float
+    alpha: float
+    beta: float
+
+    def loss(self, size: np.ndarray | float, tokens: np.ndarray | float) -> np.ndarray | float:
+        """The expected loss of a model of `size` after `tokens`."""
+        return self.E + self.A / size**self.alpha + self.B / tokens**self.beta
+
+    def best(self, flops: float) -> tuple[float, float]:
+        """The size and the tokens with the lowest loss for `flops` = 6 size tokens.
+
+        In closed form: Hoffmann et al. 2022, equation 4.
+        """
+        total = self.alpha + self.beta
+        ratio = (self.alpha * self.A / (self.beta * self.B)) ** (1 / total)
+        return (ratio * (flops / 6) ** (self.beta / total),
+                (flops / 6) ** (self.alpha / total) / ratio)
+
+
+class LogLaw:
+    """The law in the form that is optimized: its constants are five numbers of similar scale.
+
+    These are log E, the logs of both other terms at the mean log size and the mean log tokens of
+    the fitted runs, alpha and beta.
+    """
+
+    def __init__(self, size: np.ndarray, tokens: np.ndarray) -> None:
+        self.means = np.log(size).mean(), np.log(tokens).mean()
+        self.u = np.log(size) - self.means[0]
+        self.v = np.log(tokens) - self.means[1]
+
+    def terms(self, x: np.ndarray) -> np.ndarray:
+        """The logs of the three terms `[3, n]`."""
+        return np.stack((np.full_like(self.u, x[0]), x[1] - x[3] * self.u, x[2] - x[4] * self.v))
+
+    def objective(self, x: np.ndarray, log_losses: np.ndarray) -> tuple[float, np.ndarray]:
+        """The sum of the Huber losses, in units of HUBER squared, and its gradient."""
+        terms = self.terms(x)
+        predicted = np.logaddexp.reduce(terms)
+        difference = (predicted - log_losses) / HUBER
+        slope = np.clip(difference, -1, 1)
+        value = (slope * (difference - slope / 2)).sum()
+        # The share of each term in the loss is the derivative of its log.
+        shares = np.exp(terms - predicted) * slope / HUBER
+        e, a, b = shares
+        return value, np.array([e.sum(), a.sum(), b.sum(), -(a * self.u).sum(),
+                                -(b * self.v).sum()])
+
+    def starts(self, losses: np.ndarray) -> list[np.ndarray]:
+        """The best points of a grid of exponents.
+
+        For given exponents the law is linear in E, A and B; these are the least squares of relative
+        differences.
+        """
+        from scipy.optimize import nnls
+
+        found = []
+        for alpha in START_EXPONENTS:
+            for beta in START_EXPONENTS:
+                columns = np.stack((np.ones_like(losses), np.exp(-alpha * self.u),
+                                    np.exp(-beta * self.v)), axis=1)
+                scales, error = nnls(columns / losses[:, None], np.ones_like(losses))
+                # A term that is zero starts small instead, or its gradient would be zero.
+                logs = np.log(np.maximum(scales, 0.01 * losses.min()))
+                found.append((error, np.array([*logs, alpha, beta])))
+        found.sort(key=lambda pair: pair[0])
+        return [x for _, x in found[:STARTS]]
+
+    def fit(self, losses: np.ndarray, starts: list[np.ndarray]) -> np.ndarray:
+        """The best of the minima that L-BFGS finds from `starts`."""
+        from scipy.optimize import minimize
+
+        results = [
+            minimize(self.objective, x, args=(np.log(losses),), jac=True, method="L-BFGS-B",
+                     options={"maxiter": 1000, "maxcor": 20, "ftol": 1e-12, "gtol": 1e-6})
+            for x in starts
+        ]
+        return min(results, key=lambda result: result.fun).x
+
+    def law(self, x: np.ndarray) -> ScalingLaw:
+        e, a, b, alpha, beta = map(float, x)
+        return ScalingLaw(math.exp(e), math.exp(a + alpha * self.means[0]),
+                          math.exp(b + beta * self.means[1]), alpha, beta)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A law that was fitted to runs, and what a bootstrap found of its uncertainty."""
+
+    law: ScalingLaw
+    laws: list[ScalingLaw]  # fitted to redrawn losses
+    noise: np.ndarray  # for each of these, the difference of a new run's log loss from it
+
+    def interval(self, number: Callable[[ScalingLaw], float]) -> tuple[float, float]:
+        """The interval of a number that follows from the law."""
+        return quantiles(np.array([number(law) for law in self.laws]))
+
+    def interval_of_run(self, size: float, tokens: float) -> tuple[float, float]:
+        """The interval of the loss of a new run, which differs from the law as the others do."""
+        losses = np.array([law.loss(size, tokens) for law in self.laws])
+        return quantiles(losses * np.exp(self.noise))
+
+
+def quantiles(values: np.ndarray) -> tuple[float, float]:
+    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
+
+
+def fit_law(size: np.ndarray, tokens: np.ndarray, losses: np.ndarray, draws: int = 500,
+            seed: int = 0) -> Fit:
+    """Fit the law to runs, and `draws` times to redrawn losses.
+
+    A redrawn loss is that of the fitted law with the difference that another run has from it: a
+    bootstrap of residuals, which keeps the grid. Their scale is not known exactly either: in each
+    draw it is one that the residuals allow, as in Student's t distribution.
+
+    Raises ValueError for runs that do not determine a law.
+    """
+    count = len(losses)
+    if count < MIN_RUNS or len(set(size)) < 3 or len(set(tokens)) < 3:
+        raise ValueError(
+            f"A scaling law needs at least {MIN_RUNS} finished runs, of three sizes and three "
+            f"numbers of tokens; there are {count}, of {len(set(size))} and {len(set(tokens))}.")
+    grid = LogLaw(size, tokens)
+    best = grid.fit(losses, grid.starts(losses))
+    fitted = np.logaddexp.reduce(grid.terms(best))
+    residuals = np.log(losses) - fitted
+    residuals -= residuals.mean()
+    rng = np.random.default_rng(seed)
+    # The law has constants that follow the noise, so the residuals are smaller than it.
+    freedom = count - len(best)
+    scales = np.sqrt(count / rng.chisquare(freedom, draws))
+    laws = []
+    for scale in scales:
+        redrawn = np.exp(fitted + scale * rng.choice(residuals, count))
+        laws.append(grid.law(grid.fit(redrawn, [best])))
+    noise = scales * rng.choice(residuals, draws)
+    return Fit(grid.law(best), laws, noise)
+
+
+def isoflop_grid(sizes: list[float], budgets: Iterable[float], tokens_per_step: int,
+                 max_tokens: float) -> list[tuple[int, int, float]]:
+    """The runs of a grid: the index of the size, the number of steps, and the budget.
+
+    A budget in FLOPs is divided by 6 times the size. Runs of fewer than MIN_STEPS, or of more
+    tokens than `max_tokens`, are left out.
+    """
+    runs = []
+    for budget in budgets:
+        for index, size in enumerate(sizes):
+            steps = round(budget / (6 * size * tokens_per_step))
+            if steps >= MIN_STEPS and steps * tokens_per_step <= max_tokens:
+                runs.append((index, steps, float(budget)))
+    return runs

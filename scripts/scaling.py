@@ -1,0 +1,393 @@
+"""Fit a scaling law to small runs of equal budgets, and predict larger runs from it.
+
+  python -m scripts.scaling hours=0.5                   # plan a grid of runs, train it, fit the law
+  python -m scripts.scaling hours=0.5 dry_run=true      # only print the grid
+  python -m scripts.scaling predict=1e15                # the best size and tokens for these FLOPs
+  python -m scripts.scaling held_out=runs/larger        # compare a run with its prediction
+
+The same command again resumes the grid. Takes all settings of train.py, too, for its runs. Needs
+scipy. docs/scaling.md explains the numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from conf.launch import launch
+from conf.settings import Settings
+from setting import FilePath, FilePaths, range_problems, setting
+
+
+@dataclass(frozen=True)
+class ScalingSettings:
+    """The settings of a grid and of its law; all others are those of train.py."""
+
+    sweep: FilePath = setting("isoflop", "the sizes: a name in conf/sweep, or a YAML file")
+    name: str = setting("", "of the folder of the runs; empty: the name of the file")
+    runs_dir: FilePath = setting("runs", "where the folder is")
+    hours: float | None = setting(
+        None, "that a new grid takes to train, by a timing on this machine", gt=0)
+    budgets: int = setting(4, "numbers of FLOPs, at each of which the sizes are compared", ge=3)
+    ratio: float = setting(2.0, "of each budget to the one before", gt=1)
+    jobs: int = setting(1, "trainings at a time", ge=1)
+    dry_run: bool = setting(False, "print the grid, and train nothing")
+    predict: float | None = setting(
+        None, "print the size and tokens with the lowest loss for so many FLOPs", gt=0)
+    held_out: FilePaths = setting(
+        "", "runs, separated by commas, to compare with their prediction")
+    # Overrides of the training.
+    train: tuple[str, ...] = ()
+
+    def problems(self) -> Iterator[str]:
+        """One sentence for each invalid value."""
+        yield from range_problems(self)
+        yield from Settings(name=self.name, runs_dir=self.runs_dir).problems()
+
+
+if __name__ == "__main__":
+    # Before the imports below: --help and invalid settings need not wait for torch.
+    launch("scripts.scaling:main", ScalingSettings, __doc__)
+
+import json
+import math
+import shlex
+from bisect import bisect_left
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import atomic
+from checkpointing.resume import with_vocab_size
+from conf.convert import rebuild
+from conf.identity import differences, listed
+from conf.schema import compose, folder_name
+from data.prepare import prepare
+from data.shards import read_meta
+from evaluation.scaling_law import LEVEL, MIN_RUNS, Fit, fit_law, isoflop_grid
+from model import GPT, GPTConfig, SkipInit
+from report.figures import as_image, log_ticks, new_figure
+from report.history import choose, open_history, tokens_of
+from scripts.plan import pace_of
+from sweep.grid import GridSettings, Plan, job_name, run_plan
+from sweep.jobs import refuse_run
+from sweep.space import Range, Space, read_space
+from terminal import counted, readable_time, say
+from training.device import Device, configure
+
+GRID = "grid.json"
+PICTURE = "scaling.png"
+START_SECONDS = 6.0  # of a job, to import torch and to save
+LOWEST_BUDGETS = np.geomspace(1e6, 1e26, 1 + 20 * 40)  # forty steps for each power of ten
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run. `size` is a sixth of the model's FLOPs per token."""
+
+    name: str
+    size: float
+    tokens: float
+    loss: float  # on the validation split, in nats per token
+    text: frozenset[tuple[str, str]]  # runs on other tokens have other losses
+
+    @property
+    def flops(self) -> float:
+        return 6 * self.size * self.tokens
+
+
+def main(own: ScalingSettings) -> int:
+    require_scipy()
+    name = own.name or folder_name(Path(own.sweep).stem)
+    folder = Path(own.runs_dir) / name
+    refuse_run(folder)
+    grid = find_grid(folder, own) or plan_grid(folder, own)
+    describe(folder, grid)
+    if own.dry_run:
+        return 0
+    if not (folder / GRID).exists():
+        atomic.write_bytes(folder / GRID, json.dumps(grid, indent=2).encode())
+    code = 0
+    results, unusable = read_results(folder, grid)
+    if unusable:
+        code = train(own, name, grid)
+        if code > 1:
+            # Interrupted.
+            return code
+        results, unusable = read_results(folder, grid)
+    for problem in unusable:
+        say(f"Left out: {problem}")
+    fit = fit_law(*(np.array([getattr(one, key) for one in results])
+                    for key in ("size", "tokens", "loss")))
+    print_law(fit, len(results))
+    held_out = []
+    if own.held_out:
+        runs, _ = choose(Path(own.runs_dir), own.held_out)
+        held_out = [read_result(path, name) for path, name in runs]
+    for result in held_out:
+        print_comparison(fit, result, results[0])
+    if own.predict:
+        largest = max(grid["runs"].values(), key=lambda run: run["size"])
+        print_best(fit, own.predict, largest["overrides"], grid["epoch_tokens"])
+    try:
+        atomic.write_bytes(folder / PICTURE, draw(fit, results, held_out))
+        say(f"Picture: {folder / PICTURE}")
+    except ValueError as error:
+        say(f"No picture: {error}")
+    return code
+
+
+def train(own: ScalingSettings, name: str, grid: dict[str, Any]) -> int:
+    """Train the runs of the grid that are not finished; return the exit code."""
+    composed = {}
+    for run_name, run in grid["runs"].items():
+        words = [*run["overrides"], f"runs_dir={own.runs_dir}", f"name={name}"]
+        composed[run_name] = words, compose("config", words)
+    swept = [*grid["varied"], "training.max_steps"]
+    return run_plan(Plan(swept, composed, [], [], GridSettings(own.jobs)))
+
+
+def require_scipy() -> None:
+    try:
+        import scipy.optimize  # noqa: F401
+    except ImportError:
+        raise ValueError("Scaling laws need scipy: pip install scipy.") from None
+
+
+def tokens_of_step(settings: Settings) -> int:
+    limits = settings.training
+    return limits.tokens_per_step or limits.batch_size * settings.model.block_size
+
+
+def size_of(config: GPTConfig) -> float:
+    """The size of a model in the law: a sixth of its FLOPs per token."""
+    with SkipInit("meta"):
+        return GPT(config).flops_per_token() / 6
+
+
+# The grid.
+
+
+def find_grid(folder: Path, own: ScalingSettings) -> dict[str, Any] | None:
+    """The grid that was planned in a folder; None if there is none.
+
+    Raises ValueError if the command asks for a different one.
+    """
+    if not (folder / GRID).exists():
+        return None
+    try:
+        grid = atomic.parse_json((folder / GRID).read_bytes())
+        known = grid["asked"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{folder / GRID} is damaged: use another name=.") from None
+    # A command that only asks about the law need not repeat how the grid was planned.
+    if own.hours is None and not own.train:
+        return grid
+    changes = differences(known, asked(own, read_space(own.sweep, own.train)))
+    if changes:
+        raise ValueError(f"{folder} has a grid that was planned otherwise: {listed(changes)}. Use "
+                         f"another name=, or restore the old values.")
+    return grid
+
+
+def asked(own: ScalingSettings, space: Space) -> dict[str, Any]:
+    """What a grid was planned by, as JSON can hold it."""
+    limits = {"hours": own.hours, "budgets": own.budgets, "ratio": own.ratio}
+    return limits | space.description()
+
+
+def plan_grid(folder: Path, own: ScalingSettings) -> dict[str, Any]:
+    """The grid with the most runs, and of those the largest budgets, that `hours` allow.
+
+    Raises ValueError if that is no grid.
+    """
+    if own.hours is None:
+        raise ValueError(f"{folder} has no grid yet: say how long it may train, as in hours=0.5.")
+    space = read_space(own.sweep, own.train)
+    points = points_of(space)
+    overrides = [space.overrides(point) for point in points]
+    composed = [compose("config", ["name=-", *words]) for words in overrides]
+    tokens = {tokens_of_step(one) for one in composed}
+    prepared = {prepare(one.data) for one in composed}
+    if len(prepared) > 1 or len(tokens) > 1:
+        raise ValueError(f"The sizes {space.place} differ in their text or in the tokens of a "
+                         f"step: vary only the model.")
+    tokens_per_step, meta = tokens.pop(), read_meta(prepared.copy().pop())
+    composed = [with_vocab_size(one, path) for one in composed for path in prepared]
+    say(f"Timing {counted(len(points), 'size')} ...")
+    device = Device(composed[0].training.device, composed[0].training.precision,
+                    threads=max(1, torch.get_num_threads() // own.jobs))
+    configure(device)
+    paces = [pace_of(settings, device, meta) for settings in composed]
+    sizes = [size_of(settings.model) for settings in composed]
+    epoch_tokens = meta["splits"]["train"]["tokens"]
+
+    def seconds(grid: list[tuple[int, int, float]]) -> float:
+        total = sum(paces[index].step * steps + paces[index].evaluation + START_SECONDS
+                    for index, steps, _ in grid)
+        return total / own.jobs
+
+    budgets = own.ratio ** np.arange(own.budgets)
+    grids = [isoflop_grid(sizes, lowest * budgets, tokens_per_step, epoch_tokens)
+             for lowest in LOWEST_BUDGETS]
+    grids = [grid for grid in grids if len(grid) >= MIN_RUNS]
+    if not grids:
+        raise ValueError(f"The text has {epoch_tokens:,} tokens, too few for a grid of "
+                         f"{MIN_RUNS} runs in one epoch: use a longer text, or smaller models.")
+    fitting = [grid for grid in grids if seconds(grid) <= 3600 * own.hours]
+    if not fitting:
+        least = min(map(seconds, grids)) / 3600
+        raise ValueError(f"hours={own.hours} hold no grid: the shortest one of {MIN_RUNS} runs "
+                         f"takes {least:.2g} hours on this machine. Raise hours=, or use smaller "
+                         f"models.")
+    best = max(fitting, key=lambda grid: (len(grid), grid[-1][2]))
+    varied = list(space.varied)
+    runs = {}
+    for index, steps, budget in best:
+        words = [*overrides[index], f"training.max_steps={steps}"]
+        values = dict(word.partition("=")[::2] for word in words)
+        name = job_name([*varied, "training.max_steps"], values)
+        runs[name] = {"overrides": words, "size": sizes[index],
+                      "tokens": steps * tokens_per_step, "budget": budget}
+    return {"asked": asked(own, space), "varied": varied, "seconds": seconds(best),
+            "epoch_tokens": epoch_tokens, "runs": runs}
+
+
+def points_of(space: Space) -> list[dict[str, Any]]:
+    """The sizes of a space: the combinations of its choices that its constraints allow."""
+    for key, values in space.varied.items():
+        if isinstance(values, Range):
+            raise ValueError(f"{key} ({space.place}) is a range: list the sizes, as in [32, 64].")
+    points = [dict(zip(space.varied, values, strict=True))
+              for values in product(*space.varied.values())]
+    return [point for point in points if space.allows(point)]
+
+
+def describe(folder: Path, grid: dict[str, Any]) -> None:
+    runs = grid["runs"].values()
+    flops = sorted({run["budget"] for run in runs})
+    say(f"Grid: {counted(len(runs), 'run')} in {folder}, {len(flops)} budgets from {flops[0]:.3g} "
+        f"to {flops[-1]:.3g} FLOPs, about {readable_time(grid['seconds'])}")
+    for size in sorted({run["size"] for run in runs}):
+        tokens = ", ".join(f"{run['tokens']:,}" for run in runs if run["size"] == size)
+        say(f"  N = {size:>12,.0f}: {tokens} tokens")
+
+
+# The law.
+
+
+def read_results(folder: Path, grid: dict[str, Any]) -> tuple[list[Result], list[str]]:
+    """The finished runs of the grid, and a sentence about each of the others."""
+    results, unusable = [], []
+    for name in grid["runs"]:
+        try:
+            results.append(read_result(folder / name, name))
+        except ValueError as error:
+            unusable.append(str(error))
+    return results, unusable
+
+
+def read_result(folder: Path, name: str) -> Result:
+    """Raises ValueError for a run that has no final loss, or whose loss diverged."""
+    run = open_history(folder, name)
+    if not run.finished or run.last_loss is None:
+        raise ValueError(f"{name} is not finished ({run.state}).")
+    values = {key.removeprefix("model."): value for key, value in run.settings.items()
+              if key.startswith("model.")}
+    config = rebuild(GPTConfig, values, str(folder))
+    uniform = math.log(config.vocab_size)
+    if not run.last_loss < uniform:
+        raise ValueError(f"{name} diverged: its loss is {run.last_loss:.4g}, that of guessing "
+                         f"{uniform:.4g}.")
+    return Result(name, size_of(config), run.reached[1], run.last_loss, tokens_of(run))
+
+
+def print_law(fit: Fit, count: int) -> None:
+    law = fit.law
+    say(f"Law of {counted(count, 'run')}: L(N, D) = {law.E:.4g} + {law.A:.4g} / N^{law.alpha:.4g} "
+        f"+ {law.B:.4g} / D^{law.beta:.4g}; {LEVEL:.0%} intervals:")
+    numbers = {name: lambda law, name=name: getattr(law, name)
+               for name in ("E", "A", "B", "alpha", "beta")}
+    numbers["a, of N = G C^a"] = lambda law: law.beta / (law.alpha + law.beta)
+    for name, number in numbers.items():
+        low, high = fit.interval(number)
+        say(f"  {name:<16} {number(law):>10.4g}   {low:.4g} to {high:.4g}")
+    say(f"  runs differ from it by {fit.noise.std():.2%}")
+
+
+def print_comparison(fit: Fit, result: Result, of_grid: Result) -> None:
+    if result.text != of_grid.text:
+        raise ValueError(f"{result.name} was trained on other tokens than the grid, so that their "
+                         f"losses cannot be compared: use the data settings of the grid.")
+    low, high = fit.interval_of_run(result.size, result.tokens)
+    place = "inside" if low <= result.loss <= high else "outside"
+    say(f"{result.name}: N = {result.size:,.0f}, D = {result.tokens:,.0f}, {result.flops:.3g} "
+        f"FLOPs: predicted {fit.law.loss(result.size, result.tokens):.4f} ({low:.4f} to "
+        f"{high:.4f}), measured {result.loss:.4f}, {place} the interval")
+
+
+def print_best(fit: Fit, flops: float, overrides: list[str], epoch_tokens: int) -> None:
+    """Print the best size and tokens, and the command that trains the nearest width.
+
+    `overrides` are those of a run of the grid: only its width and its steps change.
+    """
+    law = fit.law
+    size, tokens = law.best(flops)
+    (low, high), (fewest, most) = (
+        fit.interval(lambda law, part=part: law.best(flops)[part]) for part in (0, 1))
+    say(f"Best for {flops:.3g} FLOPs: N = {size:,.0f} ({low:,.0f} to {high:,.0f}), "
+        f"D = {tokens:,.0f} ({fewest:,.0f} to {most:,.0f})")
+    if tokens > epoch_tokens:
+        say(f"Note: that is {tokens / epoch_tokens:.1f} epochs of the text, and the law is that of "
+            f"tokens seen once: use a longer text.")
+    settings = compose("config", ["name=-", *overrides])
+    settings = with_vocab_size(settings, prepare(settings.data))
+
+    def size_with(width: int) -> float:
+        return size_of(replace(settings.model, n_embd=width))
+
+    widths = range(2 * settings.model.n_head, 2**16 + 1, 2 * settings.model.n_head)
+    place = bisect_left(widths, size, key=size_with)
+    width = min(widths[max(0, place - 1) : place + 1],
+                key=lambda width: abs(math.log(size_with(width) / size)))
+    size = size_with(width)
+    steps = max(1, round(flops / (6 * size * tokens_of_step(settings))))
+    tokens = steps * tokens_of_step(settings)
+    low, high = fit.interval_of_run(size, tokens)
+    words = [word for word in overrides
+             if not word.startswith(("model.n_embd=", "training.max_steps="))]
+    command = ["python", "train.py", *words, f"model.n_embd={width}",
+               f"training.max_steps={steps}"]
+    say(f"The nearest width: N = {size:,.0f}, D = {tokens:,}, predicted "
+        f"{law.loss(size, tokens):.4f} ({low:.4f} to {high:.4f})\n  {shlex.join(command)}")
+
+
+def draw(fit: Fit, results: list[Result], held_out: list[Result]) -> bytes:
+    """The losses by size, with the law for each budget, as a PNG."""
+    figure, style = new_figure(6.4, 4.2, "scaling")
+    with style:
+        axes = figure.subplots()
+        axes.set_xscale("log")
+        axes.set_xlabel("size N: FLOPs per token / 6")
+        axes.set_ylabel("validation loss, nats per token")
+        sizes = [one.size for one in [*results, *held_out]]
+        curve = np.geomspace(min(sizes) / 1.5, max(sizes) * 1.5, 100)
+        # Runs of one budget differ in their FLOPs by the rounding of their steps.
+        for budget in sorted({float(f"{one.flops:.1e}") for one in results}):
+            runs = [one for one in results if math.isclose(one.flops, budget, rel_tol=0.1)]
+            line, = axes.plot(curve, fit.law.loss(curve, budget / 6 / curve), linewidth=1)
+            axes.plot([one.size for one in runs], [one.loss for one in runs], "o", markersize=4,
+                      color=line.get_color(), label=f"{budget:.2g} FLOPs")
+        for one in held_out:
+            low, high = fit.interval_of_run(one.size, one.tokens)
+            axes.plot(curve, fit.law.loss(curve, one.flops / 6 / curve), "k--", linewidth=1)
+            axes.vlines(one.size, low, high, color="k", linewidth=3, alpha=0.3)
+            axes.plot(one.size, one.loss, "k*", markersize=8,
+                      label=f"{one.flops:.2g} FLOPs, not in the fit")
+        log_ticks(axes.xaxis)
+        axes.legend()
+    return as_image(figure, "png")

@@ -70,7 +70,7 @@ from data.prepare import prepare
 from data.shards import read_meta
 from evaluation.scaling_law import LEVEL, MIN_RUNS, Fit, fit_law, isoflop_grid
 from model import GPT, GPTConfig, SkipInit
-from report.figures import as_image, log_ticks, new_figure
+from report.figures import abbreviate, as_image, new_figure
 from report.history import choose, open_history, tokens_of
 from scripts.plan import pace_of
 from sweep.grid import GridSettings, Plan, job_name, run_plan
@@ -78,6 +78,7 @@ from sweep.jobs import refuse_run
 from sweep.space import Range, Space, read_space
 from terminal import counted, readable_time, say
 from training.device import Device, configure
+from training.estimate import Pace
 
 GRID = "grid.json"
 PICTURE = "scaling.png"
@@ -94,6 +95,7 @@ class Result:
     tokens: float
     loss: float  # on the validation split, in nats per token
     text: frozenset[tuple[str, str]]  # runs on other tokens have other losses
+    budget: float = 0.0  # of the grid, in FLOPs
 
     @property
     def flops(self) -> float:
@@ -201,60 +203,67 @@ def asked(own: ScalingSettings, space: Space) -> dict[str, Any]:
 
 
 def plan_grid(folder: Path, own: ScalingSettings) -> dict[str, Any]:
-    """The grid with the most runs, and of those the largest budgets, that `hours` allow.
+    """A new grid: for each run its overrides, its size and its budget.
 
-    Raises ValueError if that is no grid.
+    Raises ValueError if `hours` hold none.
     """
     if own.hours is None:
         raise ValueError(f"{folder} has no grid yet: say how long it may train, as in hours=0.5.")
     space = read_space(own.sweep, own.train)
-    points = points_of(space)
-    overrides = [space.overrides(point) for point in points]
+    overrides = [space.overrides(point) for point in points_of(space)]
     composed = [compose("config", ["name=-", *words]) for words in overrides]
-    tokens = {tokens_of_step(one) for one in composed}
-    prepared = {prepare(one.data) for one in composed}
-    if len(prepared) > 1 or len(tokens) > 1:
+    first = composed[0]
+    if any((one.data, tokens_of_step(one)) != (first.data, tokens_of_step(first))
+           for one in composed):
         raise ValueError(f"The sizes {space.place} differ in their text or in the tokens of a "
                          f"step: vary only the model.")
-    tokens_per_step, meta = tokens.pop(), read_meta(prepared.copy().pop())
-    composed = [with_vocab_size(one, path) for one in composed for path in prepared]
-    say(f"Timing {counted(len(points), 'size')} ...")
-    device = Device(composed[0].training.device, composed[0].training.precision,
+    prepared = prepare(first.data)
+    meta = read_meta(prepared)
+    epoch_tokens = meta["splits"]["train"]["tokens"]
+    composed = [with_vocab_size(one, prepared) for one in composed]
+    sizes = [size_of(one.model) for one in composed]
+    say(f"Timing {counted(len(sizes), 'size')} ...")
+    device = Device(first.training.device, first.training.precision,
                     threads=max(1, torch.get_num_threads() // own.jobs))
     configure(device)
-    paces = [pace_of(settings, device, meta) for settings in composed]
-    sizes = [size_of(settings.model) for settings in composed]
-    epoch_tokens = meta["splits"]["train"]["tokens"]
-
-    def seconds(grid: list[tuple[int, int, float]]) -> float:
-        total = sum(paces[index].step * steps + paces[index].evaluation + START_SECONDS
-                    for index, steps, _ in grid)
-        return total / own.jobs
-
-    budgets = own.ratio ** np.arange(own.budgets)
-    grids = [isoflop_grid(sizes, lowest * budgets, tokens_per_step, epoch_tokens)
-             for lowest in LOWEST_BUDGETS]
-    grids = [grid for grid in grids if len(grid) >= MIN_RUNS]
-    if not grids:
-        raise ValueError(f"The text has {epoch_tokens:,} tokens, too few for a grid of "
-                         f"{MIN_RUNS} runs in one epoch: use a longer text, or smaller models.")
-    fitting = [grid for grid in grids if seconds(grid) <= 3600 * own.hours]
-    if not fitting:
-        least = min(map(seconds, grids)) / 3600
-        raise ValueError(f"hours={own.hours} hold no grid: the shortest one of {MIN_RUNS} runs "
-                         f"takes {least:.2g} hours on this machine. Raise hours=, or use smaller "
-                         f"models.")
-    best = max(fitting, key=lambda grid: (len(grid), grid[-1][2]))
-    varied = list(space.varied)
-    runs = {}
-    for index, steps, budget in best:
+    paces = [pace_of(one, device, meta) for one in composed]
+    chosen, seconds = longest_grid(own, sizes, paces, tokens_of_step(first), epoch_tokens)
+    varied, runs = list(space.varied), {}
+    for index, steps, budget in chosen:
         words = [*overrides[index], f"training.max_steps={steps}"]
         values = dict(word.partition("=")[::2] for word in words)
         name = job_name([*varied, "training.max_steps"], values)
-        runs[name] = {"overrides": words, "size": sizes[index],
-                      "tokens": steps * tokens_per_step, "budget": budget}
-    return {"asked": asked(own, space), "varied": varied, "seconds": seconds(best),
+        runs[name] = {"overrides": words, "size": sizes[index], "budget": budget,
+                      "tokens": steps * tokens_of_step(first)}
+    return {"asked": asked(own, space), "varied": varied, "seconds": seconds,
             "epoch_tokens": epoch_tokens, "runs": runs}
+
+
+def longest_grid(own: ScalingSettings, sizes: list[float], paces: list[Pace], tokens_per_step: int,
+                 epoch_tokens: int) -> tuple[list[tuple[int, int, float]], float]:
+    """The grid with the most runs, and of those the largest budgets, in `hours`; its seconds.
+
+    No run reads a token twice. Raises ValueError if that leaves no grid.
+    """
+    grids = []
+    for lowest in LOWEST_BUDGETS:
+        budgets = lowest * own.ratio ** np.arange(own.budgets)
+        grid = isoflop_grid(sizes, budgets, tokens_per_step, epoch_tokens)
+        seconds = sum(paces[index].step * steps + paces[index].evaluation + START_SECONDS
+                      for index, steps, _ in grid)
+        if len(grid) >= MIN_RUNS:
+            grids.append((grid, seconds / own.jobs))
+    if not grids:
+        raise ValueError(f"The text has {epoch_tokens:,} tokens, too few for a grid of "
+                         f"{MIN_RUNS} runs in one epoch: use a longer text, or smaller models.")
+    fitting = [(grid, seconds) for grid, seconds in grids if seconds <= 3600 * own.hours]
+    if not fitting:
+        least = min(seconds for _, seconds in grids) / 3600
+        raise ValueError(f"hours={own.hours} hold no grid: the shortest one of {MIN_RUNS} runs "
+                         f"takes {least:.2g} hours on this machine. Raise hours=, or use smaller "
+                         f"models.")
+    # The last run has the largest budget.
+    return max(fitting, key=lambda pair: (len(pair[0]), pair[0][-1][2]))
 
 
 def points_of(space: Space) -> list[dict[str, Any]]:
@@ -283,9 +292,9 @@ def describe(folder: Path, grid: dict[str, Any]) -> None:
 def read_results(folder: Path, grid: dict[str, Any]) -> tuple[list[Result], list[str]]:
     """The finished runs of the grid, and a sentence about each of the others."""
     results, unusable = [], []
-    for name in grid["runs"]:
+    for name, run in grid["runs"].items():
         try:
-            results.append(read_result(folder / name, name))
+            results.append(replace(read_result(folder / name, name), budget=run["budget"]))
         except ValueError as error:
             unusable.append(str(error))
     return results, unusable
@@ -312,10 +321,10 @@ def print_law(fit: Fit, count: int) -> None:
         f"+ {law.B:.4g} / D^{law.beta:.4g}; {LEVEL:.0%} intervals:")
     numbers = {name: lambda law, name=name: getattr(law, name)
                for name in ("E", "A", "B", "alpha", "beta")}
-    numbers["a, of N = G C^a"] = lambda law: law.beta / (law.alpha + law.beta)
+    numbers["a, of N = G (C / 6)^a"] = lambda law: law.beta / (law.alpha + law.beta)
     for name, number in numbers.items():
         low, high = fit.interval(number)
-        say(f"  {name:<16} {number(law):>10.4g}   {low:.4g} to {high:.4g}")
+        say(f"  {name:<22} {number(law):>9.4g}   {low:.4g} to {high:.4g}")
     say(f"  runs differ from it by {fit.noise.std():.2%}")
 
 
@@ -372,22 +381,28 @@ def draw(fit: Fit, results: list[Result], held_out: list[Result]) -> bytes:
     with style:
         axes = figure.subplots()
         axes.set_xscale("log")
-        axes.set_xlabel("size N: FLOPs per token / 6")
+        axes.set_xlabel("size N, FLOPs per token / 6")
         axes.set_ylabel("validation loss, nats per token")
-        sizes = [one.size for one in [*results, *held_out]]
-        curve = np.geomspace(min(sizes) / 1.5, max(sizes) * 1.5, 100)
-        # Runs of one budget differ in their FLOPs by the rounding of their steps.
-        for budget in sorted({float(f"{one.flops:.1e}") for one in results}):
-            runs = [one for one in results if math.isclose(one.flops, budget, rel_tol=0.1)]
-            line, = axes.plot(curve, fit.law.loss(curve, budget / 6 / curve), linewidth=1)
+        for budget in sorted({one.budget for one in results}):
+            runs = [one for one in results if one.budget == budget]
+            line = draw_budget(axes, fit, budget, [one.size for one in runs])
             axes.plot([one.size for one in runs], [one.loss for one in runs], "o", markersize=4,
                       color=line.get_color(), label=f"{budget:.2g} FLOPs")
         for one in held_out:
+            sizes = [one.size, fit.law.best(one.flops)[0]]
+            draw_budget(axes, fit, one.flops, sizes, color="k", linestyle="dashed")
             low, high = fit.interval_of_run(one.size, one.tokens)
-            axes.plot(curve, fit.law.loss(curve, one.flops / 6 / curve), "k--", linewidth=1)
-            axes.vlines(one.size, low, high, color="k", linewidth=3, alpha=0.3)
+            axes.vlines(one.size, low, high, color="k", linewidth=4, alpha=0.3)
             axes.plot(one.size, one.loss, "k*", markersize=8,
                       label=f"{one.flops:.2g} FLOPs, not in the fit")
-        log_ticks(axes.xaxis)
+        abbreviate(axes.xaxis)
+        axes.xaxis.set_minor_formatter(lambda value, place: "")
         axes.legend()
     return as_image(figure, "png")
+
+
+def draw_budget(axes: Any, fit: Fit, flops: float, sizes: list[float], **style: str) -> Any:
+    """Draw the law around these sizes, each with the tokens that the FLOPs allow."""
+    curve = np.geomspace(min(sizes) / 1.4, max(sizes) * 1.4, 100)
+    line, = axes.plot(curve, fit.law.loss(curve, flops / 6 / curve), linewidth=1, **style)
+    return line

@@ -104,24 +104,25 @@ def command(tmp_path, book, monkeypatch, fresh_data):
     monkeypatch.setattr(scaling, "run_plan", train)
     monkeypatch.setattr(scaling, "pace_of", lambda *arguments: Pace(1.0, 1.0))
     monkeypatch.setattr(scaling, "fit_law", partial(fit_law, draws=30))
+    space = tmp_path / "isoflop.yaml"
+    space.write_text("space: {model.n_embd: [16, 32, 64, 128]}")
     of_runs = ["model=nano", "model.block_size=8", "training.batch_size=1", "data=text", f"data.path={book}", "data.tokenizer=char"]
 
     def run(*words, train=True):
-        words = [*(of_runs if train else []), f"runs_dir={tmp_path}", *words]
+        words = [*(of_runs if train else []), f"sweep={space}", f"runs_dir={tmp_path}", "budgets=3", *words]
         return scaling.main(compose(ScalingSettings, words))
     return run
 
 
 @needs_scipy
 def test_a_grid_is_planned_fitted_and_used(command, tmp_path, capsys):
-    assert command("hours=100", "dry_run=true") == 0 and not (tmp_path / "isoflop").exists()
     assert command("hours=100") == 0
     said = capsys.readouterr().out
     assert "Left out: n_embd=" in said and "is not finished (50 of " in said and "diverged: its loss is 9" in said
     grid = json.loads((tmp_path / "isoflop/grid.json").read_text())
-    assert 15 < len(grid["runs"]) <= 20 and f"Law of {len(grid['runs']) - 2} runs" in said
+    assert 10 <= len(grid["runs"]) <= 12 and f"Law of {len(grid['runs']) - 2} runs" in said
     # A larger run, which is not in the fit.
-    settings = compose("config", [*list(grid["runs"].values())[-1]["overrides"], "name=-", "model.n_embd=96"])
+    settings = compose("config", [*list(grid["runs"].values())[-1]["overrides"], "name=-", "model.n_embd=192"])
     write_run(tmp_path / "larger", settings, 0)
     assert command("predict=1e11", "held_out=larger", train=False) == 0
     said = capsys.readouterr().out
@@ -130,7 +131,7 @@ def test_a_grid_is_planned_fitted_and_used(command, tmp_path, capsys):
     found = float(re.search(r"Best for 1e\+11 FLOPs: N = ([\d,]+)", said)[1].replace(",", ""))
     assert found == pytest.approx(size, rel=0.2)
     width = int(re.search(r"python train.py .* model.n_embd=(\d+)", said)[1])
-    nearest = min(range(4, 200, 4), key=lambda width: abs(scaling.size_of(replace(settings.model, vocab_size=40, n_embd=width)) - found))
+    nearest = min(range(4, 400, 4), key=lambda width: abs(scaling.size_of(replace(settings.model, vocab_size=40, n_embd=width)) - found))
     assert width == nearest
     assert (tmp_path / "isoflop/scaling.png").exists() == bool(find_spec("matplotlib"))
     with pytest.raises(ValueError, match=r"planned otherwise: hours was 100.0, now 2.0. Use another name="):
@@ -144,7 +145,7 @@ def test_a_grid_is_planned_fitted_and_used(command, tmp_path, capsys):
 @pytest.mark.parametrize(("words", "message"), [
     (["hours=0.01"], r"hours=0.01 hold no grid: the shortest one of 8 runs takes .* hours on this machine"),
     (["hours=1", "training.batch_size=64"], "tokens, too few for a grid of 8 runs in one epoch"),
-    ([], "has no grid yet: say how long it may train, as in hours=0.5")])
+    (["dry_run=true"], "has no grid yet: say how long it may train, as in hours=0.5")])
 def test_a_grid_that_cannot_be_planned_is_refused(command, words, message):
     with pytest.raises(ValueError, match=message):
         command(*words)

@@ -6,7 +6,7 @@
   python -m scripts.scaling held_out=runs/larger        # compare a run with its prediction
 
 The same command again resumes the grid. Takes all settings of train.py, too, for its runs. Needs
-scipy. docs/scaling.md explains the numbers.
+SciPy. docs/scaling.md explains the numbers.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ from report.figures import abbreviate, as_image, new_figure
 from report.history import choose, open_history, tokens_of
 from scripts.plan import pace_of
 from sweep.grid import GridSettings, Plan, job_name, run_plan
-from sweep.jobs import refuse_run
+from sweep.jobs import refuse_run, report_failures
 from sweep.space import Range, Space, read_space
 from terminal import counted, readable_time, say
 from training.device import Device, configure
@@ -113,13 +113,14 @@ def main(own: ScalingSettings) -> int:
         return 0
     if not (folder / GRID).exists():
         atomic.write_bytes(folder / GRID, json.dumps(grid, indent=2).encode())
-    code = 0
     results, unusable = read_results(folder, grid)
+    failures: list[str] = []
     if unusable:
-        code = train(own, name, grid)
-        if code > 1:
-            # Interrupted.
+        plan = jobs_of(own, name, grid)
+        code, _ = run_plan(plan)
+        if code:
             return code
+        failures = plan.failures
         results, unusable = read_results(folder, grid)
     for problem in unusable:
         say(f"Left out: {problem}")
@@ -140,24 +141,24 @@ def main(own: ScalingSettings) -> int:
         say(f"Picture: {folder / PICTURE}")
     except ValueError as error:
         say(f"No picture: {error}")
-    return code
+    return report_failures(failures)
 
 
-def train(own: ScalingSettings, name: str, grid: dict[str, Any]) -> int:
-    """Train the runs of the grid that are not finished; return the exit code."""
+def jobs_of(own: ScalingSettings, name: str, grid: dict[str, Any]) -> Plan:
+    """The runs of the grid as jobs of a sweep."""
     composed = {}
     for run_name, run in grid["runs"].items():
         words = [*run["overrides"], f"runs_dir={own.runs_dir}", f"name={name}"]
         composed[run_name] = words, compose("config", words)
     swept = [*grid["varied"], "training.max_steps"]
-    return run_plan(Plan(swept, composed, [], [], GridSettings(own.jobs)))
+    return Plan(swept, composed, [], [], GridSettings(own.jobs))
 
 
 def require_scipy() -> None:
     try:
         import scipy.optimize  # noqa: F401
     except ImportError:
-        raise ValueError("Scaling laws need scipy: pip install scipy.") from None
+        raise ValueError("Scaling laws need SciPy: pip install scipy.") from None
 
 
 def tokens_of_step(settings: Settings) -> int:

@@ -99,13 +99,13 @@ def command(tmp_path, book, monkeypatch, fresh_data):
         for number, ((name, (_, settings)), error) in enumerate(zip(plan.composed.items(), errors, strict=True)):
             if not (plan.folder / name).exists():
                 write_run(plan.folder / name, settings, error, *({3: (50,), 5: (None, 9.0)}.get(number, ())))
-        return 0
+        return 0, []
 
     monkeypatch.setattr(scaling, "run_plan", train)
     monkeypatch.setattr(scaling, "pace_of", lambda *arguments: Pace(1.0, 1.0))
     monkeypatch.setattr(scaling, "fit_law", partial(fit_law, draws=30))
     space = tmp_path / "isoflop.yaml"
-    space.write_text("space: {model.n_embd: [16, 32, 64, 128]}")
+    space.write_text("space: {model.n_embd: [16, 24, 32, 48]}")
     of_runs = ["model=nano", "model.block_size=8", "training.batch_size=1", "data=text", f"data.path={book}", "data.tokenizer=char"]
 
     def run(*words, train=True):
@@ -122,7 +122,7 @@ def test_a_grid_is_planned_fitted_and_used(command, tmp_path, capsys):
     grid = json.loads((tmp_path / "isoflop/grid.json").read_text())
     assert 10 <= len(grid["runs"]) <= 12 and f"Law of {len(grid['runs']) - 2} runs" in said
     # A larger run, which is not in the fit.
-    settings = compose("config", [*list(grid["runs"].values())[-1]["overrides"], "name=-", "model.n_embd=192"])
+    settings = compose("config", [*list(grid["runs"].values())[-1]["overrides"], "name=-", "model.n_embd=96"])
     write_run(tmp_path / "larger", settings, 0)
     assert command("predict=1e11", "held_out=larger", train=False) == 0
     said = capsys.readouterr().out
@@ -153,5 +153,5 @@ def test_a_grid_that_cannot_be_planned_is_refused(command, words, message):
 
 def test_scipy_that_is_missing_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy.optimize", None)
-    with pytest.raises(ValueError, match="need scipy: pip install scipy"):
+    with pytest.raises(ValueError, match="need SciPy: pip install scipy"):
         scaling.main(ScalingSettings())

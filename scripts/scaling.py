@@ -70,7 +70,7 @@ from data.prepare import prepare
 from data.shards import read_meta
 from evaluation.scaling_law import LEVEL, MIN_RUNS, Fit, fit_law, isoflop_grid
 from model import GPT, GPTConfig, SkipInit
-from report.figures import abbreviate, as_image, new_figure
+from report.figures import abbreviate, as_image, log_ticks, new_figure
 from report.history import choose, open_history, tokens_of
 from scripts.plan import pace_of
 from sweep.grid import GridSettings, Plan, job_name, run_plan
@@ -396,8 +396,8 @@ def draw(fit: Fit, results: list[Result], held_out: list[Result]) -> bytes:
             axes.vlines(one.size, low, high, color="k", linewidth=4, alpha=0.3)
             axes.plot(one.size, one.loss, "k*", markersize=8,
                       label=f"{one.flops:.2g} FLOPs, not in the fit")
+        log_ticks(axes.xaxis)
         abbreviate(axes.xaxis)
-        axes.xaxis.set_minor_formatter(lambda value, place: "")
         axes.legend()
     return as_image(figure, "png")
 

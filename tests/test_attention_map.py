@@ -183,7 +183,7 @@ def test_the_labels_of_a_picture_do_not_overlap(monkeypatch, tokens):
 @needs_chromium
 def test_the_page_opens_and_shows_all_heads(tmp_path):
     page, _ = made(tmp_path)
-    found, console = browse(page, tmp_path, """
+    found, console = browse(page, """
       const buttons = [...document.querySelectorAll("#grid button")];
       done({words: document.querySelectorAll("#words button").length, heads: buttons.length, title: document.title,
             sizes: buttons.map((button) => button.firstChild.width),
@@ -206,7 +206,7 @@ def test_the_page_opens_and_shows_all_heads(tmp_path):
 def test_clicks_and_hovers_show_the_weights_of_the_tensor(tmp_path):
     page, data = made(tmp_path)
     weights = weights_of(data)
-    found, console = browse(page, tmp_path, """
+    found, console = browse(page, """
       const words = [...document.querySelectorAll("#words button")], large = document.getElementById("large");
       const shown = () => words.map((word) => Number(word.dataset.weight));
       hover(words[20]);
@@ -262,7 +262,7 @@ def test_a_large_page_answers_at_once(tmp_path):
     weights = (4 * torch.randn(12, 12, 128, 128)).masked_fill(torch.ones(128, 128).triu(1).bool(), -torch.inf).softmax(-1).numpy()
     page = tmp_path / "large.html"
     page.write_text(attention.page("large", [f"w{i} " for i in range(128)], weights, [[("a", 0.5)]] * 128))
-    found, console = browse(page, tmp_path, """
+    found, console = browse(page, """
       const words = [...document.querySelectorAll("#words button")];
       const heads = [...document.querySelectorAll("#grid button")], times = [performance.now()];
       for (const act of [() => words.forEach(hover), () => heads.forEach((head) => head.click())]) {

@@ -540,7 +540,7 @@ def test_runs_without_a_loss_are_reported_last(tmp_path):
 def test_the_page_opens_sorts_and_shows_all_curves(grid, tmp_path):
     pytest.importorskip("matplotlib")
     make(grid)
-    found, console = browse(grid / "report.html", tmp_path, """
+    found, console = browse(grid / "report.html", """
       const names = () => [...document.querySelectorAll("#leaderboard tbody tr")].map((row) => row.cells[0].textContent);
       const heads = [...document.querySelectorAll("#leaderboard th")], head = (name) => heads.find((one) => one.textContent === name);
       const sorted = (name) => { head(name).firstElementChild.click(); return names(); };
@@ -587,7 +587,7 @@ def test_200_runs_of_10_000_points_fit_on_a_page(tmp_path, capsys):
     page = make(tmp_path / "runs", pictures=True)
     with capsys.disabled():
         print(f"\n{len(page) / 2**20:.1f} MB in {time.perf_counter() - start:.1f} s")
-    found, console = browse(tmp_path / "runs/report.html", tmp_path, "done(document.querySelectorAll('[data-axis=steps] svg:first-child .run').length)")
+    found, console = browse(tmp_path / "runs/report.html", "done(document.querySelectorAll('[data-axis=steps] svg:first-child .run').length)")
     assert len(page) < 10 * 2**20 and console == "" and found == 200
 
 

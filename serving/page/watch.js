@@ -4,7 +4,7 @@ import { ask, find, make, say } from "./api.js";
 const LIST_SECONDS = 5, METRICS_SECONDS = 2, RECENT_SECONDS = 60;
 // Those of report/curves.py: they can be told apart on white and on black.
 const COLORS = ["#2f7fc1", "#d9702b", "#2f9e6e", "#c2569b", "#8a6fd1", "#a37f1f"];
-const MAX_POINTS = 300, MAX_SAMPLES = 30;
+const MAX_POINTS = 300;
 const HEIGHT = 320, LEFT = 46, RIGHT = 12, TOP = 10, BOTTOM = 40;
 const AXES = { step: "step", tokens: "training tokens", seconds: "seconds of training" };
 
@@ -20,6 +20,7 @@ export function setUp(visible) {
   });
   addEventListener("resize", draw);
   find("sweep").addEventListener("change", showSweep);
+  find("sample-step").addEventListener("input", drawSamples);
   repeat(listRuns, LIST_SECONDS);
   repeat(readCurves, METRICS_SECONDS);
 }
@@ -166,11 +167,18 @@ function draw() {
   find("curves").replaceChildren(picture);
 }
 
-function drawSamples() {
-  const cards = [...curves].flatMap(([name, { rows }]) => rows.filter((row) => "sample" in row).map(({ step, sample }) => ({ name, step, sample })));
-  cards.sort((a, b) => b.step - a.step);
-  find("samples").replaceChildren(...cards.slice(0, MAX_SAMPLES).map(({ name, step, sample }) =>
-    make("div", { className: "card" }, make("p", {}, swatch(name), `${name}, step ${step.toLocaleString("en")}`), make("blockquote", { textContent: sample }))));
+function drawSamples() { // of each run the last one up to the step that is chosen; at the right end the newest
+  const samples = [...curves].map(([name, { rows }]) => [name, rows.filter((row) => "sample" in row)]);
+  const steps = [...new Set(samples.flatMap(([, rows]) => rows.map(({ step }) => step)))].sort((a, b) => a - b);
+  const slider = find("sample-step"), wasAtEnd = slider.value === slider.max;
+  slider.max = Math.max(0, steps.length - 1);
+  if (wasAtEnd) slider.value = slider.max;
+  const chosen = steps[slider.value], shown = (step) => `step ${step.toLocaleString("en")}`;
+  find("sample-choice").hidden = steps.length < 2;
+  find("sample-shown").textContent = slider.ariaValueText = chosen === undefined ? "" : shown(chosen);
+  const cards = samples.map(([name, rows]) => [name, rows.filter(({ step }) => step <= chosen).pop()]).filter(([, row]) => row);
+  find("samples").replaceChildren(...cards.map(([name, { step, sample }]) =>
+    make("div", { className: "card" }, make("p", {}, swatch(name), `${name}, ${shown(step)}`), make("blockquote", { textContent: sample }))));
   if (!cards.length) find("samples").append(make("p", { className: "help", textContent: "No samples yet." }));
 }
 

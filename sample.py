@@ -15,6 +15,7 @@ if __name__ == "__main__":
 import math
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from checkpointing.initial import find_weights
@@ -26,6 +27,7 @@ from generation.chat import Conversation
 from generation.decoder import Decoder
 from generation.engine import Completion, Engine, engine_of, open_checkpoint, open_decoder
 from generation.prompts import read_text
+from generation.typed import TypedPrompts
 from scripts.complete import complete_file
 from terminal import has_colors, output, say
 from training.device import Device, configure
@@ -44,12 +46,7 @@ def sample(settings: SampleSettings) -> int:
     elif settings.chat:
         chat(engine, settings, decoder)
     elif settings.interactive:
-        for line in typed_prompts("\nprompt> "):
-            try:
-                print_completions(engine, line, settings, decoder)
-            except ValueError as error:
-                # A character that the tokenizer lacks: the user types another prompt.
-                say(f"Error: {error}")
+        interact(engine, settings, decoder)
     else:
         prompt = settings.prompt
         if settings.prompt_file:
@@ -81,41 +78,51 @@ def make_decoder(engine: Engine, settings: SampleSettings) -> Decoder | None:
     return decoder
 
 
+def interact(engine: Engine, settings: SampleSettings, decoder: Decoder | None) -> None:
+    """Complete each prompt that the user types, until the end of the input."""
+    prompts = TypedPrompts("prompt> ", settings)
+    for prompt in prompts:
+        with stopped_by_ctrl_c(prompts), errors_as_messages():
+            print_completions(engine, prompt, prompts.rules, decoder)
+
+
 def chat(engine: Engine, settings: SampleSettings, decoder: Decoder | None) -> None:
-    """Answer each line that the user types, until the end of the input."""
+    """Answer each question that the user types, until the end of the input."""
     conversation = Conversation(engine, settings, decoder, settings.system)
-    for line in typed_prompts("\nyou> " if sys.stdin.isatty() else ""):
-        if not line.strip():
+    prompts = TypedPrompts("you> ", settings)
+    for question in prompts:
+        if not question.strip():
             continue
-        try:
-            for piece in conversation.answer(line):
+        conversation.rules = prompts.rules
+        with stopped_by_ctrl_c(prompts), errors_as_messages():
+            for piece in conversation.answer(question):
                 output(piece, end="")
-        except ValueError as error:
-            # A question that is too long, or has a character that the tokenizer lacks.
-            say(f"Error: {error}")
-            continue
-        output("")
-        if conversation.was_cut:
-            say("The answer was cut: raise max_new_tokens, up to half of the context.", sys.stderr)
-
-
-def typed_prompts(mark: str) -> Iterator[str]:
-    """Lines that the user types, each after a `mark`, until end of input."""
-    # A notebook's stream has no such method.
-    if hasattr(sys.stdin, "reconfigure"):
-        # Bytes that are not UTF-8 become characters that the tokenizer refuses with a message.
-        sys.stdin.reconfigure(errors="surrogateescape")
-    while True:
-        try:
-            line = input(mark)
-        except EOFError:
-            if mark:
-                output("")
-            return
-        except KeyboardInterrupt:
             output("")
+            if conversation.was_cut:
+                say("The answer was cut: raise max_new_tokens, up to half of the context.",
+                    sys.stderr)
+
+
+@contextmanager
+def stopped_by_ctrl_c(prompts: TypedPrompts) -> Iterator[None]:
+    """In a terminal, let Ctrl-C end a text instead of the program: the user types another prompt.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not prompts.in_terminal:
             raise
-        yield line
+        output("")
+
+
+@contextmanager
+def errors_as_messages() -> Iterator[None]:
+    """Print an error, such as a character that the tokenizer lacks: the user types another prompt.
+    """
+    try:
+        yield
+    except ValueError as error:
+        say(f"Error: {error}")
 
 
 def print_completions(engine: Engine, prompt: str, settings: SampleSettings,

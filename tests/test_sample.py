@@ -118,10 +118,13 @@ def test_interactive_answers_each_line_of_the_input(say, monkeypatch):
 @pytest.mark.slow
 def test_interactive_in_a_terminal(tiny_runs):
     """A line that is not UTF-8 is refused and the next one answered; Ctrl-C ends it without a traceback."""
-    words = ["sample.py", f"runs_dir={tiny_runs}", "interactive=true", "max_new_tokens=5"]
-    said, code = type_into(words, b"prompt> ", [b"\xff\n", b"The\n", b"\x03"])
+    words = ["sample.py", f"runs_dir={tiny_runs}", "interactive=true", "max_new_tokens=5", "temperature=0"]
+    # The up arrow calls up the line before.
+    said, code = type_into(words, b"prompt> ", [b"\xff\n", b"The\n", b"/settings top_k=7\n", b"\x1b[A\x1b[A\n", b"\x03"])
     assert code == 130
-    assert b"Traceback" not in said and b"'\\udcff'" in said and said.count(b"prompt> ") == 3
+    assert b"Traceback" not in said and b"'\\udcff'" in said and said.count(b"prompt> ") == 5
+    answers = [line for line in said.decode(errors="replace").splitlines() if line.startswith("The") and len(line) > 3]
+    assert b"top_k=7" in said and len(answers) == 2 and answers[0] == answers[1]
 
 
 @pytest.mark.slow

@@ -93,8 +93,9 @@ def test_flash_attention_3_is_used_where_it_is(monkeypatch, major, installed, dr
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: None)
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state: None)
-    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", calls.append)
-    monkeypatch.setattr(torch.nn.attention, "restore_flash_attention_impl", lambda: calls.append("torch's own"))
+    monkeypatch.setattr(torch.nn.attention, "current_flash_attention_impl", lambda: None, raising=False)
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", calls.append, raising=False)
+    monkeypatch.setattr(torch.nn.attention, "restore_flash_attention_impl", lambda: calls.append("torch's own"), raising=False)
     device = Device("cpu")
     device.type = "cuda"
     with configure(device, dropout):

@@ -10,9 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo
 import torch.nn.functional as F
+from test_compile import tiny_presets
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention.varlen import varlen_attn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conf.presets import CONF
@@ -20,6 +23,7 @@ from conf.schema import compose
 from generation.caches import StaticCache
 from generation.decoder import Decoder
 from model import GPT, GPTConfig, SkipInit
+from model.documents import takes_shared_heads
 from model.loss import LossOptions
 from training.config import OptimConfig
 from training.device import Device
@@ -168,6 +172,23 @@ def test_a_gpu_multiplies_and_attends_in_bf16(gpu, preset, monkeypatch):
         logits = next_logits(decoder, sequences)
     assert types.heads == {torch.bfloat16} and types.stream == {torch.float32}
     assert logits.shape == (2, 50257) and logits.dtype == torch.bfloat16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", tiny_presets())
+def test_documents_in_bf16_on_a_gpu_are_one_graph(name, gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: None)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state: None)
+    with torch.device("cuda"), SkipInit("cuda"):
+        gpt = GPT(tiny_presets()[name])
+        ids = torch.zeros(3, 32, dtype=torch.int64)
+    found = []
+    torch._dynamo.reset()
+    with gpu.autocast():
+        compiled = torch.compile(gpt, backend=lambda graph, _: found.append(graph.code) or graph, fullgraph=True, dynamic=False)
+        compiled(ids, ids, document_ids=ids, max_documents=8)
+    assert len(found) == 1 and "varlen_attn" in found[0]
+    assert "repeat_interleave" not in found[0] or not takes_shared_heads(varlen_attn)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

@@ -236,9 +236,10 @@ class configure:
         if device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32
             # FlashAttention 3 has no dropout.
-            if not dropout and activate_flash_attention_3():
+            restore = None if dropout else activate_flash_attention_3()
+            if restore:
                 device.attention = "FlashAttention 3"
-                self.before.callback(torch.nn.attention.restore_flash_attention_impl)
+                self.before.callback(restore)
 
         self.before.callback(restore_determinism, torch.are_deterministic_algorithms_enabled(),
                              torch.is_deterministic_algorithms_warn_only_enabled(),
@@ -258,24 +259,25 @@ class configure:
         self.before.close()
 
 
-def activate_flash_attention_3() -> bool:
+def activate_flash_attention_3() -> Callable[[], None] | None:
     """Use FlashAttention 3, if the GPU is a Hopper and the package is installed.
 
-    False if it is not used, or already was.
+    Returns the function that ends its use; None if it is not used, or already was.
     """
     is_hopper = torch.cuda.get_device_capability()[0] == 9
     if not is_hopper or find_spec("flash_attn_interface") is None:
-        return False
+        return None
     from torch.nn import attention
 
-    if attention.current_flash_attention_impl():
-        return False
     try:
+        if attention.current_flash_attention_impl():
+            return None
+        restore = attention.restore_flash_attention_impl
         attention.activate_flash_attention_impl("FA3")
-    except (ImportError, OSError, RuntimeError):
-        # The package is of another version of torch.
-        return False
-    return True
+    except (AttributeError, ImportError, OSError, RuntimeError):
+        # The package or torch is of a version without the other.
+        return None
+    return restore
 
 
 def set_threads(threads: int) -> None:

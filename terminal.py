@@ -34,14 +34,23 @@ def escaped(text: str, keep: str = "\n\t") -> str:
 
 def say(text: str, file: TextIO | None = None) -> None:
     """Print a message for people to standard output or to `file`."""
-    print(escaped(text), file=file, flush=True)
+    _print(escaped(text), "\n", file or sys.stdout)
 
 
 def output(text: str, end: str = "\n") -> None:
     """Print a result: exactly into a file or a pipe, escaped on a terminal."""
     if sys.stdout.isatty():
         text = escaped(text)
-    print(text, end=end, flush=True)
+    _print(text, end, sys.stdout)
+
+
+def _print(text: str, end: str, stream: TextIO) -> None:
+    """Print and flush. An OSError, as of a full disk, names the stream (<stdout>)."""
+    try:
+        print(text, end=end, file=stream, flush=True)
+    except OSError as error:
+        name = str(getattr(stream, "name", "the output"))
+        raise type(error)(error.errno, error.strerror, name) from None
 
 
 def can_redraw(stream: TextIO) -> bool:

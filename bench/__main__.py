@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ def main() -> None:
         launch(run, settings, docstring(name))
     if name not in ("--help", "-h"):
         sys.exit(f"Error: {name} is not a benchmark: choose one of {', '.join(BENCHMARKS)}.")
+    # End at once if the reader of our output has closed it, as in `| head`.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     say("python -m bench NAME runs a benchmark; python -m bench NAME --help shows its settings:")
     for name in BENCHMARKS:
         first_line = docstring(name).partition("\n")[0]

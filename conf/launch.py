@@ -15,6 +15,7 @@ if sys.platform == "win32":
              "https://learn.microsoft.com/windows/wsl")
 
 import os
+import signal
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from importlib import import_module
@@ -88,6 +89,8 @@ def launch(main: Target, root: str | type, doc: str, multirun: Target = "") -> N
         # Several processes of torchrun all find a mistake in the settings; the first prints it.
         if os.environ.get("RANK", "0") == "0" or not isinstance(error, ValueError):
             say(f"Error: {message}", sys.stderr)
+        if isinstance(error, ValueError):
+            stop_restarts(os.environ)
         code = 1
     except KeyboardInterrupt:
         sys.stdout.flush()
@@ -96,6 +99,17 @@ def launch(main: Target, root: str | type, doc: str, multirun: Target = "") -> N
             os._exit(130)
         code = 130
     sys.exit(code)
+
+
+def stop_restarts(environment: Mapping[str, str]) -> None:
+    """End torchrun, which would otherwise start a command with a mistake again (--max-restarts).
+
+    Only on one node: on others, torchrun would wait for this one.
+    """
+    is_first_of_one_node = (environment.get("RANK") == "0" and
+                            environment.get("LOCAL_WORLD_SIZE") == environment.get("WORLD_SIZE"))
+    if is_first_of_one_node and environment.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+        os.kill(os.getppid(), signal.SIGTERM)
 
 
 def user_message(error: Exception, root: str | type) -> str:

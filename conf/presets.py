@@ -210,11 +210,42 @@ def config_node(
     if content is None:
         content = nested(read_yaml(path), path)
     refuse_hydras(content, path)
+    if group == "experiment":
+        content = with_overrides(content, path)
     header = re.search(r"\A(?:\s*#.*\n)*?\s*#\s*@package\s+(\S+)", read_text(path))
     package = "_global_" if group == "experiment" else None
     if header:
         package = header[1]
     return ConfigNode(path.name, OmegaConf.create(content), group, package, provider=None)
+
+
+def with_overrides(content: dict[str, Any], path: Path) -> dict[str, Any]:
+    """An experiment whose defaults list has `override /model` in place of `model` or `/model`.
+
+    Raises ConfigError for a preset that is written as a setting, as in `model: gpt2`.
+    """
+    for group in content.keys() & groups():
+        if not isinstance(content[group], dict):
+            raise ConfigError([
+                f"{group}: {content[group]} ({path}) is not a group of settings: indent settings "
+                f"below {group}, or choose a preset: under defaults, write - override /{group}: "
+                f"NAME."
+            ])
+    choices = content.get("defaults")
+    if not isinstance(choices, list):
+        return content
+    made = []
+    for choice in choices:
+        if isinstance(choice, dict) and len(choice) == 1:
+            [(key, value)] = choice.items()
+            group = str(key).split()[-1].lstrip("/")
+            if group == "experiment":
+                # The name of another experiment, which this one extends.
+                choice = value
+            elif group in groups():
+                choice = {f"override /{group}": value}
+        made.append(choice)
+    return content | {"defaults": made}
 
 
 def refuse_hydras(content: dict[str, Any], path: Path) -> None:

@@ -37,6 +37,8 @@ CHUNK = 2**24  # tokens
 WIDTHS = ("uint64", "uint32", "uint16", "uint8")
 SAMPLE_TOKENS = 2**18  # read at each of three places
 MOST_BYTES = 128  # the largest vocabulary whose tokens may be single bytes
+# Two of them are a valid id of most vocabularies.
+TEXT_BYTES = bytes(range(32, 127)) + b"\t\n\r"
 LEAST_TOKENS = 16  # in fewer, a zero may be a token or the upper half of a wider one
 
 
@@ -222,6 +224,9 @@ def detect_dtype(path: Path, vocab_size: int) -> str:
     It is the widest type that gives ids in the vocabulary, else the narrowest that can hold it.
     """
     size = path.stat().st_size
+    in_no_text = read_sample(path, "uint8").tobytes().translate(None, TEXT_BYTES)
+    if vocab_size > MOST_BYTES and not in_no_text:
+        raise ValueError(f"{path} is text, not tokens: train on it with data=text.")
     ambiguous = False
     possible = [name for name in WIDTHS if fits(name, vocab_size)]
     # All bytes are in a vocabulary of 256, so a match with uint8 would prove nothing.

@@ -16,7 +16,10 @@ from setting import FilePath, range_problems, setting
 TOKENIZERS = ("char", "byte", "gpt2", "cl100k_base", "o200k_base", "bpe")
 
 # Files of conversations.
-JSON = (".jsonl", ".ndjson", ".json")
+JSON = (".jsonl", ".jsonlines", ".ndjson", ".json")
+
+# Encodings of Python that no file of text has, or whose decoders can give surrogates.
+ESCAPES = ("idna", "punycode", "raw-unicode-escape", "unicode-escape", "utf-7")
 
 # The settings of text files that a source does not use.
 UNUSED = dict.fromkeys(
@@ -204,6 +207,8 @@ def is_text_encoding(name: str) -> bool:
     """Whether Python can decode text in an encoding of this name, block by block."""
     try:
         codecs.getincrementaldecoder(name)
+        if codecs.lookup(name).name in ESCAPES:
+            return False
         return isinstance("a".encode(name).decode(name), str)
     except (LookupError, ValueError):
         return False

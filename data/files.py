@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import BinaryIO
 
 from data.encodings import decoded
-from data.records import BadRecord, RecordReader, parquet, read_records
+from data.records import BadRecord, RecordReader, is_json_lines, parquet, read_records
 from data.unpack import COMPRESSIONS, decompressed, plain_name, reading
 
 # A long text is read in pieces of about this many characters. With so few, no tokenizer fails on
 # long runs of white space.
 PIECE = 2**18
-RECORDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
-COMPRESSIBLE = (".txt", ".md", ".jsonl", ".ndjson", ".json", ".csv", ".tsv")
+RECORDS = (".jsonl", ".jsonlines", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+COMPRESSIBLE = (".txt", ".md", *RECORDS[:-1])
 SPECIAL = {
     stat.S_IFIFO: "named pipe",
     stat.S_IFSOCK: "socket",
@@ -188,7 +188,14 @@ class File:
         self.bad_records = 0
         if self.kind == "text":
             document = Document(self.text_pieces)
-            if any(not piece.isspace() for piece in document.pieces()):
+            first = next((piece for piece in document.pieces() if not piece.isspace()), "")
+            if is_json_lines(first):
+                raise ValueError(
+                    f"{self.path} has JSON records, but its name is that of a plain text: give it "
+                    f"the extension .jsonl, or, to train on the JSON itself, set data.separator, "
+                    f"as in data.separator='\\n' (each line is a document)."
+                )
+            if first:
                 yield document
             return
         for text in self.records():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import chain, islice, repeat
 from pathlib import Path
@@ -85,8 +85,7 @@ def text_of(record: Any, place: str, field: str) -> str | BadRecord:
         return BadRecord(f"{place} is not a record with fields (it is {type_name(record)})")
     value = look_up(record, field)
     if value is MISSING:
-        names = ", ".join(list(record)[:10])
-        fields = f"its fields are {names}" if names else "it has no fields"
+        fields = f"its fields are {listed(record)}" if record else "it has no fields"
         return BadRecord(f"{place} has no field {field} ({fields})", "set data.text_field=NAME")
     return as_text(value, field, place)
 
@@ -121,10 +120,14 @@ def well_formed(text: str) -> str:
 
 
 def no_field(name: str, field: str, fields: list[str]) -> ValueError:
-    names = ", ".join(fields[:10])
     return ValueError(
-        f"{name} has no field {field} (its fields are {names}): set data.text_field=NAME."
+        f"{name} has no field {field} (its fields are {listed(fields)}): set data.text_field=NAME."
     )
+
+
+def listed(fields: Iterable[str]) -> str:
+    """The first names of fields, for a message."""
+    return ", ".join(name[:40] for name in islice(fields, 10))
 
 
 def too_long(place: str) -> ValueError:
@@ -170,6 +173,18 @@ def json_lines(blocks: Iterator[str], read: RecordReader, path: Path) -> Iterato
             )
             continue
         yield read(record, f"line {number}")
+
+
+def is_json_lines(text: str) -> bool:
+    """Whether each of the first two lines of a text that are not blank is a JSON object."""
+    lines = (line for line in io.StringIO(text) if not line.isspace())
+    found = 0
+    for line in islice(lines, 2):
+        try:
+            found += line.lstrip().startswith("{") and isinstance(json.loads(line), dict)
+        except (ValueError, RecursionError):
+            return False
+    return found == 2
 
 
 def reason_of(error: ValueError | RecursionError) -> str:
@@ -282,6 +297,8 @@ def delimited(
             header = [name.strip() for name in row]
             if header and field not in header:
                 raise no_field(str(path), field, header)
+            if header.count(field) > 1:
+                raise ValueError(f"{path} has several columns {field}: rename all but one.")
         elif row and len(row) != len(header):
             yield BadRecord(
                 f"line {line} has {len(row):,} fields and the header has {len(header):,}"

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ast
+import signal
 from pathlib import Path
 
 from terminal import say
 
 if __name__ == "__main__":
+    # End at once if the reader of our output has closed it, as in `| head`.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     say("python -m scripts.NAME runs a script; python -m scripts.NAME --help shows its settings:")
     for path in sorted(Path(__file__).parent.glob("*.py")):
         text = path.read_text()

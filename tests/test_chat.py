@@ -170,7 +170,7 @@ def test_other_files_of_a_folder_are_skipped(chats, tmp_path, fresh_data):
     folder = chats([pair("a", "1")], path=str(tmp_path))
     # Of the two conversations in the folder, one is also that of the validation split.
     assert read_meta(folder)["splits"]["train"]["documents"] == 1
-    with pytest.raises(ValueError, match=r"README.md has no conversations: data=chat reads .jsonl, .ndjson, .json"):
+    with pytest.raises(ValueError, match=r"README.md has no conversations: data=chat reads .jsonl, .jsonlines, .ndjson, .json"):
         chats([pair("a", "1")], path=str(tmp_path / "README.md"))
 
 

@@ -133,7 +133,7 @@ def test_text_encodings_of_python_are_accepted(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["latin1x", "hex", "base64", "zip", "rot13", "undefined", "utf 99", "\0"]
+    "name", ["latin1x", "hex", "base64", "zip", "rot13", "undefined", "utf 99", "\0", "punycode", "utf-7"]
 )
 def test_an_unknown_encoding_is_one_problem(name):
     [problem] = DataConfig("text", __file__, encoding=name).problems()

@@ -296,6 +296,7 @@ def test_a_file_knows_how_far_it_is_read(tmp_path, monkeypatch, name):
         from pyarrow import parquet
         parquet.write_table(pyarrow.table({"text": content.decode().split("\n")}), tmp_path / name, row_group_size=1000)
     else:
+        content = content if name.startswith("a.json") else content.replace(b"{", b"")
         (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
     file = files.File(tmp_path / name)
     assert file.position() == 0

@@ -224,6 +224,18 @@ def test_only_the_first_of_several_processes_prints_an_error(monkeypatch, capsys
     assert caught.value.code == 1 and capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize(("restarts", "nodes", "rank", "ends"), [(3, 1, 0, True), (0, 1, 0, False), (3, 2, 0, False), (3, 1, 1, False)])
+def test_a_mistake_ends_a_torchrun_with_restarts(monkeypatch, restarts, nodes, rank, ends):
+    ended = []
+    monkeypatch.setattr("os.kill", lambda process, number: ended.append(process))
+    for name, value in {"RANK": rank, "LOCAL_WORLD_SIZE": 2, "WORLD_SIZE": 2 * nodes, "TORCHELASTIC_MAX_RESTARTS": restarts}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(sys, "argv", ["train.py", "foo=1"])
+    with pytest.raises(SystemExit, match="1"):
+        launch(print, "config", "")
+    assert ended == [os.getppid()] * ends
+
+
 def test_torchrun_does_not_start_a_sweep(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=r"start a sweep with python train\.py -m"):

@@ -75,6 +75,7 @@ def test_an_experiment_sets_settings_of_all_groups(own, preset, header):
     ("experiment", "hydra.run.dir: x", "extra.yaml) is not used here: runs_dir="),
     ("experiment", "defaults:\n- override hydra/launcher: joblib", "hydra/launcher ("),
     ("experiment", "hydra: 3", "hydra ("),
+    ("experiment", "model: gpt2", "override /model: NAME"), ("experiment", "training:", "indent settings below training"),
     ("experiment", "defaults:\n- override /model: gtp2", "model=gtp2 (in experiment=extra): no such preset (did you mean gpt2?)"),
 ])
 def test_a_wrong_key_names_its_file(preset, group, text, said):
@@ -133,6 +134,19 @@ def test_an_own_experiment_starts_from_the_default_run(own):
     default, made = compose("config", []), compose("config", [own("optim.lr: 0.5")])
     assert dataclasses.replace(made, auto_name="", optim=default.optim) == dataclasses.replace(default, auto_name="")
     assert made.optim.lr == 0.5 and made.auto_name == "own"
+
+
+@pytest.mark.parametrize("choice", ["model: nano", "/model: nano", "override model: nano", "override /model: nano"])
+def test_an_own_experiment_chooses_presets(own, choice):
+    made = compose("config", [own(f"defaults:\n- {choice}")])
+    assert made.model == compose("config", ["model=nano"]).model
+
+
+def test_an_own_experiment_extends_another(own):
+    wanted = compose("config", ["experiment=shakespeare_cpu"])
+    for base in ("shakespeare_cpu", "override /experiment: shakespeare_cpu"):
+        made = compose("config", [own(f"defaults:\n- {base}\nseed: 3")])
+        assert (made.model, made.optim, made.seed) == (wanted.model, wanted.optim, 3)
 
 
 def test_an_own_experiment_yields_to_overrides(own):

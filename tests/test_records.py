@@ -41,6 +41,7 @@ def table(texts, **style):
     [
         ("a.jsonl", lines),
         ("a.ndjson", lines),
+        ("a.jsonlines", lines),
         ("a.json", lines),
         ("c4-train.00000-of-01024.json", lines),
         ("a.JSON", array),
@@ -306,3 +307,30 @@ def test_a_parquet_file_that_unpacks_to_much_more_is_refused(tmp_path, monkeypat
 )
 def test_rows_that_may_be_large_are_read_few_at_a_time(encodings, size, rows, at_once):
     assert records.batch_rows(encodings, size, rows) == at_once
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jl", "part-00000", "a.jsonl.txt", "a.txt.gz"])
+def test_json_lines_named_as_plain_text_are_refused(tmp_path, name):
+    content = b"\n" + lines(TEXTS)
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    with pytest.raises(ValueError, match=f"{name} has JSON records.*give it the extension .jsonl"):
+        read(tmp_path / name)
+
+
+@pytest.mark.parametrize("text", ['{"a": 1}\n', "{x}\n{y}\n", '{\n"a": 1}\n', "[1]\n[2]\n", "1\n2\n"])
+def test_text_with_braces_is_plain_text(tmp_path, text):
+    (tmp_path / "a.txt").write_text(text)
+    assert read(tmp_path / "a.txt") == [text]
+
+
+def test_a_column_that_is_there_twice_is_refused(tmp_path):
+    (tmp_path / "a.csv").write_text("text,text\n1,one\n")
+    with pytest.raises(ValueError, match="several columns text: rename"):
+        read(tmp_path / "a.csv")
+
+
+def test_long_names_of_fields_are_cut_in_messages(tmp_path):
+    (tmp_path / "a.csv").write_text("x" * 5000 + "\n1\n")
+    with pytest.raises(ValueError) as error:
+        read(tmp_path / "a.csv")
+    assert len(str(error.value)) < 300 + len(str(tmp_path))

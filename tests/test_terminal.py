@@ -7,6 +7,7 @@ import io
 import sys
 import unicodedata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -141,3 +142,14 @@ def test_messages_are_printed_by_say_or_output():
         for node in ast.walk(ast.parse(path.read_text())):
             name = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""
             assert name != "print", f"{path}:{node.lineno}"
+
+
+def test_a_full_disk_behind_the_output_is_named(monkeypatch):
+    def full(text):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sys, "stdout", SimpleNamespace(name="<stdout>", isatty=lambda: False, write=full, flush=None))
+    for call in (say, output):
+        with pytest.raises(OSError) as caught:
+            call("text")
+        assert caught.value.filename == "<stdout>"

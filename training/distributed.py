@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 # A process waits this long for the others, for example while rank 0 prepares the data.
 TIMEOUT = timedelta(days=7)
+# For torchrun itself, which has started the process.
+CONNECT_TIMEOUT = timedelta(minutes=10)
 T = TypeVar("T")
 
 
@@ -40,6 +42,7 @@ class World:
         self.local_size = int(environment["LOCAL_WORLD_SIZE"]) if started_by_torchrun else 1
         self.restarts = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
         self.is_first = self.rank == 0
+        self.parent = os.getppid() if started_by_torchrun else None
 
     @contextmanager
     def joined(self, use_gpus: bool = True) -> Iterator[None]:
@@ -63,7 +66,7 @@ class World:
             torch.cuda.set_device(self.local_rank)
             backend = "cpu:gloo,cuda:nccl"
         try:
-            store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
+            store, _, _ = next(dist.rendezvous("env://", timeout=CONNECT_TIMEOUT))
             if self.size == self.local_size:
                 # torchrun keeps the store when it restarts the processes. In a new namespace, none
                 # finds the address of a process that has ended.
@@ -131,7 +134,12 @@ class World:
         return torch.cat(everyone)
 
     def agree(self, seconds: float, interrupted: bool) -> tuple[float, bool]:
-        """The first process's clock, and whether any process was interrupted."""
+        """The first process's clock, and whether any process was interrupted.
+
+        It also counts as an interruption if torchrun has ended, as by `kill -9`.
+        """
+        if self.parent not in (None, os.getppid()):
+            interrupted = True
         if self.size == 1:
             return seconds, interrupted
         values = self.gather(torch.tensor([seconds, interrupted], dtype=torch.float64))
@@ -195,5 +203,6 @@ def is_lost_connection(error: RuntimeError) -> bool:
     text = str(error)
     words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe",
              "NCCL communicator was aborted", "remote process exited", "Socket Timeout",
-             "failed to recv", "Connection refused", "connectFullMesh failed")
+             "failed to recv", "Connection refused", "connectFullMesh failed",
+             "client socket has timed out")
     return any(word in text for word in words)

@@ -254,8 +254,10 @@ class Training:
         micro_step = partial(try_micro_step, batch=self.data.first_batch, device=self.device,
                              boundary=self.data.boundary)
         choice = "false" if self.state.optimizers.sharded else limits.compile
-        self.forward = maybe_compile(model, choice, self.device,
-                                     self.step_flops * limits.max_steps, micro_step, say)
+        flops = self.step_flops * limits.max_steps
+        if limits.max_seconds:
+            flops = min(flops, limits.max_seconds * self.device.nominal_flops())
+        self.forward = maybe_compile(model, choice, self.device, flops, micro_step, say)
         self.is_compiled = self.forward is not model
         if not self.is_compiled:
             check_fused_loss(model, micro_step, say)

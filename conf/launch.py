@@ -153,12 +153,13 @@ def run_command(
     if "--help" in flags:
         say(help_text(root, doc))
         return 0
+    in_torchrun = "TORCHELASTIC_RUN_ID" in os.environ and os.environ["WORLD_SIZE"] != "1"
+    if in_torchrun and (root != "config" or "-m" in flags):
+        raise ValueError("torchrun trains one run with several processes: start a sweep with "
+                         "python train.py -m, and other commands with python, too.")
     if "-m" in flags:
         if not multirun:
             raise ValueError("-m: only train.py runs sweeps.")
-        if os.environ.get("WORLD_SIZE", "1") != "1":
-            raise ValueError("-m: torchrun trains one run with several processes; start a sweep "
-                             "with python train.py -m.")
         return imported(multirun)(overrides, show="--cfg" in flags)
     if root not in SCHEMAS:
         root = imported(root)

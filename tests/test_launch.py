@@ -236,10 +236,13 @@ def test_a_mistake_ends_a_torchrun_with_restarts(monkeypatch, restarts, nodes, r
     assert ended == [os.getppid()] * ends
 
 
-def test_torchrun_does_not_start_a_sweep(monkeypatch):
+def test_torchrun_starts_neither_sweeps_nor_samples(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     with pytest.raises(ValueError, match=r"start a sweep with python train\.py -m"):
         command("-m", "seed=1,2")
+    with pytest.raises(ValueError, match="torchrun trains one run"):
+        launcher.run_command(print, "sample", "", [])
 
 
 def test_scripts_are_listed():

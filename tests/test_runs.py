@@ -345,6 +345,14 @@ def test_compile_auto_is_decided_at_the_first_start(compose_tiny, run, monkeypat
     assert choices == ["true"] and compiled_at_last_start(run) is False
 
 
+def test_a_run_that_ends_by_time_is_no_longer_for_compile(compose_tiny, monkeypatch):
+    planned = []
+    monkeypatch.setattr(program, "maybe_compile", lambda model, choice, device, flops, *_:
+                        planned.append(flops / device.nominal_flops()) or model)
+    program.train(compose_tiny("training.max_steps=1000000000", "training.max_seconds=0.01"))
+    assert planned == [pytest.approx(0.01)]
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"compiled": "yes"}', "[" * 100_000])
 def test_a_damaged_record_of_starts_is_ignored(tmp_path, content):
     (tmp_path / "environment.jsonl").write_text(content)

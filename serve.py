@@ -17,6 +17,7 @@ if __name__ == "__main__":
     launch("serve:serve", ServeSettings, __doc__)
 
 import errno
+import logging
 import socket
 import sys
 from collections.abc import Callable
@@ -121,6 +122,8 @@ def start_decoding(engine: Engine, settings: ServeSettings) -> DecodingThread:
 
 def make_server(uvicorn: Any, app: Any, models: dict[str, Model]) -> Any:
     """The server. A signal ends the open streams first."""
+    # It warns of each stream whose client has gone, which is nothing to worry about.
+    logging.getLogger("asyncio").setLevel(logging.ERROR)
 
     class Server(uvicorn.Server):
         exit_code = 0

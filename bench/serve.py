@@ -162,7 +162,7 @@ async def measure(port: int, settings: ServeSettings, clients: int, requests: in
 
 async def ask(port: int, settings: ServeSettings, number: int) -> Answered:
     """Read one stream to its end. A request's number decides its prompt."""
-    prompt = [(31 * number + 7 * place) % 60 for place in range(settings.prompt)]
+    prompt = [(31 * number + 7 * place) % 20 for place in range(settings.prompt)]
     body = json.dumps({"prompt": prompt, "max_tokens": settings.tokens, "seed": number,
                        "stream": True, "stream_options": {"include_usage": True}})
     start = time.perf_counter()

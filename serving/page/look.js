@@ -45,11 +45,12 @@ function showLosses({ tokens, next, loss, bits_per_byte: bits }) {
   find("loss").textContent = count
     ? `${loss.toFixed(3)} nats per token, perplexity ${Math.exp(loss).toFixed(1)}, ${bits.toFixed(3)} bits per byte, of ${count} predicted tokens.`
     : "No token is predicted: write more than one.";
-  find("next").tBodies[0].replaceChildren(...next.map((one) => make("tr", {}, ...shareCells(one).map((cell) => make("td", {}, cell)))));
+  const rows = next.map((one) => make("tr", {}, ...shareCells(one).map((cell) => make("td", {}, cell))));
+  find("next").tBodies[0].replaceChildren(...rows);
 }
 
 function showAttention({ data, left_out: leftOut }) {
-  find("attention-note").textContent = leftOut ? `Of the last ${data.words.length} tokens; ${leftOut} before them are not shown.` : "";
+  find("attention-note").textContent = !leftOut ? "" : `Of the last ${data.words.length} tokens; ${leftOut} before them are not shown.`;
   const frame = find("attention");
   frame.onload = () => {
     const { body } = frame.contentDocument;

@@ -59,13 +59,18 @@ export class TokenText {
     this.tokens = tokens;
     for (let index = first; index < tokens.length; index++) {
       const { text, logprob, isChosen } = tokens[index];
-      this.spans[index] ??= this.container.appendChild(make("span", { role: "button", tabIndex: index ? -1 : 0, ariaHasPopup: "dialog", ariaExpanded: "false" }));
+      this.spans[index] ??= this.container.appendChild(this.tokenSpan(index));
       const tint = logprob === null ? 0 : TINTS.findIndex(([least]) => Math.exp(logprob) >= least);
       this.spans[index].className = `token tint-${tint}${text.includes("\n") ? " newline" : ""}${isChosen ? " chosen" : ""}`;
       this.spans[index].textContent = text;
       this.spans[index].hidden = !text;
       if (logprob !== null) this.spans[index].title = percent(logprob);
     }
+  }
+
+  tokenSpan(index) {
+    const tabIndex = index ? -1 : 0; // the arrow keys go to the others
+    return make("span", { role: "button", tabIndex, ariaHasPopup: "dialog", ariaExpanded: "false" });
   }
 
   onKey(event) {
@@ -89,14 +94,16 @@ export class TokenText {
     const about = make("p", {}, name, ` had ${percent(logprob)}, a loss of ${(-logprob).toFixed(2)}.`);
     if (this.choose) about.append(" Continue from another token:");
     const items = top.map((one) => {
-      const tag = this.choose ? "button" : "span";
-      const row = make(tag, {}, ...shareCells(one));
-      if (this.choose) {
-        Object.assign(row, { type: "button", disabled: !this.allows(one[0]), onclick: () => { this.close(false); this.choose(index, one[0]); } });
-      }
-      return make("li", {}, row);
+      if (!this.choose) return make("li", {}, make("span", {}, ...shareCells(one)));
+      const button = make("button", { type: "button", disabled: !this.allows(one[0]) }, ...shareCells(one));
+      button.addEventListener("click", () => {
+        this.close(false);
+        this.choose(index, one[0]);
+      });
+      return make("li", {}, button);
     });
-    this.popover = make("div", { className: "popover", role: "dialog", ariaLabel: `Alternatives of ${visible(text)}`, tabIndex: -1 }, about, make("ul", {}, ...items));
+    const ariaLabel = `Alternatives of ${visible(text)}`;
+    this.popover = make("div", { className: "popover", role: "dialog", ariaLabel, tabIndex: -1 }, about, make("ul", {}, ...items));
     this.opener = span;
     span.ariaExpanded = "true";
     const panel = this.container.closest(".panel");

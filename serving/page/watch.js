@@ -6,6 +6,7 @@ const LIST_SECONDS = 5, METRICS_SECONDS = 2, RECENT_SECONDS = 60;
 const COLORS = ["#2f7fc1", "#d9702b", "#2f9e6e", "#c2569b", "#8a6fd1", "#a37f1f"];
 const MAX_POINTS = 300;
 const HEIGHT = 320, LEFT = 46, RIGHT = 12, TOP = 10, BOTTOM = 40;
+const COLUMNS = ["run", "state", "validation loss", "bits per byte", "report"];
 const AXES = { step: "step", tokens: "training tokens", seconds: "seconds of training" };
 
 let isVisible = () => false, axis = "step", sweepShown = "";
@@ -48,7 +49,7 @@ async function listRuns() {
   if (!curves.size && runs.length) choose(runs.reduce((a, b) => (b.age_s < a.age_s ? b : a)).name, true);
   const focused = document.activeElement?.value;
   find("runs").replaceChildren(
-    make("thead", {}, make("tr", {}, ...["run", "state", "validation loss", "bits per byte", "report"].map((name) => make("th", { textContent: name })))),
+    make("thead", {}, make("tr", {}, ...COLUMNS.map((name) => make("th", { textContent: name })))),
     make("tbody", {}, ...runs.map(runRow)));
   [...find("runs").querySelectorAll("input")].find((box) => box.value === focused)?.focus();
   find("sweep-part").hidden = !sweeps.length;
@@ -69,8 +70,9 @@ function runRow({ name, state, age_s: age, finished, val_loss: loss, bits_per_by
   });
   const isLive = !finished && age !== null && age < RECENT_SECONDS;
   const link = report ? make("a", { href: report, target: "_blank", rel: "noopener", textContent: "open" }) : "";
-  const cells = [make("label", {}, box, " ", swatch(name), name), make("span", { className: isLive ? "live" : "", textContent: problem ?? state + (isLive ? ", training" : "") }),
-    loss?.toFixed(4) ?? "", bits?.toFixed(4) ?? "", link];
+  const label = make("label", {}, box, " ", swatch(name), name);
+  const status = make("span", { className: isLive ? "live" : "", textContent: problem ?? state + (isLive ? ", training" : "") });
+  const cells = [label, status, loss?.toFixed(4) ?? "", bits?.toFixed(4) ?? "", link];
   return make("tr", {}, ...cells.map((cell) => make("td", {}, cell)));
 }
 
@@ -138,7 +140,8 @@ function ticks(low, high, count) {
 }
 
 function draw() {
-  const chosen = [...curves].map(([name, { color, rows }]) => ({ name, color, training: thinned(points(rows, "loss")), validation: points(rows, "val_loss") }));
+  const chosen = [...curves].map(([name, { color, rows }]) =>
+    ({ name, color, training: thinned(points(rows, "loss")), validation: points(rows, "val_loss") }));
   find("curve-names").replaceChildren(...chosen.map(({ name }) => make("span", {}, swatch(name), name)));
   drawSamples();
   const all = chosen.flatMap(({ training, validation }) => [...training, ...validation]);
@@ -152,16 +155,19 @@ function draw() {
   const x = (value) => LEFT + (value / right) * (width - LEFT - RIGHT);
   const y = (value) => HEIGHT - BOTTOM - ((value - low) / (high - low)) * (HEIGHT - TOP - BOTTOM);
   const path = (curve) => curve.map(([a, b], index) => `${index ? "L" : "M"}${x(a).toFixed(1)} ${y(b).toFixed(1)}`).join("");
-  const summary = chosen.map(({ name, validation }) => `${name}: ${validation.length ? `validation loss ${validation[validation.length - 1][1].toFixed(4)}` : "no validation loss yet"}`).join("; ");
+  const last = (curve) => (curve.length ? `validation loss ${curve[curve.length - 1][1].toFixed(4)}` : "no validation loss yet");
+  const summary = chosen.map(({ name, validation }) => `${name}: ${last(validation)}`).join("; ");
   const picture = svg("svg", { viewBox: `0 0 ${width} ${HEIGHT}`, role: "img", "aria-label": `Losses against ${AXES[axis]}. ${summary}` });
   for (const value of ticks(low, high, 6)) {
     picture.append(svg("line", { class: "grid", x1: LEFT, x2: width - RIGHT, y1: y(value), y2: y(value) }),
       svg("text", { x: LEFT - 8, y: y(value) + 4, "text-anchor": "end" }, String(value)));
   }
-  for (const value of ticks(0, right, width / 90)) picture.append(svg("text", { x: x(value), y: HEIGHT - BOTTOM + 18, "text-anchor": "middle" }, value.toLocaleString("en")));
-  picture.append(svg("text", { x: (LEFT + width - RIGHT) / 2, y: HEIGHT - 4, "text-anchor": "middle" }, AXES[axis]));
+  const below = (at, bottom, text) => picture.append(svg("text", { x: at, y: HEIGHT - bottom, "text-anchor": "middle" }, text));
+  for (const value of ticks(0, right, width / 90)) below(x(value), BOTTOM - 18, value.toLocaleString("en"));
+  below((LEFT + width - RIGHT) / 2, 4, AXES[axis]);
   for (const { color, training, validation } of chosen) {
-    picture.append(svg("path", { class: "curve pale", d: path(training), stroke: color }), svg("path", { class: "curve", d: path(validation), stroke: color }));
+    picture.append(svg("path", { class: "curve pale", d: path(training), stroke: color }),
+      svg("path", { class: "curve", d: path(validation), stroke: color }));
     for (const [a, b] of validation) picture.append(svg("circle", { cx: x(a), cy: y(b), r: 3, fill: color }));
   }
   find("curves").replaceChildren(picture);
@@ -177,8 +183,10 @@ function drawSamples() { // of each run the last one up to the step that is chos
   find("sample-choice").hidden = steps.length < 2;
   find("sample-shown").textContent = slider.ariaValueText = chosen === undefined ? "" : shown(chosen);
   const cards = samples.map(([name, rows]) => [name, rows.filter(({ step }) => step <= chosen).pop()]).filter(([, row]) => row);
-  find("samples").replaceChildren(...cards.map(([name, { step, sample }]) =>
-    make("div", { className: "card" }, make("p", {}, swatch(name), `${name}, ${shown(step)}`), make("blockquote", { textContent: sample }))));
+  find("samples").replaceChildren(...cards.map(([name, { step, sample }]) => {
+    const title = make("p", {}, swatch(name), `${name}, ${shown(step)}`);
+    return make("div", { className: "card" }, title, make("blockquote", { textContent: sample }));
+  }));
   if (!cards.length) find("samples").append(make("p", { className: "help", textContent: "No samples yet." }));
 }
 

@@ -30,7 +30,8 @@ export function setUp(answer, look) {
 
 function settingField({ name, kind, value, help, limits }) {
   const isText = kind === "str", id = `setting-${name}`;
-  const input = isText ? make("textarea", { rows: 1 }) : make("input", { type: "number", step: kind === "int" ? "1" : "any", required: true });
+  const step = kind === "int" ? "1" : "any";
+  const input = isText ? make("textarea", { rows: 1 }) : make("input", { type: "number", step, required: true });
   Object.assign(input, { id, value });
   input.setAttribute("aria-describedby", `${id}-help`);
   const low = limits.ge ?? limits.gt, high = limits.le ?? limits.lt;
@@ -38,12 +39,14 @@ function settingField({ name, kind, value, help, limits }) {
   if (high !== undefined) input.max = high;
   const row = make("div", {}, input);
   if (kind === "float") {
-    const slider = make("input", { type: "range", min: low ?? 0, max: high ?? SLIDER_MAX, step: 0.01, value, ariaLabel: `${name}, slider` });
+    const range = { min: low ?? 0, max: high ?? SLIDER_MAX, step: 0.01, value };
+    const slider = make("input", { type: "range", ...range, ariaLabel: `${name}, slider` });
     slider.addEventListener("input", () => { input.value = slider.value; });
     input.addEventListener("input", () => { slider.value = input.value; });
     row.prepend(slider);
   }
-  return make("div", { className: "setting" }, make("label", { htmlFor: id, textContent: name }), row, make("p", { id: `${id}-help`, className: "help", textContent: help }));
+  const label = make("label", { htmlFor: id, textContent: name });
+  return make("div", { className: "setting" }, label, row, make("p", { id: `${id}-help`, className: "help", textContent: help }));
 }
 
 function chosenSettings() {
@@ -60,8 +63,8 @@ async function write(choice) { // `choice`: continue a text of one panel, instea
   find("written").textContent = "Writing…";
   find("stop-writing").disabled = false;
   const start = performance.now(), settings = chosenSettings(), prompt = find("prompt").value;
-  const texts = used.map((panel) => panel.write(choice?.text ?? { model: panel.model, prompt, chars: [], tokens: [], parent: null, children: [], settings }));
-  const counts = await Promise.all(texts);
+  const newText = (model) => ({ model, prompt, settings, chars: [], tokens: [], parent: null, children: [] });
+  const counts = await Promise.all(used.map((panel) => panel.write(choice?.text ?? newText(panel.model))));
   if (used.some((panel) => panel.controller)) return; // another one has begun
   const seconds = (performance.now() - start) / 1000, count = counts.reduce((sum, one) => sum + one, 0);
   find("written").textContent = `Wrote ${count} ${count === 1 ? "token" : "tokens"} in ${seconds.toFixed(1)} seconds.`;
@@ -155,11 +158,13 @@ class Panel {
 
   branchOf(node) {
     const { temperature, seed } = node.settings;
-    const name = node.parent ? `“${visible(node.choice)}” instead of “${visible(node.instead)}”` : `“${shortened(node.prompt)}” at temperature ${temperature}, seed ${seed}`;
-    const button = make("button", { type: "button", textContent: name, ariaCurrent: node === this.shown ? "true" : null, onclick: () => {
+    let name = `“${shortened(node.prompt)}” at temperature ${temperature}, seed ${seed}`;
+    if (node.parent) name = `“${visible(node.choice)}” instead of “${visible(node.instead)}”`;
+    const button = make("button", { type: "button", textContent: name, ariaCurrent: node === this.shown ? "true" : null });
+    button.addEventListener("click", () => {
       this.show(node);
       this.part("[aria-current]").focus();
-    } });
+    });
     const item = make("li", {}, button);
     if (node.children.length) item.append(make("ul", {}, ...node.children.map((child) => this.branchOf(child))));
     return item;

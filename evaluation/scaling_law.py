@@ -18,6 +18,8 @@ HUBER = 1e-3
 # The exponents that a fit starts from, each pair with the best E, A and B for it.
 START_EXPONENTS = np.array([0.1, 0.2, 0.3, 0.45, 0.65, 0.9, 1.2])
 STARTS = 3  # pairs of exponents that L-BFGS starts from
+# Of E, A, B, alpha and beta. Without the limits, noise can make an exponent negative.
+BOUNDS = [(None, None)] * 3 + [(0.05, 3.0)] * 2
 LEVEL = 0.95  # the part of intervals that contain the true number
 MIN_RUNS = 8  # for five constants and their intervals
 MIN_STEPS = 100  # of a run in a grid
@@ -103,6 +105,7 @@ class LogLaw:
 
         results = [
             minimize(self.objective, x, args=(np.log(losses),), jac=True, method="L-BFGS-B",
+                     bounds=BOUNDS,
                      options={"maxiter": 1000, "maxcor": 20, "ftol": 1e-12, "gtol": 1e-6})
             for x in starts
         ]

@@ -52,6 +52,12 @@ def test_intervals_cover_the_true_law():
     assert covered >= 21
 
 
+@needs_scipy
+def test_losses_of_noise_alone_give_finite_intervals():
+    fit = fit_law(*runs_of(LAW, noise=0.5), draws=20)
+    assert np.isfinite([fit.interval(lambda law: law.best(1e21)[0]), fit.interval_of_run(1e10, 1e12)]).all()
+
+
 def test_the_best_size_has_the_lowest_loss():
     size, tokens = LAW.best(1e21)
     others = np.geomspace(size / 10, size * 10, 2001)

@@ -1,7 +1,8 @@
 """The log probabilities of continuations, where beginnings that requests share are read once.
 
-Requests that begin alike form a tree of tokens, which is one row of a batch: a token attends to
-those on the way from the root. Shapes: B rows, T tokens of a row, N scored tokens, C width.
+Requests that begin alike form a tree of tokens: a token attends to those on the way from the root.
+Several trees make up a row of a batch, so that there is little padding. Shapes: B rows, T tokens of
+a row, N scored tokens, C width.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -24,12 +25,13 @@ from model.attention import attend
 from progress import ProgressBar
 
 # The number of positions whose logits are in memory at once.
-MAX_POSITIONS = 256
+MAX_POSITIONS = 128
 # Requests form a tree if they have this number of tokens in common, and this part of the inputs.
 LEAST_SHARED = 8
 LEAST_PART_SHARED = 0.2
-# A token attends to all tokens of its tree by a mask, so that large trees are slow.
+# Attention computes all pairs of tokens of a row and then masks them, so that long rows are slow.
 MAX_TREE = 512
+LEAST_ROW = 256
 
 
 @dataclass(frozen=True)
@@ -51,52 +53,65 @@ class Score:
 
 
 @dataclass
-class Tree:
-    """The inputs of requests as one tree; those of a single request are a chain.
+class Row:
+    """The inputs of requests as trees of tokens in one row of a batch.
 
-    `parents` has the number of the token before each token, -1 for the first; `depths` its position
+    `parents` has the place of the token before each token, -1 for the first; `depths` its position
     in the requests.
     """
 
     tokens: list[int] = field(default_factory=list)
     parents: list[int] = field(default_factory=list)
     depths: list[int] = field(default_factory=list)
-    # For each request, its number and those of the tokens whose logits predict its targets.
+    # For each request, its number and the places of the tokens whose logits predict its targets.
     requests: list[tuple[int, list[int]]] = field(default_factory=list)
-    numbers: dict[tuple[int, int], int] = field(default_factory=dict)
+    places: dict[tuple[int, int], int] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
 
     def add(self, number: int, request: Request) -> None:
         path = [-1]
         for depth, token in enumerate(request.inputs):
             step = path[-1], token
-            if step not in self.numbers:
-                self.numbers[step] = len(self.tokens)
+            if step not in self.places:
+                self.places[step] = len(self)
                 self.tokens.append(token)
                 self.parents.append(path[-1])
                 self.depths.append(depth)
-            path.append(self.numbers[step])
+            path.append(self.places[step])
         self.requests.append((number, path[-len(request.targets) :]))
 
+    def join(self, other: Row) -> None:
+        """Put the trees of another row behind those of this one."""
+        start = len(self)
+        self.tokens += other.tokens
+        self.depths += other.depths
+        self.parents += [parent + start if parent >= 0 else -1 for parent in other.parents]
+        for number, path in other.requests:
+            self.requests.append((number, [place + start for place in path]))
+
     @property
-    def is_chain(self) -> bool:
+    def is_causal(self) -> bool:
+        """Whether each token attends to all tokens before it."""
         return len(self.requests) == 1
 
 
 class TreeAttention:
-    """The attention context of a batch of trees: a token attends to those before it in a request.
+    """The attention context of a batch: a token attends to those before it in its requests.
 
     Padding attends to itself only.
     """
 
-    def __init__(self, trees: Sequence[Tree], length: int, device: torch.device) -> None:
-        positions = torch.zeros(len(trees), length, dtype=torch.long)
-        mask = torch.eye(length, dtype=torch.bool).repeat(len(trees), 1, 1)
-        for row, tree in enumerate(trees):
-            positions[row, : len(tree.depths)] = torch.tensor(tree.depths)
-            attended = mask[row].numpy()
-            for number, parent in enumerate(tree.parents):
+    def __init__(self, rows: Sequence[Row], length: int, device: torch.device) -> None:
+        positions = torch.zeros(len(rows), length, dtype=torch.long)
+        mask = torch.eye(length, dtype=torch.bool).repeat(len(rows), 1, 1)
+        for number, row in enumerate(rows):
+            positions[number, : len(row)] = torch.tensor(row.depths)
+            attended = mask[number].numpy()
+            for place, parent in enumerate(row.parents):
                 if parent >= 0:
-                    attended[number, :number] = attended[parent, :number]
+                    attended[place, :place] = attended[parent, :place]
         self.positions = positions.to(device)  # [B, T]
         self.mask = mask[:, None].to(device)  # [B, 1, T, T]
 
@@ -175,8 +190,9 @@ class Scorer:
         left = [number for number in range(len(requests)) if number not in scores]
         with ProgressBar(total=len(requests), initial=len(scores), desc=title, unit="requests",
                          leave=False) as bar:
-            for trees in batches(plant(self.engine, requests, left), self.batch_tokens):
-                new = score_batch(self.engine, trees, requests)
+            trees = plant(self.engine, requests, left)
+            for rows in batches(packed(trees), self.batch_tokens):
+                new = score_batch(self.engine, rows, requests)
                 if self.finished:
                     for number, one in new.items():
                         self.finished.add(requests[number], one)
@@ -185,22 +201,39 @@ class Scorer:
         return [scores[number] for number in range(len(requests))]
 
 
-def plant(engine: Engine, requests: Sequence[Request], numbers: Sequence[int]) -> list[Tree]:
-    """The trees of the requests with these numbers."""
+def plant(engine: Engine, requests: Sequence[Request], numbers: Sequence[int]) -> list[Row]:
+    """The trees of the requests with these numbers, each in a row of its own."""
     # An n-gram embedding takes the tokens before it in the row for those before it in the text.
-    most = MAX_TREE if engine.model.config.ngrams == 1 else 0
-    trees: list[Tree] = []
+    can_share = engine.model.config.ngrams == 1
+    trees: list[Row] = []
     before: tuple[int, ...] = ()
     # In this order, a request has no longer beginning in common with another than the one before.
     for number in sorted(numbers, key=lambda number: requests[number].inputs):
         inputs = requests[number].inputs
-        shared = shared_length(before, inputs)
-        least = max(LEAST_SHARED, LEAST_PART_SHARED * len(inputs))
-        if shared < least or len(trees[-1].tokens) + len(inputs) - shared > max(most, len(inputs)):
-            trees.append(Tree())
+        shared = shared_length(before, inputs) if can_share else 0
+        is_alike = shared >= max(LEAST_SHARED, LEAST_PART_SHARED * len(inputs))
+        if not is_alike or len(trees[-1]) + len(inputs) - shared > max(MAX_TREE, len(inputs)):
+            trees.append(Row())
         trees[-1].add(number, requests[number])
         before = inputs
     return trees
+
+
+def packed(trees: list[Row]) -> list[Row]:
+    """Rows of several trees: the largest one that is left, and those that fit behind it."""
+    trees = sorted(trees, key=len)
+    sizes = [len(tree) for tree in trees]
+    rows: list[Row] = []
+    while trees:
+        row, size = trees.pop(), sizes.pop()
+        most = max(size, LEAST_ROW)
+        place = bisect_right(sizes, most - size) - 1
+        while place >= 0:
+            row.join(trees.pop(place))
+            size += sizes.pop(place)
+            place = bisect_right(sizes, most - size) - 1
+        rows.append(row)
+    return rows
 
 
 def shared_length(first: Sequence[int], second: Sequence[int]) -> int:
@@ -213,66 +246,67 @@ def shared_length(first: Sequence[int], second: Sequence[int]) -> int:
     return length
 
 
-def batches(trees: list[Tree], batch_tokens: int) -> Iterator[list[Tree]]:
-    """Trees that are read together; with padding at most `batch_tokens`, but at least one tree."""
-    batch: list[Tree] = []
+def batches(rows: list[Row], batch_tokens: int) -> Iterator[list[Row]]:
+    """Rows that are read together; with padding at most `batch_tokens`, but at least one row."""
+    batch: list[Row] = []
     # The longest first: if memory does not suffice, that shows at once.
-    for tree in sorted(trees, key=lambda tree: (tree.is_chain, -len(tree.tokens))):
-        if batch and (tree.is_chain != batch[0].is_chain
-                      or (len(batch) + 1) * len(batch[0].tokens) > batch_tokens):
+    for row in sorted(rows, key=lambda row: (row.is_causal, -len(row))):
+        is_full = batch and (len(batch) + 1) * len(batch[0]) > batch_tokens
+        if is_full or (batch and row.is_causal != batch[0].is_causal):
             yield batch
             batch = []
-        batch.append(tree)
+        batch.append(row)
     if batch:
         yield batch
 
 
 @torch.inference_mode()
-def score_batch(engine: Engine, trees: Sequence[Tree],
+def score_batch(engine: Engine, rows: Sequence[Row],
                 requests: Sequence[Request]) -> dict[int, Score]:
-    """The scores of the requests of some trees, by their numbers in `requests`."""
-    device, length = engine.device, len(trees[0].tokens)
-    ids = torch.zeros((len(trees), length), dtype=torch.long)
+    """The scores of the requests in some rows, by their numbers in `requests`."""
+    device, length = engine.device, len(rows[0])
+    ids = torch.zeros((len(rows), length), dtype=torch.long)
     # Each place in the batch with a target that it predicts; requests can have them in common.
-    pairs: dict[tuple[int, int], None] = {}
-    places: dict[int, list[tuple[int, int]]] = {}
-    for row, tree in enumerate(trees):
+    pairs: set[tuple[int, int]] = set()
+    pairs_of: dict[int, list[tuple[int, int]]] = {}
+    for start, row in zip(range(0, ids.numel(), length), rows, strict=True):
         # Padding on the right is not attended to.
-        ids[row, : len(tree.tokens)] = torch.tensor(tree.tokens)
-        for number, path in tree.requests:
+        ids[start // length, : len(row)] = torch.tensor(row.tokens)
+        for number, path in row.requests:
             targets = requests[number].targets
-            places[number] = [(row * length + column, target)
-                              for column, target in zip(path, targets, strict=True)]
-            pairs |= dict.fromkeys(places[number])
-    ordered = sorted(pairs)
+            pairs_of[number] = [(start + place, target)
+                                for place, target in zip(path, targets, strict=True)]
+            pairs.update(pairs_of[number])
     context = None
-    if not trees[0].is_chain:
-        context = TreeAttention(trees, length, device.torch)
+    if not rows[0].is_causal:
+        context = TreeAttention(rows, length, device.torch)
     with device.autocast():
         features = engine.model.features(ids.to(device.torch), context=context)
-        found = token_scores(engine, features.flatten(0, 1), ordered)
-    of_pair = dict(zip(ordered, found, strict=True))
+        found = token_scores(engine, features.flatten(0, 1), sorted(pairs))
     scores = {}
-    for number, of_request in places.items():
-        logprobs, is_greedy = zip(*(of_pair[pair] for pair in of_request), strict=True)
+    for number, own_pairs in pairs_of.items():
+        logprobs, is_greedy = zip(*(found[pair] for pair in own_pairs), strict=True)
         scores[number] = Score(math.fsum(logprobs), all(is_greedy))
     return scores
 
 
 def token_scores(engine: Engine, features: Tensor,
-                 pairs: Sequence[tuple[int, int]]) -> list[tuple[float, bool]]:
-    """For sorted pairs of a row of features `[N, C]` and a target: its log probability, and
-    whether it is the likeliest token."""
+                 pairs: list[tuple[int, int]]) -> dict[tuple[int, int], tuple[float, bool]]:
+    """The log probability of the target of each pair, and whether it is the likeliest token.
+
+    `pairs` are sorted, and each has the number of a row of `features` `[N, C]` and a target.
+    """
     scored = sorted({row for row, _ in pairs})
     features = features[torch.tensor(scored, device=features.device)]
     found: list[tuple[float, bool]] = []
     for start in range(0, len(scored), MAX_POSITIONS):
         rows = scored[start : start + MAX_POSITIONS]
         chunk = pairs[bisect_left(pairs, (rows[0],)) : bisect_left(pairs, (rows[-1] + 1,))]
-        index = torch.tensor([bisect_left(rows, row) for row, _ in chunk])
-        targets = torch.tensor([target for _, target in chunk])
+        index = torch.tensor([bisect_left(rows, row) for row, _ in chunk], device=features.device)
+        targets = torch.tensor([target for _, target in chunk], device=features.device)
         logits = engine.model.head(features[start : start + MAX_POSITIONS]).float()
-        logprobs = logits[index, targets] - logits.logsumexp(1)[index]
-        is_greedy = logits.argmax(1)[index] == targets.to(logits.device)
+        # On CPUs, logsumexp takes seven times as long as log_softmax.
+        logprobs = logits.log_softmax(1)[index, targets]
+        is_greedy = logits.argmax(1)[index] == targets
         found += zip(logprobs.tolist(), is_greedy.tolist(), strict=True)
-    return found
+    return dict(zip(pairs, found, strict=True))

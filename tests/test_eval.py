@@ -168,7 +168,8 @@ def test_a_task_of_the_package_and_its_limit(measure, package):
 def test_results_are_kept_and_an_evaluation_resumes(compose_tiny, tmp_path, task_file, monkeypatch):
     """An interruption in the second batch keeps the first; the same command again reads the rest only."""
     train.train(compose_tiny("training.max_steps=1"))
-    path = task_file(CHOICE, WORD, (["The dog"], [" sees"], 0))
+    text = "Every old house sees its shadow. " * 2
+    path = task_file(*([[text[start : start + 25]], [" dog"], 0] for start in range(16)))
     settings = compose(EvalSettings, [f"runs_dir={tmp_path / 'runs'}", "device=cpu", "precision=fp32", f"tasks={path}", "batch_tokens=1"])
     folder, score_batch, read = tmp_path / "runs" / "tiny", scoring.score_batch, []
 
@@ -187,14 +188,14 @@ def test_results_are_kept_and_an_evaluation_resumes(compose_tiny, tmp_path, task
         eval.evaluate(settings)
     monkeypatch.setattr(scoring, "score_batch", counted)
     eval.evaluate(settings)
-    assert len(read) > 2 and sum(read) == 4
+    assert len(read) == 2 and sum(read) == 16
     resumed = json.loads((folder / "evaluation.json").read_text())
     assert resumed["models"][0]["name"] == "tiny"
     eval.evaluate(settings)
-    assert sum(read) == 4
+    assert sum(read) == 16
     (folder / "evaluation.scores.jsonl").unlink()
     eval.evaluate(settings)
-    assert sum(read) == 8 and json.loads((folder / "evaluation.json").read_text()) == resumed
+    assert sum(read) == 32 and json.loads((folder / "evaluation.json").read_text()) == resumed
 
 
 def test_tasks_while_training_change_no_weight(compose_tiny, package, tmp_path):

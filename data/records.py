@@ -24,6 +24,7 @@ MISSING = object()
 DELIMITERS = {".csv": ",;\t|", ".tsv": "\t"}
 JSON_TYPES = {
     type(None): "null",
+    str: "text",
     bool: "true or false",
     int: "a number",
     float: "a number",

@@ -156,7 +156,7 @@ class FinishedScores:
         self.scores: dict[str, Score] = {}
         self.file = atomic.LineFile(path)
         for line in path.read_bytes().splitlines():
-            with suppress(ValueError, TypeError):
+            with suppress(ValueError, TypeError, RecursionError, OverflowError):
                 key, logprob, is_greedy = json.loads(line)
                 self.scores[key] = Score(float(logprob), bool(is_greedy))
 

@@ -130,17 +130,21 @@ def read_questions(path: Path, limit: int | None) -> list[Question]:
             if number not in questions:
                 if limit and len(questions) == limit:
                     break
-                # A text as the label is that of the only continuation.
-                questions[number] = Question(label if isinstance(label, int) else 0)
+                questions[number] = Question(label)
             question, request = questions[number], record["request"]
-            question.contexts.append(str(request["context"]))
-            question.continuations.append(str(request["continuation"]))
+            # Raises TypeError for anything but a text.
+            question.contexts.append("" + request["context"])
+            question.continuations.append("" + request["continuation"])
     except (ValueError, LookupError, TypeError, EOFError, RecursionError, zlib.error) as error:
         raise ValueError(f"{path} is not a file of requests ({type(error).__name__}: {error}): "
                          "docs/evaluation.md describes the format.") from None
     for number, question in questions.items():
-        if not 0 <= question.gold < len(question.continuations):
-            raise ValueError(f"{path}: document {number} has the label {question.gold} and "
+        is_index = isinstance(question.gold, int)
+        if not is_index and len(question.continuations) == 1:
+            # A text as the label is that of the only continuation.
+            question.gold = 0
+        elif not is_index or not 0 <= question.gold < len(question.continuations):
+            raise ValueError(f"{path}: document {number} has the label {question.gold!r:.40} and "
                              f"{len(question.continuations)} continuations: correct the label.")
         if not all(question.continuations):
             raise ValueError(f"{path}: document {number} has an empty continuation: remove it.")

@@ -244,6 +244,8 @@ def test_invalid_tasks_of_a_training_are_refused(compose_tiny, package, chosen, 
     ("{}", "is not a file of requests"), ("", "has no requests"),
     ('{"doc_id": 0, "label": 2, "request": {"context": "a", "continuation": "b"}}', "has the label 2 and 1"),
     ('{"doc_id": 0, "label": 0, "request": {"context": "a", "continuation": ""}}', "empty continuation"),
+    ('{"doc_id": 0, "label": 0, "request": {"context": null, "continuation": "b"}}', "is not a file of requests"),
+    ("\n".join(['{"doc_id": 0, "label": "1", "request": {"context": "a", "continuation": "b"}}'] * 2), "has the label '1' and 2"),
 ])
 def test_invalid_requests_are_refused(measure, tmp_path, content, says):
     (tmp_path / "bad.jsonl").write_text(content)

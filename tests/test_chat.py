@@ -150,7 +150,7 @@ def test_an_epoch_has_each_answer_once_in_any_order(chats):
     ({"messages": "x"}, r"line 2: messages is not a list"),
     ({"messages": []}, r"line 2 has no message of the assistant"),
     ({"messages": [{"role": "user", "content": "x"}]}, r"line 2 has no message of the assistant"),
-    ({"messages": ["x"]}, r"line 2, message 1 is not a message with role and content \(it is a str\)"),
+    ({"messages": ["x"]}, r"line 2, message 1 is not a message with role and content \(it is text\)"),
     ({"messages": [{"role": "tool", "content": "x"}]}, r"line 2, message 1 has the role 'tool', which is none of system, user, assistant"),
     ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, r"line 2, message 1 has no text in its content \(it is a list\)"),
     (pair("x", None), r"line 2, message 2 has no text in its content \(it is null\)"),

@@ -35,6 +35,7 @@ from evaluation.loss import measure_loss, named_text, own_validation_split
 from evaluation.scoring import FinishedScores, Scorer
 from evaluation.tasks import find_tasks, measure_task, read_questions
 from generation.engine import Engine, engine_of
+from report.page import after_training
 from report.results import table
 from terminal import counted, output, say
 from training.device import Device, configure
@@ -74,6 +75,8 @@ def evaluate(settings: EvalSettings) -> int:
             models.append(model)
             if run and not settings.out:
                 write(run / FILE, [model])
+                if (run / "report.html").exists():
+                    after_training(run)
     if settings.out:
         write(Path(settings.out), models)
     output(table(models))

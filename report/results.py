@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from terminal import counted
+
 # The number of each column, its title, and how it is written. Others have columns of their own.
 COLUMNS = {"loss": ("loss", ".4f"), "perplexity": ("perplexity", ".2f"),
            "bits_per_byte": ("bits/byte", ".4f"), "accuracy": ("accuracy", ".1%"),
@@ -34,7 +36,8 @@ def cells(models: list[dict[str, Any]]) -> list[list[str]]:
     names += [name for name in found if name not in COLUMNS]
     rows = [["model", "on", "size", *(COLUMNS.get(name, (name,))[0] for name in names)]]
     for model, one in measured:
-        size = f"{one['documents']:,} documents" if "task" in one else f"{one['tokens']:,} tokens"
+        unit = "document" if "task" in one else "token"
+        size = counted(one[f"{unit}s"], unit)
         numbers = [number(one, name) for name in names]
         rows.append([model, one.get("text") or one["task"], size, *numbers])
     return rows

@@ -210,9 +210,10 @@ def test_tasks_while_training_change_no_weight(compose_tiny, package, tmp_path):
     assert weights[0] == weights[1]
     rows = map(json.loads, (tmp_path / "runs" / "with" / "metrics.jsonl").read_text().splitlines())
     assert [(row["step"], row["tasks/piqa/accuracy"] in (0, 1)) for row in rows if "tasks/piqa/accuracy" in row] == [(2, True), (4, True)]
+    report = tmp_path / "runs" / "with" / "report.html"
+    page.write([(report.parent, "with")], report, "", pictures=False)
     eval.evaluate(compose(EvalSettings, ["run=with", f"runs_dir={tmp_path / 'runs'}", "device=cpu", "precision=fp32", "tasks=piqa"]))
-    page.write([(tmp_path / "runs" / "with", "with")], tmp_path / "report.html", "", pictures=False)
-    assert "<td>with</td><td>piqa</td><td>1 documents</td>" in (tmp_path / "report.html").read_text()
+    assert "<td>with</td><td>piqa</td><td>1 document</td>" in report.read_text()
 
 
 # Errors

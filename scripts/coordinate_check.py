@@ -1,7 +1,7 @@
 """Check that activations keep their size in wider models, under the standard rules and under muP.
 
   python -m scripts.coordinate_check                            the default model and optimizer
-  python -m scripts.coordinate_check model=gpt2 optim=adamw model.n_layer=2 out=check.png
+  python -m scripts.coordinate_check model=nano optim=adamw out=check.png
   python -m scripts.coordinate_check heads=wider                as many heads in all models
 
 Takes the settings of train.py, too. Models of several widths are trained for a few steps on random

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from conf.settings import checkpoint_problems
+from conf.settings import ModelChoice, checkpoint_problems
 from setting import FilePath, FilePaths, range_problems, setting
 
 
@@ -28,14 +28,9 @@ class TextConfig:
 
 
 @dataclass(frozen=True)
-class EvalSettings:
+class EvalSettings(ModelChoice):
     """The settings of an evaluation."""
 
-    run: FilePaths = setting(
-        "", "names or folders of runs, separated by commas; empty: the latest run")
-    init_from: FilePath = setting(
-        "", "weights to evaluate instead of a run, as in train.py (docs/weights.md)")
-    runs_dir: FilePath = setting("runs", "folder that contains the runs' folders")
     checkpoint: str = setting("best", "best, last, or the number of a step")
     data: TextConfig = field(default_factory=TextConfig)
     eval_tokens: int | None = setting(
@@ -49,16 +44,12 @@ class EvalSettings:
         None, "the number of documents of each task; null: all of them", ge=1)
     batch_tokens: int = setting(8192, "tokens that are read at once", ge=1)
     out: FilePath = setting("", "the JSON file; empty: evaluation.json in each run's folder")
-    device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "where to run the model")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = setting(
-        "auto", "number format of matrix products")
 
     def problems(self) -> Iterator[str]:
         """One sentence for each invalid value."""
         yield from range_problems(self)
         yield from checkpoint_problems(self.checkpoint)
-        if self.init_from and self.run:
-            yield f"run={self.run} and init_from={self.init_from} exclude each other: choose one."
+        yield from self.choice_problems()
         if self.init_from and self.measures_loss and not self.data.path:
             yield (f"init_from={self.init_from} has no validation split: name a text, as in "
                    "data.path=book.txt, or tasks=.")

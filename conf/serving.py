@@ -7,24 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 from conf.sampling import SamplingConfig
-from conf.settings import checkpoint_problems
-from setting import FilePath, FilePaths, setting
+from conf.settings import ModelChoice, checkpoint_problems
+from setting import setting
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass(frozen=True)
-class ServeSettings(SamplingConfig):
+class ServeSettings(ModelChoice, SamplingConfig):
     """The settings of a server. Those of sampling are the defaults of a request."""
 
-    run: FilePaths = setting(
-        "", "names or folders of runs, separated by commas; empty: the latest run")
-    init_from: FilePath = setting(
-        "", "weights to serve instead of a run, as in train.py (docs/weights.md)")
-    runs_dir: FilePath = setting("runs", "folder that contains the runs' folders")
     checkpoint: str = setting(
         "best", "best, last, or the number of a step; several, separated by commas")
     host: str = setting("127.0.0.1", "the address to listen on; others than this machine's own "
@@ -34,17 +28,13 @@ class ServeSettings(SamplingConfig):
     batch_size: int = setting(16, "sequences decoded together, of each run", ge=1)
     max_requests: int = setting(64, "requests that decode or wait at a time, of each run", ge=1)
     max_request_tokens: int = setting(8192, "the most tokens that one request may generate", ge=1)
-    device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "where to run the model")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = setting(
-        "auto", "number format of matrix products")
 
     def problems(self) -> Iterator[str]:
         """One sentence for each invalid value."""
         yield from super().problems()
         for checkpoint in self.checkpoint.split(","):
             yield from checkpoint_problems(checkpoint)
-        if self.init_from and self.run:
-            yield f"run={self.run} and init_from={self.init_from} exclude each other: choose one."
+        yield from self.choice_problems()
         if self.host not in LOOPBACK and not self.api_key:
             yield (f"host={self.host} lets other machines in: set a secret with api_key=, or "
                    "leave host out.")

@@ -11,7 +11,7 @@ from conf.hints import closest
 from conf.sampling import SamplingConfig
 from data.config import DataConfig
 from model.config import GPTConfig
-from setting import FilePath, range_problems, setting
+from setting import FilePath, FilePaths, range_problems, setting
 from terminal import escaped
 from training.config import OptimConfig, TrainingConfig
 from training.recorder import LoggerConfig
@@ -58,6 +58,9 @@ class Settings:
             yield f"name={self.name} begins or ends with white space: remove it."
         if Path(self.name).is_absolute() or ".." in parts or (self.name and not parts):
             yield f"name={name} is outside runs_dir={self.runs_dir}: use a plain name."
+        if self.name.startswith("~"):
+            yield (f"name={name} begins with ~, and a name is no path: set runs_dir= for another "
+                   "folder.")
         found = []
         for group, settings in vars(self).items():
             if is_dataclass(settings):
@@ -80,14 +83,30 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class SampleSettings(SamplingConfig):
+class ModelChoice:
+    """The trained model that a program opens, and where it runs."""
+
+    run: FilePaths = setting(
+        "", "names or folders of runs, separated by commas; empty: the latest run")
+    init_from: FilePath = setting(
+        "", "weights to use instead of a run, as in train.py (docs/weights.md)")
+    runs_dir: FilePath = setting("runs", "folder that contains the runs' folders")
+    device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "where to run the model")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = setting(
+        "auto", "number format of matrix products")
+
+    def choice_problems(self) -> Iterator[str]:
+        """One sentence if two models are chosen."""
+        if self.init_from and self.run:
+            yield f"run={self.run} and init_from={self.init_from} exclude each other: choose one."
+
+
+@dataclass(frozen=True)
+class SampleSettings(ModelChoice, SamplingConfig):
     """The settings of sampling from a run or from published weights."""
 
     run: FilePath = setting(
         "", "name or folder of a run, or of a sweep for its best run; empty: the latest run")
-    init_from: FilePath = setting(
-        "", "weights to sample from instead of a run, as in train.py (docs/weights.md)")
-    runs_dir: FilePath = setting("runs", "folder that contains the runs' folders")
     checkpoint: str = setting("best", "best, last, or the number of a step")
     prompt: str = setting("", "the text to continue, taken literally; empty: start a new text")
     prompt_file: FilePath = setting("", "read the prompt from this file; -: from standard input")
@@ -101,9 +120,6 @@ class SampleSettings(SamplingConfig):
     chat: bool = setting(
         False, "a conversation, line by line, with a model trained with data=chat")
     system: str = setting("", "chat: instructions that precede the conversation")
-    device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "where to run the model")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = setting(
-        "auto", "number format of matrix products")
 
     def problems(self) -> Iterator[str]:
         """One sentence for each invalid value."""
@@ -122,9 +138,8 @@ class SampleSettings(SamplingConfig):
             yield ("logprobs=true only prints, and prompts= writes a file: leave logprobs out; "
                    "each line of the file has the mean log probability.")
         yield from checkpoint_problems(self.checkpoint)
-        if self.init_from and self.run:
-            yield f"run={self.run} and init_from={self.init_from} exclude each other: choose one."
-        elif self.init_from and self.checkpoint != "best":
+        yield from self.choice_problems()
+        if self.init_from and self.checkpoint != "best":
             yield (f"checkpoint={self.checkpoint} is for run=: name the folder of a checkpoint in "
                    "init_from=.")
 

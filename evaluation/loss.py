@@ -27,6 +27,7 @@ from data.tokenizer import Tokenizer
 from generation.engine import Engine
 from model.loss import MASKED, next_token_loss
 from progress import ProgressBar
+from terminal import counted
 from training.step import document_options
 
 
@@ -115,8 +116,8 @@ def named_text(named: TextConfig, saved: dict[str, Any], engine: Engine, max_tok
         tokens, bytes_per_token = Tokens([ids]), n_bytes / max(1, len(ids))
     block_size = engine.model.config.block_size
     if len(tokens) <= block_size:
-        raise ValueError(f"data.path={path} has {len(tokens):,} tokens, one context of the model "
-                         f"needs {block_size + 1:,}: name a longer text.")
+        raise ValueError(f"data.path={path} has {counted(len(tokens), 'token')}, one context of "
+                         f"the model needs {block_size + 1:,}: name a longer text.")
     validation = Validation([tokens], block_size, batch_size(batch_tokens, block_size),
                             max_tokens or len(tokens))
     boundary = None

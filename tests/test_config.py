@@ -390,6 +390,7 @@ def test_a_path_may_begin_at_home(monkeypatch, tmp_path):
         assert convert(path, FilePath) == wanted
     assert convert("a,~/b,~", FilePaths) == f"a,{tmp_path}/b,{tmp_path}"
     assert "runs_dir=~nobody_is_so_named/x names no home folder" in complaint("runs_dir=~nobody_is_so_named/x")
+    assert "name=~/a begins with ~" in complaint("name=~/a")
     (tmp_path / "own.yaml").write_text("seed: 7\nruns_dir: ~/runs")
     made = compose("config", ["experiment=~/own.yaml"])
     assert (made.seed, made.runs_dir) == (7, f"{tmp_path}/runs")

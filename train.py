@@ -56,9 +56,10 @@ from report.page import after_training, is_current
 from terminal import counted, output, say
 from training.buckets import GradientBuckets
 from training.clock import Clock
+from training.compiling import check_fused_loss, maybe_compile
 from training.config import TrainingConfig
 from training.decision import Decision, decide
-from training.device import Device, check_fused_loss, configure, maybe_compile
+from training.device import Device, configure
 from training.distributed import World
 from training.estimate import measure_pace
 from training.fsdp import RowGradients

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,8 @@ import torch
 import train
 from model.loss import LossOptions
 from training import device as module
-from training.device import Device, check_fused_loss, configure, maybe_compile
+from training.compiling import check_fused_loss, maybe_compile
+from training.device import Device, configure
 from training.memory import bytes_kept
 
 
@@ -185,7 +187,7 @@ class Compiler:
     def __init__(self, monkeypatch, fails=False):
         self.said, self.tried, self.fails = [], [], fails
         monkeypatch.setattr(torch, "compile", lambda model, dynamic: ("compiled", model))
-        monkeypatch.setattr(module.shutil, "which", lambda name: "/usr/bin/g++")
+        monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/g++")
 
     def trial(self, model):
         self.tried.append(model)
@@ -226,7 +228,7 @@ def test_compile_true_fails_with_the_cause_and_advice(monkeypatch):
 
 def test_a_missing_c_compiler_is_named_as_the_cause(monkeypatch):
     compiler = Compiler(monkeypatch)
-    monkeypatch.setattr(module.shutil, "which", lambda name: None)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
     assert compiler("auto", 1e5) == "model"
     assert "no C++ compiler found" in compiler.said[-1] and not compiler.tried
 

@@ -48,5 +48,5 @@ def test_invalid_widths_are_refused():
 def test_the_sizes_are_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     picture = tmp_path / "check.png"
-    assert check(f"out={picture}", "widths=16 32") == 0
+    assert check(f"out={picture}", "optim=muon") == 0
     assert picture.read_bytes().startswith(b"\x89PNG")

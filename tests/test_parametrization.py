@@ -126,6 +126,8 @@ def test_a_training_uses_the_rates_of_its_model(optimizer):
     assert rates["ln_f.weight"] == 0.1 / 4
     assert rates["h.0.mlp.c_fc.weight"] == (0.2 if optimizer == "muon" else 0.1 / 4)
     assert rates["h.0.mlp.c_proj.weight"] == (0.2 / 2 if optimizer == "muon" else 0.1 / 8)
+    smallest = 1 / 8 if optimizer == "adamw" else 1 / 4
+    assert state.optimizers.all[-1].defaults["eps"] == 1e-8 * smallest
     # Weights decay by the same part in each step.
     for one in state.optimizers.all:
         products = {round(group["lr"] * group["weight_decay"], 9) for group in one.param_groups}

@@ -25,6 +25,8 @@ WITHOUT_TOTAL = "{desc}{n_fmt}{unit}, {elapsed} elapsed{postfix}"
 
 def print_line(text: str) -> None:
     """Print a message for people above the bar, if there is one. A write error is ignored."""
+    if sys.stdout is None:
+        return
     with suppress(OSError):
         ProgressBar.write(escaped(text), file=sys.stdout)
         sys.stdout.flush()

@@ -39,7 +39,7 @@ def say(text: str, file: TextIO | None = None) -> None:
 
 def output(text: str, end: str = "\n") -> None:
     """Print a result: exactly into a file or a pipe, escaped on a terminal."""
-    if sys.stdout.isatty():
+    if sys.stdout and sys.stdout.isatty():
         text = escaped(text)
     _print(text, end, sys.stdout)
 

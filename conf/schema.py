@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
@@ -50,6 +51,8 @@ SCHEMAS = {"config": Settings, "sample": SampleSettings}
 GIVEN_FILE = "given-file"
 # In these texts ${...} has no meaning.
 VERBATIM = ("prompt", "stop", "system", "data.separator")
+# All threads share Hydra's state.
+HYDRA_LOCK = threading.RLock()
 Origins = dict[str, tuple[str, str]]
 
 
@@ -182,16 +185,17 @@ class Uncopied(dict[str, Any]):
 @contextmanager
 def unchanged_hydra() -> Iterator[ConfigStore]:
     """Restores Hydra's global state at the end, so that a program can use Hydra itself, too."""
-    store, version = ConfigStore.instance(), VersionBase.instance()
-    repo, base, hydra = store.repo, version.getbase(), GlobalHydra.instance().hydra
-    store.repo = Uncopied(repo)
-    GlobalHydra.instance().hydra = None
-    try:
-        yield store
-    finally:
-        store.repo = repo
-        version.version_base = base
-        GlobalHydra.instance().hydra = hydra
+    with HYDRA_LOCK:
+        store, version = ConfigStore.instance(), VersionBase.instance()
+        repo, base, hydra = store.repo, version.getbase(), GlobalHydra.instance().hydra
+        store.repo = Uncopied(repo)
+        GlobalHydra.instance().hydra = None
+        try:
+            yield store
+        finally:
+            store.repo = repo
+            version.version_base = base
+            GlobalHydra.instance().hydra = hydra
 
 
 def drop_derived(values: dict[str, Any]) -> None:

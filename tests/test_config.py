@@ -8,6 +8,7 @@ import functools
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import get_type_hints
 
@@ -263,6 +264,12 @@ def test_composing_changes_nothing_global(tmp_path, monkeypatch):
         assert GlobalHydra.instance().hydra is mine
         assert hydra_compose(overrides=["+a=1"]) == {"a": 1}
     assert (dict(store.repo), Path.cwd(), list(tmp_path.iterdir())) == (repo, tmp_path, [])
+
+
+def test_threads_compose_one_after_the_other():
+    with ThreadPoolExecutor(4) as pool:
+        seeds = pool.map(lambda seed: conf.compose(["model=nano", f"seed={seed}"]).seed, range(8))
+    assert list(seeds) == list(range(8))
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ import sample as story
 import train
 from conf.launch import launch
 from conf.schema import compose
+from progress import print_line
 from terminal import counted, escaped, output, readable_size, say
 from training.device import Device
 from training.recorder import LoggerConfig, Recorder
@@ -142,6 +143,12 @@ def test_messages_are_printed_by_say_or_output():
         for node in ast.walk(ast.parse(path.read_text())):
             name = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""
             assert name != "print", f"{path}:{node.lineno}"
+
+
+def test_a_program_without_an_output_prints_nothing(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    for call in (say, output, print_line):
+        call("text")
 
 
 def test_a_full_disk_behind_the_output_is_named(monkeypatch):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import importlib.util
 import os
+import socket
 import struct
 import warnings
 import zipfile
@@ -18,6 +19,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -305,6 +308,10 @@ def find_published(name: str) -> Path:
     places = [(f"{OWNER}/{name}", True), (name, True), (f"{OWNER}/{name}", False)]
     for repository, is_cached in places:
         try:
+            if not is_cached and not getproxies():
+                # Without a network, this fails at once. The library tries again for half a minute.
+                host = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+                socket.getaddrinfo(urlsplit(host).hostname, None)
             config, _ = [hf_hub_download(repository, file, local_files_only=is_cached)
                          for file in (CONFIG, TENSORS)]
             return Path(config).parent

@@ -191,6 +191,7 @@ def hub(tmp_path, monkeypatch):
             raise ConnectionError("no network")
         return str(place)
 
+    monkeypatch.setattr("socket.getaddrinfo", lambda *words: [])
     module = types.ModuleType("huggingface_hub")
     module.hf_hub_download = download
     monkeypatch.setitem(sys.modules, "huggingface_hub", module)
@@ -206,6 +207,16 @@ def test_published_weights_come_from_the_hub(hub, tmp_path, place):
     assert_same(weights, state, SMALL)
     assert weights.place == tmp_path / place / "gpt2"
     assert any(not is_cached for *_, is_cached in hub) == (place == "remote/openai-community")
+
+
+def test_nothing_is_downloaded_without_a_network(hub, tmp_path, monkeypatch):
+    def fail(*words):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr("socket.getaddrinfo", fail)
+    monkeypatch.setattr("checkpointing.pretrained.getproxies", dict)
+    assert "could not be downloaded" in refusal(Path("gpt2"))
+    assert all(is_cached for *_, is_cached in hub)
 
 
 def test_a_folder_of_a_published_name_is_used(hub, tmp_path):

@@ -1,6 +1,7 @@
 """Complete a prompt with a trained model, or talk to it.
 
   python sample.py run=pydocs prompt="Return the number of"
+  python sample.py run=NAME interactive=true
   python sample.py run=NAME chat=true     of a run that was trained with data=chat
 """
 

@@ -4,7 +4,7 @@
   python serve.py run=A,B port=8080
   python serve.py init_from=gpt2
 
-docs/serving.md explains the API.
+docs/serving.md explains the page and the API.
 """
 
 from __future__ import annotations

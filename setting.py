@@ -49,8 +49,8 @@ def range_problems(settings: Any) -> Iterator[str]:
         if not wanted and abs(value) == math.inf:
             wanted.append("finite")
         if wanted:
-            usual = "null for no limit" if one.default is None else f"the default is {one.default}"
-            yield f"{one.name}={value} must be {' and '.join(wanted)}; {usual}."
+            usual = ", or null" if one.default is None else f"; the default is {one.default}"
+            yield f"{one.name}={value} must be {' and '.join(wanted)}{usual}."
 
 
 def help_lines(settings: Any, prefix: str = "") -> Iterator[str]:

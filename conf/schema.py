@@ -119,7 +119,7 @@ def checked(root: str | type, known: dict[str, Any], overrides: list[str]) -> li
             problem = (f"{override}: settings cannot be removed: write key=value, as in "
                        "training.max_seconds=null.")
         elif value is None or not key:
-            problem = not_an_override(override)
+            problem = not_an_override(override, known)
         elif key not in known and not is_group:
             problem = unknown(key, known, "on the command line")
         elif sign == "+":

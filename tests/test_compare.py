@@ -217,6 +217,7 @@ def test_arms_of_the_same_settings_need_other_seeds(arm, tmp_path, capsys):
     ({"data__tokenizer": "byte"}, ["a", "b", "metric=val_loss"], "different tokenizers"),
     ({"seeds": [0], "optim__lr": 1.0}, ["a", "b"], "b has 1 seed"),
     ({}, ["optim=muon seed=3", "optim=adamw"], "seed=3 is set for all arms"),
+    ({}, ["optim=muon optim.lr='1", "optim=adamw"], "optim.lr='1 cannot be split into overrides"),
     ({}, ["a", "model.n_layr=3"], "model.n_layr .* is not a setting"),
     ({}, ["optim=adamw", "optim=adamw optim.optimizer=adamw", "seeds=2"], "are the same settings with the same seeds"),
 ])

@@ -136,7 +136,7 @@ def test_all_values_out_of_range_come_in_one_report():
         "seed=-1": "must be at least 0", "name=../up": "plain name",
         "optim.lr=-1": "optim.lr=-1.0 must be more than 0", "optim.warmup_steps=-1": "at least 0",
         "model.dropout=1.5": "less than 1", "model.n_embd=130": "n_embd=130", "model.n_kv_head=0": "must divide n_head=4",
-        "model.n_head=4": "choose n_embd=132", "training.max_steps=0": "at least 1", "training.max_seconds=nan": "null for no limit",
+        "model.n_head=4": "choose n_embd=132", "training.max_steps=0": "at least 1", "training.max_seconds=nan": "or null",
         "training.batch_size=" + str(2**62): "must be at most 65536", "training.threads=9999": "must be at most 1024",
         "training.patience=2": "raise eval_every", "data.path=/no/such": "does not exist", "data.vocab_size=10": "at least 257",
         "data.val_fraction=1": "less than 1", "logger.project=": "name the W&B project",
@@ -158,6 +158,12 @@ def test_a_wrong_override_is_one_short_sentence(override, words):
     said = complaint(override)
     assert words in said and "\n" not in said and len(said) < 500
     assert not any(word in said for word in ("Traceback", "hydra.cc", "full_key", "object_type"))
+
+
+def test_a_run_without_its_key_is_one_sentence(tmp_path):
+    (tmp_path / "first").mkdir()
+    with pytest.raises(ConfigError, match=r"write run=.*first for a run"):
+        compose(SampleSettings, [str(tmp_path / "first")])
 
 
 def test_wrong_keys_come_in_one_report():

@@ -149,7 +149,7 @@ def test_a_grid_is_planned_fitted_and_used(command, tmp_path, capsys):
 
 @needs_scipy
 @pytest.mark.parametrize(("words", "message"), [
-    (["hours=0.01"], r"hours=0.01 hold no grid: the shortest one of 8 runs takes .* hours on this machine"),
+    (["hours=0.01"], r"hours=0.01 is too short: the smallest grid of 8 runs takes .* hours on this machine"),
     (["hours=1", "training.batch_size=64"], "tokens, too few for a grid of 8 runs in one epoch"),
     (["dry_run=true"], "has no grid yet: say how long it may train, as in hours=0.5")])
 def test_a_grid_that_cannot_be_planned_is_refused(command, words, message):

@@ -309,6 +309,11 @@ BAD = {
 }
 
 
+def test_a_missing_model_is_said(server):
+    status, answer = server.ask(COMPLETIONS, {"prompt": "a"})
+    assert status == 400 and answer["error"]["message"].startswith("model is missing: choose one of tiny")
+
+
 @pytest.mark.parametrize("body", BAD.values(), ids=BAD)
 def test_a_bad_body_is_an_error_of_openais_shape(server, body):
     if isinstance(body, dict):

@@ -33,7 +33,7 @@ class Example:
     ("rate", 0, "rate=0 must be more than 0; the default is 0.5."),
     ("part", -0.5, "part=-0.5 must be at least 0; the default is 0.1."),
     ("part", 1, "part=1 must be less than 1; the default is 0.1."),
-    ("limit", 0, "limit=0 must be more than 0; null for no limit."),
+    ("limit", 0, "limit=0 must be more than 0, or null."),
     ("rate", math.inf, "rate=inf must be finite; the default is 0.5."),
     ("rate", math.nan, "rate=nan must be more than 0; the default is 0.5."),
     ("part", math.nan, "part=nan must be at least 0 and less than 1; the default is 0.1."),

@@ -98,7 +98,7 @@ class TrainingConfig:
         for task, count in self.tasks().items():
             if not task or not count.isdecimal() or int(count) < 1:
                 yield (f"eval_tasks={self.eval_tasks}: write a task and a number of documents, as "
-                       f"in hellaswag:100, instead of {task or count}.")
+                       f"in hellaswag:100, instead of {f'{task}:{count}' if task else count}.")
         if self.patience > 0 and self.eval_every == 0:
             yield (f"patience={self.patience} counts evaluations, and eval_every=0 asks for none: "
                    "raise eval_every.")

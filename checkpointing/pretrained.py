@@ -141,7 +141,8 @@ def weight_files(folder: Path) -> list[Path]:
             raise ValueError(f"{folder / INDEX} has no weight_map: download it again.")
         files = set(map(str, names.values()))
         for name in sorted(files):
-            if Path(name).name != name or not name.endswith(".safetensors"):
+            is_name = Path(name).name == name and "\0" not in name
+            if not is_name or not name.endswith(".safetensors"):
                 raise ValueError(f"{folder / INDEX} names {shown(name)}, which is not a "
                                  "safetensors file of its folder.")
         return [folder / name for name in sorted(files)]

@@ -292,6 +292,7 @@ def test_another_configuration_is_refused(tmp_path, changes, said):
     ("model.safetensors", None),
     ("model.safetensors.index.json", "{}"), ("model.safetensors.index.json", '{"weight_map": {"a": "../a.safetensors"}}'),
     ("model.safetensors.index.json", '{"weight_map": {"a": "missing.safetensors"}}'),
+    ("model.safetensors.index.json", '{"weight_map": {"a": "a\\u0000.safetensors"}}'),
     ("pytorch_model.bin", "not a pickle"), ("pytorch_model.bin", ""),
 ])
 def test_damaged_and_missing_files_are_named(tmp_path, file, content):

@@ -23,6 +23,7 @@ from data.mixture import Interleaving
 from data.permutation import mix, permute
 from data.shards import Tokens
 from data.tokenizer import Tokenizer
+from terminal import counted
 
 
 class Windows:
@@ -251,6 +252,7 @@ def check_lengths(split: str, tokens: list[Tokens], block_size: int, advice: str
     for part, part_tokens in enumerate(tokens, start=1):
         which = f" of part {part} of the mixture" if len(tokens) > 1 else ""
         if len(part_tokens) <= block_size:
-            raise ValueError(f"The {split} split{which} has {len(part_tokens)} tokens, one context "
+            found = counted(len(part_tokens), "token")
+            raise ValueError(f"The {split} split{which} has {found}, one context "
                              f"needs {block_size + 1}: {advice}.")
 

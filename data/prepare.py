@@ -34,6 +34,7 @@ from data.tokenizer import (
 )
 from data.tokenizer_file import find_tokenizer, open_tokenizer
 from data.tokenizer_json import fingerprint, read_tokenizer
+from terminal import counted
 
 SAMPLE_BYTES = 2**28  # from the start of the training split, to train a tokenizer
 PROGRESS = "progress.json"  # lists the complete segments while tokens are being prepared
@@ -216,7 +217,8 @@ def describe(folder: Path) -> str:
     """One line about prepared tokens."""
     meta = read_meta(folder)
     train, val = meta["splits"]["train"], meta["splits"]["val"]
-    text = (f"{train['tokens']:,} tokens to train on, {val['tokens']:,} to validate on, vocabulary "
-            f"of {meta['vocab_size']:,}, {train['bytes_per_token']:.2f} bytes a token ({folder})")
+    text = (f"{counted(train['tokens'], 'token')} to train on, {val['tokens']:,} to validate on, "
+            f"vocabulary of {meta['vocab_size']:,}, {train['bytes_per_token']:.2f} "
+            f"bytes a token ({folder})")
     sources = [part["read"] for part in meta["parts"] if "read" in part]
     return f"{text}; read from {' and '.join(sources)}" if sources else text

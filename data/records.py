@@ -302,7 +302,7 @@ def delimited(
                 raise ValueError(f"{path} has several columns {field}: rename all but one.")
         elif row and len(row) != len(header):
             yield BadRecord(
-                f"line {line} has {len(row):,} fields and the header has {len(header):,}"
+                f"line {line} has {counted(len(row), 'field')} and the header has {len(header):,}"
             )
         elif row:
             yield well_formed(row[header.index(field)])

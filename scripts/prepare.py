@@ -70,7 +70,7 @@ from data.shards import SPLITS, read_meta
 from data.store import BUILDING, data_root, in_use, is_locked
 from data.tokenizer import Tokenizer
 from report.figures import as_image, log_ticks, new_figure
-from terminal import readable_size, say
+from terminal import counted, readable_size, say
 
 # The names of folders of prepared tokens, complete and unfinished, and of the files in them.
 SOURCES = "|".join(get_args(get_type_hints(DataConfig)["source"]))
@@ -113,7 +113,8 @@ def inspect(folder: Path, settings: Settings, out: Path) -> None:
             f"{decode(tokenizer, [token])!r}")
     for index, length, ids in contents.some_documents(3, settings.seed):
         text = decode(tokenizer, ids)
-        say(f"\n--- Document {index + 1:,} of {contents.n_documents:,}: {length:,} tokens\n"
+        say(f"\n--- Document {index + 1:,} of {contents.n_documents:,}: "
+            f"{counted(length, 'token')}\n"
             f"{text[:SHOWN]}{'...' if len(text) > SHOWN else ''}")
     atomic.write_bytes(out, draw(contents, folder.name, out.suffix.lstrip(".")))
     say(f"\nDrew {out}")

@@ -220,7 +220,7 @@ def test_a_record_that_is_too_long_is_refused(tmp_path, monkeypatch, name, conte
             r"a.csv has no field text \(its fields are id, body\): set data.text_field=NAME",
         ),
         (b"id,text\n1,a\n2,Hello, world\n", "a.csv, line 3 has 3 fields and the header has 2"),
-        (b"id,text\n1,a\n2\n", "a.csv, line 3 has 1 fields and the header has 2"),
+        (b"id,text\n1,a\n2\n", "a.csv, line 3 has 1 field and the header has 2"),
         (
             b'id,text\n1,"never closed\n2,b\n',
             r"a.csv, line 2 is not CSV \(unexpected end of data\)",
@@ -258,7 +258,7 @@ def test_a_field_longer_than_pythons_own_limit_is_read(tmp_path):
 
 def test_blank_lines_before_the_header_count_as_lines(tmp_path):
     (tmp_path / "a.csv").write_bytes(b"\n \nid,text\n1,a\n2\n")
-    with pytest.raises(ValueError, match=r"a.csv, line 5 has 1 fields"):
+    with pytest.raises(ValueError, match=r"a.csv, line 5 has 1 field"):
         read(tmp_path / "a.csv")
 
 

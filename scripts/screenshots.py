@@ -56,7 +56,7 @@ def main(settings: ScreenshotSettings) -> int:
     with Chromium(WIDTH, HEIGHT) as browser, tempfile.TemporaryDirectory() as folder:
         with server(run) as address:
             browser.open(address)
-            write_text(browser, settings.prompt)
+            fill_in(browser, settings.prompt)
             save(browser, settings, "page")
         report = Path(folder) / "report.html"
         write([(run, run.name)], report, run.name, pictures=False)
@@ -85,7 +85,7 @@ def server(run: Path) -> Iterator[str]:
         process.wait()
 
 
-def write_text(browser: Chromium, prompt: str) -> None:
+def fill_in(browser: Chromium, prompt: str) -> None:
     """Let the model write, and show the alternatives of a token."""
     browser.wait("document.querySelector('#settings input')")
     browser.click("#prompt")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
@@ -80,6 +80,11 @@ class Settings:
         if self.optim.warmup_steps > self.optim.last_full_step(steps):
             yield (f"optim.warmup_steps={self.optim.warmup_steps} of training.max_steps={steps}: "
                    "the learning rate falls, or the run ends, before it reaches its full value.")
+        if self.model.parametrization == "standard":
+            for one in fields(self.model):
+                value = getattr(self.model, one.name)
+                if one.name.startswith("mup_") and value != one.default:
+                    yield f"model.{one.name}={value} needs model.parametrization=mup."
 
 
 @dataclass(frozen=True)

@@ -438,3 +438,11 @@ def test_a_learning_rate_that_is_never_full_is_a_warning(schedule):
         settings = Settings(optim=optim, training=TrainingConfig(max_steps=10))
         highest = max(lr_scale(step, optim, 10) for step in range(10))
         assert len(list(settings.warnings())) == (highest < 1)
+
+
+def test_a_setting_of_mup_without_mup_is_a_warning():
+    words = ["model.mup_base_width=128", "model.mup_base_depth=2", "model.n_head=2"]
+    assert list(compose("config", words).warnings()) == [
+        "model.mup_base_width=128 needs model.parametrization=mup.", "model.mup_base_depth=2 needs model.parametrization=mup."]
+    assert not list(compose("config", [*words, "model.parametrization=mup"]).warnings())
+    assert not list(compose("config", []).warnings())

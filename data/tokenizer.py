@@ -7,7 +7,6 @@ import hashlib
 import os
 import re
 import tempfile
-import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import tiktoken
 
+from data.nfc import normalized
 from data.patterns import PATTERN
 
 END_OF_TEXT = "<|endoftext|>"  # the token between documents; inside a text, it is plain text
@@ -212,7 +212,7 @@ class BPETokenizer(Tokenizer):
     def encode_plain(self, text: str) -> np.ndarray:
         """The ids of a text without special tokens."""
         if self.normalizer:
-            text = unicodedata.normalize(self.normalizer, text)
+            text = normalized(text)
         try:
             return self.encoding.encode_to_numpy(text, disallowed_special=())
         except UnicodeEncodeError as error:

@@ -11,6 +11,7 @@ from test_tokenizer import EVERY_CHARACTER, SCRIPTS, TEXT, train_bpe
 
 from data import patterns
 from data.hugging_face import from_hugging_face, to_hugging_face
+from data.nfc import normalized
 from data.tokenizer import (
     END_OF_TEXT,
     BPETokenizer,
@@ -69,6 +70,16 @@ def test_an_imported_tokenizer_gives_the_same_ids(ours, theirs):
     assert ours.vocab_size == theirs.get_vocab_size()
     assert ours.special == {one.content: token for token, one in theirs.get_added_tokens_decoder().items()}
     assert ours.end_of_text in (theirs.token_to_id(word) for word in (END_OF_TEXT, "<|end_of_text|>", "</s>"))
+
+
+@pytest.mark.slow
+def test_nfc_is_that_of_the_package(tokenizers):
+    """Also of characters between others that would compose or change places."""
+    theirs = tokenizers.normalizers.NFC().normalize_str
+    around = "{0} e{0}\u0301 e{0}\u0323\u0301 {0}\u0323 {0}\u0334 a\u0334{0} \u0301{0} \U00011935{0}"
+    for start in range(0, len(EVERY_CHARACTER), 4096):
+        text = "\n".join(map(around.format, EVERY_CHARACTER[start : start + 4096]))
+        assert normalized(text) == theirs(text), f"from {EVERY_CHARACTER[start]!a}"
 
 
 @pytest.mark.slow

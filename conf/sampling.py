@@ -10,6 +10,9 @@ from dataclasses import dataclass
 
 from setting import range_problems, setting
 
+# A decoder is made for these; the others can change from text to text.
+FIXED = ("cache", "int8")
+
 
 @dataclass(frozen=True)
 class SamplingConfig:

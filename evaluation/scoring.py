@@ -164,11 +164,8 @@ class FinishedScores:
         text = f"{self.model} {request.inputs} {request.targets}"
         return hashlib.sha256(text.encode()).hexdigest()[:24]
 
-    def find(self, request: Request) -> Score | None:
-        return self.scores.get(self.key(request))
-
-    def add(self, request: Request, score: Score) -> None:
-        self.file.add(json.dumps([self.key(request), score.logprob, score.is_greedy]))
+    def add(self, key: str, score: Score) -> None:
+        self.file.add(json.dumps([key, score.logprob, score.is_greedy]))
 
 
 @dataclass
@@ -182,11 +179,12 @@ class Scorer:
     def score(self, requests: Sequence[Request], title: str) -> list[Score]:
         """The score of each request. What several requests begin with is read once."""
         scores: dict[int, Score] = {}
+        keys: list[str] = []
         if self.finished:
-            for number, request in enumerate(requests):
-                found = self.finished.find(request)
-                if found:
-                    scores[number] = found
+            keys = [self.finished.key(request) for request in requests]
+            for number, key in enumerate(keys):
+                if key in self.finished.scores:
+                    scores[number] = self.finished.scores[key]
         left = [number for number in range(len(requests)) if number not in scores]
         with ProgressBar(total=len(requests), initial=len(scores), desc=title, unit="requests",
                          leave=False) as bar:
@@ -195,7 +193,7 @@ class Scorer:
                 new = score_batch(self.engine, rows, requests)
                 if self.finished:
                     for number, one in new.items():
-                        self.finished.add(requests[number], one)
+                        self.finished.add(keys[number], one)
                 scores |= new
                 bar.update(len(new))
         return [scores[number] for number in range(len(requests))]

@@ -6,16 +6,16 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import get_type_hints
 
 from conf.convert import convert
 from conf.hints import closest
-from conf.sampling import SamplingConfig
+from conf.sampling import FIXED, SamplingConfig
 from terminal import output, say
 
-# The settings that can change between two prompts: the others have made the decoder.
-CHANGEABLE = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop")
+# The settings that can change between two prompts.
+CHANGEABLE = [one.name for one in fields(SamplingConfig) if one.name not in FIXED]
 BLOCK = '"""'
 HELP = f"""\
 /settings                    show the settings of sampling

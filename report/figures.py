@@ -17,6 +17,9 @@ from typing import Any
 
 import numpy as np
 
+import atomic
+from terminal import say
+
 # An SVG on a page takes the colors of the page instead of these two.
 INK, LINE = "#1b1f24", "#d0d6dc"
 STYLE = {
@@ -33,6 +36,13 @@ def picture_problems(out: str) -> Iterator[str]:
     """One sentence if the file `out` has a type that cannot be drawn."""
     if out and Path(out).suffix.lower() not in PICTURES:
         yield f"out={out} must end in .png, .svg or .pdf."
+
+
+def write_picture(out: str, draw: Callable[[str], bytes]) -> None:
+    """Write to the file `out` what `draw` returns for its type, and say so."""
+    path = Path(out)
+    atomic.write_bytes(path, draw(path.suffix.lower().lstrip(".")))
+    say(f"Drew {path}")
 
 
 def new_figure(width: float, height: float, name: str) -> tuple[Any, AbstractContextManager[None]]:

@@ -48,17 +48,15 @@ if __name__ == "__main__":
 
 from collections import defaultdict
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-import atomic
 from conf.settings import Settings
 from model import GPT, GPTConfig
-from report.figures import as_image, log_ticks, new_figure
+from report.figures import as_image, log_ticks, new_figure, write_picture
 from scripts.plan import settings_without_data
 from terminal import say
 from training.optim import Optimizers
@@ -82,9 +80,7 @@ def main(settings: CoordinateCheckSettings) -> int:
         for line in table(parametrization, found[parametrization]):
             say(line)
     if settings.out:
-        kind = Path(settings.out).suffix.lower().lstrip(".")
-        atomic.write_bytes(Path(settings.out), draw(found, kind))
-        say(f"Drew {settings.out}")
+        write_picture(settings.out, lambda kind: draw(found, kind))
     dependent = [name for name, sizes in found["mup"].items()
                  if abs(exponent(sizes)) > settings.limit]
     if dependent:

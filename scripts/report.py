@@ -19,10 +19,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import atomic
 from conf.launch import launch
 from report.curves import loss_picture
-from report.figures import PICTURES
+from report.figures import PICTURES, write_picture
 from report.history import choose
 from report.page import open_runs, write
 from setting import FilePath, FilePaths, setting
@@ -56,10 +55,8 @@ def main(settings: ReportSettings) -> int:
     runs_dir = Path(settings.runs_dir)
     chosen, folders = choose(runs_dir, settings.runs)
     out = Path(settings.out) if settings.out else default_page(folders, runs_dir)
-    kind = out.suffix.lower()
-    if kind in PICTURES:
-        atomic.write_bytes(out, loss_picture(open_runs(chosen), kind.lstrip(".")))
-        say(f"Drew {out}")
+    if out.suffix.lower() in PICTURES:
+        write_picture(str(out), lambda kind: loss_picture(open_runs(chosen), kind))
         return 0
     page, *pictures = write(chosen, out, title_of(folders))
     size = readable_size(page.stat().st_size)

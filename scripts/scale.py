@@ -119,7 +119,7 @@ def main(own: ScaleSettings) -> int:
     with SkipInit("meta"):
         model = GPT(settings.model)
     limits, block_size = settings.training, settings.model.block_size
-    tokens = limits.tokens_per_step or limits.batch_size * block_size
+    tokens = limits.step_tokens(block_size)
     peak = PEAK_FLOPS[gpu_named(own.device)]
     n_parameters = sum(weights.numel() for weights in model.parameters())
     say(f"Simulated: {n_parameters:,} parameters, {settings.optim.optimizer}, {tokens:,} tokens a "
@@ -150,7 +150,7 @@ def simulate(model: GPT, settings: Settings, own: ScaleSettings, size: int) -> S
     """A step on `size` GPUs."""
     limits, block_size = settings.training, settings.model.block_size
     flops = own.mfu * PEAK_FLOPS[gpu_named(own.device)]
-    tokens = (limits.tokens_per_step or limits.batch_size * block_size) / size
+    tokens = limits.step_tokens(block_size) / size
     micro_steps = math.ceil(tokens / block_size / limits.batch_size)
     compute = model.flops_per_token() * tokens / flops
 

@@ -162,8 +162,7 @@ def require_scipy() -> None:
 
 
 def tokens_of_step(settings: Settings) -> int:
-    limits = settings.training
-    return limits.tokens_per_step or limits.batch_size * settings.model.block_size
+    return settings.training.step_tokens(settings.model.block_size)
 
 
 def size_of(config: GPTConfig) -> float:

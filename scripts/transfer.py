@@ -36,9 +36,8 @@ if __name__ == "__main__":
 from collections import defaultdict
 from statistics import fmean
 
-import atomic
 from report.curves import COLORS
-from report.figures import as_image, label_numbers, new_figure, number_text
+from report.figures import as_image, label_numbers, new_figure, number_text, write_picture
 from report.history import History, choose, open_history
 from terminal import say
 
@@ -53,9 +52,7 @@ def main(settings: TransferSettings) -> int:
     for line in describe(losses):
         say(line)
     if settings.out:
-        kind = Path(settings.out).suffix.lower().lstrip(".")
-        atomic.write_bytes(Path(settings.out), draw(losses, kind))
-        say(f"Drew {settings.out}")
+        write_picture(settings.out, lambda kind: draw(losses, kind))
     return 0
 
 

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from conf.sampling import SamplingConfig
+from conf.sampling import FIXED, SamplingConfig
 from conf.serving import ServeSettings
 from report.attention import PLACEHOLDER, TEMPLATE
 from serving.answers import Json
@@ -25,8 +25,6 @@ POLICY = ("default-src 'none'; script-src 'self'; style-src 'self'; connect-src 
 # server.
 REPORT_POLICY = ("sandbox allow-scripts; default-src 'none'; script-src 'unsafe-inline'; "
                  "style-src 'unsafe-inline'; img-src data:")
-# These are settings of the server.
-FIXED = ("cache", "int8")
 
 
 def page_files() -> dict[str, Response]:

@@ -139,6 +139,12 @@ class TrainingConfig:
         """Whether `checkpoint_every` asks for a checkpoint after `step` steps; step 0 has one."""
         return step == 0 or (self.checkpoint_every > 0 and step % self.checkpoint_every == 0)
 
+    def step_tokens(self, block_size: int) -> int:
+        """The tokens of a step: those of a micro-step, unless `tokens_per_step` is set."""
+        if self.tokens_per_step is None:
+            return self.batch_size * block_size
+        return self.tokens_per_step
+
     def micro_steps(self, block_size: int, world_size: int = 1) -> int:
         """The number of micro-steps of a step, for each of `world_size` processes.
 
@@ -146,7 +152,7 @@ class TrainingConfig:
         where the processes cannot share the micro-steps equally.
         """
         one = self.batch_size * block_size
-        tokens = one if self.tokens_per_step is None else self.tokens_per_step
+        tokens = self.step_tokens(block_size)
         if tokens < one or tokens % one:
             nearest = max(1, round(tokens / one)) * one
             raise ValueError(

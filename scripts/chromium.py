@@ -119,9 +119,13 @@ class Chromium:
             time.sleep(0.02)
 
     def click(self, element: str) -> None:
-        """Click in the middle of an element: an expression of JavaScript, or a CSS selector."""
+        """Click in the middle of an element: an expression of JavaScript, or a CSS selector.
+
+        Waits until the element is displayed. Raises TimeoutError.
+        """
         if not element.startswith("document."):
             element = f"document.querySelector({json.dumps(element)})"
+        self.wait(f"{element}?.getClientRects().length")
         x, y = self.value(f"""(() => {{
             const element = {element};
             element.scrollIntoView({{block: "center"}});

@@ -139,6 +139,15 @@ def opened(address: str):
         assert browser.console == []
 
 
+@needs_chromium
+def test_a_click_waits_until_its_element_is_shown():
+    with Chromium(400, 400) as browser:
+        browser.value("document.body.innerHTML = `<button hidden onclick='clicked = 1'>Late</button>`")
+        browser.value("void setTimeout(() => { document.querySelector('button').hidden = false; }, 200)")
+        browser.click("button")
+        browser.wait("window.clicked === 1")
+
+
 WROTE = "document.getElementById('written').textContent.startsWith('Wrote')"
 TEXTS = "[...document.querySelectorAll('#panels .text')].map((text) => text.textContent)"
 

@@ -9,7 +9,7 @@ const HEIGHT = 320, LEFT = 46, RIGHT = 12, TOP = 10, BOTTOM = 40;
 const COLUMNS = ["run", "state", "validation loss", "bits per byte", "report"];
 const AXES = { step: "step", tokens: "training tokens", seconds: "seconds of training" };
 
-let isVisible = () => false, axis = "step", sweepShown = "";
+let isVisible = () => false, axis = "step", sweepShown = "", reading = Promise.resolve();
 const curves = new Map(); // by the names of the runs that are chosen
 
 export function setUp(visible) {
@@ -91,7 +91,13 @@ function swatch(name) {
   return dot;
 }
 
-async function readCurves() {
+// One reading at a time: two that overlap would each move a curve's offset past rows that the other has dropped.
+function readCurves() {
+  reading = reading.catch(() => {}).then(readNewRows);
+  return reading;
+}
+
+async function readNewRows() {
   for (const [name, curve] of curves) {
     for (;;) {
       const { rows, start, end } = await ask("page/metrics", { run: name, offset: curve.offset });

@@ -29,7 +29,7 @@ from checkpointing.initial import find_weights
 from checkpointing.run_folder import find_runs
 from conf.settings import SampleSettings
 from generation.engine import Engine, engine_of, open_checkpoint, open_decoder
-from serving.decoding import DecodingThread
+from serving.decoding import Batcher, DecodingThread
 from serving.tasks import Model
 from setting import as_word
 from terminal import say
@@ -50,14 +50,23 @@ def serve(settings: ServeSettings, open_models: OpenModels | None = None) -> int
         raise ValueError(f"serve.py needs {error.name}: pip install starlette uvicorn.") from None
     device = Device(settings.device, settings.precision)
     configure(device)
+    thread = DecodingThread(device)
+
+    def make_models() -> dict[str, Model]:
+        opened = (open_models or open_engines)(settings, device)
+        return {name: Model(name, engine, make_batcher(thread, engine, settings), arguments)
+                for name, (engine, arguments) in opened.items()}
+
     with listen(settings) as listening:
-        models = {}
-        for name, (engine, arguments) in (open_models or open_engines)(settings, device).items():
-            models[name] = Model(name, engine, start_decoding(engine, settings), arguments)
-        server = make_server(uvicorn, make_app(models, settings), models)
-        host = f"[{settings.host}]" if ":" in settings.host else settings.host
-        say(f"Serving {', '.join(models)} at http://{host}:{listening.getsockname()[1]}/")
-        server.run([listening])
+        thread.start()
+        try:
+            models = thread.call(make_models).result()
+            server = make_server(uvicorn, make_app(models, settings), thread)
+            host = f"[{settings.host}]" if ":" in settings.host else settings.host
+            say(f"Serving {', '.join(models)} at http://{host}:{listening.getsockname()[1]}/")
+            server.run([listening])
+        finally:
+            thread.stop()
     # Other signals than ignored ones were raised again, and have ended the program.
     return server.exit_code
 
@@ -108,19 +117,17 @@ def changed_arguments(settings: ServeSettings) -> list[str]:
     return arguments
 
 
-def start_decoding(engine: Engine, settings: ServeSettings) -> DecodingThread:
-    """The running thread that decodes for a model."""
+def make_batcher(thread: DecodingThread, engine: Engine, settings: ServeSettings) -> Batcher:
+    """What decodes the requests for a model. Called by the thread."""
     decoder, advice = open_decoder(engine, settings, "batch_size", settings.batch_size,
                                    engine.model.config.block_size)
     for line in advice:
         say(line, sys.stderr)
     engine.model.eval()
-    thread = DecodingThread(engine, decoder, settings.batch_size, settings.max_requests)
-    thread.start()
-    return thread
+    return Batcher(thread, engine, decoder, settings.batch_size, settings.max_requests)
 
 
-def make_server(uvicorn: Any, app: Any, models: dict[str, Model]) -> Any:
+def make_server(uvicorn: Any, app: Any, thread: DecodingThread) -> Any:
     """The server. A signal ends the open streams first."""
     # It warns of each stream whose client has gone, which is nothing to worry about.
     logging.getLogger("asyncio").setLevel(logging.ERROR)
@@ -130,8 +137,7 @@ def make_server(uvicorn: Any, app: Any, models: dict[str, Model]) -> Any:
 
         def handle_exit(self, number: int, frame: FrameType | None) -> None:
             self.exit_code = 128 + number
-            for model in models.values():
-                model.thread.stop()
+            thread.stop()
             super().handle_exit(number, frame)
 
     return Server(uvicorn.Config(app, http="h11", ws="none", lifespan="off", proxy_headers=False,

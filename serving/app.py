@@ -38,7 +38,7 @@ MakeTask = Callable[[Fields, Model, ServeSettings], Awaitable[tuple[Generation, 
 
 
 def make_app(models: dict[str, Model], settings: ServeSettings) -> Starlette:
-    """The application that serves `models`, by their names. Their threads must run."""
+    """The application that serves `models`, by their names. Their thread must run."""
     runs = Runs(Path(settings.runs_dir))
     routes = [
         *[file_route(path, file) for path, file in FILES.items()],
@@ -231,7 +231,7 @@ async def answer(request: Request, make_task: MakeTask) -> Response:
     generation, answer = await make_task(fields, model, request.app.state.settings)
     fields.check_rest()
     generation.streams = streams
-    model.thread.submit(generation)
+    model.batcher.submit(generation)
     try:
         if streams:
             return EventStream(generation, answer, has_usage)

@@ -1,4 +1,4 @@
-"""Continuous batching: a thread that decodes the requests for one model together.
+"""Continuous batching: a thread that decodes the requests for a model together.
 
 The sequences of a request join the batch between two steps and leave it when they have ended, so a
 request waits for room, but never for the end of another one. Knows no HTTP and no JSON.
@@ -23,6 +23,7 @@ from conf.sampling import SamplingConfig
 from generation.decoder import Decoder
 from generation.engine import Completion, Engine
 from generation.sampling import Batch, Row
+from training.device import Device
 
 # The number of tokens of prompts after which the next step begins.
 PREFILL_TOKENS = 512
@@ -92,14 +93,6 @@ class Generation:
             yield piece
 
 
-@dataclass(eq=False)
-class Call:
-    """A function that uses the model, and its result."""
-
-    function: Callable[[], Any]
-    future: Future[Any] = field(default_factory=Future)
-
-
 class Sample(Row):
     """A row of the batch: one sequence of a generation, and its text so far."""
 
@@ -137,90 +130,129 @@ class Sample(Row):
 
 
 class DecodingThread(threading.Thread):
-    """Decodes up to `rows` sequences at a time, of up to `max_requests` open requests.
+    """The thread that uses the models: opens them, decodes, and runs other functions of them.
 
-    All requests come from one event loop.
+    All in one thread, for OpenMP has a team of threads for each thread that computes. Teams with
+    more threads than there are processors wait for their next work in the kernel, not by spinning:
+    a step of a small model took 2.5 times as long once the main thread had opened the model.
     """
 
-    def __init__(self, engine: Engine, decoder: Decoder | None, rows: int,
-                 max_requests: int) -> None:
+    def __init__(self, device: Device) -> None:
         super().__init__(daemon=True)
-        self.engine, self.decoder = engine, decoder
-        self.rows, self.max_requests = rows, max_requests
-        self.inbox: queue.SimpleQueue[Generation | Call | None] = queue.SimpleQueue()
-        self.waiting: deque[Generation] = deque()
-        # What was submitted and has not ended.
-        self.open: set[Generation | Call] = set()
+        self.device = device
+        self.batchers: list[Batcher] = []
+        self.inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self.stopped = False
 
-    # Called by the event loop
+    def call(self, function: Callable[[], Any]) -> Future[Any]:
+        """Run a function between two steps."""
+        future: Future[Any] = Future()
 
-    def submit(self, task: Generation | Call) -> None:
-        """Start a task. Raises `Busy` if too many are open."""
-        if self.stopped:
-            raise Stopped(STOPPED)
-        if len(self.open) >= self.max_requests:
-            raise Busy(f"{self.max_requests} requests are open, which is the limit: try again "
-                       "later.")
-        self.loop = asyncio.get_running_loop()
-        self.open.add(task)
-        self.inbox.put(task)
+        def run() -> None:
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(function())
+                except Exception as error:
+                    future.set_exception(error)
 
-    async def call(self, function: Callable[[], Any]) -> Any:
-        """The result of a function that uses the model, called between two steps."""
-        task = Call(function)
-        self.submit(task)
-        return await asyncio.wrap_future(task.future)
+        self.inbox.put(run)
+        return future
 
     def stop(self) -> None:
-        """End all tasks with `Stopped`."""
+        """End all requests with `Stopped`."""
         self.stopped = True
-        self.inbox.put(None)
-
-    # Called by the thread
+        # It may wait for something to do.
+        self.inbox.put(lambda: None)
 
     def run(self) -> None:
         """Decode until `stop`."""
         # Autocast is a setting of a thread.
-        with self.engine.device.autocast():
-            self.new_batch()
+        with self.device.autocast():
             while not self.stopped:
-                try:
-                    self.receive()
-                    self.admit()
-                    if self.batch.rows:
-                        self.step()
-                except Exception as error:
-                    # A ValueError says that the model's output is not finite.
-                    if not isinstance(error, ValueError):
-                        traceback.print_exc()
-                    self.end_all(error)
-                    self.new_batch()
+                self.receive()
+                for batcher in self.batchers:
+                    batcher.advance()
         self.receive()
-        self.end_all(Stopped(STOPPED))
+        for batcher in self.batchers:
+            batcher.end_all(Stopped(STOPPED))
+
+    def receive(self) -> None:
+        """Run the functions in the inbox. Waits for one while there is nothing to decode."""
+        is_idle = not self.stopped and not any(batcher.has_work for batcher in self.batchers)
+        while is_idle or not self.inbox.empty():
+            self.inbox.get()()
+            is_idle = False
+
+
+class Batcher:
+    """Decodes up to `rows` sequences of a model at a time, of up to `max_requests` open requests.
+
+    All requests come from one event loop.
+    """
+
+    def __init__(self, thread: DecodingThread, engine: Engine, decoder: Decoder | None, rows: int,
+                 max_requests: int) -> None:
+        self.thread, self.engine, self.decoder = thread, engine, decoder
+        self.rows, self.max_requests = rows, max_requests
+        self.waiting: deque[Generation] = deque()
+        # What was submitted and has not ended.
+        self.open: set[Generation | Future[Any]] = set()
+        self.new_batch()
+        thread.batchers.append(self)
+
+    # Called by the event loop
+
+    def submit(self, generation: Generation) -> None:
+        """Start a generation. Raises `Busy` if too many requests are open, and `Stopped`."""
+        self.check_room()
+        self.loop = asyncio.get_running_loop()
+        self.open.add(generation)
+        self.thread.inbox.put(lambda: self.waiting.append(generation))
+        self.check_running()
+
+    async def call(self, function: Callable[[], Any]) -> Any:
+        """The result of a function that uses the model. Raises as `submit` does."""
+        self.check_room()
+        future = self.thread.call(function)
+        self.open.add(future)
+        try:
+            self.check_running()
+            return await asyncio.wrap_future(future)
+        finally:
+            self.open.discard(future)
+
+    def check_room(self) -> None:
+        if len(self.open) >= self.max_requests:
+            raise Busy(f"{self.max_requests} requests are open, which is the limit: try again "
+                       "later.")
+
+    def check_running(self) -> None:
+        # After a request has been added: a signal may come before.
+        if self.thread.stopped:
+            raise Stopped(STOPPED)
+
+    # Called by the thread
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.batch.rows or self.waiting)
 
     def new_batch(self) -> None:
         self.batch = Batch(self.engine.model, self.decoder, self.rows,
                            self.engine.model.config.block_size)
 
-    def receive(self) -> None:
-        """Take all new tasks. Waits for one while there is nothing to decode."""
-        is_idle = not self.batch.rows and not self.waiting and not self.stopped
-        while is_idle or not self.inbox.empty():
-            task = self.inbox.get()
-            is_idle = False
-            if isinstance(task, Generation):
-                self.waiting.append(task)
-            elif task is not None:
-                self.call_now(task)
-
-    def call_now(self, task: Call) -> None:
-        if task.future.set_running_or_notify_cancel():
-            try:
-                task.future.set_result(task.function())
-            except Exception as error:
-                task.future.set_exception(error)
-        self.open.discard(task)
+    def advance(self) -> None:
+        """Let sequences join, and add a token to each. A failure ends all requests."""
+        try:
+            self.admit()
+            if self.batch.rows:
+                self.step()
+        except Exception as error:
+            # A ValueError says that the model's output is not finite.
+            if not isinstance(error, ValueError):
+                traceback.print_exc()
+            self.end_all(error)
+            self.new_batch()
 
     def admit(self) -> None:
         """Let generations that wait join in their order, while there is room.
@@ -274,10 +306,8 @@ class DecodingThread(threading.Thread):
                 self.loop.call_soon_threadsafe(put)
 
     def end_all(self, error: Exception) -> None:
-        for task in list(self.open):
-            if isinstance(task, Generation):
-                self.hand_over([(task, error)])
-            elif task.future.set_running_or_notify_cancel():
-                task.future.set_exception(error)
-        self.open.clear()
+        """End all generations with an exception. Functions are still called."""
+        generations = [task for task in self.open if isinstance(task, Generation)]
+        self.hand_over([(generation, error) for generation in generations])
+        self.open.difference_update(generations)
         self.waiting.clear()

@@ -27,7 +27,7 @@ async def losses(model: Model, fields: Fields) -> Json:
     if len(ids) > MAX_TOKENS:
         raise BadRequest(f"The text has {len(ids):,} tokens, and the limit is {MAX_TOKENS:,}: "
                          "shorten it.", "text")
-    return await model.thread.call(lambda: losses_of(model, ids))
+    return await model.batcher.call(lambda: losses_of(model, ids))
 
 
 def losses_of(model: Model, ids: list[int]) -> Json:
@@ -51,7 +51,7 @@ def losses_of(model: Model, ids: list[int]) -> Json:
 async def attention(model: Model, fields: Fields) -> Json:
     """The data of the attention page for the last tokens of `text`."""
     ids = text_ids(model, fields)
-    return await model.thread.call(lambda: attention_of(model, ids))
+    return await model.batcher.call(lambda: attention_of(model, ids))
 
 
 def attention_of(model: Model, ids: list[int]) -> Json:

@@ -18,7 +18,7 @@ from data.records import BadRecord
 from generation.chat import Conversation
 from generation.engine import Engine
 from serving.answers import Answer, ChatAnswer
-from serving.decoding import DecodingThread, Generation
+from serving.decoding import Batcher, Generation
 from serving.fields import BadRequest, Fields, shown
 
 MAX_TOP = 20
@@ -30,7 +30,7 @@ class Model:
 
     name: str
     engine: Engine
-    thread: DecodingThread
+    batcher: Batcher
     # The arguments of sample.py that open it.
     arguments: Sequence[str] = ()
     created: int = field(default_factory=lambda: int(time.time()))

@@ -24,7 +24,7 @@ from generation.decoder import Decoder
 from generation.inspection import predictions
 from model import GPT, GPTConfig
 from scripts.chromium import Chromium
-from serving.decoding import DecodingThread
+from serving.decoding import Batcher, DecodingThread
 from serving.tasks import Model
 from training.device import Device
 
@@ -65,11 +65,11 @@ def address(engines, runs_dir):
     from serving.app import make_app
 
     settings = compose(ServeSettings, [f"runs_dir={runs_dir}", "max_new_tokens=60"])
+    thread = DecodingThread(Device("cpu", "fp32"))
     models = {}
     for name, engine in engines.items():
-        thread = DecodingThread(engine, Decoder(engine.model), 4, 8)
-        thread.start()
-        models[name] = Model(name, engine, thread, [f"run=runs/{name}"])
+        models[name] = Model(name, engine, Batcher(thread, engine, Decoder(engine.model), 4, 8), [f"run=runs/{name}"])
+    thread.start()
     with socket.create_server(("127.0.0.1", 0)) as listening:
         running = uvicorn.Server(uvicorn.Config(make_app(models, settings), http="h11", ws="none", lifespan="off", log_level="error"))
         loop = threading.Thread(target=running.run, args=([listening],))
@@ -77,8 +77,7 @@ def address(engines, runs_dir):
         yield f"http://127.0.0.1:{listening.getsockname()[1]}"
         running.should_exit = True
         loop.join(timeout=10)
-    for model in models.values():
-        model.thread.stop()
+    thread.stop()
 
 
 def post(address: str, path: str, **body: object) -> dict:

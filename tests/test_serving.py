@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from generation.chat import Conversation
 from generation.decoder import Decoder
 from generation.engine import Engine
 from model.gpt import GPT, GPTConfig
-from serving.decoding import Busy, DecodingThread, Generation, Stopped
+from serving.decoding import Batcher, Busy, DecodingThread, Generation, Stopped
 from serving.tasks import Model
 from training.device import Device
 
@@ -45,12 +46,13 @@ def engine(tiny_runs):
 
 
 @contextlib.contextmanager
-def decoding(engine: Engine, rows: int = 16, max_requests: int = 64):
-    """The running thread of an engine."""
-    thread = DecodingThread(engine, Decoder(engine.model), rows, max_requests)
+def decoding(*engines: Engine, rows: int = 16, max_requests: int = 64):
+    """The batcher of each engine, in one running thread."""
+    thread = DecodingThread(engines[0].device)
+    batchers = [Batcher(thread, engine, Decoder(engine.model), rows, max_requests) for engine in engines]
     thread.start()
     try:
-        yield thread
+        yield batchers
     finally:
         thread.stop()
         thread.join(timeout=10)
@@ -60,8 +62,8 @@ def decoding(engine: Engine, rows: int = 16, max_requests: int = 64):
 class Server:
     """A server in a thread of this process, and its clients."""
 
-    def __init__(self, port: int, threads: dict[str, DecodingThread]) -> None:
-        self.port, self.threads = port, threads
+    def __init__(self, port: int, models: dict[str, Model]) -> None:
+        self.port, self.models = port, models
 
     def ask(self, path: str, body: object, **headers: str) -> tuple[int, dict]:
         """The status and the JSON that answer a body, which is JSON or bytes."""
@@ -86,14 +88,14 @@ def serving(engines: dict[str, Engine], *overrides: str, max_requests: int = 64)
     from serving.app import make_app
 
     with contextlib.ExitStack() as stack:
-        threads = {name: stack.enter_context(decoding(engine, max_requests=max_requests)) for name, engine in engines.items()}
-        models = {name: Model(name, engine, threads[name]) for name, engine in engines.items()}
+        batchers = stack.enter_context(decoding(*engines.values(), max_requests=max_requests))
+        models = {name: Model(name, engine, batcher) for (name, engine), batcher in zip(engines.items(), batchers, strict=True)}
         listening = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
-        running = serve.make_server(uvicorn, make_app(models, compose(ServeSettings, ["max_new_tokens=40", *overrides])), models)
+        running = serve.make_server(uvicorn, make_app(models, compose(ServeSettings, ["max_new_tokens=40", *overrides])), batchers[0].thread)
         loop = threading.Thread(target=running.run, args=([listening],))
         loop.start()
         try:
-            yield Server(listening.getsockname()[1], threads)
+            yield Server(listening.getsockname()[1], models)
         finally:
             running.should_exit = True
             loop.join(timeout=10)
@@ -144,81 +146,80 @@ def test_a_text_does_not_depend_on_its_company(engine):
     cases = [("The", 1, {}), ("A", 3, {"temperature": 0}), ("every", 2, {"seed": 4, "top_k": 3}), ("No", 4, {"top_p": 0.5, "stop": "e"}),
              ("its", 1, {"max_new_tokens": 90}), ("The old", 2, {"temperature": 1.5, "top_k": 0, "max_new_tokens": 7})]
 
-    async def together(thread):
+    async def together(batcher):
         async def one(delay, prompt, n, rules):
             await asyncio.sleep(0.004 * delay)
             rules = SamplingConfig(**{"max_new_tokens": 40} | rules)
             jobs = [(engine.encode(prompt), number) for number in range(n)]
             generation = Generation(jobs, rules, [rules.stop], streams=delay % 2 == 0)
-            thread.submit(generation)
+            batcher.submit(generation)
             return (await collected(generation))[0]
         return await asyncio.gather(*(one(number, *case) for number, case in enumerate(cases)))
 
-    with decoding(engine, rows=5) as thread:
-        step, sizes = thread.step, []
-        thread.step = lambda: sizes.append(len(thread.batch.rows)) or step()
-        texts = asyncio.run(together(thread))
+    with decoding(engine, rows=5) as [batcher]:
+        step, sizes = batcher.step, []
+        batcher.step = lambda: sizes.append(len(batcher.batch.rows)) or step()
+        texts = asyncio.run(together(batcher))
     assert texts == [texts_of(engine, prompt, n, **rules) for prompt, n, rules in cases]
     assert 1 < max(sizes) <= 5 and len(sizes) < sum(sizes)
 
 
 def test_a_client_that_goes_frees_its_place(server):
     """Of a stream, and of a request that would be answered whole."""
-    thread = server.threads["tiny"]
+    batcher = server.models["tiny"].batcher
     for body in (ENDLESS | {"model": "tiny", "stream": True}, ENDLESS | {"model": "tiny"}):
         connection = http.client.HTTPConnection("127.0.0.1", server.port)
         connection.request("POST", COMPLETIONS, json.dumps(body), {"Content-Type": "application/json"})
-        wait_until(lambda: thread.batch.rows)
+        wait_until(lambda: batcher.batch.rows)
         connection.close()
-        wait_until(lambda: not thread.open and not thread.batch.rows)
+        wait_until(lambda: not batcher.open and not batcher.batch.rows)
 
 
 def test_open_requests_are_limited(engine):
-    async def flood(thread):
+    async def flood(batcher):
         for _ in range(2):
-            thread.submit(Generation([([1], 0)], SamplingConfig(5000)))
+            batcher.submit(Generation([([1], 0)], SamplingConfig(5000)))
         with pytest.raises(Busy, match="2 requests are open, which is the limit"):
-            thread.submit(Generation([([1], 0)], SamplingConfig(5000)))
+            batcher.submit(Generation([([1], 0)], SamplingConfig(5000)))
 
-    with decoding(engine, max_requests=2) as thread:
-        asyncio.run(flood(thread))
+    with decoding(engine, max_requests=2) as [batcher]:
+        asyncio.run(flood(batcher))
 
 
 def test_a_failure_ends_the_requests_and_not_the_thread(engine, monkeypatch):
     def broken_step():
         raise ValueError("NaN")
 
-    async def fail_and_go_on(thread):
+    async def fail_and_go_on(batcher):
         generations = [Generation([([1], 0)], SamplingConfig(3)) for _ in range(2)]
         with monkeypatch.context() as broken:
-            broken.setattr(thread.batch, "step", broken_step)
-            thread.submit(generations[0])
+            broken.setattr(batcher.batch, "step", broken_step)
+            batcher.submit(generations[0])
             with pytest.raises(ValueError, match="NaN"):
                 await collected(generations[0])
-        thread.submit(generations[1])
-        assert (await collected(generations[1]))[1] == [3] and await thread.call(lambda: 5) == 5
+        batcher.submit(generations[1])
+        assert (await collected(generations[1]))[1] == [3] and await batcher.call(lambda: 5) == 5
         with pytest.raises(ZeroDivisionError):
-            await thread.call(lambda: 1 / 0)
+            await batcher.call(lambda: 1 / 0)
 
-    with decoding(engine) as thread:
-        wait_until(lambda: hasattr(thread, "batch"))
-        asyncio.run(fail_and_go_on(thread))
+    with decoding(engine) as [batcher]:
+        asyncio.run(fail_and_go_on(batcher))
 
 
 def test_stopping_ends_what_is_open(engine):
-    async def stop(thread):
+    async def stop(batcher):
         running, waiting = Generation([([1], 0)], SamplingConfig(5000)), Generation([([1], 0)] * 16, SamplingConfig(5000))
-        thread.submit(running)
-        thread.submit(waiting)
-        thread.stop()
+        batcher.submit(running)
+        batcher.submit(waiting)
+        batcher.thread.stop()
         for generation in (running, waiting):
             with pytest.raises(Stopped):
                 await collected(generation)
         with pytest.raises(Stopped):
-            thread.submit(running)
+            batcher.submit(running)
 
-    with decoding(engine) as thread:
-        asyncio.run(stop(thread))
+    with decoding(engine) as [batcher]:
+        asyncio.run(stop(batcher))
 
 
 # OpenAI's API
@@ -377,6 +378,22 @@ def test_a_port_in_use_is_one_sentence():
 def test_two_runs_of_one_name_are_refused(tiny_runs):
     with pytest.raises(ValueError, match="run=tiny,tiny has two runs with the name tiny"):
         serve.open_engines(compose(ServeSettings, [f"runs_dir={tiny_runs}", "run=tiny,tiny"]), Device("cpu", "fp32"))
+
+
+def test_the_decoding_thread_opens_the_models(engine, monkeypatch):
+    """Decoding is 2.5 times as slow if another thread has computed with a team of OpenMP's."""
+    pytest.importorskip("uvicorn", reason="needs uvicorn, which is optional")
+    opened_by, server = [], types.SimpleNamespace(run=lambda sockets: None, exit_code=3)
+    monkeypatch.setattr(serve, "make_server", lambda uvicorn, app, thread: opened_by.append(thread) or server)
+
+    def open_models(settings, device):
+        opened_by.append(threading.current_thread())
+        return {"tiny": (engine, [])}
+
+    assert serve.serve(compose(ServeSettings, ["port=0"]), open_models) == 3
+    assert opened_by[0] is opened_by[1] is not threading.current_thread()
+    with pytest.raises(ValueError, match="does not exist"):
+        serve.serve(compose(ServeSettings, ["port=0", "init_from=missing/"]))
 
 
 @pytest.mark.slow

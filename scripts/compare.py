@@ -62,7 +62,7 @@ from report.history import (
     open_history,
 )
 from sweep.grid import Plan, plan_grid, run_plan
-from sweep.jobs import report_failures
+from sweep.summary import report_failures
 from terminal import counted, say
 
 # The settings that choose tokens for a text, and those that choose only what is trained on where

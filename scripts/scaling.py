@@ -74,8 +74,9 @@ from report.figures import abbreviate, as_image, log_ticks, new_figure
 from report.history import choose, open_history, tokens_of
 from scripts.plan import pace_of
 from sweep.grid import GridSettings, Plan, job_name, run_plan
-from sweep.jobs import refuse_run, report_failures
+from sweep.jobs import refuse_run
 from sweep.space import Range, Space, read_space
+from sweep.summary import report_failures
 from terminal import counted, readable_time, say
 from training.device import Device, configure
 from training.estimate import Pace

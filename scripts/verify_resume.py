@@ -58,7 +58,6 @@ import atomic
 from checkpointing import store
 from checkpointing.checkpoint import MODEL, OPTIMIZER, Checkpoint
 from conf.schema import compose
-from setting import setting
 from sweep.jobs import python
 from terminal import counted
 

@@ -11,13 +11,15 @@ import math
 import os
 import subprocess
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import atomic
 from conf.presets import options
 from conf.schema import launcher_settings
-from sweep.jobs import Job, Runner
+from sweep.jobs import Job
+from sweep.runner import Runner
 from training.interrupt import CHILD
 
 # Settings that submitit knows for every kind of cluster; others get the name of the cluster.
@@ -113,9 +115,8 @@ class Submitted:
             if self.cancelled:
                 return 143
             message = " ".join(str(error).split())[:300]
-            lines = atomic.LineFile(self.log)
-            lines.add(f"Error: the cluster returned no result: {message}")
-            lines.close()
+            with closing(atomic.LineFile(self.log)) as lines:
+                lines.add(f"Error: the cluster returned no result: {message}")
             return 1
 
     def terminate(self) -> None:

@@ -1,7 +1,7 @@
 """Grid search: one run for each combination of the values on a command line, in runs/SWEEP/JOB/.
 
 Numbers follow Hydra's grammar; text is split at its commas. Jobs run in processes of their own
-(jobs.py) or on a cluster (cluster.py), and the failure of one stops no other.
+(runner.py) or on a cluster (cluster.py), and the failure of one stops no other.
 """
 
 from __future__ import annotations
@@ -25,18 +25,9 @@ from conf.schema import as_yaml, compose, folder_name
 from conf.settings import Settings, leaves
 from setting import as_word, range_problems, setting
 from sweep.cluster import ClusterRunner
-from sweep.jobs import (
-    RESUME,
-    Job,
-    LocalRunner,
-    Progress,
-    Runner,
-    comparison_metric,
-    locked,
-    print_best,
-    report_failures,
-    run_jobs,
-)
+from sweep.jobs import Job, locked
+from sweep.runner import LocalRunner, Runner, run_jobs
+from sweep.summary import RESUME, Progress, comparison_metric, print_best, report_failures
 from terminal import counted, output, say
 
 MAX_JOBS = 10_000
@@ -134,6 +125,7 @@ def run_plan(plan: Plan) -> tuple[int, list[Job]]:
     from checkpointing.resume import is_finished
 
     with locked(plan.folder):
+        # Find the jobs that are left to run.
         jobs, left, finished = [], [], []
         metric = comparison_metric(plan.swept)
         for name, (words, settings) in plan.composed.items():
@@ -144,6 +136,8 @@ def run_plan(plan: Plan) -> tuple[int, list[Job]]:
                 finished.append(job)
             else:
                 left.append(job)
+
+        # Say how many jobs there are, and how many need not or cannot run.
         total = len(jobs) + len(plan.failures)
         parts = [f"Sweep: {plan.folder}", counted(total, "job")]
         if finished:
@@ -151,12 +145,15 @@ def run_plan(plan: Plan) -> tuple[int, list[Job]]:
         if plan.failures:
             parts.append(f"{len(plan.failures)} invalid (listed at the end)")
         say(", ".join(parts))
+
+        # Run the others. The best result so far may be that of a finished job.
         progress = Progress(total, len(finished), len(plan.failures))
         for job in finished:
             job.update()
             progress.add_result(job)
         source = Grid(left, plan.failures)
         code = run_jobs(source, runner, progress)
+
     done = len(finished) + source.done
     say(f"{done} of {counted(total, 'job')} finished in {plan.folder}.")
     if code:
@@ -166,6 +163,7 @@ def run_plan(plan: Plan) -> tuple[int, list[Job]]:
 
 def plan_grid(overrides: list[str]) -> Plan:
     """The jobs of a grid's command line. Raises ValueError if no job can be composed."""
+    # Tell apart the settings of the grid itself, its name, those of a cluster, and those of jobs.
     own = [word for word in overrides if word.partition("=")[0] in leaves(GridSettings)]
     names = [word for word in overrides if word.startswith("name=")]
     launcher = [word for word in overrides if word.startswith(LAUNCHER)]
@@ -173,6 +171,8 @@ def plan_grid(overrides: list[str]) -> Plan:
     choices = {
         word: values_of(word) for word in overrides if word not in (*own, *names, *launcher)
     }
+
+    # Find the settings that have several values.
     if not choices:
         raise ValueError("-m found no values to sweep: separate several values by commas, as in "
                          "optim.lr=1e-3,3e-3, or leave -m out.")
@@ -183,6 +183,8 @@ def plan_grid(overrides: list[str]) -> Plan:
     swept = list(dict.fromkeys(word.partition("=")[0] for word in several))
     if math.prod(map(len, choices.values())) > MAX_JOBS:
         raise too_many_jobs(" ".join(several))
+
+    # Compose the settings of each combination.
     name = names[-1] if names else f"name={automatic_name(choices, swept)}"
     combinations = [[*words, name] for words in product(*choices.values())]
     composed, failures = compose_all(combinations, swept)
@@ -210,12 +212,14 @@ def compose_all(
     composed: dict[str, tuple[list[str], Settings]] = {}
     errors: dict[str, ConfigError] = {}
     for words in combinations:
+        # Without settings, a job that cannot be composed is named by its overrides.
         values = dict(word.partition("=")[::2] for word in words)
         try:
             settings = compose("config", words)
         except ConfigError as error:
             errors[job_name(swept, values)] = error
             continue
+        # Values that mean the same, such as 1e-3 and 0.001, are one job.
         name = job_name(swept, values | flat(asdict(settings)))
         if composed.setdefault(name, (words, settings))[1] != settings:
             other = composed[name][0]
@@ -252,6 +256,7 @@ def values_of(override: str) -> list[str]:
     Raises ValueError for values that cannot be listed, such as interval(0, 1).
     """
     key, _, value = override.partition("=")
+    # Hydra's grammar would refuse many texts, such as paths with spaces.
     takes_text = key in groups() or is_text(leaves(Settings).get(key))
     if takes_text and not FUNCTION.match(value):
         return [f"{key}={text}" for text in split_text(value)]
@@ -262,6 +267,8 @@ def values_of(override: str) -> list[str]:
         return [override]
     if not parsed.is_sweep_override():
         return [override]
+
+    # A glob of presets stands for their names; other sweeps for values that Hydra lists.
     if isinstance(parsed.value(), Glob) and key in groups():
         words = parsed.value().filter(options(key))
         if not words:
@@ -277,6 +284,7 @@ def values_of(override: str) -> list[str]:
 
 def listed_values(override: Override) -> list[str]:
     """The values of a parsed sweep, as on a command line; none if they cannot be listed."""
+    # Count the values of a range before they are listed: there may be billions.
     span = override.value()
     if isinstance(span, RangeSweep) and abs(span.stop - span.start) > MAX_JOBS * abs(span.step):
         raise too_many_jobs(override.input_line)
@@ -284,6 +292,7 @@ def listed_values(override: Override) -> list[str]:
     with suppress(HydraException, ValueError):
         written = override.sweep_string_iterator()
         pairs = list(zip(override.sweep_iterator(), written, strict=True))
+
     words = []
     for value, word in pairs:
         # Text stays as it is: Hydra would write it with quotes and backslashes.

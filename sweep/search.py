@@ -30,19 +30,10 @@ from conf.schema import compose, folder_name
 from conf.settings import Settings
 from report.history import PRUNED
 from setting import FilePath, range_problems, setting
-from sweep.jobs import (
-    INTERRUPTED,
-    RESUME,
-    Job,
-    LocalRunner,
-    Progress,
-    comparison_metric,
-    next_commands,
-    refuse_run,
-    report_failures,
-    run_jobs,
-)
+from sweep.jobs import INTERRUPTED, Job, refuse_run
+from sweep.runner import LocalRunner, run_jobs
 from sweep.space import Range, Space, read_space
+from sweep.summary import RESUME, Progress, comparison_metric, next_commands, report_failures
 from terminal import counted, say
 
 JOURNAL = "study.log"

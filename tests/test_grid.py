@@ -21,9 +21,11 @@ import train as main
 from checkpointing import store
 from checkpointing.resume import is_finished
 from conf.presets import ConfigError
-from sweep import grid, jobs
+from sweep import grid, jobs, summary
 from sweep.cluster import check_size
-from sweep.jobs import Job, LocalRunner, Progress, run_jobs
+from sweep.jobs import Job
+from sweep.runner import LocalRunner, run_jobs
+from sweep.summary import Progress
 
 ROOT = Path(__file__).parent.parent
 
@@ -109,9 +111,9 @@ def test_a_sweep_of_one_job_is_named_by_its_identity():
 
 
 def test_losses_of_other_data_are_compared_in_bits_per_byte():
-    assert jobs.comparison_metric(["optim.lr", "model.n_layer"]) == "val_loss"
+    assert summary.comparison_metric(["optim.lr", "model.n_layer"]) == "val_loss"
     for swept in (["optim.lr", "data.vocab_size"], ["data"], ["experiment"]):
-        assert jobs.comparison_metric(swept) == "bits_per_byte"
+        assert summary.comparison_metric(swept) == "bits_per_byte"
 
 
 # Jobs, and the runner that starts and stops them.
@@ -149,7 +151,7 @@ def test_a_failed_job_stops_no_other_and_names_its_last_error(job, tmp_path, cap
     assert {line.partition(" Log:")[0] for line in source.failures} == {
         "bad: too wide", "killed: killed by SIGKILL; run the same command again to resume it",
         "silent: exit code 3", "last: on stderr"}
-    assert jobs.report_failures(source.failures) == 1 and jobs.report_failures([]) == 0
+    assert summary.report_failures(source.failures) == 1 and summary.report_failures([]) == 0
     printed = capsys.readouterr()
     assert "good: done" in printed.out and "silent: failed" in printed.out
     assert "0 running, 1 done, 0 stopped, 4 failed" in printed.err
@@ -168,12 +170,12 @@ def test_a_failure_under_torchrun_is_the_runs_own_sentence(job, printed, reason)
 def test_the_best_job_is_named_with_the_next_commands(job, tmp_path, capsys):
     ran = [job(name) for name in ("a", "b b", "none")]
     ran[0].best, ran[1].best = 2.0, 1.5
-    jobs.print_best(ran)
+    summary.print_best(ran)
     assert capsys.readouterr().out.splitlines() == [
         f"Best: {tmp_path}/b b, val_loss 1.5000", f"  python sample.py 'run={tmp_path}/b b'",
         f"  python -m scripts.report runs={tmp_path}"]
-    jobs.print_best(ran[2:])
-    jobs.print_best([])
+    summary.print_best(ran[2:])
+    summary.print_best([])
     assert capsys.readouterr().out == ""
 
 

@@ -29,7 +29,8 @@ from generation.decoder import Decoder
 from generation.sampling import generate
 from hardware import native
 from model import GPT, GPTConfig
-from model.pretrained import config_to, weights_to
+from model.formats import config_to
+from model.pretrained import weights_to
 from setting import FilePath, range_problems, setting
 from training.device import keep_freed_memory
 

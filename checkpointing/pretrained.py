@@ -1,8 +1,8 @@
 """Read weights that other programs wrote: folders of Hugging Face, and checkpoints of nanoGPT.
 
 Files may come from a stranger. Nothing in them is run: a pickle is only opened with
-`weights_only=True`, which loads tensors and plain values. What the tensors are called, and which
-configurations are supported, is in model/pretrained.py.
+`weights_only=True`, which loads tensors and plain values. model/pretrained.py knows the names of
+the tensors, and model/formats.py the supported configurations.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from data.hugging_face import byte_letters
 from data.tokenizer import BPETokenizer, Tokenizer
 from data.tokenizer_file import open_tokenizer
 from model.config import GPTConfig
-from model.pretrained import CLASSES, config_from, shown, table, weights_from
+from model.formats import CLASSES, config_from, shown
+from model.pretrained import table, weights_from
 from terminal import counted, readable_size
 from training.device import available_memory
 

@@ -18,7 +18,8 @@ from data.patterns import CL100K_TIKTOKEN, GPT2, GPT2_TIKTOKEN, LLAMA3, O200K, P
 from data.tokenizer import BPETokenizer, ExtendedTokenizer, Tokenizer
 from exporting.check import our_logits
 from model import GPTConfig
-from model.pretrained import EPSILON, ROTARY_BASE, layout_for, table, weights_from
+from model.formats import EPSILON, ROTARY_BASE, layout_for
+from model.pretrained import table, weights_from
 
 # llama.cpp's names of the patterns that split a text into words before merging.
 SPLITTERS = {PATTERN: "llama-bpe", LLAMA3: "llama-bpe", CL100K_TIKTOKEN: "llama-bpe",

@@ -23,7 +23,8 @@ from data.hugging_face import to_hugging_face
 from data.tokenizer import Tokenizer
 from exporting.check import our_logits
 from model import GPTConfig
-from model.pretrained import CLASSES, config_to, layout_for, weights_from, weights_to
+from model.formats import CLASSES, config_to, layout_for
+from model.pretrained import weights_from, weights_to
 
 WEIGHTS = "model.safetensors"
 # A module with a class that has n-gram embeddings, after the class of transformers in BASE.

@@ -15,7 +15,8 @@ from conf.sampling import SamplingConfig
 from exporting import check, gguf_file, hugging_face
 from exporting.card import plain
 from generation import open_run
-from model.pretrained import CLASSES, weights_from
+from model.formats import CLASSES
+from model.pretrained import weights_from
 from scripts import export
 from scripts.export import ExportSettings
 

@@ -11,7 +11,8 @@ import torch
 from checkpointing.state import new_state
 from conf.settings import Settings
 from model import GPT, GPTConfig
-from model.pretrained import layout_for, weights_from, weights_to
+from model.formats import layout_for
+from model.pretrained import weights_from, weights_to
 from training import optim
 from training.config import OptimConfig
 from training.device import Device

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from model import GPT, GPTConfig
-from model.pretrained import config_from, config_to, layout_for, weights_from, weights_to
+from model.formats import config_from, config_to, layout_for
+from model.pretrained import weights_from, weights_to
 
 SMALL = GPTConfig(block_size=16, vocab_size=64, n_layer=2, n_head=2, n_embd=32)
 NANOGPT = replace(SMALL, activation="gelu_erf", bias=False)

@@ -24,7 +24,8 @@ from data.hugging_face import to_hugging_face
 from data.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
 from generation import open_weights
 from model import GPT, GPTConfig
-from model.pretrained import config_to, weights_to
+from model.formats import config_to
+from model.pretrained import weights_to
 
 SMALL = GPTConfig(block_size=16, vocab_size=64, n_layer=2, n_head=2, n_embd=32)
 NANOGPT = replace(SMALL, activation="gelu_erf", bias=False)

@@ -3,6 +3,7 @@
   python -m bench ablation                                   speedrun_shakespeare
   python -m bench ablation experiment=modern_shakespeare seeds=16 jobs=2
   python -m bench ablation model=modern-small                another recipe
+  python -m bench ablation size=small seeds=6                the default recipe, small
 
 Takes the settings of train.py too. Each variant is compared with the recipe over the same seeds, as
 by python -m scripts.compare (docs/evaluation.md). The same command resumes.
@@ -14,6 +15,7 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 from bench.timing import print_header
 from conf.identity import flat
@@ -26,6 +28,10 @@ from scripts.compare import CompareSettings, plan_arm, read_arms, results_of, tr
 from setting import FilePath, range_problems, setting
 
 RECIPE = "the recipe"
+# Half a minute for a run on one core. Results do not depend on how busy the machine is.
+SMALL = ("model.n_layer=2", "model.n_embd=96", "training.batch_size=8", "training.max_steps=100",
+         "training.eval_every=0", "training.eval_tokens=32768", "training.checkpoint_every=0",
+         "training.precision=fp32", "training.threads=1")
 WITHOUT = {
     "embedding norm": "model.embedding_norm=false",
     "Muon (AdamW for all, 3e-3)": "optim.optimizer=adamw optim.lr=3e-3",
@@ -48,6 +54,8 @@ class AblationSettings:
 
     seeds: int = setting(8, "runs of each variant; 4 or fewer cannot decide", ge=2)
     jobs: int = setting(1, "that run at a time", ge=1)
+    size: Literal["full", "small"] = setting(
+        "full", "small: 2 blocks of width 96, 100 steps of 1,024 tokens, in fp32 on one core")
     runs_dir: FilePath = setting("runs/ablation", "folder for the runs of all variants")
     train: tuple[str, ...] = ()
 
@@ -57,7 +65,10 @@ class AblationSettings:
 
 
 def main(settings: AblationSettings) -> int:
-    recipe = settings.train or ("experiment=speedrun_shakespeare",)
+    if settings.size == "small":
+        recipe = [*SMALL, *settings.train]
+    else:
+        recipe = settings.train or ("experiment=speedrun_shakespeare",)
     own = CompareSettings(seeds=settings.seeds, jobs=settings.jobs, runs_dir=settings.runs_dir,
                           base=shlex.join([*recipe, "training.sample_tokens=0"]))
     plans = {RECIPE: plan_arm([], own)}

@@ -97,6 +97,19 @@ def test_an_ablation_compares_the_same_seeds_with_and_without(monkeypatch, tmp_p
     assert rows == [["n-grams", "5.2560", "+2.0449 ± 0.0256", "0.004", "yes"]]
 
 
+def test_a_small_ablation_trains_small_models(monkeypatch, tmp_path):
+    def run_plan(plan):
+        sizes.append({(settings.model.n_embd, settings.model.ngrams, settings.training.max_steps) for _, settings in plan.composed.values()})
+        return 130, []  # interrupted
+
+    sizes = []
+    monkeypatch.setattr(compare, "run_plan", run_plan)
+    monkeypatch.setattr(ablation, "variants_of", lambda recipe: {})
+    with pytest.raises(SystemExit):
+        ablation.main(compose(ablation.AblationSettings, [f"runs_dir={tmp_path}", "seeds=2", "size=small", "model.ngrams=3"]))
+    assert sizes == [{(96, 3, 100)}]
+
+
 @pytest.mark.slow
 def test_every_ingredient_of_the_modern_models_has_a_variant():
     """Which train.py accepts; those that change nothing are left out."""

@@ -23,7 +23,7 @@ from conf.schema import compose
 from conf.settings import Settings
 from evaluation.comparison import Comparison, compare_all
 from progress import print_line
-from report.history import differing_settings
+from report.runs import differing_settings
 from scripts.compare import CompareSettings, plan_arm, read_arms, results_of, train_all
 from setting import FilePath, range_problems, setting
 

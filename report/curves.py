@@ -24,7 +24,8 @@ from report.figures import (
     short_text,
     svg_element,
 )
-from report.history import AXES, LOSS, History, are_numbers
+from report.history import AXES, LOSS, History
+from report.runs import are_numbers
 
 # These can be told apart on white and on black.
 COLORS = ("#2f7fc1", "#d9702b", "#2f9e6e", "#c2569b", "#8a6fd1", "#a37f1f", "#d14d57", "#2f9fae")

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from report.history import History, are_numbers
+from report.history import History
+from report.runs import are_numbers
 
 MIN_RUNS = 4
 

@@ -2,36 +2,22 @@
 
 from __future__ import annotations
 
-import html
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import atomic
 from evaluation.comparison import SMALLEST, compare_all
 from progress import ProgressBar
 from report import curves
-from report.figures import number_texts
-from report.history import (
-    AXES,
-    BITS,
-    LOSS,
-    History,
-    arms_of,
-    best_first,
-    differing,
-    open_history,
-    tokens_of,
-)
+from report.history import AXES, BITS, History, open_history
 from report.importance import MIN_RUNS, importance
-from report.results import cells
+from report.runs import arms_of, best_first, differing, tokens_of
+from report.tables import escape, evaluations, leaderboard, side_by_side, swatch
 from terminal import counted, escaped
 
 TEMPLATE = Path(__file__).with_suffix(".html")
-MAX_COLUMNS = 6  # runs side by side in a table of settings
 MAX_SLICES = 12
 MAX_ARMS = 20  # settings that are compared over seeds: all pairs are tested
 MAX_SAMPLES = 60  # runs whose samples are shown
@@ -71,6 +57,7 @@ def write(
     Raises ValueError for a folder that is not a run, and if matplotlib is missing for pictures.
     """
     runs = open_runs(chosen)
+    # Nothing is written before all of it has been drawn.
     contents = {out: page(runs, escaped(title, keep="")).encode()}
     if pictures:
         contents[out.with_name(f"{out.stem}-curves.png")] = curves.curves_png(runs)
@@ -78,7 +65,6 @@ def write(
         if len(compared) >= MIN_RUNS and keys:
             slices = curves.slices_png(compared, keys[:MAX_SLICES], ranks_of(runs))
             contents[out.with_name(f"{out.stem}-slices.png")] = slices
-    # Nothing is written before all of it has been drawn.
     for path, content in contents.items():
         atomic.write_bytes(path, content)
     return list(contents)
@@ -110,8 +96,8 @@ def page(runs: list[History], title: str) -> str:
     parts = [
         *summary(runs, title), *losses(runs), *diagnostics(runs), *leaderboard(runs),
         *evaluations(runs), *comparisons(runs), *importance_of_settings(runs), *samples(runs),
-        *compare("Settings", [run.settings for run in runs], runs),
-        *compare("Environment", [run.environment for run in runs], runs),
+        *side_by_side("Settings", [run.settings for run in runs], runs),
+        *side_by_side("Environment", [run.environment for run in runs], runs),
     ]
     template = TEMPLATE.read_text(encoding="utf-8")
     template = template.replace("{{title}}", escape(f"Report: {title}"))
@@ -185,71 +171,9 @@ def diagnostics(runs: list[History]) -> Iterator[str]:
             yield f'<div class="slices">{pictures}</div>'
 
 
-def evaluations(runs: list[History]) -> Iterator[str]:
-    """The results of python eval.py."""
-    titles, *rows = cells([model for run in runs for model in run.evaluated])
-    if rows:
-        heads = "".join(f"<th>{escape(title)}</th>" for title in titles)
-        body = ""
-        for row in rows:
-            body += f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>"
-        yield "<h2>Evaluation</h2>"
-        yield f'<div class="wide">{table(heads, body, "id", "evaluation")}</div>'
-
-
-def leaderboard(runs: list[History]) -> Iterator[str]:
-    """A table that is sorted by clicking on its heads."""
-    several = len(runs) > 1
-    rows = leaderboard_rows(runs)
-    numeric = set()
-    for row in rows:
-        numeric |= {name for name, (value, _) in row.items() if isinstance(value, int | float)}
-    body = ""
-    for rank, row in enumerate(rows):
-        cells = ""
-        for name, (value, text) in row.items():
-            attributes = f'data-value="{escape(str(value))}"'
-            if name in numeric:
-                attributes = f'class="number" {attributes}'
-            if name in runs[rank].settings and str(value) != text:
-                attributes += f' title="{escape(str(value))}"'
-            dot = swatch(rank, len(runs)) if name == "run" and several else ""
-            cells += f"<td {attributes}>{dot}{escape(text)}</td>"
-        body += f'<tr data-run="{rank}">{cells}</tr>'
-    heads = ""
-    for name in rows[0]:
-        sorting = ' aria-sort="ascending"' if name == runs[0].measure else ""
-        kind = ' class="number"' if name in numeric else ""
-        heads += f"<th{sorting}{kind}><button>{escape(name)}</button></th>"
-    yield f"<h2>{'Leaderboard' if several else 'Result'}</h2>"
-    yield f'<div class="wide tall">{table(heads, body, "id", "leaderboard")}</div>'
-
-
-def leaderboard_rows(runs: list[History]) -> list[dict[str, tuple[Any, str]]]:
-    """For each run and column the value to sort by and the text."""
-    settings = {}
-    for key in differing(runs):
-        values = [run.settings.get(key, "") for run in runs]
-        settings[key] = list(zip(values, number_texts(values), strict=True))
-    rows = []
-    for rank, run in enumerate(runs):
-        _, tokens, seconds = run.reached
-        row = {"run": (run.name, run.name), "state": (run.state, run.state)}
-        row[LOSS] = formatted(run.best_loss, ".4f")
-        row["at step"] = formatted(run.best_step, ",d")
-        row[BITS] = formatted(run.bits_per_byte, ".4f")
-        row |= {key: column[rank] for key, column in settings.items()}
-        row["last validation loss"] = formatted(run.last_loss, ".4f")
-        row["training loss"] = formatted(run.train_loss, ".4f")
-        row["tokens"] = formatted(tokens, ",.0f")
-        row["time"] = (seconds, duration(seconds))
-        row["tokens/s"] = formatted(tokens / seconds if seconds else None, ",.0f")
-        rows.append(row)
-    return rows
-
-
 def comparisons(runs: list[History]) -> Iterator[str]:
     """The best settings against each of the others, of those that were run with several seeds."""
+    # Group the runs that differ in nothing but their seed.
     finished = [run for run in comparable(runs)[0] if isinstance(run.settings.get("seed"), int)]
     try:
         arms = arms_of(finished)
@@ -262,6 +186,8 @@ def comparisons(runs: list[History]) -> Iterator[str]:
             results[name] = {seed: run.score for seed, run in of_arm.items()}
     if not 1 < len(results) <= MAX_ARMS or len({tokens_of(run) for run in finished}) > 1:
         return
+
+    # Test the differences between the groups.
     unit = "bits per byte" if finished[0].measure == BITS else "nats per token"
     yield "<h2>Beyond the noise between seeds?</h2>"
     try:
@@ -288,8 +214,10 @@ def importance_of_settings(runs: list[History]) -> Iterator[str]:
             rows += f"<tr><td><code>{escape(key)}</code></td>"
             rows += f'<td class="number">{share:.0%}</td><td>{bar}</td></tr>'
         yield f'<table id="importance">{rows}</table>'
+        # The slices follow in the order of importance.
         keys = list(shares)
     except ValueError as error:
+        # Optuna is missing, or all scores are equal: the slices can still be drawn.
         yield f"<p>{escape(str(error))}</p>"
     if len(finished) < MIN_RUNS:
         return
@@ -325,61 +253,3 @@ def samples(runs: list[History]) -> Iterator[str]:
             name = f"<h3>{swatch(rank, len(runs))}{escape(run.name)}</h3>"
             cards += f'<div class="card" data-run="{rank}">{name}{texts[0]}{earlier}</div>'
     yield f'<div class="cards">{cards}</div>'
-
-
-def compare(title: str, values: list[dict[str, Any]], runs: list[History]) -> Iterator[str]:
-    """The `values` of all runs, differences marked; for many runs, each value with its count."""
-    if title == "Settings" and len(runs) > 1:
-        box = '<input type="checkbox" id="only-differences">'
-        yield f'<p id="which"><label>{box} only differences</label></p>'
-    yield f"<h2>{title}</h2>"
-    keys = dict.fromkeys(key for each in values for key in each)
-    keys = [key for key in keys if key not in ("name", "auto_name")]
-    if not keys:
-        yield "<p>Not recorded: these runs are older than the record of it.</p>"
-        return
-    side_by_side = len(runs) <= MAX_COLUMNS
-    names = [run.name for run in runs] if side_by_side else ["value (runs)"]
-    body = ""
-    for key in keys:
-        texts = number_texts([each.get(key, "-") for each in values])
-        differs = ' class="differs"' if len(set(texts)) > 1 else ""
-        cells = texts if side_by_side else [counts_of(texts)]
-        columns = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
-        body += f"<tr{differs}><th>{escape(key)}</th>{columns}</tr>"
-    heads = "<th></th>" + "".join(f"<th>{escape(name)}</th>" for name in names)
-    yield f'<div class="wide">{table(heads, body, "class", "settings")}</div>'
-
-
-def counts_of(texts: list[str]) -> str:
-    """The most frequent texts, each with how often it occurs, unless it is the only one."""
-    counts = Counter(texts).most_common(20)
-    if len(counts) == 1:
-        return texts[0]
-    return ", ".join(f"{text} ({count})" for text, count in counts)
-
-
-def table(heads: str, body: str, attribute: str, name: str) -> str:
-    start = f'<table {attribute}="{name}"><thead><tr>{heads}</tr></thead>'
-    return f"{start}<tbody>{body}</tbody></table>"
-
-
-def escape(text: str) -> str:
-    """Text as HTML, with control characters written out."""
-    return html.escape(escaped(text))
-
-
-def swatch(rank: int, count: int) -> str:
-    """A dot in the color of a run's curves."""
-    return f'<span class="swatch" style="background: {curves.color(rank, count)}"></span>'
-
-
-def formatted(value: float | None, how: str) -> tuple[Any, str]:
-    """The value to sort by and its text; both are empty for None."""
-    return ("", "") if value is None else (value, format(value, how))
-
-
-def duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -54,13 +54,8 @@ from conf.presets import groups
 from conf.schema import folder_name
 from conf.settings import Settings, leaves
 from evaluation import comparison
-from report.history import (
-    History,
-    arms_of,
-    choose,
-    differing_settings,
-    open_history,
-)
+from report.history import History, open_history
+from report.runs import arms_of, choose, differing_settings
 from sweep.grid import Plan, plan_grid, run_plan
 from sweep.summary import report_failures
 from terminal import counted, say

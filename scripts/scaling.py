@@ -71,7 +71,8 @@ from data.shards import read_meta
 from evaluation.scaling_law import LEVEL, MIN_RUNS, Fit, fit_law, isoflop_grid
 from model import GPT, GPTConfig, SkipInit
 from report.figures import abbreviate, as_image, log_ticks, new_figure
-from report.history import choose, open_history, tokens_of
+from report.history import open_history
+from report.runs import choose, tokens_of
 from scripts.plan import pace_of
 from sweep.grid import GridSettings, Plan, job_name, run_plan
 from sweep.jobs import refuse_run

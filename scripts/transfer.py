@@ -38,7 +38,8 @@ from statistics import fmean
 
 from report.curves import COLORS
 from report.figures import as_image, label_numbers, new_figure, number_text, write_picture
-from report.history import History, choose, open_history
+from report.history import History, open_history
+from report.runs import choose
 from terminal import say
 
 # Mean losses by rate, by width, and by optimizer and parametrization.

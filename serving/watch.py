@@ -15,15 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from checkpointing.run_folder import is_sweep
-from report.history import (
-    PRUNED,
-    History,
-    best_first,
-    open_history,
-    read_new_rows,
-    runs_in,
-)
-from report.page import leaderboard_rows
+from report.history import PRUNED, History, open_history, read_new_rows
+from report.runs import best_first, runs_in
+from report.tables import leaderboard_rows
 from serving.answers import Json
 from serving.fields import BadRequest, Fields
 

@@ -35,8 +35,9 @@ from report.curves import (
     smooth,
 )
 from report.figures import new_figure, number_texts
-from report.history import CURVE_POINTS, PRUNED, choose, differing, open_history, thinned
+from report.history import CURVE_POINTS, PRUNED, open_history, thinned
 from report.importance import importance
+from report.runs import choose, differing
 from scripts import report as script
 from terminal import escaped
 from train import train

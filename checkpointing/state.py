@@ -54,17 +54,18 @@ class State:
         return self.step + self.batches_skipped
 
     def snapshot(self, val_loss: float | None, scheduled: bool, tokenizer: dict[str, Any],
-                 facts: dict[str, Any]) -> Snapshot:
+                 constants: dict[str, Any]) -> Snapshot:
         """The content of a checkpoint; it shares memory with the model and the optimizers.
 
-        `facts` do not change in training: the settings, the model's shape, the environment.
+        `constants` are the fields of state.json that training does not change: the settings, the
+        model's shape, the environment.
         """
         if val_loss is not None and not math.isfinite(val_loss):
             val_loss = None
         state = {name: getattr(self, name) for name in COUNTERS}
         state |= {"scheduled": scheduled, "val_loss": val_loss, "scaler": self.scaler.state_dict()}
         tensors = self.optimizers.tensors()
-        return Snapshot(self.shared_weights(), tensors, tokenizer, state | facts)
+        return Snapshot(self.shared_weights(), tensors, tokenizer, state | constants)
 
     def weights(self) -> dict[str, Tensor | Divided]:
         """The weights by name."""

@@ -16,6 +16,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import settings
 
 import train
+import trainer
 from conf import presets, schema
 from conf.convert import is_text
 from conf.schema import compose
@@ -176,6 +177,6 @@ def interrupt_at(monkeypatch):
             return lr_scale(now, *arguments)
 
         seen = []
-        lr_scale = train.lr_scale
-        monkeypatch.setattr(train, "lr_scale", at_step)
+        lr_scale = trainer.lr_scale
+        monkeypatch.setattr(trainer, "lr_scale", at_step)
     return plan

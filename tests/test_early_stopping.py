@@ -9,6 +9,7 @@ import pytest
 from test_runs import last_step, same
 
 import train as program
+import trainer
 from checkpointing import store
 from checkpointing.resume import is_finished
 from conf.schema import ConfigError
@@ -31,9 +32,9 @@ def losses(monkeypatch):
             steps.append(now + 1)
             return lr_scale(now, *arguments)
 
-        steps, lr_scale = [], program.lr_scale
-        monkeypatch.setattr(program, "lr_scale", note_step)
-        monkeypatch.setattr(program, "evaluate", lambda *arguments: by_step[steps[-1]])
+        steps, lr_scale = [], trainer.lr_scale
+        monkeypatch.setattr(trainer, "lr_scale", note_step)
+        monkeypatch.setattr(trainer, "evaluate", lambda *arguments: by_step[steps[-1]])
     return given
 
 
@@ -64,7 +65,7 @@ def test_an_interrupted_run_stops_early_at_the_same_step(compose_tiny, run, loss
         assert program.train(compose_tiny(*PATIENT, name)) == 0
         assert last_step(run.with_name(f"stopped_at_{stop}")) == 10
         assert same(run.with_name("straight"), run.with_name(f"stopped_at_{stop}"))
-    lr_scale = program.lr_scale
+    lr_scale = trainer.lr_scale
 
     def killed_at_9(now, *arguments):
         if now == 9:
@@ -72,7 +73,7 @@ def test_an_interrupted_run_stops_early_at_the_same_step(compose_tiny, run, loss
         return lr_scale(now, *arguments)
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
-        patch.setattr(program, "lr_scale", killed_at_9)
+        patch.setattr(trainer, "lr_scale", killed_at_9)
         program.train(compose_tiny(*PATIENT))
     # No checkpoint knows the two evaluations after step 5.
     assert last_step(run) == 5

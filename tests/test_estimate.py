@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import train as story
+import trainer
 from model import GPT, GPTConfig
 from progress import ProgressBar
 from training import estimate
@@ -132,7 +133,7 @@ def test_an_estimate_does_not_change_the_training(compose_tiny, tmp_path, monkey
     found = []
     for name in ("with", "without"):
         if name == "without":
-            monkeypatch.setattr(story, "measure_pace", lambda *_: Pace(1.0, 1.0))
+            monkeypatch.setattr(trainer, "measure_pace", lambda *_: Pace(1.0, 1.0))
         story.train(compose_tiny("training.max_steps=3", "model.dropout=0.1", f"name={name}"))
         last = story.store.list_checkpoints(tmp_path / "runs" / name / "checkpoints")[-1]
         found.append((last.folder / "model.safetensors").read_bytes())

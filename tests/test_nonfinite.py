@@ -16,8 +16,11 @@ from test_runs import last, last_step, same
 
 import atomic
 import train as program
+import trainer
 from checkpointing.checkpoint import MODEL
+from data.loader import Loader
 from data.prepare import prepare
+from data.shards import open_parts
 from model import GPT
 from scripts.verify_resume import read_metrics
 from training import nonfinite
@@ -27,7 +30,7 @@ from training import nonfinite
 def plant(monkeypatch):
     """Make the loss of certain batches NaN, or only its gradient: they are known by their tokens."""
     def planted(settings, batches, how="loss"):
-        loader = program.Loader(program.open_parts(prepare(settings.data), "train"), settings.model.block_size,
+        loader = Loader(open_parts(prepare(settings.data), "train"), settings.model.block_size,
                                 settings.training.batch_size, settings.training.micro_steps(settings.model.block_size), settings.seed)
         bad = [loader.batch(batch)[0] for batch in batches]
 
@@ -92,8 +95,8 @@ def test_a_skipped_batch_leaves_the_weights_unchanged(compose_tiny, run, plant):
 def test_a_rollback_skips_the_batches_since_the_checkpoint(compose_tiny, run, plant, monkeypatch):
     """Steps 0-3 are kept (the checkpoint of 4), batches 4 and 5 are skipped: step 4 reads batch 6."""
     plant(compose_tiny(), [5])
-    read, batch = [], program.Loader.batch
-    monkeypatch.setattr(program.Loader, "batch", lambda loader, step, *place: read.append(step) or batch(loader, step, *place))
+    read, batch = [], Loader.batch
+    monkeypatch.setattr(Loader, "batch", lambda loader, step, *place: read.append(step) or batch(loader, step, *place))
     assert program.train(compose_tiny(*WORDS, "training.on_nonfinite=rollback")) == 0
     assert read[1:] == [*range(6), *range(6, 12)]  # the first one is for the time
     assert [row["step"] for row in read_metrics(run) if "loss" in row] == list(range(1, 11))
@@ -155,7 +158,7 @@ def test_answers_are_limited_in_number(compose_tiny, run, plant, action):
 
 
 def test_a_sample_of_a_diverged_model_does_not_end_the_run(compose_tiny, monkeypatch, capsys):
-    monkeypatch.setattr(program, "evaluate", lambda model, *words: (model.wte.weight.data.fill_(math.nan), 1.0)[1])
+    monkeypatch.setattr(trainer, "evaluate", lambda model, *words: (model.wte.weight.data.fill_(math.nan), 1.0)[1])
     with pytest.raises(ValueError, match="had a loss of nan"):
         program.train(compose_tiny("training.max_steps=4", "training.eval_every=1", "training.sample_tokens=8"))
     assert "output is NaN or infinite" in capsys.readouterr().out

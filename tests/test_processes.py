@@ -25,6 +25,7 @@ from checkpointing import notices
 from conf.launch import launch
 from data.loader import Loader
 from data.prepare import prepare
+from data.shards import open_parts
 from model import GPT
 from scripts.verify_resume import read_metrics
 from training.distributed import World
@@ -121,7 +122,7 @@ def test_a_mistake_is_printed_once(compose_tiny, train_together):
 def plant_nan(settings, step, micro_step):
     """Make the loss of one micro-step of one step NaN, known by its tokens."""
     limits = settings.training
-    parts = program.open_parts(prepare(settings.data), "train")
+    parts = open_parts(prepare(settings.data), "train")
     loader = Loader(parts, settings.model.block_size, limits.batch_size,
                     limits.micro_steps(settings.model.block_size), settings.seed)
     bad, forward = loader.batch(step, micro_step)[0], GPT.forward

@@ -13,6 +13,7 @@ from test_atomic import KINDS, special, tree
 from test_locks import without_locks
 
 import train as program
+import trainer
 from checkpointing import store
 from checkpointing.run_folder import FILES, FOLDERS, LOCK, Run, check_file_types, find_run
 from report.history import open_history
@@ -148,8 +149,8 @@ def at_step(monkeypatch, step, change):
             change()
         return plain(now, *arguments)
 
-    plain = program.lr_scale
-    monkeypatch.setattr(program, "lr_scale", lr_scale)
+    plain = trainer.lr_scale
+    monkeypatch.setattr(trainer, "lr_scale", lr_scale)
 
 
 @pytest.mark.parametrize("change, locks", [

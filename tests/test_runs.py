@@ -16,6 +16,7 @@ from test_checkpoint import reseal
 
 import atomic
 import train as program
+import trainer
 from checkpointing import checkpoint, store
 from checkpointing.checkpoint import MODEL, STATE
 from checkpointing.provenance import compiled_at_last_start
@@ -255,7 +256,7 @@ def test_a_run_extended_later_has_the_longer_runs_rates(compose_tiny, run, capsy
     assert f"The {schedule} schedule for 4 steps becomes the one for 8 steps from here on" in capsys.readouterr().out
     config = compose_tiny(*words).optim
     rates = [row["lr_scale"] for row in read_metrics(run) if "loss" in row]
-    assert rates == [program.lr_scale(step, config, 4 if step < 4 else 8) for step in range(8)]
+    assert rates == [trainer.lr_scale(step, config, 4 if step < 4 else 8) for step in range(8)]
 
 
 def test_partial_files_of_a_kill_are_removed_at_the_next_start(compose_tiny, run):
@@ -299,7 +300,7 @@ def test_a_signal_ends_a_step_at_the_next_micro_step(compose_tiny, run, monkeypa
     original = GPT.forward
     with monkeypatch.context() as patch:
         patch.setattr(GPT, "forward", forward)
-        patch.setattr(program, "measure_pace", lambda *_: Pace(1.0, 1.0))
+        patch.setattr(trainer, "measure_pace", lambda *_: Pace(1.0, 1.0))
         assert program.train(compose_tiny(*words)) == 143
     assert sum(calls) == 4 * 2 + 2 and last_step(run) == 2
     program.train(compose_tiny(*words))
@@ -321,13 +322,13 @@ def test_a_resumed_run_uses_its_number_of_threads(compose_tiny, run):
 
 
 def test_the_number_of_threads_can_be_changed(compose_tiny, run, capsys, monkeypatch):
-    used, accumulate = [], program.accumulate_gradients
+    used, accumulate = [], trainer.accumulate_gradients
 
     def spy(*arguments):
         used.append(torch.get_num_threads())
         return accumulate(*arguments)
 
-    monkeypatch.setattr(program, "accumulate_gradients", spy)
+    monkeypatch.setattr(trainer, "accumulate_gradients", spy)
     for number, threads, steps in ((1, 1, 2), (3, 3, 3), (0, 3, 4)):
         program.train(compose_tiny(f"training.max_steps={steps}", f"training.threads={number}"))
         assert used[-1] == last(run).state["environment"]["threads"] == threads
@@ -338,7 +339,7 @@ def test_the_number_of_threads_can_be_changed(compose_tiny, run, capsys, monkeyp
 def test_compile_auto_is_decided_at_the_first_start(compose_tiny, run, monkeypatch):
     """Also if the run was killed before its first checkpoint."""
     choices = []
-    monkeypatch.setattr(program, "maybe_compile", lambda model, choice, *_: choices.append(choice) or model)
+    monkeypatch.setattr(trainer, "maybe_compile", lambda model, choice, *_: choices.append(choice) or model)
     run.mkdir(parents=True)
     (run / "environment.jsonl").write_text(json.dumps({"step": 0, "compiled": True}) + "\n")
     program.train(compose_tiny("training.max_steps=1"))
@@ -347,7 +348,7 @@ def test_compile_auto_is_decided_at_the_first_start(compose_tiny, run, monkeypat
 
 def test_a_run_that_ends_by_time_is_no_longer_for_compile(compose_tiny, monkeypatch):
     planned = []
-    monkeypatch.setattr(program, "maybe_compile", lambda model, choice, device, flops, *_:
+    monkeypatch.setattr(trainer, "maybe_compile", lambda model, choice, device, flops, *_:
                         planned.append(flops / device.nominal_flops()) or model)
     program.train(compose_tiny("training.max_steps=1000000000", "training.max_seconds=0.01"))
     assert planned == [pytest.approx(0.01)]

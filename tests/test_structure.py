@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ENTRY_POINTS = {"train", "sample", "eval", "serve"}
+ENTRY_POINTS = {"train", "trainer", "sample", "eval", "serve"}
 ABOVE_CONF = {"checkpointing", "generation", "evaluation", "serving", "exporting", "sweep", "report", "scripts", "bench"} | ENTRY_POINTS
 # Each room, and the rooms that it must not import.
 FORBIDDEN = {
@@ -63,7 +63,8 @@ def test_reports_use_only_the_statistics_of_evaluation():
 
 
 def test_train_imports_no_other_entry_point():
-    assert not imports(ROOT / "train.py") & {"sample", "eval", "serve", "serving", "scripts", "bench"}
+    for path in (ROOT / "train.py", ROOT / "trainer.py"):
+        assert not imports(path) & {"sample", "eval", "serve", "serving", "scripts", "bench"}, path
 
 
 def test_model_knows_no_files_and_no_hydra():

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 import train as program
+import trainer
 from checkpointing import store
 from conf.presets import options
 from conf.schema import compose
@@ -76,7 +77,7 @@ def test_a_crash_while_sampling_loses_no_checkpoint(compose_tiny, tmp_path, monk
         raise SystemError
 
     found = []
-    monkeypatch.setattr(program, "short_sample", crash)
+    monkeypatch.setattr(trainer, "short_sample", crash)
     with pytest.raises(SystemError):
         program.train(compose_tiny("training.max_steps=20", "training.checkpoint_every=10", "training.sample_tokens=5"))
     assert found == [10]

@@ -11,8 +11,8 @@ from typing import Any
 from conf.launch import imported, launch
 from terminal import say
 
-BENCHMARKS = ("ablation", "attention", "decode", "evaluation", "gpu", "prepare", "profile",
-              "result", "serve", "speed", "start", "workers")
+BENCHMARKS = ("ablation", "attention", "decode", "evaluation", "gpu", "prepare", "pretrained",
+              "profile", "result", "serve", "speed", "start", "workers")
 
 
 def docstring(name: str) -> str:

@@ -29,6 +29,18 @@ RECIPE = [
     "--n_layer=4", "--n_head=4", "--n_embd=128", "--max_iters=2000", "--lr_decay_iters=2000",
     "--dropout=0.0",
 ]
+# The recipe of nanoGPT's config/finetune_shakespeare.py, on a CPU and with the smallest GPT-2.
+FINETUNING = [
+    "--init_from=gpt2", "--device=cpu", "--compile=False", "--log_interval=1", "--eval_iters=0",
+    f"--eval_interval={EVAL_INTERVAL}",
+]
+# Put before the training loop: the batches are those of a file, `[micro-steps, 2, B, T]`.
+LOOP = "# training loop\n"
+SAME_BATCHES = """
+import itertools
+batches = itertools.cycle(torch.from_numpy(np.load({batches!r})))
+get_batch = lambda split: next(batches)
+"""
 
 # Appended to nanoGPT's train.py, whose names it uses: the loss over the whole validation split, in
 # windows that do not overlap.
@@ -82,10 +94,33 @@ def train(peer: Path, seed: int, device: str) -> dict[str, Any]:
     """Run nanoGPT's train.py with another seed: seconds of training, final loss and size."""
     recipe = RECIPE if device == "cpu" else RECIPE_FOR_GPUS
     program = (peer / "train.py").read_text()
-    program = program.replace("torch.manual_seed(1337", f"torch.manual_seed({seed}") + EVALUATION
+    program = program.replace("torch.manual_seed(1337", f"torch.manual_seed({seed}")
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-c", program, *recipe, f"--out_dir={folder}"]
-        printed = run_command(command, peer)
+        return run_training(program, [*recipe, f"--out_dir={folder}"], peer)
+
+
+def finetune(folder: Path, batches: Path, options: list[str]) -> dict[str, Any]:
+    """The same for nanoGPT's fine-tuning on given batches; `folder` is that of a `work_folder`."""
+    program = (folder / "train.py").read_text()
+    if LOOP not in program:
+        raise ValueError(f"{folder / 'train.py'} is not a version of nanoGPT that is known here.")
+    program = program.replace(LOOP, SAME_BATCHES.format(batches=str(batches)) + LOOP)
+    recipe = ["config/finetune_shakespeare.py", *FINETUNING, f"--out_dir={folder}", *options]
+    return run_training(program, recipe, folder)
+
+
+def work_folder(folder: Path, peer: Path, weights: Path) -> None:
+    """Make `folder`, with links to a checkout and to GPT-2's weights, for data of its own."""
+    folder.mkdir()
+    for name in ("train.py", "sample.py", "model.py", "configurator.py", "config"):
+        (folder / name).symlink_to((peer / name).resolve())
+    # transformers looks for a folder of this name first.
+    (folder / "gpt2").symlink_to(weights.resolve())
+
+
+def run_training(program: str, arguments: list[str], folder: Path) -> dict[str, Any]:
+    """Run a version of train.py in `folder`: seconds of training, final loss and size."""
+    printed = run_command([sys.executable, "-c", program + EVALUATION, *arguments], folder)
     logged = re.findall(r"^iter (\d+): .*time ([\d.]+)ms", printed, re.MULTILINE)
     step_seconds = {int(step): float(step_ms) / 1000 for step, step_ms in logged}
     # A step that also evaluates counts as a median step.

@@ -96,13 +96,17 @@ def train_side(side: str, settings: ResultSettings, seed: int) -> dict[str, Any]
 def train_ours(*overrides: str) -> dict[str, Any]:
     """Run train.py: seconds of training, final validation loss and number of parameters."""
     with tempfile.TemporaryDirectory() as folder:
-        fixed = [f"runs_dir={folder}", "name=run", "training.sample_tokens=0"]
-        run_command([sys.executable, "train.py", *fixed, *overrides])
-        run = Path(folder, "run")
-        last: dict[str, Any] = {}
-        for line in (run / "metrics.jsonl").read_text().splitlines():
-            last |= json.loads(line)
-        log = (run / "log.txt").read_text()
+        return train_in(Path(folder, "run"), *overrides)
+
+
+def train_in(run: Path, *overrides: str) -> dict[str, Any]:
+    """The same, in the folder of a run that stays."""
+    fixed = [f"runs_dir={run.parent}", f"name={run.name}", "training.sample_tokens=0"]
+    run_command([sys.executable, "train.py", *fixed, *overrides])
+    last: dict[str, Any] = {}
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        last |= json.loads(line)
+    log = (run / "log.txt").read_text()
     parameters = re.search(r"Model: ([\d,]+) parameters", log)[1].replace(",", "")
     return {
         "seconds": last["seconds"],

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -40,10 +42,31 @@ def run_command(command: list[str], folder: Path = ROOT) -> str:
     Raises ValueError with the last line of its standard error if it fails.
     """
     result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    if result.returncode:
-        errors = result.stderr.strip().splitlines() or ["it failed without a message"]
-        raise ValueError(f"{' '.join(command[1:4])[:200]}: {errors[-1]}")
+    check_exit(command, result.returncode, result.stderr)
     return result.stdout
+
+
+def measure_command(command: list[str], folder: Path = ROOT) -> dict[str, float]:
+    """Run a command in `folder`: its seconds, and the most memory that its process held.
+
+    Raises ValueError with the last line of its standard error if it fails.
+    """
+    with tempfile.TemporaryFile("w+") as errors:
+        start = time.perf_counter()
+        process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=errors)
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - start
+        process.returncode = os.waitstatus_to_exitcode(status)
+        errors.seek(0)
+        check_exit(command, process.returncode, errors.read())
+    return {"seconds": seconds, "peak_bytes": resident_bytes(usage)}
+
+
+def check_exit(command: list[str], code: int, errors: str) -> None:
+    """Raise ValueError if the exit code of a command is not 0."""
+    if code:
+        lines = errors.strip().splitlines() or ["it failed without a message"]
+        raise ValueError(f"{' '.join(command[1:4])[:200]}: {lines[-1]}")
 
 
 def measure_in_process(module: str, *arguments: Any, processes: int = 1) -> dict[str, Any]:
@@ -67,8 +90,12 @@ def peak_bytes() -> int:
         # What getrusage gives includes the process that started this one.
         peak = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE)
         return 1024 * int(peak[1])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
+    return resident_bytes(resource.getrusage(resource.RUSAGE_SELF))
+
+
+def resident_bytes(usage: resource.struct_rusage) -> int:
+    """The most memory of a process; its unit depends on the system."""
+    return usage.ru_maxrss if sys.platform == "darwin" else 1024 * usage.ru_maxrss
 
 
 def print_header(*names: str) -> None:

@@ -1,4 +1,4 @@
-"""python -m bench result, start and ablation: what is taken from a peer's run; no times are asserted."""
+"""python -m bench result, start, pretrained and ablation: what is taken from a peer's run; no times are asserted."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import yaml
 from test_report import write_run
 
-from bench import ablation, result, start
+from bench import ablation, pretrained, result, start
 from bench import peer as peer_module
 from conf import presets
 from conf.schema import ConfigError, compose
@@ -136,3 +136,34 @@ def test_starts_are_compared_with_the_first_one_left_out(tmp_path, monkeypatch, 
     assert start.main(start.StartSettings(str(tmp_path), rounds=2, out=str(out))) == 0
     assert capsys.readouterr().out.splitlines()[2:] == ["| nanoGPT | 2.50 | 1.00 |", "| the same recipe | 1.50 | 0.60 |", "| the default run | 4.50 | 1.80 |"]
     assert json.loads(out.read_text()) == {"nanoGPT": [2, 3], "the same recipe": [1, 2], "the default run": [4, 5]}
+
+
+@pytest.mark.slow
+def test_pretrained_weights_are_measured_in_pairs(tmp_path, monkeypatch, capsys):
+    """Both sides get the same batches, and ratios are those of the same round."""
+    pytest.importorskip("transformers")
+    for name in ("model.py", "train.py"):
+        (tmp_path / name).touch()
+    text, out = tmp_path / "text.txt", tmp_path / "out.json"
+    text.write_text("To be, or not to be, that is the question. " * 40)
+    commands, batches, times = [], [], iter([8.0, 2.0, 6.0, 3.0])
+
+    def measure_command(command, folder=None):
+        commands.append(command)
+        return {"seconds": 1.0, "peak_bytes": 2**21}
+
+    def finetune(work, file, options):
+        batches.append(np.load(file))
+        return {"seconds": next(times), "val_loss": 2.5}
+
+    monkeypatch.setattr(pretrained, "measure_command", measure_command)
+    monkeypatch.setattr(peer_module, "finetune", finetune)
+    monkeypatch.setattr(pretrained, "train_in", lambda run, *words: {"seconds": next(times), "val_loss": 2.25})
+    words = [f"peer={tmp_path}", f"text={text}", "rounds=2", "steps=3", "block_size=8", f"out={out}"]
+    assert pretrained.main(compose(pretrained.PretrainedSettings, words)) == 0
+    assert batches[0].shape == (6, 2, 1, 8) and (batches[0] == batches[1]).all()
+    assert (batches[0][:, 0, :, 1:] == batches[0][:, 1, :, :-1]).all()
+    lines = capsys.readouterr().out.splitlines()
+    assert "| fine-tuning, steps | ours | 2.50 | 0.38 |  | 2.25000 |" in lines
+    assert "| export | ours | 1.00 | 1.00 | 2 MB |  |" in lines
+    assert len(json.loads(out.read_text())) == 2 and len(commands) == 1 + 2 * 4

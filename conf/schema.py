@@ -56,11 +56,12 @@ HYDRA_LOCK = threading.RLock()
 Origins = dict[str, tuple[str, str]]
 
 
-def compose(root: str | type, overrides: list[str]) -> Any:
+def compose(root: str | type, overrides: list[str], validate: bool = True) -> Any:
     """The frozen settings that `conf/ROOT.yaml` and the command line's `overrides` make.
 
     `root` can also be the dataclass of a script's own settings, which needs no YAML. Raises
-    ConfigError with every problem found. Writes nothing and changes no global state.
+    ConfigError with every problem found, without `validate` only with wrong names and types.
+    Writes nothing and changes no global state.
     """
     schema = SCHEMAS[root] if isinstance(root, str) else root
     known = leaves(schema)
@@ -82,7 +83,8 @@ def compose(root: str | type, overrides: list[str]) -> Any:
     settings = freeze(schema, values, "", problems)
     if isinstance(settings, Settings) and settings.init_from:
         settings = replace(settings, model_given=given_of_model(overrides, origins))
-    problems = problems or list(settings.problems())
+    if validate and not problems:
+        problems = list(settings.problems())
     if problems:
         raise ConfigError(problems)
     if trains:
@@ -302,7 +304,8 @@ def automatic_name(overrides: list[str], settings: Settings, experiment: str) ->
     named = [f"{key}={value}" for key, value in (paths | choices).items()]
     plain = settings
     if set(overrides) - set(named):
-        plain = compose("config", ["name=-", *named])
+        # Without the other overrides, a setting may be missing, or not be used.
+        plain = compose("config", ["name=-", *named], validate=False)
     start = choices.pop("experiment", "" if "data" in choices else experiment)
     if Path(start).suffix in YAML_FILES:
         start = Path(start).stem

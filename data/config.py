@@ -15,18 +15,48 @@ from setting import FilePath, range_problems, setting
 
 TOKENIZERS = ("char", "byte", "gpt2", "cl100k_base", "o200k_base", "bpe")
 
-# Files of conversations.
-JSON = (".jsonl", ".jsonlines", ".ndjson", ".json")
-
 # Encodings of Python that no file of text has, or whose decoders can give surrogates.
 ESCAPES = ("idna", "punycode", "raw-unicode-escape", "unicode-escape", "utf-7")
 
-# The settings of text files that a source does not use.
-UNUSED = dict.fromkeys(
-    ("pydocs", "stdlib", "bin"), ("text_field", "on_bad_record", "encoding", "errors")
-)
-UNUSED["hub"] = ("encoding", "errors")
-UNUSED["chat"] = ("text_field",)
+# The setting that each of these sources needs, and what to give.
+NEEDED = {
+    "text": (
+        "path",
+        "name a text file, or a folder or glob of .txt, .md, .jsonl, .csv or .parquet files, as in "
+        "data.path=book.txt",
+    ),
+    "chat": (
+        "path",
+        "name a .jsonl file of conversations, or a folder or glob of such files, as in "
+        "data.path=examples.jsonl",
+    ),
+    "hub": (
+        "hub_name",
+        "name a dataset of the Hugging Face Hub, as in data.hub_name=HuggingFaceFW/fineweb-edu, or "
+        "a folder with the same layout",
+    ),
+    "bin": (
+        "path",
+        "name the folder where train.bin and val.bin are, as in data.path=nanoGPT/data/owt",
+    ),
+}
+
+# The sources that use each of these settings; all sources use the other settings.
+USED_BY = {
+    "path": ("text", "chat", "bin", "shakespeare"),
+    "val_path": ("text", "chat", "hub", "shakespeare", "pydocs", "stdlib"),
+    "separator": ("text", "shakespeare"),
+    "text_field": ("text", "hub", "shakespeare"),
+    "on_bad_record": ("text", "chat", "hub", "shakespeare"),
+    "encoding": ("text", "chat", "shakespeare"),
+    "errors": ("text", "chat", "shakespeare"),
+    "dtype": ("bin",),
+    "hub_name": ("hub",),
+    "hub_config": ("hub",),
+    "hub_revision": ("hub",),
+    "split": ("hub",),
+    "val_split": ("hub",),
+}
 
 
 @dataclass(frozen=True)
@@ -81,8 +111,20 @@ class DataConfig:
             yield from self.mix_problems()
         else:
             yield from self.path_problems()
-        yield from self.validation_problems()
-        yield from self.reading_problems()
+            yield from self.unused_problems()
+        yield from missing_path("val_path", self.val_path)
+        if self.val_path and self.val_split:
+            yield (
+                f"val_path={self.val_path} and val_split={self.val_split} exclude each other: "
+                f"choose one."
+            )
+        if self.encoding and not is_text_encoding(self.encoding):
+            yield (
+                f"encoding={self.encoding} is not a text encoding of Python: use a name such as "
+                f"latin-1, cp1252, utf-16 or gb18030."
+            )
+        if not self.text_field:
+            yield "text_field is empty: name the field of a record that holds its text."
         if self.tokenizer not in TOKENIZERS and not Path(self.tokenizer).exists():
             yield (
                 f"tokenizer={self.tokenizer} is not one of {', '.join(TOKENIZERS)}, and there is "
@@ -90,6 +132,12 @@ class DataConfig:
             )
 
     def mix_problems(self) -> Iterator[str]:
+        for name in ("val_path", "val_split"):
+            if getattr(self, name):
+                yield (
+                    f"{name}={getattr(self, name)} cannot be used with mix=: each part of a "
+                    f"mixture is validated on its own text."
+                )
         try:
             names = read_mix(self.mix)
         except ValueError as error:
@@ -106,77 +154,21 @@ class DataConfig:
                 yield f"mix={self.mix}: {problem}"
 
     def path_problems(self) -> Iterator[str]:
-        if self.source == "text" and not self.path:
-            yield (
-                "path is missing: name a text file, or a folder or glob of .txt, .md, .jsonl, "
-                ".csv or .parquet files, as in data.path=book.txt."
-            )
-        if self.source == "chat" and not self.path:
-            yield (
-                "path is missing: name a .jsonl file of conversations, or a folder or glob of such "
-                "files, as in data.path=examples.jsonl."
-            )
-        if self.source == "hub" and not self.hub_name:
-            yield (
-                "hub_name is missing: name a dataset of the Hugging Face Hub, as in "
-                "data.hub_name=HuggingFaceFW/fineweb-edu, or a folder with the same layout."
-            )
-        if self.source == "bin" and not self.path:
-            yield (
-                "path is missing: name the folder where train.bin and val.bin are, as in "
-                "data.path=nanoGPT/data/owt."
-            )
-        yield from missing_path("path", self.path)
+        name, advice = NEEDED.get(self.source, ("", ""))
+        if name and not getattr(self, name):
+            yield f"{name} is missing: {advice}."
+        if self.source in USED_BY["path"]:
+            yield from missing_path("path", self.path)
 
-    def reading_problems(self) -> Iterator[str]:
-        if self.encoding and not is_text_encoding(self.encoding):
-            yield (
-                f"encoding={self.encoding} is not a text encoding of Python: use a name such as "
-                f"latin-1, cp1252, utf-16 or gb18030."
-            )
-        if not self.text_field:
-            yield "text_field is empty: name the field of a record that holds its text."
-        if self.dtype != "auto" and self.source != "bin":
-            yield (
-                f"dtype={self.dtype} is the type of tokens of data=bin, and data={self.source} has "
-                f"none: leave it out."
-            )
-        if self.mix:
-            return
-        for name in UNUSED.get(self.source, ()):
+    def unused_problems(self) -> Iterator[str]:
+        """Settings that the source does not use would be ignored silently."""
+        for name, sources in USED_BY.items():
             value = getattr(self, name)
-            if value != getattr(DataConfig, name):
-                yield f"{name}={value} is for files of text, and data={self.source} reads none."
-        if self.separator and self.source not in ("text", "shakespeare"):
-            yield (
-                f"separator={self.separator} divides plain text files, and data={self.source} has "
-                f"none: leave it out."
-            )
-
-    def validation_problems(self) -> Iterator[str]:
-        for name in ("val_path", "val_split"):
-            value = getattr(self, name)
-            if value and self.mix:
+            if self.source not in sources and value != getattr(DataConfig, name):
                 yield (
-                    f"{name}={value} cannot be used with mix=: each part of a mixture is validated "
-                    f"on its own text."
+                    f"{name}={value} is not used by data={self.source}, only by "
+                    f"data={', '.join(sources)}: choose one of them, or leave it out."
                 )
-            elif value and self.source == "bin":
-                yield (
-                    f"{name}={value} cannot be used with data=bin, which has its own validation "
-                    f"tokens."
-                )
-        if self.val_path and self.val_split:
-            yield (
-                f"val_path={self.val_path} and val_split={self.val_split} exclude each other: "
-                f"choose one."
-            )
-        if self.val_split and not self.mix and self.source not in ("hub", "bin"):
-            yield (
-                f"val_split={self.val_split} names a split of a dataset of data=hub: use val_path= "
-                f"for files."
-            )
-        yield from missing_path("val_path", self.val_path)
 
     def part(self, name: str) -> DataConfig:
         """The settings of one part of a mixture: the source of that name, or else its files."""
@@ -191,7 +183,7 @@ class DataConfig:
 
 def missing_path(setting: str, path: str) -> Iterator[str]:
     """The problem of a path that does not exist. A glob is checked when it is read."""
-    place = Path(expanded(path))
+    place = Path(os.path.expanduser(path))
     if not path or place.exists():
         return
     if place.is_symlink():
@@ -212,8 +204,3 @@ def is_text_encoding(name: str) -> bool:
         return isinstance("a".encode(name).decode(name), str)
     except (LookupError, ValueError):
         return False
-
-
-def expanded(path: str) -> str:
-    """`path` with the user's home folder in place of ~."""
-    return os.path.expanduser(path)

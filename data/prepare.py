@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import operator
+import os
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 import atomic
 from data.bins import prepare_bins
 from data.chat import markers_of, with_markers
-from data.config import TOKENIZERS, DataConfig, expanded
+from data.config import TOKENIZERS, DataConfig
 from data.corpus import Corpus
 from data.encode import segments
 from data.files import SpecialToken
@@ -47,7 +48,7 @@ def prepare(config: DataConfig) -> Path:
     Raises ValueError for an invalid source and damaged tokens, OSError for a write error.
     """
     if config.source == "bin" and not config.mix:
-        return prepare_bins(expanded(config.path), config.tokenizer, config.dtype)
+        return prepare_bins(os.path.expanduser(config.path), config.tokenizer, config.dtype)
     plan = planned(config)
     make_once(plan.folder, lambda building: build(building, plan, config))
     check(plan.folder, plan.recipe)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import http.client
+import os
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from typing import Protocol
 import atomic
 from data import files
 from data.chat import read_conversation
-from data.config import JSON, DataConfig, expanded
+from data.config import DataConfig
 from data.files import Document, File
 from data.hub import Hub
 from data.library import PyDocs, StdLib
@@ -27,6 +28,7 @@ from data.separator import divide, unescaped
 from data.store import data_root, sha256_of
 from terminal import counted, say
 
+CONVERSATIONS = (".jsonl", ".jsonlines", ".ndjson", ".json")
 SHAKESPEARE_URL = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 )
@@ -112,20 +114,21 @@ class Files:
 
     def __init__(self, path: str, config: DataConfig = DataConfig()) -> None:
         self.skipped: Counter[str] = Counter()
-        paths = files.find(expanded(path), self.skipped)
+        paths = files.find(os.path.expanduser(path), self.skipped)
         text_field, errors, encoding = config.text_field, config.errors, config.encoding
         on_bad_record = config.on_bad_record
         read = read_conversation if config.source == "chat" else None
         self.files = []
         for one in paths:
             file = File(one, text_field, errors, encoding, on_bad_record, read)
-            if read and file.kind not in JSON:
+            if read and file.kind not in CONVERSATIONS:
                 self.skipped[one.suffix.lower()] += 1
             else:
                 self.files.append(file)
         if not self.files:
             raise ValueError(
-                f"{path} has no conversations: data=chat reads {', '.join(JSON)}, also compressed."
+                f"{path} has no conversations: data=chat reads {', '.join(CONVERSATIONS)}, also "
+                f"compressed."
             )
         self.separator = unescaped(config.separator)
         # Newer settings are left out at their defaults, so that old fingerprints stay valid.

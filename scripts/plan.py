@@ -87,7 +87,6 @@ from training.device import (
 from training.estimate import Pace, measure_pace
 from training.step import first_loss
 
-ROOT = Path(__file__).parent.parent
 GPUS = sorted(name.lower().replace(" ", "-") for name in PEAK_FLOPS)
 # As many as Tiny Shakespeare has.
 ASSUMED_CHARACTERS = 65
@@ -170,7 +169,7 @@ def settings_without_data(overrides: list[str]) -> tuple[Settings, bool]:
         return compose("config", overrides), True
     except ConfigError:
         # With data that exist, all other problems are still reported.
-        existing = ["data.mix=", "data.val_path=", f"data.path={ROOT}", "data.hub_name=a/b"]
+        existing = ["data.mix=pydocs:1", "data.path=", "data.val_path=", "data.val_split="]
         return compose("config", [*overrides, *existing]), False
 
 

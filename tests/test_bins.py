@@ -337,11 +337,6 @@ def test_a_pipe_among_tokens_does_not_hang(nanogpt, fresh_data, name):
         prepare(config(nanogpt))
 
 
-def test_dtype_is_only_for_token_files():
-    [problem] = DataConfig(dtype="uint32").problems()
-    assert problem.startswith("dtype=uint32 is the type of tokens of data=bin")
-
-
 def test_text_is_not_taken_for_tokens(tmp_path, fresh_data, gpt2_files):
     (tmp_path / "train.bin").write_text("to be, or not to be\n" * 100)
     np.arange(100, dtype=np.uint16).tofile(tmp_path / "val.bin")

@@ -63,8 +63,12 @@ def test_gpt2_presets_are_the_published_shapes():
 def test_every_preset_composes(tmp_path):
     choices = {group: presets.options(group) for group in presets.groups() if group != "experiment"}
     for number in range(max(map(len, choices.values()))):
-        words = [f"{group}={names[number % len(names)]}" for group, names in choices.items()]
-        compose("config", [*words, "name=x", f"data.path={tmp_path}", "data.hub_name=owner/name"])
+        chosen = {group: names[number % len(names)] for group, names in choices.items()}
+        source = presets.read_yaml(presets.CONF / "data" / f"{chosen['data']}.yaml").get("source")
+        needed = {"hub": ["data.hub_name=owner/name"], "text": [f"data.path={tmp_path}"]}
+        needed["chat"] = needed["bin"] = needed["text"]
+        words = [f"{group}={name}" for group, name in chosen.items()]
+        compose("config", [*words, "name=x", *needed.get(source, [])])
 
 
 def test_modern_presets_differ_only_in_their_sizes():
@@ -81,6 +85,13 @@ def test_a_preset_on_the_command_line_wins(experiment, tmp_path):
     settings = compose("config", [f"experiment={experiment}", *chosen, f"data.path={tmp_path}"])
     assert (settings.model, settings.optim) == (GPTConfig(), compose("config", []).optim)
     assert settings.data.source == "text" and settings.data.tokenizer == "bpe"
+
+
+def test_a_source_can_be_chosen_without_its_preset(tmp_path):
+    settings = compose("config", ["data.source=text", f"data.path={tmp_path}"])
+    assert (settings.data.source, settings.auto_name) == ("text", f"pydocs-{tmp_path.name}-source=text")
+    assert compose("config", ["data=text", "data.mix=pydocs:1"]).data.mix == "pydocs:1"
+    assert "data.path=a is not used by data=pydocs, only by data=text, chat" in complaint("data.path=a")
 
 
 def test_experiments_are_what_their_names_promise(tmp_path):
@@ -138,7 +149,7 @@ def test_all_values_out_of_range_come_in_one_report():
         "model.dropout=1.5": "less than 1", "model.n_embd=130": "n_embd=130", "model.n_kv_head=0": "must divide n_head=4",
         "model.n_head=4": "choose n_embd=132", "training.max_steps=0": "at least 1", "training.max_seconds=nan": "or null",
         "training.batch_size=" + str(2**62): "must be at most 65536", "training.threads=9999": "must be at most 1024",
-        "training.patience=2": "raise eval_every", "data.path=/no/such": "does not exist", "data.vocab_size=10": "at least 257",
+        "training.patience=2": "raise eval_every", "data.path=/no/such": "not used by data=pydocs", "data.vocab_size=10": "at least 257",
         "data.val_fraction=1": "less than 1", "logger.project=": "name the W&B project",
     }
     del cases["model.n_head=4"]  # it is named in the sentence about n_embd

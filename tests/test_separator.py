@@ -75,5 +75,3 @@ def test_a_separator_that_nothing_uses_is_refused(tmp_path):
     (tmp_path / "b.jsonl").write_text('{"text": "four"}\n')
     with pytest.raises(ValueError, match=r"data.separator=x divides plain text, and .* holds only records: leave it out"):
         open_sources(DataConfig(source="text", path=str(tmp_path), separator="x"))
-    [problem] = DataConfig(source="pydocs", separator="x").problems()
-    assert problem.startswith("separator=x divides plain text files, and data=pydocs has none")

@@ -327,7 +327,7 @@ def test_shakespeare_from_a_local_copy_asks_no_network(tmp_path, monkeypatch):
     ({"val_path": "no/such.txt"}, "val_path", "no/such.txt"),
     ({"val_split": "validation"}, "val_split", "validation"),
     ({"mix": "pydocs:1 stdlib:1", "val_path": __file__}, "val_path", "mixture"),
-    ({"source": "bin", "path": __file__, "val_path": __file__}, "val_path", "its own validation tokens"),
+    ({"source": "bin", "path": __file__, "val_path": __file__}, "val_path", "not used by data=bin"),
     ({"source": "hub", "hub_name": "a/b", "val_path": __file__, "val_split": "test"}, "val_path", "exclude each other"),
 ])
 def test_an_invalid_setting_is_one_problem_with_its_value(settings, field, value):
@@ -356,11 +356,12 @@ def test_a_text_field_that_no_file_uses_is_an_error(tmp_path, source):
 
 
 @pytest.mark.parametrize("settings, name", [
-    ({"source": "pydocs", "text_field": "body"}, "text_field"), ({"source": "bin", "encoding": "latin-1"}, "encoding"),
-    ({"source": "hub", "hub_name": "x", "errors": "replace"}, "errors"), ({"on_bad_record": "skip"}, "on_bad_record")])
+    ({"source": "pydocs", "text_field": "body"}, "text_field"), ({"source": "bin", "path": __file__, "encoding": "latin-1"}, "encoding"),
+    ({"source": "hub", "hub_name": "x", "errors": "replace"}, "errors"), ({"on_bad_record": "skip"}, "on_bad_record"),
+    ({"path": __file__}, "path"), ({"hub_name": "a/b"}, "hub_name"), ({"separator": "x"}, "separator"), ({"dtype": "uint32"}, "dtype")])
 def test_a_setting_that_a_source_does_not_use_is_a_problem(settings, name):
-    [problem] = DataConfig(path=str(Path(__file__).parent) if settings.get("source") == "bin" else "", **settings).problems()
-    assert problem.startswith(f"{name}={settings[name]} is for files of text")
+    [problem] = DataConfig(**settings).problems()
+    assert problem.startswith(f"{name}={settings[name]} is not used by data={settings.get('source', 'pydocs')}, only by data=")
 
 
 def test_a_link_to_itself_is_a_problem(tmp_path):

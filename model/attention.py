@@ -60,6 +60,7 @@ class KVCache:
 
 def rotary_table(block_size: int, head_width: int, base: float = 10_000.0) -> Tensor:
     """Cosines and sines `[2, block_size, D]` of rotary positions (RoPE, arXiv:2104.09864)."""
+    # Equation 15 of the paper: the wavelengths of the pairs grow from 2 pi to 2 pi * base.
     frequencies = base ** (-torch.arange(0, head_width, 2, dtype=torch.float32) / head_width)
     angles = torch.arange(block_size, dtype=torch.float32).outer(frequencies).repeat(1, 2)
     return torch.stack((angles.cos(), angles.sin()))
@@ -119,12 +120,13 @@ class CausalSelfAttention(nn.Module):
         """Queries `[B, H, T, D]`, and keys and values `[B, G, S, D]`, which include the cache's."""
         B, T, _ = x.shape
         heads = self.c_attn(x).view(B, T, -1, self.head_width).transpose(1, 2)  # [B, H + 2G, T, D]
+        # Queries and keys stay together for their common operations.
         qk, v = heads.split((self.n_head + self.n_kv_head, self.n_kv_head), dim=1)
         if self.qk_norm:
             qk = rms_norm(qk)
         if rotary is not None:
             qk = rotate(qk, rotary)
-        q, k = qk.split((self.n_head, self.n_kv_head), dim=1)
+        q, k = qk.split((self.n_head, self.n_kv_head), dim=1)  # [B, H, T, D], [B, G, T, D]
         if self.query_scale != 1:
             q = q * self.query_scale
         if cache is not None:
@@ -170,6 +172,7 @@ def attend_in_chunks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout: flo
     outputs = []
     end = S - T
     for queries, rows in zip(q.split(QUERY_CHUNK, 2), mask.split(QUERY_CHUNK, -2), strict=True):
+        # These queries attend to no key after their own positions.
         end += queries.size(2)
         # The weights of a long context would take most of a step's memory, so the backward pass
         # computes them again.
@@ -184,10 +187,12 @@ def unfused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor,
     """As `attend`, by two matrix products; also the weights `[B, H, T, S]` before dropout."""
     B, H, T, D = q.shape
     k, v = repeat_kv(k, H), repeat_kv(v, H)
+    # Added to the scores: -infinity becomes a weight of 0.
     bias = torch.zeros_like(mask, dtype=v.dtype).masked_fill(~mask, -torch.inf)
-    bias = bias.expand(B, H, T, k.size(2))
+    bias = bias.expand(B, H, T, k.size(2))  # [B, H, T, S]
     # One batched product of B * H matrices.
     bias, q, k = (x.to(v.dtype).flatten(0, 1) for x in (bias, q, k))
+    # softmax(q k^T / sqrt(D)) v: arXiv:1706.03762, equation 1.
     scores = torch.baddbmm(bias, q, k.mT, alpha=D**-0.5).unflatten(0, (B, H))
     weights = scores.softmax(-1)
     return F.dropout(weights, dropout) @ v, weights

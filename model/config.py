@@ -94,7 +94,8 @@ class GPTConfig:
     def problems(self) -> Iterator[str]:
         """One sentence for each invalid value."""
         yield from range_problems(self)
-        if self.n_head < 1:
+        # The checks below divide by them.
+        if self.n_head < 1 or self.n_embd < 1:
             return
         if self.n_embd % self.n_head:
             nearest = math.ceil(self.n_embd / self.n_head) * self.n_head

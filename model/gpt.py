@@ -97,6 +97,7 @@ class GPT(nn.Module):
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = make_norm(config)
+        # A tied head uses the weights of wte.
         if not config.tie_head:
             self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         self.init_weights()
@@ -115,6 +116,7 @@ class GPT(nn.Module):
             elif weights.dim() == 1:
                 # The gain of a norm.
                 weights.fill_(scale)
+            # Each block is the identity at first, and all tokens are equally likely.
             elif self.config.zero_init and name.endswith(("c_proj.weight", "lm_head.weight")):
                 weights.zero_()
             elif name.endswith("c_proj.weight"):
@@ -132,26 +134,28 @@ class GPT(nn.Module):
         their number, `max_documents`, saves memory. Any other attention is a `context`, whose
         positions the caller has checked. Raises ValueError if the positions exceed `block_size`.
         """
-        start = 0
-        is_checked = context is not None
-        if cache is not None:
-            start, context = cache.length, cache.attention_context
+        start = cache.length if cache is not None else 0
         end = start + idx.size(1)
-        if end > self.config.block_size and not is_checked:
+        if context is None and end > self.config.block_size:
             raise ValueError(f"A context of {end} tokens is longer than "
                              f"block_size={self.config.block_size}.")
+
+        # Attention other than causal: of a cache, or within documents.
+        if cache is not None:
+            context = cache.attention_context
         if document_ids is not None:
             assert cache is None, "a cache continues one document"
             varlen = supports_varlen(self.config, idx.device, self.training)
             context = DocumentAttention(document_ids, varlen, max_documents)
-
         positions = context.positions if context is not None else None
+
         x = self.drop(self.embed(idx, start, positions, cache))
         rotary = None
-        if self.config.position == "rotary" and positions is None:
-            rotary = self.rotary[:, start:end]
-        elif self.config.position == "rotary":
-            rotary = self.rotary[:, positions[:, None]]
+        if self.config.position == "rotary":
+            if positions is None:
+                rotary = self.rotary[:, start:end]  # [2, T, D]
+            else:
+                rotary = self.rotary[:, positions[:, None]]  # [2, B, 1, T, D]
         for block in self.h:
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, rotary, cache, context, use_reentrant=False)
@@ -165,13 +169,15 @@ class GPT(nn.Module):
               cache: KVCache | None) -> Tensor:
         """The sum of all embeddings `[B, T, C]` of ids at `positions`, by default from `start`."""
         x = self.wte(idx)
-        if self.config.position == "learned" and positions is None:
-            x = x + self.wpe.weight[start : start + idx.size(1)]
-        elif self.config.position == "learned":
-            x = x + self.wpe(positions)
+        if self.config.position == "learned":
+            if positions is None:
+                x = x + self.wpe.weight[start : start + idx.size(1)]
+            else:
+                x = x + self.wpe(positions)
         if self.config.ngrams > 1:
             previous_ids = cache.previous_ids if cache is not None else None
             x = x + self.ngram(idx, previous_ids, positions)
+            # The n-grams of the next ids begin among these.
             if cache is not None:
                 cache.previous_ids = self.ngram.last_ids(idx, previous_ids)
         if self.config.embedding_norm:
@@ -233,4 +239,5 @@ class GPT(nn.Module):
         roles = self.parameters_by_role()
         weights = [*roles["attention"].values(), *roles["mlp"].values(), self.head_weight]
         products = sum(weight.numel() for weight in weights)
+        # A multiplication and an addition, in the forward pass and twice in the backward pass.
         return 6 * products + 12 * config.n_layer * config.n_embd * config.block_size

@@ -89,16 +89,20 @@ class ChunkedLoss(torch.autograd.Function):
         padded_weight = weight.to(dtype)
         if vocab_size % options.multiple:
             padded_weight = F.pad(padded_weight, (0, 0, 0, -vocab_size % options.multiple))
+
         loss = torch.zeros((), device=features.device)
         needs_gradients = any(ctx.needs_input_grad)
-        on_logits = loss_and_gradient
         if needs_gradients:
             features_gradient = torch.empty_like(features, dtype=torch.float32)
             weight_gradient = torch.zeros_like(weight)
-            if options.fused and torch.compiler.is_compiling():
-                on_logits = fusible_loss_and_gradient
-            elif options.fused:
-                on_logits = compiled_loss_and_gradient()
+
+        on_logits = loss_and_gradient
+        if options.fused and torch.compiler.is_compiling():
+            # It is compiled together with the model.
+            on_logits = fusible_loss_and_gradient
+        elif options.fused and needs_gradients:
+            on_logits = compiled_loss_and_gradient()
+
         for start in range(0, len(targets), rows):
             chunk = slice(start, start + rows)
             x = features[chunk].to(dtype)
@@ -108,8 +112,10 @@ class ChunkedLoss(torch.autograd.Function):
                 continue
             chunk_loss, logits_gradient = on_logits(logits, targets[chunk], vocab_size)
             loss += chunk_loss
+            # The backward pass of logits = x @ weight.T.
             features_gradient[chunk] = logits_gradient @ padded_weight
             weight_gradient += (logits_gradient.mT @ x)[:vocab_size]
+
         count = number_of(targets)
         if needs_gradients:
             ctx.save_for_backward(features_gradient, weight_gradient, count)

@@ -109,6 +109,7 @@ def test_tensors_of_the_state_dict_share_no_memory(config):
 @pytest.mark.parametrize(("changes", "named"), [
     ({"n_layer": 0}, "n_layer=0"),
     ({"n_head": 0}, "n_head=0"),
+    ({"n_embd": 0, "parametrization": "mup"}, "n_embd=0"),
     ({"block_size": -1}, "block_size=-1"),
     ({"n_embd": 33}, "n_embd=33"),
     ({"n_embd": 30, "position": "rotary"}, "heads of width 15"),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from data.tokenizer import Tokenizer
+from generation.sampling import finite
 from model import GPT
 from model.attention import CausalSelfAttention
 from terminal import escaped
@@ -53,14 +54,15 @@ class Prediction:
 def predictions(model: GPT, ids: Sequence[int], n_top: int) -> Iterator[Prediction]:
     """The predictions of what follows each of `ids`.
 
-    Beyond the context, sequences of `block_size` tokens are read that overlap by half.
+    Beyond the context, sequences of `block_size` tokens are read that overlap by half. Raises
+    ValueError if a logit is not finite.
     """
     block_size, device = model.config.block_size, model.wte.weight.device
     done = 0
     while done < len(ids):
         start = max(0, done - block_size // 2)
         window = torch.tensor([ids[start : start + block_size]], device=device)
-        logprobs = model(window)[0, done - start :].float().log_softmax(-1)
+        logprobs = finite(model(window)[0, done - start :]).float().log_softmax(-1)
         top = logprobs.topk(min(n_top, logprobs.size(-1)))
         following = ids[done + 1 : done + 1 + len(logprobs)]
         for row, values, tokens in zip(logprobs, top.values.tolist(), top.indices.tolist(),

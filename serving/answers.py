@@ -38,7 +38,7 @@ def token_text(tokenizer: Tokenizer, token: int) -> str:
 class Answer:
     """The JSON that answers one request for completions: whole, or chunk by chunk.
 
-    `echoes` are texts that precede the completions.
+    `echoes` are the texts that precede the completions; their pieces come first.
     """
 
     prefix, whole, chunk = "cmpl", "text_completion", "text_completion"
@@ -51,7 +51,7 @@ class Answer:
         self.n_prompt = sum(map(len, prompts))
         self.n_tokens = [0] * len(prompts) * n
         self.echoes = echoes or [""] * len(self.n_tokens)
-        self.texts = list(self.echoes)
+        self.texts = [""] * len(self.n_tokens)
         self.tokens: list[list[Token]] = [[] for _ in self.n_tokens]
         self.reasons = [""] * len(self.n_tokens)
 
@@ -74,11 +74,7 @@ class Answer:
 
     def first_chunks(self) -> list[Json]:
         """The chunks before the first piece."""
-        chunks = []
-        for index, echo in enumerate(self.echoes):
-            if echo:
-                chunks.append(self.object(self.chunk, [self.choice(index, echo, "")]))
-        return chunks
+        return []
 
     def chunk_of(self, piece: Piece, has_logprobs: bool) -> Json:
         self.n_tokens[piece.index] = piece.n_tokens
@@ -112,10 +108,14 @@ class Answer:
         return {
             "tokens": [self.text_of(token.id) for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
-            "top_logprobs": [{self.text_of(id): logprob for id, logprob in token.top.items()}
-                             for token in tokens],
+            "top_logprobs": [self.top_logprobs(token.top) for token in tokens],
             "text_offset": [start + token.offset for token in tokens],
         }
+
+    def top_logprobs(self, top: dict[int, float] | None) -> Json | None:
+        if top is None:
+            return None
+        return {self.text_of(id): logprob for id, logprob in top.items()}
 
     def text_of(self, token: int) -> str:
         return token_text(self.tokenizer, token)

@@ -231,7 +231,9 @@ async def answer(request: Request, make_task: MakeTask) -> Response:
     generation, answer = await make_task(fields, model, request.app.state.settings)
     fields.check_rest()
     generation.streams = streams
-    model.batcher.submit(generation)
+    # An echo alone needs no decoding.
+    if generation.rules.max_new_tokens:
+        model.batcher.submit(generation)
     try:
         if streams:
             return EventStream(generation, answer, has_usage)

@@ -43,10 +43,11 @@ class Token:
     """A token with its log probability, and those of the most likely ones, by their ids."""
 
     id: int
-    # The number of characters before its text.
+    # The number of characters of the completion before its text; negative in an echo.
     offset: int
-    logprob: float
-    top: dict[int, float]
+    # None for the first token of an echo, which nothing predicts.
+    logprob: float | None
+    top: dict[int, float] | None
 
 
 @dataclass(frozen=True)

@@ -71,15 +71,20 @@ class Fields:
             raise BadRequest(f"{name}={value} must be from {low} to {high}.", name)
         return value
 
-    def rules(self, defaults: SamplingConfig) -> SamplingConfig:
-        """The sampling rules, with `defaults` for those that are missing."""
+    def rules(self, defaults: SamplingConfig, may_be_empty: bool = False) -> SamplingConfig:
+        """The sampling rules, with `defaults` for those that are missing.
+
+        `may_be_empty`: max_tokens=0 is valid.
+        """
         given: dict[str, Any] = {}
         for name, setting in NAMES.items():
             default = given.get(setting, getattr(defaults, setting))
             types = (int,) if setting in INTEGERS else (int, float)
             given[setting] = self.take(name, default, *types)
         rules = replace(SamplingConfig(cache=defaults.cache, int8=defaults.int8), **given)
-        for problem in rules.problems():
+        is_empty = may_be_empty and rules.max_new_tokens == 0
+        checked = replace(rules, max_new_tokens=1) if is_empty else rules
+        for problem in checked.problems():
             raise BadRequest(problem, problem.partition("=")[0])
         return rules
 

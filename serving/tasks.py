@@ -17,8 +17,9 @@ from data.chat import has_markers, read_messages
 from data.records import BadRecord
 from generation.chat import Conversation
 from generation.engine import Engine
+from generation.inspection import predictions
 from serving.answers import Answer, ChatAnswer
-from serving.decoding import Batcher, Generation
+from serving.decoding import Batcher, Generation, Piece, Token
 from serving.fields import BadRequest, Fields, shown
 
 MAX_TOP = 20
@@ -46,15 +47,39 @@ async def completion_task(fields: Fields, model: Model,
     prompts = await asyncio.to_thread(read_prompts, fields, model, settings.batch_size)
     n = fields.integer("n", 1, 1, settings.batch_size)
     top = fields.integer("logprobs", None, 0, MAX_TOP)
+    has_echo = fields.take("echo", False)
     # The texts of one prompt are those that sample.py prints for num_samples.
     jobs = [(prompt, number) for prompt in prompts for number in range(n)]
-    generation = make_generation(fields, jobs, fields.rules(settings), settings, top)
+    rules = fields.rules(settings, may_be_empty=has_echo)
+    generation = make_generation(fields, jobs, rules, settings, top)
     echoes = []
-    if fields.take("echo", False):
-        echoes = [model.engine.shown(prompt) for prompt, _ in jobs]
-        if top is not None:
-            raise BadRequest("echo with logprobs is not supported: leave one of them out.", "echo")
-    return generation, Answer(model.name, model.engine.tokenizer, prompts, n, echoes)
+    if has_echo:
+        for prompt in prompts:
+            echoes += [await echo_of(prompt, model, top)] * n
+    for index, (text, tokens) in enumerate(echoes):
+        reason = "" if rules.max_new_tokens else "length"
+        generation.received.put_nowait(Piece(index, text, tokens, 0, reason))
+    texts = [text for text, _ in echoes]
+    return generation, Answer(model.name, model.engine.tokenizer, prompts, n, texts)
+
+
+async def echo_of(prompt: list[int], model: Model, top: int | None) -> tuple[str, list[Token]]:
+    """The text of a prompt, and its tokens with their log probabilities if `top` is a number."""
+    text = model.engine.shown(prompt)
+    if top is None:
+        return text, []
+    if len(prompt) > model.block_size:
+        raise BadRequest(f"The prompt has {len(prompt):,} tokens, and echo with logprobs reads up "
+                         f"to {model.block_size:,}, the context of the model: shorten it.",
+                         "prompt", "context_length_exceeded")
+    predicted = await model.batcher.call(
+        lambda: list(predictions(model.engine.model, prompt, top)))
+    offsets = [offset - len(text) for offset in model.engine.offsets(prompt)]
+    tokens = [Token(prompt[0], offsets[0], None, None)]
+    # The last prediction is of what follows the prompt.
+    for token, offset, found in zip(prompt[1:], offsets[1:], predicted[:-1], strict=True):
+        tokens.append(Token(token, offset, found.logprob, found.top))
+    return text, tokens
 
 
 async def chat_task(fields: Fields, model: Model,

@@ -175,6 +175,20 @@ def test_a_client_that_goes_frees_its_place(server):
         wait_until(lambda: not batcher.open and not batcher.batch.rows)
 
 
+def test_a_client_that_reads_nothing_is_cut_off(server, monkeypatch):
+    """An echo of a long prompt fills what the system buffers."""
+    monkeypatch.setattr("serving.app.SEND_SECONDS", 0.2)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port)
+    body = {"model": "tiny", "prompt": "a" * 2**19, "truncate_prompt": True, "n": 16, "echo": True, "stream": True}
+    connection.request("POST", COMPLETIONS, json.dumps(body), {"Content-Type": "application/json"})
+    answer = connection.getresponse()
+    assert answer.status == 200
+    time.sleep(1)
+    with pytest.raises(http.client.IncompleteRead), contextlib.closing(connection):
+        answer.read()
+    wait_until(lambda: not server.batchers["tiny"].open)
+
+
 def test_open_requests_are_limited(engine):
     async def flood(batcher):
         for _ in range(2):
@@ -234,6 +248,9 @@ def test_the_openai_client_gets_the_texts_of_sample_py(server, engine):
         pieces = list(client.completions.create(model="tiny", prompt="The", seed=2, stream=True, stream_options={"include_usage": True}))
         assert "".join(piece.choices[0].text for piece in pieces[:-1]) == texts_of(engine, "The", seed=2)[0]
         assert len(pieces) > 10 and pieces[-1].usage.total_tokens == 43
+        echo, *rest = client.completions.create(model="tiny", prompt="The", echo=True, logprobs=0, max_tokens=2, stream=True)
+        assert echo.choices[0].text == "The" and echo.choices[0].logprobs.text_offset == [0, 1, 2]
+        assert [offset for piece in rest for offset in piece.choices[0].logprobs.text_offset] == [3, 4]
 
 
 def test_prompts_can_be_texts_tokens_or_several(server, engine):
@@ -262,6 +279,27 @@ def test_log_probabilities_are_the_models(server, engine):
     for row, token, logprob, top in zip(exact, found["tokens"], found["token_logprobs"], found["top_logprobs"], strict=True):
         assert logprob == pytest.approx(row[engine.encode(token)[0]].item(), abs=1e-4)
         assert list(top.values()) == pytest.approx(row.topk(3).values.tolist(), abs=1e-4)
+
+
+def test_an_echo_has_the_log_probabilities_of_the_prompt(server, talker):
+    """Alone, and before a completion, as the local-completions of lm-evaluation-harness asks for it."""
+    ids = [talker.tokenizer.end_of_text, *talker.encode("é old")]
+    exact = talker.model(torch.tensor([ids]))[0].log_softmax(-1)
+    body = {"model": "talker", "prompt": [ids], "echo": True, "logprobs": 1, "temperature": 0}
+    status, alone = server.ask(COMPLETIONS, body | {"max_tokens": 0, "n": 2})
+    for choice in alone["choices"]:
+        found = choice["logprobs"]
+        assert status == 200 and choice["text"] == "é old" and choice["finish_reason"] == "length"
+        assert found["tokens"] == ["<|endoftext|>", "\\xc3", "\\xa9", *" old"] and found["text_offset"] == [0, 0, 0, 1, 2, 3, 4]
+        assert found["token_logprobs"][0] is found["top_logprobs"][0] is None
+        assert found["token_logprobs"][1:] == pytest.approx([row[id].item() for row, id in zip(exact, ids[1:], strict=False)], abs=1e-4)
+        assert [max(top.values()) for top in found["top_logprobs"][1:]] == pytest.approx(exact.max(-1).values[:-1].tolist(), abs=1e-4)
+    assert alone["usage"] == {"prompt_tokens": 7, "completion_tokens": 0, "total_tokens": 7}
+    one = server.ask(COMPLETIONS, body | {"max_tokens": 1})[1]["choices"][0]["logprobs"]
+    assert one["token_logprobs"][:-1] == found["token_logprobs"] and one["text_offset"] == [*found["text_offset"], 5]
+    assert one["token_logprobs"][-1] == pytest.approx(exact[-1].max().item(), abs=1e-4)
+    status, answer = server.ask(COMPLETIONS, body | {"prompt": "a" * 65, "truncate_prompt": True})
+    assert status == 400 and "echo with logprobs reads up to 64, the context" in answer["error"]["message"]
 
 
 def test_a_chat_is_that_of_sample_py(server, talker):
@@ -323,6 +361,23 @@ def test_a_bad_body_is_an_error_of_openais_shape(server, body):
         status, answer = server.ask(path, body)
         assert 400 <= status < 500 and answer["error"].keys() == {"message", "type", "param", "code"}
         assert answer["error"]["message"] and len(answer["error"]["message"]) < 600
+
+
+def test_the_deepest_nest_that_is_read_is_an_error(server):
+    """Writing it into a message needs a deeper stack than reading it."""
+    def is_read(depth: int) -> bool:
+        status, answer = server.ask(COMPLETIONS, b'{"model": "tiny", "seed": ' + b"[" * depth + b"]" * depth + b"}")
+        assert status == 400
+        return "nested too deeply" not in answer["error"]["message"]
+
+    deepest, too_deep = 100, 200_000
+    while too_deep - deepest > 1:
+        depth = (deepest + too_deep) // 2
+        if is_read(depth):
+            deepest = depth
+        else:
+            too_deep = depth
+    assert is_read(deepest) and not is_read(too_deep)
 
 
 @pytest.mark.parametrize("messages", [

@@ -13,18 +13,19 @@ from __future__ import annotations
 import asyncio
 import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
+from urllib.parse import urlsplit
 
 from bench.decode import SHAPES as GPT2_SHAPES
 from bench.speed import SHAPES as SMALL_SHAPES
 from bench.speed import median_ratio
-from bench.timing import ROOT, print_header, print_row, write_json
+from bench.timing import print_header, print_row, write_json
+from scripts.server import running_server
 from setting import FilePath, range_problems, setting
 
 SHAPES = {"gpt2": GPT2_SHAPES["gpt2"], "modern": GPT2_SHAPES["modern"],
@@ -80,9 +81,10 @@ class Words:
 def main(settings: ServeSettings) -> int:
     sides = {"one after another": 1, f"{settings.clients} at once": settings.clients}
     measured: dict[str, list[Side]] = {name: [] for name in sides}
-    with running_server(settings) as (port, title):
-        print(f"{title}; {settings.requests} completions of {settings.tokens} tokens, prompts of "
-              f"{settings.prompt}\n")
+    with server(settings) as address:
+        port = urlsplit(address).port
+        print(f"{settings.run or settings.shape}; {settings.requests} completions of "
+              f"{settings.tokens} tokens, prompts of {settings.prompt}\n")
         # Warm up.
         asyncio.run(measure(port, settings, 2, 2))
         for _ in range(settings.rounds):
@@ -106,28 +108,17 @@ def percentile(values: list[float], percent: int) -> float:
     return values[-(-percent * len(values) // 100) - 1]
 
 
-@contextmanager
-def running_server(settings: ServeSettings) -> Iterator[tuple[int, str]]:
-    """A server in a process of its own: its port, and a line about it."""
-    options = [f"batch_size={settings.clients}", f"precision={settings.precision}", "port=0"]
+def server(settings: ServeSettings) -> AbstractContextManager[str]:
+    """The address of the server to measure, while it runs."""
+    options = [f"batch_size={settings.clients}", f"precision={settings.precision}"]
     if settings.run:
-        command = ["serve.py", f"run={settings.run}", *options]
-    else:
-        command = ["-c", f"from bench.serve import serve_random; serve_random({settings.shape!r}, "
-                         f"{options!r})"]
-    with subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE,
-                          text=True) as process:
-        try:
-            line = process.stdout.readline().strip()
-            if not line:
-                raise ValueError("The server did not start: its message is above.")
-            yield int(line.rstrip("/").rpartition(":")[2]), line
-        finally:
-            process.terminate()
+        return running_server([f"run={settings.run}", *options])
+    start = f"from bench.serve import serve_random; serve_random({settings.shape!r})"
+    return running_server(options, ["-c", start])
 
 
-def serve_random(shape: str, options: list[str]) -> None:
-    """Serve a model with random weights, as serve.py does a run."""
+def serve_random(shape: str) -> None:
+    """Serve a model with random weights, as serve.py does a run, by the settings in sys.argv."""
     import torch
 
     import serve
@@ -141,7 +132,7 @@ def serve_random(shape: str, options: list[str]) -> None:
         model = GPT(SHAPES[shape]).to(device.torch)
         return {shape: (Engine(model, Words(model.config.vocab_size), device), [])}
 
-    serve.serve(compose(ServeSettings, options), open_models)
+    serve.serve(compose(ServeSettings, sys.argv[1:]), open_models)
 
 
 async def measure(port: int, settings: ServeSettings, clients: int, requests: int) -> Side:

@@ -8,7 +8,6 @@ Needs Chromium, and pip install starlette uvicorn matplotlib.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +15,6 @@ from conf.launch import launch
 from setting import FilePath, setting
 
 WIDTH, HEIGHT = 1280, 800
-ROOT = Path(__file__).parent.parent
 
 
 @dataclass(frozen=True)
@@ -38,8 +36,6 @@ if __name__ == "__main__":
     # Before the imports below: --help and invalid settings need not wait for torch.
     launch("scripts.screenshots:main", ScreenshotSettings, __doc__)
 
-import subprocess
-import sys
 import tempfile
 
 import atomic
@@ -48,13 +44,14 @@ from conf.schema import compose
 from report.page import write
 from scripts import attention_map
 from scripts.chromium import Chromium
+from scripts.server import running_server
 from terminal import readable_size, say
 
 
 def main(settings: ScreenshotSettings) -> int:
     run = find_run(Path(settings.runs_dir), settings.run)
     with Chromium(WIDTH, HEIGHT) as browser, tempfile.TemporaryDirectory() as folder:
-        with server(run) as address:
+        with running_server([f"run={run}"]) as address:
             browser.open(address)
             fill_in(browser, settings.prompt)
             save(browser, settings, "page")
@@ -68,21 +65,6 @@ def main(settings: ScreenshotSettings) -> int:
         browser.open(page.as_uri())
         save(browser, settings, "attention-page")
     return 0
-
-
-@contextmanager
-def server(run: Path) -> Iterator[str]:
-    """The address of a running serve.py."""
-    command = [sys.executable, ROOT / "serve.py", f"run={run}", "port=0"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        line = process.stdout.readline()
-        if " at http" not in line:
-            raise ValueError("serve.py did not start: its message is above.")
-        yield line.rpartition(" at ")[2].strip()
-    finally:
-        process.terminate()
-        process.wait()
 
 
 def fill_in(browser: Chromium, prompt: str) -> None:

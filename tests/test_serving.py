@@ -179,14 +179,17 @@ def test_a_client_that_reads_nothing_is_cut_off(server, monkeypatch):
     """An echo of a long prompt fills what the system buffers."""
     monkeypatch.setattr("serving.app.SEND_SECONDS", 0.2)
     connection = http.client.HTTPConnection("127.0.0.1", server.port)
+    connection.sock = socket.socket()
+    connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.sock.connect(("127.0.0.1", server.port))
     body = {"model": "tiny", "prompt": "a" * 2**19, "truncate_prompt": True, "n": 16, "echo": True, "stream": True}
     connection.request("POST", COMPLETIONS, json.dumps(body), {"Content-Type": "application/json"})
     answer = connection.getresponse()
     assert answer.status == 200
-    time.sleep(1)
+    time.sleep(0.6)
     with pytest.raises(http.client.IncompleteRead), contextlib.closing(connection):
         answer.read()
-    wait_until(lambda: not server.batchers["tiny"].open)
+    wait_until(lambda: not server.models["tiny"].batcher.open)
 
 
 def test_open_requests_are_limited(engine):

@@ -38,7 +38,8 @@ from generation.engine import Engine, engine_of
 from report.page import after_training
 from report.results import table
 from terminal import counted, output, say
-from training.device import Device, configure
+from training.configure import configure
+from training.device import Device
 
 FILE = "evaluation.json"
 # The suffix of the file beside it with the scores of single requests.

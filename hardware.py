@@ -1,4 +1,4 @@
-"""The CPUs of this machine, and the number formats that its devices multiply natively.
+"""The CPUs and the memory of this machine, and the formats that its devices multiply natively.
 
 Where a format is not native, torch emulates it: on a CPU bf16 then takes 30 times as long as fp32.
 torch is imported inside functions, since the command line counts threads before it needs torch.
@@ -9,12 +9,18 @@ from __future__ import annotations
 import os
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
 CGROUPS = Path("/sys/fs/cgroup")
 # The file that names the cgroups of this process.
 OWN_GROUPS = Path("/proc/self/cgroup")
+# A cgroup's limit of memory, what is used of it, and what of that is a cache of files that the
+# system frees when needed: the names in version 2 and in version 1.
+MEMORY_FILES = (("memory.max", "memory.current", "inactive_file"),
+                ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"))
 
 
 def native(precision: str, device: str = "cpu") -> bool:
@@ -58,18 +64,17 @@ def onednn_beats_mkl() -> bool:
     answer = os.environ.get("NANOHYDRA_ONEDNN")
     if answer in ("0", "1"):
         return answer == "1"
-    return vendor() == "AuthenticAMD"
+    return cpu_info("vendor_id") == "AuthenticAMD"
 
 
 @cache
-def vendor() -> str:
-    """The maker of the CPU, as Linux names it; empty on other systems."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return ""
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")]
-    return names[0] if names else ""
+def cpu_info(field: str) -> str:
+    """A field of Linux's /proc/cpuinfo; empty where there is none, and on other systems."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(field):
+                return line.partition(":")[2].strip()
+    return ""
 
 
 def usable_cpus() -> int:
@@ -84,26 +89,32 @@ def usable_cpus() -> int:
 
 
 def cpu_quota(root: Path, own_groups: Path) -> float | None:
-    """The number of CPUs that cgroups (version 2 or 1) grant this process; None without a limit.
+    """The number of CPUs that cgroups grant this process; None without a limit.
 
-    `root` is the folder of the cgroups, and `own_groups` the file that names those of this process.
+    The arguments are those of `cgroups`.
+    """
+    quotas = map(quota_of, cgroups("cpu", root, own_groups))
+    return min((quota for quota in quotas if quota is not None), default=None)
+
+
+def cgroups(controller: str, root: Path, own_groups: Path) -> Iterator[Path]:
+    """The cgroups (version 2 or 1) of this process, and the groups around them.
+
+    A process has at most what each of them grants. `controller` is "cpu" or "memory", `root` the
+    folder of the cgroups, and `own_groups` the file that names those of this process.
     """
     try:
         lines = own_groups.read_text().splitlines()
     except OSError:
         lines = []
-    quotas = []
     # In a container, the path may be one outside of it: the roots are always read.
-    for line in ["0::/", "0:cpu:/", *lines]:
+    for line in ["0::/", f"0:{controller}:/", *lines]:
         controllers, _, place = line.partition(":")[2].partition(":")
-        top = root / "cpu" if "cpu" in controllers.split(",") else root
+        top = root / controller if controller in controllers.split(",") else root
         group = top / place.lstrip("/")
-        # A group has at most the quota of each group around it.
         for folder in (group, *group.parents):
-            quota = quota_of(folder) if folder.is_relative_to(top) else None
-            if quota is not None:
-                quotas.append(quota)
-    return min(quotas, default=None)
+            if folder.is_relative_to(top):
+                yield folder
 
 
 def quota_of(group: Path) -> float | None:
@@ -118,6 +129,43 @@ def quota_of(group: Path) -> float | None:
     except (OSError, ValueError, ZeroDivisionError):
         # There is no such file, or it says "max".
         return None
+
+
+def available_memory(root: Path = CGROUPS, own_groups: Path = OWN_GROUPS) -> float:
+    """The bytes that can be allocated without swapping, within the limit of a container or job.
+
+    Linux's own estimate; all physical memory on other systems.
+    """
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free = 1024 * int(lines["MemAvailable"].split()[0])
+    except (OSError, KeyError, ValueError):
+        free = physical_memory()
+    limits = map(memory_of, cgroups("memory", root, own_groups))
+    return min([free, *(limit - used for limit, used in filter(None, limits))])
+
+
+def memory_size() -> float:
+    """The bytes of memory that this process may use, free or not."""
+    limits = map(memory_of, cgroups("memory", CGROUPS, OWN_GROUPS))
+    return min([physical_memory(), *(limit for limit, _ in filter(None, limits))])
+
+
+def physical_memory() -> float:
+    return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+
+
+def memory_of(group: Path) -> tuple[int, int] | None:
+    """The limit of one cgroup, and what is used of it, in bytes; None without a limit."""
+    for limit, usage, cached in MEMORY_FILES:
+        try:
+            counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            used = int((group / usage).read_text()) - int(counts[cached])
+            return int((group / limit).read_text()), used
+        except (OSError, KeyError, ValueError):
+            # There is no such file, or it says "max".
+            continue
+    return None
 
 
 def busy_cpus() -> float:

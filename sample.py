@@ -31,7 +31,8 @@ from generation.prompts import read_text
 from generation.typed import TypedPrompts
 from scripts.complete import complete_file
 from terminal import has_colors, output, say
-from training.device import Device, configure
+from training.configure import configure
+from training.device import Device
 
 RED, YELLOW, GREEN = 31, 33, 32  # ANSI colors
 

@@ -33,7 +33,8 @@ from serving.decoding import Batcher, DecodingThread
 from serving.tasks import Model
 from setting import as_word
 from terminal import say
-from training.device import Device, configure
+from training.configure import configure
+from training.device import Device
 
 # By the names that requests give: an engine, and the arguments of sample.py that open it.
 Opened = dict[str, tuple[Engine, list[str]]]

@@ -1,4 +1,4 @@
-"""Messages and results on a terminal or in a log, and counts and sizes in words.
+"""Messages and results on a terminal or in a log, and errors, counts and sizes in words.
 
 Models, files, folders and JSON contain text from strangers: an escape sequence in it could set the
 window's title, fill the clipboard or clear the screen. Everything that may contain such text is
@@ -65,6 +65,14 @@ def can_redraw(stream: TextIO) -> bool:
 def has_colors(stream: TextIO) -> bool:
     """Whether `stream` shows colors and the user wants them (https://no-color.org)."""
     return can_redraw(stream) and not os.environ.get("NO_COLOR")
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, without its full stop; else the name of its type.
+
+    The further lines of libraries' errors are advice.
+    """
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def counted(number: int, noun: str) -> str:

@@ -46,8 +46,9 @@ from terminal import counted, say
 from trainer import Trainer
 from training.clock import Clock
 from training.config import TrainingConfig
+from training.configure import configure
 from training.decision import Decision, decide
-from training.device import Device, configure
+from training.device import Device
 from training.distributed import World
 from training.interrupt import Interrupt
 from training.memory import check_memory

@@ -17,7 +17,8 @@ from bench.timing import alternating_medians, print_header, print_row
 from model import attention
 from model.reference import MultiHeadAttention, MultiHeadAttentionWrapper, fuse
 from setting import range_problems, setting
-from training.device import Device, configure
+from training.configure import configure
+from training.device import Device
 
 SIZES = {
     "batch 32, 128 positions, width 256, 4 heads": (32, 128, 256, 4),

@@ -32,7 +32,7 @@ from model import GPT, GPTConfig
 from model.formats import config_to
 from model.pretrained import weights_to
 from setting import FilePath, range_problems, setting
-from training.device import keep_freed_memory
+from training.configure import keep_freed_memory
 
 SAMPLING = {"temperature": 0.8, "top_k": 50}
 RULES = SamplingConfig(**SAMPLING, top_p=1.0)

@@ -32,7 +32,8 @@ from model import GPT, GPTConfig, attention
 from model.loss import LossOptions, loss_options
 from setting import FilePath, range_problems, setting
 from training.config import OptimConfig
-from training.device import Device, configure
+from training.configure import configure
+from training.device import Device
 from training.optim import Optimizers
 from training.step import loss_of
 

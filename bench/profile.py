@@ -19,7 +19,8 @@ from bench.speed import random_loader, training_step
 from bench.timing import print_header, print_row
 from conf.schema import compose
 from setting import FilePath, range_problems, setting
-from training.device import Device, configure
+from training.configure import configure
+from training.device import Device
 
 
 @dataclass(frozen=True)

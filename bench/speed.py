@@ -30,7 +30,8 @@ from data.loader import Loader
 from data.shards import Tokens
 from model import GPT, GPTConfig
 from setting import FilePath, range_problems, setting
-from training.device import Device, configure
+from training.configure import configure
+from training.device import Device
 from training.optim import OptimConfig, Optimizers
 from training.step import loss_of
 

@@ -34,7 +34,8 @@ from model import GPT, GPTConfig
 from setting import FilePath, range_problems, setting
 from training.buckets import GradientBuckets
 from training.config import OptimConfig
-from training.device import Device, configure
+from training.configure import configure
+from training.device import Device
 from training.distributed import World
 from training.interrupt import Interrupt
 from training.optim import Optimizers

@@ -33,8 +33,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 import atomic
+from hardware import available_memory
 from terminal import readable_size
-from training.device import available_memory
 from training.sharding import Divided
 
 # Format 2 named optimizer state by position; see state.py.

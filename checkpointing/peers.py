@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
+import torch.distributed as dist
 from torch import Tensor
 
 from training.distributed import TIMEOUT, World
@@ -20,7 +21,7 @@ T = TypeVar("T")
 class Peers:
     """The processes of `world`. All of them must call the same methods in the same order.
 
-    With one process, nothing is sent and torch.distributed is not used.
+    With one process, nothing is sent.
     """
 
     def __init__(self, world: World | None = None) -> None:
@@ -28,16 +29,12 @@ class Peers:
         self.rank, self.size, self.is_first = world.rank, world.size, world.is_first
         self.group: Any = None
         if self.size > 1:
-            import torch.distributed as dist
-
             self.group = dist.new_group(backend="gloo", timeout=TIMEOUT)
 
     def tell(self, value: T | None = None) -> T:
         """The first process's value, in all processes."""
         if self.size == 1:
             return value
-        import torch.distributed as dist
-
         told = [value]
         dist.broadcast_object_list(told, src=0, group=self.group)
         return told[0]
@@ -46,8 +43,6 @@ class Peers:
         """The values of all processes, in the first one; an empty list in the others."""
         if self.size == 1:
             return [value]
-        import torch.distributed as dist
-
         everyone = [None] * self.size if self.is_first else None
         dist.gather_object(value, everyone, dst=0, group=self.group)
         return everyone or []

@@ -32,11 +32,11 @@ from conf.convert import rebuild
 from data.hugging_face import byte_letters
 from data.tokenizer import BPETokenizer, Tokenizer
 from data.tokenizer_file import open_tokenizer
+from hardware import available_memory
 from model.config import GPTConfig
 from model.formats import CLASSES, config_from, shown
 from model.pretrained import table, weights_from
 from terminal import counted, readable_size
-from training.device import available_memory
 
 NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 OWNER = "openai-community"  # of these on the Hugging Face Hub

@@ -11,7 +11,7 @@ from pathlib import Path
 from checkpointing import store
 from checkpointing.peers import Peers
 from checkpointing.snapshot import Snapshot, join_save, save_checkpoint
-from training.device import available_memory
+from hardware import available_memory
 from training.interrupt import embedded
 
 

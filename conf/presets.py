@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from conf.hints import instead_of_hydras
 from conf.identity import flat
+from terminal import first_line
 
 CONF = Path(__file__).parent
 MAX_BYTES = 100_000
@@ -259,9 +260,3 @@ def refuse_hydras(content: dict[str, Any], path: Path) -> None:
         raise ConfigError([
             f"{key} ({path}) is not used here: {instead_of_hydras(key)}." for key in keys
         ])
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, or the name of its type."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].rstrip(".")

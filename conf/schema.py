@@ -35,7 +35,6 @@ from conf.presets import (
     ConfigError,
     Group,
     config_node,
-    first_line,
     groups,
     nested,
     read_yaml,
@@ -44,6 +43,7 @@ from conf.presets import (
 from conf.settings import DERIVED, SampleSettings, Settings, leaves
 from conf.unknown import SWEEP_ADVICE, YAML_FILES, not_an_override, unknown, wrong_preset
 from model.config import GPTConfig
+from terminal import first_line
 
 # The dataclass by the name of its file, conf/NAME.yaml.
 SCHEMAS = {"config": Settings, "sample": SampleSettings}

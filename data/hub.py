@@ -23,7 +23,7 @@ from data import records
 from data.config import DataConfig
 from data.files import Document
 from data.store import data_root
-from terminal import say
+from terminal import first_line, say
 
 if TYPE_CHECKING:
     from datasets import DatasetBuilder
@@ -362,8 +362,3 @@ def no_answer(error: Exception) -> ValueError:
     return ValueError(
         f"The Hugging Face Hub does not answer ({first_line(error)}): check the network."
     )
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error message. Further lines are advice."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -21,6 +21,7 @@ from conf.hints import closest
 from conf.sampling import SamplingConfig
 from evaluation.scoring import Request, Scorer, request_of
 from progress import ProgressBar
+from terminal import first_line
 
 # Our names of metrics, as in the tasks of this package.
 METRICS = {"acc": "accuracy", "acc_norm": "accuracy_normalised"}
@@ -151,7 +152,7 @@ class HarnessTasks:
             found = self.manager.load([name])
         except Exception as error:
             # Whatever the library of datasets raises without a network, or for a damaged file.
-            reason = (str(error).strip().splitlines() or [""])[0].rstrip(".")
+            reason = first_line(error)
             raise ValueError(
                 f"lm_eval={name}: its data could not be loaded ({type(error).__name__}: {reason}). "
                 "It is a dataset of the Hugging Face Hub: run the command once with a network, or "

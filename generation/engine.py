@@ -24,10 +24,10 @@ from data.chat import MARKERS
 from data.tokenizer import Tokenizer
 from generation.decoder import Decoder, native_autocast
 from generation.sampling import generate
-from hardware import native
+from hardware import available_memory, native
 from model import GPT
 from terminal import readable_size
-from training.device import Device, available_memory
+from training.device import Device
 
 # A text, or token ids.
 Prompt = str | Sequence[int]

@@ -9,7 +9,8 @@ from pathlib import Path
 from conf.sampling import SamplingConfig
 from generation.engine import Prompt, open_checkpoint
 from terminal import output, say
-from training.device import Device, configure
+from training.configure import configure
+from training.device import Device
 
 
 def print_samples(run: Path, prompts: Sequence[Prompt], device: Device) -> None:

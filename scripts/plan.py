@@ -74,16 +74,11 @@ from data.loader import Loader
 from data.prepare import planned
 from data.shards import Tokens, read_meta
 from data.tokenizer_file import planned_size
+from hardware import available_memory
 from model import GPT, SkipInit
 from terminal import counted, readable_size, readable_time, say
-from training.device import (
-    GPU_GIGABYTES,
-    PEAK_FLOPS,
-    Device,
-    available_memory,
-    configure,
-    memory_limit,
-)
+from training.configure import configure
+from training.device import GPU_GIGABYTES, PEAK_FLOPS, Device, memory_limit
 from training.estimate import Pace, measure_pace
 from training.step import first_loss
 

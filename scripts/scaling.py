@@ -79,7 +79,8 @@ from sweep.jobs import refuse_run
 from sweep.space import Range, Space, read_space
 from sweep.summary import report_failures
 from terminal import counted, readable_time, say
-from training.device import Device, configure
+from training.configure import configure
+from training.device import Device
 from training.estimate import Pace
 
 GRID = "grid.json"

@@ -18,7 +18,8 @@ import train
 from model.loss import LossOptions
 from training import device as module
 from training.compiling import check_fused_loss, maybe_compile
-from training.device import Device, configure
+from training.configure import configure
+from training.device import Device
 from training.memory import bytes_kept
 
 
@@ -90,7 +91,7 @@ def test_configure_applies_a_device_and_restores_everything():
 def test_flash_attention_3_is_used_where_it_is(monkeypatch, major, installed, dropout, used):
     """It has no dropout."""
     calls = []
-    monkeypatch.setattr(module, "find_spec", lambda name: installed or None)
+    monkeypatch.setattr("training.configure.find_spec", lambda name: installed or None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (major, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: None)
@@ -120,7 +121,8 @@ def test_freed_memory_is_kept_while_configured():
         pytest.skip("only glibc has these options")
     code = """
 import resource, torch
-from training.device import Device, configure
+from training.configure import configure
+from training.device import Device
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(50_000_000)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from hardware import (
     are_crowded,
+    available_memory,
     cpu_quota,
     native,
     onednn_beats_mkl,
@@ -62,6 +65,13 @@ def test_a_cpu_build_without_onednn_has_fp32_only(precision, monkeypatch):
     assert not native(precision) and native("fp32")
 
 
+def write_cgroups(folder, groups, files):
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content)
+    (folder / "own").write_text(groups)
+
+
 V1 = {"cpu/x/cpu.cfs_quota_us": "300000", "cpu/x/cpu.cfs_period_us": "100000"}
 
 
@@ -74,11 +84,27 @@ V1 = {"cpu/x/cpu.cfs_quota_us": "300000", "cpu/x/cpu.cfs_period_us": "100000"}
     ("3:cpu:/of/outside", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None),
     ("0::/", {"cpu.max": "?"}, None), ("0::/", {"cpu.max": "1 0"}, None), ("odd", {}, None)])
 def test_the_quota_of_this_processs_groups_is_read(groups, files, expected, tmp_path):
-    for name, content in files.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(content)
-    (tmp_path / "own").write_text(groups)
+    write_cgroups(tmp_path, groups, files)
     assert cpu_quota(tmp_path, tmp_path / "own") == expected
+
+
+USED = {"memory.current": "3000", "memory.stat": "file 9\ninactive_file 1000"}
+
+
+@pytest.mark.parametrize(("groups", "limits", "expected"), [
+    ("0::/", {"memory.max": "5000"}, 3000), ("0::/job/step", {"job/memory.max": "5000"}, 3000),
+    ("0::/job", {"memory.max": "4500", "job/memory.max": "5000"}, 2500)])
+def test_the_free_memory_is_that_of_this_processs_groups(groups, limits, expected, tmp_path):
+    """A scheduler limits the group of a job, which is not the root."""
+    folders = {str(Path(name).parent) for name in limits}
+    write_cgroups(tmp_path, groups, limits | {f"{folder}/{name}": content for folder in folders for name, content in USED.items()})
+    assert available_memory(tmp_path, tmp_path / "own") == expected
+
+
+def test_the_free_memory_by_cgroups_of_version_1(tmp_path):
+    files = {"limit_in_bytes": "5000", "usage_in_bytes": "3000", "stat": "inactive_file 5\ntotal_inactive_file 1000"}
+    write_cgroups(tmp_path, "4:memory:/x", {f"memory/x/memory.{name}": content for name, content in files.items()})
+    assert available_memory(tmp_path, tmp_path / "own") == 3000
 
 
 @pytest.mark.parametrize(("threads", "busy", "expected"), [
@@ -111,7 +137,7 @@ def test_no_more_cpus_are_used_than_the_quota(monkeypatch):
     ("GenuineIntel", "1", True), ("AuthenticAMD", "0", False)])
 def test_onednn_replaces_mkl_on_amd_or_on_request(vendor, answer, expected, monkeypatch):
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
-    monkeypatch.setattr("hardware.vendor", lambda: vendor)
+    monkeypatch.setattr("hardware.cpu_info", lambda field: vendor)
     monkeypatch.delenv("NANOHYDRA_ONEDNN", raising=False)
     if answer:
         monkeypatch.setenv("NANOHYDRA_ONEDNN", answer)

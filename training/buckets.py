@@ -9,18 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from training.distributed import World
 from training.sharding import Part
 from training.tree_sum import add_in_tree
-
-if TYPE_CHECKING:
-    from torch.distributed import Work
 
 # The numbers in a bucket, unless a single parameter has more: 32 MiB in fp32.
 BUCKET_NUMBERS = 2**23
@@ -36,7 +33,7 @@ class Bucket:
         self.parameters = parameters
         members = set(parameters)
         self.parts = [[part for part in some if part.weights in members] for some in parts]
-        self.work: Work | None = None
+        self.work: dist.Work | None = None
 
     def send(self) -> None:
         """Start to send the gradients to the owners of their parts, and drop them."""
@@ -44,6 +41,7 @@ class Bucket:
         existing = [[part for part in some if part.weights.grad is not None]
                     for some in self.parts]
         gradients = [part.of(part.weights.grad).reshape(-1) for some in existing for part in some]
+        # The numbers for each rank, in the order in which the gradients are concatenated.
         sizes = [sum(part.tensor.numel() for part in some) for some in existing]
         self.own = existing[self.world.rank]
         for weights in self.parameters:
@@ -60,9 +58,12 @@ class Bucket:
         if self.work is None:
             return
         self.work.wait()
-        # A copy, because the sum is in memory that also holds what the others have sent.
+        # One chunk from each process. The sum is in memory that also holds what the others have
+        # sent, so it is copied.
         total = add_in_tree(list(self.received.chunk(self.world.size))).clone()
         self.received = self.work = None
+
+        # Divide the sum into the gradients of the own parts.
         sums = total.split([part.tensor.numel() for part in self.own])
         for part, gradient in zip(self.own, sums, strict=True):
             part.tensor.grad = gradient.view_as(part.tensor)
@@ -72,7 +73,7 @@ class GradientBuckets:
     """The gradients of a step, added over all processes.
 
     `parameters` are in the order in which the forward pass uses them, and `parts[rank]` are what a
-    rank updates. With one process, nothing here does anything.
+    rank updates. With one process, nothing is sent.
     """
 
     def __init__(self, world: World, parameters: list[Tensor], parts: list[list[Part]],
@@ -82,6 +83,7 @@ class GradientBuckets:
         if world.size > 1:
             self.buckets = [Bucket(world, members, parts)
                             for members in fill(parameters, bucket_numbers)]
+        # The number of each parameter's bucket.
         self.bucket_of = {weights: number for number, bucket in enumerate(self.buckets)
                           for weights in bucket.parameters}
         self.hooks: list[RemovableHandle] = []
@@ -129,7 +131,7 @@ class GradientBuckets:
         self.hooks = []
         if not self.buckets:
             return
-        # What is incomplete has parameters without a gradient.
+        # Buckets that are still incomplete have parameters without a gradient.
         while self.sent < len(self.buckets):
             self.send_next()
         while self.received < len(self.buckets):
@@ -137,8 +139,12 @@ class GradientBuckets:
 
 
 def fill(parameters: list[Tensor], numbers: int) -> list[list[Tensor]]:
-    """Parameters in buckets of about so many numbers, the last parameter first."""
+    """Parameters in buckets of at most `numbers` numbers, the last parameter first.
+
+    A parameter with more numbers has a bucket of its own.
+    """
     buckets: list[list[Tensor]] = []
+    # The first parameter opens a bucket.
     size = numbers
     for weights in reversed(parameters):
         if size + weights.numel() > numbers:

@@ -9,7 +9,9 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from training.device import Device, be_deterministic
+from terminal import first_line
+from training.configure import be_deterministic
+from training.device import Device
 
 # Compiling takes minutes on a CPU and about one on a GPU, and saves 25% to 50% of later steps.
 COMPILE_PAYS_AFTER_SECONDS = {"cuda": 300, "cpu": 900}
@@ -43,8 +45,7 @@ def maybe_compile(model: nn.Module, choice: str, device: Device, flops: float,
         # Uncompiled, it would need more.
         raise
     except Exception as error:
-        lines = str(error).strip().splitlines() or [""]
-        cause = f"{type(error).__name__}: {lines[0]}"
+        cause = f"{type(error).__name__}: {first_line(error)}"
         if choice == "true":
             raise ValueError(f"training.compile=true failed ({cause}): "
                              f"set training.compile=false.") from error
@@ -66,6 +67,5 @@ def check_fused_loss(model: nn.Module, trial: Callable[[nn.Module], None],
         raise
     except Exception as error:
         model.loss_options = replace(model.loss_options, fused=False)
-        cause = (str(error).strip().splitlines() or [""])[0]
         say(f"Warning: the loss could not be compiled and runs uncompiled "
-            f"({type(error).__name__}: {cause}).")
+            f"({type(error).__name__}: {first_line(error)}).")

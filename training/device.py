@@ -1,24 +1,21 @@
-"""The device of a run: its precision, threads and memory.
+"""The device of a run: its precision, threads and speed.
 
-A `Device` only describes; `configure` applies it to the process.
+A `Device` only describes; training/configure.py applies it to the process.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Literal
 
 import torch
 
-from hardware import are_crowded, busy_cpus, native, usable_cpus
+from hardware import are_crowded, busy_cpus, cpu_info, memory_size, native, usable_cpus
 from terminal import counted
 
 # Dense bf16 peaks in FLOP/s from data sheets. The first name that the GPU's name contains counts.
@@ -37,9 +34,6 @@ CPU_FLOPS_NATIVE_BF16 = 1.5e11  # per thread
 CPU_FLOPS = 5e10  # per thread
 GPU_MFU = 0.3  # of the peak
 UNKNOWN_GPU_FLOPS = 5e13
-# Options of glibc's malloc.h, and their defaults.
-M_TRIM_THRESHOLD, DEFAULT_TRIM_THRESHOLD = -1, 128 * 1024
-M_MMAP_MAX, DEFAULT_MMAP_MAX = -4, 65536
 
 
 @dataclass(frozen=True)
@@ -210,154 +204,14 @@ class Device:
             torch.mps.synchronize()
 
 
-class configure:
-    """Apply a device's settings to this process. As a context manager, undo that at the end.
-
-    Sets the number of threads, TF32, kernels of attention, deterministic kernels and malloc's
-    options. At the end, these and torch's random number generators are as before, whatever was set
-    in between. `dropout` is that of the model, if it is trained.
-    """
-
-    def __init__(self, device: Device, dropout: float = 0.0) -> None:
-        self.before = ExitStack()
-        self.before.callback(torch.set_rng_state, torch.get_rng_state())
-        if device.type == "cuda":
-            self.before.callback(torch.cuda.set_rng_state, torch.cuda.get_rng_state())
-
-        self.before.callback(set_threads, torch.get_num_threads())
-        set_threads(device.threads)
-
-        self.before.callback(
-            torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
-        if device.type == "cuda":
-            torch.set_float32_matmul_precision("high")  # TF32
-            # FlashAttention 3 has no dropout.
-            restore = None if dropout else activate_flash_attention_3()
-            if restore:
-                device.attention = "FlashAttention 3"
-                self.before.callback(restore)
-
-        self.before.callback(restore_determinism, torch.are_deterministic_algorithms_enabled(),
-                             torch.is_deterministic_algorithms_warn_only_enabled(),
-                             torch.utils.deterministic.fill_uninitialized_memory,
-                             os.environ.get("CUBLAS_WORKSPACE_CONFIG"))
-        if device.deterministic:
-            be_deterministic()
-
-        if device.keeps_memory:
-            self.before.callback(set_malloc_options, DEFAULT_TRIM_THRESHOLD, DEFAULT_MMAP_MAX)
-            keep_freed_memory()
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *failure: object) -> None:
-        self.before.close()
-
-
-def activate_flash_attention_3() -> Callable[[], None] | None:
-    """Use FlashAttention 3, if the GPU is a Hopper and the package is installed.
-
-    Returns the function that ends its use; None if it is not used, or already was.
-    """
-    is_hopper = torch.cuda.get_device_capability()[0] == 9
-    if not is_hopper or find_spec("flash_attn_interface") is None:
-        return None
-    from torch.nn import attention
-
-    try:
-        if attention.current_flash_attention_impl():
-            return None
-        restore = attention.restore_flash_attention_impl
-        attention.activate_flash_attention_impl("FA3")
-    except (AttributeError, ImportError, OSError, RuntimeError):
-        # The package or torch is of a version without the other.
-        return None
-    return restore
-
-
-def set_threads(threads: int) -> None:
-    # Setting even the present number has side effects on MKL.
-    if threads != torch.get_num_threads():
-        torch.set_num_threads(threads)
-
-
-def be_deterministic() -> None:
-    """Use only kernels that are bit-identical from run to run, where torch has them."""
-    # See "Results reproducibility" in the documentation of cuBLAS.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    # Filling memory takes time, and only helps to find reads of uninitialized memory.
-    torch.utils.deterministic.fill_uninitialized_memory = False
-
-
-def restore_determinism(enabled: bool, warn_only: bool, fill: bool, cublas: str | None) -> None:
-    # This imports torch's compiler, which takes 2 s.
-    if torch.are_deterministic_algorithms_enabled() != enabled:
-        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
-    torch.utils.deterministic.fill_uninitialized_memory = fill
-    if cublas is None:
-        os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
-    else:
-        os.environ["CUBLAS_WORKSPACE_CONFIG"] = cublas
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep freed memory, since a step allocates and frees the same hundreds of MB.
-
-    Returned to the system, each page would be faulted in again; see docs/benchmarks.md.
-    """
-    set_malloc_options(trim_threshold=2**31 - 1, mmap_max=0)
-
-
-def set_malloc_options(trim_threshold: int, mmap_max: int) -> None:
-    libc = ctypes.CDLL(None)
-    libc.mallopt(M_TRIM_THRESHOLD, trim_threshold)
-    libc.mallopt(M_MMAP_MAX, mmap_max)
-    if mmap_max:
-        libc.malloc_trim(0)
-
-
 def processor() -> str:
     """The CPU's name, and the instruction set that torch uses of it."""
-    name = ""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                name = line.partition(":")[2].strip()
-                break
-    except OSError:
-        pass
-    name = name or platform.processor() or platform.machine()
+    name = cpu_info("model name") or platform.processor() or platform.machine()
     return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
-
-
-def available_memory() -> float:
-    """The bytes that can be allocated without swapping, within the limit of a container.
-
-    Linux's own estimate; all physical memory on other systems.
-    """
-    try:
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        free = 1024 * int(lines["MemAvailable"].split()[0])
-    except (OSError, KeyError, ValueError):
-        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    group = Path("/sys/fs/cgroup")
-    try:
-        stat = (group / "memory.stat").read_text()
-        counts = dict(line.split() for line in stat.splitlines())
-        used = int((group / "memory.current").read_text()) - int(counts["inactive_file"])
-        return min(free, int((group / "memory.max").read_text()) - used)
-    except (OSError, KeyError, ValueError):  # no limit
-        return free
 
 
 def memory_limit(device: Device) -> float:
     """The bytes of a device's memory, free or not; of a CPU, those that this process may use."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-    total = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    try:
-        return min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    except (OSError, ValueError):
-        return total
+    return memory_size()

@@ -3,7 +3,7 @@
 Every process has all weights. A step's micro-steps are divided among the processes, their gradients
 are added in a fixed order, and each process updates a part of the parameters, of which it alone has
 the optimizer state and the sum of the gradients (as ZeRO stage 2, arXiv:1910.02054). With one
-process nothing here does anything, and torch.distributed is not used. Knows no model and no files.
+process, nothing here communicates. Knows no model and no files.
 """
 
 from __future__ import annotations
@@ -13,13 +13,11 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from torch.distributed import Work
 
 # A process waits this long for the others, for example while rank 0 prepares the data.
 TIMEOUT = timedelta(days=7)
@@ -54,18 +52,12 @@ class World:
         if self.size == 1:
             yield
             return
-        import torch.distributed as dist
-
         backend = "gloo"
         if use_gpus and torch.cuda.is_available():
-            gpus = torch.cuda.device_count()
-            if self.local_size > gpus:
-                raise ValueError(f"torchrun started {self.local_size} processes on a machine with "
-                                 f"{gpus} GPUs, and each needs one: use --nproc-per-node={gpus}, "
-                                 "or training.device=cpu.")
-            torch.cuda.set_device(self.local_rank)
+            self.choose_gpu()
             backend = "cpu:gloo,cuda:nccl"
         try:
+            # Connect to the other processes.
             store, _, _ = next(dist.rendezvous("env://", timeout=CONNECT_TIMEOUT))
             if self.size == self.local_size:
                 # torchrun keeps the store when it restarts the processes. In a new namespace, none
@@ -73,6 +65,7 @@ class World:
                 store = dist.PrefixStore(f"restart {self.restarts}", store)
             dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size,
                                     timeout=TIMEOUT)
+            # Only the first process prints.
             if self.is_first:
                 yield
             else:
@@ -81,6 +74,7 @@ class World:
         except RuntimeError as error:
             if not is_lost_connection(error):
                 raise
+            # The process that has failed reports its own error.
             if not self.is_first:
                 sys.exit(1)
             raise OSError("Another process of this run has ended. The run is saved up to its last "
@@ -89,6 +83,15 @@ class World:
             if dist.is_initialized():
                 dist.destroy_process_group()
 
+    def choose_gpu(self) -> None:
+        """Use the GPU with the number of this process. Raises ValueError if there are too few."""
+        gpus = torch.cuda.device_count()
+        if self.local_size > gpus:
+            raise ValueError(f"torchrun started {self.local_size} processes on a machine with "
+                             f"{gpus} GPUs, and each needs one: use --nproc-per-node={gpus}, "
+                             "or training.device=cpu.")
+        torch.cuda.set_device(self.local_rank)
+
     def first(self, call: Callable[[], T]) -> T:
         """Call a function in the first process, and return its result in all of them.
 
@@ -96,14 +99,13 @@ class World:
         """
         if self.size == 1:
             return call()
-        import torch.distributed as dist
-
         result, error = None, None
         if self.is_first:
             try:
                 result = call()
             except BaseException as raised:
                 error = raised
+        # The others wait here. They also have to learn of an error, or they would wait forever.
         told = [(result, error is not None)]
         dist.broadcast_object_list(told, src=0)
         if error:
@@ -127,8 +129,6 @@ class World:
         """Concatenate tensors `[N]` of all processes in the order of their ranks: `[size * N]`."""
         if self.size == 1:
             return values
-        import torch.distributed as dist
-
         everyone = [torch.empty_like(values) for _ in range(self.size)]
         dist.all_gather(everyone, values)
         return torch.cat(everyone)
@@ -145,14 +145,12 @@ class World:
         values = self.gather(torch.tensor([seconds, interrupted], dtype=torch.float64))
         return values[0].item(), values[1::2].any().item()
 
-    def exchange(self, sent: Tensor, sizes: list[int]) -> tuple[Tensor, Work]:
+    def exchange(self, sent: Tensor, sizes: list[int]) -> tuple[Tensor, dist.Work]:
         """Start to send the first `sizes[0]` numbers to rank 0, the next `sizes[1]` to rank 1, ...
 
         All processes have the same sizes. Once the returned work is waited for, the returned tensor
         has what each rank has sent to this one: `[size * sizes[rank]]`.
         """
-        import torch.distributed as dist
-
         own = sizes[self.rank]
         received = sent.new_empty(self.size * own)
         work = dist.all_to_all_single(received, sent, [own] * self.size, sizes, async_op=True)
@@ -166,8 +164,7 @@ class World:
         """
         if self.size == 1:
             return
-        import torch.distributed as dist
-
+        # An all-gather needs tensors of one length: pad the own ones, flat, to the longest.
         longest = max(sum(tensor.numel() for tensor in part) for part in parts)
         example = next(tensor for part in parts for tensor in part)
         sent = example.new_zeros(longest)
@@ -177,6 +174,8 @@ class World:
             sent[: flat.numel()] = flat
         received = [torch.empty_like(sent) for _ in range(self.size)]
         dist.all_gather(received, sent)
+
+        # Copy what the others have sent into their tensors here.
         for rank, part in enumerate(parts):
             if rank == self.rank:
                 continue

@@ -69,6 +69,7 @@ def measure_pace(loss: Callable[[int], Tensor], roles: dict[str, dict[str, Tenso
     equally; `micro_steps` are those of each. Their communication is not counted.
     """
     def micro_step(sequences: int) -> float:
+        """The seconds of forward and backward passes of so many sequences."""
         start = now(device)
         loss(sequences).backward()
         seconds = now(device) - start
@@ -80,7 +81,7 @@ def measure_pace(loss: Callable[[int], Tensor], roles: dict[str, dict[str, Tenso
                 weights.grad = None
         return seconds
 
-    size = world.size if world else 1
+    # Time half a micro-step: a sequence takes as long in it as in a whole one.
     timings: list[float] = []
     if compiled:
         # Another batch size would compile the model again.
@@ -90,10 +91,12 @@ def measure_pace(loss: Callable[[int], Tensor], roles: dict[str, dict[str, Tenso
         first = micro_step(1)
         sequences = min(math.ceil(limits.batch_size / 2), int(MOST_SECONDS / first))
         if sequences == 0:
+            # The timing of a single sequence took long enough.
             sequences, timings = 1, [first]
     sequences_of_run = limits.max_steps * micro_steps * limits.batch_size
 
     def is_enough() -> bool:
+        """Whether the timings so far are long enough, or another one would delay a short run."""
         if not timings or sum(timings) < LEAST_SECONDS:
             return len(timings) == 5
         run_seconds = sequences_of_run * timings[0] / sequences
@@ -103,8 +106,10 @@ def measure_pace(loss: Callable[[int], Tensor], roles: dict[str, dict[str, Tenso
 
     while not is_enough():
         timings.append(micro_step(sequences))
-    # Other processes only ever make a timing longer.
+
+    # Other programs only ever make a timing longer, so the shortest is the best estimate.
     per_sequence = min(timings) / sequences
+    size = world.size if world else 1
     step = micro_steps * limits.batch_size * per_sequence
     step += update_seconds(roles, config, device) / size
     # A backward pass takes about twice as long as the forward pass, which `recompute` repeats.
@@ -123,6 +128,7 @@ def update_seconds(roles: dict[str, dict[str, Tensor]], config: OptimConfig,
     scaler = torch.amp.GradScaler(device.type, enabled=False)
     seconds = 0.0
     for (role, shape), count in shapes.items():
+        # A sample of the tensors of this role and shape.
         numbers = shape.numel() * count
         tensors = max(1, min(count, SAMPLE_NUMBERS // shape.numel()))
         # AdamW updates each number alone, but Muon only whole matrices.
@@ -131,6 +137,8 @@ def update_seconds(roles: dict[str, dict[str, Tensor]], config: OptimConfig,
         sample = {str(number): torch.zeros(shape, device=device.torch, requires_grad=True)
                   for number in range(tensors)}
         optimizers = Optimizers({name: {} for name in roles} | {role: sample}, config)
+
+        # The first of two updates includes the set-up of the device.
         timings = []
         for _ in range(2):
             for weights in sample.values():

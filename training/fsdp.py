@@ -1,7 +1,7 @@
 """Weights, gradients and optimizer state divided among the processes by rows (FSDP2).
 
 As ZeRO stage 3: a layer has whole weights only while it computes. Checkpoints hold whole tensors
-nevertheless. torch.distributed is imported only where it is used. Knows no files. See
+nevertheless. Knows no files. See
 https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
 """
 
@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from training.device import Device
@@ -25,6 +26,7 @@ def shard(model: nn.Module, world: World, device: Device) -> None:
     All processes must have the same weights, and from now on run the same number of forward and
     backward passes: otherwise they wait for each other forever.
     """
+    # These imports take seconds.
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -34,6 +36,7 @@ def shard(model: nn.Module, world: World, device: Device) -> None:
         # With autocast alone, the backward pass would keep all weights in this precision.
         policy = MixedPrecisionPolicy(param_dtype=device.low_dtype, reduce_dtype=torch.float32,
                                       cast_forward_inputs=False)
+    # Attention and MLP of each block are whole in turn.
     layers = []
     for block in model.h:
         layers += [block.attn, block.mlp]
@@ -103,8 +106,8 @@ class RowMuon(Muon):
         return self.shapes[weights]
 
     def updates(self, batch: list[Tensor], directions: list[Tensor]) -> list[Tensor]:
+        # Gather whole matrices: number i goes to the process i % size.
         ranks = range(self.size)
-        # Matrix number i goes to the process i % size.
         shapes = [[self.shapes[weights] for weights in batch[owner :: self.size]]
                   for owner in ranks]
         sent = [directions[owner :: self.size] for owner in ranks]
@@ -113,9 +116,11 @@ class RowMuon(Muon):
         received = exchange(sent, expected, directions[0])
         matrices = [torch.cat(rows) for rows in zip(*received, strict=True)]
 
+        # Orthogonalize them, and send each process its rows.
         whole = orthogonalize_all(matrices)
         sent = [[self.rows(update, target) for update in whole] for target in ranks]
         expected = [[self.rows_shape(shape, self.rank) for shape in some] for some in shapes]
+        # From each process come the rows of its matrices.
         own = list(directions)
         for owner, rows in enumerate(exchange(sent, expected, directions[0])):
             own[owner :: self.size] = rows
@@ -136,8 +141,6 @@ def exchange(sent: list[list[Tensor]], expected: list[list[torch.Size]],
 
     All tensors have the dtype and the device of `like`.
     """
-    import torch.distributed as dist
-
     # As bytes: gloo does not know every dtype.
     flat = [torch.cat([like.new_empty(0), *(tensor.reshape(-1) for tensor in some)])
             for some in sent]
@@ -146,6 +149,8 @@ def exchange(sent: list[list[Tensor]], expected: list[list[torch.Size]],
     sizes = [sum(some) * like.itemsize for some in counts]
     received = flat[0].new_empty(sum(sizes))
     dist.all_to_all_single(received, torch.cat(flat), sizes, [len(some) for some in flat])
+
+    # Divide what each process has sent into tensors.
     found = []
     for numbers, some, shapes in zip(received.split(sizes), counts, expected, strict=True):
         tensors = numbers.view(like.dtype).split(some)

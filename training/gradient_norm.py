@@ -31,6 +31,7 @@ class GradientNorm:
             if weights.numel() % CHUNK:
                 self.remainder[weights] = end
                 end += 1
+
         self.own = parts[world.rank]
         # The norms of all chunks at the last measurement.
         self.chunks = torch.zeros(end, device=parameters[0].device)
@@ -56,7 +57,9 @@ class GradientNorm:
     @torch.no_grad()
     def measure(self) -> Tensor:
         """The norm of the gradients of all processes. Does not wait for the device."""
+        # A process without parts has no norms.
         norms = torch.cat([self.chunks[:0], *measure_chunks(self.own)])
+        # Gather those of all processes, padded to one length, and bring them into a fixed order.
         if self.world.size > 1:
             padded = torch.nn.functional.pad(norms, (0, self.longest - len(norms)))
             norms = self.world.gather(padded)[self.gathered]

@@ -10,8 +10,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from hardware import available_memory
 from terminal import readable_size
-from training.device import Device, available_memory
+from training.device import Device
 
 # A bound on the bytes that are kept for the backward pass, for each number of a layer's residual
 # stream. A tenth of it is usual.
@@ -46,15 +47,18 @@ def check_memory(model: nn.Module, inputs: Tensor, documents: Tensor | None,
         return
 
     def kept(sequences: int) -> int:
+        """The bytes that the forward pass of the first sequences keeps."""
         # Without the loss, which handles a batch in chunks.
         some = documents[:sequences] if documents is not None else None
         with device.autocast():
             return bytes_kept(lambda: model.features(inputs[:sequences], document_ids=some))
 
+    # Measure one sequence; two if the first estimate, which counts the weights with each sequence,
+    # does not fit.
     batch_size = len(inputs)
     if batch_size * kept(1) <= free:
         return
-    # The weights are counted in both, so the difference is what one sequence takes.
+    # The weights are in both measurements, so the difference is what one sequence takes.
     needed = batch_size * (kept(2) - kept(1))
     if needed <= free:
         return

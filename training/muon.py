@@ -63,9 +63,12 @@ class Muon(WithoutCompiler):
         gradients = [weights.grad for weights in batch]
         # On GPUs, an operation on all matrices is launched once.
         torch._foreach_lerp_(means, gradients, 1 - momentum)
+        # Nesterov momentum: the gradient counts once more.
         nesterov = torch._foreach_lerp(gradients, means, momentum)
         updates = self.updates(batch, [direction.to(dtype) for direction in nesterov])
+        # Weight decay is decoupled from the update, as in AdamW.
         torch._foreach_mul_(batch, 1 - lr * weight_decay)
+        # Tall matrices get larger updates, so that the output of each layer changes about equally.
         for weights, update in zip(batch, updates, strict=True):
             rows, columns = self.shape(weights)
             weights.add_(update, alpha=-lr * math.sqrt(max(1, rows / columns)))
@@ -103,6 +106,7 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     norms = matrices.flatten(1).norm(dim=1).clamp(min=1e-7)
     x = matrices / norms[:, None, None]
     for _ in range(NEWTON_SCHULZ_STEPS):
+        # x = a x + (b A + c A A) x, where A = x x^T: [N, rows, rows]
         gram = x @ x.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, polynomial, x, beta=a)

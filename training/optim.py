@@ -59,11 +59,15 @@ class Optimizers:
         decayed = [*roles["embedding"].values(), *roles["head"].values()]
         vectors = list(roles["vector"].values())
 
+        # Two optimizers with Muon, one without.
         self.all: list[torch.optim.Optimizer] = []
+        # What a process without a part of a parameter has of its state.
         self.nothing = torch.empty(0, device=self.parameters[0].device)
         # The parts that each rank updates, and the names of each parameter's state.
         self.parts: list[list[Part]] = [[] for _ in range(self.world.size)]
         self.keys: dict[Tensor, tuple[str, ...]] = {}
+
+        # Muon updates the matrices of the blocks; AdamW all else, or everything.
         if config.optimizer == "muon":
             self.keys |= dict.fromkeys(matrices, Muon.STATE)
             own = self.assign(matrices, whole=True)
@@ -80,6 +84,7 @@ class Optimizers:
         for optimizer in self.all:
             for group in optimizer.param_groups:
                 group["initial_lr"] = group["lr"]
+
         if sharded:
             from training.fsdp import RowNorm
 
@@ -130,17 +135,15 @@ class Optimizers:
 
         Does not wait for the device.
         """
-        self.unscale(scaler)
+        for optimizer in self.all:
+            scaler.unscale_(optimizer)
         norm = self.norm.measure()
+        # The scaler has only seen this process's gradients: tell it whether any overflowed.
         if scaler.is_enabled() and self.world.size > 1:
             for optimizer in self.all:
                 for found_inf in scaler._found_inf_per_device(optimizer).values():
                     found_inf.fill_(~norm.isfinite())
         return norm
-
-    def unscale(self, scaler: torch.amp.GradScaler) -> None:
-        for optimizer in self.all:
-            scaler.unscale_(optimizer)
 
     def step(self, scaler: torch.amp.GradScaler, norm: Tensor, grad_clip: float,
              overflowed: bool | None = None) -> None:
@@ -154,12 +157,14 @@ class Optimizers:
         if overflowed:
             self.zero_grad(scaler)
             return
+        # Clip by the norm of all processes' gradients, so that all scale them equally.
         if grad_clip:
             own = [part.tensor for part in self.own_parts]
             torch.nn.utils.clip_grads_with_norm_(own, grad_clip, norm)
         # The scaler's own check would fail in a process that has no matrix for Muon to update.
         for optimizer in self.all:
             optimizer.step()
+        # Each process sends the others the parts that it has updated.
         if not self.sharded:
             self.world.share([[part.tensor for part in parts] for parts in self.parts])
         self.zero_grad(scaler)
@@ -190,10 +195,13 @@ class Optimizers:
         states = self.own_states()
         if self.world.size == 1:
             return {name: states[name][1] for name in self.shapes()}
+        # The rank, start and end of each part of a parameter.
         ranges: dict[Tensor, list[tuple[int, int, int]]] = {}
         for rank, parts in enumerate(self.parts):
             for part in parts:
                 ranges.setdefault(part.weights, []).append((rank, part.start, part.end))
+
+        # The state of a parameter is divided as the parameter is.
         tensors = {}
         for weights, keys in self.keys.items():
             for key in keys:

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import atomic
 from progress import ProgressBar, print_line
 from setting import setting
-from terminal import escaped
+from terminal import escaped, first_line
 
 RECENT = 20  # losses in a report of a non-finite one
 
@@ -233,7 +233,3 @@ def init_wandb(wandb: Any, folder: Path, config: LoggerConfig, settings: dict[st
     # W&B's own step only increases, but a resumed run repeats steps after its checkpoint.
     run.define_metric("*", step_metric="step")
     return run
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or ["no message"])[0]

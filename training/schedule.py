@@ -15,10 +15,13 @@ def lr_scale(step: int, config: OptimConfig, max_steps: int) -> float:
     `wsd` stays at 1 and falls linearly in the last `decay_fraction` of the run (arXiv:2404.06395),
     and `constant` stays at 1.
     """
+    # 1. Linear warm-up.
     if step < config.warmup_steps:
         return (step + 1) / (config.warmup_steps + 1)
+    # 2. The full learning rate.
     if config.schedule == "constant":
         return 1.0
+    # 3. The decay: `progress` rises from 0 to 1.
     start = config.decay_start(max_steps)
     if config.schedule == "cosine":
         start = config.warmup_steps

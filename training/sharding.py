@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 # Slices start at multiples of this many numbers. The norm of the gradients is made of the norms of
@@ -44,6 +45,7 @@ def deal_out(matrices: list[Tensor], size: int) -> list[list[Part]]:
     if size == 1:
         return [[whole(matrix) for matrix in matrices]]
     parts: list[list[Part]] = [[] for _ in range(size)]
+    # One after the other, sorted by shape: Muon orthogonalizes those of one shape in one batch.
     by_shape = sorted(matrices, key=lambda matrix: sorted(matrix.shape))
     for index, matrix in enumerate(by_shape):
         parts[index % size].append(whole(matrix))
@@ -56,13 +58,15 @@ def slices(parameters: list[Tensor], size: int) -> list[list[Part]]:
         return [[whole(weights) for weights in parameters]]
     parts: list[list[Part]] = [[] for _ in range(size)]
     for number, weights in enumerate(parameters):
+        # Slices end at whole chunks, except at the end of the parameter.
         chunks = math.ceil(weights.numel() / CHUNK)
         for index in range(size):
             start = chunks * index // size * CHUNK
             end = min(chunks * (index + 1) // size * CHUNK, weights.numel())
             if start < end:
                 view = weights.detach().view(-1)[start:end]
-                # Parameters of fewer chunks than ranks go to one rank after the other.
+                # Start at another rank for each parameter: those of fewer chunks than ranks would
+                # all go to the first ranks.
                 parts[(index + number) % size].append(Part(weights, start, end, view))
     return parts
 
@@ -138,14 +142,14 @@ class Divided:
 
         `rank` is this process's.
         """
-        import torch.distributed as dist
-
         own = self.own.reshape(-1)
         ranges = [one for one in self.ranges if one[1] < one[2]]
+        # Send the own part, if there is one.
         if rank != to:
             if any(source == rank for source, _, _ in ranges):
                 dist.send(own.cpu(), to, group=group)
             return None
+        # Copy the own part, and receive those of the others at the same time.
         whole = torch.empty(self.shape.numel(), dtype=self.dtype)
         requests = []
         for source, start, end in ranges:

@@ -62,16 +62,20 @@ def accumulate_gradients(model: nn.Module, buckets: GradientBuckets | RowGradien
     n_targets = batches.n_targets(step)
     all_targets = sum(n_targets)
     gradients = TreeSum(buckets.parameters, batches.micro_steps)
+    # The number of this process's first micro-step among those of all processes.
     first = batches.rank * batches.micro_steps
     for micro_step in range(batches.micro_steps):
-        # Several processes must agree on it, which they do once a step.
+        # Several processes must agree on an interrupt, which they do once a step.
         if interrupt and batches.world_size == 1:
             return None
+
+        # Forward pass. The mean over the micro-step becomes its part of the mean over the step.
         batch = batches.batch(step, micro_step)
-        # By its number among the micro-steps of all processes.
         seed_dropout(seed, step, first + micro_step)
         loss = loss_of(model, batch, device, boundary)
         loss = loss / (all_targets / n_targets[first + micro_step])
+
+        # Backward pass. During the last one, complete gradients are already sent.
         if micro_step == batches.micro_steps - 1:
             buckets.start(gradients.put_total)
         scaler.scale(loss).backward()
@@ -101,6 +105,7 @@ def evaluate(model: nn.Module, validation: Validation, device: Device, boundary:
         if weight:
             losses[turn] = loss.to(device.sum_dtype) * weight
     model.train()
+    # Row r of the gathered losses is from rank r; batch b was the turn b // size of rank b % size.
     in_order = world.gather(losses).view(world.size, turns).T.flatten()
     return sum(in_order.tolist())
 
@@ -133,6 +138,7 @@ def most_documents(inputs: Tensor, boundary: int) -> int:
 
     It is the same for most batches, since a compiled model is compiled again for another one.
     """
+    # Each sequence begins with the rest of a document.
     number = len(inputs) + np.count_nonzero(inputs.numpy() == boundary)
     usual = inputs.numel() // LEAST_USUAL_DOCUMENT
     return max(usual, 2 ** math.ceil(math.log2(number)))

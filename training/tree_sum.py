@@ -30,25 +30,28 @@ class TreeSum:
 
     def __init__(self, parameters: Sequence[Tensor], micro_steps: int) -> None:
         self.parameters = parameters
-        # The largest power of two that divides the micro-steps: so many leaves has the tree. In a
+        # The tree has as many leaves as the largest power of two that divides the micro-steps. In a
         # leaf, autograd adds to `.grad`; so it does in a pair of single micro-steps.
         leaves = micro_steps & -micro_steps
         self.micro_steps_of_leaf = micro_steps // leaves
         if self.micro_steps_of_leaf == 1 and leaves > 1:
             self.micro_steps_of_leaf = 2
         self.micro_steps = micro_steps
-        self.partial_sums: list[tuple[int, list[Tensor | None]]] = []  # with the leaves in each
+        # The number of leaves in each sum, and its gradients.
+        self.partial_sums: list[tuple[int, list[Tensor | None]]] = []
 
     def after_backward(self, micro_step: int) -> None:
         """Move a finished leaf's gradients onto the stack, adding sums of equal size."""
         if micro_step + 1 == self.micro_steps or (micro_step + 1) % self.micro_steps_of_leaf:
             return
+        # Add sums of equal size, as carrying adds binary digits.
         size, gradients = 1, [weights.grad for weights in self.parameters]
         while self.partial_sums and self.partial_sums[-1][0] == size:
             _, left = self.partial_sums.pop()
             gradients = [add(*pair) for pair in zip(left, gradients, strict=True)]
             size *= 2
         self.partial_sums.append((size, gradients))
+        # The next leaf starts from zero.
         for weights in self.parameters:
             weights.grad = None
 

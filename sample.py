@@ -138,6 +138,7 @@ def print_completions(engine: Engine, prompt: str, settings: SampleSettings,
             output(piece, end="")
         output("")
         return
+
     jobs = [(prompt, number) for number in range(settings.num_samples)]
     completions = engine.complete(jobs, settings, decoder, settings.logprobs)
     for number, completion in enumerate(completions, 1):

@@ -18,14 +18,13 @@ from data.patterns import CL100K_TIKTOKEN, GPT2, GPT2_TIKTOKEN, LLAMA3, O200K, P
 from data.tokenizer import BPETokenizer, ExtendedTokenizer, Tokenizer
 from exporting.check import our_logits
 from model import GPTConfig
-from model.formats import EPSILON, ROTARY_BASE, layout_for
+from model.formats import EPSILON, GPT2_EPSILON, ROTARY_BASE, layout_for
 from model.pretrained import table, weights_from
 
 # llama.cpp's names of the patterns that split a text into words before merging.
 SPLITTERS = {PATTERN: "llama-bpe", LLAMA3: "llama-bpe", CL100K_TIKTOKEN: "llama-bpe",
              GPT2: "gpt-2", GPT2_TIKTOKEN: "gpt-2", QWEN2: "qwen2", O200K: "gpt-4o"}
 PUBLISHED_SPLITTERS = {"gpt2": "gpt-2", "cl100k_base": "llama-bpe", "o200k_base": "gpt-4o"}
-GPT2_EPSILON = 1e-5
 
 
 def import_gguf() -> ModuleType:
@@ -68,6 +67,8 @@ def write_file(path: Path, weights: Weights, layout: str, name: str) -> None:
     add_shape(writer, weights.config)
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
     add_tokenizer(gguf, writer, weights.tokenizer)
+
+    # The header lists all tensors, whose data follows.
     entries = [entry for entry in table(layout, weights.config) if not entry.optional]
     for entry in entries:
         nbytes = 4 * torch.Size(entry.shape).numel()
@@ -106,6 +107,7 @@ def add_tokenizer(gguf: ModuleType, writer: object, tokenizer: Tokenizer) -> Non
     model = to_hugging_face(tokenizer)["model"]
     base = tokenizer.base if isinstance(tokenizer, ExtendedTokenizer) else tokenizer
     kinds = gguf.TokenType
+    # Each id needs a token, also those that pad the vocabulary.
     words = [f"[UNUSED{token}]" for token in range(tokenizer.vocab_size)]
     types = [kinds.UNUSED] * tokenizer.vocab_size
     for word, token in model["vocab"].items():

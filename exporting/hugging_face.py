@@ -27,11 +27,8 @@ from model.formats import CLASSES, config_to, layout_for
 from model.pretrained import weights_from, weights_to
 
 WEIGHTS = "model.safetensors"
-# A module with a class that has n-gram embeddings, after the class of transformers in BASE.
+# A module with a class that has n-gram embeddings, derived from NanoChat's.
 MODELING = Path(__file__).with_name("modeling_nanohydra.py")
-BASE = "NanoChat"
-CONFIG_CLASSES = {"gpt2": "GPT2Config", "nanochat": "NanoChatConfig", "qwen3": "Qwen3Config",
-                  "llama": "LlamaConfig"}
 
 
 def choose_layout(config: GPTConfig, remote_code: bool) -> str:
@@ -106,9 +103,10 @@ def tokenizer_config(config: GPTConfig, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def modeling_source(layout: str) -> str:
-    """The module with the class that has n-gram embeddings."""
-    source = MODELING.read_text().replace(f"{BASE}ForCausalLM", CLASSES[layout])
-    return source.replace(f"{BASE}Config", CONFIG_CLASSES[layout])
+    """The module with the class that has n-gram embeddings, derived from that of `layout`."""
+    base = CLASSES[layout].removesuffix("ForCausalLM").removesuffix("LMHeadModel")
+    source = MODELING.read_text().replace("NanoChatForCausalLM", CLASSES[layout])
+    return source.replace("NanoChatConfig", f"{base}Config")
 
 
 def class_name(config: GPTConfig, layout: str) -> str:
@@ -122,28 +120,21 @@ def check_folder(folder: Path, config: GPTConfig, tokenizer: Tokenizer, layout: 
 
     Raises ValueError if the tokenizer in the folder is not the same.
     """
-    program = "this model with the written weights"
     try:
         import transformers
     except ImportError:
-        program += " (transformers is not installed)"
-        found = read_back(folder, config, layout, ids)
+        reason = "transformers is not installed"
     else:
         version = f"transformers {transformers.__version__}"
         if hasattr(transformers, CLASSES[layout]):
-            program = version
-            found = transformers_logits(folder, config, ids)
+            logits = transformers_logits(folder, config, ids)
             check_tokenizer(folder, tokenizer, text)
-        else:
-            program += f" ({version} has no {CLASSES[layout]})"
-            found = read_back(folder, config, layout, ids)
-    return found, program
-
-
-def read_back(folder: Path, config: GPTConfig, layout: str, ids: Tensor) -> Tensor:
-    """The logits of our model with the weights in a folder."""
+            return logits, version
+        reason = f"{version} has no {CLASSES[layout]}"
+    # Read the written weights back into our own model.
     tensors = weights_from(layout, config, load_file(folder / WEIGHTS))
-    return our_logits(config, tensors, ids)
+    program = f"this model with the written weights ({reason})"
+    return our_logits(config, tensors, ids), program
 
 
 def transformers_logits(folder: Path, config: GPTConfig, ids: Tensor) -> Tensor:

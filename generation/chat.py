@@ -42,14 +42,12 @@ class Conversation:
         """
         asked = message_ids(self.engine.tokenizer, Message("user", question))
         prompt = self.prompt(asked)
-        room = self.engine.model.config.block_size - len(prompt)
-        rules = replace(self.rules, max_new_tokens=min(self.rules.max_new_tokens, room))
-        shown = 0
-        for (completion,) in self.engine.steps([(prompt, self.n_questions)], rules, self.decoder):
-            text = completion.printable()
-            yield text[shown:]
-            shown = len(text)
+        n_free = self.engine.model.config.block_size - len(prompt)
+        rules = replace(self.rules, max_new_tokens=min(self.rules.max_new_tokens, n_free))
+        completion = yield from self.engine.stream(prompt, rules, self.decoder, self.n_questions)
         self.was_cut = completion.reason == "length"
+
+        # The next answer reads this one with its end, as answers in the training data have.
         answered = completion.tokens
         if completion.reason == "end_of_text":
             answered = answered[:-1]
@@ -64,11 +62,13 @@ class Conversation:
         messages = list(messages)
         if messages and messages[0].role == "system":
             self.start += message_ids(self.engine.tokenizer, messages.pop(0))
+
         roles = [message.role for message in messages]
         if not roles or roles != ["user", "assistant"] * (len(roles) // 2) + ["user"]:
             raise ValueError(f"The roles of the messages are {', '.join(roles) or 'missing'}: "
                              "after a system message, if there is one, user and assistant take "
                              "turns, and the last one is of the user.")
+
         ids = [message_ids(self.engine.tokenizer, message) for message in messages]
         for question, answer in zip(ids[:-1:2], ids[1::2], strict=True):
             self.turns.append(question + answer)
@@ -81,13 +81,16 @@ class Conversation:
         Drops the turns before them.
         """
         block_size = self.engine.model.config.block_size
-        room = block_size - min(self.rules.max_new_tokens, block_size // 2)
-        room -= len(self.start) + len(asked) + 1
-        if room < 0:
-            raise ValueError(f"The question has {len(asked) - 2:,} tokens, and the context of "
-                             f"{block_size:,} has room for {max(0, len(asked) - 2 + room):,}: "
-                             f"shorten it, or lower max_new_tokens.")
-        while sum(map(len, self.turns)) > room:
+        # The answer gets up to half of the context.
+        n_free = block_size - min(self.rules.max_new_tokens, block_size // 2)
+        n_free -= len(self.start) + len(asked) + 1
+        if n_free < 0:
+            # Without its two markers.
+            n_asked = len(asked) - 2
+            raise ValueError(f"The question has {n_asked:,} tokens, and the context of "
+                             f"{block_size:,} has room for {max(0, n_asked + n_free):,}: "
+                             "shorten it, or lower max_new_tokens.")
+        while sum(map(len, self.turns)) > n_free:
             self.turns.pop(0)
         history = [token for turn in self.turns for token in turn]
         return [*self.start, *history, *asked, self.answer_start]

@@ -86,6 +86,7 @@ class Decoder:
         self.uses_graphs = self.cache_type is StaticCache
         self.cache: RaggedCache | None = None
 
+        # Where the kernels are missing, `kernels.library()` is the error.
         self.advice = ""
         reason: object = "it needs a CPU and a model with fp32 weights."
         if has_fp32_weights(model) and weight.is_cpu and not self.has_kernels:
@@ -94,8 +95,9 @@ class Decoder:
         if precision == "int8" and not self.has_kernels:
             raise ValueError(f"int8=true is not supported: {reason}")
 
+        # The type of the cache, and the products of the weights in their precision.
         self.prefill_model = model
-        self.dtype = native_dtype(model)  # of the cache
+        self.dtype = native_dtype(model)
         product = partial(cast, dtype=self.dtype)
         if self.has_kernels:
             if not precision:
@@ -143,6 +145,8 @@ class Decoder:
         rows = len(sequences)
         self.prefill(sequences)
         self.cache.begin_step()
+
+        # Write the step's input into fixed tensors, which CUDA graphs read.
         n_previous = self.config.ngrams - 1
         if n_previous:
             # Tokens before the window may be among them: the model ignores those by position.
@@ -150,6 +154,7 @@ class Decoder:
             previous = [padding + sequence[-1 - n_previous : -1] for sequence in sequences]
             self.previous_ids[:rows] = torch.tensor([ids[-n_previous:] for ids in previous])
         self.last[:rows] = torch.tensor([[sequence[-1]] for sequence in sequences])
+
         logits = self.graph_step() if self.uses_graphs else self.step()
         return logits[:rows]
 
@@ -162,6 +167,7 @@ class Decoder:
                 continue
             self.window_starts[row] = start
             earlier = tuple(sequence[start:-1])
+            # Several samples of one prompt need one prefill.
             if earlier in filled:
                 self.cache.copy_row(filled[earlier], row)
                 continue

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import codecs
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,6 +61,7 @@ class Completion:
             self.finish()
             self.reason = "end_of_text"
             return
+        # A token can end within a character, whose first bytes then wait for the next token.
         self.text += self.utf8.decode(self.tokenizer.decode_bytes((token,)))
         found = [self.text.index(stop) for stop in self.stops if stop in self.text]
         if found:
@@ -125,14 +126,15 @@ class Engine:
         *_, completions = self.steps(jobs, rules, decoder, logprobs)
         return completions
 
-    def stream(self, prompt: str, rules: SamplingConfig,
-               decoder: Decoder | None = None) -> Iterator[str]:
-        """One completion of `prompt`, piece by piece."""
+    def stream(self, prompt: Prompt, rules: SamplingConfig, decoder: Decoder | None = None,
+               number: int = 0) -> Generator[str, None, Completion]:
+        """The text of one completion, piece by piece; the generator returns the completion."""
         shown = 0
-        for (completion,) in self.steps([(prompt, 0)], rules, decoder):
+        for (completion,) in self.steps([(prompt, number)], rules, decoder):
             text = completion.printable()
             yield text[shown:]
             shown = len(text)
+        return completion
 
     def steps(self, jobs: Sequence[Job], rules: SamplingConfig, decoder: Decoder | None = None,
               logprobs: bool = False) -> Iterator[list[Completion]]:
@@ -145,6 +147,7 @@ class Engine:
         prompts = [self.prompt_ids(prompt) for prompt, _ in jobs]
         numbers = [number for _, number in jobs]
         completions = [Completion(self.tokenizer, rules.stop) for _ in jobs]
+        # `generate` drops the rows that are added to it.
         done: set[int] = set()
         generated = generate(self.model, prompts, rules, numbers, decoder, done)
         while True:
@@ -252,12 +255,14 @@ def open_decoder(engine: Engine, rules: SamplingConfig, setting: str, rows: int,
     if rules.cache:
         with device.autocast():
             decoder = Decoder(engine.model, rules.decoder_precision)
-        advice += [decoder.advice] if decoder.advice else []
+        if decoder.advice:
+            advice.append(decoder.advice)
     emulated = device.type == "cpu" and not native(device.precision)
     if emulated and not (decoder and decoder.has_kernels):
         # fp32 is 10 to 30 times as fast as a precision that this CPU emulates.
         advice.append(f"precision={device.precision} is not native to this processor: computing in "
                       "fp32.")
+    # A GPU that runs out of memory says so itself.
     if decoder and device.type == "cpu":
         needed, free = decoder.nbytes(rows, positions), available_memory()
         if needed > free:

@@ -60,6 +60,7 @@ def predictions(model: GPT, ids: Sequence[int], n_top: int) -> Iterator[Predicti
     block_size, device = model.config.block_size, model.wte.weight.device
     done = 0
     while done < len(ids):
+        # The rows of earlier positions of the window are only context.
         start = max(0, done - block_size // 2)
         window = torch.tensor([ids[start : start + block_size]], device=device)
         logprobs = finite(model(window)[0, done - start :]).float().log_softmax(-1)

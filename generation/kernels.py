@@ -85,6 +85,7 @@ def product(weight: Tensor, bias: Tensor | None, precision: str) -> Callable[[Te
     outputs, inputs = weight.shape
     scales = None
     if kind == INT8:
+        # Symmetric quantization: the largest weight of each output becomes 127.
         scales = weight.abs().amax(dim=1).clamp(min=1e-12) / 127
         weight = (weight / scales[:, None]).round()
     packed = in_panels(weight.to(dtype))  # [out / PANEL, in / n, PANEL, n]
@@ -143,12 +144,15 @@ def load_library(source: Path) -> ctypes.CDLL:
     flags = os.environ.get("NANOHYDRA_CFLAGS", "")
     found = next(filter(shutil.which, COMPILERS), COMPILERS[0])
     compiler = os.environ.get("CC") or found
+
+    # All that decides the compiled code is in the name of the kept file.
     inputs = repr((source.read_bytes(), compiler, COMPILE, flags, LINK, processor()))
     name = f"{source.stem}-{hashlib.sha256(inputs.encode()).hexdigest()[:16]}"
     cache_home = os.environ.get("XDG_CACHE_HOME", "")
     if not os.path.isabs(cache_home):
         cache_home = os.path.expanduser("~/.cache")
     path = Path(cache_home, "nanohydra", name)
+
     with suppress(OSError):
         return load(read_cached(path))
     content = compile_source(source, shlex.split(compiler), shlex.split(flags))

@@ -49,6 +49,7 @@ def candidates(logits: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor
     probability of `top_p` (nucleus sampling, arXiv:1904.09751); all others have probability 0.
     The probabilities need not sum to 1.
     """
+    # Without top_k, all tokens compete, but sorting a few of them is nearly always enough.
     sizes = [top_k] if top_k else [FIRST_SORTED, logits.size(-1)]
     for size in sizes:
         largest, ids = logits.topk(min(size, logits.size(-1)))
@@ -57,6 +58,7 @@ def candidates(logits: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor
         cumulative = cumulative_sum(probabilities)
         if (cumulative[:, -1] >= top_p).all():
             break
+    # A token is left out if those before it already have the probability top_p.
     return probabilities.masked_fill(cumulative - probabilities >= top_p, 0), ids
 
 
@@ -69,11 +71,14 @@ def pick(logits: Tensor, rules: SamplingConfig, draws: Tensor) -> Tensor:
     if rules.temperature < MIN_TEMPERATURE:
         return logits.argmax(-1)
     logits = logits / rules.temperature
+
     ids = None
     if rules.top_k or rules.top_p < 1:
         probabilities, ids = candidates(logits, rules.top_k, rules.top_p)
     else:
         probabilities = logits.softmax(-1)
+
+    # Invert the cumulative distribution: draws are scaled to its total, which may not be 1.
     cumulative = cumulative_sum(probabilities)
     # The first place that reaches the draw cannot have probability 0.
     places = torch.searchsorted(cumulative, draws[:, None] * cumulative[:, -1:])
@@ -172,6 +177,7 @@ def generate(
     rows = list(range(len(prompts)))
     made = [Row(list(prompt), rules, number)
             for prompt, number in zip(prompts, numbers or rows, strict=True)]
+
     was_training = model.training
     model.eval()
     try:
@@ -189,6 +195,7 @@ def generate(
             finished = [place for place, row in enumerate(rows) if row in done]
             if len(finished) == len(rows):
                 return
+            # From the last one on, so that the places of the others stay.
             for place in reversed(finished):
                 rows[place] = rows[-1]
                 rows.pop()

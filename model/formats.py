@@ -18,8 +18,9 @@ import torch
 from model.config import GPTConfig
 from setting import as_word
 
-# torch's default of RMSNorm in fp32.
+# torch's defaults of RMSNorm in fp32 and of LayerNorm.
 EPSILON = torch.finfo(torch.float32).eps
+GPT2_EPSILON = 1e-5
 ROTARY_BASE = 10_000.0
 
 
@@ -47,7 +48,7 @@ GPT2 = Format(
            "n_head": "n_head", "n_embd": "n_embd"},
     flags={"position": ("learned",), "norm": ("layer",), "qk_norm": (False,),
            "activation": ("gelu", "gelu_erf", "relu2"), "embedding_norm": (False,)},
-    required={"layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
+    required={"layer_norm_epsilon": GPT2_EPSILON, "scale_attn_weights": True,
               "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
     activation_field="activation_function",
     activations={"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu": "gelu_erf",

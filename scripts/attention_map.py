@@ -78,6 +78,7 @@ def main(settings: AttentionMapSettings) -> int:
     out = Path(settings.out) if settings.out else folder / "attention.html"
     labels = [token_label(tokenizer, token) for token in ids]
     content = page(name, labels, weights.numpy(), next_tokens(logits, tokenizer))
+
     atomic.write_bytes(out, content.encode())
     say(f"Wrote {out} ({readable_size(out.stat().st_size)}): open it in a browser.")
     if settings.png:

@@ -38,6 +38,7 @@ def complete_file(engine: Engine, settings: SampleSettings, decoder: Decoder | N
     path = Path(settings.out)
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise ValueError(f"out={path} is not a plain file: choose another.")
+
     with locks.exclusive_lock(path):
         done = count_done(path, jobs, settings_id)
         progress = ProgressBar(total=len(jobs), initial=done, unit="completions")
@@ -48,8 +49,9 @@ def complete_file(engine: Engine, settings: SampleSettings, decoder: Decoder | N
                 start = done - done % settings.batch_size
                 batch = jobs[start : start + settings.batch_size]
                 completions = engine.complete(batch, settings, decoder, logprobs=True)
-                for job, completion in list(zip(batch, completions, strict=True))[done - start :]:
-                    out.add(as_line(job, completion, settings_id))
+                # The file already holds the first ones.
+                for place in range(done - start, len(batch)):
+                    out.add(as_line(batch[place], completions[place], settings_id))
                     progress.update()
                 out.sync()
                 done = start + len(batch)
@@ -97,6 +99,7 @@ def count_done(path: Path, jobs: list[Job], settings_id: str) -> int:
     Raises ValueError if it holds anything else.
     """
     other = ValueError(f"out={path} holds something other than completions: choose another file.")
+    # A kill can cut the last line.
     *complete, partial = path.read_bytes().split(b"\n")
     try:
         lines = [json.loads(line) for line in complete]
@@ -104,6 +107,8 @@ def count_done(path: Path, jobs: list[Job], settings_id: str) -> int:
         raise other from None
     if not all(isinstance(line, dict) for line in lines):
         raise other
+
+    # The lines must be those of the first jobs.
     for number, (line, (prompt, sample)) in enumerate(zip(lines, jobs, strict=False), 1):
         if (line.get("prompt"), line.get("sample")) != (prompt, sample):
             raise ValueError(f"out={path}: line {number} does not belong to the prompt "
@@ -115,6 +120,8 @@ def count_done(path: Path, jobs: list[Job], settings_id: str) -> int:
     if found > len(jobs):
         raise ValueError(f"out={path} has {counted(found, 'line')}, more than the "
                          f"{counted(len(jobs), 'completion')} to write: choose another file.")
+
+    # So must the part of a line, as far as it goes.
     if partial:
         prompt, sample = jobs[len(lines)]
         start = json.dumps({"prompt": prompt, "sample": sample}, ensure_ascii=False)[:-1].encode()

@@ -88,6 +88,7 @@ def main(settings: ExportSettings) -> int:
         program = export_gguf(out, weights, run.name)
     else:
         program = export_hugging_face(out, weights, run.name, state, settings.remote_code)
+
     files = [out] if out.is_file() else list(out.iterdir())
     size = sum(path.stat().st_size for path in files)
     say(f"Wrote {out} ({readable_size(size)}), for {program}.")
@@ -119,6 +120,7 @@ def export_gguf(out: Path, weights: Weights, name: str) -> str:
     """Write and check a file; return the program that runs it, and its architecture there."""
     gguf_file.import_gguf()
     config = weights.config
+    # First those that raise ValueError for a model that GGUF files lack.
     layout = gguf_file.choose_layout(config)
     gguf_file.splitter(weights.tokenizer)
     _, ids, logits = reference(weights)

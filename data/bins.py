@@ -16,7 +16,7 @@ import numpy as np
 
 import atomic
 from data.config import TOKENIZERS
-from data.files import File
+from data.files import File, matches
 from data.shards import SPLITS, check, read_meta, write_meta
 from data.store import folder_for, make_once, sha256_of
 from data.tokenizer import CharTokenizer, Tokenizer
@@ -115,7 +115,7 @@ def find_bins(path: str) -> dict[str, list[Path]]:
     if place.is_dir():
         files = [file for file in place.iterdir() if file.suffix.lower() in ENDINGS]
     else:
-        files = list(Path(place.anchor).glob(str(place.relative_to(place.anchor))))
+        files = matches(place)
     found: dict[str, list[Path]] = {split: [] for split in SPLITS}
     for file in sorted(files):
         # macOS leaves a hidden ._train.bin beside a train.bin that it copies.

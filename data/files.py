@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from data.encodings import decoded
-from data.records import BadRecord, RecordReader, is_json_lines, parquet, read_records
+from data.parquet import parquet_texts
+from data.records import BadRecord, RecordReader, is_json_lines, read_records
 from data.unpack import COMPRESSIONS, decompressed, plain_name, reading
 
 # A long text is read in pieces of about this many characters. With so few, no tokenizer fails on
@@ -76,6 +77,7 @@ def find(path: str, skipped: Counter[str] | None = None) -> list[Path]:
     """
     skipped = Counter() if skipped is None else skipped
     place = Path(path)
+    # The characters of a glob can also be those of a file name.
     if place.is_file():
         return [place]
     reason = unreadable(place)
@@ -83,7 +85,13 @@ def find(path: str, skipped: Counter[str] | None = None) -> list[Path]:
         raise ValueError(f"{path} {reason}.")
     is_folder = place.is_dir()
     base = place if is_folder else Path(place.anchor)
-    candidates = below(place) if is_folder else base.glob(str(place.relative_to(base)))
+    if is_folder:
+        candidates = []
+        for parent, _, names in walk(place):
+            candidates += [parent / name for name in names]
+    else:
+        candidates = matches(place)
+
     files = []
     for file in sorted(candidates):
         if file.is_dir():
@@ -135,24 +143,34 @@ def skipped_files(skipped: Counter[str]) -> str:
     return "skipped " + ", ".join(f"{count:,} {kind}" for kind, count in skipped.most_common())
 
 
-def below(folder: Path) -> Iterator[Path]:
-    """All files in a folder and its subfolders, also through symbolic links.
+def matches(glob: Path) -> list[Path]:
+    """The files and folders that a glob matches. Raises ValueError if the glob is invalid."""
+    base = Path(glob.anchor)
+    try:
+        return list(base.glob(str(glob.relative_to(base))))
+    except ValueError:
+        raise ValueError(
+            f"{glob} is not a valid glob: ** stands for whole folders, as in 'corpus/**/*.txt'."
+        ) from None
 
-    Raises OSError for a folder that cannot be listed.
+
+def walk(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """Like `os.walk`, but follows symbolic links and visits each folder once.
+
+    Raises OSError for a folder that cannot be listed, which `os.walk` would leave out.
     """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
     seen = set()
-    for parent, subfolders, names in os.walk(folder, followlinks=True, onerror=refuse):
-        status = os.stat(parent)
+    for place, subfolders, names in os.walk(folder, followlinks=True, onerror=refuse):
+        status = os.stat(place)
         if (status.st_dev, status.st_ino) in seen:
-            # A link to a parent folder.
             subfolders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        yield from map(Path(parent).joinpath, names)
-
-
-def refuse(error: OSError) -> None:
-    raise error
+        else:
+            seen.add((status.st_dev, status.st_ino))
+            yield Path(place), subfolders, names
 
 
 # Read files
@@ -198,6 +216,7 @@ class File:
             if first:
                 yield document
             return
+
         for text in self.records():
             if isinstance(text, BadRecord):
                 if self.on_bad_record == "stop":
@@ -223,6 +242,7 @@ class File:
         with reading(self.path), open(self.path, "rb") as self.raw:
             before = os.fstat(self.raw.fileno())
             yield decompressed(self.raw, self.path)
+            # By path: the file may have been replaced.
             after = os.stat(self.path)
         if file_version(before) != file_version(after):
             raise ValueError(
@@ -248,7 +268,7 @@ class File:
                     f"its own compression."
                 )
             else:
-                yield from parquet(stream, self.text_field, self.path)
+                yield from parquet_texts(stream, self.text_field, self.path)
 
 
 def file_version(status: os.stat_result) -> tuple[int, int, int]:

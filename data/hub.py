@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator
 from contextlib import suppress
@@ -16,12 +15,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 import atomic
 from data import records
 from data.config import DataConfig
+from data.dataset_card import is_file_in, refuse_paths_outside
 from data.files import Document
+from data.parquet import parquet_column
 from data.store import data_root
 from terminal import first_line, say
 
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
     from datasets import DatasetBuilder
 
 TIMEOUT_SECONDS = 10  # for the commit of a revision
-CARD_BYTES = 2**22  # read of a dataset card
 
 
 class Hub:
@@ -264,7 +262,7 @@ class Hub:
         paths = self.paths(builder)
         for index, path in enumerate(paths):
             with xopen(path, "rb") as file, ParquetFile(file) as parquet:
-                values = records.parquet_column(parquet, self.config.text_field, self.name)
+                values = parquet_column(parquet, self.config.text_field, self.name)
                 for row, value in enumerate(values, 1):
                     self.done = (index + row / parquet.metadata.num_rows) / len(paths)
                     yield value
@@ -293,69 +291,6 @@ def import_datasets() -> Any:
     except ImportError:
         raise ValueError("data=hub needs the package datasets: pip install datasets.") from None
     return datasets
-
-
-def refuse_paths_outside(folder: Path) -> None:
-    """Raises ValueError if a dataset card names files outside its folder or on other machines.
-
-    `datasets` would open them before their names can be checked.
-    """
-    for card in (folder / "README.md", folder / ".huggingface.yaml"):
-        if not os.path.lexists(card):
-            continue
-        if not is_file_in(folder, str(card)):
-            raise ValueError(f"{card} is not a file inside the folder: replace it by a copy.")
-        for path in data_files(read_card(card)):
-            is_url = "://" in path or "::" in path
-            if is_url or ".." in Path(path).parts or path.startswith(("/", "~")):
-                raise ValueError(
-                    f"{card} names {path}, which is not inside the folder: only its own files are "
-                    f"read."
-                )
-
-
-def read_card(card: Path) -> Any:
-    """The YAML header of a README.md, or all of a .yaml file."""
-    with open(card, "rb") as file:
-        text = file.read(CARD_BYTES).decode("utf-8-sig", "replace")
-    if card.suffix == ".md":
-        header = re.match(r"---\r?\n(.*?)^---", text, re.DOTALL | re.MULTILINE)
-        text = header[1] if header else ""
-    try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"The YAML header of {card} is invalid ({first_line(error)}).") from None
-
-
-def data_files(card: Any) -> Iterator[str]:
-    """The paths and patterns of files in the configurations of a dataset card."""
-    waiting: list[Any] = []
-    match card:
-        case {"configs": list(configs)}:
-            for config in configs:
-                if isinstance(config, dict):
-                    waiting += [config.get("data_files"), config.get("data_dir")]
-    # YAML aliases can repeat the same list exponentially often.
-    seen = set()
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, str):
-            yield value
-        elif isinstance(value, dict | list) and id(value) not in seen:
-            seen.add(id(value))
-            waiting += value.values() if isinstance(value, dict) else value
-
-
-def is_file_in(folder: Path, path: str) -> bool:
-    """Whether a path is a regular file below `folder` after all symbolic links are followed.
-
-    If `folder` is a snapshot in the Hub's cache, its files may be in that cache's `blobs`.
-    """
-    file, folder = Path(path).resolve(), folder.resolve()
-    allowed = [folder]
-    if folder.parent.name == "snapshots":
-        allowed.append(folder.parents[1] / "blobs")
-    return file.is_file() and any(file.is_relative_to(parent) for parent in allowed)
 
 
 def no_answer(error: Exception) -> ValueError:

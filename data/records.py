@@ -1,4 +1,4 @@
-"""The texts in files of records: JSON Lines, a JSON array, CSV, TSV and Parquet.
+"""The texts in files of records: JSON Lines, a JSON array, CSV and TSV.
 
 Each reader yields a text or a BadRecord for each record, and holds one record in memory at most.
 Does not decide what happens to bad records.
@@ -11,15 +11,13 @@ import io
 import json
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from itertools import chain, islice, repeat
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from terminal import counted
 
 RECORD_BYTES = 2**26  # the limit for one record, as it must fit in memory
-BATCH_BYTES = 2**20  # of the Parquet rows that are read at a time
-BOMB_BYTES, BOMB_RATIO = 2**28, 200  # Parquet columns beyond both are not decompressed
 MISSING = object()
 DELIMITERS = {".csv": ",;\t|", ".tsv": "\t"}
 JSON_TYPES = {
@@ -266,7 +264,7 @@ def delimited(
     Blank lines are skipped. Raises ValueError if there is no such column.
     """
     csv.field_size_limit(RECORD_BYTES)
-    n_blank, row_size = 0, 0
+    row_size = 0
 
     def counted_lines() -> Iterator[str]:
         nonlocal row_size
@@ -277,14 +275,15 @@ def delimited(
                 raise too_long(f"{path}: the record on line {number}")
             yield line
 
+    # Blank lines before the header could not be told from rows with one empty field.
     lines = counted_lines()
-    first = next(lines, "")
+    n_blank, first = 0, next(lines, "")
     while first.isspace():
-        n_blank += 1
-        first = next(lines, "")
+        n_blank, first = n_blank + 1, next(lines, "")
     delimiter = delimiter_of(first, kind, field)
     rows = csv.reader(chain([first], lines), delimiter=delimiter, strict=True)
-    header: list[str] = []
+
+    n_columns = 0
     while True:
         row_size, line = 0, n_blank + rows.line_num + 1
         try:
@@ -294,18 +293,26 @@ def delimited(
             continue
         if row is None:
             return
-        if not header:
-            header = [name.strip() for name in row]
-            if header and field not in header:
-                raise no_field(str(path), field, header)
-            if header.count(field) > 1:
-                raise ValueError(f"{path} has several columns {field}: rename all but one.")
-        elif row and len(row) != len(header):
+        if not row:
+            continue
+        if not n_columns:
+            n_columns, column = len(row), column_of(field, row, path)
+        elif len(row) != n_columns:
             yield BadRecord(
-                f"line {line} has {counted(len(row), 'field')} and the header has {len(header):,}"
+                f"line {line} has {counted(len(row), 'field')} and the header has {n_columns:,}"
             )
-        elif row:
-            yield well_formed(row[header.index(field)])
+        else:
+            yield well_formed(row[column])
+
+
+def column_of(field: str, header: list[str], path: Path) -> int:
+    """The index of the column `field`. Raises ValueError unless there is exactly one."""
+    names = [name.strip() for name in header]
+    if field not in names:
+        raise no_field(str(path), field, names)
+    if names.count(field) > 1:
+        raise ValueError(f"{path} has several columns {field}: rename all but one.")
+    return names.index(field)
 
 
 def delimiter_of(first: str, kind: str, field: str) -> str:
@@ -315,89 +322,3 @@ def delimiter_of(first: str, kind: str, field: str) -> str:
         if field in [name.strip() for name in names]:
             return delimiter
     return DELIMITERS[kind][0]
-
-
-# Parquet
-
-
-def parquet(file: BinaryIO, field: str, path: Path) -> Iterator[str | BadRecord]:
-    """The text of each row. Raises ValueError for damage, and if there is no such column."""
-    try:
-        from pyarrow import parquet as pq
-    except ImportError:
-        raise ValueError(f"{path}: reading .parquet needs pyarrow: pip install pyarrow.") from None
-    try:
-        with pq.ParquetFile(file, buffer_size=2**18) as opened:
-            for row, value in enumerate(parquet_column(opened, field, str(path)), 1):
-                yield as_text(value, field, f"row {row}")
-    except Exception as error:
-        # pyarrow raises many exceptions for damage: its own, OSError, UnicodeDecodeError.
-        if type(error) is ValueError and str(path) in str(error):
-            raise
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path} is damaged, or not a Parquet file ({reason}).") from None
-
-
-def parquet_column(file: Any, field: str, name: str) -> Iterator[Any]:
-    """The values of a column of a pyarrow ParquetFile, with few of them in memory at a time.
-
-    Each value of a column that is not text is an OfType. Raises ValueError, which calls the file
-    `name`, if there is no such column or the file is a decompression bomb.
-    """
-    columns = [file.schema.column(number).path for number in range(len(file.schema))]
-    names = [field] if field in file.schema_arrow.names else field.split(".")
-    kind = column_type(file.schema_arrow, names)
-    if kind is None:
-        raise no_field(name, field, file.schema_arrow.names)
-    for number in range(file.num_row_groups):
-        group = file.metadata.row_group(number)
-        if not is_text(kind):
-            yield from repeat(OfType(str(kind)), group.num_rows)
-            continue
-        chunk = group.column(columns.index(field))
-        packed, size = chunk.total_compressed_size, chunk.total_uncompressed_size
-        if size > BOMB_BYTES and size > BOMB_RATIO * packed:
-            raise ValueError(
-                f"{name} decompresses {packed:,} bytes to {size // 2**20:,} MB at once, like a "
-                f"decompression bomb: write it again with smaller row groups."
-            )
-        rows = batch_rows(chunk.encodings, size, group.num_rows)
-        for batch in file.iter_batches(
-            batch_size=rows, row_groups=[number], columns=[field], use_threads=False
-        ):
-            values = batch.column(0)
-            for nested in names[1:]:
-                values = values.field(nested)
-            yield from values.to_pylist()
-
-
-def column_type(schema: Any, names: list[str]) -> Any:
-    """The pyarrow type of a column, or of a nested field by its path. None if there is none."""
-    import pyarrow
-
-    kind = pyarrow.struct(list(schema))
-    for name in names:
-        if not pyarrow.types.is_struct(kind) or kind.get_field_index(name) < 0:
-            return None
-        kind = kind.field(name).type
-    return kind
-
-
-def is_text(kind: Any) -> bool:
-    """Whether a pyarrow type is text, including dictionary-encoded text."""
-    from pyarrow import types
-
-    if types.is_dictionary(kind):
-        kind = kind.value_type
-    return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
-
-
-def batch_rows(encodings: tuple[str, ...], size: int, rows: int) -> int:
-    """The number of rows to read at a time, of a column whose pages have `size` bytes."""
-    if set(encodings) <= {"PLAIN", "RLE", "BIT_PACKED"}:
-        at_once = BATCH_BYTES * rows // max(1, size)
-    else:
-        # A dictionary holds the value of many rows once, and so do the prefixes of delta encoding.
-        # Each row can have as many bytes as all pages.
-        at_once = RECORD_BYTES // max(1, size)
-    return max(1, min(1024, at_once))

@@ -42,6 +42,8 @@ class PrepareSettings:
             yield "inspect=true and clean=true exclude each other: choose one."
         if self.yes and not self.clean:
             yield "yes=true confirms clean=true: give both, or neither."
+        if self.out and not self.inspect:
+            yield f"out={self.out} is the picture of inspect=true: add it, or leave out= out."
         yield from picture_problems(self.out)
 
 
@@ -52,6 +54,7 @@ if __name__ == "__main__":
 import os
 import re
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -64,7 +67,7 @@ from conf.schema import compose
 from conf.settings import Settings
 from data.config import TOKENIZERS, DataConfig
 from data.contents import Contents
-from data.files import refuse
+from data.files import walk
 from data.prepare import PROGRESS, describe, load_tokenizer, prepare
 from data.shards import SPLITS, read_meta
 from data.store import BUILDING, data_root, in_use, is_locked
@@ -190,38 +193,41 @@ def survey(runs_dir: Path) -> tuple[dict[Path, str], dict[Path, str]]:
     kept: dict[Path, str] = {}
     unused: dict[Path, str] = {}
     for folder in sorted(data_root().glob("*-*-*")):
-        unfinished = re.fullmatch(UNFINISHED, folder.name)
+        unfinished = bool(re.fullmatch(UNFINISHED, folder.name))
         ours = unfinished or re.fullmatch(COMPLETE, folder.name)
         if not ours or folder.is_symlink() or not folder.is_dir():
             continue
-        names = sorted(path.name for path in folder.iterdir())
-        foreign = [name for name in names if not re.fullmatch(FILES, name)]
-        tokens = fingerprint_of(folder)
-        if foreign:
-            kept[folder] = f"which has a file that prepared tokens do not have: {foreign[0]}"
-        elif unfinished and in_use(folder):
-            kept[folder] = "which is being prepared"
+        needed = why_kept(folder, unfinished, users)
+        if needed:
+            kept[folder] = needed
         elif unfinished:
             unused[folder] = "left unfinished"
-        elif not tokens:
-            kept[folder] = "whose meta.json cannot be read: delete it if you do not need it"
-        elif tokens in users:
-            kept[folder] = f"used by {', '.join(users[tokens])}"
         else:
             unused[folder] = f"not used by a run in {runs_dir}"
     return kept, unused
 
 
-def fingerprint_of(folder: Path) -> str:
-    """The fingerprint of prepared tokens as in checkpoints; empty if `meta.json` is damaged."""
+def why_kept(folder: Path, unfinished: bool, users: dict[str, list[str]]) -> str:
+    """Why a folder of tokens must not be deleted, after its name; empty if it can be deleted."""
+    foreign = sorted(name for name in os.listdir(folder) if not re.fullmatch(FILES, name))
+    if foreign:
+        return f"which has a file that prepared tokens do not have: {foreign[0]}"
+    if unfinished:
+        return "which is being prepared" if in_use(folder) else ""
     try:
-        return read_meta(folder)["fingerprint"][:12]
+        tokens = read_meta(folder)["fingerprint"][:12]
     except ValueError:
-        return ""
+        return "whose meta.json cannot be read: delete it if you do not need it"
+    return f"used by {', '.join(users[tokens])}" if tokens in users else ""
 
 
 def n_bytes(folder: Path) -> int:
-    return sum(path.lstat().st_size for path in [folder, *folder.rglob("*")])
+    size = 0
+    for path in [folder, *folder.rglob("*")]:
+        # Another process that prepares tokens may have renamed a temporary file.
+        with suppress(FileNotFoundError):
+            size += path.lstat().st_size
+    return size
 
 
 def runs_by_tokens(runs_dir: Path) -> dict[str, list[str]]:
@@ -251,18 +257,12 @@ def run_folders(runs_dir: Path) -> Iterator[Path]:
 
     Links are followed. Raises ValueError for a broken link, as to a disk that is not mounted.
     """
-    seen = set()
-    for place, subfolders, names in os.walk(runs_dir, followlinks=True, onerror=refuse):
-        status = os.stat(place)
-        if (status.st_dev, status.st_ino) in seen:
-            subfolders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
+    for place, subfolders, names in walk(runs_dir):
         if "checkpoints" in subfolders or LOCK in names:
-            yield Path(place)
+            yield place
             names = []
         for name in names:
-            path = Path(place, name)
+            path = place / name
             if path.is_symlink() and not path.exists():
                 raise ValueError(f"{path} is a broken link, maybe to a run that uses prepared "
                                  f"tokens: delete the link, or mount the disk that it leads to.")

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from tiktoken_ext import openai_public
 
 from data import encodings, files, records
+from data.parquet import parquet_column
 from data.tokenizer import BPETokenizer
 
 RECORDS = ["one", "two\nlines", "žluťoučký 🐎", "  ", "three"]
@@ -77,7 +78,7 @@ def test_large_rows_of_parquet_are_read_a_few_at_a_time(tmp_path):
     sizes = []
     plain = file.iter_batches
     file.iter_batches = lambda **rest: (sizes.append(rest["batch_size"]), plain(**rest))[1]
-    assert sum(map(len, records.parquet_column(file, "text", "a.parquet"))) == 40 * 400_000
+    assert sum(map(len, parquet_column(file, "text", "a.parquet"))) == 40 * 400_000
     assert sizes == [2]
 
 
@@ -244,6 +245,12 @@ def test_a_glob_may_be_relative(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.txt").write_bytes(b"x")
     assert files.find("*.txt") == [Path("a.txt")]
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 13), reason="newer Pythons accept it")
+def test_an_invalid_glob_is_explained():
+    with pytest.raises(ValueError, match=r"corpus/\*\*.txt is not a valid glob: \*\* stands for whole folders"):
+        files.find("corpus/**.txt")
 
 
 # Pieces

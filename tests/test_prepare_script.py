@@ -18,7 +18,7 @@ from data.config import DataConfig
 from data.contents import Contents
 from data.prepare import load_tokenizer, prepare
 from data.shards import open_parts, read_meta
-from scripts.prepare import PrepareSettings, clean, main
+from scripts.prepare import PrepareSettings, clean, main, n_bytes
 
 DOCUMENTS = [f"Document {number} " + "word " * number for number in range(120)]
 
@@ -319,7 +319,13 @@ def test_a_damaged_run_stops_cleaning(compose_tiny, tmp_path, fresh_data):
     assert used.is_dir()
 
 
-@pytest.mark.parametrize("words, problem", [(["clean=true", "inspect=true"], "exclude each other"), (["yes=true"], "confirms clean=true"), (["inspect=true", "out=a.txt"], "out=a.txt must"),
+def test_a_file_that_disappears_while_it_is_measured(tokens, monkeypatch):
+    monkeypatch.setattr("pathlib.Path.rglob", lambda folder, pattern: iter([folder / "meta.json", folder / ".partial-gone"]))
+    folder = tokens("abc")
+    assert n_bytes(folder) > (folder / "meta.json").stat().st_size
+
+
+@pytest.mark.parametrize("words, problem", [(["clean=true", "inspect=true"], "exclude each other"), (["yes=true"], "confirms clean=true"), (["out=a.png"], "picture of inspect=true"), (["inspect=true", "out=a.txt"], "out=a.txt must"),
                                             (["data.pth=x"], "did you mean data.path")])
 def test_invalid_settings_are_explained(words, problem):
     with pytest.raises(ConfigError, match=problem):

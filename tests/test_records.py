@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import encodings, files, records
+from data.parquet import batch_rows
 
 TEXTS = ["one", "two\nlines, with a comma", 'a "quote"', "žluťoučký 🐎", "\ttab", "[1, 2]"]
 
@@ -276,7 +277,7 @@ def test_a_parquet_file_that_unpacks_to_much_more_is_refused(tmp_path, monkeypat
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
-    monkeypatch.setattr(records, "BOMB_BYTES", 2**22)
+    monkeypatch.setattr("data.parquet.BOMB_BYTES", 2**22)
     parquet.write_table(
         pyarrow.table({"text": ["x" * 2**20] * 8}),
         tmp_path / "a.parquet",
@@ -306,7 +307,7 @@ def test_a_parquet_file_that_unpacks_to_much_more_is_refused(tmp_path, monkeypat
     ],
 )
 def test_rows_that_may_be_large_are_read_few_at_a_time(encodings, size, rows, at_once):
-    assert records.batch_rows(encodings, size, rows) == at_once
+    assert batch_rows(encodings, size, rows) == at_once
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jl", "part-00000", "a.jsonl.txt", "a.txt.gz"])

@@ -50,6 +50,7 @@ def page_data(
 
 def draw(name: str, labels: list[str], weights: np.ndarray) -> bytes:
     """The grid of all layers and heads, as PNG. Raises ValueError if matplotlib is missing."""
+    # Choose the size of a panel, and the size and number of its labels.
     layers, heads = weights.shape[:2]
     inches = 2.4 if layers * heads <= 24 else 1.6
     row_points = 72 * 0.9 * inches / len(labels)
@@ -57,6 +58,7 @@ def draw(name: str, labels: list[str], weights: np.ndarray) -> bytes:
     points = max(MIN_POINTS, min(MAX_POINTS, 0.85 * row_points))
     ticks = range(0, len(labels), every)
     texts = [short_text(label) for label in labels[::every]]
+
     figure, style = new_figure(1.5 + inches * heads, 1.5 + inches * layers, "attention")
     with style, quiet():
         grid = figure.subplots(layers, heads, squeeze=False, sharex=True, sharey=True)
@@ -67,6 +69,8 @@ def draw(name: str, labels: list[str], weights: np.ndarray) -> bytes:
                 axes.imshow(np.sqrt(weights[layer, head]), cmap="cividis", vmin=0, vmax=1)
                 axes.grid(False)
                 axes.tick_params(length=0)
+
+        # Label the tokens at the left and at the bottom, the heads at the top.
         grid[0][0].set_yticks(ticks, texts)
         grid[0][0].set_xticks(ticks, texts)
         for head, axes in enumerate(grid[0]):
@@ -76,6 +80,7 @@ def draw(name: str, labels: list[str], weights: np.ndarray) -> bytes:
         for layer, axes in enumerate(grid[:, 0]):
             axes.set_ylabel(f"layer {layer}", fontsize=9)
             axes.tick_params(axis="y", labelsize=points)
+
         title = "Each row is a token, and shows which tokens it attends to"
         figure.suptitle(f"{escaped(name, keep='')}\n{title}", fontsize=9)
         return as_image(figure, "png", dpi=120)

@@ -41,7 +41,7 @@ def color(rank: int, count: int) -> str:
     """The color of a run: its own, or of many runs one on a scale from BEST to WORST."""
     if count <= len(COLORS):
         return COLORS[rank]
-    # By the exponent, the first few differ most.
+    # With an exponent below 1, the first few ranks differ most.
     share = (rank / (count - 1)) ** 0.35
     red, green, blue = (round(a + (b - a) * share) for a, b in zip(BEST, WORST, strict=True))
     return f"#{red:02x}{green:02x}{blue:02x}"
@@ -86,11 +86,13 @@ def draw_curve(
     x = points[:, AXES.index(axis)]
     mean, lowest, highest = points[:, 3:].T
     drawn = []
+    # The values before smoothing: a pale line, and a band from the lowest to the highest.
     if bands:
         shared = {"color": style["color"], "gid": style.get("gid")}
         axes.plot(x, mean, linewidth=0.7, alpha=0.35, **shared)
         axes.fill_between(x, lowest, highest, alpha=0.15, linewidth=0, **shared)
         drawn.append(lowest)
+
     line = smooth(mean) if smoothed else mean
     # A single point is not a line, and evaluations can be few.
     few = 1 if smoothed else 30
@@ -141,11 +143,14 @@ def smooth(values: np.ndarray) -> np.ndarray:
     on one side: the curve goes straight to the end of the line that fits the last fifth best.
     Otherwise it would follow the noise of the last few values.
     """
+    # The mean over `reach` values on each side, by differences of cumulative sums.
     index = np.arange(len(values))
     widest = len(values) // 30
     reach = np.minimum(np.minimum(index // 3, index[::-1]), widest)
     sums = np.concatenate(([0.0], values.cumsum()))
     smoothed = (sums[index + reach + 1] - sums[index - reach]) / (2 * reach + 1)
+
+    # A straight line to the end.
     if widest:
         last_fifth = values[-6 * widest - 1 :]
         _, end = np.polyfit(np.arange(-6 * widest, 1), last_fifth, 1)
@@ -166,6 +171,7 @@ def label_progress(axes: Any, axis: str) -> None:
 def draw_diagnostic(axes: Any, runs: list[History], name: str) -> None:
     """The learning rate, gradient norm or speed of runs against steps."""
     peaks = []
+    # Draw the curves.
     for rank, run in worst_first(runs):
         points = run.diagnostics.get(name, np.empty((0, 6)))
         bands = name == "gradient norm" and len(runs) <= MAX_BANDS
@@ -174,6 +180,8 @@ def draw_diagnostic(axes: Any, runs: list[History], name: str) -> None:
         peak = points[:, 3].max(initial=0)
         if peak > 0:
             peaks.append(peak)
+
+    # Learning rates of very different size are drawn on a log axis, all else from 0.
     if name == "learning rate" and peaks and max(peaks) >= 10 * min(peaks):
         axes.set_yscale("log")
         # Schedules end near 0, which would take most of a log axis.
@@ -192,11 +200,14 @@ def draw_slice(axes: Any, runs: list[History], key: str, ranks: dict[History, in
     A triangle is a run that ended above its first loss. A short line is the median of the runs that
     share a value.
     """
+    # Place the runs along x: by their numbers, or in categories.
     values = [run.settings.get(key) for run in runs]
     values = [value if are_numbers([value]) else str(value) for value in values]
     different = sorted(set(values), key=lambda value: (isinstance(value, str), value))
     categories = not are_numbers(different) or spans_zero(different)
     x = [different.index(value) for value in values] if categories else values
+
+    # Draw a mark for each run, the best on top.
     highest = highest_start(runs)
     scores = [min(run.score, highest) for run in runs]
     axes.margins(x=0.08)
@@ -204,6 +215,8 @@ def draw_slice(axes: Any, runs: list[History], key: str, ranks: dict[History, in
         marker = "o" if run.score <= highest else "^"
         hue = color(ranks[run], len(ranks))
         axes.plot([place], [score], marker, markersize=5, color=hue, gid=f"run-{ranks[run]}")
+
+    # Label the axes.
     if categories:
         label_categories(axes, [short_text(text) for text in number_texts(different)])
     else:
@@ -222,6 +235,7 @@ def spans_zero(values: list[float]) -> bool:
 
 def draw_medians(axes: Any, x: list[float], scores: list[float]) -> None:
     """A short line at the median of the scores that share a value, where several do."""
+    # Fix the limits: the lines have the same length in units of the axes.
     axes.set_xlim(axes.get_xlim())
     to_axes = axes.transData + axes.transAxes.inverted()
     for place in set(x):

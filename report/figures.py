@@ -83,6 +83,7 @@ def svg_element(
     with style, quiet():
         draw(figure.subplots())
         figure.savefig(content, format="svg", transparent=True, metadata={"Date": None})
+
     svg = content.getvalue()
     # Without the XML declaration, and in the colors of the page.
     svg = svg[svg.index("<svg ") :].replace(INK, "var(--ink)").replace(LINE, "var(--line)")
@@ -117,6 +118,7 @@ def label_numbers(axes: Any, numbers: list[float]) -> None:
     """
     from matplotlib.ticker import MaxNLocator
 
+    # Choose the scale, and its ticks.
     logarithmic = min(numbers) > 0 and max(numbers) >= 10 * min(numbers)
     if logarithmic:
         axes.set_xscale("log")
@@ -125,6 +127,8 @@ def label_numbers(axes: Any, numbers: list[float]) -> None:
         integer = all(isinstance(number, int) for number in numbers)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=integer))
         axes.xaxis.set_major_formatter(lambda value, _: number_text(value, 6))
+
+    # Replace the ticks by the numbers themselves if there is space for their texts.
     positions = np.log(numbers) if logarithmic else np.array(numbers)
     texts = number_texts(numbers)
     # The axis is about 36 letters wide.
@@ -137,6 +141,7 @@ def log_ticks(axis: Any) -> None:
     """At most six plain numbers along a log axis: 1, 2 and 5 times powers of ten, or fewer."""
     from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
+    # Use the densest of these sets of ticks that has at most six of them in view.
     low, high = sorted(axis.get_view_interval())
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for factors, every in (((1, 2, 5), 1), ((1,), 1), ((1,), 2), ((1,), 5)):
@@ -147,6 +152,7 @@ def log_ticks(axis: Any) -> None:
         ticks = [tick for tick in ticks if low <= tick <= high]
         if len(ticks) <= 6:
             break
+
     axis.set_ticks(ticks)
     axis.set_major_formatter(FuncFormatter(lambda value, _: number_text(value, 3)))
     axis.set_minor_locator(NullLocator())

@@ -103,10 +103,13 @@ def open_history(folder: Path, name: str) -> History:
 
 
 def read_history(folder: Path, name: str) -> History:
+    # Read the files of the run.
     settings = read_settings(folder / "config.yaml")
     rows = read_rows(folder / "metrics.jsonl")
     starts = read_rows(folder / STARTS)
     last_start = starts[-1] if starts else {}
+
+    # Summarize the losses in training and in validation.
     trained = table(rows, "loss")
     validated = table(rows, "val_loss")
     losses: dict[str, Any] = {}
@@ -126,6 +129,7 @@ def read_history(folder: Path, name: str) -> History:
         losses["best_loss"] = float(best["val_loss"])
         losses["best_step"] = best["step"]
         losses["bits_per_byte"] = None if bits is None else float(bits)
+
     finished, state = progress(folder, rows, reached, settings)
     environment = last_start | {"starts": len(starts)} if starts else {}
     samples = [(row["step"], str(row["sample"])) for row in rows if "sample" in row]
@@ -211,6 +215,7 @@ def thinned(points: np.ndarray) -> np.ndarray:
     """A curve of at most CURVE_POINTS of the points `[N, 4]`, each with the values up to it."""
     if not len(points):
         return np.empty((0, 6))
+    # Each point of the curve stands for the points from its start up to the next start.
     count = min(len(points), CURVE_POINTS)
     starts = np.linspace(0, len(points), count, endpoint=False).astype(int)
     ends = np.append(starts[1:], len(points))
@@ -228,6 +233,7 @@ def progress(
     steps, _, seconds = reached
     max_steps = settings.get("training.max_steps")
     max_seconds = settings.get("training.max_seconds")
+    # The rows of the last step: those of its training and of its validation.
     last_rows = [row for row in rows[-2:] if row["step"] == rows[-1]["step"]]
     finished = True
     if max_steps is not None and (steps >= max_steps or (max_seconds and seconds >= max_seconds)):
@@ -248,10 +254,12 @@ def progress(
 
 def diagnostics(rows: Rows, settings: dict[str, Any]) -> dict[str, np.ndarray]:
     """The curves of learning rate, gradient norm, speed and tasks that were recorded."""
+    # A row has the learning rate as a fraction of the peak.
     rates = table(rows, "lr_scale")
     peak = settings.get("optim.lr")
     if isinstance(peak, int | float):
         rates[:, 3] *= peak
+    # The speed in tokens per second, by the mean number of tokens of a step.
     speeds = table(rows, "step_ms")
     speeds = speeds[(speeds[:, 0] > 0) & (speeds[:, 3] > 0)]
     tokens_per_step = speeds[:, 1] / speeds[:, 0]

@@ -241,6 +241,7 @@ def samples(runs: list[History]) -> Iterator[str]:
         yield f"<p>Of the best {MAX_SAMPLES} runs.</p>"
     cards = ""
     for rank, run in with_samples[:MAX_SAMPLES]:
+        # The newest ten, the last one first.
         texts = []
         for step, text in reversed(run.samples[-10:]):
             texts.append(f"<p>step {step:,}</p><blockquote>{escape(text)}</blockquote>")

@@ -26,14 +26,18 @@ def table(models: list[dict[str, Any]]) -> str:
 
 def cells(models: list[dict[str, Any]]) -> list[list[str]]:
     """The table as rows of cells, with a row of titles."""
+    # The entries with numbers: the loss on a text, and each of the tasks.
     measured = []
     for model in models:
         losses = [model["loss"]] if "loss" in model else []
         measured += [(model["name"], one) for one in [*losses, *model["tasks"]]]
+
+    # A column for each number that any entry has: those have a standard error beside them.
     found = dict.fromkeys(name.removesuffix("_se") for _, one in measured for name in one
                           if name.endswith("_se"))
     names = [name for name in COLUMNS if name in found]
     names += [name for name in found if name not in COLUMNS]
+
     rows = [["model", "on", "size", *(COLUMNS.get(name, (name,))[0] for name in names)]]
     for model, one in measured:
         unit = "document" if "task" in one else "token"

@@ -22,23 +22,28 @@ def choose(runs_dir: Path, names: str) -> tuple[list[tuple[Path, str]], list[Pat
     for those in it. Without names it is the run that was saved last, or all runs of its sweep.
     Raises ValueError for a name that is neither.
     """
+    # Find the folders, each once.
     if names:
         named = named_folders(runs_dir, names.split(","))
         folders = list({folder.resolve(): folder for folder in named}.values())
     else:
         run = find_run(runs_dir, "")
         folders = [run.parent if is_sweep(run.parent) else run]
+
+    # Find their runs, and name each by its path in the folder.
     chosen: dict[Path, tuple[Path, str]] = {}
     for folder in folders:
         runs = runs_in(folder)
         if not runs:
-            problem = "is not a run and holds none: a run's folder has a config.yaml"
-            raise ValueError(f"{folder} {problem}.")
+            raise ValueError(f"{folder} is not a run and holds none: a run's folder has a "
+                             "config.yaml.")
         # Runs of several sweeps often share names such as trial_0001: the sweep's name is added.
         alone = len(folders) == 1 and runs != [folder]
         above = folder if alone else folder.parent
         for run in runs:
             chosen.setdefault(run.resolve(), (run, str(run.relative_to(above))))
+
+    # Runs that still share a name are named by their whole paths.
     uses = Counter(name for _, name in chosen.values())
     runs = [(run, name if uses[name] == 1 else str(run)) for run, name in chosen.values()]
     return runs, folders
@@ -47,6 +52,7 @@ def choose(runs_dir: Path, names: str) -> tuple[list[tuple[Path, str]], list[Pat
 def named_folders(runs_dir: Path, parts: list[str]) -> Iterator[Path]:
     """The folders that are named; a comma can be part of a name, as in lr=0.1,n_layer=2."""
     while parts:
+        # The longest name that is a folder.
         for count in range(len(parts), 0, -1):
             name = ",".join(parts[:count])
             places = [place for place in (runs_dir / name, Path(name)) if name and place.is_dir()]
@@ -55,8 +61,8 @@ def named_folders(runs_dir: Path, parts: list[str]) -> Iterator[Path]:
                 parts = parts[count:]
                 break
         else:
-            problem = f"runs={parts[0]} is neither a folder in {runs_dir} nor a path of one."
-            raise ValueError(problem)
+            raise ValueError(f"runs={parts[0]} is neither a folder in {runs_dir} nor a path of "
+                             "one.")
 
 
 def runs_in(folder: Path) -> list[Path]:
@@ -84,11 +90,8 @@ def best_first(runs: list[History]) -> list[History]:
 
 def tokens_of(run: History) -> frozenset[tuple[str, str]]:
     """The settings that decide the text and its tokens."""
-    return frozenset(
-        (key, str(value))
-        for key, value in run.settings.items()
-        if key.startswith("data.") or key == "model.vocab_size"
-    )
+    return frozenset((key, str(value)) for key, value in run.settings.items()
+                     if key.startswith("data.") or key == "model.vocab_size")
 
 
 def differing(runs: list[History]) -> list[str]:
@@ -99,11 +102,8 @@ def differing(runs: list[History]) -> list[str]:
 def differing_settings(settings: list[dict[str, Any]]) -> list[str]:
     """The names of flat settings that differ and can change the result of a run."""
     keys = dict.fromkeys(key for one in settings for key in one)
-    return [
-        key
-        for key in keys
-        if can_matter(key) and len({str(one.get(key)) for one in settings}) > 1
-    ]
+    return [key for key in keys
+            if can_matter(key) and len({str(one.get(key)) for one in settings}) > 1]
 
 
 def can_matter(key: str) -> bool:

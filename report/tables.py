@@ -51,10 +51,12 @@ def leaderboard(runs: list[History]) -> Iterator[str]:
 
 def leaderboard_rows(runs: list[History]) -> list[dict[str, tuple[Any, str]]]:
     """For each run and column the value to sort by and the text."""
+    # A column for each setting that differs, with the same number of digits in all rows.
     settings = {}
     for key in differing(runs):
         values = [run.settings.get(key, "") for run in runs]
         settings[key] = list(zip(values, number_texts(values), strict=True))
+
     rows = []
     for rank, run in enumerate(runs):
         _, tokens, seconds = run.reached

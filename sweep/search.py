@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
 import secrets
 import shlex
 import socket
@@ -24,7 +23,6 @@ from typing import Any, Literal
 import atomic
 import locks
 from checkpointing.run_folder import describe_process
-from conf.identity import differences, listed
 from conf.presets import ConfigError
 from conf.schema import compose, folder_name
 from conf.settings import Settings
@@ -33,10 +31,10 @@ from setting import FilePath, range_problems, setting
 from sweep.jobs import INTERRUPTED, Job, refuse_run
 from sweep.runner import LocalRunner, run_jobs
 from sweep.space import Range, Space, read_space
+from sweep.study import FileLock, import_optuna, open_study, storage_error, storage_name
 from sweep.summary import RESUME, Progress, comparison_metric, next_commands, report_failures
 from terminal import counted, say
 
-JOURNAL = "study.log"
 MAX_REJECTED = 100  # suggestions of Optuna in a row that are invalid
 # Optuna's states of a trial, in the order of the summary.
 STATES = {
@@ -75,13 +73,16 @@ class SweepSettings:
 
 def search(settings: SweepSettings) -> int:
     """Start or resume a search; print its best trial. Returns the exit code."""
+    # Read the space, and open the study.
     space = read_space(settings.sweep, settings.train)
     folder = Path(settings.runs_dir) / (settings.name or folder_name(Path(settings.sweep).stem))
     refuse_run(folder)
     source = Search(settings, space, folder)
     ended = sum(trial.state.is_finished() for trial in source.trained())
     before = f", {counted(ended, 'trial')} before" if ended else ""
-    say(f"Sweep: {folder}, study in {storage_name(settings, folder)}{before}")
+    say(f"Sweep: {folder}, study in {storage_name(settings.storage, folder)}{before}")
+
+    # Train the trials, those of workers that died first.
     try:
         runner = LocalRunner(settings.jobs, settings.processes_per_job)
         code = run_jobs(source, runner, Progress(settings.trials, ended, 0))
@@ -90,42 +91,10 @@ def search(settings: SweepSettings) -> int:
         # Each kind of storage has its own exceptions. These two kinds name their cause themselves.
         if isinstance(error, ValueError) or getattr(error, "filename", None):
             raise
-        raise ValueError(f"{storage_error(settings, error)} {RESUME}") from error
+        raise ValueError(f"{storage_error(settings.storage, error)} {RESUME}") from error
     finally:
         source.release()
     return code or report_failures(source.failures)
-
-
-class FileLock:
-    """A lock that waits, and ends with the process that holds it, unlike Optuna's own.
-
-    It has the methods of Optuna's journal locks. Whoever acquires it finds only complete lines in
-    `journal`.
-    """
-
-    def __init__(self, path: Path, journal: Path | None = None) -> None:
-        self.path, self.journal = path, journal
-
-    def acquire(self) -> bool:
-        while True:
-            try:
-                self.lock = locks.Lock(self.path, describe_process())
-                break
-            except BlockingIOError:
-                time.sleep(0.01)
-        if self.journal:
-            # Opening the file removes a line that was cut off by a kill.
-            atomic.LineFile(self.journal).close()
-        return True
-
-    def release(self) -> None:
-        self.lock.release()
-
-    def __enter__(self) -> None:
-        self.acquire()
-
-    def __exit__(self, *failure: object) -> None:
-        self.release()
 
 
 class Search:
@@ -150,48 +119,9 @@ class Search:
         self.last_asked, self.pending = -math.inf, False
         self.deadline = time.monotonic() + 3600 * (settings.hours or math.inf)
         with self.lock:
-            self.study = self.open_study()
+            self.study = open_study(folder, space, self.metric, settings.storage, settings.pruner)
         self.worker = f"{socket.gethostname()}-{secrets.token_hex(4)}"
         self.worker_lock = locks.Lock(self.worker_file(self.worker), describe_process())
-
-    def open_study(self) -> Any:
-        """The new or existing study. Raises ValueError if it is unusable, or of another space."""
-        description = self.space.description()
-        try:
-            study = self.optuna.create_study(
-                storage=self.storage(), study_name=self.folder.name, load_if_exists=True,
-                pruner=self.pruner())
-            searched = study.user_attrs.get("space")
-            if searched is None:
-                study.set_user_attr("space", description)
-                study.set_user_attr("metric", self.metric)
-        except Exception as error:
-            # Each kind of storage has its own exceptions.
-            message = storage_error(self.settings, error)
-            raise ValueError(message + damaged_line(self.folder / JOURNAL)) from error
-        changes = differences(searched or description, description)
-        if changes:
-            raise ValueError(f"{self.folder} is the search of another space: {listed(changes)}. "
-                             f"Use another name=, or restore the old space.")
-        return study
-
-    def storage(self) -> Any:
-        """Optuna's storage: a URL, or the journal in the folder."""
-        if self.settings.storage:
-            return self.settings.storage
-        journal = self.folder / JOURNAL
-        lock = FileLock(self.folder / "journal.lock", journal)
-        storages = self.optuna.storages
-        return storages.JournalStorage(storages.journal.JournalFileBackend(str(journal), lock))
-
-    def pruner(self) -> Any:
-        pruners = self.optuna.pruners
-        if self.settings.pruner == "median":
-            return pruners.MedianPruner()
-        if self.settings.pruner == "hyperband":
-            limits = self.example.training
-            return pruners.HyperbandPruner(max(1, limits.eval_every), limits.max_steps)
-        return pruners.NopPruner()
 
     def worker_file(self, worker: str) -> Path:
         return self.folder / "workers" / worker
@@ -247,11 +177,15 @@ class Search:
             if attempt >= MAX_REJECTED:
                 # Optuna keeps suggesting invalid points.
                 self.study.enqueue_trial(self.space.draw(self.seed()))
+
+            # Ask for a suggestion. A new sampler, since its seed depends on the trials so far.
             sampler = self.optuna.samplers.TPESampler(seed=self.seed(), constant_liar=True)
             self.study.sampler = sampler
             trial = self.study.ask()
             varied = self.space.varied
             point = {key: suggest(trial, key, values) for key, values in varied.items()}
+
+            # Take it if it is valid; otherwise the trial fails, and is not counted.
             try:
                 if self.space.allows(point):
                     compose("config", ["name=-", *self.space.overrides(point)])
@@ -313,15 +247,6 @@ class Search:
         self.worker_lock.release()
 
 
-def import_optuna() -> Any:
-    try:
-        import optuna
-    except ImportError:
-        raise ValueError("Searching needs optuna: pip install optuna.") from None
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    return optuna
-
-
 def suggest(trial: Any, key: str, values: Range | list[Any]) -> Any:
     """Optuna's suggestion for a setting."""
     if isinstance(values, list):
@@ -330,33 +255,6 @@ def suggest(trial: Any, key: str, values: Range | list[Any]) -> Any:
     if isinstance(low, int):
         return trial.suggest_int(key, low, high, step=step or 1, log=values.log)
     return trial.suggest_float(key, low, high, step=step, log=values.log)
-
-
-def storage_name(settings: SweepSettings, folder: Path = Path()) -> str:
-    return hide_password(settings.storage) or str(folder / JOURNAL)
-
-
-def storage_error(settings: SweepSettings, error: Exception) -> str:
-    """The message for a storage that cannot be used."""
-    reason = hide_password(" ".join(str(error).split()))[:200]
-    return (f"storage={storage_name(settings)} cannot be reached or used "
-            f"({type(error).__name__}: {reason}).")
-
-
-def damaged_line(journal: Path) -> str:
-    """A message about the first damaged line of a journal; empty if there is none."""
-    lines = journal.read_bytes().splitlines() if journal.is_file() else []
-    for number, line in enumerate(lines, 1):
-        try:
-            atomic.parse_json(line)
-        except ValueError:
-            return f" Line {number} of {journal} is damaged: restore a copy, or use another name=."
-    return ""
-
-
-def hide_password(text: str) -> str:
-    """Text with the credentials and the query string of URLs removed."""
-    return re.sub(r"\?\S*", "?...", re.sub(r"://.*@", "://...@", text))
 
 
 def print_best_trial(source: Search, resumable: bool) -> None:

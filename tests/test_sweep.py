@@ -17,8 +17,9 @@ import pytest
 from conf.schema import compose
 from report.history import PRUNED
 from sweep import search as sweep_search
-from sweep.search import JOURNAL, Search, SweepSettings, hide_password, print_best_trial, search
+from sweep.search import Search, SweepSettings, print_best_trial, search
 from sweep.space import read_space
+from sweep.study import JOURNAL, hide_password
 
 ROOT = Path(__file__).parent.parent
 pytest.importorskip("optuna")

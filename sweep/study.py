@@ -1,0 +1,129 @@
+"""Optuna's study of a search: where it is stored, its lock, and its errors in one sentence."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import atomic
+import locks
+from checkpointing.run_folder import describe_process
+from conf.identity import differences, listed
+from sweep.space import Space
+
+JOURNAL = "study.log"
+
+
+def import_optuna() -> Any:
+    try:
+        import optuna
+    except ImportError:
+        raise ValueError("Searching needs optuna: pip install optuna.") from None
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    return optuna
+
+
+def open_study(folder: Path, space: Space, metric: str, storage: str, pruner: str) -> Any:
+    """The new or existing study. Raises ValueError if it is unusable, or of another space.
+
+    `storage` is a URL for Optuna, or empty for the journal in the folder.
+    """
+    optuna = import_optuna()
+    description = space.description()
+    try:
+        study = optuna.create_study(
+            storage=storage or journal_storage(folder), study_name=folder.name,
+            load_if_exists=True, pruner=new_pruner(pruner, space))
+        searched = study.user_attrs.get("space")
+        if searched is None:
+            study.set_user_attr("space", description)
+            study.set_user_attr("metric", metric)
+    except Exception as error:
+        # Each kind of storage has its own exceptions.
+        message = storage_error(storage, error)
+        raise ValueError(message + damaged_line(folder / JOURNAL)) from error
+    changes = differences(searched or description, description)
+    if changes:
+        raise ValueError(f"{folder} is the search of another space: {listed(changes)}. "
+                         f"Use another name=, or restore the old space.")
+    return study
+
+
+def journal_storage(folder: Path) -> Any:
+    """Optuna's storage in a file, to which each event of the study is appended."""
+    storages = import_optuna().storages
+    lock = FileLock(folder / "journal.lock", folder / JOURNAL)
+    backend = storages.journal.JournalFileBackend(str(folder / JOURNAL), lock)
+    return storages.JournalStorage(backend)
+
+
+def new_pruner(name: str, space: Space) -> Any:
+    """Optuna's pruner of this name."""
+    pruners = import_optuna().pruners
+    if name == "median":
+        return pruners.MedianPruner()
+    if name == "hyperband":
+        limits = space.example.training
+        return pruners.HyperbandPruner(max(1, limits.eval_every), limits.max_steps)
+    return pruners.NopPruner()
+
+
+class FileLock:
+    """A lock that waits, and ends with the process that holds it, unlike Optuna's own.
+
+    It has the methods of Optuna's journal locks. Whoever acquires it finds only complete lines in
+    `journal`.
+    """
+
+    def __init__(self, path: Path, journal: Path | None = None) -> None:
+        self.path, self.journal = path, journal
+
+    def acquire(self) -> bool:
+        while True:
+            try:
+                self.lock = locks.Lock(self.path, describe_process())
+                break
+            except BlockingIOError:
+                time.sleep(0.01)
+        if self.journal:
+            # Opening the file removes a line that was cut off by a kill.
+            atomic.LineFile(self.journal).close()
+        return True
+
+    def release(self) -> None:
+        self.lock.release()
+
+    def __enter__(self) -> None:
+        self.acquire()
+
+    def __exit__(self, *failure: object) -> None:
+        self.release()
+
+
+def storage_name(storage: str, folder: Path = Path()) -> str:
+    return hide_password(storage) or str(folder / JOURNAL)
+
+
+def storage_error(storage: str, error: Exception) -> str:
+    """The message for a storage that cannot be used."""
+    reason = hide_password(" ".join(str(error).split()))[:200]
+    return (f"storage={storage_name(storage)} cannot be reached or used "
+            f"({type(error).__name__}: {reason}).")
+
+
+def damaged_line(journal: Path) -> str:
+    """A message about the first damaged line of a journal; empty if there is none."""
+    lines = journal.read_bytes().splitlines() if journal.is_file() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            atomic.parse_json(line)
+        except ValueError:
+            return f" Line {number} of {journal} is damaged: restore a copy, or use another name=."
+    return ""
+
+
+def hide_password(text: str) -> str:
+    """Text with the credentials and the query string of URLs removed."""
+    return re.sub(r"\?\S*", "?...", re.sub(r"://.*@", "://...@", text))

@@ -8,7 +8,7 @@ Numbers only: knows nothing of runs.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +22,6 @@ STARTS = 3  # pairs of exponents that L-BFGS starts from
 BOUNDS = [(None, None)] * 3 + [(0.05, 3.0)] * 2
 LEVEL = 0.95  # the part of intervals that contain the true number
 MIN_RUNS = 8  # for five constants and their intervals
-MIN_STEPS = 100  # of a run in a grid
 
 
 @dataclass(frozen=True)
@@ -170,19 +169,3 @@ def fit_law(size: np.ndarray, tokens: np.ndarray, losses: np.ndarray, draws: int
         laws.append(grid.law(grid.fit(redrawn, [best])))
     noise = scales * rng.choice(residuals, draws)
     return Fit(grid.law(best), laws, noise)
-
-
-def isoflop_grid(sizes: list[float], budgets: Iterable[float], tokens_per_step: int,
-                 max_tokens: float) -> list[tuple[int, int, float]]:
-    """The runs of a grid: the index of the size, the number of steps, and the budget.
-
-    A budget in FLOPs is divided by 6 times the size. Runs of fewer than MIN_STEPS, or of more
-    tokens than `max_tokens`, are left out.
-    """
-    runs = []
-    for budget in budgets:
-        for index, size in enumerate(sizes):
-            steps = round(budget / (6 * size * tokens_per_step))
-            if steps >= MIN_STEPS and steps * tokens_per_step <= max_tokens:
-                runs.append((index, steps, float(budget)))
-    return runs

@@ -54,39 +54,36 @@ import math
 import shlex
 from bisect import bisect_left
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 import atomic
 from checkpointing.resume import with_vocab_size
 from conf.convert import rebuild
-from conf.identity import differences, listed
 from conf.schema import compose, folder_name
 from data.prepare import prepare
-from data.shards import read_meta
-from evaluation.scaling_law import LEVEL, MIN_RUNS, Fit, fit_law, isoflop_grid
-from model import GPT, GPTConfig, SkipInit
+from evaluation.scaling_law import LEVEL, Fit, fit_law
+from model import GPTConfig
 from report.figures import abbreviate, as_image, log_ticks, new_figure
 from report.history import open_history
 from report.runs import choose, tokens_of
-from scripts.plan import pace_of
-from sweep.grid import GridSettings, Plan, job_name, run_plan
+from scripts.scaling_grid import (
+    GRID,
+    describe,
+    find_grid,
+    jobs_of,
+    plan_grid,
+    size_of,
+    tokens_of_step,
+)
+from sweep.grid import run_plan
 from sweep.jobs import refuse_run
-from sweep.space import Range, Space, read_space
 from sweep.summary import report_failures
-from terminal import counted, readable_time, say
-from training.configure import configure
-from training.device import Device
-from training.estimate import Pace
+from terminal import counted, say
 
-GRID = "grid.json"
 PICTURE = "scaling.png"
-START_SECONDS = 6.0  # of a job, to import torch and to save
-LOWEST_BUDGETS = np.geomspace(1e6, 1e26, 1 + 20 * 40)  # forty steps for each power of ten
 
 
 @dataclass(frozen=True)
@@ -110,12 +107,18 @@ def main(own: ScalingSettings) -> int:
     name = own.name or folder_name(Path(own.sweep).stem)
     folder = Path(own.runs_dir) / name
     refuse_run(folder)
+    # A wrong name is an error before anything is trained.
+    compared = choose(Path(own.runs_dir), own.held_out)[0] if own.held_out else []
+
+    # Find the grid, or plan a new one.
     grid = find_grid(folder, own) or plan_grid(folder, own)
     describe(folder, grid)
     if own.dry_run:
         return 0
     if not (folder / GRID).exists():
         atomic.write_bytes(folder / GRID, json.dumps(grid, indent=2).encode())
+
+    # Train the runs that are not finished.
     results, unusable = read_results(folder, grid)
     failures: list[str] = []
     if unusable:
@@ -127,13 +130,12 @@ def main(own: ScalingSettings) -> int:
         results, unusable = read_results(folder, grid)
     for problem in unusable:
         say(f"Left out: {problem}")
+
+    # Fit the law, and answer the questions about larger runs.
     fit = fit_law(*(np.array([getattr(one, key) for one in results])
                     for key in ("size", "tokens", "loss")))
     print_law(fit, len(results))
-    held_out = []
-    if own.held_out:
-        runs, _ = choose(Path(own.runs_dir), own.held_out)
-        held_out = [read_result(path, name) for path, name in runs]
+    held_out = [read_result(path, name) for path, name in compared]
     for result in held_out:
         print_comparison(fit, result, results[0])
     if own.predict:
@@ -147,16 +149,6 @@ def main(own: ScalingSettings) -> int:
     return report_failures(failures)
 
 
-def jobs_of(own: ScalingSettings, name: str, grid: dict[str, Any]) -> Plan:
-    """The runs of the grid as jobs of a sweep."""
-    composed = {}
-    for run_name, run in grid["runs"].items():
-        words = [*run["overrides"], f"runs_dir={own.runs_dir}", f"name={name}"]
-        composed[run_name] = words, compose("config", words)
-    swept = [*grid["varied"], "training.max_steps"]
-    return Plan(swept, composed, [], [], GridSettings(own.jobs))
-
-
 def require_scipy() -> None:
     try:
         import scipy.optimize  # noqa: F401
@@ -164,132 +156,6 @@ def require_scipy() -> None:
         raise ValueError("Scaling laws need SciPy: pip install scipy.") from None
 
 
-def tokens_of_step(settings: Settings) -> int:
-    return settings.training.step_tokens(settings.model.block_size)
-
-
-def size_of(config: GPTConfig) -> float:
-    """The size of a model in the law: a sixth of its FLOPs per token."""
-    with SkipInit("meta"):
-        return GPT(config).flops_per_token() / 6
-
-
-# The grid.
-
-
-def find_grid(folder: Path, own: ScalingSettings) -> dict[str, Any] | None:
-    """The grid that was planned in a folder; None if there is none.
-
-    Raises ValueError if the command asks for a different one.
-    """
-    if not (folder / GRID).exists():
-        return None
-    try:
-        grid = atomic.parse_json((folder / GRID).read_bytes())
-        known = grid["asked"]
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{folder / GRID} is damaged: use another name=.") from None
-    # A command that only asks about the law need not repeat how the grid was planned.
-    if own.hours is None and not own.train:
-        return grid
-    changes = differences(known, asked(own, read_space(own.sweep, own.train)))
-    if changes:
-        raise ValueError(f"{folder} has a grid that was planned otherwise: {listed(changes)}. Use "
-                         f"another name=, or restore the old values.")
-    return grid
-
-
-def asked(own: ScalingSettings, space: Space) -> dict[str, Any]:
-    """What a grid was planned by, as JSON can hold it."""
-    limits = {"hours": own.hours, "budgets": own.budgets, "ratio": own.ratio}
-    return limits | space.description()
-
-
-def plan_grid(folder: Path, own: ScalingSettings) -> dict[str, Any]:
-    """A new grid: for each run its overrides, its size and its budget.
-
-    Raises ValueError if `hours` hold none.
-    """
-    if own.hours is None:
-        raise ValueError(f"{folder} has no grid yet: say how long it may train, as in hours=0.5.")
-    space = read_space(own.sweep, own.train)
-    overrides = [space.overrides(point) for point in points_of(space)]
-    composed = [compose("config", ["name=-", *words]) for words in overrides]
-    first = composed[0]
-    if any((one.data, tokens_of_step(one)) != (first.data, tokens_of_step(first))
-           for one in composed):
-        raise ValueError(f"The sizes {space.place} differ in their text or in the tokens of a "
-                         f"step: vary only the model.")
-    prepared = prepare(first.data)
-    meta = read_meta(prepared)
-    epoch_tokens = meta["splits"]["train"]["tokens"]
-    composed = [with_vocab_size(one, prepared) for one in composed]
-    sizes = [size_of(one.model) for one in composed]
-    say(f"Timing {counted(len(sizes), 'size')} ...")
-    device = Device(first.training.device, first.training.precision,
-                    threads=max(1, torch.get_num_threads() // own.jobs))
-    configure(device)
-    paces = [pace_of(one, device, meta) for one in composed]
-    chosen, seconds = longest_grid(own, sizes, paces, tokens_of_step(first), epoch_tokens)
-    varied, runs = list(space.varied), {}
-    for index, steps, budget in chosen:
-        words = [*overrides[index], f"training.max_steps={steps}"]
-        values = dict(word.partition("=")[::2] for word in words)
-        name = job_name([*varied, "training.max_steps"], values)
-        runs[name] = {"overrides": words, "size": sizes[index], "budget": budget,
-                      "tokens": steps * tokens_of_step(first)}
-    return {"asked": asked(own, space), "varied": varied, "seconds": seconds,
-            "epoch_tokens": epoch_tokens, "runs": runs}
-
-
-def longest_grid(own: ScalingSettings, sizes: list[float], paces: list[Pace], tokens_per_step: int,
-                 epoch_tokens: int) -> tuple[list[tuple[int, int, float]], float]:
-    """The grid with the most runs, and of those the largest budgets, in `hours`; its seconds.
-
-    No run reads a token twice. Raises ValueError if that leaves no grid.
-    """
-    grids = []
-    for lowest in LOWEST_BUDGETS:
-        budgets = lowest * own.ratio ** np.arange(own.budgets)
-        grid = isoflop_grid(sizes, budgets, tokens_per_step, epoch_tokens)
-        seconds = sum(paces[index].step * steps + paces[index].evaluation + START_SECONDS
-                      for index, steps, _ in grid)
-        if len(grid) >= MIN_RUNS:
-            grids.append((grid, seconds / own.jobs))
-    if not grids:
-        raise ValueError(f"The text has {epoch_tokens:,} tokens, too few for a grid of "
-                         f"{MIN_RUNS} runs in one epoch: use a longer text, or smaller models.")
-    fitting = [(grid, seconds) for grid, seconds in grids if seconds <= 3600 * own.hours]
-    if not fitting:
-        least = min(seconds for _, seconds in grids) / 3600
-        raise ValueError(f"hours={own.hours} is too short: the smallest grid of {MIN_RUNS} runs "
-                         f"takes {least:.2g} hours on this machine. Raise hours=, or use smaller "
-                         f"models.")
-    # The last run has the largest budget.
-    return max(fitting, key=lambda pair: (len(pair[0]), pair[0][-1][2]))
-
-
-def points_of(space: Space) -> list[dict[str, Any]]:
-    """The sizes of a space: the combinations of its choices that its constraints allow."""
-    for key, values in space.varied.items():
-        if isinstance(values, Range):
-            raise ValueError(f"{key} ({space.place}) is a range: list the sizes, as in [32, 64].")
-    points = [dict(zip(space.varied, values, strict=True))
-              for values in product(*space.varied.values())]
-    return [point for point in points if space.allows(point)]
-
-
-def describe(folder: Path, grid: dict[str, Any]) -> None:
-    runs = grid["runs"].values()
-    flops = sorted({run["budget"] for run in runs})
-    say(f"Grid: {counted(len(runs), 'run')} in {folder}, {len(flops)} budgets from {flops[0]:.3g} "
-        f"to {flops[-1]:.3g} FLOPs, about {readable_time(grid['seconds'])}")
-    for size in sorted({run["size"] for run in runs}):
-        tokens = ", ".join(f"{run['tokens']:,}" for run in runs if run["size"] == size)
-        say(f"  N = {size:>12,.0f}: {tokens} tokens")
-
-
-# The law.
 
 
 def read_results(folder: Path, grid: dict[str, Any]) -> tuple[list[Result], list[str]]:
@@ -347,6 +213,7 @@ def print_best(fit: Fit, flops: float, overrides: list[str], epoch_tokens: int) 
 
     `overrides` are those of a run of the grid: only its width and its steps change.
     """
+    # The best size and tokens of any model.
     law = fit.law
     size, tokens = law.best(flops)
     (low, high), (fewest, most) = (
@@ -356,6 +223,8 @@ def print_best(fit: Fit, flops: float, overrides: list[str], epoch_tokens: int) 
     if tokens > epoch_tokens:
         say(f"Note: that is {tokens / epoch_tokens:.1f} epochs of the text, and the law is that of "
             f"tokens seen once: use a longer text.")
+
+    # The nearest size that a width gives, by bisection: sizes grow with the width.
     settings = compose("config", ["name=-", *overrides])
     settings = with_vocab_size(settings, prepare(settings.data))
 
@@ -366,6 +235,8 @@ def print_best(fit: Fit, flops: float, overrides: list[str], epoch_tokens: int) 
     place = bisect_left(widths, size, key=size_with)
     width = min(widths[max(0, place - 1) : place + 1],
                 key=lambda width: abs(math.log(size_with(width) / size)))
+
+    # The command that trains it, and its expected loss.
     size = size_with(width)
     steps = max(1, round(flops / (6 * size * tokens_of_step(settings))))
     tokens = steps * tokens_of_step(settings)
@@ -386,11 +257,15 @@ def draw(fit: Fit, results: list[Result], held_out: list[Result]) -> bytes:
         axes.set_xscale("log")
         axes.set_xlabel("size N, FLOPs per token / 6")
         axes.set_ylabel("validation loss, nats per token")
+
+        # For each budget the measured losses, and the law as a line.
         for budget in sorted({one.budget for one in results}):
             runs = [one for one in results if one.budget == budget]
             line = draw_budget(axes, fit, budget, [one.size for one in runs])
             axes.plot([one.size for one in runs], [one.loss for one in runs], "o", markersize=4,
                       color=line.get_color(), label=f"{budget:.2g} FLOPs")
+
+        # Each run that is not in the fit, with the interval of its prediction.
         for one in held_out:
             sizes = [one.size, fit.law.best(one.flops)[0]]
             draw_budget(axes, fit, one.flops, sizes, color="k", linestyle="dashed")
@@ -398,6 +273,7 @@ def draw(fit: Fit, results: list[Result], held_out: list[Result]) -> bytes:
             axes.vlines(one.size, low, high, color="k", linewidth=4, alpha=0.3)
             axes.plot(one.size, one.loss, "k*", markersize=8,
                       label=f"{one.flops:.2g} FLOPs, not in the fit")
+
         log_ticks(axes.xaxis)
         abbreviate(axes.xaxis)
         axes.legend()

@@ -15,9 +15,10 @@ import pytest
 import yaml
 
 from conf.schema import compose
-from evaluation.scaling_law import ScalingLaw, fit_law, isoflop_grid
-from scripts import scaling
+from evaluation.scaling_law import ScalingLaw, fit_law
+from scripts import scaling, scaling_grid
 from scripts.scaling import ScalingSettings
+from scripts.scaling_grid import isoflop_grid
 from training.estimate import Pace
 
 # Besiroglu et al. 2024 (arXiv:2404.10102), their replication of Chinchilla's.
@@ -108,7 +109,7 @@ def command(tmp_path, book, monkeypatch, fresh_data):
         return 0, []
 
     monkeypatch.setattr(scaling, "run_plan", train)
-    monkeypatch.setattr(scaling, "pace_of", lambda *arguments: Pace(1.0, 1.0))
+    monkeypatch.setattr(scaling_grid, "pace_of", lambda *arguments: Pace(1.0, 1.0))
     monkeypatch.setattr(scaling, "fit_law", partial(fit_law, draws=30))
     space = tmp_path / "isoflop.yaml"
     space.write_text("space: {model.n_embd: [16, 24, 32, 48]}")
@@ -151,10 +152,12 @@ def test_a_grid_is_planned_fitted_and_used(command, tmp_path, capsys):
 @pytest.mark.parametrize(("words", "message"), [
     (["hours=0.01"], r"hours=0.01 is too short: the smallest grid of 8 runs takes .* hours on this machine"),
     (["hours=1", "training.batch_size=64"], "tokens, too few for a grid of 8 runs in one epoch"),
-    (["dry_run=true"], "has no grid yet: say how long it may train, as in hours=0.5")])
-def test_a_grid_that_cannot_be_planned_is_refused(command, words, message):
+    (["dry_run=true"], "has no grid yet: say how long it may train, as in hours=0.5"),
+    (["hours=100", "held_out=nothing"], "nothing is neither a folder in .* nor a path of one")])
+def test_a_grid_that_cannot_be_planned_is_refused(command, tmp_path, words, message):
     with pytest.raises(ValueError, match=message):
         command(*words)
+    assert not list(tmp_path.rglob("grid.json"))  # nothing was trained
 
 
 def test_scipy_that_is_missing_is_named(monkeypatch):

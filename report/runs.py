@@ -61,8 +61,8 @@ def named_folders(runs_dir: Path, parts: list[str]) -> Iterator[Path]:
                 parts = parts[count:]
                 break
         else:
-            raise ValueError(f"runs={parts[0]} is neither a folder in {runs_dir} nor a path of "
-                             "one.")
+            name = parts[0] or "An empty name"
+            raise ValueError(f"{name} is neither a folder in {runs_dir} nor a path of one.")
 
 
 def runs_in(folder: Path) -> list[Path]:

@@ -74,6 +74,8 @@ def main(settings: CompareSettings) -> int:
     comparison.import_stats()
     words = list(dict.fromkeys(settings.train))
     runs_dir = Path(settings.runs_dir)
+
+    # Plan and train the arms that are not runs yet.
     plans = {}
     for word in words:
         if is_overrides(word, runs_dir):
@@ -82,16 +84,23 @@ def main(settings: CompareSettings) -> int:
         raise too_few(words)
     refuse_equal(plans)
     folders = train_all(plans)
+
+    # Read the results of all arms.
     arms: Arms = {}
     for word in words:
-        arms |= read_arms(word, runs_dir, folders.get(word))
+        found = read_arms(word, runs_dir, folders.get(word))
+        if len(words) > 1:
+            # Arms of several sweeps can have the same names.
+            found = {f"{word} ({name})" if name else word: runs for name, runs in found.items()}
+        arms |= found
     check(arms, settings.metric)
     for name, runs in arms.items():
         results = results_of(runs, settings.metric)
         mean = sum(results.values()) / len(results)
         say(f"{name}: {mean:.4f} {UNITS[settings.metric]}, {counted(len(runs), 'seed')}, "
             f"{steps_of(runs)}")
-    # The arms of one sweep have no order.
+
+    # Compare all arms with the first one, or with the best of one sweep, whose arms have no order.
     reference = words[0] if words[0] in arms and len(words) > 1 else ""
     say("\n".join(answers(arms, settings, reference)))
     return 0
@@ -104,12 +113,12 @@ def is_overrides(word: str, runs_dir: Path) -> bool:
         return True
     try:
         choose(runs_dir, word)
-    except ValueError as error:
+        return False
+    except ValueError:
         # A setting that does not exist, rather than a run.
         if "=" in word:
             return True
-        raise ValueError(str(error).removeprefix("runs=")) from None
-    return False
+        raise
 
 
 def split_overrides(text: str) -> list[str]:
@@ -165,14 +174,10 @@ def train_all(plans: dict[str, Plan]) -> dict[str, Path]:
 def read_arms(word: str, runs_dir: Path, folder: Path | None = None) -> Arms:
     """The runs that a word names or that were trained for it: one arm for each of their settings.
 
-    Raises ValueError for a run that is unfinished.
+    A single arm has no name. Raises ValueError for a run that is unfinished.
     """
     chosen, _ = choose(runs_dir, str(folder) if folder else word)
-    runs = [open_finished(path, name) for path, name in chosen]
-    arms = arms_of(runs)
-    if len(arms) == 1:
-        return {word: next(iter(arms.values()))}
-    return arms
+    return arms_of([open_finished(path, name) for path, name in chosen])
 
 
 def open_finished(folder: Path, name: str) -> History:
@@ -193,6 +198,7 @@ def check(arms: Arms, metric: str) -> None:
     """Raise ValueError for arms that cannot be compared; say what else differs."""
     if len(arms) < 2:
         raise too_few([*arms])
+    # The first arm against each of the others: comparable texts, tokens and seeds?
     (first, runs), *others = arms.items()
     one = next(iter(runs.values())).settings
     for name, of_name in others:
@@ -226,6 +232,8 @@ def only(settings: dict[str, Any], keys: Iterable[str]) -> dict[str, Any]:
 
 def text_differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
     """How the validation texts of two runs differ, from their flat settings."""
+    # Equal fingerprints of the tokens mean the same text, and different ones with equal settings
+    # another content.
     keys = {key for key in one | other if key.startswith("data.")} | {"training.eval_tokens"}
     differing = {key for key in keys if one.get(key) != other.get(key)}
     if differing == {"data.prepared"}:

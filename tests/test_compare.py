@@ -198,6 +198,16 @@ def test_a_sweep_with_seeds_is_several_arms(arm, tmp_path, capsys):
 
 
 @needs_scipy
+def test_arms_of_two_sweeps_have_the_names_of_both(arm, tmp_path, capsys):
+    for number, sweep in enumerate(("old", "new")):
+        for lr in (0.01, 0.1):
+            arm(f"{sweep}/lr={lr}", 1.0 - number, optim__lr=lr, optim__weight_decay=number)
+    assert answer(tmp_path, "old", "new") == 0
+    printed = capsys.readouterr().out
+    assert all(f"{sweep} (optim.lr={lr}): " in printed for sweep in ("old", "new") for lr in (0.01, 0.1))
+
+
+@needs_scipy
 def test_arms_of_the_same_settings_need_other_seeds(arm, tmp_path, capsys):
     arm("a")
     arm("b")

@@ -380,8 +380,8 @@ def test_runs_of_any_name_are_drawn_and_printed_safely(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("words, complaint", [
-    ("nothing", "runs=nothing is neither a folder in .*runs nor a path"), ("empty", "empty is not a run and holds none: a run's folder has a config.yaml"),
-    ("sweep,,", "runs= is neither"), ("strange", "strange is not a run that nanohydra wrote"), ("numbers", "numbers is not a run that nanohydra wrote")])
+    ("nothing", "^nothing is neither a folder in .*runs nor a path"), ("empty", "empty is not a run and holds none: a run's folder has a config.yaml"),
+    ("sweep,,", "An empty name is neither"), ("strange", "strange is not a run that nanohydra wrote"), ("numbers", "numbers is not a run that nanohydra wrote")])
 def test_a_folder_that_is_no_run_is_one_sentence(grid, words, complaint):
     (grid.parent / "empty").mkdir()
     (write_run(grid.parent / "strange") / "config.yaml").write_text("- a\n- b: [")

@@ -153,7 +153,7 @@ def test_a_grid_is_planned_fitted_and_used(command, tmp_path, capsys):
     (["hours=0.01"], r"hours=0.01 is too short: the smallest grid of 8 runs takes .* hours on this machine"),
     (["hours=1", "training.batch_size=64"], "tokens, too few for a grid of 8 runs in one epoch"),
     (["dry_run=true"], "has no grid yet: say how long it may train, as in hours=0.5"),
-    (["hours=100", "held_out=nothing"], "nothing is neither a folder in .* nor a path of one")])
+    (["hours=100", "held_out=nothing"], "^nothing is neither a folder in .* nor a path of one")])
 def test_a_grid_that_cannot_be_planned_is_refused(command, tmp_path, words, message):
     with pytest.raises(ValueError, match=message):
         command(*words)

@@ -27,7 +27,7 @@ class PlanSettings:
         "", "plan for another GPU by its data sheet, such as h100; device=? lists them")
     mfu: float = setting(
         0.4, "part of that GPU's peak FLOP/s that training is assumed to reach", gt=0, le=1)
-    ranks: int = setting(1, "plan for so many processes of torchrun", ge=1, le=2**20)
+    ranks: int = setting(1, "plan for this number of processes of torchrun", ge=1, le=2**20)
     # Overrides of the training.
     train: tuple[str, ...] = ()
 
@@ -83,7 +83,7 @@ from training.estimate import Pace, measure_pace
 from training.step import first_loss
 
 GPUS = sorted(name.lower().replace(" ", "-") for name in PEAK_FLOPS)
-# As many as Tiny Shakespeare has.
+# The vocabulary of characters of a text that is not prepared: that of Tiny Shakespeare.
 ASSUMED_CHARACTERS = 65
 # Memory of activations on a CPU divided by their bytes, because of holes in the heap. Measured: 1.1
 # to 1.8, see docs/benchmarks.md.
@@ -92,6 +92,7 @@ CPU_RUNTIME = 50 * 2**20  # bytes that torch takes once it computes
 
 
 def main(own: PlanSettings) -> int:
+    # What the process holds before it plans anything.
     process_bytes = resident_bytes()
     settings, has_data = settings_without_data(list(own.train))
     gpu = gpu_named(own.device)
@@ -100,61 +101,29 @@ def main(own: PlanSettings) -> int:
     if not gpu:
         device = Device(settings.training.device, settings.training.precision)
     configure(device)
+
+    # The size of the vocabulary is that of the data, the shape that of the weights to start from.
     vocab_size, meta, description = describe_data(settings.data, has_data)
     shape = shape_of_weights(settings)
     settings = replace(settings, model=replace(shape, vocab_size=vocab_size))
     say(f"Data: {description}")
 
     flops = plan_model(settings, meta)
-    gpu_bytes = 0
-    if gpu:
-        gpu_bytes = GPU_GIGABYTES[gpu] * 2**30
-    elif device.type == "cuda":
-        gpu_bytes = memory_limit(device)
-    state_bytes, peak_bytes = count_memory(settings, device, gpu_bytes)
-    choices = {"": False}
-    if own.ranks > 1:
-        choices = {f" of each of {own.ranks} processes, training.shard=none": False,
-                   f" of each of {own.ranks} processes, training.shard=full": True}
-    for title, sharded in choices.items():
-        memory = memory_of_each(settings, state_bytes, peak_bytes, own.ranks, sharded)
-        # Saving copies the state, and may continue beside the next step.
-        saved = state_bytes / own.ranks
-        while_saving = memory["weights and optimizer"] + saved
-        if device.type == "cpu" and not gpu:
-            memory["activations"] *= CPU_FRAGMENTATION
-            memory["Python and torch"] = process_bytes + CPU_RUNTIME
-            while_saving += memory["Python and torch"]
-        total = max(sum(memory.values()), while_saving)
-        say(f"Memory{title}: {readable_size(total)} at the peak; while a checkpoint is saved, "
-            f"{readable_size(saved)} more if they are free")
-        for name, nbytes in memory.items():
-            say(f"  {name:<22} {readable_size(nbytes):>10}")
-    if gpu_bytes and total > USABLE_MEMORY * gpu_bytes:
-        fitting = fitting_batch_size(settings, device, gpu_bytes, own.ranks, own.ranks > 1)
-        advice = f"training.batch_size={fitting} does"
-        if not fitting:
-            advice = "nor does training.batch_size=1"
-        say(f"Warning: this does not fit into the {readable_size(gpu_bytes)} of "
-            f"{gpu or device.name()}; {advice}")
+    state_bytes, peak_bytes = plan_memory(own, settings, device, gpu, process_bytes)
     plan_disk(settings, state_bytes)
-
     for warning in settings.warnings():
         say(f"Warning: {warning}")
     if gpu:
-        seconds = flops / (PEAK_FLOPS[gpu] * own.mfu) / own.ranks
-        gpus = f"one {gpu}" if own.ranks == 1 else f"{own.ranks} x {gpu}"
-        peak = f"{PEAK_FLOPS[gpu] / 1e12:,.0f} TFLOP/s for bf16 in its data sheet"
-        say(f"Time: about {readable_time(seconds)} on {gpus}, if training reaches "
-            f"{own.mfu:.0%} of the {peak} (mfu={own.mfu}), without evaluation and saving")
+        say(f"Time: {time_by_data_sheet(own, gpu, flops)}")
     elif own.ranks > 1:
         say("Time: is planned for one process, or by device=")
-    elif own.measure and total > available_memory():
+    elif own.measure and peak_bytes > available_memory():
         say(f"Time: not measured, because only {readable_size(available_memory())} of memory "
             "are free")
     elif own.measure:
         say("Timing a few micro-steps (measure=false skips this) ...", sys.stderr)
-        say(f"Time: {expected_time(settings, device, meta)}")
+        pace = pace_of(settings, device, meta)
+        say(f"Time: {pace.describe(settings.training)} ({device.describe()})")
     return 0
 
 
@@ -200,6 +169,7 @@ def describe_data(
 
 def plan_model(settings: Settings, meta: dict[str, Any] | None) -> float:
     """Print parameters, tokens and FLOPs; return the FLOPs."""
+    # The model, without memory for its weights.
     limits = settings.training
     block_size = settings.model.block_size
     with SkipInit("meta"):
@@ -212,6 +182,7 @@ def plan_model(settings: Settings, meta: dict[str, Any] | None) -> float:
     for role, count in counts.items():
         say(f"  {role:<10} {count:>15,}")
 
+    # The tokens of the training, also in epochs and per parameter.
     tokens_per_step = limits.batch_size * block_size * limits.micro_steps(block_size)
     tokens = tokens_per_step * limits.max_steps
     line = f"Tokens: {tokens:,}, in {counted(limits.max_steps, 'step')} of {tokens_per_step:,}"
@@ -219,9 +190,54 @@ def plan_model(settings: Settings, meta: dict[str, Any] | None) -> float:
         epochs = tokens / meta["splits"]["train"]["tokens"]
         line += f"; {epochs:,.1f} epochs"
     say(f"{line}; {tokens / n_parameters:,.1f} per parameter")
+
     flops = model.flops_per_token() * tokens
     say(f"FLOPs: {flops:.3g}, {model.flops_per_token() / 1e6:,.1f} M per token")
     return flops
+
+
+def plan_memory(own: PlanSettings, settings: Settings, device: Device, gpu: str,
+                process_bytes: int) -> tuple[int, float]:
+    """Print the memory of a process, and whether it fits into the GPU.
+
+    Returns the bytes of the state that checkpoints save, and those of a process at its peak.
+    """
+    gpu_bytes = 0
+    if gpu:
+        gpu_bytes = GPU_GIGABYTES[gpu] * 2**30
+    elif device.type == "cuda":
+        gpu_bytes = memory_limit(device)
+    state_bytes, step_bytes = count_memory(settings, device, gpu_bytes)
+
+    # Several processes may each have all weights, or a part of them.
+    choices = {"": False}
+    if own.ranks > 1:
+        choices = {f" of each of {own.ranks} processes, training.shard=none": False,
+                   f" of each of {own.ranks} processes, training.shard=full": True}
+    for title, sharded in choices.items():
+        memory = memory_of_each(settings, state_bytes, step_bytes, own.ranks, sharded)
+        # Saving copies the state, and may continue beside the next step.
+        saved = state_bytes / own.ranks
+        while_saving = memory["weights and optimizer"] + saved
+        if device.type == "cpu" and not gpu:
+            memory["activations"] *= CPU_FRAGMENTATION
+            memory["Python and torch"] = process_bytes + CPU_RUNTIME
+            while_saving += memory["Python and torch"]
+        peak_bytes = max(sum(memory.values()), while_saving)
+        say(f"Memory{title}: {readable_size(peak_bytes)} at the peak; while a checkpoint is saved, "
+            f"{readable_size(saved)} more if they are free")
+        for name, nbytes in memory.items():
+            say(f"  {name:<22} {readable_size(nbytes):>10}")
+
+    # The last choice is the one that needs least.
+    if gpu_bytes and peak_bytes > USABLE_MEMORY * gpu_bytes:
+        fitting = fitting_batch_size(settings, device, gpu_bytes, own.ranks, own.ranks > 1)
+        advice = f"training.batch_size={fitting} does"
+        if not fitting:
+            advice = "nor does training.batch_size=1"
+        say(f"Warning: this does not fit into the {readable_size(gpu_bytes)} of "
+            f"{gpu or device.name()}; {advice}")
+    return state_bytes, peak_bytes
 
 
 def plan_disk(settings: Settings, state_bytes: int) -> None:
@@ -232,6 +248,7 @@ def plan_disk(settings: Settings, state_bytes: int) -> None:
         saves = math.ceil(limits.max_steps / limits.checkpoint_every)
     # The newest ones and the best one.
     kept = min(saves, limits.keep_last + 1)
+    # The file system of the nearest folder that exists.
     folder = Path(settings.runs_dir).absolute()
     while not folder.exists():
         folder = folder.parent
@@ -241,19 +258,25 @@ def plan_disk(settings: Settings, state_bytes: int) -> None:
         f"{readable_size(free)} are free")
 
 
-def expected_time(settings: Settings, device: Device, meta: dict[str, Any] | None) -> str:
-    """The time of training, in words."""
-    pace = pace_of(settings, device, meta)
-    return f"{pace.describe(settings.training)} ({device.describe()})"
+def time_by_data_sheet(own: PlanSettings, gpu: str, flops: float) -> str:
+    """The time of training on another GPU, in words."""
+    seconds = flops / (PEAK_FLOPS[gpu] * own.mfu) / own.ranks
+    gpus = f"one {gpu}" if own.ranks == 1 else f"{own.ranks} x {gpu}"
+    peak = f"{PEAK_FLOPS[gpu] / 1e12:,.0f} TFLOP/s for bf16 in its data sheet"
+    return (f"about {readable_time(seconds)} on {gpus}, if training reaches {own.mfu:.0%} of the "
+            f"{peak} (mfu={own.mfu}), without evaluation and saving")
 
 
 def pace_of(settings: Settings, device: Device, meta: dict[str, Any] | None) -> Pace:
     """The time of a step and of an evaluation, measured by micro-steps on random tokens."""
+    # A loader of random tokens.
     config, limits = settings.model, settings.training
     n_tokens = 4 * limits.batch_size * config.block_size + 1
     ids = np.random.default_rng(0).integers(0, config.vocab_size, n_tokens, dtype=np.uint32)
     loader = Loader([Tokens([ids])], config.block_size, limits.batch_size)
     boundary = 0 if settings.data.respect_documents else None
+
+    # Time micro-steps, and scale evaluation by the tokens that it reads.
     model = GPT(config).to(device.torch)
     eval_tokens = limits.eval_tokens
     if meta:

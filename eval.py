@@ -33,7 +33,7 @@ from checkpointing.run_folder import find_runs
 from checkpointing.weights import Weights, own_weights
 from evaluation.loss import measure_loss, named_text, own_validation_split
 from evaluation.scoring import FinishedScores, Scorer
-from evaluation.tasks import find_tasks, measure_task, read_questions
+from evaluation.tasks import Question, find_tasks, measure_task, read_questions
 from generation.engine import Engine, engine_of
 from report.page import after_training
 from report.results import table
@@ -48,6 +48,7 @@ SCORES = ".scores.jsonl"
 
 def evaluate(settings: EvalSettings) -> int:
     """Measure each model, print a table, write the numbers as JSON, and return the exit code."""
+    # Read the tasks first: a mistake in them is found before a model is loaded.
     device = Device(settings.device, settings.precision)
     tasks = {}
     if settings.tasks:
@@ -57,33 +58,40 @@ def evaluate(settings: EvalSettings) -> int:
     if not settings.init_from:
         runs = find_runs(Path(settings.runs_dir), settings.run)
     harness = open_harness(settings.lm_eval) if settings.lm_eval else None
+
+    # Measure one model after the other. The results of a run are kept in its folder.
     models = []
     with configure(device):
         for run in runs or [None]:
-            scorer, model, saved = open_model(settings, run, device)
-            if settings.measures_loss:
-                model["loss"] = loss_on_text(settings, scorer.engine, run, saved,
-                                             model["name"])
-            for name, questions in tasks.items():
-                title = f"{model['name']}: {name}"
-                try:
-                    found = measure_task(scorer, name, questions, title)
-                except ValueError as error:
-                    raise ValueError(f"{model['name']} cannot read {name}: {error}") from None
-                model["tasks"].append(found)
-            if harness:
-                model["tasks"] += harness.measure(scorer, settings.limit, model["name"])
-            models.append(model)
+            models.append(measure_model(settings, run, device, tasks, harness))
             if run and not settings.out:
-                write(run / FILE, [model])
+                write(run / FILE, models[-1:])
                 if (run / "report.html").exists():
                     after_training(run)
+
     if settings.out:
         write(Path(settings.out), models)
     output(table(models))
     for note in notes(models):
         say(note, sys.stderr)
     return 0
+
+
+def measure_model(settings: EvalSettings, run: Path | None, device: Device,
+                  tasks: dict[str, list[Question]], harness: Any) -> dict[str, Any]:
+    """The results of a run, or of the model in `init_from`."""
+    scorer, model, saved = open_model(settings, run, device)
+    name = model["name"]
+    if settings.measures_loss:
+        model["loss"] = loss_on_text(settings, scorer.engine, run, saved, name)
+    for task, questions in tasks.items():
+        try:
+            model["tasks"].append(measure_task(scorer, task, questions, f"{name}: {task}"))
+        except ValueError as error:
+            raise ValueError(f"{name} cannot read {task}: {error}") from None
+    if harness:
+        model["tasks"] += harness.measure(scorer, settings.limit, name)
+    return model
 
 
 def open_harness(names: str) -> Any:
@@ -111,6 +119,8 @@ def open_model(settings: EvalSettings, run: Path | None,
         weights, saved, model["step"] = store.load_of_run(run, settings.checkpoint, load)
         model["name"] = run.name
         place = (run / FILE).with_suffix(SCORES)
+
+    # An evaluation that was interrupted resumes from the scores in a file.
     scorer = Scorer(engine_of(weights, device), settings.batch_tokens)
     if place and settings.has_tasks:
         scorer.finished = FinishedScores(place, weights.fingerprint(), device.precision)

@@ -66,6 +66,7 @@ class Comparison:
 
     def sentence(self, unit: str, smallest: float) -> str:
         """The answer, with the size of the difference, the number of seeds and the p-value."""
+        # The difference, with its size in relation to the noise.
         seeds = f"{self.seeds[0]} seeds"
         if not self.paired:
             seeds = f"{self.seeds[0]} and {self.seeds[1]} seeds, not in pairs"
@@ -78,7 +79,9 @@ class Comparison:
             better, worse = worse, better
         if self.is_decided:
             return f"{better} is better than {worse} by {result}."
-        # A difference of the size that was found, unless it is too small to matter.
+
+        # The number of seeds that would show a difference of the size that was found, unless it is
+        # too small to matter.
         size = max(smallest, abs(self.difference))
         more = self.more_seeds(size)
         if more is None:
@@ -152,6 +155,7 @@ def compare(first: str, second: str, results: dict[str, Results]) -> Comparison:
         if len(results[name]) < 2:
             raise ValueError(f"{name} has {len(results[name])} seed, and the noise between seeds "
                              f"is unknown: train it with two seeds or more.")
+    # In pairs, the noise that a seed has in both cancels.
     shared = sorted(results[first].keys() & results[second].keys())
     paired = len(shared) > 1
     if paired:
@@ -160,6 +164,8 @@ def compare(first: str, second: str, results: dict[str, Results]) -> Comparison:
     else:
         a, b = (np.array([*results[name].values()]) for name in (first, second))
         has_noise = max(np.ptp(a), np.ptp(b)) > ROUNDING
+
+    # Without noise, there is nothing to test against.
     difference = float(b.mean() - a.mean())
     if not has_noise and abs(difference) < ROUNDING:
         # The settings in which they differ have no effect.
@@ -167,6 +173,7 @@ def compare(first: str, second: str, results: dict[str, Results]) -> Comparison:
     if not has_noise:
         raise ValueError(f"{first} and {second} differ by {difference:g} for every seed: the seed "
                          f"has no effect, so the noise is unknown.")
+
     error, p = paired_test(b - a) if paired else unpaired_test(a, b)
     return Comparison(first, second, difference, float(error), float(p), (len(a), len(b)), paired)
 
@@ -188,6 +195,7 @@ def compare_all(results: dict[str, Results], reference: str = "") -> list[Compar
 
 def with_holm(compared: list[Comparison]) -> list[Comparison]:
     """The comparisons with p-values that hold for all of them together (Holm 1979)."""
+    # The smallest p-value is multiplied by the number of comparisons, the next by one less, etc.
     adjusted = list(compared)
     highest = 0.0
     order = sorted(range(len(compared)), key=lambda number: compared[number].p)

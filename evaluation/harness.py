@@ -57,6 +57,7 @@ class Harness(TemplateLM):
 
     def loglikelihood_rolling(self, requests: list[Instance],
                               disable_tqdm: bool = False) -> list[float]:
+        # Cut each text into windows of a context, in which each token is scored once.
         windows: list[Request] = []
         text_of: list[int] = []
         for number, instance in enumerate(requests):
@@ -65,12 +66,15 @@ class Harness(TemplateLM):
                                                              self.block_size, context_len=1):
                 windows.append(Request(tuple(inputs), tuple(targets)))
                 text_of.append(number)
+
+        # Add up the windows of each text.
         sums = [0.0] * len(requests)
         for number, scored in zip(text_of, self.scorer.score(windows, self.title), strict=True):
             sums[number] += scored.logprob
         return sums
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        # Requests with the same sampling settings are generated together.
         texts = [""] * len(requests)
         by_rules: dict[str, list[int]] = defaultdict(list)
         for number, instance in enumerate(requests):
@@ -82,8 +86,10 @@ class Harness(TemplateLM):
                 if room < 1:
                     raise ValueError(f"a task generates {rules.max_new_tokens} tokens, which needs "
                                      f"a longer context than the model's of {self.block_size}.")
+                # The end of each prompt that leaves space for the new tokens.
                 prompts = {number: self.engine.prompt_ids(requests[number].args[0])[-room:]
                            for number in numbers}
+                # Prompts of similar length are batched, so that there is little padding.
                 numbers.sort(key=lambda number: len(prompts[number]), reverse=True)
                 size = max(1, self.scorer.batch_tokens // self.block_size)
                 for start in range(0, len(numbers), size):

@@ -50,19 +50,24 @@ def own_validation_split(saved: dict[str, Any], engine: Engine, run: Path, max_t
 
     Raises ValueError if the tokens are gone and cannot be prepared again.
     """
+    # Find the tokens that the run was validated on, or prepare them again.
     config = data_config(saved, run)
     prepared = prepared_again(config, str(saved["data.prepared"]), run)
     tokenizer = load_tokenizer(prepared)
     markers = markers_of(tokenizer) if config.source == "chat" else None
     tokens, weights = open_parts(prepared, "val"), config.weights()
+
+    # Read them as training does.
     block_size = engine.model.config.block_size
     if max_tokens is None:
         # A part of a mixture is read up to its share of the most tokens.
         max_tokens = sum(map(len, tokens)) * sum(weights)
     validation = Validation(tokens, block_size, batch_size(batch_tokens, block_size), max_tokens,
                             weights, markers=markers)
+
     bytes_per_token = val_bytes_per_token(prepared, weights)
     if markers:
+        # Only the replies of a conversation are targets.
         bytes_per_token = validation.bytes_per_target(tokenizer)
     boundary = tokenizer.end_of_text if config.respect_documents else None
     identity = f"validation split {read_meta(prepared)['fingerprint'][:12]}"
@@ -102,6 +107,7 @@ def named_text(named: TextConfig, saved: dict[str, Any], engine: Engine, max_tok
     `saved` are the flat settings of a run, which say whether attention crosses documents. Raises
     ValueError for a text that is shorter than one context, or that the tokenizer cannot encode.
     """
+    # Read the tokens, or encode the text.
     path = named.path
     config = DataConfig(source="text", path=path, text_field=named.text_field,
                         on_bad_record=named.on_bad_record)
@@ -114,12 +120,15 @@ def named_text(named: TextConfig, saved: dict[str, Any], engine: Engine, max_tok
     else:
         ids, n_bytes = read_documents(config, engine.tokenizer, max_tokens)
         tokens, bytes_per_token = Tokens([ids]), n_bytes / max(1, len(ids))
+
+    # Divide them into contexts.
     block_size = engine.model.config.block_size
     if len(tokens) <= block_size:
         raise ValueError(f"data.path={path} has {counted(len(tokens), 'token')}, one context of "
                          f"the model needs {block_size + 1:,}: name a longer text.")
     validation = Validation([tokens], block_size, batch_size(batch_tokens, block_size),
                             max_tokens or len(tokens))
+
     boundary = None
     if saved.get("data.respect_documents"):
         boundary = engine.tokenizer.end_of_text
@@ -190,6 +199,8 @@ def measure_loss(engine: Engine, text: Text, title: str) -> dict[str, Any]:
     The standard errors treat the sequences as independent samples of the text.
     """
     sums, counts = sequence_losses(engine, text, title)
+
+    # The mean of the parts of a mixture by their shares; its variance is that of a weighted sum.
     loss = variance = 0.0
     first = 0
     for n_windows, share in zip(text.validation.n_windows, text.validation.shares, strict=True):
@@ -198,6 +209,7 @@ def measure_loss(engine: Engine, text: Text, title: str) -> dict[str, Any]:
         loss += share * mean
         variance += share**2 * part_variance
         first += n_windows
+
     error = math.sqrt(variance)
     per_byte = 1 / (math.log(2) * text.bytes_per_token)
     # Past the largest number, perplexity is infinite.
@@ -226,13 +238,14 @@ def sequence_losses(engine: Engine, text: Text, title: str) -> tuple[np.ndarray,
 
 def row_losses(engine: Engine, inputs: torch.Tensor, targets: torch.Tensor,
                boundary: int | None) -> list[float]:
-    """The mean loss of each row of a batch, in nats per token."""
+    """The mean loss of each row of a batch `[B, T]`, in nats per token."""
     model, device = engine.model, engine.device
     options = document_options(inputs, boundary, device)
     targets = targets.to(device.torch)
     losses = []
     with device.autocast():
-        features = model.features(inputs.to(device.torch), **options)
+        features = model.features(inputs.to(device.torch), **options)  # [B, T, C]
+        # Row by row, so that the logits of only one are in memory.
         for row, row_targets in zip(features, targets, strict=True):
             losses.append(next_token_loss(row, model.head_weight, row_targets,
                                           model.loss_options))

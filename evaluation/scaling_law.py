@@ -70,6 +70,7 @@ class LogLaw:
         terms = self.terms(x)
         predicted = np.logaddexp.reduce(terms)
         difference = (predicted - log_losses) / HUBER
+        # The Huber loss is d**2 / 2 near zero and |d| - 1/2 beyond; its derivative is clip(d).
         slope = np.clip(difference, -1, 1)
         value = (slope * (difference - slope / 2)).sum()
         # The share of each term in the loss is the derivative of its log.
@@ -154,11 +155,14 @@ def fit_law(size: np.ndarray, tokens: np.ndarray, losses: np.ndarray, draws: int
         raise ValueError(
             f"A scaling law needs at least {MIN_RUNS} finished runs, of three sizes and three "
             f"numbers of tokens; there are {count}, of {len(set(size))} and {len(set(tokens))}.")
+    # Fit the law to the losses themselves.
     grid = LogLaw(size, tokens)
     best = grid.fit(losses, grid.starts(losses))
     fitted = np.logaddexp.reduce(grid.terms(best))
     residuals = np.log(losses) - fitted
     residuals -= residuals.mean()
+
+    # Fit it again to redrawn losses, from the constants that were found.
     rng = np.random.default_rng(seed)
     # The law has constants that follow the noise, so the residuals are smaller than it.
     freedom = count - len(best)

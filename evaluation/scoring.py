@@ -104,6 +104,7 @@ class TreeAttention:
     """
 
     def __init__(self, rows: Sequence[Row], length: int, device: torch.device) -> None:
+        # A token attends to itself and to those that its parent attends to.
         positions = torch.zeros(len(rows), length, dtype=torch.long)
         mask = torch.eye(length, dtype=torch.bool).repeat(len(rows), 1, 1)
         for number, row in enumerate(rows):
@@ -154,6 +155,7 @@ class FinishedScores:
     def __init__(self, path: Path, weights: str, precision: str) -> None:
         self.model = f"{weights} {precision}"
         self.scores: dict[str, Score] = {}
+        path.parent.mkdir(parents=True, exist_ok=True)
         self.file = atomic.LineFile(path)
         for line in path.read_bytes().splitlines():
             with suppress(ValueError, TypeError, RecursionError, OverflowError):
@@ -178,6 +180,7 @@ class Scorer:
 
     def score(self, requests: Sequence[Request], title: str) -> list[Score]:
         """The score of each request. What several requests begin with is read once."""
+        # Take the scores that an earlier evaluation left.
         scores: dict[int, Score] = {}
         keys: list[str] = []
         if self.finished:
@@ -185,6 +188,8 @@ class Scorer:
             for number, key in enumerate(keys):
                 if key in self.finished.scores:
                     scores[number] = self.finished.scores[key]
+
+        # Compute the others in batches.
         left = [number for number in range(len(requests)) if number not in scores]
         with ProgressBar(total=len(requests), initial=len(scores), desc=title, unit="requests",
                          leave=False) as bar:
@@ -264,7 +269,7 @@ def score_batch(engine: Engine, rows: Sequence[Row],
     """The scores of the requests in some rows, by their numbers in `requests`."""
     device, length = engine.device, len(rows[0])
     ids = torch.zeros((len(rows), length), dtype=torch.long)
-    # Each place in the batch with a target that it predicts; requests can have them in common.
+    # Each place in the flattened batch with a target that it predicts; requests can share them.
     pairs: set[tuple[int, int]] = set()
     pairs_of: dict[int, list[tuple[int, int]]] = {}
     for start, row in zip(range(0, ids.numel(), length), rows, strict=True):
@@ -275,12 +280,16 @@ def score_batch(engine: Engine, rows: Sequence[Row],
             pairs_of[number] = [(start + place, target)
                                 for place, target in zip(path, targets, strict=True)]
             pairs.update(pairs_of[number])
+
+    # Read the batch once, and compute the logits only where a target is predicted.
     context = None
     if not rows[0].is_causal:
         context = TreeAttention(rows, length, device.torch)
     with device.autocast():
-        features = engine.model.features(ids.to(device.torch), context=context)
+        features = engine.model.features(ids.to(device.torch), context=context)  # [B, T, C]
         found = token_scores(engine, features.flatten(0, 1), sorted(pairs))
+
+    # A score is the sum over the targets of a request.
     scores = {}
     for number, own_pairs in pairs_of.items():
         logprobs, is_greedy = zip(*(found[pair] for pair in own_pairs), strict=True)
@@ -295,14 +304,15 @@ def token_scores(engine: Engine, features: Tensor,
     `pairs` are sorted, and each has the number of a row of `features` `[N, C]` and a target.
     """
     scored = sorted({row for row, _ in pairs})
-    features = features[torch.tensor(scored, device=features.device)]
+    features = features[torch.tensor(scored, device=features.device)]  # [number of rows, C]
     found: list[tuple[float, bool]] = []
     for start in range(0, len(scored), MAX_POSITIONS):
+        # The pairs of these rows, by bisection, and the place of each among the rows.
         rows = scored[start : start + MAX_POSITIONS]
         chunk = pairs[bisect_left(pairs, (rows[0],)) : bisect_left(pairs, (rows[-1] + 1,))]
         index = torch.tensor([bisect_left(rows, row) for row, _ in chunk], device=features.device)
         targets = torch.tensor([target for _, target in chunk], device=features.device)
-        logits = engine.model.head(features[start : start + MAX_POSITIONS]).float()
+        logits = engine.model.head(features[start : start + MAX_POSITIONS]).float()  # [rows, V]
         # On CPUs, logsumexp takes seven times as long as log_softmax.
         logprobs = logits.log_softmax(1)[index, targets]
         is_greedy = logits.argmax(1)[index] == targets

@@ -72,6 +72,7 @@ def tasks_folder() -> Path:
 
 def packaged_task(name: str, folder: Path) -> Path:
     """The requests of a task such as hellaswag, or of one of its variants: hellaswag/rc_5shot."""
+    # The files are TASK/VARIANT/requests.jsonl.gz.
     known: dict[str, Path] = {}
     for path in sorted(folder.glob(f"*/*/{REQUESTS}")):
         known["/".join(path.parts[-3:-1])] = path
@@ -80,6 +81,8 @@ def packaged_task(name: str, folder: Path) -> Path:
             return known[f"{name}/{variant}"]
     if name in known:
         return known[name]
+
+    # Name what could be meant.
     variants = [one for one in known if one.startswith(f"{name.partition('/')[0]}/")]
     if variants:
         raise ValueError(f"tasks={name}: choose a variant of it: {', '.join(variants)}.")
@@ -120,6 +123,7 @@ def measure_slices(engine: Engine, slices: dict[str, list[Question]]) -> dict[st
 
 def read_questions(path: Path, limit: int | None) -> list[Question]:
     """The first `limit` documents of a file of requests. Raises ValueError for an invalid file."""
+    # The lines of a document follow each other, one for each of its continuations.
     questions: dict[Any, Question] = {}
     try:
         for line in lines_of(path):
@@ -135,9 +139,12 @@ def read_questions(path: Path, limit: int | None) -> list[Question]:
             # Raises TypeError for anything but a text.
             question.contexts.append("" + request["context"])
             question.continuations.append("" + request["continuation"])
-    except (ValueError, LookupError, TypeError, EOFError, RecursionError, zlib.error) as error:
+    except (ValueError, LookupError, TypeError, EOFError, RecursionError, zlib.error,
+            gzip.BadGzipFile) as error:
         raise ValueError(f"{path} is not a file of requests ({type(error).__name__}: {error}): "
                          "docs/evaluation.md describes the format.") from None
+
+    # Check the label of each document, and its continuations.
     for number, question in questions.items():
         is_index = isinstance(question.gold, int)
         if not is_index and len(question.continuations) == 1:
@@ -168,11 +175,14 @@ def measure_task(scorer: Scorer, name: str, questions: list[Question],
 
     Raises ValueError for a text that the tokenizer cannot encode.
     """
+    # Score the continuations of all questions together.
     requests: list[Request] = []
     for question in questions:
         pairs = zip(question.contexts, question.continuations, strict=True)
         requests += [encode_request(scorer.engine, *pair) for pair in pairs]
     scores = iter(scorer.score(requests, title))
+
+    # For each question: is the right one the likeliest, and how likely is it?
     correct: list[float] = []
     correct_normalised: list[float] = []
     bits_per_byte: list[float] = []
@@ -184,12 +194,14 @@ def measure_task(scorer: Scorer, name: str, questions: list[Question],
             correct.append(float(of_question[0].is_greedy))
         else:
             logprobs = [one.logprob for one in of_question]
+            # Per character, without the space that a continuation begins with.
             lengths = [max(1, len(text.removeprefix(" "))) for text in texts]
             by_length = [logprob / n for logprob, n in zip(logprobs, lengths, strict=True)]
             correct.append(float(first_largest(logprobs) == gold))
             correct_normalised.append(float(first_largest(by_length) == gold))
         nats = -of_question[gold].logprob
         bits_per_byte.append(nats / math.log(2) / len(texts[gold].encode()))
+
     measured: dict[str, Any] = {
         "task": name, "documents": len(questions), "requests": len(requests),
         "requests_cut": sum(request.is_cut for request in requests)}

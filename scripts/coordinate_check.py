@@ -70,6 +70,7 @@ Sizes = dict[str, dict[int, float]]
 
 
 def main(settings: CoordinateCheckSettings) -> int:
+    # Measure models of all widths under both parametrizations.
     training, _ = settings_without_data(list(settings.train))
     widths = [int(word) for word in settings.widths.split()]
     found = {}
@@ -81,6 +82,8 @@ def main(settings: CoordinateCheckSettings) -> int:
             say(line)
     if settings.out:
         write_picture(settings.out, lambda kind: draw(found, kind))
+
+    # Under muP, no size may grow or shrink with the width.
     dependent = [name for name, sizes in found["mup"].items()
                  if abs(exponent(sizes)) > settings.limit]
     if dependent:
@@ -111,11 +114,14 @@ def measure(configs: list[GPTConfig], settings: Settings, steps: int) -> Sizes:
     ids = torch.randint(VOCABULARY, (SEQUENCES, TOKENS + 1), generator=draw)
     sizes: Sizes = defaultdict(dict)
     for config in configs:
+        # Build the model and the optimizer as training does.
         torch.manual_seed(settings.seed)
         model = GPT(config)
         optimizers = Optimizers(model.parameters_by_role(), settings.optim,
                                 rates=model.rate_scales(settings.optim.optimizer))
         scaler = torch.amp.GradScaler("cpu", enabled=False)
+
+        # Train it, and compare the outputs of its layers.
         before = outputs(model, ids[:, :-1])
         for _ in range(steps):
             model(ids[:, :-1], ids[:, 1:]).backward()
@@ -133,6 +139,7 @@ def outputs(model: GPT, ids: Tensor) -> dict[str, Tensor]:
     handles = []
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding | nn.Linear):
+            # h.3.attn.c_attn is attn.c_attn of all blocks.
             kind = name.partition(".")[2].partition(".")[2] if name.startswith("h.") else name
 
             def keep(_: nn.Module, __: Any, output: Tensor, kind: str = kind) -> None:

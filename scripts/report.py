@@ -52,12 +52,15 @@ class ReportSettings:
 
 
 def main(settings: ReportSettings) -> int:
+    # Choose the runs, and the file.
     runs_dir = Path(settings.runs_dir)
     chosen, folders = choose(runs_dir, settings.runs)
     out = Path(settings.out) if settings.out else default_page(folders, runs_dir)
     if out.suffix.lower() in PICTURES:
         write_picture(str(out), lambda kind: loss_picture(open_runs(chosen), kind))
         return 0
+
+    # Write the page and its pictures.
     page, *pictures = write(chosen, out, title_of(folders))
     size = readable_size(page.stat().st_size)
     say(f"Wrote {page} ({size}, {counted(len(chosen), 'run')}): open it in a browser.")

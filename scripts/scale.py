@@ -115,6 +115,7 @@ class Share(NamedTuple):
 
 
 def main(own: ScaleSettings) -> int:
+    # The model, without memory for its weights.
     settings, _ = settings_without_data(list(own.train))
     with SkipInit("meta"):
         model = GPT(settings.model)
@@ -122,18 +123,23 @@ def main(own: ScaleSettings) -> int:
     tokens = limits.step_tokens(block_size)
     peak = PEAK_FLOPS[gpu_named(own.device)]
     n_parameters = sum(weights.numel() for weights in model.parameters())
+
+    # Print what is simulated and what is assumed.
     say(f"Simulated: {n_parameters:,} parameters, {settings.optim.optimizer}, {tokens:,} tokens a "
         f"step, at most {limits.batch_size} sequences of {block_size} in a micro-step")
     say(f"Assumed: {own.mfu:.0%} of {peak / 1e12:,.0f} TFLOP/s, memory {own.memory:,.0f} GB/s, "
         f"{own.nvlink:,.0f} GB/s within a node of {own.node}, {own.network:,.0f} GB/s between "
         f"nodes, {own.latency:g} + {own.message:g} a process microseconds a collective")
     say("")
+
+    # Print a row of a Markdown table for each number of GPUs.
     names = ("GPUs", "sequences each", "forward, backward", "gradients", "not hidden", "weights",
              "Newton-Schulz", "update", "step, ms", "efficiency", "state each", "limit")
     say(f"| {' | '.join(names)} |")
     say("|---" * len(names) + "|")
     for size in GPUS:
         if tokens // block_size % size:
+            # The sequences of a step cannot be divided equally.
             say(f"| {size:,} | {tokens / block_size / size:g} " + "| " * (len(names) - 3)
                 + "| batch |")
             continue
@@ -148,12 +154,14 @@ def main(own: ScaleSettings) -> int:
 
 def simulate(model: GPT, settings: Settings, own: ScaleSettings, size: int) -> Step:
     """A step on `size` GPUs."""
+    # Forward and backward of the sequences of one GPU.
     limits, block_size = settings.training, settings.model.block_size
     flops = own.mfu * PEAK_FLOPS[gpu_named(own.device)]
     tokens = limits.step_tokens(block_size) / size
     micro_steps = math.ceil(tokens / block_size / limits.batch_size)
     compute = model.flops_per_token() * tokens / flops
 
+    # The exchange of gradients, in buckets.
     share = largest_share(model, settings, size)
     # All processes send and receive as much as the one with the largest share.
     nbytes = BYTES * share.numbers * size
@@ -161,6 +169,7 @@ def simulate(model: GPT, settings: Settings, own: ScaleSettings, size: int) -> S
     exchange = exchange_seconds(nbytes, buckets, own, size)
     # The backward pass is two thirds of a micro-step, and the last one hides the exchange.
     hidden = compute / micro_steps * 2 / 3
+
     return Step(
         sequences=tokens / block_size,
         compute=compute,
@@ -177,6 +186,7 @@ def exchange_seconds(nbytes: int, buckets: int, own: ScaleSettings, size: int) -
     """Each GPU sends each other one its part of the gradients, of which it has `nbytes`."""
     if size == 1:
         return 0.0
+    # The parts of the gradients that go to GPUs of this node, and to other nodes.
     node = min(size, own.node)
     near, far = (node - 1) / size, (size - node) / size
     messages = size - 1
@@ -210,6 +220,7 @@ def largest_share(model: GPT, settings: Settings, size: int) -> Share:
 
 
 def share_of(parts: list[Part], optimizers: Optimizers) -> Share:
+    """What the rank does whose parts of the weights these are."""
     numbers = update_bytes = state_bytes = 0
     matrix_flops = 0.0
     for part in parts:

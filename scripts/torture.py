@@ -176,6 +176,8 @@ def faults(folder: Path, settings: TortureSettings) -> Iterator[Result]:
     for name in ("warm_up", "straight"):
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             train(compose("config", [*tiny, f"name={name}"]))
+
+    # Fail the first call, the second, ..., until a training makes fewer calls than that.
     calls = None
     for fault in FAULTS:
         tries = lost = 0
@@ -187,9 +189,10 @@ def faults(folder: Path, settings: TortureSettings) -> Iterator[Result]:
             shutil.rmtree(folder / "run", ignore_errors=True)
             code = train_in_fork([*tiny, "name=run"], FaultyOs(at, fault))
             if fault == "killed before" and code == 0:
-                # There are fewer calls than that.
                 calls = at
                 break
+
+            # The same command without the fault must complete the run.
             resumed = train_in_fork([*tiny, "name=run"])
             tries += 1
             survived = code in (0, 1, 9) and resumed == 0
@@ -208,6 +211,7 @@ def flip_bit(place: float) -> Callable[[bytes], bytes]:
     return flip
 
 
+# A flipped bit, an incomplete or empty file, zeros, a byte too many, an overwritten first page.
 DAMAGES: tuple[Callable[[bytes], bytes], ...] = (
     *map(flip_bit, (0, 0.05, 0.3, 0.5, 0.9, 1)),
     lambda content: content[:-1],
@@ -259,12 +263,15 @@ def full_disks(folder: Path, settings: TortureSettings) -> Iterator[Result]:
 
 def survives_full_disk(overrides: list[str], mount: Path, straight: Path) -> bool:
     """Fill the file system `mount` during a training, then free it and train to the end."""
+    # Fill the disk after some steps; the training ends with an error.
     run = mount / "run"
     with start(overrides, run) as process:
         while process.poll() is None and last_recorded_step(run) < 20:
             time.sleep(0.01)
         fill(mount / "ballast")
         printed = process.communicate()[0]
+
+    # The message and whole checkpoints must be there, and the run must resume.
     reported = "steps are saved" in printed and "of free disk space" in printed
     kept = store.list_checkpoints(run / "checkpoints")
     for one in kept:

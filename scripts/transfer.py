@@ -59,6 +59,7 @@ def main(settings: TransferSettings) -> int:
 
 def mean_losses(runs: list[History]) -> Losses:
     """Raises ValueError if fewer than two widths or two rates are finished."""
+    # Collect the losses of runs that differ only in their seeds.
     found: dict[tuple[tuple[str, str], int, float], list[float]] = defaultdict(list)
     for run in runs:
         if run.finished and run.last_loss is not None:
@@ -66,10 +67,13 @@ def mean_losses(runs: list[History]) -> Losses:
             group = optimizer, run.settings.get("model.parametrization", "standard")
             rate = run.settings[RATES[optimizer]]
             found[group, run.settings["model.n_embd"], rate].append(run.last_loss)
+
+    # Average them, by width and rate in ascending order.
     losses: Losses = {}
     for group, width, rate in sorted(found):
         by_width = losses.setdefault(group, {})
         by_width.setdefault(width, {})[rate] = fmean(found[group, width, rate])
+
     for group, by_width in losses.items():
         if len(by_width) < 2 or min(map(len, by_width.values())) < 2:
             raise ValueError(f"The finished runs of {' and '.join(group)} do not have two widths "
@@ -82,14 +86,17 @@ def mean_losses(runs: list[History]) -> Losses:
 def describe(losses: Losses) -> Iterator[str]:
     """The best rate of each width, and how well the narrowest model's suits the widest."""
     for (optimizer, parametrization), by_width in losses.items():
+        # The best rate of each width, and how far apart these are in the grid.
         rates = rates_of(by_width)
         best = {width: min(of_width, key=of_width.get) for width, of_width in by_width.items()}
         parts = [f"{number_text(rate, 3)} at width {width} (loss {by_width[width][rate]:.3f})"
                  for width, rate in best.items()]
         positions = [rates.index(rate) for rate in best.values()]
-        narrow, wide = min(by_width), max(by_width)
         yield (f"{optimizer}, {parametrization}: best rate {', '.join(parts)}; "
                f"{max(positions) - min(positions)} of {len(rates) - 1} steps of the grid apart")
+
+        # The loss of the widest model with the best rate of the narrowest.
+        narrow, wide = min(by_width), max(by_width)
         if best[narrow] in by_width[wide]:
             loss = by_width[wide][best[narrow]]
             yield (f"  With {number_text(best[narrow], 3)}, width {wide} has a loss of {loss:.3f}, "
@@ -110,6 +117,7 @@ def draw(losses: Losses, kind: str) -> bytes:
                 color = COLORS[number % len(COLORS)]
                 axes.plot(list(of_width), list(of_width.values()), color=color, marker="o",
                           markersize=3, label=f"width {width}")
+                # A star marks the best rate.
                 best = min(of_width, key=of_width.get)
                 axes.plot(best, of_width[best], "*", color=color, markersize=11)
             label_numbers(axes, rates_of(by_width))

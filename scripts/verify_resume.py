@@ -70,12 +70,15 @@ COMPARED_STATE = ("step", "batches_skipped", "nonfinite", "val_loss", "scaler")
 
 def verify(settings: VerifySettings) -> int:
     """Train twice, compare, and print; return 0 if nothing differs."""
+    # The settings of both trainings.
     overrides = [*SHORT, *settings.train]
     if settings.processes > 1:
         # Each process would have a part of the CPUs, and another number of threads has other bits.
         overrides.insert(0, "training.threads=1")
     max_steps = compose("config", overrides).training.max_steps
     kills = counted(settings.kills, "kill")
+
+    # Train twice, and compare.
     with tempfile.TemporaryDirectory(prefix="verify-resume-") as scratch:
         straight, killed = Path(scratch, "straight"), Path(scratch, "killed")
         print("Training without a stop.", flush=True)
@@ -84,6 +87,8 @@ def verify(settings: VerifySettings) -> int:
         in_saves, lost = train_under_kills(overrides, killed, settings.kills, max_steps,
                                            settings.processes)
         differences = compare(straight, killed)
+
+    # Print the result.
     print(f"\n{kills}, {in_saves} of them during a save; "
           f"{counted(lost, 'step')} lost and trained again.\n")
     for part, difference in differences.items():
@@ -120,6 +125,7 @@ def train_under_kills(
     moments = sorted(random.randrange(max_steps) for _ in range(kills))
     in_saves = lost = 0
     for number, step in enumerate(ProgressBar(moments, "Kills", unit="kills", leave=False)):
+        # Start the training, and wait for its step, or for a save after it.
         earlier = partial_checkpoints(run)
         during_save = number % 3 == 0
         with start(overrides, run, sizes[number % len(sizes)]) as process:
@@ -127,9 +133,12 @@ def train_under_kills(
                 time.sleep(0.002)
             while during_save and process.poll() is None and partial_checkpoints(run) <= earlier:
                 pass
+            # Kill it a moment later: within the save, or within a step.
             time.sleep(random.random() * (0.003 if during_save else 0.1))
             kill(process, sizes[number % len(sizes)])
             process.communicate()
+
+        # Count a kill during a save, and the steps since the last checkpoint.
         in_saves += not partial_checkpoints(run) <= earlier
         saved = store.list_checkpoints(run / "checkpoints")
         lost += last_recorded_step(run) - (saved[-1].step if saved else 0)
@@ -182,6 +191,7 @@ def compare(one: Path, other: Path) -> dict[str, str]:
     """The parts of two runs, each with its first difference, or "" if it is identical."""
     saved, other_saved = (store.list_checkpoints(run / "checkpoints")[-1] for run in (one, other))
     found = {}
+    # Weights and optimizer state, bit by bit.
     for name in (MODEL, OPTIMIZER):
         tensors, others = all_tensors(saved, name), all_tensors(other_saved, name)
         numbers = sum(tensor.numel() for tensor in tensors.values())
@@ -193,6 +203,8 @@ def compare(one: Path, other: Path) -> dict[str, str]:
         found[part] = ""
         if differing:
             found[part] = f"{counted(len(differing), 'difference')}, such as {min(differing)}"
+
+    # The rest of the last checkpoint, and the metrics.
     for key in COMPARED_STATE:
         value, other_value = saved.state[key], other_saved.state[key]
         found[f"state: {key}"] = "" if value == other_value else f"{value} and {other_value}"

@@ -53,6 +53,8 @@ class ClusterRunner(Runner):
         except ImportError:
             raise ValueError("hydra/launcher= needs the Submitit launcher: "
                              "pip install hydra-submitit-launcher.") from None
+
+        # Find the kind of cluster, and submitit's executor for it.
         settings = launcher_settings(overrides)
         cluster = EXECUTORS.get(settings.pop("_target_").rpartition(".")[2])
         if not cluster:
@@ -66,6 +68,8 @@ class ClusterRunner(Runner):
         except RuntimeError as error:
             # For example where SLURM is not installed.
             raise ValueError(f"{overrides[0]} is not available here: {error}") from None
+
+        # Give it the other settings, with the prefix of the cluster where it needs one.
         check_size(settings, processes)
         del settings["submitit_folder"]
         settings["name"] = folder.name

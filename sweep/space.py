@@ -119,6 +119,7 @@ class Space:
     def draw(self, seed: int) -> Point:
         """A point that satisfies the constraints. Raises ValueError after MAX_DRAWS attempts."""
         rng = random.Random(seed)
+        # The constraints that no point has satisfied so far, for the message.
         violated = set(self.constraints)
         for _ in range(MAX_DRAWS):
             point = self.random_point(rng)
@@ -148,6 +149,7 @@ def read_space(name: str, overrides: tuple[str, ...]) -> Space:
 
     Raises ConfigError that lists all problems.
     """
+    # Find and read the file.
     shipped = CONF / "sweep"
     path = Path(name) if name.endswith((".yaml", ".yml")) else shipped / f"{name}.yaml"
     if not path.is_file():
@@ -163,6 +165,7 @@ def read_space(name: str, overrides: tuple[str, ...]) -> Space:
     varied, fixed = without_references(varied, path), flat(fixed)
     given = dict(word.partition("=")[::2] for word in overrides)
 
+    # Check the names, then the values, then the constraints on them.
     problems = list(key_problems(content, varied, fixed, given, place))
     if problems:
         raise ConfigError(problems)
@@ -209,6 +212,7 @@ def key_problems(
 
 def read_values(key: str, values: Any) -> Range | list[Any]:
     """The range or choices of a setting or preset. Raises ValueError saying what is wrong."""
+    # A list of choices.
     hint = leaves(Settings).get(key, str)
     if isinstance(values, list) and values:
         choices = [convert(value, hint) for value in values]
@@ -217,6 +221,8 @@ def read_values(key: str, values: Any) -> Range | list[Any]:
                 if choice not in options(key):
                     raise ValueError(f"has no preset {choice}: use {', '.join(options(key))}")
         return choices
+
+    # A range of numbers.
     if not isinstance(values, dict):
         raise ValueError(RANGE_FORM)
     if not {"low", "high"} <= values.keys() <= {"low", "high", "step", "log"}:
@@ -236,8 +242,11 @@ def read_values(key: str, values: Any) -> Range | list[Any]:
 
 def compile_constraint(text: str, names: list[str]) -> CodeType:
     """A constraint, compiled; the code can only compute. Raises ValueError for anything else."""
+    # Longer names first: optim is a part of optim.lr.
     for name in sorted(names, key=len, reverse=True):
         text = text.replace(name, identifier(name))
+
+    # Allow arithmetic on these names only.
     allowed = {identifier(name) for name in names}
     tree = ast.parse(text.strip(), mode="eval")
     for node in ast.walk(tree):

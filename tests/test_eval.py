@@ -167,6 +167,13 @@ def test_a_task_of_the_package_and_its_limit(measure, package):
     assert [(task["task"], task["documents"], task["requests"]) for task in model["tasks"]] == [("piqa", 1, 2)]
 
 
+def test_results_of_published_weights_go_to_a_new_folder(tiny_runs, package, tmp_path):
+    out = tmp_path / "new" / "out.json"
+    chosen = ["init_from=tiny", f"runs_dir={tiny_runs}", "device=cpu", "precision=fp32", "tasks=piqa", f"out={out}"]
+    assert eval.evaluate(compose(EvalSettings, chosen)) == 0
+    assert out.exists()
+
+
 def test_results_are_kept_and_an_evaluation_resumes(compose_tiny, tmp_path, task_file, monkeypatch):
     """An interruption in the second batch keeps the first; the same command again reads the rest only."""
     train.train(compose_tiny("training.max_steps=1"))
@@ -252,6 +259,12 @@ def test_invalid_requests_are_refused(measure, tmp_path, content, says):
     (tmp_path / "bad.jsonl").write_text(content)
     with pytest.raises(ValueError, match=says):
         measure(f"tasks={tmp_path / 'bad.jsonl'}")
+
+
+def test_requests_that_are_not_compressed_are_refused(measure, tmp_path):
+    (tmp_path / "bad.jsonl.gz").write_text("{}")
+    with pytest.raises(ValueError, match=r"bad.jsonl.gz is not a file of requests \(BadGzipFile"):
+        measure(f"tasks={tmp_path / 'bad.jsonl.gz'}")
 
 
 def test_a_character_that_the_model_lacks_is_refused(measure, task_file):

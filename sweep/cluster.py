@@ -26,8 +26,9 @@ from training.interrupt import CHILD
 COMMON = ("timeout_min", "cpus_per_task", "gpus_per_node", "tasks_per_node", "mem_gb", "nodes",
           "name", "stderr_to_stdout")
 EXECUTORS = {"SlurmLauncher": "slurm", "LocalLauncher": "local"}
-LAUNCHERS = ("use slurm, submitit_slurm or submitit_local; without a launcher, jobs run on this "
-             "machine, several at a time with jobs=2.")
+KNOWN_LAUNCHERS = (
+    "use slurm, submitit_slurm or submitit_local; without a launcher, jobs run on this machine, "
+    "several at a time with jobs=2.")
 
 
 class ClusterRunner(Runner):
@@ -46,7 +47,7 @@ class ClusterRunner(Runner):
         for override in overrides:
             key, _, value = override.partition("=")
             if key == "hydra/launcher" and value not in known:
-                raise ValueError(f"{override}: {LAUNCHERS}")
+                raise ValueError(f"{override}: {KNOWN_LAUNCHERS}")
         try:
             import hydra_plugins.hydra_submitit_launcher  # noqa: F401
             import submitit
@@ -58,7 +59,7 @@ class ClusterRunner(Runner):
         settings = launcher_settings(overrides)
         cluster = EXECUTORS.get(settings.pop("_target_").rpartition(".")[2])
         if not cluster:
-            raise ValueError(f"{overrides[0]}: {LAUNCHERS}")
+            raise ValueError(f"{overrides[0]}: {KNOWN_LAUNCHERS}")
         limits = {}
         if cluster == "slurm":
             limits["slurm_max_num_timeout"] = settings.pop("max_num_timeout")

@@ -26,7 +26,7 @@ from conf.settings import Settings, leaves
 from setting import as_word, range_problems, setting
 from sweep.cluster import ClusterRunner
 from sweep.jobs import Job, locked
-from sweep.runner import LocalRunner, Runner, run_jobs
+from sweep.runner import JobSource, LocalRunner, Runner, run_jobs
 from sweep.summary import RESUME, Progress, comparison_metric, print_best, report_failures
 from terminal import counted, output, say
 
@@ -36,7 +36,7 @@ FUNCTION = re.compile(r"(choice|range|interval|glob|sort|shuffle)\(.*\)$", re.DO
 QUOTED_TEXT = re.compile(
     r"""\s*(?P<quote>['"])(?P<text>(?:\\.|(?!(?P=quote))[^\\])*)(?P=quote)\s*(?=,|$)""", re.DOTALL)
 PLAIN_TEXT = re.compile(r"(?P<text>(?:\{[^{}]*\}|\[[^][]*\]|\([^()]*\)|\\.|[^,])*)", re.DOTALL)
-LAUNCHER = ("hydra/launcher=", "hydra.launcher.")
+LAUNCHER_PREFIXES = ("hydra/launcher=", "hydra.launcher.")
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,11 @@ class Plan:
         return LocalRunner(self.own.jobs, self.own.processes_per_job)
 
 
-class Grid:
+class Grid(JobSource):
     """A source of jobs for run_jobs: a list."""
 
-    def __init__(self, jobs: list[Job], failures: list[str]) -> None:
-        self.jobs, self.failures, self.done = jobs, failures, 0
+    def __init__(self, jobs: list[Job]) -> None:
+        self.jobs = jobs
 
     @property
     def pending(self) -> bool:
@@ -88,15 +88,6 @@ class Grid:
                 self.jobs.remove(job)
                 return job
         return None
-
-    def on_metrics(self, job: Job) -> None:
-        pass
-
-    def on_exit(self, job: Job, code: int) -> None:
-        if job.failed(code):
-            self.failures.append(job.failure_line(code))
-        if code == 0:
-            self.done += 1
 
 
 def run_grid(overrides: list[str], show: bool = False) -> int:
@@ -147,15 +138,13 @@ def run_plan(plan: Plan) -> tuple[int, list[Job]]:
         say(", ".join(parts))
 
         # Run the others. The best result so far may be that of a finished job.
-        progress = Progress(total, len(finished), len(plan.failures))
+        progress = Progress(total, len(finished), plan.failures)
         for job in finished:
             job.update()
             progress.add_result(job)
-        source = Grid(left, plan.failures)
-        code = run_jobs(source, runner, progress)
+        code = run_jobs(Grid(left), runner, progress)
 
-    done = len(finished) + source.done
-    say(f"{done} of {counted(total, 'job')} finished in {plan.folder}.")
+    say(f"{progress.counts['done']} of {counted(total, 'job')} finished in {plan.folder}.")
     if code:
         say(RESUME)
     return code, jobs
@@ -166,7 +155,7 @@ def plan_grid(overrides: list[str]) -> Plan:
     # Tell apart the settings of the grid itself, its name, those of a cluster, and those of jobs.
     own = [word for word in overrides if word.partition("=")[0] in leaves(GridSettings)]
     names = [word for word in overrides if word.startswith("name=")]
-    launcher = [word for word in overrides if word.startswith(LAUNCHER)]
+    launcher = [word for word in overrides if word.startswith(LAUNCHER_PREFIXES)]
     settings = compose(GridSettings, own)
     choices = {
         word: values_of(word) for word in overrides if word not in (*own, *names, *launcher)

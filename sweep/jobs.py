@@ -161,10 +161,6 @@ class Job:
         last = (errors or lines or [f"exit code {code}"])[-1]
         return last.removeprefix("Error: ")
 
-    def failure_line(self, code: int) -> str:
-        """One line of the list of failures."""
-        return f"{self.name}: {self.failure(code)} Log: {self.log}"
-
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:

@@ -17,7 +17,7 @@ from training.interrupt import CHILD, Interrupt
 
 
 class JobSource(Protocol):
-    """Creates jobs, and is told about new metrics in `job.new_rows` and about exit codes."""
+    """Creates jobs, and may react to new metrics in `job.new_rows` and to exit codes."""
 
     pending: bool  # whether a job may follow although there is none now
 

@@ -29,7 +29,7 @@ from conf.settings import Settings
 from report.history import PRUNED
 from setting import FilePath, range_problems, setting
 from sweep.jobs import INTERRUPTED, Job, refuse_run
-from sweep.runner import LocalRunner, run_jobs
+from sweep.runner import JobSource, LocalRunner, run_jobs
 from sweep.space import Range, Space, read_space
 from sweep.study import FileLock, import_optuna, open_study, storage_error, storage_name
 from sweep.summary import RESUME, Progress, comparison_metric, next_commands, report_failures
@@ -83,9 +83,10 @@ def search(settings: SweepSettings) -> int:
     say(f"Sweep: {folder}, study in {storage_name(settings.storage, folder)}{before}")
 
     # Train the trials, those of workers that died first.
+    progress = Progress(settings.trials, ended, [])
     try:
         runner = LocalRunner(settings.jobs, settings.processes_per_job)
-        code = run_jobs(source, runner, Progress(settings.trials, ended, 0))
+        code = run_jobs(source, runner, progress)
         print_best_trial(source, resumable=code != 0)
     except Exception as error:
         # Each kind of storage has its own exceptions. These two kinds name their cause themselves.
@@ -94,10 +95,10 @@ def search(settings: SweepSettings) -> int:
         raise ValueError(f"{storage_error(settings.storage, error)} {RESUME}") from error
     finally:
         source.release()
-    return code or report_failures(source.failures)
+    return code or report_failures(progress.failures)
 
 
-class Search:
+class Search(JobSource):
     """A source of jobs for run_jobs: the trials that Optuna suggests.
 
     Each worker locks a file as long as it lives, and each trial that is trained names its worker:
@@ -113,7 +114,6 @@ class Search:
         folder.mkdir(parents=True, exist_ok=True)
         self.metric = comparison_metric(list(space.varied))
         self.lock = FileLock(folder / "turn.lock")
-        self.failures: list[str] = []
         self.trials: dict[Job, Any] = {}
         self.pruned: set[Job] = set()
         self.last_asked, self.pending = -math.inf, False
@@ -206,8 +206,11 @@ class Search:
         trial = self.trials[job]
         for row in job.new_rows:
             step, value = row["step"], row.get(self.metric)
+            if value is None:
+                continue
             # A resumed trial repeats some of the steps.
-            if value is None or step in self.reported(trial):
+            known = self.study.get_trials(deepcopy=False)[trial.number].intermediate_values
+            if step in known:
                 continue
             trial.report(value, step)
             if step < job.max_steps and not job.stop_requested and trial.should_prune():
@@ -216,14 +219,8 @@ class Search:
         if time.monotonic() > self.deadline and not job.stop_requested:
             job.stop()
 
-    def reported(self, trial: Any) -> dict[int, float]:
-        """The values that were reported, by step."""
-        return self.study.get_trials(deepcopy=False)[trial.number].intermediate_values
-
     def on_exit(self, job: Job, code: int) -> None:
         trial, states = self.trials[job], self.optuna.trial.TrialState
-        if job.failed(code):
-            self.failures.append(job.failure_line(code))
         if code == 0 and math.isfinite(job.best):
             self.study.tell(trial, job.best)
         elif code in INTERRUPTED and job in self.pruned:

@@ -17,11 +17,13 @@ RESUME = "Run the same command again to resume."
 class Progress:
     """One line: the number of jobs in each state, the best result so far, and the time left.
 
-    `total` is the number of jobs, if it is known, of which some are done or have failed already.
+    `total` is the number of jobs, if it is known, of which some are `done` already. `failures` has
+    a line for each job that failed; others are added.
     """
 
-    def __init__(self, total: int | None, done: int, failed: int) -> None:
-        self.counts = {"done": done, "stopped": 0, "failed": failed}
+    def __init__(self, total: int | None, done: int, failures: list[str]) -> None:
+        self.counts = {"done": done, "stopped": 0, "failed": len(failures)}
+        self.failures = failures
         self.best, self.best_name = math.inf, ""
         bar, times = "{desc} [{elapsed}]", "{elapsed} elapsed"
         if total:
@@ -29,7 +31,7 @@ class Progress:
             times += ", {remaining} left"
         # smoothing=0 computes the time left from the mean speed.
         self.bar = ProgressBar(
-            total=total, initial=done + failed, smoothing=0, mininterval=0.5,
+            total=total, initial=done + len(failures), smoothing=0, mininterval=0.5,
             bar_format=bar, plain_format=f"{{desc}}, {times}")
 
     def on_exit(self, job: Job, code: int) -> None:
@@ -41,6 +43,7 @@ class Progress:
         state = "stopped" if code else "done"
         if job.failed(code):
             state, result = "failed", job.failure(code)
+            self.failures.append(f"{job.name}: {result} Log: {job.log}")
         self.counts[state] += 1
         minutes, seconds = divmod(round(time.monotonic() - job.started_at), 60)
         print_line(f"{job.name}: {state} after {minutes}:{seconds:02d}, {result}")

@@ -136,22 +136,22 @@ def job(tmp_path):
 
 
 def run(*ran, count=2):
-    source = grid.Grid(list(ran), [])
-    return run_jobs(source, LocalRunner(count), Progress(len(ran), 0, 0)), source
+    progress = Progress(len(ran), 0, [])
+    return run_jobs(grid.Grid(list(ran)), LocalRunner(count), progress), progress
 
 
 def test_a_failed_job_stops_no_other_and_names_its_last_error(job, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("progress.PLAIN_SECONDS", 0)
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs/silent.txt").write_text("Error: of an earlier attempt\n")
-    code, source = run(job("bad", "echo Error: too wide; echo more; exit 1"), job("killed", "kill -9 $$"),
-                       job("silent", "exit 3"), job("good", "echo fine"), job("last", "echo on stderr >&2; exit 1"))
-    assert code == 0 and source.done == 1
-    assert f"bad: too wide Log: {tmp_path}/logs/bad.txt" in source.failures
-    assert {line.partition(" Log:")[0] for line in source.failures} == {
+    code, progress = run(job("bad", "echo Error: too wide; echo more; exit 1"), job("killed", "kill -9 $$"),
+                         job("silent", "exit 3"), job("good", "echo fine"), job("last", "echo on stderr >&2; exit 1"))
+    assert code == 0 and progress.counts["done"] == 1
+    assert f"bad: too wide Log: {tmp_path}/logs/bad.txt" in progress.failures
+    assert {line.partition(" Log:")[0] for line in progress.failures} == {
         "bad: too wide", "killed: killed by SIGKILL; run the same command again to resume it",
         "silent: exit code 3", "last: on stderr"}
-    assert summary.report_failures(source.failures) == 1 and summary.report_failures([]) == 0
+    assert summary.report_failures(progress.failures) == 1 and summary.report_failures([]) == 0
     printed = capsys.readouterr()
     assert "good: done" in printed.out and "silent: failed" in printed.out
     assert "0 running, 1 done, 0 stopped, 4 failed" in printed.err
@@ -163,8 +163,8 @@ def test_a_failed_job_stops_no_other_and_names_its_last_error(job, tmp_path, cap
 def test_a_failure_under_torchrun_is_the_runs_own_sentence(job, printed, reason):
     ran = job("a", f"echo '{printed}'; echo =====; exit 1")
     ran.processes = 2
-    _, source = run(ran)
-    assert source.failures[0].startswith(f"a: {reason}")
+    _, progress = run(ran)
+    assert progress.failures[0].startswith(f"a: {reason}")
 
 
 def test_the_best_job_is_named_with_the_next_commands(job, tmp_path, capsys):
@@ -228,8 +228,8 @@ def test_an_interruption_stops_all_jobs_and_starts_no_other(job, tmp_path, numbe
         os.kill(os.getpid(), number)
 
     threading.Thread(target=interrupt).start()
-    code, source = run(*ran)
-    assert code == 128 + number and not source.failures and not (tmp_path / "on-c").exists()
+    code, progress = run(*ran)
+    assert code == 128 + number and not progress.failures and not (tmp_path / "on-c").exists()
     assert [one.process.poll() for one in ran[:2]] == [143, 143]
 
 
@@ -245,8 +245,8 @@ def test_a_stopped_job_of_torchrun_saved_all_or_failed(job, tmp_path, capsys, st
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=interrupt).start()
-    code, source = run(ran)
-    assert code == 130 and f"a: {state} after" in capsys.readouterr().out and bool(source.failures) == (state == "failed")
+    code, progress = run(ran)
+    assert code == 130 and f"a: {state} after" in capsys.readouterr().out and bool(progress.failures) == (state == "failed")
 
 
 @pytest.mark.slow
@@ -270,8 +270,8 @@ def test_a_job_waits_for_the_process_that_locks_its_folder(job, tmp_path):
     (tmp_path / "a").mkdir()
     lock = locks.Lock(tmp_path / "a" / "lock", "another")
     threading.Timer(0.3, lambda: ((tmp_path / "free").touch(), lock.release())).start()
-    _, source = run(job("a", f"test -e {tmp_path}/free"))
-    assert source.done == 1
+    _, progress = run(job("a", f"test -e {tmp_path}/free"))
+    assert progress.counts["done"] == 1
 
 
 def test_a_sweep_is_locked_and_not_inside_a_run(tmp_path):

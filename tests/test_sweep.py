@@ -90,7 +90,7 @@ def test_an_unpromising_trial_is_pruned(begin, pruner, stopped):
     assert job.stop_requested == stopped and states(search)[5] == ("PRUNED" if stopped else "COMPLETE")
     assert (job.folder / PRUNED).exists() == stopped  # for its report
     go(search, job := take(search), 1.5)
-    assert not job.stop_requested and not search.failures
+    assert not job.stop_requested
 
 
 def test_hyperband_prunes_too(begin):
@@ -149,7 +149,6 @@ def test_only_a_nonfinite_loss_fails_a_trial_for_good(begin):
         job.log.write_text(f"Error: {said}\n")
         one.on_exit(job, 1)
     assert states(one) == ["RUNNING", "FAIL", "RUNNING"] and one.study.trials[1].user_attrs["reason"] == "the loss is nan"
-    assert [line.partition(" ")[2][:15] for line in one.failures] == ["killed by SIGKI", "the loss is nan", "No space left o"]
     assert take(one) is None  # this worker would only fail again
     one.release()
     other = begin(trials=3)
@@ -171,7 +170,7 @@ def test_hours_end_a_search_and_leave_its_trials(begin):
     search.on_metrics(job)
     assert job.stop_requested and take(search) is None
     search.on_exit(job, 143)
-    assert states(search) == ["RUNNING"] and not search.failures
+    assert states(search) == ["RUNNING"]
 
 
 def test_a_worker_without_unfinished_trials_leaves_no_file(begin, tmp_path):

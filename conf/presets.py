@@ -5,6 +5,7 @@ Every such file is read by `read_yaml`, which limits its size. Knows no names of
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from pathlib import Path
@@ -208,12 +209,24 @@ def config_node(
     path: Path, group: str | None, content: dict[str, Any] | None = None
 ) -> ConfigNode:
     """A YAML file as Hydra's ConfigStore keeps it."""
-    if content is None:
-        content = nested(read_yaml(path), path)
+    text = read_text(path)
+    if content is not None:
+        return node_of(content, path, group, text)
+    return node_of_text(path, group, text)
+
+
+@functools.cache
+def node_of_text(path: Path, group: str | None, text: str) -> ConfigNode:
+    """A file with this text, which is parsed once for all compositions of a program."""
+    return node_of(nested(read_yaml(path), path), path, group, text)
+
+
+def node_of(content: dict[str, Any], path: Path, group: str | None, text: str) -> ConfigNode:
+    """A file with this text and this content, which can be changed."""
     refuse_hydras(content, path)
     if group == "experiment":
         content = with_overrides(content, path)
-    header = re.search(r"\A(?:\s*#.*\n)*?\s*#\s*@package\s+(\S+)", read_text(path))
+    header = re.search(r"\A(?:\s*#.*\n)*?\s*#\s*@package\s+(\S+)", text)
     package = "_global_" if group == "experiment" else None
     if header:
         package = header[1]

@@ -7,6 +7,7 @@ DictConfig.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import re
@@ -20,11 +21,12 @@ from typing import Any
 import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize, initialize_config_dir
-from hydra.core.config_store import ConfigStore
+from hydra.conf import HydraConf
+from hydra.core.config_store import ConfigNode, ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from hydra.version import VersionBase
+from hydra.version import VersionBase, setbase
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -51,6 +53,7 @@ SCHEMAS = {"config": Settings, "sample": SampleSettings}
 GIVEN_FILE = "given-file"
 # In these texts ${...} has no meaning.
 VERBATIM = ("prompt", "stop", "system", "data.separator")
+HYDRA_VERSION = "1.3"
 # All threads share Hydra's state.
 HYDRA_LOCK = threading.RLock()
 Origins = dict[str, tuple[str, str]]
@@ -159,7 +162,9 @@ def compose_with_hydra(
     own, content, parsed = own_experiment(parsed)
     origins: Origins = {}
     try:
-        with unchanged_hydra() as store, initialize(version_base="1.3", config_path=None):
+        with unchanged_hydra() as store:
+            # Hydra's plugins register their settings at its start: before its group is replaced.
+            start_hydra()
             name = register(store, root, defaults)
             if own:
                 store.repo["experiment"].add(GIVEN_FILE, own, content)
@@ -182,6 +187,30 @@ class Uncopied(dict[str, Any]):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Uncopied:
         return self
+
+
+def start_hydra() -> None:
+    """Set Hydra's global state to a Hydra that reads no folder, only the ConfigStore."""
+    setbase(HYDRA_VERSION)
+    GlobalHydra.instance().hydra = hydra_without_folder()
+
+
+@functools.cache
+def hydra_without_folder() -> Any:
+    """It is made once: for this, Hydra looks up the source of every frame of the stack."""
+    with initialize(version_base=HYDRA_VERSION, config_path=None):
+        return GlobalHydra.instance().hydra
+
+
+@functools.cache
+def hydra_without_presets() -> dict[str, ConfigNode]:
+    """Hydra's group of its own settings.
+
+    Its presets (of logging, help, ...) have no effect here, and composing them takes half of the
+    time.
+    """
+    node = OmegaConf.structured(HydraConf(defaults=[]))
+    return {"config.yaml": ConfigNode("config.yaml", node, "hydra", None, "hydra")}
 
 
 @contextmanager
@@ -239,6 +268,7 @@ def without_presets(saved: dict[str, Any], overrides: list[str]) -> list[str]:
 
 def register(store: ConfigStore, root: str | type, defaults: dict[str, Any]) -> str:
     """Store the defaults and the YAML files for Hydra; return the root's name there."""
+    store.repo["hydra"] = hydra_without_presets()
     if not isinstance(root, str):
         store.store(root.__name__, defaults)
         return root.__name__
@@ -265,7 +295,7 @@ def launcher_settings(overrides: list[str]) -> dict[str, Any]:
     Raises ConfigError for names that do not exist.
     """
     try:
-        with unchanged_hydra(), initialize_config_dir(str(presets.CONF), version_base="1.3"):
+        with unchanged_hydra(), initialize_config_dir(str(presets.CONF), "app", HYDRA_VERSION):
             composed = hydra_compose(overrides=overrides, return_hydra_config=True)
             return OmegaConf.to_container(composed.hydra.launcher)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from dataclasses import replace
 
@@ -13,11 +14,10 @@ from test_documents import packed_rows  # registers a plain varlen kernel for th
 
 import model.gpt
 import model.loss
-from conf.presets import CONF
-from conf.schema import compose
+from conf.presets import CONF, preset
 from data.loader import Validation
 from data.shards import Tokens
-from model import GPT
+from model import GPT, GPTConfig
 from model.loss import LossOptions
 from training.config import OptimConfig
 from training.device import Device
@@ -26,11 +26,12 @@ from training.optim import Optimizers
 from training.step import evaluate
 
 
+@functools.cache
 def tiny_presets():
     """The configurations of the presets, as small as possible. Those that differ by their size only are one."""
     found = {}
     for path in sorted((CONF / "model").glob("*.yaml")):
-        config = compose("config", [f"model={path.stem}"]).model
+        config = GPTConfig(**preset("model", path.stem))
         heads = 2 if config.n_kv_head else None
         config = replace(config, n_layer=1, n_head=4, n_kv_head=heads, n_embd=64, block_size=32, vocab_size=65, ngram_rows=64, dropout=0.0)
         found.setdefault(config, path.stem)

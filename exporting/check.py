@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from checkpointing.weights import Weights
 from data.tokenizer import Tokenizer
-from model import GPT, GPTConfig, SkipInit
 
 # The largest difference of two logits, as a part of the largest logit. Between programs that add in
 # another order, fp32 has a hundredth to a tenth of it.
@@ -30,21 +30,19 @@ def english_text(tokenizer: Tokenizer) -> str:
     return text
 
 
-def text_ids(tokenizer: Tokenizer, text: str, config: GPTConfig) -> Tensor:
+def text_ids(weights: Weights, text: str) -> Tensor:
     """The ids `[1, T]` of `text`, repeated until they fill the context."""
-    length = max(1, min(config.block_size, MOST_LOGITS // config.vocab_size))
-    ids = tokenizer.encode(text[: 20 * length]) or list(range(config.vocab_size))
+    vocab_size = weights.config.vocab_size
+    length = max(1, min(weights.config.block_size, MOST_LOGITS // vocab_size))
+    ids = weights.tokenizer.encode(text[: 20 * length]) or list(range(vocab_size))
     ids *= math.ceil(length / len(ids))
     return torch.tensor([ids[:length]])
 
 
-def our_logits(config: GPTConfig, tensors: dict[str, Tensor], ids: Tensor) -> Tensor:
-    """The logits `[1, T, V]` of our model with these weights, which are not copied."""
-    with SkipInit():
-        model = GPT(config)
-    model.load_state_dict(tensors, assign=True)
-    with torch.no_grad():
-        return model.eval()(ids)
+@torch.no_grad()
+def our_logits(weights: Weights, ids: Tensor) -> Tensor:
+    """The logits `[1, T, V]` of our model."""
+    return weights.model()(ids)
 
 
 def difference(ours: Tensor, theirs: Tensor, program: str) -> float:

@@ -5,6 +5,7 @@ Needs the package gguf. The check reads the file back and runs its tensors in ou
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -125,9 +126,10 @@ def add_tokenizer(gguf: ModuleType, writer: object, tokenizer: Tokenizer) -> Non
     writer.add_add_bos_token(False)
 
 
-def read_back(path: Path, config: GPTConfig, layout: str, ids: Tensor) -> Tensor:
-    """The logits of our model with the tensors of a file."""
+def read_back(path: Path, weights: Weights, layout: str, ids: Tensor) -> Tensor:
+    """The logits of our model with the tensors of a file and the shape of `weights`."""
     # "c" maps the file into memory, and writes nothing to it.
     found = import_gguf().GGUFReader(path, "c").tensors
-    tensors = {tensor.name: torch.from_numpy(np.asarray(tensor.data)) for tensor in found}
-    return our_logits(config, weights_from(layout, config, tensors), ids)
+    published = {tensor.name: torch.from_numpy(np.asarray(tensor.data)) for tensor in found}
+    tensors = weights_from(layout, weights.config, published)
+    return our_logits(replace(weights, tensors=tensors), ids)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -114,11 +115,12 @@ def class_name(config: GPTConfig, layout: str) -> str:
     return "NanohydraForCausalLM" if config.ngrams > 1 else CLASSES[layout]
 
 
-def check_folder(folder: Path, config: GPTConfig, tokenizer: Tokenizer, layout: str, text: str,
+def check_folder(folder: Path, weights: Weights, layout: str, text: str,
                  ids: Tensor) -> tuple[Tensor, str]:
     """The logits of the model in a folder, and the program that computed them.
 
-    Raises ValueError if the tokenizer in the folder is not the same.
+    Of `weights`, it uses the shape and the tokenizer. Raises ValueError if the tokenizer in the
+    folder is not the same.
     """
     try:
         import transformers
@@ -127,14 +129,14 @@ def check_folder(folder: Path, config: GPTConfig, tokenizer: Tokenizer, layout: 
     else:
         version = f"transformers {transformers.__version__}"
         if hasattr(transformers, CLASSES[layout]):
-            logits = transformers_logits(folder, config, ids)
-            check_tokenizer(folder, tokenizer, text)
+            logits = transformers_logits(folder, weights.config, ids)
+            check_tokenizer(folder, weights.tokenizer, text)
             return logits, version
         reason = f"{version} has no {CLASSES[layout]}"
     # Read the written weights back into our own model.
-    tensors = weights_from(layout, config, load_file(folder / WEIGHTS))
-    program = f"this model with the written weights ({reason})"
-    return our_logits(config, tensors, ids), program
+    tensors = weights_from(layout, weights.config, load_file(folder / WEIGHTS))
+    logits = our_logits(replace(weights, tensors=tensors), ids)
+    return logits, f"this model with the written weights ({reason})"
 
 
 def transformers_logits(folder: Path, config: GPTConfig, ids: Tensor) -> Tensor:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from checkpointing import store
-from checkpointing.checkpoint import Checkpoint
 from checkpointing.initial import find_weights
 from checkpointing.run_folder import find_run
 from checkpointing.weights import Weights, own_weights
@@ -147,7 +146,7 @@ class Engine:
         prompts = [self.prompt_ids(prompt) for prompt, _ in jobs]
         numbers = [number for _, number in jobs]
         completions = [Completion(self.tokenizer, rules.stop) for _ in jobs]
-        # `generate` drops the rows that are added to it.
+        # `generate` drops the prompts whose indices are added to it.
         done: set[int] = set()
         generated = generate(self.model, prompts, rules, numbers, decoder, done)
         while True:
@@ -156,18 +155,18 @@ class Engine:
                 step = next(generated, None)
             if step is None:
                 break
-            rows, tokens, logits = step
-            found = own_logprobs(logits, tokens) if logprobs else [math.nan] * len(rows)
-            for row, token, logprob in zip(rows, tokens.tolist(), found, strict=True):
-                completions[row].add(token, logprob)
-                if completions[row].finished:
-                    done.add(row)
+            indices, tokens, logits = step
+            found = own_logprobs(logits, tokens) if logprobs else [math.nan] * len(indices)
+            for index, token, logprob in zip(indices, tokens.tolist(), found, strict=True):
+                completions[index].add(token, logprob)
+                if completions[index].finished:
+                    done.add(index)
             yield completions
         for completion in completions:
             completion.finish()
         yield completions
 
-    def shown(self, prompt: Prompt) -> str:
+    def prompt_text(self, prompt: Prompt) -> str:
         """A prompt as text, without an end of text before it."""
         if isinstance(prompt, str):
             return prompt
@@ -236,10 +235,7 @@ def open_checkpoint(run: Path, which: str, device: Device) -> Engine:
     `which` is "best", "last", or the number of a step. Raises ValueError if the run has no such
     checkpoint, or if its content is invalid.
     """
-    def load(found: Checkpoint) -> Engine:
-        return engine_of(own_weights(found), device)
-
-    return store.load_of_run(run, which, load)
+    return store.load_of_run(run, which, lambda found: engine_of(own_weights(found), device))
 
 
 def open_decoder(engine: Engine, rules: SamplingConfig, setting: str, rows: int,
@@ -289,7 +285,7 @@ def short_sample(model: GPT, tokenizer: Tokenizer, length: int, device: Device,
     """A sample of the model, or the reason why there is none."""
     try:
         engine, rules = Engine(model, tokenizer, device), SamplingConfig(max_new_tokens=length)
-        return engine.shown(prompt) + engine.complete([(prompt, 0)], rules)[0].text
+        return engine.prompt_text(prompt) + engine.complete([(prompt, 0)], rules)[0].text
     except ValueError as error:
         # A model that has diverged: the next loss decides what to do about it.
         return str(error)

@@ -20,7 +20,7 @@ def print_samples(run: Path, prompts: Sequence[Prompt], device: Device) -> None:
         jobs = [(prompt, number) for number, prompt in enumerate(prompts)]
         for number, completion in enumerate(engine.complete(jobs, SamplingConfig())):
             output(f"--- {number + 1} of {len(jobs)}\n"
-                   f"{engine.shown(prompts[number])}{completion.text}")
+                   f"{engine.prompt_text(prompts[number])}{completion.text}")
 
 
 def say_how_to_sample(run: Path, prompts: Sequence[Prompt]) -> None:

@@ -136,13 +136,13 @@ class Batch:
         else:
             logits = uncached_logits(self.model, sequences)
         draws = torch.tensor([1 - row.stream.random() for row in self.rows], device=logits.device)
-        tokens = self.pick(logits, draws)
+        tokens = self.pick_by_rules(logits, draws)
         for row, token in zip(self.rows, tokens.tolist(), strict=True):
             row.sequence.append(token)
         return tokens, logits
 
-    def pick(self, logits: Tensor, draws: Tensor) -> Tensor:
-        """Sample one token per row, together for the rows of the same rules."""
+    def pick_by_rules(self, logits: Tensor, draws: Tensor) -> Tensor:
+        """As `pick`, where each row has its own rules: rows of the same rules together."""
         by_rules: dict[tuple[float, int, float], list[int]] = {}
         for place, row in enumerate(self.rows):
             rules = row.rules
@@ -163,20 +163,22 @@ def generate(
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
     """Continue `prompts`, `[B, T]` or rows of any lengths, by one token per iteration.
 
-    Yields the rows, their next ids `[B]`, and the logits `[B, V]` these were sampled from. The seed
-    and a row's number (its index, or its entry of `numbers`) decide its random draws: a row gets
-    the same text with and without a cache, alone and in a batch (in fp32; in lower precision, or
-    with other kernels than ours, the last digits differ). The global random state is not used.
-    `decoder` saves making one. Raises ValueError for a prompt without tokens.
+    Yields the indices of the prompts in the batch, their next ids `[B]`, and the logits `[B, V]`
+    that these were sampled from. The seed and a prompt's number (its index, or its entry of
+    `numbers`) decide its random draws: it gets the same text with and without a cache, alone and in
+    a batch (in fp32; in lower precision, or with other kernels than ours, the last digits differ).
+    The global random state is not used. `decoder` saves making one. Raises ValueError for a prompt
+    without tokens.
 
-    The caller can add finished rows to `done`. They leave the batch and the last rows take their
-    places. It ends when all are done.
+    The caller can add the indices of finished prompts to `done`. They leave the batch and the last
+    ones take their places. It ends when all are done.
     """
     if isinstance(prompts, Tensor):
         prompts = prompts.tolist()
-    rows = list(range(len(prompts)))
-    made = [Row(list(prompt), rules, number)
-            for prompt, number in zip(prompts, numbers or rows, strict=True)]
+    # The prompt of each row of the batch.
+    indices = list(range(len(prompts)))
+    rows = [Row(list(prompt), rules, number)
+            for prompt, number in zip(prompts, numbers or indices, strict=True)]
 
     was_training = model.training
     model.eval()
@@ -187,18 +189,18 @@ def generate(
             decoder = Decoder(model, rules.decoder_precision)
         longest = max(map(len, prompts))
         batch = Batch(model, decoder, len(rows), longest + rules.max_new_tokens)
-        for row in made:
+        for row in rows:
             batch.join(row)
         for _ in range(rules.max_new_tokens):
             tokens, logits = batch.step()
-            yield rows.copy(), tokens, logits
-            finished = [place for place, row in enumerate(rows) if row in done]
-            if len(finished) == len(rows):
+            yield indices.copy(), tokens, logits
+            finished = [place for place, index in enumerate(indices) if index in done]
+            if len(finished) == len(indices):
                 return
             # From the last one on, so that the places of the others stay.
             for place in reversed(finished):
-                rows[place] = rows[-1]
-                rows.pop()
+                indices[place] = indices[-1]
+                indices.pop()
                 batch.leave(place)
     finally:
         model.train(was_training)

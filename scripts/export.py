@@ -66,7 +66,6 @@ from torch import Tensor
 
 import atomic
 from checkpointing import store
-from checkpointing.checkpoint import Checkpoint
 from checkpointing.run_folder import find_run
 from checkpointing.weights import Weights, own_weights
 from exporting import gguf_file, hub, hugging_face
@@ -82,7 +81,8 @@ def main(settings: ExportSettings) -> int:
     if settings.push_to:
         hub.import_hub()
     run = find_run(Path(settings.runs_dir), settings.run)
-    weights, state = load(run, settings.checkpoint)
+    weights, state = store.load_of_run(run, settings.checkpoint,
+                                       lambda found: (own_weights(found), found.state))
     out.parent.mkdir(parents=True, exist_ok=True)
     if settings.format == "gguf":
         program = export_gguf(out, weights, run.name)
@@ -100,7 +100,7 @@ def main(settings: ExportSettings) -> int:
 def export_hugging_face(out: Path, weights: Weights, name: str, state: dict[str, Any],
                         remote_code: bool) -> str:
     """Write and check a folder; return the class that loads it."""
-    config, tokenizer = weights.config, weights.tokenizer
+    config = weights.config
     layout = hugging_face.choose_layout(config, remote_code)
     class_name = hugging_face.class_name(config, layout)
     parameters = sum(tensor.numel() for tensor in weights.tensors.values())
@@ -109,7 +109,7 @@ def export_hugging_face(out: Path, weights: Weights, name: str, state: dict[str,
         hugging_face.write_folder(folder, weights, layout)
         # The check loads the written weights: one copy at a time is in memory.
         weights.tensors.clear()
-        theirs, program = hugging_face.check_folder(folder, config, tokenizer, layout, text, ids)
+        theirs, program = hugging_face.check_folder(folder, weights, layout, text, ids)
         checked = report(logits, theirs, program)
         card = model_card(name, config, class_name, state, parameters, checked)
         atomic.write_file(folder / "README.md", [card.encode()])
@@ -119,15 +119,14 @@ def export_hugging_face(out: Path, weights: Weights, name: str, state: dict[str,
 def export_gguf(out: Path, weights: Weights, name: str) -> str:
     """Write and check a file; return the program that runs it, and its architecture there."""
     gguf_file.import_gguf()
-    config = weights.config
     # First those that raise ValueError for a model that GGUF files lack.
-    layout = gguf_file.choose_layout(config)
+    layout = gguf_file.choose_layout(weights.config)
     gguf_file.splitter(weights.tokenizer)
     _, ids, logits = reference(weights)
     with atomic.NewFile(out) as file:
         gguf_file.write_file(file.partial, weights, layout, name)
         weights.tensors.clear()
-        theirs = gguf_file.read_back(file.partial, config, layout, ids)
+        theirs = gguf_file.read_back(file.partial, weights, layout, ids)
         report(logits, theirs, "this model with the tensors of the file")
     return f"llama.cpp (architecture {layout.removeprefix('gguf-')})"
 
@@ -135,8 +134,8 @@ def export_gguf(out: Path, weights: Weights, name: str) -> str:
 def reference(weights: Weights) -> tuple[str, Tensor, Tensor]:
     """A text, its ids `[1, T]`, and the logits `[1, T, V]` of the weights."""
     text = english_text(weights.tokenizer)
-    ids = text_ids(weights.tokenizer, text, weights.config)
-    return text, ids, our_logits(weights.config, weights.tensors, ids)
+    ids = text_ids(weights, text)
+    return text, ids, our_logits(weights, ids)
 
 
 def report(ours: Tensor, theirs: Tensor, program: str) -> str:
@@ -146,11 +145,3 @@ def report(ours: Tensor, theirs: Tensor, program: str) -> str:
                f"logit, for {ours.size(1):,} tokens of text.")
     say(checked)
     return checked
-
-
-def load(run: Path, which: str) -> tuple[Weights, dict[str, Any]]:
-    """The weights and the state of a checkpoint. Raises ValueError if there is none."""
-    def read(found: Checkpoint) -> tuple[Weights, dict[str, Any]]:
-        return own_weights(found), found.state
-
-    return store.load_of_run(run, which, read)

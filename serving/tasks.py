@@ -65,7 +65,7 @@ async def completion_task(fields: Fields, model: Model,
 
 async def echo_of(prompt: list[int], model: Model, top: int | None) -> tuple[str, list[Token]]:
     """The text of a prompt, and its tokens with their log probabilities if `top` is a number."""
-    text = model.engine.shown(prompt)
+    text = model.engine.prompt_text(prompt)
     if top is None:
         return text, []
     if len(prompt) > model.block_size:

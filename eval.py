@@ -18,7 +18,6 @@ if __name__ == "__main__":
     launch("eval:evaluate", EvalSettings, __doc__)
 
 import json
-import math
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -158,16 +157,6 @@ def notes(models: list[dict[str, Any]]) -> list[str]:
 
 def write(path: Path, models: list[dict[str, Any]]) -> None:
     """Write the results of `models` as JSON; numbers that are not finite become null."""
-    content = json.dumps({"models": [finite(model) for model in models]}, indent=2)
-    atomic.write_bytes(path, f"{content}\n".encode())
+    finite = json.loads(json.dumps({"models": models}), parse_constant=lambda name: None)
+    atomic.write_bytes(path, f"{json.dumps(finite, indent=2)}\n".encode())
     say(f"Wrote {path}", sys.stderr)
-
-
-def finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: finite(inner) for name, inner in value.items()}
-    if isinstance(value, list):
-        return [finite(inner) for inner in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

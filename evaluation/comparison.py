@@ -7,6 +7,7 @@ Knows only numbers: the result of each seed. Needs SciPy (pip install scipy).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
@@ -221,8 +222,8 @@ def seeds_needed(size: float, spread: float, paired: bool = True,
     return int(enough[0]) if len(enough) else None
 
 
-def speedrun_score(losses: tuple[float, float], steps: tuple[int, int],
-                   seeds: tuple[float, float]) -> float:
+def speedrun_score(losses: Sequence[float], steps: Sequence[float],
+                   seeds: Sequence[float]) -> float:
     """How much better the second is by modded-nanogpt's track 3; from SPEEDRUN_SCORE it counts.
 
     Its noise and its value of a step are those of one recipe: GPT-2 small at a loss of 3.28.

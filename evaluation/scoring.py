@@ -14,6 +14,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -241,12 +242,8 @@ def packed(trees: list[Row]) -> list[Row]:
 
 def shared_length(first: Sequence[int], second: Sequence[int]) -> int:
     """The number of tokens that two sequences begin with."""
-    length = 0
-    for one, other in zip(first, second, strict=False):
-        if one != other:
-            break
-        length += 1
-    return length
+    pairs = zip(first, second, strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def batches(rows: list[Row], batch_tokens: int) -> Iterator[list[Row]]:

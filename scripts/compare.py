@@ -13,7 +13,7 @@ every seed is allowed: docs/evaluation.md. Needs SciPy (pip install scipy).
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -47,6 +47,8 @@ class CompareSettings:
 if __name__ == "__main__":
     # Before the imports below: --help and invalid settings need not wait for NumPy.
     launch("scripts.compare:main", CompareSettings, __doc__)
+
+from statistics import fmean
 
 from checkpointing import store
 from conf.identity import flat
@@ -95,8 +97,7 @@ def main(settings: CompareSettings) -> int:
         arms |= found
     check(arms, settings.metric)
     for name, runs in arms.items():
-        results = results_of(runs, settings.metric)
-        mean = sum(results.values()) / len(results)
+        mean = fmean(results_of(runs, settings.metric).values())
         say(f"{name}: {mean:.4f} {UNITS[settings.metric]}, {counted(len(runs), 'seed')}, "
             f"{steps_of(runs)}")
 
@@ -208,8 +209,8 @@ def check(arms: Arms, metric: str) -> None:
             raise ValueError(f"{first} and {name} were validated on different texts "
                              f"({', '.join(differing)}): their results cannot be compared. "
                              f"python eval.py run=A,B data.path=FILE measures both on one text.")
-        if metric == "val_loss" and differing_settings([only(one, TOKENIZER),
-                                                        only(other, TOKENIZER)]):
+        same_tokenizer = all(one.get(key) == other.get(key) for key in TOKENIZER)
+        if metric == "val_loss" and not same_tokenizer:
             raise ValueError(f"{first} and {name} have different tokenizers, so losses per token "
                              f"cannot be compared: use metric=bits_per_byte.")
         if not differing_settings([one | {"seed": 0}, other | {"seed": 0}]):
@@ -224,10 +225,6 @@ def check(arms: Arms, metric: str) -> None:
 def too_few(names: list[str]) -> ValueError:
     return ValueError(f"Two arms are needed, not {len(names)}: name recipes, such as optim=adamw "
                       f"optim=muon, or runs.")
-
-
-def only(settings: dict[str, Any], keys: Iterable[str]) -> dict[str, Any]:
-    return {key: settings.get(key) for key in keys}
 
 
 def text_differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
@@ -274,14 +271,11 @@ def answers(arms: Arms, settings: CompareSettings, reference: str) -> list[str]:
 
 def speedrun(first: str, second: str, arms: Arms) -> str:
     """The answer by the rule of modded-nanogpt's track 3."""
-    losses, steps, seeds = [], [], []
-    for name in (first, second):
-        runs = list(arms[name].values())
-        losses.append(sum(run.best_loss for run in runs) / len(runs))
-        steps.append(sum(run.reached[0] for run in runs) / len(runs))
-        seeds.append(len(runs))
-    score = comparison.speedrun_score(tuple(losses), tuple(steps), tuple(seeds))
-    better, needed = score >= comparison.SPEEDRUN_SCORE, comparison.SPEEDRUN_SCORE
-    verdict = "is better than" if better else "is not shown to be better than"
+    pair = [arms[first].values(), arms[second].values()]
+    losses = [fmean(run.best_loss for run in runs) for runs in pair]
+    steps = [fmean(run.reached[0] for run in runs) for runs in pair]
+    score = comparison.speedrun_score(losses, steps, [len(runs) for runs in pair])
+    needed = comparison.SPEEDRUN_SCORE
+    verdict = "is better than" if score >= needed else "is not shown to be better than"
     return (f"{second} {verdict} {first} by the rule of modded-nanogpt's track 3: its score is "
             f"{score:.4f}, and {needed} is needed.")

@@ -132,8 +132,8 @@ def main(own: ScalingSettings) -> int:
         say(f"Left out: {problem}")
 
     # Fit the law, and answer the questions about larger runs.
-    fit = fit_law(*(np.array([getattr(one, key) for one in results])
-                    for key in ("size", "tokens", "loss")))
+    numbers = np.array([(one.size, one.tokens, one.loss) for one in results]).reshape(-1, 3)
+    fit = fit_law(*numbers.T)
     print_law(fit, len(results))
     held_out = [read_result(path, name) for path, name in compared]
     for result in held_out:

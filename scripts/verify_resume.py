@@ -40,7 +40,6 @@ if __name__ == "__main__":
     launch("scripts.verify_resume:verify", VerifySettings, __doc__)
 
 import contextlib
-import json
 import os
 import random
 import signal
@@ -58,6 +57,7 @@ import atomic
 from checkpointing import store
 from checkpointing.checkpoint import MODEL, OPTIMIZER, Checkpoint
 from conf.schema import compose
+from report.history import read_rows
 from sweep.jobs import python
 from terminal import counted
 
@@ -179,12 +179,8 @@ def last_recorded_step(run: Path) -> int:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The complete lines of the metrics, except for samples."""
-    path = run / "metrics.jsonl"
-    if not path.exists():
-        return []
-    rows = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
-    return [row for row in rows if "sample" not in row]
+    """The lines of the metrics that can be read, except for samples."""
+    return [row for row in read_rows(run / "metrics.jsonl") if "sample" not in row]
 
 
 def compare(one: Path, other: Path) -> dict[str, str]:

@@ -54,12 +54,16 @@ class Conversation:
         self.turns.append([*asked, self.answer_start, *answered, self.end])
         self.n_questions += 1
 
-    def continued(self, messages: Sequence[Message]) -> list[int]:
+    def continued(self, messages: Sequence[Message], has_begun: bool = False) -> list[int]:
         """The tokens before the answer to the last of `messages`, a question of the user.
 
-        Raises ValueError for another order, and as `answer` does.
+        `has_begun`: the last message is the beginning of that answer, which is continued. Raises
+        ValueError for another order, and as `answer` does.
         """
         messages = list(messages)
+        begun: list[int] = []
+        if has_begun and messages and messages[-1].role == "assistant":
+            begun = self.engine.encode(messages.pop().text)
         if messages and messages[0].role == "system":
             self.start += message_ids(self.engine.tokenizer, messages.pop(0))
 
@@ -73,17 +77,17 @@ class Conversation:
         for question, answer in zip(ids[:-1:2], ids[1::2], strict=True):
             self.turns.append(question + answer)
         self.n_questions = len(self.turns)
-        return self.prompt(ids[-1])
+        return self.prompt(ids[-1], begun)
 
-    def prompt(self, asked: list[int]) -> list[int]:
+    def prompt(self, asked: list[int], begun: Sequence[int] = ()) -> list[int]:
         """The tokens before an answer: the last turns that leave room for it, and the question.
 
-        Drops the turns before them.
+        Drops the turns before them. `begun` are the first tokens of the answer.
         """
         block_size = self.engine.model.config.block_size
-        # The answer gets up to half of the context.
-        n_free = block_size - min(self.rules.max_new_tokens, block_size // 2)
-        n_free -= len(self.start) + len(asked) + 1
+        # The answer gets up to half of the context. The same turns precede the rest of one.
+        n_answer = max(min(self.rules.max_new_tokens, block_size // 2), len(begun) + 1)
+        n_free = block_size - n_answer - len(self.start) - len(asked) - 1
         if n_free < 0:
             # Without its two markers.
             n_asked = len(asked) - 2
@@ -93,4 +97,4 @@ class Conversation:
         while sum(map(len, self.turns)) > n_free:
             self.turns.pop(0)
         history = [token for turn in self.turns for token in turn]
-        return [*self.start, *history, *asked, self.answer_start]
+        return [*self.start, *history, *asked, self.answer_start, *begun]

@@ -13,6 +13,7 @@ from starlette.routing import Route
 
 from conf.sampling import FIXED, SamplingConfig
 from conf.serving import ServeSettings
+from data.chat import has_markers
 from report.attention import PLACEHOLDER, TEMPLATE
 from serving.answers import Json
 from serving.tasks import Model
@@ -71,6 +72,9 @@ def settings_json(models: dict[str, Model], settings: ServeSettings) -> Json:
             rows.append({"name": one.name, "kind": type(one.default).__name__,
                          "value": getattr(settings, one.name), "default": one.default,
                          **one.metadata})
-    listed = [{"name": model.name, "arguments": model.arguments,
-               "special": list(model.engine.tokenizer.special)} for model in models.values()]
+    listed = []
+    for model in models.values():
+        tokenizer = model.engine.tokenizer
+        listed.append({"name": model.name, "arguments": model.arguments,
+                       "special": list(tokenizer.special), "is_chat": has_markers(tokenizer)})
     return {"settings": rows, "models": listed}

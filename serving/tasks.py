@@ -87,7 +87,9 @@ async def chat_task(fields: Fields, model: Model,
     """A task of /v1/chat/completions. Raises BadRequest."""
     rules = fields.rules(settings)
     messages = fields.take("messages", [])
-    prompt, number = await asyncio.to_thread(read_conversation, messages, model, rules)
+    # As in vLLM: the last message is the beginning of the answer.
+    has_begun = fields.take("continue_final_message", False)
+    prompt, number = await asyncio.to_thread(read_conversation, messages, model, rules, has_begun)
     n = fields.integer("n", 1, 1, settings.batch_size)
     top = fields.integer("top_logprobs", 0, 0, MAX_TOP)
     if not fields.take("logprobs", False):
@@ -153,8 +155,8 @@ def encoded(name: str, model: Model, prompt: str | list[int]) -> list[int]:
         raise BadRequest(str(error), name) from None
 
 
-def read_conversation(given: list[Any], model: Model, rules: SamplingConfig) -> tuple[list[int],
-                                                                                    int]:
+def read_conversation(given: list[Any], model: Model, rules: SamplingConfig,
+                      has_begun: bool) -> tuple[list[int], int]:
     """The prompt of the next answer, and the number of questions before the last one."""
     if not has_markers(model.engine.tokenizer):
         raise BadRequest(f"{model.name} was not trained on conversations (data=chat): use "
@@ -164,7 +166,7 @@ def read_conversation(given: list[Any], model: Model, rules: SamplingConfig) -> 
         raise BadRequest(f"{messages.problem}.", "messages")
     try:
         conversation = Conversation(model.engine, rules)
-        return conversation.continued(messages), conversation.n_questions
+        return conversation.continued(messages, has_begun), conversation.n_questions
     except ValueError as error:
         # A question that is too long, or a character that the tokenizer lacks.
         raise BadRequest(str(error), "messages") from None

@@ -24,7 +24,7 @@ from bench import serve as bench
 from conf.sampling import SamplingConfig
 from conf.schema import ConfigError, compose
 from conf.serving import ServeSettings
-from data.chat import with_markers
+from data.chat import Message, with_markers
 from data.tokenizer import ByteTokenizer
 from generation import open_run
 from generation.chat import Conversation
@@ -323,6 +323,15 @@ def test_a_chat_is_that_of_sample_py(server, talker):
         conversation.turns[-1] = [*conversation.turns[-1][:5], *talker.tokenizer.encode(expected), conversation.end]
 
 
+def test_an_answer_that_has_begun_is_continued(server, talker):
+    question = Conversation(talker, SamplingConfig()).continued([Message("user", "a?")])
+    for begun in ("", "so", "a" * 50):
+        messages = [{"role": "user", "content": "a?"}, {"role": "assistant", "content": begun}]
+        choice = server.ask(CHAT, {"model": "talker", "messages": messages, "continue_final_message": True, "max_tokens": 5})[1]["choices"][0]
+        [expected] = talker.complete([([*question, *talker.encode(begun)], 0)], SamplingConfig(5))
+        assert choice["message"]["content"] == expected.text
+
+
 def test_the_benchmark_counts_tokens_and_times_the_first(engine):
     settings = replace(bench.ServeSettings(), prompt=5, tokens=9, requests=6)
     with serving({"tiny": engine}) as running:
@@ -389,6 +398,7 @@ def test_the_deepest_nest_that_is_read_is_an_error(server):
 def test_bad_messages_are_an_error(server, messages):
     status, answer = server.ask(CHAT, {"model": "talker", "messages": messages})
     assert status == 400 and answer["error"]["param"] == "messages"
+    assert server.ask(CHAT, {"model": "talker", "messages": messages, "continue_final_message": True})[0] == 400
 
 
 def test_http_mistakes_have_their_status(server):

@@ -18,6 +18,7 @@ from conf.sampling import SamplingConfig
 from conf.schema import compose
 from conf.serving import ServeSettings
 from conf.settings import SampleSettings
+from data.chat import with_markers
 from data.tokenizer import ByteTokenizer
 from generation import Engine, open_run
 from generation.decoder import Decoder
@@ -43,7 +44,15 @@ def engines(tiny_runs):
     tokenizer = HostileTokenizer()
     model = GPT(GPTConfig(block_size=64, vocab_size=tokenizer.vocab_size, n_layer=1, n_head=1, n_embd=16)).eval()
     tiny = open_run(tiny_runs / "tiny", device="cpu", precision="fp32")
-    return {"tiny": tiny, "hostile": Engine(model, tokenizer, Device("cpu", "fp32"))}
+    return {"tiny": tiny, "hostile": Engine(model, tokenizer, Device("cpu", "fp32")), "talker": talker()}
+
+
+def talker() -> Engine:
+    """A model of conversations that does not end by itself."""
+    tokenizer = with_markers(HostileTokenizer())
+    model = GPT(GPTConfig(block_size=4096, vocab_size=tokenizer.vocab_size, n_layer=1, n_head=1, n_embd=16)).eval()
+    model.wte.weight.data[256:] = 0
+    return Engine(model, tokenizer, Device("cpu", "fp32"))
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +165,7 @@ def test_the_page_writes_looks_and_watches(address, engines, runs_dir):
     with opened(address) as browser:
         write_and_branch(browser, engines["tiny"])
         show_hostile_text(browser)
+        chat(browser)
         look_inside(browser, engines["tiny"])
         watch(browser, runs_dir)
         fit_and_have_names(browser)
@@ -212,6 +222,59 @@ def show_hostile_text(browser: Chromium) -> None:
     assert 20 < browser.value("document.querySelectorAll('#panels .token').length") < 8000
 
 
+KEEP_REQUESTS = """asked = []; const send = fetch;
+fetch = (path, options) => { asked.push(JSON.parse(options.body)); return send(path, options); }"""
+ANSWERED = "document.getElementById('chatted').textContent.startsWith('Wrote')"
+
+
+def chat(browser: Chromium) -> None:
+    browser.click("nav a[href='#chat']")
+    browser.value(KEEP_REQUESTS)
+    browser.value("document.getElementById('setting-max_new_tokens').value = 5; document.getElementById('system').value = 'S'")
+
+    def shown(selector: str) -> list[str]:
+        return browser.value(f"[...document.querySelectorAll('#turns {selector}')].map((one) => one.textContent)")
+
+    def answered(messages: list[tuple[str, str]], seed: int, texts: list[str]) -> dict:
+        browser.wait(ANSWERED)
+        body = browser.value("asked.pop()")
+        assert [(one["role"], one["content"]) for one in body["messages"]] == [("system", "S"), *messages]
+        assert (body["seed"], body["max_tokens"]) == (seed, 5) and shown(".text") == texts
+        return body
+
+    browser.click("#question")
+    browser.type("<b>a?")
+    browser.press("Enter")
+    asked = [("user", "<b>a?")]
+    answered(asked, 1337, ["<b>a?", 5 * SCRIPT])
+    browser.click(".assistant [value=again]")
+    answered(asked, 1338, ["<b>a?", 5 * SCRIPT])
+    assert browser.value("document.activeElement.value") == "again" and shown(".place")[1] == "2 of 2"
+    browser.click(".assistant [value=previous]")
+    assert browser.value("document.activeElement.value") == "following" and shown(".place")[1] == "1 of 2"
+    # Another token in place of the third one, by keyboard.
+    browser.value("document.querySelector('#turns .token').focus()")
+    for key in ("ArrowRight", "ArrowRight", "Enter", "Enter"):
+        browser.press(key)
+    assert browser.value("document.activeElement === document.querySelectorAll('#turns .token')[2]")
+    body = answered([*asked, ("assistant", 3 * SCRIPT)], 1337, ["<b>a?", 8 * SCRIPT])
+    assert body["continue_final_message"] and shown(".place")[1] == "3 of 3" and shown(".chosen") == [SCRIPT]
+    browser.click(".user [value=edit]")
+    browser.type("!")
+    browser.click(".user .primary")
+    answered([("user", "<b>a?!")], 1337, ["<b>a?!", 5 * SCRIPT])
+    assert shown(".place") == ["2 of 2", "1 of 1"]
+    browser.value("document.getElementById('setting-max_new_tokens').value = 3000")
+    browser.click("#question")
+    browser.type("b?")
+    browser.press("Enter")
+    browser.wait("document.querySelectorAll('#turns .token').length > 20")
+    browser.click("#stop-answering")
+    browser.wait("[...document.querySelectorAll('#turns .ending')].pop().textContent.startsWith('Stopped.')")
+    assert [one["role"] for one in browser.value("asked.pop()")["messages"]] == ["system", "user", "assistant", "user"]
+    assert len(shown(".panel")) == 4 and browser.value("document.images.length === 0 && !('hacked' in window)")
+
+
 def shlex_bash(command: str) -> list[str]:
     """The words that bash passes."""
     import subprocess
@@ -251,7 +314,7 @@ def watch(browser: Chromium, runs_dir) -> None:
 
 def fit_and_have_names(browser: Chromium) -> None:
     browser.resize(360, 800)
-    for view in ("write", "look", "watch"):
+    for view in ("write", "chat", "look", "watch"):
         browser.value(f"location.hash = '{view}'")
         browser.wait(f"!document.querySelector('[data-view={view}]').hidden")
         assert browser.value("document.documentElement.scrollWidth") <= 360

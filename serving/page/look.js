@@ -6,7 +6,9 @@ let latest = 0, scored;
 
 export function setUp(served) {
   find("model-2").append(...served.models.map(({ name }) => new Option(name)));
-  const text = find("scored").appendChild(make("div", { className: "text", role: "group", ariaLabel: "The text, token by token" }));
+  const label = { role: "group", ariaLabel: "The text, token by token" };
+  const text = make("div", { className: "text", ...label });
+  find("scored").append(text);
   scored = new TokenText(text);
   find("inspect").addEventListener("submit", (event) => {
     event.preventDefault();
@@ -22,12 +24,16 @@ export function lookAt(text, model) {
 }
 
 async function look() {
-  const number = ++latest, body = { model: find("model-2").value, text: find("text").value };
+  latest += 1;
+  const number = latest;
+  const body = { model: find("model-2").value, text: find("text").value };
   say("");
   find("looked").textContent = "Reading…";
   try {
-    const [losses, attention] = await Promise.all([ask("page/losses", body), ask("page/attention", body)]);
-    if (number !== latest) return; // another one was asked for
+    const asked = [ask("page/losses", body), ask("page/attention", body)];
+    const [losses, attention] = await Promise.all(asked);
+    // Another text may have been asked for.
+    if (number !== latest) return;
     find("found").hidden = false;
     find("looked").textContent = "";
     showLosses(losses);
@@ -42,15 +48,18 @@ function showLosses({ tokens, next, loss, bits_per_byte: bits }) {
   scored.clear("");
   scored.draw(tokens);
   const count = tokens.filter(({ logprob }) => logprob !== null).length;
+  const perplexity = Math.exp(loss).toFixed(1);
   find("loss").textContent = count
-    ? `${loss.toFixed(3)} nats per token, perplexity ${Math.exp(loss).toFixed(1)}, ${bits.toFixed(3)} bits per byte, of ${count} predicted tokens.`
+    ? `${loss.toFixed(3)} nats per token, perplexity ${perplexity}, `
+      + `${bits.toFixed(3)} bits per byte, of ${count} predicted tokens.`
     : "No token is predicted: write more than one.";
-  const rows = next.map((one) => make("tr", {}, ...shareCells(one).map((cell) => make("td", {}, cell))));
-  find("next").tBodies[0].replaceChildren(...rows);
+  const row = (one) => make("tr", {}, ...shareCells(one).map((cell) => make("td", {}, cell)));
+  find("next").tBodies[0].replaceChildren(...next.map(row));
 }
 
 function showAttention({ data, left_out: leftOut }) {
-  find("attention-note").textContent = !leftOut ? "" : `Of the last ${data.words.length} tokens; ${leftOut} before them are not shown.`;
+  find("attention-note").textContent = leftOut
+    ? `Of the last ${data.words.length} tokens; ${leftOut} before them are not shown.` : "";
   const frame = find("attention");
   frame.onload = () => {
     const { body } = frame.contentDocument;

@@ -1,6 +1,6 @@
-// A text token by token: each is colored by its probability, and shows its alternatives when it is clicked.
-// A token is { text, logprob, top: [[text, logprob], ...] }, its most likely alternatives first. All text is
-// set as textContent: what a model writes is never HTML.
+// A text token by token: each is colored by its probability, and shows its alternatives when it is
+// clicked. A token is { text, logprob, top: [[text, logprob], ...] }, its most likely alternatives
+// first. All text is set as textContent: what a model writes is never HTML.
 import { make } from "./api.js";
 
 // The least probability of each tint, and its name in the legend.
@@ -16,8 +16,10 @@ export function percent(logprob) {
 
 export function drawLegends() {
   for (const legend of document.querySelectorAll("[data-legend]")) {
-    const samples = TINTS.map(([, name], tint) => make("span", { className: `token tint-${tint}`, textContent: name }));
-    legend.append("Probability of a token:", ...samples);
+    legend.append("Probability of a token:");
+    TINTS.forEach(([, textContent], tint) => {
+      legend.append(make("span", { className: `token tint-${tint}`, textContent }));
+    });
   }
 }
 
@@ -31,8 +33,9 @@ export function shareCells([text, logprob]) {
 }
 
 export class TokenText {
-  // `container` is in an element of the class panel. `choose(index, text)` is called for the alternative of a
-  // token that was clicked, if `allows(text)`; without it, alternatives are only shown.
+  // `container` is in an element of the class panel. `choose(index, text)` is called for the
+  // alternative of a token that was clicked, if `allows(text)`; without it, alternatives are only
+  // shown.
   constructor(container, choose = null, allows = () => true) {
     Object.assign(this, { container, choose, allows, tokens: [], spans: [], popover: null });
     container.addEventListener("click", (event) => this.open(this.spans.indexOf(event.target)));
@@ -49,39 +52,51 @@ export class TokenText {
   // Start a text: `given` precedes the tokens.
   clear(given) {
     this.close(false);
-    this.tokens = this.spans = [];
-    this.container.replaceChildren(make("span", { className: "given", textContent: given }));
+    this.tokens = [];
+    this.spans = [];
+    const start = make("span", { className: "given", textContent: given });
+    this.container.replaceChildren(start);
   }
 
   // Draw the tokens from the number `first` on.
   draw(tokens, first = 0) {
-    if (!first) this.spans = [];
     this.tokens = tokens;
     for (let index = first; index < tokens.length; index++) {
       const { text, logprob, isChosen } = tokens[index];
       this.spans[index] ??= this.container.appendChild(this.tokenSpan(index));
-      const tint = logprob === null ? 0 : TINTS.findIndex(([least]) => Math.exp(logprob) >= least);
-      this.spans[index].className = `token tint-${tint}${text.includes("\n") ? " newline" : ""}${isChosen ? " chosen" : ""}`;
-      this.spans[index].textContent = text;
-      this.spans[index].hidden = !text;
-      if (logprob !== null) this.spans[index].title = percent(logprob);
+      const span = this.spans[index];
+      const tint = TINTS.findIndex(([least]) => logprob === null || Math.exp(logprob) >= least);
+      span.className = `token tint-${tint}`;
+      span.classList.toggle("newline", text.includes("\n"));
+      span.classList.toggle("chosen", Boolean(isChosen));
+      span.textContent = text;
+      span.hidden = !text;
+      if (logprob !== null) span.title = percent(logprob);
     }
   }
 
   tokenSpan(index) {
-    const tabIndex = index ? -1 : 0; // the arrow keys go to the others
-    return make("span", { role: "button", tabIndex, ariaHasPopup: "dialog", ariaExpanded: "false" });
+    // The arrow keys go to the others.
+    const tabIndex = index ? -1 : 0;
+    const state = { ariaHasPopup: "dialog", ariaExpanded: "false" };
+    return make("span", { role: "button", tabIndex, ...state });
+  }
+
+  // Move the focus to a token; Tab then returns to it.
+  focus(index) {
+    for (const span of this.spans) span.tabIndex = -1;
+    this.spans[index].tabIndex = 0;
+    this.spans[index].focus();
   }
 
   onKey(event) {
-    const spans = this.spans.filter((span) => !span.hidden), at = spans.indexOf(event.target);
-    const to = { ArrowRight: at + 1, ArrowLeft: at - 1, Home: 0, End: spans.length - 1 }[event.key];
+    const spans = this.spans.filter((span) => !span.hidden);
+    const { key, target } = event;
+    const at = spans.indexOf(target);
+    const to = { ArrowRight: at + 1, ArrowLeft: at - 1, Home: 0, End: spans.length - 1 }[key];
     if (at < 0 || event.altKey || event.ctrlKey || event.metaKey) return;
-    if (spans[to]) {
-      spans[at].tabIndex = -1;
-      spans[to].tabIndex = 0;
-      spans[to].focus();
-    } else if (event.key === "Enter" || event.key === " ") this.open(this.spans.indexOf(event.target));
+    if (spans[to]) this.focus(this.spans.indexOf(spans[to]));
+    else if (key === "Enter" || key === " ") this.open(this.spans.indexOf(target));
     else return;
     event.preventDefault();
   }
@@ -89,30 +104,43 @@ export class TokenText {
   open(index) {
     this.close(false);
     if (index < 0 || this.tokens[index].logprob === null) return;
-    const span = this.spans[index], { text, logprob, top } = this.tokens[index];
+    const { text, logprob, top } = this.tokens[index];
     const name = make("span", { className: "word", textContent: visible(text) });
-    const about = make("p", {}, name, ` had ${percent(logprob)}, a loss of ${(-logprob).toFixed(2)}.`);
+    const loss = (-logprob).toFixed(2);
+    const about = make("p", {}, name, ` had ${percent(logprob)}, a loss of ${loss}.`);
     if (this.choose) about.append(" Continue from another token:");
-    const items = top.map((one) => {
-      if (!this.choose) return make("li", {}, make("span", {}, ...shareCells(one)));
-      const button = make("button", { type: "button", disabled: !this.allows(one[0]) }, ...shareCells(one));
-      button.addEventListener("click", () => {
-        this.close(false);
-        this.choose(index, one[0]);
-      });
-      return make("li", {}, button);
-    });
+    const items = top.map((one) => make("li", {}, this.alternative(index, one)));
     const ariaLabel = `Alternatives of ${visible(text)}`;
-    this.popover = make("div", { className: "popover", role: "dialog", ariaLabel, tabIndex: -1 }, about, make("ul", {}, ...items));
-    this.opener = span;
-    span.ariaExpanded = "true";
+    const state = { className: "popover", role: "dialog", ariaLabel, tabIndex: -1 };
+    this.popover = make("div", state, about, make("ul", {}, ...items));
+    this.opener = this.spans[index];
+    this.opener.ariaExpanded = "true";
+    this.place();
+    const first = this.popover.querySelector("button:enabled") ?? this.popover;
+    first.focus({ preventScroll: true });
+    this.popover.scrollIntoView({ block: "nearest" });
+  }
+
+  alternative(index, one) {
+    if (!this.choose) return make("span", {}, ...shareCells(one));
+    const disabled = !this.allows(one[0]);
+    const button = make("button", { type: "button", disabled }, ...shareCells(one));
+    button.addEventListener("click", () => {
+      this.close(false);
+      this.choose(index, one[0]);
+    });
+    return button;
+  }
+
+  // Put the popover below the token that has opened it.
+  place() {
     const panel = this.container.closest(".panel");
     panel.append(this.popover);
-    const box = span.getClientRects()[span.getClientRects().length - 1], outer = panel.getBoundingClientRect();
+    const box = [...this.opener.getClientRects()].pop();
+    const outer = panel.getBoundingClientRect();
+    const right = outer.width - this.popover.offsetWidth - 8;
     this.popover.style.top = `${box.bottom - outer.top + 4}px`;
-    this.popover.style.left = `${Math.max(8, Math.min(box.left - outer.left, outer.width - this.popover.offsetWidth - 8))}px`;
-    (this.popover.querySelector("button:enabled") ?? this.popover).focus({ preventScroll: true });
-    this.popover.scrollIntoView({ block: "nearest" });
+    this.popover.style.left = `${Math.max(8, Math.min(box.left - outer.left, right))}px`;
   }
 
   close(refocus = true) {

@@ -5,6 +5,7 @@ The dataclasses live beside the code that reads them. Knows nothing of files or 
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 import textwrap
@@ -53,12 +54,18 @@ def range_problems(settings: Any) -> Iterator[str]:
             yield f"{one.name}={value} must be {' and '.join(wanted)}{usual}."
 
 
+@functools.cache
+def type_hints(settings: type) -> dict[str, Any]:
+    """The type of each field of a dataclass."""
+    return get_type_hints(settings)
+
+
 def help_lines(settings: Any, prefix: str = "") -> Iterator[str]:
     """The lines of --help about a dataclass instance: name=value and the help text of each field.
 
     Fields without a help text are not for users, and left out.
     """
-    hints = get_type_hints(type(settings))
+    hints = type_hints(type(settings))
     for one in fields(settings):
         value = getattr(settings, one.name)
         if is_dataclass(value):

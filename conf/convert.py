@@ -8,12 +8,12 @@ from __future__ import annotations
 import os
 import types
 from dataclasses import fields, is_dataclass
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin
 
 from conf.hints import OTHER_VALUES, closest
 from conf.identity import in_one_line
 from conf.settings import leaves
-from setting import FilePath, FilePaths, as_word
+from setting import FilePath, FilePaths, as_word, type_hints
 
 TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false"}
 
@@ -21,7 +21,7 @@ TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false"}
 def freeze(schema: Any, values: dict[str, Any], prefix: str, problems: list[str]) -> Any:
     """An instance of the dataclass `schema`; sentences about invalid values go to `problems`."""
     arguments: dict[str, Any] = {}
-    for name, hint in get_type_hints(schema).items():
+    for name, hint in type_hints(schema).items():
         if name not in values:
             continue
         key, value = f"{prefix}{name}", values[name]

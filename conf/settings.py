@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal
 
 from conf.hints import closest
 from conf.sampling import SamplingConfig
 from data.config import DataConfig
 from model.config import GPTConfig
-from setting import FilePath, FilePaths, range_problems, setting
+from setting import FilePath, FilePaths, range_problems, setting, type_hints
 from terminal import escaped
 from training.config import OptimConfig, TrainingConfig
 from training.recorder import LoggerConfig
@@ -160,7 +160,7 @@ def checkpoint_problems(checkpoint: str) -> Iterator[str]:
 def leaves(schema: type, prefix: str = "") -> dict[str, Any]:
     """The full name and type of each setting, as in {"model.n_layer": int}."""
     found: dict[str, Any] = {}
-    for name, hint in get_type_hints(schema).items():
+    for name, hint in type_hints(schema).items():
         key = f"{prefix}{name}"
         if is_dataclass(hint):
             found |= leaves(hint, f"{key}.")

@@ -22,6 +22,7 @@ from conf.convert import is_text
 from conf.schema import compose
 from conf.settings import leaves
 from data.tokenizer import PUBLISHED
+from training import estimate
 
 settings.register_profile("nanohydra", deadline=None, max_examples=50)  # no deadline: the machine may be busy
 settings.load_profile("nanohydra")
@@ -52,6 +53,11 @@ def compose_or_remember(root, settings, words):
     return copy.deepcopy(composed(root, settings, tuple(words)))
 
 
+@functools.cache
+def parsed_value(word):
+    return OverridesParser.create().parse_override(word).value()
+
+
 def compose_or_set(root, settings, words):
     """As `compose_or_remember`, but the numbers and words among the values are set afterwards, read by Hydra's parser.
 
@@ -69,7 +75,7 @@ def compose_or_set(root, settings, words):
         place = values
         for group in groups:
             place = place[group]
-        place[key] = OverridesParser.create().parse_override(word).value()
+        place[key] = parsed_value(word)
     return values, experiment, origins
 
 
@@ -125,11 +131,13 @@ def book(tmp_path_factory):
 
 
 @pytest.fixture
-def compose_tiny(book, tmp_path):
+def compose_tiny(book, tmp_path, monkeypatch):
     """Settings of a run that takes a second: `compose_tiny("training.max_steps=3", ...)`.
 
     Names and paths are put in after the composition, so that tests share compositions.
     """
+    # A run of a few steps would otherwise time five others first.
+    monkeypatch.setattr(estimate, "LEAST_SECONDS", 0)
     small = ["model=nano", "data=text", f"data.path={book}", "data.tokenizer=char", "training=smoke", "name=tiny", "training.device=cpu",
              "training.precision=fp32", "training.eval_tokens=512", "optim.lr=3e-3", "logger.report=false", "training.sample_tokens=0"]
 

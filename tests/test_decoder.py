@@ -149,9 +149,9 @@ def test_logits_are_those_without_a_cache(kind, shape, decoder_of):
     block_size = 66 if kind is PackedCache else 16  # more than a panel of the kernels
     model = make(block_size, **SHAPES[shape])
     decoder = decoder_of(model, kind)
-    batch = prompts_of(block_size, 1, block_size - 7, 3, 3, 2 * block_size + 6)
+    batch = prompts_of(block_size, 1, block_size - 4, 3, 3, 2 * block_size + 6)
     for prompts in (batch, prompts_of(5)):
-        for sequences, logits in steps(decoder, prompts, 9):
+        for sequences, logits in steps(decoder, prompts, 6):
             assert_exact(model, sequences, logits)
     assert kind is not StaticCache or TracedCall.made > 0
 

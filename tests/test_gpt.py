@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from conf import compose
-from conf.presets import options
+from conf.presets import options, preset
 from model import SkipInit, linear
 from model.attention import KVCache
 from model.gpt import GPT, MLP, GPTConfig
@@ -56,7 +55,7 @@ def random_ids(*shape: int, vocab_size: int = V, seed: int = 0) -> Tensor:
 def test_each_preset_has_its_size_and_one_role_per_parameter(name):
     """GPT-2's presets have the published numbers of parameters."""
     with SkipInit("meta"):
-        model = GPT(compose([f"model={name}"]).model)
+        model = GPT(GPTConfig(**preset("model", name)))
     by_role = [id(weights) for role in model.parameters_by_role().values() for weights in role.values()]
     assert sorted(by_role) == sorted(id(weights) for weights in model.parameters())
     count = sum(weights.numel() for weights in model.parameters())

@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from contextlib import suppress
 from pathlib import Path
 from threading import Thread
@@ -91,7 +90,7 @@ def test_the_marker_of_a_killed_process_is_replaced(tmp_path, monkeypatch):
     with pytest.raises(BlockingIOError, match="the first"):
         locks.Lock(path, "the second")
     holder.kill()
-    time.sleep(0.2)
+    os.waitid(os.P_PID, holder.pid, os.WEXITED | os.WNOWAIT)
     lock = locks.Lock(path, "the second")
     holder.communicate()
     assert lock.in_place()

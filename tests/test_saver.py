@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import threading
-import time
 
 import pytest
 import torch
@@ -21,7 +20,7 @@ def slow(tmp_path):
     go, warnings = threading.Event(), []
 
     def make(stop_on_error=False):
-        return Saver(tmp_path, 2, 0, lambda: go.wait(5), warnings.append, stop_on_error), go, warnings
+        return Saver(tmp_path, 2, 0, lambda: go.wait(60), warnings.append, stop_on_error), go, warnings
     return make
 
 
@@ -49,11 +48,10 @@ def test_an_error_waits_for_the_save_and_ctrl_c_does_not(slow, tmp_path):
     assert [found.step for found in store.list_checkpoints(tmp_path)] == [1]
     other, go, _ = slow()
     go.clear()
-    start = time.monotonic()
     with pytest.raises(KeyboardInterrupt), other:
         other.save(snapshot(2))
         raise KeyboardInterrupt
-    assert other.thread.is_alive() and time.monotonic() - start < 4
+    assert other.thread.is_alive()
     go.set()
     other.thread.join()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -29,15 +30,23 @@ FORBIDDEN = {
 }
 
 
-def imports(path: Path) -> set[str]:
-    """The top-level packages that a file imports anywhere, also inside functions."""
-    found = set()
+@functools.cache
+def parsed(path: Path) -> tuple[set[str], list[ast.Call]]:
+    """The packages that a file imports, and its calls of torch.load."""
+    found, calls = set(), []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {name.name.split(".")[0] for name in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             found.add(node.module.split(".")[0])
-    return found
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "load" and ast.unparse(node.func).endswith("torch.load"):
+            calls.append(node)
+    return found, calls
+
+
+def imports(path: Path) -> set[str]:
+    """The top-level packages that a file imports anywhere, also inside functions."""
+    return parsed(path)[0]
 
 
 def files(*folders: str) -> list[Path]:
@@ -83,8 +92,7 @@ def test_no_pickle_and_torch_load_of_tensors_only():
     """In the one file that reads what other programs wrote."""
     for path in product():
         assert "pickle" not in imports(path), path
-        calls = [node for node in ast.walk(ast.parse(path.read_text()))
-                 if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("torch.load")]
+        _, calls = parsed(path)
         for call in calls:
             given = {word.arg: ast.unparse(word.value) for word in call.keywords}
             assert given.get("weights_only") == "True", path

@@ -76,6 +76,17 @@ def parse_json(content: bytes | str) -> Any:
 
 
 @contextmanager
+def errors_of(path: Path) -> Iterator[None]:
+    """Add the path to an OSError without one, such as that of a write to a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
 def new_folder(final: Path) -> Iterator[Path]:
     """Yield an empty folder that is renamed to `final` at the end of the block.
 
@@ -143,7 +154,8 @@ class NewFile:
         self.descriptor = create(self.partial)
 
     def write(self, chunk: bytes | memoryview) -> None:
-        write_all(self.descriptor, chunk)
+        with errors_of(self.final):
+            write_all(self.descriptor, chunk)
 
     def replace_head(self, head: bytes) -> None:
         """Overwrite the first bytes of the file."""
@@ -154,9 +166,11 @@ class NewFile:
 
     def __exit__(self, failure: type | None, *rest: object) -> None:
         try:
+            # The content reaches the disk before the name does.
             try:
                 if not failure:
-                    os.fsync(self.descriptor)
+                    with errors_of(self.final):
+                        os.fsync(self.descriptor)
             finally:
                 os.close(self.descriptor)
             if not failure:
@@ -178,14 +192,17 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> str:
     try:
         for chunk in chunks:
             digest.update(chunk)
-            write_all(descriptor, chunk)
-        os.fsync(descriptor)
+            with errors_of(path):
+                write_all(descriptor, chunk)
+        with errors_of(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
     return digest.hexdigest()
 
 
 def write_all(descriptor: int, chunk: bytes | memoryview) -> None:
+    """Write a chunk, of which a single write may take only a part."""
     left = memoryview(chunk).cast("B")
     while left:
         left = left[os.write(descriptor, left[:CHUNK_BYTES]):]
@@ -194,6 +211,7 @@ def write_all(descriptor: int, chunk: bytes | memoryview) -> None:
 def truncate(path: Path, kept: bytes) -> None:
     """Replace a file by a part of its lines. If these are its beginning, that needs no space."""
     with os.fdopen(open_regular(path, os.O_RDWR), "rb") as file:
+        # Cutting off the end also works on a full disk.
         if file.read(len(kept)) == kept:
             os.ftruncate(file.fileno(), len(kept))
             return
@@ -219,10 +237,12 @@ class LineFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.descriptor = open_regular(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+        # Remove an incomplete last line.
         self.size = os.fstat(self.descriptor).st_size
         if self.size and os.pread(self.descriptor, 1, self.size - 1) != b"\n":
             self.size = read_regular(path, self.size).rfind(b"\n") + 1
             os.ftruncate(self.descriptor, self.size)
+        # Lines that could not be written yet.
         self.waiting = b""
         self.mutex = threading.Lock()
 
@@ -246,6 +266,7 @@ class LineFile:
             if os.write(self.descriptor, self.waiting) < len(self.waiting):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
+            # The part will be written again with the rest.
             os.ftruncate(self.descriptor, self.size)
             raise OSError(f"{self.path} takes no more lines ({error.strerror})") from None
         self.size += len(self.waiting)

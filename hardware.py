@@ -33,10 +33,12 @@ def native(precision: str, device: str = "cpu") -> bool:
 
     if precision == "fp32":
         return True
+    # GPUs.
     if device == "cuda":
         return precision == "fp16" or torch.cuda.is_bf16_supported(including_emulation=False)
     if device == "mps":
         return precision == "fp16"
+    # CPUs: the override, or else the instructions.
     answer = os.environ.get(f"NANOHYDRA_NATIVE_{precision.upper()}")
     if answer in ("0", "1"):
         return answer == "1"
@@ -170,6 +172,7 @@ def memory_of(group: Path) -> tuple[int, int] | None:
 
 def busy_cpus() -> float:
     """The number of CPUs that other processes use, now and in the last minute; 0 if unknown."""
+    # Each reading of the runnable processes is one moment; their median leaves out short ones.
     runnable = []
     try:
         for _ in range(5):

@@ -30,11 +30,12 @@ def exclusive_lock(path: Path) -> Iterator[None]:
     descriptor = open_regular(path, os.O_RDWR | os.O_CREAT)
     marker = None
     try:
-        marker = lock_descriptor(descriptor, path, f"process {os.getpid()}")
+        try:
+            marker = lock_descriptor(descriptor, path, f"process {os.getpid()}")
+        except BlockingIOError:
+            raise BlockingIOError(f"{path} is being written by another process: wait for it, or "
+                                  "use another file.") from None
         yield
-    except BlockingIOError:
-        raise BlockingIOError(f"{path} is being written by another process: wait for it, or use "
-                              f"another file.") from None
     finally:
         if marker:
             marker.release()
@@ -52,6 +53,7 @@ class Lock:
         self.path = path
         attempts = 0
         while True:
+            # Create the file, if necessary with its folder.
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self.descriptor = open_regular(path, os.O_RDWR | os.O_CREAT)
@@ -61,6 +63,8 @@ class Lock:
                 if attempts == 100:
                     raise
                 continue
+
+            # Lock it, or raise an error that names the holder.
             try:
                 self.marker = lock_descriptor(self.descriptor, path, holder)
             except OSError as error:
@@ -71,9 +75,10 @@ class Lock:
                 advice = f" ({error.strerror})" if error.strerror else ""
                 message = (found or "another process") + advice
                 raise BlockingIOError(errno.EWOULDBLOCK, message) from None
+
+            # Was the file moved before it was locked? Then try again.
             if is_same_file(path, self.descriptor):
                 break
-            # The file was moved before it was locked.
             self.release()
         os.ftruncate(self.descriptor, 0)
         os.pwrite(self.descriptor, holder.encode(), 0)
@@ -139,6 +144,7 @@ class Marker:
         own = {"host": socket.gethostname(), "process": process, "started": start_time(process),
                "holder": holder}
         for attempt in range(100):
+            # Only one process can create the file.
             try:
                 self.descriptor = create(self.path)
             except FileExistsError:
@@ -146,6 +152,8 @@ class Marker:
             else:
                 write_all(self.descriptor, json.dumps(own).encode())
                 return
+
+            # The file exists: does its process still run? If the file is gone by now, try again.
             if found is None:
                 continue
             if found:

@@ -77,6 +77,7 @@ class ProgressBar(tqdm):
     def format_dict(self) -> dict[str, Any]:
         """The displayed state; its rate combines the estimate and the measured time."""
         state = super().format_dict
+        # As if a tenth of the work had been done at the expected pace.
         done, elapsed = max(0, self.n - self.initial), state["elapsed"]
         if self.expected and not self.disable:
             state["rate"] = 1 / self.expected
@@ -84,6 +85,7 @@ class ProgressBar(tqdm):
             if done:
                 weight = 0.1 * (self.total - self.initial)
                 state["rate"] = (weight + done) / (weight * self.expected + elapsed)
+        # The bar then shows the time until the limit, unless the work is complete before.
         if self.time_limit < math.inf and self.total > self.n:
             measured = done / max(elapsed, 1e-9)
             needed = (self.total - self.n) / max(self.time_limit - elapsed, 1e-9)
@@ -93,6 +95,7 @@ class ProgressBar(tqdm):
     def plain_line(self) -> str:
         """The state as a plain line."""
         state = self.format_dict
+        # tqdm's fields, with spaces around words instead of its punctuation.
         line_format = self.plain_format
         if not line_format:
             line_format = WITH_TOTAL if self.total else WITHOUT_TOTAL

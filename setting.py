@@ -42,6 +42,7 @@ def range_problems(settings: Any) -> Iterator[str]:
         value = getattr(settings, one.name)
         if value is None or not limits:
             continue
+        # No comparison holds for NaN.
         wanted = []
         for name, limit in limits.items():
             holds, words = LIMITS[name]
@@ -75,6 +76,7 @@ def help_lines(settings: Any, prefix: str = "") -> Iterator[str]:
         text = one.metadata.get("help", "")
         if not text:
             continue
+        # The values to choose from.
         if get_origin(hints[one.name]) is Literal:
             text += f" ({', '.join(get_args(hints[one.name]))})"
         yield from two_columns(f"{prefix}{one.name}={as_word(value)}", text)

@@ -49,8 +49,8 @@ def _print(text: str, end: str, stream: TextIO) -> None:
     try:
         print(text, end=end, file=stream, flush=True)
     except OSError as error:
-        name = str(getattr(stream, "name", "the output"))
-        raise type(error)(error.errno, error.strerror, name) from None
+        error.filename = str(getattr(stream, "name", "the output"))
+        raise
 
 
 def can_redraw(stream: TextIO) -> bool:
@@ -95,6 +95,7 @@ def readable_size(nbytes: float) -> str:
     """A number of bytes in the largest fitting unit: "0 bytes", "367 bytes", "1.4 MB", "128 GB"."""
     if nbytes < 1000:
         return counted(round(nbytes), "byte")
+    # Three digits at most: 1000 of a unit are shown as 0.98 of the next.
     units = ["KB", "MB", "GB", "TB"]
     nbytes /= 1024
     while nbytes >= 1000 and len(units) > 1:

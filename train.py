@@ -15,14 +15,11 @@ if __name__ == "__main__":
     launch("train:train", "config", __doc__, multirun="sweep.grid:run_grid")
 
 from contextlib import ExitStack
-from dataclasses import asdict
-from functools import partial
 
 import atomic
 from checkpointing import notices, store
 from checkpointing.checkpoint import Checkpoint
 from checkpointing.initial import initial_weights
-from checkpointing.peers import Peers
 from checkpointing.planned import divides_weights, memory_advice
 from checkpointing.resume import (
     limit_reached,
@@ -33,7 +30,6 @@ from checkpointing.resume import (
     with_vocab_size,
 )
 from checkpointing.run_folder import Run
-from checkpointing.saver import Saver
 from checkpointing.state import State, new_state
 from conf.schema import as_yaml
 from conf.settings import Settings
@@ -43,7 +39,7 @@ from generation.engine import Prompt
 from generation.samples import print_samples, say_how_to_sample
 from report.page import after_training, is_current
 from terminal import counted, say
-from trainer import Trainer
+from trainer import Trainer, open_trainer
 from training.clock import Clock
 from training.config import TrainingConfig
 from training.configure import configure
@@ -52,7 +48,6 @@ from training.device import Device
 from training.distributed import World
 from training.interrupt import Interrupt
 from training.memory import check_memory
-from training.recorder import Recorder
 from training.step import document_numbers
 
 
@@ -103,20 +98,17 @@ def train_together(settings: Settings, world: World) -> int:
 
         # A scheduler signals all processes, and torchrun then signals them again: these are one.
         with (Interrupt(second_ends=world.size == 1) as interrupt, Clock() as clock,
-              world.only_first(lambda: Recorder(
-                  run.folder, state.step, limits.max_steps, settings.logger,
-                  asdict(settings))) as recorder,
-              Saver(run.checkpoints, limits.keep_last, state.step,
-                    partial(before_checkpoint, run, recorder), recorder.say,
-                    stop_on_error=limits.on_save_error == "stop", peers=Peers(world)) as saver):
-            trainer = Trainer(settings, data, tasks, state, device, world, run, recorder, saver)
+              open_trainer(settings, data, tasks, state, device, world, run) as trainer):
             trainer.describe(last, imported)
             trainer.compile()
             trainer.estimate()
             if limits.on_nonfinite == "rollback" and not last:
                 trainer.start_save()  # a checkpoint to return to
-            decision = training_loop(trainer, state, limits, world, clock, interrupt)
+            decision = training_loop(trainer, clock, interrupt)
+
+            # Save what is not saved yet, and say why training ends.
             trainer.save_last_step()
+            recorder = trainer.recorder
             if decision.interrupted or interrupt:
                 recorder.say(f"Interrupted: {state.step} of {counted(limits.max_steps, 'step')} "
                              f"are saved in {run.folder}; the same command resumes there.")
@@ -125,9 +117,11 @@ def train_together(settings: Settings, world: World) -> int:
                 recorder.say(notices.early_stop(state))
             if settings.logger.report and world.is_first:
                 recorder.say(after_training(run.folder))
+
+        # Sample from the best checkpoint.
         if world.is_first:
             say(f"Trained {counted(state.step, 'step')} in {state.seconds:.0f} s, "
-                f"and waited {saver.waiting_seconds:.1f} s for saving.")
+                f"and waited {trainer.saver.waiting_seconds:.1f} s for saving.")
             finish(run, limits, data.prompts, trainer.sampling_device)
         return 0
 
@@ -150,9 +144,9 @@ def check_resources(state: State, data: RunData, device: Device, run: Run) -> No
         store.check_free_space(run.checkpoints, state.nbytes())
 
 
-def training_loop(trainer: Trainer, state: State, limits: TrainingConfig, world: World,
-                  clock: Clock, interrupt: Interrupt) -> Decision:
+def training_loop(trainer: Trainer, clock: Clock, interrupt: Interrupt) -> Decision:
     """Train until a limit or an interruption ends the run."""
+    state, limits, world = trainer.state, trainer.limits, trainer.world
     decision = Decision()
     while not decision.ends_run:
         # Forward and backward passes, and the update of the weights.
@@ -198,12 +192,6 @@ def already_finished(run: Run, settings: Settings, last: Checkpoint,
         say(after_training(run.folder))
     finish(run, limits, prompts, Device(limits.device, limits.precision))
     return 0
-
-
-def before_checkpoint(run: Run, recorder: Recorder) -> None:
-    """Check that the folder is still the run's, and bring its metrics to the disk."""
-    run.check_not_moved()
-    recorder.sync()
 
 
 def finish(run: Run, limits: TrainingConfig, prompts: list[Prompt], device: Device) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 
-from checkpointing import notices, rollback
+from checkpointing import notices, store
 from checkpointing.checkpoint import Checkpoint
+from checkpointing.peers import Peers
 from checkpointing.provenance import record_start
 from checkpointing.resume import settings_to_save
 from checkpointing.run_folder import Run
@@ -20,6 +23,7 @@ from data.run_data import RunData
 from evaluation.tasks import Question, measure_slices
 from generation.engine import Engine, short_sample
 from terminal import counted
+from training import nonfinite
 from training.buckets import GradientBuckets
 from training.compiling import check_fused_loss, maybe_compile
 from training.decision import Decision
@@ -37,6 +41,27 @@ from training.step import (
     read_losses,
     try_micro_step,
 )
+
+
+@contextmanager
+def open_trainer(settings: Settings, data: RunData, tasks: dict[str, list[Question]],
+                 state: State, device: Device, world: World, run: Run) -> Iterator[Trainer]:
+    """A trainer with its records, and the thread that saves its checkpoints."""
+    limits = settings.training
+
+    def before_checkpoint() -> None:
+        # A checkpoint is only written if the folder is still the run's, and its metrics with it.
+        run.check_not_moved()
+        recorder.sync()
+
+    def open_recorder() -> Recorder:
+        return Recorder(run.folder, state.step, limits.max_steps, settings.logger,
+                        asdict(settings))
+
+    with (world.only_first(open_recorder) as recorder,
+          Saver(run.checkpoints, limits.keep_last, state.step, before_checkpoint, recorder.say,
+                stop_on_error=limits.on_save_error == "stop", peers=Peers(world)) as saver):
+        yield Trainer(settings, data, tasks, state, device, world, run, recorder, saver)
 
 
 @dataclass(frozen=True)
@@ -155,10 +180,56 @@ class Trainer:
         return Step(loss, norm_value, scale, finite)
 
     def answer_nonfinite(self, action: str, step: Step) -> None:
-        """Report a loss or gradient that is NaN or infinite; then skip, roll back or stop."""
-        sequences = self.data.loader.sequences(self.state.batch)
-        rollback.answer_nonfinite(action, step.loss, sequences, self.state, self.run, self.limits,
-                                  self.recorder, self.saver, self.world)
+        """Report a loss or gradient that is NaN or infinite, and do what `action` says.
+
+        "skip" leaves the weights as they are. "rollback" returns to the last scheduled checkpoint
+        and steps over all batches since. "stop" raises ValueError.
+        """
+        state, world, say = self.state, self.world, self.recorder.say
+        state.nonfinite += 1
+        message = (f"Step {state.step + 1} had a loss of {step.loss:.4g} and a gradient that is "
+                   "not finite")
+        if world.is_first:
+            message += self.report_nonfinite(action, step)
+        state.optimizers.zero_grad(state.scaler)
+        if action == "skip":
+            say(f"{message} Its batch is skipped.")
+            return
+
+        self.saver.finish()
+        if action == "stop":
+            if state.nonfinite > 1:
+                message += (f" It is number {state.nonfinite} in this run, and "
+                            f"training.nonfinite_limit={self.limits.nonfinite_limit}.")
+            saved = world.first(lambda: self.saver.saved)
+            world.fail(ValueError(
+                f"{message} Saved so far: {counted(saved, 'step')}. Try a lower optim.lr, "
+                "optim.grad_clip=1, training.precision=fp32, or training.on_nonfinite=skip or "
+                "rollback."))
+
+        # Return to the checkpoint, and remove the metrics and checkpoints after it.
+        last = world.first(lambda: store.load_checkpoint(
+            self.run.checkpoints, "scheduled", store.verified, say, rename_damaged=True))
+        if last is None:
+            world.fail(ValueError(f"{message} There is no checkpoint to return to."))
+        state.roll_back(last)
+        self.recorder.cut_back(state.step)
+        if world.is_first:
+            store.delete_after(self.run.checkpoints, state.step)
+            self.saver.saved = state.step
+        say(f"{message} Returning to step {state.step}, past the batches since then.")
+
+    def report_nonfinite(self, action: str, step: Step) -> str:
+        """Write a report of the step; return the end of a sentence that tells where it is."""
+        state = self.state
+        batch = {"index": state.batch,
+                 "sequences_start_at": self.data.loader.sequences(state.batch)}
+        try:
+            path = nonfinite.report(self.run.folder, state.nonfinite, state.step, batch, step.loss,
+                                    state.optimizers, self.recorder.recent, action)
+        except OSError as error:
+            return f"; the report of it could not be written ({error.strerror})."
+        return f": see {path}."
 
     def record(self, step: Step, step_seconds: float) -> None:
         """Write the metrics of a step, and show its progress."""

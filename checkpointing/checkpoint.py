@@ -33,8 +33,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 import atomic
-from hardware import available_memory
-from terminal import readable_size
+from training.memory import check_free
 from training.sharding import Divided
 
 # Format 2 named optimizer state by position; see state.py.
@@ -104,6 +103,7 @@ class Checkpoint:
 
         Raises DamagedCheckpoint if one of these, or the size of any file, is wrong.
         """
+        # The manifest: complete, in a format that is known, and of files with their sizes.
         if folder.is_symlink():
             raise DamagedCheckpoint(f"{folder} is a link")
         manifest = parse_json(folder / MANIFEST, read_small(folder / MANIFEST))
@@ -119,6 +119,8 @@ class Checkpoint:
         for name, entry in files.items():
             if not isinstance(entry, dict) or file_size(folder / name) != entry.get("bytes"):
                 raise DamagedCheckpoint(f"{folder / name} does not have the size in the manifest")
+
+        # The state: as it was written, and of this step.
         content = read_small(folder / STATE)
         if hashlib.sha256(content).hexdigest() != files[STATE].get("sha256"):
             raise DamagedCheckpoint(f"{folder / STATE} does not match its checksum")
@@ -160,13 +162,8 @@ class Checkpoint:
         Raises DamagedCheckpoint unless it has the names, shapes and dtypes of `like`, and
         ValueError if they do not fit in memory. Both come before any memory is allocated.
         """
-        path = self.folder / name
-        nbytes = sum(tensor.nbytes for tensor in like.values())
         self.check_size(name, like)
-        free = available_memory()
-        if nbytes > free:
-            raise ValueError(f"{path} needs {readable_size(nbytes)} of memory, "
-                             f"{readable_size(free)} are free.")
+        check_free(sum(tensor.nbytes for tensor in like.values()), self.folder / name)
         with self.open_tensors(name, like) as tensors:
             # Without the copy, the tensors would be views of the mapped file.
             return {key: tensors[key].clone() for key in like}
@@ -188,6 +185,7 @@ class Checkpoint:
         """
         self.check_size(name, like)
         self.verify([name])
+        # The dtype and shape of each tensor in the files must be those of `like`.
         wanted = {key: (DTYPES[value.dtype], tuple(value.shape)) for key, value in like.items()}
         with ExitStack() as stack:
             found, holder = {}, {}
@@ -196,7 +194,8 @@ class Checkpoint:
                 for path in (self.folder / one for one in self.files(name)):
                     with read_errors(path):
                         file = stack.enter_context(safe_open(path, "pt"))
-                        for key in file.keys():  # noqa: SIM118 (not a dict)
+                        # A file is not a dict: it has no iterator.
+                        for key in file.keys():  # noqa: SIM118
                             if key in found:
                                 raise DamagedCheckpoint(f"{path} has {ascii(key)[:80]} again")
                             tensor = file.get_slice(key)
@@ -264,6 +263,7 @@ def find_problem(state: dict[str, Any]) -> str:
         return f"must have exactly the fields {', '.join(STATE_FIELDS)}"
     for key, (kind, *bounds) in STATE_FIELDS.items():
         value = state[key]
+        # To Python, True is an int.
         valid = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
         if valid and bounds and value is not None:
             valid = bounds[0] <= value <= bounds[1]

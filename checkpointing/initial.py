@@ -37,6 +37,7 @@ def find_weights(name: str, runs_dir: Path) -> Weights:
     Raises ValueError with one sentence if there are none, or if they are invalid.
     """
     path = Path(name)
+    # A published model, one of our checkpoints, a file of nanoGPT, or a folder of either kind.
     if name in pretrained.NAMES:
         return pretrained.read_folder(pretrained.find_published(name))
     if (path / checkpoint.MANIFEST).exists():
@@ -48,6 +49,7 @@ def find_weights(name: str, runs_dir: Path) -> Weights:
         return pretrained.read_nanogpt(path)
     if pretrained.is_folder_of_weights(path):
         return pretrained.read_folder(path)
+    # The name or folder of a run.
     try:
         run = find_run(runs_dir, name)
     except ValueError as error:
@@ -66,13 +68,16 @@ def with_shape_of_weights(settings: Settings, last: Checkpoint | None
     If `last` is a checkpoint of a run that started from the same place, the run resumes: the shape
     is its own, and the weights are not read. Raises ValueError if a setting contradicts the shape.
     """
-    saved = flat(last.state["settings"]) if last else {}
     if not settings.init_from:
         return settings, []
+    # A run that resumes has the shape of its checkpoint.
+    saved = flat(last.state["settings"]) if last else {}
     if saved.get("init_from") == settings.init_from:
         shape = rebuild(GPTConfig, last.state["model"], f"{last.folder / checkpoint.STATE}, model")
         told = {name: str(saved.get(name)) for name in ("init_source", "init_fingerprint")}
         return replace(settings, model=given_shape(settings, shape), **told), []
+
+    # Check what can be checked before weights are downloaded and text is prepared.
     if settings.init_from in pretrained.NAMES:
         # Before they are downloaded.
         check_vocabulary(settings, pretrained.GPT2_TOKENS, "set data.tokenizer=gpt2")
@@ -84,6 +89,8 @@ def with_shape_of_weights(settings: Settings, last: Checkpoint | None
         raise ValueError(f"model.block_size={asked} is longer than the context of "
                          f"init_from={settings.init_from}, {weights.config.block_size} tokens: "
                          "choose at most that, or leave it out.")
+
+    # The shape is that of the weights. Their fingerprint becomes part of the run's identity.
     model = given_shape(settings, weights.config)
     found = weights.fingerprint()
     settings = replace(settings, model=model, init_source=str(weights.place),
@@ -102,13 +109,14 @@ def check(weights: Weights) -> Iterator[str]:
     if ids is None:
         return
     model = weights.model()
-    logits = model(ids)
+    logits = model(ids)  # [1, T, V]
     theirs = pretrained.logits_of_transformers(weights, ids)
     if theirs is None:
         loss = F.cross_entropy(logits[0, :-1], ids[0, 1:]).item()
         yield (f"Check of the weights: the loss on a sentence of English is {loss:.2f}; that of a "
                f"guess is {math.log(model.config.vocab_size):.2f}")
         return
+    # Both compute the same function, and round differently.
     difference, largest = (logits - theirs).abs().max().item(), theirs.abs().max().item()
     compared = (f"the logits of a sentence differ from those of transformers by at most "
                 f"{difference:.1e}, of {largest:.1f}")
@@ -170,6 +178,7 @@ def initial_weights(settings: Settings, tokenizer: Tokenizer) -> dict[str, Tenso
     name, size = settings.init_from, weights.config.vocab_size
     if weights.fingerprint() != settings.init_fingerprint:
         raise ValueError(f"init_from={name} has changed since this command began: run it again.")
+    # A vocabulary may have been extended, as by the markers of a chat: the weights know the base.
     known = tokenizer
     if isinstance(tokenizer, ExtendedTokenizer) and tokenizer.vocab_size > size:
         known = tokenizer.base

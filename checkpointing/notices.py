@@ -26,6 +26,7 @@ def describe_run(say: Callable[[str], None], folder: Path, device: Device, model
     start = f", from step {step}" if step else ""
     say(f"Run: {folder}{start}")
     say(f"Data: {data}")
+    # The parameters by role.
     counts = {}
     for role, parameters in model.parameters_by_role().items():
         counts[role] = sum(weights.numel() for weights in parameters.values())
@@ -68,6 +69,7 @@ def describe_changes(say: Callable[[str], None], settings: Settings, state: Stat
     if last.format == 2:
         say("Resuming a checkpoint of an earlier version: gradients and their squares are now "
             "added in another order, so the result is not bit-identical to its.")
+    # Another length of the run changes the learning rates that depend on it.
     planned, max_steps = last.state["max_steps"], settings.training.max_steps
     if planned != max_steps:
         if not same_rates(state.step, settings.optim, planned, max_steps):

@@ -75,6 +75,7 @@ def count_memory(settings: Settings, device: Device, gpu_bytes: float = 0) -> tu
         optimizers = Optimizers(model.parameters_by_role(), settings.optim)
         ids = torch.zeros(shape, dtype=torch.int64)
         document_ids = ids if settings.data.respect_documents else None
+        # In the second micro-step, the gradients of the first exist as well.
         for _ in range(2):
             with device.autocast():
                 loss = model(ids, ids, document_ids=document_ids)
@@ -92,29 +93,33 @@ def memory_of_each(settings: Settings, state_bytes: int, peak_bytes: int, proces
     """
     with SkipInit("meta"):
         model = GPT(settings.model)
-    weights = 4 * sum(parameter.numel() for parameter in model.parameters())
+    weights = weight_bytes(model)
     optimizer = state_bytes - weights
     activations = max(0, peak_bytes - state_bytes - weights)
     if processes == 1:
         return {"weights and optimizer": state_bytes, "gradients": weights,
                 "activations": activations}
+
+    # Whole weights and gradients, and a part of the optimizer state.
     if not sharded:
         # Gradients in flight; after the backward pass, weights are exchanged in their place.
         sent = 4 * MOST_IN_FLIGHT * min(4 * BUCKET_NUMBERS, weights)
         exchanged = 2 * weights / processes - activations
         return {"weights and optimizer": weights + optimizer / processes, "gradients": weights,
                 "activations": activations, "communication": max(sent, exchanged)}
-    layer = max(layer_bytes(part) for block in model.h for part in (block.attn, block.mlp))
-    layers = sum(layer_bytes(part) for block in model.h for part in (block.attn, block.mlp))
+
+    # A part of all three.
+    layers = [weight_bytes(part) for block in model.h for part in (block.attn, block.mlp)]
     # A layer and the next one are whole at the same time, with their gradients. So are embeddings,
     # norms and the head, from the beginning to the end.
-    whole = 2 * (2 * layer + weights - layers)
+    whole = 2 * (2 * max(layers) + weights - sum(layers))
     return {"weights and optimizer": state_bytes / processes, "gradients": weights / processes,
             "activations": activations, "whole layers": whole}
 
 
-def layer_bytes(layer: torch.nn.Module) -> int:
-    return 4 * sum(parameter.numel() for parameter in layer.parameters())
+def weight_bytes(module: torch.nn.Module) -> int:
+    """The bytes of a module's weights in fp32."""
+    return 4 * sum(parameter.numel() for parameter in module.parameters())
 
 
 def fitting_batch_size(settings: Settings, device: Device, gpu_bytes: float, processes: int = 1,
@@ -169,7 +174,7 @@ def exceeds_memory(settings: Settings, world: World, device: Device) -> bool:
         usable /= world.local_size
     config, limits = settings.model, settings.training
     with SkipInit("meta"):
-        weights = 4 * sum(parameter.numel() for parameter in GPT(config).parameters())
+        weights = weight_bytes(GPT(config))
     # A bound that does not need the import of fake tensors, which takes seconds.
     residual_stream = limits.batch_size * config.block_size * config.n_embd * config.n_layer
     logits = 4 * limits.batch_size * config.block_size * config.vocab_size

@@ -32,11 +32,11 @@ from conf.convert import rebuild
 from data.hugging_face import byte_letters
 from data.tokenizer import BPETokenizer, Tokenizer
 from data.tokenizer_file import open_tokenizer
-from hardware import available_memory
 from model.config import GPTConfig
 from model.formats import CLASSES, config_from, shown
 from model.pretrained import table, weights_from
-from terminal import counted, readable_size
+from terminal import counted
+from training.memory import check_free
 
 NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 OWNER = "openai-community"  # of these on the Hugging Face Hub
@@ -70,6 +70,8 @@ def read_folder(folder: Path) -> Weights:
         raise ValueError(f"{folder / CONFIG} has model_type={shown(layout)}, which is not "
                          f"supported: supported are {', '.join(CLASSES)}.")
     config = make_config(layout, published, folder / CONFIG)
+
+    # Large models are in several files.
     tensors: dict[str, Tensor] = {}
     for path in weight_files(folder):
         content = read_pickled(path) if path.name == PICKLED else read_safetensors(path)
@@ -88,10 +90,13 @@ def read_nanogpt(path: Path) -> Weights:
     arguments, tensors = content.get("model_args"), content.get("model")
     if not isinstance(arguments, dict) or not isinstance(tensors, dict):
         raise ValueError(f"{path} is not a checkpoint of nanoGPT: it has no model and model_args.")
+
     # A pickle can have nested lists that are too long to print.
     arguments = {name: value for name, value in arguments.items() if isinstance(value, int | str)}
     config = make_config("nanogpt", arguments, f"{path}, model_args")
     state = restore("nanogpt", config, tensors, path)
+
+    # Leave out the padding of the vocabulary, which is never predicted.
     note = ""
     if config.vocab_size == PADDED_TOKENS:
         padding = counted(PADDED_TOKENS - GPT2_TOKENS, "row")
@@ -114,10 +119,8 @@ def restore(layout: str, config: GPTConfig, tensors: Mapping[str, Tensor],
             place: Path) -> dict[str, Tensor]:
     """The tensors under our names, in fp32. Raises ValueError naming the `place` they are from."""
     nbytes = 4 * sum(torch.Size(entry.shape).numel() for entry in table(layout, config))
-    free = available_memory()
-    if nbytes > free:
-        raise ValueError(f"{place} needs {readable_size(nbytes)} of memory, {readable_size(free)} "
-                         "are free.")
+    check_free(nbytes, place)
+    # A pickle can hold anything that is plain data, and tensors of any kind.
     for name, tensor in tensors.items():
         is_plain = isinstance(tensor, Tensor) and tensor.layout == torch.strided
         if not isinstance(name, str) or not is_plain or tensor.device.type != "cpu":
@@ -136,6 +139,7 @@ def weight_files(folder: Path) -> list[Path]:
     """The files with the tensors of a folder of Hugging Face."""
     if (folder / TENSORS).exists():
         return [folder / TENSORS]
+    # The index names the file of each tensor.
     if (folder / INDEX).exists():
         names = read_json(folder / INDEX).get("weight_map")
         if not isinstance(names, dict) or not names:
@@ -184,6 +188,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a file, as views of the mapped file."""
     damaged = f"{path} is not a complete safetensors file: download it again"
     with reading(path) as found:
+        # The file begins with the length of its header, which the library would allocate.
         with found.open("rb") as file:
             head = file.read(8)
         if len(head) < 8 or struct.unpack("<Q", head)[0] > MAX_HEADER_BYTES:
@@ -234,12 +239,15 @@ def tokenizer_in(folder: Path, vocab_size: int) -> Tokenizer | None:
 
     Raises ValueError if it is not supported or does not fit the weights.
     """
+    # The tokens and ids that the folder lists, in one of two formats.
     content = {}
     if (folder / TOKENIZER).exists():
         model = read_json(folder / TOKENIZER).get("model")
         content = model.get("vocab") if isinstance(model, dict) else None
     elif (folder / VOCABULARY).exists():
         content = read_json(folder / VOCABULARY)
+
+    # GPT-2's tokens need no file, since tiktoken has them.
     if vocab_size == GPT2_TOKENS:
         tokenizer = BPETokenizer.published("gpt2")
         if not content or content == gpt2_vocabulary(tokenizer):
@@ -247,6 +255,7 @@ def tokenizer_in(folder: Path, vocab_size: int) -> Tokenizer | None:
         if not (folder / TOKENIZER).exists():
             raise ValueError(f"{folder / VOCABULARY} does not have the tokens of GPT-2, and there "
                              f"is no {TOKENIZER}: remove it if it does not belong to the weights.")
+
     if not (folder / TOKENIZER).exists():
         return None
     tokenizer = open_tokenizer(str(folder))
@@ -307,6 +316,7 @@ def find_published(name: str) -> Path:
     except ImportError:
         raise ValueError(f"init_from={name} needs the package huggingface_hub: pip install "
                          f"huggingface_hub; or {files}.") from None
+    # The cache has the model under its present name, or under its name before the Hub had owners.
     places = [(f"{OWNER}/{name}", True), (name, True), (f"{OWNER}/{name}", False)]
     for repository, is_cached in places:
         try:

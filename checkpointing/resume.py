@@ -44,8 +44,7 @@ def with_initial_weights(settings: Settings) -> tuple[Settings, list[str]]:
     A run that resumes does not need the weights. Raises ValueError for weights that are invalid or
     contradict the settings.
     """
-    folder = Path(settings.runs_dir) / (settings.name or settings.auto_name)
-    return with_shape_of_weights(settings, last_checkpoint(folder, settings))
+    return with_shape_of_weights(settings, last_checkpoint(settings.folder, settings))
 
 
 def prepared_tokens(settings: Settings, warn: Callable[[str], None] = say) -> Path:
@@ -62,10 +61,12 @@ def tokens_of_changed_text(settings: Settings, warn: Callable[[str], None]) -> P
     Passes a message to `warn`. None if the run is to use its text as it is now: it has no
     checkpoint, other settings or no tokens left, or it has no name and is finished.
     """
-    folder = Path(settings.runs_dir) / (settings.name or settings.auto_name)
+    folder = settings.folder
     last = last_checkpoint(folder, settings)
     if last is None or not has_same_source(settings, last):
         return None
+
+    # Has the text changed since the run began?
     fingerprint = str(flat(last.state["settings"]).get("data.prepared"))
     current = ""
     try:
@@ -77,6 +78,8 @@ def tokens_of_changed_text(settings: Settings, warn: Callable[[str], None]) -> P
         problem = f"The text of {folder} cannot be read ({str(error).rstrip('.')})"
     if current.startswith(fingerprint):
         return None
+
+    # The old tokens are used if they still exist and nothing else has changed.
     kept = find_prepared(fingerprint)
     if kept is None or changes_since(last, with_vocab_size(settings, kept), kept):
         return None
@@ -151,6 +154,8 @@ def start_or_resume(
         with Run(folder) as run:
             run.remove_partial()
             last, changes = load_last(run, settings, prepared)
+
+            # Start over: rename the folder, and begin again with an empty one.
             if restart and run.has_checkpoints() and (settings.name or not changes):
                 if changes or not last or not is_unfinished_restart(last, settings.training):
                     run.rename_to_old()
@@ -159,9 +164,13 @@ def start_or_resume(
                     continue
                 say(f"{folder} was started over by restart=true and is not finished: it resumes. "
                     f"To start over again, rename or delete that folder.")
+
+            # Start the run, or resume it.
             if not changes:
                 yield run, resolve_auto(replace(settings, name=name), folder, last), last
                 return
+
+        # The folder holds a different run: refuse it, or add the differences to the name.
         if settings.name:
             raise different_settings(folder, changes)
         name = folder_name("-".join([name, *in_short(changes)]))
@@ -273,6 +282,7 @@ def settings_to_save(settings: Settings, prepared: Path, precision: str) -> dict
 
 def resolve_auto(settings: Settings, folder: Path, last: Checkpoint | None) -> Settings:
     """Replace `auto` by what it meant when the run was started."""
+    # From the checkpoint; before the first one, from the record of the last start.
     known = {}
     if last:
         saved = saved_environment(last)
@@ -284,6 +294,7 @@ def resolve_auto(settings: Settings, folder: Path, last: Checkpoint | None) -> S
         compiled = compiled_at_last_start(folder)
     if compiled is not None:
         known["compile"] = str(compiled).lower()
+    # A setting that the user gave is not replaced.
     values = {name: value for name, value in known.items()
               if getattr(settings.training, name) == "auto"}
     return replace(settings, training=replace(settings.training, **values))
@@ -301,6 +312,7 @@ def open_device(run: Run, settings: Settings, last: Checkpoint | None) -> Device
     """
     limits = settings.training
     saved = None if settings.allow_drift or not last else saved_environment(last)
+    # The number of threads decides the order of sums, so a resumed run keeps it.
     threads = limits.threads
     if saved and not threads:
         threads = saved.threads
@@ -311,6 +323,8 @@ def open_device(run: Run, settings: Settings, last: Checkpoint | None) -> Device
     if threads != saved.threads:
         say(f"Resuming with {counted(threads, 'thread')} instead of {saved.threads}: the result is "
             f"not bit-identical from here on.")
+
+    # All else that decides the last bits must be as it was.
     here = device.environment(limits.compile == "true")
     # The numbers of threads and processes may change. Older checkpoints do not record native_bf16.
     expected = replace(saved, threads=threads, world_size=here.world_size)

@@ -31,6 +31,7 @@ class Run:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        # No run inside another: both would own the files of the inner one.
         outer = first_run(folder.parents)
         if outer:
             raise ValueError(f"{folder} is inside the run {outer}: use another name=.")
@@ -40,6 +41,7 @@ class Run:
                 raise ValueError(f"{folder} contains runs, such as {inner.relative_to(folder)}: "
                                  f"use another name=.")
         check_file_types(folder)
+        # Only one process trains in the folder.
         try:
             self.lock = locks.Lock(folder / LOCK, describe_process())
         except BlockingIOError as error:
@@ -146,6 +148,7 @@ def find_runs(runs_dir: Path, names: str) -> list[Path]:
 
 
 def search_run(runs_dir: Path, name: str) -> Path:
+    # Without a name: the run saved last, or the best one of its sweep.
     runs = sorted(runs_below(runs_dir))
     if not name and runs:
         last = max(runs, key=saved_at)
@@ -153,12 +156,16 @@ def search_run(runs_dir: Path, name: str) -> Path:
     if not name:
         raise ValueError(f"{runs_dir} has no run with a checkpoint: train one with "
                          f"python train.py.")
+
+    # The name of a run or of a sweep in `runs_dir`, or its path.
     places = (runs_dir / name, Path(name))
     for place in places:
         if has_checkpoint(place):
             return place
         if is_sweep(place) and any(runs_below(place)):
             return best_run(place)
+
+    # There is none: say why, and which runs there are.
     if first_run(places):
         raise ValueError(
             f"run={name} has no checkpoint yet: the first is saved after "

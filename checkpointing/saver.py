@@ -39,6 +39,7 @@ class Saver:
     def save(self, snapshot: Snapshot) -> None:
         """Wait for the previous save, then start this one."""
         self.finish()
+        # Training changes the tensors while the thread writes, so the thread gets a copy.
         start = time.perf_counter()
         if available_memory() > 1.5 * snapshot.own_nbytes():
             self.thread = threading.Thread(target=self._write, args=[snapshot.copy()], daemon=True)

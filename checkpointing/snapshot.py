@@ -91,6 +91,7 @@ def save_checkpoint(checkpoints: Path, snapshot: Snapshot,
     """
     peers = peers or Peers()
     folder = checkpoints / step_name(snapshot.state["step"])
+    # The tensors, and a bound on the rest.
     needed = int(1.01 * snapshot.nbytes()) + 2**20
     problem = find_problem(snapshot.state)
     assert not problem, problem
@@ -103,6 +104,7 @@ def save_checkpoint(checkpoints: Path, snapshot: Snapshot,
                 raise OSError("it already exists")
             if shutil.disk_usage(checkpoints).free < needed:
                 raise OSError("the disk is full")
+            # The folder gets its name when all files are in it.
             with atomic.new_folder(folder) as partial:
                 stack.pop_all()
                 peers.tell(str(partial.absolute()))
@@ -123,11 +125,13 @@ def join_save(snapshot: Snapshot, peers: Peers) -> None:
 
 
 def write_files(folder: Path, snapshot: Snapshot, peers: Peers) -> None:
+    # The tensors, of which other processes may write some.
     files = {}
     for written, error in peers.gather(write_tensors(folder, snapshot, peers)):
         if error:
             raise error
         files |= written
+    # The JSON files, and last the manifest with the checksums of all.
     contents = {TOKENIZER: json.dumps(snapshot.tokenizer),
                 STATE: json.dumps(snapshot.state, indent=2, allow_nan=False)}
     for name, content in contents.items():
@@ -142,10 +146,12 @@ def write_tensors(folder: Path, snapshot: Snapshot,
     """Write this process's share of the tensors; return the files, or the error."""
     files, error = {}, None
     for name, tensors in ((MODEL, snapshot.model), (OPTIMIZER, snapshot.optimizer)):
+        # One process writes a small model, all write a large one.
         writers = 1
         if snapshot.nbytes() > MAX_BYTES_OF_ONE_WRITER:
             writers = min(peers.size, len(tensors))
         own = {key: tensors[key] for key in peers.own_share(tensors, writers)}
+        # Whole tensors, which arrive from the other processes one by one.
         contents = peers.collect(tensors, writers)
         if peers.rank < writers and not error:
             file = part_names(name, writers)[peers.rank] if writers > 1 else name
@@ -178,6 +184,7 @@ def safetensors_chunks(tensors: Mapping[str, Tensor], contents: Iterable[Tensor]
         start, end = end, end + tensor.nbytes
         entry = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape)}
         header[name] = entry | {"data_offsets": [start, end]}
+    # The length of the header, the header, padded to 8 bytes, and the bytes of the tensors.
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     yield struct.pack("<Q", len(text)) + text

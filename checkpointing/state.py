@@ -62,6 +62,7 @@ class State:
         """
         if val_loss is not None and not math.isfinite(val_loss):
             val_loss = None
+        # The fields of state.json that training changes.
         state = {name: getattr(self, name) for name in COUNTERS}
         state |= {"scheduled": scheduled, "val_loss": val_loss, "scaler": self.scaler.state_dict()}
         tensors = self.optimizers.tensors()
@@ -117,6 +118,7 @@ class State:
         scaler = saved.state["scaler"]
         if not is_scaler_state(scaler, self.scaler.state_dict()):
             raise DamagedCheckpoint(f"{saved.folder / STATE} is not the state of this loss scaler")
+        # Both files are checked before anything is copied.
         with (saved.open_tensors(MODEL, self.weights()) as weights,
               self.open_optimizer_state(saved) as optimizer_state):
             self.load_weights(weights)
@@ -159,6 +161,7 @@ def new_state(settings: Settings, world: World, device: Device, sharded: bool) -
 
     With `sharded`, the weights are divided among the processes by FSDP2.
     """
+    # All processes have the same initial weights.
     torch.manual_seed(settings.seed)
     model = GPT(settings.model)
     model.recompute = settings.training.recompute
@@ -167,6 +170,7 @@ def new_state(settings: Settings, world: World, device: Device, sharded: bool) -
         shard(model, world, device)
     else:
         model.to(device.torch)
+    # After the model has moved: the optimizers' state is created on its device.
     optimizers = Optimizers(model.parameters_by_role(), settings.optim, world, sharded,
                             model.rate_scales(settings.optim.optimizer))
     scaler = torch.amp.GradScaler(device.type, enabled=device.precision == "fp16")

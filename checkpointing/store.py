@@ -60,10 +60,6 @@ def by_val_loss(one: Checkpoint) -> tuple[float, int]:
     return val_loss, -one.step
 
 
-def newest_first(one: Checkpoint) -> int:
-    return -one.step
-
-
 def scheduled_first(one: Checkpoint) -> tuple[bool, int]:
     """Sort key: the newest that `checkpoint_every` asked for; those of interruptions come last."""
     return not one.state["scheduled"], -one.step
@@ -71,7 +67,7 @@ def scheduled_first(one: Checkpoint) -> tuple[bool, int]:
 
 ORDERS: dict[str, Callable[[Checkpoint], Any]] = {
     "best": by_val_loss,
-    "last": newest_first,
+    "last": lambda one: -one.step,
     "scheduled": scheduled_first,
 }
 
@@ -98,6 +94,7 @@ def load_checkpoint(checkpoints: Path, which: str, load: Callable[[Checkpoint], 
             break
     if damaged:
         warn(f"Warning: {'; '.join(damaged.values())}: using {used} instead.")
+    # Under another name, it is not read again by the next command.
     if rename_damaged:
         for folder in damaged:
             folder.rename(atomic.unused_name(folder.with_name(f"damaged-{folder.name}")))
@@ -160,6 +157,7 @@ def prune(checkpoints: Path, keep_last: int) -> None:
 
     Damaged checkpoints are kept.
     """
+    # The newest ones, and the best, the last and the last scheduled one.
     found = list_checkpoints(checkpoints)
     kept = {one.folder for one in found[-keep_last:]}
     if found:
@@ -167,6 +165,7 @@ def prune(checkpoints: Path, keep_last: int) -> None:
     for one in found:
         if one.folder not in kept:
             atomic.remove(one.folder)
+    # What a killed process was writing.
     for partial in checkpoints.glob(f"{atomic.PARTIAL}*"):
         atomic.remove(partial)
 
@@ -181,6 +180,7 @@ def delete_after(checkpoints: Path, step: int) -> None:
 def check_free_space(checkpoints: Path, nbytes: int) -> None:
     """Raise ValueError unless there is space for two checkpoints of `nbytes`."""
     needed = 2 * nbytes
+    # The folders that do not exist yet will be on the disk of the one around them.
     folder = checkpoints
     while not folder.exists():
         folder = folder.parent

@@ -51,8 +51,10 @@ class Weights:
         of all embeddings: their logits are then neither likely nor unlikely.
         """
         fitted = dict(self.tensors)
+        # wpe: [block_size, C]
         if self.config.position == "learned":
             fitted["wpe.weight"] = fitted["wpe.weight"][:block_size]
+        # wte and lm_head: [vocab_size, C]
         added = vocab_size - self.config.vocab_size
         for name in ("wte.weight", "lm_head.weight"):
             if added and name in fitted:
@@ -92,6 +94,7 @@ def own_weights(found: Checkpoint) -> Weights:
     if tokenizer.vocab_size != config.vocab_size:
         raise ValueError(f"{found.folder} is invalid: its tokenizer has {tokenizer.vocab_size} "
                          f"tokens, its model {config.vocab_size}.")
+    # The model decides which tensors the file must have. On the meta device it takes no memory.
     with SkipInit("meta"):
         shapes = GPT(config).state_dict()
     tensors = found.load_tensors(checkpoint.MODEL, like=shapes)

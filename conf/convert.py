@@ -58,6 +58,7 @@ def convert(value: Any, hint: Any) -> Any:
 
     Raises ValueError saying what the type is.
     """
+    # A type or none.
     if get_origin(hint) in (Union, types.UnionType):
         if value in (None, "null"):
             return None
@@ -66,12 +67,15 @@ def convert(value: Any, hint: Any) -> Any:
             return convert(value, inner)
         except ValueError as error:
             raise ValueError(f"{error}, or null for none") from None
+    # One of several words.
     if get_origin(hint) is Literal:
         return one_of(value, get_args(hint))
+    # Text, or paths.
     if is_text(hint) and not isinstance(value, dict | list | None):
         if hint is FilePaths:
             return ",".join(expanded(path) for path in str(value).split(","))
         return expanded(str(value)) if hint is FilePath else str(value)
+    # A boolean or a number.
     if isinstance(value, str):
         value = from_text(value)
     if isinstance(value, bool):
@@ -92,6 +96,7 @@ def one_of(value: Any, choices: tuple[str, ...]) -> str:
     word = as_word(value) if isinstance(value, bool) else value
     if word in choices:
         return word
+    # Suggest the word for one of other projects, or one that is spelled like it.
     meant = str(value).lower()
     guess = closest(OTHER_VALUES.get(meant, meant), choices)
     raise ValueError(f"is not one of {', '.join(choices)}{guess}")

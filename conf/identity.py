@@ -103,6 +103,7 @@ def listed(changes: Changes) -> str:
     hidden = (*OF_THE_TOKENS, "init_fingerprint")
     shown = {key: pair for key, pair in changes.items() if key not in hidden}
     parts = [in_one_line(f"{key} was {old}, now {new}") for key, (old, new) in shown.items()]
+    # A changed setting of the text explains the changed fingerprint.
     if changes.keys() & set(OF_THE_TOKENS) and not any(key.startswith("data.") for key in shown):
         parts.insert(0, "the training text has changed")
     if "init_fingerprint" in changes:

@@ -64,6 +64,7 @@ def launch(main: Target, root: str | type, doc: str, multirun: Target = "") -> N
     "config" or "sample", or the dataclass of a script's own settings. `multirun(overrides, show)`
     runs a sweep for the flag -m, or only prints its settings.
     """
+    # Prepare the process, before torch is imported.
     if isinstance(main, str):
         # In a notebook, `%run train.py` must run the file as it is now.
         sys.modules.pop(main.partition(":")[0], None)
@@ -74,6 +75,8 @@ def launch(main: Target, root: str | type, doc: str, multirun: Target = "") -> N
         os.environ.setdefault("OMP_NUM_THREADS", str(usable_cpus()))
     # Operations that Apple's GPUs lack run on the CPU. torch reads it when it is imported.
     os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
+
+    # Run the command, and turn errors into an exit code.
     try:
         code = run_command(main, root, doc, sys.argv[1:], multirun)
         sys.stdout.flush()
@@ -114,6 +117,7 @@ def stop_restarts(environment: Mapping[str, str]) -> None:
 
 def user_message(error: Exception, root: str | type) -> str:
     """The message for an error that the user can fix; empty for a bug, which needs a traceback."""
+    # Without memory, torch raises RuntimeError; its other RuntimeErrors are bugs.
     out_of_memory = any(text in str(error) for text in OUT_OF_MEMORY)
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and out_of_memory):
         return f"out of memory: {SMALLER.get(root, 'ask for less at once')}."
@@ -150,6 +154,8 @@ def run_command(
     """Run the command that the command line's `arguments` describe; return the exit code."""
     known = leaves(SCHEMAS[root]) if root in SCHEMAS else {}
     flags, overrides = split_flags(arguments, known)
+
+    # Help, and a sweep, need no settings of a run.
     if "--help" in flags:
         say(help_text(root, doc))
         return 0
@@ -186,6 +192,7 @@ def split_flags(
     problems: list[str] = []
     rest = iter(arguments)
     for argument in rest:
+        # --cfg job and --cfg=job are the same.
         name, equals, value = argument.partition("=")
         if name in ("--cfg", "-c"):
             if not equals:
@@ -245,6 +252,7 @@ def imported(target: Target) -> Any:
 def help_text(root: str | type, doc: str) -> str:
     """The entry point's docstring, the presets, the settings with their values, the flags."""
     parts = [doc.strip()]
+    # train.py: presets, and the settings of the default run.
     if root == "config":
         presets = ["Presets, as in model=gpt2; the files are in conf/:"]
         for group in groups():
@@ -254,6 +262,7 @@ def help_text(root: str | type, doc: str) -> str:
         settings = ["Settings, with their values in the default run:", *help_lines(values)]
         parts += ["\n".join(presets), "\n".join(settings), FLAGS + SWEEP_FLAG]
         return "\n\n".join(parts)
+    # Other commands.
     schema = SCHEMAS.get(root, root)
     if isinstance(schema, type):
         parts.append("\n".join(["Settings, with their defaults:", *help_lines(schema())]))

@@ -68,6 +68,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises ConfigError naming the file if it is not valid YAML, has a key twice or is too large.
     """
     text = read_text(path)
+    # PyYAML counts the values, OmegaConf reads them: it knows 1e-3 as a number.
     try:
         count = expanded_size(yaml.compose(text, yaml.SafeLoader), {})
         if count <= MAX_VALUES:
@@ -153,6 +154,7 @@ def nested(values: dict[Any, Any], path: Path, prefix: str = "") -> dict[str, An
     """
     made: dict[str, Any] = {}
     for key, value in values.items():
+        # Find the group of the key, which may have been written in the other form before.
         *groups, name = str(key).split(".")
         twice = ConfigError([f"{prefix}{key} ({path}) is set twice: remove one."])
         place = made
@@ -160,6 +162,7 @@ def nested(values: dict[Any, Any], path: Path, prefix: str = "") -> dict[str, An
             place = place.setdefault(group, {})
             if not isinstance(place, dict):
                 raise twice
+        # Put the value there, or merge two groups that share no setting.
         if isinstance(value, dict):
             value = nested(value, path, f"{prefix}{key}.")
         if name not in place:
@@ -226,6 +229,7 @@ def node_of(content: dict[str, Any], path: Path, group: str | None, text: str) -
     refuse_hydras(content, path)
     if group == "experiment":
         content = with_overrides(content, path)
+    # Hydra reads a header "# @package" only from files that it opens itself.
     header = re.search(r"\A(?:\s*#.*\n)*?\s*#\s*@package\s+(\S+)", text)
     package = "_global_" if group == "experiment" else None
     if header:
@@ -245,6 +249,7 @@ def with_overrides(content: dict[str, Any], path: Path) -> dict[str, Any]:
                 f"below {group}, or choose a preset: under defaults, write - override /{group}: "
                 f"NAME."
             ])
+    # Each choice of a preset becomes one that replaces the preset of conf/config.yaml.
     choices = content.get("defaults")
     if not isinstance(choices, list):
         return content

@@ -68,15 +68,16 @@ def compose(root: str | type, overrides: list[str], validate: bool = True) -> An
     """
     schema = SCHEMAS[root] if isinstance(root, str) else root
     known = leaves(schema)
+    # The overrides for a training that the script starts are checked by that training.
     trains = any(field.name == "train" for field in fields(schema))
     of_training: list[str] = []
     if trains:
-        # The script passes these on to the training that it starts, which checks them.
         of_training = [word for word in overrides if word.partition("=")[0] not in known]
         overrides = [word for word in overrides if word not in of_training]
     overrides = checked(root, known, overrides)
     values, experiment, origins = compose_with_hydra(root, schema, overrides)
 
+    # Find unknown keys in YAML files, convert the values, and check them.
     known_prefixes = tuple(f"{name}." for name in known)
     problems = []
     for key in flat(values):
@@ -90,6 +91,8 @@ def compose(root: str | type, overrides: list[str], validate: bool = True) -> An
         problems = list(settings.problems())
     if problems:
         raise ConfigError(problems)
+
+    # Settings that follow from the others.
     if trains:
         return replace(settings, train=tuple(of_training))
     if isinstance(settings, Settings) and not settings.name:
@@ -116,6 +119,7 @@ def checked(root: str | type, known: dict[str, Any], overrides: list[str]) -> li
     problems: list[str] = []
     made: list[str] = []
     for override in overrides:
+        # A sign of Hydra's, the key and the value.
         parts = re.fullmatch(r"(\+\+|\+|~)?([^=]*)(?:=(.*))?", override, re.DOTALL)
         sign, key, value = parts.groups()
         is_group = root == "config" and key in groups()
@@ -160,6 +164,8 @@ def compose_with_hydra(
         else:
             parsed.append(override)
     own, content, parsed = own_experiment(parsed)
+
+    # Let Hydra compose the rest.
     origins: Origins = {}
     try:
         with unchanged_hydra() as store:
@@ -219,6 +225,7 @@ def unchanged_hydra() -> Iterator[ConfigStore]:
     with HYDRA_LOCK:
         store, version = ConfigStore.instance(), VersionBase.instance()
         repo, base, hydra = store.repo, version.getbase(), GlobalHydra.instance().hydra
+        # A shallow copy: what is stored during the composition is dropped with it.
         store.repo = Uncopied(repo)
         GlobalHydra.instance().hydra = None
         try:
@@ -283,6 +290,7 @@ def resolved(composed: DictConfig, literal: dict[str, str]) -> dict[str, Any]:
     """The settings with all ${...} replaced, except where `literal` text means no reference."""
     for key, value in literal.items():
         if key in VERBATIM or os.path.exists(value):
+            # Escape ${, and the backslashes before it, as OmegaConf's grammar asks.
             value = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
         OmegaConf.update(composed, key, value, force_add=True)
     settings = OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"])
@@ -316,6 +324,7 @@ def plain_sentence(error: Exception, overrides: list[str]) -> str:
             return f"{override}: {SWEEP_ADVICE}"
     if isinstance(error, OmegaConfBaseException):
         return unresolved(error)
+    # A preset that does not exist, named in a file.
     said = first_line(error)
     missing = re.search(r"Could not find '(\w+)/([^/]*?)'", said)
     if missing and missing[1] in groups():
@@ -327,15 +336,18 @@ def plain_sentence(error: Exception, overrides: list[str]) -> str:
 
 def automatic_name(overrides: list[str], settings: Settings, experiment: str) -> str:
     """A short name for a run: its experiment, and the overrides of its identity."""
+    # The presets and paths on the command line are named as they are.
     chosen = dict(override.split("=", 1) for override in overrides)
     choices = {group: chosen[group] for group in groups() if group in chosen}
     paths = {"data.path": settings.data.path, "data.hub_name": settings.data.hub_name,
              "init_from": settings.init_from}
     named = [f"{key}={value}" for key, value in (paths | choices).items()]
+    # All else by its difference from the run with these presets and paths alone.
     plain = settings
     if set(overrides) - set(named):
         # Without the other overrides, a setting may be missing, or not be used.
         plain = compose("config", ["name=-", *named], validate=False)
+    # The name: the experiment, the presets, the ends of the paths, the differences.
     start = choices.pop("experiment", "" if "data" in choices else experiment)
     if Path(start).suffix in YAML_FILES:
         start = Path(start).stem

@@ -13,8 +13,7 @@ from data.config import DataConfig
 from model.config import GPTConfig
 from setting import FilePath, FilePaths, range_problems, setting, type_hints
 from terminal import escaped
-from training.config import OptimConfig, TrainingConfig
-from training.recorder import LoggerConfig
+from training.config import LoggerConfig, OptimConfig, TrainingConfig
 
 # Users cannot set these: the tokenizer and the other settings decide them.
 DERIVED = ("model.vocab_size", "auto_name", "train", "model_given", "init_source",
@@ -47,9 +46,15 @@ class Settings:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
 
+    @property
+    def folder(self) -> Path:
+        """The folder of the run. Without `name`, another one is used if it holds another run."""
+        return Path(self.runs_dir) / (self.name or self.auto_name)
+
     def problems(self) -> Iterator[str]:
         """One sentence for each invalid value, those of the groups included."""
         yield from range_problems(self)
+        # The name: a relative path without control characters.
         parts = Path(self.name).parts
         name = escaped(self.name, keep="")
         if name != self.name:
@@ -61,6 +66,7 @@ class Settings:
         if self.name.startswith("~"):
             yield (f"name={name} begins with ~, and a name is no path: set runs_dir= for another "
                    "folder.")
+        # The groups.
         found = []
         for group, settings in vars(self).items():
             if is_dataclass(settings):

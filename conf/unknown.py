@@ -18,15 +18,18 @@ OF_SWEEPS = ("jobs", "processes_per_job", "trials", "pruner", "sweep")
 
 def unknown(key: str, known: dict[str, Any], place: str, group: str = "") -> str:
     """The sentence about a key that does not exist; `group` if it is in a preset of that group."""
+    # A setting of Hydra's.
     inside = key.removeprefix(f"{group}.")
     advice = instead_of_hydras(inside)
     if advice:
         return f"{key} ({place}) is not used here: {advice}."
+    # A setting that exists, in a preset of another group or with a group too many.
     if group and inside in known:
         advice = "a preset sets its own group only, and an experiment all of them."
         if inside.startswith(f"{group}."):
             advice = f"write {inside.removeprefix(f'{group}.')}, without the group."
         return f"{inside} ({place}) is not for a preset of {group}: {advice}"
+    # A name of another project, or a setting of another program; at last a similar spelling.
     meant = likely_name(key, known)
     program = program_of(key)
     if program and not meant:
@@ -44,6 +47,7 @@ def likely_name(key: str, known: dict[str, Any]) -> str:
 
 def close_name(key: str, known: dict[str, Any]) -> str:
     """The setting or group that is spelled most like `key`; empty where none is close."""
+    # Compare whole names first, then their last parts.
     names = [*known, *choosable(known)]
     near = difflib.get_close_matches(key.lower(), names, n=1, cutoff=0.6)
     if near:

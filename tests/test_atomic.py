@@ -153,6 +153,15 @@ def test_a_full_disk_keeps_the_old_file(tmp_path, monkeypatch, call):
 
 
 @needs_proc
+@pytest.mark.parametrize("call", ["write", "fsync"])
+def test_the_error_of_a_full_disk_names_the_file(tmp_path, monkeypatch, call):
+    monkeypatch.setattr(os, call, disk_full)
+    for write in (lambda path: atomic.write_bytes(path, b"new"), lambda path: atomic.write_file(path, [b"new"])):
+        with pytest.raises(OSError, match="No space left on device") as raised:
+            write(tmp_path / "file")
+        assert raised.value.filename == str(tmp_path / "file")
+
+
 def test_a_file_is_synced_before_it_is_renamed(tmp_path, journal):
     atomic.write_bytes(tmp_path / "final", b"content")
     file, rename, parent = journal

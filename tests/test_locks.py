@@ -143,6 +143,11 @@ def test_a_marker_that_was_just_replaced_is_put_back(tmp_path):
     marker.release()
 
 
+def test_an_error_while_a_file_is_locked_is_not_about_the_lock(tmp_path):
+    with pytest.raises(BlockingIOError, match="of a pipe"), locks.exclusive_lock(tmp_path / "out"):
+        raise BlockingIOError("of a pipe")
+
+
 def test_exclusive_lock_works_without_locks(tmp_path, monkeypatch):
     without_locks(monkeypatch)
     with (locks.exclusive_lock(tmp_path / "out"), pytest.raises(BlockingIOError, match="is being written by another process"),

@@ -15,7 +15,9 @@ from pathlib import Path
 import pytest
 
 import atomic
-from training.recorder import LoggerConfig, Recorder, wandb_mode
+from training.config import LoggerConfig
+from training.recorder import Recorder
+from training.wandb_copy import wandb_mode
 
 ROOT = Path(__file__).parent.parent
 
@@ -222,12 +224,13 @@ def records(path):
 OFFLINE_START = """
 import sys
 from pathlib import Path
-from training.recorder import LoggerConfig, Recorder
+from training.config import LoggerConfig
+from training.recorder import Recorder
 
 folder, start = Path(sys.argv[1]), int(sys.argv[2])
 logger = LoggerConfig(wandb="offline", group="lrs", tags="sweep small")
 with Recorder(folder, start, 9, logger, {"name": "x", "seed": 5}) as recorder:
-    assert recorder.wandb is not None
+    assert recorder.wandb.run is not None
     for step in (start + 1, start + 2, start + 3):  # the third was not saved: the resumed run repeats it
         recorder.record(step, loss=float(step), tokens=10 * step)
     recorder.sample(start + 2, f"text of {start + 2}")

@@ -19,8 +19,9 @@ from conf.launch import launch
 from conf.schema import compose
 from progress import print_line
 from terminal import counted, escaped, output, readable_size, say
+from training.config import LoggerConfig
 from training.device import Device
-from training.recorder import LoggerConfig, Recorder
+from training.recorder import Recorder
 
 ROOT = Path(__file__).parent.parent
 # A window title, the clipboard, a cleared screen, an eight-bit control sequence, an overwritten

@@ -1,4 +1,4 @@
-"""The settings of a training: the optimizer, the length of the run, evaluation and checkpoints.
+"""The settings of a training: the optimizer, the length of the run, evaluation, records.
 
 This module does not import torch, so that settings are checked before torch is loaded.
 """
@@ -176,3 +176,20 @@ class TrainingConfig:
         fitting = max(n for n in range(1, min(each, self.batch_size) + 1) if each % n == 0)
         return (message + f"for the same step, use training.batch_size={fitting} "
                 f"training.tokens_per_step={tokens}.")
+
+
+@dataclass(frozen=True)
+class LoggerConfig:
+    """The records of a run besides the metrics in its folder."""
+
+    wandb: Literal["disabled", "offline", "online"] = setting(
+        "disabled", "copy the metrics to Weights & Biases")
+    project: str = setting("nanohydra", "the W&B project")
+    group: str = setting("", "the W&B group; in a sweep, empty: the sweep's name")
+    tags: str = setting("", "W&B tags, separated by spaces")
+    report: bool = setting(True, "write report.html to the run's folder at the end")
+
+    def problems(self) -> Iterator[str]:
+        """One sentence for each invalid value."""
+        if not self.project:
+            yield "project is empty: name the W&B project."

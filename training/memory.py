@@ -1,4 +1,4 @@
-"""Whether a micro-step fits into memory, before it is tried.
+"""Whether a file or a micro-step fits into memory, before it is tried.
 
 On a CPU the system ends a process that asks for too much, without a message.
 """
@@ -33,6 +33,14 @@ def bytes_kept(call: Callable[[], object]) -> int:
         result = call()
     del result
     return sum(kept.values())
+
+
+def check_free(nbytes: float, place: object) -> None:
+    """Raise ValueError, naming the `place` of the content, if it does not fit in free memory."""
+    free = available_memory()
+    if nbytes > free:
+        raise ValueError(f"{place} needs {readable_size(nbytes)} of memory, {readable_size(free)} "
+                         "are free.")
 
 
 def check_memory(model: nn.Module, inputs: Tensor, documents: Tensor | None,

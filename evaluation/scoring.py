@@ -194,8 +194,8 @@ class Scorer:
         left = [number for number in range(len(requests)) if number not in scores]
         with ProgressBar(total=len(requests), initial=len(scores), desc=title, unit="requests",
                          leave=False) as bar:
-            trees = plant(self.engine, requests, left)
-            for rows in batches(packed(trees), self.batch_tokens):
+            trees = build_trees(self.engine, requests, left)
+            for rows in batches(pack_rows(trees), self.batch_tokens):
                 new = score_batch(self.engine, rows, requests)
                 if self.finished:
                     for number, one in new.items():
@@ -205,7 +205,7 @@ class Scorer:
         return [scores[number] for number in range(len(requests))]
 
 
-def plant(engine: Engine, requests: Sequence[Request], numbers: Sequence[int]) -> list[Row]:
+def build_trees(engine: Engine, requests: Sequence[Request], numbers: Sequence[int]) -> list[Row]:
     """The trees of the requests with these numbers, each in a row of its own."""
     # An n-gram embedding takes the tokens before it in the row for those before it in the text.
     can_share = engine.model.config.ngrams == 1
@@ -223,7 +223,7 @@ def plant(engine: Engine, requests: Sequence[Request], numbers: Sequence[int]) -
     return trees
 
 
-def packed(trees: list[Row]) -> list[Row]:
+def pack_rows(trees: list[Row]) -> list[Row]:
     """Rows of several trees: the largest one that is left, and those that fit behind it."""
     trees = sorted(trees, key=len)
     sizes = [len(tree) for tree in trees]

@@ -52,7 +52,7 @@ def draw_losses(axes: Any, runs: list[History], which: str, axis: str) -> None:
     training = which == "training"
     drawn = []
     for rank, run in worst_first(runs):
-        if run.unit is not None:
+        if run.unit_factor is not None:
             points = in_unit(run, which)
             bands = training and len(runs) <= MAX_BANDS
             drawn += draw_curve(axes, points, axis, training, bands, **line_style(rank, runs))
@@ -113,7 +113,7 @@ def line_style(rank: int, runs: list[History]) -> dict[str, Any]:
 def in_unit(run: History, which: str) -> np.ndarray:
     """A curve of "training" or "validation" losses in the unit that the runs are compared by."""
     points = getattr(run, which).copy()
-    points[:, 3:] *= run.unit
+    points[:, 3:] *= run.unit_factor
     return points
 
 
@@ -132,8 +132,8 @@ def limit_losses(axes: Any, runs: list[History], drawn: list[np.ndarray]) -> Non
 
 def highest_start(runs: list[History]) -> float:
     """The highest loss before training, in the unit of comparison; infinite if none is known."""
-    known = [run for run in runs if run.first_loss is not None and run.unit is not None]
-    return max((run.first_loss * run.unit for run in known), default=math.inf)
+    known = [run for run in runs if run.first_loss is not None and run.unit_factor is not None]
+    return max((run.first_loss * run.unit_factor for run in known), default=math.inf)
 
 
 def smooth(values: np.ndarray) -> np.ndarray:

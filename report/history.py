@@ -81,7 +81,7 @@ class History:
         return self.best_loss if self.measure == LOSS else self.bits_per_byte
 
     @property
-    def unit(self) -> float | None:
+    def unit_factor(self) -> float | None:
         """The factor from nats per token to the unit of `measure`."""
         if self.measure == LOSS:
             return 1.0
@@ -130,7 +130,7 @@ def read_history(folder: Path, name: str) -> History:
         losses["best_step"] = best["step"]
         losses["bits_per_byte"] = None if bits is None else float(bits)
 
-    finished, state = progress(folder, rows, reached, settings)
+    finished, state = state_of(folder, rows, reached, settings)
     environment = last_start | {"starts": len(starts)} if starts else {}
     samples = [(row["step"], str(row["sample"])) for row in rows if "sample" in row]
     return History(
@@ -226,7 +226,7 @@ def thinned(points: np.ndarray) -> np.ndarray:
     return np.column_stack((points[ends - 1, :3], mean, lowest, highest))
 
 
-def progress(
+def state_of(
     folder: Path, rows: Rows, reached: tuple[int, int, float], settings: dict[str, Any]
 ) -> tuple[bool, str]:
     """Whether a run is finished (a pruned one is not), and its state in words."""

@@ -30,21 +30,19 @@ def importance(runs: list[History], keys: list[str]) -> dict[str, float]:
         import optuna
         import sklearn  # noqa: F401 (needed by Optuna's fANOVA)
     except ImportError:
-        raise ValueError(
-            "Importance needs Optuna and scikit-learn: pip install optuna scikit-learn."
-        ) from None
+        raise ValueError("Importance needs Optuna and scikit-learn: pip install optuna "
+                         "scikit-learn.") from None
     from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 
+    # A study with a trial for each run, as if Optuna had suggested its settings.
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     columns = {key: as_parameter([run.settings[key] for run in runs]) for key in keys}
     distributions = {key: distribution for key, (distribution, _) in columns.items()}
     study = optuna.create_study()
     for number, run in enumerate(runs):
         params = {key: values[number] for key, (_, values) in columns.items()}
-        trial = optuna.trial.create_trial(
-            params=params, distributions=distributions, value=run.score
-        )
-        study.add_trial(trial)
+        study.add_trial(optuna.trial.create_trial(
+            params=params, distributions=distributions, value=run.score))
     return get_param_importances(study, evaluator=FanovaImportanceEvaluator(seed=0))
 
 

@@ -151,7 +151,7 @@ def notes_on_losses(runs: list[History]) -> Iterator[str]:
     if runs[0].measure == BITS:
         yield ("The runs have different texts or tokenizers, so their losses are in bits per byte: "
                "losses per token cannot be compared.")
-        unknown = sum(run.unit is None and len(run.training) > 0 for run in runs)
+        unknown = sum(run.unit_factor is None and len(run.training) > 0 for run in runs)
         if unknown:
             yield f"{counted(unknown, 'run')} without a validation loss cannot be drawn."
     if len(runs) > len(curves.COLORS):

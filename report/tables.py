@@ -95,11 +95,15 @@ def side_by_side(title: str, values: list[dict[str, Any]], runs: list[History]) 
         box = '<input type="checkbox" id="only-differences">'
         yield f'<p id="which"><label>{box} only differences</label></p>'
     yield f"<h2>{title}</h2>"
+
+    # Names differ between all runs, and are in the head.
     keys = dict.fromkeys(key for each in values for key in each)
     keys = [key for key in keys if key not in ("name", "auto_name")]
     if not keys:
         yield "<p>Not recorded: these runs are older than the record of it.</p>"
         return
+
+    # A row for each key.
     has_columns = len(runs) <= MAX_COLUMNS
     names = [run.name for run in runs] if has_columns else ["value (runs)"]
     body = ""

@@ -139,6 +139,7 @@ def run_on_node(processes: int) -> Callable[[list[str], str], int]:
     child = {CHILD: "1"}
 
     def run(command: list[str], log: str) -> int:
+        # Several processes share the CPUs of the job.
         share = {}
         if processes > 1:
             share["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // processes))
@@ -149,6 +150,7 @@ def run_on_node(processes: int) -> Callable[[list[str], str], int]:
             try:
                 return process.wait()
             finally:
+                # The cluster cancels the job: the training saves and ends.
                 process.terminate()
                 process.wait()
 

@@ -18,7 +18,7 @@ from checkpointing import store
 from conf.evaluation import EvalSettings
 from conf.schema import ConfigError, compose
 from evaluation import scoring
-from evaluation.scoring import Scorer, plant, request_of
+from evaluation.scoring import Scorer, build_trees, request_of
 from generation.engine import Engine, open_run
 from model import GPT, GPTConfig
 from report import page
@@ -153,7 +153,7 @@ def test_shared_beginnings_are_read_once(config):
     context, other = tuple(range(12)), tuple(range(12, 20))
     parts = [(context, (3, 4)), (other, (1, 2)), (context, (3, 5, 6)), (context[:9], (2, 3)), (context, (7,))]
     requests = [request_of(engine, before + after, len(before)) for before, after in parts]
-    trees = plant(engine, requests, range(len(requests)))
+    trees = build_trees(engine, requests, range(len(requests)))
     if "ngrams" not in config:  # the tokens of an n-gram are neighbours
         assert [len(tree.tokens) for tree in trees] == [12 + 1 + 1 + 1, 9]
     for (before, after), scored in zip(parts, Scorer(engine, 1000).score(requests, ""), strict=True):

@@ -150,8 +150,8 @@ def test_losses_of_different_texts_are_in_bits_per_byte(tmp_path):
     page = make(tmp_path / "sweep")
     assert "loss (bits per byte)" in page and "1 run without a validation loss cannot be drawn" in page
     a, _, new = histories(tmp_path / "sweep")
-    assert a.unit == pytest.approx(a.bits_per_byte / a.best_loss) and new.unit is None
-    assert np.allclose(in_unit(a, "training")[:, 3:] / a.training[:, 3:], a.unit)
+    assert a.unit_factor == pytest.approx(a.bits_per_byte / a.best_loss) and new.unit_factor is None
+    assert np.allclose(in_unit(a, "training")[:, 3:] / a.training[:, 3:], a.unit_factor)
 
 
 @pytest.mark.parametrize("changes, words, finished", [

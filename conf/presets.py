@@ -70,8 +70,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
     text = read_text(path)
     # PyYAML counts the values, OmegaConf reads them: it knows 1e-3 as a number.
     try:
-        count = expanded_size(yaml.compose(text, yaml.SafeLoader), {})
-        if count <= MAX_VALUES:
+        root = yaml.compose(text, yaml.SafeLoader)
+        count = expanded_size(root, {})
+        # OmegaConf has an assertion against a single number.
+        content = None
+        if count <= MAX_VALUES and not isinstance(root, yaml.ScalarNode):
             content = OmegaConf.to_container(OmegaConf.create(text))
     except RecursionError:
         problem = f"{path} is nested too deeply for settings: they have two levels."

@@ -119,13 +119,17 @@ def can_matter(key: str) -> bool:
 def arms_of(runs: list[History]) -> dict[str, dict[int, History]]:
     """The runs that differ in nothing but their seed, by seed, under what differs from others.
 
-    Raises ValueError for two runs with the same settings and seed.
+    Raises ValueError for a run without a seed, and for two with the same settings and seed.
     """
     keys = [key for key in differing(runs) if key != "seed"]
     arms: dict[str, dict[int, History]] = {}
     for run in runs:
+        seed = run.settings.get("seed")
+        if not isinstance(seed, int):
+            raise ValueError(f"{run.name} has the seed {seed}, which is not a whole number: leave "
+                             "it out.")
         name = ", ".join(f"{key}={run.settings.get(key)}" for key in keys)
-        other = arms.setdefault(name, {}).setdefault(run.settings.get("seed"), run)
+        other = arms.setdefault(name, {}).setdefault(seed, run)
         if other is not run:
             raise ValueError(f"{other.name} and {run.name} have the same settings and the same "
                              f"seed: name one of them.")

@@ -39,7 +39,7 @@ from statistics import fmean
 from report.curves import COLORS
 from report.figures import as_image, label_numbers, new_figure, number_text, write_picture
 from report.history import History, open_history
-from report.runs import choose
+from report.runs import are_numbers, choose
 from terminal import say
 
 # Mean losses by rate, by width, and by optimizer and parametrization.
@@ -63,10 +63,14 @@ def mean_losses(runs: list[History]) -> Losses:
     found: dict[tuple[tuple[str, str], int, float], list[float]] = defaultdict(list)
     for run in runs:
         if run.finished and run.last_loss is not None:
-            optimizer = run.settings["optim.optimizer"]
-            group = optimizer, run.settings.get("model.parametrization", "standard")
-            rate = run.settings[RATES[optimizer]]
-            found[group, run.settings["model.n_embd"], rate].append(run.last_loss)
+            optimizer = str(run.settings.get("optim.optimizer"))
+            group = optimizer, str(run.settings.get("model.parametrization", "standard"))
+            width = run.settings.get("model.n_embd")
+            rate = run.settings.get(RATES.get(optimizer))
+            if not are_numbers([width, rate]):
+                raise ValueError(f"{run.name} has no learning rate of {' or '.join(RATES)}, or no "
+                                 "width: leave it out.")
+            found[group, width, rate].append(run.last_loss)
 
     # Average them, by width and rate in ascending order.
     losses: Losses = {}

@@ -239,6 +239,14 @@ def test_what_cannot_be_compared_is_one_sentence(arm, tmp_path, changes, words, 
 
 
 @needs_scipy
+def test_a_seed_that_is_not_a_number_is_named(tmp_path):
+    for name in "ab":
+        write_run(tmp_path / name, seed=[1, 2])
+    with pytest.raises(ValueError, match=r"a has the seed \[1, 2\], which is not a whole number"):
+        answer(tmp_path, "a", "b")
+
+
+@needs_scipy
 def test_tokenizers_are_compared_by_bits_per_byte(arm, tmp_path, capsys):
     arm("a")
     arm("b", 1.0, data__tokenizer="byte")

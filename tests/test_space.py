@@ -89,7 +89,7 @@ def test_a_file_at_home_is_read_with_limits(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("text", "words"), [
     ("space: {optim.lrr: [1]}", "optim.lrr .* is not a setting .did you mean optim.lr"), ("spcae: {optim.lr: [1]}\nspace: {seed: [1]}", "spcae .* is not a part"),
-    ("space: {}", "is empty"), ("fixed: {seed: 1}", "is empty"), ("- 1", "holds no settings"), ("space: [", "not valid YAML.* line 1"),
+    ("space: {}", "is empty"), ("fixed: {seed: 1}", "is empty"), ("- 1", "holds no settings"), ("3", "holds no settings"), ("space: [", "not valid YAML.* line 1"),
     ("space: {optim.lr: {low: 3, high: 1}}", "is empty"), ("space: {optim.lr: {low: 0, high: 1, log: true}}", "more than 0"),
     ("space: {optim.lr: {low: 1, high: 2, step: 0}}", "is empty"), ("space: {optim.lr: {low: 1, high: 2, lgo: 3}}", "neither a range"),
     ("space: {optim.lr: 3}", "neither a range"), ("space: {optim.lr: []}", "neither a range"), ("space: {optim.lr: [abc]}", "is not a number"),

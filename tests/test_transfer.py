@@ -65,3 +65,10 @@ def test_an_unfinished_grid_is_refused(grid):
         (folder / "metrics.jsonl").unlink()
     with pytest.raises(ValueError, match="do not have two widths with two rates each"):
         run(grid, "runs=adamw")
+
+
+def test_a_run_without_a_known_learning_rate_is_named(grid):
+    path = sorted((grid / "adamw").iterdir())[0] / "config.yaml"
+    path.write_text(path.read_text().replace("adamw", "lion"))
+    with pytest.raises(ValueError, match=r"run1 has no learning rate of adamw or muon"):
+        run(grid, "runs=adamw")

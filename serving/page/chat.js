@@ -60,6 +60,7 @@ function add(parent, properties) {
   parent.next = message;
   message.element = elementOf(message);
   show();
+  scrollToEnd();
   return message;
 }
 
@@ -83,12 +84,14 @@ async function write(question, begun = { chars: [], tokens: [] }) {
   const start = performance.now();
   let ended = "";
   try {
-    await answer(reply, body, own.signal, (first) => draw(reply, first));
+    await answer(reply, body, own.signal, (first) => {
+      keepAtEnd(() => reply.text.draw(reply.tokens, first));
+    });
     ended = speed(reply.tokens.length - nGiven, start);
   } catch (error) {
     ended = error.message;
   }
-  describe(reply);
+  keepAtEnd(() => describe(reply));
   // Another answer may have begun.
   if (controller !== own) return;
   controller = null;
@@ -122,7 +125,24 @@ function show() {
   }
   list.append(...elements.slice(list.children.length));
   messages.forEach(describe);
-  scrollTo(0, document.documentElement.scrollHeight);
+}
+
+// The pixels of the conversation that the field below it, which is always in view, hides.
+function hiddenHeight() {
+  const { bottom } = find("turns").getBoundingClientRect();
+  return bottom - find("chat").getBoundingClientRect().top;
+}
+
+// Change a message. Who sees the end of the conversation then sees the new end.
+function keepAtEnd(change) {
+  const wasAtEnd = hiddenHeight() < 40;
+  change();
+  if (wasAtEnd) scrollToEnd();
+}
+
+function scrollToEnd() {
+  const height = hiddenHeight();
+  if (height > 0) scrollBy(0, height);
 }
 
 function elementOf(message) {
@@ -161,13 +181,6 @@ function describe(message) {
   part(".place").textContent = `${place + 1} of ${parent.children.length}`;
   part("[value=previous]").disabled = place === 0;
   part("[value=following]").disabled = place === parent.children.length - 1;
-}
-
-function draw(message, first) {
-  const { scrollHeight } = document.documentElement;
-  const wasAtEnd = innerHeight + scrollY > scrollHeight - 40;
-  message.text.draw(message.tokens, first);
-  if (wasAtEnd) scrollTo(0, document.documentElement.scrollHeight);
 }
 
 function act(message, action) {

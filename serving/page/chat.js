@@ -7,7 +7,7 @@ import { answer, canBeSent, ENDINGS, speed, withOther } from "./stream.js";
 import { TokenText } from "./tokens.js";
 
 const root = { children: [], next: null };
-let models, controller = null;
+let models, controller = null, isAtEnd = true, frame = 0;
 
 export function setUp(served) {
   models = served.models.filter(({ is_chat: isChat }) => isChat);
@@ -22,6 +22,7 @@ export function setUp(served) {
     event.preventDefault();
     send();
   });
+  addEventListener("scroll", () => { isAtEnd = hiddenHeight() < 40; });
   find("stop-answering").addEventListener("click", () => controller?.abort());
   find("new-chat").addEventListener("click", () => {
     controller?.abort();
@@ -85,13 +86,15 @@ async function write(question, begun = { chars: [], tokens: [] }) {
   let ended = "";
   try {
     await answer(reply, body, own.signal, (first) => {
-      keepAtEnd(() => reply.text.draw(reply.tokens, first));
+      reply.text.draw(reply.tokens, first);
+      keepAtEnd();
     });
     ended = speed(reply.tokens.length - nGiven, start);
   } catch (error) {
     ended = error.message;
   }
-  keepAtEnd(() => describe(reply));
+  describe(reply);
+  keepAtEnd();
   // Another answer may have begun.
   if (controller !== own) return;
   controller = null;
@@ -133,11 +136,12 @@ function hiddenHeight() {
   return bottom - find("chat").getBoundingClientRect().top;
 }
 
-// Change a message. Who sees the end of the conversation then sees the new end.
-function keepAtEnd(change) {
-  const wasAtEnd = hiddenHeight() < 40;
-  change();
-  if (wasAtEnd) scrollToEnd();
+// Who sees the end of the conversation soon sees its new end. Measuring takes long: once a frame.
+function keepAtEnd() {
+  frame ||= requestAnimationFrame(() => {
+    frame = 0;
+    if (isAtEnd) scrollToEnd();
+  });
 }
 
 function scrollToEnd() {

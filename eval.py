@@ -62,7 +62,8 @@ def evaluate(settings: EvalSettings) -> int:
     models = []
     with configure(device):
         for run in runs or [None]:
-            models.append(measure_model(settings, run, device, tasks, harness))
+            name = run_name(run, runs) if run else settings.init_from
+            models.append(measure_model(settings, run, name, device, tasks, harness))
             if run and not settings.out:
                 write(run / FILE, models[-1:])
                 if (run / "report.html").exists():
@@ -76,11 +77,17 @@ def evaluate(settings: EvalSettings) -> int:
     return 0
 
 
-def measure_model(settings: EvalSettings, run: Path | None, device: Device,
+def run_name(run: Path, runs: list[Path]) -> str:
+    """The name of a run in the results: its path, if runs of several sweeps share its name."""
+    same_name = {other for other in runs if other.name == run.name}
+    return run.name if len(same_name) == 1 else str(run)
+
+
+def measure_model(settings: EvalSettings, run: Path | None, name: str, device: Device,
                   tasks: dict[str, list[Question]], harness: Any) -> dict[str, Any]:
     """The results of a run, or of the model in `init_from`."""
     scorer, model, saved = open_model(settings, run, device)
-    name = model["name"]
+    model = {"name": name, "tasks": []} | model
     if settings.measures_loss:
         model["loss"] = loss_on_text(settings, scorer.engine, run, saved, name)
     for task, questions in tasks.items():
@@ -105,7 +112,7 @@ def open_harness(names: str) -> Any:
 def open_model(settings: EvalSettings, run: Path | None,
                device: Device) -> tuple[Scorer, dict[str, Any], dict[str, Any]]:
     """The model of a run or of `init_from`, its entry in the results, and the run's settings."""
-    model: dict[str, Any] = {"name": settings.init_from, "tasks": []}
+    model: dict[str, Any] = {}
     place = None
     if run is None:
         weights, saved = find_weights(settings.init_from, Path(settings.runs_dir)), {}
@@ -116,7 +123,6 @@ def open_model(settings: EvalSettings, run: Path | None,
             return own_weights(found), saved_settings(found), found.step
 
         weights, saved, model["step"] = store.load_of_run(run, settings.checkpoint, load)
-        model["name"] = run.name
         place = (run / FILE).with_suffix(SCORES)
 
     # An evaluation that was interrupted resumes from the scores in a file.

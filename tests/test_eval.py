@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import shutil
 import statistics
 import sys
 
@@ -105,6 +106,14 @@ def test_the_loss_of_a_text_and_its_standard_error(measure, tiny_runs, tmp_path)
         losses.append(-statistics.fmean(logits[range(block_size), engine.encode(window)[1:]].tolist()))
     assert first["loss"]["loss"] == pytest.approx(statistics.fmean(losses), abs=2e-6)
     assert first["loss"]["loss_se"] == pytest.approx(statistics.stdev(losses) / math.sqrt(3), abs=1e-6)
+
+
+def test_runs_with_the_same_name_are_told_apart(measure, tiny_runs, tmp_path):
+    places = [tmp_path / sweep / "trial_0001" for sweep in ("one", "two")]
+    for place in places:
+        shutil.copytree(tiny_runs / "tiny", place)
+    models, _ = measure("eval_tokens=64", chosen=f"run={places[0]},{places[1]}")
+    assert [model["name"] for model in models] == list(map(str, places))
 
 
 # Tasks

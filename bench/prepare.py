@@ -23,13 +23,13 @@ from typing import Literal
 
 import atomic
 from bench.timing import ROOT, alternating_medians, print_header, print_row
-from data import encode
 from data.config import DataConfig
 from data.files import cut_into_pieces
 from data.library import StdLib
 from data.prepare import load_tokenizer, prepare
 from data.tokenizer import Tokenizer
 from data.tokenizer_json import from_json
+from hardware import usable_cpus
 from setting import range_problems, setting
 
 
@@ -77,7 +77,7 @@ def measure_rates(settings: PrepareSettings, scratch: Path) -> None:
     folder = prepare(config)
     tokenizer = load_tokenizer(folder)
     pieces = list(cut_into_pieces([path.read_text()]))
-    n_threads = encode.threads()
+    n_threads = usable_cpus()
 
     def prepare_again() -> None:
         # Only the tokenizer stays.

@@ -19,7 +19,7 @@ from data.config import TOKENIZERS
 from data.files import File, matches
 from data.shards import SPLITS, check, read_meta, write_meta
 from data.store import folder_for, make_once, sha256_of
-from data.tokenizer import CharTokenizer, Tokenizer
+from data.tokenizer import CharTokenizer, Tokenizer, bytes_of_counts
 from data.tokenizer_file import open_tokenizer
 from data.tokenizer_json import fingerprint, from_json, read_tokenizer
 from progress import ProgressBar
@@ -52,6 +52,8 @@ def prepare_bins(path: str, tokenizer_name: str, dtype: str = "auto") -> Path:
     tokenizer = tokenizer_of(files["train"][0].parent, tokenizer_name)
     if tokenizer_name not in TOKENIZERS:
         tokenizer_name = "file"
+
+    # All files are checked before the first one is hashed, which takes longer.
     shards, digests, headerless = {}, {}, {}
     for split in SPLITS:
         shards[split] = [describe_bin(file, tokenizer.vocab_size, dtype) for file in files[split]]
@@ -60,6 +62,8 @@ def prepare_bins(path: str, tokenizer_name: str, dtype: str = "auto") -> Path:
         headerless[split] = [shard["dtype"] for shard in shards[split] if not shard["offset"]]
         for shard, sha256 in zip(shards[split], digests[split], strict=True):
             shard["sha256"] = sha256
+
+    # The types of files without a header are in the recipe if they are not the usual ones.
     recipe = {"source": digests, "tokenizer": tokenizer_name,
               "tokenizer_fingerprint": fingerprint(tokenizer)}
     if set(chain.from_iterable(headerless.values())) - {"uint16"}:
@@ -75,6 +79,7 @@ def prepare_bins(path: str, tokenizer_name: str, dtype: str = "auto") -> Path:
         write_meta(folder, recipe, fingerprint(tokenizer), tokenizer.vocab_size,
                    {"splits": splits, "parts": [part]})
 
+    # If the files have moved, only their paths change.
     make_once(folder, describe)
     [part] = read_meta(folder)["parts"]
     if any(part[split]["shards"] != shards[split] for split in SPLITS):
@@ -124,6 +129,8 @@ def find_bins(path: str) -> dict[str, list[Path]]:
         for split, names in SPLIT_NAMES.items():
             if re.search(rf"(?<![a-z])({names})(?![a-z])", file.name.lower()):
                 found[split].append(file)
+
+    # No file may be in both splits, and no split without a file or with two copies of its tokens.
     both = set(found["train"]) & set(found["val"])
     if both:
         raise ValueError(f"{both.pop()} is named for both splits: name it for one of them, because "
@@ -150,6 +157,8 @@ def describe_bin(path: Path, vocab_size: int, dtype: str) -> dict[str, Any]:
     if path.with_suffix(".idx").exists():
         raise ValueError(f"{path} is in Megatron-LM's format, as its .idx file shows, which is not "
                          f"supported: write its tokens as plain integers, document by document.")
+
+    # The header of NumPy or of llm.c says what the file holds.
     with open(path, "rb") as file:
         head = file.read(12)
     if not head:
@@ -160,6 +169,7 @@ def describe_bin(path: Path, vocab_size: int, dtype: str) -> dict[str, Any]:
         raise ValueError(f"{path} is not a NumPy file: it does not start like one.")
     else:
         shard = describe_header(path, head.ljust(12, b"\0"))
+    # Without one, it is full of tokens.
     if not shard:
         if dtype == "auto":
             dtype = detect_dtype(path, vocab_size)
@@ -171,6 +181,7 @@ def describe_bin(path: Path, vocab_size: int, dtype: str) -> dict[str, Any]:
     elif dtype not in ("auto", shard["dtype"]):
         raise ValueError(f"{path} has {shard['dtype']} tokens according to its header: remove "
                          f"data.dtype={dtype}.")
+
     if not shard["tokens"]:
         raise ValueError(f"{path} is empty.")
     if not fits(shard["dtype"], vocab_size):
@@ -227,11 +238,14 @@ def detect_dtype(path: Path, vocab_size: int) -> str:
     in_no_text = read_sample(path, "uint8").tobytes().translate(None, TEXT_BYTES)
     if vocab_size > MOST_BYTES and not in_no_text:
         raise ValueError(f"{path} is text, not tokens: train on it with data=text.")
-    ambiguous = False
     possible = [name for name in WIDTHS if fits(name, vocab_size)]
     # All bytes are in a vocabulary of 256, so a match with uint8 would prove nothing.
     if vocab_size > MOST_BYTES and "uint8" in possible:
         possible.remove("uint8")
+
+    # The widest type whose ids are all in the vocabulary. It is ambiguous if there are only a few
+    # tokens, or if every second one is mostly zero, like the upper halves of wider tokens.
+    ambiguous = False
     for name in possible:
         width = np.dtype(name).itemsize
         if size % width:
@@ -243,6 +257,8 @@ def detect_dtype(path: Path, vocab_size: int) -> str:
         if not too_few and (sample[1::2] == 0).sum() <= len(sample) / 4:
             return name
         ambiguous = True
+
+    # No type fits: the caller reports an id beyond the vocabulary, unless the bytes are swapped.
     narrowest = "uint16" if "uint16" in possible else possible[-1]
     if size % np.dtype(narrowest).itemsize:
         return narrowest
@@ -284,13 +300,13 @@ def count_tokens(shards: list[dict[str, Any]], tokenizer: Tokenizer) -> dict[str
                             f"{shard['dtype']} (data.dtype=).")
                 counts += np.bincount(chunk.astype(np.int64, copy=False), minlength=len(counts))
                 bar.update(len(chunk))
+
+    # Each end of text is a document, and has no bytes.
     documents = 0
     if tokenizer.end_of_text is not None:
         documents = int(counts[tokenizer.end_of_text])
         counts[tokenizer.end_of_text] = 0
-    n_bytes = 0
-    for token in np.flatnonzero(counts).tolist():
-        n_bytes += int(counts[token]) * len(tokenizer.decode_bytes((token,)))
+    n_bytes = bytes_of_counts(counts, tokenizer)
     if not n_bytes:
         raise ValueError(f"{shards[0]['file']} has no text, only end-of-text tokens.")
     return {"documents": documents, "bytes": n_bytes, "tokens": total,

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from data.shards import SPLITS, Tokens, open_parts
+from data.shards import Tokens, open_parts
 from data.tokenizer import Tokenizer
 from progress import ProgressBar
 
-CHUNK = 2**22  # tokens
 BEGINNING = 2000  # tokens of a document that are returned
 
 
@@ -25,11 +24,11 @@ class Contents:
         self.counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
         # The number of documents by their length in tokens, rounded to a third of an octave.
         self.by_length: Counter[int] = Counter()
-        parts = [tokens for split in SPLITS for tokens in open_parts(folder, split)]
+        parts = [*self.train, *open_parts(folder, "val")]
         with ProgressBar(desc="Counting", total=sum(map(len, parts)), unit="tokens",
                          unit_scale=True, leave=False) as bar:
             for tokens in parts:
-                for chunk in chunks(tokens):
+                for _, chunk in tokens.chunks():
                     self.counts += np.bincount(chunk, minlength=len(self.counts))
                     bar.update(len(chunk))
         for tokens in self.train:
@@ -41,12 +40,10 @@ class Contents:
         """The start and end of each document, without the end-of-text token (if there is one)."""
         start = 0
         if self.end_of_text is not None:
-            offset = 0
-            for chunk in chunks(tokens):
-                for end in (offset + np.flatnonzero(chunk == self.end_of_text)).tolist():
+            for first, chunk in tokens.chunks():
+                for end in (first + np.flatnonzero(chunk == self.end_of_text)).tolist():
                     yield start, end
                     start = end + 1
-                offset += len(chunk)
         if start < len(tokens):
             yield start, len(tokens)
 
@@ -68,9 +65,3 @@ class Contents:
                     shown = np.arange(start, min(end, start + BEGINNING))
                     yield index, end - start, tokens.read(shown).tolist()
                 index += 1
-
-
-def chunks(tokens: Tokens) -> Iterator[np.ndarray]:
-    for shard in tokens.shards:
-        for start in range(0, len(shard), CHUNK):
-            yield shard[start : start + CHUNK]

@@ -72,6 +72,8 @@ class Corpus:
         # The length and tail of each document by its index, if all are known.
         self.tails: dict[int, tuple[int, int]] = {}
         self.wanted = 0.0  # characters to hold out, if not all lengths are known
+
+        # Whether an end-of-text token follows each document.
         if validation:
             self.has_boundaries = self.has_several()
         else:
@@ -82,6 +84,7 @@ class Corpus:
 
     def plan_split(self, val_fraction: float) -> bool:
         """Read documents until it is clear how to split them. Returns whether there are several."""
+        # The distinct documents by their numbers, and the number of each document by its index.
         texts: dict[float, Text] = {}
         numbers: dict[int, float] = {}
         characters, is_complete = 0, True
@@ -96,6 +99,8 @@ class Corpus:
                     break
         if not numbers:
             raise ValueError("The source holds no text: every document is empty.")
+
+        # With all lengths known, choose the documents; else only how many characters.
         if is_complete:
             tails = choose_tails(list(texts.values()), val_fraction, self.divisible)
             for index, number in numbers.items():
@@ -142,6 +147,7 @@ class Corpus:
 
         `update` is called for each piece that is read.
         """
+        # First the validation text, whose documents must not be trained on.
         self.counts = Counter()
         in_validation, seen = Seen(), Seen()
         if self.validation:
@@ -149,6 +155,7 @@ class Corpus:
                 digest, length = measure(document, update)
                 if in_validation.add(digest) or not self.deduplicate:
                     yield Found(index, document, number_of(digest), length, "val")
+
         split = "train" if self.validation else ""
         for index, document in enumerate(self.source.documents()):
             digest, length = measure(document, update)
@@ -194,6 +201,8 @@ class Corpus:
         """The files and documents of the latest complete reading, and the dropped ones."""
         documents = counted(self.counts["documents"], "document")
         text = f"{self.source.description()}, {documents}"
+
+        # What was dropped, and the second source.
         if self.counts["duplicates"]:
             text += f", {counted(self.counts['duplicates'], 'exact duplicate')} dropped"
         if self.counts["in_validation"]:
@@ -236,6 +245,7 @@ def number_of(digest: bytes) -> float:
 def divided(document: Document, length: int, tail: int) -> Iterator[Piece]:
     """The text of a document, with the last `tail` characters in the validation split."""
     left = length - tail  # characters of the training part that follow
+    # The piece in which the training part ends is divided.
     for text in document.pieces():
         if left >= len(text):
             yield Piece("train", text)
@@ -245,6 +255,7 @@ def divided(document: Document, length: int, tail: int) -> Iterator[Piece]:
             yield Piece("train", text[:left])
             yield Piece("val", text[left:])
         left = max(0, left - len(text))
+    # Both parts end, unless one is empty.
     if tail < length:
         yield Piece("train", "", ends=True)
     if tail:

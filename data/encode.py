@@ -6,12 +6,12 @@ interruption.
 
 from __future__ import annotations
 
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from data.corpus import Corpus, Piece
 from data.files import SpecialToken
 from data.shards import SPLITS, ShardWriter
 from data.tokenizer import Tokenizer
+from hardware import usable_cpus
 from progress import ProgressBar
 
 BATCH_BYTES = 2**20  # of text that a thread encodes at once
@@ -81,45 +82,60 @@ def segments(corpora: list[Corpus], tokenizer: Tokenizer, folder: Path, first: i
     """
     has_ends = len(corpora) > 1 or corpora[0].has_boundaries
     end_ids = [tokenizer.end_of_text] if has_ends and tokenizer.end_of_text is not None else []
-    end_of_text = np.array(end_ids, dtype=np.uint32)
-
-    def encode(batch: Batch) -> dict[str, np.ndarray]:
-        ids: dict[str, list[np.ndarray]] = {split: [end_of_text[:0]] for split in SPLITS}
-        for split, text, ends in batch.pieces:
-            if isinstance(text, SpecialToken):
-                ids[split].append(np.array([tokenizer.special[text]], dtype=np.uint32))
-            else:
-                ids[split] += [tokenizer.encode_array(text), end_of_text[:ends]]
-        return {split: np.concatenate(arrays) for split, arrays in ids.items()}
-
-    def remaining() -> Iterator[Batch]:
-        for batch in batches(corpora):
-            if batch.segment >= first:
-                yield batch
-            else:
-                show(bar, batch)
-                # Skipping is fast, so it must not count in the estimate of the time left.
-                bar.initial, bar.start_t = bar.n, time.time()
+    encode = partial(encode_batch, tokenizer=tokenizer, end_of_text=np.array(end_ids, np.uint32))
 
     with ProgressBar(desc=title, unit="B", unit_scale=True, leave=False) as bar:
-        encoded = in_order(encode, remaining(), threads())
+        remaining = skip_segments(batches(corpora), first, bar)
+        encoded = in_order(encode, remaining, usable_cpus())
         for number, group in groupby(encoded, key=lambda pair: pair[0].segment):
-            segment: dict[str, Any] = {"number": number}
-            writers = {}
-            for split in SPLITS:
-                segment[split] = {"documents": 0, "bytes": 0}
-                path = folder / f"{split}_{number:05d}.npy"
-                writers[split] = ShardWriter(path, tokenizer.vocab_size)
-            for batch, ids in group:
-                segment["part"] = batch.part
-                for split in SPLITS:
-                    writers[split].add(ids[split])
-                    segment[split]["documents"] += batch.documents(split)
-                    segment[split]["bytes"] += batch.n_bytes[split]
-                show(bar, batch)
-            for split, writer in writers.items():
-                segment[split] |= {"tokens": writer.n_tokens, "shards": writer.close()}
-            yield segment
+            yield write_segment(folder, number, group, tokenizer.vocab_size, bar)
+
+
+def encode_batch(batch: Batch, tokenizer: Tokenizer,
+                 end_of_text: np.ndarray) -> dict[str, np.ndarray]:
+    """The ids of a batch by split. `end_of_text` is one id, or none if documents have no end."""
+    ids: dict[str, list[np.ndarray]] = {split: [end_of_text[:0]] for split in SPLITS}
+    for split, text, ends in batch.pieces:
+        if isinstance(text, SpecialToken):
+            ids[split].append(np.array([tokenizer.special[text]], dtype=np.uint32))
+        else:
+            ids[split].append(tokenizer.encode_array(text))
+            if ends:
+                ids[split].append(end_of_text)
+    return {split: np.concatenate(arrays) for split, arrays in ids.items()}
+
+
+def skip_segments(batches: Iterator[Batch], first: int, bar: ProgressBar) -> Iterator[Batch]:
+    """The batches from the segment `first` on, after the others were counted as done."""
+    for batch in batches:
+        if batch.segment >= first:
+            yield batch
+        else:
+            show(bar, batch)
+            # Skipping is fast, so it must not count in the estimate of the time left.
+            bar.initial, bar.start_t = bar.n, time.time()
+
+
+def write_segment(folder: Path, number: int, encoded: Iterator[tuple[Batch, dict[str, np.ndarray]]],
+                  vocab_size: int, bar: ProgressBar) -> dict[str, Any]:
+    """Write the batches of a segment with their ids into a shard of each split."""
+    segment: dict[str, Any] = {"number": number}
+    writers = {}
+    for split in SPLITS:
+        segment[split] = {"documents": 0, "bytes": 0}
+        writers[split] = ShardWriter(folder / f"{split}_{number:05d}.npy", vocab_size)
+
+    for batch, ids in encoded:
+        segment["part"] = batch.part
+        for split in SPLITS:
+            writers[split].add(ids[split])
+            segment[split]["documents"] += batch.documents(split)
+            segment[split]["bytes"] += batch.n_bytes[split]
+        show(bar, batch)
+
+    for split, writer in writers.items():
+        segment[split] |= {"tokens": writer.n_tokens, "shards": writer.close()}
+    return segment
 
 
 def in_order(work: Callable[[Any], Any], items: Iterator[Any],
@@ -130,6 +146,7 @@ def in_order(work: Callable[[Any], Any], items: Iterator[Any],
     try:
         for item in items:
             waiting.append((item, pool.submit(work, item)))
+            # One batch more than threads, so that none waits for the caller.
             if len(waiting) > n_threads + 1:
                 item, future = waiting.popleft()
                 yield item, future.result()
@@ -137,13 +154,6 @@ def in_order(work: Callable[[Any], Any], items: Iterator[Any],
             yield item, future.result()
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def threads() -> int:
-    """The number of cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def show(bar: ProgressBar, batch: Batch) -> None:

@@ -73,6 +73,7 @@ def decoded(
     `errors` is "strict", which raises ValueError for bytes that are not text, or "replace", which
     decodes them to replacement characters.
     """
+    # Four bytes are the longest mark. `offset` is that of `block` in the stream.
     block = stream.read(max(4, BLOCK))
     offset, line = 0, 1
     for mark, marked_encoding in MARKS.items():
@@ -81,6 +82,7 @@ def decoded(
             block = block[len(mark) :]
             offset = len(mark)
             break
+
     encoding = codecs.lookup(encoding).name
     encoding = WITHOUT_MARK.get(encoding, encoding)
     decoder = codecs.getincrementaldecoder(encoding)(errors)
@@ -89,6 +91,7 @@ def decoded(
         pending = decoder.getstate()[0]
         try:
             text = decoder.decode(block, final=not block)
+            # UTF-8 allows NUL, which text does not have. Report it by its offset in bytes.
             if errors == "strict" and "\0" in text:
                 start = len(text[: text.index("\0")].encode(encoding, "replace"))
                 start = min(start, len(pending + block) - 1)
@@ -112,6 +115,8 @@ def not_text(encoding: str, block: bytes, place: str) -> str:
     for start, advice in OTHER_FORMATS.items():
         if block.startswith(start):
             return f"is not text but {advice}."
+
+    # Advise the most likely encoding, if another one fits, else what to do about single bytes.
     name = encoding.upper() if encoding.startswith("utf") else encoding
     replace = "data.errors=replace to read a replacement character there"
     guess = likely_encoding(block)
@@ -129,6 +134,7 @@ def likely_encoding(block: bytes) -> str:
 
     Empty if there is none, and for UTF-8 that is truncated or has only a few damaged bytes.
     """
+    # Only UTF-16 and UTF-32 have bytes of zero in a text.
     if 0 in block:
         frequent = string.ascii_letters + " \n" + WESTERN + "".join(OTHER_SCRIPTS.values())
         candidates = dict.fromkeys(WIDE, frequent)
@@ -143,6 +149,8 @@ def likely_encoding(block: bytes) -> str:
         candidates = OTHER_SCRIPTS
         if n_accented <= 2 * n_plain:
             candidates = LATIN | OTHER_SCRIPTS
+
+    # Decode as each candidate, and count the frequent characters of its language.
     best, best_share = "", LEAST_SHARE
     for encoding, frequent in candidates.items():
         try:

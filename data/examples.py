@@ -12,7 +12,7 @@ import numpy as np
 from data.chat import Markers
 from data.permutation import mix, permute
 from data.shards import Tokens
-from data.tokenizer import Tokenizer
+from data.tokenizer import Tokenizer, bytes_of_counts
 from terminal import counted
 
 # The target of a token that is not trained on, as in torch.nn.functional.cross_entropy.
@@ -34,16 +34,20 @@ class Examples:
         if not len(ends):
             raise ValueError(f"The {split} split has no conversation: use more of them, or raise "
                              f"data.val_fraction.")
-        # From the end of text before it to the one after it, which is no part of it.
+        # A conversation starts with the end of text before it, and ends before the next one.
         starts = np.concatenate(([-1], ends[:-1]))
         targets = targets_within(tokens, markers, starts, ends, block_size)
         self.n_conversations = len(ends)
         self.n_cut = int((ends - starts > block_size + 1).sum())
         self.n_left_out = int((targets == 0).sum())
+
+        # Put them into sequences: `first` and `last` are the conversations of each.
         first, last = pack(starts, ends, targets > 0, block_size + 1)
         if not len(first):
             raise ValueError(f"The {split} split has no conversation with an answer within a "
                              f"context of {block_size} tokens: use a larger model.block_size.")
+
+        # What reading a sequence needs, and the number of its targets.
         self.count = len(first)
         self.first_positions = starts[first]
         self.lengths = np.minimum(ends[last] - starts[first], block_size + 1)
@@ -74,6 +78,7 @@ class Examples:
         positions = (self.first_positions[numbers][:, None] + offsets) % len(self.tokens)
         is_padding = offsets >= self.lengths[numbers][:, None]
         ids = np.where(is_padding, self.markers.end_of_text, self.tokens.read(positions))
+        # [N, block_size]; a target is the token after an input.
         is_target = in_answers(ids, self.markers)[:, 1:] & ~is_padding[:, 1:]
         return ids[:, :-1], np.where(is_target, ids[:, 1:], MASKED)
 
@@ -104,11 +109,10 @@ class Examples:
             index = np.arange(start, min(start + SEQUENCES_AT_ONCE, number))
             targets = self.read_in_order(index)[1]
             counts += np.bincount(targets[targets != MASKED], minlength=len(counts))
-        n_bytes = 0
-        for token in np.flatnonzero(counts).tolist():
-            if token != self.markers.end:
-                n_bytes += int(counts[token]) * len(tokenizer.decode_bytes((token,)))
-        return n_bytes / int(counts.sum())
+        n_targets = int(counts.sum())
+        # The end marker of an answer is a target, and no text.
+        counts[self.markers.end] = 0
+        return bytes_of_counts(counts, tokenizer) / n_targets
 
     def describe(self) -> str:
         """The numbers of conversations and sequences, and what was cut."""
@@ -133,6 +137,7 @@ def targets_within(tokens: Tokens, markers: Markers, starts: np.ndarray, ends: n
     first = tokens.positions_of(markers.assistant)
     answer_ends = tokens.positions_of(markers.end)
     last = answer_ends[np.searchsorted(answer_ends, first)]
+    # A conversation that is too long is cut: an answer beyond the cut has no targets.
     conversation = np.searchsorted(ends, first)
     last = np.minimum(last, starts[conversation] + block_size)
     lengths = np.maximum(last - first, 0)
@@ -154,6 +159,7 @@ def pack(starts: np.ndarray, ends: np.ndarray, kept: np.ndarray,
     following = np.minimum(following, left_out[np.searchsorted(left_out, index)])
     kept_ones = np.append(np.flatnonzero(kept), count)
     next_kept = kept_ones[np.searchsorted(kept_ones, np.arange(count + 1))]
+    # Follow the jumps from the first sequence to the last.
     jumps = next_kept[following].tolist()
     first = []
     place = int(next_kept[0])
@@ -165,10 +171,11 @@ def pack(starts: np.ndarray, ends: np.ndarray, kept: np.ndarray,
 
 
 def in_answers(ids: np.ndarray, markers: Markers) -> np.ndarray:
-    """Whether each token of rows `[N, T]` belongs to an answer; its end marker does.
+    """Whether each token of rows `[N, T]` belongs to an answer, as does its end marker.
 
-    So it is if the last marker before it is the assistant's. The first token is one, or no answer.
+    A token does if the last marker before it is the assistant's. The first token of a row does not.
     """
+    # The position of the last marker up to each token.
     is_marker = np.isin(ids, markers.ids())
     places = np.where(is_marker, np.arange(ids.shape[1]), 0)
     last = np.maximum.accumulate(places, axis=1)[:, :-1]

@@ -39,6 +39,8 @@ def to_hugging_face(tokenizer: Tokenizer) -> dict[str, Any]:
     """
     base = tokenizer.base if isinstance(tokenizer, ExtendedTokenizer) else tokenizer
     decoder, normalizer, in_text = BYTE_LEVEL, None, ()
+
+    # How a text is split, and the model that makes ids of the pieces.
     if isinstance(base, CharTokenizer):
         pre_tokenizers, decoder = [split(EACH_CHARACTER)], {"type": "Fuse"}
         # Unknown characters map to "unk_token"; without an id, that is an error.
@@ -104,6 +106,7 @@ def halves(token: bytes, rank_of: dict[bytes, int]) -> list[bytes]:
 
     Raises ValueError if there are none.
     """
+    # Merge the pair with the lowest id, until two parts are left.
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
         ranks = [rank_of.get(left + right, math.inf) for left, right in pairwise(parts)]
@@ -173,25 +176,29 @@ def with_added(base: Tokenizer, special: dict[str, int]) -> Tokenizer:
 def byte_level_bpe(content: dict[str, Any], vocab: dict[str, int],
                    special: dict[str, int]) -> Tokenizer:
     """The tokenizer of a BPE model. Raises Unsupported naming a feature that is not."""
+    # Features of the model that change its ids.
     model = content["model"]
     if model["type"] != "BPE":
         raise Unsupported(f"its model is {model['type']}")
     for name, supported in PLAIN_BPE.items():
         if model.get(name) not in supported:
             raise Unsupported(f"its model has {name}={model[name]}")
+
     normalizer = normalizer_of(content.get("normalizer"))
     pattern = pattern_of(content.get("pre_tokenizer"))
     in_text = tokens_in_text(content.get("added_tokens") or [], bool(normalizer))
     ranks = ranks_of(vocab, model["merges"])
+
+    # The 256 bytes without merges are how a ByteTokenizer is exported.
     if ranks == [bytes((value,)) for value in range(256)] and not normalizer and not in_text:
         plain = with_added(ByteTokenizer(), special)
         if plain.special == special:
             return plain
     if not pattern:
         raise Unsupported("it merges bytes without splitting a text into words first")
-    if any(word in special for word in (END_OF_TEXT, *OTHER_ENDS)):
-        return BPETokenizer.from_ranks(ranks, pattern, special, in_text, normalizer)
-    special = special | {END_OF_TEXT: max([len(ranks) - 1, *special.values()]) + 1}
+    # Training needs an end of text, which becomes the last token.
+    if not any(word in special for word in (END_OF_TEXT, *OTHER_ENDS)):
+        special = special | {END_OF_TEXT: max([len(ranks) - 1, *special.values()]) + 1}
     return BPETokenizer.from_ranks(ranks, pattern, special, in_text, normalizer)
 
 
@@ -214,6 +221,8 @@ def pattern_of(content: dict[str, Any] | None) -> str:
     if not steps or not steps[-1] or steps[-1]["type"] != "ByteLevel":
         raise Unsupported("its pre_tokenizer does not end with ByteLevel")
     *before, byte_level = steps
+
+    # ByteLevel itself adds no space, and splits by GPT-2's pattern or not at all.
     if byte_level.get("add_prefix_space", True):
         raise Unsupported("its pre_tokenizer has add_prefix_space=true")
     if byte_level.get("use_regex", True):
@@ -221,6 +230,8 @@ def pattern_of(content: dict[str, Any] | None) -> str:
             raise Unsupported(f"its pre_tokenizer has {before[0]['type']} before ByteLevel's own "
                               f"pattern")
         return GPT2
+
+    # Else a single Split before it has the pattern.
     if not before:
         return ""
     if len(before) > 1:
@@ -258,18 +269,23 @@ def tokens_in_text(added: list[dict[str, Any]], is_normalized: bool) -> list[str
 
 def ranks_of(vocab: dict[str, int], merges: list[Any]) -> list[bytes]:
     """The tokens in the order of their ids, if merging by ids gives the same as by `merges`."""
+    # Tokens are written in GPT-2's letters for bytes.
     byte_of = {letter: byte for byte, letter in enumerate(byte_letters())}
     rank_of = {}
     for word, rank in vocab.items():
         if not set(word) <= set(byte_of) or not word:
             raise Unsupported(f"its token {word!r} is not written in the letters of ByteLevel")
         rank_of[bytes(map(byte_of.__getitem__, word))] = rank
+
+    # Every text can be encoded, and no token is too long.
     missing = [value for value in range(256) if bytes((value,)) not in rank_of]
     if missing:
         raise Unsupported(f"it has no token for the byte {missing[0]}")
     longest = max(rank_of, key=len)
     if len(longest) > LONGEST_TOKEN:
         raise Unsupported(f"it has a token of {len(longest):,} bytes")
+
+    # tiktoken merges in the order of the ids, so that must be the order of the merges.
     pairs, last = set(), -1
     for merge in merges:
         left, right = merge.split(" ") if isinstance(merge, str) else merge
@@ -280,6 +296,8 @@ def ranks_of(vocab: dict[str, int], merges: list[Any]) -> list[bytes]:
                               f"with a higher id")
         pairs.add(pair)
         last = rank
+
+    # Each token of several bytes must be made by one of the merges.
     ranks = [b""] * (max(rank_of.values()) + 1)
     for token, rank in rank_of.items():
         ranks[rank] = token

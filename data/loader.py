@@ -10,7 +10,7 @@ interleaved by weight. Sequences of conversations hold whole ones instead (data/
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -35,6 +35,7 @@ class Windows:
 
     def starts(self, index: np.ndarray) -> np.ndarray:
         """The first positions of the windows at `index`, counted from the start of the run."""
+        # Each epoch has its own order, and its own offset of all windows.
         epoch, in_epoch = np.divmod(index, self.count)
         keys = mix(self.seed ^ mix(epoch.astype(np.uint64)))
         offset = (mix(keys ^ np.uint64(0xFF)) % np.uint64(self.block_size)).astype(np.int64)
@@ -51,6 +52,7 @@ class Windows:
 
     def read_at(self, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         positions = starts[:, None] + np.arange(self.block_size + 1)
+        # [N, block_size + 1]; a window that reaches the end continues at the start.
         ids = self.tokens.read(positions % len(self.tokens))
         return ids[:, :-1], ids[:, 1:]
 
@@ -82,13 +84,10 @@ class Loader:
         if not markers:
             check_lengths("training", tokens, block_size,
                           "use more text or a smaller model.block_size")
-        self.parts: list[Windows | Examples] = []
+        self.parts = []
         for part, split in enumerate(tokens):
             part_seed = mix(np.array([seed], dtype=np.uint64)) ^ np.uint64(part)
-            if markers:
-                self.parts.append(Examples(split, block_size, markers, "training", part_seed))
-            else:
-                self.parts.append(Windows(split, block_size, part_seed))
+            self.parts.append(sequences_of(split, block_size, markers, "training", part_seed))
         self.interleaving = Interleaving(weights or [1] * len(tokens))
 
     @property
@@ -109,30 +108,32 @@ class Loader:
 
     def sequences(self, step: int) -> list[int]:
         """The first positions of all sequences of a step, each in the split of its part."""
-        part, index = self.of_step(step)
-        starts = np.empty(len(part), dtype=np.int64)
-        for number in np.unique(part):
-            starts[part == number] = self.parts[number].starts(index[part == number])
-        return starts.tolist()
+        return self.of_step(step, lambda part, index: part.starts(index)).tolist()
 
     def n_targets(self, step: int) -> list[int]:
         """The number of targets in each micro-step of a step, of all ranks."""
-        part, index = self.of_step(step)
-        counts = np.empty(len(part), dtype=np.int64)
-        for number in np.unique(part):
-            counts[part == number] = self.parts[number].n_targets(index[part == number])
+        counts = self.of_step(step, lambda part, index: part.n_targets(index))
         return counts.reshape(-1, self.batch_size).sum(axis=1).tolist()
 
-    def of_step(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """The part of each sequence of a step, and its index there."""
+    def of_step(self, step: int, value: Callable[..., np.ndarray]) -> np.ndarray:
+        """A value of each sequence of a step, of all ranks, given its part and its index there."""
         count = self.tokens_per_step // self.block_size
-        return self.interleaving.at(step * count + np.arange(count, dtype=np.int64))
+        part, index = self.interleaving.at(step * count + np.arange(count, dtype=np.int64))
+        values = np.empty(count, dtype=np.int64)
+        for number in np.unique(part):
+            here = part == number
+            values[here] = value(self.parts[number], index[here])
+        return values
 
     def batch(self, step: int, micro_step: int = 0, rank: int = 0) -> tuple[Tensor, Tensor]:
         """Inputs and targets, each int64 `[batch_size, block_size]`."""
+        # Counted through all steps, ranks and micro-steps, so that N ranks with one micro-step read
+        # the same as one rank with N.
         micro_batch = (step * self.world_size + rank) * self.micro_steps + micro_step
         sequences = micro_batch * self.batch_size + np.arange(self.batch_size, dtype=np.int64)
         part, index = self.interleaving.at(sequences)
+
+        # One read for each part of the mixture.
         inputs = np.empty((self.batch_size, self.block_size), dtype=np.int64)
         targets = np.empty_like(inputs)
         for number in np.unique(part):
@@ -159,8 +160,11 @@ class Prefetch:
         """Inputs and targets in the CPU's memory, each int64 `[batch_size, block_size]`."""
         if self.device.type != "cuda":
             return self.loader.batch(step, micro_step, self.rank)
+        # Usually the batch that was asked for is the next one; after a rollback it is not.
         prefetched = (step, micro_step) == self.next_key
         batch = self.next_batch.result() if prefetched else self.read(step, micro_step)
+
+        # Start to read the one after it.
         is_last = micro_step + 1 == self.micro_steps
         self.next_key = (step + 1, 0) if is_last else (step, micro_step + 1)
         self.next_batch = self.executor.submit(self.read, *self.next_key)
@@ -195,13 +199,10 @@ class Validation:
                           "raise data.val_fraction, use more text, or lower model.block_size")
         weights = weights or [1] * len(tokens)
         self.shares = [weight / sum(weights) for weight in weights]
-        self.parts: list[Windows | Examples] = []
-        self.n_windows = []
+        self.parts, self.n_windows = [], []
         no_seed = np.zeros(1, dtype=np.uint64)
         for split, share in zip(tokens, self.shares, strict=True):
-            part = Windows(split, block_size, no_seed)
-            if markers:
-                part = Examples(split, block_size, markers, "validation", no_seed)
+            part = sequences_of(split, block_size, markers, "validation", no_seed)
             self.parts.append(part)
             self.n_windows.append(part.count_within(int(max_tokens * share)))
 
@@ -220,12 +221,15 @@ class Validation:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, float]]:
         """Inputs and targets, int64 `[batch_size or fewer, block_size]`; weight in the mean."""
+        # The batches of all ranks, and the number of targets of each part.
         batches, totals = [], []
         for part, n_windows in enumerate(self.n_windows):
             all_windows = np.arange(n_windows)
             totals.append(int(self.parts[part].n_targets_in_order(all_windows).sum()))
             for first in range(0, n_windows, self.batch_size):
                 batches.append((part, first))
+
+        # This rank's batches: every world_size-th one, as many as the other ranks have.
         turns = -(-len(batches) // self.world_size)
         for number in range(self.rank, turns * self.world_size, self.world_size):
             is_own = number < len(batches)
@@ -233,9 +237,18 @@ class Validation:
             n_windows, split = self.n_windows[part], self.parts[part]
             index = np.arange(first, min(first + self.batch_size, n_windows))
             inputs, targets = split.read_in_order(index)
+            # A batch counts by its share of the targets of its part.
             n_targets = int(split.n_targets_in_order(index).sum())
             weight = self.shares[part] * n_targets / totals[part] if is_own else 0.0
             yield torch.from_numpy(inputs), torch.from_numpy(targets), weight
+
+
+def sequences_of(tokens: Tokens, block_size: int, markers: Markers | None, split: str,
+                 seed: np.ndarray) -> Windows | Examples:
+    """The sequences of a split: windows of text, or whole conversations if there are `markers`."""
+    if markers:
+        return Examples(tokens, block_size, markers, split, seed)
+    return Windows(tokens, block_size, seed)
 
 
 def document_boundary(tokenizer: Tokenizer) -> int:

@@ -79,7 +79,9 @@ class Plan(NamedTuple):
 
 
 def planned(config: DataConfig) -> Plan:
+    """The sources of a configuration, and the folder for its tokens."""
     sources, validation = open_sources(config), open_validation(config)
+    # A tokenizer in a file is known by its content, because the file may change or move.
     name, of_tokenizer = config.tokenizer, config.tokenizer
     if name not in TOKENIZERS:
         name, of_tokenizer = "file", f"file {sha256_of([find_tokenizer(name)])[0]}"
@@ -99,26 +101,35 @@ def build(building: Path, plan: Plan, config: DataConfig) -> None:
     # Only the folder's last name was missing.
     if (building / "meta.json").exists():
         return
+
+    # Divide each source into its splits.
     corpora = []
     for source in plan.sources.values():
         corpora.append(Corpus(source, config.val_fraction, plan.validation, config.deduplicate,
                               divisible=config.source != "chat"))
+
+    # Make the tokenizer, unless an earlier attempt has already encoded segments with it.
     tokenizer_path = building / "tokenizer.json"
     done = read_progress(building)
     tokenizer = read_tokenizer(tokenizer_path) if done else make_tokenizer(config, corpora)
     made_with = fingerprint(tokenizer)
     if not done:
         atomic.write_bytes(tokenizer_path, json.dumps(tokenizer.to_json()).encode())
+
+    # Encode the segments that are missing. Each one is noted when it is on the disk.
     title = f"Tokenizing {config.mix or config.source}"
     for segment in segments(corpora, tokenizer, building, len(done), title):
         done.append(segment)
         progress = {"tokenizer": made_with, "segments": done}
         atomic.write_bytes(building / PROGRESS, json.dumps(progress).encode())
+
+    # The tokens must be those of the recipe, so the sources must not have changed.
     now = [source.fingerprint() for source in plan.sources.values()]
     validation = plan.validation.fingerprint() if plan.validation else None
     if now != plan.recipe["sources"] or validation != plan.recipe["validation"]:
         raise ValueError(f"{config.mix or config.path or config.source} changed while it was being "
                          f"read: run the command again.")
+
     tokens = summarize(done, list(plan.sources), [corpus.summary() for corpus in corpora])
     write_meta(building, plan.recipe, made_with, tokenizer.vocab_size, tokens)
     (building / PROGRESS).unlink()
@@ -184,6 +195,8 @@ def tokenizer_for_text(config: DataConfig, corpora: list[Corpus]) -> Tokenizer:
             share = DISTINCT_BYTES // len(samples)
             samples = [with_few_words(sample, share) for sample in samples]
         return BPETokenizer.train(chain.from_iterable(samples), config.vocab_size)
+
+    # char: collect the characters of both splits.
     characters: set[str] = set()
     for corpus in corpora:
         with corpus.progress("Listing characters") as update:

@@ -41,6 +41,7 @@ def divide(read: Callable[[], Iterator[str]], separator: str) -> Iterator[Docume
     parts: list[str] = []
     length, index = 0, 0
     for text, is_end in with_ends(read(), separator):
+        # Keep the document in memory, unless it is long.
         length += len(text)
         if length <= IN_MEMORY:
             parts.append(text)
@@ -48,6 +49,7 @@ def divide(read: Callable[[], Iterator[str]], separator: str) -> Iterator[Docume
             parts.clear()
         if not is_end:
             continue
+
         document = Document.of("".join(parts))
         if length > IN_MEMORY:
             document = Document(partial(read_again, read, separator, index))
@@ -80,6 +82,7 @@ def with_ends(pieces: Iterator[str], separator: str) -> Iterator[tuple[str, bool
     waiting, after_separator = "", False
     for piece in pieces:
         waiting += piece
+        # Line ends after a separator belong to it, also in the next piece.
         if after_separator:
             waiting = waiting.lstrip("\r\n")
             after_separator = not waiting
@@ -88,6 +91,7 @@ def with_ends(pieces: Iterator[str], separator: str) -> Iterator[tuple[str, bool
             yield waiting[start : match.start()], True
             start = match.end()
             after_separator = start == len(waiting)
+        # What follows the last separator, without what may be the start of another one.
         end = max(start, len(waiting) - held_back)
         if end > start:
             yield waiting[start:end], False

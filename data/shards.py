@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import atomic
 from data.store import sha256_of
 
 SPLITS = ("train", "val")
-CHUNK = 2**22  # tokens that are compared at a time
+CHUNK = 2**22  # tokens that are counted or compared at a time
 
 
 def token_dtype(vocab_size: int) -> type[np.unsignedinteger]:
@@ -112,23 +113,32 @@ class Tokens:
     def positions_of(self, token: int) -> np.ndarray:
         """The positions of a token, in ascending order."""
         found = [np.zeros(0, dtype=np.int64)]
-        for shard, end in zip(self.shards, self.ends.tolist(), strict=True):
-            for start in range(0, len(shard), CHUNK):
-                here = np.flatnonzero(shard[start : start + CHUNK] == token)
-                found.append(here + (end - len(shard) + start))
+        for start, chunk in self.chunks():
+            found.append(start + np.flatnonzero(chunk == token))
         return np.concatenate(found)
+
+    def chunks(self) -> Iterator[tuple[int, np.ndarray]]:
+        """All tokens in order, CHUNK or fewer at a time, each chunk with its position."""
+        position = 0
+        for shard in self.shards:
+            for start in range(0, len(shard), CHUNK):
+                chunk = shard[start : start + CHUNK]
+                yield position, chunk
+                position += len(chunk)
 
     def read(self, positions: np.ndarray) -> np.ndarray:
         """The tokens at `positions` (any shape), as int64. One gather for each shard.
 
         Raises ValueError if a shard was overwritten.
         """
+        # The shard of each position is the first one that ends after it.
         shard_of = np.searchsorted(self.ends, positions, side="right")
         tokens = np.empty(positions.shape, dtype=np.int64)
         for shard in np.unique(shard_of):
             if self.files:
                 self.files[shard].check()
             here = shard_of == shard
+            # The position of the shard's first token.
             start = self.ends[shard] - len(self.shards[shard])
             tokens[here] = self.shards[shard][positions[here] - start]
         return tokens

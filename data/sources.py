@@ -82,6 +82,7 @@ def open_sources(config: DataConfig) -> dict[str, Source]:
         sources = {name: open_source(config.part(name)) for name in read_mix(config.mix)}
     else:
         sources = {config.source: open_source(config)}
+    # Settings that DataConfig cannot check, because it does not know the files.
     place = config.mix or config.path
     kinds = {kind for source in sources.values() for kind in kinds_of(source)}
     if config.separator and "text" not in kinds:
@@ -118,6 +119,8 @@ class Files:
         text_field, errors, encoding = config.text_field, config.errors, config.encoding
         on_bad_record = config.on_bad_record
         read = read_conversation if config.source == "chat" else None
+
+        # Only files of records can hold conversations.
         self.files = []
         for one in paths:
             file = File(one, text_field, errors, encoding, on_bad_record, read)
@@ -131,6 +134,7 @@ class Files:
                 f"compressed."
             )
         self.separator = unescaped(config.separator)
+
         # Newer settings are left out at their defaults, so that old fingerprints stay valid.
         self.settings = f"files {text_field} {errors}"
         if read:
@@ -139,6 +143,8 @@ class Files:
             self.settings += f" {self.separator!r}"
         if encoding or on_bad_record != "stop":
             self.settings += f" {encoding} {on_bad_record}"
+
+        # For the progress of reading.
         self.sizes = [file.path.stat().st_size for file in self.files]
         self.total = sum(self.sizes)
         self.current = self.files[0]
@@ -186,6 +192,7 @@ def fetch(url: str, sha256: str) -> Path:
                 f"it again."
             )
         return path
+
     advice = f"Download it yourself and put it at {path}, or name your copy with data.path=FILE."
     say(f"Downloading {url}")
     try:

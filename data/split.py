@@ -50,6 +50,8 @@ def choose_tails(texts: list[Text], val_fraction: float,
     characters = sum(text.size for text in texts)
     fraction = held_out_fraction(val_fraction, characters)
     wanted = fraction * characters
+
+    # Long documents give their tails.
     tails: dict[float, int] = {}
     others = []
     for text in texts:
@@ -58,12 +60,15 @@ def choose_tails(texts: list[Text], val_fraction: float,
             tails[text.number] = tail_length(text.length, fraction)
         else:
             others.append(text)
+
+    # Of the others, some are held out whole.
     for text in whole_documents(sorted(others), fraction):
         tails[text.number] = text.length
     if not divisible and len(texts) > 1 and not any(tails.values()):
-        # Each is more than the text to hold out.
+        # Each document is longer than the text to hold out: take one all the same.
         chosen = min(texts)
         tails[chosen.number] = chosen.length
+
     missing = wanted - sum(tails[text.number] * text.copies for text in texts)
     if missing > wanted / 2 and divisible:
         # No document is long enough for its share, or short enough to be held out whole. So the
@@ -99,6 +104,7 @@ def whole_documents(texts: list[Text], fraction: float) -> list[Text]:
     below = [text for text in texts if text.number < fraction]
     if (1 - TOLERANCE) * wanted <= sum(text.size for text in below) <= most:
         return below
+    # Otherwise take documents in the order of their numbers, until there is enough text.
     chosen, held_out = [], 0
     for text in texts:
         if held_out < wanted and held_out + text.size <= most:

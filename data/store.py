@@ -42,9 +42,11 @@ def folder_for(name: str, recipe: dict[str, Any]) -> Path:
 
 def sha256_of(paths: list[Path]) -> list[str]:
     """The SHA-256 of each file. Raises OSError naming a file that cannot be read."""
+    # The digests of earlier calls, by path, size, times and inode.
     cache = data_root() / "digests.json"
     known = read_digests(cache)
     before = dict(known)
+
     digests = []
     total = sum(path.stat().st_size for path in paths)
     with ProgressBar(desc="Checking files", total=total, unit="B", unit_scale=True, leave=False,
@@ -59,6 +61,7 @@ def sha256_of(paths: list[Path]) -> list[str]:
             unchanged = settled(status, now) and key_of(path, path.stat()) == key
             if status.st_size >= LARGE and unchanged:
                 known[key] = (digests[-1], now)
+
     if known != before:
         # Without the cache, the files are hashed again.
         with suppress(OSError):
@@ -113,6 +116,7 @@ def make_once(folder: Path, make: Callable[[Path], None]) -> None:
         lock_path = folder.with_name(f".lock-{folder.name}")
         lock = wait_for(lock_path)
         try:
+            # The process that had the lock before may have made it.
             if not folder.is_dir():
                 fill(folder, make)
         finally:
@@ -136,6 +140,7 @@ def is_locked(lock: Path) -> bool:
 
 
 def fill(folder: Path, make: Callable[[Path], None]) -> None:
+    # It exists after a kill, and `make` then resumes.
     building = folder.with_name(f"{BUILDING}{folder.name}")
     building.mkdir(exist_ok=True)
     remove_partial_files(building)

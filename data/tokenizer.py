@@ -258,6 +258,14 @@ def end_of_text_in(special: dict[str, int]) -> int:
     raise ValueError(f"The tokenizer has no {END_OF_TEXT}.")
 
 
+def bytes_of_counts(counts: np.ndarray, tokenizer: Tokenizer) -> int:
+    """The bytes of the text in tokens, of which `counts` has the number of each id."""
+    n_bytes = 0
+    for token in np.flatnonzero(counts).tolist():
+        n_bytes += int(counts[token]) * len(tokenizer.decode_bytes((token,)))
+    return n_bytes
+
+
 class ExtendedTokenizer(Tokenizer):
     """A tokenizer with more special tokens, `added`, whose ids follow its last id."""
 
@@ -292,10 +300,12 @@ def with_few_words(texts: Iterable[str], most_bytes: int) -> Iterator[str]:
     """
     seen: set[str] = set()
     for text in texts:
+        # The bytes of words that are new.
         words = set(WORDS.findall(text))
         new = words - seen
         seen |= new
         most_bytes -= sum(len(word.encode("utf-8", "replace")) for word in new)
+        # The text in pieces that end after LONGEST_WORD characters of a run.
         start = 0
         if any(len(word) == LONGEST_WORD for word in words):
             for run in LONG_RUN.finditer(text):
@@ -308,6 +318,7 @@ def with_few_words(texts: Iterable[str], most_bytes: int) -> Iterator[str]:
 
 def missing_files(name: str, error: Exception) -> str:
     """The message about a vocabulary that tiktoken cannot load: the files and their folder."""
+    # The folder where tiktoken looks for them.
     default = os.path.join(tempfile.gettempdir(), "data-gym-cache")
     folder = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR", default))
     files = {}
@@ -315,6 +326,8 @@ def missing_files(name: str, error: Exception) -> str:
         # tiktoken names a cached file by the hash of its address.
         path = Path(folder, hashlib.sha1(url.encode()).hexdigest())
         files[path] = f"the file {path.name} (a copy of {url})"
+
+    # Name those that are missing, or all if they are there and damaged.
     missing = [path for path in files if not (folder and path.is_file())]
     listed = " and ".join(files[path] for path in missing or files)
     place = f"folder {Path(folder).absolute()}" if folder else "folder in TIKTOKEN_CACHE_DIR"

@@ -13,6 +13,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -73,16 +74,21 @@ def decompressed(raw: BinaryIO, path: Path) -> BinaryIO:
         return bz2.BZ2File(raw)
     if ending not in COMPRESSIONS:
         return raw
+    # .gz and .bz2 need little memory; .xz and .zst as much as the file says, up to a limit.
     window = WINDOW_PER_BYTE * os.fstat(raw.fileno()).st_size
     window = min(max(window, LEAST_WINDOW), LARGEST_WINDOW)
     if ending == ".xz":
-        return stream_of(decompress_frames(raw, lambda: lzma.LZMADecompressor(memlimit=window)))
-    try:
-        import zstandard
-    except ImportError:
-        raise ValueError(f"{path}: reading .zst needs zstandard: pip install zstandard.") from None
-    zstd = zstandard.ZstdDecompressor(max_window_size=window)
-    return stream_of(decompress_frames(raw, zstd.decompressobj))
+        new_decompressor = partial(lzma.LZMADecompressor, memlimit=window)
+    else:
+        try:
+            import zstandard
+        except ImportError:
+            raise ValueError(
+                f"{path}: reading .zst needs zstandard: pip install zstandard."
+            ) from None
+        new_decompressor = zstandard.ZstdDecompressor(max_window_size=window).decompressobj
+    frames = decompress_frames(raw, new_decompressor)
+    return io.BufferedReader(BlockStream(frames), buffer_size=2**16)
 
 
 def decompress_frames(raw: BinaryIO, new_decompressor: Callable[[], Any]) -> Iterator[bytes]:
@@ -105,11 +111,6 @@ def decompress_frames(raw: BinaryIO, new_decompressor: Callable[[], Any]) -> Ite
         raise EOFError("its last frame has no end")
 
 
-def stream_of(blocks: Iterator[bytes]) -> BinaryIO:
-    """A buffered stream of the bytes that an iterator yields."""
-    return io.BufferedReader(BlockStream(blocks), buffer_size=2**16)
-
-
 class BlockStream(io.RawIOBase):
     """An unbuffered stream of the bytes that an iterator yields."""
 
@@ -121,6 +122,7 @@ class BlockStream(io.RawIOBase):
         return True
 
     def readinto(self, buffer: memoryview) -> int:
+        # An empty block is not the end.
         while not self.rest:
             block = next(self.blocks, None)
             if block is None:

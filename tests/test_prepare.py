@@ -474,11 +474,6 @@ def test_closing_ends_the_threads_and_drops_waiting_work(monkeypatch):
         go_on.set()
 
 
-def test_one_thread_for_each_allowed_core(monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 3, 5}, raising=False)
-    assert encode.threads() == 3
-
-
 def test_progress_counts_the_parts_of_a_mixture_alike(tmp_path, monkeypatch):
     monkeypatch.setattr("data.files.PIECE", 100)
     monkeypatch.setattr("data.encodings.BLOCK", 100)

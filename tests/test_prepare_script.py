@@ -75,7 +75,7 @@ def test_contents_match_the_texts(folder_of_texts, fresh_data):
 def test_contents_do_not_depend_on_the_chunk_size(folder_of_texts, fresh_data, monkeypatch):
     folder = prepare(DataConfig("text", str(folder_of_texts), "byte", val_fraction=0.1))
     whole = Contents(folder, load_tokenizer(folder))
-    monkeypatch.setattr("data.contents.CHUNK", 100)
+    monkeypatch.setattr("data.shards.CHUNK", 100)
     pieces = Contents(folder, load_tokenizer(folder))
     assert pieces.counts.tolist() == whole.counts.tolist() and pieces.by_length == whole.by_length
     assert list(pieces.some_documents(10, 0)) == list(whole.some_documents(10, 0))

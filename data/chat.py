@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from data.files import Document, SpecialToken, cut_into_pieces
-from data.records import BadRecord, type_name, well_formed
+from data.records import BadRecord, listed, type_name, well_formed
 from data.tokenizer import BPETokenizer, ExtendedTokenizer, Tokenizer
 
 MARKER_OF = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
@@ -69,6 +69,7 @@ def markers_of(tokenizer: Tokenizer) -> Markers:
         raise ValueError("The tokenizer finds the markers of data=chat inside a text, so that a "
                          "message could end itself: make them special tokens (special: true) in "
                          "its tokenizer.json.")
+    # Those of the roles that do not answer.
     others = tuple(special[word] for word in MARKERS if word not in (END, MARKER_OF["assistant"]))
     return Markers(tokenizer.end_of_text, special[END], special[MARKER_OF["assistant"]], others)
 
@@ -109,19 +110,19 @@ def read_conversation(record: Any, place: str) -> Document | BadRecord:
 def read_messages(record: Any, place: str) -> list[Message] | BadRecord:
     if not isinstance(record, dict):
         return BadRecord(f"{place} is not a record with fields (it is {type_name(record)})")
+    # Both formats as a list of messages.
     if "messages" in record:
-        listed = record["messages"]
-        if not isinstance(listed, list):
-            return BadRecord(f"{place}: messages is not a list (it is {type_name(listed)})")
+        found = record["messages"]
+        if not isinstance(found, list):
+            return BadRecord(f"{place}: messages is not a list (it is {type_name(found)})")
     elif "prompt" in record and "completion" in record:
-        listed = [{"role": "user", "content": record["prompt"]},
-                  {"role": "assistant", "content": record["completion"]}]
+        found = [{"role": "user", "content": record["prompt"]},
+                 {"role": "assistant", "content": record["completion"]}]
     else:
-        names = ", ".join(list(record)[:10]) or "none"
         return BadRecord(f"{place} has neither messages nor prompt and completion (its fields: "
-                         f"{names})")
+                         f"{listed(record) or 'none'})")
     messages = []
-    for number, one in enumerate(listed, 1):
+    for number, one in enumerate(found, 1):
         message = read_message(one, f"{place}, message {number}")
         if isinstance(message, BadRecord):
             return message

@@ -18,27 +18,15 @@ TOKENIZERS = ("char", "byte", "gpt2", "cl100k_base", "o200k_base", "bpe")
 # Encodings of Python that no file of text has, or whose decoders can give surrogates.
 ESCAPES = ("idna", "punycode", "raw-unicode-escape", "unicode-escape", "utf-7")
 
-# The setting that each of these sources needs, and what to give.
+# What to give as the `path`, or as the `hub_name`, of the sources that need one.
 NEEDED = {
-    "text": (
-        "path",
-        "name a text file, or a folder or glob of .txt, .md, .jsonl, .csv or .parquet files, as in "
-        "data.path=book.txt",
-    ),
-    "chat": (
-        "path",
-        "name a .jsonl file of conversations, or a folder or glob of such files, as in "
-        "data.path=examples.jsonl",
-    ),
-    "hub": (
-        "hub_name",
-        "name a dataset of the Hugging Face Hub, as in data.hub_name=HuggingFaceFW/fineweb-edu, or "
-        "a folder with the same layout",
-    ),
-    "bin": (
-        "path",
-        "name the folder where train.bin and val.bin are, as in data.path=nanoGPT/data/owt",
-    ),
+    "text": "name a text file, or a folder or glob of .txt, .md, .jsonl, .csv or .parquet files, "
+    "as in data.path=book.txt",
+    "chat": "name a .jsonl file of conversations, or a folder or glob of such files, as in "
+    "data.path=examples.jsonl",
+    "bin": "name the folder where train.bin and val.bin are, as in data.path=nanoGPT/data/owt",
+    "hub": "name a dataset of the Hugging Face Hub, as in "
+    "data.hub_name=HuggingFaceFW/fineweb-edu, or a folder with the same layout",
 }
 
 # The sources that use each of these settings; all sources use the other settings.
@@ -143,6 +131,7 @@ class DataConfig:
         except ValueError as error:
             yield f"mix={self.mix}: {error}"
             return
+        # The parts must be text, whose settings are valid.
         for name, has in {"bin": "tokens", "chat": "conversations"}.items():
             if name in names:
                 yield (
@@ -154,9 +143,9 @@ class DataConfig:
                 yield f"mix={self.mix}: {problem}"
 
     def path_problems(self) -> Iterator[str]:
-        name, advice = NEEDED.get(self.source, ("", ""))
-        if name and not getattr(self, name):
-            yield f"{name} is missing: {advice}."
+        name = "hub_name" if self.source == "hub" else "path"
+        if self.source in NEEDED and not getattr(self, name):
+            yield f"{name} is missing: {NEEDED[self.source]}."
         if self.source in USED_BY["path"]:
             yield from missing_path("path", self.path)
 
@@ -198,6 +187,7 @@ def missing_path(setting: str, path: str) -> Iterator[str]:
 def is_text_encoding(name: str) -> bool:
     """Whether Python can decode text in an encoding of this name, block by block."""
     try:
+        # Some codecs have no decoder of blocks, and others do not decode to text.
         codecs.getincrementaldecoder(name)
         if codecs.lookup(name).name in ESCAPES:
             return False

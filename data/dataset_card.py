@@ -20,10 +20,7 @@ CARD_BYTES = 2**22  # read of a dataset card
 
 
 def refuse_paths_outside(folder: Path) -> None:
-    """Raises ValueError if a dataset card names files outside its folder or on other machines.
-
-    `datasets` would open them before their names can be checked.
-    """
+    """Raises ValueError if a dataset card names files outside its folder or on other machines."""
     for card in (folder / "README.md", folder / ".huggingface.yaml"):
         if not os.path.lexists(card):
             continue
@@ -53,6 +50,7 @@ def read_card(card: Path) -> Any:
 
 def data_files(card: Any) -> Iterator[str]:
     """The paths and patterns of files in the configurations of a dataset card."""
+    # Configurations can hold names in lists and dictionaries of any depth.
     waiting: list[Any] = []
     match card:
         case {"configs": list(configs)}:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import re
-import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -26,12 +25,6 @@ from data.unpack import COMPRESSIONS, decompressed, plain_name, reading
 PIECE = 2**18
 RECORDS = (".jsonl", ".jsonlines", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 COMPRESSIBLE = (".txt", ".md", *RECORDS[:-1])
-SPECIAL = {
-    stat.S_IFIFO: "named pipe",
-    stat.S_IFSOCK: "socket",
-    stat.S_IFCHR: "device",
-    stat.S_IFBLK: "device",
-}
 
 # Where a long text can be cut without changing its tokens. Every split pattern of the tokenizers
 # starts a new match at a space after a word or number, after the end of a line that is not blank,
@@ -60,11 +53,6 @@ class Document:
     def of(cls, text: str) -> Document:
         return cls(lambda: cut_into_pieces([text]))
 
-    @property
-    def text(self) -> str:
-        """All of it at once."""
-        return "".join(self.pieces())
-
 
 # Find files
 
@@ -85,15 +73,10 @@ def find(path: str, skipped: Counter[str] | None = None) -> list[Path]:
         raise ValueError(f"{path} {reason}.")
     is_folder = place.is_dir()
     base = place if is_folder else Path(place.anchor)
-    if is_folder:
-        candidates = []
-        for parent, _, names in walk(place):
-            candidates += [parent / name for name in names]
-    else:
-        candidates = matches(place)
 
+    # Sorted, so that the order of documents does not depend on the file system.
     files = []
-    for file in sorted(candidates):
+    for file in sorted(below(place) if is_folder else matches(place)):
         if file.is_dir():
             continue
         if is_hidden(file.relative_to(base), place):
@@ -104,6 +87,7 @@ def find(path: str, skipped: Counter[str] | None = None) -> list[Path]:
             skipped[file.suffix.lower() or "without an extension"] += 1
         else:
             files.append(file)
+
     if not files:
         details = f" ({skipped_files(skipped)})" if skipped else ""
         raise ValueError(
@@ -116,14 +100,13 @@ def find(path: str, skipped: Counter[str] | None = None) -> list[Path]:
 
 def unreadable(path: Path) -> str:
     """Why an existing path is not a file that can be read twice; empty if it may be one."""
-    try:
-        kind = SPECIAL.get(stat.S_IFMT(path.stat().st_mode))
-    except OSError:
-        if path.is_symlink():
-            return "is a symbolic link to itself or to nothing"
-        return ""
-    if kind:
-        return f"is a {kind}, which cannot be read more than once: write its content to a file"
+    if path.is_symlink() and not path.exists():
+        return "is a symbolic link to itself or to nothing"
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        return (
+            "is a pipe, a socket or a device, which cannot be read more than once: write its "
+            "content to a file"
+        )
     return ""
 
 
@@ -152,6 +135,12 @@ def matches(glob: Path) -> list[Path]:
         raise ValueError(
             f"{glob} is not a valid glob: ** stands for whole folders, as in 'corpus/**/*.txt'."
         ) from None
+
+
+def below(folder: Path) -> Iterator[Path]:
+    """All files in a folder and its subfolders."""
+    for parent, _, names in walk(folder):
+        yield from map(parent.joinpath, names)
 
 
 def walk(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
@@ -204,6 +193,7 @@ class File:
     def documents(self) -> Iterator[Document]:
         """Raises ValueError naming the file and the place that cannot be read."""
         self.bad_records = 0
+        # A plain text is one document.
         if self.kind == "text":
             document = Document(self.text_pieces)
             first = next((piece for piece in document.pieces() if not piece.isspace()), "")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator
 from contextlib import suppress
@@ -21,7 +22,7 @@ from data.config import DataConfig
 from data.dataset_card import is_file_in, refuse_paths_outside
 from data.files import Document
 from data.parquet import parquet_column
-from data.store import data_root
+from data.store import data_root, sha256_of
 from terminal import first_line, say
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class Hub:
         self.config, self.name = config, config.hub_name
         self.bad_records = 0  # in the latest reading
         self.done = 0.0
-        folder = Path(self.name).expanduser()
+        folder = Path(os.path.expanduser(self.name))
         self.folder = folder.resolve() if folder.is_dir() else None
         names = filter(None, (self.name, config.hub_config, config.split))
         file_name = re.sub(r"[^-+.0-9A-Z_a-z]+", "--", "-".join(names))
@@ -65,6 +66,7 @@ class Hub:
         """
         commit, _ = self.version
         builder = self.builder(commit)
+        # Parquet is read here, other formats by `datasets`.
         read = self.parquet_values if builder.name == "parquet" else self.streamed_values
         self.done, self.bad_records, number = 0.0, 0, 0
         try:
@@ -104,6 +106,7 @@ class Hub:
         """
         if self.folder:
             return "", self.files_hash("")
+        # What the Hub answered the last time.
         revision = self.config.hub_revision
         known = self.remembered()
         last = known["commits"].get(revision)
@@ -116,6 +119,8 @@ class Hub:
                 raise
             say(f"{error} Using {self.name} as it was last seen, at commit {last}.")
             return last, known["files"][last]
+
+        # Say if the dataset has changed, and remember the answer.
         if last and known["files"][last] != files:
             say(
                 f"{self.name} has changed on the Hugging Face Hub since it was last seen: use "
@@ -164,22 +169,9 @@ class Hub:
 
     def files_hash(self, commit: str) -> str:
         """A hash of the split's files at a commit. Raises ValueError if it cannot be opened."""
-        digest = hashlib.sha256()
-        for path in self.paths(self.builder(commit)):
-            digest.update(self.content_hash(path).encode())
-        return digest.hexdigest()
-
-    def content_hash(self, path: str) -> str:
-        """A hash of a file's content; for one on the Hub, its Git blob id."""
-        if self.folder:
-            with open(path, "rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
-        from huggingface_hub import HfFileSystem
-
-        try:
-            return HfFileSystem().info(path)["blob_id"]
-        except Exception as error:
-            raise no_answer(error) from None
+        paths = self.paths(self.builder(commit))
+        hashes = sha256_of([Path(path) for path in paths]) if self.folder else blob_ids(paths)
+        return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
     def builder(self, commit: str) -> DatasetBuilder:
         """The builder of `datasets` for the configuration at a commit.
@@ -187,6 +179,7 @@ class Hub:
         Raises ValueError if there is none.
         """
         datasets = import_datasets()
+        # `datasets` opens the files that the card names, before `paths` can check them.
         if self.folder:
             refuse_paths_outside(self.folder)
         place = str(self.folder or self.name)
@@ -283,6 +276,16 @@ class Hub:
                 if total:
                     self.done = min(1.0, number / total)
                 yield value
+
+
+def blob_ids(paths: list[str]) -> list[str]:
+    """The Git blob ids of files on the Hub, which change with their content."""
+    from huggingface_hub import HfFileSystem
+
+    try:
+        return [HfFileSystem().info(path)["blob_id"] for path in paths]
+    except Exception as error:
+        raise no_answer(error) from None
 
 
 def import_datasets() -> Any:

@@ -18,8 +18,12 @@ def read_mix(mix: str) -> dict[str, int]:
     "pydocs:0.7 book.txt:0.3" gives {"pydocs": 7, "book.txt": 3}. Names with blanks are quoted as in
     a shell. Raises ValueError with one sentence for an invalid mixture.
     """
+    try:
+        words = shlex.split(mix)
+    except ValueError:
+        raise ValueError(f"a quotation mark is not closed: {EXAMPLE}.") from None
     weights: dict[str, Fraction] = {}
-    for word in shlex.split(mix):
+    for word in words:
         name, _, number = word.rpartition(":")
         try:
             weight = Fraction(number)
@@ -32,6 +36,8 @@ def read_mix(mix: str) -> dict[str, int]:
         weights[name] = weight
     if not weights:
         raise ValueError(f"the mixture names no source: {EXAMPLE}.")
+
+    # The smallest whole numbers with the same ratios.
     denominator = lcm(*(weight.denominator for weight in weights.values()))
     counts = {name: int(weight * denominator) for name, weight in weights.items()}
     divisor = gcd(*counts.values())

@@ -40,16 +40,20 @@ def parquet_column(file: Any, field: str, name: str) -> Iterator[Any]:
     Each value of a column that is not text is an OfType. Raises ValueError, which calls the file
     `name`, if there is no such column or the file is a decompression bomb.
     """
+    # Columns are named by their paths: data.text is a field of data, unless a column has that name.
     columns = [file.schema.column(number).path for number in range(len(file.schema))]
     names = [field] if field in file.schema_arrow.names else field.split(".")
     kind = column_type(file.schema_arrow, names)
     if kind is None:
         raise no_field(name, field, file.schema_arrow.names)
+
     for number in range(file.num_row_groups):
         group = file.metadata.row_group(number)
         if not is_text(kind):
             yield from repeat(OfType(str(kind)), group.num_rows)
             continue
+
+        # A row group is decompressed column by column. Its sizes are known before.
         chunk = group.column(columns.index(field))
         packed, size = chunk.total_compressed_size, chunk.total_uncompressed_size
         if size > BOMB_BYTES and size > BOMB_RATIO * packed:
@@ -57,6 +61,7 @@ def parquet_column(file: Any, field: str, name: str) -> Iterator[Any]:
                 f"{name} decompresses {packed:,} bytes to {size // 2**20:,} MB at once, like a "
                 f"decompression bomb: write it again with smaller row groups."
             )
+
         rows = batch_rows(chunk.encodings, size, group.num_rows)
         for batch in file.iter_batches(
             batch_size=rows, row_groups=[number], columns=[field], use_threads=False

@@ -146,6 +146,7 @@ def lines_of(blocks: Iterator[str], newline: str, path: Path) -> Iterator[str]:
         waiting += block
         if "\n" not in block and len(waiting) <= RECORD_BYTES:
             continue
+        # All complete lines; the last one continues in the next block.
         end = waiting.rfind("\n") + 1 or len(waiting)
         for line in io.StringIO(waiting[:end], newline):
             number += 1
@@ -198,12 +199,14 @@ def json_array(blocks: Iterator[str], read: RecordReader, path: Path) -> Iterato
 
     Raises ValueError for invalid JSON, as the start of the next element is unknown then.
     """
+    # `text` from `start` on is not yet read.
     text = next(blocks).lstrip()[1:]
     start, number, n_blocks = 0, 0, 1
     while True:
         try:
             record, end = array_element(text, start)
         except (ValueError, RecursionError) as error:
+            # Perhaps the rest of the element is in the next blocks.
             text, start = text[start:], 0
             more = "".join(islice(blocks, n_blocks)) if may_be_cut(error) else ""
             if not more:
@@ -215,6 +218,7 @@ def json_array(blocks: Iterator[str], read: RecordReader, path: Path) -> Iterato
             # Each attempt starts at the beginning of the element. Doubling keeps the time linear.
             n_blocks *= 2
             continue
+
         n_blocks = 1
         if record is not MISSING:
             number += 1
@@ -283,6 +287,7 @@ def delimited(
     delimiter = delimiter_of(first, kind, field)
     rows = csv.reader(chain([first], lines), delimiter=delimiter, strict=True)
 
+    # The first row is the header. An invalid row does not end the file.
     n_columns = 0
     while True:
         row_size, line = 0, n_blank + rows.line_num + 1

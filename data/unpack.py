@@ -19,6 +19,9 @@ from typing import Any, BinaryIO
 
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 
+# What Python's readers raise for damaged files.
+DAMAGE = (EOFError, zlib.error, lzma.LZMAError, OSError)
+
 # zstd and xz decompress all of their input at once, and 4 bytes can stand for 128 KB.
 # This many bytes at a time decompress to 16 MB at most.
 INPUT_BYTES = 512
@@ -34,15 +37,13 @@ def reading(path: Path) -> Iterator[None]:
     """Turn read errors into a ValueError that names the file."""
     try:
         yield
-    except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+    except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise ValueError(f"{path} cannot be read ({error.strerror}).") from None
-        raise damaged(path, error) from None
-    except Exception as error:
         # zstandard is optional, so its exception class cannot be named here.
-        if type(error).__name__ != "ZstdError":
-            raise
-        raise damaged(path, error) from None
+        if isinstance(error, DAMAGE) or type(error).__name__ == "ZstdError":
+            raise damaged(path, error) from None
+        raise
 
 
 def damaged(path: Path, error: Exception) -> ValueError:

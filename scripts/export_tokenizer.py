@@ -41,14 +41,13 @@ from checkpointing import store
 from checkpointing.run_folder import find_run
 from checkpointing.weights import tokenizer_of
 from data.hugging_face import to_hugging_face
-from data.tokenizer import Tokenizer
 from terminal import say
 
 
 def main(settings: ExportTokenizerSettings) -> int:
     run = find_run(Path(settings.runs_dir), settings.run)
     out = Path(settings.out) if settings.out else run / "tokenizer.json"
-    tokenizer = last_tokenizer(run)
+    tokenizer = store.load_of_run(run, "last", tokenizer_of)
     content = json.dumps(to_hugging_face(tokenizer), ensure_ascii=False).encode()
     # The file may be one of nanohydra's own tokenizers, which have the same name.
     if out.exists() and out.read_bytes() != content:
@@ -57,8 +56,3 @@ def main(settings: ExportTokenizerSettings) -> int:
     atomic.write_bytes(out, content)
     say(f"Wrote {out}: {tokenizer.vocab_size:,} tokens, for tokenizers.Tokenizer.from_file.")
     return 0
-
-
-def last_tokenizer(run: Path) -> Tokenizer:
-    """The tokenizer in the run's last checkpoint. Raises ValueError if all are damaged."""
-    return store.load_of_run(run, "last", tokenizer_of)

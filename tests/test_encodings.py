@@ -31,7 +31,7 @@ TEXTS = {
 
 def read(path, encoding="", errors="strict"):
     return [
-        document.text for document in files.File(path, errors=errors, encoding=encoding).documents()
+        "".join(document.pieces()) for document in files.File(path, errors=errors, encoding=encoding).documents()
     ]
 
 

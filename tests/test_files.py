@@ -27,7 +27,7 @@ KEPT = ["one", "two\nlines", "žluťoučký 🐎", "three"]
 
 
 def read(path, text_field="text", errors="strict"):
-    return [document.text for document in files.File(path, text_field, errors).documents()]
+    return ["".join(document.pieces()) for document in files.File(path, text_field, errors).documents()]
 
 
 def json_lines(records, field="text"):
@@ -385,7 +385,7 @@ def test_a_pipe_or_socket_is_refused_and_skipped(tmp_path, name):
     else:
         with socket.socket(socket.AF_UNIX) as server:
             server.bind(os.path.relpath(place))
-    with pytest.raises(ValueError, match=f"is a .*{name}, which cannot be read more than once"):
+    with pytest.raises(ValueError, match="is a pipe, a socket or a device, which cannot be read more than once"):
         files.find(str(place))
     (tmp_path / "a.txt").write_bytes(b"x")
     for path in (tmp_path, tmp_path / "*.txt"):
@@ -394,7 +394,7 @@ def test_a_pipe_or_socket_is_refused_and_skipped(tmp_path, name):
 
 
 def test_a_device_is_refused():
-    with pytest.raises(ValueError, match="/dev/zero is a device, which cannot be read more than once"):
+    with pytest.raises(ValueError, match="/dev/zero is a pipe, a socket or a device, which cannot be read more than once"):
         files.find("/dev/zero")
 
 
@@ -454,7 +454,7 @@ def test_bad_records_stop_or_are_skipped_and_counted(tmp_path, name, content, ke
         read(tmp_path / name)
     file = files.File(tmp_path / name, on_bad_record="skip")
     for _ in range(2):
-        assert [document.text for document in file.documents()] == kept and file.bad_records == bad
+        assert ["".join(document.pieces()) for document in file.documents()] == kept and file.bad_records == bad
 
 
 @pytest.mark.parametrize("kind, value, words", [

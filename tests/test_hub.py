@@ -155,7 +155,7 @@ def source(name: str | Path, config: str = "", split: str = "train", text_field:
 
 
 def texts(source: Hub) -> list[str]:
-    return [document.text for document in source.documents()]
+    return ["".join(document.pieces()) for document in source.documents()]
 
 
 def refusal(source: Hub, kind: type[Exception] = ValueError) -> str:
@@ -331,7 +331,8 @@ def test_a_folder_without_data_is_refused(hub, tmp_path):
 
 
 def test_a_missing_folder_is_refused(hub, tmp_path):
-    assert "data.hub_name=./no/such/set is neither a folder" in refusal(source("./no/such/set"))
+    for name in ("./no/such/set", "~nobody-here/set"):
+        assert f"data.hub_name={name} is neither a folder" in refusal(source(name))
 
 
 @pytest.mark.parametrize("name, content", [("train-1.jsonl", b'{"text": "b"}\n{"text": oops\n'), ("train-1.parquet", b"PAR1")])

@@ -20,7 +20,7 @@ TEXTS = ["one", "two\nlines, with a comma", 'a "quote"', "žluťoučký 🐎", "
 
 
 def read(path, text_field="text"):
-    return [document.text for document in files.File(path, text_field).documents()]
+    return ["".join(document.pieces()) for document in files.File(path, text_field).documents()]
 
 
 def lines(texts):
@@ -104,7 +104,7 @@ def test_a_field_of_a_field_is_read_from_parquet(tmp_path):
         pyarrow.table({"data": rows, "other": [1, 2, 3, 4]}), tmp_path / "a.parquet"
     )
     file = files.File(tmp_path / "a.parquet", "data.text", on_bad_record="skip")
-    assert [document.text for document in file.documents()] == ["a", "b"] and file.bad_records == 2
+    assert ["".join(document.pieces()) for document in file.documents()] == ["a", "b"] and file.bad_records == 2
     for field in ("data.body", "data.text.x", "text", "more.text"):
         with pytest.raises(
             ValueError, match=rf"a.parquet has no field {field} \(its fields are data, other\)"

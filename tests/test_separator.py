@@ -17,7 +17,7 @@ def divided(text: str, between: str, piece: int = 1000) -> list[str]:
     """The documents of a text that is read in pieces of a length."""
     def read():
         return (text[start : start + piece] for start in range(0, len(text), piece))
-    return [document.text for document in divide(read, unescaped(between))]
+    return ["".join(document.pieces()) for document in divide(read, unescaped(between))]
 
 
 @pytest.mark.parametrize("typed, meant", [
@@ -66,7 +66,7 @@ def test_files_are_divided_and_records_are_not(tmp_path, compressed):
         (tmp_path / "a.txt").write_bytes(content)
     (tmp_path / "b.jsonl").write_text('{"text": "four\\n\\nfive"}\n')
     source = Files(str(tmp_path), DataConfig(separator=r"\n\n"))
-    assert [document.text for document in source.documents()] == ["one", "two", "three\n", "four\n\nfive"]
+    assert ["".join(document.pieces()) for document in source.documents()] == ["one", "two", "three\n", "four\n\nfive"]
     assert source.fingerprint() != Files(str(tmp_path)).fingerprint()
     assert source.fingerprint() == Files(str(tmp_path), DataConfig(separator="\n\n")).fingerprint()
 

@@ -21,7 +21,7 @@ from data.sources import Files, data_root, fetch, open_source, open_sources
 
 def texts(source):
     """The source's documents, each in one piece."""
-    return [document.text for document in source.documents()]
+    return ["".join(document.pieces()) for document in source.documents()]
 
 
 PRESETS = sorted((Path(__file__).parent.parent / "conf" / "data").glob("*.yaml"))

@@ -23,6 +23,8 @@ from hypothesis import strategies as st
 from test_checkpoint import reseal
 from tiktoken_ext import openai_public
 
+from checkpointing import store
+from checkpointing.weights import tokenizer_of
 from conf.schema import ConfigError, compose
 from data.hugging_face import to_hugging_face
 from data.tokenizer import (
@@ -594,7 +596,7 @@ def export(tmp_path):
 
 def test_a_runs_export_is_loaded_by_the_package(compose_tiny, tokenizers, export, tmp_path, capsys):
     train(compose_tiny("data.tokenizer=bpe", "data.vocab_size=300", "training.max_steps=1"))
-    tokenizer = export_tokenizer.last_tokenizer(tmp_path / "runs" / "tiny")
+    tokenizer = store.load_of_run(tmp_path / "runs" / "tiny", "last", tokenizer_of)
     for overrides, path in ([], tmp_path / "runs/tiny/tokenizer.json"), ([f"out={tmp_path / 'new/mine.json'}"], tmp_path / "new/mine.json"):
         assert export("run=tiny", *overrides) == export("run=tiny", *overrides) == 0  # it overwrites itself
         assert f"Wrote {path}: 300 tokens" in capsys.readouterr().out

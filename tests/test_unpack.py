@@ -20,7 +20,7 @@ PACK = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst"
 
 
 def read(path):
-    return [document.text for document in files.File(path).documents()]
+    return ["".join(document.pieces()) for document in files.File(path).documents()]
 
 
 @pytest.mark.parametrize("ending", PACK)

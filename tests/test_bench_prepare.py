@@ -31,7 +31,7 @@ def tiny(tmp_path, monkeypatch):
 
     texts = ["".join(line(number, row) for row in range(20)) for number in range(20)]
     monkeypatch.setattr(prepare, "StdLib", lambda: SimpleNamespace(documents=lambda: map(Document.of, texts)))
-    monkeypatch.setattr(prepare.encode, "threads", lambda: 2)
+    monkeypatch.setattr(prepare, "usable_cpus", lambda: 2)
     monkeypatch.setenv("NANOHYDRA_DATA", str(tmp_path / "untouched"))
 
 

@@ -31,6 +31,7 @@ class Contents:
                 for _, chunk in tokens.chunks():
                     self.counts += np.bincount(chunk, minlength=len(self.counts))
                     bar.update(len(chunk))
+
         for tokens in self.train:
             for start, end in self.documents(tokens):
                 self.by_length[round(3 * np.log2(max(1, end - start)))] += 1
@@ -49,6 +50,7 @@ class Contents:
 
     def lengths(self) -> tuple[np.ndarray, np.ndarray]:
         """The edges, in tokens, and the heights of a histogram of document lengths."""
+        # Thirds of octaves, each from half a third below to half a third above.
         thirds = np.arange(min(self.by_length, default=0), max(self.by_length, default=0) + 1)
         edges = 2 ** ((np.append(thirds, thirds[-1] + 1) - 0.5) / 3)
         return edges, np.array([self.by_length[third] for third in thirds.tolist()])

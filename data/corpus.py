@@ -169,6 +169,7 @@ class Corpus:
 
     def pieces(self) -> Iterator[Piece]:
         """All text, in the order of the source, in pieces."""
+        # If all lengths are known, so are the documents to keep, and their tails.
         if self.tails:
             for index, document in enumerate(self.source.documents()):
                 if index in self.tails:
@@ -179,6 +180,7 @@ class Corpus:
 
     def tail_of(self, found: Found) -> int:
         """The characters to hold out at the end of a document, without knowing the others."""
+        # A long document gives its end. Of the others, the hash decides.
         may_divide = self.divisible and not found.split
         if may_divide and gives_tail(found.length, found.length, self.fraction, self.wanted):
             return tail_length(found.length, self.fraction)

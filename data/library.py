@@ -35,6 +35,7 @@ class Library:
         for parent, subfolders, names in os.walk(self.folder):
             subfolders[:] = set(subfolders) - SKIPPED
             self.files += [Path(parent, name) for name in names if name.endswith(".py")]
+        # The order in a folder depends on the file system.
         self.files.sort()
 
     def fingerprint(self) -> str:
@@ -75,6 +76,7 @@ class PyDocs(Library):
                 continue
             if path.relative_to(self.folder).as_posix() == "pydoc_data/topics.py":
                 texts += help_topics(tree)
+            # The docstrings of the module, and of its classes and functions.
             for node in ast.walk(tree):
                 if isinstance(node, WITH_DOCSTRING):
                     texts.append(ast.get_docstring(node) or "")

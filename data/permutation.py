@@ -24,6 +24,7 @@ def permute(index: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
     A Feistel network permutes the next power of four. Results of n or more are permuted again
     (cycle walking, Black and Rogaway 2002). O(1) per element, without a table.
     """
+    # The bits of each half: 2 * half bits hold all numbers below n.
     half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     low = (np.uint64(1) << half) - np.uint64(1)
 
@@ -33,6 +34,7 @@ def permute(index: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
             left, right = right, left ^ (mix(right ^ mix(keys + np.uint64(r))) & low)
         return left << half | right
 
+    # At most three of four results are outside, so a few rounds are enough.
     result = feistel(index.astype(np.uint64), keys)
     outside = result >= n
     while outside.any():

@@ -44,6 +44,7 @@ class ShardWriter:
         if largest >= self.vocab_size:
             raise ValueError(f"{self.path}: the id {largest} is beyond the vocabulary of "
                              f"{self.vocab_size}.")
+        # Without tokens there is no file. The length in the header is set when it is closed.
         if self.file is None:
             self.file = atomic.NewFile(self.path)
             self.file.write(self.header())
@@ -84,6 +85,7 @@ class ShardFile:
             now, before = self.path.stat(), self.status
         except FileNotFoundError:
             return
+        # A replaced file does no harm, and an unchanged one needs no checksum.
         replaced = not os.path.samestat(now, before)
         if replaced or (now.st_size, now.st_mtime_ns) == (before.st_size, before.st_mtime_ns):
             return
@@ -163,11 +165,14 @@ def map_shard(folder: Path, shard: dict[str, Any]) -> np.ndarray:
 
 def check(folder: Path, recipe: dict[str, Any]) -> None:
     """Raise ValueError for tokens that do not match `meta.json`, or were made by another recipe."""
+    # They were made from the same text, with the same settings and tokenizer.
     meta = read_meta(folder)
     for name, value in recipe.items():
         if meta.get(name) != value:
             raise ValueError(f"{folder / 'meta.json'} describes other tokens ({name} is "
                              f"{meta.get(name)} instead of {value}): {prepare_again(folder)}")
+
+    # All shards are intact, and no entry of meta.json was edited.
     shards = []
     for part in meta["parts"]:
         for split in SPLITS:

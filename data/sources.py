@@ -57,6 +57,7 @@ def open_source(config: DataConfig) -> Source:
         return StdLib()
     if config.source == "hub":
         return Hub(config)
+    # The other sources are files.
     path = config.path
     if config.source == "shakespeare" and not path:
         path = str(fetch(SHAKESPEARE_URL, SHAKESPEARE_SHA256))
@@ -193,6 +194,7 @@ def fetch(url: str, sha256: str) -> Path:
             )
         return path
 
+
     advice = f"Download it yourself and put it at {path}, or name your copy with data.path=FILE."
     say(f"Downloading {url}")
     try:
@@ -201,6 +203,8 @@ def fetch(url: str, sha256: str) -> Path:
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         raise ValueError(f"{url} could not be downloaded ({reason}). {advice}") from None
+
+    # It must be the text that others report losses on.
     found = hashlib.sha256(content).hexdigest()
     if found != sha256:
         raise ValueError(

@@ -178,6 +178,7 @@ def advice_on_disk_errors(root: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        # Reading a source can fail, too: an error about another path keeps its message.
         reason = os.strerror(error.errno or 0)
         inside = error.filename is None or Path(os.fsdecode(error.filename)).is_relative_to(root)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):

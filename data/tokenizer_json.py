@@ -29,6 +29,7 @@ MOST_SPECIAL = 2**16  # ids after the last merged token
 
 def from_json(saved: dict[str, Any], place: str) -> Tokenizer:
     """The tokenizer that `to_json` saved. Raises ValueError naming `place` for anything else."""
+    # Each kind has exactly these fields. Anything else falls through to the error.
     match saved:
         case {"added": list(words), **base} if are_words(words):
             tokenizer = from_json(base, place)
@@ -64,6 +65,7 @@ def are_words(words: list[Any]) -> bool:
 
 def are_options(options: dict[str, Any], ranks: list[bytes]) -> bool:
     """Whether these are valid arguments of `BPETokenizer.from_ranks`."""
+    # The ids of special tokens are distinct, are not those of merged tokens, and include the end.
     default = {"special": {END_OF_TEXT: len(ranks)}, "in_text": [], "normalizer": ""}
     match default | options:
         case {"special": dict(special), "in_text": list(in_text),

@@ -99,6 +99,7 @@ def main(own: PrepareSettings) -> int:
 
 def inspect(folder: Path, settings: Settings, out: Path) -> None:
     """Print and draw the contents of prepared tokens."""
+    # The size of each split.
     splits, tokenizer = read_meta(folder)["splits"], load_tokenizer(folder)
     say(f"\n{'split':<6}{'documents':>14}{'bytes':>18}{'tokens':>18}{'bytes a token':>15}")
     for split in SPLITS:
@@ -106,6 +107,7 @@ def inspect(folder: Path, settings: Settings, out: Path) -> None:
         say(f"{split:<6}{totals['documents']:>14,}{totals['bytes']:>18,}{totals['tokens']:>18,}"
             f"{totals['bytes_per_token']:>15.2f}")
 
+    # The most frequent tokens, and three documents.
     contents = Contents(folder, tokenizer)
     counts, total = contents.counts, contents.counts.sum()
     n_used = int((counts > 0).sum())
@@ -119,6 +121,7 @@ def inspect(folder: Path, settings: Settings, out: Path) -> None:
         say(f"\n--- Document {index + 1:,} of {contents.n_documents:,}: "
             f"{counted(length, 'token')}\n"
             f"{text[:SHOWN]}{'...' if len(text) > SHOWN else ''}")
+
     atomic.write_bytes(out, draw(contents, folder.name, out.suffix.lstrip(".")))
     say(f"\nDrew {out}")
 
@@ -132,14 +135,17 @@ def draw(contents: Contents, title: str, kind: str) -> bytes:
     figure, style = new_figure(10, 4, "contents")
     with style:
         left, right = figure.subplots(1, 2)
+        # Zipf's law is a straight line here.
         frequencies = np.sort(contents.counts[contents.counts > 0])[::-1]
         left.loglog(np.arange(1, len(frequencies) + 1), frequencies, color="#d94801")
         left.set(xlabel="rank of the token", ylabel="times it occurs")
         left.set_title(f"{len(frequencies):,} different tokens")
+
         edges, amounts = contents.lengths()
         right.stairs(amounts, edges, fill=True, color="#9ecae1")
         right.set(xscale="log", xlabel="length (tokens)", ylabel="documents")
         right.set_title(f"{contents.n_documents:,} documents")
+
         for axis in (left.xaxis, left.yaxis, right.xaxis):
             log_ticks(axis)
         figure.suptitle(title)
@@ -148,6 +154,7 @@ def draw(contents: Contents, title: str, kind: str) -> bytes:
 
 def clean(runs_dir: Path, yes: bool) -> int:
     """List prepared tokens, and delete unused and unfinished ones after a confirmation."""
+    # List all of them.
     kept, unused = survey(runs_dir)
     for folder, why in kept.items():
         say(f"Kept {folder} ({readable_size(n_bytes(folder))}), {why}")
@@ -157,6 +164,7 @@ def clean(runs_dir: Path, yes: bool) -> int:
     sizes = {folder: n_bytes(folder) for folder in unused}
     for folder, why in unused.items():
         say(f"To be removed: {folder} ({readable_size(sizes[folder])}), {why}")
+
     if not (yes or confirmed()):
         say("Nothing was removed. Pass yes=true to remove them without a question.")
         return 0
@@ -194,6 +202,7 @@ def survey(runs_dir: Path) -> tuple[dict[Path, str], dict[Path, str]]:
     unused: dict[Path, str] = {}
     for folder in sorted(data_root().glob("*-*-*")):
         unfinished = bool(re.fullmatch(UNFINISHED, folder.name))
+        # Never touch what has another name, or lies elsewhere.
         ours = unfinished or re.fullmatch(COMPLETE, folder.name)
         if not ours or folder.is_symlink() or not folder.is_dir():
             continue
@@ -238,6 +247,7 @@ def runs_by_tokens(runs_dir: Path) -> dict[str, list[str]]:
     users: dict[str, list[str]] = {}
     for folder in run_folders(runs_dir):
         try:
+            # Its checkpoints may be from different tokens. Damaged ones count if no other is left.
             found, damage = store.scan(folder / "checkpoints")
             tokens = {tokens_of(checkpoint.state["settings"]) for checkpoint in found}
             if damage and not found:
@@ -258,6 +268,7 @@ def run_folders(runs_dir: Path) -> Iterator[Path]:
     Links are followed. Raises ValueError for a broken link, as to a disk that is not mounted.
     """
     for place, subfolders, names in walk(runs_dir):
+        # The links inside a run do not lead to runs.
         if "checkpoints" in subfolders or LOCK in names:
             yield place
             names = []

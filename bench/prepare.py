@@ -58,7 +58,7 @@ def main(settings: PrepareSettings) -> int:
 
 def make_text(path: Path, n_bytes: int) -> None:
     """Write a text of `n_bytes`, in which no document occurs twice."""
-    source = [document.text.encode() for document in StdLib().documents()]
+    source = ["".join(document.pieces()).encode() for document in StdLib().documents()]
     number = 0
     with atomic.NewFile(path) as file:
         while n_bytes > 0:

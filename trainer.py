@@ -190,7 +190,10 @@ class Trainer:
         message = (f"Step {state.step + 1} had a loss of {step.loss:.4g} and a gradient that is "
                    "not finite")
         if world.is_first:
-            message += self.report_nonfinite(action, step)
+            batch = {"index": state.batch,
+                     "sequences_start_at": self.data.loader.sequences(state.batch)}
+            message += nonfinite.report(self.run.folder, state.nonfinite, state.step, batch,
+                                        step.loss, state.optimizers, self.recorder.recent, action)
         state.optimizers.zero_grad(state.scaler)
         if action == "skip":
             say(f"{message} Its batch is skipped.")
@@ -218,18 +221,6 @@ class Trainer:
             store.delete_after(self.run.checkpoints, state.step)
             self.saver.saved = state.step
         say(f"{message} Returning to step {state.step}, past the batches since then.")
-
-    def report_nonfinite(self, action: str, step: Step) -> str:
-        """Write a report of the step; return the end of a sentence that tells where it is."""
-        state = self.state
-        batch = {"index": state.batch,
-                 "sequences_start_at": self.data.loader.sequences(state.batch)}
-        try:
-            path = nonfinite.report(self.run.folder, state.nonfinite, state.step, batch, step.loss,
-                                    state.optimizers, self.recorder.recent, action)
-        except OSError as error:
-            return f"; the report of it could not be written ({error.strerror})."
-        return f": see {path}."
 
     def record(self, step: Step, step_seconds: float) -> None:
         """Write the metrics of a step, and show its progress."""

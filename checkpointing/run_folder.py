@@ -199,7 +199,7 @@ def lowest_bits_per_byte(run: Path) -> float:
     with (suppress(OSError),
           os.fdopen(atomic.open_regular(run / "metrics.jsonl"), "rb") as lines):
         for line in lines:
-            with suppress(ValueError, KeyError, TypeError):
+            with suppress(ValueError, KeyError, TypeError, OverflowError):
                 lowest = min(lowest, float(atomic.parse_json(line)["bits_per_byte"]))
     return lowest
 

@@ -68,16 +68,14 @@ class Snapshot:
 
     def copy(self) -> Snapshot:
         """A copy on the CPU that shares no memory with the model and the optimizers."""
-        def copied(tensors: Tensors) -> Tensors:
-            found = {}
-            for name, tensor in tensors.items():
-                if isinstance(tensor, Divided):
-                    found[name] = tensor.copy()
-                else:
-                    found[name] = tensor.detach().to("cpu", copy=True)
-            return found
+        def on_cpu(tensor: Tensor | Divided) -> Tensor | Divided:
+            if isinstance(tensor, Divided):
+                return tensor.copy()
+            return tensor.detach().to("cpu", copy=True)
 
-        return Snapshot(copied(self.model), copied(self.optimizer), self.tokenizer, self.state)
+        model = {name: on_cpu(tensor) for name, tensor in self.model.items()}
+        optimizer = {name: on_cpu(tensor) for name, tensor in self.optimizer.items()}
+        return Snapshot(model, optimizer, self.tokenizer, self.state)
 
 
 def save_checkpoint(checkpoints: Path, snapshot: Snapshot,

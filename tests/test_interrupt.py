@@ -9,7 +9,6 @@ import threading
 
 import pytest
 
-from training import interrupt
 from training.interrupt import REQUESTS, WARNINGS, Interrupt, embedded
 
 
@@ -86,10 +85,6 @@ def test_a_handler_set_in_c_is_replaced_by_the_default(monkeypatch, unhandled):
     with Interrupt() as noted:
         noted.before[signal.SIGUSR1] = None
     assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
-
-
-def test_a_system_without_some_signals_uses_the_others():
-    assert interrupt.numbers("SIGTERM", "SIGNONE") == (signal.SIGTERM,)
 
 
 @pytest.mark.parametrize("mark", ["builtins.__IPYTHON__", "sys.ps1"])

@@ -48,7 +48,7 @@ def test_resuming_removes_metrics_after_the_checkpoint(tmp_path):
 
 def test_cutting_back_drops_damaged_lines_and_keeps_losses(tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "loss": 3.0}\n{"loss": 1}\n\xff\n[1]\n"step"\n{"step": 2, "loss": 2.0}\n{"step": 3}\n'
-                                           b'{"step": 1, "loss": {"a": 1}}\n' + b"[" * 100_000 + b"\n")
+                                           b'{"step": 1, "loss": {"a": 1}}\n{"step": 1, "loss": 1' + b"0" * 400 + b"}\n" + b"[" * 100_000 + b"\n")
     with Recorder(tmp_path, 2, 9, LoggerConfig(), {}) as recorder:
         assert list(recorder.recent) == [3.0, 2.0]
         recorder.cut_back(1)

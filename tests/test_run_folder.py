@@ -15,7 +15,15 @@ from test_locks import without_locks
 import train as program
 import trainer
 from checkpointing import store
-from checkpointing.run_folder import FILES, FOLDERS, LOCK, Run, check_file_types, find_run
+from checkpointing.run_folder import (
+    FILES,
+    FOLDERS,
+    LOCK,
+    Run,
+    check_file_types,
+    find_run,
+    lowest_bits_per_byte,
+)
 from report.history import open_history
 
 
@@ -202,3 +210,8 @@ def test_without_locks_a_run_trains_and_is_held(compose_tiny, tmp_path, monkeypa
         program.train(compose_tiny("training.max_steps=1"))
     assert program.train(compose_tiny("training.max_steps=1", "restart=true")) == 0
     assert sorted(path.name for path in (tmp_path / "runs").rglob("lock*")) == ["lock", "lock"]
+
+
+def test_a_result_that_is_no_float_is_not_the_best(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(f'{{"bits_per_byte": 2.5}}\n{{"bits_per_byte": -1{"0" * 400}}}\n')
+    assert lowest_bits_per_byte(tmp_path) == 2.5

@@ -12,16 +12,10 @@ import sys
 import threading
 from types import FrameType
 
-
-def numbers(*names: str) -> tuple[signal.Signals, ...]:
-    """The signals of these names that this system has."""
-    return tuple(getattr(signal, name) for name in names if hasattr(signal, name))
-
-
-REQUESTS = numbers("SIGINT", "SIGTERM", "SIGHUP")
+REQUESTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Schedulers send these before SIGTERM or SIGKILL. The kernel repeats SIGXCPU every second.
-WARNINGS = numbers("SIGUSR1", "SIGUSR2", "SIGXCPU")
-ALWAYS_HANDLED = numbers("SIGINT", "SIGTERM")
+WARNINGS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+ALWAYS_HANDLED = (signal.SIGINT, signal.SIGTERM)
 # The environment variable of a child process that should stop when its standard input ends.
 CHILD = "NANOHYDRA_CHILD"
 

@@ -16,8 +16,8 @@ from training.optim import Optimizers
 
 
 def report(run: Path, number: int, step: int, batch: dict[str, Any], loss: float,
-           optimizers: Optimizers, last_losses: Iterable[float], action: str) -> Path:
-    """Write `RUN/nonfinite/NUMBER-step_XXXXXXXX.json`, and return its path.
+           optimizers: Optimizers, last_losses: Iterable[float], action: str) -> str:
+    """Write `RUN/nonfinite/NUMBER-step_XXXXXXXX.json`; return the end of a sentence about it.
 
     `number` counts the reports of the run, and `step` the steps before this one. The norms
     are those of `optimizers.gradient_norm`.
@@ -26,8 +26,11 @@ def report(run: Path, number: int, step: int, batch: dict[str, Any], loss: float
     content = {"step": step, "action": action, "loss": to_json(loss), "batch": batch,
                "gradient_norms": norms, "last_losses": list(last_losses)}
     path = run / "nonfinite" / f"{number:02d}-step_{step:08d}.json"
-    atomic.write_bytes(path, json.dumps(content, indent=2).encode())
-    return path
+    try:
+        atomic.write_bytes(path, json.dumps(content, indent=2).encode())
+    except OSError as error:
+        return f"; the report of it could not be written ({error.strerror})."
+    return f": see {path}."
 
 
 def gradient_norms(optimizers: Optimizers) -> dict[str, float]:

@@ -82,11 +82,13 @@ class Recorder:
     def cut_back(self, step: int) -> None:
         """Remove the metrics after `step`, and damaged lines."""
         self.metrics.close()
+        # Read the lines to keep, with their losses and samples.
         kept, losses = [], []
         self.samples = []
         for line in self.metrics.path.read_bytes().splitlines(keepends=True):
-            with suppress(ValueError, KeyError, TypeError, RecursionError):
-                row = json.loads(line)
+            # A damaged line is dropped, as is one with a number that is too large for a float.
+            with suppress(ValueError, KeyError, TypeError, OverflowError):
+                row = atomic.parse_json(line)
                 if row["step"] > step:
                     continue
                 if row.get("loss") is not None:
@@ -94,6 +96,7 @@ class Recorder:
                 if "sample" in row:
                     self.samples.append((row["step"], row["sample"]))
                 kept.append(line)
+        # Write the file with these, and continue at its end.
         atomic.truncate(self.metrics.path, b"".join(kept))
         self.metrics = atomic.LineFile(self.metrics.path)
         self.recent.clear()

@@ -1,4 +1,4 @@
-"""Key-value caches in which each row has its own length: for any device, for GPUs, for CPUs.
+"""Key-value caches whose rows have their own lengths: one for any device, for GPUs and for CPUs.
 
 Shapes: B rows, H heads, G key-value heads, D head width, S positions so far.
 """
@@ -94,6 +94,7 @@ class RaggedCache(KVCache):
         rows = k.size(0)
         keys, values = self.keys[layer][:rows], self.values[layer][:rows]
         for cached, new in ((keys, k), (values, v)):
+            # Without a mask all rows have the same length.
             if self.mask is None:
                 cached[:, :, self.length] = new[:, :, 0]
             else:
@@ -151,6 +152,8 @@ class PackedCache(RaggedCache):
         dtype = torch.float32 if D % 2 else dtype
         # One position, since the keys and values below take the place of those allocated here.
         super().__init__(config, batch_size, 1, device, dtype)
+        # The order of kernels.in_panels, with n numbers in 4 bytes: keys as matrices
+        # [positions, D], values as [D, positions].
         n, panel, width = 4 // dtype.itemsize, kernels.PANEL, kernels.values_width(D)
         positions = round_up(positions, panel)
         keys_shape = (batch_size, G, positions // panel, D // n, panel, n)
@@ -171,6 +174,7 @@ class PackedCache(RaggedCache):
 
     def copy_row(self, source: int, target: int) -> None:
         length = self.lengths[target] = self.lengths[source]
+        # The panels of keys and the steps of values that hold the positions.
         keys_end = -(-length // self.keys[0].size(4))
         values_end = -(-length // self.values[0].size(5))
         for keys, values in zip(self.keys, self.values, strict=True):

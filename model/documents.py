@@ -26,22 +26,25 @@ class DocumentAttention:
     """
 
     def __init__(self, document_ids: Tensor, varlen: bool = False, max_documents: int = 0) -> None:
-        T = document_ids.size(1)
+        T, device = document_ids.size(1), document_ids.device
         is_start = F.pad(document_ids.diff() != 0, (1, 0), value=True)  # [B, T]
-        index = torch.arange(T, device=document_ids.device)
+        index = torch.arange(T, device=device)
         # The index in the row, less that of the document's first token.
         self.positions = index - (index * is_start).cummax(dim=1).values  # [B, T]
         self.mask: Tensor | None = None
         self.cu_seqlens: Tensor | None = None
         if varlen:
-            # Offsets of the documents in the flattened batch `[M + 1]`; those of missing documents
-            # are its end. Of any other length, the host would have to wait for it.
-            number = is_start.flatten().cumsum(0)
-            numbers = torch.arange(1, (max_documents or len(number)) + 2, device=number.device)
-            self.cu_seqlens = torch.searchsorted(number, numbers, out_int32=True)
+            # The documents of the batch are numbered from 1; this is the number of each token's.
+            number = is_start.flatten().cumsum(0)  # [B * T]
+            M = max_documents or len(number)
+            # The offset of each document in the flattened batch, and the end of the last. Numbers
+            # that no document has get the end, so that the length does not depend on the content:
+            # the host would have to wait for it.
+            numbers = torch.arange(1, M + 2, device=device)
+            self.cu_seqlens = torch.searchsorted(number, numbers, out_int32=True)  # [M + 1]
         else:
             same_document = document_ids[:, None, :, None] == document_ids[:, None, None, :]
-            self.mask = causal_mask(T, T, document_ids.device) & same_document  # [B, 1, T, T]
+            self.mask = causal_mask(T, T, device) & same_document  # [B, 1, T, T]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
         """Attention `[B, H, T, D]` of queries `[B, H, T, D]` to keys and values `[B, G, T, D]`."""

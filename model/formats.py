@@ -55,6 +55,9 @@ GPT2 = Format(
                  "relu2": "relu2"},
     gguf_activation="gelu")
 
+# Fields of Llama and its relatives.
+REQUIRED = {"rms_norm_eps": EPSILON, "attention_bias": False, "rope_theta": ROTARY_BASE}
+
 LLAMA = Format(
     "LlamaForCausalLM",
     sizes={"block_size": "max_position_embeddings", "vocab_size": "vocab_size",
@@ -62,8 +65,7 @@ LLAMA = Format(
            "n_kv_head": "num_key_value_heads", "n_embd": "hidden_size"},
     flags={"position": ("rotary",), "norm": ("rms", "rms_gain"), "qk_norm": (False,),
            "activation": ("swiglu", "relu2"), "embedding_norm": (False,), "bias": (False,)},
-    required={"rms_norm_eps": EPSILON, "attention_bias": False, "rope_theta": ROTARY_BASE,
-              "mlp_bias": False},
+    required=REQUIRED | {"mlp_bias": False},
     activation_field="hidden_act",
     # The MLP multiplies relu(x) by x, which is the squared relu.
     activations={"silu": "swiglu", "relu": "relu2"},
@@ -73,16 +75,14 @@ QWEN3 = replace(
     LLAMA,
     class_name="Qwen3ForCausalLM",
     flags=LLAMA.flags | {"qk_norm": (True,)},
-    required={"rms_norm_eps": EPSILON, "attention_bias": False, "rope_theta": ROTARY_BASE,
-              "use_sliding_window": False})
+    required=REQUIRED | {"use_sliding_window": False})
 
 NANOCHAT = replace(
     LLAMA,
     class_name="NanoChatForCausalLM",
     flags=LLAMA.flags | {"norm": ("rms",), "qk_norm": (True,), "activation": ("relu2",),
                          "embedding_norm": (True,)},
-    required={"rms_norm_eps": EPSILON, "attention_bias": False, "rope_theta": ROTARY_BASE,
-              "final_logit_softcapping": None},
+    required=REQUIRED | {"final_logit_softcapping": None},
     activations={"relu2": "relu2"},
     gguf_activation="")
 
@@ -112,29 +112,22 @@ def config_from(layout: str, published: Mapping[str, Any],
 
     # The flags.
     default = next(iter(format.activations))
-    activation = format.activations.get(str(published.get(format.activation_field, default)))
-    config["activation"] = activation
+    activation = str(published.get(format.activation_field, default))
+    # An unsupported one is an error below.
+    config["activation"] = format.activations.get(activation, "gelu")
     config["tie_head"] = published.get("tie_word_embeddings", layout == "gpt2")
     if layout != "gpt2":
         published = with_rotary_base(published)
         for name, values in format.flags.items():
             if len(values) == 1:
                 config[name] = values[0]
+        # Of the norms that Llama and Qwen3 have, published weights use the one with gains.
         config.setdefault("norm", "rms_gain")
         if config["n_kv_head"] == config["n_head"]:
             config["n_kv_head"] = None
 
-    # Fields whose values must be those that this model has; the first is the default.
-    supported = {name: [value] for name, value in format.required.items()}
-    supported["tie_word_embeddings"] = [True, False]
-    supported[format.activation_field] = list(format.activations)
-    if layout == "gpt2":
-        supported["n_inner"] = [None, 4 * config["n_embd"]]
-    else:
-        shape = GPTConfig(n_embd=config["n_embd"], activation=activation or "gelu")
-        supported["intermediate_size"] = [shape.mlp_width]
-        supported["head_dim"] = [config["n_embd"] // max(config["n_head"], 1)]
-    for name, values in supported.items():
+    # Fields that have no flag here must have the values of this model.
+    for name, values in supported_values(layout, config).items():
         value = published.get(name, values[0])
         if value not in values:
             raise ValueError(f"{place} has {name}={shown(value)}, which is not supported; "
@@ -156,6 +149,24 @@ def read_sizes(layout: str, names: Mapping[str, str], needed: list[str],
         if not isinstance(sizes[ours], int):
             raise ValueError(f"{place} has {name}={shown(sizes[ours])}, which is no number.")
     return sizes
+
+
+def supported_values(layout: str, config: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """The supported values of fields of config.json, the default first.
+
+    `config` has the sizes and the activation.
+    """
+    format = FORMATS[layout]
+    supported = {name: [value] for name, value in format.required.items()}
+    supported["tie_word_embeddings"] = [True, False]
+    supported[format.activation_field] = list(format.activations)
+    if layout == "gpt2":
+        supported["n_inner"] = [None, 4 * config["n_embd"]]
+    else:
+        shape = GPTConfig(n_embd=config["n_embd"], activation=config["activation"])
+        supported["intermediate_size"] = [shape.mlp_width]
+        supported["head_dim"] = [config["n_embd"] // max(config["n_head"], 1)]
+    return supported
 
 
 def with_rotary_base(published: Mapping[str, Any]) -> dict[str, Any]:

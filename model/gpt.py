@@ -84,7 +84,7 @@ class GPT(nn.Module):
         self.config = config
         # Activation checkpointing: the backward pass computes each block's activations again.
         self.recompute = False
-        # How the device computes the loss; None: as a CPU.
+        # How to compute the loss on the device; None: as on a CPU.
         self.loss_options: LossOptions | None = None
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         if config.position == "learned":

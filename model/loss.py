@@ -22,7 +22,8 @@ from model.linear import linear
 MAX_LOGITS = 2**24
 # The target of a position that does not count, as in torch.nn.functional.cross_entropy.
 MASKED = -100
-# GPUs need larger products. A logit takes about 8 bytes while its chunk is computed.
+# GPUs need larger products. A logit takes about 8 bytes while its chunk is computed, so a chunk
+# takes at most a sixteenth of the memory.
 MAX_LOGITS_ON_GPUS = 2**29
 LEAST_GPU_BYTES_PER_LOGIT = 128
 # Numbers in a row of a matrix, or rows in a chunk, that fill a GPU's tensor cores.

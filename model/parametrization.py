@@ -22,11 +22,14 @@ def initial_scale(config: GPTConfig, name: str) -> float:
     m, L = config.width_ratio, config.depth_ratio
     scale = 1.0
     if is_hidden(name):
-        scale = m**-0.5  # a variance of 1 / m: arXiv:2203.03466, table 3, hidden weights
+        # A variance of 1 / m: arXiv:2203.03466, table 3, hidden weights.
+        scale = m**-0.5
     elif scales_logits(config, name):
-        scale = 1 / m  # the same table, output weights
+        # The same table, output weights.
+        scale = 1 / m
     if enters_residual_stream(name):
-        scale *= L**-0.5  # branches by 1 / L: arXiv:2505.01618; GPT-2's already have 1 / sqrt(L)
+        # Branches by 1 / L: arXiv:2505.01618. GPT-2's already have 1 / sqrt(L).
+        scale *= L**-0.5
     return scale
 
 
@@ -39,14 +42,16 @@ def rate_scale(config: GPTConfig, name: str, optimizer: str) -> float:
         return 1.0
     m, L = config.width_ratio, config.depth_ratio
     scale = 1.0
-    if is_hidden(name) and optimizer == "adamw":
-        scale = 1 / m  # arXiv:2203.03466, table 3, hidden weights
-    elif is_hidden(name):
-        scale = 1.0  # Muon's update has a spectral norm of sqrt(out / in): arXiv:2505.02222
+    if is_hidden(name):
+        # arXiv:2203.03466, table 3, hidden weights. Muon needs no factor, since its update has a
+        # spectral norm of sqrt(out / in): arXiv:2505.02222.
+        scale = 1 / m if optimizer == "adamw" else 1.0
     elif scales_logits(config, name):
-        scale = 1 / m  # arXiv:2203.03466, table 3, output weights
+        # The same table, output weights.
+        scale = 1 / m
     if enters_residual_stream(name):
-        scale /= L  # arXiv:2505.01618, with 1 / L in the weights instead of the model
+        # arXiv:2505.01618, with 1 / L in the weights instead of the model.
+        scale /= L
     return scale
 
 

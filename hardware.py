@@ -17,8 +17,8 @@ from pathlib import Path
 CGROUPS = Path("/sys/fs/cgroup")
 # The file that names the cgroups of this process.
 OWN_GROUPS = Path("/proc/self/cgroup")
-# A cgroup's limit of memory, what is used of it, and what of that is a cache of files that the
-# system frees when needed: the names in version 2 and in version 1.
+# The files of a cgroup with its limit of memory and its usage, and the name in memory.stat of the
+# usage that only caches files: in version 2 and in version 1.
 MEMORY_FILES = (("memory.max", "memory.current", "inactive_file"),
                 ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"))
 
@@ -158,7 +158,7 @@ def physical_memory() -> float:
 
 
 def memory_of(group: Path) -> tuple[int, int] | None:
-    """The limit of one cgroup, and what is used of it, in bytes; None without a limit."""
+    """The limit and the usage of one cgroup in bytes; None without a limit."""
     for limit, usage, cached in MEMORY_FILES:
         try:
             counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())

@@ -106,7 +106,7 @@ def train_together(settings: Settings, world: World) -> int:
                 trainer.start_save()  # a checkpoint to return to
             decision = training_loop(trainer, clock, interrupt)
 
-            # Save what is not saved yet, and say why training ends.
+            # Save the last step if necessary, and say why training ends.
             trainer.save_last_step()
             recorder = trainer.recorder
             if decision.interrupted or interrupt:
@@ -156,7 +156,7 @@ def training_loop(trainer: Trainer, clock: Clock, interrupt: Interrupt) -> Decis
             break
         step_seconds = clock.seconds() - start
 
-        # All processes make the same decision about what follows.
+        # Decide, the same in all processes: evaluate, save, skip, roll back or stop.
         seconds, interrupted = world.agree(state.seconds + step_seconds, bool(interrupt))
         decision = decide(limits, state.step + 1, seconds, step.finite, state.nonfinite,
                           interrupted)
@@ -182,7 +182,7 @@ def training_loop(trainer: Trainer, clock: Clock, interrupt: Interrupt) -> Decis
 
 def already_finished(run: Run, settings: Settings, last: Checkpoint,
                      prompts: list[Prompt]) -> int:
-    """Say that there is nothing left to train, and complete what a kill may have left undone."""
+    """Say that the run is finished; prune and report if a kill prevented that."""
     limits = settings.training
     advice = notices.how_to_continue(limit_reached(limits, last), settings, last)
     say(f"{run.folder} is finished: {counted(last.step, 'step')}, "

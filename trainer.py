@@ -109,7 +109,7 @@ class Trainer:
     # Before the first step
 
     def describe(self, last: Checkpoint | None, imported: list[str]) -> None:
-        """Say what is trained on what, and what a resumed run does differently."""
+        """Describe the run, its data and device, and the changes since it was started."""
         say, world, state = self.recorder.say, self.world, self.state
         notices.describe_run(say, self.run.folder, self.device, state.model, self.data.loader,
                              describe(self.data.prepared), state.step, world.local_size)
@@ -239,7 +239,7 @@ class Trainer:
     # After a step
 
     def evaluate(self, decision: Decision) -> Decision:
-        """Measure the validation loss; return what follows, since patience may end the run."""
+        """Measure the validation loss; return the decision, since patience may end the run."""
         data, state = self.data, self.state
         self.val_loss = evaluate(state.model, data.validation, self.device, data.boundary,
                                  self.world)
@@ -278,7 +278,7 @@ class Trainer:
                                             self.data.tokenizer.to_json(), self.constants))
 
     def save_last_step(self) -> None:
-        """Save what an interruption or a full disk has left unsaved."""
+        """Save the last step, unless it is saved: after an interruption or an error of the disk."""
         self.run.check_not_moved()
         self.saver.finish()
         if self.world.first(self.is_unsaved):

@@ -1,1 +1,1 @@
-"""What survives a process: run folders, checkpoints and their state."""
+"""Run folders, checkpoints, and the training state that they restore."""

@@ -77,7 +77,7 @@ def with_shape_of_weights(settings: Settings, last: Checkpoint | None
         told = {name: str(saved.get(name)) for name in ("init_source", "init_fingerprint")}
         return replace(settings, model=given_shape(settings, shape), **told), []
 
-    # Check what can be checked before weights are downloaded and text is prepared.
+    # Check the vocabulary before weights are downloaded, and all else before text is prepared.
     if settings.init_from in pretrained.NAMES:
         # Before they are downloaded.
         check_vocabulary(settings, pretrained.GPT2_TOKENS, "set data.tokenizer=gpt2")

@@ -1,4 +1,4 @@
-"""Messages about a run: what it trains, what a resumed run changes, and how to train further."""
+"""Messages about a run: its description, changes when it resumes, how to train further."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from training.schedule import extension, same_rates
 
 def describe_run(say: Callable[[str], None], folder: Path, device: Device, model: GPT,
                  loader: Loader, data: str, step: int, local_processes: int = 1) -> None:
-    """Say what will be trained, on which data and device, and from which step."""
+    """Describe the model, the data, the steps and the device."""
     start = f", from step {step}" if step else ""
     say(f"Run: {folder}{start}")
     say(f"Data: {data}")
@@ -58,7 +58,7 @@ def unused_gpus(device_type: str, world_size: int) -> str:
 
 def describe_changes(say: Callable[[str], None], settings: Settings, state: State,
                      last: Checkpoint | None, world_size: int = 1) -> None:
-    """Say what a resumed run does differently from now on, and warn of settings that do little."""
+    """Say what has changed since the checkpoint `last`, and warn of settings without effect."""
     for warning in settings.warnings():
         say(f"Warning: {warning}")
     if state.optimizers.sharded:
@@ -83,7 +83,7 @@ def describe_changes(say: Callable[[str], None], settings: Settings, state: Stat
 
 
 def how_to_continue(limit: str, settings: Settings, last: Checkpoint) -> str:
-    """How to train a finished run further, and what that means for its learning rates."""
+    """How to train a finished run further, and how its learning rates then change."""
     if limit == "max_seconds":
         return "To train further, raise training.max_seconds."
     if limit == "patience":

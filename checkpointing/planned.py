@@ -27,8 +27,8 @@ from training.distributed import World
 from training.memory import MOST_BYTES_KEPT
 from training.optim import Optimizers
 
-# The part of a device's memory that training may be planned to take. The rest is fragmentation and
-# what libraries take.
+# The part of a device's memory that training may be planned to take. The rest is for libraries, and
+# lost by fragmentation.
 USABLE_MEMORY = 0.9
 
 
@@ -87,7 +87,7 @@ def count_memory(settings: Settings, device: Device, gpu_bytes: float = 0) -> tu
 
 def memory_of_each(settings: Settings, state_bytes: int, peak_bytes: int, processes: int = 1,
                    sharded: bool = False) -> dict[str, float]:
-    """The bytes that each of several processes takes in a step, by what they are for.
+    """The bytes that each of several processes takes in a step, by their purpose.
 
     `state_bytes` and `peak_bytes` are those of `count_memory`. `sharded` is training.shard=full.
     """

@@ -180,7 +180,7 @@ def start_or_resume(
 
 def open_run(settings: Settings, prepared: Path, world: World,
              stack: ExitStack) -> tuple[Run, Settings, Checkpoint | None]:
-    """Lock the run's folder in the first process; tell all what settings and checkpoint it has."""
+    """Lock the run's folder in the first process; return its settings and checkpoint in all."""
     runs = []
 
     def lock() -> tuple[Settings, Checkpoint | None]:
@@ -281,7 +281,7 @@ def settings_to_save(settings: Settings, prepared: Path, precision: str) -> dict
 
 
 def resolve_auto(settings: Settings, folder: Path, last: Checkpoint | None) -> Settings:
-    """Replace `auto` by what it meant when the run was started."""
+    """Replace `auto` by the value that was chosen when the run was started."""
     # From the checkpoint; before the first one, from the record of the last start.
     known = {}
     if last:

@@ -61,7 +61,7 @@ class Snapshot:
         return sum(tensor.nbytes for tensor in (*self.model.values(), *self.optimizer.values()))
 
     def own_nbytes(self) -> int:
-        """The size of what this process has."""
+        """The size of this process's parts."""
         tensors = [*self.model.values(), *self.optimizer.values()]
         own = [tensor.own if isinstance(tensor, Divided) else tensor for tensor in tensors]
         return sum(tensor.nbytes for tensor in own)
@@ -116,7 +116,7 @@ def save_checkpoint(checkpoints: Path, snapshot: Snapshot,
 
 
 def join_save(snapshot: Snapshot, peers: Peers) -> None:
-    """Send this process's parts to those that write them, and write what this process has to."""
+    """Send this process's parts to the processes that write them, and write its share."""
     folder = peers.tell()
     if folder is not None:
         peers.gather(write_tensors(Path(folder), snapshot, peers))

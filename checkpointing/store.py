@@ -165,7 +165,7 @@ def prune(checkpoints: Path, keep_last: int) -> None:
     for one in found:
         if one.folder not in kept:
             atomic.remove(one.folder)
-    # What a killed process was writing.
+    # The partial checkpoints of a killed process.
     for partial in checkpoints.glob(f"{atomic.PARTIAL}*"):
         atomic.remove(partial)
 

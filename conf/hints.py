@@ -83,7 +83,7 @@ OTHER_VALUES = {
     "float16": "fp16", "16": "fp16", "half": "fp16",
     "adam": "adamw", "linear": "wsd",
 }
-# By the beginning of a key or flag, mostly of Hydra's, what to do here; the first that fits counts.
+# Advice by the beginning of a key or flag, mostly of Hydra's; the first that fits counts.
 HYDRA = {
     "hydra.run": "runs_dir=FOLDER and name=NAME say where a run goes",
     "hydra.sweep.": "runs_dir=FOLDER and name=NAME say where a sweep goes",
@@ -104,7 +104,7 @@ HYDRA = {
     "--package": "--cfg job prints all settings",
     "--shell-completion": "completion of settings in the shell is not supported",
     "--experimental-rerun": "experiment=runs/NAME/config.yaml runs the settings of a run again",
-    "--run": "leave it out: a run is what happens without flags",
+    "--run": "leave it out: without flags, the command runs",
 }
 SHORT_FLAGS = {
     "-cd": "--config-dir", "-cn": "--config-name", "-cp": "--config-path", "-i": "--info",

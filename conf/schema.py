@@ -225,7 +225,7 @@ def unchanged_hydra() -> Iterator[ConfigStore]:
     with HYDRA_LOCK:
         store, version = ConfigStore.instance(), VersionBase.instance()
         repo, base, hydra = store.repo, version.getbase(), GlobalHydra.instance().hydra
-        # A shallow copy: what is stored during the composition is dropped with it.
+        # A shallow copy: nodes that are stored during the composition are dropped with it.
         store.repo = Uncopied(repo)
         GlobalHydra.instance().hydra = None
         try:

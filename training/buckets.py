@@ -50,7 +50,7 @@ class Bucket:
             self.received, self.work = self.world.exchange(torch.cat(gradients), sizes)
 
     def receive(self) -> None:
-        """Add what all processes have sent for the own parts, in a fixed binary tree.
+        """Add the gradients of the own parts from all processes, in a fixed binary tree.
 
         No arithmetic is left to the communication library, so the result does not depend on how it
         routes messages.
@@ -58,8 +58,7 @@ class Bucket:
         if self.work is None:
             return
         self.work.wait()
-        # One chunk from each process. The sum is in memory that also holds what the others have
-        # sent, so it is copied.
+        # One chunk from each process. The sum shares the memory of all chunks, so it is copied.
         total = add_in_tree(list(self.received.chunk(self.world.size))).clone()
         self.received = self.work = None
 

@@ -1,4 +1,4 @@
-"""What follows a step: one decision, made in one place.
+"""The decision after each step: evaluate, save, skip, roll back or stop.
 
 Everything that depends on a process alone, such as its clock and its signals, enters here, so that
 several processes have one value to agree on in each step.
@@ -14,7 +14,7 @@ from training.config import TrainingConfig
 
 @dataclass(frozen=True)
 class Decision:
-    """What follows a step."""
+    """The actions after a step."""
 
     # "skip" and "rollback" answer a loss or gradient that is not finite; "stop" ends the run.
     action: Literal["continue", "skip", "rollback", "stop"] = "continue"
@@ -43,7 +43,7 @@ class Decision:
 
 def decide(limits: TrainingConfig, step: int, seconds: float, finite: bool, nonfinite: int,
            interrupted: bool) -> Decision:
-    """Decide what follows a step that brings the run to `step` steps and `seconds` of training.
+    """The decision after a step that brings the run to `step` steps and `seconds` of training.
 
     `finite` tells whether its loss and gradient were, `nonfinite` how many before it were not.
     """

@@ -1,4 +1,4 @@
-"""Several processes that train one run, started by torchrun: what they share and agree on.
+"""The processes that torchrun has started to train one run, and their communication.
 
 Every process has all weights. A step's micro-steps are divided among the processes, their gradients
 are added in a fixed order, and each process updates a part of the parameters, of which it alone has
@@ -122,7 +122,7 @@ class World:
         sys.exit(1)
 
     def only_first(self, make: Callable[[], T]) -> T | Silent:
-        """What `make` returns in the first process, in the others an object that does nothing."""
+        """The result of `make` in the first process; in the others an object that does nothing."""
         return make() if self.is_first else Silent()
 
     def gather(self, values: Tensor) -> Tensor:
@@ -175,7 +175,7 @@ class World:
         received = [torch.empty_like(sent) for _ in range(self.size)]
         dist.all_gather(received, sent)
 
-        # Copy what the others have sent into their tensors here.
+        # Copy the values of the other ranks into their tensors.
         for rank, part in enumerate(parts):
             if rank == self.rank:
                 continue

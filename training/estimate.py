@@ -23,8 +23,8 @@ from training.optim import Optimizers
 
 MOST_SECONDS = 5.0  # for the timing of a micro-step
 LEAST_SECONDS = 0.1  # shorter timings are repeated
-# So is one that takes at most this fraction of the run: the first of a size also includes what it
-# costs to obtain memory from the operating system.
+# So is one that takes at most this fraction of the run: the first of a size also includes the time
+# to obtain memory from the operating system.
 RUN_FRACTION = 0.01
 # The numbers in the tensors of one role and shape whose update is timed.
 SAMPLE_NUMBERS = 2**17
@@ -69,7 +69,7 @@ def measure_pace(loss: Callable[[int], Tensor], roles: dict[str, dict[str, Tenso
     equally; `micro_steps` are those of each. Their communication is not counted.
     """
     def micro_step(sequences: int) -> float:
-        """The seconds of forward and backward passes of so many sequences."""
+        """The seconds that the forward and backward passes of these sequences take."""
         start = now(device)
         loss(sequences).backward()
         seconds = now(device) - start

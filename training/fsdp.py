@@ -150,7 +150,7 @@ def exchange(sent: list[list[Tensor]], expected: list[list[torch.Size]],
     received = flat[0].new_empty(sum(sizes))
     dist.all_to_all_single(received, torch.cat(flat), sizes, [len(some) for some in flat])
 
-    # Divide what each process has sent into tensors.
+    # Divide the numbers from each process into tensors.
     found = []
     for numbers, some, shapes in zip(received.split(sizes), counts, expected, strict=True):
         tensors = numbers.view(like.dtype).split(some)

@@ -38,7 +38,7 @@ class GradientNorm:
         if world.size > 1:
             positions = [self.positions_of(some) for some in parts]
             self.longest = max(len(some) for some in positions)
-            # Where to find each chunk among what is gathered from all processes.
+            # The position of each chunk's norm among the gathered norms of all processes.
             self.gathered = torch.empty(end, dtype=torch.int64)
             for rank, some in enumerate(positions):
                 self.gathered[some] = rank * self.longest + torch.arange(len(some))

@@ -29,7 +29,7 @@ def bytes_kept(call: Callable[[], object]) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        # The result holds what is kept, so that no two tensors have the same address.
+        # The result holds the kept tensors, so that no two have the same address.
         result = call()
     del result
     return sum(kept.values())

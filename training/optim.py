@@ -61,7 +61,7 @@ class Optimizers:
 
         # Two optimizers with Muon, one without.
         self.all: list[torch.optim.Optimizer] = []
-        # What a process without a part of a parameter has of its state.
+        # The state of a parameter in a process that has no part of it.
         self.nothing = torch.empty(0, device=self.parameters[0].device)
         # The parts that each rank updates, and the names of each parameter's state.
         self.parts: list[list[Part]] = [[] for _ in range(self.world.size)]

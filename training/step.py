@@ -165,6 +165,6 @@ def try_micro_step(model: nn.Module, batch: Batch, device: Device, boundary: int
 
 
 def seed_dropout(seed: int, step: int, micro_step: int) -> None:
-    """Make dropout a function of the position in training, not of what was drawn before."""
+    """Make dropout a function of the position in training, not of earlier random numbers."""
     digest = hashlib.sha256(f"{seed} {step} {micro_step}".encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:8]))

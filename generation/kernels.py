@@ -70,7 +70,9 @@ def in_panels(matrix: Tensor, width: int = PANEL) -> Tensor:
     zeros.
     """
     n = 4 // matrix.itemsize
-    matrix = F.pad(matrix, (0, -matrix.size(-1) % n, 0, -matrix.size(-2) % width))
+    padding = (0, -matrix.size(-1) % n, 0, -matrix.size(-2) % width)
+    if any(padding):
+        matrix = F.pad(matrix, padding)
     return matrix.unflatten(-1, (-1, n)).unflatten(-3, (-1, width)).transpose(-3, -2).contiguous()
 
 

@@ -85,13 +85,13 @@ class Entry:
         return self.transpose_or_negate(tensor)
 
     def restore(self, tensor: Tensor) -> Tensor:
-        """The inverse of `publish`, in fp32."""
+        """The inverse of `publish`, in fp32; a view where that is possible."""
         tensor = tensor.float()
         if self.change == "interleaved":
             # [heads, D/2, 2, C] -> [heads, 2, D/2, C]
             pairs = tensor.unflatten(0, (-1, self.head_width // 2, 2))
             return pairs.transpose(1, 2).flatten(0, 2)
-        return self.transpose_or_negate(tensor).contiguous()
+        return self.transpose_or_negate(tensor)
 
     def transpose_or_negate(self, tensor: Tensor) -> Tensor:
         """The changes that are their own inverse."""

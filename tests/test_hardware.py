@@ -132,10 +132,11 @@ def test_no_more_cpus_are_used_than_the_quota(monkeypatch):
         assert usable_cpus() == expected
 
 
-@pytest.mark.parametrize(("vendor", "answer", "expected"), [
-    ("AuthenticAMD", None, True), ("GenuineIntel", None, False), ("", None, False),
-    ("GenuineIntel", "1", True), ("AuthenticAMD", "0", False)])
-def test_onednn_replaces_mkl_on_amd_or_on_request(vendor, answer, expected, monkeypatch):
+@pytest.mark.parametrize(("vendor", "capability", "answer", "expected"), [
+    ("AuthenticAMD", "AVX512", None, True), ("AuthenticAMD", "AVX2", None, False), ("GenuineIntel", "AVX512", None, False),
+    ("", "AVX512", None, False), ("GenuineIntel", "AVX2", "1", True), ("AuthenticAMD", "AVX512", "0", False)])
+def test_onednn_replaces_mkl_on_amd_or_on_request(vendor, capability, answer, expected, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     monkeypatch.setattr("hardware.cpu_info", lambda field: vendor)
     monkeypatch.delenv("NANOHYDRA_ONEDNN", raising=False)

@@ -35,6 +35,7 @@ def equal(one, other) -> bool:
 def test_gpt2_weights_return_bit_identical():
     published = gpt2_tensors()
     state = weights_from("gpt2", SMALL, published)
+    assert {tensor.data_ptr() for tensor in state.values()} <= {tensor.data_ptr() for tensor in published.values()}  # no copies
     GPT(SMALL).load_state_dict(state)
     assert state["h.1.mlp.c_fc.weight"].shape == (128, 32)
     assert torch.equal(state["h.1.mlp.c_fc.weight"], published["transformer.h.1.mlp.c_fc.weight"].T)

@@ -43,8 +43,13 @@ def options(group: str) -> list[str]:
 
 def groups() -> list[str]:
     """The configuration groups, which are the folders of `conf` with presets."""
-    folders = [path.name for path in CONF.iterdir() if path.is_dir() and path.name != "sweep"]
-    return sorted(name for name in folders if options(name))
+    return list(groups_of(CONF))
+
+
+@functools.cache
+def groups_of(conf: Path) -> list[str]:
+    folders = [path for path in conf.iterdir() if path.is_dir() and path.name != "sweep"]
+    return sorted(path.name for path in folders if any(path.glob("*.yaml")))
 
 
 def read_text(path: Path) -> str:

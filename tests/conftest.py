@@ -15,18 +15,23 @@ import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import settings
 
+import hardware
 import train
 import trainer
+from checkpointing import provenance
 from conf import presets, schema
 from conf.convert import is_text
 from conf.schema import compose
 from conf.settings import leaves
 from data.tokenizer import PUBLISHED
-from training import estimate
+from training.estimate import Pace
 
 settings.register_profile("nanohydra", deadline=None, max_examples=50)  # no deadline: the machine may be busy
 settings.load_profile("nanohydra")
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a script that starts the tests in the background has ignored
+for kind in (torch.cuda, torch.xpu, torch.mtia):
+    if not kind.is_available():
+        kind.manual_seed_all = lambda seed: None  # torch would format the stack, which is deep in tests, for each seed
 torch.set_num_threads(1)  # in models this small, threads wait for each other; the tests of whole programs use all
 
 
@@ -130,14 +135,24 @@ def book(tmp_path_factory):
     return path
 
 
+git_state = functools.cache(provenance.git_state)
+
+
+def measure_nothing(patch):
+    """At its start, a run measures the machine for a third of a second, which other tests are about."""
+    patch.setattr(trainer, "measure_pace", lambda *_: Pace(1.0, 1.0))
+    patch.setattr("training.device.busy_cpus", lambda: 0.0)
+    patch.setattr(hardware, "cgroups", lambda *_: [])
+    patch.setattr(provenance, "git_state", git_state)
+
+
 @pytest.fixture
 def compose_tiny(book, tmp_path, monkeypatch):
     """Settings of a run that takes a second: `compose_tiny("training.max_steps=3", ...)`.
 
     Names and paths are put in after the composition, so that tests share compositions.
     """
-    # A run of a few steps would otherwise time five others first.
-    monkeypatch.setattr(estimate, "LEAST_SECONDS", 0)
+    measure_nothing(monkeypatch)
     small = ["model=nano", "data=text", f"data.path={book}", "data.tokenizer=char", "training=smoke", "name=tiny", "training.device=cpu",
              "training.precision=fp32", "training.eval_tokens=512", "optim.lr=3e-3", "logger.report=false", "training.sample_tokens=0"]
 

@@ -131,6 +131,7 @@ def test_the_update_of_a_sample_is_extrapolated(monkeypatch, optimizer):
 
 def test_an_estimate_does_not_change_the_training(compose_tiny, tmp_path, monkeypatch):
     found = []
+    monkeypatch.setattr(trainer, "measure_pace", measure_pace)
     for name in ("with", "without"):
         if name == "without":
             monkeypatch.setattr(trainer, "measure_pace", lambda *_: Pace(1.0, 1.0))

@@ -84,7 +84,7 @@ def interact(engine: Engine, settings: SampleSettings, decoder: Decoder | None) 
     """Complete each prompt that the user types, until the end of the input."""
     prompts = TypedPrompts("prompt> ", settings)
     for prompt in prompts:
-        with stopped_by_ctrl_c(prompts), errors_as_messages():
+        with until_next_prompt(prompts):
             print_completions(engine, prompt, prompts.rules, decoder)
 
 
@@ -96,7 +96,7 @@ def chat(engine: Engine, settings: SampleSettings, decoder: Decoder | None) -> N
         if not question.strip():
             continue
         conversation.rules = prompts.rules
-        with stopped_by_ctrl_c(prompts), errors_as_messages():
+        with until_next_prompt(prompts):
             for piece in conversation.answer(question):
                 output(piece, end="")
             output("")
@@ -106,25 +106,17 @@ def chat(engine: Engine, settings: SampleSettings, decoder: Decoder | None) -> N
 
 
 @contextmanager
-def stopped_by_ctrl_c(prompts: TypedPrompts) -> Iterator[None]:
-    """In a terminal, let Ctrl-C end a text instead of the program: the user types another prompt.
-    """
+def until_next_prompt(prompts: TypedPrompts) -> Iterator[None]:
+    """Let an error, or Ctrl-C in a terminal, end a text instead of the program."""
     try:
         yield
+    except ValueError as error:
+        # Such as a character that the tokenizer lacks: the user types another prompt.
+        say(f"Error: {error}")
     except KeyboardInterrupt:
         if not prompts.in_terminal:
             raise
         output("")
-
-
-@contextmanager
-def errors_as_messages() -> Iterator[None]:
-    """Print an error, such as a character that the tokenizer lacks: the user types another prompt.
-    """
-    try:
-        yield
-    except ValueError as error:
-        say(f"Error: {error}")
 
 
 def print_completions(engine: Engine, prompt: str, settings: SampleSettings,

@@ -9,7 +9,7 @@ import pytest
 
 from conf.sampling import SamplingConfig
 from generation.typed import TypedPrompts, changed
-from sample import stopped_by_ctrl_c
+from sample import until_next_prompt
 
 
 class Terminal(io.StringIO):
@@ -63,7 +63,7 @@ def test_ctrl_c_stops_a_text_only_in_a_terminal(typed):
     for stream, goes_on in ((Terminal, True), (io.StringIO, False)):
         stopped = False
         try:
-            with stopped_by_ctrl_c(typed("", stream)[1]):
+            with until_next_prompt(typed("", stream)[1]):
                 raise KeyboardInterrupt
         except KeyboardInterrupt:
             stopped = True

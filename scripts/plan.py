@@ -281,15 +281,10 @@ def pace_of(settings: Settings, device: Device, meta: dict[str, Any] | None) -> 
     eval_tokens = limits.eval_tokens
     if meta:
         eval_tokens = min(eval_tokens, meta["splits"]["val"]["tokens"])
-    return measure_pace(
-        first_loss(model, loader.batch(0), device, boundary),
-        model.parameters_by_role(),
-        settings.optim,
-        device,
-        limits,
-        limits.micro_steps(config.block_size),
-        math.ceil(eval_tokens / config.block_size),
-    )
+    loss = first_loss(model, loader.batch(0), device, boundary)
+    return measure_pace(loss, model.parameters_by_role(), settings.optim, device, limits,
+                        limits.micro_steps(config.block_size),
+                        math.ceil(eval_tokens / config.block_size))
 
 
 def resident_bytes() -> int:

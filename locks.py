@@ -101,6 +101,16 @@ class Lock:
         os.close(self.descriptor)
 
 
+def is_locked(path: Path) -> bool:
+    """Whether a process holds a lock file."""
+    try:
+        if path.exists():
+            Lock(path, "a process that looks for locks").release()
+    except BlockingIOError:
+        return True
+    return False
+
+
 def lock_descriptor(descriptor: int, path: Path, holder: str) -> Marker | None:
     """Lock an open file without waiting; a file system without locks uses a Marker, returned.
 

@@ -126,17 +126,7 @@ def make_once(folder: Path, make: Callable[[Path], None]) -> None:
 
 def in_use(building: Path) -> bool:
     """Whether a process is filling the folder."""
-    return is_locked(building.with_name(f".lock-{building.name.removeprefix(BUILDING)}"))
-
-
-def is_locked(lock: Path) -> bool:
-    """Whether a process holds a lock."""
-    try:
-        if lock.exists():
-            locks.Lock(lock, "nobody").release()
-    except BlockingIOError:
-        return True
-    return False
+    return locks.is_locked(building.with_name(f".lock-{building.name.removeprefix(BUILDING)}"))
 
 
 def fill(folder: Path, make: Callable[[Path], None]) -> None:

@@ -194,8 +194,8 @@ def draw_diagnostic(axes: Any, runs: list[History], name: str) -> None:
     label_progress(axes, "steps")
 
 
-def draw_slice(axes: Any, runs: list[History], key: str, ranks: dict[History, int]) -> None:
-    """The score of each run against its value of the setting `key`; `ranks` are those of all runs.
+def draw_slice(axes: Any, runs: list[History], key: str, ranked: list[History]) -> None:
+    """The score of each run against its value of the setting `key`; `ranked` are all runs, sorted.
 
     A triangle is a run that ended above its first loss. A short line is the median of the runs that
     share a value.
@@ -213,8 +213,9 @@ def draw_slice(axes: Any, runs: list[History], key: str, ranks: dict[History, in
     axes.margins(x=0.08)
     for run, place, score in reversed(list(zip(runs, x, scores, strict=True))):
         marker = "o" if run.score <= highest else "^"
-        hue = color(ranks[run], len(ranks))
-        axes.plot([place], [score], marker, markersize=5, color=hue, gid=f"run-{ranks[run]}")
+        rank = ranked.index(run)
+        hue = color(rank, len(ranked))
+        axes.plot([place], [score], marker, markersize=5, color=hue, gid=f"run-{rank}")
 
     # Label the axes.
     if categories:
@@ -267,10 +268,10 @@ def diagnostic_svg(runs: list[History], name: str) -> str:
     return svg_element(lambda axes: draw_diagnostic(axes, runs, name), names, title, (3.8, 2.5))
 
 
-def slice_svg(runs: list[History], key: str, ranks: dict[History, int]) -> str:
-    names = [run.name for run in ranks]
+def slice_svg(runs: list[History], key: str, ranked: list[History]) -> str:
+    names = [run.name for run in ranked]
     title = f"{runs[0].measure} against {key}"
-    return svg_element(lambda axes: draw_slice(axes, runs, key, ranks), names, title, (3.6, 2.7))
+    return svg_element(lambda axes: draw_slice(axes, runs, key, ranked), names, title, (3.6, 2.7))
 
 
 def curves_png(runs: list[History]) -> bytes:
@@ -291,7 +292,7 @@ def curves_png(runs: list[History]) -> bytes:
         return as_image(figure, "png")
 
 
-def slices_png(runs: list[History], keys: list[str], ranks: dict[History, int]) -> bytes:
+def slices_png(runs: list[History], keys: list[str], ranked: list[History]) -> bytes:
     """The slices of all `keys`."""
     columns = min(4, len(keys))
     rows = math.ceil(len(keys) / columns)
@@ -302,7 +303,7 @@ def slices_png(runs: list[History], keys: list[str], ranks: dict[History, int]) 
         for axes in grid[len(keys) :]:
             axes.set_axis_off()
         for axes, key in zip(grid, keys, strict=False):
-            draw_slice(axes, runs, key, ranks)
+            draw_slice(axes, runs, key, ranked)
         return as_image(figure, "png")
 
 

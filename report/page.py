@@ -63,7 +63,7 @@ def write(
         contents[out.with_name(f"{out.stem}-curves.png")] = curves.curves_png(runs)
         compared, keys = comparable(runs)
         if len(compared) >= MIN_RUNS and keys:
-            slices = curves.slices_png(compared, keys[:MAX_SLICES], ranks_of(runs))
+            slices = curves.slices_png(compared, keys[:MAX_SLICES], runs)
             contents[out.with_name(f"{out.stem}-slices.png")] = slices
     for path, content in contents.items():
         atomic.write_bytes(path, content)
@@ -75,10 +75,6 @@ def open_runs(chosen: list[tuple[Path, str]]) -> list[History]:
     few = len(chosen) < FEW
     progress = ProgressBar(chosen, "Reading", unit="runs", leave=False, disable=few)
     return best_first([open_history(folder, name) for folder, name in progress])
-
-
-def ranks_of(runs: list[History]) -> dict[History, int]:
-    return {run: rank for rank, run in enumerate(runs)}
 
 
 def comparable(runs: list[History]) -> tuple[list[History], list[str]]:
@@ -223,9 +219,8 @@ def importance_of_settings(runs: list[History]) -> Iterator[str]:
         return
     # Without matplotlib, the section about losses says so.
     with suppress(ValueError):
-        ranks = ranks_of(runs)
         drawn = keys[:MAX_SLICES]
-        pictures = "".join(curves.slice_svg(finished, key, ranks) for key in drawn)
+        pictures = "".join(curves.slice_svg(finished, key, runs) for key in drawn)
         yield f'<div class="slices">{pictures}</div>'
     if len(keys) > MAX_SLICES:
         yield f"<p>{len(keys) - MAX_SLICES} more settings are not drawn.</p>"

@@ -61,6 +61,7 @@ from typing import Any, get_args, get_type_hints
 import numpy as np
 
 import atomic
+import locks
 from checkpointing import store
 from checkpointing.run_folder import LOCK
 from conf.schema import compose
@@ -70,7 +71,7 @@ from data.contents import Contents
 from data.files import walk
 from data.prepare import PROGRESS, describe, load_tokenizer, prepare
 from data.shards import SPLITS, read_meta
-from data.store import BUILDING, data_root, in_use, is_locked
+from data.store import BUILDING, data_root, in_use
 from data.tokenizer import Tokenizer
 from report.figures import as_image, log_ticks, new_figure
 from terminal import counted, readable_size, say
@@ -254,7 +255,7 @@ def runs_by_tokens(runs_dir: Path) -> dict[str, list[str]]:
                 raise ValueError(next(iter(damage.values())))
         except ValueError as error:
             raise ValueError(f"It is unknown which tokens {folder} uses: {error}.") from None
-        if not tokens and is_locked(folder / LOCK):
+        if not tokens and locks.is_locked(folder / LOCK):
             raise ValueError(f"{folder} is being trained and has no checkpoint yet that says which "
                              f"tokens it uses: wait for the first one.")
         for fingerprint in sorted(tokens):

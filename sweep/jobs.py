@@ -77,12 +77,7 @@ class Job:
 
     def is_locked(self) -> bool:
         """Whether a process trains in the folder: a killed sweep's child may still be saving."""
-        try:
-            if (self.folder / LOCK).exists():
-                locks.Lock(self.folder / LOCK, describe_process()).release()
-        except BlockingIOError:
-            return True
-        return False
+        return locks.is_locked(self.folder / LOCK)
 
     def open_log(self) -> Path:
         """Note the start of an attempt; return the log that its output is appended to."""

@@ -156,12 +156,8 @@ class Search(JobSource):
         self.pending = False
         for trial in self.trained():
             file = self.worker_file(trial.user_attrs["worker"])
-            if trial.state.is_finished() or not file.exists():
-                continue
-            try:
-                # The file of this worker is locked too.
-                locks.Lock(file, describe_process()).release()
-            except BlockingIOError:
+            # The file of a worker that lives is locked, this one's too.
+            if trial.state.is_finished() or not file.exists() or locks.is_locked(file):
                 continue
             if not self.job_of(trial).is_locked():
                 return self.optuna.trial.Trial(self.study, trial._trial_id)

@@ -220,7 +220,7 @@ SLICES = {
 def test_the_labels_of_a_slice_neither_overlap_nor_repeat(histories_of, values):
     pytest.importorskip("matplotlib")
     runs = histories_of(values)
-    labels, _ = labels_of(lambda axes: draw_slice(axes, runs, "key", {run: number for number, run in enumerate(runs)}))
+    labels, _ = labels_of(lambda axes: draw_slice(axes, runs, "key", runs))
     texts = [text for text, _, _ in labels]
     assert len(set(texts)) == len(texts) >= min(2, len(set(values))) and not [text for text in texts if "$" in text or "e+" in text or "e-0" in text]
     boxes = sorted((box for _, box, _ in labels), key=lambda box: box.x1)
@@ -275,7 +275,7 @@ def test_a_slice_marks_medians_and_runs_that_diverged(histories_of):
     runs[-1] = replace(runs[-1], best_loss=1e6)
     figure, style = new_figure(4, 3, "test")
     with style:
-        draw_slice(axes := figure.subplots(), runs, "key", {run: number for number, run in enumerate(runs)})
+        draw_slice(axes := figure.subplots(), runs, "key", runs)
     drawn = {(line.get_marker(), float(line.get_ydata()[0])) for line in axes.get_lines()}
     assert drawn == {("o", 3.0), ("o", 3.1), ("o", 3.2), ("^", 8.0), ("None", 3.1)}
 

@@ -21,7 +21,7 @@ from data import records
 from data.config import DataConfig
 from data.dataset_card import is_file_in, refuse_paths_outside
 from data.files import Document
-from data.parquet import parquet_column
+from data.parquet import open_parquet, parquet_column
 from data.store import data_root, sha256_of
 from terminal import first_line, say
 
@@ -250,11 +250,10 @@ class Hub:
         """
         # It opens local and remote files, and retries for minutes.
         from datasets.utils.file_utils import xopen
-        from pyarrow.parquet import ParquetFile
 
         paths = self.paths(builder)
         for index, path in enumerate(paths):
-            with xopen(path, "rb") as file, ParquetFile(file) as parquet:
+            with xopen(path, "rb") as file, open_parquet(file) as parquet:
                 values = parquet_column(parquet, self.config.text_field, self.name)
                 for row, value in enumerate(values, 1):
                     self.done = (index + row / parquet.metadata.num_rows) / len(paths)

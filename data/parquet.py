@@ -19,11 +19,11 @@ BOMB_BYTES, BOMB_RATIO = 2**28, 200  # columns beyond both are not decompressed
 def parquet_texts(file: BinaryIO, field: str, path: Path) -> Iterator[str | BadRecord]:
     """The text of each row. Raises ValueError for damage, and if there is no such column."""
     try:
-        from pyarrow import parquet as pq
+        import pyarrow.parquet  # noqa: F401
     except ImportError:
         raise ValueError(f"{path}: reading .parquet needs pyarrow: pip install pyarrow.") from None
     try:
-        with pq.ParquetFile(file, buffer_size=2**18) as opened:
+        with open_parquet(file, buffer_size=2**18) as opened:
             for row, value in enumerate(parquet_column(opened, field, str(path)), 1):
                 yield as_text(value, field, f"row {row}")
     except Exception as error:
@@ -32,6 +32,17 @@ def parquet_texts(file: BinaryIO, field: str, path: Path) -> Iterator[str | BadR
             raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} is damaged, or not a Parquet file ({reason}).") from None
+
+
+def open_parquet(file: BinaryIO, buffer_size: int = 0) -> Any:
+    """A pyarrow ParquetFile that reads `file` in the calling thread only.
+
+    A thread of pyarrow's that reads a file of Python's while Python ends aborts the program
+    (https://github.com/apache/arrow/issues/45214).
+    """
+    from pyarrow.parquet import ParquetFile
+
+    return ParquetFile(file, buffer_size=buffer_size, pre_buffer=False)
 
 
 def parquet_column(file: Any, field: str, name: str) -> Iterator[Any]:

@@ -8,13 +8,14 @@ import gzip
 import io
 import json
 import lzma
+import threading
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import encodings, files, records
-from data.parquet import batch_rows
+from data.parquet import batch_rows, parquet_texts
 
 TEXTS = ["one", "two\nlines, with a comma", 'a "quote"', "žluťoučký 🐎", "\ttab", "[1, 2]"]
 
@@ -35,6 +36,24 @@ def table(texts, **style):
     writer = csv.writer(written := io.StringIO(), **style)
     writer.writerows([["id", "text"], *([1, text] for text in texts)])
     return written.getvalue().encode()
+
+
+def test_parquet_is_read_in_the_calling_thread(tmp_path):
+    """A thread of pyarrow's that still reads when Python ends would abort the program."""
+    pyarrow = pytest.importorskip("pyarrow", reason="needs pyarrow, which is optional")
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"text": TEXTS}), tmp_path / "a.parquet")
+    readers = set()
+
+    class File(io.FileIO):
+        def read(self, *size):
+            readers.add(threading.get_native_id())
+            return super().read(*size)
+
+    with File(tmp_path / "a.parquet") as file:
+        assert list(parquet_texts(file, "text", tmp_path)) == TEXTS
+    assert readers == {threading.get_native_id()}
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
@@ -82,9 +83,25 @@ def test_the_text_has_the_size_and_no_document_twice(tiny, tmp_path):
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 def test_memory_is_that_of_a_process_that_prepares_the_text(tiny, tmp_path, monkeypatch, capsys):
-    started, Popen = [], subprocess.Popen
-    program = "import time; time.sleep(0.1); some = bytearray(60_000_000); time.sleep(0.4)"
-    monkeypatch.setattr(prepare.subprocess, "Popen", lambda words, **rest: started.append(words) or Popen([sys.executable, "-S", "-c", program]))
+    started, children, Popen, sleep = [], [], subprocess.Popen, time.sleep
+    program = "input(); some = bytearray(60_000_000); print(flush=True); input()"
+
+    def start(words, **rest):
+        started.append(words)
+        children.append(Popen([sys.executable, "-S", "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+        return children[0]
+
+    def let_it_continue(seconds):
+        """Between two measurements, to the next `input` of the program."""
+        try:
+            children[0].stdin.write(b"\n")
+            children[0].stdin.flush()
+            children[0].stdout.readline()
+        except BrokenPipeError:
+            sleep(seconds)
+
+    monkeypatch.setattr(prepare.subprocess, "Popen", start)
+    monkeypatch.setattr(prepare.time, "sleep", let_it_continue)
     (tmp_path / "untouched").mkdir()
     prepare.measure_memory(PrepareSettings(gigabytes=1e-4, tokenizer="byte"), tmp_path)
     said = capsys.readouterr().out

@@ -269,8 +269,11 @@ def chat(browser: Chromium) -> None:
     browser.type("b?")
     browser.press("Enter")
     browser.wait("document.querySelectorAll('#turns .token').length > 20")
-    browser.click("#stop-answering")
+    # A click would miss it: the page scrolls as the text grows.
+    browser.value("document.getElementById('stop-answering').focus()")
+    browser.press("Enter")
     browser.wait("[...document.querySelectorAll('#turns .ending')].pop().textContent.startsWith('Stopped.')")
+    assert browser.value("document.activeElement.id") == "question"
     assert [one["role"] for one in browser.value("asked.pop()")["messages"]] == ["system", "user", "assistant", "user"]
     assert len(shown(".panel")) == 4 and browser.value("document.images.length === 0 && !('hacked' in window)")
 

@@ -94,7 +94,7 @@ async function write(question, begun = { chars: [], tokens: [] }) {
     ended = error.message;
   }
   describe(reply);
-  keepAtEnd();
+  keepAtEndNow();
   // Another answer may have begun.
   if (controller !== own) return;
   controller = null;
@@ -138,10 +138,13 @@ function hiddenHeight() {
 
 // Who sees the end of the conversation soon sees its new end. Measuring takes long: once a frame.
 function keepAtEnd() {
-  frame ||= requestAnimationFrame(() => {
-    frame = 0;
-    if (isAtEnd) scrollToEnd();
-  });
+  frame ||= requestAnimationFrame(keepAtEndNow);
+}
+
+function keepAtEndNow() {
+  cancelAnimationFrame(frame);
+  frame = 0;
+  if (isAtEnd) scrollToEnd();
 }
 
 function scrollToEnd() {

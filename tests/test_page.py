@@ -85,7 +85,7 @@ def address(engines, runs_dir):
         loop.start()
         yield f"http://127.0.0.1:{listening.getsockname()[1]}"
         running.should_exit = True
-        loop.join(timeout=10)
+        loop.join(timeout=60)
     thread.stop()
 
 
@@ -309,7 +309,7 @@ def watch(browser: Chromium, runs_dir) -> None:
     with (runs_dir / "growing/metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": 61, "sample": SCRIPT}) + "\n" + json.dumps({"step": 61, "val_loss": 1.5}) + "\n")
     browser.value("document.querySelector('#runs input:checked')?.value === 'growing' || document.querySelector('#runs input').click()")
-    browser.wait("document.querySelector('#samples blockquote')", 10)
+    browser.wait("document.querySelector('#samples blockquote')")
     assert browser.value("document.querySelector('#samples blockquote').textContent") == SCRIPT
     assert browser.value("document.querySelector('#curves svg').ariaLabel").find("growing: validation loss 1.5000") > 0
     assert browser.value("document.querySelectorAll('#leaderboard tbody tr').length") == 2

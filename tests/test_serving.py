@@ -55,7 +55,7 @@ def decoding(*engines: Engine, rows: int = 16, max_requests: int = 64):
         yield batchers
     finally:
         thread.stop()
-        thread.join(timeout=10)
+        thread.join(timeout=60)
         assert not thread.is_alive()
 
 
@@ -67,7 +67,7 @@ class Server:
 
     def ask(self, path: str, body: object, **headers: str) -> tuple[int, dict]:
         """The status and the JSON that answer a body, which is JSON or bytes."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
         sent = {"Content-Type": "application/json"} | {name.replace("_", "-"): value for name, value in headers.items()}
         with contextlib.closing(connection):
@@ -98,7 +98,7 @@ def serving(engines: dict[str, Engine], *overrides: str, max_requests: int = 64)
             yield Server(listening.getsockname()[1], models)
         finally:
             running.should_exit = True
-            loop.join(timeout=10)
+            loop.join(timeout=60)
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +123,7 @@ def texts_of(engine: Engine, prompt: str, n: int = 1, **rules: object) -> list[s
 
 
 def wait_until(holds) -> None:
-    end = time.monotonic() + 10
+    end = time.monotonic() + 60
     while not holds():
         assert time.monotonic() < end
         time.sleep(0.01)
@@ -477,4 +477,4 @@ def test_a_signal_ends_streams_and_the_program(tiny_runs):
         answer.readline()
         program.send_signal(signal.SIGINT)
         assert b'"code": "stopped"' in answer.read().splitlines()[-2]
-        assert program.stdout.read() == "" and program.wait(timeout=10) == 130
+        assert program.stdout.read() == "" and program.wait(timeout=60) == 130

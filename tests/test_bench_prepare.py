@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
@@ -83,7 +82,7 @@ def test_the_text_has_the_size_and_no_document_twice(tiny, tmp_path):
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 def test_memory_is_that_of_a_process_that_prepares_the_text(tiny, tmp_path, monkeypatch, capsys):
-    started, children, Popen, sleep = [], [], subprocess.Popen, time.sleep
+    started, children, Popen = [], [], subprocess.Popen
     program = "input(); some = bytearray(60_000_000); print(flush=True); input()"
 
     def start(words, **rest):
@@ -93,12 +92,10 @@ def test_memory_is_that_of_a_process_that_prepares_the_text(tiny, tmp_path, monk
 
     def let_it_continue(seconds):
         """Between two measurements, to the next `input` of the program."""
-        try:
-            children[0].stdin.write(b"\n")
-            children[0].stdin.flush()
-            children[0].stdout.readline()
-        except BrokenPipeError:
-            sleep(seconds)
+        children[0].stdin.write(b"\n")
+        children[0].stdin.flush()
+        if not children[0].stdout.readline():
+            children[0].wait()
 
     monkeypatch.setattr(prepare.subprocess, "Popen", start)
     monkeypatch.setattr(prepare.time, "sleep", let_it_continue)

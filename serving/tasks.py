@@ -161,7 +161,8 @@ def read_conversation(given: list[Any], model: Model, rules: SamplingConfig,
     if not has_markers(model.engine.tokenizer):
         raise BadRequest(f"{model.name} was not trained on conversations (data=chat): use "
                          "/v1/completions.", "model")
-    messages = read_messages({"messages": given}, "The request")
+    joined = [with_joined_parts(message) for message in given]
+    messages = read_messages({"messages": joined}, "The request")
     if isinstance(messages, BadRecord):
         raise BadRequest(f"{messages.problem}.", "messages")
     try:
@@ -170,3 +171,16 @@ def read_conversation(given: list[Any], model: Model, rules: SamplingConfig,
     except ValueError as error:
         # A question that is too long, or a character that the tokenizer lacks.
         raise BadRequest(str(error), "messages") from None
+
+
+def with_joined_parts(message: Any) -> Any:
+    """A message whose content is a text. OpenAI's API also has it as a list of parts."""
+    content = message.get("content") if isinstance(message, dict) else None
+    if not isinstance(content, list) or not all(map(is_text_part, content)):
+        return message
+    return message | {"content": "".join(part["text"] for part in content)}
+
+
+def is_text_part(part: Any) -> bool:
+    return (isinstance(part, dict) and part.get("type") == "text"
+            and isinstance(part.get("text"), str))

@@ -323,6 +323,16 @@ def test_a_chat_is_that_of_sample_py(server, talker):
         conversation.turns[-1] = [*conversation.turns[-1][:5], *talker.tokenizer.encode(expected), conversation.end]
 
 
+def test_a_message_can_be_parts_of_text(server):
+    def answer(content):
+        return server.ask(CHAT, {"model": "talker", "messages": [{"role": "user", "content": content}], "max_tokens": 9})
+
+    whole, parts = answer("ab?"), answer([{"type": "text", "text": "a"}, {"type": "text", "text": "b?"}])
+    assert parts[0] == 200 and parts[1]["choices"] == whole[1]["choices"]
+    for content in ([{"type": "image_url", "image_url": {"url": "a"}}], [{"type": "text", "text": 5}], ["a"], [[]]):
+        assert answer(content)[0] == 400
+
+
 def test_an_answer_that_has_begun_is_continued(server, talker):
     question = Conversation(talker, SamplingConfig()).continued([Message("user", "a?")])
     for begun in ("", "so", "a" * 50):

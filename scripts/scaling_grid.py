@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ import torch
 import atomic
 from checkpointing.resume import with_vocab_size
 from conf.identity import differences, listed
+from conf.scaling import ScalingSettings
 from conf.schema import compose
 from conf.settings import Settings
 from data.prepare import prepare
@@ -30,9 +31,6 @@ from terminal import counted, readable_time, say
 from training.configure import configure
 from training.device import Device
 from training.estimate import Pace
-
-if TYPE_CHECKING:
-    from scripts.scaling import ScalingSettings
 
 GRID = "grid.json"
 MIN_STEPS = 100  # of a run

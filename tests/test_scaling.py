@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import yaml
 
+from conf.scaling import ScalingSettings
 from conf.schema import compose
 from evaluation.scaling_law import ScalingLaw, fit_law
 from scripts import scaling, scaling_grid
-from scripts.scaling import ScalingSettings
 from scripts.scaling_grid import isoflop_grid
 from training.estimate import Pace
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from data.chat import markers_of
+from data.chat import Markers, markers_of
 from data.config import DataConfig
 from data.loader import Loader, Validation, document_boundary
 from data.prepare import load_tokenizer, val_bytes_per_token
@@ -45,17 +45,39 @@ def open_data(prepared: Path, config: DataConfig, block_size: int, batch_size: i
     Raises ValueError for a split that is too short, and for one without documents if attention is
     not to cross them.
     """
-    tokenizer, weights = load_tokenizer(prepared), config.weights()
+    tokenizer = load_tokenizer(prepared)
     boundary = document_boundary(tokenizer) if config.respect_documents else None
-    markers = markers_of(tokenizer) if config.source == "chat" else None
     loader = Loader(open_parts(prepared, "train"), block_size, batch_size, micro_steps, seed,
-                    world_size, weights, markers)
-    validation = Validation(open_parts(prepared, "val"), block_size, batch_size, eval_tokens,
-                            weights, rank, world_size, markers)
+                    world_size, config.weights(), markers_in(config, tokenizer))
+    validation, bytes_per_token = open_validation(prepared, config, tokenizer, block_size,
+                                                  batch_size, eval_tokens, rank, world_size)
     prompts: list[str | list[int]] = [""] * PROMPTS
-    bytes_per_token = val_bytes_per_token(prepared, weights)
-    # Of conversations, only the answers are targets.
-    if markers:
+    if config.source == "chat":
         prompts = validation.questions(PROMPTS)
-        bytes_per_token = validation.bytes_per_target(tokenizer)
     return RunData(prepared, tokenizer, loader, validation, bytes_per_token, boundary, prompts)
+
+
+def open_validation(prepared: Path, config: DataConfig, tokenizer: Tokenizer, block_size: int,
+                    batch_size: int, max_tokens: int | None, rank: int = 0,
+                    world_size: int = 1) -> tuple[Validation, float]:
+    """The validation split for the process `rank`, and the bytes of each of its tokens.
+
+    `max_tokens=None` reads all of it. Raises ValueError if it is too short.
+    """
+    tokens, weights = open_parts(prepared, "val"), config.weights()
+    if max_tokens is None:
+        # A part of a mixture is read up to its share of the most tokens.
+        max_tokens = sum(map(len, tokens)) * sum(weights)
+    markers = markers_in(config, tokenizer)
+    validation = Validation(tokens, block_size, batch_size, max_tokens, weights, rank, world_size,
+                            markers)
+    bytes_per_token = val_bytes_per_token(prepared, weights)
+    if markers:
+        # Of conversations, only the answers are targets.
+        bytes_per_token = validation.bytes_per_target(tokenizer)
+    return validation, bytes_per_token
+
+
+def markers_in(config: DataConfig, tokenizer: Tokenizer) -> Markers | None:
+    """The markers of conversations; None in other texts."""
+    return markers_of(tokenizer) if config.source == "chat" else None

@@ -16,12 +16,12 @@ import torch
 from conf.convert import freeze
 from conf.evaluation import TextConfig
 from data.bins import ENDINGS, count_tokens, describe_bin, find_bins
-from data.chat import markers_of
 from data.config import DataConfig
 from data.files import SpecialToken
 from data.loader import Validation
-from data.prepare import find_prepared, load_tokenizer, prepare, val_bytes_per_token
-from data.shards import Tokens, map_shard, open_parts, read_meta
+from data.prepare import find_prepared, load_tokenizer, prepare
+from data.run_data import open_validation
+from data.shards import Tokens, map_shard, read_meta
 from data.sources import open_sources
 from data.tokenizer import Tokenizer
 from generation.engine import Engine
@@ -54,21 +54,11 @@ def own_validation_split(saved: dict[str, Any], engine: Engine, run: Path, max_t
     config = data_config(saved, run)
     prepared = prepared_again(config, str(saved["data.prepared"]), run)
     tokenizer = load_tokenizer(prepared)
-    markers = markers_of(tokenizer) if config.source == "chat" else None
-    tokens, weights = open_parts(prepared, "val"), config.weights()
 
     # Read them as training does.
     block_size = engine.model.config.block_size
-    if max_tokens is None:
-        # A part of a mixture is read up to its share of the most tokens.
-        max_tokens = sum(map(len, tokens)) * sum(weights)
-    validation = Validation(tokens, block_size, batch_size(batch_tokens, block_size), max_tokens,
-                            weights, markers=markers)
-
-    bytes_per_token = val_bytes_per_token(prepared, weights)
-    if markers:
-        # Only the replies of a conversation are targets.
-        bytes_per_token = validation.bytes_per_target(tokenizer)
+    validation, bytes_per_token = open_validation(
+        prepared, config, tokenizer, block_size, batch_size(batch_tokens, block_size), max_tokens)
     boundary = tokenizer.end_of_text if config.respect_documents else None
     identity = f"validation split {read_meta(prepared)['fingerprint'][:12]}"
     return Text("validation split", identity, validation, bytes_per_token, boundary)

@@ -52,9 +52,9 @@ def native(precision: str, device: str = "cpu") -> bool:
 
 
 def onednn_beats_mkl() -> bool:
-    """Whether oneDNN multiplies fp32 matrices faster than MKL: by measurement on AMD's CPUs that
-    have AVX-512. On those with AVX2 only, MKL is faster.
+    """Whether oneDNN multiplies fp32 matrices faster than MKL.
 
+    In measurements it did on AMD's CPUs with AVX-512, and not on those with AVX2 only.
     NANOHYDRA_ONEDNN=0 or 1 overrides the answer. False where torch lacks one of the two.
     """
     import torch

@@ -35,6 +35,14 @@ def setting(default: Any, help: str, **limits: float) -> Any:
     return field(default=default, metadata={"help": help, "limits": limits})
 
 
+class SettingsBase:
+    """The base of settings dataclasses: by default, only ranges are checked."""
+
+    def problems(self) -> Iterator[str]:
+        """One sentence for each invalid value. Subclasses add the rules between settings."""
+        yield from range_problems(self)
+
+
 def range_problems(settings: Any) -> Iterator[str]:
     """One sentence for each number that is outside its range, NaN or infinite."""
     for one in fields(settings):

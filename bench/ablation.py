@@ -12,7 +12,6 @@ by python -m scripts.compare (docs/evaluation.md). The same command resumes.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -25,7 +24,7 @@ from evaluation.comparison import Comparison, compare_all
 from progress import print_line
 from report.runs import differing_settings
 from scripts.compare import CompareSettings, plan_arm, read_arms, results_of, train_all
-from setting import FilePath, range_problems, setting
+from setting import FilePath, SettingsBase, setting
 
 RECIPE = "the recipe"
 # Half a minute for a run on one core. Results do not depend on how busy the machine is.
@@ -49,7 +48,7 @@ WITHOUT = {
 
 
 @dataclass(frozen=True)
-class AblationSettings:
+class AblationSettings(SettingsBase):
     """Settings of the ablation; all others are those of train.py."""
 
     seeds: int = setting(8, "runs of each variant; 4 or fewer cannot decide", ge=2)
@@ -58,10 +57,6 @@ class AblationSettings:
         "full", "small: 2 blocks of width 96, 100 steps of 1,024 tokens, in fp32 on one core")
     runs_dir: FilePath = setting("runs/ablation", "folder for the runs of all variants")
     train: tuple[str, ...] = ()
-
-    def problems(self) -> Iterator[str]:
-        """One sentence for each invalid value."""
-        yield from range_problems(self)
 
 
 def main(settings: AblationSettings) -> int:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 from unittest.mock import patch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from bench.timing import alternating_medians, print_header, print_row
 from model import attention
 from model.reference import MultiHeadAttention, MultiHeadAttentionWrapper, fuse
-from setting import range_problems, setting
+from setting import SettingsBase, setting
 from training.configure import configure
 from training.device import Device
 
@@ -27,16 +27,12 @@ SIZES = {
 
 
 @dataclass(frozen=True)
-class AttentionSettings:
+class AttentionSettings(SettingsBase):
     """Settings of the benchmark of attention."""
 
     rounds: int = setting(15, "each round times every way once; medians are printed", ge=1)
     device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "to compute on")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto", "of the products")
-
-    def problems(self) -> Iterator[str]:
-        """One sentence for each invalid value."""
-        yield from range_problems(self)
 
 
 def main(settings: AttentionSettings) -> int:

@@ -31,7 +31,7 @@ from hardware import native
 from model import GPT, GPTConfig
 from model.formats import config_to
 from model.pretrained import weights_to
-from setting import FilePath, range_problems, setting
+from setting import FilePath, SettingsBase, setting
 from training.configure import keep_freed_memory
 
 SAMPLING = {"temperature": 0.8, "top_k": 50}
@@ -59,7 +59,7 @@ class Case(NamedTuple):
 
 
 @dataclass(frozen=True)
-class DecodeSettings:
+class DecodeSettings(SettingsBase):
     """Settings of the benchmark of decoding."""
 
     peer: FilePath = setting("", "a nanoGPT checkout")
@@ -73,7 +73,7 @@ class DecodeSettings:
     def problems(self) -> Iterator[str]:
         """One sentence for each invalid value."""
         yield from nanogpt.checkout_problems(self.peer)
-        yield from range_problems(self)
+        yield from super().problems()
         block_size = SHAPES[self.shape].block_size
         if self.prompt + self.tokens > block_size:
             yield (f"prompt={self.prompt} and tokens={self.tokens} exceed the context of "

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,7 +25,7 @@ from evaluation.tasks import find_tasks, read_questions
 from exporting.hugging_face import write_folder
 from generation.engine import Engine
 from model import GPT, GPTConfig
-from setting import FilePath, range_problems, setting
+from setting import FilePath, SettingsBase, setting
 from training.device import Device
 
 SHAPES = {
@@ -39,7 +38,7 @@ Texts = list[tuple[str, str]]
 
 
 @dataclass(frozen=True)
-class EvaluationSettings:
+class EvaluationSettings(SettingsBase):
     """Settings of the benchmark of evaluation."""
 
     tasks: str = setting("hellaswag,piqa", "standard tasks, as of eval.py")
@@ -50,10 +49,6 @@ class EvaluationSettings:
     device: Literal["cpu", "cuda"] = setting("cpu", "where to run both")
     rounds: int = setting(3, "times that each side is measured", ge=1)
     out: FilePath = setting("", "write the measurements as JSON")
-
-    def problems(self) -> Iterator[str]:
-        """One sentence for each invalid value."""
-        yield from range_problems(self)
 
 
 def main(settings: EvaluationSettings) -> int:

@@ -15,7 +15,6 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -30,7 +29,7 @@ from generation.decoder import Decoder
 from generation.sampling import generate
 from model import GPT, GPTConfig, attention
 from model.loss import LossOptions, loss_options
-from setting import FilePath, range_problems, setting
+from setting import FilePath, SettingsBase, setting
 from training.config import OptimConfig
 from training.configure import configure
 from training.device import Device
@@ -52,7 +51,7 @@ VARIANTS = {"eager": "", "compiled": "", "small chunks": "0.88 or more",
 
 
 @dataclass(frozen=True)
-class GpuSettings:
+class GpuSettings(SettingsBase):
     """Settings of the benchmark of one GPU."""
 
     part: Literal["all", "training", "decoding", "resume"] = setting("all", "what is measured")
@@ -62,10 +61,6 @@ class GpuSettings:
     decoded: Literal["gpt2-xl", "gpt2", "tiny"] = setting("gpt2-xl", "that decodes")
     device: Literal["cuda", "cpu"] = setting("cuda", "cpu: to try the benchmark itself")
     out: FilePath = setting("", "write the measurements as JSON")
-
-    def problems(self) -> Iterator[str]:
-        """One sentence for each invalid value."""
-        yield from range_problems(self)
 
 
 def main(settings: GpuSettings) -> int:

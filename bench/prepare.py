@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,21 +30,17 @@ from data.prepare import load_tokenizer, prepare
 from data.tokenizer import Tokenizer
 from data.tokenizer_json import from_json
 from hardware import usable_cpus
-from setting import range_problems, setting
+from setting import SettingsBase, setting
 
 
 @dataclass(frozen=True)
-class PrepareSettings:
+class PrepareSettings(SettingsBase):
     """Settings of the benchmark of preparing."""
 
     megabytes: int = setting(64, "of text for the rates", ge=1)
     rounds: int = setting(5, "each round times every way once; medians are printed", ge=1)
     gigabytes: float = setting(4.0, "of text for the memory; 0 skips that", ge=0, lt=1e6)
     tokenizer: Literal["gpt2", "bpe", "byte"] = setting("gpt2", "of the tokens")
-
-    def problems(self) -> Iterator[str]:
-        """One sentence for each invalid value."""
-        yield from range_problems(self)
 
 
 def main(settings: PrepareSettings) -> int:

@@ -26,7 +26,7 @@ from bench.timing import measure_command, print_header, print_row, write_json
 from data.loader import Loader
 from data.shards import Tokens
 from data.tokenizer import BPETokenizer
-from setting import FilePath, range_problems, setting
+from setting import FilePath, SettingsBase, setting
 
 PROMPT = "The king"
 DATA, BATCHES = Path("data/shakespeare"), "batches.npy"
@@ -50,7 +50,7 @@ GPT2LMHeadModel(GPT2Config()).save_pretrained(sys.argv[1])
 
 
 @dataclass(frozen=True)
-class PretrainedSettings:
+class PretrainedSettings(SettingsBase):
     """Settings of the benchmark of published weights."""
 
     peer: FilePath = setting("", "a nanoGPT checkout")
@@ -74,7 +74,7 @@ class PretrainedSettings:
             yield f"text={self.text} is not a file: name one with Tiny Shakespeare."
         if not find_spec("transformers"):
             yield "bench pretrained needs transformers: pip install transformers."
-        yield from range_problems(self)
+        yield from super().problems()
 
 
 Measured = dict[tuple[str, str], dict[str, float]]

@@ -9,7 +9,6 @@ Takes the settings of train.py too.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,22 +17,18 @@ from torch.profiler import ProfilerActivity
 from bench.speed import random_loader, training_step
 from bench.timing import print_header, print_row
 from conf.schema import compose
-from setting import FilePath, range_problems, setting
+from setting import FilePath, SettingsBase, setting
 from training.configure import configure
 from training.device import Device
 
 
 @dataclass(frozen=True)
-class ProfileSettings:
+class ProfileSettings(SettingsBase):
     """Settings of the profile; all others are those of train.py."""
 
     rows: int = setting(12, "operations in the table", ge=1)
     trace: FilePath = setting("", "write a trace for chrome://tracing")
     train: tuple[str, ...] = ()
-
-    def problems(self) -> Iterator[str]:
-        """One sentence for each invalid value."""
-        yield from range_problems(self)
 
 
 def main(own: ProfileSettings) -> int:

@@ -28,14 +28,14 @@ import torch
 from bench import peer as nanogpt
 from bench.timing import print_header, run_command, write_json
 from progress import ProgressBar, print_line
-from setting import FilePath, range_problems, setting
+from setting import FilePath, SettingsBase, setting
 from training.device import Device
 
 EXPERIMENTS = {"cpu": ("speedrun_shakespeare", "modern_shakespeare"), "cuda": ("shakespeare_gpu",)}
 
 
 @dataclass(frozen=True)
-class ResultSettings:
+class ResultSettings(SettingsBase):
     """Settings of the benchmark of complete runs."""
 
     peer: FilePath = setting("", "a nanoGPT checkout, its data/shakespeare_char prepared")
@@ -47,7 +47,7 @@ class ResultSettings:
     def problems(self) -> Iterator[str]:
         """One sentence for each invalid value."""
         yield from nanogpt.shakespeare_problems(self.peer)
-        yield from range_problems(self)
+        yield from super().problems()
 
 
 def main(settings: ResultSettings) -> int:

@@ -15,7 +15,6 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
@@ -26,14 +25,14 @@ from bench.speed import SHAPES as SMALL_SHAPES
 from bench.speed import median_ratio
 from bench.timing import print_header, print_row, write_json
 from scripts.server import running_server
-from setting import FilePath, range_problems, setting
+from setting import FilePath, SettingsBase, setting
 
 SHAPES = {"gpt2": GPT2_SHAPES["gpt2"], "modern": GPT2_SHAPES["modern"],
           "wide": replace(SMALL_SHAPES["wide"][0], block_size=256)}
 
 
 @dataclass(frozen=True)
-class ServeSettings:
+class ServeSettings(SettingsBase):
     """Settings of the benchmark of the server."""
 
     run: FilePath = setting("", "a run; empty: random weights")
@@ -45,10 +44,6 @@ class ServeSettings:
     rounds: int = setting(3, "of both sides, in turn", ge=1)
     precision: Literal["auto", "fp32", "bf16"] = setting("auto", "as in serve.py")
     out: FilePath = setting("", "write the measurements as JSON")
-
-    def problems(self) -> Iterator[str]:
-        """One sentence for each invalid value."""
-        yield from range_problems(self)
 
 
 class Answered(NamedTuple):

@@ -29,7 +29,7 @@ from bench.timing import (
 from data.loader import Loader
 from data.shards import Tokens
 from model import GPT, GPTConfig
-from setting import FilePath, range_problems, setting
+from setting import FilePath, SettingsBase, setting
 from training.configure import configure
 from training.device import Device
 from training.optim import OptimConfig, Optimizers
@@ -49,7 +49,7 @@ PRODUCT_SIZES = (512, 1024, 2048)
 
 
 @dataclass(frozen=True)
-class SpeedSettings:
+class SpeedSettings(SettingsBase):
     """Settings of the benchmark of training steps."""
 
     peer: FilePath = setting("", "a nanoGPT checkout")
@@ -61,7 +61,7 @@ class SpeedSettings:
     def problems(self) -> Iterator[str]:
         """One sentence for each invalid value."""
         yield from nanogpt.checkout_problems(self.peer)
-        yield from range_problems(self)
+        yield from super().problems()
 
 
 def main(settings: SpeedSettings) -> int:

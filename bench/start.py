@@ -19,13 +19,13 @@ from pathlib import Path
 
 from bench import peer as nanogpt
 from bench.timing import ROOT, print_header, print_row, write_json
-from setting import FilePath, range_problems, setting
+from setting import FilePath, SettingsBase, setting
 
 OURS = ["train.py", "name=new", "training.eval_every=1", "training.eval_tokens=1"]
 
 
 @dataclass(frozen=True)
-class StartSettings:
+class StartSettings(SettingsBase):
     """Settings of the benchmark of start-up."""
 
     peer: FilePath = setting("", "a nanoGPT checkout, its data/shakespeare_char prepared")
@@ -35,7 +35,7 @@ class StartSettings:
     def problems(self) -> Iterator[str]:
         """One sentence for each invalid value."""
         yield from nanogpt.shakespeare_problems(self.peer)
-        yield from range_problems(self)
+        yield from super().problems()
 
 
 def main(settings: StartSettings) -> int:

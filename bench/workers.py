@@ -31,7 +31,7 @@ from bench.timing import (
 )
 from data.loader import Prefetch
 from model import GPT, GPTConfig
-from setting import FilePath, range_problems, setting
+from setting import FilePath, SettingsBase, setting
 from training.buckets import GradientBuckets
 from training.config import OptimConfig
 from training.configure import configure
@@ -47,7 +47,7 @@ SIDES = ((1, 2), (1, 1), (2, 1))
 
 
 @dataclass(frozen=True)
-class WorkersSettings:
+class WorkersSettings(SettingsBase):
     """Settings of the benchmark of several processes."""
 
     shape: Literal["wide", "narrow", "gpt2"] = setting("wide", "gpt2 is GPT-2 124M")
@@ -59,7 +59,7 @@ class WorkersSettings:
 
     def problems(self) -> Iterator[str]:
         """One sentence for each invalid value."""
-        yield from range_problems(self)
+        yield from super().problems()
         if self.micro_steps % 2:
             yield f"micro_steps={self.micro_steps} cannot be divided among 2 processes."
 

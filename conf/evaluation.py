@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from conf.settings import ModelChoice, checkpoint_problems
-from setting import FilePath, FilePaths, range_problems, setting
+from setting import FilePath, FilePaths, setting
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,8 @@ class EvalSettings(ModelChoice):
 
     def problems(self) -> Iterator[str]:
         """One sentence for each invalid value."""
-        yield from range_problems(self)
+        yield from super().problems()
         yield from checkpoint_problems(self.checkpoint)
-        yield from self.choice_problems()
         if self.init_from and self.measures_loss and not self.data.path:
             yield (f"init_from={self.init_from} has no validation split: name a text, as in "
                    "data.path=book.txt, or tasks=.")

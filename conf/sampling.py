@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from setting import range_problems, setting
+from setting import SettingsBase, setting
 
 # A decoder is made for these; the others can change from text to text.
 FIXED = ("cache", "int8")
 
 
 @dataclass(frozen=True)
-class SamplingConfig:
+class SamplingConfig(SettingsBase):
     """How a model continues a text. The prompt, these settings and the seed decide the result."""
 
     max_new_tokens: int = setting(200, "the largest number of tokens to generate", ge=1)
@@ -31,7 +31,7 @@ class SamplingConfig:
 
     def problems(self) -> Iterator[str]:
         """One sentence for each invalid value."""
-        yield from range_problems(self)
+        yield from super().problems()
         if self.int8 and not self.cache:
             yield "int8=true needs the cache: leave out cache=false."
 

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from conf.settings import Settings
-from setting import FilePath, FilePaths, range_problems, setting
+from setting import FilePath, FilePaths, SettingsBase, setting
 
 
 @dataclass(frozen=True)
-class ScalingSettings:
+class ScalingSettings(SettingsBase):
     """The settings of a grid and of its law; all others are those of train.py."""
 
     sweep: FilePath = setting("isoflop", "the sizes: a name in conf/sweep, or a YAML file")
@@ -31,5 +31,5 @@ class ScalingSettings:
 
     def problems(self) -> Iterator[str]:
         """One sentence for each invalid value."""
-        yield from range_problems(self)
+        yield from super().problems()
         yield from Settings(name=self.name, runs_dir=self.runs_dir).problems()

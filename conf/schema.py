@@ -1,62 +1,29 @@
-"""Hydra composes YAML presets and command-line overrides; the result is frozen dataclasses.
+"""Compose the settings of a command: frozen dataclasses, from presets and overrides.
 
-The defaults are those of the dataclasses, which are stored in Hydra's ConfigStore. All problems
-come in one report: unknown keys, wrong types, values out of range. No other module sees a
-DictConfig.
+The defaults are those of the dataclasses. All problems come in one report: unknown keys, wrong
+types, values out of range. Hydra's part of the work is in composition.py.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import os
 import re
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
-from hydra import compose as hydra_compose
-from hydra import initialize, initialize_config_dir
-from hydra.conf import HydraConf
-from hydra.core.config_store import ConfigNode, ConfigStore
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
-from hydra.version import VersionBase, setbase
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from conf import presets
-from conf.convert import expanded, freeze, is_text
+from conf.composition import Origins, compose_with_hydra
+from conf.convert import freeze
 from conf.identity import flat, identity_differences, in_short
-from conf.presets import (
-    ConfigError,
-    Group,
-    config_node,
-    groups,
-    nested,
-    read_yaml,
-    unresolved,
-)
-from conf.settings import DERIVED, SampleSettings, Settings, leaves
-from conf.unknown import SWEEP_ADVICE, YAML_FILES, not_an_override, unknown, wrong_preset
+from conf.presets import ConfigError, groups
+from conf.settings import SampleSettings, Settings, leaves
+from conf.unknown import YAML_FILES, not_an_override, unknown, wrong_preset
 from model.config import GPTConfig
-from terminal import first_line
 
 # The dataclass by the name of its file, conf/NAME.yaml.
 SCHEMAS = {"config": Settings, "sample": SampleSettings}
-# Hydra's name for an experiment that is given by its path.
-GIVEN_FILE = "given-file"
-# In these texts ${...} has no meaning.
-VERBATIM = ("prompt", "stop", "system", "data.separator")
-HYDRA_VERSION = "1.3"
-# All threads share Hydra's state.
-HYDRA_LOCK = threading.RLock()
-Origins = dict[str, tuple[str, str]]
 
 
 def compose(root: str | type, overrides: list[str], validate: bool = True) -> Any:
@@ -141,197 +108,6 @@ def checked(root: str | type, known: dict[str, Any], overrides: list[str]) -> li
     if problems:
         raise ConfigError(problems)
     return made
-
-
-def compose_with_hydra(
-    root: str | type, schema: Any, overrides: list[str]
-) -> tuple[dict[str, Any], str, Origins]:
-    """The composed settings as plain containers, the experiment, and the origins of settings.
-
-    An experiment that is a file of the user's own is named by its path. The origins say which YAML
-    file a setting is from, for messages.
-    """
-    defaults = asdict(schema())
-    drop_derived(defaults)
-    # Hydra's grammar refuses most English text and some references: they are set afterwards.
-    known = leaves(schema)
-    literal: dict[str, str] = {}
-    parsed: list[str] = []
-    for override in overrides:
-        key, _, value = override.partition("=")
-        if key in known and (is_text(known[key]) or "${" in value):
-            literal[key] = value
-        else:
-            parsed.append(override)
-    own, content, parsed = own_experiment(parsed)
-
-    # Let Hydra compose the rest.
-    origins: Origins = {}
-    try:
-        with unchanged_hydra() as store:
-            # Hydra's plugins register their settings at its start: before its group is replaced.
-            start_hydra()
-            name = register(store, root, defaults)
-            if own:
-                store.repo["experiment"].add(GIVEN_FILE, own, content)
-            composed = hydra_compose(name, parsed, return_hydra_config=True)
-            for group in store.repo.values():
-                if isinstance(group, Group):
-                    origins |= group.origins()
-            values = resolved(composed, literal)
-    except ConfigError:
-        raise
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
-        sentence = plain_sentence(error, parsed)
-        raise ConfigError([sentence.replace(GIVEN_FILE, str(own))]) from None
-    experiment = composed.hydra.runtime.choices.get("experiment")
-    return values, str(own or experiment), origins
-
-
-class Uncopied(dict[str, Any]):
-    """Hydra's stored configurations. Hydra copies them deeply for each composition, for nothing."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Uncopied:
-        return self
-
-
-def start_hydra() -> None:
-    """Set Hydra's global state to a Hydra that reads no folder, only the ConfigStore."""
-    setbase(HYDRA_VERSION)
-    GlobalHydra.instance().hydra = hydra_without_folder()
-
-
-@functools.cache
-def hydra_without_folder() -> Any:
-    """It is made once: for this, Hydra looks up the source of every frame of the stack."""
-    with initialize(version_base=HYDRA_VERSION, config_path=None):
-        return GlobalHydra.instance().hydra
-
-
-@functools.cache
-def hydra_without_presets() -> dict[str, ConfigNode]:
-    """Hydra's group of its own settings.
-
-    Its presets (of logging, help, ...) have no effect here, and composing them takes half of the
-    time.
-    """
-    node = OmegaConf.structured(HydraConf(defaults=[]))
-    return {"config.yaml": ConfigNode("config.yaml", node, "hydra", None, "hydra")}
-
-
-@contextmanager
-def unchanged_hydra() -> Iterator[ConfigStore]:
-    """Restores Hydra's global state at the end, so that a program can use Hydra itself, too."""
-    with HYDRA_LOCK:
-        store, version = ConfigStore.instance(), VersionBase.instance()
-        repo, base, hydra = store.repo, version.getbase(), GlobalHydra.instance().hydra
-        # A shallow copy: nodes that are stored during the composition are dropped with it.
-        store.repo = Uncopied(repo)
-        GlobalHydra.instance().hydra = None
-        try:
-            yield store
-        finally:
-            store.repo = repo
-            version.version_base = base
-            GlobalHydra.instance().hydra = hydra
-
-
-def drop_derived(values: dict[str, Any]) -> None:
-    """Remove the derived settings from nested settings."""
-    for name in DERIVED:
-        group, _, last = name.rpartition(".")
-        inside = values.get(group, {}) if group else values
-        inside.pop(last, None)
-
-
-def own_experiment(overrides: list[str]) -> tuple[Path | None, dict[str, Any], list[str]]:
-    """The path and the content of an experiment that is given by its path, if one is.
-
-    Also returns the overrides, which then choose it by the name GIVEN_FILE.
-    """
-    given = [word.partition("=")[2] for word in overrides if word.startswith("experiment=")]
-    if not given or Path(given[-1]).suffix not in YAML_FILES:
-        return None, {}, overrides
-    path = Path(expanded(given[-1]))
-    content = nested(read_yaml(path), path)
-    overrides = [word for word in overrides if not word.startswith("experiment=")]
-    if "auto_name" in content:
-        drop_derived(content)
-        overrides = without_presets(content, overrides)
-    return path, content, [*overrides, f"experiment={GIVEN_FILE}"]
-
-
-def without_presets(saved: dict[str, Any], overrides: list[str]) -> list[str]:
-    """The overrides that start from `saved`, a run's config.yaml, which has all settings.
-
-    Only presets of the command line apply. Each replaces the whole of its group in `saved`.
-    """
-    chosen = {override.partition("=")[0] for override in overrides} & set(groups())
-    for group in chosen:
-        saved.pop(group, None)
-    removed = [f"~{group}" for group in groups() if group not in chosen and group != "experiment"]
-    return removed + overrides
-
-
-def register(store: ConfigStore, root: str | type, defaults: dict[str, Any]) -> str:
-    """Store the defaults and the YAML files for Hydra; return the root's name there."""
-    store.repo["hydra"] = hydra_without_presets()
-    if not isinstance(root, str):
-        store.store(root.__name__, defaults)
-        return root.__name__
-    store.store(f"{root}_defaults", defaults)
-    for group in groups():
-        store.repo[group] = Group(group)
-    store.repo[f"{root}.yaml"] = config_node(presets.CONF / f"{root}.yaml", None)
-    return root
-
-
-def resolved(composed: DictConfig, literal: dict[str, str]) -> dict[str, Any]:
-    """The settings with all ${...} replaced, except where `literal` text means no reference."""
-    for key, value in literal.items():
-        if key in VERBATIM or os.path.exists(value):
-            # Escape ${, and the backslashes before it, as OmegaConf's grammar asks.
-            value = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
-        OmegaConf.update(composed, key, value, force_add=True)
-    settings = OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"])
-    return OmegaConf.to_container(settings, resolve=True)
-
-
-def launcher_settings(overrides: list[str]) -> dict[str, Any]:
-    """The settings made by hydra/launcher=... and hydra.launcher.SETTING=...
-
-    Raises ConfigError for names that do not exist.
-    """
-    try:
-        with unchanged_hydra(), initialize_config_dir(str(presets.CONF), "app", HYDRA_VERSION):
-            composed = hydra_compose(overrides=overrides, return_hydra_config=True)
-            return OmegaConf.to_container(composed.hydra.launcher)
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
-        raise ConfigError([plain_sentence(error, overrides)]) from None
-
-
-def plain_sentence(error: Exception, overrides: list[str]) -> str:
-    """The sentence about an error of Hydra's, without its advice."""
-    # Hydra does not say which override it cannot read.
-    for override in overrides:
-        try:
-            parsed = OverridesParser.create().parse_override(override)
-        except (HydraException, ValueError):
-            return (
-                f"{override[:200]}: the value cannot be read; write a number, a word, true, false "
-                "or null.")
-        if parsed.is_sweep_override():
-            return f"{override}: {SWEEP_ADVICE}"
-    if isinstance(error, OmegaConfBaseException):
-        return unresolved(error)
-    # A preset that does not exist, named in a file.
-    said = first_line(error)
-    missing = re.search(r"Could not find '(\w+)/([^/]*?)'", said)
-    if missing and missing[1] in groups():
-        chosen = [override for override in overrides if override.startswith("experiment=")]
-        where = f" (in {chosen[-1]})" if chosen else ""
-        return wrong_preset(*missing.groups()).replace(":", f"{where}:", 1)
-    return f"The configuration cannot be composed: {said}."
 
 
 def automatic_name(overrides: list[str], settings: Settings, experiment: str) -> str:

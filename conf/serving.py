@@ -34,7 +34,6 @@ class ServeSettings(ModelChoice, SamplingConfig):
         yield from super().problems()
         for checkpoint in self.checkpoint.split(","):
             yield from checkpoint_problems(checkpoint)
-        yield from self.choice_problems()
         if self.host not in LOOPBACK and not self.api_key:
             yield (f"host={self.host} lets other machines in: set a secret with api_key=, or "
                    "leave host out.")

@@ -11,7 +11,7 @@ from conf.hints import closest
 from conf.sampling import SamplingConfig
 from data.config import DataConfig
 from model.config import GPTConfig
-from setting import FilePath, FilePaths, range_problems, setting, type_hints
+from setting import FilePath, FilePaths, SettingsBase, setting, type_hints
 from terminal import escaped
 from training.config import LoggerConfig, OptimConfig, TrainingConfig
 
@@ -21,7 +21,7 @@ DERIVED = ("model.vocab_size", "auto_name", "train", "model_given", "init_source
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(SettingsBase):
     """The settings of a training run."""
 
     name: str = setting("", "name of the run's folder; empty: a name made from the overrides")
@@ -53,7 +53,7 @@ class Settings:
 
     def problems(self) -> Iterator[str]:
         """One sentence for each invalid value, those of the groups included."""
-        yield from range_problems(self)
+        yield from super().problems()
         # The name: a relative path without control characters.
         parts = Path(self.name).parts
         name = escaped(self.name, keep="")
@@ -94,7 +94,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class ModelChoice:
+class ModelChoice(SettingsBase):
     """The trained model that a program opens, and where it runs."""
 
     run: FilePaths = setting(
@@ -106,8 +106,9 @@ class ModelChoice:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = setting(
         "auto", "number format of matrix products")
 
-    def choice_problems(self) -> Iterator[str]:
-        """One sentence if two models are chosen."""
+    def problems(self) -> Iterator[str]:
+        """One sentence for each invalid value."""
+        yield from super().problems()
         if self.init_from and self.run:
             yield f"run={self.run} and init_from={self.init_from} exclude each other: choose one."
 
@@ -149,7 +150,6 @@ class SampleSettings(ModelChoice, SamplingConfig):
             yield ("logprobs=true only prints, and prompts= writes a file: leave logprobs out; "
                    "each line of the file has the mean log probability.")
         yield from checkpoint_problems(self.checkpoint)
-        yield from self.choice_problems()
         if self.init_from and self.checkpoint != "best":
             yield (f"checkpoint={self.checkpoint} is for run=: name the folder of a checkpoint in "
                    "init_from=.")

@@ -11,7 +11,7 @@ from typing import Literal, get_args, get_type_hints
 
 from data import files
 from data.mixture import read_mix
-from setting import FilePath, range_problems, setting
+from setting import FilePath, SettingsBase, setting
 
 TOKENIZERS = ("char", "byte", "gpt2", "cl100k_base", "o200k_base", "bpe")
 
@@ -48,7 +48,7 @@ USED_BY = {
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(SettingsBase):
     """The training text and its tokens."""
 
     source: Literal["pydocs", "stdlib", "shakespeare", "text", "chat", "hub", "bin"] = setting(
@@ -94,7 +94,7 @@ class DataConfig:
 
     def problems(self) -> Iterator[str]:
         """One sentence for each invalid value."""
-        yield from range_problems(self)
+        yield from super().problems()
         if self.mix:
             yield from self.mix_problems()
         else:

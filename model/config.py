@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from setting import range_problems, setting
+from setting import SettingsBase, setting
 
 
 @dataclass(frozen=True)
-class GPTConfig:
+class GPTConfig(SettingsBase):
     """The shape of a GPT. The defaults are GPT-2 124M (Radford et al. 2019).
 
     The upper limits are far beyond what fits on one machine: they keep a malicious checkpoint from
@@ -93,7 +93,7 @@ class GPTConfig:
 
     def problems(self) -> Iterator[str]:
         """One sentence for each invalid value."""
-        yield from range_problems(self)
+        yield from super().problems()
         # The checks below divide by them.
         if self.n_head < 1 or self.n_embd < 1:
             return

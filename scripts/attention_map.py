@@ -14,11 +14,11 @@ from conf.hints import closest
 from conf.launch import launch
 from conf.presets import options
 from conf.settings import checkpoint_problems
-from setting import FilePath, range_problems, setting
+from setting import FilePath, SettingsBase, setting
 
 
 @dataclass(frozen=True)
-class AttentionMapSettings:
+class AttentionMapSettings(SettingsBase):
     """The settings of an attention map."""
 
     run: FilePath = setting("", "name or folder of a run; empty: the run that was trained last")
@@ -35,7 +35,7 @@ class AttentionMapSettings:
 
     def problems(self) -> Iterator[str]:
         """One sentence for each invalid value."""
-        yield from range_problems(self)
+        yield from super().problems()
         presets = options("model")
         if self.run and self.fresh:
             yield "run and fresh exclude each other: choose one."

@@ -13,18 +13,17 @@ every seed is allowed: docs/evaluation.md. Needs SciPy (pip install scipy).
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from conf.launch import launch
 from evaluation.comparison import SMALLEST
-from setting import FilePath, range_problems, setting
+from setting import FilePath, SettingsBase, setting
 
 
 @dataclass(frozen=True)
-class CompareSettings:
+class CompareSettings(SettingsBase):
     """The settings of a comparison; all other words on the command line are its arms."""
 
     seeds: int = setting(5, "the number of seeds of each recipe: 0, 1, ...", ge=2)
@@ -38,10 +37,6 @@ class CompareSettings:
         "sequential", "the test; speedrun is that of modded-nanogpt's track 3, for its recipe")
     # The arms.
     train: tuple[str, ...] = ()
-
-    def problems(self) -> Iterator[str]:
-        """One sentence for each invalid value."""
-        yield from range_problems(self)
 
 
 if __name__ == "__main__":

@@ -17,11 +17,11 @@ from typing import Literal
 
 from conf.launch import launch
 from report.figures import picture_problems
-from setting import FilePath, range_problems, setting
+from setting import FilePath, SettingsBase, setting
 
 
 @dataclass(frozen=True)
-class CoordinateCheckSettings:
+class CoordinateCheckSettings(SettingsBase):
     """The widths that are compared; all other settings are those of train.py."""
 
     widths: str = setting("64 128 256 512", "widths of the models; the first is the base")
@@ -35,7 +35,7 @@ class CoordinateCheckSettings:
 
     def problems(self) -> Iterator[str]:
         """One sentence for each invalid value."""
-        yield from range_problems(self)
+        yield from super().problems()
         yield from picture_problems(self.out)
         words = self.widths.split()
         if len(set(words)) < 2 or not all(word.isdecimal() and int(word) for word in words):

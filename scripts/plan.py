@@ -15,11 +15,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from conf.launch import launch
-from setting import range_problems, setting
+from setting import SettingsBase, setting
 
 
 @dataclass(frozen=True)
-class PlanSettings:
+class PlanSettings(SettingsBase):
     """The settings of a plan; all others are those of train.py."""
 
     measure: bool = setting(True, "time a few micro-steps on this machine; false prints no time")
@@ -33,7 +33,7 @@ class PlanSettings:
 
     def problems(self) -> Iterator[str]:
         """One sentence for each invalid value."""
-        yield from range_problems(self)
+        yield from super().problems()
         if self.device:
             # The list of GPUs is in a module that imports torch.
             from scripts.plan import GPUS, gpu_named

@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from conf.launch import launch
-from setting import range_problems, setting
+from setting import SettingsBase, setting
 
 
 @dataclass(frozen=True)
-class ScaleSettings:
+class ScaleSettings(SettingsBase):
     """The GPUs and what connects them; all other settings are those of train.py."""
 
     device: str = setting("h100", "a GPU with a data sheet, as in scripts.plan")
@@ -35,7 +35,7 @@ class ScaleSettings:
 
     def problems(self) -> Iterator[str]:
         """One sentence for each invalid value."""
-        yield from range_problems(self)
+        yield from super().problems()
         # The list of GPUs is in a module that imports torch.
         from scripts.plan import GPUS, gpu_named
 

@@ -20,19 +20,15 @@ from dataclasses import dataclass
 
 from conf.launch import launch
 from progress import ProgressBar
-from setting import range_problems, setting
+from setting import SettingsBase, setting
 
 
 @dataclass(frozen=True)
-class TortureSettings:
+class TortureSettings(SettingsBase):
     """The size of the campaign."""
 
     kills: int = setting(200, "programs to kill at random moments", ge=0)
     every: int = setting(1, "try every N-th call that writes, and every N-th damage", ge=1)
-
-    def problems(self) -> Iterator[str]:
-        """One sentence for each invalid value."""
-        yield from range_problems(self)
 
 
 if __name__ == "__main__":

@@ -13,26 +13,21 @@ training is short.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from conf.launch import launch
 from progress import ProgressBar
-from setting import range_problems, setting
+from setting import SettingsBase, setting
 
 
 @dataclass(frozen=True)
-class VerifySettings:
+class VerifySettings(SettingsBase):
     """The settings of the proof; all others are those of train.py."""
 
     kills: int = setting(20, "how often to kill the training", ge=0)
     processes: int = setting(1, "train with 1, 2, 4, ... processes, up to this number", ge=1)
     # Overrides of the training.
     train: tuple[str, ...] = ()
-
-    def problems(self) -> Iterator[str]:
-        """One sentence for each invalid value."""
-        yield from range_problems(self)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import atomic
+from conf.composition import launcher_settings
 from conf.presets import options
-from conf.schema import launcher_settings
 from sweep.jobs import Job
 from sweep.runner import Runner
 from training.interrupt import CHILD

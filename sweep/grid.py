@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -23,7 +22,7 @@ from conf.identity import flat, kind
 from conf.presets import ConfigError, groups, options
 from conf.schema import as_yaml, compose, folder_name
 from conf.settings import Settings, leaves
-from setting import as_word, range_problems, setting
+from setting import SettingsBase, as_word, setting
 from sweep.cluster import ClusterRunner
 from sweep.jobs import Job, locked
 from sweep.runner import JobSource, LocalRunner, Runner, run_jobs
@@ -40,15 +39,11 @@ LAUNCHER_PREFIXES = ("hydra/launcher=", "hydra.launcher.")
 
 
 @dataclass(frozen=True)
-class GridSettings:
+class GridSettings(SettingsBase):
     """The settings of a grid itself; its other overrides are for the jobs."""
 
     jobs: int = setting(1, "that run at a time on this machine", ge=1)
     processes_per_job: int = setting(1, "started by torchrun; with GPUs, one for each", ge=1)
-
-    def problems(self) -> Iterator[str]:
-        """One sentence for each value that is invalid."""
-        return range_problems(self)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from conf.presets import ConfigError
 from conf.schema import compose, folder_name
 from conf.settings import Settings
 from report.history import PRUNED
-from setting import FilePath, range_problems, setting
+from setting import FilePath, SettingsBase, setting
 from sweep.jobs import INTERRUPTED, Job, refuse_run
 from sweep.runner import JobSource, LocalRunner, run_jobs
 from sweep.space import Range, Space, read_space
@@ -43,7 +43,7 @@ STATES = {
 
 
 @dataclass(frozen=True)
-class SweepSettings:
+class SweepSettings(SettingsBase):
     """The settings of a search itself; its other overrides are for the trials."""
 
     sweep: FilePath = setting("", "the space: a name in conf/sweep, or a YAML file")
@@ -63,7 +63,7 @@ class SweepSettings:
 
     def problems(self) -> Iterator[str]:
         """One sentence for each value that is invalid."""
-        yield from range_problems(self)
+        yield from super().problems()
         if not self.sweep:
             yield "sweep= is empty: name a space, as in sweep=lr_width."
         if self.trials is None and self.hours is None:

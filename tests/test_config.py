@@ -23,7 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import conf
-from conf import launch, presets, schema
+from conf import composition, launch, presets
 from conf.convert import convert
 from conf.identity import flat
 from conf.schema import ConfigError, compose
@@ -214,7 +214,7 @@ def test_any_prompt_arrives_unchanged(text):
     """The prompt of a composition that Hydra makes of the other words, which are the same each time."""
     run = "./" + text.replace("${", "")  # which would be a reference; ~ at the beginning would be the home folder
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(schema, "hydra_compose", lambda name, words, **options: copy.deepcopy(compose_once(name, *words)))
+        patch.setattr(composition, "hydra_compose", lambda name, words, **options: copy.deepcopy(compose_once(name, *words)))
         settings = compose("sample", [f"prompt={text}", f"stop={text}", f"run={run}"])
     assert (settings.prompt, settings.stop, settings.run) == (text, text, run)
 

@@ -475,7 +475,7 @@ def test_a_cluster_job_is_one_task_with_a_gpu_a_process(settings):
 
 def test_the_slurm_preset_extends_the_launchers_own():
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
-    from conf.schema import launcher_settings
+    from conf.composition import launcher_settings
 
     settings = launcher_settings(["hydra/launcher=slurm", "hydra.launcher.partition=gpu"])
     assert settings["_target_"].endswith("SlurmLauncher") and settings["partition"] == "gpu" and settings["timeout_min"] == 240

@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from setting import range_problems, setting
+from setting import SettingsBase, setting
 from terminal import counted
 
 
 @dataclass(frozen=True)
-class OptimConfig:
+class OptimConfig(SettingsBase):
     """The optimizer. The defaults are those of GPT-2 and GPT-3 (arXiv:2005.14165, table 2.1)."""
 
     optimizer: Literal["adamw", "muon"] = setting(
@@ -34,10 +34,6 @@ class OptimConfig:
     min_lr_ratio: float = setting(
         0.1, "the last learning rate of cosine and wsd, as a fraction of the highest", ge=0, le=1)
 
-    def problems(self) -> Iterator[str]:
-        """One sentence for each invalid value."""
-        yield from range_problems(self)
-
     def last_full_step(self, max_steps: int) -> int:
         """The last step, from 0, that can have the full learning rate: warm-up must end by then."""
         if self.schedule == "wsd":
@@ -50,7 +46,7 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
-class TrainingConfig:
+class TrainingConfig(SettingsBase):
     """The course of a run.
 
     A step is one update of the optimizer; a micro-step is one forward and backward pass of it.
@@ -92,7 +88,7 @@ class TrainingConfig:
 
     def problems(self) -> Iterator[str]:
         """One sentence for each invalid value."""
-        yield from range_problems(self)
+        yield from super().problems()
         if self.shard == "full" and self.compile == "true":
             yield "shard=full does not support compile=true: leave one of them out."
         for task, count in self.tasks().items():

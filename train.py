@@ -63,7 +63,7 @@ def train(settings: Settings) -> int:
 
 def train_together(settings: Settings, world: World) -> int:
     """Train as one process of `world`. Only the first one writes, prints and samples."""
-    # Find the weights to start from, and load the data.
+    # Find the weights to start from, and load the data, which decide the vocabulary.
     settings, imported = world.first(lambda: with_initial_weights(settings))
     data = load_data(settings, world)
     settings = with_vocab_size(settings, data.prepared)
@@ -96,27 +96,17 @@ def train_together(settings: Settings, world: World) -> int:
         if world.is_first:
             atomic.write_bytes(run.folder / "config.yaml", as_yaml(settings).encode())
 
-        # A scheduler signals all processes, and torchrun then signals them again: these are one.
+        # Train. A scheduler signals all processes, and torchrun signals them again: this is one
+        # signal, so with several processes a second one does not end them.
         with (Interrupt(second_ends=world.size == 1) as interrupt, Clock() as clock,
               open_trainer(settings, data, tasks, state, device, world, run) as trainer):
-            trainer.describe(last, imported)
-            trainer.compile()
-            trainer.estimate()
-            if limits.on_nonfinite == "rollback" and not last:
-                trainer.start_save()  # a checkpoint to return to
+            trainer.start(last, imported)
             decision = training_loop(trainer, clock, interrupt)
-
-            # Save the last step if necessary, and say why training ends.
-            trainer.save_last_step()
-            recorder = trainer.recorder
-            if decision.interrupted or interrupt:
-                recorder.say(f"Interrupted: {state.step} of {counted(limits.max_steps, 'step')} "
-                             f"are saved in {run.folder}; the same command resumes there.")
-                return interrupt.exit_code or 143
-            if decision.limit == "patience":
-                recorder.say(notices.early_stop(state))
+            exit_code = trainer.end(decision, interrupt)
+            if exit_code:
+                return exit_code
             if settings.logger.report and world.is_first:
-                recorder.say(after_training(run.folder))
+                trainer.recorder.say(after_training(run.folder))
 
         # Sample from the best checkpoint.
         if world.is_first:
@@ -163,12 +153,15 @@ def training_loop(trainer: Trainer, clock: Clock, interrupt: Interrupt) -> Decis
         if not step.finite:
             trainer.answer_nonfinite(decision.action, step)
         if decision.action == "rollback":
+            # The state is that of an earlier checkpoint now.
             continue
+
+        # Count the step, and write its metrics.
         state.step += 1
         state.seconds = seconds
         trainer.record(step, step_seconds)
 
-        # Sampling comes last: if it fails, the checkpoint is on the disk.
+        # Evaluate and save. Sampling comes last: if it fails, the checkpoint is on the disk.
         trainer.val_loss = None
         if decision.evaluate:
             decision = trainer.evaluate(decision)

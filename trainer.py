@@ -108,6 +108,18 @@ class Trainer:
 
     # Before the first step
 
+    def start(self, last: Checkpoint | None, imported: list[str]) -> None:
+        """Describe the run, compile the model, and estimate the time that training takes.
+
+        `last` is the checkpoint that was restored, `imported` are messages about other weights.
+        """
+        self.describe(last, imported)
+        self.compile()
+        self.estimate()
+        if self.limits.on_nonfinite == "rollback" and not last:
+            # A checkpoint to return to.
+            self.start_save()
+
     def describe(self, last: Checkpoint | None, imported: list[str]) -> None:
         """Describe the run, its data and device, and the changes since it was started."""
         say, world, state = self.recorder.say, self.world, self.state
@@ -276,6 +288,21 @@ class Trainer:
         scheduled = self.limits.saves(self.state.step)
         self.saver.save(self.state.snapshot(self.val_loss, scheduled,
                                             self.data.tokenizer.to_json(), self.constants))
+
+    # After the last step
+
+    def end(self, decision: Decision, interrupt: Interrupt) -> int:
+        """Save the last step if necessary, say why training ends, and return the exit code."""
+        self.save_last_step()
+        say, state = self.recorder.say, self.state
+        if decision.interrupted or interrupt:
+            say(f"Interrupted: {state.step} of {counted(self.limits.max_steps, 'step')} are saved "
+                f"in {self.run.folder}; the same command resumes there.")
+            # Of several processes, this one may not have received the signal, SIGTERM.
+            return interrupt.exit_code or 143
+        if decision.limit == "patience":
+            say(notices.early_stop(state))
+        return 0
 
     def save_last_step(self) -> None:
         """Save the last step, unless it is saved: after an interruption or an error of the disk."""

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from generation import kernels
-from generation.kernels import NARROW, attend, in_panels, load_library, product, values_width
+from generation import c_library, kernels
+from generation.c_library import load_library
+from generation.kernels import NARROW, attend, in_panels, product, values_width
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason=f"no kernels here: {kernels.library()}")
 every_precision = pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
@@ -206,8 +207,8 @@ def small(tmp_path, monkeypatch):
 @pytest.fixture
 def compilations(monkeypatch):
     """The compiler's commands, as they are run: two for each library."""
-    commands, run = [], kernels.run_compiler
-    monkeypatch.setattr(kernels, "run_compiler", lambda command: (commands.append(command), run(command)))
+    commands, run = [], c_library.run_compiler
+    monkeypatch.setattr(c_library, "run_compiler", lambda command: (commands.append(command), run(command)))
     return commands
 
 
@@ -229,7 +230,7 @@ def test_another_source_flag_or_processor_is_compiled(small, compilations, chang
     elif change == "flags":
         monkeypatch.setenv("NANOHYDRA_CFLAGS", "-DANSWER")
     else:
-        monkeypatch.setattr(kernels, "processor", lambda: "another")
+        monkeypatch.setattr(c_library, "cpu_info", lambda field: "another")
     assert load_library(small).answer() == (43 if change == "source" else 42)
     assert len(compilations) == 4 and len(cached_files(tmp_path)) == 2
 
@@ -258,7 +259,7 @@ def test_a_damaged_library_is_replaced(small, compilations, damage, tmp_path):
 def test_a_cached_file_that_is_no_library_is_replaced(small, tmp_path):
     load_library(small)
     (path,) = cached_files(tmp_path)
-    kernels.write_cached(path, b"no library")
+    c_library.write_cached(path, b"no library")
     assert load_library(small).answer() == 42
 
 
@@ -276,17 +277,17 @@ def test_a_planted_library_is_not_loaded(small, planted, tmp_path, monkeypatch):
     (path,) = cached_files(tmp_path)
     evil = tmp_path / "evil.c"
     evil.write_text("int answer(void) { return 666; }")
-    content = kernels.compile_source(evil, ["gcc"], [])
+    content = c_library.compile_source(evil, ["gcc"], [])
     path.unlink()
     if planted == "link":
-        kernels.write_cached(tmp_path / "elsewhere/evil", content)
+        c_library.write_cached(tmp_path / "elsewhere/evil", content)
         path.symlink_to(tmp_path / "elsewhere/evil")
     elif planted == "fifo":
         os.mkfifo(path)
     elif planted == "folder":
         path.mkdir()
     else:
-        kernels.write_cached(path, content)
+        c_library.write_cached(path, content)
         give_to_another_user(monkeypatch, path)
     assert load_library(small).answer() == 42
 
@@ -361,7 +362,7 @@ def test_the_error_says_why_compiling_failed(compiler, source, problem, monkeypa
 @pytest.mark.parametrize("there", ["gcc", "clang", "cc"])
 def test_any_common_compiler_is_found(there, small, monkeypatch):
     monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setattr(kernels.shutil, "which", lambda name: name if name == there else None)
-    monkeypatch.setattr(kernels, "compile_source", lambda source, compiler, flags: compiler[0].encode())
-    monkeypatch.setattr(kernels, "load", bytes.decode)
+    monkeypatch.setattr(c_library.shutil, "which", lambda name: name if name == there else None)
+    monkeypatch.setattr(c_library, "compile_source", lambda source, compiler, flags: compiler[0].encode())
+    monkeypatch.setattr(c_library, "load", bytes.decode)
     assert load_library(small) == there

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,7 +23,8 @@ from training.distributed import World
 from training.optim import Optimizers
 
 MOST_SECONDS = 5.0  # for the timing of a micro-step
-LEAST_SECONDS = 0.1  # shorter timings are repeated
+LEAST_SECONDS = 0.1  # shorter timings are repeated,
+MOST_TIMINGS = 5  # up to this number
 # So is one that takes at most this fraction of the run: the first of a size also includes the time
 # to obtain memory from the operating system.
 RUN_FRACTION = 0.01
@@ -68,53 +70,59 @@ def measure_pace(loss: Callable[[int], Tensor], roles: dict[str, dict[str, Tenso
     role and name (`GPT.parameters_by_role`). Several processes share the update and the evaluation
     equally; `micro_steps` are those of each. Their communication is not counted.
     """
-    def micro_step(sequences: int) -> float:
-        """The seconds that the forward and backward passes of these sequences take."""
-        start = now(device)
-        loss(sequences).backward()
-        seconds = now(device) - start
-        if world:
-            # By the first process's clock, so that all go on in the same way.
-            seconds, _ = world.agree(seconds, False)
-        for role in roles.values():
-            for weights in role.values():
-                weights.grad = None
-        return seconds
-
-    # Time half a micro-step: a sequence takes as long in it as in a whole one.
-    timings: list[float] = []
-    if compiled:
-        # Another batch size would compile the model again.
-        sequences = limits.batch_size
-    else:
-        # The first timing includes the set-up of the device, so it only limits the next one.
-        first = micro_step(1)
-        sequences = min(math.ceil(limits.batch_size / 2), int(MOST_SECONDS / first))
-        if sequences == 0:
-            # The timing of a single sequence took long enough.
-            sequences, timings = 1, [first]
-    sequences_of_run = limits.max_steps * micro_steps * limits.batch_size
-
-    def is_enough() -> bool:
-        """Whether the timings so far are long enough, or another one would delay a short run."""
-        if not timings or sum(timings) < LEAST_SECONDS:
-            return len(timings) == 5
-        run_seconds = sequences_of_run * timings[0] / sequences
-        if limits.max_seconds:
-            run_seconds = min(run_seconds, limits.max_seconds)
-        return len(timings) > 1 or timings[0] > RUN_FRACTION * run_seconds
-
-    while not is_enough():
-        timings.append(micro_step(sequences))
-
-    # Other programs only ever make a timing longer, so the shortest is the best estimate.
-    per_sequence = min(timings) / sequences
     size = world.size if world else 1
-    step = micro_steps * limits.batch_size * per_sequence
-    step += update_seconds(roles, config, device) / size
+    step_sequences = micro_steps * limits.batch_size
+    time_pass = partial(time_forward_backward, loss, roles, device, world)
+    per_sequence = seconds_per_sequence(time_pass, limits, step_sequences, compiled)
+    step = step_sequences * per_sequence + update_seconds(roles, config, device) / size
     # A backward pass takes about twice as long as the forward pass, which `recompute` repeats.
     forward_passes = 4 if limits.recompute else 3
     return Pace(step, eval_sequences * per_sequence / forward_passes / size)
+
+
+def time_forward_backward(loss: Callable[[int], Tensor], roles: dict[str, dict[str, Tensor]],
+                          device: Device, world: World | None, sequences: int) -> float:
+    """The seconds that the forward and backward passes of this number of sequences take."""
+    start = now(device)
+    loss(sequences).backward()
+    seconds = now(device) - start
+    if world:
+        # By the first process's clock, so that all processes repeat a timing equally often.
+        seconds, _ = world.agree(seconds, False)
+    for role in roles.values():
+        for weights in role.values():
+            weights.grad = None
+    return seconds
+
+
+def seconds_per_sequence(time_pass: Callable[[int], float], limits: TrainingConfig,
+                         step_sequences: int, compiled: bool) -> float:
+    """The seconds that a sequence takes, forward and backward, in a step of `step_sequences`.
+
+    `time_pass(n)` times n sequences.
+    """
+    # Half a micro-step is timed: a sequence takes as long in it as in a whole one.
+    sequences = limits.batch_size
+    # Another batch size would compile a model again.
+    if not compiled:
+        # This first timing includes the set-up of the device, so it only limits the next one.
+        first = time_pass(1)
+        if first > MOST_SECONDS:
+            return first
+        sequences = min(math.ceil(limits.batch_size / 2), int(MOST_SECONDS / first))
+
+    # Repeat it until the sum is long enough, but do not delay a short run.
+    timings: list[float] = []
+    while len(timings) < MOST_TIMINGS:
+        timings.append(time_pass(sequences))
+        run_seconds = limits.max_steps * step_sequences * timings[0] / sequences
+        if limits.max_seconds:
+            run_seconds = min(run_seconds, limits.max_seconds)
+        delays_run = timings[0] > RUN_FRACTION * run_seconds
+        if sum(timings) >= LEAST_SECONDS and (delays_run or len(timings) > 1):
+            break
+    # Other programs only ever make a timing longer, so the shortest is the best estimate.
+    return min(timings) / sequences
 
 
 def update_seconds(roles: dict[str, dict[str, Tensor]], config: OptimConfig,

@@ -18,7 +18,6 @@ from checkpointing.saver import Saver
 from checkpointing.state import State
 from conf.settings import Settings
 from data.loader import Prefetch
-from data.prepare import describe
 from data.run_data import RunData
 from evaluation.tasks import Question, measure_slices
 from generation.engine import Engine, short_sample
@@ -123,8 +122,8 @@ class Trainer:
     def describe(self, last: Checkpoint | None, imported: list[str]) -> None:
         """Describe the run, its data and device, and the changes since it was started."""
         say, world, state = self.recorder.say, self.world, self.state
-        notices.describe_run(say, self.run.folder, self.device, state.model, self.data.loader,
-                             describe(self.data.prepared), state.step, world.local_size)
+        notices.describe_run(say, self.run.folder, self.device, state, self.data,
+                             world.local_size)
         for line in imported:
             say(line)
         notices.describe_changes(say, self.settings, state, last, world.size)
@@ -135,6 +134,7 @@ class Trainer:
         micro_step = partial(try_micro_step, batch=self.data.first_batch, device=self.device,
                              boundary=self.data.boundary)
         choice = "false" if self.state.optimizers.sharded else limits.compile
+        # Compiling takes minutes, so it must pay: the whole run decides.
         flops = self.step_flops * limits.max_steps
         if limits.max_seconds:
             flops = min(flops, limits.max_seconds * self.device.nominal_flops())
@@ -198,6 +198,7 @@ class Trainer:
         and steps over all batches since. "stop" raises ValueError.
         """
         state, world, say = self.state, self.world, self.recorder.say
+        # Write a report of the batch and the gradients, and drop them.
         state.nonfinite += 1
         message = (f"Step {state.step + 1} had a loss of {step.loss:.4g} and a gradient that is "
                    "not finite")
@@ -211,6 +212,7 @@ class Trainer:
             say(f"{message} Its batch is skipped.")
             return
 
+        # Stop, and say how much is saved.
         self.saver.finish()
         if action == "stop":
             if state.nonfinite > 1:

@@ -187,28 +187,23 @@ class Checkpoint:
         self.verify([name])
         # The dtype and shape of each tensor in the files must be those of `like`.
         wanted = {key: (DTYPES[value.dtype], tuple(value.shape)) for key, value in like.items()}
+        found: dict[str, tuple[str, tuple[int, ...]]] = {}
+        file_of: dict[str, Any] = {}
         with ExitStack() as stack:
-            found, holder = {}, {}
-            path = self.folder / name
-            try:
-                for path in (self.folder / one for one in self.files(name)):
-                    with read_errors(path):
-                        file = stack.enter_context(safe_open(path, "pt"))
-                        # A file is not a dict: it has no iterator.
-                        for key in file.keys():  # noqa: SIM118
-                            if key in found:
-                                raise DamagedCheckpoint(f"{path} has {ascii(key)[:80]} again")
-                            tensor = file.get_slice(key)
-                            found[key] = (tensor.get_dtype(), tuple(tensor.get_shape()))
-                            holder[key] = file
-            except SafetensorError as error:
-                raise DamagedCheckpoint(f"{path} cannot be read ({error})") from None
+            for path in (self.folder / one for one in self.files(name)):
+                with read_errors(path):
+                    file = stack.enter_context(safe_open(path, "pt"))
+                    entries = header_of(file)
+                if not found.keys().isdisjoint(entries):
+                    raise DamagedCheckpoint(f"{path} has tensors that another file has, too")
+                found |= entries
+                file_of |= dict.fromkeys(entries, file)
             for key in sorted(found.keys() | wanted.keys()):
                 if found.get(key) != wanted.get(key):
                     raise DamagedCheckpoint(
                         f"{self.folder / name} has {ascii(key)[:80]} as {found.get(key)}, but the "
                         f"settings ask for {wanted.get(key)}")
-            yield LazyTensors(holder)
+            yield LazyTensors(file_of)
 
 
 class LazyTensors(Mapping[str, Tensor]):
@@ -225,6 +220,12 @@ class LazyTensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.files)
+
+
+def header_of(file: Any) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """The dtype and the shape of each tensor in an open safetensors file, by name."""
+    slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (it is no dict)
+    return {key: (one.get_dtype(), tuple(one.get_shape())) for key, one in slices.items()}
 
 
 def part_names(name: str, count: int) -> list[str]:
@@ -279,6 +280,8 @@ def read_errors(path: Path) -> Iterator[None]:
         yield
     except atomic.NotRegularFile:
         raise DamagedCheckpoint(f"{path} is not a regular file") from None
+    except SafetensorError as error:
+        raise DamagedCheckpoint(f"{path} cannot be read ({error})") from None
     except (OSError, RuntimeError) as error:
         # safetensors and torch report failures to map a file as RuntimeError, in several lines.
         reason = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0]

@@ -12,20 +12,22 @@ import torch
 from checkpointing.checkpoint import Checkpoint
 from checkpointing.state import State
 from conf.identity import flat
-from conf.schema import Settings
-from data.loader import Loader
-from model import GPT
+from conf.settings import Settings
+from data.prepare import describe
+from data.run_data import RunData
 from terminal import counted
 from training.device import Device
 from training.schedule import extension, same_rates
 
 
-def describe_run(say: Callable[[str], None], folder: Path, device: Device, model: GPT,
-                 loader: Loader, data: str, step: int, local_processes: int = 1) -> None:
+def describe_run(say: Callable[[str], None], folder: Path, device: Device, state: State,
+                 data: RunData, local_processes: int) -> None:
     """Describe the model, the data, the steps and the device."""
-    start = f", from step {step}" if step else ""
+    model, loader = state.model, data.loader
+    start = f", from step {state.step}" if state.step else ""
     say(f"Run: {folder}{start}")
-    say(f"Data: {data}")
+    say(f"Data: {describe(data.prepared)}")
+
     # The parameters by role.
     counts = {}
     for role, parameters in model.parameters_by_role().items():
@@ -33,12 +35,16 @@ def describe_run(say: Callable[[str], None], folder: Path, device: Device, model
     parts = ", ".join(f"{role} {count:,}" for role, count in counts.items() if count)
     say(f"Model: {sum(counts.values()):,} parameters ({parts}), "
         f"{model.flops_per_token() / 1e6:,.1f} MFLOPs a token")
+
+    # A step: its tokens, and the number of steps in an epoch of each part of the data.
     epochs = " and ".join(f"{steps:,.1f}" for steps in loader.steps_an_epoch())
     processes = f"{loader.world_size} processes x " if loader.world_size > 1 else ""
     say(f"Step: {loader.tokens_per_step:,} tokens ({processes}{loader.micro_steps} x "
         f"{loader.batch_size} sequences of {loader.block_size}), {epochs} steps an epoch")
     if loader.notes():
         say(f"Conversations: {loader.notes()}")
+
+    # The device, and what makes training on it slower than necessary.
     say(f"Device: {device.describe()}")
     for warning in device.warnings(local_processes):
         say(f"Warning: {warning}")
@@ -59,11 +65,14 @@ def unused_gpus(device_type: str, world_size: int) -> str:
 def describe_changes(say: Callable[[str], None], settings: Settings, state: State,
                      last: Checkpoint | None, world_size: int = 1) -> None:
     """Say what has changed since the checkpoint `last`, and warn of settings without effect."""
+    # Of every run.
     for warning in settings.warnings():
         say(f"Warning: {warning}")
     if state.optimizers.sharded:
         say(f"Weights: divided among {world_size} processes (training.shard="
             f"{settings.training.shard}); the model is not compiled")
+
+    # Of a run that resumes.
     if last is None:
         return
     if last.format == 2:
@@ -75,9 +84,8 @@ def describe_changes(say: Callable[[str], None], settings: Settings, state: Stat
         if not same_rates(state.step, settings.optim, planned, max_steps):
             state.replanned = True
         say(extension(state.step, settings.optim, planned, max_steps, state.replanned))
-    sharded = state.optimizers.sharded
     for change in (changed_batch_size(settings, last),
-                   changed_world_size(last, world_size, sharded)):
+                   changed_world_size(last, world_size, state.optimizers.sharded)):
         if change:
             say(change)
 

@@ -71,6 +71,7 @@ def product(weight: Tensor, bias: Tensor | None, precision: str) -> Callable[[Te
         scales = weight.abs().amax(dim=1).clamp(min=1e-12) / 127
         weight = (weight / scales[:, None]).round()
     packed = in_panels(weight.to(dtype))  # [out / PANEL, in / n, PANEL, n]
+    # The number of inputs with the zeros that fill the last group of n.
     padded = packed.size(1) * packed.size(3)
 
     def multiply(x: Tensor) -> Tensor:

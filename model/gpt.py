@@ -46,6 +46,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.activation == "swiglu":
+            # Equation 6 of arXiv:2002.05202.
             x = F.silu(self.c_gate(x)) * self.c_fc(x)
         elif self.activation == "relu2":
             x = square(F.relu(self.c_fc(x)))
@@ -86,6 +87,8 @@ class GPT(nn.Module):
         self.recompute = False
         # How to compute the loss on the device; None: as on a CPU.
         self.loss_options: LossOptions | None = None
+
+        # Embeddings of tokens, positions and n-grams.
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         if config.position == "learned":
             self.wpe = nn.Embedding(config.block_size, config.n_embd)
@@ -95,9 +98,10 @@ class GPT(nn.Module):
         if config.ngrams > 1:
             self.ngram = NGramEmbedding(config)
         self.drop = nn.Dropout(config.dropout)
+
+        # The blocks, the last norm and the head. A tied head uses the weights of wte.
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = make_norm(config)
-        # A tied head uses the weights of wte.
         if not config.tie_head:
             self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         self.init_weights()
@@ -149,6 +153,7 @@ class GPT(nn.Module):
             context = DocumentAttention(document_ids, varlen, max_documents)
         positions = context.positions if context is not None else None
 
+        # Embed the tokens, [B, T, C], and look up the angles of their rotary positions.
         x = self.drop(self.embed(idx, start, positions, cache))
         rotary = None
         if self.config.position == "rotary":
@@ -156,6 +161,8 @@ class GPT(nn.Module):
                 rotary = self.rotary[:, start:end]  # [2, T, D]
             else:
                 rotary = self.rotary[:, positions[:, None]]  # [2, B, 1, T, D]
+
+        # Each block adds to the residual stream x.
         for block in self.h:
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, rotary, cache, context, use_reentrant=False)
@@ -168,7 +175,7 @@ class GPT(nn.Module):
     def embed(self, idx: Tensor, start: int, positions: Tensor | None,
               cache: KVCache | None) -> Tensor:
         """The sum of all embeddings `[B, T, C]` of ids at `positions`, by default from `start`."""
-        x = self.wte(idx)
+        x = self.wte(idx)  # [B, T, C]
         if self.config.position == "learned":
             if positions is None:
                 x = x + self.wpe.weight[start : start + idx.size(1)]

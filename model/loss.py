@@ -85,6 +85,7 @@ class ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, features: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype,
                 options: LossOptions) -> Tensor:
+        # Pad the vocabulary to a multiple that is fast on the device.
         rows = chunk_size(len(targets), len(weight), options)
         vocab_size = len(weight)
         padded_weight = weight.to(dtype)
@@ -97,6 +98,7 @@ class ChunkedLoss(torch.autograd.Function):
             features_gradient = torch.empty_like(features, dtype=torch.float32)
             weight_gradient = torch.zeros_like(weight)
 
+        # The operations on the logits of a chunk, compiled where that is asked for.
         on_logits = loss_and_gradient
         if options.fused and torch.compiler.is_compiling():
             # It is compiled together with the model.
@@ -104,6 +106,7 @@ class ChunkedLoss(torch.autograd.Function):
         elif options.fused and needs_gradients:
             on_logits = compiled_loss_and_gradient()
 
+        # Each chunk: logits, their loss, and at once the gradients by features and weight.
         for start in range(0, len(targets), rows):
             chunk = slice(start, start + rows)
             x = features[chunk].to(dtype)
@@ -117,6 +120,7 @@ class ChunkedLoss(torch.autograd.Function):
             features_gradient[chunk] = logits_gradient @ padded_weight
             weight_gradient += (logits_gradient.mT @ x)[:vocab_size]
 
+        # The mean over the targets that count.
         count = number_of(targets)
         if needs_gradients:
             ctx.save_for_backward(features_gradient, weight_gradient, count)

@@ -76,6 +76,7 @@ class Device:
 
     def __init__(self, device: str = "auto", precision: str = "auto", deterministic: bool = False,
                  set_by: str = "as set", threads: int = 0) -> None:
+        # Choose the device: by default, the fastest that is here.
         here = [name for name, is_here in available().items() if is_here]
         if device not in ("auto", *here):
             raise ValueError(f"device={device} is not available on this machine: "
@@ -88,6 +89,8 @@ class Device:
         self.keeps_memory = self.type == "cpu" and platform.libc_ver()[0] == "glibc"
         # Set by `configure`: kernels of attention other than torch's own.
         self.attention = ""
+
+        # Choose the precision: by default, the fastest that the device does not emulate.
         reasons = {"bf16": "native here", "fp16": "bf16 is not native here",
                    "fp32": "no faster precision is native here"}
         if precision == "auto":
@@ -129,17 +132,19 @@ class Device:
         """
         if self.type != "cpu":
             return
+        # A precision without instructions for it.
         if self.precision != "fp32" and not native(self.precision):
             yield (f"this processor emulates {self.precision}: a product of 256 x 256 matrices "
                    f"took {self.times_fp32():.1f} times as long as in fp32. "
                    f"Leave training.precision={self.precision} out.")
+        # More threads than CPUs.
         cpus, threads = usable_cpus(), processes * self.threads
         if threads > cpus:
             fewer = max(1, cpus // processes)
             yield (f"{threads} threads share {counted(cpus, 'CPU')}. Threads wait for each "
                    f"other and can take far longer than fewer: try training.threads={fewer}.")
             return
-        # The other processes of the run are busy, too.
+        # Other programs. Of several processes of a run, the others are busy, too.
         busy = busy_cpus() if processes == 1 else 0.0
         if are_crowded(self.threads, busy):
             cpus = os.cpu_count() or 1

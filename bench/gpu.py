@@ -1,12 +1,13 @@
 """One GPU: training speed and its parts, peak memory, decoding and resuming, in ten minutes.
 
-  python -m bench gpu
+  python -m bench gpu out=gpu.json
   python -m bench gpu part=training seconds=10
 
-Trains GPT-2 124M and modern-124m on random tokens, uncompiled and compiled, and without each of the
-changes that were made for GPUs. Decodes with the shape of GPT-2 XL. Kills and resumes a
-deterministic run. Each case runs in a process of its own. Nothing is downloaded. The tests for GPUs
-are `pytest -m gpu`, and `python -m bench result device=cuda` trains beside nanoGPT.
+Trains GPT-2 124M and modern-124m on random tokens, uncompiled and compiled, and at last without
+each of the changes that were made for GPUs. Decodes with the shape of GPT-2 XL. Kills and resumes a
+deterministic run. Each case runs in a process of its own, and `out` is written after each. Nothing
+is downloaded. The tests for GPUs are `pytest -m gpu`, and `python -m bench result device=cuda`
+trains beside nanoGPT.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +48,17 @@ SHAPES = {
 # for all changes of the loss together: x 0.88.
 VARIANTS = {"eager": "", "compiled": "", "small chunks": "0.88 or more",
             "unfused loss": "0.88 or more", "unpadded vocabulary": "0.88 or more",
-            "fp32 norms": "1.0 for gpt2"}
+            "fp32 norms": "less than 1"}
+# A case that cannot have this time is left out.
+LEAST_SECONDS = 20.0
+
+
+class Case(NamedTuple):
+    """One row of the table: the arguments of `measure`, but for the device."""
+
+    kind: Literal["training", "decoding", "resume"]
+    shape: str
+    variant: str = ""
 
 
 @dataclass(frozen=True)
@@ -59,69 +70,83 @@ class GpuSettings(SettingsBase):
     seconds: float = setting(5.0, "of timed steps in each case", gt=0, lt=3600)
     shape: Literal["all", "gpt2", "modern-124m", "tiny"] = setting("all", "that is trained")
     decoded: Literal["gpt2-xl", "gpt2", "tiny"] = setting("gpt2-xl", "that decodes")
+    minutes: float = setting(9.5, "cases that are not finished by then are left out", gt=0)
     device: Literal["cuda", "cpu"] = setting("cuda", "cpu: to try the benchmark itself")
     out: FilePath = setting("", "write the measurements as JSON")
 
 
 def main(settings: GpuSettings) -> int:
+    end = time.monotonic() + 60 * settings.minutes
     device = Device(settings.device)
-    print(f"torch {torch.__version__}, {device.describe()}, {time.strftime('%Y-%m-%d')}\n")
-    measured: dict[str, Any] = {}
-    if settings.part in ("all", "training"):
-        shapes = ["gpt2", "modern-124m"] if settings.shape == "all" else [settings.shape]
-        print_header("shape", "variant", "tokens/s", "MFU", "peak memory", "first step, s",
-                     "of eager", "predicted")
-        for shape in shapes:
-            eager: dict[str, Any] = {}
-            for variant in VARIANTS:
-                arguments = ("training", shape, variant, settings.batch_size, settings.seconds,
-                             settings.device)
-                found = measure_and_print(shape, variant, arguments, eager)
-                measured[f"{shape}, {variant}"] = found
-                if variant == "eager":
-                    eager = found
-    if settings.part in ("all", "decoding"):
-        print_header("shape", "variant", "tokens/s", "of the memory rate", "peak memory",
-                     "first step, s")
-        arguments = ("decoding", settings.decoded, "", 1, settings.seconds, settings.device)
-        measured["decoding"] = measure_and_print(settings.decoded, "decoding", arguments)
-    if settings.part in ("all", "resume"):
-        measured["resume"] = verify_resume(settings.device)
-        print(f"\nA deterministic run, killed and resumed: {measured['resume']}", flush=True)
-    write_json(settings.out, measured)
+    title = f"torch {torch.__version__}, {device.describe()}, {time.strftime('%Y-%m-%d')}"
+    print(f"{title}\n")
+    print_header("shape", "case", "tokens/s", "MFU, or part of the memory rate", "peak memory",
+                 "first step, s", "of eager", "predicted")
+    measured: dict[str, Any] = {"machine": title}
+    for case in cases(settings):
+        name = " ".join(filter(None, case))
+        found = measure_case(case, settings, end - time.monotonic())
+        measured[name] = found
+        # What is measured is kept, whatever happens to the next case.
+        write_json(settings.out, measured)
+        eager = measured.get(f"training {case.shape} eager", {})
+        print_row(case.shape, case.variant or case.kind, *cells(case, found, eager))
     return 0
 
 
-def measure_and_print(shape: str, variant: str, arguments: tuple[Any, ...],
-                      eager: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Measure a case in a process of its own, and print its row; the reason where it fails.
-
-    With `eager`, the measurement of that variant, the row of another one is compared to it.
-    """
-    try:
-        found = measure_in_process("bench.gpu", *arguments)
-    except ValueError as error:
-        print_row(shape, variant, f"failed: {error}", "", "", "")
-        return {}
-    share = "not known" if found["share"] is None else f"{found['share']:.1%}"
-    cells = [f"{found['rate']:,.0f}", share, f"{found['peak_bytes'] / 2**20:,.0f} MB",
-             f"{found['first']:.1f}"]
-    if eager:
-        cells += [f"{found['rate'] / eager['rate']:.2f}", VARIANTS[variant]]
-    print_row(shape, variant, *cells)
+def cases(settings: GpuSettings) -> list[Case]:
+    """The cases in the order in which they are measured: those that matter most come first."""
+    shapes = ["gpt2", "modern-124m"] if settings.shape == "all" else [settings.shape]
+    found = []
+    if settings.part in ("all", "training"):
+        found += [Case("training", shape, variant) for shape in shapes
+                  for variant in ("eager", "compiled")]
+    if settings.part in ("all", "decoding"):
+        found.append(Case("decoding", settings.decoded))
+    if settings.part in ("all", "resume"):
+        found.append(Case("resume", "nano" if settings.device == "cpu" else "baby-gpu"))
+    if settings.part in ("all", "training"):
+        for shape in shapes:
+            for variant in list(VARIANTS)[2:]:
+                # Only models with norms of queries and keys have them in fp32 without the change.
+                if variant != "fp32 norms" or SHAPES[shape].qk_norm:
+                    found.append(Case("training", shape, variant))
     return found
 
 
-def verify_resume(device: str) -> str:
+def measure_case(case: Case, settings: GpuSettings, seconds_left: float) -> dict[str, Any]:
+    """What `measure` returns, from a process of its own; or the error, with its last lines."""
+    try:
+        if seconds_left < LEAST_SECONDS:
+            raise ValueError(f"minutes={settings.minutes:g} are over")
+        if case.kind == "resume":
+            return {"answer": verify_resume(case.shape, settings.device, seconds_left)}
+        return measure_in_process("bench.gpu", *case, settings.batch_size, settings.seconds,
+                                  settings.device, timeout=seconds_left)
+    except ValueError as error:
+        return {"error": str(error), "lines": getattr(error, "__notes__", [])}
+
+
+def cells(case: Case, found: dict[str, Any], eager: dict[str, Any]) -> list[str]:
+    """The cells of a row after its name. `eager` is what was measured of that variant, if it was.
+    """
+    if "rate" not in found:
+        text = found.get("answer") or f"not measured: {found['error']}"
+        return [text, "", "", "", "", ""]
+    share = "not known" if found["share"] is None else f"{found['share']:.1%}"
+    row = [f"{found['rate']:,.0f}", share, f"{found['peak_bytes'] / 2**20:,.0f} MB",
+           f"{found['first']:.1f}"]
+    if case.kind == "training" and "rate" in eager:
+        return [*row, f"{found['rate'] / eager['rate']:.2f}", VARIANTS[case.variant]]
+    return [*row, "", ""]
+
+
+def verify_resume(model: str, device: str, timeout: float) -> str:
     """The answer of scripts/verify_resume.py for a short deterministic run."""
-    model = "nano" if device == "cpu" else "baby-gpu"
     command = [sys.executable, "-m", "scripts.verify_resume", "kills=1", f"model={model}",
                "optim=muon", "training.max_steps=20", "training.deterministic=true",
                f"training.device={device}"]
-    try:
-        return run_command(command).splitlines()[-1]
-    except ValueError as error:
-        return f"failed: {error}"
+    return run_command(command, timeout=timeout).splitlines()[-1]
 
 
 def measure(kind: str, shape: str, variant: str, batch_size: int, seconds: float,
@@ -153,7 +178,8 @@ def options_of(variant: str, device: Device) -> LossOptions | None:
 def measure_training(config: GPTConfig, variant: str, batch_size: int, least_seconds: float,
                      device: Device) -> dict[str, Any]:
     """The tokens a second of whole steps, each with one micro-step, and their share of the peak."""
-    model = GPT(config).to(device.torch)
+    with device.torch:
+        model = GPT(config)
     model.loss_options = options_of(variant, device)
     if variant == "fp32 norms":
         # As autocast would have it.
@@ -185,7 +211,8 @@ def measure_training(config: GPTConfig, variant: str, batch_size: int, least_sec
 
 def measure_decoding(config: GPTConfig, device: Device, tokens: int = 128) -> dict[str, Any]:
     """The tokens a second of one sequence, and their bytes as a share of the copying rate."""
-    model = GPT(config).to(device.torch).eval()
+    with device.torch:
+        model = GPT(config).eval()
     prompt = config.block_size // 4
     tokens = min(tokens, config.block_size // 2)
     prompts = torch.randint(config.vocab_size, (1, prompt)).tolist()
@@ -206,7 +233,7 @@ def measure_decoding(config: GPTConfig, device: Device, tokens: int = 128) -> di
     return {"rate": rate, "share": rate * read / copy_rate(device), "first": times[0]}
 
 
-def copy_rate(device: Device, numbers: int = 2**26) -> float:
+def copy_rate(device: Device, numbers: int = 2**28) -> float:
     """The bytes a second that a copy reads and writes, at best."""
     if device.type == "cpu":
         numbers = 2**22

@@ -54,7 +54,7 @@ def main(own: ProfileSettings) -> int:
     sort_by = "self_cpu_time_total"
     if device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
-        sort_by = "self_cuda_time_total"
+        sort_by = "self_device_time_total"
     with torch.profiler.profile(activities=activities, record_shapes=True) as profiler:
         for number in range(3):
             step(number)

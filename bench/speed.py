@@ -29,6 +29,7 @@ from bench.timing import (
 from data.loader import Loader
 from data.shards import Tokens
 from model import GPT, GPTConfig
+from model.loss import loss_options
 from setting import FilePath, SettingsBase, setting
 from training.configure import configure
 from training.device import Device
@@ -157,6 +158,7 @@ def training_step(
 ) -> Callable[[int], dict[str, float]]:
     """A function that does one training step and returns the seconds of each of its parts."""
     model = GPT(config).to(device.torch)
+    model.loss_options = loss_options(device.torch, fused=True)
     optimizers = Optimizers(model.parameters_by_role(), optim)
     scaler = torch.amp.GradScaler(device.type, enabled=device.precision == "fp16")
 

@@ -18,6 +18,8 @@ from typing import Any
 import atomic
 
 ROOT = Path(__file__).parent.parent
+# The line of a traceback that names the exception.
+FAILURE = re.compile(r"(\w+\.)*\w*(Error|Exception|Interrupt)\b")
 
 
 def alternating_medians(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
@@ -36,13 +38,18 @@ def alternating_medians(calls: dict[str, Callable[[], Any]], rounds: int) -> dic
     return {name: statistics.median(each) for name, each in seconds.items()}
 
 
-def run_command(command: list[str], folder: Path = ROOT) -> str:
+def run_command(command: list[str], folder: Path = ROOT, timeout: float | None = None) -> str:
     """Run a command in `folder` and return its standard output.
 
-    Raises ValueError with the last line of its standard error if it fails.
+    Raises ValueError with the last line of its standard error if it fails, or if it takes more than
+    `timeout` seconds.
     """
-    result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    check_exit(command, result.returncode, result.stderr)
+    try:
+        result = subprocess.run(command, cwd=folder, capture_output=True, text=True,
+                                timeout=timeout)
+    except subprocess.TimeoutExpired as error:
+        raise ValueError(f"{shown(command)}: not finished after {timeout:.0f} s") from error
+    check_exit(command, result.returncode, result.stdout + result.stderr)
     return result.stdout
 
 
@@ -62,25 +69,37 @@ def measure_command(command: list[str], folder: Path = ROOT) -> dict[str, float]
     return {"seconds": seconds, "peak_bytes": resident_bytes(usage)}
 
 
-def check_exit(command: list[str], code: int, errors: str) -> None:
-    """Raise ValueError if the exit code of a command is not 0."""
+def check_exit(command: list[str], code: int, printed: str) -> None:
+    """Raise ValueError, with the last lines as a note, if the exit code of a command is not 0."""
     if code:
-        lines = errors.strip().splitlines() or ["it failed without a message"]
-        raise ValueError(f"{' '.join(command[1:4])[:200]}: {lines[-1]}")
+        lines = printed.strip().splitlines() or [f"it ended with {code} and without a message"]
+        # CUDA's errors end in advice, after the line that says what has failed.
+        failure = next((line for line in reversed(lines) if FAILURE.match(line)), lines[-1])
+        error = ValueError(f"{shown(command)}: {failure}")
+        error.add_note("\n".join(lines[-60:]))
+        raise error
 
 
-def measure_in_process(module: str, *arguments: Any, processes: int = 1) -> dict[str, Any]:
+def shown(command: list[str]) -> str:
+    """The beginning of a command, for messages."""
+    return " ".join(command[1:4]).partition(";")[0][:200]
+
+
+def measure_in_process(module: str, *arguments: Any, processes: int = 1,
+                       timeout: float | None = None) -> dict[str, Any]:
     """The result of `measure(*arguments)` of a module, from a process of its own.
 
-    Several processes are started by torchrun. All but the first must return None.
+    Several processes are started by torchrun. All but the first must return None. Raises ValueError
+    as `run_command` does.
     """
-    program = (f"import json; from {module} import measure; result = measure(*{arguments!r}); "
+    program = (f"from {module} import measure; import json; result = measure(*{arguments!r}); "
                "result is None or print(json.dumps(result))")
     start = [sys.executable]
     if processes > 1:
         start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
                   str(processes), "--no-python", sys.executable]
-    return json.loads(run_command([*start, "-c", program]).splitlines()[-1])
+    printed = run_command([*start, "-c", program], timeout=timeout)
+    return json.loads(printed.splitlines()[-1])
 
 
 def peak_bytes() -> int:

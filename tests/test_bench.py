@@ -69,8 +69,16 @@ def test_a_measurement_in_a_process_returns_its_result(tmp_path, monkeypatch):
     (tmp_path / "doubling.py").write_text("def measure(number): print('noise'); return {'twice': 2 * number}")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     assert timing.measure_in_process("doubling", 4) == {"twice": 8}
-    with pytest.raises(ValueError, match="TypeError: unsupported operand"):
+    with pytest.raises(ValueError, match="TypeError: unsupported operand") as failure:
         timing.measure_in_process("doubling", None)
+    assert "Traceback" in failure.value.__notes__[0]
+    (tmp_path / "failing.py").write_text("import time\n\ndef measure(seconds):\n    time.sleep(seconds)\n"
+                                         "    raise RuntimeError('CUDA error: out of luck\\nFor debugging consider this')")
+    with pytest.raises(ValueError, match="failing") as failure:
+        timing.measure_in_process("failing", 0)
+    assert str(failure.value).endswith("failing import measure: RuntimeError: CUDA error: out of luck")
+    with pytest.raises(ValueError, match="not finished after 0 s"):
+        timing.measure_in_process("failing", 20, timeout=0.3)
 
 
 @pytest.fixture

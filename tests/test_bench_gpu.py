@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+
 import pytest
 import torch
 
@@ -27,18 +30,47 @@ def test_each_variant_differs_in_one_option(monkeypatch):
     assert found["unpadded vocabulary"] == LossOptions(2**29, 1, fused=True)
 
 
-def test_a_failing_case_is_a_row_and_the_others_go_on(monkeypatch, capsys):
-    def fails(module, kind, shape, variant, *rest):
-        if variant == "compiled":
-            raise ValueError("no compiler")
-        return {"rate": 5.0, "share": 0.5, "first": 1.0, "peak_bytes": 2**20}
+@pytest.fixture
+def measured(monkeypatch, capsys, tmp_path):
+    """Run the benchmark with cases that take no time, but for those that a dict says more of; the table and the file."""
+    def run(failures, **settings):
+        def command(command, timeout):
+            return "\nThe runs are bit-identical.\n"
 
-    monkeypatch.setattr(gpu, "measure_in_process", fails)
-    monkeypatch.setattr(gpu, "run_command", lambda command: "\nThe runs are bit-identical.\n")
-    assert gpu.main(gpu.GpuSettings(device="cpu", shape="tiny", decoded="tiny")) == 0
-    out = capsys.readouterr().out
-    assert "| tiny | compiled | failed: no compiler |" in out and out.count("| 50.0% |") == len(gpu.VARIANTS)
-    assert "| 1.00 | 0.88 or more |" in out and out.endswith("killed and resumed: The runs are bit-identical.\n")
+        def case(module, kind, shape, variant, *rest, timeout):
+            assert module == "bench.gpu" and timeout <= 60 * options.minutes
+            for error in failures.get(variant or kind, []):
+                raise error
+            return {"rate": 5.0, "share": 0.5, "first": 1.0, "peak_bytes": 2**20}
+
+        options = gpu.GpuSettings(device="cpu", shape="tiny", decoded="tiny", out=str(tmp_path / "out.json"), **settings)
+        monkeypatch.setattr(gpu, "measure_in_process", case)
+        monkeypatch.setattr(gpu, "run_command", command)
+        with contextlib.suppress(KeyboardInterrupt):
+            assert gpu.main(options) == 0
+        return capsys.readouterr().out, json.loads((tmp_path / "out.json").read_text())
+
+    return run
+
+
+def test_a_failing_case_is_a_row_and_the_others_go_on(measured):
+    error = ValueError("no compiler")
+    error.add_note("many lines")
+    table, found = measured({"compiled": [error]})
+    assert "| tiny | compiled | not measured: no compiler |" in table and table.count("| 50.0% |") == 5
+    assert found["training tiny compiled"] == {"error": "no compiler", "lines": ["many lines"]}
+    assert "| 1.00 | 0.88 or more |" in table and "| nano | resume | The runs are bit-identical. |" in table
+    assert list(found)[1:5] == ["training tiny eager", "training tiny compiled", "decoding tiny", "resume nano"]
+
+
+def test_what_was_measured_before_an_interrupt_is_written(measured):
+    _, found = measured({"decoding": [KeyboardInterrupt()]})
+    assert list(found)[1:] == ["training tiny eager", "training tiny compiled"]
+
+
+def test_no_case_begins_when_the_time_is_over(measured):
+    table, _ = measured({}, minutes=0.3)
+    assert table.count("not measured: minutes=0.3 are over") == 7
 
 
 @pytest.mark.gpu

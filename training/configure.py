@@ -79,7 +79,7 @@ def activate_flash_attention_3() -> Callable[[], None] | None:
             return None
         restore = attention.restore_flash_attention_impl
         attention.activate_flash_attention_impl("FA3")
-    except (AttributeError, ImportError, OSError, RuntimeError):
+    except (AttributeError, ImportError, OSError, RuntimeError, ValueError):
         # The package or torch is of a version without the other.
         return None
     return restore

@@ -23,7 +23,7 @@ import os
 import stat
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -164,9 +164,9 @@ class Checkpoint:
         """
         self.check_size(name, like)
         check_free(sum(tensor.nbytes for tensor in like.values()), self.folder / name)
-        with self.open_tensors(name, like) as tensors:
-            # Without the copy, the tensors would be views of the mapped file.
-            return {key: tensors[key].clone() for key in like}
+        tensors = self.open_tensors(name, like)
+        # Without the copy, the tensors would be views of the mapped file.
+        return {key: tensors[key].clone() for key in like}
 
     def check_size(self, name: str, like: Tensors) -> None:
         """Raise DamagedCheckpoint if the files are larger than the tensors of `like`."""
@@ -176,9 +176,8 @@ class Checkpoint:
         if sum(file_size(self.folder / one) for one in names) > nbytes + headers:
             raise DamagedCheckpoint(f"{self.folder / name} is larger than the settings ask for")
 
-    @contextmanager
-    def open_tensors(self, name: str, like: Tensors) -> Iterator[Mapping[str, Tensor]]:
-        """Open model.safetensors or optimizer.safetensors; a tensor is read when it is asked for.
+    def open_tensors(self, name: str, like: Tensors) -> Mapping[str, Tensor]:
+        """The tensors of model.safetensors or optimizer.safetensors, read when they are asked for.
 
         Raises DamagedCheckpoint unless it has the names, shapes and dtypes of `like`. The tensors
         are views of the mapped file.
@@ -188,38 +187,42 @@ class Checkpoint:
         # The dtype and shape of each tensor in the files must be those of `like`.
         wanted = {key: (DTYPES[value.dtype], tuple(value.shape)) for key, value in like.items()}
         found: dict[str, tuple[str, tuple[int, ...]]] = {}
-        file_of: dict[str, Any] = {}
-        with ExitStack() as stack:
-            for path in (self.folder / one for one in self.files(name)):
-                with read_errors(path):
-                    file = stack.enter_context(safe_open(path, "pt"))
-                    entries = header_of(file)
-                if not found.keys().isdisjoint(entries):
-                    raise DamagedCheckpoint(f"{path} has tensors that another file has, too")
-                found |= entries
-                file_of |= dict.fromkeys(entries, file)
-            for key in sorted(found.keys() | wanted.keys()):
-                if found.get(key) != wanted.get(key):
-                    raise DamagedCheckpoint(
-                        f"{self.folder / name} has {ascii(key)[:80]} as {found.get(key)}, but the "
-                        f"settings ask for {wanted.get(key)}")
-            yield LazyTensors(file_of)
+        paths: dict[str, Path] = {}
+        for path in (self.folder / one for one in self.files(name)):
+            with read_errors(path), safe_open(path, "pt") as file:
+                entries = header_of(file)
+            if not found.keys().isdisjoint(entries):
+                raise DamagedCheckpoint(f"{path} has tensors that another file has, too")
+            found |= entries
+            paths |= dict.fromkeys(entries, path)
+        for key in sorted(found.keys() | wanted.keys()):
+            if found.get(key) != wanted.get(key):
+                raise DamagedCheckpoint(
+                    f"{self.folder / name} has {ascii(key)[:80]} as {found.get(key)}, but the "
+                    f"settings ask for {wanted.get(key)}")
+        return LazyTensors(paths)
 
 
 class LazyTensors(Mapping[str, Tensor]):
-    """Tensors of open safetensors files, read when they are asked for."""
+    """Tensors of safetensors files, read when they are asked for.
 
-    def __init__(self, files: dict[str, Any]) -> None:
-        self.files = files
+    The pages that are read of an open file stay in memory. So each tensor opens its file, which is
+    closed when the tensor is freed.
+    """
+
+    def __init__(self, paths: dict[str, Path]) -> None:
+        self.paths = paths
 
     def __getitem__(self, key: str) -> Tensor:
-        return self.files[key].get_tensor(key)
+        path = self.paths[key]
+        with read_errors(path), safe_open(path, "pt") as file:
+            return file.get_tensor(key)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.files)
+        return iter(self.paths)
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.paths)
 
 
 def header_of(file: Any) -> dict[str, tuple[str, tuple[int, ...]]]:

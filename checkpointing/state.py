@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,26 +118,23 @@ class State:
         if not is_scaler_state(scaler, self.scaler.state_dict()):
             raise DamagedCheckpoint(f"{saved.folder / STATE} is not the state of this loss scaler")
         # Both files are checked before anything is copied.
-        with (saved.open_tensors(MODEL, self.weights()) as weights,
-              self.open_optimizer_state(saved) as optimizer_state):
-            self.load_weights(weights)
-            self.optimizers.load_tensors(optimizer_state)
+        weights = saved.open_tensors(MODEL, self.weights())
+        optimizer_state = self.open_optimizer_state(saved)
+        self.load_weights(weights)
+        self.optimizers.load_tensors(optimizer_state)
         self.scaler.load_state_dict(scaler)
         for name in COUNTERS:
             setattr(self, name, saved.state[name])
 
-    @contextmanager
-    def open_optimizer_state(self, saved: Checkpoint) -> Iterator[Mapping[str, Tensor]]:
+    def open_optimizer_state(self, saved: Checkpoint) -> Mapping[str, Tensor]:
         """The optimizer state of a checkpoint. Format 2 has numbers in place of names."""
         shapes = self.optimizers.shapes()
         if saved.format != 2:
-            with saved.open_tensors(OPTIMIZER, shapes) as tensors:
-                yield tensors
-            return
+            return saved.open_tensors(OPTIMIZER, shapes)
         numbered = self.optimizers.numbered_names()
         like = dict(zip(numbered, shapes.values(), strict=True))
         tensors = saved.load_tensors(OPTIMIZER, like)
-        yield dict(zip(shapes, tensors.values(), strict=True))
+        return dict(zip(shapes, tensors.values(), strict=True))
 
     def note_evaluation(self, val_loss: float) -> None:
         """Record the loss of a scheduled evaluation; NaN or infinity is never the best one."""

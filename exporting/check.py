@@ -13,8 +13,11 @@ from data.tokenizer import Tokenizer
 # The largest difference of two logits, as a part of the largest logit. Between programs that add in
 # another order, fp32 has a hundredth to a tenth of it.
 BOUND = 1e-5
-# The text is shorter where its logits would have more numbers than this.
-MOST_LOGITS = 2**26
+# The tokens of text that are compared, if the context is longer.
+LONGEST_TEXT = 4096
+# The logits of all positions could take more memory than the model: fewer positions are compared
+# where they would be more numbers than this.
+MOST_LOGITS = 2**22
 
 
 def english_text(tokenizer: Tokenizer) -> str:
@@ -32,17 +35,25 @@ def english_text(tokenizer: Tokenizer) -> str:
 
 def text_ids(weights: Weights, text: str) -> Tensor:
     """The ids `[1, T]` of `text`, repeated until they fill the context."""
-    vocab_size = weights.config.vocab_size
-    length = max(1, min(weights.config.block_size, MOST_LOGITS // vocab_size))
-    ids = weights.tokenizer.encode(text[: 20 * length]) or list(range(vocab_size))
+    length = min(weights.config.block_size, LONGEST_TEXT)
+    ids = weights.tokenizer.encode(text[: 20 * length]) or list(range(weights.config.vocab_size))
     ids *= math.ceil(length / len(ids))
     return torch.tensor([ids[:length]])
 
 
+def compared_positions(ids: Tensor, vocab_size: int) -> Tensor:
+    """The positions `[P]` of ids `[1, T]` whose logits are compared, with the last one."""
+    length = ids.size(1)
+    count = max(1, min(length, MOST_LOGITS // vocab_size))
+    return torch.linspace(length - 1, 0, count).long()
+
+
 @torch.no_grad()
 def our_logits(weights: Weights, ids: Tensor) -> Tensor:
-    """The logits `[1, T, V]` of our model."""
-    return weights.model()(ids)
+    """The logits `[1, P, V]` of our model at the compared positions."""
+    model = weights.model()
+    positions = compared_positions(ids, weights.config.vocab_size)
+    return model.head(model.features(ids)[:, positions])
 
 
 def difference(ours: Tensor, theirs: Tensor, program: str) -> float:

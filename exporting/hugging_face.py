@@ -22,7 +22,7 @@ from checkpointing.weights import Weights
 from data.chat import END, JINJA, has_markers
 from data.hugging_face import to_hugging_face
 from data.tokenizer import Tokenizer
-from exporting.check import our_logits
+from exporting.check import compared_positions, our_logits
 from model import GPTConfig
 from model.formats import CLASSES, config_to, layout_for
 from model.pretrained import weights_from, weights_to
@@ -140,7 +140,7 @@ def check_folder(folder: Path, weights: Weights, layout: str, text: str,
 
 
 def transformers_logits(folder: Path, config: GPTConfig, ids: Tensor) -> Tensor:
-    """The logits of the model in a folder, loaded by transformers."""
+    """The logits `[1, P, V]` of the model in a folder, loaded by transformers."""
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
@@ -154,7 +154,8 @@ def transformers_logits(folder: Path, config: GPTConfig, ids: Tensor) -> Tensor:
         auto = module.NanohydraForCausalLM
     model = auto.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
-        return model(ids).logits
+        positions = compared_positions(ids, config.vocab_size)
+        return model(ids, use_cache=False, logits_to_keep=positions).logits
 
 
 def check_tokenizer(folder: Path, tokenizer: Tokenizer, text: str) -> None:

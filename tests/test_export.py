@@ -9,6 +9,9 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import train
 from conf.sampling import SamplingConfig
@@ -158,6 +161,34 @@ def test_bad_exports_are_refused_in_one_sentence(exported, without_transformers,
 def test_a_model_without_a_class_is_refused(exported, without_transformers):
     with pytest.raises(ValueError, match=r"GPT2LMHeadModel, the nearest, does not have model.n_kv_head=1"):
         exported(*GPT2, "model.n_kv_head=1")
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes of tensors that were alive at once, mapped files included."""
+
+    alive, peak = {}, 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        result = function(*arguments, **(options or {}))
+        for tensor in tree_leaves((arguments, result)):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu":
+                storage = tensor.untyped_storage()
+                self.alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.alive = {key: entry for key, entry in self.alive.items() if not entry[0].expired()}
+        self.peak = max(self.peak, sum(nbytes for _, nbytes in self.alive.values()))
+        return result
+
+
+@pytest.mark.parametrize("format", ["hf", "gguf"])
+def test_an_export_holds_its_weights_once(exported, format, tmp_path):
+    if format == "gguf":
+        pytest.importorskip("gguf", reason="needs gguf: pip install gguf")
+    _, run = exported(*GPT2, *BPE, "model.n_embd=128", "training.max_steps=1")
+    nbytes = sum(weights.nbytes for weights in run.model.parameters())
+    run = None
+    with LiveBytes() as live:
+        export.main(ExportSettings(run="tiny", runs_dir=str(tmp_path / "runs"), out=str(tmp_path / "other.gguf"), format=format))
+    assert 1 <= live.peak / nbytes < 1.5
 
 
 # GGUF

@@ -17,16 +17,13 @@ import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
-from checkpointing.initial import find_weights
-from checkpointing.run_folder import find_run
 from conf.settings import SampleSettings
 from data.chat import has_markers
 from data.tokenizer import Tokenizer
 from generation.chat import Conversation
 from generation.decoder import Decoder
-from generation.engine import Completion, Engine, engine_of, open_checkpoint, open_decoder
+from generation.engine import Completion, Engine, open_chosen, open_decoder
 from generation.prompts import read_text
 from generation.typed import TypedPrompts
 from scripts.complete import complete_file
@@ -39,10 +36,13 @@ RED, YELLOW, GREEN = 31, 33, 32  # ANSI colors
 
 def sample(settings: SampleSettings) -> int:
     """Open a run, print completions or write them to a file, and return the exit code."""
+    # Open the model, and pack its weights for decoding.
     device = Device(settings.device, settings.precision)
     configure(device)
-    engine = open_engine(settings, device)
+    engine = open_chosen(settings, settings.checkpoint, device)
     decoder = make_decoder(engine, settings)
+
+    # Complete a file of prompts, talk to the user, or complete one prompt.
     if settings.prompts:
         complete_file(engine, settings, decoder)
     elif settings.chat:
@@ -58,16 +58,6 @@ def sample(settings: SampleSettings) -> int:
             say("This model was trained on conversations: chat=true talks to it.", sys.stderr)
         print_completions(engine, prompt, settings, decoder)
     return 0
-
-
-def open_engine(settings: SampleSettings, device: Device) -> Engine:
-    """The engine of the run, or of the weights, that the settings name."""
-    if settings.init_from:
-        weights = find_weights(settings.init_from, Path(settings.runs_dir))
-        say(weights.describe(), sys.stderr)
-        return engine_of(weights, device)
-    run = find_run(Path(settings.runs_dir), settings.run)
-    return open_checkpoint(run, settings.checkpoint, device)
 
 
 def make_decoder(engine: Engine, settings: SampleSettings) -> Decoder | None:

@@ -25,10 +25,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from checkpointing.initial import find_weights
 from checkpointing.run_folder import find_runs
 from conf.settings import SampleSettings
-from generation.engine import Engine, engine_of, open_checkpoint, open_decoder
+from generation.engine import Engine, open_checkpoint, open_chosen, open_decoder
 from serving.decoding import Batcher, DecodingThread
 from serving.tasks import Model
 from setting import as_word
@@ -89,12 +88,13 @@ def listen(settings: ServeSettings) -> socket.socket:
 
 def open_engines(settings: ServeSettings, device: Device) -> Opened:
     """Open the runs or the weights."""
+    # Weights without a run.
     if settings.init_from:
-        weights = find_weights(settings.init_from, Path(settings.runs_dir))
-        say(weights.describe(), sys.stderr)
+        engine = open_chosen(settings, "", device)
         arguments = [f"init_from={settings.init_from}", f"runs_dir={settings.runs_dir}"]
-        engine = engine_of(weights, device)
         return {settings.init_from: (engine, arguments + changed_arguments(settings))}
+
+    # Checkpoints of runs. Requests name them by run, and by checkpoint where there are several.
     opened: Opened = {}
     checkpoints = settings.checkpoint.split(",")
     for run in find_runs(Path(settings.runs_dir), settings.run):

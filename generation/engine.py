@@ -1,12 +1,13 @@
 """Open a trained model and complete text with it.
 
-Prints nothing but warnings about damaged checkpoints, and changes no global state.
+Prints only which weights are used and which checkpoints are damaged. Changes no global state.
 """
 
 from __future__ import annotations
 
 import codecs
 import math
+import sys
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +20,14 @@ from checkpointing.initial import find_weights
 from checkpointing.run_folder import find_run
 from checkpointing.weights import Weights, own_weights
 from conf.sampling import SamplingConfig
+from conf.settings import ModelChoice
 from data.chat import MARKERS
 from data.tokenizer import Tokenizer
 from generation.decoder import Decoder, native_autocast
 from generation.sampling import generate
 from hardware import available_memory, native
 from model import GPT
-from terminal import readable_size
+from terminal import readable_size, say
 from training.device import Device
 
 # A text, or token ids.
@@ -218,6 +220,18 @@ def open_weights(init_from: str | Path, runs_dir: str | Path = "runs", device: s
     """
     found = find_weights(str(init_from), Path(runs_dir))
     return engine_of(found, Device(device, precision))
+
+
+def open_chosen(settings: ModelChoice, checkpoint: str, device: Device) -> Engine:
+    """The engine of the run, or of the weights in `init_from`, that a program's settings name.
+
+    Says on standard error which weights these are.
+    """
+    if not settings.init_from:
+        return open_checkpoint(find_run(Path(settings.runs_dir), settings.run), checkpoint, device)
+    weights = find_weights(settings.init_from, Path(settings.runs_dir))
+    say(weights.describe(), sys.stderr)
+    return engine_of(weights, device)
 
 
 def engine_of(weights: Weights, device: Device) -> Engine:

@@ -14,6 +14,8 @@ from report.figures import as_image, new_figure, quiet, short_text
 from terminal import escaped
 
 TEMPLATE = Path(__file__).with_suffix(".html")
+# The part of the style that all pages share.
+BASE_STYLE = Path(__file__).with_name("base.css")
 PLACEHOLDER = '{"this": "is replaced"}'  # of the data in the template
 MIN_POINTS, MAX_POINTS = 5, 8  # font size of labels in a picture
 MAX_WEIGHTS = 2**24  # on a page: 45 MB, which a browser opens in some seconds
@@ -24,13 +26,19 @@ def max_tokens(n_layer: int, n_head: int) -> int:
     return math.isqrt(MAX_WEIGHTS // (n_layer * n_head))
 
 
+def template() -> str:
+    """The page with its style, and PLACEHOLDER for its data."""
+    style = BASE_STYLE.read_text(encoding="utf-8")
+    return TEMPLATE.read_text(encoding="utf-8").replace("{{base}}", style)
+
+
 def page(
     name: str, labels: list[str], weights: np.ndarray, following: list[list[tuple[str, float]]]
 ) -> str:
     """The page of the weights `[L, H, T, T]`."""
     # A token could end the script that it is in.
     text = json.dumps(page_data(name, labels, weights, following)).replace("<", "\\u003c")
-    return TEMPLATE.read_text(encoding="utf-8").replace(PLACEHOLDER, text)
+    return template().replace(PLACEHOLDER, text)
 
 
 def page_data(

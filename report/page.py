@@ -11,6 +11,7 @@ import atomic
 from evaluation.comparison import SMALLEST, compare_all
 from progress import ProgressBar
 from report import curves
+from report.attention import BASE_STYLE
 from report.history import AXES, BITS, History, open_history
 from report.importance import MIN_RUNS, importance
 from report.runs import arms_of, best_first, differing, tokens_of
@@ -96,6 +97,7 @@ def page(runs: list[History], title: str) -> str:
         *side_by_side("Environment", [run.environment for run in runs], runs),
     ]
     template = TEMPLATE.read_text(encoding="utf-8")
+    template = template.replace("{{base}}", BASE_STYLE.read_text(encoding="utf-8"))
     template = template.replace("{{title}}", escape(f"Report: {title}"))
     return template.replace("{{body}}", "\n".join(parts))
 

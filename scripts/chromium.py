@@ -148,10 +148,6 @@ class Chromium:
         self.send("Emulation.setDeviceMetricsOverride", width=width, height=height,
                   deviceScaleFactor=1, mobile=False)
 
-    def set_dark(self, dark: bool) -> None:
-        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self.send("Emulation.setEmulatedMedia", features=[scheme])
-
     def picture(self, whole: bool = False) -> bytes:
         """The window as PNG, or the whole page."""
         clip = {}

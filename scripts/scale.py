@@ -61,7 +61,7 @@ from training.muon import NEWTON_SCHULZ_STEPS, Muon
 from training.optim import AdamW, Optimizers
 from training.sharding import Part
 
-GPUS = (1, 8, 16, 32, 64, 128, 256, 512, 1024)
+GPU_COUNTS = (1, 8, 16, 32, 64, 128, 256, 512, 1024)
 BYTES = 4  # of a weight, a gradient, a number of the optimizer state: all are fp32
 # What an update reads and writes for each number: weight, gradient, and the state.
 UPDATE_BYTES = {AdamW.STATE: 7 * BYTES, Muon.STATE: 5 * BYTES}
@@ -137,7 +137,7 @@ def main(own: ScaleSettings) -> int:
              "Newton-Schulz", "update", "step, ms", "efficiency", "state each", "limit")
     say(f"| {' | '.join(names)} |")
     say("|---" * len(names) + "|")
-    for size in GPUS:
+    for size in GPU_COUNTS:
         if tokens // block_size % size:
             # The sequences of a step cannot be divided equally.
             say(f"| {size:,} | {tokens / block_size / size:g} " + "| " * (len(names) - 3)

@@ -14,7 +14,7 @@ from starlette.routing import Route
 from conf.sampling import FIXED, SamplingConfig
 from conf.serving import ServeSettings
 from data.chat import has_markers
-from report.attention import PLACEHOLDER, TEMPLATE
+from report.attention import BASE_STYLE, PLACEHOLDER, template
 from serving.answers import Json
 from serving.tasks import Model
 
@@ -31,11 +31,11 @@ REPORT_POLICY = ("sandbox allow-scripts; default-src 'none'; script-src 'unsafe-
 def page_files() -> dict[str, Response]:
     """The files of the page by their routes, read now."""
     files = {}
-    for path in sorted(Path(__file__).with_name("page").iterdir()):
+    for path in [*Path(__file__).with_name("page").iterdir(), BASE_STYLE]:
         route = "/" if path.name == "page.html" else f"/{path.name}"
         files[route] = file_response(path.read_bytes(), TYPES[path.suffix],
                                      f"{POLICY}frame-ancestors 'none'")
-    content = TEMPLATE.read_text(encoding="utf-8").replace(PLACEHOLDER, "null")
+    content = template().replace(PLACEHOLDER, "null")
     files["/attention.html"] = file_response(content.encode(), "text/html", inline_policy(content))
     return files
 

@@ -26,6 +26,19 @@ class JobSource(Protocol):
     def on_exit(self, job: Job, code: int) -> None: ...
 
 
+def watch(job: Job, source: JobSource, runner: Runner, progress: Progress) -> None:
+    """Read the new metrics of a running job, and whether it has ended."""
+    # Poll first: the metrics of a job that has ended are complete.
+    code = job.process.poll()
+    job.update()
+    source.on_metrics(job)
+    if code is not None:
+        code = job.exit_code(code)
+        runner.running.remove(job)
+        progress.on_exit(job, code)
+        source.on_exit(job, code)
+
+
 def run_jobs(source: JobSource, runner: Runner, progress: Progress) -> int:
     """Run the jobs of `source` until there are no more.
 
@@ -48,18 +61,8 @@ def run_jobs(source: JobSource, runner: Runner, progress: Progress) -> int:
                 for job in runner.running:
                     job.stop()
 
-            # Read the new metrics of each job, and whether it has ended.
             for job in list(runner.running):
-                # Poll first: the metrics of a job that has ended are complete.
-                code = job.process.poll()
-                job.update()
-                source.on_metrics(job)
-                if code is not None:
-                    code = job.exit_code(code)
-                    runner.running.remove(job)
-                    progress.on_exit(job, code)
-                    source.on_exit(job, code)
-
+                watch(job, source, runner, progress)
             progress.show(runner.running)
             time.sleep(runner.poll_seconds)
 

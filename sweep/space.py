@@ -212,17 +212,18 @@ def key_problems(
 
 def read_values(key: str, values: Any) -> Range | list[Any]:
     """The range or choices of a setting or preset. Raises ValueError saying what is wrong."""
-    # A list of choices.
     hint = leaves(Settings).get(key, str)
-    if isinstance(values, list) and values:
-        choices = [convert(value, hint) for value in values]
-        if key in groups():
-            for choice in choices:
-                if choice not in options(key):
-                    raise ValueError(f"has no preset {choice}: use {', '.join(options(key))}")
-        return choices
+    if not isinstance(values, list) or not values:
+        return read_range(values, hint)
+    choices = [convert(value, hint) for value in values]
+    unknown = set(choices) - set(options(key)) if key in groups() else set()
+    if unknown:
+        raise ValueError(f"has no preset {min(unknown)}: use {', '.join(options(key))}")
+    return choices
 
-    # A range of numbers.
+
+def read_range(values: Any, hint: Any) -> Range:
+    """A range of numbers of the type `hint`. Raises ValueError saying what is wrong."""
     if not isinstance(values, dict):
         raise ValueError(RANGE_FORM)
     if not {"low", "high"} <= values.keys() <= {"low", "high", "step", "log"}:

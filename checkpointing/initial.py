@@ -105,6 +105,7 @@ def check(weights: Weights) -> Iterator[str]:
     Where transformers is installed and has this model, its logits must be ours, or ValueError is
     raised. Elsewhere the loss is told: wrong weights make it as large as that of a guess.
     """
+    # The logits of a sentence, by our model and where possible by theirs.
     ids = weights.sentence_ids()
     if ids is None:
         return
@@ -116,6 +117,7 @@ def check(weights: Weights) -> Iterator[str]:
         yield (f"Check of the weights: the loss on a sentence of English is {loss:.2f}; that of a "
                f"guess is {math.log(model.config.vocab_size):.2f}")
         return
+
     # Both compute the same function, and round differently.
     difference, largest = (logits - theirs).abs().max().item(), theirs.abs().max().item()
     compared = (f"the logits of a sentence differ from those of transformers by at most "

@@ -66,6 +66,7 @@ def count_memory(settings: Settings, device: Device, gpu_bytes: float = 0) -> tu
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    # Build the model and the optimizers as for a run.
     shape = (settings.training.batch_size, settings.model.block_size)
     scaler = torch.amp.GradScaler(device.type, enabled=False)
     with FakeTensorMode(), AllocationCounter() as counter, device.torch:
@@ -73,6 +74,8 @@ def count_memory(settings: Settings, device: Device, gpu_bytes: float = 0) -> tu
         model.recompute = settings.training.recompute
         model.loss_options = loss_options(device.torch, gpu_bytes=gpu_bytes)
         optimizers = Optimizers(model.parameters_by_role(), settings.optim)
+
+        # Train one step.
         ids = torch.zeros(shape, dtype=torch.int64)
         document_ids = ids if settings.data.respect_documents else None
         # In the second micro-step, the gradients of the first exist as well.

@@ -64,6 +64,7 @@ def read_folder(folder: Path) -> Weights:
     """The weights in a folder. Raises ValueError, in one sentence, if they are not supported."""
     if not (folder / CONFIG).exists():
         return read_nanogpt(folder / NANOGPT)
+    # The shape, by the configuration of a supported class.
     published = read_json(folder / CONFIG)
     layout = published.get("model_type")
     if layout not in tuple(CLASSES):
@@ -71,7 +72,7 @@ def read_folder(folder: Path) -> Weights:
                          f"supported: supported are {', '.join(CLASSES)}.")
     config = make_config(layout, published, folder / CONFIG)
 
-    # Large models are in several files.
+    # The tensors. Large models are in several files.
     tensors: dict[str, Tensor] = {}
     for path in weight_files(folder):
         content = read_pickled(path) if path.name == PICKLED else read_safetensors(path)

@@ -25,6 +25,7 @@ def freeze(schema: Any, values: dict[str, Any], prefix: str, problems: list[str]
         if name not in values:
             continue
         key, value = f"{prefix}{name}", values[name]
+        # A value, or a group of settings, which is a dataclass of its own.
         try:
             if not is_dataclass(hint):
                 arguments[name] = convert(value, hint)

@@ -155,10 +155,12 @@ def run_command(
     known = leaves(SCHEMAS[root]) if root in SCHEMAS else {}
     flags, overrides = split_flags(arguments, known)
 
-    # Help, and a sweep, need no settings of a run.
+    # Help and sweeps need no settings of a run.
     if "--help" in flags:
         say(help_text(root, doc))
         return 0
+
+    # Several processes train one run; a sweep starts processes of its own.
     in_torchrun = "TORCHELASTIC_RUN_ID" in os.environ and os.environ["WORLD_SIZE"] != "1"
     if in_torchrun and (root != "config" or "-m" in flags):
         raise ValueError("torchrun trains one run with several processes: start a sweep with "
@@ -167,6 +169,8 @@ def run_command(
         if not multirun:
             raise ValueError("-m: only train.py runs sweeps.")
         return imported(multirun)(overrides, show="--cfg" in flags)
+
+    # Compose the settings, and print them or run the main function with them.
     if root not in SCHEMAS:
         root = imported(root)
     if "--cfg" in flags:

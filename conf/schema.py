@@ -90,6 +90,7 @@ def checked(root: str | type, known: dict[str, Any], overrides: list[str]) -> li
         parts = re.fullmatch(r"(\+\+|\+|~)?([^=]*)(?:=(.*))?", override, re.DOTALL)
         sign, key, value = parts.groups()
         is_group = root == "config" and key in groups()
+        # The first of these problems is told.
         problem = ""
         if sign == "~" and key:
             problem = (f"{override}: settings cannot be removed: write key=value, as in "

@@ -136,6 +136,7 @@ class SampleSettings(ModelChoice, SamplingConfig):
     def problems(self) -> Iterator[str]:
         """One sentence for each invalid value."""
         yield from super().problems()
+        # What is completed: one prompt, a file of prompts, what the user types, or a conversation.
         inputs = (self.prompt, self.prompt_file, self.prompts, self.interactive, self.chat)
         if sum(map(bool, inputs)) > 1:
             yield ("prompt, prompt_file, prompts, interactive and chat exclude each other: choose "
@@ -144,11 +145,13 @@ class SampleSettings(ModelChoice, SamplingConfig):
             yield "chat=true gives one answer as text: leave out logprobs and num_samples."
         if self.system and not self.chat:
             yield f"system={self.system} is for chat=true: add it, or leave it out."
+        # A file of prompts needs a file for its completions.
         if bool(self.prompts) != bool(self.out):
             yield "prompts=FILE and out=FILE.jsonl belong together: give both."
         if self.prompts and self.logprobs:
             yield ("logprobs=true only prints, and prompts= writes a file: leave logprobs out; "
                    "each line of the file has the mean log probability.")
+        # The model.
         yield from checkpoint_problems(self.checkpoint)
         if self.init_from and self.checkpoint != "best":
             yield (f"checkpoint={self.checkpoint} is for run=: name the folder of a checkpoint in "

@@ -100,12 +100,14 @@ def tokenizer_of(folder: Path, name: str) -> Tokenizer:
         for piece in File(text).text_pieces():
             characters.update(piece)
         return CharTokenizer("".join(sorted(characters)), with_end_of_text=False)
+    # A BPE of ours, saved beside its tokens.
     if name == "bpe":
         saved = folder / "tokenizer.json"
         if not saved.is_file():
             raise ValueError(f"{saved} is missing: name the tokenizer that made these tokens, as "
                              f"in data.tokenizer=gpt2.")
         return read_tokenizer(saved)
+    # One in a file, or one that its name alone describes.
     if name not in TOKENIZERS:
         return open_tokenizer(name)
     return from_json({"kind": name}, f"data.tokenizer={name}")
@@ -152,6 +154,7 @@ def describe_bin(path: Path, vocab_size: int, dtype: str) -> dict[str, Any]:
 
     Raises ValueError for a damaged or unsupported file, or a type too small for the vocabulary.
     """
+    # Files that are not supported.
     if not path.is_file():
         raise ValueError(f"{path} is not a regular file: give files of tokens.")
     if path.with_suffix(".idx").exists():
@@ -182,6 +185,7 @@ def describe_bin(path: Path, vocab_size: int, dtype: str) -> dict[str, Any]:
         raise ValueError(f"{path} has {shard['dtype']} tokens according to its header: remove "
                          f"data.dtype={dtype}.")
 
+    # The tokens must exist, and their type must have room for every id.
     if not shard["tokens"]:
         raise ValueError(f"{path} is empty.")
     if not fits(shard["dtype"], vocab_size):
@@ -280,6 +284,17 @@ def read_sample(path: Path, dtype: str) -> np.ndarray:
     return np.concatenate([tokens[start : start + SAMPLE_TOKENS] for start in starts])
 
 
+def check_ids(chunk: np.ndarray, start: int, vocab_size: int, shard: dict[str, Any]) -> None:
+    """Raise ValueError for an id that is not below `vocab_size`; `chunk` begins at `start`."""
+    for place in (int(chunk.argmax()), int(chunk.argmin())):
+        if not 0 <= int(chunk[place]) < vocab_size:
+            raise ValueError(
+                f"{shard['file']} has the id {chunk[place]} (token {start + place}), beyond the "
+                f"vocabulary of {vocab_size}: the tokenizer that made it is another "
+                f"(data.tokenizer=), or the type of its tokens is not {shard['dtype']} "
+                f"(data.dtype=).")
+
+
 def count_tokens(shards: list[dict[str, Any]], tokenizer: Tokenizer) -> dict[str, Any]:
     """The documents, bytes and tokens in some shards; ValueError for an unknown id."""
     counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
@@ -291,13 +306,7 @@ def count_tokens(shards: list[dict[str, Any]], tokenizer: Tokenizer) -> dict[str
                                (shard["tokens"],))
             for start in range(0, len(tokens), CHUNK):
                 chunk = tokens[start : start + CHUNK]
-                for place in (int(chunk.argmax()), int(chunk.argmin())):
-                    if not 0 <= int(chunk[place]) < len(counts):
-                        raise ValueError(
-                            f"{shard['file']} has the id {chunk[place]} (token {start + place}), "
-                            f"beyond the vocabulary of {len(counts)}: the tokenizer that made it "
-                            f"is another (data.tokenizer=), or the type of its tokens is not "
-                            f"{shard['dtype']} (data.dtype=).")
+                check_ids(chunk, start, len(counts), shard)
                 counts += np.bincount(chunk.astype(np.int64, copy=False), minlength=len(counts))
                 bar.update(len(chunk))
 

@@ -121,6 +121,8 @@ def read_messages(record: Any, place: str) -> list[Message] | BadRecord:
     else:
         return BadRecord(f"{place} has neither messages nor prompt and completion (its fields: "
                          f"{listed(record) or 'none'})")
+
+    # The first invalid message makes the record invalid.
     messages = []
     for number, one in enumerate(found, 1):
         message = read_message(one, f"{place}, message {number}")

@@ -95,17 +95,20 @@ class DataConfig(SettingsBase):
     def problems(self) -> Iterator[str]:
         """One sentence for each invalid value."""
         yield from super().problems()
+        # The source, or the parts of a mixture.
         if self.mix:
             yield from self.mix_problems()
         else:
             yield from self.path_problems()
             yield from self.unused_problems()
+        # The validation text.
         yield from missing_path("val_path", self.val_path)
         if self.val_path and self.val_split:
             yield (
                 f"val_path={self.val_path} and val_split={self.val_split} exclude each other: "
                 f"choose one."
             )
+        # How the text is read and encoded.
         if self.encoding and not is_text_encoding(self.encoding):
             yield (
                 f"encoding={self.encoding} is not a text encoding of Python: use a name such as "

@@ -156,6 +156,7 @@ class Corpus:
                 if in_validation.add(digest) or not self.deduplicate:
                     yield Found(index, document, number_of(digest), length, "val")
 
+        # Then the other text. Without a validation text, a hash will choose its split.
         split = "train" if self.validation else ""
         for index, document in enumerate(self.source.documents()):
             digest, length = measure(document, update)

@@ -52,6 +52,7 @@ def batches(corpora: list[Corpus]) -> Iterator[Batch]:
     for part, corpus in enumerate(corpora):
         batch, segment_bytes = Batch(part, segment), 0
         for piece in corpus.pieces():
+            # The batch is full. After SEGMENT_BYTES, the next one begins another segment.
             if batch.size() >= BATCH_BYTES:
                 batch.progress = progress_of(corpora, part)
                 yield batch

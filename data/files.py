@@ -207,6 +207,7 @@ class File:
                 yield document
             return
 
+        # Of other files, each record is one.
         for text in self.records():
             if isinstance(text, BadRecord):
                 if self.on_bad_record == "stop":

@@ -198,6 +198,7 @@ class Hub:
 
     def open_error(self, error: Exception) -> str:
         """Why `datasets` cannot open the dataset, and what to do."""
+        # The library tells these cases apart by the text of its messages only.
         reason = first_line(error)
         if "scripts are no longer supported" in reason:
             return (

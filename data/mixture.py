@@ -18,6 +18,7 @@ def read_mix(mix: str) -> dict[str, int]:
     "pydocs:0.7 book.txt:0.3" gives {"pydocs": 7, "book.txt": 3}. Names with blanks are quoted as in
     a shell. Raises ValueError with one sentence for an invalid mixture.
     """
+    # Read the weights as fractions, so that 0.7 and 0.3 are exactly 7 and 3 tenths.
     try:
         words = shlex.split(mix)
     except ValueError:

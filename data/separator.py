@@ -50,6 +50,7 @@ def divide(read: Callable[[], Iterator[str]], separator: str) -> Iterator[Docume
         if not is_end:
             continue
 
+        # The document is complete. A long one is read from the text again.
         document = Document.of("".join(parts))
         if length > IN_MEMORY:
             document = Document(partial(read_again, read, separator, index))

@@ -83,6 +83,7 @@ def open_sources(config: DataConfig) -> dict[str, Source]:
         sources = {name: open_source(config.part(name)) for name in read_mix(config.mix)}
     else:
         sources = {config.source: open_source(config)}
+
     # Settings that DataConfig cannot check, because it does not know the files.
     place = config.mix or config.path
     kinds = {kind for source in sources.values() for kind in kinds_of(source)}
@@ -193,7 +194,6 @@ def fetch(url: str, sha256: str) -> Path:
                 f"it again."
             )
         return path
-
 
     advice = f"Download it yourself and put it at {path}, or name your copy with data.path=FILE."
     say(f"Downloading {url}")

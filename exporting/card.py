@@ -33,6 +33,7 @@ print(tokenizer.decode(model.generate(**ids, max_new_tokens=50)[0]))
 def model_card(name: str, config: GPTConfig, class_name: str, state: dict[str, Any],
                parameters: int, checked: str) -> str:
     """The content of README.md. Paths of the training machine are left out."""
+    # The facts, as a table.
     settings = flat(state["settings"])
     val_loss = state["val_loss"]
     facts = {
@@ -48,6 +49,8 @@ def model_card(name: str, config: GPTConfig, class_name: str, state: dict[str, A
         "validation loss": "not evaluated" if val_loss is None else f"{val_loss:.4f} nats a token",
     }
     rows = [f"| {key} | {plain(value)} |" for key, value in facts.items()]
+
+    # The page: front matter, title, table, check, and how to use the model.
     trust = ", trust_remote_code=True" if config.ngrams > 1 else ""
     lines = [FRONT_MATTER, f"# {plain(name)}\n", "A language model trained with nanohydra.\n",
              "| | |", "|---|---|", *rows, f"\n{checked}\n", USE.format(trust=trust)]

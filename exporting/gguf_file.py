@@ -62,6 +62,7 @@ def splitter(tokenizer: Tokenizer) -> str:
 
 def write_file(path: Path, weights: Weights, layout: str, name: str) -> None:
     """Write a GGUF file, tensor by tensor."""
+    # The metadata: name, shape and tokenizer.
     gguf = import_gguf()
     writer = gguf.GGUFWriter(path, layout.removeprefix("gguf-"))
     writer.add_name(name)

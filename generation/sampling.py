@@ -183,6 +183,7 @@ def generate(
     was_training = model.training
     model.eval()
     try:
+        # Prefill the prompts, as rows of one batch.
         if not rules.cache:
             decoder = None
         elif decoder is None:
@@ -191,6 +192,8 @@ def generate(
         batch = Batch(model, decoder, len(rows), longest + rules.max_new_tokens)
         for row in rows:
             batch.join(row)
+
+        # One token a row and step, until all are done.
         for _ in range(rules.max_new_tokens):
             tokens, logits = batch.step()
             yield indices.copy(), tokens, logits

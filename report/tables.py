@@ -57,6 +57,7 @@ def leaderboard_rows(runs: list[History]) -> list[dict[str, tuple[Any, str]]]:
         values = [run.settings.get(key, "") for run in runs]
         settings[key] = list(zip(values, number_texts(values), strict=True))
 
+    # The columns, from left to right.
     rows = []
     for rank, run in enumerate(runs):
         _, tokens, seconds = run.reached

@@ -75,11 +75,14 @@ from terminal import counted, readable_size, say
 
 
 def main(settings: ExportSettings) -> int:
+    # Find what is missing before anything is read.
     out = Path(settings.out)
     if os.path.lexists(out):
         raise ValueError(f"out={out} exists: choose another name, or remove it.")
     if settings.push_to:
         hub.import_hub()
+
+    # Read the checkpoint, and write it in the other format.
     run = find_run(Path(settings.runs_dir), settings.run)
     weights, state = store.load_of_run(run, settings.checkpoint,
                                        lambda found: (own_weights(found), found.state))

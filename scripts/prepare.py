@@ -199,6 +199,8 @@ def survey(runs_dir: Path) -> tuple[dict[Path, str], dict[Path, str]]:
         users = runs_by_tokens(runs_dir)
     except ValueError as error:
         raise ValueError(f"{error} Nothing was removed.") from None
+
+    # Decide for each folder whether a run needs it.
     kept: dict[Path, str] = {}
     unused: dict[Path, str] = {}
     for folder in sorted(data_root().glob("*-*-*")):

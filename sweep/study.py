@@ -30,6 +30,7 @@ def open_study(folder: Path, space: Space, metric: str, storage: str, pruner: st
 
     `storage` is a URL for Optuna, or empty for the journal in the folder.
     """
+    # Create the study with a description of its space, or open it with the earlier one.
     optuna = import_optuna()
     description = space.description()
     try:
@@ -44,6 +45,8 @@ def open_study(folder: Path, space: Space, metric: str, storage: str, pruner: st
         # Each kind of storage has its own exceptions.
         message = storage_error(storage, error)
         raise ValueError(message + damaged_line(folder / JOURNAL)) from error
+
+    # Trials of different spaces cannot be compared.
     changes = differences(searched or description, description)
     if changes:
         raise ValueError(f"{folder} is the search of another space: {listed(changes)}. "

@@ -138,9 +138,10 @@ def restore(layout: str, config: GPTConfig, tensors: Mapping[str, Tensor],
 
 def weight_files(folder: Path) -> list[Path]:
     """The files with the tensors of a folder of Hugging Face."""
+    # A small model is in one file.
     if (folder / TENSORS).exists():
         return [folder / TENSORS]
-    # The index names the file of each tensor.
+    # The index of a large one names the file of each tensor.
     if (folder / INDEX).exists():
         names = read_json(folder / INDEX).get("weight_map")
         if not isinstance(names, dict) or not names:
@@ -152,6 +153,7 @@ def weight_files(folder: Path) -> list[Path]:
                 raise ValueError(f"{folder / INDEX} names {shown(name)}, which is not a "
                                  "safetensors file of its folder.")
         return [folder / name for name in sorted(files)]
+    # Before safetensors, models were pickled.
     if (folder / PICKLED).exists():
         return [folder / PICKLED]
     raise ValueError(f"{folder} has no {TENSORS}: it is needed beside {CONFIG}.")

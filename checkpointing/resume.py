@@ -235,6 +235,7 @@ def is_finished(settings: Settings, folder: Path) -> bool:
     saved = store.list_checkpoints(folder / "checkpoints")
     if not saved or settings.restart:
         return False
+    # The shape of the model and the tokens, as the run itself would choose them.
     in_place = replace(settings, name=folder.name, runs_dir=str(folder.parent))
     try:
         settings, _ = with_initial_weights(in_place)

@@ -118,6 +118,7 @@ def find_bins(path: str) -> dict[str, list[Path]]:
 
     Raises ValueError for a split without files or with both endings, and for a file of both splits.
     """
+    # Sort the files into the splits that their names tell.
     place = Path(path)
     if place.is_dir():
         files = [file for file in place.iterdir() if file.suffix.lower() in ENDINGS]

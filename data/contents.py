@@ -24,6 +24,8 @@ class Contents:
         self.counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
         # The number of documents by their length in tokens, rounded to a third of an octave.
         self.by_length: Counter[int] = Counter()
+
+        # The count of each token, in both splits.
         parts = [*self.train, *open_parts(folder, "val")]
         with ProgressBar(desc="Counting", total=sum(map(len, parts)), unit="tokens",
                          unit_scale=True, leave=False) as bar:

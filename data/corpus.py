@@ -112,12 +112,15 @@ class Corpus:
 
     def has_several(self) -> bool:
         """Whether a split has several documents. Raises ValueError for a split without any."""
+        # Three documents are enough to know: a split has two of them.
         documents: Counter[str] = Counter()
         with self.progress("Reading") as update:
             for found in self.distinct(update):
                 documents[found.split] += 1
                 if documents["train"] and documents.total() > 2:
                     break
+
+        # Both splits need text.
         if not documents["val"]:
             raise ValueError("The validation text is empty: every document of it is blank.")
         if not documents["train"]:

@@ -120,12 +120,14 @@ def skip_segments(batches: Iterator[Batch], first: int, bar: ProgressBar) -> Ite
 def write_segment(folder: Path, number: int, encoded: Iterator[tuple[Batch, dict[str, np.ndarray]]],
                   vocab_size: int, bar: ProgressBar) -> dict[str, Any]:
     """Write the batches of a segment with their ids into a shard of each split."""
+    # Open a shard of each split.
     segment: dict[str, Any] = {"number": number}
     writers = {}
     for split in SPLITS:
         segment[split] = {"documents": 0, "bytes": 0}
         writers[split] = ShardWriter(folder / f"{split}_{number:05d}.npy", vocab_size)
 
+    # Add the tokens, and count what they are made of.
     for batch, ids in encoded:
         segment["part"] = batch.part
         for split in SPLITS:
@@ -134,6 +136,7 @@ def write_segment(folder: Path, number: int, encoded: Iterator[tuple[Batch, dict
             segment[split]["bytes"] += batch.n_bytes[split]
         show(bar, batch)
 
+    # A shard gets its name when it is complete.
     for split, writer in writers.items():
         segment[split] |= {"tokens": writer.n_tokens, "shards": writer.close()}
     return segment

@@ -232,6 +232,7 @@ class Hub:
             raise ValueError(
                 f"data.split={self.config.split}: {self.name} has the splits {', '.join(files)}."
             )
+        # A folder from a stranger can name files anywhere.
         paths = [path for split in splits for path in files[split]]
         for path in paths:
             if self.folder and not is_file_in(self.folder, path):

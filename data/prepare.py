@@ -85,6 +85,7 @@ def planned(config: DataConfig) -> Plan:
     name, of_tokenizer = config.tokenizer, config.tokenizer
     if name not in TOKENIZERS:
         name, of_tokenizer = "file", f"file {sha256_of([find_tokenizer(name)])[0]}"
+    # All that decides the tokens. Its hash is in the name of the folder.
     recipe = {"format": FORMAT,
               "sources": [source.fingerprint() for source in sources.values()],
               "validation": validation.fingerprint() if validation else None,

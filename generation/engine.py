@@ -58,12 +58,14 @@ class Completion:
             return
         self.tokens.append(token)
         self.logprobs.append(logprob)
+        # A token that ends the text has none of its own.
         if token in self.ends:
             self.finish()
             self.reason = "end_of_text"
             return
         # A token can end within a character, whose first bytes then wait for the next token.
         self.text += self.utf8.decode(self.tokenizer.decode_bytes((token,)))
+        # The text ends before the first stop in it.
         found = [self.text.index(stop) for stop in self.stops if stop in self.text]
         if found:
             self.text = self.text[: min(found)]

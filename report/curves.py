@@ -276,6 +276,7 @@ def slice_svg(runs: list[History], key: str, ranked: list[History]) -> str:
 
 def curves_png(runs: list[History]) -> bytes:
     """All pictures of losses and diagnostics, against steps, tokens and seconds."""
+    # A row or two of losses, and one of diagnostics.
     rows = 2 if len(runs) == 1 else 3
     figure, style = new_figure(16, 4 * rows, "curves")
     with style, quiet():
@@ -288,6 +289,7 @@ def curves_png(runs: list[History]) -> bytes:
                 draw_losses(grid[1][column], runs, "training", axis)
         for column, name in enumerate(DIAGNOSTICS):
             draw_diagnostic(grid[-1][column], runs, name)
+        # One legend of the runs for all pictures.
         add_names(figure, grid[-1][0], runs)
         return as_image(figure, "png")
 

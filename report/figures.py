@@ -153,6 +153,7 @@ def log_ticks(axis: Any) -> None:
         if len(ticks) <= 6:
             break
 
+    # Label them, and hide those between.
     axis.set_ticks(ticks)
     axis.set_major_formatter(FuncFormatter(lambda value, _: number_text(value, 3)))
     axis.set_minor_locator(NullLocator())
@@ -183,6 +184,7 @@ def number_text(value: float, digits: int) -> str:
 
 def number_texts(values: list[Any]) -> list[str]:
     """Settings as texts; fractions have three significant digits, or more to tell them apart."""
+    # Add digits until different values have different texts.
     different = len(set(map(str, values)))
     for digits in range(3, 18):
         texts = []

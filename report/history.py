@@ -130,6 +130,7 @@ def read_history(folder: Path, name: str) -> History:
         losses["best_step"] = best["step"]
         losses["bits_per_byte"] = None if bits is None else float(bits)
 
+    # How far the run is, and what else its files tell.
     finished, state = state_of(folder, rows, reached, settings)
     environment = last_start | {"starts": len(starts)} if starts else {}
     samples = [(row["step"], str(row["sample"])) for row in rows if "sample" in row]

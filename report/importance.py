@@ -21,6 +21,7 @@ def importance(runs: list[History], keys: list[str]) -> dict[str, float]:
     that decided, with a dozen runs. All `runs` have a score. Raises ValueError for fewer than
     MIN_RUNS, if all scores are equal, and if Optuna or scikit-learn is not installed.
     """
+    # What is needed: runs, different scores, and two packages.
     if len(runs) < MIN_RUNS:
         needed = f"{MIN_RUNS} finished runs with all these settings"
         raise ValueError(f"Importance needs {needed}; there are {len(runs)}.")

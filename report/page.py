@@ -121,11 +121,13 @@ def summary(runs: list[History], title: str) -> Iterator[str]:
 def losses(runs: list[History]) -> Iterator[str]:
     """The losses against steps, tokens and seconds, with buttons that choose between them."""
     yield "<h2>Loss</h2>"
+    # A legend, unless there are more runs than colors.
     if 1 < len(runs) <= len(curves.COLORS):
         names = ""
         for rank, run in enumerate(runs):
             names += f'<span data-run="{rank}">{swatch(rank, len(runs))}{escape(run.name)}</span>'
         yield f'<p class="legend">{names}</p>'
+    # Pictures against each axis, of which the page shows one at a time.
     yield CHOICE_OF_AXIS
     kind = "curves single" if len(runs) == 1 else "curves"
     try:
@@ -236,6 +238,7 @@ def samples(runs: list[History]) -> Iterator[str]:
     yield "<h2>Samples</h2>"
     if len(with_samples) > MAX_SAMPLES:
         yield f"<p>Of the best {MAX_SAMPLES} runs.</p>"
+    # A card for each run, or of a single run for each sample.
     cards = ""
     for rank, run in with_samples[:MAX_SAMPLES]:
         # The newest ten, the last one first.

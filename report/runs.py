@@ -128,6 +128,7 @@ def arms_of(runs: list[History]) -> dict[str, dict[int, History]]:
         if not isinstance(seed, int):
             raise ValueError(f"{run.name} has the seed {seed}, which is not a whole number: leave "
                              "it out.")
+        # The arm is named by its settings; a second run with the same seed would be a copy.
         name = ", ".join(f"{key}={run.settings.get(key)}" for key in keys)
         other = arms.setdefault(name, {}).setdefault(seed, run)
         if other is not run:

@@ -199,6 +199,7 @@ class Search(JobSource):
         return int.from_bytes(digest[:4])
 
     def on_metrics(self, job: Job) -> None:
+        # Report the results, and stop an unpromising trial.
         trial = self.trials[job]
         for row in job.new_rows:
             step, value = row["step"], row.get(self.metric)
@@ -212,6 +213,7 @@ class Search(JobSource):
             if step < job.max_steps and not job.stop_requested and trial.should_prune():
                 self.pruned.add(job)
                 job.stop()
+        # At the end of the time, trials save, to be resumed by another command.
         if time.monotonic() > self.deadline and not job.stop_requested:
             job.stop()
 

@@ -193,6 +193,7 @@ def key_problems(
     content: Point, varied: Point, fixed: Point, given: dict[str, str], place: str
 ) -> Iterator[str]:
     """The problems with the names in a space's file, and with the settings `given` beside it."""
+    # Names that do not exist: parts of a space, and settings.
     for key in content:
         if key not in PARTS:
             yield f"{key} ({place}) is not a part of a space: use {', '.join(PARTS)}."
@@ -202,6 +203,7 @@ def key_problems(
         for key in keys:
             if key not in settings and key not in presets:
                 yield unknown(str(key), settings, source)
+    # Something must vary, and nothing may both vary and be fixed.
     if not varied:
         yield (f"The space {place} is empty: name the settings that vary, as in optim.lr: "
                f"{{low: 1e-4, high: 1e-2, log: true}}.")
@@ -232,6 +234,7 @@ def read_range(values: Any, hint: Any) -> Range:
     for number in numbers.values():
         if type(number) not in (int, float) or not math.isfinite(number):
             raise ValueError("takes no range: list choices, as in [a, b]")
+    # The lowest and the highest value, and how the values between them are chosen.
     low, high, step = numbers["low"], numbers["high"], numbers.get("step")
     log = convert(values.get("log", False), bool)
     if low > high or (step is not None and step <= 0):

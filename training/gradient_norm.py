@@ -84,12 +84,14 @@ def measure_chunks(parts: list[Part]) -> list[Tensor]:
         gradient = part.tensor.grad
         if gradient is None:
             gradient = torch.zeros_like(part.tensor)
+        # The chunks of CHUNK numbers, and what is left after the last.
         numbers = gradient.reshape(-1)
         full = numbers.numel() // CHUNK * CHUNK
         if full:
             norms.append(torch.linalg.vector_norm(numbers[:full].view(-1, CHUNK), dim=1))
         if full < numbers.numel():
             remainders.append(numbers[full:])
+    # One launch on a GPU for all remainders.
     if remainders:
         norms.append(torch.stack(torch._foreach_norm(remainders)))
     return norms

@@ -74,8 +74,8 @@ def train_together(settings: Settings, world: World) -> int:
     with ExitStack() as stack:
         # Lock the run's folder, and find its last checkpoint.
         run, settings, last = open_run(settings, data.prepared, world, stack)
-        limits = settings.training
-        if last and limit_reached(limits, last):
+        training = settings.training
+        if last and limit_reached(training, last):
             return world.first(lambda: already_finished(run, settings, last, data.prompts))
 
         # Build the model and the optimizers.
@@ -112,16 +112,16 @@ def train_together(settings: Settings, world: World) -> int:
         if world.is_first:
             say(f"Trained {counted(state.step, 'step')} in {state.seconds:.0f} s, "
                 f"and waited {trainer.saver.waiting_seconds:.1f} s for saving.")
-            finish(run, limits, data.prompts, trainer.sampling_device)
+            print_last_samples(run, training, data.prompts, trainer.sampling_device)
         return 0
 
 
 def load_data(settings: Settings, world: World) -> RunData:
     """Open the prepared text; the first process prepares it if necessary."""
     prepared = world.first(lambda: prepared_tokens(settings))
-    limits, block_size = settings.training, settings.model.block_size
-    return open_data(prepared, settings.data, block_size, limits.batch_size,
-                     limits.micro_steps(block_size, world.size), limits.eval_tokens,
+    training, block_size = settings.training, settings.model.block_size
+    return open_data(prepared, settings.data, block_size, training.batch_size,
+                     training.micro_steps(block_size, world.size), training.eval_tokens,
                      settings.seed, world.rank, world.size)
 
 
@@ -136,7 +136,7 @@ def check_resources(state: State, data: RunData, device: Device, run: Run) -> No
 
 def training_loop(trainer: Trainer, clock: Clock, interrupt: Interrupt) -> Decision:
     """Train until a limit or an interruption ends the run."""
-    state, limits, world = trainer.state, trainer.limits, trainer.world
+    state, training, world = trainer.state, trainer.training, trainer.world
     decision = Decision()
     while not decision.ends_run:
         # Forward and backward passes, and the update of the weights.
@@ -148,10 +148,10 @@ def training_loop(trainer: Trainer, clock: Clock, interrupt: Interrupt) -> Decis
 
         # Decide, the same in all processes: evaluate, save, skip, roll back or stop.
         seconds, interrupted = world.agree(state.seconds + step_seconds, bool(interrupt))
-        decision = decide(limits, state.step + 1, seconds, step.finite, state.nonfinite,
+        decision = decide(training, state.step + 1, seconds, step.finite, state.nonfinite,
                           interrupted)
         if not step.finite:
-            trainer.answer_nonfinite(decision.action, step)
+            trainer.handle_nonfinite(decision.action, step)
         if decision.action == "rollback":
             # The state is that of an earlier checkpoint now.
             continue
@@ -176,19 +176,20 @@ def training_loop(trainer: Trainer, clock: Clock, interrupt: Interrupt) -> Decis
 def already_finished(run: Run, settings: Settings, last: Checkpoint,
                      prompts: list[Prompt]) -> int:
     """Say that the run is finished; prune and report if a kill prevented that."""
-    limits = settings.training
-    advice = notices.how_to_continue(limit_reached(limits, last), settings, last)
+    training = settings.training
+    advice = notices.how_to_continue(limit_reached(training, last), settings, last)
     say(f"{run.folder} is finished: {counted(last.step, 'step')}, "
         f"{last.state['seconds']:.0f} s. {advice}")
-    store.prune(run.checkpoints, limits.keep_last)
+    store.prune(run.checkpoints, training.keep_last)
     if settings.logger.report and not is_current(run.folder):
         say(after_training(run.folder))
-    finish(run, limits, prompts, Device(limits.device, limits.precision))
+    print_last_samples(run, training, prompts, Device(training.device, training.precision))
     return 0
 
 
-def finish(run: Run, limits: TrainingConfig, prompts: list[Prompt], device: Device) -> None:
+def print_last_samples(run: Run, training: TrainingConfig, prompts: list[Prompt],
+                       device: Device) -> None:
     """Print samples of the best checkpoint, and the command for more."""
-    if limits.sample_tokens:
+    if training.sample_tokens:
         print_samples(run.folder, prompts, device)
     say_how_to_sample(run.folder, prompts)

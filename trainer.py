@@ -46,7 +46,7 @@ from training.step import (
 def open_trainer(settings: Settings, data: RunData, tasks: dict[str, list[Question]],
                  state: State, device: Device, world: World, run: Run) -> Iterator[Trainer]:
     """A trainer with its records, and the thread that saves its checkpoints."""
-    limits = settings.training
+    training = settings.training
 
     def before_checkpoint() -> None:
         # A checkpoint is only written if the folder is still the run's, and its metrics with it.
@@ -54,12 +54,12 @@ def open_trainer(settings: Settings, data: RunData, tasks: dict[str, list[Questi
         recorder.sync()
 
     def open_recorder() -> Recorder:
-        return Recorder(run.folder, state.step, limits.max_steps, settings.logger,
+        return Recorder(run.folder, state.step, training.max_steps, settings.logger,
                         asdict(settings))
 
     with (world.only_first(open_recorder) as recorder,
-          Saver(run.checkpoints, limits.keep_last, state.step, before_checkpoint, recorder.say,
-                stop_on_error=limits.on_save_error == "stop", peers=Peers(world)) as saver):
+          Saver(run.checkpoints, training.keep_last, state.step, before_checkpoint, recorder.say,
+                stop_on_error=training.on_save_error == "stop", peers=Peers(world)) as saver):
         yield Trainer(settings, data, tasks, state, device, world, run, recorder, saver)
 
 
@@ -91,7 +91,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         data, state, world = self.data, self.state, self.world
-        self.limits = self.settings.training
+        self.training = self.settings.training
         # The floating-point operations of this process in a step.
         tokens = data.loader.tokens_per_step / world.size
         self.step_flops = state.model.flops_per_token() * tokens
@@ -115,7 +115,7 @@ class Trainer:
         self.describe(last, imported)
         self.compile()
         self.estimate()
-        if self.limits.on_nonfinite == "rollback" and not last:
+        if self.training.on_nonfinite == "rollback" and not last:
             # A checkpoint to return to.
             self.start_save()
 
@@ -130,14 +130,14 @@ class Trainer:
 
     def compile(self) -> None:
         """Compile the model where that pays, otherwise only its loss, and record the start."""
-        model, limits, say = self.state.model, self.limits, self.recorder.say
+        model, training, say = self.state.model, self.training, self.recorder.say
         micro_step = partial(try_micro_step, batch=self.data.first_batch, device=self.device,
                              boundary=self.data.boundary)
-        choice = "false" if self.state.optimizers.sharded else limits.compile
+        choice = "false" if self.state.optimizers.sharded else training.compile
         # Compiling takes minutes, so it must pay: the whole run decides.
-        flops = self.step_flops * limits.max_steps
-        if limits.max_seconds:
-            flops = min(flops, limits.max_seconds * self.device.nominal_flops())
+        flops = self.step_flops * training.max_steps
+        if training.max_seconds:
+            flops = min(flops, training.max_seconds * self.device.nominal_flops())
         self.forward = maybe_compile(model, choice, self.device, flops, micro_step, say)
         self.is_compiled = self.forward is not model
         if not self.is_compiled:
@@ -148,28 +148,28 @@ class Trainer:
         if self.world.is_first:
             record_start(self.run.folder, self.state.step, environment)
         saved_settings = settings_to_save(self.settings, self.data.prepared, self.device.precision)
-        self.constants = {"settings": saved_settings, "max_steps": limits.max_steps,
+        self.constants = {"settings": saved_settings, "max_steps": training.max_steps,
                           "model": asdict(model.config), "environment": environment}
 
     def estimate(self) -> None:
         """Estimate the time that training takes, for a message and the progress bar."""
-        data, limits, state = self.data, self.limits, self.state
+        data, training, state = self.data, self.training, self.state
         loss = first_loss(self.forward, data.first_batch, self.device, data.boundary)
         pace = measure_pace(loss, state.model.parameters_by_role(), self.settings.optim,
-                            self.device, limits, data.loader.micro_steps,
+                            self.device, training, data.loader.micro_steps,
                             sum(data.validation.n_windows),
                             self.is_compiled or state.model.loss_options is not None, self.world)
-        steps_left, _ = pace.work_left(limits, state.step, state.seconds)
-        self.recorder.expect(pace.seconds_left(limits, state.step, state.seconds),
-                             limited=steps_left < limits.max_steps - state.step)
-        self.recorder.say(f"Time: {pace.describe(limits, state.step, state.seconds)}")
+        steps_left, _ = pace.work_left(training, state.step, state.seconds)
+        self.recorder.expect(pace.seconds_left(training, state.step, state.seconds),
+                             limited=steps_left < training.max_steps - state.step)
+        self.recorder.say(f"Time: {pace.describe(training, state.step, state.seconds)}")
 
     # A step
 
     def take_step(self, interrupt: Interrupt) -> Step | None:
         """Update the weights by a batch; None if interrupted between two micro-steps of it."""
         optim, state, scaler = self.settings.optim, self.state, self.state.scaler
-        scale = lr_scale(state.step, optim, self.limits.max_steps)
+        scale = lr_scale(state.step, optim, self.training.max_steps)
         state.optimizers.set_scale(scale)
 
         # Forward and backward passes of all micro-steps.
@@ -191,7 +191,7 @@ class Trainer:
             state.optimizers.step(scaler, norm, optim.grad_clip, overflowed=not is_norm_finite)
         return Step(loss, norm_value, scale, finite)
 
-    def answer_nonfinite(self, action: str, step: Step) -> None:
+    def handle_nonfinite(self, action: str, step: Step) -> None:
         """Report a loss or gradient that is NaN or infinite, and do what `action` says.
 
         "skip" leaves the weights as they are. "rollback" returns to the last scheduled checkpoint
@@ -217,7 +217,7 @@ class Trainer:
         if action == "stop":
             if state.nonfinite > 1:
                 message += (f" It is number {state.nonfinite} in this run, and "
-                            f"training.nonfinite_limit={self.limits.nonfinite_limit}.")
+                            f"training.nonfinite_limit={self.training.nonfinite_limit}.")
             saved = world.first(lambda: self.saver.saved)
             world.fail(ValueError(
                 f"{message} Saved so far: {counted(saved, 'step')}. Try a lower optim.lr, "
@@ -260,16 +260,16 @@ class Trainer:
         self.recorder.record_validation(state.step, self.val_loss, data.bytes_per_token)
         # An evaluation that is only due to the end of the run does not count towards patience: a
         # longer run would not have it.
-        if self.limits.evaluates(state.step):
+        if self.training.evaluates(state.step):
             state.note_evaluation(self.val_loss)
-            decision = decision.after_evaluation(self.limits, state.stale_evaluations)
+            decision = decision.after_evaluation(self.training, state.stale_evaluations)
         if decision.limit == "patience":
             self.recorder.record(state.step, stopped_early=True)
         return decision
 
     def sample(self) -> None:
         """Measure standard tasks and write a short text with the model, if that is asked for."""
-        data, tokens, step = self.data, self.limits.sample_tokens, self.state.step
+        data, tokens, step = self.data, self.training.sample_tokens, self.state.step
         if not (self.tasks or tokens):
             return
         # Whatever happens here, the checkpoint is on the disk.
@@ -287,7 +287,7 @@ class Trainer:
 
     def start_save(self) -> None:
         """Start to save a checkpoint, in another thread."""
-        scheduled = self.limits.saves(self.state.step)
+        scheduled = self.training.saves(self.state.step)
         self.saver.save(self.state.snapshot(self.val_loss, scheduled,
                                             self.data.tokenizer.to_json(), self.constants))
 
@@ -298,8 +298,9 @@ class Trainer:
         self.save_last_step()
         say, state = self.recorder.say, self.state
         if decision.interrupted or interrupt:
-            say(f"Interrupted: {state.step} of {counted(self.limits.max_steps, 'step')} are saved "
-                f"in {self.run.folder}; the same command resumes there.")
+            planned = counted(self.training.max_steps, "step")
+            say(f"Interrupted: {state.step} of {planned} are saved in {self.run.folder}; "
+                "the same command resumes there.")
             # Of several processes, this one may not have received the signal, SIGTERM.
             return interrupt.exit_code or 143
         if decision.limit == "patience":

@@ -129,8 +129,8 @@ def fitting_batch_size(settings: Settings, device: Device, gpu_bytes: float, pro
                        sharded: bool = False) -> int:
     """The most sequences at once that are planned to fit into a GPU with `gpu_bytes`; 0 if none."""
     def needed(batch_size: int) -> float:
-        limits = replace(settings.training, batch_size=batch_size)
-        counted = count_memory(replace(settings, training=limits), device, gpu_bytes)
+        training = replace(settings.training, batch_size=batch_size)
+        counted = count_memory(replace(settings, training=training), device, gpu_bytes)
         return sum(memory_of_each(settings, *counted, processes, sharded).values())
 
     # Each further sequence takes the same.
@@ -175,12 +175,12 @@ def exceeds_memory(settings: Settings, world: World, device: Device) -> bool:
     usable = USABLE_MEMORY * memory_limit(device)
     if device.type == "cpu":
         usable /= world.local_size
-    config, limits = settings.model, settings.training
+    config, training = settings.model, settings.training
     with SkipInit("meta"):
         weights = weight_bytes(GPT(config))
     # A bound that does not need the import of fake tensors, which takes seconds.
-    residual_stream = limits.batch_size * config.block_size * config.n_embd * config.n_layer
-    logits = 4 * limits.batch_size * config.block_size * config.vocab_size
+    residual_stream = training.batch_size * config.block_size * config.n_embd * config.n_layer
+    logits = 4 * training.batch_size * config.block_size * config.vocab_size
     if 8 * weights + residual_stream * MOST_BYTES_KEPT + 2 * logits < usable:
         return False
     state_bytes, peak_bytes = count_memory(settings, device)

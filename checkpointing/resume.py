@@ -111,9 +111,9 @@ def last_checkpoint(folder: Path, settings: Settings) -> Checkpoint | None:
     return found[-1]
 
 
-def is_unfinished_restart(last: Checkpoint, limits: TrainingConfig) -> bool:
+def is_unfinished_restart(last: Checkpoint, training: TrainingConfig) -> bool:
     """Whether restart=true started the run and it is unfinished: then the same command resumes."""
-    if limit_reached(limits, last) or last.step >= last.state["max_steps"]:
+    if limit_reached(training, last) or last.step >= last.state["max_steps"]:
         return False
     return last.state["settings"].get("restart") is True
 
@@ -249,9 +249,9 @@ def is_finished(settings: Settings, folder: Path) -> bool:
     return limit_reached(settings.training, saved[-1]) != ""
 
 
-def limit_reached(limits: TrainingConfig, last: Checkpoint) -> str:
+def limit_reached(training: TrainingConfig, last: Checkpoint) -> str:
     """The limit that ended the run at its last checkpoint; empty if it is unfinished."""
-    return limits.reached(last.step, last.state["seconds"], last.state["stale_evaluations"])
+    return training.reached(last.step, last.state["seconds"], last.state["stale_evaluations"])
 
 
 def different_settings(folder: Path, changes: Changes) -> ValueError:
@@ -311,14 +311,14 @@ def open_device(run: Run, settings: Settings, last: Checkpoint | None) -> Device
 
     Raises ValueError if the result would not be bit-identical, unless `allow_drift` is set.
     """
-    limits = settings.training
+    training = settings.training
     saved = None if settings.allow_drift or not last else saved_environment(last)
     # The number of threads decides the order of sums, so a resumed run keeps it.
-    threads = limits.threads
+    threads = training.threads
     if saved and not threads:
         threads = saved.threads
     chosen_by = "as when the run began" if last else "as set"
-    device = Device(limits.device, limits.precision, limits.deterministic, chosen_by, threads)
+    device = Device(training.device, training.precision, training.deterministic, chosen_by, threads)
     if not saved:
         return device
     if threads != saved.threads:
@@ -326,7 +326,7 @@ def open_device(run: Run, settings: Settings, last: Checkpoint | None) -> Device
             f"not bit-identical from here on.")
 
     # All else that decides the last bits must be as it was.
-    here = device.environment(limits.compile == "true")
+    here = device.environment(training.compile == "true")
     # The numbers of threads and processes may change. Older checkpoints do not record native_bf16.
     expected = replace(saved, threads=threads, world_size=here.world_size)
     if saved.native_bf16 is None:

@@ -170,7 +170,7 @@ def describe_data(
 def plan_model(settings: Settings, meta: dict[str, Any] | None) -> float:
     """Print parameters, tokens and FLOPs; return the FLOPs."""
     # The model, without memory for its weights.
-    limits = settings.training
+    training = settings.training
     block_size = settings.model.block_size
     with SkipInit("meta"):
         model = GPT(settings.model)
@@ -183,9 +183,9 @@ def plan_model(settings: Settings, meta: dict[str, Any] | None) -> float:
         say(f"  {role:<10} {count:>15,}")
 
     # The tokens of the training, also in epochs and per parameter.
-    tokens_per_step = limits.batch_size * block_size * limits.micro_steps(block_size)
-    tokens = tokens_per_step * limits.max_steps
-    line = f"Tokens: {tokens:,}, in {counted(limits.max_steps, 'step')} of {tokens_per_step:,}"
+    tokens_per_step = training.batch_size * block_size * training.micro_steps(block_size)
+    tokens = tokens_per_step * training.max_steps
+    line = f"Tokens: {tokens:,}, in {counted(training.max_steps, 'step')} of {tokens_per_step:,}"
     if meta:
         epochs = tokens / meta["splits"]["train"]["tokens"]
         line += f"; {epochs:,.1f} epochs"
@@ -242,12 +242,12 @@ def plan_memory(own: PlanSettings, settings: Settings, device: Device, gpu: str,
 
 def plan_disk(settings: Settings, state_bytes: int) -> None:
     """Print the disk space that checkpoints take."""
-    limits = settings.training
+    training = settings.training
     saves = 1
-    if limits.checkpoint_every:
-        saves = math.ceil(limits.max_steps / limits.checkpoint_every)
+    if training.checkpoint_every:
+        saves = math.ceil(training.max_steps / training.checkpoint_every)
     # The newest ones and the best one.
-    kept = min(saves, limits.keep_last + 1)
+    kept = min(saves, training.keep_last + 1)
     # The file system of the nearest folder that exists.
     folder = Path(settings.runs_dir).absolute()
     while not folder.exists():
@@ -270,20 +270,20 @@ def time_by_data_sheet(own: PlanSettings, gpu: str, flops: float) -> str:
 def pace_of(settings: Settings, device: Device, meta: dict[str, Any] | None) -> Pace:
     """The time of a step and of an evaluation, measured by micro-steps on random tokens."""
     # A loader of random tokens.
-    config, limits = settings.model, settings.training
-    n_tokens = 4 * limits.batch_size * config.block_size + 1
+    config, training = settings.model, settings.training
+    n_tokens = 4 * training.batch_size * config.block_size + 1
     ids = np.random.default_rng(0).integers(0, config.vocab_size, n_tokens, dtype=np.uint32)
-    loader = Loader([Tokens([ids])], config.block_size, limits.batch_size)
+    loader = Loader([Tokens([ids])], config.block_size, training.batch_size)
     boundary = 0 if settings.data.respect_documents else None
 
     # Time micro-steps, and scale evaluation by the tokens that it reads.
     model = GPT(config).to(device.torch)
-    eval_tokens = limits.eval_tokens
+    eval_tokens = training.eval_tokens
     if meta:
         eval_tokens = min(eval_tokens, meta["splits"]["val"]["tokens"])
     loss = first_loss(model, loader.batch(0), device, boundary)
-    return measure_pace(loss, model.parameters_by_role(), settings.optim, device, limits,
-                        limits.micro_steps(config.block_size),
+    return measure_pace(loss, model.parameters_by_role(), settings.optim, device, training,
+                        training.micro_steps(config.block_size),
                         math.ceil(eval_tokens / config.block_size))
 
 

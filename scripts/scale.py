@@ -119,14 +119,14 @@ def main(own: ScaleSettings) -> int:
     settings, _ = settings_without_data(list(own.train))
     with SkipInit("meta"):
         model = GPT(settings.model)
-    limits, block_size = settings.training, settings.model.block_size
-    tokens = limits.step_tokens(block_size)
+    training, block_size = settings.training, settings.model.block_size
+    tokens = training.step_tokens(block_size)
     peak = PEAK_FLOPS[gpu_named(own.device)]
     n_parameters = sum(weights.numel() for weights in model.parameters())
 
     # Print what is simulated and what is assumed.
     say(f"Simulated: {n_parameters:,} parameters, {settings.optim.optimizer}, {tokens:,} tokens a "
-        f"step, at most {limits.batch_size} sequences of {block_size} in a micro-step")
+        f"step, at most {training.batch_size} sequences of {block_size} in a micro-step")
     say(f"Assumed: {own.mfu:.0%} of {peak / 1e12:,.0f} TFLOP/s, memory {own.memory:,.0f} GB/s, "
         f"{own.nvlink:,.0f} GB/s within a node of {own.node}, {own.network:,.0f} GB/s between "
         f"nodes, {own.latency:g} + {own.message:g} a process microseconds a collective")
@@ -155,10 +155,10 @@ def main(own: ScaleSettings) -> int:
 def simulate(model: GPT, settings: Settings, own: ScaleSettings, size: int) -> Step:
     """A step on `size` GPUs."""
     # Forward and backward of the sequences of one GPU.
-    limits, block_size = settings.training, settings.model.block_size
+    training, block_size = settings.training, settings.model.block_size
     flops = own.mfu * PEAK_FLOPS[gpu_named(own.device)]
-    tokens = limits.step_tokens(block_size) / size
-    micro_steps = math.ceil(tokens / block_size / limits.batch_size)
+    tokens = training.step_tokens(block_size) / size
+    micro_steps = math.ceil(tokens / block_size / training.batch_size)
     compute = model.flops_per_token() * tokens / flops
 
     # The exchange of gradients, in buckets.

@@ -68,8 +68,8 @@ def new_pruner(name: str, space: Space) -> Any:
     if name == "median":
         return pruners.MedianPruner()
     if name == "hyperband":
-        limits = space.example.training
-        return pruners.HyperbandPruner(max(1, limits.eval_every), limits.max_steps)
+        training = space.example.training
+        return pruners.HyperbandPruner(max(1, training.eval_every), training.max_steps)
     return pruners.NopPruner()
 
 

@@ -27,21 +27,21 @@ class Decision:
     def ends_run(self) -> bool:
         return self.interrupted or self.limit != ""
 
-    def after_evaluation(self, limits: TrainingConfig, stale_evaluations: int) -> Decision:
+    def after_evaluation(self, training: TrainingConfig, stale_evaluations: int) -> Decision:
         """The decision once the validation loss is known: patience may end the run.
 
         With patience, a new lowest loss is saved, so that the best checkpoint exists.
         """
-        if not limits.patience:
+        if not training.patience:
             return self
         improved = stale_evaluations == 0
         limit = self.limit
-        if not limit and stale_evaluations >= limits.patience:
+        if not limit and stale_evaluations >= training.patience:
             limit = "patience"
         return replace(self, limit=limit, save=self.save or improved or limit != "")
 
 
-def decide(limits: TrainingConfig, step: int, seconds: float, finite: bool, nonfinite: int,
+def decide(training: TrainingConfig, step: int, seconds: float, finite: bool, nonfinite: int,
            interrupted: bool) -> Decision:
     """The decision after a step that brings the run to `step` steps and `seconds` of training.
 
@@ -49,10 +49,10 @@ def decide(limits: TrainingConfig, step: int, seconds: float, finite: bool, nonf
     """
     action = "continue"
     if not finite:
-        action = limits.on_nonfinite if nonfinite < limits.nonfinite_limit else "stop"
+        action = training.on_nonfinite if nonfinite < training.nonfinite_limit else "stop"
         if action != "skip":
             return Decision(action)
-    limit = limits.reached(step, seconds)
+    limit = training.reached(step, seconds)
     return Decision(action, interrupted, limit,
-                    evaluate=limit != "" or limits.evaluates(step),
-                    save=limit != "" or limits.saves(step))
+                    evaluate=limit != "" or training.evaluates(step),
+                    save=limit != "" or training.saves(step))

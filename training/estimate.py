@@ -39,30 +39,30 @@ class Pace:
     step: float
     evaluation: float
 
-    def work_left(self, limits: TrainingConfig, step: int, seconds: float) -> tuple[int, int]:
+    def work_left(self, training: TrainingConfig, step: int, seconds: float) -> tuple[int, int]:
         """The number of steps and evaluations left after `step` steps and `seconds`."""
-        steps = limits.max_steps - step
-        if limits.max_seconds:
-            seconds_left = max(0.0, limits.max_seconds - seconds)
+        steps = training.max_steps - step
+        if training.max_seconds:
+            seconds_left = max(0.0, training.max_seconds - seconds)
             steps = min(steps, math.ceil(seconds_left / self.step))
-        return steps, limits.evaluations(step, steps)
+        return steps, training.evaluations(step, steps)
 
-    def seconds_left(self, limits: TrainingConfig, step: int = 0, seconds: float = 0.0) -> float:
+    def seconds_left(self, training: TrainingConfig, step: int = 0, seconds: float = 0.0) -> float:
         """The duration of the rest of the run, evaluations included."""
-        steps, evaluations = self.work_left(limits, step, seconds)
+        steps, evaluations = self.work_left(training, step, seconds)
         return steps * self.step + evaluations * self.evaluation
 
-    def describe(self, limits: TrainingConfig, step: int = 0, seconds: float = 0.0) -> str:
+    def describe(self, training: TrainingConfig, step: int = 0, seconds: float = 0.0) -> str:
         """Such as "about 2.9 minutes on this machine: 260 steps of 0.65 s, ..."."""
-        steps, evaluations = self.work_left(limits, step, seconds)
-        duration = readable_time(self.seconds_left(limits, step, seconds))
+        steps, evaluations = self.work_left(training, step, seconds)
+        duration = readable_time(self.seconds_left(training, step, seconds))
         return (f"about {duration} on this machine: "
                 f"{counted(steps, 'step')} of {self.step:.3g} s, "
                 f"{counted(evaluations, 'evaluation')} of {self.evaluation:.2g} s")
 
 
 def measure_pace(loss: Callable[[int], Tensor], roles: dict[str, dict[str, Tensor]],
-                 config: OptimConfig, device: Device, limits: TrainingConfig, micro_steps: int,
+                 optim: OptimConfig, device: Device, training: TrainingConfig, micro_steps: int,
                  eval_sequences: int, compiled: bool = False, world: World | None = None) -> Pace:
     """The pace of training with `micro_steps` a step and `eval_sequences` an evaluation.
 
@@ -71,12 +71,12 @@ def measure_pace(loss: Callable[[int], Tensor], roles: dict[str, dict[str, Tenso
     equally; `micro_steps` are those of each. Their communication is not counted.
     """
     size = world.size if world else 1
-    step_sequences = micro_steps * limits.batch_size
+    step_sequences = micro_steps * training.batch_size
     time_pass = partial(time_forward_backward, loss, roles, device, world)
-    per_sequence = seconds_per_sequence(time_pass, limits, step_sequences, compiled)
-    step = step_sequences * per_sequence + update_seconds(roles, config, device) / size
+    per_sequence = seconds_per_sequence(time_pass, training, step_sequences, compiled)
+    step = step_sequences * per_sequence + update_seconds(roles, optim, device) / size
     # A backward pass takes about twice as long as the forward pass, which `recompute` repeats.
-    forward_passes = 4 if limits.recompute else 3
+    forward_passes = 4 if training.recompute else 3
     return Pace(step, eval_sequences * per_sequence / forward_passes / size)
 
 
@@ -95,29 +95,29 @@ def time_forward_backward(loss: Callable[[int], Tensor], roles: dict[str, dict[s
     return seconds
 
 
-def seconds_per_sequence(time_pass: Callable[[int], float], limits: TrainingConfig,
+def seconds_per_sequence(time_pass: Callable[[int], float], training: TrainingConfig,
                          step_sequences: int, compiled: bool) -> float:
     """The seconds that a sequence takes, forward and backward, in a step of `step_sequences`.
 
     `time_pass(n)` times n sequences.
     """
     # Half a micro-step is timed: a sequence takes as long in it as in a whole one.
-    sequences = limits.batch_size
+    sequences = training.batch_size
     # Another batch size would compile a model again.
     if not compiled:
         # This first timing includes the set-up of the device, so it only limits the next one.
         first = time_pass(1)
         if first > MOST_SECONDS:
             return first
-        sequences = min(math.ceil(limits.batch_size / 2), int(MOST_SECONDS / first))
+        sequences = min(math.ceil(training.batch_size / 2), int(MOST_SECONDS / first))
 
     # Repeat it until the sum is long enough, but do not delay a short run.
     timings: list[float] = []
     while len(timings) < MOST_TIMINGS:
         timings.append(time_pass(sequences))
-        run_seconds = limits.max_steps * step_sequences * timings[0] / sequences
-        if limits.max_seconds:
-            run_seconds = min(run_seconds, limits.max_seconds)
+        run_seconds = training.max_steps * step_sequences * timings[0] / sequences
+        if training.max_seconds:
+            run_seconds = min(run_seconds, training.max_seconds)
         delays_run = timings[0] > RUN_FRACTION * run_seconds
         if sum(timings) >= LEAST_SECONDS and (delays_run or len(timings) > 1):
             break
@@ -125,7 +125,7 @@ def seconds_per_sequence(time_pass: Callable[[int], float], limits: TrainingConf
     return min(timings) / sequences
 
 
-def update_seconds(roles: dict[str, dict[str, Tensor]], config: OptimConfig,
+def update_seconds(roles: dict[str, dict[str, Tensor]], optim: OptimConfig,
                    device: Device) -> float:
     """The seconds of an optimizer step.
 
@@ -144,7 +144,7 @@ def update_seconds(roles: dict[str, dict[str, Tensor]], config: OptimConfig,
             shape = torch.Size((max(1, SAMPLE_NUMBERS // shape[1:].numel()), *shape[1:]))
         sample = {str(number): torch.zeros(shape, device=device.torch, requires_grad=True)
                   for number in range(tensors)}
-        optimizers = Optimizers({name: {} for name in roles} | {role: sample}, config)
+        optimizers = Optimizers({name: {} for name in roles} | {role: sample}, optim)
 
         # The first of two updates includes the set-up of the device.
         timings = []
@@ -152,7 +152,7 @@ def update_seconds(roles: dict[str, dict[str, Tensor]], config: OptimConfig,
             for weights in sample.values():
                 weights.grad = torch.zeros_like(weights)
             start = now(device)
-            optimizers.step(scaler, optimizers.gradient_norm(scaler), config.grad_clip)
+            optimizers.step(scaler, optimizers.gradient_norm(scaler), optim.grad_clip)
             timings.append(now(device) - start)
         seconds += min(timings) * numbers / (shape.numel() * tensors)
     return seconds

@@ -18,8 +18,7 @@ PLAIN_SECONDS = 10
 PLAIN_FRACTION = 0.02
 WITH_TOTAL = (
     "{desc}{percentage:.0f}%, {n_fmt} of {total_fmt}{unit}, {elapsed} elapsed, "
-    "{remaining} left{postfix}"
-)
+    "{remaining} left{postfix}")
 WITHOUT_TOTAL = "{desc}{n_fmt}{unit}, {elapsed} elapsed{postfix}"
 
 
@@ -46,13 +45,8 @@ class ProgressBar(tqdm):
     # The time in seconds at which the work ends even if it is not complete.
     time_limit = math.inf
 
-    def __init__(
-        self,
-        iterable: Iterable[Any] | None = None,
-        desc: str | None = None,
-        plain_format: str = "",
-        **settings: Any,
-    ) -> None:
+    def __init__(self, iterable: Iterable[Any] | None = None, desc: str | None = None,
+                 plain_format: str = "", **settings: Any) -> None:
         self.plain, self.plain_format = not can_redraw(sys.stderr), plain_format
         if self.plain:
             settings |= {"mininterval": PLAIN_SECONDS, "delay": PLAIN_SECONDS}

@@ -96,12 +96,11 @@ def two_columns(name: str, text: str) -> list[str]:
     if len(name) > NAME_COLUMNS - 4:
         return [f"  {name}", *two_columns("", text)]
     start = f"  {name}".ljust(NAME_COLUMNS)
-    return textwrap.wrap(
-        text,
-        HELP_COLUMNS,
-        initial_indent=start,
-        subsequent_indent=indent,
-        break_on_hyphens=False)
+    return textwrap.wrap(text,
+                         HELP_COLUMNS,
+                         initial_indent=start,
+                         subsequent_indent=indent,
+                         break_on_hyphens=False)
 
 
 def as_word(value: Any) -> str:

@@ -293,8 +293,7 @@ def read_errors(path: Path) -> Iterator[None]:
             raise DamagedCheckpoint(f"{path} cannot be read ({reason})") from None
         raise OSError(
             f"{path} cannot be read now ({reason}). Nothing was changed: run the command again. If "
-            f"the error stays, move {path.parent} away to use the checkpoint before it."
-        ) from None
+            f"the error stays, move {path.parent} away to use the checkpoint before it.") from None
 
 
 def read_small(path: Path) -> bytes:

@@ -139,9 +139,8 @@ def with_vocab_size(settings: Settings, prepared: Path) -> Settings:
 
 
 @contextmanager
-def start_or_resume(
-    settings: Settings, prepared: Path
-) -> Iterator[tuple[Run, Settings, Checkpoint | None]]:
+def start_or_resume(settings: Settings,
+                    prepared: Path) -> Iterator[tuple[Run, Settings, Checkpoint | None]]:
     """Lock the run folder; yield it, the settings with every `auto` resolved, the last checkpoint.
 
     If the folder holds a different run, raises ValueError with the differences, or without `name=`

@@ -167,9 +167,8 @@ def search_run(runs_dir: Path, name: str) -> Path:
 
     # There is none: say why, and which runs there are.
     if first_run(places):
-        raise ValueError(
-            f"run={name} has no checkpoint yet: the first is saved after "
-            f"training.checkpoint_every steps, or when you stop the run.")
+        raise ValueError(f"run={name} has no checkpoint yet: the first is saved after "
+                         f"training.checkpoint_every steps, or when you stop the run.")
     if not runs:
         raise ValueError(f"run={name} does not exist, and {runs_dir} has no run with a checkpoint: "
                          f"train one with python train.py.")

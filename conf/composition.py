@@ -53,9 +53,8 @@ HYDRA_LOCK = threading.RLock()
 Origins = dict[str, tuple[str, str]]
 
 
-def compose_with_hydra(
-    root: str | type, schema: Any, overrides: list[str]
-) -> tuple[dict[str, Any], str, Origins]:
+def compose_with_hydra(root: str | type, schema: Any,
+                       overrides: list[str]) -> tuple[dict[str, Any], str, Origins]:
     """The composed settings as plain containers, the experiment, and the origins of settings.
 
     An experiment that is a file of the user's own is named by its path. The origins say which YAML

@@ -148,9 +148,8 @@ def open_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def run_command(
-    main: Target, root: str | type, doc: str, arguments: list[str], multirun: Target = ""
-) -> int:
+def run_command(main: Target, root: str | type, doc: str, arguments: list[str],
+                multirun: Target = "") -> int:
     """Run the command that the command line's `arguments` describe; return the exit code."""
     known = leaves(SCHEMAS[root]) if root in SCHEMAS else {}
     flags, overrides = split_flags(arguments, known)
@@ -183,9 +182,7 @@ def run_command(
     return imported(main)(settings)
 
 
-def split_flags(
-    arguments: list[str], known: dict[str, Any]
-) -> tuple[set[str], list[str]]:
+def split_flags(arguments: list[str], known: dict[str, Any]) -> tuple[set[str], list[str]]:
     """The flags among a command line's `arguments`, each by one name, and the overrides.
 
     `known` are the settings that may be meant by an unknown flag. Raises ValueError for unknown

@@ -52,8 +52,7 @@ class DataConfig(SettingsBase):
     """The training text and its tokens."""
 
     source: Literal["pydocs", "stdlib", "shakespeare", "text", "chat", "hub", "bin"] = setting(
-        "pydocs", "kind of the training text; presets (data=...) choose it"
-    )
+        "pydocs", "kind of the training text; presets (data=...) choose it")
     path: str = setting(
         "",
         "text, chat: a file, folder or glob; bin: the folder of the .bin files; shakespeare: a "
@@ -70,27 +69,22 @@ class DataConfig(SettingsBase):
     val_split: str = setting("", "hub: the split to validate on instead, such as validation")
     deduplicate: bool = setting(True, "remove exact duplicates of documents")
     separator: str = setting(
-        "", "text between two documents of a plain text file: <|endoftext|>, or \\n\\n"
-    )
+        "", "text between two documents of a plain text file: <|endoftext|>, or \\n\\n")
     text_field: str = setting("text", "the field of a record with its text; data.text: nested")
     on_bad_record: Literal["stop", "skip"] = setting("stop", "the reaction to records without text")
     encoding: str = setting("", "of text files without a byte order mark; empty: UTF-8")
     errors: Literal["strict", "replace"] = setting(
-        "strict", "the reaction to bytes that cannot be decoded: stop, or use U+FFFD"
-    )
+        "strict", "the reaction to bytes that cannot be decoded: stop, or use U+FFFD")
     dtype: Literal["auto", "uint8", "uint16", "int16", "uint32", "int32", "uint64", "int64"] = (
-        setting("auto", "bin: type of the tokens in files without a header")
-    )
+        setting("auto", "bin: type of the tokens in files without a header"))
     hub_name: str = setting(
-        "", "hub: OWNER/NAME of a dataset on the Hugging Face Hub, or a folder laid out like one"
-    )
+        "", "hub: OWNER/NAME of a dataset on the Hugging Face Hub, or a folder laid out like one")
     hub_config: str = setting("", "hub: the dataset's configuration; empty: its default")
     hub_revision: str = setting("", "hub: branch, tag or commit; empty: the newest")
     split: str = setting("train", "hub: the split to train on, or several: train+validation")
     mix: str = setting("", "several sources with weights, such as 'pydocs:0.7 book.txt:0.3'")
     respect_documents: bool = setting(
-        False, "attention does not cross document boundaries, and positions start at each"
-    )
+        False, "attention does not cross document boundaries, and positions start at each")
 
     def problems(self) -> Iterator[str]:
         """One sentence for each invalid value."""
@@ -104,31 +98,24 @@ class DataConfig(SettingsBase):
         # The validation text.
         yield from missing_path("val_path", self.val_path)
         if self.val_path and self.val_split:
-            yield (
-                f"val_path={self.val_path} and val_split={self.val_split} exclude each other: "
-                f"choose one."
-            )
+            yield (f"val_path={self.val_path} and val_split={self.val_split} exclude each other: "
+                   f"choose one.")
         # How the text is read and encoded.
         if self.encoding and not is_text_encoding(self.encoding):
-            yield (
-                f"encoding={self.encoding} is not a text encoding of Python: use a name such as "
-                f"latin-1, cp1252, utf-16 or gb18030."
-            )
+            yield (f"encoding={self.encoding} is not a text encoding of Python: use a name such as "
+                   f"latin-1, cp1252, utf-16 or gb18030.")
         if not self.text_field:
             yield "text_field is empty: name the field of a record that holds its text."
         if self.tokenizer not in TOKENIZERS and not Path(self.tokenizer).exists():
             yield (
                 f"tokenizer={self.tokenizer} is not one of {', '.join(TOKENIZERS)}, and there is "
-                f"no such file or folder in {Path.cwd()}."
-            )
+                f"no such file or folder in {Path.cwd()}.")
 
     def mix_problems(self) -> Iterator[str]:
         for name in ("val_path", "val_split"):
             if getattr(self, name):
-                yield (
-                    f"{name}={getattr(self, name)} cannot be used with mix=: each part of a "
-                    f"mixture is validated on its own text."
-                )
+                yield (f"{name}={getattr(self, name)} cannot be used with mix=: each part of a "
+                       f"mixture is validated on its own text.")
         try:
             names = read_mix(self.mix)
         except ValueError as error:
@@ -137,10 +124,8 @@ class DataConfig(SettingsBase):
         # The parts must be text, whose settings are valid.
         for name, has in {"bin": "tokens", "chat": "conversations"}.items():
             if name in names:
-                yield (
-                    f"mix={self.mix}: {name} has {has}, and a mixture is made of text: leave it "
-                    f"out."
-                )
+                yield (f"mix={self.mix}: {name} has {has}, and a mixture is made of text: leave it "
+                       f"out.")
         for name in names:
             for problem in self.part(name).path_problems():
                 yield f"mix={self.mix}: {problem}"
@@ -157,10 +142,8 @@ class DataConfig(SettingsBase):
         for name, sources in USED_BY.items():
             value = getattr(self, name)
             if self.source not in sources and value != getattr(DataConfig, name):
-                yield (
-                    f"{name}={value} is not used by data={self.source}, only by "
-                    f"data={', '.join(sources)}: choose one of them, or leave it out."
-                )
+                yield (f"{name}={value} is not used by data={self.source}, only by "
+                       f"data={', '.join(sources)}: choose one of them, or leave it out.")
 
     def part(self, name: str) -> DataConfig:
         """The settings of one part of a mixture: the source of that name, or else its files."""
@@ -181,10 +164,8 @@ def missing_path(setting: str, path: str) -> Iterator[str]:
     if place.is_symlink():
         yield f"{setting}={path} {files.unreadable(place)}."
     elif not set(path) & set("*?["):
-        yield (
-            f"{setting}={path} does not exist: check the spelling, and that it is relative to "
-            f"{Path.cwd()}."
-        )
+        yield (f"{setting}={path} does not exist: check the spelling, and that it is relative to "
+               f"{Path.cwd()}.")
 
 
 def is_text_encoding(name: str) -> bool:

@@ -58,14 +58,8 @@ class Corpus:
     Raises ValueError if one of two sources holds no text.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        val_fraction: float,
-        validation: Source | None = None,
-        deduplicate: bool = True,
-        divisible: bool = True,
-    ) -> None:
+    def __init__(self, source: Source, val_fraction: float, validation: Source | None = None,
+                 deduplicate: bool = True, divisible: bool = True) -> None:
         self.source, self.validation, self.deduplicate = source, validation, deduplicate
         self.divisible, self.fraction = divisible, val_fraction
         self.counts: Counter[str] = Counter()  # of documents in the latest reading
@@ -127,8 +121,7 @@ class Corpus:
             if self.counts["in_validation"]:
                 raise ValueError(
                     "Every document of the training text is also in the validation text: nothing "
-                    "is left to train on."
-                )
+                    "is left to train on.")
             raise ValueError("The source holds no text: every document is empty.")
         return max(documents.values()) > 1
 
@@ -223,11 +216,9 @@ def is_large(documents: int, characters: int, val_fraction: float) -> bool:
     """Whether a corpus of this size or more can be split by the hash of each document alone."""
     if documents >= KNOWN_DOCUMENTS:
         return True
-    return (
-        characters >= KNOWN_CHARACTERS
-        and val_fraction * characters >= LEAST_HELD_OUT
-        and val_fraction * documents >= EXPECTED_DOCUMENTS
-    )
+    return (characters >= KNOWN_CHARACTERS
+            and val_fraction * characters >= LEAST_HELD_OUT
+            and val_fraction * documents >= EXPECTED_DOCUMENTS)
 
 
 def measure(document: Document, update: Callable[[], None]) -> tuple[bytes, int]:
@@ -286,8 +277,7 @@ class Seen:
         except sqlite3.OperationalError as error:
             raise OSError(
                 f"No space for temporary files, which find duplicates ({error}): free some disk "
-                f"space, or set SQLITE_TMPDIR to a folder with more."
-            ) from None
+                f"space, or set SQLITE_TMPDIR to a folder with more.") from None
 
     def __contains__(self, digest: bytes) -> bool:
         query = "SELECT 1 FROM seen WHERE digest = ?"

@@ -31,8 +31,7 @@ def refuse_paths_outside(folder: Path) -> None:
             if is_url or ".." in Path(path).parts or path.startswith(("/", "~")):
                 raise ValueError(
                     f"{card} names {path}, which is not inside the folder: only its own files are "
-                    f"read."
-                )
+                    f"read.")
 
 
 def read_card(card: Path) -> Any:

@@ -87,8 +87,7 @@ class Hub:
                 raise ValueError(f"{self.name} cannot be read {place}.") from None
             raise ConnectionError(
                 f"The connection to {self.name} broke {place}: run the same command again, which "
-                f"resumes."
-            ) from None
+                f"resumes.") from None
 
     def fraction(self) -> float:
         return self.done
@@ -124,8 +123,7 @@ class Hub:
         if last and known["files"][last] != files:
             say(
                 f"{self.name} has changed on the Hugging Face Hub since it was last seen: use "
-                f"data.hub_revision={last} for the old version."
-            )
+                f"data.hub_revision={last} for the old version.")
         if last != commit:
             known["commits"][revision] = commit
             known["files"][commit] = files
@@ -151,8 +149,7 @@ class Hub:
         revision = self.config.hub_revision
         try:
             info = HfApi().dataset_info(
-                self.name, revision=revision or None, timeout=TIMEOUT_SECONDS, expand=["sha"]
-            )
+                self.name, revision=revision or None, timeout=TIMEOUT_SECONDS, expand=["sha"])
         except errors.RevisionNotFoundError:
             raise ValueError(
                 f"data.hub_revision={revision}: {self.name} has no such branch, tag or commit."
@@ -161,8 +158,7 @@ class Hub:
             raise ValueError(
                 f"data.hub_name={self.name} is neither a folder nor a dataset on the Hugging Face "
                 f"Hub that you can access: check the spelling, or, if it is private, log in with "
-                f"hf auth login."
-            ) from None
+                f"hf auth login.") from None
         except Exception as error:
             raise no_answer(error) from None
         return info.sha
@@ -185,15 +181,12 @@ class Hub:
         place = str(self.folder or self.name)
         try:
             builder = datasets.load_dataset_builder(
-                place, self.config.hub_config or None, revision=commit or None
-            )
+                place, self.config.hub_config or None, revision=commit or None)
         except Exception as error:
             raise ValueError(self.open_error(error)) from None
         if builder.name == "cache":
             # Without an answer, `datasets` falls back to an earlier download of any commit.
-            raise ValueError(
-                f"{self.name} cannot be opened: the Hugging Face Hub does not answer."
-            )
+            raise ValueError(f"{self.name} cannot be opened: the Hugging Face Hub does not answer.")
         return builder
 
     def open_error(self, error: Exception) -> str:
@@ -206,19 +199,15 @@ class Hub:
                 f"data.hub_revision=refs/convert/parquet, the Hub's copy without one, if it exists."
             )
         if "gated" in reason:
-            return (
-                f"{self.name} is gated: accept its terms at https://huggingface.co/datasets/"
-                f"{self.name}, then log in with hf auth login, or set HF_TOKEN."
-            )
+            return (f"{self.name} is gated: accept its terms at https://huggingface.co/datasets/"
+                    f"{self.name}, then log in with hf auth login, or set HF_TOKEN.")
         if isinstance(error, FileNotFoundError):
             return f"{self.name} holds no files that can be read as a dataset: {reason}."
         configs = re.search(r"[Cc]onfig.*\[(.*)\]", str(error), re.DOTALL)
         if configs:
             names = configs[1].replace("'", "")
-            return (
-                f"data.hub_config={self.config.hub_config}: {self.name} has the configurations "
-                f"{names}; choose one of them."
-            )
+            return (f"data.hub_config={self.config.hub_config}: {self.name} has the configurations "
+                    f"{names}; choose one of them.")
         return f"{self.name} cannot be opened: {reason}."
 
     def paths(self, builder: DatasetBuilder) -> list[str]:
@@ -230,16 +219,14 @@ class Hub:
         splits = self.config.split.split("+")
         if not set(splits) <= set(files):
             raise ValueError(
-                f"data.split={self.config.split}: {self.name} has the splits {', '.join(files)}."
-            )
+                f"data.split={self.config.split}: {self.name} has the splits {', '.join(files)}.")
         # A folder from a stranger can name files anywhere.
         paths = [path for split in splits for path in files[split]]
         for path in paths:
             if self.folder and not is_file_in(self.folder, path):
                 raise ValueError(
                     f"{self.name} names {path}, which is not a file inside that folder: only its "
-                    f"own files are read."
-                )
+                    f"own files are read.")
         return paths
 
     # Read the files
@@ -299,5 +286,4 @@ def import_datasets() -> Any:
 
 def no_answer(error: Exception) -> ValueError:
     return ValueError(
-        f"The Hugging Face Hub does not answer ({first_line(error)}): check the network."
-    )
+        f"The Hugging Face Hub does not answer ({first_line(error)}): check the network.")

@@ -70,8 +70,7 @@ def parquet_column(file: Any, field: str, name: str) -> Iterator[Any]:
         if size > BOMB_BYTES and size > BOMB_RATIO * packed:
             raise ValueError(
                 f"{name} decompresses {packed:,} bytes to {size // 2**20:,} MB at once, like a "
-                f"decompression bomb: write it again with smaller row groups."
-            )
+                f"decompression bomb: write it again with smaller row groups.")
 
         rows = batch_rows(chunk.encodings, size, group.num_rows)
         for batch in file.iter_batches(

@@ -30,8 +30,7 @@ from terminal import counted, say
 
 CONVERSATIONS = (".jsonl", ".jsonlines", ".ndjson", ".json")
 SHAKESPEARE_URL = (
-    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-)
+    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt")
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
@@ -90,15 +89,13 @@ def open_sources(config: DataConfig) -> dict[str, Source]:
     if config.separator and "text" not in kinds:
         raise ValueError(
             f"data.separator={config.separator} divides plain text, and {place} holds only "
-            f"records: leave it out."
-        )
+            f"records: leave it out.")
     has_records = kinds - {"text"} or config.val_path
     if config.text_field != DataConfig.text_field and not has_records:
         raise ValueError(
             f"data.text_field={config.text_field} names a field of records, and {place} holds "
             f"only plain text: leave it out, or give files of records one of the extensions "
-            f"{', '.join(files.RECORDS)}."
-        )
+            f"{', '.join(files.RECORDS)}.")
     return sources
 
 
@@ -133,8 +130,7 @@ class Files:
         if not self.files:
             raise ValueError(
                 f"{path} has no conversations: data=chat reads {', '.join(CONVERSATIONS)}, also "
-                f"compressed."
-            )
+                f"compressed.")
         self.separator = unescaped(config.separator)
 
         # Newer settings are left out at their defaults, so that old fingerprints stay valid.
@@ -191,8 +187,7 @@ def fetch(url: str, sha256: str) -> Path:
         if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
             raise ValueError(
                 f"{path} is damaged (its sha256 is not {sha256[:12]}...): delete it to download "
-                f"it again."
-            )
+                f"it again.")
         return path
 
     advice = f"Download it yourself and put it at {path}, or name your copy with data.path=FILE."
@@ -208,7 +203,6 @@ def fetch(url: str, sha256: str) -> Path:
     found = hashlib.sha256(content).hexdigest()
     if found != sha256:
         raise ValueError(
-            f"{url} has changed: its sha256 is {found[:12]}..., not {sha256[:12]}.... {advice}"
-        )
+            f"{url} has changed: its sha256 is {found[:12]}..., not {sha256[:12]}.... {advice}")
     atomic.write_bytes(path, content)
     return path

@@ -51,8 +51,7 @@ def damaged(path: Path, error: Exception) -> ValueError:
     if "too much memory" in reason or "emory usage limit" in reason:
         return ValueError(
             f"{path} is damaged, or needs more memory to decompress than is allowed for a file of "
-            f"its size: compress it again with default settings."
-        )
+            f"its size: compress it again with default settings.")
     return ValueError(f"{path} is damaged or truncated ({reason}).")
 
 
@@ -85,8 +84,7 @@ def decompressed(raw: BinaryIO, path: Path) -> BinaryIO:
             import zstandard
         except ImportError:
             raise ValueError(
-                f"{path}: reading .zst needs zstandard: pip install zstandard."
-            ) from None
+                f"{path}: reading .zst needs zstandard: pip install zstandard.") from None
         new_decompressor = zstandard.ZstdDecompressor(max_window_size=window).decompressobj
     frames = decompress_frames(raw, new_decompressor)
     return io.BufferedReader(BlockStream(frames), buffer_size=2**16)

@@ -157,10 +157,9 @@ class Batch:
         return tokens
 
 
-def generate(
-    model: GPT, prompts: Tensor | Sequence[Sequence[int]], rules: SamplingConfig,
-    numbers: Sequence[int] | None = None, decoder: Decoder | None = None, done: Container[int] = (),
-) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+def generate(model: GPT, prompts: Tensor | Sequence[Sequence[int]], rules: SamplingConfig,
+             numbers: Sequence[int] | None = None, decoder: Decoder | None = None,
+             done: Container[int] = ()) -> Iterator[tuple[list[int], Tensor, Tensor]]:
     """Continue `prompts`, `[B, T]` or rows of any lengths, by one token per iteration.
 
     Yields the indices of the prompts in the batch, their next ids `[B]`, and the logits `[B, V]`

@@ -32,18 +32,16 @@ def template() -> str:
     return TEMPLATE.read_text(encoding="utf-8").replace("{{base}}", style)
 
 
-def page(
-    name: str, labels: list[str], weights: np.ndarray, following: list[list[tuple[str, float]]]
-) -> str:
+def page(name: str, labels: list[str], weights: np.ndarray,
+         following: list[list[tuple[str, float]]]) -> str:
     """The page of the weights `[L, H, T, T]`."""
     # A token could end the script that it is in.
     text = json.dumps(page_data(name, labels, weights, following)).replace("<", "\\u003c")
     return template().replace(PLACEHOLDER, text)
 
 
-def page_data(
-    name: str, labels: list[str], weights: np.ndarray, following: list[list[tuple[str, float]]]
-) -> dict[str, Any]:
+def page_data(name: str, labels: list[str], weights: np.ndarray,
+              following: list[list[tuple[str, float]]]) -> dict[str, Any]:
     """What the page shows. Weights are 16-bit fractions, in a fifth of JSON's space."""
     fractions = (weights * 65535).round().astype("<u2")
     return {

@@ -79,9 +79,8 @@ def worst_first(runs: list[History]) -> list[tuple[int, History]]:
     return list(enumerate(runs))[::-1]
 
 
-def draw_curve(
-    axes: Any, points: np.ndarray, axis: str, smoothed: bool, bands: bool, **style: Any
-) -> list[np.ndarray]:
+def draw_curve(axes: Any, points: np.ndarray, axis: str, smoothed: bool, bands: bool,
+               **style: Any) -> list[np.ndarray]:
     """Draw one curve `[n, 6]` and return the values. `bands` adds the values before smoothing."""
     x = points[:, AXES.index(axis)]
     mean, lowest, highest = points[:, 3:].T

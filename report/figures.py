@@ -70,9 +70,8 @@ def as_image(figure: Any, kind: str, dpi: int = 110) -> bytes:
     return picture.getvalue()
 
 
-def svg_element(
-    draw: Callable[[Any], None], names: list[str], title: str, size: tuple[float, float]
-) -> str:
+def svg_element(draw: Callable[[Any], None], names: list[str], title: str,
+                size: tuple[float, float]) -> str:
     """What `draw` draws on its axes, as an <svg> element of a page, without a background.
 
     Lines of the run with the rank n, whose id is "run-n", get the class "run", data-run="n" and

@@ -227,9 +227,8 @@ def thinned(points: np.ndarray) -> np.ndarray:
     return np.column_stack((points[ends - 1, :3], mean, lowest, highest))
 
 
-def state_of(
-    folder: Path, rows: Rows, reached: tuple[int, int, float], settings: dict[str, Any]
-) -> tuple[bool, str]:
+def state_of(folder: Path, rows: Rows, reached: tuple[int, int, float],
+             settings: dict[str, Any]) -> tuple[bool, str]:
     """Whether a run is finished (a pruned one is not), and its state in words."""
     steps, _, seconds = reached
     max_steps = settings.get("training.max_steps")

@@ -50,9 +50,8 @@ def is_current(run: Path) -> bool:
         return False
 
 
-def write(
-    chosen: list[tuple[Path, str]], out: Path, title: str, pictures: bool = True
-) -> list[Path]:
+def write(chosen: list[tuple[Path, str]], out: Path, title: str,
+          pictures: bool = True) -> list[Path]:
     """Write the page about the chosen runs, and beside it the pictures as PNG; return their paths.
 
     Raises ValueError for a folder that is not a run, and if matplotlib is missing for pictures.

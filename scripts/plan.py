@@ -147,9 +147,8 @@ def gpu_named(name: str) -> str:
     return ""
 
 
-def describe_data(
-    config: DataConfig, exists: bool = True
-) -> tuple[int, dict[str, Any] | None, str]:
+def describe_data(config: DataConfig,
+                  exists: bool = True) -> tuple[int, dict[str, Any] | None, str]:
     """The size of the vocabulary, the metadata of prepared tokens if there are any, and a line."""
     state = "not looked up" if exists else "not found"
     # Other sources cannot be looked up without a network.

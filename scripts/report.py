@@ -42,8 +42,7 @@ class ReportSettings:
     )
     runs_dir: FilePath = setting("runs", "the folder that the names are in")
     out: FilePath = setting(
-        "", "the page, .html; or a picture of the losses instead of a page: .png, .svg or .pdf"
-    )
+        "", "the page, .html; or a picture of the losses instead of a page: .png, .svg or .pdf")
 
     def problems(self) -> Iterator[str]:
         """One sentence for each invalid value."""

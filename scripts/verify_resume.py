@@ -112,9 +112,8 @@ def finish(overrides: list[str], run: Path) -> None:
         raise ValueError(f"train.py exited with {process.returncode}: {last_line}")
 
 
-def train_under_kills(
-    overrides: list[str], run: Path, kills: int, max_steps: int, most_processes: int = 1
-) -> tuple[int, int]:
+def train_under_kills(overrides: list[str], run: Path, kills: int, max_steps: int,
+                      most_processes: int = 1) -> tuple[int, int]:
     """Train to the end under kills; return the number of kills during a save, and of lost steps."""
     sizes = [2**power for power in range(most_processes.bit_length())]
     moments = sorted(random.randrange(max_steps) for _ in range(kills))

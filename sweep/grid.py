@@ -186,9 +186,8 @@ def too_many_jobs(overrides: str) -> ConfigError:
                         f"or search the space with python -m scripts.sweep."])
 
 
-def compose_all(
-    combinations: list[list[str]], swept: list[str]
-) -> tuple[dict[str, tuple[list[str], Settings]], list[str]]:
+def compose_all(combinations: list[list[str]],
+                swept: list[str]) -> tuple[dict[str, tuple[list[str], Settings]], list[str]]:
     """The overrides and settings of each job by its name, and the errors of the others.
 
     Raises ConfigError if none can be composed, ValueError if two share a name.

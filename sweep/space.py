@@ -189,9 +189,8 @@ def read_space(name: str, overrides: tuple[str, ...]) -> Space:
     return Space(place, ranges, fixed, compiled)
 
 
-def key_problems(
-    content: Point, varied: Point, fixed: Point, given: dict[str, str], place: str
-) -> Iterator[str]:
+def key_problems(content: Point, varied: Point, fixed: Point, given: dict[str, str],
+                 place: str) -> Iterator[str]:
     """The problems with the names in a space's file, and with the settings `given` beside it."""
     # Names that do not exist: parts of a space, and settings.
     for key in content:

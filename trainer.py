@@ -205,8 +205,9 @@ class Trainer:
         if world.is_first:
             batch = {"index": state.batch,
                      "sequences_start_at": self.data.loader.sequences(state.batch)}
-            message += nonfinite.report(self.run.folder, state.nonfinite, state.step, batch,
-                                        step.loss, state.optimizers, self.recorder.recent, action)
+            content = {"step": state.step, "action": action, "loss": step.loss, "batch": batch,
+                       "last_losses": list(self.recorder.recent)}
+            message += nonfinite.report(self.run.folder, state.nonfinite, state.optimizers, content)
         state.optimizers.zero_grad(state.scaler)
         if action == "skip":
             say(f"{message} Its batch is skipped.")

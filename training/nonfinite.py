@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +14,15 @@ import atomic
 from training.optim import Optimizers
 
 
-def report(run: Path, number: int, step: int, batch: dict[str, Any], loss: float,
-           optimizers: Optimizers, last_losses: Iterable[float], action: str) -> str:
+def report(run: Path, number: int, optimizers: Optimizers, content: dict[str, Any]) -> str:
     """Write `RUN/nonfinite/NUMBER-step_XXXXXXXX.json`; return the end of a sentence about it.
 
-    `number` counts the reports of the run, and `step` the steps before this one. The norms
-    are those of `optimizers.gradient_norm`.
+    `number` counts the reports of the run. The norms of `optimizers.gradient_norm` are added to
+    `content`, which has the "loss", and the number of the steps before this one as "step".
     """
     norms = {block: to_json(norm) for block, norm in gradient_norms(optimizers).items()}
-    content = {"step": step, "action": action, "loss": to_json(loss), "batch": batch,
-               "gradient_norms": norms, "last_losses": list(last_losses)}
-    path = run / "nonfinite" / f"{number:02d}-step_{step:08d}.json"
+    content = content | {"loss": to_json(content["loss"]), "gradient_norms": norms}
+    path = run / "nonfinite" / f"{number:02d}-step_{content['step']:08d}.json"
     try:
         atomic.write_bytes(path, json.dumps(content, indent=2).encode())
     except OSError as error:

@@ -1,8 +1,8 @@
 """The log probabilities of continuations, where beginnings that requests share are read once.
 
 Requests that begin alike form a tree of tokens: a token attends to those on the way from the root.
-Several trees make up a row of a batch, so that there is little padding. Shapes: B rows, T tokens of
-a row, N scored tokens, C width.
+The trees of a batch lie end to end, without padding. Shapes: T tokens of a batch, S tokens attended
+to, N scored tokens, C width, H heads, G key-value heads, D head width.
 """
 
 from __future__ import annotations
@@ -10,29 +10,29 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 import atomic
 from generation.engine import Engine
-from model.attention import attend
+from model.attention import AttentionContext, attend
 from progress import ProgressBar
 
 # The number of positions whose logits are in memory at once.
 MAX_POSITIONS = 128
-# Requests form a tree if they have this number of tokens in common, and this part of the inputs.
+# A beginning is shared if it has this number of tokens, and this part of the request's.
 LEAST_SHARED = 8
 LEAST_PART_SHARED = 0.2
-# Attention computes all pairs of tokens of a row and then masks them, so that long rows are slow.
-MAX_TREE = 512
-LEAST_ROW = 256
+# The tokens whose attention is computed together, if they are several requests.
+ROW_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -54,71 +54,95 @@ class Score:
 
 
 @dataclass
-class Row:
-    """The inputs of requests as trees of tokens in one row of a batch.
+class Batch:
+    """Requests that are read together: their tokens `[T]`, each shared beginning only once.
 
-    `parents` has the place of the token before each token, -1 for the first; `depths` its position
-    in the requests.
+    A token attends to its `parents`: the index of the token before it, that of the token before
+    that, and so on; -1 is before the first. `depths` has its position in its requests.
     """
 
     tokens: list[int] = field(default_factory=list)
     parents: list[int] = field(default_factory=list)
     depths: list[int] = field(default_factory=list)
-    # For each request, its number and the places of the tokens whose logits predict its targets.
-    requests: list[tuple[int, list[int]]] = field(default_factory=list)
-    places: dict[tuple[int, int], int] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
+    # For each request, by its number, the indices of the tokens that predict its targets.
+    predicting: dict[int, list[int]] = field(default_factory=dict)
+    # The tokens of the last request, and their indices.
+    inputs: tuple[int, ...] = ()
+    path: list[int] = field(default_factory=list)
 
-    def __len__(self) -> int:
-        return len(self.tokens)
+    def n_shared(self, request: Request) -> int:
+        """The number of tokens that a request begins with and that need not be read again."""
+        shared = shared_length(self.inputs, request.inputs)
+        # For a few tokens, attention to another row takes longer than reading them.
+        return shared if shared >= max(LEAST_SHARED, LEAST_PART_SHARED * len(request.inputs)) else 0
 
     def add(self, number: int, request: Request) -> None:
-        path = [-1]
-        for depth, token in enumerate(request.inputs):
-            step = path[-1], token
-            if step not in self.places:
-                self.places[step] = len(self)
-                self.tokens.append(token)
-                self.parents.append(path[-1])
-                self.depths.append(depth)
-            path.append(self.places[step])
-        self.requests.append((number, path[-len(request.targets) :]))
-
-    def join(self, other: Row) -> None:
-        """Put the trees of another row behind those of this one."""
-        start = len(self)
-        self.tokens += other.tokens
-        self.depths += other.depths
-        self.parents += [parent + start if parent >= 0 else -1 for parent in other.parents]
-        for number, path in other.requests:
-            self.requests.append((number, [place + start for place in path]))
-
-    @property
-    def is_causal(self) -> bool:
-        """Whether each token attends to all tokens before it."""
-        return len(self.requests) == 1
+        shared, start = self.n_shared(request), len(self.tokens)
+        before, new = self.path[:shared], request.inputs[shared:]
+        end = start + len(new)
+        self.inputs, self.path = request.inputs, [*before, *range(start, end)]
+        self.predicting[number] = self.path[-len(request.targets) :]
+        self.tokens += new
+        self.parents += [-1, *self.path][shared:-1]
+        self.depths += range(shared, len(request.inputs))
+        if not new:
+            return
+        # Attention computes all pairs of tokens of a row and then masks them: rows are short.
+        if not self.rows or end - self.rows[-1].start > ROW_TOKENS:
+            self.rows.append(Row(before, start))
+        self.rows[-1].end = end
+        self.rows[-1].n_requests += 1
 
 
-class TreeAttention:
-    """The attention context of a batch: a token attends to those before it in its requests.
+@dataclass
+class Row:
+    """The tokens `start` to `end` of a batch; also those before it that its requests begin with."""
 
-    Padding attends to itself only.
-    """
+    before: list[int]
+    start: int
+    end: int = 0
+    n_requests: int = 0
 
-    def __init__(self, rows: Sequence[Row], length: int, device: torch.device) -> None:
-        # A token attends to itself and to those that its parent attends to.
-        positions = torch.zeros(len(rows), length, dtype=torch.long)
-        mask = torch.eye(length, dtype=torch.bool).repeat(len(rows), 1, 1)
-        for number, row in enumerate(rows):
-            positions[number, : len(row)] = torch.tensor(row.depths)
-            attended = mask[number].numpy()
-            for place, parent in enumerate(row.parents):
-                if parent >= 0:
-                    attended[place, :place] = attended[parent, :place]
-        self.positions = positions.to(device)  # [B, T]
-        self.mask = mask[:, None].to(device)  # [B, 1, T, T]
+
+class TreeAttention(AttentionContext):
+    """The attention context of a batch `[1, T]`, which computes each of its rows by itself."""
+
+    def __init__(self, batch: Batch, device: torch.device) -> None:
+        self.positions = torch.tensor([batch.depths], device=device)
+        # The n-grams of first tokens have no token before them, whatever index is there.
+        self.parents = torch.tensor([batch.parents], device=device).clamp(min=0)
+        self.rows: list[tuple[slice, slice | Tensor, Tensor | None]] = []
+        for row in batch.rows:
+            queries = slice(row.start, row.end)
+            keys: slice | Tensor = queries
+            if row.before:
+                keys = torch.tensor([*row.before, *range(row.start, row.end)], device=device)
+            # Without a mask, attention is causal, which skips half of the pairs.
+            mask = None
+            if row.n_requests > 1:
+                mask = tree_mask(batch, row).to(device)
+            self.rows.append((queries, keys, mask))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-        return attend(q, k, v, self.mask, dropout)
+        """Attention `[1, H, T, D]` of queries `[1, H, T, D]` to keys and values `[1, G, T, D]`."""
+        parts = [attend(q[:, :, queries], k[:, :, keys], v[:, :, keys], mask, dropout)
+                 for queries, keys, mask in self.rows]
+        return torch.cat(parts, dim=2)
+
+
+def tree_mask(batch: Batch, row: Row) -> Tensor:
+    """`[T, S]`, True where a token of a row attends to one of those before the row, or in it."""
+    n_before, length = len(row.before), row.end - row.start
+    mask = np.eye(length, n_before + length, n_before, dtype=bool)
+    for index, parent in enumerate(batch.parents[row.start : row.end]):
+        if parent >= row.start:
+            # A token attends to itself and to those that its parent attends to.
+            end = n_before + index
+            mask[index, :end] = mask[parent - row.start, :end]
+        else:
+            mask[index, : batch.depths[row.start + index]] = True
+    return torch.from_numpy(mask)
 
 
 def encode_request(engine: Engine, context: str, continuation: str) -> Request:
@@ -194,9 +218,8 @@ class Scorer:
         left = [number for number in range(len(requests)) if number not in scores]
         with ProgressBar(total=len(requests), initial=len(scores), desc=title, unit="requests",
                          leave=False) as bar:
-            trees = build_trees(self.engine, requests, left)
-            for rows in batches(pack_rows(trees), self.batch_tokens):
-                new = score_batch(self.engine, rows, requests)
+            for batch in batches(requests, left, self.batch_tokens):
+                new = score_batch(self.engine, batch, requests)
                 if self.finished:
                     for number, one in new.items():
                         self.finished.add(keys[number], one)
@@ -205,39 +228,20 @@ class Scorer:
         return [scores[number] for number in range(len(requests))]
 
 
-def build_trees(engine: Engine, requests: Sequence[Request], numbers: Sequence[int]) -> list[Row]:
-    """The trees of the requests with these numbers, each in a row of its own."""
-    # An n-gram embedding takes the tokens before it in the row for those before it in the text.
-    can_share = engine.model.config.ngrams == 1
-    trees: list[Row] = []
-    before: tuple[int, ...] = ()
+def batches(requests: Sequence[Request], numbers: Sequence[int],
+            batch_tokens: int) -> Iterator[Batch]:
+    """The requests with these numbers, at most `batch_tokens` at once, but at least one request."""
+    batch = Batch()
     # In this order, a request has no longer beginning in common with another than the one before.
     for number in sorted(numbers, key=lambda number: requests[number].inputs):
-        inputs = requests[number].inputs
-        shared = shared_length(before, inputs) if can_share else 0
-        is_alike = shared >= max(LEAST_SHARED, LEAST_PART_SHARED * len(inputs))
-        if not is_alike or len(trees[-1]) + len(inputs) - shared > max(MAX_TREE, len(inputs)):
-            trees.append(Row())
-        trees[-1].add(number, requests[number])
-        before = inputs
-    return trees
-
-
-def pack_rows(trees: list[Row]) -> list[Row]:
-    """Rows of several trees: the largest one that is left, and those that fit behind it."""
-    trees = sorted(trees, key=len)
-    sizes = [len(tree) for tree in trees]
-    rows: list[Row] = []
-    while trees:
-        row, size = trees.pop(), sizes.pop()
-        most = max(size, LEAST_ROW)
-        place = bisect_right(sizes, most - size) - 1
-        while place >= 0:
-            row.join(trees.pop(place))
-            size += sizes.pop(place)
-            place = bisect_right(sizes, most - size) - 1
-        rows.append(row)
-    return rows
+        request = requests[number]
+        more = len(request.inputs) - batch.n_shared(request)
+        if batch.tokens and len(batch.tokens) + more > batch_tokens:
+            yield batch
+            batch = Batch()
+        batch.add(number, request)
+    if batch.tokens:
+        yield batch
 
 
 def shared_length(first: Sequence[int], second: Sequence[int]) -> int:
@@ -246,45 +250,21 @@ def shared_length(first: Sequence[int], second: Sequence[int]) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
-def batches(rows: list[Row], batch_tokens: int) -> Iterator[list[Row]]:
-    """Rows that are read together; with padding at most `batch_tokens`, but at least one row."""
-    batch: list[Row] = []
-    # The longest first: if memory does not suffice, that shows at once.
-    for row in sorted(rows, key=lambda row: (row.is_causal, -len(row))):
-        is_full = batch and (len(batch) + 1) * len(batch[0]) > batch_tokens
-        if is_full or (batch and row.is_causal != batch[0].is_causal):
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
-        yield batch
-
-
 @torch.inference_mode()
-def score_batch(engine: Engine, rows: Sequence[Row],
-                requests: Sequence[Request]) -> dict[int, Score]:
-    """The scores of the requests in some rows, by their numbers in `requests`."""
-    device, length = engine.device, len(rows[0])
-    ids = torch.zeros((len(rows), length), dtype=torch.long)
-    # Each place in the flattened batch with a target that it predicts; requests can share them.
-    pairs: set[tuple[int, int]] = set()
-    pairs_of: dict[int, list[tuple[int, int]]] = {}
-    for start, row in zip(range(0, ids.numel(), length), rows, strict=True):
-        # Padding on the right is not attended to.
-        ids[start // length, : len(row)] = torch.tensor(row.tokens)
-        for number, path in row.requests:
-            targets = requests[number].targets
-            pairs_of[number] = [(start + place, target)
-                                for place, target in zip(path, targets, strict=True)]
-            pairs.update(pairs_of[number])
+def score_batch(engine: Engine, batch: Batch, requests: Sequence[Request]) -> dict[int, Score]:
+    """The scores of the requests in a batch, by their numbers in `requests`."""
+    # The index of each token with a target that it predicts; requests can share them.
+    pairs_of = {number: list(zip(indices, requests[number].targets, strict=True))
+                for number, indices in batch.predicting.items()}
+    pairs = {pair for own_pairs in pairs_of.values() for pair in own_pairs}
 
     # Read the batch once, and compute the logits only where a target is predicted.
-    context = None
-    if not rows[0].is_causal:
-        context = TreeAttention(rows, length, device.torch)
-    with device.autocast():
-        features = engine.model.features(ids.to(device.torch), context=context)  # [B, T, C]
-        found = token_scores(engine, features.flatten(0, 1), sorted(pairs))
+    device = engine.device.torch
+    context = TreeAttention(batch, device)
+    with engine.device.autocast():
+        ids = torch.tensor([batch.tokens], device=device)
+        features = engine.model.features(ids, context=context)[0]  # [T, C]
+        found = token_scores(engine, features, sorted(pairs))
 
     # A score is the sum over the targets of a request.
     scores = {}

@@ -25,6 +25,8 @@ class RaggedCache(KVCache):
     `attend` for their queries.
     """
 
+    parents = None
+
     def __init__(self, config: GPTConfig, batch_size: int, positions: int, device: torch.device,
                  dtype: torch.dtype) -> None:
         super().__init__(config, batch_size, device, dtype, positions)

@@ -28,6 +28,8 @@ class AttentionContext(Protocol):
 
     # `[B, T]`, the position of each token in its own sequence.
     positions: Tensor
+    # `[B, T]`, the index of the token before each; None: its neighbor.
+    parents: Tensor | None = None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
         """As the function `attend`, with a mask of its own."""

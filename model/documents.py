@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.attention import attend, causal_mask, repeat_kv
+from model.attention import AttentionContext, attend, causal_mask, repeat_kv
 from model.config import GPTConfig
 
 
-class DocumentAttention:
+class DocumentAttention(AttentionContext):
     """The attention context of rows with several documents: each is a sequence of its own.
 
     `document_ids` `[B, T]` has the same number for all tokens of a document, and increases along a

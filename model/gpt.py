@@ -154,7 +154,7 @@ class GPT(nn.Module):
         positions = context.positions if context is not None else None
 
         # Embed the tokens, [B, T, C], and look up the angles of their rotary positions.
-        x = self.drop(self.embed(idx, start, positions, cache))
+        x = self.drop(self.embed(idx, start, context, cache))
         rotary = None
         if self.config.position == "rotary":
             if positions is None:
@@ -172,9 +172,12 @@ class GPT(nn.Module):
             cache.length = end
         return self.ln_f(x)
 
-    def embed(self, idx: Tensor, start: int, positions: Tensor | None,
+    def embed(self, idx: Tensor, start: int, context: AttentionContext | None,
               cache: KVCache | None) -> Tensor:
-        """The sum of all embeddings `[B, T, C]` of ids at `positions`, by default from `start`."""
+        """The sum of all embeddings `[B, T, C]`; positions begin at `start` without a `context`."""
+        positions = parents = None
+        if context is not None:
+            positions, parents = context.positions, context.parents
         x = self.wte(idx)  # [B, T, C]
         if self.config.position == "learned":
             if positions is None:
@@ -183,7 +186,7 @@ class GPT(nn.Module):
                 x = x + self.wpe(positions)
         if self.config.ngrams > 1:
             previous_ids = cache.previous_ids if cache is not None else None
-            x = x + self.ngram(idx, previous_ids, positions)
+            x = x + self.ngram(idx, previous_ids, positions, parents)
             # The n-grams of the next ids begin among these.
             if cache is not None:
                 cache.previous_ids = self.ngram.last_ids(idx, previous_ids)

@@ -31,23 +31,27 @@ class NGramEmbedding(nn.Module):
         self.table = nn.Embedding(config.ngram_rows, config.n_embd)
 
     def forward(self, idx: Tensor, previous_ids: Tensor | None = None,
-                positions: Tensor | None = None) -> Tensor:
+                positions: Tensor | None = None, parents: Tensor | None = None) -> Tensor:
         """Ids `[B, T]` -> `[B, T, C]`.
 
         `previous_ids` `[B, N - 1]` are the ids before `idx`, if any. `positions` `[B, T]` are those
-        of each token in its own document: no n-gram crosses documents.
+        of each token in its own document: no n-gram crosses documents. `parents` `[B, T]` are the
+        indices of the tokens before each, if not the neighbors.
         """
-        return self.table(self.row_indices(idx, previous_ids, positions)).sum(dim=2)
+        return self.table(self.row_indices(idx, previous_ids, positions, parents)).sum(dim=2)
 
     def row_indices(self, idx: Tensor, previous_ids: Tensor | None = None,
-                    positions: Tensor | None = None) -> Tensor:
+                    positions: Tensor | None = None, parents: Tensor | None = None) -> Tensor:
         """Rows of the table `[B, T, N - 1]`, those of the shortest n-grams first."""
         ids = self.prepend(idx, previous_ids)
-        hashes = idx
+        hashes = earlier = idx
         indices = []
         for distance in range(1, self.n_previous + 1):
-            start = self.n_previous - distance
-            earlier = ids[:, start : start + idx.size(1)]
+            if parents is None:
+                start = self.n_previous - distance
+                earlier = ids[:, start : start + idx.size(1)]
+            else:
+                earlier = earlier.gather(1, parents)
             if positions is not None:
                 earlier = earlier.masked_fill(positions < distance, NO_TOKEN)
             hashes = hashes * MULTIPLIER + earlier

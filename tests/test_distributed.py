@@ -181,15 +181,6 @@ def test_one_process_does_not_use_torch_distributed(monkeypatch):
     assert (world.size, world.rank, world.is_first) == (1, 0, True)
 
 
-def test_a_process_whose_torchrun_has_ended_stops(monkeypatch):
-    world = World({"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0",
-                   "LOCAL_WORLD_SIZE": "1"})
-    assert world.agree(1.5, False) == (1.5, False)
-    monkeypatch.setattr("os.getppid", lambda: 1)
-    assert world.agree(1.5, False) == (1.5, True)
-    assert World({}).agree(1.5, False) == (1.5, False)
-
-
 def test_world_is_read_from_torchruns_environment():
     world = World({"TORCHELASTIC_RUN_ID": "x", "RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1",
                    "LOCAL_WORLD_SIZE": "2"})

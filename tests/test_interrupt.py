@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import sys
 import threading
+import time
 
 import pytest
 
-from training.interrupt import REQUESTS, WARNINGS, Interrupt, embedded
+from training.interrupt import REQUESTS, WARNINGS, Interrupt, embedded, stop_with_parent
 
 
 @pytest.fixture
@@ -92,3 +94,25 @@ def test_notebooks_and_sessions_are_recognised(monkeypatch, mark):
     assert not embedded()
     monkeypatch.setattr(mark, True, raising=False)
     assert embedded() and sys
+
+
+def test_a_process_stops_when_its_torchrun_is_killed(monkeypatch):
+    """Also one that waits for the others to connect, here in a sleep."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
+    ended, orphans_end = os.pipe()
+    torchrun = os.fork()
+    if torchrun == 0:
+        if os.fork() == 0:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            stop_with_parent()
+            os.write(orphans_end, b"started")
+        else:
+            os.close(orphans_end)
+        time.sleep(30)
+        os._exit(0)
+    os.close(orphans_end)
+    assert os.read(ended, 7) == b"started"
+    os.kill(torchrun, signal.SIGKILL)
+    os.waitpid(torchrun, 0)
+    # The end of the pipe, which only the orphan still holds open.
+    assert select.select([ended], [], [], 20)[0] and os.read(ended, 1) == b""

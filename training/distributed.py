@@ -21,8 +21,10 @@ from torch import Tensor
 
 # A process waits this long for the others, for example while rank 0 prepares the data.
 TIMEOUT = timedelta(days=7)
-# For torchrun itself, which has started the process.
+# It waits this long for the others to start and to connect.
 CONNECT_TIMEOUT = timedelta(minutes=10)
+# For torchrun's own store, which was there before the process, unless torchrun was killed.
+STORE_TIMEOUT = timedelta(seconds=30)
 T = TypeVar("T")
 
 
@@ -39,8 +41,9 @@ class World:
         self.local_rank = int(environment["LOCAL_RANK"]) if started_by_torchrun else 0
         self.local_size = int(environment["LOCAL_WORLD_SIZE"]) if started_by_torchrun else 1
         self.restarts = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
+        has_store = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        self.store_timeout = STORE_TIMEOUT if has_store else CONNECT_TIMEOUT
         self.is_first = self.rank == 0
-        self.parent = os.getppid() if started_by_torchrun else None
 
     @contextmanager
     def joined(self, use_gpus: bool = True) -> Iterator[None]:
@@ -58,7 +61,8 @@ class World:
             backend = "cpu:gloo,cuda:nccl"
         try:
             # Connect to the other processes.
-            store, _, _ = next(dist.rendezvous("env://", timeout=CONNECT_TIMEOUT))
+            store, _, _ = next(dist.rendezvous("env://", timeout=self.store_timeout))
+            store.set_timeout(CONNECT_TIMEOUT)
             if self.size == self.local_size:
                 # torchrun keeps the store when it restarts the processes. In a new namespace, none
                 # finds the address of a process that has ended.
@@ -134,12 +138,7 @@ class World:
         return torch.cat(everyone)
 
     def agree(self, seconds: float, interrupted: bool) -> tuple[float, bool]:
-        """The first process's clock, and whether any process was interrupted.
-
-        It also counts as an interruption if torchrun has ended, as by `kill -9`.
-        """
-        if self.parent not in (None, os.getppid()):
-            interrupted = True
+        """The first process's clock, and whether any process was interrupted."""
         if self.size == 1:
             return seconds, interrupted
         values = self.gather(torch.tensor([seconds, interrupted], dtype=torch.float64))

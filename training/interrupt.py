@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from types import FrameType
 
 REQUESTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -71,14 +72,23 @@ def embedded() -> bool:
 
 
 def stop_with_parent() -> None:
-    """In a child process of a sweep: stop as after SIGTERM once the parent has ended.
+    """In a child of a sweep or of torchrun: stop as after SIGTERM once the parent has ended.
 
-    The parent holds the other end of the pipe that is our standard input, so its end, by `kill -9`
-    too, closes the pipe.
+    A sweep holds the other end of the pipe that is our standard input, so its end, by `kill -9`
+    too, closes the pipe. An orphan of torchrun gets another parent.
     """
-    def wait() -> None:
+    parent = os.getppid()
+
+    def wait_for_end_of_input() -> None:
         os.read(0, 1)
         os.kill(os.getpid(), signal.SIGTERM)
 
+    def wait_for_another_parent() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
     if os.environ.pop(CHILD, None):
-        threading.Thread(target=wait, daemon=True).start()
+        threading.Thread(target=wait_for_end_of_input, daemon=True).start()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        threading.Thread(target=wait_for_another_parent, daemon=True).start()

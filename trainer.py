@@ -49,7 +49,7 @@ def open_trainer(settings: Settings, data: RunData, tasks: dict[str, list[Questi
     training = settings.training
 
     def before_checkpoint() -> None:
-        # A checkpoint is only written if the folder is still the run's, and its metrics with it.
+        # The folder must not have been moved, and the metrics reach the disk first.
         run.check_not_moved()
         recorder.sync()
 
@@ -92,7 +92,7 @@ class Trainer:
     def __post_init__(self) -> None:
         data, state, world = self.data, self.state, self.world
         self.training = self.settings.training
-        # The floating-point operations of this process in a step.
+        # The floating-point operations of this process in a step, for the speed and the MFU.
         tokens = data.loader.tokens_per_step / world.size
         self.step_flops = state.model.flops_per_token() * tokens
         self.batches = Prefetch(data.loader, self.device.torch, world.rank)
@@ -309,7 +309,7 @@ class Trainer:
         return 0
 
     def save_last_step(self) -> None:
-        """Save the last step, unless it is saved: after an interruption or an error of the disk."""
+        """Save the last step if it is not saved, as after an interruption or a write error."""
         self.run.check_not_moved()
         self.saver.finish()
         if self.world.first(self.is_unsaved):

@@ -41,7 +41,7 @@ def compose(root: str | type, overrides: list[str], validate: bool = True) -> An
     if trains:
         of_training = [word for word in overrides if word.partition("=")[0] not in known]
         overrides = [word for word in overrides if word not in of_training]
-    overrides = checked(root, known, overrides)
+    overrides = parse_overrides(root, known, overrides)
     values, experiment, origins = compose_with_hydra(root, schema, overrides)
 
     # Find unknown keys in YAML files, convert the values, and check them.
@@ -53,7 +53,7 @@ def compose(root: str | type, overrides: list[str], validate: bool = True) -> An
             problems.append(unknown(key, known, place, group))
     settings = freeze(schema, values, "", problems)
     if isinstance(settings, Settings) and settings.init_from:
-        settings = replace(settings, model_given=given_of_model(overrides, origins))
+        settings = replace(settings, model_given=chosen_for_model(overrides, origins))
     if validate and not problems:
         problems = list(settings.problems())
     if problems:
@@ -67,7 +67,7 @@ def compose(root: str | type, overrides: list[str], validate: bool = True) -> An
     return settings
 
 
-def given_of_model(overrides: list[str], origins: Origins) -> str:
+def chosen_for_model(overrides: list[str], origins: Origins) -> str:
     """The names of the settings of the model that the command line or an experiment sets.
 
     A preset on the command line sets the shape, but neither dropout nor the length of a sequence.
@@ -81,7 +81,7 @@ def given_of_model(overrides: list[str], origins: Origins) -> str:
     return " ".join(sorted(given))
 
 
-def checked(root: str | type, known: dict[str, Any], overrides: list[str]) -> list[str]:
+def parse_overrides(root: str | type, known: dict[str, Any], overrides: list[str]) -> list[str]:
     """The overrides as key=value. Raises ConfigError with all problems of their keys."""
     problems: list[str] = []
     made: list[str] = []
@@ -90,7 +90,7 @@ def checked(root: str | type, known: dict[str, Any], overrides: list[str]) -> li
         parts = re.fullmatch(r"(\+\+|\+|~)?([^=]*)(?:=(.*))?", override, re.DOTALL)
         sign, key, value = parts.groups()
         is_group = root == "config" and key in groups()
-        # The first of these problems is told.
+        # Only the first problem of an override is reported.
         problem = ""
         if sign == "~" and key:
             problem = (f"{override}: settings cannot be removed: write key=value, as in "

@@ -87,7 +87,7 @@ class Examples:
         return self.targets[numbers]
 
     def count_within(self, max_tokens: int) -> int:
-        """The number of first sequences with at most so many tokens, at least one.
+        """The number of first sequences with at most `max_tokens` tokens, at least one.
 
         Padding does not count.
         """

@@ -57,7 +57,7 @@ class Windows:
         return ids[:, :-1], ids[:, 1:]
 
     def count_within(self, max_tokens: int) -> int:
-        """The number of windows with at most so many tokens, at least one."""
+        """The number of windows with at most `max_tokens` tokens, at least one."""
         return min(self.count, max(max_tokens, self.block_size) // self.block_size)
 
     def n_targets(self, index: np.ndarray) -> np.ndarray:
@@ -84,6 +84,7 @@ class Loader:
         if not markers:
             check_lengths("training", tokens, block_size,
                           "use more text or a smaller model.block_size")
+        # Each part has its own order.
         self.parts = []
         for part, split in enumerate(tokens):
             part_seed = mix(np.array([seed], dtype=np.uint64)) ^ np.uint64(part)

@@ -20,7 +20,7 @@ BUCKET = 256
 class RaggedCache(KVCache):
     """A cache of sequences of different lengths; one step adds a position to each.
 
-    It has memory for `batch_size` sequences. Those in it, at first none, are the first rows. It is
+    It has memory for `batch_size` sequences, and is empty at first; they fill the first rows. It is
     also the attention context of `GPT.features`, with the `positions` of the new tokens and
     `attend` for their queries.
     """

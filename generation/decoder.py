@@ -110,14 +110,14 @@ class Decoder:
         self.step_model = pack(model, product)
 
     def nbytes(self, rows: int, positions: int) -> int:
-        """The memory for decoding so many rows and positions: cache, logits and probabilities."""
+        """The bytes that decoding takes: those of the cache, the logits and the probabilities."""
         positions = min(positions, self.config.block_size)
         one_row = self.cache_type(self.config, 1, positions, self.device, self.dtype)
         cache_bytes = sum(tensor.nbytes for tensor in (*one_row.keys, *one_row.values))
         return rows * (cache_bytes + 3 * 4 * self.config.vocab_size)
 
     def begin(self, rows: int, positions: int) -> None:
-        """Prepare for up to `rows` sequences of up to `positions` tokens, at first none."""
+        """Make room for up to `rows` sequences of up to `positions` tokens, which join later."""
         positions = min(positions, self.config.block_size)
         if self.cache is None or not self.cache.fits(rows, positions):
             self.allocate(rows, positions)

@@ -259,7 +259,7 @@ def open_decoder(engine: Engine, rules: SamplingConfig, setting: str, rows: int,
     """A decoder of `rows` sequences of `positions` tokens, or None without the cache.
 
     Also returns sentences for the user about its speed. `setting` is the name of the number of
-    rows. Raises ValueError if decoding so many at once takes more than the free memory.
+    rows. Raises ValueError if decoding all rows at once takes more than the free memory.
     """
     device = engine.device
     advice = []

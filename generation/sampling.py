@@ -104,8 +104,8 @@ class Row:
 class Batch:
     """Rows that grow together, by one token per step. They can join and leave between two steps.
 
-    In fp32, a row gets the same tokens in any company, and with and without a decoder. There is
-    room for `rows` rows of `positions` tokens (those of the model's context, if that is shorter).
+    In fp32, a row gets the same tokens whatever the other rows are, and with and without a decoder.
+    There is room for `rows` rows of `positions` tokens, or of the model's context if it is shorter.
     """
 
     def __init__(self, model: GPT, decoder: Decoder | None, rows: int, positions: int) -> None:

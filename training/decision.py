@@ -1,7 +1,7 @@
 """The decision after each step: evaluate, save, skip, roll back or stop.
 
-Everything that depends on a process alone, such as its clock and its signals, enters here, so that
-several processes have one value to agree on in each step.
+Clocks and signals differ between processes. What the processes have agreed on is an argument here,
+so all of them make the same decision.
 """
 
 from __future__ import annotations

@@ -137,7 +137,7 @@ def check_resources(state: State, data: RunData, device: Device, run: Run) -> No
 def training_loop(trainer: Trainer, clock: Clock, interrupt: Interrupt) -> Decision:
     """Train until a limit or an interruption ends the run."""
     state, training, world = trainer.state, trainer.training, trainer.world
-    decision = Decision()
+    decision = Decision()  # that of a run without steps: continue
     while not decision.ends_run:
         # Forward and backward passes, and the update of the weights.
         start = clock.seconds()

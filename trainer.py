@@ -130,6 +130,7 @@ class Trainer:
 
     def compile(self) -> None:
         """Compile the model where that pays, otherwise only its loss, and record the start."""
+        # A micro-step without effect shows whether a compiled model works.
         model, training, say = self.state.model, self.training, self.recorder.say
         micro_step = partial(try_micro_step, batch=self.data.first_batch, device=self.device,
                              boundary=self.data.boundary)
@@ -168,6 +169,7 @@ class Trainer:
 
     def take_step(self, interrupt: Interrupt) -> Step | None:
         """Update the weights by a batch; None if interrupted between two micro-steps of it."""
+        # The learning rate depends on the step alone.
         optim, state, scaler = self.settings.optim, self.state, self.state.scaler
         scale = lr_scale(state.step, optim, self.training.max_steps)
         state.optimizers.set_scale(scale)

@@ -182,9 +182,11 @@ class Checkpoint:
         Raises DamagedCheckpoint unless it has the names, shapes and dtypes of `like`. The tensors
         are views of the mapped file.
         """
+        # Check sizes and checksums before the library reads anything.
         self.check_size(name, like)
         self.verify([name])
-        # The dtype and shape of each tensor in the files must be those of `like`.
+
+        # Find the file of each tensor.
         wanted = {key: (DTYPES[value.dtype], tuple(value.shape)) for key, value in like.items()}
         found: dict[str, tuple[str, tuple[int, ...]]] = {}
         paths: dict[str, Path] = {}
@@ -195,6 +197,8 @@ class Checkpoint:
                 raise DamagedCheckpoint(f"{path} has tensors that another file has, too")
             found |= entries
             paths |= dict.fromkeys(entries, path)
+
+        # The dtype and shape of each tensor must be those of `like`, and none may be missing.
         for key in sorted(found.keys() | wanted.keys()):
             if found.get(key) != wanted.get(key):
                 raise DamagedCheckpoint(

@@ -61,6 +61,7 @@ def tokens_of_changed_text(settings: Settings, warn: Callable[[str], None]) -> P
     Passes a message to `warn`. None if the run is to use its text as it is now: it has no
     checkpoint, other settings or no tokens left, or it has no name and is finished.
     """
+    # Only a run that resumes, with the same source, has tokens to keep.
     folder = settings.folder
     last = last_checkpoint(folder, settings)
     if last is None or not has_same_source(settings, last):
@@ -83,6 +84,8 @@ def tokens_of_changed_text(settings: Settings, warn: Callable[[str], None]) -> P
     kept = find_prepared(fingerprint)
     if kept is None or changes_since(last, with_vocab_size(settings, kept), kept):
         return None
+
+    # Without a name, the changed text can be another run.
     if not settings.name:
         # The new text gets a run of its own, unless the old run is unfinished and comes first.
         new = folder.with_name(f"{folder.name}-prepared={current[:12]}")

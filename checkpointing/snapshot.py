@@ -87,6 +87,7 @@ def save_checkpoint(checkpoints: Path, snapshot: Snapshot,
     with the space that is needed if the checkpoint cannot be written. Of several processes, the
     first one calls this, and the others `join_save`.
     """
+    # Check what can be checked before anything is written.
     peers = peers or Peers()
     folder = checkpoints / step_name(snapshot.state["step"])
     # The tensors, and a bound on the rest.
@@ -142,6 +143,7 @@ def write_files(folder: Path, snapshot: Snapshot, peers: Peers) -> None:
 def write_tensors(folder: Path, snapshot: Snapshot,
                   peers: Peers) -> tuple[dict[str, FileEntry], OSError | None]:
     """Write this process's share of the tensors; return the files, or the error."""
+    # Model and optimizer in turn: the processes must collect the same tensors at the same time.
     files, error = {}, None
     for name, tensors in ((MODEL, snapshot.model), (OPTIMIZER, snapshot.optimizer)):
         # One process writes a small model, all write a large one.

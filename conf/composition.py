@@ -60,8 +60,10 @@ def compose_with_hydra(root: str | type, schema: Any,
     An experiment that is a file of the user's own is named by its path. The origins say which YAML
     file a setting is from, for messages.
     """
+    # The defaults of the dataclasses, without what users cannot set.
     defaults = asdict(schema())
     drop_derived(defaults)
+
     # Hydra's grammar refuses most English text and some references: they are set afterwards.
     known = leaves(schema)
     literal: dict[str, str] = {}

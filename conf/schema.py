@@ -33,6 +33,7 @@ def compose(root: str | type, overrides: list[str], validate: bool = True) -> An
     ConfigError with every problem found, without `validate` only with wrong names and types.
     Writes nothing and changes no global state.
     """
+    # Parse the overrides, and let Hydra compose.
     schema = SCHEMAS[root] if isinstance(root, str) else root
     known = leaves(schema)
     # The overrides for a training that the script starts are checked by that training.

@@ -30,6 +30,8 @@ class Examples:
     def __init__(self, tokens: Tokens, block_size: int, markers: Markers, split: str,
                  seed: np.ndarray) -> None:
         self.tokens, self.block_size, self.markers, self.seed = tokens, block_size, markers, seed
+
+        # Find the conversations, and count their targets.
         ends = tokens.positions_of(markers.end_of_text)
         if not len(ends):
             raise ValueError(f"The {split} split has no conversation: use more of them, or raise "

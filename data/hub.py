@@ -103,6 +103,7 @@ class Hub:
 
         If the Hub does not answer, those that were last seen.
         """
+        # A folder has no commit.
         if self.folder:
             return "", self.files_hash("")
         # What the Hub answered the last time.

@@ -55,6 +55,7 @@ def to_hugging_face(tokenizer: Tokenizer) -> dict[str, Any]:
         single_bytes = [bytes((value,)) for value in range(256)]
         pre_tokenizers, model = [BYTE_LEVEL], byte_pairs(single_bytes)
 
+    # Special tokens, which are not split.
     special = dict(sorted(tokenizer.special.items(), key=lambda item: item[1]))
     # Special tokens take their ids from the vocabulary, which allows unused ids below them.
     model["vocab"] |= special
@@ -184,6 +185,7 @@ def byte_level_bpe(content: dict[str, Any], vocab: dict[str, int],
         if model.get(name) not in supported:
             raise Unsupported(f"its model has {name}={model[name]}")
 
+    # The steps before the model, and its tokens in the order of their merges.
     normalizer = normalizer_of(content.get("normalizer"))
     pattern = pattern_of(content.get("pre_tokenizer"))
     in_text = tokens_in_text(content.get("added_tokens") or [], bool(normalizer))
@@ -215,6 +217,7 @@ def normalizer_of(content: dict[str, Any] | None) -> str:
 
 def pattern_of(content: dict[str, Any] | None) -> str:
     """The pattern that splits a text into words; empty for none."""
+    # The last step must be ByteLevel, which shows bytes as characters.
     steps = [content]
     if content and content["type"] == "Sequence":
         steps = content["pretokenizers"]

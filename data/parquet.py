@@ -58,6 +58,7 @@ def parquet_column(file: Any, field: str, name: str) -> Iterator[Any]:
     if kind is None:
         raise no_field(name, field, file.schema_arrow.names)
 
+    # Read one row group after the other.
     for number in range(file.num_row_groups):
         group = file.metadata.row_group(number)
         if not is_text(kind):
@@ -72,6 +73,7 @@ def parquet_column(file: Any, field: str, name: str) -> Iterator[Any]:
                 f"{name} decompresses {packed:,} bytes to {size // 2**20:,} MB at once, like a "
                 f"decompression bomb: write it again with smaller row groups.")
 
+        # A batch of rows takes little memory.
         rows = batch_rows(chunk.encodings, size, group.num_rows)
         for batch in file.iter_batches(
             batch_size=rows, row_groups=[number], columns=[field], use_threads=False

@@ -47,6 +47,7 @@ def choose_tails(texts: list[Text], val_fraction: float,
     than a third of the text to hold out gives its tail, if that has TAIL characters and documents
     are `divisible`. The order of `texts` does not matter.
     """
+    # The number of characters to hold out.
     characters = sum(text.size for text in texts)
     fraction = held_out_fraction(val_fraction, characters)
     wanted = fraction * characters
@@ -69,6 +70,7 @@ def choose_tails(texts: list[Text], val_fraction: float,
         chosen = min(texts)
         tails[chosen.number] = chosen.length
 
+    # If more than half of them are still missing, long documents give longer tails.
     missing = wanted - sum(tails[text.number] * text.copies for text in texts)
     if missing > wanted / 2 and divisible:
         # No document is long enough for its share, or short enough to be held out whole. So the

@@ -47,6 +47,7 @@ def sha256_of(paths: list[Path]) -> list[str]:
     known = read_digests(cache)
     before = dict(known)
 
+    # Hash the files that are new or have changed.
     digests = []
     total = sum(path.stat().st_size for path in paths)
     with ProgressBar(desc="Checking files", total=total, unit="B", unit_scale=True, leave=False,
@@ -62,6 +63,7 @@ def sha256_of(paths: list[Path]) -> list[str]:
             if status.st_size >= LARGE and unchanged:
                 known[key] = (digests[-1], now)
 
+    # Keep the digests for the next call.
     if known != before:
         # Without the cache, the files are hashed again.
         with suppress(OSError):

@@ -67,6 +67,7 @@ def decompressed(raw: BinaryIO, path: Path) -> BinaryIO:
 
     Raises ValueError if this needs a package that is not installed.
     """
+    # Python's own streams, where they need little memory.
     ending = path.suffix.lower()
     if ending == ".gz":
         return gzip.GzipFile(fileobj=raw)
@@ -74,7 +75,7 @@ def decompressed(raw: BinaryIO, path: Path) -> BinaryIO:
         return bz2.BZ2File(raw)
     if ending not in COMPRESSIONS:
         return raw
-    # .gz and .bz2 need little memory; .xz and .zst as much as the file says, up to a limit.
+    # .xz and .zst need as much memory as the file says, up to a limit.
     window = WINDOW_PER_BYTE * os.fstat(raw.fileno()).st_size
     window = min(max(window, LEAST_WINDOW), LARGEST_WINDOW)
     if ending == ".xz":

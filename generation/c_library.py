@@ -34,6 +34,7 @@ def load_library(source: Path) -> ctypes.CDLL:
     Environment: CC is the compiler, NANOHYDRA_CFLAGS are additional flags. Raises OSError, with
     the reason, where it cannot be compiled.
     """
+    # The compiler and its flags.
     flags = os.environ.get("NANOHYDRA_CFLAGS", "")
     found = next(filter(shutil.which, COMPILERS), COMPILERS[0])
     compiler = os.environ.get("CC") or found
@@ -48,6 +49,7 @@ def load_library(source: Path) -> ctypes.CDLL:
         cache_home = os.path.expanduser("~/.cache")
     path = Path(cache_home, "nanohydra", name)
 
+    # Load it from the cache, or else compile and keep it.
     with suppress(OSError):
         return load(read_cached(path))
     content = compile_source(source, shlex.split(compiler), shlex.split(flags))

@@ -79,6 +79,7 @@ class Decoder:
     """
 
     def __init__(self, model: GPT, precision: str = "") -> None:
+        # The cache that is fastest on the device.
         weight = model.wte.weight
         self.model, self.config, self.device = model, model.config, weight.device
         self.cache_type = choose_cache(model)

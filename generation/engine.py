@@ -147,12 +147,15 @@ class Engine:
         `logprobs` records the log probability of each token. Raises ValueError for a prompt that
         the tokenizer cannot encode.
         """
+        # Start to generate from all prompts at once.
         prompts = [self.prompt_ids(prompt) for prompt, _ in jobs]
         numbers = [number for _, number in jobs]
         completions = [Completion(self.tokenizer, rules.stop) for _ in jobs]
         # `generate` drops the prompts whose indices are added to it.
         done: set[int] = set()
         generated = generate(self.model, prompts, rules, numbers, decoder, done)
+
+        # Add each new token to its completion, until all have ended.
         while True:
             # Autocast is off again while the caller has control.
             with self.device.autocast():

@@ -102,6 +102,7 @@ def config_from(layout: str, published: Mapping[str, Any],
     Dropout is left out: it belongs to the training, not to the weights. Raises ValueError for a
     configuration that this model does not support. `GPTConfig.problems` checks the sizes.
     """
+    # The sizes.
     check_layout(layout, (*FORMATS, "nanogpt"))
     if layout == "nanogpt":
         names = {name: name for name in NANOGPT_SIZES}

@@ -92,6 +92,7 @@ class ChunkedLoss(torch.autograd.Function):
         if vocab_size % options.multiple:
             padded_weight = F.pad(padded_weight, (0, 0, 0, -vocab_size % options.multiple))
 
+        # The sums over the chunks.
         loss = torch.zeros((), device=features.device)
         needs_gradients = any(ctx.needs_input_grad)
         if needs_gradients:

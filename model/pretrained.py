@@ -110,6 +110,7 @@ def weights_from(layout: str, config: GPTConfig,
 
     Raises ValueError for a tensor that is missing, unknown, or of another shape or type.
     """
+    # The table of the layout's tensors, and the given names of these.
     entries = table(layout, config)
     names = match_names(layout, entries, list(tensors))
 
@@ -165,6 +166,7 @@ def match_names(layout: str, entries: list[Entry], given: list[str]) -> dict[str
             missing.append(entry.published)
     unknown = sorted(plain.values())
 
+    # Nothing may be missing or left.
     if missing:
         other = ""
         if unknown:
@@ -230,10 +232,13 @@ def state_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
 def gpt2_entries(layout: str, config: GPTConfig,
                  shapes: dict[str, tuple[int, ...]]) -> Iterator[Entry]:
     """The tensors of GPT-2, of nanoGPT, or of GPT-2 in a GGUF file."""
+    # The shapes of the published tensors under our names.
     published = shapes
     if layout != "nanogpt":
         # Its layers always have biases: without biases of ours they are zero.
         published = state_shapes(replace(config, bias=True))
+
+    # Their names, and how they are stored.
     for name, shape in published.items():
         ours = name if name in shapes else ""
         if name == NGRAMS:
@@ -254,6 +259,7 @@ def gpt2_entries(layout: str, config: GPTConfig,
 def llama_entries(layout: str, config: GPTConfig,
                   shapes: dict[str, tuple[int, ...]]) -> Iterator[Entry]:
     """The tensors of Llama, of Qwen3 and of NanoChat, or of the first two in a GGUF file."""
+    # The names of a model's parts.
     parts = PARTS_LLAMA
     if layout == "nanochat":
         parts = PARTS_NANOCHAT
@@ -263,6 +269,8 @@ def llama_entries(layout: str, config: GPTConfig,
     if layout != "nanochat":
         # Its norms always have gains: without gains of ours they are one.
         published = state_shapes(replace(config, norm="rms_gain"))
+
+    # Their names. Ours has queries, keys and values in one tensor.
     for name, shape in published.items():
         ours = name if name in shapes else ""
         if name.endswith("attn.c_attn.weight"):

@@ -24,12 +24,15 @@ def maybe_compile(model: nn.Module, choice: str, device: Device, flops: float,
     `flops` are those of the whole run. `trial` runs the model once to find failures, which raise
     ValueError with "true", and with "auto" are a warning and give the plain model.
     """
+    # Whether to compile: as it was asked, or if the run is long enough.
     if choice == "false":
         return model
     if choice == "auto":
         pays_after = COMPILE_PAYS_AFTER_SECONDS.get(device.type)
         if pays_after is None or flops / device.nominal_flops() < pays_after:
             return model
+
+    # Compile, and run the result once.
     say("Compiling the model: the first step takes a minute or more.")
     try:
         if device.type == "cpu":

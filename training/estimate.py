@@ -131,6 +131,7 @@ def update_seconds(roles: dict[str, dict[str, Tensor]], optim: OptimConfig,
 
     Updates new tensors of the same shapes, but fewer of them, and extrapolates.
     """
+    # Tensors of one role and shape take equally long.
     shapes = Counter((role, weights.shape) for role, named in roles.items()
                      for weights in named.values())
     scaler = torch.amp.GradScaler(device.type, enabled=False)

@@ -32,8 +32,8 @@ class GradientNorm:
                 self.remainder[weights] = end
                 end += 1
 
+        # This process's parts, and the norms of all chunks at the last measurement.
         self.own = parts[world.rank]
-        # The norms of all chunks at the last measurement.
         self.chunks = torch.zeros(end, device=parameters[0].device)
         if world.size > 1:
             positions = [self.positions_of(some) for some in parts]

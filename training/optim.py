@@ -52,6 +52,7 @@ class Optimizers:
                  rates: Mapping[str, float] | None = None) -> None:
         self.world = world or World({})
         self.sharded = sharded
+        # The parameters by their treatment: matrices of the blocks, others with and without decay.
         self.names = {weights: name for role in roles.values() for name, weights in role.items()}
         self.parameters = list(self.names)
         self.rates = dict.fromkeys(self.names.values(), 1.0) | dict(rates or {})
@@ -81,10 +82,12 @@ class Optimizers:
         # Gradients become smaller as rates do, and stay larger than epsilon: arXiv:2505.01618.
         epsilon = ADAM_EPSILON * min(self.rates.values())
         self.all.append(AdamW(groups, config.lr, (config.beta1, config.beta2), epsilon))
+        # `set_scale` sets each rate to a fraction of this one.
         for optimizer in self.all:
             for group in optimizer.param_groups:
                 group["initial_lr"] = group["lr"]
 
+        # How the norm of all gradients is measured.
         if sharded:
             from training.fsdp import RowNorm
 
@@ -192,6 +195,7 @@ class Optimizers:
 
         Learning rates are left out: the schedule gives them.
         """
+        # One process has the whole state.
         states = self.own_states()
         if self.world.size == 1:
             return {name: states[name][1] for name in self.shapes()}

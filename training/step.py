@@ -58,6 +58,7 @@ def accumulate_gradients(model: nn.Module, buckets: GradientBuckets | RowGradien
     however they are divided into micro-steps and among processes. The losses `[micro_steps]` stay
     on the device. Returns None if interrupted between two micro-steps.
     """
+    # How much each micro-step counts, and the sums of its gradients so far.
     losses = []
     n_targets = batches.n_targets(step)
     all_targets = sum(n_targets)

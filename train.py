@@ -83,7 +83,8 @@ def train_together(settings: Settings, world: World) -> int:
         stack.enter_context(configure(device, settings.model.dropout))
         sharded = divides_weights(settings, world, device)
         stack.enter_context(memory_advice(settings, world, device, sharded))
-        state = new_state(settings, world, device, sharded)
+        loads_weights = bool(last or settings.init_from)
+        state = new_state(settings, world, device, sharded, skip_init=loads_weights)
 
         # Restore the last checkpoint, or load the weights to start from.
         if last:

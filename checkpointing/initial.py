@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import math
-from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,14 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import atomic
 from checkpointing import checkpoint, pretrained, store
 from checkpointing.checkpoint import Checkpoint
+from checkpointing.provenance import versions
 from checkpointing.run_folder import find_run
 from checkpointing.weights import Weights, own_weights
 from conf.convert import rebuild
 from conf.identity import flat
 from conf.presets import preset
 from conf.settings import Settings
+from data.store import data_root
 from data.tokenizer import PUBLISHED, BPETokenizer, ExtendedTokenizer, Tokenizer
 from data.tokenizer_file import planned_size
 from data.tokenizer_json import fingerprint
@@ -95,12 +100,13 @@ def with_shape_of_weights(settings: Settings, last: Checkpoint | None
     found = weights.fingerprint()
     settings = replace(settings, model=model, init_source=str(weights.place),
                        init_fingerprint=found)
-    return settings, [f"{weights.describe()}, fingerprint {found}", *check(weights)]
+    messages = [f"{weights.describe()}, fingerprint {found}", check(weights, found)]
+    return settings, list(filter(None, messages))
 
 
 @torch.no_grad()
-def check(weights: Weights) -> Iterator[str]:
-    """A sentence about a check of the weights, if their tokenizer can encode English.
+def check(weights: Weights, fingerprint: str) -> str:
+    """A sentence about a check of the weights; empty if their tokenizer cannot encode English.
 
     Where transformers is installed and has this model, its logits must be ours, or ValueError is
     raised. Elsewhere the loss is told: wrong weights make it as large as that of a guess.
@@ -108,16 +114,21 @@ def check(weights: Weights) -> Iterator[str]:
     # The logits of a sentence, by our model and where possible by theirs.
     ids = weights.sentence_ids()
     if ids is None:
-        return
+        return ""
+    # To compare takes seconds, and has the same result the next time.
+    memory = None
+    if pretrained.is_comparable(weights):
+        memory = data_root() / "checked_weights" / f"{comparison_key(weights, fingerprint)}.txt"
+        with suppress(OSError, ValueError):
+            return f"{memory.read_text()} (compared before)"
+
     model = weights.model()
     logits = model(ids)  # [1, T, V]
-    theirs = pretrained.logits_of_transformers(weights, ids)
+    theirs = pretrained.logits_of_transformers(weights, ids) if memory else None
     if theirs is None:
         loss = F.cross_entropy(logits[0, :-1], ids[0, 1:]).item()
-        yield (f"Check of the weights: the loss on a sentence of English is {loss:.2f}; that of a "
-               f"guess is {math.log(model.config.vocab_size):.2f}")
-        return
-
+        return (f"Check of the weights: the loss on a sentence of English is {loss:.2f}; that of a "
+                f"guess is {math.log(model.config.vocab_size):.2f}")
     # Both compute the same function, and round differently.
     difference, largest = (logits - theirs).abs().max().item(), theirs.abs().max().item()
     compared = (f"the logits of a sentence differ from those of transformers by at most "
@@ -125,7 +136,20 @@ def check(weights: Weights) -> Iterator[str]:
     if not difference <= LARGEST_DIFFERENCE * largest:
         raise ValueError(f"{weights.place} is not used: {compared}, more than "
                          f"{LARGEST_DIFFERENCE:g} of the largest. Please report this.")
-    yield f"Check of the weights: {compared}"
+    sentence = f"Check of the weights: {compared}"
+    # Without the file, they are compared again.
+    with suppress(OSError):
+        atomic.write_bytes(memory, sentence.encode())
+    return sentence
+
+
+def comparison_key(weights: Weights, fingerprint: str) -> str:
+    """Changes with the weights, their configuration, and the programs that are compared."""
+    digest = hashlib.sha256(f"{fingerprint} {versions()}".encode())
+    code = sorted(Path(inspect.getfile(GPTConfig)).parent.glob("*.py"))
+    for path in (weights.place / pretrained.CONFIG, *code):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def shape_of_weights(settings: Settings) -> GPTConfig:

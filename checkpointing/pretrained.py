@@ -280,25 +280,27 @@ def gpt2_vocabulary(tokenizer: BPETokenizer) -> dict[str, int]:
 # Programs of others
 
 
-def logits_of_transformers(weights: Weights, ids: Tensor) -> Tensor | None:
-    """The logits `[1, T, V]` of the package transformers for a folder of Hugging Face.
-
-    None if it is not installed, if the folder has another layout, and for large models.
-    """
+def is_comparable(weights: Weights) -> bool:
+    """Whether transformers is installed, and loads the folder of these weights within seconds."""
     folder = weights.place
     has_tensors = (folder / TENSORS).exists() or (folder / INDEX).exists()
     is_small = sum(tensor.numel() for tensor in weights.tensors.values()) <= MOST_COMPARED
     # The classes of transformers have no n-gram embeddings.
     has_class = (folder / CONFIG).exists() and weights.config.ngrams == 1
-    if not (has_class and has_tensors and is_small):
-        return None
-    if not importlib.util.find_spec("transformers"):
-        return None
+    is_installed = importlib.util.find_spec("transformers") is not None
+    return has_class and has_tensors and is_small and is_installed
+
+
+def logits_of_transformers(weights: Weights, ids: Tensor) -> Tensor | None:
+    """The logits `[1, T, V]` of the package transformers for comparable weights.
+
+    None if its version does not have their class.
+    """
     import transformers
 
+    folder = weights.place
     name = CLASSES[read_json(folder / CONFIG)["model_type"]]
     if not hasattr(transformers, name):
-        # An earlier version.
         return None
     model = getattr(transformers, name).from_pretrained(folder, local_files_only=True,
                                                         use_safetensors=True)

@@ -16,7 +16,8 @@ from typing import Any
 import atomic
 
 STARTS = "environment.jsonl"  # in the run folder
-PACKAGES = ("torch", "numpy", "hydra-core", "tiktoken", "rustbpe", "safetensors", "wandb")
+PACKAGES = ("torch", "numpy", "hydra-core", "tiktoken", "rustbpe", "safetensors", "wandb",
+            "transformers")
 MAX_BYTES = 2**24
 CODE = Path(__file__).parent.parent
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,14 +153,16 @@ class State:
         self.nonfinite, self.replanned = nonfinite, replanned
 
 
-def new_state(settings: Settings, world: World, device: Device, sharded: bool) -> State:
-    """The state before the first step, with random weights.
+def new_state(settings: Settings, world: World, device: Device, sharded: bool,
+              skip_init: bool = False) -> State:
+    """The state before the first step, with random weights, or without values to load others.
 
     With `sharded`, the weights are divided among the processes by FSDP2.
     """
     # All processes have the same initial weights.
     torch.manual_seed(settings.seed)
-    model = GPT(settings.model)
+    with SkipInit() if skip_init else nullcontext():
+        model = GPT(settings.model)
     model.recompute = settings.training.recompute
     model.loss_options = loss_options(device.torch, fused=settings.training.compile != "false")
     if sharded:

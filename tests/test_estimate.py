@@ -52,7 +52,8 @@ class Timer:
     (0.001, {}, [1, 8, 8, 8, 8, 8]),  # repeated where it is short
     (2.0, {"max_steps": 1}, [1, 2]),  # fewer sequences where they are slow
     (20.0, {"max_steps": 1}, [1]),
-    (0.05, {"batch_size": 1}, [1, 1, 1])])
+    (0.05, {"batch_size": 1}, [1, 1, 1]),
+    (0.2, {"batch_size": 1, "max_steps": 20}, [1])])  # a short run of single sequences
 def test_half_a_micro_step_is_timed_where_that_is_short(monkeypatch, seconds, limits, calls):
     timer = Timer(monkeypatch, seconds)
     pace = timer.measure(**limits)

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 import sample as sampling
 import train as program
 from checkpointing import pretrained
-from checkpointing.initial import find_weights, shape_of_weights
+from checkpointing.initial import check, find_weights, shape_of_weights
 from conf.schema import compose
 from data.hugging_face import to_hugging_face
 from data.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
@@ -127,6 +127,23 @@ def test_a_run_starts_from_gpt2_weights(tmp_path, gpt2_files, compose_tiny, caps
     assert "Check of the weights: " in said and "fingerprint" in said
     engine = open_weights(tmp_path / "runs/tiny", precision="fp32", device="cpu")
     assert (engine.model.config.dropout, engine.model.config.block_size, engine.tokenizer.vocab_size) == (0, 16, 50257)
+
+
+def test_weights_are_compared_once(tmp_path, gpt2_files, monkeypatch):
+    """With transformers; again after a difference, for other weights, and for another config.json."""
+    save_folder(tmp_path / "small", replace(SMALL, vocab_size=50257))
+    weights = find_weights(str(tmp_path / "small"), tmp_path)
+    factors = [1.001, 1, 1, 1]
+    monkeypatch.setenv("NANOHYDRA_DATA", str(tmp_path / "data"))
+    monkeypatch.setattr(pretrained, "is_comparable", lambda weights: True)
+    monkeypatch.setattr(pretrained, "logits_of_transformers", lambda weights, ids: weights.model()(ids) * factors.pop(0))
+    with pytest.raises(ValueError, match=r"small is not used: the logits of a sentence differ"):
+        check(weights, "one")
+    said = [check(weights, "one"), check(weights, "one"), check(weights, "two")]
+    with (tmp_path / "small/config.json").open("a") as file:
+        file.write(" ")
+    said.append(check(weights, "two"))
+    assert [line.endswith("(compared before)") for line in said] == [False, True, False, False] and not factors
 
 
 def test_weights_of_gpt2_need_its_tokenizer(tmp_path, gpt2_files, compose_tiny):

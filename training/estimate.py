@@ -101,25 +101,31 @@ def seconds_per_sequence(time_pass: Callable[[int], float], training: TrainingCo
 
     `time_pass(n)` times n sequences.
     """
+    def delays_run(seconds: float, sequences: int) -> bool:
+        """Whether these seconds, the time of some sequences, are long beside the whole run."""
+        run_seconds = training.max_steps * step_sequences * seconds / sequences
+        if training.max_seconds:
+            run_seconds = min(run_seconds, training.max_seconds)
+        return seconds > RUN_FRACTION * run_seconds
+
     # Half a micro-step is timed: a sequence takes as long in it as in a whole one.
     sequences = training.batch_size
     # Another batch size would compile a model again.
     if not compiled:
-        # This first timing includes the set-up of the device, so it only limits the next one.
+        # This first timing includes the set-up of the device, so it only limits the next one. Of a
+        # short run of single sequences, it is the only one.
         first = time_pass(1)
-        if first > MOST_SECONDS:
-            return first
         sequences = min(math.ceil(training.batch_size / 2), int(MOST_SECONDS / first))
+        is_long = first >= LEAST_SECONDS and delays_run(first, 1)
+        if sequences == 0 or (sequences == 1 and is_long):
+            return first
 
     # Repeat it until the sum is long enough, but do not delay a short run.
     timings: list[float] = []
     while len(timings) < MOST_TIMINGS:
         timings.append(time_pass(sequences))
-        run_seconds = training.max_steps * step_sequences * timings[0] / sequences
-        if training.max_seconds:
-            run_seconds = min(run_seconds, training.max_seconds)
-        delays_run = timings[0] > RUN_FRACTION * run_seconds
-        if sum(timings) >= LEAST_SECONDS and (delays_run or len(timings) > 1):
+        is_long = sum(timings) >= LEAST_SECONDS
+        if is_long and (len(timings) > 1 or delays_run(timings[0], sequences)):
             break
     # Other programs only ever make a timing longer, so the shortest is the best estimate.
     return min(timings) / sequences

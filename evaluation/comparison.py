@@ -175,6 +175,7 @@ def compare(first: str, second: str, results: dict[str, Results]) -> Comparison:
         raise ValueError(f"{first} and {second} differ by {difference:g} for every seed: the seed "
                          f"has no effect, so the noise is unknown.")
 
+    # The standard error of the difference, and the p-value of a t-test.
     error, p = paired_test(b - a) if paired else unpaired_test(a, b)
     return Comparison(first, second, difference, float(error), float(p), (len(a), len(b)), paired)
 

@@ -65,6 +65,7 @@ def draw(name: str, labels: list[str], weights: np.ndarray) -> bytes:
     ticks = range(0, len(labels), every)
     texts = [short_text(label) for label in labels[::every]]
 
+    # Draw the weights of each head.
     figure, style = new_figure(1.5 + inches * heads, 1.5 + inches * layers, "attention")
     with style, quiet():
         grid = figure.subplots(layers, heads, squeeze=False, sharex=True, sharey=True)

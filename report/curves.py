@@ -169,8 +169,8 @@ def label_progress(axes: Any, axis: str) -> None:
 
 def draw_diagnostic(axes: Any, runs: list[History], name: str) -> None:
     """The learning rate, gradient norm or speed of runs against steps."""
-    peaks = []
     # Draw the curves.
+    peaks = []
     for rank, run in worst_first(runs):
         points = run.diagnostics.get(name, np.empty((0, 6)))
         bands = name == "gradient norm" and len(runs) <= MAX_BANDS

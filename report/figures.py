@@ -83,6 +83,7 @@ def svg_element(draw: Callable[[Any], None], names: list[str], title: str,
         draw(figure.subplots())
         figure.savefig(content, format="svg", transparent=True, metadata={"Date": None})
 
+    # The <svg> element, with the names of the runs and fewer digits.
     svg = content.getvalue()
     # Without the XML declaration, and in the colors of the page.
     svg = svg[svg.index("<svg ") :].replace(INK, "var(--ink)").replace(LINE, "var(--line)")

@@ -235,6 +235,8 @@ def state_of(folder: Path, rows: Rows, reached: tuple[int, int, float],
     max_seconds = settings.get("training.max_seconds")
     # The rows of the last step: those of its training and of its validation.
     last_rows = [row for row in rows[-2:] if row["step"] == rows[-1]["step"]]
+
+    # It has reached a limit, or stopped early, or is unfinished.
     finished = True
     if max_steps is not None and (steps >= max_steps or (max_seconds and seconds >= max_seconds)):
         state = "finished"

@@ -198,6 +198,7 @@ def comparisons(runs: list[History]) -> Iterator[str]:
 
 def importance_of_settings(runs: list[History]) -> Iterator[str]:
     """The importance of the settings that differ, and the scores against their values."""
+    # Few runs say nothing about a setting.
     finished, keys = comparable(runs)
     if len(runs) < MIN_RUNS or not keys:
         return

@@ -26,6 +26,7 @@ def leaderboard(runs: list[History]) -> Iterator[str]:
     for row in rows:
         numeric |= {name for name, (value, _) in row.items() if isinstance(value, int | float)}
 
+    # A row for each run, whose cells have the value to sort by.
     body = ""
     for rank, row in enumerate(rows):
         cells = ""
@@ -40,6 +41,7 @@ def leaderboard(runs: list[History]) -> Iterator[str]:
             cells += f"<td {attributes}>{dot}{escape(text)}</td>"
         body += f'<tr data-run="{rank}">{cells}</tr>'
 
+    # The heads, which are buttons; the table is sorted by the measure.
     heads = ""
     for name in rows[0]:
         sorting = ' aria-sort="ascending"' if name == runs[0].measure else ""
@@ -92,6 +94,7 @@ def side_by_side(title: str, values: list[dict[str, Any]], runs: list[History]) 
 
     For many runs there is one column, with each value and the number of runs that have it.
     """
+    # A box that hides the settings that do not differ.
     if title == "Settings" and len(runs) > 1:
         box = '<input type="checkbox" id="only-differences">'
         yield f'<p id="which"><label>{box} only differences</label></p>'

@@ -92,6 +92,7 @@ def main(settings: ExportSettings) -> int:
     else:
         program = export_hugging_face(out, weights, run.name, state, settings.remote_code)
 
+    # Say what was written, and upload it if that is asked for.
     files = [out] if out.is_file() else list(out.iterdir())
     size = sum(path.stat().st_size for path in files)
     say(f"Wrote {out} ({readable_size(size)}), for {program}.")

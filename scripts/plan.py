@@ -108,6 +108,7 @@ def main(own: PlanSettings) -> int:
     settings = replace(settings, model=replace(shape, vocab_size=vocab_size))
     say(f"Data: {description}")
 
+    # Print the parts of the plan.
     flops = plan_model(settings, meta)
     state_bytes, peak_bytes = plan_memory(own, settings, device, gpu, process_bytes)
     plan_disk(settings, state_bytes)
@@ -201,6 +202,7 @@ def plan_memory(own: PlanSettings, settings: Settings, device: Device, gpu: str,
 
     Returns the bytes of the state that checkpoints save, and those of a process at its peak.
     """
+    # Count the memory of one process, on the GPU that is planned for.
     gpu_bytes = 0
     if gpu:
         gpu_bytes = GPU_GIGABYTES[gpu] * 2**30

@@ -170,15 +170,10 @@ def simulate(model: GPT, settings: Settings, own: ScaleSettings, size: int) -> S
     # The backward pass is two thirds of a micro-step, and the last one hides the exchange.
     hidden = compute / micro_steps * 2 / 3
 
-    return Step(sequences=tokens / block_size,
-                compute=compute,
-                exchange=exchange,
-                exposed=max(0.0, exchange - hidden),
-                gather=gather_seconds(nbytes, own, size),
+    return Step(sequences=tokens / block_size, compute=compute, exchange=exchange,
+                exposed=max(0.0, exchange - hidden), gather=gather_seconds(nbytes, own, size),
                 newton_schulz=share.matrix_flops / flops,
-                update=share.update_bytes / own.memory / 1e9,
-                state_bytes=share.state_bytes,
-    )
+                update=share.update_bytes / own.memory / 1e9, state_bytes=share.state_bytes)
 
 
 def exchange_seconds(nbytes: int, buckets: int, own: ScaleSettings, size: int) -> float:

@@ -78,6 +78,7 @@ def mean_losses(runs: list[History]) -> Losses:
         by_width = losses.setdefault(group, {})
         by_width.setdefault(width, {})[rate] = fmean(found[group, width, rate])
 
+    # A minimum needs several rates, and a comparison several widths.
     for group, by_width in losses.items():
         if len(by_width) < 2 or min(map(len, by_width.values())) < 2:
             raise ValueError(f"The finished runs of {' and '.join(group)} do not have two widths "

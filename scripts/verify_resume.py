@@ -115,6 +115,7 @@ def finish(overrides: list[str], run: Path) -> None:
 def train_under_kills(overrides: list[str], run: Path, kills: int, max_steps: int,
                       most_processes: int = 1) -> tuple[int, int]:
     """Train to the end under kills; return the number of kills during a save, and of lost steps."""
+    # The numbers of processes, in turn, and the steps to kill them at.
     sizes = [2**power for power in range(most_processes.bit_length())]
     moments = sorted(random.randrange(max_steps) for _ in range(kills))
     in_saves = lost = 0

@@ -192,6 +192,7 @@ def compose_all(combinations: list[list[str]],
 
     Raises ConfigError if none can be composed, ValueError if two share a name.
     """
+    # Compose all, so that all errors come in one report.
     composed: dict[str, tuple[list[str], Settings]] = {}
     errors: dict[str, ConfigError] = {}
     for words in combinations:
@@ -238,6 +239,7 @@ def values_of(override: str) -> list[str]:
 
     Raises ValueError for values that cannot be listed, such as interval(0, 1).
     """
+    # A text, or a value that Hydra's grammar reads.
     key, _, value = override.partition("=")
     # Hydra's grammar would refuse many texts, such as paths with spaces.
     takes_text = key in groups() or is_text(leaves(Settings).get(key))

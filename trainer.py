@@ -110,10 +110,12 @@ class Trainer:
     def start(self, last: Checkpoint | None, imported: list[str]) -> None:
         """Describe the run, compile the model, and estimate the time that training takes.
 
-        `last` is the checkpoint that was restored, `imported` are messages about other weights.
+        `last` is the checkpoint that was restored, `imported` are messages about the weights of
+        init_from=.
         """
         self.describe(last, imported)
         self.compile()
+        self.record_environment()
         self.estimate()
         if self.training.on_nonfinite == "rollback" and not last:
             # A checkpoint to return to.
@@ -129,13 +131,13 @@ class Trainer:
         notices.describe_changes(say, self.settings, state, last, world.size)
 
     def compile(self) -> None:
-        """Compile the model where that pays, otherwise only its loss, and record the start."""
-        # A micro-step without effect shows whether a compiled model works.
+        """Compile the model where that pays, otherwise only its loss."""
+        # A micro-step without effect will show whether the compiled model works.
         model, training, say = self.state.model, self.training, self.recorder.say
         micro_step = partial(try_micro_step, batch=self.data.first_batch, device=self.device,
                              boundary=self.data.boundary)
         choice = "false" if self.state.optimizers.sharded else training.compile
-        # Compiling takes minutes, so it must pay: the whole run decides.
+        # Compiling takes minutes: the length of the run decides whether that pays.
         flops = self.step_flops * training.max_steps
         if training.max_seconds:
             flops = min(flops, training.max_seconds * self.device.nominal_flops())
@@ -144,13 +146,15 @@ class Trainer:
         if not self.is_compiled:
             check_fused_loss(model, micro_step, say)
 
-        # The last bits of a result depend on the environment: it is in each checkpoint.
+    def record_environment(self) -> None:
+        """Record the machine and the versions, on which the last bits of the result depend."""
         environment = asdict(self.device.environment(self.is_compiled, self.world.size))
         if self.world.is_first:
             record_start(self.run.folder, self.state.step, environment)
+        # The part of a checkpoint that training does not change.
         saved_settings = settings_to_save(self.settings, self.data.prepared, self.device.precision)
-        self.constants = {"settings": saved_settings, "max_steps": training.max_steps,
-                          "model": asdict(model.config), "environment": environment}
+        self.constants = {"settings": saved_settings, "max_steps": self.training.max_steps,
+                          "model": asdict(self.state.model.config), "environment": environment}
 
     def estimate(self) -> None:
         """Estimate the time that training takes, for a message and the progress bar."""

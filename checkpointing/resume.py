@@ -158,12 +158,15 @@ def start_or_resume(settings: Settings,
             last, changes = load_last(run, settings, prepared)
 
             # Start over: rename the folder, and begin again with an empty one.
-            if restart and run.has_checkpoints() and (settings.name or not changes):
-                if changes or not last or not is_unfinished_restart(last, settings.training):
-                    run.rename_to_old()
-                    say(f"{folder} was renamed to {run.folder}.")
-                    restart = False
-                    continue
+            starts_over = restart and run.has_checkpoints() and (settings.name or not changes)
+            has_started_over = (last is not None and not changes
+                                and is_unfinished_restart(last, settings.training))
+            if starts_over and not has_started_over:
+                run.rename_to_old()
+                say(f"{folder} was renamed to {run.folder}.")
+                restart = False
+                continue
+            if starts_over:
                 say(f"{folder} was started over by restart=true and is not finished: it resumes. "
                     f"To start over again, rename or delete that folder.")
 

@@ -77,7 +77,6 @@ def compose_with_hydra(root: str | type, schema: Any,
     own, content, parsed = own_experiment(parsed)
 
     # Let Hydra compose the rest.
-    origins: Origins = {}
     try:
         with unchanged_hydra() as store:
             # Hydra's plugins register their settings at its start: before its group is replaced.
@@ -86,9 +85,7 @@ def compose_with_hydra(root: str | type, schema: Any,
             if own:
                 store.repo["experiment"].add(GIVEN_FILE, own, content)
             composed = hydra_compose(name, parsed, return_hydra_config=True)
-            for group in store.repo.values():
-                if isinstance(group, Group):
-                    origins |= group.origins()
+            origins = origins_in(store)
             values = resolved(composed, literal)
     except ConfigError:
         raise
@@ -97,6 +94,15 @@ def compose_with_hydra(root: str | type, schema: Any,
         raise ConfigError([sentence.replace(GIVEN_FILE, str(own))]) from None
     experiment = composed.hydra.runtime.choices.get("experiment")
     return values, str(own or experiment), origins
+
+
+def origins_in(store: ConfigStore) -> Origins:
+    """The origins of the settings in all YAML files that were read."""
+    origins: Origins = {}
+    for group in store.repo.values():
+        if isinstance(group, Group):
+            origins |= group.origins()
+    return origins
 
 
 class Uncopied(dict[str, Any]):

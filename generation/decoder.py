@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -50,7 +50,7 @@ class CapturedCall:
         self.graph = torch.cuda.CUDAGraph()
         # `torch.cuda.graph` would return all free memory to the driver, and training would have to
         # ask for it again after each evaluation.
-        side = torch.cuda.Stream(device)
+        side = capture_stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.device(device), torch.cuda.stream(side):
             # Beside it, a thread of the training may allocate pinned memory.
@@ -65,6 +65,12 @@ class CapturedCall:
         """Run the call on what the captured tensors hold now; the result is a new tensor."""
         self.graph.replay()
         return self.result.clone()
+
+
+@cache
+def capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of all captures: cuBLAS keeps memory for each stream that it has seen."""
+    return torch.cuda.Stream(device)
 
 
 class Decoder:
@@ -204,8 +210,10 @@ class Decoder:
             if end not in self.graphs:
                 self.graphs[end] = CapturedCall(self.step, self.device)
         except RuntimeError as error:
+            # The end of a failed capture fails, too.
+            cause = error.__context__ or error
             warnings.warn(f"The CUDA graph of a step could not be captured, which makes decoding "
-                          f"slower: {error}", stacklevel=1)
+                          f"slower: {cause}", stacklevel=1)
             self.uses_graphs = False
             # The failed step may have moved the cache on already.
             self.cache.length = max(self.cache.lengths) - 1

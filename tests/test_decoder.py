@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from functools import partial
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -386,6 +387,37 @@ def test_a_gpu_without_graphs_decodes_without(late, as_on_a_gpu, monkeypatch):
     with pytest.warns(UserWarning, match="could not be captured.*not permitted"):
         for sequences, logits in steps(decoder, prompts_of(16), 2):
             assert_exact(decoder.model, sequences, logits)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_step_is_captured_on_one_stream_for_all(fails, monkeypatch):
+    """Seen by what takes the place of torch.cuda. Other threads may allocate meanwhile, and no memory is returned."""
+    cuda = MagicMock()
+    cuda.step.side_effect = RuntimeError("the cause") if fails else None
+    cuda.CUDAGraph().capture_end.side_effect = RuntimeError("the capture was invalidated") if fails else None
+    for name in ("CUDAGraph", "Stream", "current_stream", "device", "stream", "empty_cache", "synchronize"):
+        monkeypatch.setattr(torch.cuda, name, getattr(cuda, name))
+    decoding.capture_stream.cache_clear()
+    cuda.reset_mock()
+    decoder = Decoder(make())
+    decoder.begin(1, 8)
+    decoder.join()
+    decoder.warmed_up, decoder.uses_graphs, decoder.cache.end, decoder.cache.lengths = {8, 9}, True, 8, [3]
+    decoder.step = cuda.step
+    if fails:
+        with pytest.warns(UserWarning, match="slower: the cause"), pytest.raises(RuntimeError, match="the cause"):
+            decoder.graph_step()  # it then tries without
+    else:
+        decoder.graph_step()
+        decoder.cache.end = 9
+        decoder.graph_step()
+    said = [name for name, _, _ in cuda.mock_calls if "__" not in name]
+    capture = ["CUDAGraph().capture_begin", "step", "CUDAGraph().capture_end"]
+    before = ["current_stream", "Stream().wait_stream", "device", "stream"]
+    after = ["current_stream", "current_stream().wait_stream", "CUDAGraph().replay", "step().clone"]
+    assert said == ["CUDAGraph", "Stream", *before, *capture, *(["step"] if fails else [*after, "CUDAGraph", *before, *capture, *after])]
+    cuda.CUDAGraph().capture_begin.assert_called_with(capture_error_mode="thread_local")
+    decoding.capture_stream.cache_clear()
 
 
 # Memory and work

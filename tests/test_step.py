@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 
 import numpy as np
 import pytest
+import test_documents  # with a kernel of documents for the CPU
 import torch
-from test_documents import forward  # noqa: F401 (a kernel of documents for the CPU)
+import torch.distributed as dist
+from torch.overrides import TorchFunctionMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model.gpt
+import train
 from data.loader import Loader, Prefetch, Validation
 from data.shards import Tokens
 from model import GPT, GPTConfig
+from trainer import Trainer
 from training.buckets import GradientBuckets
 from training.config import OptimConfig
 from training.device import Device
@@ -22,28 +28,64 @@ from training.interrupt import Interrupt
 from training.optim import Optimizers
 from training.step import accumulate_gradients, evaluate, most_documents
 
-READS = {"aten::item", "aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::nonzero"}
+OPERATIONS = {"aten::item", "aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::nonzero"}
+INDEXING = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
+METHODS = {"item", "tolist", "cpu", "nonzero", "__bool__", "__float__", "__int__", "__index__", "__contains__"}
 
 
-class CountReads(TorchDispatchMode):
-    """Counts the operations that wait for a device."""
+class CountMethods(TorchFunctionMode):
+    """Counts the methods of tensors that wait for a device. On a CPU, not all of them are operations.
+
+    `numpy` is not among them: it refuses tensors of other devices.
+    """
 
     def __init__(self):
         super().__init__()
         self.counts = Counter()
 
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        # What takes the place of the kernel of documents reads its arguments.
+        is_kernel = sys._getframe(1).f_code.co_filename == test_documents.__file__
+        if getattr(function, "__name__", "") in METHODS and not is_kernel:
+            self.counts[function.__name__] += 1
+        return function(*args, **(kwargs or {}))
+
+
+class CountReads(TorchDispatchMode):
+    """Counts the methods and the operations that wait for a device."""
+
+    def __init__(self):
+        super().__init__()
+        self.methods = CountMethods()
+        self.counts = self.methods.counts
+
+    def __enter__(self):
+        self.methods.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *failure):
+        super().__exit__(*failure)
+        self.methods.__exit__(*failure)
+
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function._schema.name
-        if name in READS:
+        # The places of a mask are counted first.
+        is_by_mask = name in INDEXING and any(index is not None and index.dtype == torch.bool for index in args[1])
+        if name in OPERATIONS or is_by_mask:
             self.counts[name] += 1
         return function(*args, **(kwargs or {}))
+
+
+def numbered_batches(device, block_size=8):
+    """Three micro-steps of a step, in which every 16th token is 0."""
+    tokens = Tokens([np.arange(50 * block_size, dtype=np.uint32) % 16])
+    return Prefetch(Loader([tokens], block_size, 2, micro_steps=3), device)
 
 
 @pytest.fixture
 def tiny():
     config = GPTConfig(block_size=8, vocab_size=16, n_layer=1, n_head=2, n_embd=16)
-    tokens = Tokens([np.arange(400, dtype=np.uint32) % 16])
-    return GPT(config), Prefetch(Loader([tokens], 8, 2, micro_steps=3), torch.device("cpu"))
+    return GPT(config), numbered_batches(torch.device("cpu"))
 
 
 def all_gradients(model):
@@ -90,14 +132,13 @@ def test_an_interrupt_between_micro_steps_gives_no_loss(tiny):
 
 
 def test_evaluation_reads_the_device_once(tiny):
-    """On a CPU, `tolist` is not an operation, so nothing is counted."""
     model, batches = tiny
     tokens = batches.loader.parts[0].tokens
     validation = Validation([tokens], 8, 2, max_tokens=40)
     with CountReads() as reads:
         loss = evaluate(model, validation, Device("cpu", "fp32"), None, World({}))
     losses = [model.eval()(*batch).item() * weight for *batch, weight in validation]
-    assert not reads.counts
+    assert reads.counts == {"tolist": 1}
     assert loss == pytest.approx(sum(losses))
 
 
@@ -111,3 +152,37 @@ def test_a_step_in_fp16_reads_nothing_from_the_device(tiny):
         accumulate_gradients(model, all_gradients(model), batches, None, 0, scaler, device, 0, Interrupt())
         optimizers.step(scaler, optimizers.gradient_norm(scaler), 1.0, overflowed=False)
     assert not reads.counts and not torch.equal(model.wte.weight, before)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_step_of_two_processes_reads_nothing(tiny, optimizer):
+    """In fp16, where a process also learns of another one's overflow. The other process is not there."""
+    model, batches = tiny
+    world = World({"TORCHELASTIC_RUN_ID": "", "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"})
+    optimizers = Optimizers(model.parameters_by_role(), OptimConfig(optimizer=optimizer), world)
+    scaler, device = torch.amp.GradScaler("cpu"), Device("cpu", "fp16")
+    buckets = GradientBuckets(world, list(model.parameters()), optimizers.parts)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        with CountReads() as reads:
+            accumulate_gradients(model, buckets, batches, None, 0, scaler, device, 0, Interrupt())
+            optimizers.step(scaler, optimizers.gradient_norm(scaler), 1.0, overflowed=False)
+    finally:
+        dist.destroy_process_group()
+    assert not reads.counts
+
+
+@pytest.mark.parametrize("words", [
+    ["optim=adamw", "training.tokens_per_step=1024", "training.on_nonfinite=skip"],
+    ["optim=muon", "model=modern-nano", "training.recompute=true", "training.precision=fp16", "optim.grad_clip=0"]], ids=str)
+def test_a_step_of_a_run_reads_the_device_once(compose_tiny, words, monkeypatch):
+    def take_step(*arguments):
+        with CountReads() as reads:
+            step = original(*arguments)
+        found.append(reads.counts)
+        return step
+
+    found, original = [], Trainer.take_step
+    monkeypatch.setattr(Trainer, "take_step", take_step)
+    assert train.train(compose_tiny("training.max_steps=2", *words)) == 0
+    assert found == [{"tolist": 1}] * 2

@@ -111,11 +111,15 @@ def read_messages(record: Any, place: str) -> list[Message] | BadRecord:
     if not isinstance(record, dict):
         return BadRecord(f"{place} is not a record with fields (it is {type_name(record)})")
     # Both formats as a list of messages.
+    is_pair = "prompt" in record and "completion" in record
+    if "messages" in record and is_pair:
+        return BadRecord(f"{place} has both messages and prompt with completion",
+                         "leave one of them out")
     if "messages" in record:
         found = record["messages"]
         if not isinstance(found, list):
             return BadRecord(f"{place}: messages is not a list (it is {type_name(found)})")
-    elif "prompt" in record and "completion" in record:
+    elif is_pair:
         found = [{"role": "user", "content": record["prompt"]},
                  {"role": "assistant", "content": record["completion"]}]
     else:

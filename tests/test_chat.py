@@ -155,10 +155,11 @@ def test_an_epoch_has_each_answer_once_in_any_order(chats):
     ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, r"line 2, message 1 has no text in its content \(it is a list\)"),
     (pair("x", None), r"line 2, message 2 has no text in its content \(it is null\)"),
     (pair("x", " \n"), r"line 2 has an empty answer"),
+    (pair("x", "y") | {"messages": []}, r"line 2 has both messages and prompt with completion: leave one of them out"),
 ])
 def test_a_bad_record_is_refused_or_skipped(chats, record, problem):
     records = [pair("a", "1"), record, pair("b", "2")]
-    with pytest.raises(ValueError, match=rf"chats.jsonl, {problem}.*: set data.on_bad_record=skip"):
+    with pytest.raises(ValueError, match=rf"chats.jsonl, {problem}.*(:|, or) set data.on_bad_record=skip"):
         chats(records)
     folder = chats(records, on_bad_record="skip")
     assert read_meta(folder)["splits"]["train"]["documents"] == 2

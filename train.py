@@ -36,12 +36,11 @@ from conf.settings import Settings
 from data.run_data import RunData, open_data
 from evaluation.tasks import read_slices
 from generation.engine import Prompt
-from generation.samples import print_samples, say_how_to_sample
+from generation.samples import print_samples
 from report.page import after_training, is_current
 from terminal import counted, say
 from trainer import Trainer, open_trainer
 from training.clock import Clock
-from training.config import TrainingConfig
 from training.configure import configure
 from training.decision import Decision, decide
 from training.device import Device
@@ -113,7 +112,7 @@ def train_together(settings: Settings, world: World) -> int:
         if world.is_first:
             say(f"Trained {counted(state.step, 'step')} in {state.seconds:.0f} s, "
                 f"and waited {trainer.saver.waiting_seconds:.1f} s for saving.")
-            print_last_samples(run, training, data.prompts, trainer.sampling_device)
+            print_samples(run.folder, data.prompts, training, trainer.sampling_device)
         return 0
 
 
@@ -184,13 +183,5 @@ def already_finished(run: Run, settings: Settings, last: Checkpoint,
     store.prune(run.checkpoints, training.keep_last)
     if settings.logger.report and not is_current(run.folder):
         say(after_training(run.folder))
-    print_last_samples(run, training, prompts, Device(training.device, training.precision))
+    print_samples(run.folder, prompts, training, Device(training.device, training.precision))
     return 0
-
-
-def print_last_samples(run: Run, training: TrainingConfig, prompts: list[Prompt],
-                       device: Device) -> None:
-    """Print samples of the best checkpoint, and the command for more."""
-    if training.sample_tokens:
-        print_samples(run.folder, prompts, device)
-    say_how_to_sample(run.folder, prompts)

@@ -34,14 +34,14 @@ from evaluation.loss import measure_loss, named_text, own_validation_split
 from evaluation.scoring import FinishedScores, Scorer
 from evaluation.tasks import Question, find_tasks, measure_task, read_questions
 from generation.engine import Engine, engine_of
+from report.history import EVALUATION
 from report.page import after_training
 from report.results import table
 from terminal import counted, output, say
 from training.configure import configure
 from training.device import Device
 
-FILE = "evaluation.json"
-# The suffix of the file beside it with the scores of single requests.
+# The suffix of the file beside the results with the scores of single requests.
 SCORES = ".scores.jsonl"
 
 
@@ -65,7 +65,7 @@ def evaluate(settings: EvalSettings) -> int:
             name = run_name(run, runs) if run else settings.init_from
             models.append(measure_model(settings, run, name, device, tasks, harness))
             if run and not settings.out:
-                write(run / FILE, models[-1:])
+                write(run / EVALUATION, models[-1:])
                 if (run / "report.html").exists():
                     after_training(run)
 
@@ -123,7 +123,7 @@ def open_model(settings: EvalSettings, run: Path | None,
             return own_weights(found), saved_settings(found), found.step
 
         weights, saved, model["step"] = store.load_of_run(run, settings.checkpoint, load)
-        place = (run / FILE).with_suffix(SCORES)
+        place = (run / EVALUATION).with_suffix(SCORES)
 
     # An evaluation that was interrupted resumes from the scores in a file.
     scorer = Scorer(engine_of(weights, device), settings.batch_tokens)

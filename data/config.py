@@ -112,6 +112,7 @@ class DataConfig(SettingsBase):
                 f"no such file or folder in {Path.cwd()}.")
 
     def mix_problems(self) -> Iterator[str]:
+        # A mixture has no validation text of its own.
         for name in ("val_path", "val_split"):
             if getattr(self, name):
                 yield (f"{name}={getattr(self, name)} cannot be used with mix=: each part of a "

@@ -127,6 +127,7 @@ def from_hugging_face(content: Any, place: str) -> Tokenizer:
     none are added around it. Byte-level BPE with a known split pattern is supported, and what
     `to_hugging_face` writes. Raises ValueError, which names `place`, for anything else.
     """
+    # Whatever is missing or has another type in the file raises one of the errors below.
     try:
         model, added = content["model"], content.get("added_tokens") or []
         special = {one["content"]: one["id"] for one in added}

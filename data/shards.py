@@ -235,6 +235,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
 
 def check_fields(meta: dict[str, Any]) -> None:
     """Raise ValueError, LookupError or TypeError for missing fields or fields of wrong types."""
+    # Collect the fields by type. A missing one raises LookupError.
     texts = [meta["fingerprint"], meta["tokenizer_fingerprint"]]
     counts = [meta["vocab_size"]]
     for split in SPLITS:
@@ -246,6 +247,7 @@ def check_fields(meta: dict[str, Any]) -> None:
                 counts += [shard["offset"], shard["tokens"]]
                 if np.dtype(shard["dtype"]).kind not in "ui":
                     raise ValueError(f"{shard['dtype']} is not an integer type")
+    # Check the types.
     if not all(isinstance(text, str) for text in texts):
         raise TypeError("a text field is not a string")
     if not all(type(count) is int and count >= 0 for count in counts):

@@ -86,6 +86,7 @@ class TypedPrompts:
 
 def changed(rules: SamplingConfig, overrides: list[str]) -> SamplingConfig:
     """The settings with overrides such as "top_k=20". Raises ValueError if one is invalid."""
+    # Convert each value to the type of its setting.
     hints = get_type_hints(SamplingConfig)
     values = {}
     for override in overrides:
@@ -97,6 +98,7 @@ def changed(rules: SamplingConfig, overrides: list[str]) -> SamplingConfig:
             values[name] = convert(value, hints[name])
         except ValueError as error:
             raise ValueError(f"{override} {error}.") from None
+    # Then check the ranges.
     new = replace(rules, **values)
     for problem in new.problems():
         raise ValueError(problem)

@@ -185,11 +185,13 @@ def with_rotary_base(published: Mapping[str, Any]) -> dict[str, Any]:
 
 def config_to(layout: str, config: GPTConfig) -> dict[str, Any]:
     """The part of Hugging Face's config.json about the model."""
+    # The sizes and the activation, under their names.
     format = FORMATS[layout]
     published = {name: getattr(config, ours) for ours, name in format.sizes.items()}
     activation = next(name for name, ours in format.activations.items()
                       if ours == config.activation)
     published |= {format.activation_field: activation, "tie_word_embeddings": config.tie_head}
+    # What only GPT-2 has, or only the others.
     if layout == "gpt2":
         published |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout)
     else:
@@ -209,6 +211,7 @@ def layout_for(config: GPTConfig, gguf: bool = False) -> str:
     if config.query_scale != 1:
         raise ValueError(f"Other programs do not scale attention by model.mup_base_head_width="
                          f"{config.mup_base_head_width}: train with heads of that width.")
+    # The first layout without an unsupported flag.
     unsupported: dict[str, list[str]] = {}
     for layout, format in FORMATS.items():
         if gguf and not format.gguf_activation:
@@ -216,6 +219,7 @@ def layout_for(config: GPTConfig, gguf: bool = False) -> str:
         unsupported[layout] = unsupported_flags(format, config, gguf)
         if not unsupported[layout]:
             return f"gguf-{layout}" if gguf else layout
+    # There is none: name the one that lacks least.
     nearest = min(unsupported, key=lambda layout: len(unsupported[layout]))
     kind = f"class of transformers has this model: {CLASSES[nearest]}"
     if gguf:

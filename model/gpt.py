@@ -138,6 +138,7 @@ class GPT(nn.Module):
         their number, `max_documents`, saves memory. Any other attention is a `context`, whose
         positions the caller has checked. Raises ValueError if the positions exceed `block_size`.
         """
+        # The positions of the ids, which continue those of the cache.
         start = cache.length if cache is not None else 0
         end = start + idx.size(1)
         if context is None and end > self.config.block_size:
@@ -178,12 +179,15 @@ class GPT(nn.Module):
         positions = parents = None
         if context is not None:
             positions, parents = context.positions, context.parents
+
+        # Tokens, and their positions if these are learned.
         x = self.wte(idx)  # [B, T, C]
         if self.config.position == "learned":
             if positions is None:
                 x = x + self.wpe.weight[start : start + idx.size(1)]
             else:
                 x = x + self.wpe(positions)
+        # N-grams.
         if self.config.ngrams > 1:
             previous_ids = cache.previous_ids if cache is not None else None
             x = x + self.ngram(idx, previous_ids, positions, parents)
@@ -220,6 +224,7 @@ class GPT(nn.Module):
         roles: dict[str, dict[str, Tensor]] = {
             "embedding": {}, "attention": {}, "mlp": {}, "vector": {}, "head": {}}
         for name, weights in self.named_parameters():
+            # Gains and biases are vectors, wherever they are.
             if weights.dim() == 1:
                 role = "vector"
             elif name.startswith(("wte", "wpe", "ngram")):

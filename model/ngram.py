@@ -47,6 +47,7 @@ class NGramEmbedding(nn.Module):
         hashes = earlier = idx
         indices = []
         for distance in range(1, self.n_previous + 1):
+            # The id at this distance before each token, [B, T]; in a tree, among its ancestors.
             if parents is None:
                 start = self.n_previous - distance
                 earlier = ids[:, start : start + idx.size(1)]
@@ -54,6 +55,7 @@ class NGramEmbedding(nn.Module):
                 earlier = earlier.gather(1, parents)
             if positions is not None:
                 earlier = earlier.masked_fill(positions < distance, NO_TOKEN)
+            # The hash of the n-gram, from that of the shorter one.
             hashes = hashes * MULTIPLIER + earlier
             # The upper half of a product depends on all bits.
             hashes = hashes ^ (hashes >> 32)

@@ -211,9 +211,11 @@ def fuse(attention: MultiHeadAttention) -> CausalSelfAttention:
     if d_in != d_out:
         raise ValueError(f"d_in={d_in} and d_out={d_out} must be equal: the fused attention has "
                          "one width.")
+    # A model's attention of the same width and heads.
     config = GPTConfig(block_size=len(attention.mask), n_head=attention.num_heads, n_embd=d_out,
                        dropout=attention.dropout.p)
     fused = CausalSelfAttention(config).to(attention.W_query.weight)
+    # Stack the three projections, whose biases may be missing.
     projections = (attention.W_query, attention.W_key, attention.W_value)
     fused.c_attn.weight.copy_(torch.cat([linear.weight for linear in projections]))
     fused.c_attn.bias.zero_()
@@ -232,10 +234,12 @@ def unfuse(fused: CausalSelfAttention, context_length: int) -> MultiHeadAttentio
     """
     if fused.qk_norm:
         raise ValueError("MultiHeadAttention does not support qk_norm=True.")
+    # Attention in steps of the same width and heads.
     has_bias = fused.c_attn.bias is not None
     width = fused.c_proj.in_features
     attention = MultiHeadAttention(width, width, context_length, fused.dropout, fused.n_head,
                                    has_bias).to(fused.c_attn.weight)
+    # Divide the one projection, weights and biases alike. Scaled queries get larger weights.
     group_size = fused.n_head // fused.n_kv_head
     for name, parameter in fused.c_attn.named_parameters():
         heads = parameter.unflatten(0, (-1, fused.head_width))  # [H + 2G, D, ...]
@@ -244,6 +248,7 @@ def unfuse(fused: CausalSelfAttention, context_length: int) -> MultiHeadAttentio
         attention.W_query.get_parameter(name).copy_(q.flatten(0, 1) * fused.query_scale)
         attention.W_key.get_parameter(name).copy_(k.flatten(0, 1))
         attention.W_value.get_parameter(name).copy_(v.flatten(0, 1))
+    # The output projection is the same, except for a bias that may be missing.
     attention.out_proj.bias.zero_()
     for name, parameter in fused.c_proj.named_parameters():
         attention.out_proj.get_parameter(name).copy_(parameter)

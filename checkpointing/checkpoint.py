@@ -33,6 +33,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 import atomic
+from terminal import first_line
 from training.memory import check_free
 from training.sharding import Divided
 
@@ -291,7 +292,7 @@ def read_errors(path: Path) -> Iterator[None]:
         raise DamagedCheckpoint(f"{path} cannot be read ({error})") from None
     except (OSError, RuntimeError) as error:
         # safetensors and torch report failures to map a file as RuntimeError, in several lines.
-        reason = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0]
+        reason = getattr(error, "strerror", None) or first_line(error)
         missing = isinstance(error, FileNotFoundError) and not path.exists()
         if missing or getattr(error, "errno", None) in CONTENT_ERRORS:
             raise DamagedCheckpoint(f"{path} cannot be read ({reason})") from None

@@ -35,7 +35,7 @@ from data.tokenizer_file import open_tokenizer
 from model.config import GPTConfig
 from model.formats import CLASSES, config_from, shown
 from model.pretrained import table, weights_from
-from terminal import counted
+from terminal import counted, first_line
 from training.memory import check_free
 
 NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
@@ -171,7 +171,7 @@ def reading(path: Path) -> Iterator[Path]:
             raise ValueError(f"{path} is not a regular file.")
         yield found
     except OSError as error:
-        reason = error.strerror or str(error).partition("\n")[0]
+        reason = error.strerror or first_line(error)
         raise ValueError(f"{path} cannot be read: {reason}.") from None
 
 
@@ -200,7 +200,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
             with safe_open(found, "pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, RuntimeError) as error:
-            reason = str(error).partition("\n")[0].rstrip(".")
+            reason = first_line(error)
             raise ValueError(f"{damaged} ({reason}).") from None
 
 

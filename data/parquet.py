@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from data.records import RECORD_BYTES, BadRecord, OfType, as_text, no_field
+from terminal import first_line
 
 BATCH_BYTES = 2**20  # of the rows that are read at a time
 BOMB_BYTES, BOMB_RATIO = 2**28, 200  # columns beyond both are not decompressed
@@ -30,7 +31,7 @@ def parquet_texts(file: BinaryIO, field: str, path: Path) -> Iterator[str | BadR
         # pyarrow raises many exceptions for damage: its own, OSError, UnicodeDecodeError.
         if type(error) is ValueError and str(path) in str(error):
             raise
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise ValueError(f"{path} is damaged, or not a Parquet file ({reason}).") from None
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from types import ModuleType
 
+from terminal import first_line
+
 
 def import_hub() -> ModuleType:
     """The package. Raises ValueError if it is missing, or if there is no account to upload with."""
@@ -35,7 +37,7 @@ def push(folder: Path, name: str) -> str:
                           commit_message="Exported by nanohydra")
     except Exception as error:
         # Errors of the connection and of the server have no common class.
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        reason = first_line(error)
         raise OSError(f"push_to={name} failed ({reason[:300]}). {folder} is complete: upload it "
                       f"later with hf upload {name} {folder}") from None
     return str(address)

@@ -10,6 +10,7 @@ interleaved by weight. Sequences of conversations hold whole ones instead (data/
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -218,7 +219,7 @@ class Validation:
     @property
     def n_batches(self) -> int:
         """The number of batches of all ranks."""
-        return sum(-(-n_windows // self.batch_size) for n_windows in self.n_windows)
+        return sum(math.ceil(n_windows / self.batch_size) for n_windows in self.n_windows)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, float]]:
         """Inputs and targets, int64 `[batch_size or fewer, block_size]`; weight in the mean."""
@@ -231,7 +232,7 @@ class Validation:
                 batches.append((part, first))
 
         # This rank's batches: every world_size-th one, as many as the other ranks have.
-        turns = -(-len(batches) // self.world_size)
+        turns = math.ceil(len(batches) / self.world_size)
         for number in range(self.rank, turns * self.world_size, self.world_size):
             is_own = number < len(batches)
             part, first = batches[number if is_own else 0]

@@ -5,6 +5,8 @@ Shapes: B rows, H heads, G key-value heads, D head width, S positions so far.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -159,7 +161,7 @@ class PackedCache(RaggedCache):
         n, panel, width = 4 // dtype.itemsize, kernels.PANEL, kernels.values_width(D)
         positions = round_up(positions, panel)
         keys_shape = (batch_size, G, positions // panel, D // n, panel, n)
-        values_shape = (batch_size, G, -(-D // width), positions // n, width, n)
+        values_shape = (batch_size, G, math.ceil(D / width), positions // n, width, n)
         layers = range(config.n_layer)
         self.keys = [torch.empty(keys_shape, dtype=dtype) for _ in layers]
         self.values = [torch.empty(values_shape, dtype=dtype) for _ in layers]
@@ -177,8 +179,8 @@ class PackedCache(RaggedCache):
     def copy_row(self, source: int, target: int) -> None:
         length = self.lengths[target] = self.lengths[source]
         # The panels of keys and the steps of values that hold the positions.
-        keys_end = -(-length // self.keys[0].size(4))
-        values_end = -(-length // self.values[0].size(5))
+        keys_end = math.ceil(length / self.keys[0].size(4))
+        values_end = math.ceil(length / self.values[0].size(5))
         for keys, values in zip(self.keys, self.values, strict=True):
             keys[target, :, :keys_end] = keys[source, :, :keys_end]
             values[target, :, :, :values_end] = values[source, :, :, :values_end]
@@ -198,4 +200,4 @@ class PackedCache(RaggedCache):
 
 
 def round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
+    return math.ceil(number / multiple) * multiple

@@ -18,7 +18,7 @@ import train
 from model.loss import LossOptions
 from training import device as module
 from training.compiling import check_fused_loss, maybe_compile
-from training.configure import configure
+from training.configure import activate_flash_attention_3, configure
 from training.device import Device
 from training.memory import bytes_kept
 
@@ -106,6 +106,19 @@ def test_flash_attention_3_is_used_where_it_is(monkeypatch, major, installed, dr
     assert calls == ["FA3", "torch's own"] * used
 
 
+@pytest.mark.parametrize("error", [ValueError, RuntimeError, ImportError, OSError, AttributeError])
+def test_flash_attention_3_that_fails_is_not_used(error, monkeypatch):
+    """ValueError: torch does not know it."""
+    def fails(name):
+        raise error
+
+    monkeypatch.setattr("training.configure.find_spec", lambda name: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.nn.attention, "current_flash_attention_impl", lambda: None, raising=False)
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", fails, raising=False)
+    assert activate_flash_attention_3() is None
+
+
 @pytest.mark.slow
 def test_training_from_python_changes_no_global_state(compose_tiny):
     before = global_settings()
@@ -121,7 +134,7 @@ def test_freed_memory_is_kept_while_configured():
         pytest.skip("only glibc has these options")
     code = """
 import resource, torch
-from training.configure import configure
+from training.configure import activate_flash_attention_3, configure
 from training.device import Device
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

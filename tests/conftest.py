@@ -43,6 +43,18 @@ def prepared_data(tmp_path_factory):
         yield folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def nothing_waits_for_the_disk():
+    """A disk takes milliseconds for each file, and a run writes dozens. Programs that tests start do wait.
+
+    Gives out the function that waits, for tests of writing.
+    """
+    fsync = os.fsync
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", os.fstat)  # which finds a closed file, too
+        yield fsync
+
+
 compose_with_hydra, conf = schema.compose_with_hydra, presets.CONF
 
 

@@ -24,6 +24,11 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
+@pytest.fixture(autouse=True)
+def writes_wait_for_the_disk(nothing_waits_for_the_disk, monkeypatch):
+    monkeypatch.setattr(os, "fsync", nothing_waits_for_the_disk)
+
+
 @pytest.fixture
 def journal(monkeypatch):
     """What is asked of the disk, in order: ("sync", name) and ("rename", from, to)."""

@@ -9,7 +9,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-import torch._dynamo
 from test_documents import packed_rows  # registers a plain varlen kernel for the CPU, too
 
 import model.gpt

@@ -30,10 +30,11 @@ from checkpointing.initial import find_weights
 from checkpointing.resume import saved_settings
 from checkpointing.run_folder import find_runs
 from checkpointing.weights import Weights, own_weights
+from evaluation.cache import ResultCache
 from evaluation.loss import measure_loss, named_text, own_validation_split
-from evaluation.scoring import FinishedScores, Scorer
+from evaluation.scoring import Scorer
 from evaluation.tasks import Question, find_tasks, measure_task, read_questions
-from generation.engine import Engine, engine_of
+from generation.engine import engine_of
 from report.history import EVALUATION
 from report.page import after_training
 from report.results import table
@@ -41,8 +42,8 @@ from terminal import counted, output, say
 from training.configure import configure
 from training.device import Device
 
-# The suffix of the file beside the results with the scores of single requests.
-SCORES = ".scores.jsonl"
+# The suffix of the file beside the results with those so far.
+CACHE = ".cache.jsonl"
 
 
 def evaluate(settings: EvalSettings) -> int:
@@ -89,7 +90,7 @@ def measure_model(settings: EvalSettings, run: Path | None, name: str, device: D
     scorer, model, saved = open_model(settings, run, device)
     model = {"name": name, "tasks": []} | model
     if settings.measures_loss:
-        model["loss"] = loss_on_text(settings, scorer.engine, run, saved, name)
+        model["loss"] = loss_on_text(settings, scorer, run, saved, name)
     for task, questions in tasks.items():
         try:
             model["tasks"].append(measure_task(scorer, task, questions, f"{name}: {task}"))
@@ -117,32 +118,33 @@ def open_model(settings: EvalSettings, run: Path | None,
     if run is None:
         weights, saved = find_weights(settings.init_from, Path(settings.runs_dir)), {}
         if settings.out:
-            place = Path(settings.out).with_suffix(SCORES)
+            place = Path(settings.out).with_suffix(CACHE)
     else:
         def load(found: Checkpoint) -> tuple[Weights, dict[str, Any], int]:
             return own_weights(found), saved_settings(found), found.step
 
         weights, saved, model["step"] = store.load_of_run(run, settings.checkpoint, load)
-        place = (run / EVALUATION).with_suffix(SCORES)
+        place = (run / EVALUATION).with_suffix(CACHE)
 
-    # An evaluation that was interrupted resumes from the scores in a file.
-    scorer = Scorer(engine_of(weights, device), settings.batch_tokens)
-    if place and settings.has_tasks:
-        scorer.finished = FinishedScores(place, weights.fingerprint(), device.precision)
+    # An evaluation that was interrupted resumes from the results in a file.
+    cache = ResultCache()
+    if place:
+        cache = ResultCache(place, f"{weights.fingerprint()} {device.precision}")
+    scorer = Scorer(engine_of(weights, device), settings.batch_tokens, cache)
     model["parameters"] = sum(tensor.numel() for tensor in scorer.engine.model.parameters())
     model["precision"] = device.precision
     return scorer, model, saved
 
 
-def loss_on_text(settings: EvalSettings, engine: Engine, run: Path | None, saved: dict[str, Any],
+def loss_on_text(settings: EvalSettings, scorer: Scorer, run: Path | None, saved: dict[str, Any],
                  name: str) -> dict[str, Any]:
     """The loss of a model on the named text, or on the validation split of its run."""
-    most, batch_tokens = settings.eval_tokens, settings.batch_tokens
+    engine, most, batch_tokens = scorer.engine, settings.eval_tokens, scorer.batch_tokens
     if settings.data.path:
         text = named_text(settings.data, saved, engine, most, batch_tokens)
     else:
         text = own_validation_split(saved, engine, run, most, batch_tokens)
-    return measure_loss(engine, text, f"{name}: {text.name}")
+    return measure_loss(engine, text, f"{name}: {text.name}", scorer.cache)
 
 
 def notes(models: list[dict[str, Any]]) -> list[str]:

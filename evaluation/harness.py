@@ -74,12 +74,17 @@ class Harness(TemplateLM):
         return sums
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        # A sample has the random numbers of its place among the requests.
+        cache = self.scorer.cache
+        keys = [cache.key(number, one.args) for number, one in enumerate(requests)]
         # Requests with the same sampling settings are generated together.
-        texts = [""] * len(requests)
         by_rules: dict[str, list[int]] = defaultdict(list)
         for number, instance in enumerate(requests):
-            by_rules[str(instance.args[1])].append(number)
-        with ProgressBar(total=len(requests), desc=self.title, unit="texts", leave=False) as bar:
+            if keys[number] not in cache.results:
+                by_rules[str(instance.args[1])].append(number)
+        left = sum(map(len, by_rules.values()))
+        with ProgressBar(total=len(requests), initial=len(requests) - left, desc=self.title,
+                         unit="texts", leave=False) as bar:
             for numbers in by_rules.values():
                 until, rules = sampling_rules(requests[numbers[0]].args[1])
                 room = self.block_size - rules.max_new_tokens
@@ -97,9 +102,9 @@ class Harness(TemplateLM):
                     jobs = [(prompts[number], number) for number in batch]
                     found = self.engine.complete(jobs, rules)
                     for number, completion in zip(batch, found, strict=True):
-                        texts[number] = cut(completion.text, until)
+                        cache.add(keys[number], cut(completion.text, until))
                     bar.update(len(batch))
-        return texts
+        return [cache.results[key] for key in keys]
 
 
 def sampling_rules(arguments: dict[str, Any]) -> tuple[list[str], SamplingConfig]:

@@ -24,6 +24,7 @@ from data.run_data import open_validation
 from data.shards import Tokens, map_shard, read_meta
 from data.sources import open_sources
 from data.tokenizer import Tokenizer
+from evaluation.cache import ResultCache
 from generation.engine import Engine
 from model.loss import MASKED, next_token_loss
 from progress import ProgressBar
@@ -183,12 +184,12 @@ def batch_size(batch_tokens: int, block_size: int) -> int:
     return max(1, batch_tokens // block_size)
 
 
-def measure_loss(engine: Engine, text: Text, title: str) -> dict[str, Any]:
+def measure_loss(engine: Engine, text: Text, title: str, cache: ResultCache) -> dict[str, Any]:
     """The mean loss on a text in nats per token, perplexity and bits per byte, with their errors.
 
     The standard errors treat the sequences as independent samples of the text.
     """
-    sums, counts = sequence_losses(engine, text, title)
+    sums, counts = sequence_losses(engine, text, title, cache)
 
     # The mean of the parts of a mixture by their shares; its variance is that of a weighted sum.
     loss = variance = 0.0
@@ -211,14 +212,22 @@ def measure_loss(engine: Engine, text: Text, title: str) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def sequence_losses(engine: Engine, text: Text, title: str) -> tuple[np.ndarray, np.ndarray]:
+def sequence_losses(engine: Engine, text: Text, title: str,
+                    cache: ResultCache) -> tuple[np.ndarray, np.ndarray]:
     """The sum of the losses of each sequence, and the number of its targets."""
     sums: list[float] = []
     counts: list[int] = []
     total = sum(text.validation.n_windows)
     with ProgressBar(total=total, desc=title, unit="sequences", leave=False) as bar:
         for inputs, targets, _ in text.validation:
-            losses = row_losses(engine, inputs, targets, text.boundary)
+            # Those that are in the cache are not read again.
+            keys = [cache.key(*pair, text.boundary)
+                    for pair in zip(inputs.tolist(), targets.tolist(), strict=True)]
+            if not all(key in cache.results for key in keys):
+                losses = row_losses(engine, inputs, targets, text.boundary)
+                for key, loss in zip(keys, losses, strict=True):
+                    cache.add(key, loss)
+            losses = [cache.results[key] for key in keys]
             n_targets = (targets != MASKED).sum(1).tolist()
             sums += [loss * n for loss, n in zip(losses, n_targets, strict=True)]
             counts += n_targets

@@ -7,21 +7,17 @@ to, N scored tokens, C width, H heads, G key-value heads, D head width.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import takewhile
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-import atomic
+from evaluation.cache import ResultCache
 from generation.engine import Engine
 from model.attention import AttentionContext, attend
 from progress import ProgressBar
@@ -171,61 +167,27 @@ def request_of(engine: Engine, ids: Sequence[int], n_context: int) -> Request:
     return Request(tuple(kept[:-1]), tuple(targets), len(kept) < len(ids))
 
 
-class FinishedScores:
-    """A file of the scores so far, so that an evaluation that was interrupted resumes.
-
-    A line has a hash of the weights, the precision and the tokens of a request, and its score.
-    """
-
-    def __init__(self, path: Path, weights: str, precision: str) -> None:
-        self.model = f"{weights} {precision}"
-        self.scores: dict[str, Score] = {}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = atomic.LineFile(path)
-        for line in path.read_bytes().splitlines():
-            with suppress(ValueError, TypeError, RecursionError, OverflowError):
-                key, logprob, is_greedy = json.loads(line)
-                self.scores[key] = Score(float(logprob), bool(is_greedy))
-
-    def key(self, request: Request) -> str:
-        text = f"{self.model} {request.inputs} {request.targets}"
-        return hashlib.sha256(text.encode()).hexdigest()[:24]
-
-    def add(self, key: str, score: Score) -> None:
-        self.file.add(json.dumps([key, score.logprob, score.is_greedy]))
-
-
 @dataclass
 class Scorer:
     """Scores the requests of one model, up to `batch_tokens` tokens at once."""
 
     engine: Engine
     batch_tokens: int
-    finished: FinishedScores | None = None
+    cache: ResultCache = field(default_factory=ResultCache)
 
     def score(self, requests: Sequence[Request], title: str) -> list[Score]:
         """The score of each request. What several requests begin with is read once."""
-        # Take the scores that an earlier evaluation left.
-        scores: dict[int, Score] = {}
-        keys: list[str] = []
-        if self.finished:
-            keys = [self.finished.key(request) for request in requests]
-            for number, key in enumerate(keys):
-                if key in self.finished.scores:
-                    scores[number] = self.finished.scores[key]
-
-        # Compute the others in batches.
-        left = [number for number in range(len(requests)) if number not in scores]
-        with ProgressBar(total=len(requests), initial=len(scores), desc=title, unit="requests",
-                         leave=False) as bar:
+        # Those that are not in the cache are computed in batches.
+        keys = [self.cache.key(request.inputs, request.targets) for request in requests]
+        left = [number for number, key in enumerate(keys) if key not in self.cache.results]
+        with ProgressBar(total=len(requests), initial=len(requests) - len(left), desc=title,
+                         unit="requests", leave=False) as bar:
             for batch in batches(requests, left, self.batch_tokens):
                 new = score_batch(self.engine, batch, requests)
-                if self.finished:
-                    for number, one in new.items():
-                        self.finished.add(keys[number], one)
-                scores |= new
+                for number, score in new.items():
+                    self.cache.add(keys[number], [score.logprob, score.is_greedy])
                 bar.update(len(new))
-        return [scores[number] for number in range(len(requests))]
+        return [Score(*self.cache.results[key]) for key in keys]
 
 
 def batches(requests: Sequence[Request], numbers: Sequence[int],

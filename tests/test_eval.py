@@ -18,7 +18,7 @@ import train
 from checkpointing import store
 from conf.evaluation import EvalSettings
 from conf.schema import ConfigError, compose
-from evaluation import scoring
+from evaluation import loss, scoring
 from evaluation.scoring import Scorer, batches, request_of
 from generation.engine import Engine, open_run
 from model import GPT, GPTConfig
@@ -213,9 +213,31 @@ def test_results_are_kept_and_an_evaluation_resumes(compose_tiny, tmp_path, task
     assert resumed["models"][0]["name"] == "tiny"
     eval.evaluate(settings)
     assert sum(read) == 16
-    (folder / "evaluation.scores.jsonl").unlink()
+    (folder / "evaluation.cache.jsonl").unlink()
     eval.evaluate(settings)
     assert sum(read) == 32 and json.loads((folder / "evaluation.json").read_text()) == resumed
+
+
+def test_the_loss_on_a_text_resumes(measure, tmp_path, book, monkeypatch):
+    read, row_losses = [], loss.row_losses
+
+    def counted(engine, inputs, *arguments):
+        if len(read) == 2:
+            raise KeyboardInterrupt
+        read.append(len(inputs))
+        return row_losses(engine, inputs, *arguments)
+
+    monkeypatch.setattr(loss, "row_losses", counted)
+    words = [f"data.path={book}", "eval_tokens=160", "batch_tokens=64"]
+    with pytest.raises(KeyboardInterrupt):
+        measure(*words)
+    # Damaged lines are measured again.
+    (tmp_path / "out.cache.jsonl").open("a").write('{}\n[1]\n"x"\n["half')
+    monkeypatch.setattr(loss, "row_losses", lambda *arguments: read.append("rest") or row_losses(*arguments))
+    resumed, _ = measure(*words)
+    assert read == [2, 2, "rest"] and resumed[0]["loss"]["sequences"] == 5
+    (tmp_path / "out.cache.jsonl").unlink()
+    assert measure(*words)[0] == resumed
 
 
 def test_tasks_while_training_change_no_weight(compose_tiny, package, tmp_path):

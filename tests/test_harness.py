@@ -10,7 +10,8 @@ import eval
 import train
 from conf.evaluation import EvalSettings
 from conf.schema import compose
-from generation.engine import open_run
+from evaluation import scoring
+from generation.engine import Engine, open_run
 from scripts import export
 
 # Importing lm_eval and finding its tasks takes seconds.
@@ -43,7 +44,7 @@ def documents(book, run):
         yield {"question": question, "choices": choices, "gold": number % 2, "answer": answer, "text": "\n".join(lines[number : number + 3])}
 
 
-def test_results_are_those_of_the_backend_for_transformers(lm_eval, compose_tiny, book, tmp_path):
+def test_results_are_those_of_the_backend_for_transformers(lm_eval, compose_tiny, book, tmp_path, monkeypatch):
     settings = compose_tiny("model=nano", "data.tokenizer=bpe", "data.vocab_size=300", "training.max_steps=20")
     train.train(settings)
     run = open_run("tiny", runs_dir=settings.runs_dir, device="cpu", precision="fp32")
@@ -56,8 +57,14 @@ def test_results_are_those_of_the_backend_for_transformers(lm_eval, compose_tiny
     theirs = lm_eval.simple_evaluate("hf", model_args=f"pretrained={tmp_path / 'exported'},dtype=float32", tasks=list(map(str, paths)),
                                      device="cpu", batch_size=8, bootstrap_iters=1000)["results"]
     names = ",".join(map(str, paths))
-    assert eval.evaluate(compose(EvalSettings, [f"lm_eval={names}", f"runs_dir={settings.runs_dir}", "device=cpu", "precision=fp32"])) == 0
+    words = [f"lm_eval={names}", f"runs_dir={settings.runs_dir}", "device=cpu", "precision=fp32"]
+    assert eval.evaluate(compose(EvalSettings, words)) == 0
     (model,) = json.loads((tmp_path / "runs" / "tiny" / "evaluation.json").read_text())["models"]
+    # The same command takes all results from the file of those so far.
+    monkeypatch.setattr(Engine, "complete", None)
+    monkeypatch.setattr(scoring, "score_batch", None)
+    assert eval.evaluate(compose(EvalSettings, words)) == 0
+    assert json.loads((tmp_path / "runs" / "tiny" / "evaluation.json").read_text())["models"] == [model]
     ours = {task["task"]: task for task in model["tasks"]}
     choice, generated = theirs["own_choice"], theirs["own_generate"]["exact_match,none"]
     assert 0.1 < choice["acc,none"] < 0.9 and 0.1 < generated < 0.9  # else the test shows nothing

@@ -91,11 +91,11 @@ CPU_FRAGMENTATION = 1.4
 CPU_RUNTIME = 50 * 2**20  # bytes that torch takes once it computes
 
 
-def main(own: PlanSettings) -> int:
+def main(plan: PlanSettings) -> int:
     # What the process holds before it plans anything.
     process_bytes = resident_bytes()
-    settings, has_data = settings_without_data(list(own.train))
-    gpu = gpu_named(own.device)
+    settings, has_data = settings_without_data(list(plan.train))
+    gpu = gpu_named(plan.device)
     # Counting computes nothing: the memory of a GPU is counted on a CPU, in the GPU's precision.
     device = Device("cpu", "bf16")
     if not gpu:
@@ -110,18 +110,18 @@ def main(own: PlanSettings) -> int:
 
     # Print the parts of the plan.
     flops = plan_model(settings, meta)
-    state_bytes, peak_bytes = plan_memory(own, settings, device, gpu, process_bytes)
+    state_bytes, peak_bytes = plan_memory(plan, settings, device, gpu, process_bytes)
     plan_disk(settings, state_bytes)
     for warning in settings.warnings():
         say(f"Warning: {warning}")
     if gpu:
-        say(f"Time: {time_by_data_sheet(own, gpu, flops)}")
-    elif own.ranks > 1:
+        say(f"Time: {time_by_data_sheet(plan, gpu, flops)}")
+    elif plan.ranks > 1:
         say("Time: is planned for one process, or by device=")
-    elif own.measure and peak_bytes > available_memory():
+    elif plan.measure and peak_bytes > available_memory():
         say(f"Time: not measured, because only {readable_size(available_memory())} of memory "
             "are free")
-    elif own.measure:
+    elif plan.measure:
         say("Timing a few micro-steps (measure=false skips this) ...", sys.stderr)
         pace = pace_of(settings, device, meta)
         say(f"Time: {pace.describe(settings.training)} ({device.describe()})")
@@ -196,7 +196,7 @@ def plan_model(settings: Settings, meta: dict[str, Any] | None) -> float:
     return flops
 
 
-def plan_memory(own: PlanSettings, settings: Settings, device: Device, gpu: str,
+def plan_memory(plan: PlanSettings, settings: Settings, device: Device, gpu: str,
                 process_bytes: int) -> tuple[int, float]:
     """Print the memory of a process, and whether it fits into the GPU.
 
@@ -212,13 +212,13 @@ def plan_memory(own: PlanSettings, settings: Settings, device: Device, gpu: str,
 
     # Several processes may each have all weights, or a part of them.
     choices = {"": False}
-    if own.ranks > 1:
-        choices = {f" of each of {own.ranks} processes, training.shard=none": False,
-                   f" of each of {own.ranks} processes, training.shard=full": True}
+    if plan.ranks > 1:
+        choices = {f" of each of {plan.ranks} processes, training.shard=none": False,
+                   f" of each of {plan.ranks} processes, training.shard=full": True}
     for title, sharded in choices.items():
-        memory = memory_of_each(settings, state_bytes, step_bytes, own.ranks, sharded)
+        memory = memory_of_each(settings, state_bytes, step_bytes, plan.ranks, sharded)
         # Saving copies the state, and may continue beside the next step.
-        saved = state_bytes / own.ranks
+        saved = state_bytes / plan.ranks
         while_saving = memory["weights and optimizer"] + saved
         if device.type == "cpu" and not gpu:
             memory["activations"] *= CPU_FRAGMENTATION
@@ -232,7 +232,7 @@ def plan_memory(own: PlanSettings, settings: Settings, device: Device, gpu: str,
 
     # The last choice is the one that needs least.
     if gpu_bytes and peak_bytes > USABLE_MEMORY * gpu_bytes:
-        fitting = fitting_batch_size(settings, device, gpu_bytes, own.ranks, own.ranks > 1)
+        fitting = fitting_batch_size(settings, device, gpu_bytes, plan.ranks, plan.ranks > 1)
         advice = f"training.batch_size={fitting} does"
         if not fitting:
             advice = "nor does training.batch_size=1"
@@ -259,13 +259,13 @@ def plan_disk(settings: Settings, state_bytes: int) -> None:
         f"{readable_size(free)} are free")
 
 
-def time_by_data_sheet(own: PlanSettings, gpu: str, flops: float) -> str:
+def time_by_data_sheet(plan: PlanSettings, gpu: str, flops: float) -> str:
     """The time of training on another GPU, in words."""
-    seconds = flops / (PEAK_FLOPS[gpu] * own.mfu) / own.ranks
-    gpus = f"one {gpu}" if own.ranks == 1 else f"{own.ranks} x {gpu}"
+    seconds = flops / (PEAK_FLOPS[gpu] * plan.mfu) / plan.ranks
+    gpus = f"one {gpu}" if plan.ranks == 1 else f"{plan.ranks} x {gpu}"
     peak = f"{PEAK_FLOPS[gpu] / 1e12:,.0f} TFLOP/s for bf16 in its data sheet"
-    return (f"about {readable_time(seconds)} on {gpus}, if training reaches {own.mfu:.0%} of the "
-            f"{peak} (mfu={own.mfu}), without evaluation and saving")
+    return (f"about {readable_time(seconds)} on {gpus}, if training reaches {plan.mfu:.0%} of the "
+            f"{peak} (mfu={plan.mfu}), without evaluation and saving")
 
 
 def pace_of(settings: Settings, device: Device, meta: dict[str, Any] | None) -> Pace:

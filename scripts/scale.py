@@ -114,22 +114,22 @@ class Share(NamedTuple):
     state_bytes: int
 
 
-def main(own: ScaleSettings) -> int:
+def main(scale: ScaleSettings) -> int:
     # The model, without memory for its weights.
-    settings, _ = settings_without_data(list(own.train))
+    settings, _ = settings_without_data(list(scale.train))
     with SkipInit("meta"):
         model = GPT(settings.model)
     training, block_size = settings.training, settings.model.block_size
     tokens = training.step_tokens(block_size)
-    peak = PEAK_FLOPS[gpu_named(own.device)]
+    peak = PEAK_FLOPS[gpu_named(scale.device)]
     n_parameters = sum(weights.numel() for weights in model.parameters())
 
     # Print what is simulated and what is assumed.
     say(f"Simulated: {n_parameters:,} parameters, {settings.optim.optimizer}, {tokens:,} tokens a "
         f"step, at most {training.batch_size} sequences of {block_size} in a micro-step")
-    say(f"Assumed: {own.mfu:.0%} of {peak / 1e12:,.0f} TFLOP/s, memory {own.memory:,.0f} GB/s, "
-        f"{own.nvlink:,.0f} GB/s within a node of {own.node}, {own.network:,.0f} GB/s between "
-        f"nodes, {own.latency:g} + {own.message:g} a process microseconds a collective")
+    say(f"Assumed: {scale.mfu:.0%} of {peak / 1e12:,.0f} TFLOP/s, memory {scale.memory:,.0f} GB/s, "
+        f"{scale.nvlink:,.0f} GB/s within a node of {scale.node}, {scale.network:,.0f} GB/s "
+        f"between nodes, {scale.latency:g} + {scale.message:g} a process microseconds a collective")
     say("")
 
     # Print a row of a Markdown table for each number of GPUs.
@@ -143,7 +143,7 @@ def main(own: ScaleSettings) -> int:
             say(f"| {size:,} | {tokens / block_size / size:g} " + "| " * (len(names) - 3)
                 + "| batch |")
             continue
-        step = simulate(model, settings, own, size)
+        step = simulate(model, settings, scale, size)
         parts = (step.compute, step.exchange, step.exposed, step.gather, step.newton_schulz,
                  step.update, step.seconds)
         milliseconds = " | ".join(f"{1000 * seconds:,.1f}" for seconds in parts)
@@ -152,11 +152,11 @@ def main(own: ScaleSettings) -> int:
     return 0
 
 
-def simulate(model: GPT, settings: Settings, own: ScaleSettings, size: int) -> Step:
+def simulate(model: GPT, settings: Settings, scale: ScaleSettings, size: int) -> Step:
     """A step on `size` GPUs."""
     # Forward and backward of the sequences of one GPU.
     training, block_size = settings.training, settings.model.block_size
-    flops = own.mfu * PEAK_FLOPS[gpu_named(own.device)]
+    flops = scale.mfu * PEAK_FLOPS[gpu_named(scale.device)]
     tokens = training.step_tokens(block_size) / size
     micro_steps = math.ceil(tokens / block_size / training.batch_size)
     compute = model.flops_per_token() * tokens / flops
@@ -166,41 +166,41 @@ def simulate(model: GPT, settings: Settings, own: ScaleSettings, size: int) -> S
     # All processes send and receive as much as the one with the largest share.
     nbytes = BYTES * share.numbers * size
     buckets = math.ceil(nbytes / BYTES / BUCKET_NUMBERS)
-    exchange = exchange_seconds(nbytes, buckets, own, size)
+    exchange = exchange_seconds(nbytes, buckets, scale, size)
     # The backward pass is two thirds of a micro-step, and the last one hides the exchange.
     hidden = compute / micro_steps * 2 / 3
 
     return Step(sequences=tokens / block_size, compute=compute, exchange=exchange,
-                exposed=max(0.0, exchange - hidden), gather=gather_seconds(nbytes, own, size),
+                exposed=max(0.0, exchange - hidden), gather=gather_seconds(nbytes, scale, size),
                 newton_schulz=share.matrix_flops / flops,
-                update=share.update_bytes / own.memory / 1e9, state_bytes=share.state_bytes)
+                update=share.update_bytes / scale.memory / 1e9, state_bytes=share.state_bytes)
 
 
-def exchange_seconds(nbytes: int, buckets: int, own: ScaleSettings, size: int) -> float:
+def exchange_seconds(nbytes: int, buckets: int, scale: ScaleSettings, size: int) -> float:
     """Each GPU sends each other one its part of the gradients, of which it has `nbytes`."""
     if size == 1:
         return 0.0
     # The parts of the gradients that go to GPUs of this node, and to other nodes.
-    node = min(size, own.node)
+    node = min(size, scale.node)
     near, far = (node - 1) / size, (size - node) / size
     messages = size - 1
-    if own.two_levels:
+    if scale.two_levels:
         # To the GPU of the node with the same place as the owner; from there one sum a node.
         near, far = (node - 1) / node, far / node
         messages = node - 1 + size // node - 1
     # Links of both kinds work at the same time.
-    sending = max(near / own.nvlink, far / own.network) * nbytes / 1e9
-    return sending + buckets * (own.latency + own.message * messages) / 1e6
+    sending = max(near / scale.nvlink, far / scale.network) * nbytes / 1e9
+    return sending + buckets * (scale.latency + scale.message * messages) / 1e6
 
 
-def gather_seconds(nbytes: int, own: ScaleSettings, size: int) -> float:
+def gather_seconds(nbytes: int, scale: ScaleSettings, size: int) -> float:
     """Each GPU gets the weights of all others; they enter each node only once."""
     if size == 1:
         return 0.0
-    node = min(size, own.node)
-    near = (size - 1) / size / own.nvlink
-    far = (size - node) / size / node / own.network
-    seconds = (own.latency + own.message * (size - 1)) / 1e6
+    node = min(size, scale.node)
+    near = (size - 1) / size / scale.nvlink
+    far = (size - node) / size / node / scale.network
+    seconds = (scale.latency + scale.message * (size - 1)) / 1e6
     return max(near, far) * nbytes / 1e9 + seconds
 
 

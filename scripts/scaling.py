@@ -71,18 +71,18 @@ class Result:
         return 6 * self.size * self.tokens
 
 
-def main(own: ScalingSettings) -> int:
+def main(scaling: ScalingSettings) -> int:
+    # Name the folder, and find mistakes before anything is trained.
     require_scipy()
-    name = own.name or folder_name(Path(own.sweep).stem)
-    folder = Path(own.runs_dir) / name
+    name = scaling.name or folder_name(Path(scaling.sweep).stem)
+    folder = Path(scaling.runs_dir) / name
     refuse_run(folder)
-    # A wrong name is an error before anything is trained.
-    compared = choose(Path(own.runs_dir), own.held_out)[0] if own.held_out else []
+    compared = choose(Path(scaling.runs_dir), scaling.held_out)[0] if scaling.held_out else []
 
     # Find the grid, or plan a new one.
-    grid = find_grid(folder, own) or plan_grid(folder, own)
+    grid = find_grid(folder, scaling) or plan_grid(folder, scaling)
     describe(folder, grid)
-    if own.dry_run:
+    if scaling.dry_run:
         return 0
     if not (folder / GRID).exists():
         atomic.write_bytes(folder / GRID, json.dumps(grid, indent=2).encode())
@@ -91,7 +91,7 @@ def main(own: ScalingSettings) -> int:
     results, unusable = read_results(folder, grid)
     failures: list[str] = []
     if unusable:
-        plan = jobs_of(own, name, grid)
+        plan = jobs_of(scaling, name, grid)
         code, _ = run_plan(plan)
         if code:
             return code
@@ -107,9 +107,9 @@ def main(own: ScalingSettings) -> int:
     held_out = [read_result(path, name) for path, name in compared]
     for result in held_out:
         print_comparison(fit, result, results[0])
-    if own.predict:
+    if scaling.predict:
         largest = max(grid["runs"].values(), key=lambda run: run["size"])
-        print_best(fit, own.predict, largest["overrides"], grid["epoch_tokens"])
+        print_best(fit, scaling.predict, largest["overrides"], grid["epoch_tokens"])
     try:
         atomic.write_bytes(folder / PICTURE, draw(fit, results, held_out))
         say(f"Picture: {folder / PICTURE}")

@@ -38,7 +38,7 @@ START_SECONDS = 6.0  # of a job, to import torch and to save
 LOWEST_BUDGETS = np.geomspace(1e6, 1e26, 1 + 20 * 40)  # forty steps for each power of ten
 
 
-def find_grid(folder: Path, own: ScalingSettings) -> dict[str, Any] | None:
+def find_grid(folder: Path, scaling: ScalingSettings) -> dict[str, Any] | None:
     """The grid that was planned in a folder; None if there is none.
 
     Raises ValueError if the command asks for a different one.
@@ -51,30 +51,30 @@ def find_grid(folder: Path, own: ScalingSettings) -> dict[str, Any] | None:
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{folder / GRID} is damaged: use another name=.") from None
     # A command that only asks about the law need not repeat how the grid was planned.
-    if own.hours is None and not own.train:
+    if scaling.hours is None and not scaling.train:
         return grid
-    changes = differences(known, asked(own, read_space(own.sweep, own.train)))
+    changes = differences(known, asked(scaling, read_space(scaling.sweep, scaling.train)))
     if changes:
         raise ValueError(f"{folder} has a grid that was planned otherwise: {listed(changes)}. Use "
                          f"another name=, or restore the old values.")
     return grid
 
 
-def asked(own: ScalingSettings, space: Space) -> dict[str, Any]:
+def asked(scaling: ScalingSettings, space: Space) -> dict[str, Any]:
     """What a grid was planned by, as JSON can hold it."""
-    limits = {"hours": own.hours, "budgets": own.budgets, "ratio": own.ratio}
+    limits = {"hours": scaling.hours, "budgets": scaling.budgets, "ratio": scaling.ratio}
     return limits | space.description()
 
 
-def plan_grid(folder: Path, own: ScalingSettings) -> dict[str, Any]:
+def plan_grid(folder: Path, scaling: ScalingSettings) -> dict[str, Any]:
     """A new grid: for each run its overrides, its size and its budget.
 
     Raises ValueError if `hours` hold none.
     """
-    if own.hours is None:
+    if scaling.hours is None:
         raise ValueError(f"{folder} has no grid yet: say how long it may train, as in hours=0.5.")
     # Compose the settings of each size.
-    space = read_space(own.sweep, own.train)
+    space = read_space(scaling.sweep, scaling.train)
     overrides = [space.overrides(point) for point in points_of(space)]
     composed = [compose("config", ["name=-", *words]) for words in overrides]
     first = composed[0]
@@ -93,10 +93,10 @@ def plan_grid(folder: Path, own: ScalingSettings) -> dict[str, Any]:
     # Time a step of each, and choose the grid that fits into the hours.
     say(f"Timing {counted(len(sizes), 'size')} ...")
     device = Device(first.training.device, first.training.precision,
-                    threads=max(1, torch.get_num_threads() // own.jobs))
+                    threads=max(1, torch.get_num_threads() // scaling.jobs))
     configure(device)
     paces = [pace_of(one, device, meta) for one in composed]
-    chosen, seconds = longest_grid(own, sizes, paces, tokens_of_step(first), epoch_tokens)
+    chosen, seconds = longest_grid(scaling, sizes, paces, tokens_of_step(first), epoch_tokens)
 
     # Name each run by its size and its steps.
     varied, runs = list(space.varied), {}
@@ -106,7 +106,7 @@ def plan_grid(folder: Path, own: ScalingSettings) -> dict[str, Any]:
         name = job_name([*varied, "training.max_steps"], values)
         runs[name] = {"overrides": words, "size": sizes[index], "budget": budget,
                       "tokens": steps * tokens_of_step(first)}
-    return {"asked": asked(own, space), "varied": varied, "seconds": seconds,
+    return {"asked": asked(scaling, space), "varied": varied, "seconds": seconds,
             "epoch_tokens": epoch_tokens, "runs": runs}
 
 
@@ -120,7 +120,8 @@ def points_of(space: Space) -> list[dict[str, Any]]:
     return [point for point in points if space.allows(point)]
 
 
-def longest_grid(own: ScalingSettings, sizes: list[float], paces: list[Pace], tokens_per_step: int,
+def longest_grid(scaling: ScalingSettings, sizes: list[float], paces: list[Pace],
+                 tokens_per_step: int,
                  epoch_tokens: int) -> tuple[list[tuple[int, int, float]], float]:
     """The grid with the most runs, and of those the largest budgets, in `hours`; its seconds.
 
@@ -129,22 +130,22 @@ def longest_grid(own: ScalingSettings, sizes: list[float], paces: list[Pace], to
     # The time of a grid for each lowest budget.
     grids = []
     for lowest in LOWEST_BUDGETS:
-        budgets = lowest * own.ratio ** np.arange(own.budgets)
+        budgets = lowest * scaling.ratio ** np.arange(scaling.budgets)
         grid = isoflop_grid(sizes, budgets, tokens_per_step, epoch_tokens)
         seconds = sum(paces[index].step * steps + paces[index].evaluation + START_SECONDS
                       for index, steps, _ in grid)
         if len(grid) >= MIN_RUNS:
-            grids.append((grid, seconds / own.jobs))
+            grids.append((grid, seconds / scaling.jobs))
     if not grids:
         raise ValueError(f"The text has {epoch_tokens:,} tokens, too few for a grid of "
                          f"{MIN_RUNS} runs in one epoch: use a longer text, or smaller models.")
 
-    fitting = [(grid, seconds) for grid, seconds in grids if seconds <= 3600 * own.hours]
+    fitting = [(grid, seconds) for grid, seconds in grids if seconds <= 3600 * scaling.hours]
     if not fitting:
         least = min(seconds for _, seconds in grids) / 3600
-        raise ValueError(f"hours={own.hours} is too short: the smallest grid of {MIN_RUNS} runs "
-                         f"takes {least:.2g} hours on this machine. Raise hours=, or use smaller "
-                         f"models.")
+        raise ValueError(f"hours={scaling.hours} is too short: the smallest grid of {MIN_RUNS} "
+                         f"runs takes {least:.2g} hours on this machine. Raise hours=, or use "
+                         f"smaller models.")
     # The last run has the largest budget.
     return max(fitting, key=lambda pair: (len(pair[0]), pair[0][-1][2]))
 
@@ -165,14 +166,14 @@ def isoflop_grid(sizes: list[float], budgets: Iterable[float], tokens_per_step: 
     return runs
 
 
-def jobs_of(own: ScalingSettings, name: str, grid: dict[str, Any]) -> Plan:
+def jobs_of(scaling: ScalingSettings, name: str, grid: dict[str, Any]) -> Plan:
     """The runs of the grid as jobs of a sweep."""
     composed = {}
     for run_name, run in grid["runs"].items():
-        words = [*run["overrides"], f"runs_dir={own.runs_dir}", f"name={name}"]
+        words = [*run["overrides"], f"runs_dir={scaling.runs_dir}", f"name={name}"]
         composed[run_name] = words, compose("config", words)
     swept = [*grid["varied"], "training.max_steps"]
-    return Plan(swept, composed, [], [], GridSettings(own.jobs))
+    return Plan(swept, composed, [], [], GridSettings(scaling.jobs))
 
 
 def describe(folder: Path, grid: dict[str, Any]) -> None:

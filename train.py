@@ -97,8 +97,8 @@ def train_together(settings: Settings, world: World) -> int:
             atomic.write_bytes(run.folder / "config.yaml", as_yaml(settings).encode())
 
         # Train. A scheduler signals all processes, and torchrun signals them again: this is one
-        # signal, so with several processes a second one does not end them.
-        with (Interrupt(second_ends=world.size == 1) as interrupt, Clock() as clock,
+        # signal, so under torchrun a second one does not end them.
+        with (Interrupt(second_ends=not world.by_torchrun) as interrupt, Clock() as clock,
               open_trainer(settings, data, tasks, state, device, world, run) as trainer):
             trainer.start(last, imported)
             decision = training_loop(trainer, clock, interrupt)

@@ -89,8 +89,8 @@ def launch(main: Target, root: str | type, doc: str, multirun: Target = "") -> N
         message = user_message(error, root)
         if not message or os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
-        # Several processes of torchrun all find a mistake in the settings; the first prints it.
-        if os.environ.get("RANK", "0") == "0" or not isinstance(error, ValueError):
+        # All processes of a node find a mistake in the settings, or that the node has too few GPUs.
+        if os.environ.get("LOCAL_RANK", "0") == "0" or not isinstance(error, ValueError):
             say(f"Error: {message}", sys.stderr)
         if isinstance(error, ValueError):
             stop_restarts(os.environ)

@@ -236,6 +236,17 @@ def test_a_mistake_ends_a_torchrun_with_restarts(monkeypatch, restarts, nodes, r
     assert ended == [os.getppid()] * ends
 
 
+@pytest.mark.parametrize("rank, local_rank, printed", [(0, 0, True), (1, 1, False), (2, 0, True)])
+def test_a_mistake_is_printed_once_on_each_node(monkeypatch, capsys, rank, local_rank, printed):
+    """A node may have too few GPUs: its first process says so."""
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    monkeypatch.setattr(sys, "argv", ["train.py", "foo=1"])
+    with pytest.raises(SystemExit, match="1"):
+        launch(print, "config", "")
+    assert ("Error: foo" in capsys.readouterr().err) == printed
+
+
 def test_torchrun_starts_neither_sweeps_nor_samples(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")

@@ -8,9 +8,11 @@ from __future__ import annotations
 import math
 import os
 import re
+import signal
 import socket
 import sys
 import time
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -177,6 +179,28 @@ def test_a_full_disk_stops_all_at_once_if_asked(compose_tiny, train_together, ru
     assert codes == [1, 1] and last_step(run) == 2
     assert output[0].count("Error: ") == 1 and "could not be written" in output[0].partition("Error: ")[2]
     assert output[1] == ""
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_signal_that_torchrun_repeats_saves(compose_tiny, train_together, run, size):
+    """Ctrl-C in a terminal reaches all processes, and torchrun sends it again."""
+    def signalled_twice(rank):
+        agree = World.agree
+        warnings.showwarning = lambda message, *_: print(f"Warning: {message}")
+
+        def interrupted(world, *values):
+            print("Step.")
+            warnings.warn("as a library does", stacklevel=1)
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+            return agree(world, *values)
+
+        World.agree = interrupted
+
+    codes, output = train_together(compose_tiny(*WORDS, "training.checkpoint_every=0"), size, signalled_twice)
+    assert codes == [130] * size and "Interrupted: " in output[0] and last_step(run) >= 1
+    # Only the first process prints.
+    assert "Step." in output[0] and "Warning: as a library does" in output[0] and output[1:] == [""] * (size - 1)
 
 
 def test_a_mixture_is_bit_identical_in_two_processes(compose_tiny, train_together, book, run, tmp_path):

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
 from typing import NoReturn, TypeVar
+from warnings import catch_warnings
 
 import torch
 import torch.distributed as dist
@@ -35,11 +36,11 @@ class World:
     """
 
     def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
-        started_by_torchrun = "TORCHELASTIC_RUN_ID" in environment
-        self.size = int(environment["WORLD_SIZE"]) if started_by_torchrun else 1
-        self.rank = int(environment["RANK"]) if started_by_torchrun else 0
-        self.local_rank = int(environment["LOCAL_RANK"]) if started_by_torchrun else 0
-        self.local_size = int(environment["LOCAL_WORLD_SIZE"]) if started_by_torchrun else 1
+        self.by_torchrun = "TORCHELASTIC_RUN_ID" in environment
+        self.size = int(environment["WORLD_SIZE"]) if self.by_torchrun else 1
+        self.rank = int(environment["RANK"]) if self.by_torchrun else 0
+        self.local_rank = int(environment["LOCAL_RANK"]) if self.by_torchrun else 0
+        self.local_size = int(environment["LOCAL_WORLD_SIZE"]) if self.by_torchrun else 1
         self.restarts = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
         has_store = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         self.store_timeout = STORE_TIMEOUT if has_store else CONNECT_TIMEOUT
@@ -69,11 +70,12 @@ class World:
                 store = dist.PrefixStore(f"restart {self.restarts}", store)
             dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size,
                                     timeout=TIMEOUT)
-            # Only the first process prints.
+            # Only the first process prints. Libraries give all the same warnings.
             if self.is_first:
                 yield
             else:
-                with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+                with (open(os.devnull, "w") as nowhere, redirect_stdout(nowhere),
+                      catch_warnings(action="ignore")):
                     yield
         except RuntimeError as error:
             if not is_lost_connection(error):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from typing import Any
+from warnings import filterwarnings
 
 import torch
 import torch.distributed as dist
@@ -30,6 +31,8 @@ def shard(model: nn.Module, world: World, device: Device) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+    # FSDP2 warns of outputs that are then changed in place, which the model does to none.
+    filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
     mesh = init_device_mesh(device.type, (world.size,))
     policy = MixedPrecisionPolicy()
     if device.precision != "fp32":

@@ -71,8 +71,10 @@ def convert(value: Any, hint: Any) -> Any:
     # One of several words.
     if get_origin(hint) is Literal:
         return one_of(value, get_args(hint))
-    # Text, or paths.
-    if is_text(hint) and not isinstance(value, dict | list | None):
+    # Text, or paths. YAML reads no as false, and 1.10 as 1.1.
+    if is_text(hint) and isinstance(value, bool | float | bytes):
+        raise ValueError("is not text, as YAML reads it: put the text in quotes")
+    if is_text(hint) and isinstance(value, str | int):
         if hint is FilePaths:
             return ",".join(expanded(path) for path in str(value).split(","))
         return expanded(str(value)) if hint is FilePath else str(value)

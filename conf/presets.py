@@ -16,9 +16,9 @@ from hydra.core.config_store import ConfigNode
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from conf.hints import instead_of_hydras
+from conf.hints import closest, instead_of_hydras
 from conf.identity import flat
-from terminal import first_line
+from terminal import escaped, first_line
 
 CONF = Path(__file__).parent
 MAX_BYTES = 100_000
@@ -32,6 +32,7 @@ class ConfigError(ValueError):
     """All problems of a configuration, one per line."""
 
     def __init__(self, problems: list[str]) -> None:
+        problems = [escaped(problem, keep="") for problem in problems]
         count = f"{len(problems)} problems in the configuration:\n  "
         super().__init__(("" if len(problems) == 1 else count) + "\n  ".join(problems))
 
@@ -96,6 +97,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ])
     if not isinstance(content, dict):
         raise ConfigError([f"{path} holds no settings: write lines such as key: value."])
+    refuse_traps(root, path)
     return content
 
 
@@ -115,6 +117,28 @@ def expanded_size(node: yaml.Node | None, sizes: dict[int, float]) -> float:
             inner = [part for pair in node.value for part in pair]
         sizes[id(node)] = 1 + sum(expanded_size(one, sizes) for one in inner)
     return sizes[id(node)]
+
+
+def refuse_traps(root: yaml.Node, path: Path) -> None:
+    """Raise ConfigError for values that YAML or Hydra reads otherwise than they look."""
+    problems = []
+    nodes = [root]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, yaml.MappingNode):
+            nodes += [part for pair in node.value for part in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            nodes += node.value
+        elif node.value == "???":
+            problems.append((node, "marks a missing value: write the value, or remove the line"))
+        elif node.tag == "tag:yaml.org,2002:int" and re.match(r"[-+]?0[\d_]|.*:", node.value):
+            number = yaml.SafeLoader("").construct_yaml_int(node)
+            problems.append((node, f"is the number {number} in YAML: write that, or use quotes"))
+    if problems:
+        raise ConfigError([
+            f"{path}, line {node.start_mark.line + 1}: {node.value} {problem}."
+            for node, problem in reversed(problems)
+        ])
 
 
 def default_presets() -> dict[str, dict[str, Any]]:
@@ -240,7 +264,8 @@ def node_of(content: dict[str, Any], path: Path, group: str | None, text: str) -
     # Hydra reads a header "# @package" only from files that it opens itself.
     header = re.search(r"\A(?:\s*#.*\n)*?\s*#\s*@package\s+(\S+)", text)
     package = "_global_" if group == "experiment" else None
-    if header:
+    # `_group_` is the default.
+    if header and header[1] != "_group_":
         package = header[1]
     return ConfigNode(path.name, OmegaConf.create(content), group, package, provider=None)
 
@@ -271,6 +296,12 @@ def with_overrides(content: dict[str, Any], path: Path) -> dict[str, Any]:
                 choice = value
             elif group in groups():
                 choice = {f"override /{group}": value}
+            else:
+                known = groups()
+                raise ConfigError([
+                    f"{group} (in the defaults of {path}) is no group of presets"
+                    f"{closest(group, known)}: the groups are {', '.join(known)}."
+                ])
         made.append(choice)
     return content | {"defaults": made}
 

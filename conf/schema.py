@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from conf.composition import Origins, compose_with_hydra
-from conf.convert import freeze
+from conf.convert import freeze, from_text
 from conf.identity import flat, identity_differences, in_short
 from conf.presets import ConfigError, groups
 from conf.settings import SampleSettings, Settings, leaves
@@ -139,7 +139,18 @@ def automatic_name(overrides: list[str], settings: Settings, experiment: str) ->
 
 def as_yaml(settings: Any) -> str:
     """Settings as `--cfg job` prints them, and as config.yaml keeps them."""
-    return yaml.safe_dump(asdict(settings), sort_keys=False, allow_unicode=True)
+    return yaml.dump(asdict(settings), Dumper=Dumper, sort_keys=False, allow_unicode=True)
+
+
+class Dumper(yaml.SafeDumper):
+    """Writes quotes around text that `read_yaml` would read as a number, such as 1e3."""
+
+    def represent_str(self, text: str) -> yaml.ScalarNode:
+        style = None if isinstance(from_text(text), str) else "'"
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style)
+
+
+Dumper.add_representer(str, Dumper.represent_str)
 
 
 def folder_name(text: str) -> str:

@@ -47,11 +47,11 @@ def likely_name(key: str, known: dict[str, Any]) -> str:
 
 def close_name(key: str, known: dict[str, Any]) -> str:
     """The setting or group that is spelled most like `key`; empty where none is close."""
-    # Compare whole names first, then their last parts.
+    # Compare whole names first, then their last parts. A group that is right proves nothing.
     names = [*known, *choosable(known)]
-    near = difflib.get_close_matches(key.lower(), names, n=1, cutoff=0.6)
-    if near:
-        return near[0]
+    for name in difflib.get_close_matches(key.lower(), names, n=3, cutoff=0.6):
+        if difflib.SequenceMatcher(None, last_part(key), last_part(name)).ratio() >= 0.6:
+            return name
     by_last = by_last_part(known)
     near = difflib.get_close_matches(last_part(key), by_last, n=1, cutoff=0.7)
     return by_last[near[0]] if near else ""

@@ -164,7 +164,7 @@ def describe_bin(path: Path, vocab_size: int, dtype: str) -> dict[str, Any]:
 
     # The header of NumPy or of llm.c says what the file holds.
     with open(path, "rb") as file:
-        head = file.read(12)
+        head = file.read(HEADER_BYTES)
     if not head:
         raise ValueError(f"{path} is empty.")
     if head.startswith(NUMPY_MAGIC):
@@ -176,6 +176,10 @@ def describe_bin(path: Path, vocab_size: int, dtype: str) -> dict[str, Any]:
     # Without one, it is full of tokens.
     if not shard:
         if dtype == "auto":
+            if len(head) == HEADER_BYTES and any(head[:16]) and not any(head[16:]):
+                raise ValueError(f"{path} seems to start with the header of another program, some "
+                                 f"numbers and then zeros: remove it, or set data.dtype= if these "
+                                 f"are tokens.")
             dtype = detect_dtype(path, vocab_size)
         size, width = path.stat().st_size, np.dtype(dtype).itemsize
         if size % width:
@@ -199,7 +203,7 @@ def describe_numpy(path: Path) -> dict[str, Any]:
     """The entry of a NumPy file. Raises ValueError unless it is a 1-D array of integers."""
     try:
         tokens = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+    except (ValueError, EOFError, OSError, OverflowError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise ValueError(f"{path} cannot be read as a NumPy file ({reason}).") from None
     if tokens.ndim != 1 or tokens.dtype.kind not in "ui":
@@ -213,7 +217,7 @@ def describe_numpy(path: Path) -> dict[str, Any]:
 
 def describe_header(path: Path, head: bytes) -> dict[str, Any] | None:
     """The entry of a file with llm.c's header, else None; ValueError for a wrong header."""
-    magic, _version, n_tokens = struct.unpack("<3i", head)
+    magic, _version, n_tokens = struct.unpack("<3i", head[:12])
     if struct.unpack(">i", head[:4])[0] in MAGIC:
         raise big_endian(path)
     if magic not in MAGIC:

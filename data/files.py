@@ -25,6 +25,7 @@ from data.unpack import COMPRESSIONS, decompressed, plain_name, reading
 PIECE = 2**18
 RECORDS = (".jsonl", ".jsonlines", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 COMPRESSIBLE = (".txt", ".md", *RECORDS[:-1])
+HIDDEN = re.compile(r"\..*|.*~|#.*#", re.DOTALL)
 
 # Where a long text can be cut without changing its tokens. Every split pattern of the tokenizers
 # starts a new match at a space after a word or number, after the end of a line that is not blank,
@@ -111,9 +112,12 @@ def unreadable(path: Path) -> str:
 
 
 def is_hidden(file: Path, named: Path) -> bool:
-    """Whether a part of `file` starts with a dot and `named` has no such part (.trash/a.txt)."""
-    patterns = [part for part in named.parts if part.startswith(".")]
-    hidden = [part for part in file.parts if part.startswith(".")]
+    """Whether a part of `file` is hidden and no part of `named` stands for it (.trash/a.txt).
+
+    Hidden are names that start with a dot, and the copies of editors (a.txt~, #a.txt#).
+    """
+    patterns = [part for part in named.parts if HIDDEN.fullmatch(part)]
+    hidden = [part for part in file.parts if HIDDEN.fullmatch(part)]
     return any(not any(fnmatch(part, pattern) for pattern in patterns) for part in hidden)
 
 

@@ -22,7 +22,7 @@ from data.corpus import Corpus
 from data.encode import segments
 from data.files import SpecialToken
 from data.shards import SPLITS, check, check_shards, prepare_again, read_meta, write_meta
-from data.sources import Source, open_sources, open_validation
+from data.sources import Files, Source, open_sources, open_validation
 from data.store import BUILDING, data_root, folder_for, make_once, sha256_of
 from data.tokenizer import (
     DISTINCT_BYTES,
@@ -35,7 +35,7 @@ from data.tokenizer import (
 )
 from data.tokenizer_file import find_tokenizer, open_tokenizer
 from data.tokenizer_json import fingerprint, read_tokenizer
-from terminal import counted
+from terminal import counted, say
 
 SAMPLE_BYTES = 2**28  # from the start of the training split, to train a tokenizer
 PROGRESS = "progress.json"  # lists the complete segments while tokens are being prepared
@@ -52,7 +52,16 @@ def prepare(config: DataConfig) -> Path:
     plan = planned(config)
     make_once(plan.folder, lambda building: build(building, plan, config))
     check(plan.folder, plan.recipe)
+    tell_skipped(plan)
     return plan.folder
+
+
+def tell_skipped(plan: Plan) -> None:
+    """Print the number of skipped files, if it has changed since the tokens were made."""
+    for source, part in zip(plan.sources.values(), read_meta(plan.folder)["parts"], strict=True):
+        skipped = isinstance(source, Files) and source.skipped
+        if skipped and source.description() not in part.get("read", ""):
+            say(f"The text is the same as before, now in {source.description()}.")
 
 
 def find_prepared(fingerprint: str) -> Path | None:

@@ -190,8 +190,10 @@ def is_json_lines(text: str) -> bool:
 def reason_of(error: ValueError | RecursionError) -> str:
     """Why something is not JSON. Only the position in the record is given, not in the block."""
     if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg} at character {error.pos + 1}"
-    return "too deeply nested" if isinstance(error, RecursionError) else str(error)
+        return f"{error.msg.removesuffix(' at')} at character {error.pos + 1}"
+    if isinstance(error, RecursionError):
+        return "too deeply nested"
+    return "a whole number has more digits than Python reads"
 
 
 def json_array(blocks: Iterator[str], read: RecordReader, path: Path) -> Iterator[Any]:

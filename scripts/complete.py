@@ -38,6 +38,7 @@ def complete_file(engine: Engine, settings: SampleSettings, decoder: Decoder | N
     path = Path(settings.out)
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise ValueError(f"out={path} is not a plain file: choose another.")
+    path.parent.mkdir(parents=True, exist_ok=True)
 
     with locks.exclusive_lock(path):
         done = count_done(path, jobs, settings_id)

@@ -55,6 +55,7 @@ import os
 import re
 import sys
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -123,6 +124,9 @@ def inspect(folder: Path, settings: Settings, out: Path) -> None:
             f"{counted(length, 'token')}\n"
             f"{text[:SHOWN]}{'...' if len(text) > SHOWN else ''}")
 
+    if not find_spec("matplotlib"):
+        say("\nWithout a picture, which needs matplotlib (pip install matplotlib).")
+        return
     atomic.write_bytes(out, draw(contents, folder.name, out.suffix.lstrip(".")))
     say(f"\nDrew {out}")
 

@@ -305,6 +305,22 @@ def test_a_damaged_numpy_file_is_explained(tmp_path, fresh_data, damage):
     assert "\n" not in str(caught.value)
 
 
+def test_an_unknown_header_is_not_read_as_tokens(tmp_path, fresh_data, gpt2_files):
+    for name in ("train.bin", "val.bin"):
+        llmc(tmp_path / name, some_ids(50257, 900), magic=1234)
+    with pytest.raises(ValueError, match=r"train.bin seems to start with the header of another program"):
+        prepare(config(tmp_path, "gpt2"))
+    assert describe(prepare(DataConfig("bin", str(tmp_path), "gpt2", dtype="uint16")))
+
+
+def test_a_numpy_file_of_an_impossible_size_is_explained(tmp_path, fresh_data):
+    header = b"{'descr':'<u2','fortran_order':False,'shape':(" + b"9" * 30 + b",)}"
+    for name in ("train.npy", "val.npy"):
+        (tmp_path / name).write_bytes(b"\x93NUMPY\x01\x00\x76\x00" + header.ljust(0x75) + b"\n")
+    with pytest.raises(ValueError, match=r"train.npy cannot be read as a NumPy file"):
+        prepare(config(tmp_path, "byte"))
+
+
 def test_dtype_must_not_contradict_a_header(tmp_path, fresh_data):
     for name in ("train.npy", "val.npy"):
         np.save(tmp_path / name, some_ids(256).astype(np.uint16))

@@ -94,6 +94,13 @@ def test_with_few_bits_a_prompt_is_completed_as_if_alone(fill, bits):
     assert [line["text"] for line in fill(["The", "Every old house", "A"], bits, "temperature=1.5")] == alone
 
 
+def test_the_folder_of_the_file_is_made(tiny_runs, tmp_path):
+    (tmp_path / "prompts.txt").write_text("The")
+    out = tmp_path / "new" / "folder" / "a.jsonl"
+    sample.sample(compose("sample", [f"runs_dir={tiny_runs}", "max_new_tokens=2", f"prompts={tmp_path / 'prompts.txt'}", f"out={out}"]))
+    assert len(out.read_text().splitlines()) == 1
+
+
 def test_only_line_feeds_separate_prompts(fill, monkeypatch):
     monkeypatch.setattr(engines.Tokenizer, "encode", lambda tokenizer, text: [0])
     lines = fill(["\ufeffa\rb\r", "c\u2028d", "\x85e"])  # a byte order mark is no part of the first

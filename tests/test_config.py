@@ -197,7 +197,6 @@ def test_sampling_settings_are_checked_too():
 
 @pytest.mark.parametrize(("value", "hint", "wanted"), [
     ("1e3", int, 1000), (1e1, int, 10), ("7", float, 7.0), ("True", bool, True), ("null", int | None, None), (3, str, "3"),
-    (True, str, "True"),
 ])
 def test_values_are_converted_to_the_type_of_a_setting(value, hint, wanted):
     assert convert(value, hint) == wanted and type(convert(value, hint)) is type(wanted)

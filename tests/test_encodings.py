@@ -47,6 +47,13 @@ def test_the_likely_encoding_is_named_and_reads_the_file(tmp_path, encoding):
     assert read(tmp_path / "a.txt", encoding) == [text]
 
 
+def test_russian_without_its_last_letter_is_not_greek(tmp_path):
+    # Without the letter that cp1253 lacks, its bytes are Greek letters, too.
+    (tmp_path / "a.txt").write_bytes("Привет, как дела? Это русский текст о жизни.".encode("cp1251"))
+    with pytest.raises(ValueError, match=r"data.encoding=cp1251"):
+        read(tmp_path / "a.txt")
+
+
 @pytest.mark.parametrize(
     "mark, encoding",
     [

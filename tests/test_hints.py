@@ -86,7 +86,8 @@ def test_settings_of_hydra_name_the_alternative(override, advice):
     ("sample", "optim.lr", "is a setting of train.py only"), ("sample", "experiment", "is a setting of train.py only"),
     ("config", "device", "did you mean training.device?"), ("config", "precision", "did you mean training.precision?"),
     ("config", "SEED", "did you mean seed?"), ("config", "training.MAX_STEPS", "did you mean training.max_steps?"),
-    ("config", "training.max-steps", "did you mean training.max_steps?"),
+    ("config", "training.max-steps", "did you mean training.max_steps?"), ("config", "training.seed", "did you mean seed?"),
+    ("config", "training.num_workers", "is not a setting; --help"), ("config", "optim.fused", "is not a setting; --help"),
 ])
 def test_a_setting_of_another_program_is_told_from_a_mistake(root, key, said):
     message = complaint(f"{key}=1", root=root)

@@ -58,6 +58,21 @@ def test_inspect_prints_statistics_and_documents(folder_of_texts, tmp_path, fres
     assert capsys.readouterr().out != said
 
 
+def test_inspect_needs_no_matplotlib(folder_of_texts, fresh_data, capsys, monkeypatch):
+    monkeypatch.setattr("scripts.prepare.find_spec", lambda name: None)
+    assert run("data=text", f"data.path={folder_of_texts}", "data.tokenizer=byte", "inspect=true") == 0
+    assert "needs matplotlib" in capsys.readouterr().out and not list(fresh_data.rglob("*.png"))
+
+
+def test_files_that_are_skipped_later_are_counted(folder_of_texts, fresh_data, capsys):
+    words = ["data=text", f"data.path={folder_of_texts}", "data.tokenizer=byte"]
+    run(*words)
+    (folder_of_texts / "new.docx").touch()
+    capsys.readouterr()
+    run(*words)
+    assert "same as before, now in" in capsys.readouterr().out
+
+
 def test_contents_match_the_texts(folder_of_texts, fresh_data):
     folder = prepare(DataConfig("text", str(folder_of_texts), "byte", val_fraction=0.1))
     contents = Contents(folder, load_tokenizer(folder))

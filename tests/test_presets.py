@@ -53,7 +53,7 @@ def test_a_dotted_key_sets_what_it_names(tmp_path, text):
     assert values == {"training": {"max_steps": 4, "eval_every": 2}}
 
 
-@pytest.mark.parametrize("header", ["", "# @package _global_\n"])
+@pytest.mark.parametrize("header", ["", "# @package _global_\n", "# @package _group_\n"])
 def test_an_experiment_sets_settings_of_all_groups(own, preset, header):
     preset("experiment", header + "training.max_steps: 4\nmodel.n_layer: 1e1")
     made = compose("config", ["experiment=extra"])
@@ -74,7 +74,8 @@ def test_an_experiment_sets_settings_of_all_groups(own, preset, header):
     ("experiment", "hydra: {run: {dir: x}}", "extra.yaml) is not used here: runs_dir="),
     ("experiment", "hydra.run.dir: x", "extra.yaml) is not used here: runs_dir="),
     ("experiment", "defaults:\n- override hydra/launcher: joblib", "hydra/launcher ("),
-    ("experiment", "hydra: 3", "hydra ("),
+    ("experiment", "hydra: 3", "hydra ("), ("experiment", "defaults: [modle: nano]", "modle (in the defaults of"),
+    ("experiment", 'data.separator: "extra\\n"', "data.separator="),
     ("experiment", "model: gpt2", "override /model: NAME"), ("experiment", "training:", "indent settings below training"),
     ("experiment", "defaults:\n- override /model: gtp2", "model=gtp2 (in experiment=extra): no such preset (did you mean gpt2?)"),
 ])
@@ -96,7 +97,9 @@ def test_a_wrong_key_in_a_base_preset_names_that_file(preset, tmp_path):
     ("a:\n" + "".join(" " * n + "a:\n" for n in range(1, 300)), "nested too deeply"),
     ("seed: 1\n" * 20_000, "too large"), ("a: [" + "1, " * 10_000 + "]", "more than 10,000 values"),
     ("seed: !!python/object:os.system x", "line 1"), ("seed: !!int x", "not valid YAML"), ("a: !!bool x", "not valid YAML"),
-    ("seed: ${", "not valid YAML"), ("\x07", "not valid YAML"), ("- 1", "holds no settings"), ("a: 1\n---\nb: 2", "line"),
+    ("seed: ${", "not valid YAML"), ("\x07", "not valid YAML"), ("- 1", "holds no settings"),
+    ("a:\n b: ???", "line 2: ??? marks"), ("a:\n  - '???'", "line 2: ??? marks"),
+    ("a: 010", "line 1: 010 is the number 8 in YAML"), ("a: 1:30", "is the number 90"), ("a: 1\n---\nb: 2", "line"),
 ], ids=lambda value: value[:12] if len(value) > 12 else value)
 def test_yaml_that_is_a_trap_is_refused_at_once(tmp_path, text, said):
     (tmp_path / "own.yaml").write_text(text)
@@ -159,13 +162,19 @@ def test_an_own_experiment_yields_to_overrides(own):
     assert (made.training.max_steps, made.auto_name) == (9, "my-gpt2")
 
 
-@pytest.mark.parametrize("name", ["own", "name=x"])
+@pytest.mark.parametrize("name", ["own", "name=x", "1e3", "1.10", "no", "010"])
 def test_saved_settings_run_again(own, name):
     settings = compose("config", ["model=nano", "optim.lr=0.25", "seed=3", f"name={name}", "training.max_seconds=7"])
     chosen = own(as_yaml(settings), "config.yaml")
     assert compose("config", [chosen]) == dataclasses.replace(settings, auto_name="")
     again = compose("config", [chosen, "name=again", "optim.lr=1"])
     assert (again.name, again.optim.lr, again.model, again.seed) == ("again", 1.0, settings.model, 3)
+
+
+@pytest.mark.parametrize("text", ["no", "1.10", "1e3", "!!binary aGk="])
+def test_text_that_yaml_reads_as_something_else_is_refused(own, text):
+    assert "is not text, as YAML reads it" in complaint(own(f"name: {text}"))
+    assert compose("config", [own(f"name: '{text}'")]).name == text
 
 
 def test_a_preset_replaces_its_group_of_saved_settings(own):

@@ -192,7 +192,8 @@ def test_an_array_is_read_the_same_whatever_its_blocks(many, size, escaped):
         ("[", "record 1 is not JSON"),
         ('[{"text": "a"}] [{"text": "b"}]', "has more text after its array"),
         ("[" * 100_000, r"record 1 is not JSON \(too deeply nested\)"),
-        ("[" + "1" * 5000 + "]", "record 1 is not JSON"),
+        ("[" + "1" * 5000 + "]", r"record 1 is not JSON \(a whole number has more digits"),
+        ('["a\nb"]', r"record 1 is not JSON \(Invalid control character at character 3"),
     ],
 )
 def test_a_damaged_array_is_told_with_the_record(tmp_path, content, words):

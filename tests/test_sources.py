@@ -165,11 +165,11 @@ def test_text_fingerprint_changes_with_any_byte_of_any_file(tmp_path):
 
 @pytest.mark.parametrize("path, read", [
     ("", ["a", "b"]), ("*", ["a"]), ("**/*.txt", ["a", "b"]), (".trash", ["trash"]), (".trash/*.txt", ["trash"]), (".*.txt", ["mac", "dot"]),
-    (".dot.txt", ["dot"]), ("c/.*/*.md", ["deep"]),
+    (".dot.txt", ["dot"]), ("c/.*/*.md", ["deep"]), ("*~", ["copy"]),
 ])
 def test_hidden_files_are_skipped_unless_they_are_named(tmp_path, path, read):
     write(tmp_path / "here", {"a.txt": "a", "c/b.txt": "b", ".trash/x.txt": "trash", "._a.txt": "mac", ".dot.txt": "dot",
-                              "c/.deep/y.md": "deep"})
+                              "c/.deep/y.md": "deep", "a.txt~": "copy", "#b.txt#": "copy"})
     assert texts(Files(str(tmp_path / "here" / path))) == read
 
 

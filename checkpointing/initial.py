@@ -62,7 +62,11 @@ def find_weights(name: str, runs_dir: Path) -> Weights:
             raise ValueError(f"init_from={name} is a folder without weights: it has neither the "
                              f"checkpoints of a run nor {pretrained.CONFIG} nor "
                              f"{pretrained.NANOGPT}.") from None
-        raise ValueError(str(error).replace(f"run={name} ", f"init_from={name} ")) from None
+        # The values of nanoGPT's init_from include scratch and resume.
+        published = ", ".join(pretrained.NAMES)
+        raise ValueError(f"{str(error).replace(f'run={name} ', f'init_from={name} ')} Published "
+                         f"models are {published}. Without init_from=, a run starts from random "
+                         f"weights, or resumes.") from None
     return store.load_of_run(run, "best", own_weights)
 
 

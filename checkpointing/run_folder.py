@@ -169,11 +169,12 @@ def search_run(runs_dir: Path, name: str) -> Path:
     if first_run(places):
         raise ValueError(f"run={name} has no checkpoint yet: the first is saved after "
                          f"training.checkpoint_every steps, or when you stop the run.")
+    problem = "is not a run" if any(map(os.path.exists, places)) else "does not exist"
     if not runs:
-        raise ValueError(f"run={name} does not exist, and {runs_dir} has no run with a checkpoint: "
+        raise ValueError(f"run={name} {problem}, and {runs_dir} has no run with a checkpoint: "
                          f"train one with python train.py.")
     names = ", ".join(str(run.relative_to(runs_dir)) for run in runs)
-    raise ValueError(f"run={name} does not exist. There are: {names}.")
+    raise ValueError(f"run={name} {problem}. There are: {names}.")
 
 
 def is_sweep(folder: Path) -> bool:

@@ -139,7 +139,7 @@ def automatic_name(overrides: list[str], settings: Settings, experiment: str) ->
 
 def as_yaml(settings: Any) -> str:
     """Settings as `--cfg job` prints them, and as config.yaml keeps them."""
-    return yaml.dump(asdict(settings), Dumper=Dumper, sort_keys=False, allow_unicode=True)
+    return yaml.dump_all([asdict(settings)], Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
 class Dumper(yaml.SafeDumper):

@@ -75,7 +75,7 @@ def test_a_folder_without_logs_is_not_a_sweep(make_run, tmp_path):
     make_run("mine/a", 1.0)
     last = make_run("mine/b", 2.0)
     assert find_run(tmp_path, "") == last
-    with pytest.raises(ValueError, match="run=mine does not exist"):
+    with pytest.raises(ValueError, match="run=mine is not a run"):
         find_run(tmp_path, "mine")
 
 

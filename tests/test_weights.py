@@ -138,5 +138,5 @@ def test_weights_are_sampled_without_a_run(tiny_runs, tmp_path, capsys):
 
 
 def test_a_place_without_weights_is_refused(tiny_runs, tmp_path):
-    with pytest.raises(ValueError, match=r"init_from=nope does not exist.*tiny"):
+    with pytest.raises(ValueError, match=r"init_from=nope does not exist.*tiny.*Without init_from=, a run starts from random"):
         find_weights("nope", tiny_runs)

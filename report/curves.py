@@ -162,7 +162,7 @@ def label_progress(axes: Any, axis: str) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axes.set_xlabel(AXIS_LABELS[axis])
-    locator = MaxNLocator(7, integer=axis != "seconds", steps=[1, 2, 5, 10])
+    locator = MaxNLocator(7, integer=axis != "seconds", steps=[1, 2, 5, 10], min_n_ticks=1)
     axes.xaxis.set_major_locator(locator)
     abbreviate(axes.xaxis)
 

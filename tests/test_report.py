@@ -32,6 +32,7 @@ from report.curves import (
     draw_losses,
     draw_slice,
     in_unit,
+    label_progress,
     smooth,
 )
 from report.figures import new_figure, number_texts
@@ -606,3 +607,13 @@ def test_a_training_ends_with_its_report(compose_tiny, tmp_path, capsys):
     train(compose_tiny(*settings, "training.max_steps=6"))
     again = open_history(run, "tiny")
     assert [step for step, _ in again.samples] == [2, 4, 6] and again.environment["starts"] == 2 and again.environment["step"] == 4
+
+
+def test_a_run_of_one_step_has_one_tick():
+    pytest.importorskip("matplotlib")
+    figure, style = new_figure(4, 3, "one")
+    with style:
+        axes = figure.subplots()
+        axes.plot([1], [3.0])
+        label_progress(axes, "steps")
+        assert [tick for tick in axes.get_xticks() if 0.9 < tick < 1.1] == [1]

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 import atomic
+from setting import as_word
 from terminal import say
 
 # An SVG on a page takes the colors of the page instead of these two.
@@ -194,7 +195,7 @@ def number_texts(values: list[Any]) -> list[str]:
             elif isinstance(value, list):
                 texts.append(" ".join(map(str, value)))
             else:
-                texts.append(str(value))
+                texts.append(as_word(value))
         if len(set(texts)) >= different:
             break
     return texts

@@ -12,6 +12,7 @@ from report.figures import number_texts
 from report.history import BITS, LOSS, History
 from report.results import cells
 from report.runs import differing
+from setting import as_word
 from terminal import escaped
 
 MAX_COLUMNS = 6  # runs side by side in a table of settings
@@ -35,7 +36,7 @@ def leaderboard(runs: list[History]) -> Iterator[str]:
             if name in numeric:
                 attributes = f'class="number" {attributes}'
             # A setting that was shortened is shown in full under the mouse.
-            if name in runs[rank].settings and str(value) != text:
+            if name in runs[rank].settings and as_word(value) != text:
                 attributes += f' title="{escape(str(value))}"'
             dot = swatch(rank, len(runs)) if name == "run" and several else ""
             cells += f"<td {attributes}>{dot}{escape(text)}</td>"

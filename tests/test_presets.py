@@ -174,7 +174,7 @@ def test_saved_settings_run_again(own, name):
 @pytest.mark.parametrize("text", ["no", "1.10", "1e3", "!!binary aGk="])
 def test_text_that_yaml_reads_as_something_else_is_refused(own, text):
     assert "is not text, as YAML reads it" in complaint(own(f"name: {text}"))
-    assert compose("config", [own(f"name: '{text}'")]).name == text
+    assert compose("config", [own(f"name: '{text}'", "quoted.yaml")]).name == text
 
 
 def test_a_preset_replaces_its_group_of_saved_settings(own):

@@ -297,7 +297,7 @@ def test_losses_are_drawn_as_one_picture_file(tmp_path, capsys, suffix, start):
 
 @pytest.mark.parametrize("values, texts", [
     ([0.0031728918], ["0.00317"]), ([3.1728e-05, 1e-3], ["3.17e-5", "0.001"]), ([0.12345, 0.12349], ["0.12345", "0.12349"]), ([1337, 131072], ["1337", "131072"]),
-    ([1.0, 0.1 + 0.2], ["1", "0.3"]), (["muon", None, True, [1, 2]], ["muon", "None", "True", "1 2"]), ([1234.5678], ["1235"]), ([math.nan, 2e30], ["nan", "2e30"])])
+    ([1.0, 0.1 + 0.2], ["1", "0.3"]), (["muon", None, True, [1, 2]], ["muon", "null", "true", "1 2"]), ([1234.5678], ["1235"]), ([math.nan, 2e30], ["nan", "2e30"])])
 def test_settings_are_shown_with_three_digits(values, texts):
     assert number_texts(values) == texts
 

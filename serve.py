@@ -130,6 +130,8 @@ def make_batcher(thread: DecodingThread, engine: Engine, settings: ServeSettings
 
 def make_server(uvicorn: Any, app: Any, thread: DecodingThread) -> Any:
     """The server. A signal ends the open streams first."""
+    from serving.connection import Connection
+
     # It warns of each stream whose client has gone, which is nothing to worry about.
     logging.getLogger("asyncio").setLevel(logging.ERROR)
 
@@ -141,6 +143,6 @@ def make_server(uvicorn: Any, app: Any, thread: DecodingThread) -> Any:
             thread.stop()
             super().handle_exit(number, frame)
 
-    return Server(uvicorn.Config(app, http="h11", ws="none", lifespan="off", proxy_headers=False,
+    return Server(uvicorn.Config(app, http=Connection, ws="none", lifespan="off", proxy_headers=False,
                                  server_header=False, access_log=False, log_level="error",
                                  limit_concurrency=500, timeout_graceful_shutdown=5))

@@ -94,7 +94,8 @@ class Conversation:
             raise ValueError(f"The question has {n_asked:,} tokens, and the context of "
                              f"{block_size:,} has room for {max(0, n_asked + n_free):,}: "
                              "shorten it, or lower max_new_tokens.")
-        while sum(map(len, self.turns)) > n_free:
-            self.turns.pop(0)
+        n_history = sum(map(len, self.turns))
+        while n_history > n_free:
+            n_history -= len(self.turns.pop(0))
         history = [token for turn in self.turns for token in turn]
         return [*self.start, *history, *asked, self.answer_start, *begun]

@@ -8,7 +8,6 @@ import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
@@ -17,7 +16,7 @@ from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 import atomic
 from conf.serving import LOOPBACK, ServeSettings
@@ -30,9 +29,10 @@ from serving.tasks import Model, chat_task, completion_task
 from serving.watch import Runs
 
 MAX_BODY = 2**20  # bytes
-BODY_SECONDS = SEND_SECONDS = 30
+BODY_SECONDS = 30
 MAX_REPORT = 2**27  # bytes
 FILES = page_files()
+LOCAL_NAMES = [f"[{name}]" if ":" in name else name for name in LOOPBACK]
 
 MakeTask = Callable[[Fields, Model, ServeSettings], Awaitable[tuple[Generation, Answer]]]
 
@@ -77,12 +77,18 @@ class Guard:
 
     def problem(self, headers: Headers, path: str) -> Response | None:
         """The answer to a request that is refused."""
-        host, origin = headers.get("host", ""), headers.get("origin")
-        if self.is_local and host_name(host) not in LOOPBACK:
+        host = headers.get("host", "")
+        if self.is_local and host_name(host) not in LOCAL_NAMES:
             return failure(403, f"Host {host[:100]} is not this machine: use "
-                                f"{', '.join(LOOPBACK)}.", code="wrong_host")
-        if origin is not None and origin.partition("://")[2] != host:
-            return failure(403, f"Origin {origin[:100]} is another site.", code="wrong_origin")
+                                f"{', '.join(LOCAL_NAMES)}.", code="wrong_host")
+        for origin in headers.getlist("origin"):
+            if origin not in (f"http://{host}", f"https://{host}"):
+                return failure(403, f"Origin {origin[:100]} is another site.", code="wrong_origin")
+        if "content-length" in headers and "transfer-encoding" in headers:
+            # A proxy could see another request in what is the body of this one.
+            refused = failure(400, "Content-Length and Transfer-Encoding exclude each other.")
+            refused.headers["connection"] = "close"
+            return refused
         # The names of reports cannot be guessed.
         is_open = path in FILES or path.startswith("/reports/")
         if self.api_key and not is_open:
@@ -95,11 +101,9 @@ class Guard:
 
 
 def host_name(host: str) -> str:
-    """The name in a Host header, without the port; empty if it is invalid."""
-    try:
-        return urlsplit(f"//{host}").hostname or ""
-    except ValueError:
-        return ""
+    """A Host header without its port, in small letters."""
+    name, _, port = host.rpartition(":")
+    return (name if port.isdecimal() else host).lower()
 
 
 class JsonResponse(Response):
@@ -264,8 +268,7 @@ async def whole(request: Request, generation: Generation, answer: Answer) -> Res
 
 
 class EventStream(StreamingResponse):
-    """A response of server-sent events. If the client goes away, or takes none, its sequences end.
-    """
+    """A response of server-sent events. If the client goes away, its sequences end."""
 
     media_type = "text/event-stream"
 
@@ -275,15 +278,8 @@ class EventStream(StreamingResponse):
                          headers={"cache-control": "no-store"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_soon(message: Message) -> None:
-            async with asyncio.timeout(SEND_SECONDS):
-                await send(message)
-
         try:
-            await super().__call__(scope, receive, send_soon)
-        except TimeoutError:
-            # uvicorn then closes the connection.
-            return
+            await super().__call__(scope, receive, send)
         finally:
             self.generation.cancelled = True
 

@@ -77,7 +77,10 @@ class Fields:
         `may_be_empty`: max_tokens=0 is valid.
         """
         given: dict[str, Any] = {}
+        sent_as = {}
         for name, setting in NAMES.items():
+            if name in self.values:
+                sent_as[setting] = name
             default = given.get(setting, getattr(defaults, setting))
             types = (int,) if setting in INTEGERS else (int, float)
             given[setting] = self.take(name, default, *types)
@@ -85,7 +88,9 @@ class Fields:
         is_empty = may_be_empty and rules.max_new_tokens == 0
         checked = replace(rules, max_new_tokens=1) if is_empty else rules
         for problem in checked.problems():
-            raise BadRequest(problem, problem.partition("=")[0])
+            setting, equals, rest = problem.partition("=")
+            name = sent_as.get(setting, setting)
+            raise BadRequest(f"{name}{equals}{rest}", name)
         return rules
 
     def stops(self, default: str) -> list[str]:

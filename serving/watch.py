@@ -89,7 +89,7 @@ class Runs:
         name = fields.take("sweep", "")
         histories = []
         for run in self.folders().values():
-            if str(run.parent.relative_to(self.runs_dir)) == name:
+            if is_sweep(run.parent) and str(run.parent.relative_to(self.runs_dir)) == name:
                 # A run that cannot be read is in the list of runs, with the reason.
                 with suppress(ValueError, OSError):
                     histories.append(self.open(run))

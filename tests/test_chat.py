@@ -7,6 +7,7 @@ import io
 import json
 import math
 import re
+import time
 from pathlib import Path
 
 import jinja2
@@ -311,6 +312,14 @@ def test_only_turns_that_fit_are_the_context(parrot, monkeypatch):
     # A turn has 8 tokens, and 32 - 4 are left for 1, 5 and two turns.
     assert [text.count("<|user|>") for text in texts] == [1, 2] + [3] * 10
     assert all(len(ids) <= 28 and text.startswith(start) for ids, text in zip(prompts, texts, strict=True))
+
+
+def test_many_turns_are_dropped_in_linear_time(parrot):
+    conversation = Conversation(open_run("parrot", runs_dir=parrot[0], device="cpu", precision="fp32"), SamplingConfig(max_new_tokens=4))
+    conversation.turns = [[1] * 8] * 20_000
+    start = time.monotonic()
+    conversation.prompt([1] * 3)
+    assert len(conversation.turns) == 2 and time.monotonic() - start < 2
 
 
 def test_a_question_that_is_too_long_is_an_error(talk):

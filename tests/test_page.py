@@ -115,7 +115,7 @@ def test_a_request_names_only_what_was_listed(address, runs_dir):
     assert {row["run"][1] for row in rows} == {"lr=1", "lr=2"}
     first = post(address, "metrics", run="growing")
     assert first["rows"][0]["step"] == 1 and post(address, "metrics", run="growing", offset=first["end"])["rows"] == []
-    for path, body in (("metrics", {"run": "../watched/growing"}), ("metrics", {"run": str(runs_dir / "growing")}), ("sweep", {"sweep": ".."})):
+    for path, body in (("metrics", {"run": "../watched/growing"}), ("metrics", {"run": str(runs_dir / "growing")}), ("sweep", {"sweep": ".."}), ("sweep", {"sweep": "."})):
         with pytest.raises(urllib.error.HTTPError, match="404"):
             post(address, path, **body)
     report = listed["runs"][0]["report"]

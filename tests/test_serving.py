@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import http.client
 import json
+import logging
 import signal
 import socket
 import subprocess
@@ -62,8 +63,8 @@ def decoding(*engines: Engine, rows: int = 16, max_requests: int = 64):
 class Server:
     """A server in a thread of this process, and its clients."""
 
-    def __init__(self, port: int, models: dict[str, Model]) -> None:
-        self.port, self.models = port, models
+    def __init__(self, port: int, models: dict[str, Model], connections: set[object]) -> None:
+        self.port, self.models, self.connections = port, models, connections
 
     def ask(self, path: str, body: object, **headers: str) -> tuple[int, dict]:
         """The status and the JSON that answer a body, which is JSON or bytes."""
@@ -95,7 +96,7 @@ def serving(engines: dict[str, Engine], *overrides: str, max_requests: int = 64)
         loop = threading.Thread(target=running.run, args=([listening],))
         loop.start()
         try:
-            yield Server(listening.getsockname()[1], models)
+            yield Server(listening.getsockname()[1], models, running.server_state.connections)
         finally:
             running.should_exit = True
             loop.join(timeout=60)
@@ -175,21 +176,44 @@ def test_a_client_that_goes_frees_its_place(server):
         wait_until(lambda: not batcher.open and not batcher.batch.rows)
 
 
-def test_a_client_that_reads_nothing_is_cut_off(server, monkeypatch):
-    """An echo of a long prompt fills what the system buffers."""
-    monkeypatch.setattr("serving.app.SEND_SECONDS", 0.2)
-    connection = http.client.HTTPConnection("127.0.0.1", server.port)
-    connection.sock = socket.socket()
-    connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    connection.sock.connect(("127.0.0.1", server.port))
-    body = {"model": "tiny", "prompt": "a" * 2**19, "truncate_prompt": True, "n": 16, "echo": True, "stream": True}
-    connection.request("POST", COMPLETIONS, json.dumps(body), {"Content-Type": "application/json"})
-    answer = connection.getresponse()
-    assert answer.status == 200
-    time.sleep(0.6)
-    with pytest.raises(http.client.IncompleteRead), contextlib.closing(connection):
-        answer.read()
+def test_a_client_that_does_nothing_is_cut_off(server, monkeypatch, caplog):
+    """It reads no answer, sends no request, or sends one letter by letter. Another one, which reads for longer, is not."""
+    monkeypatch.setattr("serving.connection.CHECK_SECONDS", 0.2)
+    logging.getLogger("uvicorn.error").addHandler(caplog.handler)
+
+    def connected(sent: bytes) -> socket.socket:
+        connection = socket.socket()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", server.port))
+        connection.sendall(sent)
+        return connection
+
+    def request(**fields: object) -> bytes:
+        body = json.dumps({"model": "tiny"} | fields)
+        return f"POST {COMPLETIONS} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
+
+    # The echo of a long prompt fills what the system buffers.
+    long = {"prompt": "a" * 2**17, "truncate_prompt": True, "n": 16, "echo": True, "max_tokens": 5}
+    idle = [connected(sent) for sent in (b"", b"GET /v1/mod", request(**long), request(**long, stream=True))]
+    slow, reading = connected(b"GET /v1/models HTTP/1.1\r\nX: "), connected(request(**ENDLESS, stream=True))
+    with pytest.raises(OSError):
+        while reading.recv(2**16):
+            slow.sendall(b"a")
+            time.sleep(0.02)
+    wait_until(lambda: len(server.connections) == 1)
+    assert b'"text"' in reading.recv(2**16) and caplog.records == []
+    for connection in (*idle, slow, reading):
+        connection.close()
     wait_until(lambda: not server.models["tiny"].batcher.open)
+
+
+def read_rest(connection: socket.socket) -> bytes:
+    """What arrives until the other side ends the connection."""
+    received = b""
+    with contextlib.suppress(ConnectionError):
+        while part := connection.recv(2**16):
+            received += part
+    return received
 
 
 def test_open_requests_are_limited(engine):
@@ -415,10 +439,28 @@ def test_http_mistakes_have_their_status(server):
     for status, path, body, headers in (
             (404, "/../etc/passwd", None, {}), (404, "/v1/files", None, {}), (405, COMPLETIONS, None, {}), (415, COMPLETIONS, {}, {"Content_Type": "text/plain"}),
             (413, COMPLETIONS, b" " * 2**21, {}), (403, "/v1/models", None, {"Host": "evil.example:8000"}), (403, "/", None, {"Host": "[::"}),
-            (403, COMPLETIONS, {}, {"Origin": "http://evil.example"}), (403, COMPLETIONS, {}, {"Origin": "null"})):
+            (403, COMPLETIONS, {}, {"Origin": "http://evil.example"}), (403, COMPLETIONS, {}, {"Origin": "null"}),
+            *[(403, "/", None, {"Host": host}) for host in ("evil@localhost", "localhost/evil", "localhost#", "[::1]evil", "localhost:a", "")],
+            (403, "/", None, {"Host": "localhost", "Origin": "evil://localhost"})):
         found, answer = server.ask(path, body, **headers)
         assert found == status and answer["error"]["message"]
-    assert server.ask("/v1/models", None, Host="LOCALHOST:1", Origin="http://LOCALHOST:1")[0] == 200
+    for host in ("LOCALHOST:1", "[::1]:80", "[::1]", "127.0.0.1"):
+        assert server.ask("/v1/models", None, Host=host, Origin=f"http://{host}")[0] == 200
+
+
+def test_a_request_cannot_hide_another_one(server):
+    """Of two lengths of a body, a proxy could believe another one than the server."""
+    hidden = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 52\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + hidden)
+        received = read_rest(connection)
+    assert received.startswith(b"HTTP/1.1 400 ") and received.count(b"HTTP/1.1") == 1
+
+
+def test_an_error_names_the_field_that_was_sent(server):
+    for name in ("max_tokens", "max_completion_tokens"):
+        error = server.ask(COMPLETIONS, {"model": "tiny", name: -5})[1]["error"]
+        assert error["param"] == name and error["message"].startswith(f"{name}=-5 must be at least 1")
 
 
 def test_an_api_key_is_needed_where_one_is_set(engine):

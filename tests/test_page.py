@@ -321,6 +321,8 @@ def fit_and_have_names(browser: Chromium) -> None:
         browser.value(f"location.hash = '{view}'")
         browser.wait(f"!document.querySelector('[data-view={view}]').hidden")
         assert browser.value("document.documentElement.scrollWidth") <= 360
+        if view == "look":
+            browser.wait("document.getElementById('attention').contentDocument.documentElement.scrollWidth === document.getElementById('attention').clientWidth")
         nodes = browser.send("Accessibility.getFullAXTree")["nodes"]
         roles = ("button", "link", "textbox", "combobox", "spinbutton", "slider", "checkbox", "img", "Iframe")
         unnamed = [node["role"]["value"] for node in nodes if node.get("role", {}).get("value") in roles and not node["name"]["value"]]

@@ -143,6 +143,7 @@ def make_server(uvicorn: Any, app: Any, thread: DecodingThread) -> Any:
             thread.stop()
             super().handle_exit(number, frame)
 
-    return Server(uvicorn.Config(app, http=Connection, ws="none", lifespan="off", proxy_headers=False,
-                                 server_header=False, access_log=False, log_level="error",
-                                 limit_concurrency=500, timeout_graceful_shutdown=5))
+    return Server(uvicorn.Config(app, http=Connection, ws="none", lifespan="off",
+                                 proxy_headers=False, server_header=False, access_log=False,
+                                 log_level="error", limit_concurrency=500,
+                                 timeout_graceful_shutdown=5))

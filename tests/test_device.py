@@ -86,23 +86,38 @@ def test_configure_applies_a_device_and_restores_everything():
     assert global_settings() == before
 
 
+@pytest.fixture
+def pretend_gpu(monkeypatch):
+    """What `configure` reads and restores of a GPU."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: None)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state: None)
+    device = Device("cpu")
+    device.type = "cuda"
+    return device
+
+
+def test_a_later_run_on_a_gpu_can_be_deterministic(pretend_gpu):
+    """In the same process: torch looks for this variable at the first product."""
+    before = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    with configure(pretend_gpu):
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == before
+
+
 @pytest.mark.parametrize(("major", "installed", "dropout", "used"), [
     (9, True, 0.0, True), (9, True, 0.1, False), (9, False, 0.0, False), (8, True, 0.0, False)])
-def test_flash_attention_3_is_used_where_it_is(monkeypatch, major, installed, dropout, used):
+def test_flash_attention_3_is_used_where_it_is(monkeypatch, pretend_gpu, major, installed, dropout, used):
     """It has no dropout."""
     calls = []
     monkeypatch.setattr("training.configure.find_spec", lambda name: installed or None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (major, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
-    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: None)
-    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state: None)
     monkeypatch.setattr(torch.nn.attention, "current_flash_attention_impl", lambda: None, raising=False)
     monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", calls.append, raising=False)
     monkeypatch.setattr(torch.nn.attention, "restore_flash_attention_impl", lambda: calls.append("torch's own"), raising=False)
-    device = Device("cpu")
-    device.type = "cuda"
-    with configure(device, dropout):
-        assert calls == ["FA3"] * used and device.name() == "NVIDIA H100" + " with FlashAttention 3" * used
+    with configure(pretend_gpu, dropout):
+        assert calls == ["FA3"] * used and pretend_gpu.name() == "NVIDIA H100" + " with FlashAttention 3" * used
     assert calls == ["FA3", "torch's own"] * used
 
 

@@ -53,7 +53,7 @@ def test_other_values_override_nothing(answer, monkeypatch):
 @pytest.mark.parametrize("supported", [True, False])
 def test_gpus_are_asked_themselves(supported, monkeypatch):
     monkeypatch.setenv("NANOHYDRA_NATIVE_BF16", str(int(not supported)))
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported or including_emulation)
     assert native("bf16", "cuda") == supported and native("fp16", "cuda")
     assert native("fp16", "mps") and not native("bf16", "mps")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import warnings
 from dataclasses import replace
@@ -29,6 +30,9 @@ from training.interrupt import Interrupt
 from training.optim import Optimizers
 from training.step import accumulate_gradients, loss_of
 
+# torch looks for it once: at the first product, which may be that of another test.
+if torch.cuda.is_available():
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
 

@@ -50,6 +50,8 @@ class configure:
                              torch.is_deterministic_algorithms_warn_only_enabled(),
                              torch.utils.deterministic.fill_uninitialized_memory,
                              os.environ.get("CUBLAS_WORKSPACE_CONFIG"))
+        if device.type == "cuda":
+            set_cublas_workspace()
         if device.deterministic:
             be_deterministic()
 
@@ -91,10 +93,17 @@ def set_threads(threads: int) -> None:
         torch.set_num_threads(threads)
 
 
+def set_cublas_workspace() -> None:
+    """Choose memory with which cuBLAS is deterministic. torch only looks for it once in a process.
+
+    See "Results reproducibility" in the documentation of cuBLAS.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
 def be_deterministic() -> None:
     """Use only kernels that are bit-identical from run to run, where torch has them."""
-    # See "Results reproducibility" in the documentation of cuBLAS.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    set_cublas_workspace()
     torch.use_deterministic_algorithms(True)
     # Filling memory takes time, and only helps to find reads of uninitialized memory.
     torch.utils.deterministic.fill_uninitialized_memory = False

@@ -240,9 +240,7 @@ class Group(dict[str, Path]):
         return found
 
 
-def config_node(
-    path: Path, group: str | None, content: dict[str, Any] | None = None
-) -> ConfigNode:
+def config_node(path: Path, group: str | None, content: dict[str, Any] | None = None) -> ConfigNode:
     """A YAML file as Hydra's ConfigStore keeps it."""
     text = read_text(path)
     if content is not None:

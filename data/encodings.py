@@ -65,9 +65,8 @@ OTHER_SCRIPTS = {
 LEAST_SHARE = 0.2
 
 
-def decoded(
-    stream: BinaryIO, path: Path, encoding: str = "utf-8", errors: str = "strict"
-) -> Iterator[str]:
+def decoded(stream: BinaryIO, path: Path, encoding: str = "utf-8",
+            errors: str = "strict") -> Iterator[str]:
     """The text of a stream, in blocks. A byte order mark overrides `encoding` and is left out.
 
     `errors` is "strict", which raises ValueError for bytes that are not text, or "replace", which

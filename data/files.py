@@ -94,8 +94,7 @@ def find(path: str, skipped: Counter[str] | None = None) -> list[Path]:
         raise ValueError(
             f"{path} holds no file to read{details}: put .txt, .md, .jsonl, .json, .csv, .tsv "
             f"(also compressed, {', '.join(COMPRESSIONS)}) or .parquet there, or name a single "
-            f"file of any extension."
-        )
+            f"file of any extension.")
     return files
 
 
@@ -104,10 +103,8 @@ def unreadable(path: Path) -> str:
     if path.is_symlink() and not path.exists():
         return "is a symbolic link to itself or to nothing"
     if path.exists() and not (path.is_file() or path.is_dir()):
-        return (
-            "is a pipe, a socket or a device, which cannot be read more than once: write its "
-            "content to a file"
-        )
+        return ("is a pipe, a socket or a device, which cannot be read more than once: write its "
+                "content to a file")
     return ""
 
 
@@ -205,8 +202,7 @@ class File:
                 raise ValueError(
                     f"{self.path} has JSON records, but its name is that of a plain text: give it "
                     f"the extension .jsonl, or, to train on the JSON itself, set data.separator, "
-                    f"as in data.separator='\\n' (each line is a document)."
-                )
+                    f"as in data.separator='\\n' (each line is a document).")
             if first:
                 yield document
             return
@@ -260,8 +256,7 @@ class File:
             elif self.path.suffix.lower() in COMPRESSIONS:
                 raise ValueError(
                     f"{self.path} is a compressed Parquet file: decompress it first. Parquet has "
-                    f"its own compression."
-                )
+                    f"its own compression.")
             else:
                 yield from parquet_texts(stream, self.text_field, self.path)
 

@@ -41,8 +41,7 @@ class BadRecord(NamedTuple):
         """The error for a record of the file or dataset `name`."""
         advice = f"{self.advice}, or " if self.advice else ""
         return ValueError(
-            f"{name}, {self.problem}: {advice}set data.on_bad_record=skip to skip such records."
-        )
+            f"{name}, {self.problem}: {advice}set data.on_bad_record=skip to skip such records.")
 
 
 def skipped_records(number: int) -> str:
@@ -60,9 +59,8 @@ class OfType(NamedTuple):
     name: str
 
 
-def read_records(
-    blocks: Iterator[str], kind: str, field: str, path: Path, read: RecordReader | None = None
-) -> Iterator[Any]:
+def read_records(blocks: Iterator[str], kind: str, field: str, path: Path,
+                 read: RecordReader | None = None) -> Iterator[Any]:
     """The text of each record in a file whose content is `blocks`. `kind` is its suffix.
 
     Of JSON, it is what `read` makes of a record, by default the text of its `field`.
@@ -120,8 +118,7 @@ def well_formed(text: str) -> str:
 
 def no_field(name: str, field: str, fields: list[str]) -> ValueError:
     return ValueError(
-        f"{name} has no field {field} (its fields are {listed(fields)}): set data.text_field=NAME."
-    )
+        f"{name} has no field {field} (its fields are {listed(fields)}): set data.text_field=NAME.")
 
 
 def listed(fields: Iterable[str]) -> str:
@@ -132,8 +129,7 @@ def listed(fields: Iterable[str]) -> str:
 def too_long(place: str) -> ValueError:
     return ValueError(
         f"{place} is longer than {RECORD_BYTES // 2**20} MB, the limit for one record: split it, "
-        f"or store long texts as plain text."
-    )
+        f"or store long texts as plain text.")
 
 
 def lines_of(blocks: Iterator[str], newline: str, path: Path) -> Iterator[str]:
@@ -167,9 +163,8 @@ def json_lines(blocks: Iterator[str], read: RecordReader, path: Path) -> Iterato
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
-            yield BadRecord(
-                f"line {number} is not JSON ({reason_of(error)})",
-                "write one record per line, or, in .json, one array of records",
+            yield BadRecord(f"line {number} is not JSON ({reason_of(error)})",
+                            "write one record per line, or, in .json, one array of records",
             )
             continue
         yield read(record, f"line {number}")
@@ -262,9 +257,8 @@ def may_be_cut(error: ValueError | RecursionError) -> bool:
 # Tables
 
 
-def delimited(
-    blocks: Iterator[str], kind: str, field: str, path: Path
-) -> Iterator[str | BadRecord]:
+def delimited(blocks: Iterator[str], kind: str, field: str,
+              path: Path) -> Iterator[str | BadRecord]:
     """The text of each row of CSV or TSV, whose first row names the columns.
 
     Blank lines are skipped. Raises ValueError if there is no such column.
@@ -306,8 +300,7 @@ def delimited(
             n_columns, column = len(row), column_of(field, row, path)
         elif len(row) != n_columns:
             yield BadRecord(
-                f"line {line} has {counted(len(row), 'field')} and the header has {n_columns:,}"
-            )
+                f"line {line} has {counted(len(row), 'field')} and the header has {n_columns:,}")
         else:
             yield well_formed(row[column])
 

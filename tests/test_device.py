@@ -97,6 +97,15 @@ def pretend_gpu(monkeypatch):
     return device
 
 
+def test_a_gpu_is_waited_for_and_asked_for_its_memory(pretend_gpu, monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waited.append(True))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: SimpleNamespace(total_memory=100 + number))
+    pretend_gpu.synchronize()
+    assert waited and module.memory_limit(pretend_gpu) == 103
+
+
 def test_a_later_run_on_a_gpu_can_be_deterministic(pretend_gpu):
     """In the same process: torch looks for this variable at the first product."""
     before = os.environ.get("CUBLAS_WORKSPACE_CONFIG")

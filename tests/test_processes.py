@@ -246,3 +246,16 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
     with pytest.raises(ValueError, match=r"4 processes on a machine with 2 GPUs.* use --nproc-per-node=2, or"), \
          World(environment).joined():
         pass
+
+
+def test_processes_on_gpus_send_tensors_of_gpus_by_nccl(monkeypatch):
+    """And all else by gloo. Each process uses the GPU of its number."""
+    environment = {"TORCHELASTIC_RUN_ID": "x", "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    called = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", called.append)
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda *_, **options: iter([(torch.distributed.HashStore(), 1, 2)]))
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **options: called.append(backend))
+    with World(environment).joined():
+        assert called == [1, "cpu:gloo,cuda:nccl"]

@@ -150,9 +150,13 @@ def unpaired_test(first: np.ndarray, second: np.ndarray) -> tuple[Any, Any]:
 def compare(first: str, second: str, results: dict[str, Results]) -> Comparison:
     """Compare two of the `results`: by the seeds that both have, or all if fewer than two.
 
-    Raises ValueError for a single seed, and where the seed has no effect.
+    Raises ValueError for a single seed, a run that diverged, and where the seed has no effect.
     """
     for name in (first, second):
+        for seed, result in results[name].items():
+            if not math.isfinite(result):
+                raise ValueError(f"{name} with seed {seed} diverged: its result is {result}. Name "
+                                 f"the other runs, or train it with other settings.")
         if len(results[name]) < 2:
             raise ValueError(f"{name} has {len(results[name])} seed, and the noise between seeds "
                              f"is unknown: train it with two seeds or more.")

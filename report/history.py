@@ -123,7 +123,8 @@ def read_history(folder: Path, name: str) -> History:
             validated[:, axis] = np.interp(validated[:, 0], trained[:, 0], trained[:, axis])
     if len(validated):
         rows_with_loss = (row for row in rows if row.get("val_loss") is not None)
-        best = min(rows_with_loss, key=lambda row: row["val_loss"])
+        # NaN is less than no number, so it would stay the lowest.
+        best = min(rows_with_loss, key=lambda row: (math.isnan(row["val_loss"]), row["val_loss"]))
         bits = best.get("bits_per_byte")
         losses["last_loss"] = float(validated[-1, 3])
         losses["best_loss"] = float(best["val_loss"])

@@ -115,11 +115,13 @@ def test_the_answer_is_one_sentence(values, words):
 
 
 @needs_scipy
-def test_one_seed_and_seeds_without_effect():
+def test_one_seed_seeds_without_effect_and_a_diverged_run():
     with pytest.raises(ValueError, match="b has 1 seed, and the noise"):
         compare_all({"a": {0: 1.0, 1: 2.0}, "b": {0: 1.0}})
     with pytest.raises(ValueError, match="the seed has no effect"):
         compare_all({"a": {0: 1.0, 1: 2.0}, "b": {0: 1.1, 1: 2.1}})
+    with pytest.raises(ValueError, match="b with seed 3 diverged: its result is nan"):
+        compare_all({"a": {0: 1.0, 3: 2.0}, "b": {0: 1.1, 3: math.nan}})
     [equal] = compare_all({"a": {0: 1.0, 1: 2.0}, "b": {0: 1.0, 1: 2.0}})
     assert equal.p == 1 and "no difference" in equal.sentence("nats", 0.1).lower()
 

@@ -123,8 +123,9 @@ def test_a_history_has_the_content_of_the_folder(tmp_path):
 
 def test_the_best_loss_need_not_be_the_last(tmp_path):
     run = write_run(tmp_path / "one")
-    with open(run / "metrics.jsonl", "a") as file:
-        file.write(json.dumps({"step": 60, "val_loss": 9.0, "bits_per_byte": 5.0}) + "\n")
+    rows = (run / "metrics.jsonl").read_text()
+    first, last = ({"step": step, "val_loss": loss, "bits_per_byte": 5.0} for step, loss in ((0, math.nan), (60, 9.0)))
+    (run / "metrics.jsonl").write_text(f"{json.dumps(first)}\n{rows}{json.dumps(last)}\n")
     one = open_history(run, "one")
     assert one.last_loss == 9.0 and one.best_loss < 4 and one.bits_per_byte < 2
 

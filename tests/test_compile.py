@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from dataclasses import replace
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from test_documents import packed_rows  # registers a plain varlen kernel for th
 
 import model.gpt
 import model.loss
+import trainer
 from conf.presets import CONF, preset
 from data.loader import Validation
 from data.shards import Tokens
@@ -86,6 +88,15 @@ def test_steps_and_evaluation_do_not_compile_again(graphs):
         optimizers.step(scaler, optimizers.gradient_norm(scaler), 1.0)
         evaluate(gpt, validation, Device("cpu", "fp32"), None, World({}))
     assert len(found) == torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_a_run_is_evaluated_by_the_uncompiled_model(monkeypatch):
+    """Batches of evaluations have shapes of their own, and would be compiled for."""
+    evaluated, run = [], MagicMock()
+    run.training.evaluates.return_value = False
+    monkeypatch.setattr(trainer, "evaluate", lambda model, *_: evaluated.append(model))
+    trainer.Trainer.evaluate(run, trainer.Decision())
+    assert evaluated == [run.state.model]
 
 
 @pytest.mark.slow

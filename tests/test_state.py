@@ -7,9 +7,12 @@ import torch
 
 from checkpointing.checkpoint import Checkpoint, DamagedCheckpoint, step_name
 from checkpointing.snapshot import Snapshot, save_checkpoint
-from checkpointing.state import State, is_scaler_state
+from checkpointing.state import State, is_scaler_state, new_state
 from model import GPT, GPTConfig
+from model.loss import LossOptions
 from training.config import OptimConfig
+from training.device import Device
+from training.distributed import World
 from training.optim import Optimizers
 
 CONFIG = GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=16)
@@ -107,3 +110,11 @@ def test_only_the_scale_and_count_of_a_scaler_may_differ(change, expected):
 
 def test_a_missing_scaler_has_an_empty_state():
     assert is_scaler_state({}, {}) and not is_scaler_state(SCALER, {}) and not is_scaler_state({}, SCALER)
+
+
+@pytest.mark.parametrize(("choice", "fused"), [("auto", True), ("true", True), ("false", False)])
+def test_the_loss_on_a_gpu_is_compiled_if_nothing_else_is(choice, fused, compose_tiny, monkeypatch):
+    """Unless that is turned off."""
+    monkeypatch.setattr("checkpointing.state.loss_options", lambda device, fused: LossOptions(2**24, 64, fused))
+    state = new_state(compose_tiny(f"training.compile={choice}"), World({}), Device("cpu"), sharded=False)
+    assert state.model.loss_options == LossOptions(2**24, 64, fused)

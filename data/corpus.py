@@ -92,7 +92,8 @@ class Corpus:
                     is_complete = False
                     break
         if not numbers:
-            raise ValueError("The source holds no text: every document is empty.")
+            raise ValueError(f"The source holds no text: every document is empty "
+                             f"({self.source.description()}).")
 
         # With all lengths known, choose the documents; else only how many characters.
         if is_complete:
@@ -122,7 +123,8 @@ class Corpus:
                 raise ValueError(
                     "Every document of the training text is also in the validation text: nothing "
                     "is left to train on.")
-            raise ValueError("The source holds no text: every document is empty.")
+            raise ValueError(f"The source holds no text: every document is empty "
+                             f"({self.source.description()}).")
         return max(documents.values()) > 1
 
     @contextmanager

@@ -73,6 +73,12 @@ def test_files_that_are_skipped_later_are_counted(folder_of_texts, fresh_data, c
     assert "same as before, now in" in capsys.readouterr().out
 
 
+def test_a_source_of_skipped_records_says_so(tmp_path, fresh_data):
+    (tmp_path / "a.jsonl").write_text('{"text": null}\n' * 3)
+    with pytest.raises(ValueError, match=r"every document is empty \(1 file, 3 records without text skipped\)"):
+        run("data=text", f"data.path={tmp_path / 'a.jsonl'}", "data.on_bad_record=skip")
+
+
 def test_contents_match_the_texts(folder_of_texts, fresh_data):
     folder = prepare(DataConfig("text", str(folder_of_texts), "byte", val_fraction=0.1))
     contents = Contents(folder, load_tokenizer(folder))

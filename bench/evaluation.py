@@ -57,8 +57,8 @@ def main(settings: EvaluationSettings) -> int:
         raise ValueError(f"bench evaluation needs {' and '.join(missing)}: pip install "
                          f"{' '.join(missing)}.")
     config = SHAPES[settings.shape]
-    scorer = Scorer(random_engine(config, settings.device), settings.batch_tokens)
-    harness = open_harness(scorer.engine, settings.batch_size)
+    engine = random_engine(config, settings.device)
+    harness = open_harness(engine, settings.batch_size)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {settings.device}, fp32; "
           f"{settings.shape}; load {os.getloadavg()[0]:.1f}\n")
     print_header("task", "requests", "ours, s", "lm-evaluation-harness, s", "ratio",
@@ -66,8 +66,8 @@ def main(settings: EvaluationSettings) -> int:
     measured = []
     for name, path in find_tasks(settings.tasks).items():
         texts = request_texts(path, settings.limit)
-        result = {"task": name, "requests": len(texts)} | compare(scorer, harness, texts,
-                                                                  settings.rounds)
+        result: dict[str, Any] = {"task": name, "requests": len(texts)}
+        result |= compare(engine, settings.batch_tokens, harness, texts, settings.rounds)
         print_row(name, f"{len(texts)}", f"{result['ours']:.2f}", f"{result['harness']:.2f}",
                   f"{result['harness'] / result['ours']:.2f}", f"{result['difference']:.1e}")
         measured.append(result)
@@ -110,7 +110,8 @@ def request_texts(path: Path, limit: int) -> Texts:
     return texts
 
 
-def compare(scorer: Scorer, harness: Any, texts: Texts, rounds: int) -> dict[str, float]:
+def compare(engine: Engine, batch_tokens: int, harness: Any, texts: Texts,
+            rounds: int) -> dict[str, float]:
     """The seconds of each side, and the largest difference of their log probabilities."""
     from lm_eval.api.instance import Instance
 
@@ -118,7 +119,9 @@ def compare(scorer: Scorer, harness: Any, texts: Texts, rounds: int) -> dict[str
     results: dict[str, list[float]] = {}
 
     def ours() -> None:
-        requests = [encode_request(scorer.engine, *text) for text in texts]
+        requests = [encode_request(engine, *text) for text in texts]
+        # A new one, which has no results yet.
+        scorer = Scorer(engine, batch_tokens)
         results["ours"] = [one.logprob for one in scorer.score(requests, "ours")]
 
     def theirs() -> None:

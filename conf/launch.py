@@ -123,6 +123,8 @@ def user_message(error: Exception, root: str | type) -> str:
         return f"out of memory: {SMALLER.get(root, 'ask for less at once')}."
     if isinstance(error, RuntimeError):
         return ""
+    if isinstance(error, FileExistsError | NotADirectoryError) and error.filename is not None:
+        return f"{error.filename}: a file is where a folder is needed: choose another place."
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}."
     return str(error) or type(error).__name__

@@ -260,3 +260,11 @@ def test_scripts_are_listed():
     ran = subprocess.run([sys.executable, "-m", "scripts"], cwd=ROOT, capture_output=True, text=True, check=True)
     listed = {line.split()[0] for line in ran.stdout.splitlines()[1:]}
     assert listed == {Path(path).stem for path in ENTRY_POINTS if path.startswith("scripts/")}
+
+
+@pytest.mark.parametrize("below", ["", "runs", "runs/deeper"])
+def test_a_file_in_the_place_of_a_folder_is_explained(tmp_path, below):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"file") as caught:
+        (tmp_path / "file" / below).mkdir(parents=True)
+    assert "a file is where a folder is needed" in launcher.user_message(caught.value, "config")

@@ -113,7 +113,9 @@ def check_file_types(folder: Path) -> None:
             continue
         right = stat.S_ISDIR(mode) if name in FOLDERS else stat.S_ISREG(mode)
         if not right:
-            found = "a link" if stat.S_ISLNK(mode) else "something else"
+            kinds = {stat.S_IFLNK: "a link", stat.S_IFDIR: "a folder", stat.S_IFREG: "a file",
+                     stat.S_IFIFO: "a pipe"}
+            found = kinds.get(stat.S_IFMT(mode), "a socket or a device")
             wanted = "folder" if name in FOLDERS else "regular file"
             raise ValueError(f"{path} is {found}, but a run needs a {wanted} of its own there: "
                              f"move it away.")

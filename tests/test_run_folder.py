@@ -119,7 +119,7 @@ def test_links_and_pipes_in_a_run_are_refused(tmp_path, monkeypatch, name):
         else:
             special(Path(name), kind)
         before = sorted(os.listdir(folder))
-        said = "a link" if "link" in kind else {"FIFO": "a pipe", "folder": "a folder", "file": "a file"}.get(kind, "a socket or a device")
+        said = {"FIFO": "a pipe", "folder": "a folder", "file": "a file", "socket": "a socket or a device"}.get(kind, "a link")
         with pytest.raises(ValueError, match=f"{name} is {said}, but .*move it away") as refusal:
             Run(folder)
         assert "\n" not in str(refusal.value) and sorted(os.listdir(folder)) == before

@@ -57,7 +57,7 @@ def evaluate(settings: EvalSettings) -> int:
     runs = []
     if not settings.init_from:
         runs = find_runs(Path(settings.runs_dir), settings.run)
-    harness = open_harness(settings.lm_eval) if settings.lm_eval else None
+    harness = open_harness(settings) if settings.lm_eval else None
 
     # Measure one model after the other. The results of a run are kept in its folder.
     models = []
@@ -97,17 +97,18 @@ def measure_model(settings: EvalSettings, run: Path | None, name: str, device: D
         except ValueError as error:
             raise ValueError(f"{name} cannot read {task}: {error}") from None
     if harness:
-        model["tasks"] += harness.measure(scorer, settings.limit, name)
+        model["tasks"] += harness.measure(scorer, name)
     return model
 
 
-def open_harness(names: str) -> Any:
+def open_harness(settings: EvalSettings) -> Any:
     """Tasks of lm-evaluation-harness. Raises ValueError for an unknown one, or without lm_eval."""
     if not find_spec("lm_eval"):
-        raise ValueError(f"lm_eval={names} needs the package lm_eval (pip install lm_eval).")
+        raise ValueError(f"lm_eval={settings.lm_eval} needs the package lm_eval (pip install "
+                         "lm_eval).")
     from evaluation.harness import HarnessTasks
 
-    return HarnessTasks(names)
+    return HarnessTasks(settings)
 
 
 def open_model(settings: EvalSettings, run: Path | None,

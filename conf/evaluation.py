@@ -40,6 +40,10 @@ class EvalSettings(ModelChoice):
         "(docs/evaluation.md)")
     lm_eval: FilePaths = setting(
         "", "tasks of lm-evaluation-harness, as in blimp,wikitext, or its .yaml files")
+    num_fewshot: int | None = setting(
+        None, "examples before each question of lm_eval=; null: as each task says", ge=0)
+    apply_chat_template: bool = setting(
+        False, "ask the questions of lm_eval= as messages, of a model of conversations")
     limit: int | None = setting(
         None, "the number of documents of each task; null: all of them", ge=1)
     batch_tokens: int = setting(8192, "tokens that are read at once", ge=1)
@@ -54,6 +58,11 @@ class EvalSettings(ModelChoice):
                    "data.path=book.txt, or tasks=.")
         if self.limit and not self.has_tasks:
             yield f"limit={self.limit} is for tasks=: use eval_tokens= to read less of a text."
+        for name in ("num_fewshot", "apply_chat_template"):
+            value = getattr(self, name)
+            if value is not None and value is not False and not self.lm_eval:
+                yield (f"{name}={value} is for lm_eval=; tasks= has variants with examples, as in "
+                       "arc_easy/rc_5shot.")
         if self.eval_tokens and not self.measures_loss:
             yield (f"eval_tokens={self.eval_tokens} is for a text: use limit= to read less of each "
                    "task.")

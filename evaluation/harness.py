@@ -6,6 +6,7 @@ The harness reads the data, makes the requests and computes the metrics; here th
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,10 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows
 
+from conf.evaluation import EvalSettings
 from conf.hints import closest
 from conf.sampling import SamplingConfig
+from data import chat
 from evaluation.scoring import Request, Scorer, request_of
 from progress import ProgressBar
 from terminal import first_line
@@ -32,8 +35,9 @@ BOOTSTRAP = 1000
 class Harness(TemplateLM):
     """The interface of lm-evaluation-harness to a model."""
 
-    def __init__(self, scorer: Scorer, title: str) -> None:
+    def __init__(self, scorer: Scorer, title: str, is_chat: bool = False) -> None:
         super().__init__()
+        self.is_chat = is_chat
         self.scorer, self.engine, self.title = scorer, scorer.engine, title
         self.block_size = scorer.engine.model.config.block_size
 
@@ -41,9 +45,36 @@ class Harness(TemplateLM):
     def eot_token_id(self) -> int:
         return self.engine.prompt_ids("")[0]
 
+    # The names of a cache of requests, which is not used.
+    tokenizer_name = "nanohydra"
+
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        return chat.JINJA
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]],
+                            add_generation_prompt: bool = True) -> str:
+        """The text of messages; without `add_generation_prompt`, the last one is not ended."""
+        markers = chat.markers_of(self.engine.tokenizer)
+        text = self.special_name(markers.end_of_text)
+        for message in chat_history:
+            text += chat.MARKER_OF[message["role"]] + message["content"] + chat.END
+        if add_generation_prompt:
+            return text + chat.MARKER_OF["assistant"]
+        return text.removesuffix(chat.END)
+
+    def special_name(self, token: int) -> str:
+        return next(name for name, one in self.engine.tokenizer.special.items() if one == token)
+
     def tok_encode(self, string: str, add_special_tokens: bool | None = None,
                    **unused: Any) -> list[int]:
-        return self.engine.encode(string)
+        if not self.is_chat:
+            return self.engine.encode(string)
+        # The markers of messages are tokens of their own.
+        special = self.engine.tokenizer.special
+        ids: list[int] = []
+        for part in re.split(f"({'|'.join(map(re.escape, special))})", string):
+            ids += [special[part]] if part in special else self.engine.encode(part)
+        return ids
 
     def loglikelihood(self, requests: list[Instance],
                       disable_tqdm: bool = False) -> list[tuple[float, bool]]:
@@ -92,8 +123,10 @@ class Harness(TemplateLM):
                     raise ValueError(f"a task generates {rules.max_new_tokens} tokens, which needs "
                                      f"a longer context than the model's of {self.block_size}.")
                 # The end of each prompt that leaves space for the new tokens.
-                prompts = {number: self.engine.prompt_ids(requests[number].args[0])[-room:]
-                           for number in numbers}
+                prompts = {}
+                for number in numbers:
+                    ids = self.tok_encode(requests[number].args[0]) or [self.eot_token_id]
+                    prompts[number] = ids[-room:]
                 # Prompts of similar length are batched, so that there is little padding.
                 numbers.sort(key=lambda number: len(prompts[number]), reverse=True)
                 size = max(1, self.scorer.batch_tokens // self.block_size)
@@ -128,14 +161,15 @@ def cut(text: str, until: list[str]) -> str:
 
 
 class HarnessTasks:
-    """Tasks of the harness, or its .yaml files, by their `names` separated by commas.
+    """Tasks of the harness, or its .yaml files, as the settings of an evaluation name them.
 
     Raises ValueError for a name that it does not know.
     """
 
-    def __init__(self, names: str) -> None:
+    def __init__(self, settings: EvalSettings) -> None:
         self.manager = TaskManager()
-        self.names = names.split(",")
+        self.settings = settings
+        self.names = settings.lm_eval.split(",")
         known = self.manager.all_tasks
         for name in self.names:
             is_file = name.endswith((".yaml", ".yml")) and Path(name).is_file()
@@ -143,16 +177,19 @@ class HarnessTasks:
                 raise ValueError(f"lm_eval={name}: no such task{closest(name, known)}. The command "
                                  "lm-eval ls tasks lists them.")
 
-    def measure(self, scorer: Scorer, limit: int | None, title: str) -> list[dict[str, Any]]:
-        """The metrics of the first `limit` documents of each task, and those of groups of tasks.
+    def measure(self, scorer: Scorer, title: str) -> list[dict[str, Any]]:
+        """The metrics of the tasks, and those of groups of tasks.
 
         Raises ValueError for data that cannot be loaded.
         """
+        is_chat = self.settings.apply_chat_template
         loaded = [task for name in self.names for task in self.load(name)]
-        model = Harness(scorer, f"{title}: lm_eval")
+        model = Harness(scorer, f"{title}: lm_eval", is_chat)
         try:
-            found = simple_evaluate(model, tasks=loaded, limit=limit, log_samples=False,
-                                    task_manager=self.manager, bootstrap_iters=BOOTSTRAP)
+            found = simple_evaluate(model, tasks=loaded, num_fewshot=self.settings.num_fewshot,
+                                    limit=self.settings.limit, apply_chat_template=is_chat,
+                                    log_samples=False, task_manager=self.manager,
+                                    bootstrap_iters=BOOTSTRAP)
         except ValueError as error:
             raise ValueError(f"{title}, lm_eval={','.join(self.names)}: {error}") from None
         return [entry(name, values) for name, values in found["results"].items()]

@@ -309,6 +309,7 @@ def test_a_character_that_the_model_lacks_is_refused(measure, task_file):
     (["init_from=gpt2"], "has no validation split"), (["limit=3"], "limit=3 is for tasks="),
     (["run=a", "init_from=b"], "exclude each other"), (["checkpoint=bset"], "did you mean best"),
     (["out=/"], "out=/ is a folder"), (["tasks=piqa", "eval_tokens=9"], "use limit="),
+    (["tasks=piqa", "num_fewshot=0"], "num_fewshot=0 is for lm_eval=; tasks= has variants"),
 ])
 def test_invalid_settings_are_refused(overrides, says):
     with pytest.raises(ConfigError, match=says):

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 
+import jinja2
 import pytest
 
 import eval
 import train
 from conf.evaluation import EvalSettings
 from conf.schema import compose
+from data.chat import Message, message_ids, with_markers
+from data.tokenizer import ByteTokenizer
 from evaluation import scoring
+from evaluation.scoring import Scorer
 from generation.engine import Engine, open_run
+from model import GPT, GPTConfig
 from scripts import export
+from training.device import Device
 
 # Importing lm_eval and finding its tasks takes seconds.
 pytestmark = pytest.mark.slow
@@ -73,6 +79,31 @@ def test_results_are_those_of_the_backend_for_transformers(lm_eval, compose_tiny
     assert ours["own_generate"]["exact_match"] == generated
     for metric in ("word_perplexity", "bits_per_byte"):
         assert ours["own_rolling"][metric] == pytest.approx(theirs["own_rolling"][f"{metric},none"], rel=1e-5)
+
+
+def test_a_chat_template_is_that_of_training(lm_eval):
+    from evaluation.harness import Harness
+
+    tokenizer = with_markers(ByteTokenizer())
+    engine = Engine(GPT(GPTConfig(vocab_size=tokenizer.vocab_size, n_layer=1, n_head=1, n_embd=8)), tokenizer, Device("cpu", "fp32"))
+    harness = Harness(Scorer(engine, 100), "", is_chat=True)
+    messages = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}, {"role": "user", "content": "A|B<"}]
+    text = harness.apply_chat_template(messages)
+    assert text == jinja2.Template(harness.chat_template()).render(messages=messages, bos_token="<|endoftext|>", add_generation_prompt=True)
+    ids = [token for one in messages for token in message_ids(tokenizer, Message(one["role"], one["content"]))]
+    assert harness.tok_encode(text) == [tokenizer.end_of_text, *ids, tokenizer.special["<|assistant|>"]]
+    assert harness.apply_chat_template(messages[:2], add_generation_prompt=False).endswith("<|assistant|>So.")
+
+
+def test_a_model_without_conversations_has_no_template(lm_eval, tiny_runs, tmp_path):
+    task = tmp_path / "own.yaml"
+    task.write_text(HEADER.format(name="choice", data=tmp_path / "own.json") + TASKS["choice"])
+    document = {"question": "The small", "choices": [" dog", " river"], "gold": 0}
+    (tmp_path / "own.json").write_text("\n".join([json.dumps(document)] * 3))
+    words = [f"lm_eval={task}", f"runs_dir={tiny_runs}", "device=cpu", "precision=fp32", f"out={tmp_path / 'out.json'}"]
+    assert eval.evaluate(compose(EvalSettings, [*words, "num_fewshot=2"])) == 0
+    with pytest.raises(ValueError, match=r"tiny, lm_eval=.*own.yaml: The tokenizer has no <.system.>: the model was not trained on conv"):
+        eval.evaluate(compose(EvalSettings, [*words, "apply_chat_template=true"]))
 
 
 def test_an_unknown_task_of_the_harness_is_refused(lm_eval, tiny_runs):

@@ -1,7 +1,4 @@
-"""Several processes train the same run as one, and what one of them meets is answered by all.
-
-The processes are forks of the test's, started as torchrun would: imports take longer than training.
-"""
+"""Several processes train the same run as one, and what one of them meets is answered by all."""
 
 from __future__ import annotations
 
@@ -9,15 +6,14 @@ import math
 import os
 import re
 import signal
-import socket
 import sys
-import time
 import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed
+from forks import start_forks, wait_for_forks
 from test_faults import FullDisk
 from test_runs import last_step, same
 
@@ -32,7 +28,6 @@ from model import GPT
 from scripts.verify_resume import read_metrics
 from training.distributed import World
 
-SECONDS = 60  # after which processes that wait for each other have failed
 WORDS = ["training.batch_size=2", "training.tokens_per_step=256", "training.max_steps=6",
          "training.checkpoint_every=2"]
 
@@ -44,46 +39,12 @@ def train_together(tmp_path):
     `prepare_rank(rank)` is called in each before it trains.
     """
     def start(settings, size, prepare_rank=lambda rank: None):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        children = []
-        for rank in range(size):
-            child = os.fork()
-            if child == 0:
-                run_rank(settings, size, rank, port, tmp_path / f"output-{rank}", prepare_rank)
-            children.append(child)
-        codes = [wait(child) for child in children]
-        return codes, [(tmp_path / f"output-{rank}").read_text() for rank in range(size)]
+        def train_rank(rank):
+            prepare_rank(rank)
+            launch(lambda _: program.train(settings), "config", "")
+
+        return wait_for_forks(start_forks(size, train_rank, tmp_path), tmp_path)
     return start
-
-
-def run_rank(settings, size, rank, port, output, prepare_rank):
-    """In a fork: train as one process; never return."""
-    code = 70
-    try:
-        os.environ.update(TORCHELASTIC_RUN_ID="test", RANK=str(rank), LOCAL_RANK=str(rank),
-                          WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size),
-                          MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        sys.stdout = sys.stderr = open(output, "w", buffering=1)  # noqa: SIM115
-        sys.argv = ["train.py"]
-        prepare_rank(rank)
-        launch(lambda _: program.train(settings), "config", "")
-    except SystemExit as ended:
-        code = ended.code
-    finally:
-        os._exit(code)
-
-
-def wait(child):
-    until = time.monotonic() + SECONDS
-    while True:
-        ended, status = os.waitpid(child, os.WNOHANG)
-        if ended:
-            return os.waitstatus_to_exitcode(status)
-        if time.monotonic() > until:
-            os.kill(child, 9)
-        time.sleep(0.01)
 
 
 @pytest.fixture

@@ -71,12 +71,12 @@ def test_a_process_that_sleeps_was_not_stopped():
 @pytest.mark.slow
 def test_time_while_stopped_by_sigstop_does_not_count():
     program = ("import time\nfrom training.clock import Clock\nwith Clock() as one:\n"
-               "  start, until = one.seconds(), time.time() + 5\n  print('started', flush=True)\n"
+               "  start, until = one.seconds(), time.time() + 3.5\n  print('started', flush=True)\n"
                "  while time.time() < until: pass\n"
                "  print(one.seconds() - start)")
     child = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert child.stdout.readline() == "started\n"
     os.kill(child.pid, signal.SIGSTOP)
-    time.sleep(4)
+    time.sleep(2.5)
     os.kill(child.pid, signal.SIGCONT)
     assert float(child.communicate()[0]) < 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
 import os
@@ -375,10 +377,9 @@ def steps(folder, name):
 def finished(book, tmp_path_factory):
     """A sweep of two jobs and its output. A block_size of 1e5 exceeds the validation split, which only a job notices."""
     folder = tmp_path_factory.mktemp("runs")
-    program = start(book, folder, "training.max_steps=2", "model.block_size=16,1e5", "optim.lr=1e-3,-1", "jobs=2")
-    printed, errors = program.communicate(timeout=300)
-    assert program.returncode == 1 and "Traceback" not in errors
-    return folder, printed
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert grid.run_grid(tiny_sweep(book, folder, "training.max_steps=2", "model.block_size=16,1e5", "optim.lr=1e-3,-1", "jobs=2")) == 1
+    return folder, printed.getvalue()
 
 
 @pytest.mark.slow
@@ -409,23 +410,22 @@ def test_the_same_command_runs_only_new_jobs(finished, book, capsys):
 
 @pytest.mark.slow
 def test_a_killed_sweep_leaves_no_orphans_and_resumes(book, tmp_path):
-    endless = ["training.max_steps=1e5", "training.eval_every=1e5", "optim.lr=1e-3,2e-3", "jobs=2"]
+    endless = ["training.max_steps=1e5", "training.eval_every=1e5", "jobs=2"]
     names = ("lr=0.001", "lr=0.002")
-    program = start(book, tmp_path, *endless)
+    program = start(book, tmp_path, *endless, "optim.lr=1e-3,2e-3")
     wait_for(*(lambda name=name: steps(tmp_path, name) for name in names))
     program.kill()
     program.communicate()
     wait_for(lambda: not children(tmp_path))
     reached = [steps(tmp_path, name) for name in names]
 
-    program = start(book, tmp_path, *endless)
-    for name, at in zip(names, reached, strict=True):
-        wait_for(lambda name=name, at=at: steps(tmp_path, name) > at)
+    # One of the jobs is enough to see it resumed. It keeps its name because the setting is still swept.
+    program = start(book, tmp_path, *endless, "optim.lr=1e-3,1e-3")
+    wait_for(lambda: steps(tmp_path, names[0]) > reached[0])
     program.send_signal(signal.SIGINT)
     printed, _ = program.communicate(timeout=120)
-    assert program.returncode == 130 and "0 of 2 jobs finished" in printed and not children(tmp_path)
-    for name, at in zip(names, reached, strict=True):
-        assert f"from step {at}" in (tmp_path / "sweep" / "logs" / f"{name}.txt").read_text()
+    assert program.returncode == 130 and "0 of 1 job finished" in printed and not children(tmp_path)
+    assert f"from step {reached[0]}" in (tmp_path / "sweep" / "logs" / f"{names[0]}.txt").read_text()
 
 
 @pytest.mark.slow

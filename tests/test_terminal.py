@@ -17,6 +17,7 @@ import sample as story
 import train
 from conf.launch import launch
 from conf.schema import compose
+from generation.engine import open_checkpoint
 from progress import print_line
 from terminal import counted, escaped, output, readable_size, say
 from training.config import LoggerConfig
@@ -132,7 +133,7 @@ def test_samples_in_a_pipe_are_the_exact_text(hostile, capsys):
     story.sample(settings)
     said = capsys.readouterr().out
     device = Device("auto", "auto")
-    engine = story.open_checkpoint(hostile / "run", "best", device)
+    engine = open_checkpoint(hostile / "run", "best", device)
     assert said == "\x1b]" + engine.complete([("\x1b]", 0)], settings)[0].text + "\n"
 
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -167,6 +168,20 @@ def test_one_process_does_not_use_torch_distributed(monkeypatch):
         assert world.first(lambda: 5) == 5 and world.agree(1.5, True) == (1.5, True)
         world.share([[torch.zeros(1)]])
     assert (world.size, world.rank, world.is_first) == (1, 0, True)
+
+
+def test_a_process_that_never_starts_is_not_waited_for(monkeypatch):
+    """For example if the other node has too few GPUs."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    environment = {"TORCHELASTIC_RUN_ID": "x", "TORCHELASTIC_USE_AGENT_STORE": "True", "RANK": "0",
+                   "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("training.distributed.CONNECT_TIMEOUT", timedelta(seconds=0.1))
+    with pytest.raises(OSError, match="Another process of this run has ended"), \
+         World(environment).joined(use_gpus=False):
+        pass
 
 
 def test_world_is_read_from_torchruns_environment():

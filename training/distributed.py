@@ -63,11 +63,13 @@ class World:
         try:
             # Connect to the other processes.
             store, _, _ = next(dist.rendezvous("env://", timeout=self.store_timeout))
-            store.set_timeout(CONNECT_TIMEOUT)
             if self.size == self.local_size:
                 # torchrun keeps the store when it restarts the processes. In a new namespace, none
                 # finds the address of a process that has ended.
                 store = dist.PrefixStore(f"restart {self.restarts}", store)
+            # The group itself would wait for a process that has failed as long as in training.
+            store.set(f"started {self.rank}", "")
+            store.wait([f"started {rank}" for rank in range(self.size)], CONNECT_TIMEOUT)
             dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size,
                                     timeout=TIMEOUT)
             # Only the first process prints. Libraries give all the same warnings.
@@ -204,5 +206,5 @@ def is_lost_connection(error: RuntimeError) -> bool:
     words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe",
              "NCCL communicator was aborted", "remote process exited", "Socket Timeout",
              "failed to recv", "Connection refused", "connectFullMesh failed",
-             "client socket has timed out")
+             "client socket has timed out", "wait timeout after")
     return any(word in text for word in words)

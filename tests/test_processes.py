@@ -216,7 +216,9 @@ def test_processes_on_gpus_send_tensors_of_gpus_by_nccl(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", called.append)
-    monkeypatch.setattr(torch.distributed, "rendezvous", lambda *_, **options: iter([(torch.distributed.HashStore(), 1, 2)]))
+    store = torch.distributed.HashStore()
+    store.set("restart 0/started 0", "")
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda *_, **options: iter([(store, 1, 2)]))
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **options: called.append(backend))
     with World(environment).joined():
         assert called == [1, "cpu:gloo,cuda:nccl"]

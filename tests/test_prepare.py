@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 
 import data.prepare
+from conf import compose
 from data import encode
 from data.config import DataConfig
 from data.corpus import Corpus, Seen
@@ -277,12 +278,12 @@ def test_shakespeare_has_nanogpts_characters_and_splits(shakespeare):
 @pytest.mark.slow
 def test_the_default_corpus_is_pythons_documentation(prepared_data):
     """Its size depends on the version of Python."""
-    folder = prepare(DataConfig())
+    folder = prepare(compose([]).data)
     assert folder.parent == prepared_data
     train, val = (read_meta(folder)["splits"][split] for split in ("train", "val"))
     assert train["documents"] + val["documents"] > 5000 and train["bytes"] + val["bytes"] > 1_500_000
     assert 0.05 < val["bytes"] / (train["bytes"] + val["bytes"]) < 0.2
-    assert load_tokenizer(folder).vocab_size == 2048 and train["bytes_per_token"] > 3
+    assert load_tokenizer(folder).vocab_size == 4096 and train["bytes_per_token"] > 3
     texts = [documents(folder, split) for split in ("train", "val")]
     assert not set(texts[0]) & set(texts[1])
     assert "Pretty-print a Python object to a stream [default is sys.stdout]." in texts[0] + texts[1]

@@ -115,20 +115,21 @@ def check(weights: Weights, fingerprint: str) -> str:
     Where transformers is installed and has this model, its logits must be ours, or ValueError is
     raised. Elsewhere the loss is told: wrong weights make it as large as that of a guess.
     """
-    # The logits of a sentence, by our model and where possible by theirs.
     ids = weights.sentence_ids()
     if ids is None:
         return ""
-    # To compare takes seconds, and has the same result the next time.
-    memory = None
+    # A comparison takes seconds and has the same result the next time, so its result is kept.
+    result_file = None
     if pretrained.is_comparable(weights):
-        memory = data_root() / "checked_weights" / f"{comparison_key(weights, fingerprint)}.txt"
+        key = comparison_key(weights, fingerprint)
+        result_file = data_root() / "checked_weights" / f"{key}.txt"
         with suppress(OSError, ValueError):
-            return f"{memory.read_text()} (compared before)"
+            return f"{result_file.read_text()} (compared before)"
 
+    # The logits of a sentence, by our model and where possible by theirs.
     model = weights.model()
     logits = model(ids)  # [1, T, V]
-    theirs = pretrained.logits_of_transformers(weights, ids) if memory else None
+    theirs = pretrained.logits_of_transformers(weights, ids) if result_file else None
     if theirs is None:
         loss = F.cross_entropy(logits[0, :-1], ids[0, 1:]).item()
         return (f"Check of the weights: the loss on a sentence of English is {loss:.2f}; that of a "
@@ -143,7 +144,7 @@ def check(weights: Weights, fingerprint: str) -> str:
     sentence = f"Check of the weights: {compared}"
     # Without the file, they are compared again.
     with suppress(OSError):
-        atomic.write_bytes(memory, sentence.encode())
+        atomic.write_bytes(result_file, sentence.encode())
     return sentence
 
 

@@ -27,10 +27,15 @@ from scripts.compare import CompareSettings, plan_arm, read_arms, results_of, tr
 from setting import FilePath, SettingsBase, setting
 
 RECIPE = "the recipe"
-# Half a minute for a run on one core. Results do not depend on how busy the machine is.
-SMALL = ("model.n_layer=2", "model.n_embd=96", "training.batch_size=8", "training.max_steps=100",
-         "training.eval_every=0", "training.eval_tokens=32768", "training.checkpoint_every=0",
-         "training.precision=fp32", "training.threads=1")
+# Smaller runs, by `size`, on one core. Results do not depend on how busy the machine is.
+SMALLER = {
+    "small": ("model.n_layer=2", "model.n_embd=96", "training.batch_size=8",
+              "training.max_steps=100"),
+    "medium": ("model.n_layer=2", "model.n_embd=128", "model.n_head=1", "training.batch_size=16",
+               "training.max_steps=200"),
+}
+ON_ONE_CORE = ("training.eval_every=0", "training.eval_tokens=32768",
+               "training.checkpoint_every=0", "training.precision=fp32", "training.threads=1")
 WITHOUT = {
     "embedding norm": "model.embedding_norm=false",
     "Muon (AdamW for all, 3e-3)": "optim.optimizer=adamw optim.lr=3e-3",
@@ -53,15 +58,16 @@ class AblationSettings(SettingsBase):
 
     seeds: int = setting(8, "runs of each variant; 4 or fewer cannot decide", ge=2)
     jobs: int = setting(1, "that run at a time", ge=1)
-    size: Literal["full", "small"] = setting(
-        "full", "small: 2 blocks of width 96, 100 steps of 1,024 tokens, in fp32 on one core")
+    size: Literal["full", "small", "medium"] = setting(
+        "full", "small: 2 blocks of width 96, 100 steps of 1,024 tokens, in fp32 on one core; "
+        "medium: width 128, 200 steps of 2,048 tokens")
     runs_dir: FilePath = setting("runs/ablation", "folder for the runs of all variants")
     train: tuple[str, ...] = ()
 
 
 def main(settings: AblationSettings) -> int:
-    if settings.size == "small":
-        recipe = [*SMALL, *settings.train]
+    if settings.size in SMALLER:
+        recipe = [*SMALLER[settings.size], *ON_ONE_CORE, *settings.train]
     else:
         recipe = settings.train or ("experiment=speedrun_shakespeare",)
     own = CompareSettings(seeds=settings.seeds, jobs=settings.jobs, runs_dir=settings.runs_dir,

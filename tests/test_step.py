@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import sys
 from collections import Counter
 
@@ -172,17 +174,59 @@ def test_a_step_of_two_processes_reads_nothing(tiny, optimizer):
     assert not reads.counts
 
 
-@pytest.mark.parametrize("words", [
-    ["optim=adamw", "training.tokens_per_step=1024", "training.on_nonfinite=skip"],
-    ["optim=muon", "model=modern-nano", "training.recompute=true", "training.precision=fp16", "optim.grad_clip=0"]], ids=str)
-def test_a_step_of_a_run_reads_the_device_once(compose_tiny, words, monkeypatch):
-    def take_step(*arguments):
-        with CountReads() as reads:
-            step = original(*arguments)
-        found.append(reads.counts)
-        return step
+@pytest.fixture
+def reads_of_a_run(compose_tiny, monkeypatch):
+    """Train; return what each step, each answer to a NaN and each evaluation read from the device, by method of `Trainer`."""
+    def count_in(name):
+        def counted(*arguments):
+            with CountReads() as reads:
+                result = original(*arguments)
+            found.append((name, dict(reads.counts)))
+            return result
 
-    found, original = [], Trainer.take_step
-    monkeypatch.setattr(Trainer, "take_step", take_step)
-    assert train.train(compose_tiny("training.max_steps=2", *words)) == 0
-    assert found == [{"tolist": 1}] * 2
+        original = getattr(Trainer, name)
+        monkeypatch.setattr(Trainer, name, counted)
+
+    def train_and_count(*words):
+        assert train.train(compose_tiny(*words)) == 0
+        return found
+
+    found = []
+    for name in ("take_step", "handle_nonfinite", "evaluate"):
+        count_in(name)
+    return train_and_count
+
+
+@pytest.mark.parametrize("words", [
+    ["optim=adamw", "training.tokens_per_step=1024", "training.on_nonfinite=skip", "model.dropout=0.1"],
+    ["optim=muon", "model=modern-nano", "training.recompute=true", "training.precision=fp16", "optim.grad_clip=0"]], ids=str)
+def test_a_step_of_a_run_reads_the_device_once(reads_of_a_run, words):
+    found = reads_of_a_run("training.max_steps=2", "training.eval_every=1", *words)
+    assert found == [("take_step", {"tolist": 1}), ("evaluate", {"tolist": 1})] * 2
+
+
+def test_masked_targets_are_not_counted_on_the_device(reads_of_a_run, tmp_path):
+    lines = [json.dumps({"prompt": f"{number}?", "completion": f"{number}."}) + "\n" for number in range(200)]
+    (tmp_path / "chats.jsonl").write_text("".join(lines))
+    found = reads_of_a_run("data=chat", f"data.path={tmp_path / 'chats.jsonl'}", "data.tokenizer=byte", "training.max_steps=2",
+                           "training.tokens_per_step=1024", "training.precision=fp16")
+    assert found == [("take_step", {"tolist": 1})] * 2 + [("evaluate", {"tolist": 1})]
+
+
+@pytest.mark.parametrize(("action", "precision", "steps_again"), [("skip", "fp32", 0), ("rollback", "fp16", 2)])
+def test_a_nan_takes_one_more_read(reads_of_a_run, monkeypatch, action, precision, steps_again):
+    """The norms of the gradients by block, for the report. A rollback reads a checkpoint, too, which is on the CPU."""
+    def planted(gpt, idx, targets=None, *arguments):
+        loss = forward(gpt, idx, targets, *arguments)
+        if gpt.training and targets is not None:
+            calls.append(loss)
+        # The first of two micro-steps of the second step.
+        return loss * math.nan if len(calls) == 3 else loss
+
+    calls, forward = [], GPT.forward
+    monkeypatch.setattr(GPT, "forward", planted)
+    found = reads_of_a_run("training.max_steps=2", "training.tokens_per_step=256", "training.batch_size=4", "training.eval_every=0",
+                           f"training.on_nonfinite={action}", f"training.precision={precision}", "optim.grad_clip=1")
+    name, reads = found.pop(2)
+    assert name == "handle_nonfinite" and (reads == {"tolist": 1} or action == "rollback")
+    assert found == [("take_step", {"tolist": 1})] * (2 + steps_again) + [("evaluate", {"tolist": 1})]

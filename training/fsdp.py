@@ -87,10 +87,10 @@ class RowNorm:
         self.norms = torch.linalg.vector_norm(of_all, dim=0)
         return torch.linalg.vector_norm(self.norms)
 
-    def of(self, parameters: Iterable[Tensor]) -> float:
+    def of(self, parameters: Iterable[Tensor]) -> Tensor:
         """The norm of the gradients of these parameters at the last measurement."""
         positions = [self.positions[weights] for weights in parameters]
-        return torch.linalg.vector_norm(self.norms[positions]).item()
+        return torch.linalg.vector_norm(self.norms[positions])
 
 
 class RowMuon(Muon):

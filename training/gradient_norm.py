@@ -66,7 +66,7 @@ class GradientNorm:
         self.chunks = norms
         return torch.linalg.vector_norm(norms)
 
-    def of(self, parameters: Iterable[Tensor]) -> float:
+    def of(self, parameters: Iterable[Tensor]) -> Tensor:
         """The norm of the gradients of these parameters at the last measurement."""
         norms = []
         for weights in parameters:
@@ -74,7 +74,7 @@ class GradientNorm:
             norms.append(self.chunks[full.start : full.stop])
             if weights in self.remainder:
                 norms.append(self.chunks[self.remainder[weights]][None])
-        return torch.linalg.vector_norm(torch.cat(norms)).item()
+        return torch.linalg.vector_norm(torch.cat(norms))
 
 
 def measure_chunks(parts: list[Part]) -> list[Tensor]:

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 import atomic
@@ -36,7 +37,9 @@ def gradient_norms(optimizers: Optimizers) -> dict[str, float]:
     for weights, name in optimizers.names.items():
         block = re.match(r"\w+(\.\d+)?", name)[0]
         blocks.setdefault(block, []).append(weights)
-    return {block: optimizers.norm.of(parameters) for block, parameters in blocks.items()}
+    norms = [optimizers.norm.of(parameters) for parameters in blocks.values()]
+    # All are read from the device at once.
+    return dict(zip(blocks, torch.stack(norms).tolist(), strict=True))
 
 
 def to_json(value: float) -> float | str:

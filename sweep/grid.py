@@ -1,25 +1,18 @@
 """Grid search: one run for each combination of the values on a command line, in runs/SWEEP/JOB/.
 
-Numbers follow Hydra's grammar; text is split at its commas. Jobs run in processes of their own
-(runner.py) or on a cluster (cluster.py), and the failure of one stops no other.
+Jobs run in processes of their own (runner.py) or on a cluster (cluster.py), and the failure of one
+stops no other.
 """
 
 from __future__ import annotations
 
 import math
-import re
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob, Override, QuotedString, RangeSweep
-from hydra.errors import HydraException
-
-from conf.convert import is_text
 from conf.identity import flat, kind
-from conf.presets import ConfigError, groups, options
+from conf.presets import ConfigError
 from conf.schema import as_yaml, compose, folder_name
 from conf.settings import Settings, leaves
 from setting import SettingsBase, as_word, setting
@@ -27,14 +20,9 @@ from sweep.cluster import ClusterRunner
 from sweep.jobs import Job, locked
 from sweep.runner import JobSource, LocalRunner, Runner, run_jobs
 from sweep.summary import RESUME, Progress, comparison_metric, print_best, report_failures
+from sweep.values import MAX_JOBS, too_many_jobs, values_of
 from terminal import counted, output, say
 
-MAX_JOBS = 10_000
-FUNCTION = re.compile(r"(choice|range|interval|glob|sort|shuffle)\(.*\)$", re.DOTALL)
-# The text before the next comma, or before the end.
-QUOTED_TEXT = re.compile(
-    r"""\s*(?P<quote>['"])(?P<text>(?:\\.|(?!(?P=quote))[^\\])*)(?P=quote)\s*(?=,|$)""", re.DOTALL)
-PLAIN_TEXT = re.compile(r"(?P<text>(?:\{[^{}]*\}|\[[^][]*\]|\([^()]*\)|\\.|[^,])*)", re.DOTALL)
 LAUNCHER_PREFIXES = ("hydra/launcher=", "hydra.launcher.")
 
 
@@ -181,11 +169,6 @@ def changes_run(override: str) -> bool:
     return key in leaves(Settings) and kind(key) != "free"
 
 
-def too_many_jobs(overrides: str) -> ConfigError:
-    return ConfigError([f"{overrides} would be more than {MAX_JOBS:,} jobs: list fewer values, "
-                        f"or search the space with python -m scripts.sweep."])
-
-
 def compose_all(combinations: list[list[str]],
                 swept: list[str]) -> tuple[dict[str, tuple[list[str], Settings]], list[str]]:
     """The overrides and settings of each job by its name, and the errors of the others.
@@ -232,78 +215,3 @@ def automatic_name(choices: dict[str, list[str]], swept: list[str]) -> str:
         # Some settings are only valid together with the swept ones.
         base = "sweep"
     return folder_name(f"{base}-by-{','.join(map(last_part, swept))}")
-
-
-def values_of(override: str) -> list[str]:
-    """The overrides with one value each that an override of a grid stands for.
-
-    Raises ValueError for values that cannot be listed, such as interval(0, 1).
-    """
-    # A text, or a value that Hydra's grammar reads.
-    key, _, value = override.partition("=")
-    # Hydra's grammar would refuse many texts, such as paths with spaces.
-    takes_text = key in groups() or is_text(leaves(Settings).get(key))
-    if takes_text and not FUNCTION.match(value):
-        return [f"{key}={text}" for text in split_text(value)]
-    try:
-        parsed = OverridesParser.create().parse_override(override)
-    except (HydraException, ValueError):
-        # The schema prints what is wrong with it.
-        return [override]
-    if not parsed.is_sweep_override():
-        return [override]
-
-    # A glob of presets stands for their names; other sweeps for values that Hydra lists.
-    if isinstance(parsed.value(), Glob) and key in groups():
-        words = parsed.value().filter(options(key))
-        if not words:
-            raise ValueError(f"{override} matches no preset. There are: {', '.join(options(key))}.")
-    else:
-        words = listed_values(parsed)
-        if not words:
-            raise ValueError(f"{override} has no values that can be listed: separate values by "
-                             f"commas, or write range(1,4). python -m scripts.sweep searches "
-                             f"intervals.")
-    return [f"{key}={word}" for word in words]
-
-
-def listed_values(override: Override) -> list[str]:
-    """The values of a parsed sweep, as on a command line; none if they cannot be listed."""
-    # Count the values of a range before they are listed: there may be billions.
-    span = override.value()
-    if isinstance(span, RangeSweep) and abs(span.stop - span.start) > MAX_JOBS * abs(span.step):
-        raise too_many_jobs(override.input_line)
-    pairs = []
-    with suppress(HydraException, ValueError):
-        written = override.sweep_string_iterator()
-        pairs = list(zip(override.sweep_iterator(), written, strict=True))
-
-    words = []
-    for value, word in pairs:
-        # Text stays as it is: Hydra would write it with quotes and backslashes.
-        if isinstance(value, QuotedString):
-            word = value.text
-        elif isinstance(value, str):
-            word = value
-        words.append(word)
-    return words
-
-
-def split_text(value: str) -> list[str]:
-    """The texts between commas.
-
-    A comma in quotes or brackets, or after a backslash, is part of a text. The quotes around a
-    text, and the backslash before a comma or quote, are removed.
-    """
-    texts: list[str] = []
-    rest: str | None = value
-    while rest is not None:
-        match = QUOTED_TEXT.match(rest)
-        if match:
-            text = match["text"]
-        else:
-            match = PLAIN_TEXT.match(rest)
-            text = match["text"].strip()
-        texts.append(re.sub(r"""\\([,'"])""", r"\1", text))
-        rest = rest[match.end() + 1 :] if match.end() < len(rest) else None
-    return texts

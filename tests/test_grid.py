@@ -28,6 +28,7 @@ from sweep.cluster import check_size
 from sweep.jobs import Job
 from sweep.runner import LocalRunner, run_jobs
 from sweep.summary import Progress
+from sweep.values import values_of
 
 ROOT = Path(__file__).parent.parent
 
@@ -35,7 +36,7 @@ ROOT = Path(__file__).parent.parent
 # Values of a command line.
 
 
-@pytest.mark.parametrize(("override", "values"), [
+@pytest.mark.parametrize(("override", "expected"), [
     ("optim.lr=1e-3,3e-3", ["0.001", "0.003"]), ("seed=range(1,4)", ["1", "2", "3"]),
     ("model=nano,gpt2", ["nano", "gpt2"]), ("model=glob(gpt2-*)", ["gpt2-large", "gpt2-medium", "gpt2-xl"]),
     ("training.max_seconds=null,5", ["null", "5"]), ("logger.tags=choice(a,b)", ["a", "b"]),
@@ -46,15 +47,15 @@ ROOT = Path(__file__).parent.parent
     ("data.path=${oc.env:X,1},b", ["${oc.env:X,1}", "b"]), ("seed=${oc.env:X,1}", ["${oc.env:X,1}"]),
     ("training.device='cpu'", ["'cpu'"]),
 ])
-def test_values_of_an_override(override, values):
-    assert grid.values_of(override) == [f"{override.partition('=')[0]}={value}" for value in values]
+def test_values_of_an_override(override, expected):
+    assert values_of(override) == [f"{override.partition('=')[0]}={value}" for value in expected]
 
 
 @pytest.mark.parametrize("override", [
     "optim.lr=interval(0,1)", "data.path=interval(0,1)", "data.path=glob(*)", "seed=range(3,3)", "seed=range(1,4,-1)"])
 def test_values_that_cannot_be_listed_are_refused(override):
     with pytest.raises(ValueError, match="no values that can be listed") as caught:
-        grid.values_of(override)
+        values_of(override)
     assert override in str(caught.value)
 
 

@@ -1,0 +1,105 @@
+"""The values that an override of a grid stands for: `optim.lr=1e-3,3e-3` is two overrides.
+
+Numbers and presets follow Hydra's grammar; text is split at its commas.
+"""
+
+from __future__ import annotations
+
+import re
+from contextlib import suppress
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Glob, Override, QuotedString, RangeSweep
+from hydra.errors import HydraException
+
+from conf.convert import is_text
+from conf.presets import ConfigError, groups, options
+from conf.settings import Settings, leaves
+
+MAX_JOBS = 10_000
+FUNCTION = re.compile(r"(choice|range|interval|glob|sort|shuffle)\(.*\)$", re.DOTALL)
+# The text before the next comma, or before the end.
+QUOTED_TEXT = re.compile(
+    r"""\s*(?P<quote>['"])(?P<text>(?:\\.|(?!(?P=quote))[^\\])*)(?P=quote)\s*(?=,|$)""", re.DOTALL)
+PLAIN_TEXT = re.compile(r"(?P<text>(?:\{[^{}]*\}|\[[^][]*\]|\([^()]*\)|\\.|[^,])*)", re.DOTALL)
+
+
+def too_many_jobs(overrides: str) -> ConfigError:
+    return ConfigError([f"{overrides} would be more than {MAX_JOBS:,} jobs: list fewer values, "
+                        f"or search the space with python -m scripts.sweep."])
+
+
+def values_of(override: str) -> list[str]:
+    """The overrides with one value each that an override of a grid stands for.
+
+    Raises ValueError for values that cannot be listed, such as interval(0, 1).
+    """
+    # Split text here: Hydra's grammar refuses much of it, such as paths with spaces.
+    key, _, value = override.partition("=")
+    takes_text = key in groups() or is_text(leaves(Settings).get(key))
+    if takes_text and not FUNCTION.match(value):
+        return [f"{key}={text}" for text in split_text(value)]
+
+    # Let Hydra parse the rest. An override with a single value stands for itself.
+    try:
+        parsed = OverridesParser.create().parse_override(override)
+    except (HydraException, ValueError):
+        # The schema prints what is wrong with it.
+        return [override]
+    if not parsed.is_sweep_override():
+        return [override]
+
+    # A glob of presets stands for their names; other sweeps for values that Hydra lists.
+    if isinstance(parsed.value(), Glob) and key in groups():
+        words = parsed.value().filter(options(key))
+        if not words:
+            raise ValueError(f"{override} matches no preset. There are: {', '.join(options(key))}.")
+    else:
+        words = listed_values(parsed)
+        if not words:
+            raise ValueError(f"{override} has no values that can be listed: separate values by "
+                             f"commas, or write range(1,4). python -m scripts.sweep searches "
+                             f"intervals.")
+    return [f"{key}={word}" for word in words]
+
+
+def listed_values(override: Override) -> list[str]:
+    """The values of a parsed sweep, as on a command line; none if they cannot be listed."""
+    # Count the values of a range before they are listed: there may be billions.
+    span = override.value()
+    if isinstance(span, RangeSweep) and abs(span.stop - span.start) > MAX_JOBS * abs(span.step):
+        raise too_many_jobs(override.input_line)
+    pairs = []
+    with suppress(HydraException, ValueError):
+        written = override.sweep_string_iterator()
+        pairs = list(zip(override.sweep_iterator(), written, strict=True))
+
+    words = []
+    for value, word in pairs:
+        # Text stays as it is: Hydra would write it with quotes and backslashes.
+        if isinstance(value, QuotedString):
+            word = value.text
+        elif isinstance(value, str):
+            word = value
+        words.append(word)
+    return words
+
+
+def split_text(value: str) -> list[str]:
+    """The texts between commas.
+
+    A comma in quotes or brackets, or after a backslash, is part of a text. The quotes around a
+    text, and the backslash before a comma or quote, are removed.
+    """
+    texts: list[str] = []
+    rest: str | None = value
+    while rest is not None:
+        match = QUOTED_TEXT.match(rest)
+        if match:
+            text = match["text"]
+        else:
+            match = PLAIN_TEXT.match(rest)
+            text = match["text"].strip()
+        texts.append(re.sub(r"""\\([,'"])""", r"\1", text))
+        rest = rest[match.end() + 1 :] if match.end() < len(rest) else None
+    return texts

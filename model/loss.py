@@ -18,8 +18,10 @@ from torch import Tensor
 
 from model.linear import linear
 
-# The number of logits in a chunk: 64 MB in fp32. Inputs with fewer logits need no chunks.
+# The number of logits in a chunk: 64 MB in fp32.
 MAX_LOGITS = 2**24
+# Inputs with fewer logits need no chunks: the plain loss is as fast.
+MIN_LOGITS = 2**23
 # The target of a position that does not count, as in torch.nn.functional.cross_entropy.
 MASKED = -100
 # GPUs need larger products. A logit takes about 8 bytes while its chunk is computed, so a chunk
@@ -58,10 +60,10 @@ def next_token_loss(features: Tensor, weight: Tensor, targets: Tensor,
     """The mean cross-entropy in nats of targets `[N]` under the logits `features` @ `weight`.T.
 
     `features` are `[N, C]`, `weight` is `[V, C]`. Targets that are MASKED do not count; if all are,
-    the loss is 0. Small inputs need no chunks. On CPUs
-    `torch.nn.functional.linear_cross_entropy` takes 2.6 times as long: docs/benchmarks.md.
+    the loss is 0. On CPUs `torch.nn.functional.linear_cross_entropy` takes 2.6 times as long:
+    docs/benchmarks.md.
     """
-    if len(targets) * len(weight) <= MAX_LOGITS:
+    if len(targets) * len(weight) <= MIN_LOGITS:
         logits = linear(features, weight).float()
         total = F.cross_entropy(logits, targets, ignore_index=MASKED, reduction="sum")
         return total / number_of(targets)
@@ -112,14 +114,19 @@ class ChunkedLoss(torch.autograd.Function):
             chunk = slice(start, start + rows)
             x = features[chunk].to(dtype)
             logits = x @ padded_weight.mT  # [chunk, padded V]
+            # The padding gets the probability 0.
+            logits[:, vocab_size:].fill_(-torch.inf)
             if not needs_gradients:
-                loss += summed_loss(logits, targets[chunk], vocab_size)[0]
+                loss += summed_loss(logits, targets[chunk])
                 continue
-            chunk_loss, logits_gradient = on_logits(logits, targets[chunk], vocab_size)
+            chunk_loss, logits_gradient = on_logits(logits, targets[chunk])
             loss += chunk_loss
             # The backward pass of logits = x @ weight.T.
             features_gradient[chunk] = logits_gradient @ padded_weight
-            weight_gradient += (logits_gradient.mT @ x)[:vocab_size]
+            if weight_gradient.dtype == dtype and len(padded_weight) == vocab_size:
+                weight_gradient.addmm_(logits_gradient.mT, x)
+            else:
+                weight_gradient += (logits_gradient.mT @ x)[:vocab_size]
 
         # The mean over the targets that count.
         count = number_of(targets)
@@ -148,52 +155,49 @@ def chunk_size(n_targets: int, vocab_size: int, options: LossOptions) -> int:
     return math.ceil(rows / options.multiple) * options.multiple
 
 
-def summed_loss(logits: Tensor, targets: Tensor,
-                vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The sum of the losses, the logits `[N, padded V]` in fp32, and their normalizers `[N, 1]`.
-
-    The logits after the first `vocab_size` are padding, which gets the probability 0. So do all
-    logits of a masked target, whose normalizer is infinite.
-    """
-    logits = logits.float()
-    if logits.size(1) > vocab_size:
-        logits[:, vocab_size:].fill_(-torch.inf)
-    log_normalizers = logits.logsumexp(dim=1, keepdim=True)
-    losses = log_normalizers[:, 0] - logits[places(targets)]
-    masked = targets == MASKED
-    loss = losses.masked_fill(masked, 0).sum()
-    return loss, logits, log_normalizers.masked_fill(masked[:, None], torch.inf)
+def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """The sum of the losses of logits `[N, V]`."""
+    log_probabilities = logits.log_softmax(dim=1, dtype=torch.float32)
+    return F.nll_loss(log_probabilities, targets, ignore_index=MASKED, reduction="sum")
 
 
-def places(targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows and columns of the targets `[N]` in the logits; of a masked one, the first token."""
-    return torch.arange(len(targets), device=targets.device), targets.clamp(min=0)
-
-
-def loss_and_gradient(logits: Tensor, targets: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
+def loss_and_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """The sum of the losses of a chunk, and its gradient by the logits, in their dtype.
 
-    The gradient is the probabilities less one-hot targets; 0 where the target is masked. In fp32 it
-    overwrites the logits.
+    The gradient is the probabilities less one-hot targets; 0 where the target is masked. Changes
+    the logits of masked targets.
     """
-    dtype = logits.dtype
-    loss, logits, log_normalizers = summed_loss(logits, targets, vocab_size)
-    gradient = logits.sub_(log_normalizers).exp_()
-    gradient[places(targets)] -= (targets != MASKED).float()
-    return loss, gradient.to(dtype)
+    # A masked target becomes one that is certain: its loss is 0, and so is its gradient.
+    rows = torch.arange(len(targets), device=targets.device)
+    columns = targets.clamp(min=0)
+    target_logits = logits[rows, columns]
+    target_logits = target_logits.masked_fill(targets == MASKED, torch.finfo(logits.dtype).max)
+    logits[rows, columns] = target_logits
+
+    # The probability of a target can be too small for fp32, but not the largest one of its row.
+    probabilities = logits.softmax(dim=1, dtype=torch.float32)
+    differences = logits.amax(dim=1).float() - target_logits.float()
+    loss = (differences - probabilities.amax(dim=1).log()).sum()
+    probabilities[rows, columns] -= 1
+    return loss, probabilities.to(logits.dtype)
 
 
-def fusible_loss_and_gradient(logits: Tensor, targets: Tensor,
-                              vocab_size: int) -> tuple[Tensor, Tensor]:
+def fusible_loss_and_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """`loss_and_gradient` as a compiler fuses it: it does not write the logits in fp32."""
     dtype = logits.dtype
-    loss, logits, log_normalizers = summed_loss(logits, targets, vocab_size)
+    masked = targets == MASKED
     # No column is MASKED.
     is_target = torch.arange(logits.size(1), device=logits.device) == targets[:, None]
-    gradient = (logits - log_normalizers).exp() - is_target.float()
+    logits = logits.float()
+    log_normalizers = logits.logsumexp(dim=1)
+    target_logits = logits.gather(1, targets.clamp(min=0)[:, None])[:, 0]
+    loss = (log_normalizers - target_logits).masked_fill(masked, 0).sum()
+    # The probabilities of a masked row are 0 with an infinite normalizer.
+    log_normalizers = log_normalizers.masked_fill(masked, torch.inf)
+    gradient = (logits - log_normalizers[:, None]).exp() - is_target.float()
     return loss, gradient.to(dtype)
 
 
 @cache
-def compiled_loss_and_gradient() -> Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]:
+def compiled_loss_and_gradient() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
     return torch.compile(fusible_loss_and_gradient, dynamic=False)

@@ -102,7 +102,7 @@ def test_a_run_is_evaluated_by_the_uncompiled_model(monkeypatch):
 @pytest.mark.slow
 def test_the_loss_in_chunks_is_in_the_same_graph(graphs, monkeypatch):
     """As on GPUs, with a padded vocabulary and fusible operations."""
-    monkeypatch.setattr(model.loss, "MAX_LOGITS", 40 * 65)
+    monkeypatch.setattr(model.loss, "MIN_LOGITS", 40 * 65)
     gpt = GPT(next(iter(tiny_presets().values())))
     gpt.loss_options = LossOptions(40 * 65, 8, fused=True)
     compile_model, found = graphs

@@ -26,6 +26,7 @@ from model.loss import (
 def in_chunks(monkeypatch):
     """Five rows of logits per chunk, so that small inputs take many chunks."""
     monkeypatch.setattr(loss, "MAX_LOGITS", 5 * 37)
+    monkeypatch.setattr(loss, "MIN_LOGITS", 5 * 37)
 
 
 def both(dtype=torch.float64, autocast=None, rows=53, scale=1.0, targets=None, options=None):
@@ -66,11 +67,22 @@ def test_masked_targets_count_for_nothing(in_chunks, masked):
     assert not chunked[1][targets == MASKED].any()
 
 
-@pytest.mark.parametrize("max_logits", [5 * 37, 2**24])
-def test_only_masked_targets_give_a_loss_of_zero(monkeypatch, max_logits):
-    monkeypatch.setattr(loss, "MAX_LOGITS", max_logits)
+@pytest.mark.parametrize("min_logits", [5 * 37, 2**24])
+def test_only_masked_targets_give_a_loss_of_zero(in_chunks, monkeypatch, min_logits):
+    monkeypatch.setattr(loss, "MIN_LOGITS", min_logits)
     (value, *gradients), _ = both(torch.float32, targets=torch.full((53,), MASKED))
     assert value == 0 and not any(gradient.any() for gradient in gradients)
+
+
+def test_improbable_targets_have_their_exact_loss(in_chunks):
+    """Also where the probability of a target is too small for fp32."""
+    features, weight = torch.full((53, 1), 10.0), torch.zeros(37, 1)
+    weight[1:3] = torch.tensor([[30.0], [-30.0]])
+    targets = torch.arange(53) % 37
+    value = next_token_loss(features.requires_grad_(), weight, targets)
+    value.backward()
+    torch.testing.assert_close(value.detach(), F.cross_entropy(features @ weight.T, targets))
+    assert features.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -108,6 +120,7 @@ def test_a_model_has_the_same_gradients_with_chunks(monkeypatch, tie_head):
     gradients = []
     for at_once in (2**25, 200):
         monkeypatch.setattr(loss, "MAX_LOGITS", at_once)
+        monkeypatch.setattr(loss, "MIN_LOGITS", at_once)
         model.zero_grad()
         model(idx, targets).backward()
         gradients.append([weights.grad.clone() for weights in model.parameters()])
@@ -154,9 +167,10 @@ def test_fused_operations_write_no_logits_in_fp32():
         pytest.skip("needs a C++ compiler")
     from torch._inductor.utils import run_and_get_code
 
-    logits, targets = torch.randn(96, 320).bfloat16(), torch.randint(300, (96,))
-    plain = loss_and_gradient(logits.clone(), targets, 300)
+    padded, targets = torch.randn(96, 320).bfloat16(), torch.randint(300, (96,))
+    padded[:, 300:] = -torch.inf
+    plain = loss_and_gradient(padded.clone(), targets)
     compiled = torch.compile(fusible_loss_and_gradient, dynamic=False)
-    fused, (code,) = run_and_get_code(compiled, logits, targets, 300)
+    fused, (code,) = run_and_get_code(compiled, padded, targets)
     torch.testing.assert_close(fused, plain, rtol=1e-2, atol=1e-4)
     assert "(96, 320), (320, 1), torch.bfloat16" in code and "(96, 320), (320, 1), torch.float32" not in code

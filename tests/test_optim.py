@@ -152,6 +152,17 @@ def test_orthogonalized_matrices_have_singular_values_near_one(dtype):
     assert values.min() > 0.5 and values.max() < 1.4
 
 
+@pytest.mark.parametrize("columns", [31, 32, 40, 64])
+@pytest.mark.parametrize("rank", [1, 3, 16])
+def test_wide_matrices_are_orthogonalized_as_others(columns, rank):
+    """In fp32, by products of squares: as in fp64 without them, for matrices of low rank too."""
+    torch.manual_seed(0)
+    matrices = torch.randn(5, 16, rank) @ torch.randn(5, rank, columns)
+    matrices[0] *= 1e-6
+    result = orthogonalize(matrices)
+    torch.testing.assert_close(result, orthogonalize(matrices.double()).float(), rtol=1e-4, atol=1e-4)
+
+
 def test_clipping_bounds_the_norm_and_reports_it_unclipped(monkeypatch):
     model, optimizers = make()
     norm = math.sqrt(sum(weights.grad.square().sum().item() for weights in model.parameters()))

@@ -24,7 +24,7 @@ from typing import Literal
 import atomic
 from bench.timing import ROOT, alternating_medians, print_header, print_row
 from data.config import DataConfig
-from data.files import cut_into_pieces
+from data.document import cut_into_pieces
 from data.library import StdLib
 from data.prepare import load_tokenizer, prepare
 from data.tokenizer import Tokenizer

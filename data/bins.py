@@ -16,7 +16,8 @@ import numpy as np
 
 import atomic
 from data.config import TOKENIZERS
-from data.files import File, matches
+from data.files import File
+from data.find import matches
 from data.shards import SPLITS, check, read_meta, write_meta
 from data.store import folder_for, make_once, sha256_of
 from data.tokenizer import CharTokenizer, Tokenizer, bytes_of_counts

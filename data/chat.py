@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from data.files import Document, SpecialToken, cut_into_pieces
+from data.document import Document, SpecialToken, cut_into_pieces
 from data.records import BadRecord, listed, type_name, well_formed
 from data.tokenizer import BPETokenizer, ExtendedTokenizer, Tokenizer
 

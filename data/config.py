@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args, get_type_hints
 
-from data import files
+from data.find import unreadable
 from data.mixture import read_mix
 from setting import FilePath, SettingsBase, setting
 
@@ -163,7 +163,7 @@ def missing_path(setting: str, path: str) -> Iterator[str]:
     if not path or place.exists():
         return
     if place.is_symlink():
-        yield f"{setting}={path} {files.unreadable(place)}."
+        yield f"{setting}={path} {unreadable(place)}."
     elif not set(path) & set("*?["):
         yield (f"{setting}={path} does not exist: check the spelling, and that it is relative to "
                f"{Path.cwd()}.")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from data.files import Document, SpecialToken
+from data.document import Document, SpecialToken
 from data.sources import Source
 from data.split import (
     EXPECTED_DOCUMENTS,

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from data.corpus import Corpus, Piece
-from data.files import SpecialToken
+from data.document import SpecialToken
 from data.shards import SPLITS, ShardWriter
 from data.tokenizer import Tokenizer
 from hardware import usable_cpus

@@ -20,7 +20,7 @@ import atomic
 from data import records
 from data.config import DataConfig
 from data.dataset_card import is_file_in, refuse_paths_outside
-from data.files import Document
+from data.document import Document
 from data.parquet import open_parquet, parquet_column
 from data.store import data_root, sha256_of
 from terminal import first_line, say

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
-from data.files import Document
+from data.document import Document
 from progress import ProgressBar
 
 # Tests, and folders of packages that were installed later.

@@ -19,8 +19,8 @@ from data.bins import prepare_bins
 from data.chat import markers_of, with_markers
 from data.config import TOKENIZERS, DataConfig
 from data.corpus import Corpus
+from data.document import SpecialToken
 from data.encode import segments
-from data.files import SpecialToken
 from data.shards import SPLITS, check, check_shards, prepare_again, read_meta, write_meta
 from data.sources import Files, Source, open_sources, open_validation
 from data.store import BUILDING, data_root, folder_for, make_once, sha256_of

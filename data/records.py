@@ -1,25 +1,23 @@
-"""The texts in files of records: JSON Lines, a JSON array, CSV and TSV.
+"""Records with a text: their limits, their fields, and the sentences about bad ones.
 
-Each reader yields a text or a BadRecord for each record, and holds one record in memory at most.
-Does not decide what happens to bad records.
+The readers of JSON, CSV and Parquet yield a text or a BadRecord for each record. Does not decide
+what happens to bad records.
 """
 
 from __future__ import annotations
 
-import csv
 import io
-import json
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from terminal import counted
 
+JSON_SUFFIXES = (".jsonl", ".jsonlines", ".ndjson", ".json")
+SUFFIXES = (*JSON_SUFFIXES, ".csv", ".tsv", ".parquet")
 RECORD_BYTES = 2**26  # the limit for one record, as it must fit in memory
 MISSING = object()
-DELIMITERS = {".csv": ",;\t|", ".tsv": "\t"}
 JSON_TYPES = {
     type(None): "null",
     str: "text",
@@ -49,42 +47,10 @@ def skipped_records(number: int) -> str:
     return f", {counted(number, 'record')} without text skipped" if number else ""
 
 
-# Makes a text or a document of a JSON record, whose place is given for messages.
-RecordReader = Callable[[Any, str], Any]
-
-
 class OfType(NamedTuple):
     """Stands for a Parquet value that is not text and is not read."""
 
     name: str
-
-
-def read_records(blocks: Iterator[str], kind: str, field: str, path: Path,
-                 read: RecordReader | None = None) -> Iterator[Any]:
-    """The text of each record in a file whose content is `blocks`. `kind` is its suffix.
-
-    Of JSON, it is what `read` makes of a record, by default the text of its `field`.
-    """
-    read = read or partial(text_of, field=field)
-    if kind in DELIMITERS:
-        return delimited(blocks, kind, field, path)
-    first = next(blocks, "")
-    if kind == ".json" and first.lstrip().startswith("["):
-        return json_array(chain([first], blocks), read, path)
-    return json_lines(chain([first], blocks), read, path)
-
-
-def text_of(record: Any, place: str, field: str) -> str | BadRecord:
-    """The text of a JSON record: its `field`, or the record itself if it is a string."""
-    if isinstance(record, str):
-        return well_formed(record)
-    if not isinstance(record, dict):
-        return BadRecord(f"{place} is not a record with fields (it is {type_name(record)})")
-    value = look_up(record, field)
-    if value is MISSING:
-        fields = f"its fields are {listed(record)}" if record else "it has no fields"
-        return BadRecord(f"{place} has no field {field} ({fields})", "set data.text_field=NAME")
-    return as_text(value, field, place)
 
 
 def look_up(record: dict[str, Any], field: str) -> Any:
@@ -150,175 +116,3 @@ def lines_of(blocks: Iterator[str], newline: str, path: Path) -> Iterator[str]:
                 raise too_long(f"{path}, line {number}")
             yield line
         waiting = waiting[end:]
-
-
-# JSON
-
-
-def json_lines(blocks: Iterator[str], read: RecordReader, path: Path) -> Iterator[Any]:
-    """What `read` makes of the record on each line. Blank lines are skipped."""
-    for number, line in enumerate(lines_of(blocks, "\n", path), 1):
-        if line.isspace():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            yield BadRecord(f"line {number} is not JSON ({reason_of(error)})",
-                            "write one record per line, or, in .json, one array of records",
-            )
-            continue
-        yield read(record, f"line {number}")
-
-
-def is_json_lines(text: str) -> bool:
-    """Whether each of the first two lines of a text that are not blank is a JSON object."""
-    lines = (line for line in io.StringIO(text) if not line.isspace())
-    found = 0
-    for line in islice(lines, 2):
-        try:
-            found += line.lstrip().startswith("{") and isinstance(json.loads(line), dict)
-        except (ValueError, RecursionError):
-            return False
-    return found == 2
-
-
-def reason_of(error: ValueError | RecursionError) -> str:
-    """Why something is not JSON. Only the position in the record is given, not in the block."""
-    if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg.removesuffix(' at')} at character {error.pos + 1}"
-    if isinstance(error, RecursionError):
-        return "too deeply nested"
-    return "a whole number has more digits than Python reads"
-
-
-def json_array(blocks: Iterator[str], read: RecordReader, path: Path) -> Iterator[Any]:
-    """What `read` makes of each element of a JSON array.
-
-    Raises ValueError for invalid JSON, as the start of the next element is unknown then.
-    """
-    # `text` from `start` on is not yet read.
-    text = next(blocks).lstrip()[1:]
-    start, number, n_blocks = 0, 0, 1
-    while True:
-        try:
-            record, end = array_element(text, start)
-        except (ValueError, RecursionError) as error:
-            # Perhaps the rest of the element is in the next blocks.
-            text, start = text[start:], 0
-            more = "".join(islice(blocks, n_blocks)) if may_be_cut(error) else ""
-            if not more:
-                place = f"{path}, record {number + 1}"
-                raise ValueError(f"{place} is not JSON ({reason_of(error)}).") from None
-            if len(text) > RECORD_BYTES:
-                raise too_long(f"{path}, record {number + 1}") from None
-            text += more
-            # Each attempt starts at the beginning of the element. Doubling keeps the time linear.
-            n_blocks *= 2
-            continue
-
-        n_blocks = 1
-        if record is not MISSING:
-            number += 1
-            yield read(record, f"record {number}")
-        start = end
-        if text[end - 1] == "]":
-            break
-    if any(block.strip() for block in chain([text[start:]], blocks)):
-        raise ValueError(f"{path} has more text after its array: only one array is read.")
-
-
-def array_element(text: str, start: int) -> tuple[Any, int]:
-    """The element of an array at `start`, and where the next one starts.
-
-    MISSING at the end of the array. Raises ValueError if the element is incomplete.
-    """
-    start = skip_blanks(text, start)
-    if text[start : start + 1] == "]":
-        return MISSING, start + 1
-    record, end = json.JSONDecoder().raw_decode(text, start)
-    end = skip_blanks(text, end)
-    if text[end : end + 1] not in (",", "]"):
-        raise json.JSONDecodeError("Expecting a comma or the end of the array", text, end)
-    return record, end + 1
-
-
-def skip_blanks(text: str, start: int) -> int:
-    return json.decoder.WHITESPACE.match(text, start).end()
-
-
-def may_be_cut(error: ValueError | RecursionError) -> bool:
-    """Whether more text might complete the element that cannot be read."""
-    if not isinstance(error, json.JSONDecodeError):
-        return False
-    # The longest words are -Infinity and escapes such as \u00e9.
-    return error.msg.startswith("Unterminated string") or len(error.doc.rstrip()) - error.pos < 10
-
-
-# Tables
-
-
-def delimited(blocks: Iterator[str], kind: str, field: str,
-              path: Path) -> Iterator[str | BadRecord]:
-    """The text of each row of CSV or TSV, whose first row names the columns.
-
-    Blank lines are skipped. Raises ValueError if there is no such column.
-    """
-    csv.field_size_limit(RECORD_BYTES)
-    row_size = 0
-
-    def counted_lines() -> Iterator[str]:
-        nonlocal row_size
-        # Lines can end with \r alone.
-        for number, line in enumerate(lines_of(blocks, "", path), 1):
-            row_size += len(line)
-            if row_size > RECORD_BYTES:
-                raise too_long(f"{path}: the record on line {number}")
-            yield line
-
-    # Blank lines before the header could not be told from rows with one empty field.
-    lines = counted_lines()
-    n_blank, first = 0, next(lines, "")
-    while first.isspace():
-        n_blank, first = n_blank + 1, next(lines, "")
-    delimiter = delimiter_of(first, kind, field)
-    rows = csv.reader(chain([first], lines), delimiter=delimiter, strict=True)
-
-    # The first row is the header. An invalid row does not end the file.
-    n_columns = 0
-    while True:
-        row_size, line = 0, n_blank + rows.line_num + 1
-        try:
-            row = next(rows, None)
-        except csv.Error as error:
-            yield BadRecord(f"line {line} is not {kind[1:].upper()} ({error})")
-            continue
-        if row is None:
-            return
-        if not row:
-            continue
-        if not n_columns:
-            n_columns, column = len(row), column_of(field, row, path)
-        elif len(row) != n_columns:
-            yield BadRecord(
-                f"line {line} has {counted(len(row), 'field')} and the header has {n_columns:,}")
-        else:
-            yield well_formed(row[column])
-
-
-def column_of(field: str, header: list[str], path: Path) -> int:
-    """The index of the column `field`. Raises ValueError unless there is exactly one."""
-    names = [name.strip() for name in header]
-    if field not in names:
-        raise no_field(str(path), field, names)
-    if names.count(field) > 1:
-        raise ValueError(f"{path} has several columns {field}: rename all but one.")
-    return names.index(field)
-
-
-def delimiter_of(first: str, kind: str, field: str) -> str:
-    """The delimiter that makes `field` a column name in the first line, or else the usual one."""
-    for delimiter in DELIMITERS[kind]:
-        names = next(csv.reader([first], delimiter=delimiter), [])
-        if field in [name.strip() for name in names]:
-            return delimiter
-    return DELIMITERS[kind][0]

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterator
 from functools import partial
 
-from data.files import Document, cut_into_pieces
+from data.document import Document, cut_into_pieces
 
 IN_MEMORY = 2**24  # characters; a longer document is read again from its file
 ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}

@@ -16,19 +16,19 @@ from pathlib import Path
 from typing import Protocol
 
 import atomic
-from data import files
+from data import find
 from data.chat import read_conversation
 from data.config import DataConfig
-from data.files import Document, File
+from data.document import Document
+from data.files import File
 from data.hub import Hub
 from data.library import PyDocs, StdLib
 from data.mixture import read_mix
-from data.records import skipped_records
+from data.records import JSON_SUFFIXES, SUFFIXES, skipped_records
 from data.separator import divide, unescaped
 from data.store import data_root, sha256_of
 from terminal import counted, say
 
-CONVERSATIONS = (".jsonl", ".jsonlines", ".ndjson", ".json")
 SHAKESPEARE_URL = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt")
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -95,7 +95,7 @@ def open_sources(config: DataConfig) -> dict[str, Source]:
         raise ValueError(
             f"data.text_field={config.text_field} names a field of records, and {place} holds "
             f"only plain text: leave it out, or give files of records one of the extensions "
-            f"{', '.join(files.RECORDS)}.")
+            f"{', '.join(SUFFIXES)}.")
     return sources
 
 
@@ -114,33 +114,32 @@ class Files:
 
     def __init__(self, path: str, config: DataConfig = DataConfig()) -> None:
         self.skipped: Counter[str] = Counter()
-        paths = files.find(os.path.expanduser(path), self.skipped)
-        text_field, errors, encoding = config.text_field, config.errors, config.encoding
-        on_bad_record = config.on_bad_record
-        read = read_conversation if config.source == "chat" else None
+        paths = find.find(os.path.expanduser(path), self.skipped)
 
-        # Only files of records can hold conversations.
+        # Only JSON can hold conversations.
+        read = read_conversation if config.source == "chat" else None
         self.files = []
         for one in paths:
-            file = File(one, text_field, errors, encoding, on_bad_record, read)
-            if read and file.kind not in CONVERSATIONS:
+            file = File(one, config.text_field, config.errors, config.encoding,
+                        config.on_bad_record, read)
+            if read and file.kind not in JSON_SUFFIXES:
                 self.skipped[one.suffix.lower()] += 1
             else:
                 self.files.append(file)
         if not self.files:
             raise ValueError(
-                f"{path} has no conversations: data=chat reads {', '.join(CONVERSATIONS)}, also "
+                f"{path} has no conversations: data=chat reads {', '.join(JSON_SUFFIXES)}, also "
                 f"compressed.")
         self.separator = unescaped(config.separator)
 
         # Newer settings are left out at their defaults, so that old fingerprints stay valid.
-        self.settings = f"files {text_field} {errors}"
+        self.settings = f"files {config.text_field} {config.errors}"
         if read:
-            self.settings = f"chat {errors}"
+            self.settings = f"chat {config.errors}"
         if self.separator:
             self.settings += f" {self.separator!r}"
-        if encoding or on_bad_record != "stop":
-            self.settings += f" {encoding} {on_bad_record}"
+        if config.encoding or config.on_bad_record != "stop":
+            self.settings += f" {config.encoding} {config.on_bad_record}"
 
         # For the progress of reading.
         self.sizes = [file.path.stat().st_size for file in self.files]
@@ -172,7 +171,7 @@ class Files:
     def description(self) -> str:
         text = counted(len(self.files), "file")
         if self.skipped:
-            text += f" ({files.skipped_files(self.skipped)})"
+            text += f" ({find.skipped_files(self.skipped)})"
         return text + skipped_records(sum(file.bad_records for file in self.files))
 
 

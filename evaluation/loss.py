@@ -17,7 +17,7 @@ from conf.convert import freeze
 from conf.evaluation import TextConfig
 from data.bins import ENDINGS, count_tokens, describe_bin, find_bins
 from data.config import DataConfig
-from data.files import SpecialToken
+from data.document import SpecialToken
 from data.loader import Validation
 from data.prepare import find_prepared, load_tokenizer, prepare
 from data.run_data import open_validation

@@ -69,7 +69,7 @@ from conf.schema import compose
 from conf.settings import Settings
 from data.config import TOKENIZERS, DataConfig
 from data.contents import Contents
-from data.files import walk
+from data.find import walk
 from data.prepare import PROGRESS, describe, load_tokenizer, prepare
 from data.shards import SPLITS, read_meta
 from data.store import BUILDING, data_root, in_use

@@ -16,7 +16,7 @@ import pytest
 from bench import prepare
 from bench.prepare import PrepareSettings, main, make_text
 from conf.schema import ConfigError, compose
-from data.files import Document
+from data.document import Document
 from data.shards import Tokens
 
 WAYS = ["bare, threads", "bare, processes", "prepared, from file to file"]

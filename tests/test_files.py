@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiktoken_ext import openai_public
 
-from data import encodings, files, records
+from data import document, encodings, files, find, records
 from data.parquet import parquet_column
 from data.tokenizer import BPETokenizer
 
@@ -197,11 +197,11 @@ def test_a_folder_gives_all_kinds_a_glob_what_it_says(tmp_path):
         (tmp_path / name).write_bytes(b"x")
 
     def names(path):
-        return [str(one.relative_to(tmp_path)) for one in files.find(str(path))]
+        return [str(one.relative_to(tmp_path)) for one in find.find(str(path))]
     assert names(tmp_path) == ["a.txt", "b.md", "deep/c.jsonl.gz", "deep/d.TXT", "f.txt.zst"]
     assert names(tmp_path / "**/*.gz") == ["deep/c.jsonl.gz", "g.gz"] and names(tmp_path / "?.py") == ["e.py"]
     with pytest.raises(ValueError, match=r"none\*.txt holds no file to read"):
-        files.find(str(tmp_path / "none*.txt"))
+        find.find(str(tmp_path / "none*.txt"))
 
 
 def test_a_folder_is_read_through_links_and_once(tmp_path):
@@ -212,7 +212,7 @@ def test_a_folder_is_read_through_links_and_once(tmp_path):
     (tmp_path / "corpus" / "link").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "corpus" / "deep" / "back").symlink_to(tmp_path / "corpus")
     (tmp_path / "corpus" / "dangling.txt").symlink_to(tmp_path / "nothing")
-    assert [path.name for path in files.find(str(tmp_path / "corpus"))] == ["a.txt", "b.txt"]
+    assert [path.name for path in find.find(str(tmp_path / "corpus"))] == ["a.txt", "b.txt"]
 
 
 def test_a_folder_that_cannot_be_seen_is_an_error(tmp_path, monkeypatch):
@@ -227,7 +227,7 @@ def test_a_folder_that_cannot_be_seen_is_an_error(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "scandir", refusing)
     with pytest.raises(PermissionError, match="hidden"):
-        files.find(str(tmp_path))
+        find.find(str(tmp_path))
 
 
 def test_a_byte_order_mark_before_json_lines_is_no_text(tmp_path):
@@ -238,19 +238,19 @@ def test_a_byte_order_mark_before_json_lines_is_no_text(tmp_path):
 def test_a_glob_gives_no_folders(tmp_path):
     (tmp_path / "folder.txt").mkdir()
     (tmp_path / "a.txt").write_bytes(b"x")
-    assert files.find(str(tmp_path / "*.txt")) == [tmp_path / "a.txt"]
+    assert find.find(str(tmp_path / "*.txt")) == [tmp_path / "a.txt"]
 
 
 def test_a_glob_may_be_relative(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.txt").write_bytes(b"x")
-    assert files.find("*.txt") == [Path("a.txt")]
+    assert find.find("*.txt") == [Path("a.txt")]
 
 
 @pytest.mark.skipif(sys.version_info >= (3, 13), reason="newer Pythons accept it")
 def test_an_invalid_glob_is_explained():
     with pytest.raises(ValueError, match=r"corpus/\*\*.txt is not a valid glob: \*\* stands for whole folders"):
-        files.find("corpus/**.txt")
+        find.find("corpus/**.txt")
 
 
 # Pieces
@@ -270,14 +270,14 @@ def test_pieces_joined_are_the_text(tmp_path_factory, text, piece):
     path = tmp_path_factory.mktemp("pieces") / "a.txt"
     path.write_bytes(text.encode())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(files, "PIECE", piece)
+        patch.setattr(document, "PIECE", piece)
         patch.setattr(encodings, "BLOCK", piece)
         pieces = list(files.File(path).text_pieces())
     assert "".join(pieces) == text.removeprefix("\ufeff") and all(pieces) and all(len(one) < 3 * piece + 3 for one in pieces)
 
 
 def test_a_byte_order_mark_can_only_start_a_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "PIECE", 10)
+    monkeypatch.setattr(document, "PIECE", 10)
     text = "\ufeff" * 50  # so that pieces begin with it
     (tmp_path / "a.txt").write_text("x" + text, encoding="utf-8")
     assert read(tmp_path / "a.txt") == ["x" + text]
@@ -286,7 +286,7 @@ def test_a_byte_order_mark_can_only_start_a_file(tmp_path, monkeypatch):
 
 
 def test_a_text_that_begins_with_pieces_of_blanks_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "PIECE", 10)
+    monkeypatch.setattr(document, "PIECE", 10)
     (tmp_path / "a.txt").write_text("\n" * 100 + "text")
     assert read(tmp_path / "a.txt") == ["\n" * 100 + "text"]
     (tmp_path / "a.txt").write_text("\n" * 100)
@@ -296,7 +296,7 @@ def test_a_text_that_begins_with_pieces_of_blanks_is_read(tmp_path, monkeypatch)
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.txt.gz", "a.parquet"])
 def test_a_file_knows_how_far_it_is_read(tmp_path, monkeypatch, name):
     monkeypatch.setattr(encodings, "BLOCK", 100)
-    monkeypatch.setattr(files, "PIECE", 100)
+    monkeypatch.setattr(document, "PIECE", 100)
     content = "".join(f'{{"text": "{number} {number**9}"}}\n' for number in range(20_000)).encode()
     if name == "a.parquet":
         pyarrow = pytest.importorskip("pyarrow")
@@ -341,7 +341,7 @@ def any_bpe(request):
 @given(st.lists(WORDS, max_size=60).map("".join))
 def test_cutting_a_text_changes_no_token(any_bpe, text):
     whole = any_bpe.encode(text)
-    for match in files.CUT.finditer(text):
+    for match in document.CUT.finditer(text):
         assert any_bpe.encode(text[: match.start()]) + any_bpe.encode(text[match.start():]) == whole, match
 
 
@@ -353,16 +353,16 @@ def test_a_long_text_in_pieces_has_the_tokens_of_the_whole(any_bpe, text, tmp_pa
     (tmp_path / "a.txt").write_bytes((text * 100).encode())
     whole = any_bpe.encode(text * 100)
     for piece in (100, 333, 1000):
-        monkeypatch.setattr(files, "PIECE", piece)
+        monkeypatch.setattr(document, "PIECE", piece)
         pieces = list(files.File(tmp_path / "a.txt").text_pieces())
         assert len(pieces) > 1 and [one for piece in pieces for one in any_bpe.encode(piece)] == whole
 
 
 def test_ordinary_texts_have_places_to_cut(monkeypatch):
-    monkeypatch.setattr(files, "PIECE", 100)
+    monkeypatch.setattr(document, "PIECE", 100)
     for text in ("Some words in a line. " * 100, "一些中文，没有空格。" * 100, "كلمات عربية هنا " * 100, "a\nb\n" * 100):
-        assert 0 < files.place_to_cut(text, 0) < 100
-    assert files.place_to_cut("x" * 500, 0) == 100
+        assert 0 < document.place_to_cut(text, 0) < 100
+    assert document.place_to_cut("x" * 500, 0) == 100
 
 
 # What is found
@@ -373,7 +373,7 @@ def test_all_formats_of_records_are_found_in_a_folder(tmp_path):
     for name in [*names, "h.xml", "i.parquet.gz"]:
         (tmp_path / name).write_bytes(b"x")
     skipped = Counter()
-    assert [path.name for path in files.find(str(tmp_path), skipped)] == names
+    assert [path.name for path in find.find(str(tmp_path), skipped)] == names
     assert skipped == {".xml": 1, ".gz": 1}
 
 
@@ -386,25 +386,25 @@ def test_a_pipe_or_socket_is_refused_and_skipped(tmp_path, name):
         with socket.socket(socket.AF_UNIX) as server:
             server.bind(os.path.relpath(place))
     with pytest.raises(ValueError, match="is a pipe, a socket or a device, which cannot be read more than once"):
-        files.find(str(place))
+        find.find(str(place))
     (tmp_path / "a.txt").write_bytes(b"x")
     for path in (tmp_path, tmp_path / "*.txt"):
         skipped = Counter()
-        assert files.find(str(path), skipped) == [tmp_path / "a.txt"] and skipped.total() == 1
+        assert find.find(str(path), skipped) == [tmp_path / "a.txt"] and skipped.total() == 1
 
 
 def test_a_device_is_refused():
     with pytest.raises(ValueError, match="/dev/zero is a pipe, a socket or a device, which cannot be read more than once"):
-        files.find("/dev/zero")
+        find.find("/dev/zero")
 
 
 @pytest.mark.parametrize("target", ["a.txt", "nothing"])
 def test_a_link_to_itself_or_to_nothing_is_named(tmp_path, target):
     (tmp_path / "a.txt").symlink_to(tmp_path / target)
     with pytest.raises(ValueError, match=r"a.txt is a symbolic link to itself or to nothing"):
-        files.find(str(tmp_path / "a.txt"))
+        find.find(str(tmp_path / "a.txt"))
     (tmp_path / "b.txt").write_bytes(b"x")
-    assert files.find(str(tmp_path)) == [tmp_path / "b.txt"]
+    assert find.find(str(tmp_path)) == [tmp_path / "b.txt"]
 
 
 # While a file is read
@@ -414,7 +414,7 @@ def test_a_link_to_itself_or_to_nothing_is_named(tmp_path, target):
                                     lambda path: path.unlink()], ids=["cut", "touched", "removed"])
 def test_a_file_that_changes_while_it_is_read_is_named(tmp_path, monkeypatch, change):
     monkeypatch.setattr(encodings, "BLOCK", 100)
-    monkeypatch.setattr(files, "PIECE", 100)
+    monkeypatch.setattr(document, "PIECE", 100)
     path = tmp_path / "a.txt"
     path.write_bytes(b"word " * 100_000)
     pieces = files.File(path).text_pieces()

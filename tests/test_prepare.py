@@ -199,7 +199,7 @@ def test_few_documents_give_their_tails(corpus, short_tails):
 
 def test_a_document_of_many_pieces_is_divided_once(corpus, short_tails, monkeypatch):
     """Also if the training part ends at the end of a piece."""
-    monkeypatch.setattr("data.files.PIECE", 10)
+    monkeypatch.setattr("data.document.PIECE", 10)
     texts = [letter * length for letter, length in zip("abcd", (50, 100, 87, 49), strict=True)]
     folder = prepare(corpus(texts))
     heads = [int(0.8 * len(text)) for text in texts]
@@ -232,7 +232,7 @@ def test_bpe_learns_from_the_training_split_only(corpus):
 
 
 def test_the_sample_for_training_is_counted_in_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr("data.files.PIECE", 10)
+    monkeypatch.setattr("data.document.PIECE", 10)
     (tmp_path / "a.txt").write_text("é" * 1000, encoding="utf-8")
     corpus = Corpus(Files(str(tmp_path / "a.txt")), 0.1)
     assert "".join(corpus.training_text(100)) == "é" * 50
@@ -476,7 +476,7 @@ def test_closing_ends_the_threads_and_drops_waiting_work(monkeypatch):
 
 
 def test_progress_counts_the_parts_of_a_mixture_alike(tmp_path, monkeypatch):
-    monkeypatch.setattr("data.files.PIECE", 100)
+    monkeypatch.setattr("data.document.PIECE", 100)
     monkeypatch.setattr("data.encodings.BLOCK", 100)
     monkeypatch.setattr(encode, "BATCH_BYTES", 1000)
     for name, length in (("a.txt", 10_000), ("b.txt", 5_000)):
@@ -506,7 +506,7 @@ def small_steps(monkeypatch):
 
 @pytest.mark.parametrize(("texts", "tokenizer"), [(MANY, "char"), (["One long text, read in many pieces. " * 500], "bpe")])
 def test_it_resumes_after_any_kill_to_identical_files(corpus, tmp_path, monkeypatch, small_steps, texts, tokenizer):
-    monkeypatch.setattr("data.files.PIECE", 100)
+    monkeypatch.setattr("data.document.PIECE", 100)
     config = corpus(texts, tokenizer=tokenizer, vocab_size=270)
     straight = {name: content for name, (content, _) in files(prepare(config)).items()}
     assert len(straight) > 8
@@ -561,12 +561,12 @@ def test_complete_segments_are_not_encoded_again(corpus, monkeypatch, small_step
 
 PREPARING = """
 import sys
-import data.encode, data.files
+import data.document, data.encode
 from data.prepare import prepare
 from data.config import DataConfig
 from data.sources import Files
 data.encode.BATCH_BYTES, data.encode.SEGMENT_BYTES = 2**12, 2**15
-data.files.PIECE = 2**10
+data.document.PIECE = 2**10
 print(prepare(DataConfig("text", sys.argv[1], "bpe", 300, 0.1)))
 """
 

@@ -47,7 +47,7 @@ def test_a_text_is_divided_wherever_its_pieces_end(text, between, documents, lin
 
 def test_a_document_larger_than_memory_is_read_again(monkeypatch):
     monkeypatch.setattr(separator, "IN_MEMORY", 100)
-    monkeypatch.setattr("data.files.PIECE", 50)
+    monkeypatch.setattr("data.document.PIECE", 50)
     draw = random.Random(0)
     texts = ["word " * draw.randint(1, 80) for _ in range(30)]
     joined = "\n\n".join(texts)

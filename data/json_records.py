@@ -1,0 +1,147 @@
+"""The texts in JSON Lines and in a JSON array, with one record in memory at a time."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Iterator
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+from data.records import (
+    MISSING,
+    RECORD_BYTES,
+    BadRecord,
+    as_text,
+    lines_of,
+    listed,
+    look_up,
+    too_long,
+    type_name,
+    well_formed,
+)
+
+# Makes a text or a document of a JSON record, whose place is given for messages.
+RecordReader = Callable[[Any, str], Any]
+
+
+def text_of(record: Any, place: str, field: str) -> str | BadRecord:
+    """The text of a JSON record: its `field`, or the record itself if it is a string."""
+    if isinstance(record, str):
+        return well_formed(record)
+    if not isinstance(record, dict):
+        return BadRecord(f"{place} is not a record with fields (it is {type_name(record)})")
+    value = look_up(record, field)
+    if value is MISSING:
+        fields = f"its fields are {listed(record)}" if record else "it has no fields"
+        return BadRecord(f"{place} has no field {field} ({fields})", "set data.text_field=NAME")
+    return as_text(value, field, place)
+
+
+def json_records(blocks: Iterator[str], kind: str, read: RecordReader, path: Path) -> Iterator[Any]:
+    """What `read` makes of each record in a file with this content and suffix (`kind`)."""
+    first = next(blocks, "")
+    blocks = chain([first], blocks)
+    if kind == ".json" and first.lstrip().startswith("["):
+        return json_array(blocks, read, path)
+    return json_lines(blocks, read, path)
+
+
+def json_lines(blocks: Iterator[str], read: RecordReader, path: Path) -> Iterator[Any]:
+    """What `read` makes of the record on each line. Blank lines are skipped."""
+    for number, line in enumerate(lines_of(blocks, "\n", path), 1):
+        if line.isspace():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            yield BadRecord(f"line {number} is not JSON ({reason_of(error)})",
+                            "write one record per line, or, in .json, one array of records")
+            continue
+        yield read(record, f"line {number}")
+
+
+def is_json_lines(text: str) -> bool:
+    """Whether each of the first two lines of a text that are not blank is a JSON object."""
+    lines = (line for line in io.StringIO(text) if not line.isspace())
+    found = 0
+    for line in islice(lines, 2):
+        try:
+            found += line.lstrip().startswith("{") and isinstance(json.loads(line), dict)
+        except (ValueError, RecursionError):
+            return False
+    return found == 2
+
+
+def reason_of(error: ValueError | RecursionError) -> str:
+    """Why something is not JSON. Only the position in the record is given, not in the block."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg.removesuffix(' at')} at character {error.pos + 1}"
+    if isinstance(error, RecursionError):
+        return "too deeply nested"
+    return "a whole number has more digits than Python reads"
+
+
+def json_array(blocks: Iterator[str], read: RecordReader, path: Path) -> Iterator[Any]:
+    """What `read` makes of each element of a JSON array.
+
+    Raises ValueError for invalid JSON, as the start of the next element is unknown then.
+    """
+    # `text` from `start` on is not yet read.
+    text = next(blocks).lstrip()[1:]
+    start, number, n_blocks = 0, 0, 1
+    while True:
+        try:
+            record, end = array_element(text, start)
+        except (ValueError, RecursionError) as error:
+            # Read more, if the rest of the element may be in the next blocks.
+            text, start = text[start:], 0
+            more = "".join(islice(blocks, n_blocks)) if may_be_cut(error) else ""
+            if not more:
+                place = f"{path}, record {number + 1}"
+                raise ValueError(f"{place} is not JSON ({reason_of(error)}).") from None
+            if len(text) > RECORD_BYTES:
+                raise too_long(f"{path}, record {number + 1}") from None
+            text += more
+            # Each attempt starts at the beginning of the element. Doubling keeps the time linear.
+            n_blocks *= 2
+            continue
+
+        # An element was read, or the end of the array.
+        n_blocks = 1
+        if record is not MISSING:
+            number += 1
+            yield read(record, f"record {number}")
+        start = end
+        if text[end - 1] == "]":
+            break
+    if any(block.strip() for block in chain([text[start:]], blocks)):
+        raise ValueError(f"{path} has more text after its array: only one array is read.")
+
+
+def array_element(text: str, start: int) -> tuple[Any, int]:
+    """The element of an array at `start`, and where the next one starts.
+
+    MISSING at the end of the array. Raises ValueError if the element is incomplete.
+    """
+    start = skip_blanks(text, start)
+    if text[start : start + 1] == "]":
+        return MISSING, start + 1
+    record, end = json.JSONDecoder().raw_decode(text, start)
+    end = skip_blanks(text, end)
+    if text[end : end + 1] not in (",", "]"):
+        raise json.JSONDecodeError("Expecting a comma or the end of the array", text, end)
+    return record, end + 1
+
+
+def skip_blanks(text: str, start: int) -> int:
+    return json.decoder.WHITESPACE.match(text, start).end()
+
+
+def may_be_cut(error: ValueError | RecursionError) -> bool:
+    """Whether more text might complete the element that cannot be read."""
+    if not isinstance(error, json.JSONDecodeError):
+        return False
+    # The longest words are -Infinity and escapes such as \u00e9.
+    return error.msg.startswith("Unterminated string") or len(error.doc.rstrip()) - error.pos < 10

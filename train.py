@@ -38,6 +38,7 @@ from evaluation.tasks import read_slices
 from generation.engine import Prompt
 from generation.samples import print_samples
 from report.page import after_training, is_current
+from startup import start
 from terminal import counted, say
 from trainer import Trainer, open_trainer
 from training.clock import Clock
@@ -45,9 +46,9 @@ from training.configure import configure
 from training.decision import Decision, decide
 from training.device import Device
 from training.distributed import World
+from training.documents import document_numbers
 from training.interrupt import Interrupt
 from training.memory import check_memory
-from training.step import document_numbers
 
 
 def train(settings: Settings) -> int:
@@ -99,8 +100,8 @@ def train_together(settings: Settings, world: World) -> int:
         # Train. A scheduler signals all processes, and torchrun signals them again: this is one
         # signal, so under torchrun a second one does not end them.
         with (Interrupt(second_ends=not world.by_torchrun) as interrupt, Clock() as clock,
-              open_trainer(settings, data, tasks, state, device, world, run) as trainer):
-            trainer.start(last, imported)
+              open_trainer(settings, data, tasks, state, device, run) as trainer):
+            start(trainer, last, imported)
             decision = training_loop(trainer, clock, interrupt)
             exit_code = trainer.end(decision, interrupt)
             if exit_code:

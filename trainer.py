@@ -5,14 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from checkpointing import notices, store
-from checkpointing.checkpoint import Checkpoint
 from checkpointing.peers import Peers
-from checkpointing.provenance import record_start
-from checkpointing.resume import settings_to_save
 from checkpointing.run_folder import Run
 from checkpointing.saver import Saver
 from checkpointing.state import State
@@ -24,29 +21,20 @@ from generation.engine import Engine, short_sample
 from terminal import counted
 from training import nonfinite
 from training.buckets import GradientBuckets
-from training.compiling import check_fused_loss, maybe_compile
 from training.decision import Decision
 from training.device import Device
-from training.distributed import World
-from training.estimate import measure_pace
 from training.fsdp import RowGradients
 from training.interrupt import Interrupt
 from training.recorder import Recorder
 from training.schedule import lr_scale
-from training.step import (
-    accumulate_gradients,
-    evaluate,
-    first_loss,
-    read_losses,
-    try_micro_step,
-)
+from training.step import BatchLoss, accumulate_gradients, evaluate, read_losses
 
 
 @contextmanager
 def open_trainer(settings: Settings, data: RunData, tasks: dict[str, list[Question]],
-                 state: State, device: Device, world: World, run: Run) -> Iterator[Trainer]:
+                 state: State, device: Device, run: Run) -> Iterator[Trainer]:
     """A trainer with its records, and the thread that saves its checkpoints."""
-    training = settings.training
+    training, world = settings.training, state.optimizers.world
 
     def before_checkpoint() -> None:
         # The folder must not have been moved, and the metrics reach the disk first.
@@ -60,7 +48,7 @@ def open_trainer(settings: Settings, data: RunData, tasks: dict[str, list[Questi
     with (world.only_first(open_recorder) as recorder,
           Saver(run.checkpoints, training.keep_last, state.step, before_checkpoint, recorder.say,
                 stop_on_error=training.on_save_error == "stop", peers=Peers(world)) as saver):
-        yield Trainer(settings, data, tasks, state, device, world, run, recorder, saver)
+        yield Trainer(settings, data, tasks, state, device, run, recorder, saver)
 
 
 @dataclass(frozen=True)
@@ -82,20 +70,25 @@ class Trainer:
     tasks: dict[str, list[Question]]  # to measure at each evaluation
     state: State
     device: Device
-    world: World
     run: Run
     recorder: Recorder
     saver: Saver
-    # The validation loss after the last step, where it was evaluated.
-    val_loss: float | None = None
 
     def __post_init__(self) -> None:
-        data, state, world = self.data, self.state, self.world
+        data, state = self.data, self.state
         self.training = self.settings.training
+        self.world = world = state.optimizers.world
         # The floating-point operations of this process in a step, for the speed and the MFU.
         tokens = data.loader.tokens_per_step / world.size
         self.step_flops = state.model.flops_per_token() * tokens
         self.batches = Prefetch(data.loader, self.device.torch, world.rank)
+        # The loss to train with; startup.py may replace its model by a compiled one.
+        self.loss_fn = BatchLoss(state.model, self.device, data.boundary)
+        # The part of a checkpoint that training does not change, from startup.py.
+        self.constants: dict[str, Any] = {}
+        # The validation loss after the last step, if it was evaluated then.
+        self.val_loss: float | None = None
+        # How gradients are added over the processes, and where samples are generated.
         if state.optimizers.sharded:
             self.gradients = RowGradients(state.optimizers.parameters, state.optimizers.own_parts)
             # The whole model may not fit on another device.
@@ -105,72 +98,6 @@ class Trainer:
                                              state.optimizers.parts)
             self.sampling_device = self.device
 
-    # Before the first step
-
-    def start(self, last: Checkpoint | None, imported: list[str]) -> None:
-        """Describe the run, compile the model, and estimate the time that training takes.
-
-        `last` is the checkpoint that was restored, `imported` are messages about the weights of
-        init_from=.
-        """
-        self.describe(last, imported)
-        self.compile()
-        self.record_environment()
-        self.estimate()
-        if self.training.on_nonfinite == "rollback" and not last:
-            # A checkpoint to return to.
-            self.start_save()
-
-    def describe(self, last: Checkpoint | None, imported: list[str]) -> None:
-        """Describe the run, its data and device, and the changes since it was started."""
-        say, world, state = self.recorder.say, self.world, self.state
-        notices.describe_run(say, self.run.folder, self.device, state, self.data,
-                             world.local_size)
-        for line in imported:
-            say(line)
-        notices.describe_changes(say, self.settings, state, last, world.size)
-
-    def compile(self) -> None:
-        """Compile the model where that pays, otherwise only its loss."""
-        # A micro-step without effect will show whether the compiled model works.
-        model, training, say = self.state.model, self.training, self.recorder.say
-        micro_step = partial(try_micro_step, batch=self.data.first_batch, device=self.device,
-                             boundary=self.data.boundary)
-        choice = "false" if self.state.optimizers.sharded else training.compile
-        # Compiling takes minutes: the length of the run decides whether that pays.
-        flops = self.step_flops * training.max_steps
-        if training.max_seconds:
-            flops = min(flops, training.max_seconds * self.device.nominal_flops())
-        self.forward = maybe_compile(model, choice, self.device, flops, micro_step, say)
-        self.is_compiled = self.forward is not model
-        if not self.is_compiled:
-            check_fused_loss(model, micro_step, say)
-
-    def record_environment(self) -> None:
-        """Record the machine and the versions, on which the last bits of the result depend."""
-        environment = asdict(self.device.environment(self.is_compiled, self.world.size))
-        if self.world.is_first:
-            record_start(self.run.folder, self.state.step, environment)
-        # The part of a checkpoint that training does not change.
-        saved_settings = settings_to_save(self.settings, self.data.prepared, self.device.precision)
-        self.constants = {"settings": saved_settings, "max_steps": self.training.max_steps,
-                          "model": asdict(self.state.model.config), "environment": environment}
-
-    def estimate(self) -> None:
-        """Estimate the time that training takes, for a message and the progress bar."""
-        data, training, state = self.data, self.training, self.state
-        loss = first_loss(self.forward, data.first_batch, self.device, data.boundary)
-        pace = measure_pace(loss, state.model.parameters_by_role(), self.settings.optim,
-                            self.device, training, data.loader.micro_steps,
-                            sum(data.validation.n_windows),
-                            self.is_compiled or state.model.loss_options is not None, self.world)
-        steps_left, _ = pace.work_left(training, state.step, state.seconds)
-        self.recorder.expect(pace.seconds_left(training, state.step, state.seconds),
-                             limited=steps_left < training.max_steps - state.step)
-        self.recorder.say(f"Time: {pace.describe(training, state.step, state.seconds)}")
-
-    # A step
-
     def take_step(self, interrupt: Interrupt) -> Step | None:
         """Update the weights by a batch; None if interrupted between two micro-steps of it."""
         # The learning rate depends on the step alone.
@@ -179,9 +106,8 @@ class Trainer:
         state.optimizers.set_scale(scale)
 
         # Forward and backward passes of all micro-steps.
-        losses = accumulate_gradients(self.forward, self.gradients, self.batches,
-                                      self.data.boundary, state.batch, scaler, self.device,
-                                      self.settings.seed, interrupt)
+        losses = accumulate_gradients(self.loss_fn, self.batches, self.gradients, scaler,
+                                      state.batch, self.settings.seed, interrupt)
         if losses is None:
             return None
 
@@ -203,35 +129,45 @@ class Trainer:
         "skip" leaves the weights as they are. "rollback" returns to the last scheduled checkpoint
         and steps over all batches since. "stop" raises ValueError.
         """
-        state, world, say = self.state, self.world, self.recorder.say
-        # Write a report of the batch and the gradients, and drop them.
+        message = self.report_nonfinite(action, step)
+        self.state.optimizers.zero_grad(self.state.scaler)
+        if action == "skip":
+            self.recorder.say(f"{message} Its batch is skipped.")
+        elif action == "rollback":
+            self.roll_back(message)
+        else:
+            self.stop(message)
+
+    def report_nonfinite(self, action: str, step: Step) -> str:
+        """Write a report of the batch and the gradients; return a message that names it."""
+        state = self.state
         state.nonfinite += 1
         message = (f"Step {state.step + 1} had a loss of {step.loss:.4g} and a gradient that is "
                    "not finite")
-        if world.is_first:
+        if self.world.is_first:
             batch = {"index": state.batch,
                      "sequences_start_at": self.data.loader.sequences(state.batch)}
             content = {"step": state.step, "action": action, "loss": step.loss, "batch": batch,
                        "last_losses": list(self.recorder.recent)}
             message += nonfinite.report(self.run.folder, state.nonfinite, state.optimizers, content)
-        state.optimizers.zero_grad(state.scaler)
-        if action == "skip":
-            say(f"{message} Its batch is skipped.")
-            return
+        return message
 
-        # Stop, and say how much is saved.
+    def stop(self, message: str) -> None:
+        """Raise ValueError with the message, how much is saved, and advice."""
         self.saver.finish()
-        if action == "stop":
-            if state.nonfinite > 1:
-                message += (f" It is number {state.nonfinite} in this run, and "
-                            f"training.nonfinite_limit={self.training.nonfinite_limit}.")
-            saved = world.first(lambda: self.saver.saved)
-            world.fail(ValueError(
-                f"{message} Saved so far: {counted(saved, 'step')}. Try a lower optim.lr, "
-                "optim.grad_clip=1, training.precision=fp32, or training.on_nonfinite=skip or "
-                "rollback."))
+        if self.state.nonfinite > 1:
+            message += (f" It is number {self.state.nonfinite} in this run, and "
+                        f"training.nonfinite_limit={self.training.nonfinite_limit}.")
+        saved = self.world.first(lambda: self.saver.saved)
+        self.world.fail(ValueError(
+            f"{message} Saved so far: {counted(saved, 'step')}. Try a lower optim.lr, "
+            "optim.grad_clip=1, training.precision=fp32, or training.on_nonfinite=skip or "
+            "rollback."))
 
-        # Return to the checkpoint, and remove the metrics and checkpoints after it.
+    def roll_back(self, message: str) -> None:
+        """Return to the last scheduled checkpoint; remove the metrics and checkpoints after it."""
+        state, world, say = self.state, self.world, self.recorder.say
+        self.saver.finish()
         last = world.first(lambda: store.load_checkpoint(
             self.run.checkpoints, "scheduled", store.verified, say, rename_damaged=True))
         if last is None:
@@ -257,13 +193,12 @@ class Trainer:
                                speed=f"{tokens_per_step / step_seconds:,.0f} tokens/s",
                                **self.device.mfu(self.step_flops / step_seconds))
 
-    # After a step
-
     def evaluate(self, decision: Decision) -> Decision:
         """Measure the validation loss; return the decision, since patience may end the run."""
         data, state = self.data, self.state
-        self.val_loss = evaluate(state.model, data.validation, self.device, data.boundary,
-                                 self.world)
+        # Batches of evaluations have shapes of their own, and would be compiled for.
+        loss_fn = replace(self.loss_fn, model=state.model)
+        self.val_loss = evaluate(loss_fn, data.validation, self.world)
         self.recorder.record_validation(state.step, self.val_loss, data.bytes_per_token)
         # An evaluation that is only due to the end of the run does not count towards patience: a
         # longer run would not have it.
@@ -297,8 +232,6 @@ class Trainer:
         scheduled = self.training.saves(self.state.step)
         self.saver.save(self.state.snapshot(self.val_loss, scheduled,
                                             self.data.tokenizer.to_json(), self.constants))
-
-    # After the last step
 
     def end(self, decision: Decision, interrupt: Interrupt) -> int:
         """Save the last step if necessary, say why training ends, and return the exit code."""

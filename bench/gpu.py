@@ -35,7 +35,7 @@ from training.config import OptimConfig
 from training.configure import configure
 from training.device import Device
 from training.optim import Optimizers
-from training.step import loss_of
+from training.step import BatchLoss
 
 SHAPES = {
     "gpt2": GPTConfig(),
@@ -188,13 +188,14 @@ def measure_training(config: GPTConfig, variant: str, batch_size: int, least_sec
     optimizers = Optimizers(model.parameters_by_role(), optim)
     scaler = torch.amp.GradScaler(device.type, enabled=device.precision == "fp16")
     forward = torch.compile(model, dynamic=False) if variant == "compiled" else model
+    loss_fn = BatchLoss(forward, device)
     batches = Prefetch(random_loader(config, batch_size), device.torch)
     times: list[float] = []
     number = 0
     # The first steps warm up.
     while len(times) < 6 or sum(times[3:]) < least_seconds:
         start = time.perf_counter()
-        loss = loss_of(forward, batches.batch(number), device, None)
+        loss = loss_fn(batches.batch(number))
         scaler.scale(loss).backward()
         norm = optimizers.gradient_norm(scaler)
         # As in train.py, the only values that are read.

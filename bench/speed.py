@@ -34,7 +34,7 @@ from setting import FilePath, SettingsBase, setting
 from training.configure import configure
 from training.device import Device
 from training.optim import OptimConfig, Optimizers
-from training.step import loss_of
+from training.step import BatchLoss
 
 # nanoGPT's architecture.
 GPT2_LIKE = GPTConfig(dropout=0.0, bias=False, activation="gelu_erf")
@@ -159,6 +159,7 @@ def training_step(
     """A function that does one training step and returns the seconds of each of its parts."""
     model = GPT(config).to(device.torch)
     model.loss_options = loss_options(device.torch, fused=True)
+    loss_fn = BatchLoss(model, device)
     optimizers = Optimizers(model.parameters_by_role(), optim)
     scaler = torch.amp.GradScaler(device.type, enabled=device.precision == "fp16")
 
@@ -168,7 +169,7 @@ def training_step(
 
     def step(number: int) -> dict[str, float]:
         start = now()
-        loss = loss_of(model, loader.batch(number), device, None)
+        loss = loss_fn(loader.batch(number))
         forward = now()
         scaler.scale(loss).backward()
         backward = now()

@@ -39,7 +39,7 @@ from training.device import Device
 from training.distributed import World
 from training.interrupt import Interrupt
 from training.optim import Optimizers
-from training.step import accumulate_gradients, loss_of
+from training.step import BatchLoss, accumulate_gradients
 from training.tree_sum import TreeSum
 
 # The number of processes, and of threads of each. The first is what others are compared with.
@@ -154,8 +154,8 @@ def measure(shape: str, optimizer: str, micro_steps: int, threads: int,
         # The first two steps warm up.
         while len(seconds) < 5 or world.agree(sum(seconds[2:]), False)[0] < least_seconds:
             start, world.waiting = time.perf_counter(), 0.0
-            losses = accumulate_gradients(model, buckets, batches, None, len(seconds), scaler,
-                                          device, 0, Interrupt())
+            losses = accumulate_gradients(BatchLoss(model, device), batches, buckets, scaler,
+                                          len(seconds), 0, Interrupt())
             norm = optimizers.gradient_norm(scaler)
             world.gather(losses)
             optimizers.step(scaler, norm, optim.grad_clip)
@@ -173,13 +173,14 @@ def sum_seconds(config: GPTConfig, batch_size: int, settings: WorkersSettings,
                 device: Device) -> dict[str, float]:
     """The median seconds of a step's gradients, added in a tree and in place."""
     model = GPT(config)
+    loss_fn = BatchLoss(model, device)
     loader = random_loader(config, batch_size, settings.micro_steps)
     parameters = list(model.parameters())
 
     def step(in_tree: bool) -> None:
         total = TreeSum(parameters, settings.micro_steps)
         for micro_step in range(settings.micro_steps):
-            loss_of(model, loader.batch(0, micro_step), device, None).backward()
+            loss_fn(loader.batch(0, micro_step)).backward()
             if in_tree:
                 total.after_backward(micro_step)
         if in_tree:

@@ -29,7 +29,7 @@ from generation.engine import Engine
 from model.loss import MASKED, next_token_loss
 from progress import ProgressBar
 from terminal import counted
-from training.step import document_options
+from training.documents import document_options
 
 
 @dataclass(frozen=True)
@@ -239,7 +239,7 @@ def row_losses(engine: Engine, inputs: torch.Tensor, targets: torch.Tensor,
                boundary: int | None) -> list[float]:
     """The mean loss of each row of a batch `[B, T]`, in nats per token."""
     model, device = engine.model, engine.device
-    options = document_options(inputs, boundary, device)
+    options = document_options(inputs, boundary, device.torch)
     targets = targets.to(device.torch)
     losses = []
     with device.autocast():

@@ -79,8 +79,8 @@ from model import GPT, SkipInit
 from terminal import counted, readable_size, readable_time, say
 from training.configure import configure
 from training.device import GPU_GIGABYTES, PEAK_FLOPS, Device, memory_limit
-from training.estimate import Pace, measure_pace
-from training.step import first_loss
+from training.estimate import Pace, Workload, measure_pace
+from training.step import BatchLoss, first_loss
 
 GPUS = sorted(name.lower().replace(" ", "-") for name in PEAK_FLOPS)
 # The vocabulary of characters of a text that is not prepared: that of Tiny Shakespeare.
@@ -282,10 +282,11 @@ def pace_of(settings: Settings, device: Device, meta: dict[str, Any] | None) -> 
     eval_tokens = training.eval_tokens
     if meta:
         eval_tokens = min(eval_tokens, meta["splits"]["val"]["tokens"])
-    loss = first_loss(model, loader.batch(0), device, boundary)
-    return measure_pace(loss, model.parameters_by_role(), settings.optim, device, training,
-                        training.micro_steps(config.block_size),
-                        math.ceil(eval_tokens / config.block_size))
+    work = Workload(training, settings.optim, model.parameters_by_role(),
+                    training.micro_steps(config.block_size),
+                    math.ceil(eval_tokens / config.block_size))
+    loss_fn = BatchLoss(model, device, boundary)
+    return measure_pace(first_loss(loss_fn, loader.batch(0)), work, device)
 
 
 def resident_bytes() -> int:

@@ -16,6 +16,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import settings
 
 import hardware
+import startup
 import train
 import trainer
 from checkpointing import provenance
@@ -152,7 +153,7 @@ git_state = functools.cache(provenance.git_state)
 
 def measure_nothing(patch):
     """At its start, a run measures the machine for a third of a second, which other tests are about."""
-    patch.setattr(trainer, "measure_pace", lambda *_: Pace(1.0, 1.0))
+    patch.setattr(startup, "measure_pace", lambda *_: Pace(1.0, 1.0))
     patch.setattr("training.device.busy_cpus", lambda: 0.0)
     patch.setattr(hardware, "cgroups", lambda *_: [])
     patch.setattr(provenance, "git_state", git_state)

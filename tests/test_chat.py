@@ -33,7 +33,7 @@ from model import loss as model_loss
 from train import train
 from training.device import Device
 from training.interrupt import Interrupt
-from training.step import accumulate_gradients, evaluate
+from training.step import BatchLoss, accumulate_gradients, evaluate
 
 ROOT = Path(__file__).parent.parent
 
@@ -425,7 +425,7 @@ def test_a_step_is_the_mean_over_its_targets(counted, micro_steps, world_size):
     for rank in range(world_size):
         model.zero_grad()
         batches = OneProcess(model, loader, rank)
-        total += accumulate_gradients(model, batches, batches, None, 0, scaler, device, 0, Interrupt()).sum().item()
+        total += accumulate_gradients(BatchLoss(model, device), batches, batches, scaler, 0, 0, Interrupt()).sum().item()
         sums = [one + weights.grad for one, weights in zip(sums, model.parameters(), strict=True)]
     assert total == pytest.approx(loss.item(), rel=1e-5)
     torch.testing.assert_close(sums, expected, rtol=1e-4, atol=1e-6)
@@ -435,7 +435,7 @@ def test_validation_is_the_mean_over_the_targets(counted):
     from training.distributed import World
 
     model, tokens, markers = counted
-    values = [evaluate(model, Validation([tokens], 32, batch_size, 10**6, markers=markers), Device("cpu", "fp32"), None, World({}))
+    values = [evaluate(BatchLoss(model, Device("cpu", "fp32")), Validation([tokens], 32, batch_size, 10**6, markers=markers), World({}))
               for batch_size in (1, 5, 1000)]
     assert values == pytest.approx([values[0]] * 3, rel=1e-5)
     # All of the split, although sequences have padding.

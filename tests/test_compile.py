@@ -24,7 +24,7 @@ from training.config import OptimConfig
 from training.device import Device
 from training.distributed import World
 from training.optim import Optimizers
-from training.step import evaluate
+from training.step import BatchLoss, evaluate
 
 
 @functools.cache
@@ -86,15 +86,15 @@ def test_steps_and_evaluation_do_not_compile_again(graphs):
         compiled(idx, idx.roll(-1, 1)).backward()
         optimizers.set_scale(1 / (step + 1))
         optimizers.step(scaler, optimizers.gradient_norm(scaler), 1.0)
-        evaluate(gpt, validation, Device("cpu", "fp32"), None, World({}))
+        evaluate(BatchLoss(gpt, Device("cpu", "fp32")), validation, World({}))
     assert len(found) == torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def test_a_run_is_evaluated_by_the_uncompiled_model(monkeypatch):
     """Batches of evaluations have shapes of their own, and would be compiled for."""
-    evaluated, run = [], MagicMock()
+    evaluated, run = [], MagicMock(loss_fn=BatchLoss("compiled", None))
     run.training.evaluates.return_value = False
-    monkeypatch.setattr(trainer, "evaluate", lambda model, *_: evaluated.append(model))
+    monkeypatch.setattr(trainer, "evaluate", lambda loss_fn, *_: evaluated.append(loss_fn.model))
     trainer.Trainer.evaluate(run, trainer.Decision())
     assert evaluated == [run.state.model]
 

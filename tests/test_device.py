@@ -8,8 +8,10 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from training.compiling import check_fused_loss, maybe_compile
 from training.configure import activate_flash_attention_3, configure
 from training.device import Device
 from training.memory import bytes_kept
+from training.step import BatchLoss
 
 
 @pytest.fixture(autouse=True)
@@ -227,16 +230,17 @@ class Compiler:
         self.said, self.tried, self.fails = [], [], fails
         monkeypatch.setattr(torch, "compile", lambda model, dynamic: ("compiled", model))
         monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/g++")
+        monkeypatch.setattr(BatchLoss, "try_backward", lambda *words: self.try_backward(*words))
 
-    def trial(self, model):
-        self.tried.append(model)
+    def try_backward(self, loss_fn, batch):
+        self.tried.append(loss_fn.model)
         if self.fails:
             raise RuntimeError("no header Python.h\nand more")
 
     def __call__(self, choice, seconds):
         device = Device("cpu", "fp32")
         flops = seconds * device.nominal_flops()
-        return maybe_compile("model", choice, device, flops, self.trial, self.said.append)
+        return maybe_compile(BatchLoss("model", device), None, choice, flops, self.said.append).model
 
 
 def test_compiling_is_decided_without_a_clock(monkeypatch):
@@ -284,18 +288,16 @@ def test_a_tensor_that_is_kept_twice_is_counted_once():
         assert bytes_kept(product) == 0
 
 
-def test_a_loss_that_cannot_be_compiled_runs_uncompiled():
+def test_a_loss_that_cannot_be_compiled_runs_uncompiled(monkeypatch):
     """With a warning. A GPU that is full is no reason to try without."""
-    def fails(model):
-        if model.loss_options.fused:
-            raise error
-
     model, said = SimpleNamespace(loss_options=LossOptions(2**20, 64, fused=True)), []
-    error = torch.OutOfMemoryError("full")
+    loss_fn = BatchLoss(model, Device("cpu"))
+    attempt = Mock(side_effect=[torch.OutOfMemoryError("full"), RuntimeError("no compiler")])
+    monkeypatch.setattr(BatchLoss, "try_backward", attempt)
     with pytest.raises(torch.OutOfMemoryError):
-        check_fused_loss(model, fails, said.append)
-    error = RuntimeError("no compiler")
-    check_fused_loss(model, fails, said.append)
+        check_fused_loss(loss_fn, None, said.append)
+    check_fused_loss(loss_fn, None, said.append)
     assert not model.loss_options.fused and "no compiler" in said[0]
-    check_fused_loss(model, pytest.fail, said.append)
-    check_fused_loss(SimpleNamespace(loss_options=None), pytest.fail, said.append)
+    check_fused_loss(loss_fn, None, said.append)
+    check_fused_loss(replace(loss_fn, model=SimpleNamespace(loss_options=None)), None, said.append)
+    assert attempt.call_count == 2

@@ -7,14 +7,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import startup
 import train as story
-import trainer
 from model import GPT, GPTConfig
 from progress import ProgressBar
 from training import estimate
 from training.config import OptimConfig, TrainingConfig
 from training.device import Device
-from training.estimate import Pace, measure_pace, update_seconds
+from training.estimate import Pace, Workload, measure_pace, update_seconds
 
 CPU = Device("cpu", "fp32")
 
@@ -41,8 +41,8 @@ class Timer:
 
     def measure(self, micro_steps=3, compiled=False, world=None, **limits):
         limits = TrainingConfig(**{"max_steps": 100, "batch_size": 16} | limits)
-        return measure_pace(self.loss, {}, OptimConfig(), CPU, limits, micro_steps, 64, compiled,
-                            world)
+        work = Workload(limits, OptimConfig(), {}, micro_steps, 64, compiled)
+        return measure_pace(self.loss, work, CPU, world)
 
 
 @pytest.mark.parametrize(("seconds", "limits", "calls"), [
@@ -132,10 +132,10 @@ def test_the_update_of_a_sample_is_extrapolated(monkeypatch, optimizer):
 
 def test_an_estimate_does_not_change_the_training(compose_tiny, tmp_path, monkeypatch):
     found = []
-    monkeypatch.setattr(trainer, "measure_pace", measure_pace)
+    monkeypatch.setattr(startup, "measure_pace", measure_pace)
     for name in ("with", "without"):
         if name == "without":
-            monkeypatch.setattr(trainer, "measure_pace", lambda *_: Pace(1.0, 1.0))
+            monkeypatch.setattr(startup, "measure_pace", lambda *_: Pace(1.0, 1.0))
         story.train(compose_tiny("training.max_steps=3", "model.dropout=0.1", f"name={name}"))
         last = story.store.list_checkpoints(tmp_path / "runs" / name / "checkpoints")[-1]
         found.append((last.folder / "model.safetensors").read_bytes())

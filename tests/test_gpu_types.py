@@ -26,7 +26,7 @@ from model.loss import LossOptions
 from training.config import OptimConfig
 from training.device import Device
 from training.optim import Optimizers
-from training.step import loss_of
+from training.step import BatchLoss
 
 
 def let_cuda_be_named():
@@ -148,11 +148,11 @@ def test_a_gpu_multiplies_and_attends_in_bf16(gpu, preset, monkeypatch):
     ids = torch.zeros(16, model.config.block_size, dtype=torch.int64, device="cuda")
     with Types(model.config) as types:
         types.watch(model, monkeypatch)
-        loss = loss_of(model, (ids, ids), gpu, None)
+        loss = BatchLoss(model, gpu)((ids, ids))
         assert types.heads == types.hidden == {torch.bfloat16}
         assert types.stream == {torch.float32} and loss.dtype == torch.float32
         with torch.inference_mode():
-            assert loss_of(model.eval(), (ids, ids), gpu, None).dtype == torch.float32
+            assert BatchLoss(model.eval(), gpu)((ids, ids)).dtype == torch.float32
         assert types.heads == types.hidden == {torch.bfloat16} and types.stream == {torch.float32}
 
     with Types(model.config):  # checks products

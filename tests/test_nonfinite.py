@@ -160,7 +160,7 @@ def test_answers_are_limited_in_number(compose_tiny, run, plant, action):
 
 
 def test_a_sample_of_a_diverged_model_does_not_end_the_run(compose_tiny, monkeypatch, capsys):
-    monkeypatch.setattr(trainer, "evaluate", lambda model, *words: (model.wte.weight.data.fill_(math.nan), 1.0)[1])
+    monkeypatch.setattr(trainer, "evaluate", lambda loss_fn, *words: (loss_fn.model.wte.weight.data.fill_(math.nan), 1.0)[1])
     with pytest.raises(ValueError, match="had a loss of nan"):
         program.train(compose_tiny("training.max_steps=4", "training.eval_every=1", "training.sample_tokens=8"))
     assert "output is NaN or infinite" in capsys.readouterr().out

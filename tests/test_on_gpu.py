@@ -28,7 +28,7 @@ from training.configure import configure
 from training.device import Device
 from training.interrupt import Interrupt
 from training.optim import Optimizers
-from training.step import accumulate_gradients, loss_of
+from training.step import BatchLoss, accumulate_gradients
 
 # torch looks for it once: at the first product, which may be that of another test.
 if torch.cuda.is_available():
@@ -76,7 +76,7 @@ def test_a_step_does_not_wait_for_the_gpu(gpu, name, optimizer, boundary, precis
     for step in range(3):
         # The first step sets up libraries.
         torch.cuda.set_sync_debug_mode("error" if step else "default")
-        losses = accumulate_gradients(model, all_gradients(model), batches, boundary, step, scaler, device, 0, Interrupt())
+        losses = accumulate_gradients(BatchLoss(model, device, boundary), batches, all_gradients(model), scaler, step, 0, Interrupt())
         optimizers.step(scaler, optimizers.gradient_norm(scaler), 1.0, overflowed=False)
     torch.cuda.set_sync_debug_mode("default")
     assert losses.is_cuda and losses.isfinite().all()
@@ -149,7 +149,7 @@ def test_a_step_takes_the_memory_that_is_planned(gpu, compose_tiny):
     optimizers, scaler = Optimizers(model.parameters_by_role(), settings.optim), torch.amp.GradScaler("cuda", enabled=False)
     ids = torch.zeros(8, settings.model.block_size, dtype=torch.int64)
     for _ in range(2):
-        loss_of(model, (ids, ids), gpu, None).backward()
+        BatchLoss(model, gpu)((ids, ids)).backward()
     optimizers.step(scaler, optimizers.gradient_norm(scaler), 1.0)
     assert 0.8 < (torch.cuda.max_memory_allocated() - before) / planned < 1.25
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import startup
 import train as program
-import trainer
 from checkpointing import store
 from checkpointing.resume import is_finished
 from data import prepare as preparation
@@ -176,7 +176,7 @@ def test_restart_after_a_resume_without_it_starts_over(stopped, tmp_path, interr
 
 def test_restart_of_a_run_without_checkpoints_renames_nothing(compose_tiny, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(trainer, "measure_pace", lambda *words: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(startup, "measure_pace", lambda *words: (_ for _ in ()).throw(KeyboardInterrupt))
         program.train(compose_tiny("training.max_steps=2", "restart=true"))
     assert program.train(compose_tiny("training.max_steps=2", "restart=true")) == 0
     assert [run.name for run in (tmp_path / "runs").iterdir()] == ["tiny"]

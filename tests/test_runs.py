@@ -15,6 +15,7 @@ import torch
 from test_checkpoint import reseal
 
 import atomic
+import startup
 import train as program
 import trainer
 from checkpointing import checkpoint, store
@@ -300,7 +301,7 @@ def test_a_signal_ends_a_step_at_the_next_micro_step(compose_tiny, run, monkeypa
     original = GPT.forward
     with monkeypatch.context() as patch:
         patch.setattr(GPT, "forward", forward)
-        patch.setattr(trainer, "measure_pace", lambda *_: Pace(1.0, 1.0))
+        patch.setattr(startup, "measure_pace", lambda *_: Pace(1.0, 1.0))
         assert program.train(compose_tiny(*words)) == 143
     assert sum(calls) == 4 * 2 + 2 and last_step(run) == 2
     program.train(compose_tiny(*words))
@@ -339,7 +340,7 @@ def test_the_number_of_threads_can_be_changed(compose_tiny, run, capsys, monkeyp
 def test_compile_auto_is_decided_at_the_first_start(compose_tiny, run, monkeypatch):
     """Also if the run was killed before its first checkpoint."""
     choices = []
-    monkeypatch.setattr(trainer, "maybe_compile", lambda model, choice, *_: choices.append(choice) or model)
+    monkeypatch.setattr(startup, "maybe_compile", lambda loss_fn, batch, choice, *_: choices.append(choice) or loss_fn)
     run.mkdir(parents=True)
     (run / "environment.jsonl").write_text(json.dumps({"step": 0, "compiled": True}) + "\n")
     program.train(compose_tiny("training.max_steps=1"))
@@ -348,8 +349,8 @@ def test_compile_auto_is_decided_at_the_first_start(compose_tiny, run, monkeypat
 
 def test_a_run_that_ends_by_time_is_no_longer_for_compile(compose_tiny, monkeypatch):
     planned = []
-    monkeypatch.setattr(trainer, "maybe_compile", lambda model, choice, device, flops, *_:
-                        planned.append(flops / device.nominal_flops()) or model)
+    monkeypatch.setattr(startup, "maybe_compile", lambda loss_fn, batch, choice, flops, *_:
+                        planned.append(flops / loss_fn.device.nominal_flops()) or loss_fn)
     program.train(compose_tiny("training.max_steps=1000000000", "training.max_seconds=0.01"))
     assert planned == [pytest.approx(0.01)]
 

@@ -26,9 +26,10 @@ from training.buckets import GradientBuckets
 from training.config import OptimConfig
 from training.device import Device
 from training.distributed import World
+from training.documents import most_documents
 from training.interrupt import Interrupt
 from training.optim import Optimizers
-from training.step import accumulate_gradients, evaluate, most_documents
+from training.step import BatchLoss, accumulate_gradients, evaluate
 
 OPERATIONS = {"aten::item", "aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::nonzero"}
 INDEXING = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
@@ -104,7 +105,7 @@ def test_a_step_reads_nothing_from_the_device(tiny, optimizer, boundary, monkeyp
     optimizers = Optimizers(gpt.parameters_by_role(), config)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     with CountReads() as reads:
-        loss = accumulate_gradients(gpt, all_gradients(gpt), batches, boundary, 0, scaler, device, 0, Interrupt())
+        loss = accumulate_gradients(BatchLoss(gpt, device, boundary), batches, all_gradients(gpt), scaler, 0, 0, Interrupt())
         norm = optimizers.gradient_norm(scaler)
         optimizers.step(scaler, norm, 1.0)
     assert not reads.counts and loss.shape == (3,) and norm.ndim == 0
@@ -120,7 +121,7 @@ def test_the_bound_on_documents_rarely_changes():
 def test_the_loss_of_a_step_is_the_mean_of_its_micro_steps(tiny):
     model, batches = tiny
     scaler, device = torch.amp.GradScaler("cpu", enabled=False), Device("cpu", "fp32")
-    loss = accumulate_gradients(model, all_gradients(model), batches, None, 5, scaler, device, 0, Interrupt())
+    loss = accumulate_gradients(BatchLoss(model, device), batches, all_gradients(model), scaler, 5, 0, Interrupt())
     losses = [model(*batches.batch(5, micro_step)).item() for micro_step in range(3)]
     assert loss.sum().item() == pytest.approx(sum(losses) / 3)
 
@@ -130,7 +131,7 @@ def test_an_interrupt_between_micro_steps_gives_no_loss(tiny):
     interrupt = Interrupt()
     interrupt.exit_code = 130
     scaler, device = torch.amp.GradScaler("cpu", enabled=False), Device("cpu", "fp32")
-    assert accumulate_gradients(model, all_gradients(model), batches, None, 0, scaler, device, 0, interrupt) is None
+    assert accumulate_gradients(BatchLoss(model, device), batches, all_gradients(model), scaler, 0, 0, interrupt) is None
 
 
 def test_evaluation_reads_the_device_once(tiny):
@@ -138,7 +139,7 @@ def test_evaluation_reads_the_device_once(tiny):
     tokens = batches.loader.parts[0].tokens
     validation = Validation([tokens], 8, 2, max_tokens=40)
     with CountReads() as reads:
-        loss = evaluate(model, validation, Device("cpu", "fp32"), None, World({}))
+        loss = evaluate(BatchLoss(model, Device("cpu", "fp32")), validation, World({}))
     losses = [model.eval()(*batch).item() * weight for *batch, weight in validation]
     assert reads.counts == {"tolist": 1}
     assert loss == pytest.approx(sum(losses))
@@ -151,7 +152,7 @@ def test_a_step_in_fp16_reads_nothing_from_the_device(tiny):
     scaler, device = torch.amp.GradScaler("cpu"), Device("cpu", "fp16")
     before = model.wte.weight.clone()
     with CountReads() as reads:
-        accumulate_gradients(model, all_gradients(model), batches, None, 0, scaler, device, 0, Interrupt())
+        accumulate_gradients(BatchLoss(model, device), batches, all_gradients(model), scaler, 0, 0, Interrupt())
         optimizers.step(scaler, optimizers.gradient_norm(scaler), 1.0, overflowed=False)
     assert not reads.counts and not torch.equal(model.wte.weight, before)
 
@@ -167,7 +168,7 @@ def test_a_step_of_two_processes_reads_nothing(tiny, optimizer):
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     try:
         with CountReads() as reads:
-            accumulate_gradients(model, buckets, batches, None, 0, scaler, device, 0, Interrupt())
+            accumulate_gradients(BatchLoss(model, device), batches, buckets, scaler, 0, 0, Interrupt())
             optimizers.step(scaler, optimizers.gradient_norm(scaler), 1.0, overflowed=False)
     finally:
         dist.destroy_process_group()

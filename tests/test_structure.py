@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ENTRY_POINTS = {"train", "trainer", "sample", "eval", "serve"}
+ENTRY_POINTS = {"train", "trainer", "startup", "sample", "eval", "serve"}
 ABOVE_CONF = {"checkpointing", "generation", "evaluation", "serving", "exporting", "sweep", "report", "scripts", "bench"} | ENTRY_POINTS
 # Each room, and the rooms that it must not import.
 FORBIDDEN = {
@@ -72,7 +72,7 @@ def test_reports_use_only_the_statistics_of_evaluation():
 
 
 def test_train_imports_no_other_entry_point():
-    for path in (ROOT / "train.py", ROOT / "trainer.py"):
+    for path in (ROOT / "train.py", ROOT / "startup.py", ROOT / "trainer.py"):
         assert not imports(path) & {"sample", "eval", "serve", "serving", "scripts", "bench"}, path
 
 

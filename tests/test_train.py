@@ -31,7 +31,7 @@ from training import memory
 from training.device import Device
 from training.distributed import World
 from training.memory import check_memory
-from training.step import evaluate, loss_of
+from training.step import BatchLoss, evaluate
 
 ROOT = Path(__file__).parent.parent
 
@@ -67,7 +67,7 @@ def test_reported_validation_loss_is_that_of_the_saved_model(compose_tiny, tmp_p
     model = open_checkpoint(tmp_path / "runs/tiny", "last", Device("cpu", "fp32")).model
     prepared = prepare(settings.data)
     validation = Validation(open_parts(prepared, "val"), 32, 4, 512)
-    assert evaluate(model, validation, Device("cpu", "fp32"), None, World({})) == pytest.approx(saved.state["val_loss"], abs=1e-6)
+    assert evaluate(BatchLoss(model, Device("cpu", "fp32")), validation, World({})) == pytest.approx(saved.state["val_loss"], abs=1e-6)
 
 
 def test_a_crash_while_sampling_loses_no_checkpoint(compose_tiny, tmp_path, monkeypatch):
@@ -167,14 +167,14 @@ def test_documents_are_trained_and_evaluated_separately(compose_letters, tmp_pat
     batch = Loader(open_parts(prepared, "train"), 32, 4, 1, settings.seed).batch(0)
     rows = read_metrics(tmp_path / "runs/tiny")
     assert rows[0]["loss"] == pytest.approx(losses(model, *batch), abs=1e-6)
-    assert abs(rows[0]["loss"] - loss_of(model, batch, device, None).item()) > 1e-4
+    assert abs(rows[0]["loss"] - BatchLoss(model, device)(batch).item()) > 1e-4
 
     model = open_checkpoint(tmp_path / "runs/tiny", "last", device).model
     validation = Validation(open_parts(prepared, "val"), 32, 4, 512)
     by_hand = sum(losses(model, *batch) * weight for *batch, weight in validation)
     val_loss = [row["val_loss"] for row in rows if "val_loss" in row][-1]
     assert val_loss == pytest.approx(by_hand, abs=1e-5)
-    assert abs(val_loss - evaluate(model, validation, device, None, World({}))) > 1e-4
+    assert abs(val_loss - evaluate(BatchLoss(model, device), validation, World({}))) > 1e-4
 
 
 def test_respecting_documents_resumes_and_is_part_of_identity(compose_letters, tmp_path):

@@ -7,30 +7,30 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from torch import nn
 
 from terminal import first_line
 from training.configure import be_deterministic
-from training.device import Device
+from training.step import Batch, BatchLoss
 
 # Compiling takes minutes on a CPU and about one on a GPU, and saves 25% to 50% of later steps.
 COMPILE_PAYS_AFTER_SECONDS = {"cuda": 300, "cpu": 900}
 
 
-def maybe_compile(model: nn.Module, choice: str, device: Device, flops: float,
-                  trial: Callable[[nn.Module], None], say: Callable[[str], None]) -> nn.Module:
-    """The model, compiled if `choice` is "true", or if it is "auto" and the run is long enough.
+def maybe_compile(loss_fn: BatchLoss, batch: Batch, choice: str, flops: float,
+                  say: Callable[[str], None]) -> BatchLoss:
+    """The loss by a compiled model, if `choice` is "true", or "auto" and the run is long enough.
 
-    `flops` are those of the whole run. `trial` runs the model once to find failures, which raise
-    ValueError with "true", and with "auto" are a warning and give the plain model.
+    `flops` are those of the whole run. A forward and backward pass of `batch` finds failures. They
+    raise ValueError with "true", and with "auto" are a warning and give the uncompiled model.
     """
     # Whether to compile: as it was asked, or if the run is long enough.
+    device = loss_fn.device
     if choice == "false":
-        return model
+        return loss_fn
     if choice == "auto":
         pays_after = COMPILE_PAYS_AFTER_SECONDS.get(device.type)
         if pays_after is None or flops / device.nominal_flops() < pays_after:
-            return model
+            return loss_fn
 
     # Compile, and run the result once.
     say("Compiling the model: the first step takes a minute or more.")
@@ -41,8 +41,8 @@ def maybe_compile(model: nn.Module, choice: str, device: Device, flops: float,
             # Otherwise a compiled embedding adds its gradients in a random order.
             be_deterministic()
         # All batches of training have one shape.
-        compiled = torch.compile(model, dynamic=False)
-        trial(compiled)
+        compiled = replace(loss_fn, model=torch.compile(loss_fn.model, dynamic=False))
+        compiled.try_backward(batch)
         return compiled
     except torch.OutOfMemoryError:
         # Uncompiled, it would need more.
@@ -53,19 +53,16 @@ def maybe_compile(model: nn.Module, choice: str, device: Device, flops: float,
             raise ValueError(f"training.compile=true failed ({cause}): "
                              f"set training.compile=false.") from error
         say(f"Warning: the model could not be compiled and runs uncompiled ({cause}).")
-        return model
+        return loss_fn
 
 
-def check_fused_loss(model: nn.Module, trial: Callable[[nn.Module], None],
-                     say: Callable[[str], None]) -> None:
-    """Try the compiled loss of an uncompiled model; where that fails, warn and do without it.
-
-    `model` is a GPT, and `trial` runs it once.
-    """
+def check_fused_loss(loss_fn: BatchLoss, batch: Batch, say: Callable[[str], None]) -> None:
+    """Try the compiled loss of an uncompiled model; where that fails, warn and do without it."""
+    model = loss_fn.model
     if model.loss_options is None or not model.loss_options.fused:
         return
     try:
-        trial(model)
+        loss_fn.try_backward(batch)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:

@@ -61,23 +61,38 @@ class Pace:
                 f"{counted(evaluations, 'evaluation')} of {self.evaluation:.2g} s")
 
 
-def measure_pace(loss: Callable[[int], Tensor], roles: dict[str, dict[str, Tensor]],
-                 optim: OptimConfig, device: Device, training: TrainingConfig, micro_steps: int,
-                 eval_sequences: int, compiled: bool = False, world: World | None = None) -> Pace:
-    """The pace of training with `micro_steps` a step and `eval_sequences` an evaluation.
+@dataclass(frozen=True)
+class Workload:
+    """What a step and an evaluation of a run compute."""
 
-    `loss(n)` returns the loss of n sequences, at most `batch_size`. `roles` are the parameters by
-    role and name (`GPT.parameters_by_role`). Several processes share the update and the evaluation
-    equally; `micro_steps` are those of each. Their communication is not counted.
+    training: TrainingConfig
+    optim: OptimConfig
+    roles: dict[str, dict[str, Tensor]]  # the parameters, as `GPT.parameters_by_role`
+    micro_steps: int  # of a step, in each process
+    eval_sequences: int  # in all processes
+    compiled: bool = False  # whether another batch size would compile the model again
+
+    @property
+    def step_sequences(self) -> int:
+        """The sequences of a step in each process."""
+        return self.micro_steps * self.training.batch_size
+
+
+def measure_pace(loss: Callable[[int], Tensor], work: Workload, device: Device,
+                 world: World | None = None) -> Pace:
+    """The pace of training; `loss(n)` returns the loss of n sequences, at most `batch_size`.
+
+    Several processes share the update and the evaluation equally. Their communication is not
+    counted.
     """
     size = world.size if world else 1
-    step_sequences = micro_steps * training.batch_size
-    time_pass = partial(time_forward_backward, loss, roles, device, world)
-    per_sequence = seconds_per_sequence(time_pass, training, step_sequences, compiled)
-    step = step_sequences * per_sequence + update_seconds(roles, optim, device) / size
+    time_pass = partial(time_forward_backward, loss, work.roles, device, world)
+    per_sequence = seconds_per_sequence(time_pass, work)
+    update = update_seconds(work.roles, work.optim, device) / size
     # A backward pass takes about twice as long as the forward pass, which `recompute` repeats.
-    forward_passes = 4 if training.recompute else 3
-    return Pace(step, eval_sequences * per_sequence / forward_passes / size)
+    forward_passes = 4 if work.training.recompute else 3
+    return Pace(work.step_sequences * per_sequence + update,
+                work.eval_sequences * per_sequence / forward_passes / size)
 
 
 def time_forward_backward(loss: Callable[[int], Tensor], roles: dict[str, dict[str, Tensor]],
@@ -95,15 +110,16 @@ def time_forward_backward(loss: Callable[[int], Tensor], roles: dict[str, dict[s
     return seconds
 
 
-def seconds_per_sequence(time_pass: Callable[[int], float], training: TrainingConfig,
-                         step_sequences: int, compiled: bool) -> float:
-    """The seconds that a sequence takes, forward and backward, in a step of `step_sequences`.
+def seconds_per_sequence(time_pass: Callable[[int], float], work: Workload) -> float:
+    """The seconds that a sequence takes in a step, forward and backward.
 
     `time_pass(n)` times n sequences.
     """
+    training = work.training
+
     def delays_run(seconds: float, sequences: int) -> bool:
         """Whether these seconds, the time of some sequences, are long beside the whole run."""
-        run_seconds = training.max_steps * step_sequences * seconds / sequences
+        run_seconds = training.max_steps * work.step_sequences * seconds / sequences
         if training.max_seconds:
             run_seconds = min(run_seconds, training.max_seconds)
         return seconds > RUN_FRACTION * run_seconds
@@ -111,7 +127,7 @@ def seconds_per_sequence(time_pass: Callable[[int], float], training: TrainingCo
     # Half a micro-step is timed: a sequence takes as long in it as in a whole one.
     sequences = training.batch_size
     # Another batch size would compile a model again.
-    if not compiled:
+    if not work.compiled:
         # This first timing includes the set-up of the device, so it only limits the next one. Of a
         # short run of single sequences, it is the only one.
         first = time_pass(1)

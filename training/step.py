@@ -8,22 +8,21 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from training.buckets import GradientBuckets
 from training.device import Device
 from training.distributed import World
+from training.documents import document_options
 from training.fsdp import RowGradients
 from training.interrupt import Interrupt
 from training.tree_sum import TreeSum
 
 Batch = tuple[Tensor, Tensor]  # inputs and targets, each `[B, T]`
-# The documents of a batch are usually longer on average, in tokens.
-LEAST_USUAL_DOCUMENT = 64
 
 
 class Batches(Protocol):
@@ -47,10 +46,33 @@ class Validation(Protocol):
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, float]]: ...
 
 
-def accumulate_gradients(model: nn.Module, buckets: GradientBuckets | RowGradients,
-                         batches: Batches, boundary: int | None, step: int,
-                         scaler: torch.amp.GradScaler, device: Device, seed: int,
-                         interrupt: Interrupt) -> Tensor | None:
+@dataclass(frozen=True)
+class BatchLoss:
+    """A model's mean loss on a batch, in nats per token, in the precision of a device.
+
+    With a `boundary`, the token that starts a document, attention does not cross documents.
+    """
+
+    model: nn.Module
+    device: Device
+    boundary: int | None = None
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """The loss of a batch in the CPU's memory."""
+        options = document_options(batch[0], self.boundary, self.device.torch)
+        inputs, targets = (ids.to(self.device.torch, non_blocking=True) for ids in batch)
+        with self.device.autocast():
+            return self.model(inputs, targets, **options)
+
+    def try_backward(self, batch: Batch) -> None:
+        """Run forward and backward without any effect, so that a failure shows."""
+        self(batch).backward()
+        self.model.zero_grad(set_to_none=True)
+
+
+def accumulate_gradients(loss_fn: BatchLoss, batches: Batches,
+                         buckets: GradientBuckets | RowGradients, scaler: torch.amp.GradScaler,
+                         step: int, seed: int, interrupt: Interrupt) -> Tensor | None:
     """Run forward and backward for each micro-step; return its loss, in nats per token.
 
     Of several processes, each then has the gradients of the parts that it updates, added over all.
@@ -71,17 +93,16 @@ def accumulate_gradients(model: nn.Module, buckets: GradientBuckets | RowGradien
             return None
 
         # Forward pass. The mean over the micro-step becomes its part of the mean over the step.
-        batch = batches.batch(step, micro_step)
         seed_dropout(seed, step, first + micro_step)
-        loss = loss_of(model, batch, device, boundary)
-        loss = loss / (all_targets / n_targets[first + micro_step])
+        batch = batches.batch(step, micro_step)
+        loss = loss_fn(batch) / (all_targets / n_targets[first + micro_step])
 
         # Backward pass. During the last one, complete gradients are already sent.
         if micro_step == batches.micro_steps - 1:
             buckets.start(gradients.put_total)
         scaler.scale(loss).backward()
         gradients.after_backward(micro_step)
-        losses.append(loss.detach().to(device.sum_dtype))
+        losses.append(loss.detach().to(loss_fn.device.sum_dtype))
     gradients.finish()
     buckets.finish()
     return torch.stack(losses)
@@ -94,75 +115,27 @@ def read_losses(losses: Tensor, norm: Tensor) -> tuple[float, float]:
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, validation: Validation, device: Device, boundary: int | None,
-             world: World) -> float:
+def evaluate(loss_fn: BatchLoss, validation: Validation, world: World) -> float:
     """The mean loss over the validation windows, in nats per token."""
-    model.eval()
+    loss_fn.model.eval()
     # Each process has every size-th batch.
     turns = math.ceil(validation.n_batches / world.size)
-    losses = torch.zeros(turns, dtype=device.sum_dtype, device=device.torch)
+    dtype = loss_fn.device.sum_dtype
+    losses = torch.zeros(turns, dtype=dtype, device=loss_fn.device.torch)
     for turn, (inputs, targets, weight) in enumerate(validation):
-        loss = loss_of(model, (inputs, targets), device, boundary)
+        loss = loss_fn((inputs, targets))
         if weight:
-            losses[turn] = loss.to(device.sum_dtype) * weight
-    model.train()
+            losses[turn] = loss.to(dtype) * weight
+    loss_fn.model.train()
     # Row r of the gathered losses is from rank r; batch b was the turn b // size of rank b % size.
     in_order = world.gather(losses).view(world.size, turns).T.flatten()
     return sum(in_order.tolist())
 
 
-def loss_of(model: nn.Module, batch: Batch, device: Device, boundary: int | None) -> Tensor:
-    """The mean loss of a batch, in nats per token.
-
-    With a `boundary`, the token that starts a document, attention does not cross documents. The
-    batch is in the CPU's memory.
-    """
-    options = document_options(batch[0], boundary, device)
-    inputs, targets = (ids.to(device.torch, non_blocking=True) for ids in batch)
-    with device.autocast():
-        return model(inputs, targets, **options)
-
-
-def document_options(inputs: Tensor, boundary: int | None, device: Device) -> dict[str, Any]:
-    """The arguments of `GPT.features` for attention within documents; none without a boundary.
-
-    `inputs` `[B, T]` are in the CPU's memory, where counting documents waits for no other device.
-    """
-    if boundary is None:
-        return {}
-    documents = document_numbers(inputs.to(device.torch, non_blocking=True), boundary)
-    return {"document_ids": documents, "max_documents": most_documents(inputs, boundary)}
-
-
-def most_documents(inputs: Tensor, boundary: int) -> int:
-    """A bound on the number of documents in `inputs` `[B, T]`.
-
-    It is the same for most batches, since a compiled model is compiled again for another one.
-    """
-    # Each sequence begins with the rest of a document.
-    number = len(inputs) + np.count_nonzero(inputs.numpy() == boundary)
-    usual = inputs.numel() // LEAST_USUAL_DOCUMENT
-    return max(usual, 2 ** math.ceil(math.log2(number)))
-
-
-def document_numbers(inputs: Tensor, boundary: int | None) -> Tensor | None:
-    """For each input token, the number of its document within the row: `[B, T]`."""
-    if boundary is None:
-        return None
-    return (inputs == boundary).cumsum(dim=1)
-
-
-def first_loss(model: nn.Module, batch: Batch, device: Device,
-               boundary: int | None) -> Callable[[int], Tensor]:
+def first_loss(loss_fn: BatchLoss, batch: Batch) -> Callable[[int], Tensor]:
     """A function that returns the loss of the first n sequences of a batch."""
     inputs, targets = batch
-    return lambda n: loss_of(model, (inputs[:n], targets[:n]), device, boundary)
-
-
-def try_micro_step(model: nn.Module, batch: Batch, device: Device, boundary: int | None) -> None:
-    """Run forward and backward once, without any effect, so that a failure shows."""
-    loss_of(model, batch, device, boundary).backward()
-    model.zero_grad(set_to_none=True)
+    return lambda n: loss_fn((inputs[:n], targets[:n]))
 
 
 def seed_dropout(seed: int, step: int, micro_step: int) -> None:

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
-import inspect
-import math
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-import atomic
-from checkpointing import checkpoint, pretrained, store
+from checkpointing import checkpoint, pretrained, published, store
 from checkpointing.checkpoint import Checkpoint
-from checkpointing.provenance import versions
 from checkpointing.run_folder import find_run
+from checkpointing.weight_files import other_kind
 from checkpointing.weights import Weights, own_weights
+from checkpointing.weights_check import check
 from conf.convert import rebuild
 from conf.identity import flat
 from conf.presets import preset
 from conf.settings import Settings
-from data.store import data_root
 from data.tokenizer import PUBLISHED, BPETokenizer, ExtendedTokenizer, Tokenizer
 from data.tokenizer_file import planned_size
 from data.tokenizer_json import fingerprint
@@ -32,8 +25,6 @@ from setting import as_word
 
 # The settings of the model that need not be those of the weights.
 CHANGEABLE = ("block_size", "dropout")
-# From the logits of transformers, relative to the largest: in fp32, sums are rounded differently.
-LARGEST_DIFFERENCE = 1e-4
 
 
 def find_weights(name: str, runs_dir: Path) -> Weights:
@@ -43,14 +34,12 @@ def find_weights(name: str, runs_dir: Path) -> Weights:
     """
     path = Path(name)
     # A published model, one of our checkpoints, a file of nanoGPT, or a folder of either kind.
-    if name in pretrained.NAMES:
-        return pretrained.read_folder(pretrained.find_published(name))
+    if name in published.NAMES:
+        return pretrained.read_folder(published.find_published(name))
     if (path / checkpoint.MANIFEST).exists():
         return own_weights(Checkpoint.open(path))
-    if path.is_file() and path.suffix in (".safetensors", ".gguf", ".bin"):
-        raise ValueError(f"init_from={name} is one file of a model: name a folder with "
-                         f"{pretrained.CONFIG} and {pretrained.TENSORS}.")
     if path.is_file():
+        refuse_other_files(name, path)
         return pretrained.read_nanogpt(path)
     if pretrained.is_folder_of_weights(path):
         return pretrained.read_folder(path)
@@ -63,11 +52,24 @@ def find_weights(name: str, runs_dir: Path) -> Weights:
                              f"checkpoints of a run nor {pretrained.CONFIG} nor "
                              f"{pretrained.NANOGPT}.") from None
         # The values of nanoGPT's init_from include scratch and resume.
-        published = ", ".join(pretrained.NAMES)
+        names = ", ".join(published.NAMES)
         raise ValueError(f"{str(error).replace(f'run={name} ', f'init_from={name} ')} Published "
-                         f"models are {published}. Without init_from=, a run starts from random "
+                         f"models are {names}. Without init_from=, a run starts from random "
                          f"weights, or resumes.") from None
     return store.load_of_run(run, "best", own_weights)
+
+
+def refuse_other_files(name: str, path: Path) -> None:
+    """Raise ValueError for a file that is no checkpoint of nanoGPT."""
+    kind, advice = other_kind(path), ""
+    if path.suffix in (".safetensors", ".gguf", ".bin"):
+        kind = "one file of a model"
+    elif kind == "a text file":
+        advice = f" To train on a text, pass data=text data.path={path}."
+    if kind:
+        raise ValueError(f"init_from={name} is {kind}: name a run, a folder with "
+                         f"{pretrained.CONFIG} and {pretrained.TENSORS}, or a checkpoint of "
+                         f"nanoGPT ({pretrained.NANOGPT}).{advice}")
 
 
 def with_shape_of_weights(settings: Settings, last: Checkpoint | None
@@ -87,7 +89,7 @@ def with_shape_of_weights(settings: Settings, last: Checkpoint | None
         return replace(settings, model=given_shape(settings, shape), **told), []
 
     # Check the vocabulary before weights are downloaded, and all else before text is prepared.
-    if settings.init_from in pretrained.NAMES:
+    if settings.init_from in published.NAMES:
         # Before they are downloaded.
         check_vocabulary(settings, pretrained.GPT2_TOKENS, "set data.tokenizer=gpt2")
     weights = find_weights(settings.init_from, Path(settings.runs_dir))
@@ -108,60 +110,11 @@ def with_shape_of_weights(settings: Settings, last: Checkpoint | None
     return settings, list(filter(None, messages))
 
 
-@torch.no_grad()
-def check(weights: Weights, fingerprint: str) -> str:
-    """A sentence about a check of the weights; empty if their tokenizer cannot encode English.
-
-    Where transformers is installed and has this model, its logits must be ours, or ValueError is
-    raised. Elsewhere the loss is told: wrong weights make it as large as that of a guess.
-    """
-    ids = weights.sentence_ids()
-    if ids is None:
-        return ""
-    # A comparison takes seconds and has the same result the next time, so its result is kept.
-    result_file = None
-    if pretrained.is_comparable(weights):
-        key = comparison_key(weights, fingerprint)
-        result_file = data_root() / "checked_weights" / f"{key}.txt"
-        with suppress(OSError, ValueError):
-            return f"{result_file.read_text()} (compared before)"
-
-    # The logits of a sentence, by our model and where possible by theirs.
-    model = weights.model()
-    logits = model(ids)  # [1, T, V]
-    theirs = pretrained.logits_of_transformers(weights, ids) if result_file else None
-    if theirs is None:
-        loss = F.cross_entropy(logits[0, :-1], ids[0, 1:]).item()
-        return (f"Check of the weights: the loss on a sentence of English is {loss:.2f}; that of a "
-                f"guess is {math.log(model.config.vocab_size):.2f}")
-    # Both compute the same function, and round differently.
-    difference, largest = (logits - theirs).abs().max().item(), theirs.abs().max().item()
-    compared = (f"the logits of a sentence differ from those of transformers by at most "
-                f"{difference:.1e}, of {largest:.1f}")
-    if not difference <= LARGEST_DIFFERENCE * largest:
-        raise ValueError(f"{weights.place} is not used: {compared}, more than "
-                         f"{LARGEST_DIFFERENCE:g} of the largest. Please report this.")
-    sentence = f"Check of the weights: {compared}"
-    # Without the file, they are compared again.
-    with suppress(OSError):
-        atomic.write_bytes(result_file, sentence.encode())
-    return sentence
-
-
-def comparison_key(weights: Weights, fingerprint: str) -> str:
-    """Changes with the weights, their configuration, and the programs that are compared."""
-    digest = hashlib.sha256(f"{fingerprint} {versions()}".encode())
-    code = sorted(Path(inspect.getfile(GPTConfig)).parent.glob("*.py"))
-    for path in (weights.place / pretrained.CONFIG, *code):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
 def shape_of_weights(settings: Settings) -> GPTConfig:
     """The model of a run that would start now. Published weights are not downloaded."""
     if not settings.init_from:
         return settings.model
-    if settings.init_from in pretrained.NAMES:
+    if settings.init_from in published.NAMES:
         return given_shape(settings, GPTConfig(**preset("model", settings.init_from)))
     weights = find_weights(settings.init_from, Path(settings.runs_dir))
     return given_shape(settings, weights.config)

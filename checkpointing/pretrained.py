@@ -1,32 +1,20 @@
 """Read weights that other programs wrote: folders of Hugging Face, and checkpoints of nanoGPT.
 
-Files may come from a stranger. Nothing in them is run: a pickle is only opened with
-`weights_only=True`, which loads tensors and plain values. model/pretrained.py knows the names of
+Files may come from a stranger: weight_files.py reads them. model/pretrained.py knows the names of
 the tensors, and model/formats.py the supported configurations.
 """
 
 from __future__ import annotations
 
-import errno
-import importlib.util
-import os
-import socket
-import struct
-import warnings
-import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-import atomic
+from checkpointing.weight_files import read_json, read_pickled, read_safetensors
 from checkpointing.weights import Weights
 from conf.convert import rebuild
 from data.hugging_face import byte_letters
@@ -35,13 +23,13 @@ from data.tokenizer_file import open_tokenizer
 from model.config import GPTConfig
 from model.formats import CLASSES, config_from, shown
 from model.pretrained import table, weights_from
-from terminal import counted, first_line
+from terminal import counted
 from training.memory import check_free
 
-NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-OWNER = "openai-community"  # of these on the Hugging Face Hub
 CONFIG, TENSORS = "config.json", "model.safetensors"
-INDEX, PICKLED = "model.safetensors.index.json", "pytorch_model.bin"
+PICKLED = "pytorch_model.bin"  # before safetensors
+# The file of each tensor, if a large model is in several files.
+INDEX_SUFFIX = ".index.json"
 NANOGPT = "ckpt.pt"
 # Files that list the tokens of a folder.
 VOCABULARY, TOKENIZER = "vocab.json", "tokenizer.json"
@@ -49,10 +37,6 @@ VOCABULARY, TOKENIZER = "vocab.json", "tokenizer.json"
 GPT2_TOKENS = 50257
 # nanoGPT rounds the vocabulary of GPT-2 up to a multiple of 64.
 PADDED_TOKENS = 50304
-# Parameters of a model that is compared with transformers: loading it takes seconds.
-MOST_COMPARED = 2**28
-# The largest header of a safetensors file: that of GPT-2 XL has 0.1 MB.
-MAX_HEADER_BYTES = 2**24
 
 
 def is_folder_of_weights(folder: Path) -> bool:
@@ -75,7 +59,7 @@ def read_folder(folder: Path) -> Weights:
     # The tensors. Large models are in several files.
     tensors: dict[str, Tensor] = {}
     for path in weight_files(folder):
-        content = read_pickled(path) if path.name == PICKLED else read_safetensors(path)
+        content = read_pickled(path) if path.suffix == ".bin" else read_safetensors(path)
         for name, tensor in content.items():
             if name in tensors:
                 raise ValueError(f"{path} has {shown(name)}, which another file of {folder} has, "
@@ -133,108 +117,29 @@ def restore(layout: str, config: GPTConfig, tensors: Mapping[str, Tensor],
         raise ValueError(f"{place}: {error}") from None
 
 
-# Files
-
-
 def weight_files(folder: Path) -> list[Path]:
-    """The files with the tensors of a folder of Hugging Face."""
-    # A small model is in one file.
-    if (folder / TENSORS).exists():
-        return [folder / TENSORS]
-    # The index of a large one names the file of each tensor.
-    if (folder / INDEX).exists():
-        names = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(names, dict) or not names:
-            raise ValueError(f"{folder / INDEX} has no weight_map: download it again.")
-        files = set(map(str, names.values()))
-        for name in sorted(files):
-            is_name = Path(name).name == name and "\0" not in name
-            if not is_name or not name.endswith(".safetensors"):
-                raise ValueError(f"{folder / INDEX} names {shown(name)}, which is not a "
-                                 "safetensors file of its folder.")
-        return [folder / name for name in sorted(files)]
-    # Before safetensors, models were pickled.
-    if (folder / PICKLED).exists():
-        return [folder / PICKLED]
+    """The files with the tensors of a folder of Hugging Face: safetensors, or else pickles."""
+    for whole in (folder / TENSORS, folder / PICKLED):
+        index = whole.with_name(f"{whole.name}{INDEX_SUFFIX}")
+        if whole.exists():
+            return [whole]
+        if index.exists():
+            return indexed_files(index, whole.suffix)
     raise ValueError(f"{folder} has no {TENSORS}: it is needed beside {CONFIG}.")
 
 
-@contextmanager
-def reading(path: Path) -> Iterator[Path]:
-    """The regular file that `path` is, or links to. Errors become one sentence about the file."""
-    try:
-        # The cache of the Hugging Face Hub consists of links.
-        found = Path(os.path.realpath(path))
-        if not found.exists():
-            raise FileNotFoundError(errno.ENOENT, "it does not exist")
-        if not found.is_file():
-            raise ValueError(f"{path} is not a regular file.")
-        yield found
-    except OSError as error:
-        reason = error.strerror or first_line(error)
-        raise ValueError(f"{path} cannot be read: {reason}.") from None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file."""
-    with reading(path) as found:
-        try:
-            value = atomic.read_json(found)
-        except ValueError:
-            value = None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} is not a JSON object: download it again.")
-    return value
-
-
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file, as views of the mapped file."""
-    damaged = f"{path} is not a complete safetensors file: download it again"
-    with reading(path) as found:
-        # The file begins with the length of its header, which the library would allocate.
-        with found.open("rb") as file:
-            head = file.read(8)
-        if len(head) < 8 or struct.unpack("<Q", head)[0] > MAX_HEADER_BYTES:
-            raise ValueError(f"{damaged}.")
-        try:
-            with safe_open(found, "pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, RuntimeError) as error:
-            reason = first_line(error)
-            raise ValueError(f"{damaged} ({reason}).") from None
-
-
-def read_pickled(path: Path) -> dict[Any, Any]:
-    """The tensors and plain values that `torch.save` wrote."""
-    with reading(path) as found, warnings.catch_warnings(action="ignore"):
-        try:
-            is_zip = zipfile.is_zipfile(found)
-            if is_zip:
-                refuse_compressed(found)
-            content = torch.load(found, map_location="cpu", weights_only=True, mmap=is_zip)
-        except OSError:
-            raise
-        except Exception as error:
-            # The content decides which error this is.
-            if type(error).__name__ == "UnpicklingError":
-                raise ValueError(f"{path} holds more than tensors and plain values, which could "
-                                 "run code when it is loaded: use a safetensors file.") from None
-            raise ValueError(f"{path} is not a complete file of torch.save: copy or download it "
-                             "again.") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} has no tensors by name.")
-    return content
-
-
-def refuse_compressed(path: Path) -> None:
-    """Raise ValueError for a zip with compressed entries: unpacked, they could fill the memory."""
-    with zipfile.ZipFile(path) as entries:
-        for entry in entries.infolist():
-            if entry.compress_type != zipfile.ZIP_STORED:
-                raise ValueError("torch.save compresses nothing")
-
-
-# Tokenizers
+def indexed_files(index: Path, suffix: str) -> list[Path]:
+    """The files that an index names. Raises ValueError for a name of any other kind of file."""
+    files = read_json(index).get("weight_map")
+    if not isinstance(files, dict) or not files:
+        raise ValueError(f"{index} has no weight_map: download it again.")
+    names = sorted(set(map(str, files.values())))
+    for name in names:
+        is_name = Path(name).name == name and "\0" not in name
+        if not is_name or not name.endswith(suffix):
+            raise ValueError(f"{index} names {shown(name)}, which is not a {suffix} file of its "
+                             "folder: download it again.")
+    return [index.with_name(name) for name in names]
 
 
 def tokenizer_in(folder: Path, vocab_size: int) -> Tokenizer | None:
@@ -275,67 +180,3 @@ def gpt2_vocabulary(tokenizer: BPETokenizer) -> dict[str, int]:
     for token, rank in tokenizer.merged.items():
         vocabulary["".join(letters[byte] for byte in token)] = rank
     return vocabulary
-
-
-# Programs of others
-
-
-def is_comparable(weights: Weights) -> bool:
-    """Whether transformers is installed, and loads the folder of these weights within seconds."""
-    folder = weights.place
-    has_tensors = (folder / TENSORS).exists() or (folder / INDEX).exists()
-    is_small = sum(tensor.numel() for tensor in weights.tensors.values()) <= MOST_COMPARED
-    # The classes of transformers have no n-gram embeddings.
-    has_class = (folder / CONFIG).exists() and weights.config.ngrams == 1
-    is_installed = importlib.util.find_spec("transformers") is not None
-    return has_class and has_tensors and is_small and is_installed
-
-
-def logits_of_transformers(weights: Weights, ids: Tensor) -> Tensor | None:
-    """The logits `[1, T, V]` of the package transformers for comparable weights.
-
-    None if its version does not have their class.
-    """
-    import transformers
-
-    folder = weights.place
-    name = CLASSES[read_json(folder / CONFIG)["model_type"]]
-    if not hasattr(transformers, name):
-        return None
-    model = getattr(transformers, name).from_pretrained(folder, local_files_only=True,
-                                                        use_safetensors=True)
-    return model.float().eval()(ids).logits
-
-
-def find_published(name: str) -> Path:
-    """The folder of a published model: ./NAME, or in the cache of the Hugging Face Hub.
-
-    It is downloaded if necessary. Raises ValueError, saying which files are needed, if that fails.
-    """
-    if (Path(name) / CONFIG).exists():
-        return Path(name)
-    files = (f"put {CONFIG} and {TENSORS} from https://huggingface.co/{OWNER}/{name} into a "
-             "folder, and pass init_from=FOLDER")
-    try:
-        from huggingface_hub import hf_hub_download
-    except ImportError:
-        raise ValueError(f"init_from={name} needs the package huggingface_hub: pip install "
-                         f"huggingface_hub; or {files}.") from None
-    # The cache has the model under its present name, or under its name before the Hub had owners.
-    places = [(f"{OWNER}/{name}", True), (name, True), (f"{OWNER}/{name}", False)]
-    for repository, is_cached in places:
-        try:
-            if not is_cached and not getproxies():
-                # Without a network, this fails at once. The library tries again for half a minute.
-                host = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-                socket.getaddrinfo(urlsplit(host).hostname, None)
-            config, _ = [hf_hub_download(repository, file, local_files_only=is_cached)
-                         for file in (CONFIG, TENSORS)]
-            return Path(config).parent
-        except Exception as error:
-            # The library and its HTTP client have many kinds of errors.
-            if not is_cached:
-                raise ValueError(f"init_from={name} is not in the cache of the Hugging Face Hub, "
-                                 f"and could not be downloaded ({type(error).__name__}): {files}."
-                                 ) from None
-    raise AssertionError

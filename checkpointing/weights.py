@@ -21,10 +21,6 @@ from data.tokenizer_json import fingerprint, from_json
 from model import GPT, GPTConfig, SkipInit
 from terminal import counted
 
-# The loss on this sentence shows whether a model knows English.
-SENTENCE = ("It is a truth universally acknowledged, that a single man in possession of a good "
-            "fortune, must be in want of a wife.")
-
 
 @dataclass(frozen=True)
 class Weights:
@@ -68,16 +64,6 @@ class Weights:
             model = GPT(self.config)
         model.load_state_dict(self.tensors, assign=True)
         return model.eval()
-
-    def sentence_ids(self) -> Tensor | None:
-        """The ids `[1, T]` of SENTENCE, cut to the context; None where they are not known."""
-        try:
-            ids = self.tokenizer.encode(SENTENCE) if self.tokenizer else []
-        except ValueError:
-            # A character that the training text did not have.
-            ids = []
-        ids = ids[: self.config.block_size]
-        return torch.tensor([ids]) if len(ids) > 1 else None
 
     def describe(self) -> str:
         """Where the weights are from, and how many there are."""

@@ -17,8 +17,10 @@ from safetensors.torch import save_file
 
 import sample as sampling
 import train as program
-from checkpointing import pretrained
-from checkpointing.initial import check, find_weights, shape_of_weights
+from checkpointing import weights_check
+from checkpointing.initial import find_weights, shape_of_weights
+from checkpointing.weight_files import read_safetensors
+from checkpointing.weights_check import check
 from conf.schema import compose
 from data.hugging_face import to_hugging_face
 from data.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
@@ -82,7 +84,7 @@ def test_a_folder_of_hugging_face_is_read(tmp_path):
 def test_a_folder_of_several_files_or_a_pickle_is_read(tmp_path):
     state = save_folder(tmp_path / "small")
     whole = tmp_path / "small/model.safetensors"
-    tensors = pretrained.read_safetensors(whole)
+    tensors = read_safetensors(whole)
     tensors = {name: tensor.clone() for name, tensor in tensors.items()}
     whole.unlink()
     torch.save(tensors, tmp_path / "small/pytorch_model.bin")
@@ -94,6 +96,18 @@ def test_a_folder_of_several_files_or_a_pickle_is_read(tmp_path):
     index = {"weight_map": {name: file for file, part in parts.items() for name in part}}
     (tmp_path / "small/model.safetensors.index.json").write_text(json.dumps(index))
     (tmp_path / "small/pytorch_model.bin").write_bytes(b"not read")
+    assert_same(find_weights(str(tmp_path / "small"), tmp_path), state, SMALL)
+
+
+def test_a_folder_of_several_pickles_is_read(tmp_path):
+    state = save_folder(tmp_path / "small")
+    whole = tmp_path / "small/model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in read_safetensors(whole).items()}
+    whole.unlink()
+    files = {name: f"part-{number % 2}.bin" for number, name in enumerate(tensors)}
+    for file in set(files.values()):
+        torch.save({name: tensors[name] for name in tensors if files[name] == file}, tmp_path / "small" / file)
+    (tmp_path / "small/pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": files}))
     assert_same(find_weights(str(tmp_path / "small"), tmp_path), state, SMALL)
 
 
@@ -135,8 +149,8 @@ def test_weights_are_compared_once(tmp_path, gpt2_files, monkeypatch):
     weights = find_weights(str(tmp_path / "small"), tmp_path)
     factors = [1.001, 1, 1, 1]
     monkeypatch.setenv("NANOHYDRA_DATA", str(tmp_path / "data"))
-    monkeypatch.setattr(pretrained, "is_comparable", lambda weights: True)
-    monkeypatch.setattr(pretrained, "logits_of_transformers", lambda weights, ids: weights.model()(ids) * factors.pop(0))
+    monkeypatch.setattr(weights_check, "is_comparable", lambda weights: True)
+    monkeypatch.setattr(weights_check, "logits_of_transformers", lambda weights, ids: weights.model()(ids) * factors.pop(0))
     with pytest.raises(ValueError, match=r"small is not used: the logits of a sentence differ"):
         check(weights, "one")
     said = [check(weights, "one"), check(weights, "one"), check(weights, "two")]
@@ -232,7 +246,7 @@ def test_nothing_is_downloaded_without_a_network(hub, tmp_path, monkeypatch):
         raise OSError("Name or service not known")
 
     monkeypatch.setattr("socket.getaddrinfo", fail)
-    monkeypatch.setattr("checkpointing.pretrained.getproxies", dict)
+    monkeypatch.setattr("checkpointing.published.getproxies", dict)
     assert "could not be downloaded" in refusal(Path("gpt2"))
     assert all(is_cached for *_, is_cached in hub)
 
@@ -380,4 +394,16 @@ def test_the_tokenizer_of_a_folder_must_belong_to_it(tmp_path, gpt2_files):
 def test_a_folder_without_weights_is_refused(tmp_path):
     assert "is a folder without weights" in refusal(tmp_path)
     save_folder(tmp_path / "small")
-    assert "is one file of a model: name a folder" in refusal(tmp_path / "small/model.safetensors")
+    assert "is one file of a model: name a run, a folder" in refusal(tmp_path / "small/model.safetensors")
+
+
+@pytest.mark.parametrize(("content", "said"), [
+    ("Call me Ishmaël.".encode(), "book.txt is a text file: name a run, a folder with config.json and model.safetensors, or a checkpoint of nanoGPT"),
+    (b"", "book.txt is an empty file: name a run"),
+    (b"\x93NUMPY\0", "book.txt is not a file of torch.save: name a run"),
+    (b"version https://git-lfs.github.com/spec/v1\noid", "book.txt is a pointer of Git LFS"),
+])
+def test_a_file_that_is_no_weights_is_named(tmp_path, content, said):
+    (tmp_path / "book.txt").write_bytes(content)
+    refused = refusal(tmp_path / "book.txt")
+    assert said in refused and ("data=text data.path=" in refused) == ("text file" in said)

@@ -96,7 +96,7 @@ def test_no_pickle_and_torch_load_of_tensors_only():
         for call in calls:
             given = {word.arg: ast.unparse(word.value) for word in call.keywords}
             assert given.get("weights_only") == "True", path
-        allowed = path.parts[-2:] == ("checkpointing", "pretrained.py")
+        allowed = path.parts[-2:] == ("checkpointing", "weight_files.py")
         assert path.read_text().count("torch.load") == len(calls) == int(allowed), path
 
 

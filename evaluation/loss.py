@@ -15,7 +15,8 @@ import torch
 
 from conf.convert import freeze
 from conf.evaluation import TextConfig
-from data.bins import ENDINGS, count_tokens, describe_bin, find_bins
+from data.bin_format import describe_bin
+from data.bins import ENDINGS, count_tokens, find_bins
 from data.config import DataConfig
 from data.document import SpecialToken
 from data.loader import Validation

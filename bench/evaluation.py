@@ -19,7 +19,7 @@ import torch
 
 from bench.timing import alternating_medians, print_header, print_row, write_json
 from checkpointing.weights import Weights
-from data.tokenizer import BPETokenizer
+from data.bpe import BPETokenizer
 from evaluation.scoring import Scorer, encode_request
 from evaluation.tasks import find_tasks, read_questions
 from exporting.hugging_face import write_folder

@@ -23,9 +23,9 @@ import torch
 from bench import peer as nanogpt
 from bench.result import train_in
 from bench.timing import measure_command, print_header, print_row, write_json
+from data.bpe import BPETokenizer
 from data.loader import Loader
 from data.shards import Tokens
-from data.tokenizer import BPETokenizer
 from setting import FilePath, SettingsBase, setting
 
 PROMPT = "The king"

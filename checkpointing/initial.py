@@ -17,7 +17,8 @@ from conf.convert import rebuild
 from conf.identity import flat
 from conf.presets import preset
 from conf.settings import Settings
-from data.tokenizer import PUBLISHED, BPETokenizer, ExtendedTokenizer, Tokenizer
+from data.bpe import PUBLISHED, BPETokenizer
+from data.tokenizer import ExtendedTokenizer, Tokenizer
 from data.tokenizer_file import planned_size
 from data.tokenizer_json import fingerprint
 from model import GPTConfig

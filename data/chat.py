@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from data.bpe import BPETokenizer
 from data.document import Document, SpecialToken, cut_into_pieces
 from data.records import BadRecord, listed, type_name, well_formed
-from data.tokenizer import BPETokenizer, ExtendedTokenizer, Tokenizer
+from data.tokenizer import ExtendedTokenizer, Tokenizer
 
 MARKER_OF = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
 END = "<|end|>"

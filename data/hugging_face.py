@@ -9,11 +9,11 @@ import math
 from itertools import count, pairwise
 from typing import Any
 
+from data.bpe import BPETokenizer
 from data.patterns import BY_ONIGURUMA, GPT2, for_oniguruma
 from data.tokenizer import (
     END_OF_TEXT,
     OTHER_ENDS,
-    BPETokenizer,
     ByteTokenizer,
     CharTokenizer,
     ExtendedTokenizer,

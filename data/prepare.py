@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import atomic
 from data.bins import prepare_bins
+from data.bpe import DISTINCT_BYTES, PUBLISHED, BPETokenizer, with_few_words
 from data.chat import markers_of, with_markers
 from data.config import TOKENIZERS, DataConfig
 from data.corpus import Corpus
@@ -24,15 +25,7 @@ from data.encode import segments
 from data.shards import SPLITS, check, check_shards, prepare_again, read_meta, write_meta
 from data.sources import Files, Source, open_sources, open_validation
 from data.store import BUILDING, data_root, folder_for, make_once, sha256_of
-from data.tokenizer import (
-    DISTINCT_BYTES,
-    PUBLISHED,
-    BPETokenizer,
-    ByteTokenizer,
-    CharTokenizer,
-    Tokenizer,
-    with_few_words,
-)
+from data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
 from data.tokenizer_file import find_tokenizer, open_tokenizer
 from data.tokenizer_json import fingerprint, read_tokenizer
 from terminal import counted, say

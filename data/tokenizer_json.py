@@ -9,12 +9,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+from data.bpe import PUBLISHED, BPETokenizer
 from data.patterns import KNOWN
 from data.tokenizer import (
     END_OF_TEXT,
     OTHER_ENDS,
-    PUBLISHED,
-    BPETokenizer,
     ByteTokenizer,
     CharTokenizer,
     ExtendedTokenizer,

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from checkpointing.weights import Weights
+from data.bpe import BPETokenizer
 from data.hugging_face import to_hugging_face
 from data.patterns import CL100K_TIKTOKEN, GPT2, GPT2_TIKTOKEN, LLAMA3, O200K, PATTERN, QWEN2
-from data.tokenizer import BPETokenizer, ExtendedTokenizer, Tokenizer
+from data.tokenizer import ExtendedTokenizer, Tokenizer
 from exporting.check import our_logits
 from model import GPTConfig
 from model.formats import EPSILON, GPT2_EPSILON, ROTARY_BASE, layout_for

@@ -24,7 +24,7 @@ from conf import presets, schema
 from conf.convert import is_text
 from conf.schema import compose
 from conf.settings import leaves
-from data.tokenizer import PUBLISHED
+from data.bpe import PUBLISHED
 from training.estimate import Pace
 
 settings.register_profile("nanohydra", deadline=None, max_examples=50)  # no deadline: the machine may be busy

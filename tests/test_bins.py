@@ -9,10 +9,11 @@ import pickle
 import numpy as np
 import pytest
 
+from data.bpe import BPETokenizer
 from data.config import DataConfig
 from data.prepare import describe, load_tokenizer, prepare
 from data.shards import Tokens, read_meta
-from data.tokenizer import BPETokenizer, CharTokenizer
+from data.tokenizer import CharTokenizer
 
 TEXT = "It was the best of times, it was the worst of times. Žluťoučký kůň! " * 20
 

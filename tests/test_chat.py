@@ -19,13 +19,14 @@ from terminal_input import type_into
 import sample
 from conf.sampling import SamplingConfig
 from conf.schema import ConfigError, compose
+from data.bpe import BPETokenizer
 from data.chat import JINJA, MARKERS, Message, markers_of, message_ids, with_markers
 from data.config import DataConfig
 from data.examples import MASKED, Examples
 from data.loader import Loader, Validation
 from data.prepare import load_tokenizer, prepare
 from data.shards import Tokens, open_parts, read_meta
-from data.tokenizer import BPETokenizer, ByteTokenizer, ExtendedTokenizer
+from data.tokenizer import ByteTokenizer, ExtendedTokenizer
 from generation import open_run
 from generation.chat import Conversation
 from model import GPT, GPTConfig

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from tiktoken_ext import openai_public
 
 from data import document, encodings, files, find, records
+from data.bpe import BPETokenizer
 from data.parquet import parquet_column
-from data.tokenizer import BPETokenizer
 
 RECORDS = ["one", "two\nlines", "žluťoučký 🐎", "  ", "three"]
 KEPT = ["one", "two\nlines", "žluťoučký 🐎", "three"]

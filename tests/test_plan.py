@@ -14,8 +14,8 @@ from torch import nn
 
 from checkpointing import checkpoint, planned, store
 from conf.schema import ConfigError, compose
+from data.bpe import PUBLISHED
 from data.prepare import prepare
-from data.tokenizer import PUBLISHED
 from model import GPT
 from scripts import plan
 from train import train
@@ -54,7 +54,7 @@ def test_vocabulary_sizes_are_known_without_the_data(tokenizer, size):
 
 
 def test_sizes_of_published_vocabularies(gpt2_files):
-    from data.tokenizer import PUBLISHED_SIZES, BPETokenizer
+    from data.bpe import PUBLISHED_SIZES, BPETokenizer
 
     assert PUBLISHED_SIZES.keys() == PUBLISHED.keys()
     assert BPETokenizer.published("gpt2").vocab_size == PUBLISHED_SIZES["gpt2"]

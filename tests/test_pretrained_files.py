@@ -22,8 +22,9 @@ from checkpointing.initial import find_weights, shape_of_weights
 from checkpointing.weight_files import read_safetensors
 from checkpointing.weights_check import check
 from conf.schema import compose
+from data.bpe import BPETokenizer
 from data.hugging_face import to_hugging_face
-from data.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
+from data.tokenizer import ByteTokenizer, CharTokenizer
 from generation import open_weights
 from model import GPT, GPTConfig
 from model.formats import config_to

@@ -26,17 +26,15 @@ from tiktoken_ext import openai_public
 from checkpointing import store
 from checkpointing.weights import tokenizer_of
 from conf.schema import ConfigError, compose
+from data.bpe import PUBLISHED, BPETokenizer, with_few_words
 from data.hugging_face import to_hugging_face
 from data.tokenizer import (
     END_OF_TEXT,
     LONGEST_WORD,
     PATTERN,
-    PUBLISHED,
-    BPETokenizer,
     ByteTokenizer,
     CharTokenizer,
     Tokenizer,
-    with_few_words,
 )
 from data.tokenizer_json import fingerprint, from_json, read_tokenizer
 from scripts import export_tokenizer
@@ -255,7 +253,7 @@ def test_a_sample_ends_after_enough_distinct_words():
 
 
 def test_training_stops_reading_after_enough_words(monkeypatch):
-    monkeypatch.setattr("data.tokenizer.DISTINCT_BYTES", 2**16)
+    monkeypatch.setattr("data.bpe.DISTINCT_BYTES", 2**16)
     read = []
 
     def texts():
@@ -275,7 +273,7 @@ def test_training_stops_reading_after_enough_words(monkeypatch):
 def test_training_takes_bounded_memory(text):
     script = f"""
 import base64, random, resource
-from data.tokenizer import BPETokenizer
+from data.bpe import BPETokenizer
 draw = random.Random(0)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 BPETokenizer.train(({text} for _ in range(200)), 1000)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from data.bpe import PUBLISHED_SIZES
-from data.hugging_face import from_hugging_face
+from data.from_hugging_face import from_hugging_face
 from data.tokenizer import ByteTokenizer, Tokenizer
 from data.tokenizer_json import from_json, read_json
 

@@ -29,17 +29,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from conf import presets
 from conf.convert import expanded, is_text
-from conf.presets import (
-    ConfigError,
-    Group,
-    config_node,
-    groups,
-    nested,
-    read_yaml,
-    unresolved,
-)
+from conf.presets import Group, config_node, groups
 from conf.settings import DERIVED, leaves
-from conf.unknown import SWEEP_ADVICE, YAML_FILES, wrong_preset
+from conf.unknown import SWEEP_ADVICE, wrong_preset
+from conf.yaml_files import YAML_SUFFIXES, ConfigError, nested, read_yaml, unresolved
 from terminal import first_line
 
 # Hydra's name for an experiment that is given by its path.
@@ -159,7 +152,7 @@ def own_experiment(overrides: list[str]) -> tuple[Path | None, dict[str, Any], l
     Also returns the overrides, which then choose it by the name GIVEN_FILE.
     """
     given = [word.partition("=")[2] for word in overrides if word.startswith("experiment=")]
-    if not given or Path(given[-1]).suffix not in YAML_FILES:
+    if not given or Path(given[-1]).suffix not in YAML_SUFFIXES:
         return None, {}, overrides
     path = Path(expanded(given[-1]))
     content = nested(read_yaml(path), path)

@@ -114,11 +114,15 @@ SHORT_FLAGS = {
 
 def our_name(key: str, known: set[str]) -> str:
     """The one of our names in `known` that others call `key`; empty where there is none."""
-    last = key.rpartition(".")[2].replace("-", "_").lower()
     for ours, others in OTHER_NAMES.items():
-        if ours in known and last in others.split():
+        if ours in known and last_part(key) in others.split():
             return ours
     return ""
+
+
+def last_part(key: str) -> str:
+    """The name without its group, as other projects may write it: n-layer is n_layer."""
+    return key.rpartition(".")[2].replace("-", "_").lower()
 
 
 def unit_note(key: str) -> str:

@@ -17,9 +17,10 @@ import yaml
 from conf.composition import Origins, compose_with_hydra
 from conf.convert import freeze, from_text
 from conf.identity import flat, identity_differences, in_short
-from conf.presets import ConfigError, groups
+from conf.presets import groups
 from conf.settings import SampleSettings, Settings, leaves
-from conf.unknown import YAML_FILES, not_an_override, unknown, wrong_preset
+from conf.unknown import not_an_override, unknown, wrong_preset
+from conf.yaml_files import YAML_SUFFIXES, ConfigError
 from model.config import GPTConfig
 
 # The dataclass by the name of its file, conf/NAME.yaml.
@@ -127,7 +128,7 @@ def automatic_name(overrides: list[str], settings: Settings, experiment: str) ->
         plain = compose("config", ["name=-", *named], validate=False)
     # The name: the experiment, the presets, the ends of the paths, the differences.
     start = choices.pop("experiment", "" if "data" in choices else experiment)
-    if Path(start).suffix in YAML_FILES:
+    if Path(start).suffix in YAML_SUFFIXES:
         start = Path(start).stem
     choices.pop("logger", None)
     sources = [Path(settings.data.path).stem, Path(chosen.get("data.hub_name", "")).name,

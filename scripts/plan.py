@@ -65,9 +65,9 @@ from checkpointing.planned import (
     fitting_batch_size,
     memory_of_each,
 )
-from conf.presets import ConfigError
 from conf.schema import compose
 from conf.settings import Settings
+from conf.yaml_files import ConfigError
 from data.chat import MARKERS
 from data.config import DataConfig
 from data.loader import Loader

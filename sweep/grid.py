@@ -12,9 +12,9 @@ from itertools import product
 from pathlib import Path
 
 from conf.identity import flat, kind
-from conf.presets import ConfigError
 from conf.schema import as_yaml, compose, folder_name
 from conf.settings import Settings, leaves
+from conf.yaml_files import ConfigError
 from setting import SettingsBase, as_word, setting
 from sweep.cluster import ClusterRunner
 from sweep.jobs import Job, locked

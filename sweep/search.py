@@ -23,9 +23,9 @@ from typing import Any, Literal
 import atomic
 import locks
 from checkpointing.run_folder import describe_process
-from conf.presets import ConfigError
 from conf.schema import compose, folder_name
 from conf.settings import Settings
+from conf.yaml_files import ConfigError
 from report.history import PRUNED
 from setting import FilePath, SettingsBase, setting
 from sweep.jobs import INTERRUPTED, Job, refuse_run

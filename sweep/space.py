@@ -26,10 +26,11 @@ from typing import Any
 
 from conf.convert import convert
 from conf.identity import flat, kind
-from conf.presets import CONF, ConfigError, groups, options, read_yaml, without_references
+from conf.presets import CONF, groups, options
 from conf.schema import compose
 from conf.settings import Settings, leaves
 from conf.unknown import unknown
+from conf.yaml_files import YAML_SUFFIXES, ConfigError, read_yaml, without_references
 from setting import as_word
 
 PARTS = ("space", "fixed", "constraints")
@@ -151,7 +152,7 @@ def read_space(name: str, overrides: tuple[str, ...]) -> Space:
     """
     # Find and read the file.
     shipped = CONF / "sweep"
-    path = Path(name) if name.endswith((".yaml", ".yml")) else shipped / f"{name}.yaml"
+    path = Path(name) if name.endswith(YAML_SUFFIXES) else shipped / f"{name}.yaml"
     if not path.is_file():
         there = ", ".join(sorted(one.stem for one in shipped.glob("*.yaml")))
         raise ConfigError([f"sweep={name} does not exist: use one of {there}, or a YAML file."])

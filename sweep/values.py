@@ -13,8 +13,9 @@ from hydra.core.override_parser.types import Glob, Override, QuotedString, Range
 from hydra.errors import HydraException
 
 from conf.convert import is_text
-from conf.presets import ConfigError, groups, options
+from conf.presets import groups, options
 from conf.settings import Settings, leaves
+from conf.yaml_files import ConfigError
 
 MAX_JOBS = 10_000
 FUNCTION = re.compile(r"(choice|range|interval|glob|sort|shuffle)\(.*\)$", re.DOTALL)

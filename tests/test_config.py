@@ -23,7 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import conf
-from conf import composition, launch, presets
+from conf import composition, launch, presets, yaml_files
 from conf.convert import convert
 from conf.identity import flat
 from conf.schema import ConfigError, compose
@@ -56,7 +56,7 @@ def test_the_default_is_the_pydocs_experiment():
 def test_gpt2_presets_are_the_published_shapes():
     shapes = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600)}
     for preset, (n_layer, n_head, n_embd) in shapes.items():
-        content = presets.read_yaml(presets.CONF / "model" / f"{preset}.yaml")
+        content = yaml_files.read_yaml(presets.CONF / "model" / f"{preset}.yaml")
         assert GPTConfig(**content) == GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd)
 
 
@@ -64,7 +64,7 @@ def test_every_preset_composes(tmp_path):
     choices = {group: presets.options(group) for group in presets.groups() if group != "experiment"}
     for number in range(max(map(len, choices.values()))):
         chosen = {group: names[number % len(names)] for group, names in choices.items()}
-        source = presets.read_yaml(presets.CONF / "data" / f"{chosen['data']}.yaml").get("source")
+        source = yaml_files.read_yaml(presets.CONF / "data" / f"{chosen['data']}.yaml").get("source")
         needed = {"hub": ["data.hub_name=owner/name"], "text": [f"data.path={tmp_path}"]}
         needed["chat"] = needed["bin"] = needed["text"]
         words = [f"{group}={name}" for group, name in chosen.items()]

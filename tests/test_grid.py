@@ -22,7 +22,7 @@ import locks
 import train as main
 from checkpointing import store
 from checkpointing.resume import is_finished
-from conf.presets import ConfigError
+from conf.yaml_files import ConfigError
 from sweep import grid, jobs, summary
 from sweep.cluster import check_size
 from sweep.jobs import Job

@@ -8,9 +8,10 @@ import pytest
 
 from conf import hints
 from conf.convert import convert
-from conf.presets import ConfigError, groups
+from conf.presets import groups
 from conf.schema import compose
 from conf.settings import SampleSettings, Settings, leaves
+from conf.yaml_files import ConfigError
 
 pytestmark = pytest.mark.usefixtures("composed_by_hydra")
 

@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from conf import presets
-from conf.presets import ConfigError, nested, read_yaml
 from conf.schema import as_yaml, compose
+from conf.yaml_files import ConfigError, nested, read_yaml
 from model import GPTConfig
 
 pytestmark = pytest.mark.usefixtures("composed_by_hydra")

@@ -66,7 +66,7 @@ def test_two_levels_send_less_between_nodes(simulated):
 
 
 def test_bad_settings_are_one_sentence():
-    from conf.presets import ConfigError
+    from conf.yaml_files import ConfigError
 
     with pytest.raises(ConfigError, match="device=abacus is not known: choose one of a10, "):
         compose(ScaleSettings, ["device=abacus"])

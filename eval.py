@@ -25,9 +25,9 @@ from typing import Any
 
 import atomic
 from checkpointing import store
+from checkpointing.changes import saved_settings
 from checkpointing.checkpoint import Checkpoint
 from checkpointing.initial import find_weights
-from checkpointing.resume import saved_settings
 from checkpointing.run_folder import find_runs
 from checkpointing.weights import Weights, own_weights
 from evaluation.cache import ResultCache

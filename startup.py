@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from checkpointing import notices
+from checkpointing.changes import settings_to_save
 from checkpointing.checkpoint import Checkpoint
 from checkpointing.provenance import record_start
-from checkpointing.resume import settings_to_save
 from trainer import Trainer
 from training.compiling import check_fused_loss, maybe_compile
 from training.device import Environment

@@ -18,19 +18,15 @@ from contextlib import ExitStack
 
 import atomic
 from checkpointing import notices, store
+from checkpointing.changes import limit_reached
 from checkpointing.checkpoint import Checkpoint
-from checkpointing.initial import initial_weights
+from checkpointing.environment import open_device
+from checkpointing.initial import InitialWeights
 from checkpointing.planned import divides_weights, memory_advice
-from checkpointing.resume import (
-    limit_reached,
-    open_device,
-    open_run,
-    prepared_tokens,
-    with_initial_weights,
-    with_vocab_size,
-)
+from checkpointing.resume import open_run
 from checkpointing.run_folder import Run
 from checkpointing.state import State, new_state
+from checkpointing.tokens import prepared_tokens, with_vocab_size
 from conf.schema import as_yaml
 from conf.settings import Settings
 from data.run_data import RunData, open_data
@@ -64,7 +60,8 @@ def train(settings: Settings) -> int:
 def train_together(settings: Settings, world: World) -> int:
     """Train as one process of `world`. Only the first one writes, prints and samples."""
     # Find the weights to start from, and load the data, which decide the vocabulary.
-    settings, imported = world.first(lambda: with_initial_weights(settings))
+    initial = InitialWeights()
+    settings = world.first(lambda: initial.choose_settings(settings))
     data = load_data(settings, world)
     settings = with_vocab_size(settings, data.prepared)
     tasks = read_slices(settings.training.tasks(), data.tokenizer)
@@ -90,7 +87,7 @@ def train_together(settings: Settings, world: World) -> int:
         if last:
             state.restore(last)
         elif settings.init_from:
-            state.load_weights(initial_weights(settings, data.tokenizer))
+            state.load_weights(initial.load(settings, data.tokenizer))
 
         # Nothing is written before it is known that memory and disk space suffice.
         check_resources(state, data, device, run)
@@ -101,7 +98,7 @@ def train_together(settings: Settings, world: World) -> int:
         # signal, so under torchrun a second one does not end them.
         with (Interrupt(second_ends=not world.by_torchrun) as interrupt, Clock() as clock,
               open_trainer(settings, data, tasks, state, device, run) as trainer):
-            start(trainer, last, imported)
+            start(trainer, last, initial.messages)
             decision = training_loop(trainer, clock, interrupt)
             exit_code = trainer.end(decision, interrupt)
             if exit_code:

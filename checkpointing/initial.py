@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import Tensor
 
 from checkpointing import checkpoint, pretrained, published, store
+from checkpointing.changes import last_checkpoint
 from checkpointing.checkpoint import Checkpoint
 from checkpointing.run_folder import find_run
 from checkpointing.weight_files import other_kind
@@ -73,42 +74,81 @@ def refuse_other_files(name: str, path: Path) -> None:
                          f"nanoGPT ({pretrained.NANOGPT}).{advice}")
 
 
-def with_shape_of_weights(settings: Settings, last: Checkpoint | None
-                          ) -> tuple[Settings, list[str]]:
-    """The settings with the model's shape from the weights of `init_from`, and messages for users.
+@dataclass
+class InitialWeights:
+    """The weights that `init_from=` names: they decide settings of a run, which starts from them.
 
-    If `last` is a checkpoint of a run that started from the same place, the run resumes: the shape
-    is its own, and the weights are not read. Raises ValueError if a setting contradicts the shape.
+    Of several processes, the first one chooses the settings.
     """
-    if not settings.init_from:
-        return settings, []
-    # A run that resumes has the shape of its checkpoint.
-    saved = flat(last.state["settings"]) if last else {}
-    if saved.get("init_from") == settings.init_from:
-        shape = rebuild(GPTConfig, last.state["model"], f"{last.folder / checkpoint.STATE}, model")
-        told = {name: str(saved.get(name)) for name in ("init_source", "init_fingerprint")}
-        return replace(settings, model=given_shape(settings, shape), **told), []
 
-    # Check the vocabulary before weights are downloaded, and all else before text is prepared.
-    if settings.init_from in published.NAMES:
-        # Before they are downloaded.
-        check_vocabulary(settings, pretrained.GPT2_TOKENS, "set data.tokenizer=gpt2")
-    weights = find_weights(settings.init_from, Path(settings.runs_dir))
-    # Before the text is prepared.
-    check_vocabulary(settings, weights.config.vocab_size, how_to_encode(weights))
-    asked = settings.model.block_size
-    if "block_size" in settings.model_given.split() and asked > weights.config.block_size:
-        raise ValueError(f"model.block_size={asked} is longer than the context of "
-                         f"init_from={settings.init_from}, {weights.config.block_size} tokens: "
-                         "choose at most that, or leave it out.")
+    weights: Weights | None = None
+    messages: list[str] = field(default_factory=list)
 
-    # The shape is that of the weights. Their fingerprint becomes part of the run's identity.
-    model = given_shape(settings, weights.config)
-    found = weights.fingerprint()
-    settings = replace(settings, model=model, init_source=str(weights.place),
-                       init_fingerprint=found)
-    messages = [f"{weights.describe()}, fingerprint {found}", check(weights, found)]
-    return settings, list(filter(None, messages))
+    def choose_settings(self, settings: Settings) -> Settings:
+        """The settings with the shape of the weights. Keeps the weights, and messages about them.
+
+        A run that resumes has the shape of its checkpoint, and does not need the weights. Raises
+        ValueError for weights that are invalid or contradict the settings.
+        """
+        if not settings.init_from:
+            return settings
+        last = last_checkpoint(settings.folder, settings)
+        saved = flat(last.state["settings"]) if last else {}
+        if saved.get("init_from") == settings.init_from:
+            place = f"{last.folder / checkpoint.STATE}, model"
+            shape = rebuild(GPTConfig, last.state["model"], place)
+            kept = {name: str(saved.get(name)) for name in ("init_source", "init_fingerprint")}
+            return replace(settings, model=given_shape(settings, shape), **kept)
+
+        # Check the vocabulary before weights are downloaded, and all else before text is prepared.
+        if settings.init_from in published.NAMES:
+            check_vocabulary(settings, pretrained.GPT2_TOKENS, "set data.tokenizer=gpt2")
+        weights = find_weights(settings.init_from, Path(settings.runs_dir))
+        check_vocabulary(settings, weights.config.vocab_size, how_to_encode(weights))
+        asked = settings.model.block_size
+        if "block_size" in settings.model_given.split() and asked > weights.config.block_size:
+            raise ValueError(f"model.block_size={asked} is longer than the context of "
+                             f"init_from={settings.init_from}, {weights.config.block_size} tokens: "
+                             "choose at most that, or leave it out.")
+
+        # The shape is that of the weights. Their fingerprint becomes part of the run's identity.
+        model = given_shape(settings, weights.config)
+        fingerprint = weights.fingerprint()
+        self.weights = weights
+        self.messages.append(f"{weights.describe()}, fingerprint {fingerprint}")
+        checked = check(weights, fingerprint)
+        if checked:
+            self.messages.append(checked)
+        return replace(settings, model=model, init_source=str(weights.place),
+                       init_fingerprint=fingerprint)
+
+    def load(self, settings: Settings, tokenizer: Tokenizer) -> dict[str, Tensor]:
+        """The weights for a run with these settings; they are not kept any longer.
+
+        Raises ValueError if they are for another tokenizer, or have changed since the settings
+        were chosen.
+        """
+        weights, self.weights = self.weights, None
+        name = settings.init_from
+        if weights is None:
+            # Another process chose the settings, by the weights as they were then.
+            weights = find_weights(settings.init_source, Path(settings.runs_dir))
+            if weights.fingerprint() != settings.init_fingerprint:
+                raise ValueError(f"init_from={name} has changed since this command began: run it "
+                                 "again.")
+
+        # The tokenizer may extend that of the weights, as by the markers of a chat.
+        size, known = weights.config.vocab_size, tokenizer
+        if isinstance(tokenizer, ExtendedTokenizer) and tokenizer.vocab_size > size:
+            known = tokenizer.base
+        if known.vocab_size != size:
+            raise ValueError(f"init_from={name} has a vocabulary of {size:,} tokens, the training "
+                             f"text one of {known.vocab_size:,}: {how_to_encode(weights)}.")
+        if weights.tokenizer and not has_same_tokens(weights.tokenizer, known):
+            raise ValueError(f"init_from={name} was trained with other tokens than the training "
+                             f"text has, although both have {size:,} different ones: "
+                             f"{how_to_encode(weights)}.")
+        return weights.fitted(settings.model.block_size, tokenizer.vocab_size)
 
 
 def shape_of_weights(settings: Settings) -> GPTConfig:
@@ -151,30 +191,6 @@ def how_to_encode(weights: Weights) -> str:
     kind = weights.tokenizer.to_json()["kind"]
     name = kind if kind in (*PUBLISHED, "byte") else weights.place
     return f"set data.tokenizer={name}"
-
-
-def initial_weights(settings: Settings, tokenizer: Tokenizer) -> dict[str, Tensor]:
-    """The weights that a run with these settings starts from.
-
-    Raises ValueError if they are for another tokenizer, or have changed since the settings were
-    made.
-    """
-    weights = find_weights(settings.init_source, Path(settings.runs_dir))
-    name, size = settings.init_from, weights.config.vocab_size
-    if weights.fingerprint() != settings.init_fingerprint:
-        raise ValueError(f"init_from={name} has changed since this command began: run it again.")
-    # A vocabulary may have been extended, as by the markers of a chat: the weights know the base.
-    known = tokenizer
-    if isinstance(tokenizer, ExtendedTokenizer) and tokenizer.vocab_size > size:
-        known = tokenizer.base
-    if known.vocab_size != size:
-        raise ValueError(f"init_from={name} has a vocabulary of {size:,} tokens, the training text "
-                         f"one of {known.vocab_size:,}: {how_to_encode(weights)}.")
-    if weights.tokenizer and not has_same_tokens(weights.tokenizer, known):
-        raise ValueError(f"init_from={name} was trained with other tokens than the training text "
-                         f"has, although both have {size:,} different ones: "
-                         f"{how_to_encode(weights)}.")
-    return weights.fitted(settings.model.block_size, tokenizer.vocab_size)
 
 
 def has_same_tokens(one: Tokenizer, other: Tokenizer) -> bool:

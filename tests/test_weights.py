@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,9 @@ from safetensors.torch import load_file
 
 import sample as sampling
 import train as program
-from checkpointing import store
+from checkpointing import initial, store
 from checkpointing.checkpoint import MODEL
-from checkpointing.initial import find_weights
+from checkpointing.initial import InitialWeights, find_weights
 from conf.schema import compose
 from generation import open_run, open_weights
 
@@ -112,6 +113,24 @@ def test_other_initial_weights_make_another_run(start, tiny_runs, more, capsys):
         start(f"init_from={other}")
     capsys.readouterr()
     assert start(f"init_from={best(tiny_runs / 'tiny')}") == 0 and "is finished" in capsys.readouterr().out
+
+
+def test_initial_weights_are_read_and_hashed_once(start, monkeypatch):
+    calls = []
+    for module, name in ((initial, "find_weights"), (initial.Weights, "fingerprint")):
+        call = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *words, call=call, name=name: calls.append(name) or call(*words))
+    assert start() == 0
+    assert calls == ["find_weights", "fingerprint"]
+
+
+def test_weights_that_change_meanwhile_are_refused(compose_tiny, tiny_runs):
+    """By a process that reads them itself, as the others of several do."""
+    chosen = InitialWeights().choose_settings(compose_tiny(f"init_from={tiny_runs / 'tiny'}"))
+    tokenizer = find_weights(chosen.init_source, tiny_runs).tokenizer
+    assert InitialWeights().load(chosen, tokenizer)
+    with pytest.raises(ValueError, match="has changed since this command began: run it again"):
+        InitialWeights().load(replace(chosen, init_fingerprint="0" * 12), tokenizer)
 
 
 def test_a_run_is_named_by_its_initial_weights():

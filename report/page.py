@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
 import atomic
-from evaluation.comparison import SMALLEST, compare_all
 from progress import ProgressBar
-from report import curves
 from report.attention import BASE_STYLE
-from report.history import AXES, BITS, History, open_history
-from report.importance import MIN_RUNS, importance
-from report.runs import arms_of, best_first, differing, tokens_of
-from report.tables import escape, evaluations, leaderboard, side_by_side, swatch
-from terminal import counted, escaped
+from report.history import History, open_history
+from report.importance import MIN_RUNS
+from report.pictures import curves_png, slices_png
+from report.runs import best_first, comparable
+from report.sections import (
+    MAX_SLICES,
+    comparisons,
+    diagnostics,
+    importance_of_settings,
+    losses,
+    samples,
+    summary,
+)
+from report.tables import escape, evaluations, leaderboard, side_by_side
+from terminal import escaped
 
 TEMPLATE = Path(__file__).with_suffix(".html")
-MAX_SLICES = 12
-MAX_ARMS = 20  # settings that are compared over seeds: all pairs are tested
-MAX_SAMPLES = 60  # runs whose samples are shown
 FEW = 20  # runs that are read without a progress bar
-CHOICE_OF_AXIS = """<div class="choice" role="group" aria-label="against">
-<button value="steps" aria-pressed="true">steps</button>
-<button value="tokens" aria-pressed="false">tokens</button>
-<button value="seconds" aria-pressed="false">seconds</button></div>"""
 NEEDS_MATPLOTLIB = ", without curves: they need matplotlib (pip install matplotlib)"
 
 
@@ -52,7 +51,7 @@ def is_current(run: Path) -> bool:
 
 def write(chosen: list[tuple[Path, str]], out: Path, title: str,
           pictures: bool = True) -> list[Path]:
-    """Write the page about the chosen runs, and beside it the pictures as PNG; return their paths.
+    """Write the page about the chosen runs, and beside it pictures as PNG; return their paths.
 
     Raises ValueError for a folder that is not a run, and if matplotlib is missing for pictures.
     """
@@ -60,10 +59,10 @@ def write(chosen: list[tuple[Path, str]], out: Path, title: str,
     # Nothing is written before all of it has been drawn.
     contents = {out: page(runs, escaped(title, keep="")).encode()}
     if pictures:
-        contents[out.with_name(f"{out.stem}-curves.png")] = curves.curves_png(runs)
+        contents[out.with_name(f"{out.stem}-curves.png")] = curves_png(runs)
         compared, keys = comparable(runs)
         if len(compared) >= MIN_RUNS and keys:
-            slices = curves.slices_png(compared, keys[:MAX_SLICES], runs)
+            slices = slices_png(compared, keys[:MAX_SLICES], runs)
             contents[out.with_name(f"{out.stem}-slices.png")] = slices
     for path, content in contents.items():
         atomic.write_bytes(path, content)
@@ -75,16 +74,6 @@ def open_runs(chosen: list[tuple[Path, str]]) -> list[History]:
     few = len(chosen) < FEW
     progress = ProgressBar(chosen, "Reading", unit="runs", leave=False, disable=few)
     return best_first([open_history(folder, name) for folder, name in progress])
-
-
-def comparable(runs: list[History]) -> tuple[list[History], list[str]]:
-    """The finished runs that can be compared, and the settings in which they differ."""
-    keys = differing(runs)
-    finished = []
-    for run in runs:
-        if run.finished and run.score is not None and run.settings.keys() >= set(keys):
-            finished.append(run)
-    return finished, [key for key in differing(finished) if key in keys]
 
 
 def page(runs: list[History], title: str) -> str:
@@ -99,158 +88,3 @@ def page(runs: list[History], title: str) -> str:
     template = template.replace("{{base}}", BASE_STYLE.read_text(encoding="utf-8"))
     template = template.replace("{{title}}", escape(f"Report: {title}"))
     return template.replace("{{body}}", "\n".join(parts))
-
-
-def summary(runs: list[History], title: str) -> Iterator[str]:
-    yield f"<h1>{escape(title)}</h1>"
-    best = runs[0]
-    if best.best_loss is None:
-        yield "<p>No validation loss yet.</p>"
-        return
-    text = f"Validation loss {best.best_loss:.4f}"
-    if best.bits_per_byte is not None:
-        text += f", {best.bits_per_byte:.4f} bits per byte"
-    text += f", at step {best.best_step:,}"
-    if len(runs) > 1:
-        name = f"<code>{escape(best.name)}</code>"
-        text += f" in {name}, the best of {len(runs)} runs by {best.measure}"
-    yield f"<p>{text}.</p>"
-
-
-def losses(runs: list[History]) -> Iterator[str]:
-    """The losses against steps, tokens and seconds, with buttons that choose between them."""
-    yield "<h2>Loss</h2>"
-    # A legend, unless there are more runs than colors.
-    if 1 < len(runs) <= len(curves.COLORS):
-        names = ""
-        for rank, run in enumerate(runs):
-            names += f'<span data-run="{rank}">{swatch(rank, len(runs))}{escape(run.name)}</span>'
-        yield f'<p class="legend">{names}</p>'
-    # Pictures against each axis, of which the page shows one at a time.
-    yield CHOICE_OF_AXIS
-    kind = "curves single" if len(runs) == 1 else "curves"
-    try:
-        for axis in AXES:
-            hidden = "" if axis == "steps" else " hidden"
-            pictures = curves.losses_svg(runs, axis)
-            yield f'<div class="{kind}" data-axis="{axis}"{hidden}>{pictures}</div>'
-    except ValueError as error:
-        # matplotlib is missing.
-        yield f"<p>{escape(str(error))}</p>"
-        return
-    yield f"<p>{' '.join(notes_on_losses(runs))}</p>"
-
-
-def notes_on_losses(runs: list[History]) -> Iterator[str]:
-    """How to read the pictures of losses."""
-    smoothed = "Training losses are smoothed over a fifteenth of the run"
-    if len(runs) <= curves.MAX_BANDS:
-        smoothed += "; the pale line and band show the losses before smoothing"
-    yield f"{smoothed}."
-    if runs[0].measure == BITS:
-        yield ("The runs have different texts or tokenizers, so their losses are in bits per byte: "
-               "losses per token cannot be compared.")
-        unknown = sum(run.unit_factor is None and len(run.training) > 0 for run in runs)
-        if unknown:
-            yield f"{counted(unknown, 'run')} without a validation loss cannot be drawn."
-    if len(runs) > len(curves.COLORS):
-        yield "The best run is orange; the higher the loss of another, the paler it is."
-    if len(runs) > 1:
-        yield "Point at a row of the leaderboard to highlight its run."
-
-
-def diagnostics(runs: list[History]) -> Iterator[str]:
-    """Learning rate, gradient norm, speed and tasks, of those that were recorded."""
-    recorded = list(dict.fromkeys(name for run in runs for name in run.diagnostics))
-    if recorded:
-        # Without matplotlib, the section about losses says so.
-        with suppress(ValueError):
-            pictures = "".join(curves.diagnostic_svg(runs, name) for name in recorded)
-            yield f"<h2>{', '.join(recorded).capitalize()}</h2>"
-            yield f'<div class="slices">{pictures}</div>'
-
-
-def comparisons(runs: list[History]) -> Iterator[str]:
-    """The best settings against each of the others, of those that were run with several seeds."""
-    # Group the runs that differ in nothing but their seed.
-    finished = [run for run in comparable(runs)[0] if isinstance(run.settings.get("seed"), int)]
-    try:
-        arms = arms_of(finished)
-    except ValueError:
-        # Copies of a run say nothing about the noise.
-        return
-    results = {}
-    for name, of_arm in arms.items():
-        if len(of_arm) > 1:
-            results[name] = {seed: run.score for seed, run in of_arm.items()}
-    if not 1 < len(results) <= MAX_ARMS or len({tokens_of(run) for run in finished}) > 1:
-        return
-
-    # Test the differences between the groups.
-    unit = "bits per byte" if finished[0].measure == BITS else "nats per token"
-    yield "<h2>Beyond the noise between seeds?</h2>"
-    try:
-        for one in compare_all(results):
-            yield f"<p>{escape(one.sentence(unit, SMALLEST))}</p>"
-    except ValueError as error:
-        yield f"<p>{escape(str(error))}</p>"
-
-
-def importance_of_settings(runs: list[History]) -> Iterator[str]:
-    """The importance of the settings that differ, and the scores against their values."""
-    # Few runs say nothing about a setting.
-    finished, keys = comparable(runs)
-    if len(runs) < MIN_RUNS or not keys:
-        return
-    yield "<h2>Importance of settings</h2>"
-    try:
-        shares = importance(finished, keys)
-        yield (f"<p>The share of each setting in the differences of the {finished[0].measure} of "
-               f"{len(finished)} finished runs (fANOVA, by Optuna): an estimate, rough for few "
-               "runs.</p>")
-        rows = ""
-        for key, share in shares.items():
-            bar = f'<span class="bar" style="width: {16 * share:.2f}rem"></span>'
-            rows += f"<tr><td><code>{escape(key)}</code></td>"
-            rows += f'<td class="number">{share:.0%}</td><td>{bar}</td></tr>'
-        yield f'<table id="importance">{rows}</table>'
-        # The slices follow in the order of importance.
-        keys = list(shares)
-    except ValueError as error:
-        # Optuna is missing, or all scores are equal: the slices can still be drawn.
-        yield f"<p>{escape(str(error))}</p>"
-    if len(finished) < MIN_RUNS:
-        return
-    # Without matplotlib, the section about losses says so.
-    with suppress(ValueError):
-        drawn = keys[:MAX_SLICES]
-        pictures = "".join(curves.slice_svg(finished, key, runs) for key in drawn)
-        yield f'<div class="slices">{pictures}</div>'
-    if len(keys) > MAX_SLICES:
-        yield f"<p>{len(keys) - MAX_SLICES} more settings are not drawn.</p>"
-
-
-def samples(runs: list[History]) -> Iterator[str]:
-    """The last sample of each run, the best run first, with earlier ones folded; of one run all."""
-    with_samples = [(rank, run) for rank, run in enumerate(runs) if run.samples]
-    if not with_samples:
-        return
-    yield "<h2>Samples</h2>"
-    if len(with_samples) > MAX_SAMPLES:
-        yield f"<p>Of the best {MAX_SAMPLES} runs.</p>"
-    # A card for each run, or of a single run for each sample.
-    cards = ""
-    for rank, run in with_samples[:MAX_SAMPLES]:
-        # The newest ten, the last one first.
-        texts = []
-        for step, text in reversed(run.samples[-10:]):
-            texts.append(f"<p>step {step:,}</p><blockquote>{escape(text)}</blockquote>")
-        if len(runs) == 1:
-            cards = "".join(f'<div class="card">{text}</div>' for text in texts)
-        else:
-            earlier = ""
-            if len(texts) > 1:
-                earlier = f"<details><summary>earlier</summary>{''.join(texts[1:])}</details>"
-            name = f"<h3>{swatch(rank, len(runs))}{escape(run.name)}</h3>"
-            cards += f'<div class="card" data-run="{rank}">{name}{texts[0]}{earlier}</div>'
-    yield f'<div class="cards">{cards}</div>'

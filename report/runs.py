@@ -99,6 +99,16 @@ def differing(runs: list[History]) -> list[str]:
     return differing_settings([run.settings for run in runs])
 
 
+def comparable(runs: list[History]) -> tuple[list[History], list[str]]:
+    """The finished runs that can be compared, and the settings in which they differ."""
+    keys = differing(runs)
+    finished = []
+    for run in runs:
+        if run.finished and run.score is not None and run.settings.keys() >= set(keys):
+            finished.append(run)
+    return finished, [key for key in differing(finished) if key in keys]
+
+
 def differing_settings(settings: list[dict[str, Any]]) -> list[str]:
     """The names of flat settings that differ and can change the result of a run."""
     keys = dict.fromkeys(key for one in settings for key in one)

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from report import curves
+from report.colors import color
 from report.figures import number_texts
 from report.history import BITS, LOSS, History
 from report.results import cells
@@ -142,7 +142,7 @@ def escape(text: str) -> str:
 
 def swatch(rank: int, count: int) -> str:
     """A dot in the color of a run's curves."""
-    return f'<span class="swatch" style="background: {curves.color(rank, count)}"></span>'
+    return f'<span class="swatch" style="background: {color(rank, count)}"></span>'
 
 
 def formatted(value: float | None, how: str) -> tuple[Any, str]:

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from conf.launch import launch
-from report.curves import loss_picture
 from report.figures import PICTURES, write_picture
 from report.page import open_runs, write
+from report.pictures import loss_picture
 from report.runs import choose
 from setting import FilePath, FilePaths, setting
 from terminal import counted, readable_size, say

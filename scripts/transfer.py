@@ -36,7 +36,7 @@ if __name__ == "__main__":
 from collections import defaultdict
 from statistics import fmean
 
-from report.curves import COLORS
+from report.colors import COLORS
 from report.figures import as_image, label_numbers, new_figure, number_text, write_picture
 from report.history import History, open_history
 from report.runs import are_numbers, choose

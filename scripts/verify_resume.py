@@ -52,7 +52,7 @@ import atomic
 from checkpointing import store
 from checkpointing.checkpoint import MODEL, OPTIMIZER, Checkpoint
 from conf.schema import compose
-from report.history import read_rows
+from report.metrics import read_rows
 from sweep.jobs import python
 from terminal import counted
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from checkpointing.run_folder import is_sweep
-from report.history import PRUNED, History, open_history, read_new_rows
+from report.history import PRUNED, History, open_history
+from report.metrics import read_new_rows
 from report.runs import best_first, runs_in
 from report.tables import leaderboard_rows
 from serving.answers import Json

@@ -128,7 +128,7 @@ def test_a_request_names_only_what_was_listed(address, runs_dir):
 
 
 def test_a_run_that_is_cut_back_is_read_again(runs_dir, tmp_path):
-    from report.history import read_new_rows
+    from report.metrics import read_new_rows
 
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n{"step": 2}\n{"st')

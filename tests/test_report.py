@@ -23,22 +23,22 @@ from browser import browse, needs_chromium
 
 import report.page as report_page
 from conf.schema import ConfigError, compose
+from report.colors import COLORS, color
 from report.curves import (
-    COLORS,
     DIAGNOSTICS,
-    color,
     draw_both_losses,
     draw_diagnostic,
     draw_losses,
-    draw_slice,
     in_unit,
     label_progress,
     smooth,
 )
 from report.figures import new_figure, number_texts
-from report.history import CURVE_POINTS, PRUNED, open_history, thinned
+from report.history import PRUNED, open_history
 from report.importance import importance
-from report.runs import choose, differing
+from report.metrics import CURVE_POINTS, thinned
+from report.runs import choose, comparable, differing
+from report.slices import draw_slice
 from scripts import report as script
 from terminal import escaped
 from train import train
@@ -445,7 +445,7 @@ def test_settings_with_several_seeds_are_compared(tmp_path, monkeypatch):
 def test_importance_finds_the_setting_that_decides(grid):
     pytest.importorskip("optuna")
     pytest.importorskip("sklearn")
-    whole, keys = report_page.comparable(histories(grid))
+    whole, keys = comparable(histories(grid))
     assert len(whole) == 5 and keys == ["model.n_layer", "optim.lr"]  # without the one that was cut off
     shares = importance(whole, keys)
     assert list(shares) == ["optim.lr", "model.n_layer"] and shares["optim.lr"] > 0.7 and sum(shares.values()) == pytest.approx(1)
@@ -457,7 +457,7 @@ def test_importance_takes_texts_and_needs_four_runs(tmp_path):
     pytest.importorskip("sklearn")
     for number in range(8):
         write_run(tmp_path / f"sweep/{number}", end=3 + (number % 2), model__bias=bool(number % 2), optim__lr=0.01 * (1 + number // 4))
-    whole, keys = report_page.comparable(histories(tmp_path / "sweep"))
+    whole, keys = comparable(histories(tmp_path / "sweep"))
     assert next(iter(importance(whole, keys))) == "model.bias"
     with pytest.raises(ValueError, match="needs 4 finished runs with all these settings; there are 3"):
         importance(whole[:3], keys)

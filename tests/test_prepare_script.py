@@ -18,7 +18,8 @@ from data.config import DataConfig
 from data.contents import Contents
 from data.prepare import load_tokenizer, prepare
 from data.shards import open_parts, read_meta
-from scripts.prepare import PrepareSettings, clean, main, n_bytes
+from scripts.prepare import PrepareSettings, main
+from scripts.unused_tokens import clean, n_bytes
 
 DOCUMENTS = [f"Document {number} " + "word " * number for number in range(120)]
 
@@ -172,7 +173,7 @@ def run_with(monkeypatch):
         saved = checkpoints / "settings.json"
         return [SimpleNamespace(state={"settings": json.loads(saved.read_text())})] if saved.exists() else [], {}
 
-    monkeypatch.setattr("scripts.prepare.store.scan", look)
+    monkeypatch.setattr("scripts.unused_tokens.store.scan", look)
     return make
 
 
@@ -248,7 +249,7 @@ def test_tokens_that_a_run_starts_to_use_meanwhile_are_kept(run_with, tokens, tm
         run_with(tmp_path / "runs" / "new", settings_with(folder))
         return True
 
-    monkeypatch.setattr("scripts.prepare.confirmed", confirmed)
+    monkeypatch.setattr("scripts.unused_tokens.confirmed", confirmed)
     assert clean(tmp_path / "runs", yes=False) == 0
     assert folder.is_dir()
 

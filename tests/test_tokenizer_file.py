@@ -18,7 +18,7 @@ from data.to_hugging_face import to_hugging_face
 from data.tokenizer_file import open_tokenizer
 from data.tokenizer_json import fingerprint
 from scripts.plan import describe_data
-from scripts.prepare import COMPLETE
+from scripts.unused_tokens import COMPLETE
 from train import train
 
 

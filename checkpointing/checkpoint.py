@@ -1,15 +1,7 @@
-"""The checkpoint format: a folder of safetensors and JSON files, checked by checksum when read.
+"""Read a checkpoint, and check everything in it by sizes and checksums.
 
-    RUN/checkpoints/step_00000300/
-        model.safetensors      the weights
-        optimizer.safetensors  the state of the optimizers
-        state.json             counters, settings, shape of the model, environment
-        tokenizer.json         the tokenizer
-        manifest.json          size and SHA-256 of each file above, and of itself
-
-Of a large model that several processes train, each process writes a part of the tensors.
 A checkpoint may come from a stranger, who can also write matching checksums: docs/runs.md states
-what is checked. Knows nothing about models and optimizers.
+what is checked. format.py has the files. Knows nothing about models and optimizers.
 """
 
 from __future__ import annotations
@@ -17,34 +9,38 @@ from __future__ import annotations
 import errno
 import hashlib
 import itertools
-import json
 import math
 import os
 import stat
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 import atomic
+from checkpointing.format import (
+    DTYPES,
+    FILES,
+    FORMAT,
+    MANIFEST,
+    NEW_FIELDS,
+    READABLE,
+    STATE,
+    TOKENIZER,
+    FileEntry,
+    Tensors,
+    checksum,
+    find_problem,
+    is_complete,
+    parts_of,
+    step_name,
+)
 from terminal import first_line
 from training.memory import check_free
-from training.sharding import Divided
-
-# Format 2 named optimizer state by position; see state.py.
-FORMAT, READABLE = 3, (2, 3, 4)
-# As format 3, but several processes have each written a part of the tensors:
-# model-00001-of-00004.safetensors and so on, as Hugging Face names the parts of large models.
-FORMAT_IN_PARTS = 4
-MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
-STATE, TOKENIZER, MANIFEST = "state.json", "tokenizer.json", "manifest.json"
-FILES = (MODEL, OPTIMIZER, STATE, TOKENIZER)
 
 # More than the JSON files ever need.
 MAX_BYTES = {MANIFEST: 2**20, STATE: 2**20, TOKENIZER: 2**24}
@@ -52,37 +48,8 @@ MAX_NESTING = 4
 # The header of a safetensors file: 1,000 bytes, and 400 for each tensor.
 HEADER_BYTES, HEADER_BYTES_PER_TENSOR = 1000, 400
 
-DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-          torch.float64: "F64", torch.int64: "I64"}
-# 35 years of one-millisecond steps. Times the sequences of a step, it still fits 63 bits.
-MAX_COUNT = 2**40
-COUNT = (int, 0, MAX_COUNT)
-LOSS = (float | None, 0, sys.float_info.max)
-# The fields of state.json: type, and the lowest and highest value of a number.
-STATE_FIELDS: dict[str, tuple[Any, ...]] = {
-    "step": COUNT,
-    "max_steps": (int, 1, 2**63 - 1),
-    "replanned": (bool,),
-    "seconds": (float, 0, MAX_COUNT),
-    "batches_skipped": COUNT,
-    "nonfinite": COUNT,
-    "scheduled": (bool,),
-    "val_loss": LOSS,
-    "settings": (dict,),
-    "model": (dict,),
-    "environment": (dict,),
-    "scaler": (dict,),
-    "best_val_loss": LOSS,
-    "stale_evaluations": COUNT,
-}
-# Values for checkpoints of earlier versions, which lack these fields.
-NEW_FIELDS = {"best_val_loss": None, "stale_evaluations": 0}
 # The system errors that are caused by the content of a folder. All others may be temporary.
 CONTENT_ERRORS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
-
-
-Tensors = dict[str, Tensor | Divided]
-FileEntry = dict[str, int | str]  # "bytes" and "sha256"
 
 
 class DamagedCheckpoint(ValueError):
@@ -236,51 +203,6 @@ def header_of(file: Any) -> dict[str, tuple[str, tuple[int, ...]]]:
     return {key: (one.get_dtype(), tuple(one.get_shape())) for key, one in slices.items()}
 
 
-def part_names(name: str, count: int) -> list[str]:
-    """The names of the files that `count` processes write instead of the file `name`."""
-    stem, suffix = name.split(".")
-    return [f"{stem}-{number:05d}-of-{count:05d}.{suffix}" for number in range(1, count + 1)]
-
-
-def parts_of(name: str, files: Iterable[str]) -> list[str]:
-    """The names in `files` that begin as those of the parts of `name` do, in order."""
-    stem, _ = name.split(".")
-    return sorted(file for file in files if file.startswith(f"{stem}-"))
-
-
-def is_complete(files: Iterable[str]) -> bool:
-    """Whether these are the names of the files of a checkpoint, and all of them."""
-    found = set(files)
-    expected = set()
-    for name in FILES:
-        parts = parts_of(name, found)
-        if name in (MODEL, OPTIMIZER) and parts:
-            expected |= set(part_names(name, len(parts)))
-        else:
-            expected.add(name)
-    return found == expected
-
-
-def step_name(step: int) -> str:
-    """The folder name of a checkpoint."""
-    return f"step_{step:08d}"
-
-
-def find_problem(state: dict[str, Any]) -> str:
-    """What is wrong with the content of state.json; empty if it is valid."""
-    if state.keys() != STATE_FIELDS.keys():
-        return f"must have exactly the fields {', '.join(STATE_FIELDS)}"
-    for key, (kind, *bounds) in STATE_FIELDS.items():
-        value = state[key]
-        # To Python, True is an int.
-        valid = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-        if valid and bounds and value is not None:
-            valid = bounds[0] <= value <= bounds[1]
-        if not valid:
-            return f"has {key}={ascii(value)[:40]}, which is invalid"
-    return ""
-
-
 @contextmanager
 def read_errors(path: Path) -> Iterator[None]:
     """Raise DamagedCheckpoint for damage, and OSError for errors such as too many open files."""
@@ -336,7 +258,3 @@ def is_nested_deeper(value: Any, levels: int) -> bool:
         return False
     children = value.values() if isinstance(value, dict) else value
     return levels == 0 or any(is_nested_deeper(child, levels - 1) for child in children)
-
-
-def checksum(value: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from checkpointing import checkpoint
 from checkpointing.checkpoint import Checkpoint
+from checkpointing.format import STATE
 from checkpointing.provenance import compiled_at_last_start
 from checkpointing.run_folder import Run
 from conf.convert import rebuild
@@ -71,5 +71,5 @@ def open_device(run: Run, settings: Settings, last: Checkpoint | None) -> Device
 
 def saved_environment(saved: Checkpoint) -> Environment:
     """The device environment of a checkpoint. Raises ValueError if it is invalid."""
-    place = f"{saved.folder / checkpoint.STATE}, environment"
+    place = f"{saved.folder / STATE}, environment"
     return rebuild(Environment, saved.state["environment"], place)

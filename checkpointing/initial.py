@@ -7,9 +7,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from checkpointing import checkpoint, pretrained, published, store
+from checkpointing import pretrained, published, store
 from checkpointing.changes import last_checkpoint
 from checkpointing.checkpoint import Checkpoint
+from checkpointing.format import MANIFEST, STATE
 from checkpointing.run_folder import find_run
 from checkpointing.weight_files import other_kind
 from checkpointing.weights import Weights, own_weights
@@ -38,7 +39,7 @@ def find_weights(name: str, runs_dir: Path) -> Weights:
     # A published model, one of our checkpoints, a file of nanoGPT, or a folder of either kind.
     if name in published.NAMES:
         return pretrained.read_folder(published.find_published(name))
-    if (path / checkpoint.MANIFEST).exists():
+    if (path / MANIFEST).exists():
         return own_weights(Checkpoint.open(path))
     if path.is_file():
         refuse_other_files(name, path)
@@ -95,7 +96,7 @@ class InitialWeights:
         last = last_checkpoint(settings.folder, settings)
         saved = flat(last.state["settings"]) if last else {}
         if saved.get("init_from") == settings.init_from:
-            place = f"{last.folder / checkpoint.STATE}, model"
+            place = f"{last.folder / STATE}, model"
             shape = rebuild(GPTConfig, last.state["model"], place)
             kept = {name: str(saved.get(name)) for name in ("init_source", "init_fingerprint")}
             return replace(settings, model=given_shape(settings, shape), **kept)

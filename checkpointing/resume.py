@@ -10,15 +10,16 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from checkpointing import checkpoint, store
+from checkpointing import store
 from checkpointing.changes import (
     changes_since,
     different_settings,
     is_unfinished_restart,
     limit_reached,
 )
-from checkpointing.checkpoint import Checkpoint
+from checkpointing.checkpoint import MAX_BYTES, Checkpoint
 from checkpointing.environment import resolve_auto
+from checkpointing.format import TOKENIZER
 from checkpointing.initial import InitialWeights
 from checkpointing.run_folder import Run, check_file_types
 from checkpointing.tokens import prepared_tokens, with_vocab_size
@@ -112,7 +113,7 @@ def max_file_bytes(config: GPTConfig) -> int:
     """The bound on any file of a checkpoint: the two moments of AdamW, and the tokenizer."""
     with SkipInit("meta"):
         parameters = sum(weights.numel() for weights in GPT(config).parameters())
-    return 8 * parameters + checkpoint.MAX_BYTES[checkpoint.TOKENIZER]
+    return 8 * parameters + MAX_BYTES[TOKENIZER]
 
 
 def is_finished(settings: Settings, folder: Path) -> bool:

@@ -1,7 +1,7 @@
 """Writes a checkpoint: a folder that gets its name once everything in it is on the disk.
 
 Of several processes, the first one writes the folder, and all write a part of the tensors where
-they are large. Knows nothing about models and optimizers. checkpoint.py has the format.
+they are large. Knows nothing about models and optimizers. format.py has the files.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import atomic
-from checkpointing.checkpoint import (
+from checkpointing.format import (
     DTYPES,
     FORMAT,
     FORMAT_IN_PARTS,
@@ -31,7 +31,6 @@ from checkpointing.checkpoint import (
     FileEntry,
     Tensors,
     checksum,
-    file_size,
     find_problem,
     part_names,
     step_name,
@@ -168,7 +167,7 @@ def write_tensors(folder: Path, snapshot: Snapshot,
 def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> FileEntry:
     """Write a file; return its entry in the manifest."""
     sha256 = atomic.write_file(path, chunks)
-    return {"bytes": file_size(path), "sha256": sha256}
+    return {"bytes": path.stat().st_size, "sha256": sha256}
 
 
 def safetensors_chunks(tensors: Mapping[str, Tensor], contents: Iterable[Tensor] | None = None,

@@ -11,13 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpointing.checkpoint import (
-    MODEL,
-    OPTIMIZER,
-    STATE,
-    Checkpoint,
-    DamagedCheckpoint,
-)
+from checkpointing.checkpoint import Checkpoint, DamagedCheckpoint
+from checkpointing.format import MODEL, OPTIMIZER, STATE
 from checkpointing.snapshot import Snapshot
 from conf.settings import Settings
 from model import GPT, SkipInit

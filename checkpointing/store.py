@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import atomic
-from checkpointing.checkpoint import Checkpoint, DamagedCheckpoint, step_name
+from checkpointing.checkpoint import Checkpoint, DamagedCheckpoint
+from checkpointing.format import step_name
 from terminal import readable_size, say
 
 Loaded = TypeVar("Loaded")

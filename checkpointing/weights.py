@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from checkpointing import checkpoint
 from checkpointing.checkpoint import Checkpoint
+from checkpointing.format import MODEL, STATE, TOKENIZER
 from conf.convert import rebuild
 from conf.identity import flat, in_one_line
 from data.tokenizer import Tokenizer
@@ -74,7 +74,7 @@ class Weights:
 
 def own_weights(found: Checkpoint) -> Weights:
     """The weights of a checkpoint. Raises ValueError if its content is invalid."""
-    place = f"{found.folder / checkpoint.STATE}, model"
+    place = f"{found.folder / STATE}, model"
     config = rebuild(GPTConfig, found.state["model"], place)
     tokenizer = tokenizer_of(found)
     if tokenizer.vocab_size != config.vocab_size:
@@ -83,13 +83,13 @@ def own_weights(found: Checkpoint) -> Weights:
     # The model decides which tensors the file must have. On the meta device it takes no memory.
     with SkipInit("meta"):
         shapes = GPT(config).state_dict()
-    tensors = found.load_tensors(checkpoint.MODEL, like=shapes)
+    tensors = found.load_tensors(MODEL, like=shapes)
     return Weights(found.folder, config, tensors, tokenizer)
 
 
 def tokenizer_of(found: Checkpoint) -> Tokenizer:
     """The tokenizer of a checkpoint. Raises ValueError if the model was trained with another."""
-    path = found.folder / checkpoint.TOKENIZER
+    path = found.folder / TOKENIZER
     tokenizer = from_json(found.tokenizer(), f"{path}")
     given = fingerprint(tokenizer)[:12]
     trained = flat(found.state["settings"]).get("data.tokenizer_fingerprint")

@@ -52,7 +52,8 @@ import torch
 
 import atomic
 import locks
-from checkpointing import checkpoint, store
+from checkpointing import store
+from checkpointing.format import FILES, MANIFEST
 from conf.schema import compose
 from scripts.verify_resume import (
     ROOT,
@@ -223,7 +224,7 @@ def damages(folder: Path, settings: TortureSettings) -> Iterator[Result]:
     """Damage the last checkpoint; the one before it must give the same run."""
     tiny = [*TINY, f"runs_dir={folder}"]
     train_in_fork([*tiny, "name=long"])
-    for name in (*checkpoint.FILES, checkpoint.MANIFEST):
+    for name in (*FILES, MANIFEST):
         lost = 0
         tried = DAMAGES[::settings.every]
         for damage in tried:

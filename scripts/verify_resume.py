@@ -50,7 +50,8 @@ from torch import Tensor
 
 import atomic
 from checkpointing import store
-from checkpointing.checkpoint import MODEL, OPTIMIZER, Checkpoint
+from checkpointing.checkpoint import Checkpoint
+from checkpointing.format import MODEL, OPTIMIZER
 from conf.schema import compose
 from report.metrics import read_rows
 from sweep.jobs import python

@@ -20,16 +20,21 @@ from safetensors.torch import load_file
 
 import atomic
 from checkpointing import checkpoint, store
-from checkpointing.checkpoint import (
+from checkpointing.checkpoint import Checkpoint, DamagedCheckpoint
+from checkpointing.format import (
+    DTYPES,
     FILES,
+    FORMAT,
     MANIFEST,
     MODEL,
     OPTIMIZER,
     STATE,
     STATE_FIELDS,
     TOKENIZER,
-    Checkpoint,
-    DamagedCheckpoint,
+    checksum,
+    find_problem,
+    is_complete,
+    step_name,
 )
 from checkpointing.snapshot import Snapshot, safetensors_chunks, save_checkpoint
 
@@ -47,7 +52,7 @@ def snapshot(step, val_loss=None, scheduled=True, seed=0):
 def save(folder, step, *arguments, **options):
     folder.mkdir(parents=True, exist_ok=True)
     save_checkpoint(folder, snapshot(step, *arguments, **options))
-    return folder / checkpoint.step_name(step)
+    return folder / step_name(step)
 
 
 def load_all(found, like):
@@ -60,7 +65,7 @@ def load_all(found, like):
 def write_manifest(folder, manifest):
     """Write a manifest that matches its own checksum."""
     manifest = {key: value for key, value in manifest.items() if key != "sha256"}
-    (folder / MANIFEST).write_text(json.dumps(manifest | {"sha256": checkpoint.checksum(manifest)}))
+    (folder / MANIFEST).write_text(json.dumps(manifest | {"sha256": checksum(manifest)}))
 
 
 def reseal(folder):
@@ -70,7 +75,7 @@ def reseal(folder):
         if (folder / name).is_file():
             content = (folder / name).read_bytes()
             files[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    write_manifest(folder, {"format": checkpoint.FORMAT, "files": files})
+    write_manifest(folder, {"format": FORMAT, "files": files})
 
 
 LIKE = snapshot(2)
@@ -94,7 +99,7 @@ def assert_refused(folder, match="step_00000002"):
     (["model-00001-of-00002.safetensors"], False), (["model-00001-of-00001.safetensors", MODEL], False),
     (["model-00001-of-00002.safetensors", "model-../../x"], False), ([], False)])
 def test_parts_of_a_file_are_complete_or_refused(names, complete):
-    assert checkpoint.is_complete([*names, OPTIMIZER, STATE, TOKENIZER]) is complete
+    assert is_complete([*names, OPTIMIZER, STATE, TOKENIZER]) is complete
 
 
 # Saving
@@ -113,7 +118,7 @@ def test_a_saved_checkpoint_loads_unchanged(tmp_path):
 
 def test_every_dtype_and_layout_loads_unchanged(tmp_path):
     tensors = {"view": torch.arange(6.0).view(2, 3).T}
-    for dtype in checkpoint.DTYPES:
+    for dtype in DTYPES:
         tensors |= {f"{dtype} w": torch.arange(6).view(2, 3).to(dtype), f"{dtype} empty": torch.empty(0, 4, dtype=dtype),
                     f"{dtype} scalar": torch.tensor(3).to(dtype)}
     save_checkpoint(tmp_path, Snapshot(tensors, {}, LIKE.tokenizer, LIKE.state))
@@ -314,10 +319,10 @@ def test_a_state_with_an_invalid_value_is_refused(key):
         values += [bounds[0] - 1, -0.5, -1e308, -(2**63), 2**64, 10**300, math.inf, math.nan]
     if bounds and bounds[1] < 2**63 - 1:
         values += [bounds[1] + 1, 2.0**60]
-    assert not checkpoint.find_problem(LIKE.state)
+    assert not find_problem(LIKE.state)
     for value in values:
-        assert f"has {key}=" in checkpoint.find_problem(LIKE.state | {key: value}), value
-    assert "exactly" in checkpoint.find_problem({name: LIKE.state[name] for name in LIKE.state if name != key})
+        assert f"has {key}=" in find_problem(LIKE.state | {key: value}), value
+    assert "exactly" in find_problem({name: LIKE.state[name] for name in LIKE.state if name != key})
 
 
 @pytest.mark.parametrize("change", [{"step": -1}, {"more": [{}] * 10}, {"settings": {"a": {"b": {"c": {"d": 1}}}}}], ids=str)
@@ -350,7 +355,7 @@ def test_links_and_pipes_are_refused(folder, tmp_path, name):
     {}, {"../../x": {}}, {name: {} for name in FILES}, dict.fromkeys(FILES), [], None,
     {name: {"bytes": "x", "sha256": 1} for name in FILES}, {**{name: {} for name in FILES}, "/etc/passwd": {}}], ids=range(8))
 def test_a_manifest_of_other_files_is_refused(folder, files):
-    write_manifest(folder, {"format": checkpoint.FORMAT, "files": files})
+    write_manifest(folder, {"format": FORMAT, "files": files})
     assert_refused(folder)
 
 
@@ -373,7 +378,7 @@ def test_mutations_are_refused_or_change_only_values(folder, sealed):
             try:
                 found = load_all(Checkpoint.open(folder), LIKE)
                 assert sealed and name != MANIFEST
-                assert not checkpoint.find_problem(found[3])
+                assert not find_problem(found[3])
                 for tensors, like in zip(found[:2], (LIKE.model, LIKE.optimizer), strict=True):
                     assert {key: (t.shape, t.dtype) for key, t in tensors.items()} == {key: (t.shape, t.dtype) for key, t in like.items()}
             except ValueError as error:

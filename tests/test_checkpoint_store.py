@@ -14,7 +14,8 @@ from test_checkpoint import LIKE, load_all, save
 
 import atomic
 from checkpointing import store
-from checkpointing.checkpoint import FILES, MANIFEST, MODEL, DamagedCheckpoint
+from checkpointing.checkpoint import DamagedCheckpoint
+from checkpointing.format import FILES, MANIFEST, MODEL
 from checkpointing.run_folder import find_run
 
 

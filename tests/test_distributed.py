@@ -18,7 +18,7 @@ from forks import start_forks, wait_for_forks
 import atomic
 import train as program
 from checkpointing import snapshot, store
-from checkpointing.checkpoint import MODEL, OPTIMIZER
+from checkpointing.format import MODEL, OPTIMIZER
 from conf.launch import launch
 from conf.schema import compose
 from scripts.verify_resume import all_tensors

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from test_checkpoint import reseal
 from torch.nn import functional as F
 
-from checkpointing import checkpoint, store
+from checkpointing import store
+from checkpointing.format import MODEL, STATE
 from conf.sampling import SamplingConfig
 from data.tokenizer_json import fingerprint, from_json
 from generation import open_run
@@ -40,7 +41,7 @@ def copied(tiny_runs, tmp_path):
 
 
 def assert_loaded(engine: Engine, folder: Path) -> None:
-    saved = load_file(folder / checkpoint.MODEL)
+    saved = load_file(folder / MODEL)
     assert all(torch.equal(weights, saved[name]) for name, weights in engine.model.state_dict().items())
 
 
@@ -62,7 +63,7 @@ def test_a_checkpoint_is_chosen_by_its_step(tiny_runs):
 
 
 def test_a_damaged_step_is_not_replaced_by_another(copied):
-    model = copied / "checkpoints/step_00000060" / checkpoint.MODEL
+    model = copied / "checkpoints/step_00000060" / MODEL
     model.write_bytes(model.read_bytes()[:-1] + b"x")
     with pytest.raises(ValueError, match=r"step_00000060.*: choose another checkpoint"):
         open_checkpoint(copied, "60", CPU)
@@ -83,9 +84,9 @@ def test_another_tokenizer_of_the_same_size_is_refused(copied):
 def test_a_run_without_a_tokenizer_fingerprint_is_opened(copied):
     """As runs of earlier versions are."""
     for one in store.list_checkpoints(copied / "checkpoints"):
-        state = json.loads((one.folder / checkpoint.STATE).read_text())
+        state = json.loads((one.folder / STATE).read_text())
         del state["settings"]["data"]["tokenizer_fingerprint"]
-        (one.folder / checkpoint.STATE).write_text(json.dumps(state))
+        (one.folder / STATE).write_text(json.dumps(state))
         reseal(one.folder)
     assert open_checkpoint(copied, "last", CPU).tokenizer.vocab_size > 1
 

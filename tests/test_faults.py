@@ -24,7 +24,7 @@ from test_structure import product
 import atomic
 import train as program
 from checkpointing import saver
-from checkpointing.checkpoint import MODEL, OPTIMIZER, STATE
+from checkpointing.format import MODEL, OPTIMIZER, STATE
 from checkpointing.snapshot import Snapshot, save_checkpoint
 from conf.schema import compose
 from scripts import verify_resume

@@ -10,8 +10,7 @@ from test_checkpoint import reseal
 from test_runs import last
 
 import train as program
-from checkpointing import checkpoint
-from checkpointing.checkpoint import STATE
+from checkpointing.format import STATE, STATE_FIELDS, TOKENIZER
 from generation.engine import open_checkpoint
 from training.device import Device
 
@@ -62,7 +61,7 @@ def test_a_hostile_shape_is_refused_and_takes_no_memory(run, refused):
 def test_the_tokenizer_of_another_run_is_refused(run, refused):
     """By its fingerprint, or by its size if the checkpoint has no fingerprint."""
     folder = last(run).folder
-    (folder / checkpoint.TOKENIZER).write_text('{"kind": "byte"}')
+    (folder / TOKENIZER).write_text('{"kind": "byte"}')
     reseal(folder)
     refused(False, r"\(fingerprint \w{12}\) is not the tokenizer that .*\(fingerprint \w{12}\)")
     settings = last(run).state["settings"]
@@ -88,7 +87,7 @@ def test_a_hostile_state_is_refused(run, refused, change):
     refused(True, "tiny")
 
 
-RANGES = {key: bounds for key, (_, *bounds) in checkpoint.STATE_FIELDS.items() if bounds and key != "step"}
+RANGES = {key: bounds for key, (_, *bounds) in STATE_FIELDS.items() if bounds and key != "step"}
 EXTREMES = [{key: value} for key in RANGES for value in RANGES[key]]
 EXTREMES += [{key: value} for key in ("seconds", "val_loss", "best_val_loss") for value in (5e-324, 1e-308, 1e12)]
 

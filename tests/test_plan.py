@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from checkpointing import checkpoint, planned, store
+from checkpointing import planned, store
+from checkpointing.format import MODEL, OPTIMIZER
 from conf.schema import ConfigError, compose
 from data.bpe import PUBLISHED
 from data.prepare import prepare
@@ -66,7 +67,7 @@ def test_a_checkpoint_is_as_large_as_planned(compose_tiny, tmp_path, optim):
     settings = compose_tiny("training.max_steps=1", "training.sample_tokens=0", f"optim={optim}")
     train(settings)
     folder = store.list_checkpoints(tmp_path / "runs/tiny/checkpoints")[-1].folder
-    there = sum((folder / name).stat().st_size for name in (checkpoint.MODEL, checkpoint.OPTIMIZER))
+    there = sum((folder / name).stat().st_size for name in (MODEL, OPTIMIZER))
     vocab_size = plan.describe_data(settings.data)[0]
     kept, peak = plan.count_memory(plan.replace(settings, model=plan.replace(settings.model, vocab_size=vocab_size)), Device("cpu", "fp32"))
     assert kept <= there <= kept + 20_000 and peak > kept  # the rest is names

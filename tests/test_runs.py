@@ -19,7 +19,7 @@ import startup
 import train as program
 import trainer
 from checkpointing import checkpoint, store
-from checkpointing.checkpoint import MODEL, STATE
+from checkpointing.format import MODEL, STATE
 from checkpointing.provenance import compiled_at_last_start
 from checkpointing.run_folder import Run
 from conf import identity

@@ -10,7 +10,7 @@ import torch
 from test_checkpoint import snapshot
 
 from checkpointing import saver, store
-from checkpointing.checkpoint import MODEL
+from checkpointing.format import MODEL
 from checkpointing.saver import Saver
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from checkpointing.checkpoint import Checkpoint, DamagedCheckpoint, step_name
+from checkpointing.checkpoint import Checkpoint, DamagedCheckpoint
+from checkpointing.format import step_name
 from checkpointing.snapshot import Snapshot, save_checkpoint
 from checkpointing.state import State, is_scaler_state, new_state
 from model import GPT, GPTConfig

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import sample as sampling
 import train as program
 from checkpointing import initial, store
-from checkpointing.checkpoint import MODEL
+from checkpointing.format import MODEL
 from checkpointing.initial import InitialWeights, find_weights
 from conf.schema import compose
 from generation import open_run, open_weights

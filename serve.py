@@ -25,7 +25,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from checkpointing.run_folder import find_runs
+from checkpointing.find_runs import find_runs
 from conf.settings import SampleSettings
 from generation.engine import Engine, open_checkpoint, open_chosen, open_decoder
 from serving.decoding import Batcher, DecodingThread

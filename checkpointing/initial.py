@@ -10,8 +10,8 @@ from torch import Tensor
 from checkpointing import pretrained, published, store
 from checkpointing.changes import last_checkpoint
 from checkpointing.checkpoint import Checkpoint
+from checkpointing.find_runs import find_run
 from checkpointing.format import MANIFEST, STATE
-from checkpointing.run_folder import find_run
 from checkpointing.weight_files import other_kind
 from checkpointing.weights import Weights, own_weights
 from checkpointing.weights_check import check

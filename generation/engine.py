@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from checkpointing import store
+from checkpointing.find_runs import find_run
 from checkpointing.initial import find_weights
-from checkpointing.run_folder import find_run
 from checkpointing.weights import Weights, own_weights
 from conf.sampling import SamplingConfig
 from conf.settings import ModelChoice

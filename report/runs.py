@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from checkpointing.run_folder import find_run, is_sweep
+from checkpointing.find_runs import find_run, is_sweep
 from conf.identity import kind
 from report.history import BITS, History
 

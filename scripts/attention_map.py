@@ -58,7 +58,7 @@ from dataclasses import replace
 import torch
 
 import atomic
-from checkpointing.run_folder import find_run
+from checkpointing.find_runs import find_run
 from conf.schema import compose
 from data.tokenizer import ByteTokenizer, Tokenizer
 from generation.engine import open_checkpoint

@@ -66,7 +66,7 @@ from torch import Tensor
 
 import atomic
 from checkpointing import store
-from checkpointing.run_folder import find_run
+from checkpointing.find_runs import find_run
 from checkpointing.weights import Weights, own_weights
 from exporting import gguf_file, hub, hugging_face
 from exporting.card import model_card

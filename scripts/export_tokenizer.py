@@ -38,7 +38,7 @@ import json
 
 import atomic
 from checkpointing import store
-from checkpointing.run_folder import find_run
+from checkpointing.find_runs import find_run
 from checkpointing.weights import tokenizer_of
 from data.to_hugging_face import to_hugging_face
 from terminal import say

@@ -39,7 +39,7 @@ if __name__ == "__main__":
 import tempfile
 
 import atomic
-from checkpointing.run_folder import find_run
+from checkpointing.find_runs import find_run
 from conf.schema import compose
 from report.page import write
 from scripts import attention_map

@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from checkpointing.run_folder import is_sweep
+from checkpointing.find_runs import is_sweep
 from report.history import PRUNED, History, open_history
 from report.metrics import read_new_rows
 from report.runs import best_first, runs_in

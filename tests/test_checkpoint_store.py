@@ -15,8 +15,8 @@ from test_checkpoint import LIKE, load_all, save
 import atomic
 from checkpointing import store
 from checkpointing.checkpoint import DamagedCheckpoint
+from checkpointing.find_runs import find_run
 from checkpointing.format import FILES, MANIFEST, MODEL
-from checkpointing.run_folder import find_run
 
 
 def test_pruning_keeps_the_newest_best_and_scheduled(tmp_path):

@@ -15,15 +15,8 @@ from test_locks import without_locks
 import train as program
 import trainer
 from checkpointing import store
-from checkpointing.run_folder import (
-    FILES,
-    FOLDERS,
-    LOCK,
-    Run,
-    check_file_types,
-    find_run,
-    lowest_bits_per_byte,
-)
+from checkpointing.find_runs import find_run, lowest_bits_per_byte
+from checkpointing.run_folder import FILES, FOLDERS, LOCK, Run, check_file_types
 from report.history import open_history
 
 

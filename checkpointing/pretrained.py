@@ -23,7 +23,8 @@ from data.tokenizer import Tokenizer
 from data.tokenizer_file import open_tokenizer
 from model.config import GPTConfig
 from model.formats import CLASSES, config_from, shown
-from model.pretrained import table, weights_from
+from model.layouts import table
+from model.pretrained import weights_from
 from terminal import counted
 from training.memory import check_free
 

@@ -21,7 +21,8 @@ from data.tokenizer import ExtendedTokenizer, Tokenizer
 from exporting.check import our_logits
 from model import GPTConfig
 from model.formats import EPSILON, GPT2_EPSILON, ROTARY_BASE, layout_for
-from model.pretrained import table, weights_from
+from model.layouts import table
+from model.pretrained import weights_from
 
 # llama.cpp's names of the patterns that split a text into words before merging.
 SPLITTERS = {PATTERN: "llama-bpe", LLAMA3: "llama-bpe", CL100K_TIKTOKEN: "llama-bpe",

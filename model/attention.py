@@ -1,4 +1,4 @@
-"""Causal self-attention, its key-value cache, and rotary position embeddings.
+"""Causal self-attention, and its key-value cache.
 
 Knows tensors only: no files, no text, no training.
 Shapes: B batch, T positions of the input, S positions attended to (T and those in a cache),
@@ -18,64 +18,10 @@ from torch.utils.checkpoint import checkpoint
 from model.autocast import rms_norm
 from model.config import GPTConfig
 from model.linear import Linear
+from model.rotary import rotate
 
 # Unfused attention handles this number of queries at a time. It skips the keys after the last.
 QUERY_CHUNK = 256
-
-
-class AttentionContext(Protocol):
-    """Attention other than causal over whole rows; one object serves all layers."""
-
-    # `[B, T]`, the position of each token in its own sequence.
-    positions: Tensor
-    # `[B, T]`, the index of the token before each; None: its neighbor.
-    parents: Tensor | None = None
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-        """As the function `attend`, with a mask of its own."""
-
-
-class KVCache:
-    """Keys and values of earlier positions, in one preallocated pair of tensors per layer.
-
-    `GPT.forward` appends to it. `positions` is its capacity, by default `block_size`.
-    """
-
-    attention_context: AttentionContext | None = None
-
-    def __init__(self, config: GPTConfig, batch_size: int, device: torch.device | str = "cpu",
-                 dtype: torch.dtype = torch.float32, positions: int | None = None) -> None:
-        shape = (batch_size, config.kv_heads, positions or config.block_size, config.head_width)
-        self.keys = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
-        self.values = [torch.empty_like(keys) for keys in self.keys]
-        self.length = 0
-        # The last ids of the earlier positions, which n-gram embeddings need.
-        self.previous_ids: Tensor | None = None
-
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append `k` and `v` `[B, G, T, D]`; return all keys and values `[B, G, S, D]`."""
-        end = self.length + k.size(2)
-        self.keys[layer][:, :, self.length : end] = k
-        self.values[layer][:, :, self.length : end] = v
-        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
-
-
-def rotary_table(block_size: int, head_width: int, base: float = 10_000.0) -> Tensor:
-    """Cosines and sines `[2, block_size, D]` of rotary positions (RoPE, arXiv:2104.09864)."""
-    # Equation 15 of the paper: the wavelengths of the pairs grow from 2 pi to 2 pi * base.
-    frequencies = base ** (-torch.arange(0, head_width, 2, dtype=torch.float32) / head_width)
-    angles = torch.arange(block_size, dtype=torch.float32).outer(frequencies).repeat(1, 2)
-    return torch.stack((angles.cos(), angles.sin()))
-
-
-def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Rotate each pair (d, d + D/2) of `x` `[B, H, T, D]` by the angle of its position.
-
-    `table` is `[2, T, D]`, or `[2, B, 1, T, D]` where the positions differ between rows.
-    """
-    cos, sin = table.to(x.dtype)
-    left, right = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-right, left), dim=-1) * sin
 
 
 class CausalSelfAttention(nn.Module):
@@ -93,14 +39,17 @@ class CausalSelfAttention(nn.Module):
         self.qk_norm = config.qk_norm
         self.query_scale = config.query_scale
         self.dropout = config.dropout
+        # Queries of H heads, and keys and values of G heads, in one projection.
         fused_width = (self.n_head + 2 * self.n_kv_head) * self.head_width
         self.c_attn = Linear(config.n_embd, fused_width, bias=config.bias)
+        # The output projection.
         self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, rotary: Tensor | None = None, cache: KVCache | None = None,
                 context: AttentionContext | None = None) -> Tensor:
         """`x` `[B, T, C]` -> `[B, T, C]`; `rotary` is the table of the T positions, if used."""
+        # q is [B, H, T, D]; k and v are [B, G, S, D].
         q, k, v = self.project_qkv(x, rotary, cache)
         dropout = self.dropout if self.training else 0.0
         if context is None:
@@ -120,9 +69,11 @@ class CausalSelfAttention(nn.Module):
     def project_qkv(self, x: Tensor, rotary: Tensor | None,
                     cache: KVCache | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries `[B, H, T, D]`, and keys and values `[B, G, S, D]`, which include the cache's."""
+        # All heads: [B, T, C] -> [B, T, (H + 2G) D] -> [B, H + 2G, T, D].
         B, T, _ = x.shape
-        heads = self.c_attn(x).view(B, T, -1, self.head_width).transpose(1, 2)  # [B, H + 2G, T, D]
-        # Queries and keys stay together for their common operations.
+        heads = self.c_attn(x).view(B, T, -1, self.head_width).transpose(1, 2)
+
+        # Normalize and rotate queries and keys, together.
         qk, v = heads.split((self.n_head + self.n_kv_head, self.n_kv_head), dim=1)
         if self.qk_norm:
             qk = rms_norm(qk)
@@ -131,6 +82,8 @@ class CausalSelfAttention(nn.Module):
         q, k = qk.split((self.n_head, self.n_kv_head), dim=1)  # [B, H, T, D], [B, G, T, D]
         if self.query_scale != 1:
             q = q * self.query_scale
+
+        # Put the keys and values of earlier positions before them.
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
         return q, k, v
@@ -145,11 +98,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float)
 
     `mask` `[..., T, S]` is True where a query attends to a key; without it, attention is causal.
     """
+    # Two matrix products, where they are faster than the fused kernel.
     T, S = q.size(2), k.size(2)
     if unfused_is_faster(v):
         if mask is None:
             mask = causal_mask(T, S, v.device)
         return attend_in_chunks(q, k, v, mask, dropout)
+
+    # The fused kernel: FlashAttention, where the device and the arguments allow it.
     if mask is not None:
         # Fused kernels on GPUs do not support a mask together with grouped heads.
         k, v = repeat_kv(k, q.size(1)), repeat_kv(v, q.size(1))
@@ -210,3 +166,40 @@ def repeat_kv(x: Tensor, n_head: int) -> Tensor:
 def causal_mask(T: int, S: int, device: torch.device) -> Tensor:
     """`[T, S]`, True where one of the last T of S positions attends: to itself and earlier ones."""
     return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+
+
+class AttentionContext(Protocol):
+    """Attention other than causal over whole rows; one object serves all layers."""
+
+    # `[B, T]`, the position of each token in its own sequence.
+    positions: Tensor
+    # `[B, T]`, the index of the token before each; None: its neighbor.
+    parents: Tensor | None = None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+        """As the function `attend`, with a mask of its own."""
+
+
+class KVCache:
+    """Keys and values of earlier positions, in one preallocated pair of tensors per layer.
+
+    `GPT.forward` appends to it. `positions` is its capacity, by default `block_size`.
+    """
+
+    attention_context: AttentionContext | None = None
+
+    def __init__(self, config: GPTConfig, batch_size: int, device: torch.device | str = "cpu",
+                 dtype: torch.dtype = torch.float32, positions: int | None = None) -> None:
+        shape = (batch_size, config.kv_heads, positions or config.block_size, config.head_width)
+        self.keys = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.values = [torch.empty_like(keys) for keys in self.keys]
+        self.length = 0
+        # The last ids of the earlier positions, which n-gram embeddings need.
+        self.previous_ids: Tensor | None = None
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append `k` and `v` `[B, G, T, D]`; return all keys and values `[B, G, S, D]`."""
+        end = self.length + k.size(2)
+        self.keys[layer][:, :, self.length : end] = k
+        self.values[layer][:, :, self.length : end] = v
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]

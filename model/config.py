@@ -18,6 +18,7 @@ class GPTConfig(SettingsBase):
     allocating memory without bound.
     """
 
+    # The size.
     block_size: int = setting(1024, "the longest context, in tokens", ge=1, le=2**17)
     # Not for users: the tokenizer decides it.
     vocab_size: int = setting(50257, "", ge=1, le=2**24)
@@ -27,6 +28,7 @@ class GPTConfig(SettingsBase):
         None,
         "heads of keys and values; fewer than n_head: grouped-query attention (arXiv:2305.13245)")
     n_embd: int = setting(768, "width of the embeddings and the blocks", ge=1, le=2**16)
+    # The layers: those of GPT-2, or of later models.
     dropout: float = setting(0.0, "probability of dropout", ge=0, lt=1)
     bias: bool = setting(True, "biases in linear layers and layer norms")
     position: Literal["learned", "rotary"] = setting("learned", "position embedding")
@@ -40,9 +42,11 @@ class GPTConfig(SettingsBase):
     zero_init: bool = setting(False, "initialize output projections and an untied head to zero")
     tie_head: bool = setting(True, "the output head shares the weights of the token embedding")
     embedding_norm: bool = setting(False, "normalize the input of the first block")
+    # Embeddings of several tokens together.
     ngrams: int = setting(
         1, "also embed the last 2, ..., ngrams tokens together; 1: only tokens", ge=1, le=2**4)
     ngram_rows: int = setting(2**14, "rows of the table of n-grams", ge=1, le=2**24)
+    # The dependence of initial weights and learning rates on the size.
     parametrization: Literal["standard", "mup"] = setting(
         "standard", "mup: rates tuned on a narrow model suit a wide one (docs/transfer.md)")
     mup_base_width: int = setting(

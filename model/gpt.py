@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from model.attention import AttentionContext, CausalSelfAttention, KVCache, rotary_table
+from model.attention import AttentionContext, CausalSelfAttention, KVCache
 from model.autocast import square
 from model.config import GPTConfig
 from model.documents import DocumentAttention, supports_varlen
@@ -24,6 +24,7 @@ from model.linear import Linear
 from model.loss import LossOptions, next_token_loss
 from model.ngram import NGramEmbedding
 from model.parametrization import initial_scale, rate_scale
+from model.rotary import rotary_table
 
 
 def make_norm(config: GPTConfig) -> nn.Module:
@@ -45,6 +46,7 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
+        # Into the hidden layer, [B, T, C] -> [B, T, mlp_width], and back.
         if self.activation == "swiglu":
             # Equation 6 of arXiv:2002.05202.
             x = F.silu(self.c_gate(x)) * self.c_fc(x)
@@ -67,6 +69,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, rotary: Tensor | None = None, cache: KVCache | None = None,
                 context: AttentionContext | None = None) -> Tensor:
+        """`x` `[B, T, C]` -> `[B, T, C]`; the other arguments are those of the attention."""
         x = x + self.attn(self.ln_1(x), rotary, cache, context=context)
         return x + self.mlp(self.ln_2(x))
 
@@ -79,6 +82,7 @@ class GPT(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
+        # The settings: of the shape, and of how to compute it.
         problems = list(config.problems())
         if problems:
             raise ValueError("\n".join(problems))
@@ -213,9 +217,10 @@ class GPT(nn.Module):
 
         The other arguments are those of `features`.
         """
-        features = self.features(idx, cache, document_ids, max_documents)
+        features = self.features(idx, cache, document_ids, max_documents)  # [B, T, C]
         if targets is None:
-            return self.head(features)
+            return self.head(features)  # [B, T, V]
+        # The loss of all positions, [B * T, C] and [B * T].
         return next_token_loss(features.flatten(0, 1), self.head_weight, targets.flatten(),
                                self.loss_options)
 

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 import model.attention
-from model.attention import CausalSelfAttention, KVCache, attend, rotary_table, rotate
+from model.attention import CausalSelfAttention, KVCache, attend
 from model.gpt import GPTConfig
+from model.rotary import rotary_table, rotate
 
 B, T, C, H, D = 2, 8, 32, 4, 8
 TABLE = rotary_table(T, D)

@@ -1,0 +1,207 @@
+"""The tensors of published weights: which of them holds which tensor of ours, and how it differs.
+
+One table for each layout (formats.py) lists its tensors, and serves both directions. Knows names
+and tensors: opens no file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from model.config import GPTConfig
+from model.formats import check_layout
+from model.gpt import GPT
+from model.skip_init import SkipInit
+
+# GPT-2 stores these transposed.
+TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+# The table of n-gram embeddings has our name in all layouts.
+NGRAMS = "ngram.table.weight"
+
+# Parts of our names, and those in their place in Llama's layout and in GGUF files. Where queries,
+# keys and values are separate, `attn.c_attn` becomes `attn.q`, `attn.k` and `attn.v`.
+PARTS_LLAMA = {
+    "h.": "model.layers.", "wte": "model.embed_tokens", "ln_f": "model.norm",
+    "ln_1": "input_layernorm", "ln_2": "post_attention_layernorm",
+    "attn.q": "self_attn.q_proj", "attn.k": "self_attn.k_proj", "attn.v": "self_attn.v_proj",
+    "attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm",
+    "attn.c_proj": "self_attn.o_proj",
+    "mlp.c_gate": "mlp.gate_proj", "mlp.c_fc": "mlp.up_proj", "mlp.c_proj": "mlp.down_proj"}
+PARTS_NANOCHAT = PARTS_LLAMA | {"mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
+PARTS_GGUF = {
+    "h.": "blk.", "wte": "token_embd", "wpe": "position_embd", "ln_f": "output_norm",
+    "lm_head": "output", "ln_1": "attn_norm", "ln_2": "ffn_norm", "attn.c_attn": "attn_qkv",
+    "attn.q": "attn_q", "attn.k": "attn_k", "attn.v": "attn_v",
+    "attn.q_norm": "attn_q_norm", "attn.k_norm": "attn_k_norm", "attn.c_proj": "attn_output",
+    "mlp.c_gate": "ffn_gate", "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down"}
+
+Change = Literal["", "transposed", "negated", "interleaved"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A published tensor, and the tensor of ours with the same values.
+
+    `rows` are its rows in ours; None: all. Without a tensor of ours, all values are `fill`. An
+    optional tensor may be missing when weights are read, and is not written. `change` tells how the
+    values differ from ours:
+
+    - "transposed": the matrix is transposed.
+    - "negated": the second half of each head's rows is negated, for rotation the other way.
+    - "interleaved": the rows of each head's halves alternate, for rotation of adjacent pairs.
+    """
+
+    published: str
+    shape: tuple[int, ...]
+    ours: str = ""
+    rows: slice | None = None
+    change: Change = ""
+    head_width: int = 1
+    fill: float = 0.0
+    optional: bool = False
+
+    def publish(self, state: Mapping[str, Tensor]) -> Tensor:
+        """The published tensor of our weights; a view where that is possible."""
+        if not self.ours:
+            return torch.full((), self.fill).expand(self.shape)
+        tensor = state[self.ours]
+        if self.rows is not None:
+            tensor = tensor[self.rows]
+        if self.change == "interleaved":
+            # [heads, 2, D/2, C] -> [heads, D/2, 2, C]
+            halves = tensor.unflatten(0, (-1, 2, self.head_width // 2))
+            return halves.transpose(1, 2).flatten(0, 2)
+        return self.transpose_or_negate(tensor)
+
+    def restore(self, tensor: Tensor) -> Tensor:
+        """The inverse of `publish`, in fp32; a view where that is possible."""
+        tensor = tensor.float()
+        if self.change == "interleaved":
+            # [heads, D/2, 2, C] -> [heads, 2, D/2, C]
+            pairs = tensor.unflatten(0, (-1, self.head_width // 2, 2))
+            return pairs.transpose(1, 2).flatten(0, 2)
+        return self.transpose_or_negate(tensor)
+
+    def transpose_or_negate(self, tensor: Tensor) -> Tensor:
+        """The changes that are their own inverse."""
+        if self.change == "transposed":
+            return tensor.mT
+        if self.change == "negated":
+            # [heads, 2, D/2, C]
+            left, right = tensor.unflatten(0, (-1, 2, self.head_width // 2)).unbind(1)
+            return torch.stack((left, -right), dim=1).flatten(0, 2)
+        return tensor
+
+
+def table(layout: str, config: GPTConfig) -> list[Entry]:
+    """All tensors of a layout. Raises ValueError for a layout that is not supported."""
+    check_layout(layout)
+    shapes = state_shapes(config)
+    if layout in ("gpt2", "nanogpt", "gguf-gpt2"):
+        return list(gpt2_entries(layout, config, shapes))
+    return list(llama_entries(layout, config, shapes))
+
+
+def state_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor of `GPT(config)`."""
+    with SkipInit("meta"):
+        return {name: tuple(tensor.shape) for name, tensor in GPT(config).state_dict().items()}
+
+
+def gpt2_entries(layout: str, config: GPTConfig,
+                 shapes: dict[str, tuple[int, ...]]) -> Iterator[Entry]:
+    """The tensors of GPT-2, of nanoGPT, or of GPT-2 in a GGUF file."""
+    # The shapes of the published tensors under our names.
+    published = shapes
+    if layout != "nanogpt":
+        # Its layers always have biases: without biases of ours they are zero.
+        published = state_shapes(replace(config, bias=True))
+
+    # Their names, and how they are stored.
+    for name, shape in published.items():
+        ours = name if name in shapes else ""
+        if name == NGRAMS:
+            yield Entry(name, shape, ours)
+        elif layout == "gpt2" and name.endswith(TRANSPOSED):
+            yield Entry(f"transformer.{name}", shape[::-1], ours, change="transposed")
+        elif layout == "gguf-gpt2":
+            yield Entry(renamed(name, PARTS_GGUF), shape, ours)
+        else:
+            prefix = "" if name.startswith("lm_head") else "transformer."
+            yield Entry(f"{prefix}{name}", shape, ours)
+    if config.tie_head:
+        head = "output.weight" if layout == "gguf-gpt2" else "lm_head.weight"
+        # nanoGPT stores the shared weights twice.
+        yield Entry(head, shapes["wte.weight"], "wte.weight", optional=layout != "nanogpt")
+
+
+def llama_entries(layout: str, config: GPTConfig,
+                  shapes: dict[str, tuple[int, ...]]) -> Iterator[Entry]:
+    """The tensors of Llama, of Qwen3 and of NanoChat, or of the first two in a GGUF file."""
+    # The names of a model's parts.
+    parts = PARTS_LLAMA
+    if layout == "nanochat":
+        parts = PARTS_NANOCHAT
+    elif layout.startswith("gguf-"):
+        parts = PARTS_GGUF
+    published = shapes
+    if layout != "nanochat":
+        # Its norms always have gains: without gains of ours they are one.
+        published = state_shapes(replace(config, norm="rms_gain"))
+
+    # Their names. Ours has queries, keys and values in one tensor.
+    for name, shape in published.items():
+        ours = name if name in shapes else ""
+        if name.endswith("attn.c_attn.weight"):
+            yield from heads_entries(layout, config, name, parts)
+            continue
+        theirs = name if name == NGRAMS else renamed(name, parts)
+        yield Entry(theirs, shape, ours, fill=1.0)
+        # The product of relu(x) and x is the squared relu.
+        is_c_fc = name.endswith("mlp.c_fc.weight")
+        if is_c_fc and layout != "nanochat" and config.activation == "relu2":
+            gate = name.replace("c_fc", "c_gate")
+            yield Entry(renamed(gate, parts), shape, name)
+    if config.tie_head:
+        head = renamed("lm_head.weight", parts)
+        yield Entry(head, shapes["wte.weight"], "wte.weight", optional=True)
+
+
+def heads_entries(layout: str, config: GPTConfig, name: str,
+                  parts: Mapping[str, str]) -> Iterator[Entry]:
+    """The tensors of queries, keys and values, which ours has in one, and the gains of their norms.
+
+    `name` is that of ours, as in "h.0.attn.c_attn.weight".
+    """
+    width, C = config.head_width, config.n_embd
+    start = 0
+    for letter, heads in (("q", config.n_head), ("k", config.kv_heads), ("v", config.kv_heads)):
+        rows = slice(start, start + heads * width)
+        start = rows.stop
+        # Values are not rotated, so they are the same in all layouts.
+        change: Change = ""
+        if letter != "v" and layout == "nanochat":
+            change = "negated"
+        elif letter != "v" and layout == "gguf-llama":
+            change = "interleaved"
+        theirs = renamed(name.replace("c_attn", letter), parts)
+        yield Entry(theirs, (heads * width, C), name, rows, change, width)
+        if letter != "v" and layout in ("qwen3", "gguf-qwen3"):
+            # Its norms of queries and keys always have gains; ours have none.
+            gain = renamed(name.replace("c_attn", f"{letter}_norm"), parts)
+            yield Entry(gain, (width,), fill=1.0)
+
+
+def renamed(name: str, parts: Mapping[str, str]) -> str:
+    """Our name of a parameter with the parts that another layout has in their place."""
+    prefix = ""
+    if name.startswith("h."):
+        _, layer, name = name.split(".", 2)
+        prefix = f"{parts['h.']}{layer}."
+    part, _, kind = name.rpartition(".")
+    return f"{prefix}{parts.get(part, part)}.{kind}"

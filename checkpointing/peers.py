@@ -29,6 +29,8 @@ class Peers:
         self.rank, self.size, self.is_first = world.rank, world.size, world.is_first
         self.group: Any = None
         if self.size > 1:
+            # All have arrived here: a new group would not notice a process that has ended.
+            world.agree(0.0, False)
             self.group = dist.new_group(backend="gloo", timeout=TIMEOUT)
 
     def tell(self, value: T | None = None) -> T:

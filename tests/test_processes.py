@@ -121,6 +121,21 @@ def fill_disk_of_the_first(run):
     return prepare_rank
 
 
+@pytest.mark.parametrize("ended", [0, 1])
+def test_a_process_that_ends_before_the_first_step_ends_all(compose_tiny, train_together, run, monkeypatch, ended):
+    def fail(*_):
+        raise OSError("there is no space left")
+
+    def prepare_rank(rank):
+        if rank == ended:
+            program.check_resources = fail
+
+    monkeypatch.setattr("forks.SECONDS", 10)
+    codes, output = train_together(compose_tiny(*WORDS), 2, prepare_rank)
+    assert codes == [1, 1] and "Error: there is no space left" in output[ended]
+    assert output[1 - ended].count("Error: ") == ended
+
+
 @pytest.mark.slow
 def test_a_full_disk_ends_all_and_the_run_resumes(compose_tiny, train_together, run):
     words = [*WORDS, "training.max_steps=4"]

@@ -202,9 +202,9 @@ class Silent:
 
 def is_lost_connection(error: RuntimeError) -> bool:
     """Whether a collective failed because another process ended."""
-    text = str(error)
-    words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe",
-             "NCCL communicator was aborted", "remote process exited", "Socket Timeout",
-             "failed to recv", "Connection refused", "connectFullMesh failed",
+    text = str(error).lower()
+    words = ("connection closed by peer", "connection reset by peer", "broken pipe",
+             "nccl communicator was aborted", "remote process exited", "socket timeout",
+             "failed to recv", "connection refused", "connectfullmesh failed",
              "client socket has timed out", "wait timeout after")
     return any(word in text for word in words)

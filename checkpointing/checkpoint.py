@@ -14,7 +14,7 @@ import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +58,17 @@ class DamagedCheckpoint(ValueError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A saved checkpoint. Opening reads only the small files; `verify` checks the large ones."""
+    """A saved checkpoint. Opening reads only the small files; `verify` checks the large ones.
+
+    `verified` are the names of the files that were found to match their checksums. That takes
+    seconds for a large model, so it is done once.
+    """
 
     folder: Path
     manifest: dict[str, FileEntry]
     state: dict[str, Any]
     format: int = FORMAT
+    verified: set[str] = field(default_factory=set, compare=False)
 
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:
@@ -114,10 +119,13 @@ class Checkpoint:
             path = self.folder / file_name
             if file_size(path) > max_bytes:
                 raise DamagedCheckpoint(f"{path} is larger than these settings allow")
+            if file_name in self.verified:
+                continue
             with read_errors(path), os.fdopen(atomic.open_regular(path), "rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
             if found != self.manifest[file_name].get("sha256"):
                 raise DamagedCheckpoint(f"{path} does not match its checksum")
+            self.verified.add(file_name)
 
     def tokenizer(self) -> dict[str, Any]:
         """The content of tokenizer.json."""

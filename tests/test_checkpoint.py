@@ -198,6 +198,13 @@ def test_damage_in_a_file_that_is_not_read_does_not_matter(folder):
         found.verify()
 
 
+def test_files_are_hashed_once(folder, monkeypatch):
+    found = Checkpoint.open(folder)
+    found.verify([MODEL])
+    monkeypatch.setattr("hashlib.file_digest", lambda *words: pytest.fail("hashed again"))
+    assert found.load_tensors(MODEL, LIKE.model).keys() == LIKE.model.keys()
+
+
 def test_another_format_is_named(folder):
     write_manifest(folder, {"format": 99, "files": {}})
     with pytest.raises(ValueError, match=r"format 99; this version of nanohydra reads format 3. Use the version that wrote it"):

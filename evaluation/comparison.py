@@ -153,10 +153,7 @@ def compare(first: str, second: str, results: dict[str, Results]) -> Comparison:
     Raises ValueError for a single seed, a run that diverged, and where the seed has no effect.
     """
     for name in (first, second):
-        for seed, result in results[name].items():
-            if not math.isfinite(result):
-                raise ValueError(f"{name} with seed {seed} diverged: its result is {result}. Name "
-                                 f"the other runs, or train it with other settings.")
+        refuse_diverged(name, results[name])
         if len(results[name]) < 2:
             raise ValueError(f"{name} has {len(results[name])} seed, and the noise between seeds "
                              f"is unknown: train it with two seeds or more.")
@@ -182,6 +179,13 @@ def compare(first: str, second: str, results: dict[str, Results]) -> Comparison:
     # The standard error of the difference, and the p-value of a t-test.
     error, p = paired_test(b - a) if paired else unpaired_test(a, b)
     return Comparison(first, second, difference, float(error), float(p), (len(a), len(b)), paired)
+
+
+def refuse_diverged(name: str, results: Results) -> None:
+    for seed, result in results.items():
+        if not math.isfinite(result):
+            raise ValueError(f"{name} with seed {seed} diverged: its result is {result}. Name the "
+                             f"other runs, or train it with other settings.")
 
 
 def compare_all(results: dict[str, Results], reference: str = "") -> list[Comparison]:

@@ -90,11 +90,11 @@ def main(settings: CompareSettings) -> int:
             # Arms of several sweeps can have the same names.
             found = {f"{word} ({name})" if name else word: runs for name, runs in found.items()}
         arms |= found
-    check(arms, settings.metric)
+    metric = "val_loss" if settings.rule == "speedrun" else settings.metric
+    check(arms, metric)
     for name, runs in arms.items():
-        mean = fmean(results_of(runs, settings.metric).values())
-        say(f"{name}: {mean:.4f} {UNITS[settings.metric]}, {counted(len(runs), 'seed')}, "
-            f"{steps_of(runs)}")
+        mean = fmean(results_of(runs, metric).values())
+        say(f"{name}: {mean:.4f} {UNITS[metric]}, {counted(len(runs), 'seed')}, {steps_of(runs)}")
 
     # Compare all arms with the first one, or with the best of one sweep, whose arms have no order.
     reference = words[0] if words[0] in arms and len(words) > 1 else ""
@@ -207,7 +207,8 @@ def check(arms: Arms, metric: str) -> None:
         same_tokenizer = all(one.get(key) == other.get(key) for key in TOKENIZER)
         if metric == "val_loss" and not same_tokenizer:
             raise ValueError(f"{first} and {name} have different tokenizers, so losses per token "
-                             f"cannot be compared: use metric=bits_per_byte.")
+                             f"cannot be compared: use metric=bits_per_byte, without "
+                             f"rule=speedrun.")
         if not differing_settings([one | {"seed": 0}, other | {"seed": 0}]):
             if runs.keys() & of_name.keys():
                 raise identical(first, name)
@@ -266,6 +267,8 @@ def answers(arms: Arms, settings: CompareSettings, reference: str) -> list[str]:
 
 def speedrun(first: str, second: str, arms: Arms) -> str:
     """The answer by the rule of modded-nanogpt's track 3."""
+    for name in (first, second):
+        comparison.refuse_diverged(name, results_of(arms[name], "val_loss"))
     pair = [arms[first].values(), arms[second].values()]
     losses = [fmean(run.best_loss for run in runs) for runs in pair]
     steps = [fmean(run.reached[0] for run in runs) for runs in pair]

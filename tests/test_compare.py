@@ -188,6 +188,10 @@ def test_runs_are_compared_in_one_sentence(arm, tmp_path, capsys):
     assert capsys.readouterr().out.count("by Holm for 2 comparisons") == 2
     answer(tmp_path, "old", "new", "rule=speedrun")
     assert "new is better than old by the rule of modded-nanogpt's track 3: its score is" in capsys.readouterr().out
+    arm("broken", math.nan, optim__lr=9.0)
+    for rule in ("sequential", "speedrun"):
+        with pytest.raises(ValueError, match="broken with seed 0 diverged: its result is nan"):
+            answer(tmp_path, "old", "broken", f"rule={rule}")
 
 
 @needs_scipy
@@ -227,6 +231,7 @@ def test_arms_of_the_same_settings_need_other_seeds(arm, tmp_path, capsys):
     ({"data__path": "other.txt"}, ["a", "b"], r"validated on different texts \(data.path\)"),
     ({"training__eval_tokens": 7}, ["a", "b"], r"different texts \(training.eval_tokens\)"),
     ({"data__tokenizer": "byte"}, ["a", "b", "metric=val_loss"], "different tokenizers"),
+    ({"data__tokenizer": "byte"}, ["a", "b", "rule=speedrun"], "different tokenizers"),
     ({"seeds": [0], "optim__lr": 1.0}, ["a", "b"], "b has 1 seed"),
     ({}, ["optim=muon seed=3", "optim=adamw"], "seed=3 is set for all arms"),
     ({}, ["optim=muon optim.lr='1", "optim=adamw"], "optim.lr='1 cannot be split into overrides"),

@@ -108,17 +108,22 @@ def add_shape(writer: object, config: GPTConfig) -> None:
 
 def add_tokenizer(gguf: ModuleType, writer: object, tokenizer: Tokenizer) -> None:
     """The tokens, their types and their merges."""
+    # Ordinary tokens as Hugging Face's tokenizers write them. Each id needs a token, also those
+    # that pad the vocabulary.
     model = to_hugging_face(tokenizer)["model"]
     base = tokenizer.base if isinstance(tokenizer, ExtendedTokenizer) else tokenizer
     kinds = gguf.TokenType
-    # Each id needs a token, also those that pad the vocabulary.
     words = [f"[UNUSED{token}]" for token in range(tokenizer.vocab_size)]
     types = [kinds.UNUSED] * tokenizer.vocab_size
     for word, token in model["vocab"].items():
         words[token], types[token] = word, kinds.NORMAL
+
+    # The special tokens, which `model` lists, too.
     for word, token in tokenizer.special.items():
         # llama.cpp finds user-defined tokens in any text, and the others only where asked.
         types[token] = kinds.USER_DEFINED if word in base.in_text else kinds.CONTROL
+
+    # llama.cpp calls every byte-pair encoding "gpt2". A text begins without a special token.
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(splitter(tokenizer))
     writer.add_token_list(words)

@@ -44,6 +44,7 @@ def choose_layout(config: GPTConfig, remote_code: bool) -> str:
 
 def write_folder(folder: Path, weights: Weights, layout: str) -> None:
     """Write the files of a model into an empty folder, tensor by tensor."""
+    # The configurations and the tokenizer.
     tokenizer = weights.tokenizer
     contents: dict[str, Any] = {
         "config.json": model_config(weights.config, layout, tokenizer),
@@ -52,8 +53,12 @@ def write_folder(folder: Path, weights: Weights, layout: str) -> None:
         "tokenizer_config.json": tokenizer_config(weights.config, tokenizer),
     }
     for name, content in contents.items():
-        text = json.dumps(content, ensure_ascii=False, indent=None if "r.json" in name else 2)
+        # The list of all tokens has no line for each.
+        indent = None if name == "tokenizer.json" else 2
+        text = json.dumps(content, ensure_ascii=False, indent=indent)
         atomic.write_file(folder / name, [text.encode()])
+
+    # The code of a class that transformers does not have, and the weights.
     if weights.config.ngrams > 1:
         atomic.write_file(folder / MODELING.name, [modeling_source(layout).encode()])
     tensors = weights_to(layout, weights.config, weights.tensors)
@@ -122,6 +127,7 @@ def check_folder(folder: Path, weights: Weights, layout: str, text: str,
     Of `weights`, it uses the shape and the tokenizer. Raises ValueError if the tokenizer in the
     folder is not the same.
     """
+    # By transformers, if it is installed and has the class.
     try:
         import transformers
     except ImportError:
@@ -133,7 +139,8 @@ def check_folder(folder: Path, weights: Weights, layout: str, text: str,
             check_tokenizer(folder, weights.tokenizer, text)
             return logits, version
         reason = f"{version} has no {CLASSES[layout]}"
-    # Read the written weights back into our own model.
+
+    # Without its class of transformers, our own model reads the written weights.
     tensors = weights_from(layout, weights.config, load_file(folder / WEIGHTS))
     logits = our_logits(replace(weights, tensors=tensors), ids)
     return logits, f"this model with the written weights ({reason})"

@@ -1,6 +1,6 @@
 """Settings as dataclass fields: a default, a help text and the valid range.
 
-The dataclasses live beside the code that reads them. Knows nothing of files or the command line.
+The dataclasses live beside the code that reads them. Knows nothing of the command line.
 """
 
 from __future__ import annotations
@@ -8,12 +8,14 @@ from __future__ import annotations
 import functools
 import math
 import operator
+import os
+import re
 import textwrap
 from collections.abc import Iterator
 from dataclasses import field, fields, is_dataclass
 from typing import Any, Literal, NewType, get_args, get_origin, get_type_hints
 
-# Types of settings that name one path, or several separated by commas: ~ is expanded in them.
+# Types of settings that name one path, or several separated by commas. `expanded` completes them.
 FilePath = NewType("FilePath", str)
 FilePaths = NewType("FilePaths", str)
 
@@ -23,6 +25,8 @@ LIMITS = {
     "le": (operator.le, "at most"),
     "lt": (operator.lt, "less than"),
 }
+# A variable of a shell, as a folder's name in a path.
+VARIABLE = re.compile(r"(?:^|/)(\$[A-Za-z_]\w*)")
 HELP_COLUMNS = 100
 NAME_COLUMNS = 32
 
@@ -108,3 +112,21 @@ def as_word(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return "null" if value is None else str(value)
+
+
+def expanded(path: str) -> str:
+    """`path` with the home folder in place of ~ or ~user at its beginning.
+
+    Raises ValueError, unless the path exists, where there is no such home folder, and for a
+    variable: only a shell replaces it, and a folder named $HOME is not what anyone wants.
+    """
+    found = os.path.expanduser(path)
+    if os.path.exists(found):
+        return found
+    if found.startswith("~"):
+        raise ValueError("names no home folder: write ./ before a file name that begins with ~")
+    variable = VARIABLE.search(found)
+    if variable:
+        raise ValueError(f"has {variable[1]}, which only a shell replaces: leave out the single "
+                         f"quotes, or write ${{oc.env:{variable[1][1:]}}}")
+    return found

@@ -28,7 +28,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from conf import presets
-from conf.convert import expanded, is_text
+from conf.convert import is_text
 from conf.presets import Group, config_node, groups
 from conf.settings import DERIVED, leaves
 from conf.unknown import SWEEP_ADVICE, wrong_preset
@@ -154,7 +154,7 @@ def own_experiment(overrides: list[str]) -> tuple[Path | None, dict[str, Any], l
     given = [word.partition("=")[2] for word in overrides if word.startswith("experiment=")]
     if not given or Path(given[-1]).suffix not in YAML_SUFFIXES:
         return None, {}, overrides
-    path = Path(expanded(given[-1]))
+    path = Path(given[-1])
     content = nested(read_yaml(path), path)
     overrides = [word for word in overrides if not word.startswith("experiment=")]
     if "auto_name" in content:

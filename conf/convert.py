@@ -5,7 +5,6 @@ Knows nothing of Hydra.
 
 from __future__ import annotations
 
-import os
 import types
 from dataclasses import fields, is_dataclass
 from typing import Any, Literal, Union, get_args, get_origin
@@ -13,7 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from conf.hints import OTHER_VALUES, closest
 from conf.identity import in_one_line
 from conf.settings import leaves
-from setting import FilePath, FilePaths, as_word, type_hints
+from setting import FilePath, FilePaths, as_word, expanded, type_hints
 
 TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false"}
 
@@ -120,14 +119,3 @@ def from_text(text: str) -> Any:
         except ValueError:
             continue
     return text
-
-
-def expanded(path: str) -> str:
-    """`path` with the home folder in place of ~ or ~user at its beginning.
-
-    Raises ValueError where there is no such home folder, unless a file of that name exists.
-    """
-    found = os.path.expanduser(path)
-    if path.startswith("~") and found == path and not os.path.exists(path):
-        raise ValueError("names no home folder: write ./ before a file name that begins with ~")
-    return found

@@ -18,7 +18,7 @@ from setting import FilePath, FilePaths, setting
 class TextConfig:
     """The text whose loss is measured."""
 
-    path: str = setting(
+    path: FilePath = setting(
         "", "a file, folder or glob of text, or of .bin or .npy files of tokens, to measure the "
         "loss on; empty: each run's own validation split")
     text_field: str = setting("text", "the field of a record with its text; data.text: nested")

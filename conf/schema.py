@@ -22,6 +22,7 @@ from conf.settings import SampleSettings, Settings, leaves
 from conf.unknown import not_an_override, unknown, wrong_preset
 from conf.yaml_files import YAML_SUFFIXES, ConfigError
 from model.config import GPTConfig
+from setting import expanded
 
 # The dataclass by the name of its file, conf/NAME.yaml.
 SCHEMAS = {"config": Settings, "sample": SampleSettings}
@@ -94,6 +95,11 @@ def parse_overrides(root: str | type, known: dict[str, Any], overrides: list[str
         is_group = root == "config" and key in groups()
         # Only the first problem of an override is reported.
         problem = ""
+        if key == "experiment" and value and Path(value).suffix in YAML_SUFFIXES:
+            try:
+                value = expanded(value)
+            except ValueError as error:
+                problem = f"{override} {error}."
         if sign == "~" and key:
             problem = (f"{override}: settings cannot be removed: write key=value, as in "
                        "training.max_seconds=null.")
@@ -104,7 +110,7 @@ def parse_overrides(root: str | type, known: dict[str, Any], overrides: list[str
         elif sign == "+":
             problem = f"{override}: {key} exists and can only be set: write {key}={value}."
         elif is_group:
-            problem = wrong_preset(key, value)
+            problem = problem or wrong_preset(key, value)
         if problem:
             problems.append(problem)
         made.append(f"{key}={value}")

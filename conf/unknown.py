@@ -81,7 +81,7 @@ def wrong_preset(group: str, value: str) -> str:
         return ""
     is_file = group == "experiment" and Path(value).suffix in YAML_SUFFIXES
     # Commas separate the values of a sweep, but a file's name may contain them.
-    if is_file and ("," not in value or os.path.exists(os.path.expanduser(value))):
+    if is_file and ("," not in value or os.path.exists(value)):
         return ""
     if "," in value or "(" in value:
         return f"{group}={value}: {SWEEP_ADVICE}"

@@ -7,6 +7,7 @@ no names of settings.
 from __future__ import annotations
 
 import math
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,10 @@ def unresolved(error: OmegaConfBaseException) -> str:
         return (
             f"{error.full_key}: the environment variable {missing[1]} is not set: set it, or give "
             f"a default, as in ${{oc.env:{missing[1]},100}}.")
+    missing = re.search(r"Interpolation key '(.*?)' not found", said)
+    if missing and missing[1] in os.environ:
+        return (f"{error.full_key}: ${{{missing[1]}}} is not a setting: write "
+                f"${{oc.env:{missing[1]}}} for the environment variable.")
     return f"{error.full_key}: the value cannot be read: {said}."
 
 

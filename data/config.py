@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Literal, get_args, get_type_hints
 
 from data.find import unreadable
 from data.mixture import read_mix
-from setting import FilePath, SettingsBase, setting
+from setting import FilePath, SettingsBase, expanded, setting
 
 TOKENIZERS = ("char", "byte", "gpt2", "cl100k_base", "o200k_base", "bpe")
 
@@ -53,7 +52,7 @@ class DataConfig(SettingsBase):
 
     source: Literal["pydocs", "stdlib", "shakespeare", "text", "chat", "hub", "bin"] = setting(
         "pydocs", "kind of the training text; presets (data=...) choose it")
-    path: str = setting(
+    path: FilePath = setting(
         "",
         "text, chat: a file, folder or glob; bin: the folder of the .bin files; shakespeare: a "
         "copy",
@@ -65,7 +64,7 @@ class DataConfig(SettingsBase):
     )
     vocab_size: int = setting(2048, "number of tokens of tokenizer=bpe", ge=257, le=100_000)
     val_fraction: float = setting(0.1, "part of the text held out for validation", ge=1e-6, lt=1)
-    val_path: str = setting("", "text to validate on instead: a file, folder or glob")
+    val_path: FilePath = setting("", "text to validate on instead: a file, folder or glob")
     val_split: str = setting("", "hub: the split to validate on instead, such as validation")
     deduplicate: bool = setting(True, "remove exact duplicates of documents")
     separator: str = setting(
@@ -77,7 +76,7 @@ class DataConfig(SettingsBase):
         "strict", "the reaction to bytes that cannot be decoded: stop, or use U+FFFD")
     dtype: Literal["auto", "uint8", "uint16", "int16", "uint32", "int32", "uint64", "int64"] = (
         setting("auto", "bin: type of the tokens in files without a header"))
-    hub_name: str = setting(
+    hub_name: FilePath = setting(
         "", "hub: OWNER/NAME of a dataset on the Hugging Face Hub, or a folder laid out like one")
     hub_config: str = setting("", "hub: the dataset's configuration; empty: its default")
     hub_revision: str = setting("", "hub: branch, tag or commit; empty: the newest")
@@ -128,8 +127,11 @@ class DataConfig(SettingsBase):
                 yield (f"mix={self.mix}: {name} has {has}, and a mixture is made of text: leave it "
                        f"out.")
         for name in names:
-            for problem in self.part(name).path_problems():
-                yield f"mix={self.mix}: {problem}"
+            try:
+                problems = list(self.part(name).path_problems())
+            except ValueError as error:
+                problems = [f"{name} {error}."]
+            yield from (f"mix={self.mix}: {problem}" for problem in problems)
 
     def path_problems(self) -> Iterator[str]:
         name = "hub_name" if self.source == "hub" else "path"
@@ -150,7 +152,7 @@ class DataConfig(SettingsBase):
         """The settings of one part of a mixture: the source of that name, or else its files."""
         if name in get_args(get_type_hints(DataConfig)["source"]):
             return replace(self, mix="", source=name)
-        return replace(self, mix="", source="text", path=name)
+        return replace(self, mix="", source="text", path=expanded(name))
 
     def weights(self) -> list[int]:
         """The number of sequences of each source in a period."""
@@ -159,7 +161,7 @@ class DataConfig(SettingsBase):
 
 def missing_path(setting: str, path: str) -> Iterator[str]:
     """The problem of a path that does not exist. A glob is checked when it is read."""
-    place = Path(os.path.expanduser(path))
+    place = Path(path)
     if not path or place.exists():
         return
     if place.is_symlink():

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator
 from contextlib import suppress
@@ -42,7 +41,7 @@ class Hub:
         self.config, self.name = config, config.hub_name
         self.bad_records = 0  # in the latest reading
         self.done = 0.0
-        folder = Path(os.path.expanduser(self.name))
+        folder = Path(self.name)
         self.folder = folder.resolve() if folder.is_dir() else None
         names = filter(None, (self.name, config.hub_config, config.split))
         file_name = re.sub(r"[^-+.0-9A-Z_a-z]+", "--", "-".join(names))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import operator
-import os
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
@@ -41,7 +40,7 @@ def prepare(config: DataConfig) -> Path:
     Raises ValueError for an invalid source and damaged tokens, OSError for a write error.
     """
     if config.source == "bin" and not config.mix:
-        return prepare_bins(os.path.expanduser(config.path), config.tokenizer, config.dtype)
+        return prepare_bins(config.path, config.tokenizer, config.dtype)
     plan = planned(config)
     make_once(plan.folder, lambda building: build(building, plan, config))
     check(plan.folder, plan.recipe)

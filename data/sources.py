@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import http.client
-import os
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
@@ -114,7 +113,7 @@ class Files:
 
     def __init__(self, path: str, config: DataConfig = DataConfig()) -> None:
         self.skipped: Counter[str] = Counter()
-        paths = find.find(os.path.expanduser(path), self.skipped)
+        paths = find.find(path, self.skipped)
 
         # Only JSON can hold conversations.
         read = read_conversation if config.source == "chat" else None

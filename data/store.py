@@ -18,6 +18,7 @@ from typing import Any
 import atomic
 import locks
 from progress import ProgressBar
+from setting import expanded
 from terminal import say
 
 BUILDING = ".building-"  # the prefix of unfinished folders
@@ -31,7 +32,12 @@ SETTLED = 3.0  # seconds
 def data_root() -> Path:
     """The folder for prepared tokens and downloads: $NANOHYDRA_DATA, or `data/prepared`."""
     chosen = os.environ.get("NANOHYDRA_DATA")
-    return Path(os.path.expanduser(chosen)) if chosen else Path(__file__).parent / "prepared"
+    if not chosen:
+        return Path(__file__).parent / "prepared"
+    try:
+        return Path(expanded(chosen))
+    except ValueError as error:
+        raise ValueError(f"NANOHYDRA_DATA={chosen} {error}.") from None
 
 
 def folder_for(name: str, recipe: dict[str, Any]) -> Path:

@@ -25,9 +25,12 @@ from hypothesis import strategies as st
 import conf
 from conf import composition, launch, presets, yaml_files
 from conf.convert import convert
+from conf.evaluation import TextConfig
 from conf.identity import flat
 from conf.schema import ConfigError, compose
 from conf.settings import SampleSettings, Settings
+from data.config import DataConfig
+from data.store import data_root
 from model import GPTConfig
 from scripts.plan import PlanSettings
 from setting import FilePath, FilePaths, help_lines
@@ -414,9 +417,26 @@ def test_a_path_may_begin_at_home(monkeypatch, tmp_path):
     assert convert("a,~/b,~", FilePaths) == f"a,{tmp_path}/b,{tmp_path}"
     assert "runs_dir=~nobody_is_so_named/x names no home folder" in complaint("runs_dir=~nobody_is_so_named/x")
     assert "name=~/a begins with ~" in complaint("name=~/a")
+    assert "experiment=~nobody_is_so_named/a.yaml names no home folder" in complaint("experiment=~nobody_is_so_named/a.yaml")
+    (tmp_path / "a.txt").write_text("text")
+    assert compose("config", ["data=text", "data.path=~/a.txt"]).data.path == f"{tmp_path}/a.txt"
+    assert compose("config", ["data.mix=~/a.txt:1"]).data.part("~/a.txt").path == f"{tmp_path}/a.txt"
     (tmp_path / "own.yaml").write_text("seed: 7\nruns_dir: ~/runs")
     made = compose("config", ["experiment=~/own.yaml"])
     assert (made.seed, made.runs_dir) == (7, f"{tmp_path}/runs")
+
+
+def test_a_variable_that_no_shell_replaced_is_refused(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for word in ("runs_dir=$HOME/x", "data.path=/data/$USER/*.txt", "experiment=$HOME/own.yaml", "init_from=a/$X", "data.mix='$HOME/a:1 pydocs:1'"):
+        assert "which only a shell replaces: leave out the single quotes, or write ${oc.env:" in complaint(word)
+    monkeypatch.setenv("NANOHYDRA_DATA", "$HOME/data")
+    with pytest.raises(ValueError, match=r"NANOHYDRA_DATA=\$HOME/data has \$HOME, which only a shell replaces"):
+        data_root()
+    assert "runs_dir: ${HOME} is not a setting: write ${oc.env:HOME}" in complaint("runs_dir=${HOME}/x")
+    # In a name, or as the name of a folder that exists, it is a character like any other.
+    (tmp_path / "$HOME").mkdir()
+    assert compose("config", ["runs_dir=$HOME"]).runs_dir == "$HOME" and convert("a$b", FilePath) == "a$b"
 
 
 def test_every_setting_that_names_a_path_is_of_type_path():
@@ -424,9 +444,9 @@ def test_every_setting_that_names_a_path_is_of_type_path():
     from scripts import attention_map, export_tokenizer, prepare, report
     from sweep import search
 
-    named = ("run", "init_from", "runs_dir", "out", "prompts", "prompt_file", "sweep", "peer", "trace")
+    named = ("run", "init_from", "runs_dir", "out", "prompts", "prompt_file", "sweep", "peer", "trace", "path", "val_path", "hub_name", "tokenizer")
     for settings in (Settings, SampleSettings, attention_map.AttentionMapSettings, search.SweepSettings, start.StartSettings,
-                     export_tokenizer.ExportTokenizerSettings, prepare.PrepareSettings):
+                     export_tokenizer.ExportTokenizerSettings, prepare.PrepareSettings, DataConfig, TextConfig):
         for name, hint in get_type_hints(settings).items():
             assert (hint is FilePath) == (name in named), (settings, name)
     assert get_type_hints(report.ReportSettings)["runs"] is FilePaths

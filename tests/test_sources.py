@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
+from conf import compose
 from data.config import DataConfig
 from data.library import PyDocs, StdLib
 from data.sources import Files, data_root, fetch, open_source, open_sources
@@ -189,17 +190,17 @@ def test_a_tilde_stands_for_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     write(tmp_path, {"a.txt": "a"})
     for path in ("~/a.txt", "~", "~/*.txt"):
-        assert texts(open_source(DataConfig(source="text", path=path))) == ["a"]
-        assert list(DataConfig(source="text", path=path, val_path=path).problems()) == []
+        config = compose(["data=text", f"data.path={path}", f"data.val_path={path}"]).data
+        assert texts(open_source(config)) == ["a"] and config.val_path == config.path
     config = DataConfig(mix="~/a.txt:1 pydocs:1")
     assert list(config.problems()) == [] and texts(open_source(config.part("~/a.txt"))) == ["a"]
     monkeypatch.setenv("NANOHYDRA_DATA", "~/prepared")
     assert data_root() == tmp_path / "prepared"
 
 
-def test_an_unknown_user_is_a_path_that_does_not_exist():
-    [problem] = DataConfig(source="text", path="~nobody-here/a.txt").problems()
-    assert problem.startswith("path=~nobody-here/a.txt does not exist")
+def test_an_unknown_user_has_no_home_folder():
+    [problem] = DataConfig(mix="~nobody-here/a.txt:1").problems()
+    assert problem.startswith("mix=~nobody-here/a.txt:1: ~nobody-here/a.txt names no home folder")
 
 
 def test_the_fraction_read_takes_constant_time(tmp_path):

@@ -22,7 +22,7 @@ from checkpointing.changes import limit_reached
 from checkpointing.checkpoint import Checkpoint
 from checkpointing.environment import open_device
 from checkpointing.initial import InitialWeights
-from checkpointing.planned import divides_weights, memory_advice
+from checkpointing.memory_plan import divides_weights, memory_advice
 from checkpointing.resume import open_run
 from checkpointing.run_folder import Run
 from checkpointing.state import State, new_state

@@ -58,13 +58,9 @@ from typing import Any
 
 import numpy as np
 
+from checkpointing.count_memory import count_memory
 from checkpointing.initial import shape_of_weights
-from checkpointing.planned import (
-    USABLE_MEMORY,
-    count_memory,
-    fitting_batch_size,
-    memory_of_each,
-)
+from checkpointing.memory_plan import USABLE_MEMORY, fitting_batch_size, memory_of_each
 from conf.schema import compose
 from conf.settings import Settings
 from conf.yaml_files import ConfigError

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from checkpointing import planned, store
+from checkpointing import memory_plan, store
+from checkpointing.count_memory import AllocationCounter
 from checkpointing.format import MODEL, OPTIMIZER
 from conf.schema import ConfigError, compose
 from data.bpe import PUBLISHED
@@ -74,7 +75,7 @@ def test_a_checkpoint_is_as_large_as_planned(compose_tiny, tmp_path, optim):
 
 
 def test_bytes_are_counted_while_their_tensors_live():
-    with planned.AllocationCounter() as counter:
+    with AllocationCounter() as counter:
         a = torch.zeros(1000)
         b = a + 1
         view = b[10:]
@@ -194,9 +195,9 @@ MILLION = 10**6
 def test_processes_divide_the_planned_memory(sharded, state):
     settings = compose("config", ["model=nano", "model.n_layer=8", "data=pydocs"])
     weights = 4 * sum(tensor.numel() for tensor in GPT(settings.model).parameters())
-    one = planned.memory_of_each(settings, 3 * weights, 4 * weights + MILLION)
+    one = memory_plan.memory_of_each(settings, 3 * weights, 4 * weights + MILLION)
     assert one == {"weights and optimizer": 3 * weights, "gradients": weights, "activations": MILLION}
-    each = planned.memory_of_each(settings, 3 * weights, 4 * weights + MILLION, 8, sharded)
+    each = memory_plan.memory_of_each(settings, 3 * weights, 4 * weights + MILLION, 8, sharded)
     assert each["weights and optimizer"] == state(weights, 2 * weights) and each["activations"] == MILLION
     assert each["gradients"] == (weights / 8 if sharded else weights)
 
@@ -213,12 +214,12 @@ def test_memory_is_printed_for_each_of_several_processes(capsys, uncounted):
     (100, "auto", False), (1, "auto", True), (1, "none", False), (100, "full", True)])
 def test_weights_are_divided_if_they_do_not_fit(monkeypatch, gigabytes, shard, divided):
     settings = compose("config", ["model=gpt2", "data=pydocs", "optim=adamw", f"training.shard={shard}"])
-    monkeypatch.setattr(planned, "memory_limit", lambda device: gigabytes * 2**30)
-    monkeypatch.setattr(planned, "count_memory", lambda settings, device: (15 * 10**8, 4 * 10**9))
+    monkeypatch.setattr(memory_plan, "memory_limit", lambda device: gigabytes * 2**30)
+    monkeypatch.setattr(memory_plan, "count_memory", lambda settings, device: (15 * 10**8, 4 * 10**9))
     world = SimpleNamespace(size=2, local_size=2, first=lambda call: call())
-    assert planned.divides_weights(settings, world, Device("cpu", "fp32")) is divided
+    assert memory_plan.divides_weights(settings, world, Device("cpu", "fp32")) is divided
     world.size = 1
-    assert not planned.divides_weights(settings, world, Device("cpu", "fp32"))
+    assert not memory_plan.divides_weights(settings, world, Device("cpu", "fp32"))
 
 
 def test_a_batch_that_does_not_fit_names_one_that_does(monkeypatch, capsys):
@@ -229,13 +230,13 @@ def test_a_batch_that_does_not_fit_names_one_that_does(monkeypatch, capsys):
     words = ["model=nano", "data=text", "training=smoke", "training.batch_size=64"]
     settings = compose("config", [*words, f"data.path={ROOT}"])
     world, device = SimpleNamespace(size=1), Device("cpu", "bf16")
-    for module in (plan, planned):
+    for module in (plan, memory_plan):
         monkeypatch.setattr(module, "count_memory", count)
         monkeypatch.setattr(module, "USABLE_MEMORY", 1.0)
     for megabytes, error, said in ((25.5, ValueError, "batch_size=64 does not fit into the 24.3 MB of this GPU: training.batch_size=5 is "),
                                    (20, torch.OutOfMemoryError, "full"), (100, torch.OutOfMemoryError, "full")):
-        monkeypatch.setattr(planned, "memory_limit", lambda device, megabytes=megabytes: megabytes * MILLION)
-        with pytest.raises(error, match=said), planned.memory_advice(settings, world, device, False):
+        monkeypatch.setattr(memory_plan, "memory_limit", lambda device, megabytes=megabytes: megabytes * MILLION)
+        with pytest.raises(error, match=said), memory_plan.memory_advice(settings, world, device, False):
             raise torch.OutOfMemoryError("full")
     monkeypatch.setitem(plan.GPU_GIGABYTES, "L4", 25.5 * MILLION / 2**30)
     assert plan.main(compose(plan.PlanSettings, [*words, "device=l4"])) == 0

@@ -107,11 +107,10 @@ def launch(main: Target, root: str | type, doc: str, multirun: Target = "") -> N
 def stop_restarts(environment: Mapping[str, str]) -> None:
     """End torchrun, which would otherwise start a command with a mistake again (--max-restarts).
 
-    Only on one node: on others, torchrun would wait for this one.
+    No exit code tells torchrun that. All nodes find a mistake, and each ends its own torchrun.
     """
-    is_first_of_one_node = (environment.get("RANK") == "0" and
-                            environment.get("LOCAL_WORLD_SIZE") == environment.get("WORLD_SIZE"))
-    if is_first_of_one_node and environment.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+    is_first_of_node = environment.get("LOCAL_RANK") == "0"
+    if is_first_of_node and environment.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
         os.kill(os.getppid(), signal.SIGTERM)
 
 

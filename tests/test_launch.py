@@ -224,11 +224,12 @@ def test_only_the_first_of_several_processes_prints_an_error(monkeypatch, capsys
     assert caught.value.code == 1 and capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize(("restarts", "nodes", "rank", "ends"), [(3, 1, 0, True), (0, 1, 0, False), (3, 2, 0, False), (3, 1, 1, False)])
-def test_a_mistake_ends_a_torchrun_with_restarts(monkeypatch, restarts, nodes, rank, ends):
+@pytest.mark.parametrize(("restarts", "local_rank", "ends"), [(3, 0, True), (0, 0, False), (3, 1, False)])
+def test_a_mistake_ends_a_torchrun_with_restarts(monkeypatch, restarts, local_rank, ends):
+    """On each of several nodes."""
     ended = []
     monkeypatch.setattr("os.kill", lambda process, number: ended.append(process))
-    for name, value in {"RANK": rank, "LOCAL_WORLD_SIZE": 2, "WORLD_SIZE": 2 * nodes, "TORCHELASTIC_MAX_RESTARTS": restarts}.items():
+    for name, value in {"RANK": 2, "LOCAL_RANK": local_rank, "TORCHELASTIC_MAX_RESTARTS": restarts}.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setattr(sys, "argv", ["train.py", "foo=1"])
     with pytest.raises(SystemExit, match="1"):

@@ -78,8 +78,14 @@ def test_a_run_moves_between_numbers_of_processes(compose_tiny, train_together, 
 
 
 def test_a_mistake_is_printed_once(compose_tiny, train_together):
-    codes, output = train_together(compose_tiny("training.max_steps=2"), 3)
-    assert codes == [1, 1, 1] and output[0].count("Error: ") == 1 and output[1:] == ["", ""]
+    """On each node, although the first process alone finds it. The third one stands for another node."""
+    def prepare_rank(rank):
+        if rank == 2:
+            os.environ["LOCAL_RANK"] = "0"
+
+    codes, output = train_together(compose_tiny("init_from=nothing"), 3, prepare_rank)
+    assert codes == [1, 1, 1] and output[1] == ""
+    assert output[0] == output[2] and output[0].count("Error: init_from=nothing") == 1
 
 
 def plant_nan(settings, step, micro_step):

@@ -103,7 +103,8 @@ class World:
     def first(self, call: Callable[[], T]) -> T:
         """Call a function in the first process, and return its result in all of them.
 
-        If it raises, the first process raises and the others exit.
+        If it raises, the first process raises and the others exit. A ValueError, a mistake of the
+        user's, is raised in all of them: each node reports it and ends its torchrun.
         """
         if self.size == 1:
             return call()
@@ -114,18 +115,21 @@ class World:
             except BaseException as raised:
                 error = raised
         # The others wait here. They also have to learn of an error, or they would wait forever.
-        told = [(result, error is not None)]
+        mistake = str(error) if isinstance(error, ValueError) else ""
+        told = [(result, error is not None, mistake)]
         dist.broadcast_object_list(told, src=0)
         if error:
             raise error
-        result, failed = told[0]
+        result, failed, mistake = told[0]
+        if mistake:
+            raise ValueError(mistake)
         if failed:
             sys.exit(1)
         return result
 
     def fail(self, error: Exception) -> NoReturn:
-        """Raise an error that all processes have found in the first one; exit from the others."""
-        if self.is_first:
+        """Raise an error that all processes have found, as `first` does."""
+        if self.is_first or isinstance(error, ValueError):
             raise error
         sys.exit(1)
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training.sharding import Divided
+from training.divided import Divided
 
 # Format 2 named optimizer state by position; see state.py.
 FORMAT, READABLE = 3, (2, 3, 4)

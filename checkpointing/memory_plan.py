@@ -13,9 +13,9 @@ from conf.settings import Settings
 from model import GPT, SkipInit
 from terminal import readable_size
 from training.buckets import BUCKET_NUMBERS, MOST_IN_FLIGHT
-from training.device import Device, memory_limit
+from training.device import Device
 from training.distributed import World
-from training.memory import MOST_BYTES_KEPT
+from training.memory import MOST_BYTES_KEPT, memory_limit
 
 # The part of a device's memory that training may be planned to take. The rest is for libraries, and
 # lost by fragmentation.

@@ -18,6 +18,7 @@ from data.run_data import RunData
 from terminal import counted
 from training.device import Device
 from training.schedule import extension, same_rates
+from training.slow_cpu import slow_cpu_warnings
 
 
 def describe_run(say: Callable[[str], None], folder: Path, device: Device, state: State,
@@ -46,7 +47,7 @@ def describe_run(say: Callable[[str], None], folder: Path, device: Device, state
 
     # The device, and what makes training on it slower than necessary.
     say(f"Device: {device.describe()}")
-    for warning in device.warnings(local_processes):
+    for warning in slow_cpu_warnings(device, local_processes):
         say(f"Warning: {warning}")
     unused = unused_gpus(device.type, loader.world_size)
     if unused:

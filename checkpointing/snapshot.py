@@ -37,7 +37,7 @@ from checkpointing.format import (
 )
 from checkpointing.peers import Peers
 from terminal import readable_size
-from training.sharding import Divided
+from training.divided import Divided
 
 # Tensors of more bytes are written by several processes, where there are several.
 MAX_BYTES_OF_ONE_WRITER = 8 * 2**30

@@ -30,7 +30,8 @@ from conf.unknown import likely_name
 from hardware import sleep_while_waiting, usable_cpus
 from setting import help_lines, two_columns
 from terminal import output, say
-from training.interrupt import embedded, stop_with_parent
+from training.interrupt import embedded
+from training.parent import stop_with_parent
 
 # A function or class, or its name as in "train:train", which is imported only when it is needed.
 Target = str | Callable[..., Any]

@@ -74,8 +74,10 @@ from hardware import available_memory
 from model import GPT, SkipInit
 from terminal import counted, readable_size, readable_time, say
 from training.configure import configure
-from training.device import GPU_GIGABYTES, PEAK_FLOPS, Device, memory_limit
+from training.device import Device
 from training.estimate import Pace, Workload, measure_pace
+from training.gpus import GPU_GIGABYTES, PEAK_FLOPS
+from training.memory import memory_limit
 from training.step import BatchLoss, first_loss
 
 GPUS = sorted(name.lower().replace(" ", "-") for name in PEAK_FLOPS)

@@ -54,11 +54,12 @@ from conf.settings import Settings
 from model import GPT, SkipInit
 from scripts.plan import gpu_named, settings_without_data
 from terminal import readable_size, say
+from training.adamw import AdamW
 from training.buckets import BUCKET_NUMBERS
-from training.device import PEAK_FLOPS
 from training.distributed import World
+from training.gpus import PEAK_FLOPS
 from training.muon import NEWTON_SCHULZ_STEPS, Muon
-from training.optim import AdamW, Optimizers
+from training.optim import Optimizers
 from training.sharding import Part
 
 GPU_COUNTS = (1, 8, 16, 32, 64, 128, 256, 512, 1024)

@@ -20,7 +20,7 @@ from conf.composition import launcher_settings
 from conf.presets import options
 from sweep.jobs import Job
 from sweep.runner import Runner
-from training.interrupt import CHILD
+from training.parent import CHILD
 
 # Settings that submitit knows for every kind of cluster; others get the name of the cluster.
 COMMON = ("timeout_min", "cpus_per_task", "gpus_per_node", "tasks_per_node", "mem_gb", "nodes",

@@ -13,7 +13,8 @@ from progress import print_line
 from sweep.jobs import Job
 from sweep.summary import Progress
 from terminal import counted
-from training.interrupt import CHILD, Interrupt
+from training.interrupt import Interrupt
+from training.parent import CHILD
 
 
 class JobSource(Protocol):

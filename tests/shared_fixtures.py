@@ -154,7 +154,7 @@ git_state = functools.cache(provenance.git_state)
 def measure_nothing(patch):
     """At its start, a run measures the machine for a third of a second, which other tests are about."""
     patch.setattr(startup, "measure_pace", lambda *_: Pace(1.0, 1.0))
-    patch.setattr("training.device.busy_cpus", lambda: 0.0)
+    patch.setattr("training.slow_cpu.busy_cpus", lambda: 0.0)
     patch.setattr(hardware, "cgroups", lambda *_: [])
     patch.setattr(provenance, "git_state", git_state)
 

@@ -18,11 +18,12 @@ import torch
 
 import train
 from model.loss import LossOptions
-from training import device as module
+from training import slow_cpu
 from training.compiling import check_fused_loss, maybe_compile
 from training.configure import activate_flash_attention_3, configure
 from training.device import Device
-from training.memory import bytes_kept
+from training.memory import bytes_kept, memory_limit
+from training.slow_cpu import slow_cpu_warnings
 from training.step import BatchLoss
 
 
@@ -106,7 +107,7 @@ def test_a_gpu_is_waited_for_and_asked_for_its_memory(pretend_gpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: SimpleNamespace(total_memory=100 + number))
     pretend_gpu.synchronize()
-    assert waited and module.memory_limit(pretend_gpu) == 103
+    assert waited and memory_limit(pretend_gpu) == 103
 
 
 def test_a_later_run_on_a_gpu_can_be_deterministic(pretend_gpu):
@@ -206,8 +207,8 @@ def test_nominal_flops_follow_threads_and_native_formats(monkeypatch):
     ("0", "bf16", True), ("0", "fp32", False), ("1", "bf16", False), ("0", "auto", False)])
 def test_an_emulated_precision_is_warned_about(monkeypatch, native, precision, warns):
     monkeypatch.setenv("NANOHYDRA_NATIVE_BF16", native)
-    monkeypatch.setattr(module, "busy_cpus", lambda: 0.0)
-    found = [line for line in Device("cpu", precision).warnings() if "emulates bf16" in line]
+    monkeypatch.setattr(slow_cpu, "busy_cpus", lambda: 0.0)
+    found = [line for line in slow_cpu_warnings(Device("cpu", precision)) if "emulates bf16" in line]
     assert bool(found) == warns
     assert all(re.search(r"took \d+\.\d times as long as in fp32", line) for line in found)
 
@@ -216,10 +217,10 @@ def test_an_emulated_precision_is_warned_about(monkeypatch, native, precision, w
     (8, 4, 1, "training.threads=1"), (8, 1, 1, ""), (0.3, 4, 1, ""), (1, 4, 1, "training.threads=3"),
     (0, 6, 1, "training.threads=4"), (0, 4, 2, "training.threads=2"), (4, 2, 2, "")])
 def test_a_busy_machine_is_warned_about(monkeypatch, busy, threads, processes, advice):
-    monkeypatch.setattr(module, "busy_cpus", lambda: busy)
-    monkeypatch.setattr(module.os, "cpu_count", lambda: 4)
-    monkeypatch.setattr(module, "usable_cpus", lambda: 4)
-    found = list(Device("cpu", "fp32", threads=threads).warnings(processes))
+    monkeypatch.setattr(slow_cpu, "busy_cpus", lambda: busy)
+    monkeypatch.setattr(slow_cpu.os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(slow_cpu, "usable_cpus", lambda: 4)
+    found = list(slow_cpu_warnings(Device("cpu", "fp32", threads=threads), processes))
     assert [line.endswith(f"try {advice}.") for line in found] == [True] * bool(advice)
 
 

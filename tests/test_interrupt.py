@@ -11,7 +11,8 @@ import time
 
 import pytest
 
-from training.interrupt import REQUESTS, WARNINGS, Interrupt, embedded, stop_with_parent
+from training.interrupt import REQUESTS, WARNINGS, Interrupt, embedded
+from training.parent import stop_with_parent
 
 
 @pytest.fixture

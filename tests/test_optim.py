@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from model import GPT, GPTConfig
+from training.adamw import AdamW
 from training.config import OptimConfig
 from training.distributed import World
 from training.muon import Muon, orthogonalize
-from training.optim import AdamW, Optimizers
+from training.optim import Optimizers
 
 NANO = GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=16)
 NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)

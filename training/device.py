@@ -5,9 +5,7 @@ A `Device` only describes; training/configure.py applies it to the process.
 
 from __future__ import annotations
 
-import os
 import platform
-import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -15,19 +13,10 @@ from typing import Literal
 
 import torch
 
-from hardware import are_crowded, busy_cpus, cpu_info, memory_size, native, usable_cpus
+from hardware import cpu_info, native
 from terminal import counted
+from training.gpus import PEAK_FLOPS
 
-# Dense bf16 peaks in FLOP/s from data sheets. The first name that the GPU's name contains counts.
-PEAK_FLOPS = {
-    "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
-    "L4": 121e12, "A10G": 70e12, "A10": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
-}
-# Of the smallest card of that name.
-GPU_GIGABYTES = {
-    "H200": 141, "H100 PCIe": 80, "H100": 80, "A100": 40, "L40S": 48, "L4": 24, "A10G": 24,
-    "A10": 24, "RTX 4090": 24, "RTX 3090": 24,
-}
 # FLOP/s that training is assumed to reach, to decide whether compiling pays. Nothing is timed,
 # since how busy a machine is must not change what a run computes.
 CPU_FLOPS_NATIVE_BF16 = 1.5e11  # per thread
@@ -125,47 +114,6 @@ class Device:
         kept = "; memory that a step frees is kept for the next" if self.keeps_memory else ""
         return f"{self.name()}; {self.precision} ({self.reason}){kept}"
 
-    def warnings(self, processes: int = 1) -> Iterator[str]:
-        """One sentence for each thing that makes training on this CPU slower than necessary.
-
-        `processes` are those of the run on this machine.
-        """
-        if self.type != "cpu":
-            return
-        # A precision without instructions for it.
-        if self.precision != "fp32" and not native(self.precision):
-            yield (f"this processor emulates {self.precision}: a product of 256 x 256 matrices "
-                   f"took {self.times_fp32():.1f} times as long as in fp32. "
-                   f"Leave training.precision={self.precision} out.")
-        # More threads than CPUs.
-        cpus, threads = usable_cpus(), processes * self.threads
-        if threads > cpus:
-            fewer = max(1, cpus // processes)
-            yield (f"{threads} threads share {counted(cpus, 'CPU')}. Threads wait for each "
-                   f"other and can take far longer than fewer: try training.threads={fewer}.")
-            return
-        # Other programs. Of several processes of a run, the others are busy, too.
-        busy = busy_cpus() if processes == 1 else 0.0
-        if are_crowded(self.threads, busy):
-            cpus = os.cpu_count() or 1
-            fewer = max(1, round(cpus - busy))
-            yield (f"other processes keep {min(busy, cpus):.0f} of {counted(cpus, 'CPU')} busy. "
-                   f"{self.threads} threads that wait for each other can take far longer than "
-                   f"fewer: try training.threads={fewer}.")
-
-    def times_fp32(self) -> float:
-        """How many times as long as in fp32 a small matrix product takes in this precision."""
-        seconds = []
-        for dtype in (torch.float32, self.low_dtype):
-            matrix = torch.ones((256, 256), dtype=dtype)
-            times = []
-            for _ in range(4):
-                start = time.perf_counter()
-                matrix @ matrix
-                times.append(time.perf_counter() - start)
-            seconds.append(min(times))
-        return seconds[1] / seconds[0]
-
     def environment(self, compiled: bool, world_size: int = 1) -> Environment:
         name = processor() if self.type == "cpu" else self.name()
         return Environment(self.type, name, self.threads, self.precision, self.deterministic,
@@ -213,10 +161,3 @@ def processor() -> str:
     """The CPU's name, and the instruction set that torch uses of it."""
     name = cpu_info("model name") or platform.processor() or platform.machine()
     return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
-
-
-def memory_limit(device: Device) -> float:
-    """The bytes of a device's memory, free or not; of a CPU, those that this process may use."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-    return memory_size()

@@ -6,19 +6,15 @@ Knows nothing of training.
 from __future__ import annotations
 
 import builtins
-import os
 import signal
 import sys
 import threading
-import time
 from types import FrameType
 
 REQUESTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Schedulers send these before SIGTERM or SIGKILL. The kernel repeats SIGXCPU every second.
 WARNINGS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 ALWAYS_HANDLED = (signal.SIGINT, signal.SIGTERM)
-# The environment variable of a child process that should stop when its standard input ends.
-CHILD = "NANOHYDRA_CHILD"
 
 
 class Interrupt:
@@ -69,26 +65,3 @@ def in_main_thread() -> bool:
 def embedded() -> bool:
     """Whether this runs in a notebook, an interactive session, or a thread."""
     return hasattr(builtins, "__IPYTHON__") or hasattr(sys, "ps1") or not in_main_thread()
-
-
-def stop_with_parent() -> None:
-    """In a child of a sweep or of torchrun: stop as after SIGTERM once the parent has ended.
-
-    A sweep holds the other end of the pipe that is our standard input, so its end, by `kill -9`
-    too, closes the pipe. An orphan of torchrun gets another parent.
-    """
-    parent = os.getppid()
-
-    def wait_for_end_of_input() -> None:
-        os.read(0, 1)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    def wait_for_another_parent() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    if os.environ.pop(CHILD, None):
-        threading.Thread(target=wait_for_end_of_input, daemon=True).start()
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        threading.Thread(target=wait_for_another_parent, daemon=True).start()

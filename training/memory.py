@@ -1,4 +1,4 @@
-"""Whether a file or a micro-step fits into memory, before it is tried.
+"""The memory of a device, and whether a file or a micro-step fits into it, before it is tried.
 
 On a CPU the system ends a process that asks for too much, without a message.
 """
@@ -10,13 +10,20 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from hardware import available_memory
+from hardware import available_memory, memory_size
 from terminal import readable_size
 from training.device import Device
 
 # A bound on the bytes that are kept for the backward pass, for each number of a layer's residual
 # stream. A tenth of it is usual.
 MOST_BYTES_KEPT = 512
+
+
+def memory_limit(device: Device) -> float:
+    """The bytes of a device's memory, free or not; of a CPU, those that this process may use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    return memory_size()
 
 
 def bytes_kept(call: Callable[[], object]) -> int:

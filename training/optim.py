@@ -1,40 +1,20 @@
-"""AdamW, and `Optimizers`, which assigns each parameter to AdamW or Muon."""
+"""The optimizers of a run: which parameters AdamW and Muon update, and in which process."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from training.adamw import ADAM_EPSILON, AdamW
 from training.config import OptimConfig
 from training.distributed import World
+from training.divided import Divided
 from training.gradient_norm import GradientNorm
-from training.muon import Muon, WithoutCompiler
-from training.sharding import Divided, Part, deal_out, rows, slices
-
-# torch's default.
-ADAM_EPSILON = 1e-8
-
-
-class AdamW(WithoutCompiler, torch.optim.AdamW):
-    """`torch.optim.AdamW(fused=True)`, with its state created at once: checkpoint sizes need it."""
-
-    STATE = ("step", "exp_avg", "exp_avg_sq")
-    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
-
-    def __init__(self, params: list[dict[str, Any]], lr: float, betas: tuple[float, float],
-                 epsilon: float = ADAM_EPSILON) -> None:
-        super().__init__(params, lr, betas, epsilon, fused=True)
-        for group in self.param_groups:
-            for weights in group["params"]:
-                self.state[weights] = {
-                    "step": torch.zeros((), dtype=torch.float32, device=weights.device),
-                    "exp_avg": torch.zeros_like(weights),
-                    "exp_avg_sq": torch.zeros_like(weights),
-                }
+from training.muon import Muon
+from training.sharding import Part, deal_out, rows, slices
 
 
 class Optimizers:

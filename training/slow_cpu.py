@@ -1,0 +1,58 @@
+"""Why training on a CPU is slower than necessary: its precision, its threads, other programs."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+
+import torch
+
+from hardware import are_crowded, busy_cpus, native, usable_cpus
+from terminal import counted
+from training.device import Device
+
+
+def slow_cpu_warnings(device: Device, processes: int = 1) -> Iterator[str]:
+    """One sentence for each thing that makes training on a CPU slower than necessary.
+
+    `processes` are those of the run on this machine.
+    """
+    if device.type != "cpu":
+        return
+    # A precision without instructions for it.
+    if device.precision != "fp32" and not native(device.precision):
+        yield (f"this processor emulates {device.precision}: a product of 256 x 256 matrices "
+               f"took {times_fp32(device):.1f} times as long as in fp32. "
+               f"Leave training.precision={device.precision} out.")
+
+    # More threads than CPUs.
+    cpus, threads = usable_cpus(), processes * device.threads
+    if threads > cpus:
+        fewer = max(1, cpus // processes)
+        yield (f"{threads} threads share {counted(cpus, 'CPU')}. Threads wait for each "
+               f"other and can take far longer than fewer: try training.threads={fewer}.")
+        return
+
+    # Other programs. Of several processes of a run, the others are busy, too.
+    busy = busy_cpus() if processes == 1 else 0.0
+    if are_crowded(device.threads, busy):
+        cpus = os.cpu_count() or 1
+        fewer = max(1, round(cpus - busy))
+        yield (f"other processes keep {min(busy, cpus):.0f} of {counted(cpus, 'CPU')} busy. "
+               f"{device.threads} threads that wait for each other can take far longer than "
+               f"fewer: try training.threads={fewer}.")
+
+
+def times_fp32(device: Device) -> float:
+    """How many times as long as in fp32 a small matrix product takes in the device's precision."""
+    seconds = []
+    for dtype in (torch.float32, device.low_dtype):
+        matrix = torch.ones((256, 256), dtype=dtype)
+        times = []
+        for _ in range(4):
+            start = time.perf_counter()
+            matrix @ matrix
+            times.append(time.perf_counter() - start)
+        seconds.append(min(times))
+    return seconds[1] / seconds[0]

@@ -10,10 +10,9 @@ import math
 import operator
 import os
 import re
-import textwrap
 from collections.abc import Iterator
-from dataclasses import field, fields, is_dataclass
-from typing import Any, Literal, NewType, get_args, get_origin, get_type_hints
+from dataclasses import field, fields
+from typing import Any, NewType, get_type_hints
 
 # Types of settings that name one path, or several separated by commas. `expanded` completes them.
 FilePath = NewType("FilePath", str)
@@ -27,8 +26,6 @@ LIMITS = {
 }
 # A variable of a shell, as a folder's name in a path.
 VARIABLE = re.compile(r"(?:^|/)(\$[A-Za-z_]\w*)")
-HELP_COLUMNS = 100
-NAME_COLUMNS = 32
 
 
 def setting(default: Any, help: str, **limits: float) -> Any:
@@ -71,40 +68,6 @@ def range_problems(settings: Any) -> Iterator[str]:
 def type_hints(settings: type) -> dict[str, Any]:
     """The type of each field of a dataclass."""
     return get_type_hints(settings)
-
-
-def help_lines(settings: Any, prefix: str = "") -> Iterator[str]:
-    """The lines of --help about a dataclass instance: name=value and the help text of each field.
-
-    Fields without a help text are not for users, and left out.
-    """
-    hints = type_hints(type(settings))
-    for one in fields(settings):
-        value = getattr(settings, one.name)
-        if is_dataclass(value):
-            yield ""
-            yield from help_lines(value, f"{prefix}{one.name}.")
-            continue
-        text = one.metadata.get("help", "")
-        if not text:
-            continue
-        # The values to choose from.
-        if get_origin(hints[one.name]) is Literal:
-            text += f" ({', '.join(get_args(hints[one.name]))})"
-        yield from two_columns(f"{prefix}{one.name}={as_word(value)}", text)
-
-
-def two_columns(name: str, text: str) -> list[str]:
-    """A line of a table with two columns, and the lines that a long `text` continues on."""
-    indent = " " * NAME_COLUMNS
-    if len(name) > NAME_COLUMNS - 4:
-        return [f"  {name}", *two_columns("", text)]
-    start = f"  {name}".ljust(NAME_COLUMNS)
-    return textwrap.wrap(text,
-                         HELP_COLUMNS,
-                         initial_indent=start,
-                         subsequent_indent=indent,
-                         break_on_hyphens=False)
 
 
 def as_word(value: Any) -> str:

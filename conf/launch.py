@@ -21,14 +21,12 @@ from contextlib import suppress
 from importlib import import_module
 from typing import Any, NoReturn
 
-from conf.convert import freeze
+from conf.help import help_text
 from conf.hints import instead_of_hydras, unit_note
-from conf.presets import default_presets, groups, options
 from conf.schema import SCHEMAS, as_yaml, compose
-from conf.settings import Settings, leaves
+from conf.settings import leaves
 from conf.unknown import likely_name
 from hardware import sleep_while_waiting, usable_cpus
-from setting import help_lines, two_columns
 from terminal import output, say
 from training.interrupt import embedded
 from training.parent import stop_with_parent
@@ -37,15 +35,6 @@ from training.parent import stop_with_parent
 Target = str | Callable[..., Any]
 
 FLAG_NAMES = {"--help": "--help", "-h": "--help", "-m": "-m", "--multirun": "-m"}
-FLAGS = """Flags:
-  --help      this text
-  --cfg job   print the composed configuration, run nothing
-"""
-SWEEP_FLAG = """\
-  -m          sweep: one run for each combination of values separated by commas; jobs=2 at
-              a time, each in processes_per_job=2 processes, or on a cluster with
-              hydra/launcher=slurm; --cfg job prints their settings
-"""
 # Parts of torch's messages, on a GPU and on a CPU.
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
 # How to need less memory, by conf/NAME.yaml.
@@ -250,23 +239,3 @@ def imported(target: Target) -> Any:
         return target
     module, _, name = target.partition(":")
     return getattr(import_module(module), name)
-
-
-def help_text(root: str | type, doc: str) -> str:
-    """The entry point's docstring, the presets, the settings with their values, the flags."""
-    parts = [doc.strip()]
-    # train.py: presets, and the settings of the default run.
-    if root == "config":
-        presets = ["Presets, as in model=gpt2; the files are in conf/:"]
-        for group in groups():
-            presets += two_columns(f"{group}=", ", ".join(options(group)))
-        # To compose them with Hydra would take longer than all else.
-        values = freeze(Settings, default_presets(), "", [])
-        settings = ["Settings, with their values in the default run:", *help_lines(values)]
-        parts += ["\n".join(presets), "\n".join(settings), FLAGS + SWEEP_FLAG]
-        return "\n\n".join(parts)
-    # Other commands.
-    schema = SCHEMAS.get(root, root)
-    if isinstance(schema, type):
-        parts.append("\n".join(["Settings, with their defaults:", *help_lines(schema())]))
-    return "\n\n".join([*parts, FLAGS])

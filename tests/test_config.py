@@ -26,6 +26,7 @@ import conf
 from conf import composition, launch, presets, yaml_files
 from conf.convert import convert
 from conf.evaluation import TextConfig
+from conf.help import help_lines
 from conf.identity import flat
 from conf.schema import ConfigError, compose
 from conf.settings import SampleSettings, Settings
@@ -33,7 +34,7 @@ from data.config import DataConfig
 from data.store import data_root
 from model import GPTConfig
 from scripts.plan import PlanSettings
-from setting import FilePath, FilePaths, help_lines
+from setting import FilePath, FilePaths
 from training.config import OptimConfig, TrainingConfig
 from training.schedule import lr_scale
 

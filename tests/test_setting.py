@@ -9,9 +9,10 @@ from typing import Literal
 import pytest
 
 from bench.__main__ import BENCHMARKS
+from conf.help import help_lines
 from conf.launch import imported
 from conf.settings import DERIVED
-from setting import help_lines, range_problems, setting
+from setting import range_problems, setting
 
 
 @dataclass(frozen=True)

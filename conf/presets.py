@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from conf.hints import closest, instead_of_hydras
 from conf.identity import flat
 from conf.yaml_files import ConfigError, nested, read_text, read_yaml
+from setting import as_word
 
 CONF = Path(__file__).parent
 
@@ -123,9 +124,9 @@ def with_overrides(content: dict[str, Any], path: Path) -> dict[str, Any]:
     for group in content.keys() & groups():
         if not isinstance(content[group], dict):
             raise ConfigError([
-                f"{group}: {content[group]} ({path}) is not a group of settings: indent settings "
-                f"below {group}, or choose a preset: under defaults, write - override /{group}: "
-                f"NAME."
+                f"{group}: {as_word(content[group])} ({path}) is not a group of settings: indent "
+                f"settings below {group}, or choose a preset: under defaults, write - override "
+                f"/{group}: NAME."
             ])
     # Each choice of a preset becomes one that replaces the preset of conf/config.yaml.
     choices = content.get("defaults")

@@ -47,18 +47,20 @@ def open_data(prepared: Path, config: DataConfig, block_size: int, batch_size: i
     """
     tokenizer = load_tokenizer(prepared)
     boundary = document_boundary(tokenizer) if config.respect_documents else None
+    markers = markers_in(config, tokenizer)
     loader = Loader(open_parts(prepared, "train"), block_size, batch_size, micro_steps, seed,
-                    world_size, config.weights(), markers_in(config, tokenizer))
-    validation, bytes_per_token = open_validation(prepared, config, tokenizer, block_size,
+                    world_size, config.weights(), markers)
+    validation, bytes_per_token = open_validation(prepared, config, tokenizer, markers, block_size,
                                                   batch_size, eval_tokens, rank, world_size)
     prompts: list[str | list[int]] = [""] * PROMPTS
-    if config.source == "chat":
+    if markers:
         prompts = validation.questions(PROMPTS)
     return RunData(prepared, tokenizer, loader, validation, bytes_per_token, boundary, prompts)
 
 
-def open_validation(prepared: Path, config: DataConfig, tokenizer: Tokenizer, block_size: int,
-                    batch_size: int, max_tokens: int | None, rank: int = 0,
+def open_validation(prepared: Path, config: DataConfig, tokenizer: Tokenizer,
+                    markers: Markers | None, block_size: int, batch_size: int,
+                    max_tokens: int | None, rank: int = 0,
                     world_size: int = 1) -> tuple[Validation, float]:
     """The validation split for the process `rank`, and the bytes of each of its tokens.
 
@@ -68,7 +70,6 @@ def open_validation(prepared: Path, config: DataConfig, tokenizer: Tokenizer, bl
     if max_tokens is None:
         # A part of a mixture is read up to its share of the most tokens.
         max_tokens = sum(map(len, tokens)) * sum(weights)
-    markers = markers_in(config, tokenizer)
     validation = Validation(tokens, block_size, batch_size, max_tokens, weights, rank, world_size,
                             markers)
     bytes_per_token = val_bytes_per_token(prepared, weights)

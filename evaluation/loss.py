@@ -21,7 +21,7 @@ from data.config import DataConfig
 from data.document import SpecialToken
 from data.loader import Validation
 from data.prepare import find_prepared, load_tokenizer, prepare
-from data.run_data import open_validation
+from data.run_data import markers_in, open_validation
 from data.shards import Tokens, map_shard, read_meta
 from data.sources import open_sources
 from data.tokenizer import Tokenizer
@@ -60,7 +60,8 @@ def own_validation_split(saved: dict[str, Any], engine: Engine, run: Path, max_t
     # Read them as training does.
     block_size = engine.model.config.block_size
     validation, bytes_per_token = open_validation(
-        prepared, config, tokenizer, block_size, batch_size(batch_tokens, block_size), max_tokens)
+        prepared, config, tokenizer, markers_in(config, tokenizer), block_size,
+        batch_size(batch_tokens, block_size), max_tokens)
     boundary = tokenizer.end_of_text if config.respect_documents else None
     identity = f"validation split {read_meta(prepared)['fingerprint'][:12]}"
     return Text("validation split", identity, validation, bytes_per_token, boundary)

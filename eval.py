@@ -28,7 +28,7 @@ from checkpointing import store
 from checkpointing.changes import saved_settings
 from checkpointing.checkpoint import Checkpoint
 from checkpointing.find_runs import find_runs
-from checkpointing.initial import find_weights
+from checkpointing.find_weights import find_weights
 from checkpointing.weights import Weights, own_weights
 from evaluation.cache import ResultCache
 from evaluation.loss import measure_loss, named_text, own_validation_split

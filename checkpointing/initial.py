@@ -1,4 +1,4 @@
-"""The weights that `init_from=` names: which they are, and how they decide a run's settings."""
+"""The weights that a run starts from: they decide some of its settings, and must fit the others."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from checkpointing import pretrained, published, store
+from checkpointing import pretrained, published
 from checkpointing.changes import last_checkpoint
-from checkpointing.checkpoint import Checkpoint
-from checkpointing.find_runs import find_run
-from checkpointing.format import MANIFEST, STATE
-from checkpointing.weight_files import other_kind
-from checkpointing.weights import Weights, own_weights
+from checkpointing.find_weights import find_weights
+from checkpointing.format import STATE
+from checkpointing.weights import Weights
 from checkpointing.weights_check import check
 from conf.convert import rebuild
 from conf.identity import flat
@@ -28,51 +26,6 @@ from setting import as_word
 
 # The settings of the model that need not be those of the weights.
 CHANGEABLE = ("block_size", "dropout")
-
-
-def find_weights(name: str, runs_dir: Path) -> Weights:
-    """The weights that `init_from=NAME` means; docs/weights.md lists the kinds of names.
-
-    Raises ValueError with one sentence if there are none, or if they are invalid.
-    """
-    path = Path(name)
-    # A published model, one of our checkpoints, a file of nanoGPT, or a folder of either kind.
-    if name in published.NAMES:
-        return pretrained.read_folder(published.find_published(name))
-    if (path / MANIFEST).exists():
-        return own_weights(Checkpoint.open(path))
-    if path.is_file():
-        refuse_other_files(name, path)
-        return pretrained.read_nanogpt(path)
-    if pretrained.is_folder_of_weights(path):
-        return pretrained.read_folder(path)
-    # The name or folder of a run.
-    try:
-        run = find_run(runs_dir, name)
-    except ValueError as error:
-        if path.is_dir():
-            raise ValueError(f"init_from={name} is a folder without weights: it has neither the "
-                             f"checkpoints of a run nor {pretrained.CONFIG} nor "
-                             f"{pretrained.NANOGPT}.") from None
-        # The values of nanoGPT's init_from include scratch and resume.
-        names = ", ".join(published.NAMES)
-        raise ValueError(f"{str(error).replace(f'run={name} ', f'init_from={name} ')} Published "
-                         f"models are {names}. Without init_from=, a run starts from random "
-                         f"weights, or resumes.") from None
-    return store.load_of_run(run, "best", own_weights)
-
-
-def refuse_other_files(name: str, path: Path) -> None:
-    """Raise ValueError for a file that is no checkpoint of nanoGPT."""
-    kind, advice = other_kind(path), ""
-    if path.suffix in (".safetensors", ".gguf", ".bin"):
-        kind = "one file of a model"
-    elif kind == "a text file":
-        advice = f" To train on a text, pass data=text data.path={path}."
-    if kind:
-        raise ValueError(f"init_from={name} is {kind}: name a run, a folder with "
-                         f"{pretrained.CONFIG} and {pretrained.TENSORS}, or a checkpoint of "
-                         f"nanoGPT ({pretrained.NANOGPT}).{advice}")
 
 
 @dataclass
@@ -106,22 +59,17 @@ class InitialWeights:
             check_vocabulary(settings, pretrained.GPT2_TOKENS, "set data.tokenizer=gpt2")
         weights = find_weights(settings.init_from, Path(settings.runs_dir))
         check_vocabulary(settings, weights.config.vocab_size, how_to_encode(weights))
-        asked = settings.model.block_size
-        if "block_size" in settings.model_given.split() and asked > weights.config.block_size:
-            raise ValueError(f"model.block_size={asked} is longer than the context of "
-                             f"init_from={settings.init_from}, {weights.config.block_size} tokens: "
-                             "choose at most that, or leave it out.")
+        model = shape_for_training(settings, weights.config)
 
-        # The shape is that of the weights. Their fingerprint becomes part of the run's identity.
-        model = given_shape(settings, weights.config)
-        fingerprint = weights.fingerprint()
+        # The fingerprint of the weights becomes part of the run's identity.
+        found = weights.fingerprint()
         self.weights = weights
-        self.messages.append(f"{weights.describe()}, fingerprint {fingerprint}")
-        checked = check(weights, fingerprint)
+        self.messages.append(f"{weights.describe()}, fingerprint {found}")
+        checked = check(weights, found)
         if checked:
             self.messages.append(checked)
         return replace(settings, model=model, init_source=str(weights.place),
-                       init_fingerprint=fingerprint)
+                       init_fingerprint=found)
 
     def load(self, settings: Settings, tokenizer: Tokenizer) -> dict[str, Tensor]:
         """The weights for a run with these settings; they are not kept any longer.
@@ -157,9 +105,10 @@ def shape_of_weights(settings: Settings) -> GPTConfig:
     if not settings.init_from:
         return settings.model
     if settings.init_from in published.NAMES:
-        return given_shape(settings, GPTConfig(**preset("model", settings.init_from)))
-    weights = find_weights(settings.init_from, Path(settings.runs_dir))
-    return given_shape(settings, weights.config)
+        shape = GPTConfig(**preset("model", settings.init_from))
+    else:
+        shape = find_weights(settings.init_from, Path(settings.runs_dir)).config
+    return shape_for_training(settings, shape)
 
 
 def check_vocabulary(settings: Settings, expected: int, advice: str) -> None:
@@ -173,8 +122,21 @@ def check_vocabulary(settings: Settings, expected: int, advice: str) -> None:
                          f"data.tokenizer={data.tokenizer} one of {found:,}: {advice}.")
 
 
+def shape_for_training(settings: Settings, shape: GPTConfig) -> GPTConfig:
+    """As `given_shape`. Raises ValueError if the sequences are longer than the weights' context."""
+    chosen = given_shape(settings, shape)
+    if chosen.block_size > shape.block_size:
+        raise ValueError(f"model.block_size={chosen.block_size} is longer than the context of "
+                         f"init_from={settings.init_from}, {shape.block_size} tokens: choose at "
+                         "most that, or leave it out.")
+    return chosen
+
+
 def given_shape(settings: Settings, shape: GPTConfig) -> GPTConfig:
-    """The shape of the weights, with the dropout and the length of a sequence that were set."""
+    """The shape of the weights, with the dropout and the length of a sequence that were set.
+
+    Raises ValueError if another setting of the model is not that of the weights.
+    """
     chosen = {name: getattr(settings.model, name) for name in settings.model_given.split()}
     changed = {name: chosen.pop(name) for name in CHANGEABLE if name in chosen}
     for name, value in chosen.items():

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from checkpointing import store
 from checkpointing.find_runs import find_run
-from checkpointing.initial import find_weights
+from checkpointing.find_weights import find_weights
 from checkpointing.weights import Weights, own_weights
 from conf.sampling import SamplingConfig
 from conf.settings import ModelChoice

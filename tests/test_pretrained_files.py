@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 import sample as sampling
 import train as program
 from checkpointing import weights_check
-from checkpointing.initial import find_weights, shape_of_weights
+from checkpointing.find_weights import find_weights
+from checkpointing.initial import shape_of_weights
 from checkpointing.weight_files import read_safetensors
 from checkpointing.weights_check import check
 from conf.schema import compose

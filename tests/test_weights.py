@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 import sample as sampling
 import train as program
 from checkpointing import initial, store
+from checkpointing.find_weights import find_weights
 from checkpointing.format import MODEL
-from checkpointing.initial import InitialWeights, find_weights
+from checkpointing.initial import InitialWeights, shape_of_weights
 from conf.schema import compose
 from generation import open_run, open_weights
 
@@ -66,6 +67,12 @@ def test_settings_that_contradict_the_weights_are_refused(start, more, words, sa
     with pytest.raises(ValueError, match=said) as refused:
         start(*words)
     assert "\n" not in str(refused.value) and not more.exists()
+
+
+def test_a_plan_refuses_a_longer_context_as_training_does(compose_tiny, tiny_runs):
+    settings = compose_tiny(f"init_from={tiny_runs / 'tiny'}", "model.block_size=64")
+    with pytest.raises(ValueError, match="longer than the context"):
+        shape_of_weights(settings)
 
 
 def test_another_tokenizer_of_the_same_size_is_refused(start, more, book, tmp_path):

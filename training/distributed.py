@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from datetime import timedelta
 from typing import NoReturn, TypeVar
 from warnings import catch_warnings
@@ -26,6 +26,8 @@ TIMEOUT = timedelta(days=7)
 CONNECT_TIMEOUT = timedelta(minutes=10)
 # For torchrun's own store, which was there before the process, unless torchrun was killed.
 STORE_TIMEOUT = timedelta(seconds=30)
+# For the first process of its node to find the same mistake.
+REPORT_TIMEOUT = timedelta(seconds=2)
 T = TypeVar("T")
 
 
@@ -73,12 +75,15 @@ class World:
             dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size,
                                     timeout=TIMEOUT)
             # Only the first process prints. Libraries give all the same warnings.
-            if self.is_first:
-                yield
-            else:
-                with (open(os.devnull, "w") as nowhere, redirect_stdout(nowhere),
-                      catch_warnings(action="ignore")):
+            try:
+                if self.is_first:
                     yield
+                else:
+                    with (open(os.devnull, "w") as nowhere, redirect_stdout(nowhere),
+                          catch_warnings(action="ignore")):
+                        yield
+            except ValueError as error:
+                self.report_once(store, error)
         except RuntimeError as error:
             if not is_lost_connection(error):
                 raise
@@ -90,6 +95,24 @@ class World:
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
+
+    def report_once(self, store: dist.Store, error: ValueError) -> NoReturn:
+        """Raise a mistake in the first process of each node; exit from those that found it, too.
+
+        If only another process has found it, for example because its GPU has too little memory,
+        that one raises OSError, which all processes print.
+        """
+        reported = f"reported by {self.rank - self.local_rank}"
+        if self.local_rank == 0:
+            # The store may have ended with torchrun.
+            with suppress(RuntimeError):
+                store.set(reported, "")
+            raise error
+        try:
+            store.wait([reported], REPORT_TIMEOUT)
+        except dist.DistStoreError:
+            raise OSError(str(error)) from error
+        sys.exit(1)
 
     def choose_gpu(self) -> None:
         """Use the GPU with the number of this process. Raises ValueError if there are too few."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from conf.settings import ModelChoice, checkpoint_problems
+from data.config import TokenType
 from setting import FilePath, FilePaths, setting
 
 
@@ -23,8 +24,7 @@ class TextConfig:
         "loss on; empty: each run's own validation split")
     text_field: str = setting("text", "the field of a record with its text; data.text: nested")
     on_bad_record: Literal["stop", "skip"] = setting("stop", "the reaction to records without text")
-    dtype: Literal["auto", "uint8", "uint16", "int16", "uint32", "int32", "uint64", "int64"] = (
-        setting("auto", "type of the tokens in .bin files without a header"))
+    dtype: TokenType = setting("auto", "type of the tokens in .bin files without a header")
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,9 @@ TOKENIZERS = ("char", "byte", "gpt2", "cl100k_base", "o200k_base", "bpe")
 # Encodings of Python that no file of text has, or whose decoders can give surrogates.
 ESCAPES = ("idna", "punycode", "raw-unicode-escape", "unicode-escape", "utf-7")
 
+# The types of the tokens in a .bin file.
+TokenType = Literal["auto", "uint8", "uint16", "int16", "uint32", "int32", "uint64", "int64"]
+
 # What to give as the `path`, or as the `hub_name`, of the sources that need one.
 NEEDED = {
     "text": "name a text file, or a folder or glob of .txt, .md, .jsonl, .csv or .parquet files, "
@@ -74,8 +77,7 @@ class DataConfig(SettingsBase):
     encoding: str = setting("", "of text files without a byte order mark; empty: UTF-8")
     errors: Literal["strict", "replace"] = setting(
         "strict", "the reaction to bytes that cannot be decoded: stop, or use U+FFFD")
-    dtype: Literal["auto", "uint8", "uint16", "int16", "uint32", "int32", "uint64", "int64"] = (
-        setting("auto", "bin: type of the tokens in files without a header"))
+    dtype: TokenType = setting("auto", "bin: type of the tokens in files without a header")
     hub_name: FilePath = setting(
         "", "hub: OWNER/NAME of a dataset on the Hugging Face Hub, or a folder laid out like one")
     hub_config: str = setting("", "hub: the dataset's configuration; empty: its default")

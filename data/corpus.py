@@ -92,8 +92,7 @@ class Corpus:
                     is_complete = False
                     break
         if not numbers:
-            raise ValueError(f"The source holds no text: every document is empty "
-                             f"({self.source.description()}).")
+            raise self.no_text()
 
         # With all lengths known, choose the documents; else only how many characters.
         if is_complete:
@@ -107,7 +106,7 @@ class Corpus:
 
     def has_several(self) -> bool:
         """Whether a split has several documents. Raises ValueError for a split without any."""
-        # Three documents are enough to know: a split has two of them.
+        # Three documents are enough to know, as one split has two of them.
         documents: Counter[str] = Counter()
         with self.progress("Reading") as update:
             for found in self.distinct(update):
@@ -123,9 +122,12 @@ class Corpus:
                 raise ValueError(
                     "Every document of the training text is also in the validation text: nothing "
                     "is left to train on.")
-            raise ValueError(f"The source holds no text: every document is empty "
-                             f"({self.source.description()}).")
+            raise self.no_text()
         return max(documents.values()) > 1
+
+    def no_text(self) -> ValueError:
+        return ValueError(f"The source holds no text: every document is empty "
+                          f"({self.source.description()}).")
 
     @contextmanager
     def progress(self, title: str) -> Iterator[Callable[[], None]]:

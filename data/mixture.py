@@ -27,7 +27,8 @@ def read_mix(mix: str) -> dict[str, int]:
     for word in words:
         name, _, number = word.rpartition(":")
         try:
-            weight = Fraction(number)
+            # Fraction alone would compute all digits of 1e-999999999.
+            weight = Fraction(number if "/" in number else str(float(number)))
         except (ValueError, ZeroDivisionError):
             weight = Fraction(0)
         if not name or weight <= 0:

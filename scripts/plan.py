@@ -152,7 +152,7 @@ def describe_data(config: DataConfig,
     state = "not looked up" if exists else "not found"
     # Other sources cannot be looked up without a network.
     if exists and config.source in ("pydocs", "stdlib", "text", "chat") and not config.mix:
-        folder = planned(config)[0]
+        folder = planned(config).folder
         if folder.is_dir():
             meta = read_meta(folder)
             n_tokens = meta["splits"]["train"]["tokens"]

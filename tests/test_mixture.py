@@ -25,7 +25,7 @@ def test_weights_become_sequences_in_a_period(mix, counts):
 
 @pytest.mark.parametrize("mix, words", [
     ("pydocs", "pydocs is not a source with its weight"), ("a:0.5 b:-1", "b:-1 is not a source"), ("a:x", "a:x is not a source"),
-    (":1", ":1 is not a source"), ("a:nan", "a:nan"), ("a:1/0", "a:1/0"), ("a:1 a:2", "a is given twice"), (" ", "names no source"), ("'a b:1", "a quotation mark is not closed: write SOURCE:WEIGHT"),
+    (":1", ":1 is not a source"), ("a:1e-999999999 b:1", "a:1e-999999999 is not a source"), ("a:1e999999999 b:1", "a:1e999999999 is not"), ("a:nan", "a:nan"), ("a:1/0", "a:1/0"), ("a:1 a:2", "a is given twice"), (" ", "names no source"), ("'a b:1", "a quotation mark is not closed: write SOURCE:WEIGHT"),
     ("a:0.12345 b:0.87655", r"only after 20,000 sequences, at most 10,000 are supported: round them"),
 ])
 def test_an_invalid_mixture_is_explained(mix, words):

@@ -20,6 +20,10 @@ from atomic import create, open_regular, read_json, temporary_name, write_all
 
 # The suffix of the file that replaces a lock on file systems without locks.
 MARKER_SUFFIX = ".held"
+# The holder of a lock that `is_locked` takes for a moment.
+LOOKER = "a process that looks for locks"
+# The tries, if another process is about to give up the lock or its folder.
+MAX_TRIES = 100
 # The errors of a file system without locks, such as Lustre mounted without them.
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 
@@ -51,16 +55,16 @@ class Lock:
 
     def __init__(self, path: Path, holder: str) -> None:
         self.path = path
-        attempts = 0
+        tries = 0
         while True:
+            tries += 1
             # Create the file, if necessary with its folder.
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self.descriptor = open_regular(path, os.O_RDWR | os.O_CREAT)
             except (FileNotFoundError, FileExistsError):
                 # The previous holder has just removed the folder.
-                attempts += 1
-                if attempts == 100:
+                if tries >= MAX_TRIES:
                     raise
                 continue
 
@@ -72,6 +76,9 @@ class Lock:
                 os.close(self.descriptor)
                 if not isinstance(error, BlockingIOError):
                     raise
+                if found == LOOKER and tries < MAX_TRIES:
+                    time.sleep(0.01)
+                    continue
                 advice = f" ({error.strerror})" if error.strerror else ""
                 message = (found or "another process") + advice
                 raise BlockingIOError(errno.EWOULDBLOCK, message) from None
@@ -105,7 +112,7 @@ def is_locked(path: Path) -> bool:
     """Whether a process holds a lock file."""
     try:
         if path.exists():
-            Lock(path, "a process that looks for locks").release()
+            Lock(path, LOOKER).release()
     except BlockingIOError:
         return True
     return False
@@ -153,7 +160,7 @@ class Marker:
         process = os.getpid()
         own = {"host": socket.gethostname(), "process": process, "started": start_time(process),
                "holder": holder}
-        for attempt in range(100):
+        for attempt in range(MAX_TRIES):
             # Only one process can create the file.
             try:
                 self.descriptor = create(self.path)

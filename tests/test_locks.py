@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 from threading import Thread
@@ -71,6 +72,21 @@ def test_a_marker_replaces_a_lock_that_is_not_supported(tmp_path, monkeypatch, c
     lock.release()
     assert sorted(tree(tmp_path)) == ["lock"]
     locks.Lock(tmp_path / "lock", "the second").release()
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_a_look_at_a_lock_refuses_no_one(tmp_path, monkeypatch, supported):
+    """`is_locked` has the lock for a moment, in which another process may ask for it."""
+    if not supported:
+        without_locks(monkeypatch)
+    look, asked = locks.Lock(tmp_path / "lock", locks.LOOKER), []
+    thread = Thread(target=lambda: asked.append(locks.Lock(tmp_path / "lock", "me")))
+    thread.start()
+    time.sleep(0.03)
+    look.release()
+    thread.join()
+    asked[0].release()
+    assert (tmp_path / "lock").read_text() == "me"
 
 
 def test_other_errors_of_locking_are_raised(tmp_path, monkeypatch):

@@ -18,16 +18,18 @@ def find_weights(name: str, runs_dir: Path) -> Weights:
     Raises ValueError with one sentence if there are none, or if they are invalid.
     """
     path = Path(name)
-    # A published model, one of our checkpoints, a file of nanoGPT, or a folder of either kind.
+    # A published model, one of our checkpoints, a folder of Hugging Face, or a file of nanoGPT.
     if name in published.NAMES:
         return pretrained.read_folder(published.find_published(name))
     if (path / MANIFEST).exists():
         return own_weights(Checkpoint.open(path))
+    if (path / pretrained.CONFIG).exists():
+        return pretrained.read_folder(path)
+    if (path / pretrained.NANOGPT).exists():
+        return pretrained.read_nanogpt(path / pretrained.NANOGPT)
     if path.is_file():
         refuse_other_files(name, path)
         return pretrained.read_nanogpt(path)
-    if pretrained.is_folder_of_weights(path):
-        return pretrained.read_folder(path)
 
     # The name or folder of a run.
     try:

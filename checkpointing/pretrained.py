@@ -41,15 +41,11 @@ GPT2_TOKENS = 50257
 PADDED_TOKENS = 50304
 
 
-def is_folder_of_weights(folder: Path) -> bool:
-    """Whether a folder is laid out as those of Hugging Face, or as an output folder of nanoGPT."""
-    return (folder / CONFIG).exists() or (folder / NANOGPT).exists()
-
-
 def read_folder(folder: Path) -> Weights:
-    """The weights in a folder. Raises ValueError, in one sentence, if they are not supported."""
-    if not (folder / CONFIG).exists():
-        return read_nanogpt(folder / NANOGPT)
+    """The weights in a folder of Hugging Face.
+
+    Raises ValueError, in one sentence, if they are not supported.
+    """
     # The shape, by the configuration of a supported class.
     published = read_json(folder / CONFIG)
     layout = published.get("model_type")

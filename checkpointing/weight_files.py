@@ -102,6 +102,9 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def read_pickled(path: Path) -> dict[Any, Any]:
     """The tensors and plain values that `torch.save` wrote."""
+    kind = other_kind(path)
+    if kind:
+        raise ValueError(f"{path} is {kind}: copy or download it again.")
     with reading(path) as found, warnings.catch_warnings(action="ignore"):
         try:
             is_zip = zipfile.is_zipfile(found)

@@ -409,3 +409,6 @@ def test_a_file_that_is_no_weights_is_named(tmp_path, content, said):
     (tmp_path / "book.txt").write_bytes(content)
     refused = refusal(tmp_path / "book.txt")
     assert said in refused and ("data=text data.path=" in refused) == ("text file" in said)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/ckpt.pt").write_bytes(content)
+    assert said.partition(":")[0].replace("book.txt", "out/ckpt.pt") in refusal(tmp_path / "out")

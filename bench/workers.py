@@ -39,6 +39,7 @@ from training.device import Device
 from training.distributed import World
 from training.interrupt import Interrupt
 from training.optim import Optimizers
+from training.optimizer_state import own_states
 from training.step import BatchLoss, accumulate_gradients
 from training.tree_sum import TreeSum
 
@@ -161,7 +162,7 @@ def measure(shape: str, optimizer: str, micro_steps: int, threads: int,
             optimizers.step(scaler, norm, optim.grad_clip)
             waiting.append(world.waiting)
             seconds.append(time.perf_counter() - start)
-        state = sum(tensor.nbytes for _, tensor in optimizers.own_states().values())
+        state = sum(tensor.nbytes for _, tensor in own_states(optimizers).values())
         largest = world.gather(torch.tensor([[peak_bytes(), state]])).amax(0).tolist()
     if not world.is_first:
         return None

@@ -22,6 +22,7 @@ from training.distributed import World
 from training.divided import Divided
 from training.fsdp import shard
 from training.optim import Optimizers
+from training.optimizer_state import load_state, numbered_names, state_shapes, state_tensors
 
 # The counters, which a checkpoint holds under the names that they have in `State`.
 COUNTERS = ("step", "seconds", "batches_skipped", "nonfinite", "replanned", "best_val_loss",
@@ -60,7 +61,7 @@ class State:
         # The fields of state.json that training changes.
         state = {name: getattr(self, name) for name in COUNTERS}
         state |= {"scheduled": scheduled, "val_loss": val_loss, "scaler": self.scaler.state_dict()}
-        tensors = self.optimizers.tensors()
+        tensors = state_tensors(self.optimizers)
         return Snapshot(self.shared_weights(), tensors, tokenizer, state | constants)
 
     def weights(self) -> dict[str, Tensor | Divided]:
@@ -102,7 +103,7 @@ class State:
 
     def nbytes(self) -> int:
         """The size of a checkpoint."""
-        tensors = [*self.weights().values(), *self.optimizers.shapes().values()]
+        tensors = [*self.weights().values(), *state_shapes(self.optimizers).values()]
         return sum(tensor.nbytes for tensor in tensors)
 
     def restore(self, saved: Checkpoint) -> None:
@@ -117,17 +118,17 @@ class State:
         weights = saved.open_tensors(MODEL, self.weights())
         optimizer_state = self.open_optimizer_state(saved)
         self.load_weights(weights)
-        self.optimizers.load_tensors(optimizer_state)
+        load_state(self.optimizers, optimizer_state)
         self.scaler.load_state_dict(scaler)
         for name in COUNTERS:
             setattr(self, name, saved.state[name])
 
     def open_optimizer_state(self, saved: Checkpoint) -> Mapping[str, Tensor]:
         """The optimizer state of a checkpoint. Format 2 has numbers in place of names."""
-        shapes = self.optimizers.shapes()
+        shapes = state_shapes(self.optimizers)
         if saved.format != 2:
             return saved.open_tensors(OPTIMIZER, shapes)
-        numbered = self.optimizers.numbered_names()
+        numbered = numbered_names(self.optimizers)
         like = dict(zip(numbered, shapes.values(), strict=True))
         tensors = saved.load_tensors(OPTIMIZER, like)
         return dict(zip(shapes, tensors.values(), strict=True))

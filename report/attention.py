@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from report.figures import as_image, new_figure, quiet, short_text
+from report.figures import as_image, new_figure, quiet
+from report.labels import short_text
 from terminal import escaped
 
 TEMPLATE = Path(__file__).with_suffix(".html")

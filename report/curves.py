@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from report.colors import COLORS, color
-from report.figures import abbreviate, log_ticks, short_text
 from report.history import AXES, LOSS, History
+from report.labels import abbreviate, log_ticks, short_text
 
 TRAINING, VALIDATION = COLORS[0], COLORS[1]
 MAX_BANDS = 3  # runs whose training losses are also drawn without smoothing

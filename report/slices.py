@@ -8,8 +8,9 @@ import numpy as np
 
 from report.colors import color
 from report.curves import highest_start
-from report.figures import INK, label_categories, label_numbers, number_texts, short_text
+from report.figures import INK
 from report.history import History
+from report.labels import label_categories, label_numbers, number_texts, short_text
 from report.runs import are_numbers
 
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from report.colors import color
-from report.figures import number_texts
 from report.history import BITS, LOSS, History
+from report.labels import number_texts
 from report.results import cells
 from report.runs import differing
 from setting import as_word

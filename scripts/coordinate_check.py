@@ -56,7 +56,8 @@ from torch import Tensor, nn
 
 from conf.settings import Settings
 from model import GPT, GPTConfig
-from report.figures import as_image, log_ticks, new_figure, write_picture
+from report.figures import as_image, new_figure, write_picture
+from report.labels import log_ticks
 from scripts.plan import settings_without_data
 from terminal import say
 from training.optim import Optimizers

@@ -63,7 +63,8 @@ from data.contents import Contents
 from data.prepare import describe, load_tokenizer, prepare
 from data.shards import SPLITS, read_meta
 from data.tokenizer import Tokenizer
-from report.figures import as_image, log_ticks, new_figure
+from report.figures import as_image, new_figure
+from report.labels import log_ticks
 from scripts.unused_tokens import clean
 from terminal import counted, say
 

@@ -35,8 +35,9 @@ from conf.schema import compose, folder_name
 from data.prepare import prepare
 from evaluation.scaling_law import LEVEL, Fit, fit_law
 from model import GPTConfig
-from report.figures import abbreviate, as_image, log_ticks, new_figure
+from report.figures import as_image, new_figure
 from report.history import open_history
+from report.labels import abbreviate, log_ticks
 from report.runs import choose, tokens_of
 from scripts.scaling_grid import (
     GRID,

@@ -37,8 +37,9 @@ from collections import defaultdict
 from statistics import fmean
 
 from report.colors import COLORS
-from report.figures import as_image, label_numbers, new_figure, number_text, write_picture
+from report.figures import as_image, new_figure, write_picture
 from report.history import History, open_history
+from report.labels import label_numbers, number_text
 from report.runs import are_numbers, choose
 from terminal import say
 

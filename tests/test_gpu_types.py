@@ -26,6 +26,7 @@ from model.loss import LossOptions
 from training.config import OptimConfig
 from training.device import Device
 from training.optim import Optimizers
+from training.optimizer_state import own_states
 from training.step import BatchLoss
 
 
@@ -203,5 +204,5 @@ def test_an_update_on_a_gpu_keeps_weights_in_fp32(gpu, optimizer):
     scaler = torch.amp.GradScaler("cuda", enabled=False)
     with Types(model.config):
         optimizers.step(scaler, optimizers.gradient_norm(scaler), 1.0)
-    states = [state for _, state in optimizers.own_states().values()]
+    states = [state for _, state in own_states(optimizers).values()]
     assert {tensor.dtype for tensor in (*model.parameters(), *states)} == {torch.float32}

@@ -17,6 +17,7 @@ from training.config import OptimConfig
 from training.distributed import World
 from training.muon import Muon, orthogonalize
 from training.optim import Optimizers
+from training.optimizer_state import load_state, state_tensors
 
 NANO = GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=16)
 NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
@@ -180,7 +181,7 @@ def test_state_is_named_by_parameter_and_can_be_restored(optimizer):
     """Two steps equal one step, a copy of weights and state, and another step."""
     model, optimizers = make(optimizer=optimizer)
     take_step(optimizers)
-    weights, state = clones(model.state_dict()), clones(optimizers.tensors())
+    weights, state = clones(model.state_dict()), clones(state_tensors(optimizers))
     assert {name.rpartition(".")[0] for name in state} == dict(model.named_parameters()).keys()
     key = "momentum_buffer" if optimizer == "muon" else "exp_avg"
     assert state[f"h.0.attn.c_attn.weight.{key}"].shape == (48, 16)
@@ -188,7 +189,7 @@ def test_state_is_named_by_parameter_and_can_be_restored(optimizer):
     other, resumed = make(optimizer=optimizer)
     other.load_state_dict(weights)
     other.zero_grad()
-    resumed.load_tensors(state)
+    load_state(resumed, state)
     for one, its in ((model, optimizers), (other, resumed)):
         backward(one, seed=2)
         take_step(its)
@@ -199,9 +200,9 @@ def test_state_is_named_by_parameter_and_can_be_restored(optimizer):
 @BOTH
 def test_the_state_has_its_size_before_the_first_step(optimizer):
     _, optimizers = make(optimizer=optimizer)
-    before = {name: tensor.shape for name, tensor in optimizers.tensors().items()}
+    before = {name: tensor.shape for name, tensor in state_tensors(optimizers).items()}
     take_step(optimizers)
-    assert before == {name: tensor.shape for name, tensor in optimizers.tensors().items()}
+    assert before == {name: tensor.shape for name, tensor in state_tensors(optimizers).items()}
 
 
 @BOTH
@@ -212,7 +213,7 @@ def test_zero_grad_drops_gradients_and_nothing_else(optimizer):
     optimizers.zero_grad(NO_SCALER)
     for name, weights in model.named_parameters():
         assert torch.equal(weights, before[name]) and weights.grad is None
-    assert all(not tensor.any() for tensor in optimizers.tensors().values())
+    assert all(not tensor.any() for tensor in state_tensors(optimizers).values())
 
 
 def test_set_scale_multiplies_the_full_rates():
@@ -233,7 +234,7 @@ def test_an_overflow_in_one_optimizer_skips_the_step_of_both(name):
     for name, weights in model.named_parameters():
         assert torch.equal(weights, before[name])
     assert scaler.get_scale() == 512.0
-    assert all(not tensor.any() for tensor in optimizers.tensors().values())
+    assert all(not tensor.any() for tensor in state_tensors(optimizers).values())
 
 
 def test_a_process_without_a_matrix_steps_with_a_scaler(monkeypatch):
@@ -275,12 +276,13 @@ def test_a_step_does_not_import_torchs_compiler():
 import sys, torch
 from model import GPT, GPTConfig
 from training.optim import OptimConfig, Optimizers
+from training.optimizer_state import load_state, state_tensors
 model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=16))
 optimizers = Optimizers(model.parameters_by_role(), OptimConfig(optimizer="muon"))
 scaler, ids = torch.amp.GradScaler("cpu", enabled=False), torch.zeros((1, 8), dtype=torch.int64)
 model(ids, ids).backward()
 optimizers.step(scaler, optimizers.gradient_norm(scaler), 1.0)
-optimizers.load_tensors(optimizers.tensors())
+load_state(optimizers, state_tensors(optimizers))
 print("torch._dynamo" in sys.modules)
 """
     root = Path(__file__).parent.parent

@@ -33,9 +33,10 @@ from report.curves import (
     label_progress,
     smooth,
 )
-from report.figures import new_figure, number_texts
+from report.figures import new_figure
 from report.history import PRUNED, open_history
 from report.importance import importance
+from report.labels import number_texts
 from report.metrics import CURVE_POINTS, thinned
 from report.runs import choose, comparable, differing
 from report.slices import draw_slice

@@ -15,6 +15,7 @@ from training.config import OptimConfig
 from training.device import Device
 from training.distributed import World
 from training.optim import Optimizers
+from training.optimizer_state import state_tensors
 
 CONFIG = GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=16)
 FACTS = {"max_steps": 9, "settings": {}, "model": {}, "environment": {}}
@@ -72,8 +73,8 @@ def test_format_2_with_numbered_names_is_restored(tmp_path, monkeypatch, optimiz
     monkeypatch.setattr("checkpointing.snapshot.FORMAT", 2)
     save_checkpoint(tmp_path / "run", Snapshot(snapshot.model, numbered, snapshot.tokenizer, snapshot.state))
     other.restore(Checkpoint.open(tmp_path / "run" / step_name(2)))
-    for name, tensor in state.optimizers.tensors().items():
-        assert torch.equal(tensor, other.optimizers.tensors()[name])
+    for name, tensor in state_tensors(state.optimizers).items():
+        assert torch.equal(tensor, state_tensors(other.optimizers)[name])
 
 
 def test_state_of_another_optimizer_is_refused_unchanged(tmp_path):

@@ -11,7 +11,6 @@ from torch import Tensor
 from training.adamw import ADAM_EPSILON, AdamW
 from training.config import OptimConfig
 from training.distributed import World
-from training.divided import Divided
 from training.gradient_norm import GradientNorm
 from training.muon import Muon
 from training.sharding import Part, deal_out, rows, slices
@@ -42,8 +41,6 @@ class Optimizers:
 
         # Two optimizers with Muon, one without.
         self.all: list[torch.optim.Optimizer] = []
-        # The state of a parameter in a process that has no part of it.
-        self.nothing = torch.empty(0, device=self.parameters[0].device)
         # The parts that each rank updates, and the names of each parameter's state.
         self.parts: list[list[Part]] = [[] for _ in range(self.world.size)]
         self.keys: dict[Tensor, tuple[str, ...]] = {}
@@ -159,68 +156,3 @@ class Optimizers:
             optimizer.zero_grad()
         for weights in self.parameters:
             weights.grad = None
-
-    def shapes(self) -> dict[str, Tensor]:
-        """The state of all processes, without its values: tensors on the meta device."""
-        shapes = {}
-        for weights, keys in self.keys.items():
-            for key in keys:
-                shape = () if key == "step" else weights.shape
-                name = f"{self.names[weights]}.{key}"
-                shapes[name] = torch.empty(shape, dtype=torch.float32, device="meta")
-        return shapes
-
-    def tensors(self) -> dict[str, Tensor | Divided]:
-        """The state, by names such as "h.0.attn.c_attn.weight.exp_avg".
-
-        Learning rates are left out: the schedule gives them.
-        """
-        # One process has the whole state.
-        states = self.own_states()
-        if self.world.size == 1:
-            return {name: states[name][1] for name in self.shapes()}
-        # The rank, start and end of each part of a parameter.
-        ranges: dict[Tensor, list[tuple[int, int, int]]] = {}
-        for rank, parts in enumerate(self.parts):
-            for part in parts:
-                ranges.setdefault(part.weights, []).append((rank, part.start, part.end))
-
-        # The state of a parameter is divided as the parameter is.
-        tensors = {}
-        for weights, keys in self.keys.items():
-            for key in keys:
-                name = f"{self.names[weights]}.{key}"
-                _, own = states.get(name, (None, self.nothing))
-                if key == "step":
-                    # All processes have the same number.
-                    owner = ranges[weights][0][0]
-                    tensors[name] = Divided(torch.Size(()), own, [(owner, 0, 1)])
-                else:
-                    tensors[name] = Divided(weights.shape, own, ranges[weights])
-        return tensors
-
-    def numbered_names(self) -> list[str]:
-        """The names of `shapes()` in checkpoints of format 2: optimizer, parameter, key."""
-        names, parameters_of = [], {}
-        for keys in self.keys.values():
-            index = parameters_of.setdefault(keys, 0)
-            number = list(parameters_of).index(keys)
-            parameters_of[keys] += 1
-            names += [f"{number}.{index}.{key}" for key in keys]
-        return names
-
-    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy the state from `tensors`, which has the names and shapes of `shapes()`."""
-        for name, (part, state) in self.own_states().items():
-            state.copy_(part.of(tensors[name]).view(state.shape))
-
-    def own_states(self) -> dict[str, tuple[Part, Tensor]]:
-        """The state of this process's parts, by name."""
-        found = {}
-        by_tensor = {part.tensor: part for part in self.own_parts}
-        for optimizer in self.all:
-            for tensor, state in optimizer.state.items():
-                part = by_tensor[tensor]
-                for key, value in state.items():
-                    found[f"{self.names[part.weights]}.{key}"] = part, value
-        return found

@@ -93,13 +93,14 @@ def parse_overrides(root: str | type, known: dict[str, Any], overrides: list[str
         parts = re.fullmatch(r"(\+\+|\+|~)?([^=]*)(?:=(.*))?", override, re.DOTALL)
         sign, key, value = parts.groups()
         is_group = root == "config" and key in groups()
-        # Only the first problem of an override is reported.
         problem = ""
+        # The file of an experiment is a path.
         if key == "experiment" and value and Path(value).suffix in YAML_SUFFIXES:
             try:
                 value = expanded(value)
             except ValueError as error:
                 problem = f"{override} {error}."
+        # Only the first problem of an override is reported.
         if sign == "~" and key:
             problem = (f"{override}: settings cannot be removed: write key=value, as in "
                        "training.max_seconds=null.")

@@ -103,6 +103,7 @@ def expanded_size(node: yaml.Node | None, sizes: dict[int, float]) -> float:
 
 def refuse_traps(root: yaml.Node, path: Path) -> None:
     """Raise ConfigError for values that YAML or Hydra reads otherwise than they look."""
+    # Visit all nodes, and collect the problems of single values.
     problems = []
     nodes = [root]
     while nodes:
@@ -116,6 +117,7 @@ def refuse_traps(root: yaml.Node, path: Path) -> None:
         elif node.tag == "tag:yaml.org,2002:int" and re.match(r"[-+]?0[\d_]|.*:", node.value):
             number = yaml.SafeLoader("").construct_yaml_int(node)
             problems.append((node, f"is the number {number} in YAML: write that, or use quotes"))
+    # The last nodes were visited first.
     if problems:
         raise ConfigError([
             f"{path}, line {node.start_mark.line + 1}: {node.value} {problem}."

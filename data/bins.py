@@ -58,6 +58,7 @@ def prepare_bins(path: str, tokenizer_name: str, dtype: str = "auto") -> Path:
         recipe["dtypes"] = headerless
     folder = folder_for(f"bin-{tokenizer_name}", recipe)
 
+    # No tokens are written, only a description of those in the files.
     def describe(folder: Path) -> None:
         splits = {split: count_tokens(shards[split], tokenizer) for split in SPLITS}
         part: dict[str, Any] = {"source": "bin"}
@@ -151,6 +152,7 @@ def check_ids(chunk: np.ndarray, start: int, vocab_size: int, shard: dict[str, A
 
 def count_tokens(shards: list[dict[str, Any]], tokenizer: Tokenizer) -> dict[str, Any]:
     """The documents, bytes and tokens in some shards; ValueError for an unknown id."""
+    # Count each id.
     counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
     total = sum(shard["tokens"] for shard in shards)
     with ProgressBar(desc="Counting tokens", total=total, unit="tokens", unit_scale=True,

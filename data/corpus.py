@@ -94,7 +94,8 @@ class Corpus:
         if not numbers:
             raise self.no_text()
 
-        # With all lengths known, choose the documents; else only how many characters.
+        # With all lengths known, choose what is held out of each document. Otherwise only set how
+        # much text it should be, and let the hash of each document decide later.
         if is_complete:
             tails = choose_tails(list(texts.values()), val_fraction, self.divisible)
             for index, number in numbers.items():

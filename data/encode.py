@@ -63,6 +63,7 @@ def batches(corpora: list[Corpus]) -> Iterator[Batch]:
             batch.pieces.append(piece)
             if not isinstance(piece.text, SpecialToken):
                 batch.n_bytes[piece.split] += len(piece.text.encode())
+        # The rest of the part. The next one begins another segment.
         batch.progress = progress_of(corpora, part)
         yield batch
         segment += 1

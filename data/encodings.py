@@ -82,6 +82,7 @@ def decoded(stream: BinaryIO, path: Path, encoding: str = "utf-8",
             offset = len(mark)
             break
 
+    # Decode block by block.
     encoding = codecs.lookup(encoding).name
     encoding = WITHOUT_MARK.get(encoding, encoding)
     decoder = codecs.getincrementaldecoder(encoding)(errors)
@@ -96,6 +97,7 @@ def decoded(stream: BinaryIO, path: Path, encoding: str = "utf-8",
                 start = min(start, len(pending + block) - 1)
                 raise UnicodeDecodeError(encoding, pending + block, start, start + 1, "NUL")
         except UnicodeDecodeError as error:
+            # Find the offset and the line of the byte.
             line += error.object[: error.start].decode(encoding, "replace").count("\n")
             place = f"at offset {offset - len(pending) + error.start} (line {line})"
             byte = f"byte 0x{error.object[error.start]:02x}"

@@ -146,6 +146,7 @@ class Hub:
         import_datasets()
         from huggingface_hub import HfApi, errors
 
+        # Ask for nothing but the commit.
         revision = self.config.hub_revision
         try:
             info = HfApi().dataset_info(
@@ -160,6 +161,7 @@ class Hub:
                 f"Hub that you can access: check the spelling, or, if it is private, log in with "
                 f"hf auth login.") from None
         except Exception as error:
+            # Each library below has its own exceptions.
             raise no_answer(error) from None
         return info.sha
 

@@ -24,6 +24,7 @@ def read_mix(mix: str) -> dict[str, int]:
     except ValueError:
         raise ValueError(f"a quotation mark is not closed: {EXAMPLE}.") from None
     weights: dict[str, Fraction] = {}
+    # A part is SOURCE:WEIGHT; its name may contain colons.
     for word in words:
         name, _, number = word.rpartition(":")
         try:

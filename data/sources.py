@@ -180,6 +180,7 @@ def fetch(url: str, sha256: str) -> Path:
     Raises ValueError, which says where to put the file by hand, if the download fails or has
     another hash.
     """
+    # A copy that was downloaded before, or put there by hand.
     path = data_root() / "downloads" / f"{sha256[:8]}-{url.rsplit('/', 1)[-1]}"
     if path.exists():
         if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:

@@ -93,7 +93,7 @@ def inspect(folder: Path, settings: Settings, out: Path) -> None:
         say(f"{split:<6}{totals['documents']:>14,}{totals['bytes']:>18,}{totals['tokens']:>18,}"
             f"{totals['bytes_per_token']:>15.2f}")
 
-    # The most frequent tokens, and three documents.
+    # The most frequent tokens.
     contents = Contents(folder, tokenizer)
     counts, total = contents.counts, contents.counts.sum()
     n_used = int((counts > 0).sum())
@@ -102,6 +102,7 @@ def inspect(folder: Path, settings: Settings, out: Path) -> None:
     for token in np.argsort(-counts, kind="stable")[: min(FREQUENT, n_used)].tolist():
         say(f"{token:>8}{counts[token]:>16,}{counts[token] / total:>9.2%}  "
             f"{decode(tokenizer, [token])!r}")
+    # Three documents.
     for index, length, ids in contents.some_documents(3, settings.seed):
         text = decode(tokenizer, ids)
         say(f"\n--- Document {index + 1:,} of {contents.n_documents:,}: "
@@ -130,6 +131,7 @@ def draw(contents: Contents, title: str, kind: str) -> bytes:
         left.set(xlabel="rank of the token", ylabel="times it occurs")
         left.set_title(f"{len(frequencies):,} different tokens")
 
+        # A histogram of the lengths, with a logarithmic scale.
         edges, amounts = contents.lengths()
         right.stairs(amounts, edges, fill=True, color="#9ecae1")
         right.set(xscale="log", xlabel="length (tokens)", ylabel="documents")

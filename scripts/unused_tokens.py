@@ -43,6 +43,7 @@ def clean(runs_dir: Path, yes: bool) -> int:
     for folder, why in unused.items():
         say(f"To be removed: {folder} ({readable_size(sizes[folder])}), {why}")
 
+    # Ask before anything is deleted.
     if not (yes or confirmed()):
         say("Nothing was removed. Pass yes=true to remove them without a question.")
         return 0

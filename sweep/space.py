@@ -166,10 +166,12 @@ def read_space(name: str, overrides: tuple[str, ...]) -> Space:
     varied, fixed = without_references(varied, path), flat(fixed)
     given = dict(word.partition("=")[::2] for word in overrides)
 
-    # Check the names, then the values, then the constraints on them.
+    # Check the names first: values and constraints of unknown settings mean nothing.
     problems = list(key_problems(content, varied, fixed, given, place))
     if problems:
         raise ConfigError(problems)
+
+    # Then the values, and the constraints on them.
     fixed = {key: as_word(value) for key, value in fixed.items()} | given
     ranges: dict[str, Range | list[Any]] = {}
     for key, values in varied.items():

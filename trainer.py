@@ -166,12 +166,15 @@ class Trainer:
 
     def roll_back(self, message: str) -> None:
         """Return to the last scheduled checkpoint; remove the metrics and checkpoints after it."""
+        # Find the checkpoint, once all are on the disk.
         state, world, say = self.state, self.world, self.recorder.say
         self.saver.finish()
         last = world.first(lambda: store.load_checkpoint(
             self.run.checkpoints, "scheduled", store.verified, say, rename_damaged=True))
         if last is None:
             world.fail(ValueError(f"{message} There is no checkpoint to return to."))
+
+        # Return to it. The batches since then are skipped, since one of them may be the cause.
         state.roll_back(last)
         self.recorder.cut_back(state.step)
         if world.is_first:
@@ -181,14 +184,16 @@ class Trainer:
 
     def record(self, step: Step, step_seconds: float) -> None:
         """Write the metrics of a step, and show its progress."""
-        tokens_per_step = self.data.loader.tokens_per_step
+        # A line of metrics.jsonl. JSON has no NaN, so a skipped step has no loss.
+        tokens_per_step, done = self.data.loader.tokens_per_step, self.state.step
         measured = {"skipped": True}
         if step.finite:
             measured = {"loss": step.loss, "gradient_norm": step.norm}
-        done = self.state.step
         self.recorder.record(done, **measured, lr_scale=step.lr_scale,
                              tokens=done * tokens_per_step, step_ms=1000 * step_seconds,
                              seconds=self.state.seconds)
+
+        # The progress bar.
         self.recorder.progress(done, loss=f"{step.loss:.3f}",
                                speed=f"{tokens_per_step / step_seconds:,.0f} tokens/s",
                                **self.device.mfu(self.step_flops / step_seconds))
@@ -200,6 +205,7 @@ class Trainer:
         loss_fn = replace(self.loss_fn, model=state.model)
         self.val_loss = evaluate(loss_fn, data.validation, self.world)
         self.recorder.record_validation(state.step, self.val_loss, data.bytes_per_token)
+
         # An evaluation that is only due to the end of the run does not count towards patience: a
         # longer run would not have it.
         if self.training.evaluates(state.step):
@@ -216,9 +222,11 @@ class Trainer:
             return
         # Whatever happens here, the checkpoint is on the disk.
         self.saver.finish()
+        # All processes gather a model that is divided, and the first one uses it.
         model = self.state.whole_model()
         if not self.world.is_first:
             return
+
         if self.tasks:
             engine = Engine(model, data.tokenizer, self.sampling_device)
             self.recorder.record_tasks(step, measure_slices(engine, self.tasks))

@@ -17,6 +17,7 @@ from terminal import counted
 class OptimConfig(SettingsBase):
     """The optimizer. The defaults are those of GPT-2 and GPT-3 (arXiv:2005.14165, table 2.1)."""
 
+    # The optimizers.
     optimizer: Literal["adamw", "muon"] = setting(
         "adamw", "muon updates the matrices of the blocks with Muon, the rest with AdamW")
     lr: float = setting(6e-4, "learning rate of AdamW", gt=0)
@@ -27,6 +28,7 @@ class OptimConfig(SettingsBase):
     beta2: float = setting(0.95, "AdamW's decay rate of the squared gradients' mean", ge=0, lt=1)
     momentum: float = setting(0.95, "momentum of Muon", ge=0, lt=1)
     grad_clip: float = setting(1.0, "the largest norm of the gradient; 0: no clipping", ge=0)
+    # The learning rate of each step, as a fraction of the full one: training/schedule.py.
     schedule: Literal["cosine", "wsd", "constant"] = setting(
         "cosine", "of the learning rate after the warm-up; wsd: warm-up, stable, decay")
     warmup_steps: int = setting(0, "steps in which the learning rate rises from 0", ge=0)
@@ -52,11 +54,13 @@ class TrainingConfig(SettingsBase):
     A step is one update of the optimizer; a micro-step is one forward and backward pass of it.
     """
 
+    # The length of the run, and the size of a step.
     max_steps: int = setting(260, "the run ends after this step", ge=1, lt=2**63)
     max_seconds: float | None = setting(None, "the run ends after this training time", gt=0)
     batch_size: int = setting(32, "sequences in a micro-step", ge=1, le=2**16)
     tokens_per_step: int | None = setting(
         None, "tokens in a step; gradients are accumulated over as many micro-steps as that takes")
+    # Evaluation, and samples of the model's text.
     eval_every: int = setting(130, "steps; 0: evaluate only after the last step", ge=0)
     patience: int = setting(
         0, "stop after this many evaluations in a row without a lower loss; 0: never", ge=0)
@@ -65,8 +69,10 @@ class TrainingConfig(SettingsBase):
         "", "standard tasks to measure at each evaluation, with a number of documents, as in "
         "hellaswag:100,piqa:50 (docs/evaluation.md)")
     sample_tokens: int = setting(48, "length of the sample at each evaluation; 0: none", ge=0)
+    # Checkpoints.
     checkpoint_every: int = setting(130, "steps; 0: save only after the last step", ge=0)
     keep_last: int = setting(2, "checkpoints to keep, besides the best one", ge=1)
+    # The machine: speed and memory.
     device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "where to train")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = setting(
         "auto", "number format of matrix products")
@@ -80,6 +86,7 @@ class TrainingConfig(SettingsBase):
         "less memory and more time; auto: full where the whole does not fit")
     deterministic: bool = setting(
         False, "on a GPU, use only deterministic kernels where torch has them")
+    # Failures.
     on_nonfinite: Literal["stop", "skip", "rollback"] = setting(
         "stop", "the reaction to a loss or gradient that is NaN or infinite")
     nonfinite_limit: int = setting(5, "skips or rollbacks in a run; the next one stops it", ge=0)

@@ -81,9 +81,9 @@ def accumulate_gradients(loss_fn: BatchLoss, batches: Batches,
     on the device. Returns None if interrupted between two micro-steps.
     """
     # How much each micro-step counts, and the sums of its gradients so far.
-    losses = []
     n_targets = batches.n_targets(step)
     all_targets = sum(n_targets)
+    losses = []
     gradients = TreeSum(buckets.parameters, batches.micro_steps)
     # The number of this process's first micro-step among those of all processes.
     first = batches.rank * batches.micro_steps
@@ -102,7 +102,10 @@ def accumulate_gradients(loss_fn: BatchLoss, batches: Batches,
             buckets.start(gradients.put_total)
         scaler.scale(loss).backward()
         gradients.after_backward(micro_step)
+        # Kept on the device: reading it would wait for the backward pass.
         losses.append(loss.detach().to(loss_fn.device.sum_dtype))
+
+    # Put the sums into `.grad`: of the micro-steps, and then of the processes.
     gradients.finish()
     buckets.finish()
     return torch.stack(losses)
@@ -117,8 +120,8 @@ def read_losses(losses: Tensor, norm: Tensor) -> tuple[float, float]:
 @torch.inference_mode()
 def evaluate(loss_fn: BatchLoss, validation: Validation, world: World) -> float:
     """The mean loss over the validation windows, in nats per token."""
-    loss_fn.model.eval()
     # Each process has every size-th batch.
+    loss_fn.model.eval()
     turns = math.ceil(validation.n_batches / world.size)
     dtype = loss_fn.device.sum_dtype
     losses = torch.zeros(turns, dtype=dtype, device=loss_fn.device.torch)
@@ -127,6 +130,7 @@ def evaluate(loss_fn: BatchLoss, validation: Validation, world: World) -> float:
         if weight:
             losses[turn] = loss.to(dtype) * weight
     loss_fn.model.train()
+
     # Row r of the gathered losses is from rank r; batch b was the turn b // size of rank b % size.
     in_order = world.gather(losses).view(world.size, turns).T.flatten()
     return sum(in_order.tolist())

@@ -46,6 +46,7 @@ def limit_reached(training: TrainingConfig, last: Checkpoint) -> str:
 
 def changes_since(one: Checkpoint, settings: Settings, prepared: Path) -> Changes:
     """The settings that make this a different run from the one that saved the checkpoint."""
+    # An `auto` stands for what was chosen when the run began.
     resumed = resolve_auto(settings, one.folder.parent.parent, one)
     now = settings_to_save(resumed, prepared, resumed.training.precision)
     return identity_differences(saved_settings(one), now)
@@ -60,6 +61,7 @@ def settings_to_save(settings: Settings, prepared: Path, precision: str) -> dict
     """The settings for a checkpoint, with the fingerprints of the tokens and the precision used."""
     values = asdict(settings)
     meta = read_meta(prepared)
+    # The text is identified by its tokens, wherever it is.
     values["data"]["prepared"] = meta["fingerprint"][:12]
     values["data"]["tokenizer_fingerprint"] = meta["tokenizer_fingerprint"][:12]
     values["training"]["precision"] = precision

@@ -17,6 +17,9 @@ LOCK = "lock"
 FILES = (LOCK, "config.yaml", "metrics.jsonl", "log.txt", "environment.jsonl", "report.html",
          "wandb.json")
 FOLDERS = ("checkpoints", "nonfinite", "wandb")
+# Names of what `lstat` finds.
+KINDS = {stat.S_IFLNK: "a link", stat.S_IFDIR: "a folder", stat.S_IFREG: "a file",
+         stat.S_IFIFO: "a pipe"}
 
 
 class Run:
@@ -104,18 +107,19 @@ def check_file_types(folder: Path) -> None:
     """
     for name in (*FILES, *FOLDERS):
         path = folder / name
+        # What a run does not have yet, it will create.
         try:
             mode = path.lstat().st_mode
         except (FileNotFoundError, NotADirectoryError):
             continue
-        right = stat.S_ISDIR(mode) if name in FOLDERS else stat.S_ISREG(mode)
-        if not right:
-            kinds = {stat.S_IFLNK: "a link", stat.S_IFDIR: "a folder", stat.S_IFREG: "a file",
-                     stat.S_IFIFO: "a pipe"}
-            found = kinds.get(stat.S_IFMT(mode), "a socket or a device")
-            wanted = "folder" if name in FOLDERS else "regular file"
-            raise ValueError(f"{path} is {found}, but a run needs a {wanted} of its own there: "
-                             f"move it away.")
+        is_right = stat.S_ISDIR(mode) if name in FOLDERS else stat.S_ISREG(mode)
+        if is_right:
+            continue
+        # Say what is in its place.
+        wanted = "folder" if name in FOLDERS else "regular file"
+        found = KINDS.get(stat.S_IFMT(mode), "a socket or a device")
+        raise ValueError(f"{path} is {found}, but a run needs a {wanted} of its own there: move it "
+                         "away.")
 
 
 def is_run(folder: Path) -> bool:

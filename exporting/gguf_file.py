@@ -89,14 +89,17 @@ def write_file(path: Path, weights: Weights, layout: str, name: str) -> None:
 
 def add_shape(writer: object, config: GPTConfig) -> None:
     """The sizes of the model."""
+    # Those of all architectures.
     writer.add_context_length(config.block_size)
     writer.add_embedding_length(config.n_embd)
     writer.add_block_count(config.n_layer)
     writer.add_feed_forward_length(config.mlp_width)
     writer.add_head_count(config.n_head)
+    # Learned positions are those of GPT-2, whose norms are layer norms.
     if config.position == "learned":
         writer.add_layer_norm_eps(GPT2_EPSILON)
         return
+    # Llama and Qwen3: grouped keys and values, RMS norms and rotary positions.
     writer.add_head_count_kv(config.kv_heads)
     writer.add_key_length(config.head_width)
     writer.add_value_length(config.head_width)

@@ -155,7 +155,7 @@ class Trainer:
     def stop(self, message: str) -> None:
         """Raise ValueError with the message, how much is saved, and advice."""
         self.saver.finish()
-        if self.state.nonfinite > 1:
+        if self.training.on_nonfinite != "stop":
             message += (f" It is number {self.state.nonfinite} in this run, and "
                         f"training.nonfinite_limit={self.training.nonfinite_limit}.")
         saved = self.world.first(lambda: self.saver.saved)

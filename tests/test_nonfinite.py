@@ -151,12 +151,12 @@ def test_a_report_that_cannot_be_written_does_not_end_the_run(compose_tiny, plan
     assert "could not be written (No space left on device)" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("action", ["skip", "rollback"])
-def test_answers_are_limited_in_number(compose_tiny, run, plant, action):
+@pytest.mark.parametrize(("action", "limit"), [("skip", 0), ("skip", 2), ("rollback", 2)])
+def test_answers_are_limited_in_number(compose_tiny, run, plant, action, limit):
     plant(compose_tiny(), [2, 3, 4, 6, 7, 9])
-    with pytest.raises(ValueError, match=r"It is number 3 in this run, and training.nonfinite_limit=2"):
-        program.train(compose_tiny(*WORDS, f"training.on_nonfinite={action}", "training.nonfinite_limit=2"))
-    assert [one["action"] for one in reports(run)] == [action, action, "stop"]
+    with pytest.raises(ValueError, match=rf"It is number {limit + 1} in this run, and training.nonfinite_limit={limit}"):
+        program.train(compose_tiny(*WORDS, f"training.on_nonfinite={action}", f"training.nonfinite_limit={limit}"))
+    assert [one["action"] for one in reports(run)] == [action] * limit + ["stop"]
 
 
 def test_a_sample_of_a_diverged_model_does_not_end_the_run(compose_tiny, monkeypatch, capsys):

@@ -22,6 +22,9 @@ STARTS = 3  # pairs of exponents that L-BFGS starts from
 BOUNDS = [(None, None)] * 3 + [(0.05, 3.0)] * 2
 LEVEL = 0.95  # the part of intervals that contain the true number
 MIN_RUNS = 8  # for five constants and their intervals
+# The values that the correlation of the noise of runs of one size can have.
+CORRELATIONS = np.linspace(0, 0.95, 20)
+NEW_RUNS = 20  # drawn for each law: with a single one, intervals vary more between seeds
 
 
 @dataclass(frozen=True)
@@ -73,11 +76,13 @@ class LogLaw:
         # The Huber loss is d**2 / 2 near zero and |d| - 1/2 beyond; its derivative is clip(d).
         slope = np.clip(difference, -1, 1)
         value = (slope * (difference - slope / 2)).sum()
-        # The share of each term in the loss is the derivative of its log.
-        shares = np.exp(terms - predicted) * slope / HUBER
-        e, a, b = shares
-        return value, np.array([e.sum(), a.sum(), b.sum(), -(a * self.u).sum(),
-                                -(b * self.v).sum()])
+        return value, self.jacobian(terms).T @ slope / HUBER
+
+    def jacobian(self, terms: np.ndarray) -> np.ndarray:
+        """The derivatives of the log losses by the five constants `[n, 5]`."""
+        # The share of each term in the loss is the derivative by its log.
+        e, a, b = np.exp(terms - np.logaddexp.reduce(terms))
+        return np.stack((e, a, b, -a * self.u, -b * self.v), axis=1)
 
     def starts(self, losses: np.ndarray) -> list[np.ndarray]:
         """The best points of a grid of exponents.
@@ -123,7 +128,7 @@ class Fit:
 
     law: ScalingLaw
     laws: list[ScalingLaw]  # fitted to redrawn losses
-    noise: np.ndarray  # for each of these, the difference of a new run's log loss from it
+    noise: np.ndarray  # of the log losses of new runs, for each of these laws `[laws, NEW_RUNS]`
 
     def interval(self, number: Callable[[ScalingLaw], float]) -> tuple[float, float]:
         """The interval of a number that follows from the law."""
@@ -131,7 +136,7 @@ class Fit:
 
     def interval_of_run(self, size: float, tokens: float) -> tuple[float, float]:
         """The interval of the loss of a new run, which differs from the law as the others do."""
-        losses = np.array([law.loss(size, tokens) for law in self.laws])
+        losses = np.array([[law.loss(size, tokens)] for law in self.laws])
         return quantiles(losses * np.exp(self.noise))
 
 
@@ -144,9 +149,8 @@ def fit_law(size: np.ndarray, tokens: np.ndarray, losses: np.ndarray, draws: int
             seed: int = 0) -> Fit:
     """Fit the law to runs, and `draws` times to redrawn losses.
 
-    A redrawn loss is that of the fitted law with the difference that another run has from it: a
-    bootstrap of residuals, which keeps the grid. Their scale is not known exactly either: in each
-    draw it is one that the residuals allow, as in Student's t distribution.
+    A redrawn loss is that of the fitted law with noise like that of the runs: a parametric
+    bootstrap, which keeps the grid.
 
     Raises ValueError for runs that do not determine a law.
     """
@@ -158,18 +162,41 @@ def fit_law(size: np.ndarray, tokens: np.ndarray, losses: np.ndarray, draws: int
     # Fit the law to the losses themselves.
     grid = LogLaw(size, tokens)
     best = grid.fit(losses, grid.starts(losses))
-    fitted = np.logaddexp.reduce(grid.terms(best))
-    residuals = np.log(losses) - fitted
-    residuals -= residuals.mean()
+    terms = grid.terms(best)
+    fitted = np.logaddexp.reduce(terms)
 
     # Fit it again to redrawn losses, from the constants that were found.
     rng = np.random.default_rng(seed)
-    # The law has constants that follow the noise, so the residuals are smaller than it.
-    freedom = count - len(best)
-    scales = np.sqrt(count / rng.chisquare(freedom, draws))
-    laws = []
-    for scale in scales:
-        redrawn = np.exp(fitted + scale * rng.choice(residuals, count))
-        laws.append(grid.law(grid.fit(redrawn, [best])))
-    noise = scales * rng.choice(residuals, draws)
-    return Fit(grid.law(best), laws, noise)
+    noise, of_new = draw_noise(np.log(losses) - fitted, grid.jacobian(terms), size, draws, rng)
+    laws = [grid.law(grid.fit(np.exp(fitted + one), [best])) for one in noise]
+    return Fit(grid.law(best), laws, of_new)
+
+
+def draw_noise(residuals: np.ndarray, jacobian: np.ndarray, size: np.ndarray, draws: int,
+               rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Normal noise of the log losses of the runs `[draws, n]`, and of new runs `[draws, NEW_RUNS]`.
+
+    The noise of runs of one size is correlated: they can differ alike from the law. A few sizes
+    hardly determine the correlation, and a few runs the scale, so each draw has others: a
+    correlation by its restricted likelihood (REML), and a scale as in Student's t distribution.
+    New runs are independent, as those of another size.
+    """
+    # Combinations of the residuals that small changes of the law's constants leave as they are.
+    count, constants = jacobian.shape
+    contrasts = np.linalg.qr(jacobian, mode="complete")[0][:, constants:].T
+    values = contrasts @ residuals
+
+    # For each correlation, the covariances of noise of scale 1 and the likelihood of the values.
+    same_size = size[:, None] == size
+    covariances = np.array([c * same_size + (1 - c) * np.eye(count) for c in CORRELATIONS])
+    of_contrasts = contrasts @ covariances @ contrasts.T
+    squares = np.einsum("i,kij,j->k", values, np.linalg.inv(of_contrasts), values)
+    logs = -(np.linalg.slogdet(of_contrasts)[1] + len(values) * np.log(squares)) / 2
+    likelihood = np.exp(logs - logs.max())
+
+    # Draw a correlation and a scale, and noise with them.
+    drawn = rng.choice(len(CORRELATIONS), draws, p=likelihood / likelihood.sum())
+    scales = np.sqrt(squares[drawn] / rng.chisquare(len(values), draws))[:, None]
+    roots = np.linalg.cholesky(covariances)[drawn]
+    noise = (roots @ rng.normal(size=(draws, count, 1)))[..., 0]
+    return scales * noise, scales * rng.normal(size=(draws, NEW_RUNS))

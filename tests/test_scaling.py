@@ -16,7 +16,7 @@ import yaml
 
 from conf.scaling import ScalingSettings
 from conf.schema import compose
-from evaluation.scaling_law import ScalingLaw, fit_law
+from evaluation.scaling_law import LogLaw, ScalingLaw, draw_noise, fit_law
 from scripts import scaling, scaling_grid
 from scripts.scaling_grid import isoflop_grid
 from training.estimate import Pace
@@ -51,6 +51,22 @@ def test_intervals_cover_the_true_law():
             covered += low <= getattr(LAW, name) <= high
         assert high - low < 0.2  # of beta: a wide interval would say nothing
     assert covered >= 21
+
+
+@pytest.mark.parametrize("correlation", [0.0, 0.8])
+def test_noise_of_one_size_is_drawn_as_correlated_as_it_is(correlation):
+    rng = np.random.default_rng(0)
+    size, tokens = np.repeat(np.geomspace(1e8, 1e10, 16), 8), np.tile(np.geomspace(1e9, 1e12, 8), 16)
+    of_sizes, of_runs = np.repeat(rng.normal(size=16), 8), rng.normal(size=128)
+    residuals = 0.01 * (math.sqrt(correlation) * of_sizes + math.sqrt(1 - correlation) * of_runs)
+    grid = LogLaw(size, tokens)
+    jacobian = grid.jacobian(grid.terms(np.array([0.5, -1.0, -1.0, 0.35, 0.36])))
+    # Changes of the constants are no noise.
+    noise, of_new = draw_noise(residuals + jacobian @ np.ones(5), jacobian, size, 400, rng)
+    found = np.corrcoef(noise.T)
+    assert found[0, 1:8].mean() == pytest.approx(correlation, abs=0.2)
+    assert abs(found[0, 8:].mean()) < 0.1
+    assert [noise.std(), of_new.std()] == pytest.approx([0.01, 0.01], rel=0.3)
 
 
 @needs_scipy

@@ -41,34 +41,46 @@ def check(weights: Weights, fingerprint: str) -> str:
     ids = sentence_ids(weights)
     if ids is None:
         return ""
-    # A comparison takes seconds and has the same result the next time, so its result is kept.
-    result_file = None
     if is_comparable(weights):
-        key = comparison_key(weights, fingerprint)
-        result_file = data_root() / "checked_weights" / f"{key}.txt"
-        with suppress(OSError, ValueError):
-            return f"{result_file.read_text()} (compared before)"
-
-    # The logits of a sentence, by our model and where possible by theirs.
+        compared = compare_once(weights, fingerprint, ids)
+        if compared:
+            return compared
     logits = weights.model()(ids)  # [1, T, V]
-    theirs = logits_of_transformers(weights, ids) if result_file else None
-    if theirs is None:
-        loss = F.cross_entropy(logits[0, :-1], ids[0, 1:]).item()
-        return (f"Check of the weights: the loss on a sentence of English is {loss:.2f}; that of a "
-                f"guess is {math.log(weights.config.vocab_size):.2f}")
+    loss = F.cross_entropy(logits[0, :-1], ids[0, 1:]).item()
+    return (f"Check of the weights: the loss on a sentence of English is {loss:.2f}; that of a "
+            f"guess is {math.log(weights.config.vocab_size):.2f}")
 
+
+def compare_once(weights: Weights, fingerprint: str, ids: Tensor) -> str:
+    """As `compare`. It takes seconds and has the same result the next time, so this is kept."""
+    result = data_root() / "checked_weights" / f"{comparison_key(weights, fingerprint)}.txt"
+    with suppress(OSError, ValueError):
+        return f"{result.read_text()} (compared before)"
+    compared = compare(weights, ids)
+    # Without the file, they are compared again.
+    if compared:
+        with suppress(OSError):
+            atomic.write_bytes(result, compared.encode())
+    return compared
+
+
+def compare(weights: Weights, ids: Tensor) -> str:
+    """How much the logits for `ids` `[1, T]` differ from those of transformers.
+
+    Empty if transformers does not have the model. Raises ValueError if they are not the same.
+    """
+    theirs = logits_of_transformers(weights, ids)
+    if theirs is None:
+        return ""
     # Both compute the same function, and round differently.
-    difference, largest = (logits - theirs).abs().max().item(), theirs.abs().max().item()
+    difference = (weights.model()(ids) - theirs).abs().max().item()
+    largest = theirs.abs().max().item()
     compared = (f"the logits of a sentence differ from those of transformers by at most "
                 f"{difference:.1e}, of {largest:.1f}")
     if not difference <= LARGEST_DIFFERENCE * largest:
         raise ValueError(f"{weights.place} is not used: {compared}, more than "
                          f"{LARGEST_DIFFERENCE:g} of the largest. Please report this.")
-    sentence = f"Check of the weights: {compared}"
-    # Without the file, they are compared again.
-    with suppress(OSError):
-        atomic.write_bytes(result_file, sentence.encode())
-    return sentence
+    return f"Check of the weights: {compared}"
 
 
 def sentence_ids(weights: Weights) -> Tensor | None:

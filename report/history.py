@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -160,8 +161,8 @@ def state_of(folder: Path, rows: Rows, reached: tuple[int, int, float],
     steps, _, seconds = reached
     max_steps = settings.get("training.max_steps")
     max_seconds = settings.get("training.max_seconds")
-    # The rows of the last step: those of its training and of its validation.
-    last_rows = [row for row in rows[-2:] if row["step"] == rows[-1]["step"]]
+    # The rows of the last step: of its training, its validation, tasks and a sample.
+    last_rows = takewhile(lambda row: row["step"] == rows[-1]["step"], reversed(rows))
 
     # It has reached a limit, or stopped early, or is unfinished.
     finished = True

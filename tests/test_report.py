@@ -168,6 +168,16 @@ def test_the_state_of_a_run_says_how_far_it_came(tmp_path, changes, words, finis
     assert open_history(run, "one").state == f"{words}, 1 not finite"
 
 
+def test_a_run_that_stopped_early_is_finished_with_samples(tmp_path):
+    """Tasks and a sample are recorded after the end."""
+    run = write_run(tmp_path / "one", steps=20, planned=40)
+    last = [{"stopped_early": True}, {"tasks/piqa/accuracy": 0.5}, {"sample": "a text"}]
+    with open(run / "metrics.jsonl", "a") as file:
+        file.writelines(json.dumps({"step": 20, **row}) + "\n" for row in last)
+    one = open_history(run, "one")
+    assert (one.state, one.finished) == ("stopped early, after 20 steps", True)
+
+
 @pytest.mark.parametrize("steps, content, words", [
     (10, '{"step": 10}', "pruned after 10 of 40 steps"), (40, '{"step": 10}', "finished"), (20, '{"step": 10}', "20 of 40 steps"), (10, "damaged", "10 of 40 steps")])
 def test_a_run_is_pruned_until_it_is_resumed(tmp_path, steps, content, words):

@@ -149,6 +149,10 @@ def plan_grid(overrides: list[str]) -> Plan:
         raise ValueError("-m found no values to sweep: separate several values by commas, as in "
                          "optim.lr=1e-3,3e-3, or leave -m out.")
     several = [word for word, values in choices.items() if len(values) > 1]
+    for word in several:
+        if word.startswith("runs_dir="):
+            raise ValueError(f"{word} names several folders, and all jobs of a sweep are in one: "
+                             f"choose one.")
     if not several:
         # A sweep of one job, which other values of the same settings can join later.
         several = [word for word in choices if changes_run(word)] or list(choices)

@@ -66,7 +66,7 @@ def test_values_that_cannot_be_listed_are_refused(override):
     ([], "no values to sweep"), (["jobs=2", "name=x"], "no values to sweep"), (["seed=1,2", "jobs=0"], "jobs=0 must be"),
     (["seed=1,2", "gpus_per_job=2"], "processes_per_job=N"), (["seed=1,2", "processes_per_job=0"], "processes_per_job=0 must be"),
     (["data=text", "data.path=x=y.txt,z.txt"], "x=y.txt does not exist"), (["sed=1,2"], "did you mean seed"),
-    (["seed=1,2", "name=../up"], "is outside runs_dir"), (["seed=-1,-2"], "seed=-1 must be"),
+    (["seed=1,2", "name=../up"], "is outside runs_dir"), (["seed=1,2", "runs_dir=a,b"], "runs_dir=a,b names several folders"), (["seed=-1,-2"], "seed=-1 must be"),
 ])
 def test_an_invalid_sweep_is_refused_and_writes_nothing(overrides, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -126,8 +126,6 @@ def require_scipy() -> None:
         raise ValueError("Scaling laws need SciPy: pip install scipy.") from None
 
 
-
-
 def read_results(folder: Path, grid: dict[str, Any]) -> tuple[list[Result], list[str]]:
     """The finished runs of the grid, and a sentence about each of the others."""
     results, unusable = [], []

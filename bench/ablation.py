@@ -41,6 +41,7 @@ WITHOUT = {
     "Muon (AdamW for all, 3e-3)": "optim.optimizer=adamw optim.lr=3e-3",
     "Muon (AdamW for all, 1e-2)": "optim.optimizer=adamw",
     "a larger rate for embedding and head (3e-3)": "optim.lr=3e-3",
+    "a smaller rate for n-grams": "optim.ngram_lr_ratio=1",
     "QK-norm": "model.qk_norm=false",
     "squared ReLU (GELU)": "model.activation=gelu_erf",
     "zero-initialised projections": "model.zero_init=false",

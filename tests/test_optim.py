@@ -6,6 +6,7 @@ import copy
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -133,6 +134,19 @@ def test_adamw_is_bit_identical_to_torchs():
             assert torch.equal(mine, its)
             for key, tensor in other.state[its].items():
                 assert torch.equal(one.state[mine][key], tensor)
+
+
+@BOTH
+def test_the_table_of_ngrams_can_have_a_rate_of_its_own(optimizer):
+    config = replace(NANO, ngrams=2, ngram_rows=7)
+    _, optimizers = make(config, optimizer=optimizer, lr=0.5, ngram_lr_ratio=0.25)
+    optimizers.set_scale(0.5)
+    rates = {}
+    for group in groups_of(optimizers):
+        for weights in group["params"]:
+            rates[optimizers.names[weights]] = group["lr"]
+    assert rates.pop("ngram.table.weight") == 0.0625
+    assert rates["wte.weight"] == 0.25
 
 
 @pytest.mark.parametrize(("native", "dtype"), [("0", torch.float32), ("1", torch.bfloat16)])

@@ -23,6 +23,8 @@ class OptimConfig(SettingsBase):
     lr: float = setting(6e-4, "learning rate of AdamW", gt=0)
     # The spectral norm of an update: not comparable to a learning rate of AdamW.
     muon_lr: float = setting(0.02, "learning rate of Muon", gt=0)
+    ngram_lr_ratio: float = setting(
+        1.0, "learning rate of the table of n-grams, as a fraction of AdamW's", gt=0)
     weight_decay: float = setting(0.1, "for matrices and embeddings, not gains and biases", ge=0)
     beta1: float = setting(0.9, "AdamW's decay rate of the gradients' mean", ge=0, lt=1)
     beta2: float = setting(0.95, "AdamW's decay rate of the squared gradients' mean", ge=0, lt=1)

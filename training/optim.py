@@ -35,6 +35,13 @@ class Optimizers:
         self.names = {weights: name for role in roles.values() for name, weights in role.items()}
         self.parameters = list(self.names)
         self.rates = dict.fromkeys(self.names.values(), 1.0) | dict(rates or {})
+        # Gradients become smaller as rates do, and stay larger than epsilon: arXiv:2505.01618.
+        epsilon = ADAM_EPSILON * min(self.rates.values())
+        # AdamW's updates of a rare n-gram are as large as those of a frequent one. With a smaller
+        # rate, the table learns single occurrences less by heart.
+        for name in self.rates:
+            if name.startswith("ngram"):
+                self.rates[name] *= config.ngram_lr_ratio
         matrices = [*roles["attention"].values(), *roles["mlp"].values()]
         decayed = [*roles["embedding"].values(), *roles["head"].values()]
         vectors = list(roles["vector"].values())
@@ -56,8 +63,6 @@ class Optimizers:
         self.keys |= dict.fromkeys(decayed + vectors, AdamW.STATE)
         groups = self.groups(self.assign(decayed), config.lr, config.weight_decay)
         groups += self.groups(self.assign(vectors), config.lr, 0.0)
-        # Gradients become smaller as rates do, and stay larger than epsilon: arXiv:2505.01618.
-        epsilon = ADAM_EPSILON * min(self.rates.values())
         self.all.append(AdamW(groups, config.lr, (config.beta1, config.beta2), epsilon))
         # `set_scale` sets each rate to a fraction of this one.
         for optimizer in self.all:

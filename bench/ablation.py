@@ -20,6 +20,7 @@ from bench.timing import print_header
 from conf.identity import flat
 from conf.schema import compose
 from conf.settings import Settings
+from evaluation import comparison
 from evaluation.comparison import Comparison, compare_all
 from progress import print_line
 from report.runs import differing_settings
@@ -67,6 +68,8 @@ class AblationSettings(SettingsBase):
 
 
 def main(settings: AblationSettings) -> int:
+    # Before hours of training.
+    comparison.import_stats()
     if settings.size in SMALLER:
         recipe = [*SMALLER[settings.size], *ON_ONE_CORE, *settings.train]
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from bench import ablation, pretrained, result, start
 from bench import peer as peer_module
 from conf import presets
 from conf.schema import ConfigError, compose
+from evaluation import comparison
 from scripts import compare
 
 VAL = (np.arange(1000) ** 2 % 97).astype(np.uint16)
@@ -97,7 +99,8 @@ def test_an_ablation_compares_the_same_seeds_with_and_without(monkeypatch, tmp_p
     assert rows == [["n-grams", "5.2560", "+2.0449 ± 0.0256", "0.004", "yes"]]
 
 
-def test_a_small_ablation_trains_small_models(monkeypatch, tmp_path):
+@pytest.mark.parametrize(("size", "expected"), [("small", (96, 3, 100)), ("medium", (128, 3, 200))])
+def test_a_small_ablation_trains_small_models(monkeypatch, tmp_path, size, expected):
     def run_plan(plan):
         sizes.append({(settings.model.n_embd, settings.model.ngrams, settings.training.max_steps) for _, settings in plan.composed.values()})
         return 130, []  # interrupted
@@ -105,9 +108,17 @@ def test_a_small_ablation_trains_small_models(monkeypatch, tmp_path):
     sizes = []
     monkeypatch.setattr(compare, "run_plan", run_plan)
     monkeypatch.setattr(ablation, "variants_of", lambda recipe: {})
+    monkeypatch.setattr(comparison, "import_stats", lambda: None)
     with pytest.raises(SystemExit):
-        ablation.main(compose(ablation.AblationSettings, [f"runs_dir={tmp_path}", "seeds=2", "size=small", "model.ngrams=3"]))
-    assert sizes == [{(96, 3, 100)}]
+        ablation.main(compose(ablation.AblationSettings, [f"runs_dir={tmp_path}", "seeds=2", f"size={size}", "model.ngrams=3"]))
+    assert sizes == [{expected}]
+
+
+def test_an_ablation_without_scipy_ends_before_it_trains(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    monkeypatch.setattr(compare, "run_plan", lambda plan: pytest.fail("a run was trained"))
+    with pytest.raises(ValueError, match="needs SciPy: pip install scipy"):
+        ablation.main(compose(ablation.AblationSettings, [f"runs_dir={tmp_path}"]))
 
 
 @pytest.mark.slow

@@ -162,6 +162,7 @@ def test_all_values_out_of_range_come_in_one_report():
 
 @pytest.mark.parametrize(("override", "words"), [
     ("training.tokens_per_step=100", "training.tokens_per_step=100"), ("training.tokens_per_step=4097", "try 4096"),
+    ("training.tokens_per_step=1e30", "training.tokens_per_step=1"), ("training.eval_tasks=piqa:5,piqa:9", "twice"),
     ("data=text", "data.path"), ("name=/tmp/x", "name=/tmp/x"), ("name= ", "white space"),
     ("model.n_layer=2,4", "add -m"), ("model=nano,gpt2", "add -m"), ("model=glob(*)", "add -m"), ("seed=range(1,5)", "add -m"),
     ("experiment=a.yaml,b.yaml", "add -m"), ("optim.lr=[1", "cannot be read"), ("seed=" + "9" * 5000, "seed=999"),

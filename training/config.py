@@ -61,7 +61,8 @@ class TrainingConfig(SettingsBase):
     max_seconds: float | None = setting(None, "the run ends after this training time", gt=0)
     batch_size: int = setting(32, "sequences in a micro-step", ge=1, le=2**16)
     tokens_per_step: int | None = setting(
-        None, "tokens in a step; gradients are accumulated over as many micro-steps as that takes")
+        None, "tokens in a step; gradients are accumulated over as many micro-steps as that takes",
+        ge=1, le=2**32)
     # Evaluation, and samples of the model's text.
     eval_every: int = setting(130, "steps; 0: evaluate only after the last step", ge=0)
     patience: int = setting(
@@ -104,6 +105,8 @@ class TrainingConfig(SettingsBase):
             if not task or not count.isdecimal() or int(count) < 1:
                 yield (f"eval_tasks={self.eval_tasks}: write a task and a number of documents, as "
                        f"in hellaswag:100, instead of {f'{task}:{count}' if task else count}.")
+        if self.eval_tasks and len(self.tasks()) <= self.eval_tasks.count(","):
+            yield f"eval_tasks={self.eval_tasks} names a task twice: leave one of them out."
         if self.patience > 0 and self.eval_every == 0:
             yield (f"patience={self.patience} counts evaluations, and eval_every=0 asks for none: "
                    "raise eval_every.")

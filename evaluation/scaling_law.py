@@ -76,12 +76,12 @@ class LogLaw:
         # The Huber loss is d**2 / 2 near zero and |d| - 1/2 beyond; its derivative is clip(d).
         slope = np.clip(difference, -1, 1)
         value = (slope * (difference - slope / 2)).sum()
-        return value, self.jacobian(terms).T @ slope / HUBER
+        return value, self.jacobian(terms, predicted).T @ slope / HUBER
 
-    def jacobian(self, terms: np.ndarray) -> np.ndarray:
-        """The derivatives of the log losses by the five constants `[n, 5]`."""
+    def jacobian(self, terms: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+        """The derivatives of the `predicted` log losses `[n]` by the five constants `[n, 5]`."""
         # The share of each term in the loss is the derivative by its log.
-        e, a, b = np.exp(terms - np.logaddexp.reduce(terms))
+        e, a, b = np.exp(terms - predicted)
         return np.stack((e, a, b, -a * self.u, -b * self.v), axis=1)
 
     def starts(self, losses: np.ndarray) -> list[np.ndarray]:
@@ -167,7 +167,8 @@ def fit_law(size: np.ndarray, tokens: np.ndarray, losses: np.ndarray, draws: int
 
     # Fit it again to redrawn losses, from the constants that were found.
     rng = np.random.default_rng(seed)
-    noise, of_new = draw_noise(np.log(losses) - fitted, grid.jacobian(terms), size, draws, rng)
+    noise, of_new = draw_noise(np.log(losses) - fitted, grid.jacobian(terms, fitted), size,
+                               draws, rng)
     laws = [grid.law(grid.fit(np.exp(fitted + one), [best])) for one in noise]
     return Fit(grid.law(best), laws, of_new)
 

@@ -37,8 +37,8 @@ class Optimizers:
         self.rates = dict.fromkeys(self.names.values(), 1.0) | dict(rates or {})
         # Gradients become smaller as rates do, and stay larger than epsilon: arXiv:2505.01618.
         epsilon = ADAM_EPSILON * min(self.rates.values())
-        # AdamW's updates of a rare n-gram are as large as those of a frequent one. With a smaller
-        # rate, the table learns single occurrences less by heart.
+        # AdamW's updates of a rare n-gram are as large as those of a frequent one. A smaller rate
+        # keeps the table from memorizing single occurrences.
         for name in self.rates:
             if name.startswith("ngram"):
                 self.rates[name] *= config.ngram_lr_ratio

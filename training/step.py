@@ -120,8 +120,8 @@ def read_losses(losses: Tensor, norm: Tensor) -> tuple[float, float]:
 @torch.inference_mode()
 def evaluate(loss_fn: BatchLoss, validation: Validation, world: World) -> float:
     """The mean loss over the validation windows, in nats per token."""
-    # Each process has every size-th batch.
     loss_fn.model.eval()
+    # Each process has every size-th batch.
     turns = math.ceil(validation.n_batches / world.size)
     dtype = loss_fn.device.sum_dtype
     losses = torch.zeros(turns, dtype=dtype, device=loss_fn.device.torch)

@@ -26,9 +26,8 @@ from checkpointing.format import (
     DTYPES,
     FILES,
     FORMAT,
+    FORMAT_IN_PARTS,
     MANIFEST,
-    NEW_FIELDS,
-    READABLE,
     STATE,
     TOKENIZER,
     FileEntry,
@@ -67,7 +66,6 @@ class Checkpoint:
     folder: Path
     manifest: dict[str, FileEntry]
     state: dict[str, Any]
-    format: int = FORMAT
     verified: set[str] = field(default_factory=set, compare=False)
 
     @classmethod
@@ -83,7 +81,7 @@ class Checkpoint:
         if manifest.pop("sha256", None) != checksum(manifest):
             raise DamagedCheckpoint(f"{folder / MANIFEST} does not match its own checksum")
         version = manifest.get("format")
-        if version not in READABLE:
+        if version not in (FORMAT, FORMAT_IN_PARTS):
             raise ValueError(f"{folder} has checkpoint format {ascii(version)[:40]}; this version "
                              f"of nanohydra reads format {FORMAT}. Use the version that wrote it.")
         files = manifest.get("files")
@@ -97,13 +95,13 @@ class Checkpoint:
         content = read_small(folder / STATE)
         if hashlib.sha256(content).hexdigest() != files[STATE].get("sha256"):
             raise DamagedCheckpoint(f"{folder / STATE} does not match its checksum")
-        state = NEW_FIELDS | parse_json(folder / STATE, content)
+        state = parse_json(folder / STATE, content)
         problem = find_problem(state)
         if problem:
             raise DamagedCheckpoint(f"{folder / STATE} {problem}")
         if folder.name != step_name(state["step"]):
             raise DamagedCheckpoint(f"{folder / STATE} is of step {state['step']}")
-        return cls(folder, files, state, version)
+        return cls(folder, files, state)
 
     @property
     def step(self) -> int:

@@ -57,10 +57,8 @@ def open_device(run: Run, settings: Settings, last: Checkpoint | None) -> Device
 
     # All else that decides the last bits must be as it was.
     here = device.environment(training.compile == "true")
-    # The numbers of threads and processes may change. Older checkpoints do not record native_bf16.
+    # The numbers of threads and processes may change.
     expected = replace(saved, threads=threads, world_size=here.world_size)
-    if saved.native_bf16 is None:
-        expected = replace(expected, native_bf16=here.native_bf16)
     drift = differences(asdict(expected), asdict(here))
     if drift:
         raise ValueError(

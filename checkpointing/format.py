@@ -24,8 +24,7 @@ from torch import Tensor
 
 from training.divided import Divided
 
-# Format 2 named optimizer state by position; see state.py.
-FORMAT, READABLE = 3, (2, 3, 4)
+FORMAT = 3
 # As format 3, but several processes have each written a part of the tensors:
 # model-00001-of-00004.safetensors and so on, as Hugging Face names the parts of large models.
 FORMAT_IN_PARTS = 4
@@ -56,8 +55,6 @@ STATE_FIELDS: dict[str, tuple[Any, ...]] = {
     "best_val_loss": LOSS,
     "stale_evaluations": COUNT,
 }
-# Values for checkpoints of earlier versions, which lack these fields.
-NEW_FIELDS = {"best_val_loss": None, "stale_evaluations": 0}
 
 Tensors = dict[str, Tensor | Divided]
 FileEntry = dict[str, int | str]  # "bytes" and "sha256"

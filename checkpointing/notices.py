@@ -76,9 +76,6 @@ def describe_changes(say: Callable[[str], None], settings: Settings, state: Stat
     # Of a run that resumes.
     if last is None:
         return
-    if last.format == 2:
-        say("Resuming a checkpoint of an earlier version: gradients and their squares are now "
-            "added in another order, so the result is not bit-identical to its.")
     # Another length of the run changes the learning rates that depend on it.
     planned, max_steps = last.state["max_steps"], settings.training.max_steps
     if planned != max_steps:

@@ -22,7 +22,7 @@ from training.distributed import World
 from training.divided import Divided
 from training.fsdp import shard
 from training.optim import Optimizers
-from training.optimizer_state import load_state, numbered_names, state_shapes, state_tensors
+from training.optimizer_state import load_state, state_shapes, state_tensors
 
 # The counters, which a checkpoint holds under the names that they have in `State`.
 COUNTERS = ("step", "seconds", "batches_skipped", "nonfinite", "replanned", "best_val_loss",
@@ -116,22 +116,12 @@ class State:
             raise DamagedCheckpoint(f"{saved.folder / STATE} is not the state of this loss scaler")
         # Both files are checked before anything is copied.
         weights = saved.open_tensors(MODEL, self.weights())
-        optimizer_state = self.open_optimizer_state(saved)
+        optimizer_state = saved.open_tensors(OPTIMIZER, state_shapes(self.optimizers))
         self.load_weights(weights)
         load_state(self.optimizers, optimizer_state)
         self.scaler.load_state_dict(scaler)
         for name in COUNTERS:
             setattr(self, name, saved.state[name])
-
-    def open_optimizer_state(self, saved: Checkpoint) -> Mapping[str, Tensor]:
-        """The optimizer state of a checkpoint. Format 2 has numbers in place of names."""
-        shapes = state_shapes(self.optimizers)
-        if saved.format != 2:
-            return saved.open_tensors(OPTIMIZER, shapes)
-        numbered = numbered_names(self.optimizers)
-        like = dict(zip(numbered, shapes.values(), strict=True))
-        tensors = saved.load_tensors(OPTIMIZER, like)
-        return dict(zip(shapes, tensors.values(), strict=True))
 
     def note_evaluation(self, val_loss: float) -> None:
         """Record the loss of a scheduled evaluation; NaN or infinity is never the best one."""

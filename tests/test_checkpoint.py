@@ -205,9 +205,10 @@ def test_files_are_hashed_once(folder, monkeypatch):
     assert found.load_tensors(MODEL, LIKE.model).keys() == LIKE.model.keys()
 
 
-def test_another_format_is_named(folder):
-    write_manifest(folder, {"format": 99, "files": {}})
-    with pytest.raises(ValueError, match=r"format 99; this version of nanohydra reads format 3. Use the version that wrote it"):
+@pytest.mark.parametrize("version", [2, 99])
+def test_another_format_is_named(folder, version):
+    write_manifest(folder, {"format": version, "files": {}})
+    with pytest.raises(ValueError, match=rf"format {version}; this version of nanohydra reads format 3. Use the version that wrote it"):
         store.list_checkpoints(folder.parent)
 
 

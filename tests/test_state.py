@@ -7,7 +7,7 @@ import torch
 
 from checkpointing.checkpoint import Checkpoint, DamagedCheckpoint
 from checkpointing.format import step_name
-from checkpointing.snapshot import Snapshot, save_checkpoint
+from checkpointing.snapshot import save_checkpoint
 from checkpointing.state import State, is_scaler_state, new_state
 from model import GPT, GPTConfig
 from model.loss import LossOptions
@@ -15,7 +15,6 @@ from training.config import OptimConfig
 from training.device import Device
 from training.distributed import World
 from training.optim import Optimizers
-from training.optimizer_state import state_tensors
 
 CONFIG = GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=16)
 FACTS = {"max_steps": 9, "settings": {}, "model": {}, "environment": {}}
@@ -55,26 +54,6 @@ def test_a_restored_state_continues_bit_identically(tmp_path, optimizer):
         take_steps(one, 1)
     for mine, theirs in zip(state.model.parameters(), other.model.parameters(), strict=True):
         assert torch.equal(mine, theirs)
-
-
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_format_2_with_numbered_names_is_restored(tmp_path, monkeypatch, optimizer):
-    state, other = make_state(optimizer), make_state(optimizer, seed=1)
-    take_steps(state, 2)
-    snapshot = state.snapshot(1.5, True, {"kind": "byte"}, FACTS)
-    # Its names: the number of the optimizer, that of the parameter in its groups, and the key.
-    numbered = {}
-    for number, one in enumerate(state.optimizers.all):
-        parameters = [weights for group in one.param_groups for weights in group["params"]]
-        for index, weights in enumerate(parameters):
-            for key, tensor in one.state[weights].items():
-                numbered[f"{number}.{index}.{key}"] = tensor
-    (tmp_path / "run").mkdir()
-    monkeypatch.setattr("checkpointing.snapshot.FORMAT", 2)
-    save_checkpoint(tmp_path / "run", Snapshot(snapshot.model, numbered, snapshot.tokenizer, snapshot.state))
-    other.restore(Checkpoint.open(tmp_path / "run" / step_name(2)))
-    for name, tensor in state_tensors(state.optimizers).items():
-        assert torch.equal(tensor, state_tensors(other.optimizers)[name])
 
 
 def test_state_of_another_optimizer_is_refused_unchanged(tmp_path):

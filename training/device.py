@@ -36,8 +36,8 @@ class Environment:
     deterministic: bool = False
     compiled: bool = False
     torch: str = ""
-    # Decides the precision of Muon's products. None: from a version that did not record it.
-    native_bf16: bool | None = None
+    # Decides the precision of Muon's products.
+    native_bf16: bool = False
     # The number of processes, which changes no bits if it is a power of two.
     world_size: int = 1
 

@@ -55,17 +55,6 @@ def state_tensors(optimizers: Optimizers) -> dict[str, Tensor | Divided]:
     return tensors
 
 
-def numbered_names(optimizers: Optimizers) -> list[str]:
-    """The names of `state_shapes` in checkpoints of format 2: optimizer, parameter, key."""
-    names, parameters_of = [], {}
-    for keys in optimizers.keys.values():
-        index = parameters_of.setdefault(keys, 0)
-        number = list(parameters_of).index(keys)
-        parameters_of[keys] += 1
-        names += [f"{number}.{index}.{key}" for key in keys]
-    return names
-
-
 def load_state(optimizers: Optimizers, tensors: Mapping[str, Tensor]) -> None:
     """Copy the state from `tensors`, which has the names and shapes of `state_shapes`."""
     for name, (part, state) in own_states(optimizers).items():

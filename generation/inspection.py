@@ -38,16 +38,26 @@ def attention_weights(model: GPT, ids: Tensor) -> tuple[Tensor, Tensor]:
     return logits, torch.cat(weights)
 
 
+def attention_picture(model: GPT, tokenizer: Tokenizer, ids: list[int]) -> tuple[Any, Any, Any]:
+    """Of T tokens the labels, the attention weights `[L, H, T, T]`, and the most likely next ones.
+
+    Raises ValueError if a logit is not finite.
+    """
+    logits, weights = attention_weights(model, torch.tensor([ids], device=model.wte.weight.device))
+    labels = [token_label(tokenizer, token) for token in ids]
+    return labels, weights.float().cpu().numpy(), next_tokens(finite(logits), tokenizer)
+
+
 @dataclass(frozen=True)
 class Prediction:
     """The most likely tokens at one position, and the log probability of the token that is there.
 
-    It is None after the last token.
+    It is None after the last token. Nothing predicts a first token: both are None.
     """
 
     logprob: float | None
     # Log probabilities by token ids, the largest first.
-    top: dict[int, float]
+    top: dict[int, float] | None
 
 
 @torch.inference_mode()

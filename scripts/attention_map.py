@@ -62,8 +62,7 @@ from checkpointing.find_runs import find_run
 from conf.schema import compose
 from data.tokenizer import ByteTokenizer, Tokenizer
 from generation.engine import open_checkpoint
-from generation.inspection import attention_weights, next_tokens, token_label
-from generation.sampling import finite
+from generation.inspection import attention_picture
 from model import GPT, GPTConfig
 from report.attention import draw, max_tokens, page
 from terminal import counted, readable_size, say
@@ -73,17 +72,14 @@ from training.device import Device
 def main(settings: AttentionMapSettings) -> int:
     model, tokenizer, name, folder = open_model(settings)
     ids = last_tokens(tokenizer.encode(settings.prompt), model.config)
-    logits, weights = attention_weights(model, torch.tensor([ids]))
-    finite(logits)
     out = Path(settings.out) if settings.out else folder / "attention.html"
-    labels = [token_label(tokenizer, token) for token in ids]
-    content = page(name, labels, weights.numpy(), next_tokens(logits, tokenizer))
-
+    labels, weights, following = attention_picture(model, tokenizer, ids)
+    content = page(name, labels, weights, following)
     atomic.write_bytes(out, content.encode())
     say(f"Wrote {out} ({readable_size(out.stat().st_size)}): open it in a browser.")
     if settings.png:
         picture = out.with_suffix(".png")
-        atomic.write_bytes(picture, draw(name, labels, weights.numpy()))
+        atomic.write_bytes(picture, draw(name, labels, weights))
         say(f"Drew {picture}")
     return 0
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from data.tokenizer import Tokenizer
-from serving.decoding import Piece, Token
+from serving.decoding import Generation, Piece
+from serving.fields import Refused
 
 Json = dict[str, Any]
 
@@ -19,12 +21,10 @@ ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_
 REASONS = {"length": "length", "stop": "stop", "end_of_text": "stop", "": None}
 
 
-def error_json(message: str, status: int, param: str | None = None,
-               code: str | None = None) -> Json:
-    kind = "server_error" if status >= 500 else "invalid_request_error"
-    error = {"message": message, "type": ERROR_TYPES.get(status, kind), "param": param,
-             "code": code}
-    return {"error": error}
+def error_json(error: Refused) -> Json:
+    usual = "server_error" if error.status >= 500 else "invalid_request_error"
+    return {"error": {"message": str(error), "type": ERROR_TYPES.get(error.status, usual),
+                      "param": error.param, "code": error.code}}
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:
@@ -36,52 +36,41 @@ def token_text(tokenizer: Tokenizer, token: int) -> str:
 
 
 class Answer:
-    """The JSON that answers one request for completions: whole, or chunk by chunk.
+    """The JSON that answers a request with the completions of a generation: whole, or in chunks.
 
-    `echoes` are the texts that precede the completions; their pieces come first.
+    `n_prompt` is the number of tokens of its prompts. `echoes` are the texts that precede the
+    completions; their pieces come first.
     """
 
     prefix, whole, chunk = "cmpl", "text_completion", "text_completion"
 
-    def __init__(self, model: str, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], n: int,
+    def __init__(self, model: str, tokenizer: Tokenizer, generation: Generation, n_prompt: int,
                  echoes: Sequence[str] = ()) -> None:
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.generation = model, tokenizer, generation
+        self.n_prompt, self.echoes = n_prompt, echoes
         self.id = f"{self.prefix}-{uuid.uuid4().hex}"
         self.created = int(time.time())
-        self.n_prompt = sum(map(len, prompts))
-        self.n_tokens = [0] * len(prompts) * n
-        self.echoes = echoes or [""] * len(self.n_tokens)
-        self.texts = [""] * len(self.n_tokens)
-        self.tokens: list[list[Token]] = [[] for _ in self.n_tokens]
-        self.reasons = [""] * len(self.n_tokens)
+        # Of each sequence what has been added, or its last chunk.
+        self.pieces = [Piece(index, "", [], 0, "") for index in range(len(generation.jobs))]
 
     def add(self, piece: Piece) -> None:
         """Add a piece to the whole answer."""
-        self.texts[piece.index] += piece.text
-        self.tokens[piece.index] += piece.tokens
-        self.n_tokens[piece.index] = piece.n_tokens
-        self.reasons[piece.index] = piece.reason
+        known = self.pieces[piece.index]
+        self.pieces[piece.index] = replace(piece, text=known.text + piece.text,
+                                           tokens=known.tokens + piece.tokens)
 
-    def to_json(self, has_logprobs: bool) -> Json:
+    def to_json(self) -> Json:
         """The whole answer."""
-        choices = []
-        for index, text in enumerate(self.texts):
-            choice = self.choice(index, text, self.reasons[index])
-            if has_logprobs:
-                choice["logprobs"] = self.logprobs(index, self.tokens[index])
-            choices.append(choice)
+        choices = [self.choice(piece, self.message(piece)) for piece in self.pieces]
         return self.object(self.whole, choices) | {"usage": self.usage()}
 
     def first_chunks(self) -> list[Json]:
         """The chunks before the first piece."""
         return []
 
-    def chunk_of(self, piece: Piece, has_logprobs: bool) -> Json:
-        self.n_tokens[piece.index] = piece.n_tokens
-        choice = self.delta(piece)
-        if has_logprobs:
-            choice["logprobs"] = self.logprobs(piece.index, piece.tokens)
-        return self.object(self.chunk, [choice])
+    def chunk_of(self, piece: Piece) -> Json:
+        self.pieces[piece.index] = piece
+        return self.object(self.chunk, [self.choice(piece, self.delta(piece))])
 
     def last_chunk(self) -> Json:
         """A chunk of the usage alone."""
@@ -92,24 +81,30 @@ class Answer:
                 "choices": choices}
 
     def usage(self) -> Json:
-        n_tokens = sum(self.n_tokens)
+        n_tokens = sum(piece.n_tokens for piece in self.pieces)
         return {"prompt_tokens": self.n_prompt, "completion_tokens": n_tokens,
                 "total_tokens": self.n_prompt + n_tokens}
 
-    def choice(self, index: int, text: str, reason: str) -> Json:
-        return {"index": index, "text": text, "logprobs": None, "finish_reason": REASONS[reason]}
+    def choice(self, piece: Piece, content: Json) -> Json:
+        logprobs = None if self.generation.top is None else self.logprobs(piece)
+        return {"index": piece.index, **content, "logprobs": logprobs,
+                "finish_reason": REASONS[piece.reason]}
+
+    def message(self, piece: Piece) -> Json:
+        """The content of a choice."""
+        return {"text": piece.text}
 
     def delta(self, piece: Piece) -> Json:
-        """The choice of a chunk."""
-        return self.choice(piece.index, piece.text, piece.reason)
+        """The content of a choice of a chunk."""
+        return self.message(piece)
 
-    def logprobs(self, index: int, tokens: Sequence[Token]) -> Json:
-        start = len(self.echoes[index])
+    def logprobs(self, piece: Piece) -> Json:
+        start = len(self.echoes[piece.index]) if self.echoes else 0
         return {
-            "tokens": [self.text_of(token.id) for token in tokens],
-            "token_logprobs": [token.logprob for token in tokens],
-            "top_logprobs": [self.top_logprobs(token.top) for token in tokens],
-            "text_offset": [start + token.offset for token in tokens],
+            "tokens": [self.text_of(token.id) for token in piece.tokens],
+            "token_logprobs": [token.logprob for token in piece.tokens],
+            "top_logprobs": [self.top_logprobs(token.top) for token in piece.tokens],
+            "text_offset": [start + token.offset for token in piece.tokens],
         }
 
     def top_logprobs(self, top: dict[int, float] | None) -> Json | None:
@@ -126,26 +121,19 @@ class ChatAnswer(Answer):
 
     prefix, whole, chunk = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def choice(self, index: int, text: str, reason: str) -> Json:
-        return {"index": index, "message": {"role": "assistant", "content": text},
-                "logprobs": None, "finish_reason": REASONS[reason]}
+    def message(self, piece: Piece) -> Json:
+        return {"message": {"role": "assistant", "content": piece.text}}
 
     def first_chunks(self) -> list[Json]:
-        choices = []
-        for index in range(len(self.n_tokens)):
-            delta = {"role": "assistant", "content": ""}
-            choices.append({"index": index, "delta": delta, "logprobs": None,
-                            "finish_reason": None})
-        return [self.object(self.chunk, choices)]
+        delta = {"delta": {"role": "assistant", "content": ""}}
+        return [self.object(self.chunk, [self.choice(piece, delta) for piece in self.pieces])]
 
     def delta(self, piece: Piece) -> Json:
-        content = {"content": piece.text} if piece.text else {}
-        return {"index": piece.index, "delta": content, "logprobs": None,
-                "finish_reason": REASONS[piece.reason]}
+        return {"delta": {"content": piece.text} if piece.text else {}}
 
-    def logprobs(self, index: int, tokens: Sequence[Token]) -> Json:
+    def logprobs(self, piece: Piece) -> Json:
         content = []
-        for token in tokens:
+        for token in piece.tokens:
             top = [self.one_logprob(id, logprob) for id, logprob in token.top.items()]
             content.append(self.one_logprob(token.id, token.logprob) | {"top_logprobs": top})
         return {"content": content}

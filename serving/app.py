@@ -6,6 +6,7 @@ import asyncio
 import hmac
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 import atomic
 from conf.serving import LOOPBACK, ServeSettings
 from serving.answers import Answer, Json, error_json
-from serving.decoding import Busy, Generation, Stopped
-from serving.fields import NESTED, BadRequest, Fields, parse
+from serving.fields import Fields, Refused, parse
 from serving.inspect import attention, losses
-from serving.pages import REPORT_POLICY, file_response, file_route, page_files, settings_json
+from serving.pages import REPORT_POLICY, file_response, page_files, settings_json
 from serving.tasks import Model, chat_task, completion_task
 from serving.watch import Runs
 
@@ -34,23 +34,32 @@ MAX_REPORT = 2**27  # bytes
 FILES = page_files()
 LOCAL_NAMES = [f"[{name}]" if ":" in name else name for name in LOOPBACK]
 
-MakeTask = Callable[[Fields, Model, ServeSettings], Awaitable[tuple[Generation, Answer]]]
+Models = dict[str, Model]
+MakeTask = Callable[[Fields, Model, ServeSettings], Awaitable[Answer]]
 
 
-def make_app(models: dict[str, Model], settings: ServeSettings) -> Starlette:
+def make_app(models: Models, settings: ServeSettings) -> Starlette:
     """The application that serves `models`, by their names. Their thread must run."""
     runs = Runs(Path(settings.runs_dir))
+    # What answers the page, by the names of the routes.
+    answers: dict[str, Callable[[Fields], Awaitable[Json]]] = {
+        "settings": lambda fields: asyncio.to_thread(settings_json, models, settings),
+        "losses": lambda fields: losses(take_model(models, fields), fields),
+        "attention": lambda fields: attention(take_model(models, fields), fields),
+        "list": lambda fields: asyncio.to_thread(runs.list),
+        "metrics": lambda fields: asyncio.to_thread(runs.metrics, fields),
+        "sweep": lambda fields: asyncio.to_thread(runs.sweep, fields),
+    }
     routes = [
-        *[file_route(path, file) for path, file in FILES.items()],
+        # A response is an application, too.
+        *[Route(path, file, methods=["GET"]) for path, file in FILES.items()],
+        *[page_route(name, answer) for name, answer in answers.items()],
         Route("/v1/models", list_models),
-        Route("/v1/completions", completions, methods=["POST"]),
-        Route("/v1/chat/completions", chat_completions, methods=["POST"]),
-        Route("/page/settings", page_settings, methods=["POST"]),
+        Route("/v1/completions", partial(complete, completion_task), methods=["POST"]),
+        Route("/v1/chat/completions", partial(complete, chat_task), methods=["POST"]),
         Route("/reports/{key}", report),
-        *[look_route(look) for look in (losses, attention)],
-        *[watch_route(watch) for watch in (runs.list, runs.metrics, runs.sweep)],
     ]
-    errors = (HTTPException, BadRequest, RecursionError, Busy, Stopped, ClientDisconnect, Exception)
+    errors = (HTTPException, Refused, RecursionError, ClientDisconnect, Exception)
     app = Starlette(routes=routes, exception_handlers=dict.fromkeys(errors, on_error),
                     middleware=[Middleware(Guard, settings=settings)])
     app.state.models, app.state.settings, app.state.runs = models, settings, runs
@@ -70,34 +79,36 @@ class Guard:
         self.api_key = settings.api_key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        problem = None
+        app = self.app
         if scope["type"] == "http":
-            problem = self.problem(Headers(scope=scope), scope["path"])
-        await (problem or self.app)(scope, receive, send)
+            try:
+                self.check(Headers(scope=scope), scope["path"])
+            except Refused as error:
+                # What follows may be another request in the body of this one.
+                app = failure(error, {"connection": "close"})
+        await app(scope, receive, send)
 
-    def problem(self, headers: Headers, path: str) -> Response | None:
-        """The answer to a request that is refused."""
+    def check(self, headers: Headers, path: str) -> None:
+        """Raise Refused for a request that is not to be answered."""
         host = headers.get("host", "")
         if self.is_local and host_name(host) not in LOCAL_NAMES:
-            return failure(403, f"Host {host[:100]} is not this machine: use "
-                                f"{', '.join(LOCAL_NAMES)}.", code="wrong_host")
+            raise Refused(f"Host {host[:100]} is not this machine: use {', '.join(LOCAL_NAMES)}.",
+                          code="wrong_host", status=403)
         for origin in headers.getlist("origin"):
             if origin not in (f"http://{host}", f"https://{host}"):
-                return failure(403, f"Origin {origin[:100]} is another site.", code="wrong_origin")
+                raise Refused(f"Origin {origin[:100]} is another site.", code="wrong_origin",
+                              status=403)
         if "content-length" in headers and "transfer-encoding" in headers:
             # A proxy could see another request in what is the body of this one.
-            refused = failure(400, "Content-Length and Transfer-Encoding exclude each other.")
-            refused.headers["connection"] = "close"
-            return refused
+            raise Refused("Content-Length and Transfer-Encoding exclude each other.")
         # The names of reports cannot be guessed.
         is_open = path in FILES or path.startswith("/reports/")
-        if self.api_key and not is_open:
-            given = headers.get("authorization", "").encode()
-            # In a time that does not depend on the first difference.
-            if not hmac.compare_digest(given, b"Bearer " + self.api_key):
-                return failure(401, "Authorization: Bearer API_KEY is missing or wrong.",
-                               code="invalid_api_key")
-        return None
+        given = headers.get("authorization", "").encode()
+        # In a time that does not depend on the first difference.
+        has_key = not self.api_key or hmac.compare_digest(given, b"Bearer " + self.api_key)
+        if not is_open and not has_key:
+            raise Refused("Authorization: Bearer API_KEY is missing or wrong.",
+                          code="invalid_api_key", status=401)
 
 
 def host_name(host: str) -> str:
@@ -114,58 +125,38 @@ class JsonResponse(Response):
         return json.dumps(content, allow_nan=False).encode()
 
 
-def failure(status: int, message: str, param: str | None = None,
-            code: str | None = None) -> JsonResponse:
-    headers = {"retry-after": "1"} if status == 429 else None
-    return JsonResponse(error_json(message, status, param, code), status, headers)
+def failure(error: Refused, headers: dict[str, str] | None = None) -> JsonResponse:
+    if error.status == 429:
+        headers = {"retry-after": "1"}
+    return JsonResponse(error_json(error), error.status, headers)
 
 
 def on_error(request: Request, error: Exception) -> Response:
     """The response for an exception. Starlette logs those that are bugs."""
     match error:
+        case Refused():
+            return failure(error)
         case HTTPException():
-            return failure(error.status_code, f"{request.method} {request.url.path[:100]}: "
-                                              f"{error.detail}.")
-        case BadRequest():
-            return failure(error.status, str(error), error.param, error.code)
+            address = f"{request.method} {request.url.path[:100]}"
+            return failure(Refused(f"{address}: {error.detail}.", status=error.status_code))
         case RecursionError():
-            return failure(400, NESTED)
-        case Busy():
-            return failure(429, str(error), code="too_many_requests")
-        case Stopped():
-            return failure(503, str(error), code="stopped")
-        case ValueError():
-            # The model's output is not finite.
-            return failure(500, str(error))
+            return failure(Refused("The body is nested too deeply."))
         case ClientDisconnect():
             return Response(status_code=400)
-    return failure(500, "An error of the server: its log has the details.")
+        case ValueError():
+            # The model's output is not finite.
+            return failure(Refused(str(error), status=500))
+    return failure(Refused("An error of the server: its log has the details.", status=500))
 
 
-async def page_settings(request: Request) -> Response:
-    """POST /page/settings"""
-    (await read_fields(request)).check_rest()
-    return JsonResponse(settings_json(request.app.state.models, request.app.state.settings))
-
-
-def look_route(look: Callable[[Model, Fields], Awaitable[Json]]) -> Route:
+def page_route(name: str, answer: Callable[[Fields], Awaitable[Json]]) -> Route:
     async def post(request: Request) -> Response:
         fields = await read_fields(request)
-        answer = await look(take_model(request, fields), fields)
+        content = await answer(fields)
         fields.check_rest()
-        return JsonResponse(answer)
+        return JsonResponse(content)
 
-    return Route(f"/page/{look.__name__}", post, methods=["POST"])
-
-
-def watch_route(watch: Callable[[Fields], Json]) -> Route:
-    async def post(request: Request) -> Response:
-        fields = await read_fields(request)
-        answer = await asyncio.to_thread(watch, fields)
-        fields.check_rest()
-        return JsonResponse(answer)
-
-    return Route(f"/page/{watch.__name__}", post, methods=["POST"])
+    return Route(f"/page/{name}", post, methods=["POST"])
 
 
 async def report(request: Request) -> Response:
@@ -184,73 +175,56 @@ async def list_models(request: Request) -> Response:
     return JsonResponse({"object": "list", "data": listed})
 
 
-async def completions(request: Request) -> Response:
-    """POST /v1/completions"""
-    return await answer(request, completion_task)
-
-
-async def chat_completions(request: Request) -> Response:
-    """POST /v1/chat/completions"""
-    return await answer(request, chat_task)
-
-
 async def read_fields(request: Request) -> Fields:
-    """The fields of a request's JSON object. Raises BadRequest."""
+    """The fields of a request's JSON object. Raises Refused."""
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json":
-        raise BadRequest("Content-Type must be application/json.", status=415)
+        raise Refused("Content-Type must be application/json.", status=415)
     body = bytearray()
     try:
         async with asyncio.timeout(BODY_SECONDS):
             async for part in request.stream():
                 body += part
                 if len(body) > MAX_BODY:
-                    raise BadRequest(f"The body is larger than {MAX_BODY:,} bytes.", status=413)
+                    raise Refused(f"The body is larger than {MAX_BODY:,} bytes.", status=413)
     except TimeoutError:
-        raise BadRequest(f"The body did not arrive within {BODY_SECONDS} seconds.",
-                         status=408) from None
+        raise Refused(f"The body did not arrive within {BODY_SECONDS} seconds.",
+                      status=408) from None
     return Fields(parse(bytes(body)))
 
 
-def take_model(request: Request, fields: Fields) -> Model:
+def take_model(models: Models, fields: Fields) -> Model:
     """The model that `model` names; where there is only one, it need not be named."""
-    models: dict[str, Model] = request.app.state.models
     default = next(iter(models)) if len(models) == 1 else ""
     name = fields.take("model", default)
     if not name:
-        raise BadRequest(f"model is missing: choose one of {', '.join(models)}.", "model")
+        raise Refused(f"model is missing: choose one of {', '.join(models)}.", "model")
     if name not in models:
-        raise BadRequest(f"model={name[:100]} is not one of {', '.join(models)}.", "model",
-                         "model_not_found", 404)
+        raise Refused(f"model={name[:100]} is not one of {', '.join(models)}.", "model",
+                      "model_not_found", 404)
     return models[name]
 
 
-async def answer(request: Request, make_task: MakeTask) -> Response:
+async def complete(make_task: MakeTask, request: Request) -> Response:
     """Decode what a request asks for, and answer it: whole, or piece by piece."""
     fields = await read_fields(request)
-    model = take_model(request, fields)
+    model = take_model(request.app.state.models, fields)
     streams = fields.take("stream", False)
     options = Fields(fields.take("stream_options", {}))
     has_usage = options.take("include_usage", False)
-    generation, answer = await make_task(fields, model, request.app.state.settings)
+    answer = await make_task(fields, model, request.app.state.settings)
     fields.check_rest()
-    generation.streams = streams
+    answer.generation.streams = streams
     # An echo alone needs no decoding.
-    if generation.rules.max_new_tokens:
-        model.batcher.submit(generation)
-    try:
-        if streams:
-            return EventStream(generation, answer, has_usage)
-        return await whole(request, generation, answer)
-    except BaseException:
-        generation.cancelled = True
-        raise
+    if answer.generation.rules.max_new_tokens:
+        model.batcher.submit(answer.generation)
+    return EventStream(answer, has_usage) if streams else await whole(request, answer)
 
 
-async def whole(request: Request, generation: Generation, answer: Answer) -> Response:
+async def whole(request: Request, answer: Answer) -> Response:
     """The response with all sequences, unless the client goes away."""
     async def collect() -> None:
-        async for piece in generation.pieces():
+        async for piece in answer.generation.pieces():
             answer.add(piece)
 
     work = asyncio.ensure_future(collect())
@@ -262,9 +236,10 @@ async def whole(request: Request, generation: Generation, answer: Answer) -> Res
             raise ClientDisconnect
         work.result()
     finally:
+        answer.generation.cancelled = True
         work.cancel()
         gone.cancel()
-    return JsonResponse(answer.to_json(generation.top is not None))
+    return JsonResponse(answer.to_json())
 
 
 class EventStream(StreamingResponse):
@@ -272,10 +247,9 @@ class EventStream(StreamingResponse):
 
     media_type = "text/event-stream"
 
-    def __init__(self, generation: Generation, answer: Answer, has_usage: bool) -> None:
-        self.generation = generation
-        super().__init__(events(generation, answer, has_usage),
-                         headers={"cache-control": "no-store"})
+    def __init__(self, answer: Answer, has_usage: bool) -> None:
+        self.generation = answer.generation
+        super().__init__(events(answer, has_usage), headers={"cache-control": "no-store"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -284,18 +258,16 @@ class EventStream(StreamingResponse):
             self.generation.cancelled = True
 
 
-async def events(generation: Generation, answer: Answer, has_usage: bool) -> AsyncIterator[str]:
+async def events(answer: Answer, has_usage: bool) -> AsyncIterator[str]:
     """The events of a stream; an error is one of them, since the status is sent already."""
     for chunk in answer.first_chunks():
         yield event(chunk)
     try:
-        async for piece in generation.pieces():
-            yield event(answer.chunk_of(piece, generation.top is not None))
-    except Stopped as error:
-        yield event(error_json(str(error), 503, code="stopped"))
-        return
+        async for piece in answer.generation.pieces():
+            yield event(answer.chunk_of(piece))
     except Exception as error:
-        yield event(error_json(str(error), 500))
+        refused = error if isinstance(error, Refused) else Refused(str(error), status=500)
+        yield event(error_json(refused))
         return
     if has_usage:
         yield event(answer.last_chunk())

@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -23,19 +24,11 @@ from conf.sampling import SamplingConfig
 from generation.decoder import Decoder
 from generation.engine import Completion, Engine
 from generation.sampling import Batch, Row
+from serving.fields import Refused
 from training.device import Device
 
 # The number of tokens of prompts after which the next step begins.
 PREFILL_TOKENS = 512
-STOPPED = "The server was stopped."
-
-
-class Stopped(Exception):
-    """The server was stopped before it could answer."""
-
-
-class Busy(Exception):
-    """Too many requests are open."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +135,8 @@ class DecodingThread(threading.Thread):
         super().__init__(daemon=True)
         self.device = device
         self.batchers: list[Batcher] = []
-        self.inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        # What it runs next, in order; None ends it.
+        self.inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self.stopped = False
 
     def call(self, function: Callable[[], Any]) -> Future[Any]:
@@ -160,29 +154,22 @@ class DecodingThread(threading.Thread):
         return future
 
     def stop(self) -> None:
-        """End all requests with `Stopped`."""
+        """End all requests. A signal may call it at any time."""
         self.stopped = True
-        # It may wait for something to do.
-        self.inbox.put(lambda: None)
+        self.inbox.put(None)
 
     def run(self) -> None:
-        """Decode until `stop`."""
+        """Run what is in the inbox until `stop`."""
         # Autocast is a setting of a thread.
         with self.device.autocast():
-            while not self.stopped:
-                self.receive()
-                for batcher in self.batchers:
-                    batcher.advance()
-        self.receive()
+            for function in iter(self.inbox.get, None):
+                function()
         for batcher in self.batchers:
-            batcher.end_all(Stopped(STOPPED))
+            batcher.end_all(stopped())
 
-    def receive(self) -> None:
-        """Run the functions in the inbox. Waits for one while there is nothing to decode."""
-        is_idle = not self.stopped and not any(batcher.has_work for batcher in self.batchers)
-        while is_idle or not self.inbox.empty():
-            self.inbox.get()()
-            is_idle = False
+
+def stopped() -> Refused:
+    return Refused("The server was stopped.", code="stopped", status=503)
 
 
 class Batcher:
@@ -204,11 +191,11 @@ class Batcher:
     # Called by the event loop
 
     def submit(self, generation: Generation) -> None:
-        """Start a generation. Raises `Busy` if too many requests are open, and `Stopped`."""
+        """Start a generation. Raises Refused if too many requests are open, or after `stop`."""
         self.check_room()
         self.loop = asyncio.get_running_loop()
         self.open.add(generation)
-        self.thread.inbox.put(lambda: self.waiting.append(generation))
+        self.thread.inbox.put(partial(self.start, generation))
         self.check_running()
 
     async def call(self, function: Callable[[], Any]) -> Any:
@@ -224,19 +211,22 @@ class Batcher:
 
     def check_room(self) -> None:
         if len(self.open) >= self.max_requests:
-            raise Busy(f"{self.max_requests} requests are open, which is the limit: try again "
-                       "later.")
+            raise Refused(f"{self.max_requests} requests are open, which is the limit: try again "
+                          "later.", code="too_many_requests", status=429)
 
     def check_running(self) -> None:
         # After a request has been added: a signal may come before.
         if self.thread.stopped:
-            raise Stopped(STOPPED)
+            raise stopped()
 
     # Called by the thread
 
-    @property
-    def has_work(self) -> bool:
-        return bool(self.batch.rows or self.waiting)
+    def start(self, generation: Generation) -> None:
+        """Let a generation wait for room, and decode unless that is under way."""
+        is_idle = not self.batch.rows and not self.waiting
+        self.waiting.append(generation)
+        if is_idle:
+            self.advance()
 
     def new_batch(self) -> None:
         self.batch = Batch(self.engine.model, self.decoder, self.rows,
@@ -254,6 +244,9 @@ class Batcher:
                 traceback.print_exc()
             self.end_all(error)
             self.new_batch()
+        # First what the inbox has.
+        if self.batch.rows or self.waiting:
+            self.thread.inbox.put(self.advance)
 
     def admit(self) -> None:
         """Let generations that wait join in their order, while there is room.
@@ -261,10 +254,9 @@ class Batcher:
         The sequences of the others do not grow while prompts are read, so that the rest waits for
         the next step once the prompts have PREFILL_TOKENS tokens.
         """
-        for generation in list(self.waiting):
-            if generation.cancelled:
-                self.waiting.remove(generation)
-                self.open.discard(generation)
+        for generation in [one for one in self.waiting if one.cancelled]:
+            self.waiting.remove(generation)
+            self.open.discard(generation)
         n_tokens = 0
         while self.waiting and n_tokens < PREFILL_TOKENS:
             generation = self.waiting[0]
@@ -279,21 +271,20 @@ class Batcher:
     def step(self) -> None:
         """Add a token to each sequence. Those that have ended leave the batch."""
         tokens, logits = self.batch.step()
-        pieces = []
-        for place, token in enumerate(tokens.tolist()):
+        tokens, pieces = tokens.tolist(), []
+        # From the last one on, since the last one takes the place of one that leaves.
+        for place in reversed(range(len(tokens))):
             sample = self.batch.rows[place]
-            piece = sample.add(token, logits[place])
+            generation = sample.generation
+            piece = sample.add(tokens[place], logits[place])
             if piece:
-                pieces.append((sample.generation, piece))
+                pieces.append((generation, piece))
+            if sample.completion.finished or generation.cancelled:
+                self.batch.leave(place)
+                generation.n_open -= 1
+                if not generation.n_open:
+                    self.open.discard(generation)
         self.hand_over(pieces)
-        for place in reversed(range(len(self.batch.rows))):
-            sample = self.batch.rows[place]
-            if not sample.completion.finished and not sample.generation.cancelled:
-                continue
-            self.batch.leave(place)
-            sample.generation.n_open -= 1
-            if not sample.generation.n_open:
-                self.open.discard(sample.generation)
 
     def hand_over(self, pieces: Sequence[tuple[Generation, Piece | Exception]]) -> None:
         """Give pieces to those who wait for them. Waking the event loop is slow: once a step."""

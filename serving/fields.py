@@ -1,7 +1,4 @@
-"""Read the fields of a request's JSON object, each with its type and its range.
-
-Knows no HTTP.
-"""
+"""Read the fields of a request's JSON object, each with its type and its range."""
 
 from __future__ import annotations
 
@@ -14,17 +11,15 @@ from conf.sampling import SamplingConfig
 # The setting by the name of OpenAI's API, where it has another one.
 NAMES = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens",
          "temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "seed": "seed"}
-INTEGERS = ("max_new_tokens", "top_k", "seed")
 # These do not change the answer.
 IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
 MAX_STOPS, MAX_STOP = 16, 200
 MAX_NUMBER = 2**63
 MAX_MESSAGE = 500
-NESTED = "The body is nested too deeply."
 
 
-class BadRequest(Exception):
-    """A mistake in a request: an HTTP status, a message, the field, and a code for programs."""
+class Refused(Exception):
+    """Why a request is not answered: a message, the field, a code for programs, an HTTP status."""
 
     def __init__(self, message: str, param: str | None = None, code: str | None = None,
                  status: int = 400) -> None:
@@ -34,15 +29,13 @@ class BadRequest(Exception):
 
 
 def parse(body: bytes) -> dict[str, Any]:
-    """The JSON object of a body. Raises BadRequest if it is not one."""
+    """The JSON object of a body. Raises Refused if it is not one."""
     try:
         values = json.loads(body.decode())
-    except RecursionError:
-        raise BadRequest(NESTED) from None
     except ValueError as error:
-        raise BadRequest(f"The body is not JSON in UTF-8: {error}.") from None
+        raise Refused(f"The body is not JSON in UTF-8: {error}.") from None
     if not isinstance(values, dict):
-        raise BadRequest("The body is not a JSON object.")
+        raise Refused("The body is not a JSON object.")
     return values
 
 
@@ -59,16 +52,16 @@ class Fields:
         # To Python, true is a number.
         if value is not default and type(value) not in types:
             wanted = " or ".join(JSON_NAMES[kind] for kind in types)
-            raise BadRequest(f"{name}={shown(value)} must be {wanted}.", name)
+            raise Refused(f"{name}={shown(value)} must be {wanted}.", name)
         # Neither NaN nor infinity is.
         if isinstance(value, int | float) and not abs(value) < MAX_NUMBER:
-            raise BadRequest(f"{name}={shown(value)} is not a number below {MAX_NUMBER}.", name)
+            raise Refused(f"{name}={shown(value)} is not a number below {MAX_NUMBER}.", name)
         return value
 
     def integer(self, name: str, default: int | None, low: int, high: int) -> int | None:
         value = self.take(name, default, int)
         if value is not None and not low <= value <= high:
-            raise BadRequest(f"{name}={value} must be from {low} to {high}.", name)
+            raise Refused(f"{name}={value} must be from {low} to {high}.", name)
         return value
 
     def rules(self, defaults: SamplingConfig, may_be_empty: bool = False) -> SamplingConfig:
@@ -82,7 +75,8 @@ class Fields:
             if name in self.values:
                 sent_as[setting] = name
             default = given.get(setting, getattr(defaults, setting))
-            types = (int,) if setting in INTEGERS else (int, float)
+            is_integer = isinstance(getattr(SamplingConfig, setting), int)
+            types = (int,) if is_integer else (int, float)
             given[setting] = self.take(name, default, *types)
         rules = replace(SamplingConfig(cache=defaults.cache, int8=defaults.int8), **given)
         is_empty = may_be_empty and rules.max_new_tokens == 0
@@ -90,7 +84,7 @@ class Fields:
         for problem in checked.problems():
             setting, equals, rest = problem.partition("=")
             name = sent_as.get(setting, setting)
-            raise BadRequest(f"{name}{equals}{rest}", name)
+            raise Refused(f"{name}{equals}{rest}", name)
         return rules
 
     def stops(self, default: str) -> list[str]:
@@ -100,18 +94,18 @@ class Fields:
             stops = [stops] if stops else []
         for stop in stops:
             if not isinstance(stop, str) or not 0 < len(stop) <= MAX_STOP:
-                raise BadRequest(f"stop={shown(stop)} must be a text of 1 to {MAX_STOP} "
+                raise Refused(f"stop={shown(stop)} must be a text of 1 to {MAX_STOP} "
                                  "characters.", "stop")
         if len(stops) > MAX_STOPS:
-            raise BadRequest(f"stop has {len(stops)} texts, and the limit is {MAX_STOPS}.", "stop")
+            raise Refused(f"stop has {len(stops)} texts, and the limit is {MAX_STOPS}.", "stop")
         return stops
 
     def check_rest(self) -> None:
-        """Raise BadRequest for a field that nobody took, unless it changes nothing."""
+        """Raise Refused for a field that nobody took, unless it changes nothing."""
         for name, value in self.values.items():
             # Such as presence_penalty=0 or tools=[].
             if name not in IGNORED and value:
-                raise BadRequest(f"{name[:100]}={shown(value)} is not supported: leave it out.",
+                raise Refused(f"{name[:100]}={shown(value)} is not supported: leave it out.",
                                  name[:100], "unsupported_parameter")
 
 

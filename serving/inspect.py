@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import math
 
-import torch
-
-from generation.inspection import attention_weights, next_tokens, predictions, token_label
-from generation.sampling import finite
+from data.tokenizer import Tokenizer
+from generation.inspection import Prediction, attention_picture, predictions
 from report.attention import max_tokens, page_data
 from serving.answers import Json, token_text
-from serving.fields import BadRequest, Fields
+from serving.fields import Fields, Refused
 from serving.tasks import Model, encoded
 
 MAX_TOKENS = 2048  # of a text; decoding waits while it is read
@@ -25,7 +23,7 @@ async def losses(model: Model, fields: Fields) -> Json:
     """The loss of each token of `text`, its alternatives, and the most likely next tokens."""
     ids = text_ids(model, fields)
     if len(ids) > MAX_TOKENS:
-        raise BadRequest(f"The text has {len(ids):,} tokens, and the limit is {MAX_TOKENS:,}: "
+        raise Refused(f"The text has {len(ids):,} tokens, and the limit is {MAX_TOKENS:,}: "
                          "shorten it.", "text")
     return await model.batcher.call(lambda: losses_of(model, ids))
 
@@ -33,19 +31,22 @@ async def losses(model: Model, fields: Fields) -> Json:
 def losses_of(model: Model, ids: list[int]) -> Json:
     tokenizer = model.engine.tokenizer
     *before, last = predictions(model.engine.model, ids, N_NEXT)
-    # An end of text that precedes the text predicts its first token.
-    start = int(ids[0] == tokenizer.end_of_text)
     tokens = []
-    if not start:
-        tokens.append({"text": token_text(tokenizer, ids[0]), "logprob": None, "top": []})
-    for token, found in zip(ids[1:], before, strict=True):
-        top = [(token_text(tokenizer, id), value) for id, value in found.top.items()][:N_TOP]
-        tokens.append({"text": token_text(tokenizer, token), "logprob": found.logprob, "top": top})
+    for token, found in zip(ids, [Prediction(None, {}), *before], strict=True):
+        tokens.append({"text": token_text(tokenizer, token), "logprob": found.logprob,
+                       "top": as_texts(found.top, tokenizer)[:N_TOP]})
+    # The end of text that precedes the text is no part of it.
+    if ids[0] == tokenizer.end_of_text:
+        tokens.pop(0)
     total = -math.fsum(found.logprob for found in before)
     n_bytes = len(tokenizer.decode_bytes(ids[1:]))
-    following = [(token_text(tokenizer, id), value) for id, value in last.top.items()]
-    return {"tokens": tokens, "next": following, "loss": total / max(1, len(before)),
+    return {"tokens": tokens, "next": as_texts(last.top, tokenizer),
+            "loss": total / max(1, len(before)),
             "bits_per_byte": total / math.log(2) / max(1, n_bytes)}
+
+
+def as_texts(top: dict[int, float], tokenizer: Tokenizer) -> list[tuple[str, float]]:
+    return [(token_text(tokenizer, token), value) for token, value in top.items()]
 
 
 async def attention(model: Model, fields: Fields) -> Json:
@@ -55,15 +56,10 @@ async def attention(model: Model, fields: Fields) -> Json:
 
 
 def attention_of(model: Model, ids: list[int]) -> Json:
-    gpt, tokenizer = model.engine.model, model.engine.tokenizer
-    config = gpt.config
-    shown = ids[-min(MAX_ATTENTION, config.block_size,
-                     max_tokens(config.n_layer, config.n_head)):]
-    logits, weights = attention_weights(gpt, torch.tensor([shown], device=gpt.wte.weight.device))
-    finite(logits)
-    labels = [token_label(tokenizer, token) for token in shown]
-    data = page_data(model.name, labels, weights.float().cpu().numpy(),
-                     next_tokens(logits, tokenizer))
+    gpt, config = model.engine.model, model.engine.model.config
+    on_a_page = max_tokens(config.n_layer, config.n_head)
+    shown = ids[-min(MAX_ATTENTION, config.block_size, on_a_page) :]
+    data = page_data(model.name, *attention_picture(gpt, model.engine.tokenizer, shown))
     return {"data": data, "left_out": len(ids) - len(shown)}
 
 

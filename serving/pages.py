@@ -7,9 +7,7 @@ import hashlib
 from dataclasses import fields
 from pathlib import Path
 
-from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
 
 from conf.sampling import FIXED, SamplingConfig
 from conf.serving import ServeSettings
@@ -55,13 +53,6 @@ def file_response(content: bytes, media_type: str, policy: str) -> Response:
     return Response(content, media_type=media_type,
                     headers={"content-security-policy": policy, "cache-control": "no-cache",
                              "x-content-type-options": "nosniff"})
-
-
-def file_route(path: str, response: Response) -> Route:
-    async def get(request: Request) -> Response:
-        return response
-
-    return Route(path, get)
 
 
 def settings_json(models: dict[str, Model], settings: ServeSettings) -> Json:

@@ -17,10 +17,10 @@ from data.chat import has_markers, read_messages
 from data.records import BadRecord
 from generation.chat import Conversation
 from generation.engine import Engine
-from generation.inspection import predictions
+from generation.inspection import Prediction, predictions
 from serving.answers import Answer, ChatAnswer
 from serving.decoding import Batcher, Generation, Piece, Token
-from serving.fields import BadRequest, Fields, shown
+from serving.fields import Fields, Refused, shown
 
 MAX_TOP = 20
 
@@ -41,9 +41,8 @@ class Model:
         return self.engine.model.config.block_size
 
 
-async def completion_task(fields: Fields, model: Model,
-                          settings: ServeSettings) -> tuple[Generation, Answer]:
-    """A task of /v1/completions. Raises BadRequest."""
+async def completion_task(fields: Fields, model: Model, settings: ServeSettings) -> Answer:
+    """A task of /v1/completions. Raises Refused."""
     prompts = await asyncio.to_thread(read_prompts, fields, model, settings.batch_size)
     n = fields.integer("n", 1, 1, settings.batch_size)
     top = fields.integer("logprobs", None, 0, MAX_TOP)
@@ -52,15 +51,15 @@ async def completion_task(fields: Fields, model: Model,
     jobs = [(prompt, number) for prompt in prompts for number in range(n)]
     rules = fields.rules(settings, may_be_empty=has_echo)
     generation = make_generation(fields, jobs, rules, settings, top)
-    echoes = []
-    if has_echo:
-        for prompt in prompts:
-            echoes += [await echo_of(prompt, model, top)] * n
-    for index, (text, tokens) in enumerate(echoes):
+    echoes: list[str] = []
+    for prompt in prompts if has_echo else []:
+        text, tokens = await echo_of(prompt, model, top)
         reason = "" if rules.max_new_tokens else "length"
-        generation.received.put_nowait(Piece(index, text, tokens, 0, reason))
-    texts = [text for text, _ in echoes]
-    return generation, Answer(model.name, model.engine.tokenizer, prompts, n, texts)
+        for _ in range(n):
+            generation.received.put_nowait(Piece(len(echoes), text, tokens, 0, reason))
+            echoes.append(text)
+    n_prompt = sum(map(len, prompts))
+    return Answer(model.name, model.engine.tokenizer, generation, n_prompt, echoes)
 
 
 async def echo_of(prompt: list[int], model: Model, top: int | None) -> tuple[str, list[Token]]:
@@ -69,22 +68,21 @@ async def echo_of(prompt: list[int], model: Model, top: int | None) -> tuple[str
     if top is None:
         return text, []
     if len(prompt) > model.block_size:
-        raise BadRequest(f"The prompt has {len(prompt):,} tokens, and echo with logprobs reads up "
-                         f"to {model.block_size:,}, the context of the model: shorten it.",
-                         "prompt", "context_length_exceeded")
+        raise Refused(f"The prompt has {len(prompt):,} tokens, and echo with logprobs reads up "
+                      f"to {model.block_size:,}, the context of the model: shorten it.",
+                      "prompt", "context_length_exceeded")
     predicted = await model.batcher.call(
         lambda: list(predictions(model.engine.model, prompt, top)))
-    offsets = [offset - len(text) for offset in model.engine.offsets(prompt)]
-    tokens = [Token(prompt[0], offsets[0], None, None)]
-    # The last prediction is of what follows the prompt.
-    for token, offset, found in zip(prompt[1:], offsets[1:], predicted[:-1], strict=True):
-        tokens.append(Token(token, offset, found.logprob, found.top))
+    tokens, offsets = [], model.engine.offsets(prompt)
+    # Nothing predicts the first token. The last prediction is of what follows the prompt.
+    found = [Prediction(None, None), *predicted[:-1]]
+    for token, offset, one in zip(prompt, offsets, found, strict=True):
+        tokens.append(Token(token, offset - len(text), one.logprob, one.top))
     return text, tokens
 
 
-async def chat_task(fields: Fields, model: Model,
-                    settings: ServeSettings) -> tuple[Generation, Answer]:
-    """A task of /v1/chat/completions. Raises BadRequest."""
+async def chat_task(fields: Fields, model: Model, settings: ServeSettings) -> Answer:
+    """A task of /v1/chat/completions. Raises Refused."""
     rules = fields.rules(settings)
     messages = fields.take("messages", [])
     # As in vLLM: the last message is the beginning of the answer.
@@ -99,18 +97,18 @@ async def chat_task(fields: Fields, model: Model,
     # The same text as the answer to the same question in sample.py.
     jobs = [(prompt, number + index) for index in range(n)]
     generation = make_generation(fields, jobs, replace(rules, max_new_tokens=most), settings, top)
-    return generation, ChatAnswer(model.name, model.engine.tokenizer, [prompt], n)
+    return ChatAnswer(model.name, model.engine.tokenizer, generation, len(prompt))
 
 
 def make_generation(fields: Fields, jobs: Sequence[tuple[list[int], int]], rules: SamplingConfig,
                     settings: ServeSettings, top: int | None) -> Generation:
-    """The generation of `jobs`. Raises BadRequest if it is too large."""
+    """The generation of `jobs`. Raises Refused if it is too large."""
     if len(jobs) > settings.batch_size:
-        raise BadRequest(f"{len(jobs)} completions are asked for, and the limit is "
+        raise Refused(f"{len(jobs)} completions are asked for, and the limit is "
                          f"{settings.batch_size} (batch_size).", "n")
     n_tokens = len(jobs) * rules.max_new_tokens
     if n_tokens > settings.max_request_tokens:
-        raise BadRequest(f"{n_tokens} tokens are asked for, and the limit is "
+        raise Refused(f"{n_tokens} tokens are asked for, and the limit is "
                          f"{settings.max_request_tokens} (max_request_tokens).", "max_tokens")
     return Generation(jobs, rules, fields.stops(settings.stop), top)
 
@@ -121,9 +119,9 @@ def read_prompts(fields: Fields, model: Model, most: int) -> list[list[int]]:
     is_one = isinstance(given, str) or (given and all(type(one) is int for one in given))
     prompts = [given] if is_one else given
     if not prompts:
-        raise BadRequest("prompt is an empty list: give at least one.", "prompt")
+        raise Refused("prompt is an empty list: give at least one.", "prompt")
     if len(prompts) > most:
-        raise BadRequest(f"prompt has {len(prompts)} prompts, and the limit is {most} "
+        raise Refused(f"prompt has {len(prompts)} prompts, and the limit is {most} "
                          "(batch_size).", "prompt")
     truncates = fields.take("truncate_prompt", False)
     return [read_prompt(prompt, model, truncates) for prompt in prompts]
@@ -135,13 +133,13 @@ def read_prompt(prompt: Any, model: Model, truncates: bool) -> list[int]:
     if isinstance(prompt, list):
         for token in prompt:
             if type(token) is not int or not 0 <= token < n_vocab:
-                raise BadRequest(f"prompt has {shown(token)} in place of a token id from 0 to "
+                raise Refused(f"prompt has {shown(token)} in place of a token id from 0 to "
                                  f"{n_vocab - 1}.", "prompt")
     elif not isinstance(prompt, str):
-        raise BadRequest(f"prompt has {shown(prompt)} in place of a text.", "prompt")
+        raise Refused(f"prompt has {shown(prompt)} in place of a text.", "prompt")
     ids = encoded("prompt", model, prompt or "")
     if len(ids) > model.block_size and not truncates:
-        raise BadRequest(f"The prompt has {len(ids):,} tokens, and the context of the model "
+        raise Refused(f"The prompt has {len(ids):,} tokens, and the context of the model "
                          f"{model.block_size:,}: shorten it, or set truncate_prompt.", "prompt",
                          "context_length_exceeded")
     return ids
@@ -152,25 +150,25 @@ def encoded(name: str, model: Model, prompt: str | list[int]) -> list[int]:
         return model.engine.prompt_ids(prompt)
     except ValueError as error:
         # A character that the tokenizer lacks.
-        raise BadRequest(str(error), name) from None
+        raise Refused(str(error), name) from None
 
 
 def read_conversation(given: list[Any], model: Model, rules: SamplingConfig,
                       has_begun: bool) -> tuple[list[int], int]:
     """The prompt of the next answer, and the number of questions before the last one."""
     if not has_markers(model.engine.tokenizer):
-        raise BadRequest(f"{model.name} was not trained on conversations (data=chat): use "
+        raise Refused(f"{model.name} was not trained on conversations (data=chat): use "
                          "/v1/completions.", "model")
     joined = [with_joined_parts(message) for message in given]
     messages = read_messages({"messages": joined}, "The request")
     if isinstance(messages, BadRecord):
-        raise BadRequest(f"{messages.problem}.", "messages")
+        raise Refused(f"{messages.problem}.", "messages")
     try:
         conversation = Conversation(model.engine, rules)
         return conversation.continued(messages, has_begun), conversation.n_questions
     except ValueError as error:
         # A question that is too long, or a character that the tokenizer lacks.
-        raise BadRequest(str(error), "messages") from None
+        raise Refused(str(error), "messages") from None
 
 
 def with_joined_parts(message: Any) -> Any:

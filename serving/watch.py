@@ -20,7 +20,7 @@ from report.metrics import read_new_rows
 from report.runs import best_first, runs_in
 from report.tables import leaderboard_rows
 from serving.answers import Json
-from serving.fields import BadRequest, Fields
+from serving.fields import Fields, Refused
 
 MAX_BYTES = 2**22  # of metrics in one answer
 # What the page draws of a line of metrics.
@@ -42,7 +42,7 @@ class Runs:
             return {}
         return {str(run.relative_to(self.runs_dir)): run for run in runs_in(self.runs_dir)}
 
-    def list(self, fields: Fields) -> Json:
+    def list(self) -> Json:
         """All runs, each with its state and its results, and the names of the sweeps."""
         folders = self.folders()
         sweeps = {str(run.parent.relative_to(self.runs_dir)) for run in folders.values()
@@ -95,7 +95,7 @@ class Runs:
                 with suppress(ValueError, OSError):
                     histories.append(self.open(run))
         if not histories:
-            raise BadRequest(f"sweep={name[:100]} is not one that was listed.", "sweep", status=404)
+            raise Refused(f"sweep={name[:100]} is not one that was listed.", "sweep", status=404)
         histories = best_first(histories)
         rows = [{column: (plain(value), text) for column, (value, text) in row.items()}
                 for row in leaderboard_rows(histories)]
@@ -103,10 +103,10 @@ class Runs:
 
 
 def listed(fields: Fields, name: str, found: dict[str, Path]) -> Path:
-    """The path of what a field names. Raises BadRequest if it was not listed."""
+    """The path of what a field names. Raises Refused if it was not listed."""
     value = fields.take(name, "")
     if value not in found:
-        raise BadRequest(f"{name}={value[:100]} is not one that was listed.", name, status=404)
+        raise Refused(f"{name}={value[:100]} is not one that was listed.", name, status=404)
     return found[value]
 
 

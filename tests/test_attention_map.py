@@ -93,7 +93,7 @@ def test_tokens_cannot_end_the_script_they_are_in():
 
 def test_an_output_that_is_not_finite_is_one_sentence(tmp_path, monkeypatch):
     settings = compose(attention_map.AttentionMapSettings, ["fresh=nano", f"out={tmp_path / 'x.html'}"])
-    monkeypatch.setattr(attention_map, "attention_weights", lambda model, ids: (torch.full((26, 257), torch.nan), torch.zeros(2, 2, 26, 26)))
+    monkeypatch.setattr(inspection, "attention_weights", lambda model, ids: (torch.full((26, 257), torch.nan), torch.zeros(2, 2, 26, 26)))
     with pytest.raises(ValueError, match="NaN or infinite"):
         attention_map.main(settings)
     assert not (tmp_path / "x.html").exists()

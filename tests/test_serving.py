@@ -32,7 +32,8 @@ from generation.chat import Conversation
 from generation.decoder import Decoder
 from generation.engine import Engine
 from model.gpt import GPT, GPTConfig
-from serving.decoding import Batcher, Busy, DecodingThread, Generation, Stopped
+from serving.decoding import Batcher, DecodingThread, Generation
+from serving.fields import Refused
 from serving.tasks import Model
 from training.device import Device
 
@@ -221,7 +222,7 @@ def test_open_requests_are_limited(engine):
     async def flood(batcher):
         for _ in range(2):
             batcher.submit(Generation([([1], 0)], SamplingConfig(5000)))
-        with pytest.raises(Busy, match="2 requests are open, which is the limit"):
+        with pytest.raises(Refused, match="2 requests are open, which is the limit"):
             batcher.submit(Generation([([1], 0)], SamplingConfig(5000)))
 
     with decoding(engine, max_requests=2) as [batcher]:
@@ -255,9 +256,9 @@ def test_stopping_ends_what_is_open(engine):
         batcher.submit(waiting)
         batcher.thread.stop()
         for generation in (running, waiting):
-            with pytest.raises(Stopped):
+            with pytest.raises(Refused, match="The server was stopped"):
                 await collected(generation)
-        with pytest.raises(Stopped):
+        with pytest.raises(Refused, match="The server was stopped"):
             batcher.submit(running)
 
     with decoding(engine) as [batcher]:

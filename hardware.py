@@ -14,6 +14,8 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
+from terminal import readable_size
+
 CGROUPS = Path("/sys/fs/cgroup")
 # The file that names the cgroups of this process.
 OWN_GROUPS = Path("/proc/self/cgroup")
@@ -147,6 +149,14 @@ def available_memory(root: Path = CGROUPS, own_groups: Path = OWN_GROUPS) -> flo
         free = physical_memory()
     limits = map(memory_of, cgroups("memory", root, own_groups))
     return min([free, *(limit - used for limit, used in filter(None, limits))])
+
+
+def check_free(nbytes: float, place: object) -> None:
+    """Raise ValueError, naming the `place` of the content, if it does not fit in free memory."""
+    free = available_memory()
+    if nbytes > free:
+        raise ValueError(f"{place} needs {readable_size(nbytes)} of memory, {readable_size(free)} "
+                         "are free.")
 
 
 def memory_size() -> float:

@@ -22,7 +22,7 @@ from checkpointing.changes import limit_reached
 from checkpointing.checkpoint import Checkpoint
 from checkpointing.environment import open_device
 from checkpointing.initial import InitialWeights
-from checkpointing.memory_plan import divides_weights, memory_advice
+from checkpointing.memory_plan import check_memory, divides_weights, memory_advice
 from checkpointing.resume import open_run
 from checkpointing.run_folder import Run
 from checkpointing.state import State, new_state
@@ -42,9 +42,7 @@ from training.configure import configure
 from training.decision import Decision, decide
 from training.device import Device
 from training.distributed import World
-from training.documents import document_numbers
 from training.interrupt import Interrupt
-from training.memory import check_memory
 
 
 def train(settings: Settings) -> int:
@@ -90,7 +88,7 @@ def train_together(settings: Settings, world: World) -> int:
             state.load_weights(initial.load(settings, data.tokenizer))
 
         # Nothing is written before it is known that memory and disk space suffice.
-        check_resources(state, data, device, run)
+        check_resources(settings, state, device, run)
         if world.is_first:
             atomic.write_bytes(run.folder / "config.yaml", as_yaml(settings).encode())
 
@@ -123,11 +121,10 @@ def load_data(settings: Settings, world: World) -> RunData:
                      settings.seed, world.rank, world.size)
 
 
-def check_resources(state: State, data: RunData, device: Device, run: Run) -> None:
+def check_resources(settings: Settings, state: State, device: Device, run: Run) -> None:
     """Raise ValueError unless a micro-step fits in memory, and two checkpoints on the disk."""
     if not state.optimizers.sharded:
-        inputs, _ = data.first_batch
-        check_memory(state.model, inputs, document_numbers(inputs, data.boundary), device)
+        check_memory(settings, device)
     if state.optimizers.world.is_first:
         store.check_free_space(run.checkpoints, state.nbytes())
 

@@ -38,8 +38,8 @@ from checkpointing.format import (
     parts_of,
     step_name,
 )
+from hardware import check_free
 from terminal import first_line
-from training.memory import check_free
 
 # More than the JSON files ever need.
 MAX_BYTES = {MANIFEST: 2**20, STATE: 2**20, TOKENIZER: 2**24}

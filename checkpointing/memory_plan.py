@@ -1,25 +1,95 @@
-"""The memory that each of several processes takes, whether it suffices, and what to do if not."""
+"""The memory of a training step: counted without training, and whether it suffices.
+
+Counted on tensors without content. Knows nothing about the memory of Python and torch themselves.
+"""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from checkpointing.count_memory import count_memory
+from checkpointing.state import State
 from conf.settings import Settings
+from hardware import available_memory, memory_size
 from model import GPT, SkipInit
+from model.loss import loss_options
 from terminal import readable_size
 from training.buckets import BUCKET_NUMBERS, MOST_IN_FLIGHT
 from training.device import Device
 from training.distributed import World
-from training.memory import MOST_BYTES_KEPT, memory_limit
+from training.optim import Optimizers
 
 # The part of a device's memory that training may be planned to take. The rest is for libraries, and
 # lost by fragmentation.
 USABLE_MEMORY = 0.9
+# A bound on the bytes that are kept for the backward pass, for each number of a layer's residual
+# stream. A tenth of it is usual.
+MOST_BYTES_KEPT = 512
+
+
+class AllocationCounter(TorchDispatchMode):
+    """Counts the bytes of all tensors that are created while it is active, and their peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0
+        self.peak = 0
+        self.seen: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if not isinstance(leaf, Tensor):
+                continue
+            # Views share a storage, which is counted once, until the last of them is freed.
+            storage = leaf.untyped_storage()
+            if storage not in self.seen:
+                self.seen.add(storage)
+                self.add(storage.nbytes())
+                weakref.finalize(storage, self.add, -storage.nbytes())
+        return result
+
+    def add(self, nbytes: int) -> None:
+        self.now += nbytes
+        self.peak = max(self.peak, self.now)
+
+
+def count_memory(settings: Settings, device: Device, gpu_bytes: float = 0) -> tuple[int, int]:
+    """Bytes of the state that a checkpoint holds, and of the peak in a step, state included.
+
+    Both are those of one process, counted in a training step on fake tensors, which have no
+    content. `gpu_bytes` is the memory of a GPU for which this is planned on another device.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    # Build the model and the optimizers as for a run.
+    shape = (settings.training.batch_size, settings.model.block_size)
+    scaler = torch.amp.GradScaler(device.type, enabled=False)
+    with FakeTensorMode(), AllocationCounter() as counter, device.torch:
+        model = GPT(settings.model)
+        model.recompute = settings.training.recompute
+        model.loss_options = loss_options(device.torch, gpu_bytes=gpu_bytes)
+        optimizers = Optimizers(model.parameters_by_role(), settings.optim)
+
+        # Train one step.
+        ids = torch.zeros(shape, dtype=torch.int64)
+        document_ids = ids if settings.data.respect_documents else None
+        # In the second micro-step, the gradients of the first exist as well.
+        for _ in range(2):
+            with device.autocast():
+                loss = model(ids, ids, document_ids=document_ids)
+            loss.backward()
+            del loss
+        optimizers.step(scaler, optimizers.gradient_norm(scaler), settings.optim.grad_clip)
+        return State(model, optimizers, scaler).nbytes(), counter.peak
 
 
 def memory_of_each(settings: Settings, state_bytes: int, peak_bytes: int, processes: int = 1,
@@ -109,14 +179,43 @@ def exceeds_memory(settings: Settings, world: World, device: Device) -> bool:
     usable = USABLE_MEMORY * memory_limit(device)
     if device.type == "cpu":
         usable /= world.local_size
-    config, training = settings.model, settings.training
-    with SkipInit("meta"):
-        weights = weight_bytes(GPT(config))
-    # A bound that does not need the import of fake tensors, which takes seconds.
-    residual_stream = training.batch_size * config.block_size * config.n_embd * config.n_layer
-    logits = 4 * training.batch_size * config.block_size * config.vocab_size
-    if 8 * weights + residual_stream * MOST_BYTES_KEPT + 2 * logits < usable:
+    if most_bytes(settings) < usable:
         return False
     state_bytes, peak_bytes = count_memory(settings, device)
     memory = memory_of_each(settings, state_bytes, peak_bytes, world.size)
     return sum(memory.values()) > usable
+
+
+def check_memory(settings: Settings, device: Device) -> None:
+    """Raise ValueError if the activations of a micro-step on a CPU need more than the free memory.
+
+    The system ends a process that asks for too much, without a message.
+    """
+    free = available_memory()
+    if device.type != "cpu" or most_bytes(settings) < free:
+        return
+    needed = memory_of_each(settings, *count_memory(settings, device))["activations"]
+    if needed > free:
+        training = settings.training
+        advice = "" if training.recompute else ", or training.recompute=true"
+        raise ValueError(f"training.batch_size={training.batch_size} sequences at once take "
+                         f"{readable_size(needed)} of memory, {readable_size(free)} are free: "
+                         "choose a smaller one (training.tokens_per_step makes it up)"
+                         f"{advice}.")
+
+
+def most_bytes(settings: Settings) -> int:
+    """A bound on the memory of a step, without the import of fake tensors, which takes seconds."""
+    config = settings.model
+    with SkipInit("meta"):
+        weights = weight_bytes(GPT(config))
+    tokens = settings.training.batch_size * config.block_size
+    kept = MOST_BYTES_KEPT * tokens * config.n_embd * config.n_layer
+    return 8 * weights + kept + 2 * 4 * tokens * config.vocab_size
+
+
+def memory_limit(device: Device) -> float:
+    """The bytes of a device's memory, free or not; of a CPU, those that this process may use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    return memory_size()

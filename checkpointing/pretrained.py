@@ -21,12 +21,12 @@ from data.bpe import BPETokenizer
 from data.to_hugging_face import byte_letters
 from data.tokenizer import Tokenizer
 from data.tokenizer_file import open_tokenizer
+from hardware import check_free
 from model.config import GPTConfig
 from model.formats import CLASSES, config_from, shown
 from model.layouts import table
 from model.pretrained import weights_from
 from terminal import counted
-from training.memory import check_free
 
 CONFIG, TENSORS = "config.json", "model.safetensors"
 PICKLED = "pytorch_model.bin"  # before safetensors

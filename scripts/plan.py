@@ -58,9 +58,14 @@ from typing import Any
 
 import numpy as np
 
-from checkpointing.count_memory import count_memory
 from checkpointing.initial import shape_of_weights
-from checkpointing.memory_plan import USABLE_MEMORY, fitting_batch_size, memory_of_each
+from checkpointing.memory_plan import (
+    USABLE_MEMORY,
+    count_memory,
+    fitting_batch_size,
+    memory_limit,
+    memory_of_each,
+)
 from conf.schema import compose
 from conf.settings import Settings
 from conf.yaml_files import ConfigError
@@ -77,7 +82,6 @@ from training.configure import configure
 from training.device import Device
 from training.estimate import Pace, Workload, measure_pace
 from training.gpus import GPU_GIGABYTES, PEAK_FLOPS
-from training.memory import memory_limit
 from training.step import BatchLoss, first_loss
 
 GPUS = sorted(name.lower().replace(" ", "-") for name in PEAK_FLOPS)

@@ -285,7 +285,7 @@ def test_a_tensor_file_larger_than_the_model_is_not_read(folder, monkeypatch):
 
 
 def test_a_model_larger_than_the_free_memory_is_refused(folder, monkeypatch):
-    monkeypatch.setattr("training.memory.available_memory", lambda: 30.0)
+    monkeypatch.setattr("hardware.available_memory", lambda: 30.0)
     with pytest.raises(ValueError, match=r"needs 36 bytes of memory, 30 bytes are free"):
         Checkpoint.open(folder).load_tensors(MODEL, LIKE.model)
 

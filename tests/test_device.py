@@ -17,12 +17,12 @@ import pytest
 import torch
 
 import train
+from checkpointing.memory_plan import memory_limit
 from model.loss import LossOptions
 from training import slow_cpu
 from training.compiling import check_fused_loss, maybe_compile
 from training.configure import activate_flash_attention_3, configure
 from training.device import Device
-from training.memory import bytes_kept, memory_limit
 from training.slow_cpu import slow_cpu_warnings
 from training.step import BatchLoss
 
@@ -275,18 +275,6 @@ def test_a_missing_c_compiler_is_named_as_the_cause(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     assert compiler("auto", 1e5) == "model"
     assert "no C++ compiler found" in compiler.said[-1] and not compiler.tried
-
-
-def test_a_tensor_that_is_kept_twice_is_counted_once():
-    x, weight = torch.ones(100, 50), torch.nn.Parameter(torch.ones(20, 50))
-
-    def product():
-        return torch.nn.functional.linear(x, weight)
-
-    assert bytes_kept(product) == 4 * 100 * 50
-    assert bytes_kept(lambda: product().exp() + product()) == 4 * (100 * 50 + 100 * 20)
-    with torch.no_grad():
-        assert bytes_kept(product) == 0
 
 
 def test_a_loss_that_cannot_be_compiled_runs_uncompiled(monkeypatch):

@@ -17,7 +17,7 @@ from test_step import all_gradients, numbered_batches
 
 import train
 from checkpointing import store
-from checkpointing.count_memory import count_memory
+from checkpointing.memory_plan import count_memory
 from conf.sampling import SamplingConfig
 from generation.decoder import Decoder
 from generation.sampling import Batch, Row

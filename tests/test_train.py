@@ -11,26 +11,23 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import train as program
 import trainer
-from checkpointing import store
+from checkpointing import memory_plan, store
 from conf.presets import options
 from conf.schema import compose
 from data.loader import Loader, Validation
 from data.prepare import prepare
-from data.shards import Tokens, open_parts
+from data.shards import open_parts
 from generation.engine import open_checkpoint
-from model import GPT, GPTConfig
+from model import GPT
 from scripts.verify_resume import read_metrics
-from training import memory
 from training.device import Device
 from training.distributed import World
-from training.memory import check_memory
 from training.step import BatchLoss, evaluate
 
 ROOT = Path(__file__).parent.parent
@@ -200,23 +197,21 @@ def run_program(*words: str, **options: object) -> subprocess.Popen:
 
 def test_a_batch_that_does_not_fit_in_memory_is_refused(compose_tiny, tmp_path, monkeypatch):
     """Before anything is written; and with the activations computed again, it fits."""
-    monkeypatch.setattr(memory, "available_memory", lambda: 600e3)
+    monkeypatch.setattr(memory_plan, "available_memory", lambda: 600e3)
     with pytest.raises(ValueError, match=r"batch_size=64 sequences at once take [\d.]+ MB of memory, 586 KB are free: choose a smaller"):
         program.train(compose_tiny("training.batch_size=64", "training.max_steps=1"))
     assert not (tmp_path / "runs" / "tiny" / "config.yaml").exists()
-    monkeypatch.setattr(memory, "available_memory", lambda: 3e6)
+    monkeypatch.setattr(memory_plan, "available_memory", lambda: 6e6)
     with pytest.raises(ValueError, match=r"or training\.recompute=true"):
         program.train(compose_tiny("training.batch_size=64", "training.max_steps=1"))
     assert program.train(compose_tiny("training.batch_size=64", "training.max_steps=1", "training.recompute=true")) == 0
 
 
 def test_memory_check_does_not_count_logits_of_all_chunks(monkeypatch):
-    """Two rows of 128 positions and 50,257 tokens still are, three are not."""
-    model = GPT(GPTConfig(block_size=128, vocab_size=50257, n_layer=1, n_head=1, n_embd=16))
-    loader = Loader([Tokens([np.zeros(64 * 128 + 1, np.uint32)])], 128, 64)
-    monkeypatch.setattr(memory, "available_memory", lambda: 50e6)
-    inputs, _ = loader.batch(0)
-    check_memory(model, inputs, None, Device("cpu", "fp32"))
+    """All logits would take 0.8 GB."""
+    settings = compose("config", ["model.block_size=128", "model.n_layer=1", "model.n_head=1", "model.n_embd=16", "training.batch_size=32"])
+    monkeypatch.setattr(memory_plan, "available_memory", lambda: 400e6)
+    memory_plan.check_memory(settings, Device("cpu", "fp32"))
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 from unittest.mock import patch
 
@@ -20,6 +21,7 @@ from setting import SettingsBase, setting
 from training.configure import configure
 from training.device import Device
 
+Module = Callable[[Tensor], Tensor]  # from `[B, T, C]` to `[B, T, C]`
 SIZES = {
     "batch 32, 128 positions, width 256, 4 heads": (32, 128, 256, 4),
     "batch 4, 1,024 positions, width 768, 12 heads": (4, 1024, 768, 12),
@@ -49,18 +51,14 @@ def main(settings: AttentionSettings) -> int:
         print(f"\n{name}\n")
         print_header("way", "forward, ms", "x", "forward + backward, ms", "x")
         for way in modules:
-            print_row(
-                way,
-                f"{1000 * forward[way]:.1f}", f"{forward['head by head'] / forward[way]:.2f}",
-                f"{1000 * both[way]:.1f}", f"{both['head by head'] / both[way]:.2f}",
-            )
+            print_row(way, f"{1000 * forward[way]:.1f}",
+                      f"{forward['head by head'] / forward[way]:.2f}",
+                      f"{1000 * both[way]:.1f}", f"{both['head by head'] / both[way]:.2f}")
     return 0
 
 
-def make_modules(
-    C: int, T: int, H: int, device: torch.device
-) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Causal attention with an output projection, `[B, T, C]` to `[B, T, C]`, in five ways."""
+def make_modules(C: int, T: int, H: int, device: torch.device) -> dict[str, Module]:
+    """Causal attention with an output projection, in five ways."""
     one_by_one = MultiHeadAttentionWrapper(C, C // H, T, 0.0, H, qkv_bias=True)
     wrapper = nn.Sequential(one_by_one, nn.Linear(C, C)).to(device)
     split = MultiHeadAttention(C, C, T, 0.0, H, qkv_bias=True).to(device)
@@ -79,21 +77,15 @@ def make_modules(
     }
 
 
-def time_modules(
-    modules: dict[str, Callable[[Tensor], Tensor]],
-    x: Tensor,
-    device: Device,
-    rounds: int,
-    backward: bool,
-) -> dict[str, float]:
+def time_modules(modules: dict[str, Module], x: Tensor, device: Device, rounds: int,
+                 backward: bool) -> dict[str, float]:
     """Median seconds of a forward pass of each module, with or without its backward pass."""
-
-    def run_once(module: Callable[[Tensor], Tensor]) -> None:
+    def run_once(module: Module) -> None:
         with device.autocast(), torch.set_grad_enabled(backward):
             y = module(x)
         if backward:
             y.sum().backward()
         device.synchronize()
 
-    calls = {way: lambda module=module: run_once(module) for way, module in modules.items()}
-    return alternating_medians(calls, rounds)
+    return alternating_medians({way: partial(run_once, module) for way, module in modules.items()},
+                               rounds)

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from bench import peer as nanogpt
-from bench.timing import measure_in_process, print_header, print_row, write_json
+from bench import timing
+from bench.timing import seconds_of
 from conf.sampling import SamplingConfig
 from generation import kernels
 from generation.decoder import Decoder
@@ -31,7 +32,7 @@ from hardware import native
 from model import GPT, GPTConfig
 from model.formats import config_to
 from model.pretrained import weights_to
-from setting import FilePath, SettingsBase, setting
+from setting import setting
 from training.configure import keep_freed_memory
 
 SAMPLING = {"temperature": 0.8, "top_k": 50}
@@ -59,20 +60,16 @@ class Case(NamedTuple):
 
 
 @dataclass(frozen=True)
-class DecodeSettings(SettingsBase):
+class DecodeSettings(nanogpt.PeerSettings):
     """Settings of the benchmark of decoding."""
 
-    peer: FilePath = setting("", "a nanoGPT checkout")
     shape: Literal["gpt2", "gpt2-medium", "modern", "grouped"] = setting("gpt2", "of the model")
     prompt: int = setting(768, "tokens that are given", ge=1)
     tokens: int = setting(192, "tokens that are decoded", ge=2)
     batch: int = setting(16, "sequences in the batched cases", ge=1)
-    rounds: int = setting(3, "processes of each case", ge=1)
-    out: FilePath = setting("", "write the measurements as JSON")
 
     def problems(self) -> Iterator[str]:
         """One sentence for each invalid value."""
-        yield from nanogpt.checkout_problems(self.peer)
         yield from super().problems()
         block_size = SHAPES[self.shape].block_size
         if self.prompt + self.tokens > block_size:
@@ -81,26 +78,23 @@ class DecodeSettings(SettingsBase):
 
 
 def main(settings: DecodeSettings) -> int:
+    def measure_case(case: Case) -> dict[str, float]:
+        return timing.measure_in_process("bench.decode", *case, settings.shape, settings.prompt,
+                                         settings.tokens, settings.peer)
+
     bf16 = "native" if native("bf16") else "not native"
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, bf16 {bf16}; "
           f"{settings.shape}, prompt of {settings.prompt}, {settings.tokens} tokens\n")
-    print_header("side", "precision", "batch", "prefill, s", "tokens/s",
-                 "memory is read at, GB/s", "of that rate", "prepared in, s")
-    runs: dict[Case, list[dict[str, float]]] = {case: [] for case in cases(settings)}
-    for _ in range(settings.rounds):
-        for case, measured in runs.items():
-            arguments = (*case, settings.shape, settings.prompt, settings.tokens, settings.peer)
-            measured.append(measure_in_process("bench.decode", *arguments))
+    timing.print_header("side", "precision", "batch", "prefill, s", "tokens/s",
+                        "memory is read at, GB/s", "of that rate", "prepared in, s")
+    runs = timing.in_turn(cases(settings), settings.rounds, measure_case)
     for case, measured in runs.items():
-        median = {key: statistics.median(run[key] for run in measured) for key in measured[0]}
-        print_row(
-            case.side, case.precision, f"{case.batch}",
-            f"{median['prefill']:.2f}", f"{median['rate']:.1f}",
-            f"{median['reading'] / 1e9:.0f}", f"{median['of_reading']:.0%}",
-            f"{median['prepare']:.2f}",
-        )
-    measured_cases = [case._asdict() | {"runs": measured} for case, measured in runs.items()]
-    write_json(settings.out, measured_cases)
+        median = timing.medians(measured)
+        timing.print_row(case.side, case.precision, f"{case.batch}", f"{median['prefill']:.2f}",
+                         f"{median['rate']:.1f}", f"{median['reading'] / 1e9:.0f}",
+                         f"{median['of_reading']:.0%}", f"{median['prepare']:.2f}")
+    timing.write_json(settings.out, [case._asdict() | {"runs": measured}
+                                     for case, measured in runs.items()])
     return 0
 
 
@@ -152,19 +146,8 @@ def measure(
 
     rate = batch * (tokens - 1) / (whole - prefill)
     read = rate / batch * bytes_read(model, precision, batch, prompt + tokens / 2)
-    return {
-        "prepare": preparing,
-        "prefill": prefill,
-        "rate": rate,
-        "reading": reading,
-        "of_reading": read / reading,
-    }
-
-
-def seconds_of(decode: Decode, prompts: Tensor, tokens: int) -> float:
-    start = time.perf_counter()
-    decode(prompts, tokens)
-    return time.perf_counter() - start
+    return {"prepare": preparing, "prefill": prefill, "rate": rate, "reading": reading,
+            "of_reading": read / reading}
 
 
 def bytes_read(model: GPT, precision: str, batch: int, context: float) -> float:
@@ -178,47 +161,33 @@ def bytes_read(model: GPT, precision: str, batch: int, context: float) -> float:
 
 def read_rate() -> float:
     """The highest rate at which a sum over 400 MB reads memory, in bytes per second."""
-    values = torch.ones(100_000_000)
-    best = 0.0
-    for _ in range(6):
-        start = time.perf_counter()
-        values.sum()
-        best = max(best, 4e8 / (time.perf_counter() - start))
-    return best
+    return timing.best_rate(4e8, torch.ones(100_000_000).sum)
 
 
 def open_side(side: str, model: GPT, precision: str, peer: str) -> Decode:
     """The decoding function of a side, with the weights of `model`."""
     if side == "nanogpt":
-        other = as_nanogpt(model, Path(peer))
+        other = nanogpt.build_model(Path(peer), model.config).eval()
+        weights = {f"transformer.{name}": each for name, each in model.state_dict().items()}
+        # Some versions also store attention masks.
+        other.load_state_dict(weights | {"lm_head.weight": model.head_weight}, strict=False)
         return lambda prompts, tokens: other.generate(prompts, tokens, **SAMPLING)
 
     if side == "transformers":
         other = as_transformers(model, precision)
         return lambda prompts, tokens: other.generate(
             prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=tokens,
-            min_new_tokens=tokens, do_sample=True, pad_token_id=0, **SAMPLING,
-        )
+            min_new_tokens=tokens, do_sample=True, pad_token_id=0, **SAMPLING)
 
     decoder = Decoder(model, precision)
+    lower = nullcontext() if precision == "fp32" else torch.autocast("cpu", torch.bfloat16)
 
     def decode(prompts: Tensor, tokens: int) -> object:
-        lower = torch.autocast("cpu", torch.bfloat16)
-        with nullcontext() if precision == "fp32" else lower:
+        with lower:
             rules = replace(RULES, max_new_tokens=tokens)
             return list(generate(model, prompts, rules, decoder=decoder))
 
     return decode
-
-
-def as_nanogpt(model: GPT, peer: Path) -> Any:
-    """nanoGPT's model with the weights of ours."""
-    other = nanogpt.build_model(peer, model.config).eval()
-    weights = {f"transformer.{name}": each for name, each in model.state_dict().items()}
-    weights["lm_head.weight"] = model.head_weight
-    # Some versions also store attention masks.
-    other.load_state_dict(weights, strict=False)
-    return other
 
 
 def as_transformers(model: GPT, precision: str) -> Any:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 
-from bench.timing import alternating_medians, print_header, print_row, write_json
+from bench.timing import BenchSettings, alternating_medians, print_header, print_row, write_json
 from checkpointing.weights import Weights
 from data.bpe import BPETokenizer
 from evaluation.scoring import Scorer, encode_request
@@ -25,7 +25,7 @@ from evaluation.tasks import find_tasks, read_questions
 from exporting.hugging_face import write_folder
 from generation.engine import Engine
 from model import GPT, GPTConfig
-from setting import FilePath, SettingsBase, setting
+from setting import setting
 from training.device import Device
 
 SHAPES = {
@@ -38,7 +38,7 @@ Texts = list[tuple[str, str]]
 
 
 @dataclass(frozen=True)
-class EvaluationSettings(SettingsBase):
+class EvaluationSettings(BenchSettings):
     """Settings of the benchmark of evaluation."""
 
     tasks: str = setting("hellaswag,piqa", "standard tasks, as of eval.py")
@@ -47,8 +47,6 @@ class EvaluationSettings(SettingsBase):
     batch_size: int = setting(16, "requests that lm-evaluation-harness reads at once", ge=1)
     batch_tokens: int = setting(8192, "tokens that we read at once", ge=1)
     device: Literal["cpu", "cuda"] = setting("cpu", "where to run both")
-    rounds: int = setting(3, "times that each side is measured", ge=1)
-    out: FilePath = setting("", "write the measurements as JSON")
 
 
 def main(settings: EvaluationSettings) -> int:
@@ -65,7 +63,9 @@ def main(settings: EvaluationSettings) -> int:
                  "largest difference, nats")
     measured = []
     for name, path in find_tasks(settings.tasks).items():
-        texts = request_texts(path, settings.limit)
+        texts: Texts = []
+        for question in read_questions(path, settings.limit):
+            texts += zip(question.contexts, question.continuations, strict=True)
         result: dict[str, Any] = {"task": name, "requests": len(texts)}
         result |= compare(engine, settings.batch_tokens, harness, texts, settings.rounds)
         print_row(name, f"{len(texts)}", f"{result['ours']:.2f}", f"{result['harness']:.2f}",
@@ -100,14 +100,6 @@ def open_harness(engine: Engine, batch_size: int) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     return HFLM(pretrained=model.to(engine.device.torch), tokenizer=tokenizer,
                 batch_size=batch_size, max_length=config.block_size)
-
-
-def request_texts(path: Path, limit: int) -> Texts:
-    """The contexts and continuations of the first documents of a task."""
-    texts: Texts = []
-    for question in read_questions(path, limit):
-        texts += zip(question.contexts, question.continuations, strict=True)
-    return texts
 
 
 def compare(engine: Engine, batch_tokens: int, harness: Any, texts: Texts,

@@ -12,20 +12,28 @@ trains beside nanoGPT.
 
 from __future__ import annotations
 
-import math
 import statistics
 import sys
 import time
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from bench.decode import MODERN, RULES, bytes_read
-from bench.speed import random_loader
-from bench.timing import measure_in_process, print_header, print_row, run_command, write_json
-from data.loader import Prefetch
+from bench.speed import TrainingStep, random_loader
+from bench.timing import (
+    best_rate,
+    measure_in_process,
+    print_header,
+    print_row,
+    run_command,
+    seconds_of,
+    step_seconds,
+    write_json,
+)
 from generation.decoder import Decoder
 from generation.sampling import generate
 from model import GPT, GPTConfig, attention
@@ -34,8 +42,6 @@ from setting import FilePath, SettingsBase, setting
 from training.config import OptimConfig
 from training.configure import configure
 from training.device import Device
-from training.optim import Optimizers
-from training.step import BatchLoss
 
 SHAPES = {
     "gpt2": GPTConfig(),
@@ -97,21 +103,16 @@ def main(settings: GpuSettings) -> int:
 def cases(settings: GpuSettings) -> list[Case]:
     """The cases in the order in which they are measured: those that matter most come first."""
     shapes = ["gpt2", "modern-124m"] if settings.shape == "all" else [settings.shape]
-    found = []
-    if settings.part in ("all", "training"):
-        found += [Case("training", shape, variant) for shape in shapes
-                  for variant in ("eager", "compiled")]
-    if settings.part in ("all", "decoding"):
-        found.append(Case("decoding", settings.decoded))
-    if settings.part in ("all", "resume"):
-        found.append(Case("resume", "nano" if settings.device == "cpu" else "baby-gpu"))
-    if settings.part in ("all", "training"):
-        for shape in shapes:
-            for variant in list(VARIANTS)[2:]:
-                # Only models with norms of queries and keys have them in fp32 without the change.
-                if variant != "fp32 norms" or SHAPES[shape].qk_norm:
-                    found.append(Case("training", shape, variant))
-    return found
+    training = []
+    for shape, variant in product(shapes, VARIANTS):
+        # Only models with norms of queries and keys have them in fp32 without the change.
+        if variant != "fp32 norms" or SHAPES[shape].qk_norm:
+            training.append(Case("training", shape, variant))
+    first = [case for case in training if case.variant in ("eager", "compiled")]
+    resumed = "nano" if settings.device == "cpu" else "baby-gpu"
+    found = [*first, Case("decoding", settings.decoded), Case("resume", resumed),
+             *(case for case in training if case not in first)]
+    return [case for case in found if settings.part in ("all", case.kind)]
 
 
 def measure_case(case: Case, settings: GpuSettings, seconds_left: float) -> dict[str, Any]:
@@ -131,14 +132,13 @@ def cells(case: Case, found: dict[str, Any], eager: dict[str, Any]) -> list[str]
     """The cells of a row after its name. `eager` is what was measured of that variant, if it was.
     """
     if "rate" not in found:
-        text = found.get("answer") or f"not measured: {found['error']}"
-        return [text, "", "", "", "", ""]
+        return [found.get("answer") or f"not measured: {found['error']}", "", "", "", "", ""]
     share = "not known" if found["share"] is None else f"{found['share']:.1%}"
-    row = [f"{found['rate']:,.0f}", share, f"{found['peak_bytes'] / 2**20:,.0f} MB",
-           f"{found['first']:.1f}"]
+    comparison = ["", ""]
     if case.kind == "training" and "rate" in eager:
-        return [*row, f"{found['rate'] / eager['rate']:.2f}", VARIANTS[case.variant]]
-    return [*row, "", ""]
+        comparison = [f"{found['rate'] / eager['rate']:.2f}", VARIANTS[case.variant]]
+    return [f"{found['rate']:,.0f}", share, f"{found['peak_bytes'] / 2**20:,.0f} MB",
+            f"{found['first']:.1f}", *comparison]
 
 
 def verify_resume(model: str, device: str, timeout: float) -> str:
@@ -159,10 +159,8 @@ def measure(kind: str, shape: str, variant: str, batch_size: int, seconds: float
             found = measure_decoding(SHAPES[shape], device)
         else:
             found = measure_training(SHAPES[shape], variant, batch_size, seconds, device)
-        found["peak_bytes"] = 0
-        if device.type == "cuda":
-            found["peak_bytes"] = torch.cuda.max_memory_allocated()
-    return found
+    is_gpu = device.type == "cuda"
+    return found | {"peak_bytes": torch.cuda.max_memory_allocated() if is_gpu else 0}
 
 
 def options_of(variant: str, device: Device) -> LossOptions | None:
@@ -180,71 +178,48 @@ def measure_training(config: GPTConfig, variant: str, batch_size: int, least_sec
     """The tokens a second of whole steps, each with one micro-step, and their share of the peak."""
     with device.torch:
         model = GPT(config)
+    optim = OptimConfig(optimizer="muon" if config.qk_norm else "adamw")
+    step = TrainingStep(model, optim, device, random_loader(config, batch_size),
+                        compiled=variant == "compiled")
     model.loss_options = options_of(variant, device)
     if variant == "fp32 norms":
         # As autocast would have it.
         attention.rms_norm = lambda x: F.rms_norm(x, (x.size(-1),))
-    optim = OptimConfig(optimizer="muon" if config.qk_norm else "adamw")
-    optimizers = Optimizers(model.parameters_by_role(), optim)
-    scaler = torch.amp.GradScaler(device.type, enabled=device.precision == "fp16")
-    forward = torch.compile(model, dynamic=False) if variant == "compiled" else model
-    loss_fn = BatchLoss(forward, device)
-    batches = Prefetch(random_loader(config, batch_size), device.torch)
-    times: list[float] = []
-    number = 0
-    # The first steps warm up.
-    while len(times) < 6 or sum(times[3:]) < least_seconds:
-        start = time.perf_counter()
-        loss = loss_fn(batches.batch(number))
-        scaler.scale(loss).backward()
-        norm = optimizers.gradient_norm(scaler)
-        # As in train.py, the only values that are read.
-        norm_value = norm.item()
-        optimizers.step(scaler, norm, optim.grad_clip, overflowed=not math.isfinite(norm_value))
-        device.synchronize()
-        times.append(time.perf_counter() - start)
-        number += 1
+    times = step_seconds(step, least_seconds, warm_up=3)
     rate = batch_size * config.block_size / statistics.median(times[3:])
     peak = device.peak_flops()
     share = model.flops_per_token() * rate / peak if peak else None
     return {"rate": rate, "share": share, "first": times[0]}
 
 
-def measure_decoding(config: GPTConfig, device: Device, tokens: int = 128) -> dict[str, Any]:
+def measure_decoding(config: GPTConfig, device: Device) -> dict[str, Any]:
     """The tokens a second of one sequence, and their bytes as a share of the copying rate."""
     with device.torch:
         model = GPT(config).eval()
-    prompt = config.block_size // 4
-    tokens = min(tokens, config.block_size // 2)
+    prompt, tokens = config.block_size // 4, min(128, config.block_size // 2)
     prompts = torch.randint(config.vocab_size, (1, prompt)).tolist()
+
+    def decode(count: int) -> None:
+        list(generate(model, prompts, replace(RULES, max_new_tokens=count), decoder=decoder))
+        device.synchronize()
+
+    # The first time captures the graph.
     with device.autocast():
         decoder = Decoder(model)
-        times: list[float] = []
-        # The first time captures the graph.
-        for count in (tokens, 2, tokens):
-            start = time.perf_counter()
-            for _ in generate(model, prompts, replace(RULES, max_new_tokens=count),
-                              decoder=decoder):
-                pass
-            device.synchronize()
-            times.append(time.perf_counter() - start)
-    rate = (tokens - 2) / max(times[2] - times[1], 1e-9)
+        first, short, long = (seconds_of(decode, count) for count in (tokens, 2, tokens))
+    rate = (tokens - 2) / max(long - short, 1e-9)
     precision = "fp32" if decoder.dtype == torch.float32 else "bf16"
     read = bytes_read(model, precision, 1, prompt + tokens / 2)
-    return {"rate": rate, "share": rate * read / copy_rate(device), "first": times[0]}
+    return {"rate": rate, "share": rate * read / copy_rate(device), "first": first}
 
 
-def copy_rate(device: Device, numbers: int = 2**28) -> float:
+def copy_rate(device: Device) -> float:
     """The bytes a second that a copy reads and writes, at best."""
-    if device.type == "cpu":
-        numbers = 2**22
-    source = torch.zeros(numbers, device=device.torch)
+    source = torch.zeros(2**22 if device.type == "cpu" else 2**28, device=device.torch)
     target = torch.empty_like(source)
-    best = 0.0
-    for _ in range(8):
-        device.synchronize()
-        start = time.perf_counter()
+
+    def copy() -> None:
         target.copy_(source)
         device.synchronize()
-        best = max(best, 2 * source.nbytes / (time.perf_counter() - start))
-    return best
+
+    return best_rate(2 * source.nbytes, copy)

@@ -8,32 +8,27 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.timing import run_command
+from bench.timing import BenchSettings, run_command
 from model.config import GPTConfig
+from setting import FilePath, setting
 
-SHARED_FIELDS = (
-    "block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias",
-)
+SHARED_FIELDS = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
+NO_PEER = "peer= must name a nanoGPT checkout, as in peer=../nanoGPT."
 SHAKESPEARE = "data/shakespeare_char"
 EVAL_INTERVAL = 250
 # The recipes of nanoGPT's README for one GPU and for CPUs, but every step is logged with its time.
-RECIPE_FOR_GPUS = [
-    "config/train_shakespeare_char.py", "--eval_iters=20", "--log_interval=1",
-    f"--eval_interval={EVAL_INTERVAL}",
-]
-RECIPE = [
-    *RECIPE_FOR_GPUS, "--device=cpu", "--compile=False", "--block_size=64", "--batch_size=12",
-    "--n_layer=4", "--n_head=4", "--n_embd=128", "--max_iters=2000", "--lr_decay_iters=2000",
-    "--dropout=0.0",
-]
+RECIPE_FOR_GPUS = ["config/train_shakespeare_char.py", "--eval_iters=20", "--log_interval=1",
+                   f"--eval_interval={EVAL_INTERVAL}"]
+RECIPE = [*RECIPE_FOR_GPUS, "--device=cpu", "--compile=False", "--block_size=64", "--batch_size=12",
+          "--n_layer=4", "--n_head=4", "--n_embd=128", "--max_iters=2000", "--lr_decay_iters=2000",
+          "--dropout=0.0"]
 # The recipe of nanoGPT's config/finetune_shakespeare.py, on a CPU and with the smallest GPT-2.
-FINETUNING = [
-    "--init_from=gpt2", "--device=cpu", "--compile=False", "--log_interval=1", "--eval_iters=0",
-    f"--eval_interval={EVAL_INTERVAL}",
-]
+FINETUNING = ["--init_from=gpt2", "--device=cpu", "--compile=False", "--log_interval=1",
+              "--eval_iters=0", f"--eval_interval={EVAL_INTERVAL}"]
 # Put before the training loop: the batches are those of a file, `[micro-steps, 2, B, T]`.
 LOOP = "# training loop\n"
 SAME_BATCHES = """
@@ -59,20 +54,34 @@ print(total / count, sum(weights.numel() for weights in raw_model.parameters()))
 """
 
 
-def checkout_problems(peer: str) -> Iterator[str]:
-    """The problem with an optional setting `peer`, if it names a folder that is no checkout."""
-    if peer and not Path(peer, "model.py").is_file():
-        yield f"peer={peer} is not a nanoGPT checkout: it has no model.py."
+@dataclass(frozen=True)
+class PeerSettings(BenchSettings):
+    """Settings of a benchmark beside a nanoGPT checkout."""
+
+    peer: FilePath = setting("", "a nanoGPT checkout")
+
+    def problems(self) -> Iterator[str]:
+        """One sentence for each invalid value."""
+        if self.peer and not Path(self.peer, "model.py").is_file():
+            yield f"peer={self.peer} is not a nanoGPT checkout: it has no model.py."
+        yield from super().problems()
 
 
-def shakespeare_problems(peer: str) -> Iterator[str]:
-    """The problem with a checkout that is to train on Shakespeare's characters."""
-    text = Path(peer, SHAKESPEARE)
-    needed = ("input.txt", "train.bin", "val.bin", "meta.pkl")
-    if not peer:
-        yield "peer= must name a nanoGPT checkout, as in peer=../nanoGPT."
-    elif not all((text / name).is_file() for name in needed):
-        yield f"peer={peer} has no prepared text: run python {text / 'prepare.py'} first."
+@dataclass(frozen=True)
+class ShakespeareSettings(BenchSettings):
+    """Settings of a benchmark beside a nanoGPT checkout, which is to train on its characters."""
+
+    peer: FilePath = setting("", "a nanoGPT checkout, its data/shakespeare_char prepared")
+
+    def problems(self) -> Iterator[str]:
+        """One sentence for each invalid value."""
+        text = Path(self.peer, SHAKESPEARE)
+        needed = ("input.txt", "train.bin", "val.bin", "meta.pkl")
+        if not self.peer:
+            yield NO_PEER
+        elif not all((text / name).is_file() for name in needed):
+            yield f"peer={self.peer} has no prepared text: run python {text / 'prepare.py'} first."
+        yield from super().problems()
 
 
 def shakespeare_override(peer: str) -> str:
@@ -128,8 +137,5 @@ def run_training(program: str, arguments: list[str], folder: Path) -> dict[str, 
     for step in range(0, max(step_seconds) + 1, EVAL_INTERVAL):
         step_seconds[step] = median
     val_loss, parameters = printed.splitlines()[-1].split()
-    return {
-        "seconds": sum(step_seconds.values()),
-        "val_loss": float(val_loss),
-        "parameters": int(parameters),
-    }
+    return {"seconds": sum(step_seconds.values()), "val_loss": float(val_loss),
+            "parameters": int(parameters)}

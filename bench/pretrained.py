@@ -8,7 +8,6 @@ without dropout. The loss after the last step is that of the same windows.
 
 from __future__ import annotations
 
-import statistics
 import sys
 import tempfile
 import time
@@ -22,11 +21,18 @@ import torch
 
 from bench import peer as nanogpt
 from bench.result import train_in
-from bench.timing import measure_command, print_header, print_row, write_json
+from bench.timing import (
+    measure_command,
+    median_ratio,
+    medians,
+    print_header,
+    print_row,
+    write_json,
+)
 from data.bpe import BPETokenizer
 from data.loader import Loader
 from data.shards import Tokens
-from setting import FilePath, SettingsBase, setting
+from setting import FilePath, setting
 
 PROMPT = "The king"
 DATA, BATCHES = Path("data/shakespeare"), "batches.npy"
@@ -50,26 +56,22 @@ GPT2LMHeadModel(GPT2Config()).save_pretrained(sys.argv[1])
 
 
 @dataclass(frozen=True)
-class PretrainedSettings(SettingsBase):
+class PretrainedSettings(nanogpt.PeerSettings):
     """Settings of the benchmark of published weights."""
 
-    peer: FilePath = setting("", "a nanoGPT checkout")
     text: FilePath = setting("", "Tiny Shakespeare, such as nanoGPT's data/shakespeare/input.txt")
     weights: FilePath = setting("", "a folder with GPT-2 124M; empty: random weights")
-    rounds: int = setting(3, "processes of each side", ge=1)
     steps: int = setting(20, "of fine-tuning", ge=1)
     batch_size: int = setting(1, "sequences in a micro-step", ge=1)
     block_size: int = setting(256, "tokens in a sequence", ge=1, le=1024)
     micro_steps: int = setting(2, "in a step", ge=1)
     eval_windows: int = setting(32, "sequences of the validation loss", ge=1)
     seed: int = setting(1337, "of the batches", ge=0)
-    out: FilePath = setting("", "write the measurements as JSON")
 
     def problems(self) -> Iterator[str]:
         """One sentence for each invalid value."""
         if not self.peer:
-            yield "peer= must name a nanoGPT checkout, as in peer=../nanoGPT."
-        yield from nanogpt.checkout_problems(self.peer)
+            yield nanogpt.NO_PEER
         if not Path(self.text).is_file():
             yield f"text={self.text} is not a file: name one with Tiny Shakespeare."
         if not find_spec("transformers"):
@@ -97,14 +99,14 @@ def main(settings: PretrainedSettings) -> int:
     print_header("what", "side", "s", "x", "memory", "validation loss")
     for what, side in rounds[0]:
         runs = [measured[what, side] for measured in rounds]
+        # Compared with the first side that did the same.
         first = next(key for key in rounds[0] if key[0] == what)
-        ratios = [measured[what, side]["seconds"] / measured[first]["seconds"]
-                  for measured in rounds]
-        median = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+        ratio = median_ratio([run["seconds"] for run in runs],
+                             [measured[first]["seconds"] for measured in rounds])
+        median = medians(runs)
         memory = f"{median['peak_bytes'] / 2**20:,.0f} MB" if "peak_bytes" in median else ""
         loss = f"{median['val_loss']:.5f}" if "val_loss" in median else ""
-        print_row(what, side, f"{median['seconds']:.2f}", f"{statistics.median(ratios):.2f}",
-                  memory, loss)
+        print_row(what, side, f"{median['seconds']:.2f}", f"{ratio:.2f}", memory, loss)
     write_json(settings.out, [{": ".join(key): run for key, run in measured.items()}
                               for measured in rounds])
     return 0

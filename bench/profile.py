@@ -8,15 +8,16 @@ Takes the settings of train.py too.
 
 from __future__ import annotations
 
-import statistics
+import time
 from dataclasses import dataclass, replace
 
 import torch
 from torch.profiler import ProfilerActivity
 
-from bench.speed import random_loader, training_step
-from bench.timing import print_header, print_row
+from bench.speed import TrainingStep, random_loader
+from bench.timing import medians, print_header, print_row
 from conf.schema import compose
+from model import GPT
 from setting import FilePath, SettingsBase, setting
 from training.configure import configure
 from training.device import Device
@@ -38,16 +39,15 @@ def main(own: ProfileSettings) -> int:
     device = Device(settings.training.device, settings.training.precision)
     configure(device)
     loader = random_loader(config, settings.training.batch_size)
-    step = training_step(config, settings.optim, device, loader)
+    step = TrainingStep(GPT(config).to(device.torch), settings.optim, device, loader)
 
     # The first two steps warm up.
-    steps = [step(number) for number in range(8)][2:]
+    seconds_of = medians([time_parts(step, number) for number in range(8)][2:])
     print(f"torch {torch.__version__}, {device.describe()}; "
           f"{loader.tokens_per_step:,} tokens per step\n")
     print_header("part", "ms", "share")
-    medians = {part: statistics.median(each[part] for each in steps) for part in steps[0]}
-    for part, seconds in medians.items():
-        share = seconds / sum(medians.values())
+    for part, seconds in seconds_of.items():
+        share = seconds / sum(seconds_of.values())
         print_row(part, f"{1000 * seconds:.1f}", f"{share:.0%}")
 
     activities = [ProfilerActivity.CPU]
@@ -65,3 +65,19 @@ def main(own: ProfileSettings) -> int:
         profiler.export_chrome_trace(own.trace)
         print(f"Wrote {own.trace}")
     return 0
+
+
+def time_parts(step: TrainingStep, number: int) -> dict[str, float]:
+    """The seconds of each part of a step."""
+    def now() -> float:
+        step.device.synchronize()
+        return time.perf_counter()
+
+    start = now()
+    loss = step.forward(number)
+    forward = now()
+    step.backward(loss)
+    backward = now()
+    step.update()
+    return {"forward": forward - start, "backward": backward - forward,
+            "optimizer": now() - backward}

@@ -14,11 +14,9 @@ from __future__ import annotations
 
 import json
 import re
-import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,58 +24,46 @@ from typing import Any, Literal
 import torch
 
 from bench import peer as nanogpt
-from bench.timing import print_header, run_command, write_json
-from progress import ProgressBar, print_line
-from setting import FilePath, SettingsBase, setting
+from bench.timing import in_turn, medians, print_header, run_command, write_json
+from progress import print_line
+from setting import setting
 from training.device import Device
 
 EXPERIMENTS = {"cpu": ("speedrun_shakespeare", "modern_shakespeare"), "cuda": ("shakespeare_gpu",)}
 
 
 @dataclass(frozen=True)
-class ResultSettings(SettingsBase):
+class ResultSettings(nanogpt.ShakespeareSettings):
     """Settings of the benchmark of complete runs."""
 
-    peer: FilePath = setting("", "a nanoGPT checkout, its data/shakespeare_char prepared")
     device: Literal["cpu", "cuda"] = setting("cpu", "to train on")
-    rounds: int = setting(3, "runs of each side", ge=1)
     seed: int = setting(1337, "of the first round; each round adds 1", ge=0)
-    out: FilePath = setting("", "write the measurements as JSON")
-
-    def problems(self) -> Iterator[str]:
-        """One sentence for each invalid value."""
-        yield from nanogpt.shakespeare_problems(self.peer)
-        yield from super().problems()
 
 
 def main(settings: ResultSettings) -> int:
     sides = ("nanoGPT", *EXPERIMENTS[settings.device])
-    runs: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
+    seeds = dict.fromkeys(sides, settings.seed)
+
+    def measure(side: str) -> dict[str, Any]:
+        run = train_side(side, settings, seeds[side])
+        number = seeds[side] - settings.seed + 1
+        print_line(f"| {number} | {side} | {run['parameters']:,} | {run['seconds']:.1f} "
+                   f"| {run['seconds_in_all']:.1f} | {run['val_loss']:.4f} |")
+        seeds[side] += 1
+        return run
+
     print(f"torch {torch.__version__}, {Device(settings.device).describe()}\n")
     print_header("round", "side", "parameters", "seconds of training", "seconds in all",
                  "validation loss")
-    total = settings.rounds * len(runs)
-    with ProgressBar(desc="Training", total=total, unit="runs", leave=False) as bar:
-        for number in range(settings.rounds):
-            for side in runs:
-                run = train_side(side, settings, settings.seed + number)
-                runs[side].append(run)
-                print_line(f"| {number + 1} | {side} | {run['parameters']:,} "
-                           f"| {run['seconds']:.1f} | {run['seconds_in_all']:.1f} "
-                           f"| {run['val_loss']:.4f} |")
-                bar.update()
+    runs = in_turn(sides, settings.rounds, measure)
 
-    medians: dict[str, dict[str, float]] = {}
-    for side, of_side in runs.items():
-        seconds = statistics.median(run["seconds"] for run in of_side)
-        val_loss = statistics.median(run["val_loss"] for run in of_side)
-        medians[side] = {"seconds": seconds, "val_loss": val_loss}
-        line = f"{side}: medians {seconds:.1f} s, validation loss {val_loss:.4f}"
-        if side != "nanoGPT":
-            ratio = medians["nanoGPT"]["seconds"] / seconds
-            line += f": nanoGPT trains {ratio:.1f} times as long"
-        print(line)
-    write_json(settings.out, {"runs": runs, "medians": medians})
+    of_sides = {side: medians(each) for side, each in runs.items()}
+    for side, median in of_sides.items():
+        seconds, ratio = median["seconds"], of_sides["nanoGPT"]["seconds"] / median["seconds"]
+        comparison = "" if side == "nanoGPT" else f": nanoGPT trains {ratio:.1f} times as long"
+        print(f"{side}: medians {seconds:.1f} s, validation loss {median['val_loss']:.4f}"
+              f"{comparison}")
+    write_json(settings.out, {"runs": runs, "medians": of_sides})
     return 0
 
 
@@ -88,19 +74,14 @@ def train_side(side: str, settings: ResultSettings, seed: int) -> dict[str, Any]
         run = nanogpt.train(Path(settings.peer), seed, settings.device)
     else:
         text = nanogpt.shakespeare_override(settings.peer)
-        device = f"training.device={settings.device}"
-        run = train_ours(f"experiment={side}", text, device, f"seed={seed}")
+        with tempfile.TemporaryDirectory() as folder:
+            run = train_in(Path(folder, "run"), f"experiment={side}", text,
+                           f"training.device={settings.device}", f"seed={seed}")
     return run | {"seconds_in_all": time.perf_counter() - start}
 
 
-def train_ours(*overrides: str) -> dict[str, Any]:
-    """Run train.py: seconds of training, final validation loss and number of parameters."""
-    with tempfile.TemporaryDirectory() as folder:
-        return train_in(Path(folder, "run"), *overrides)
-
-
 def train_in(run: Path, *overrides: str) -> dict[str, Any]:
-    """The same, in the folder of a run that stays."""
+    """Run train.py: seconds of training, final validation loss and number of parameters."""
     fixed = [f"runs_dir={run.parent}", f"name={run.name}", "training.sample_tokens=0"]
     run_command([sys.executable, "train.py", *fixed, *overrides])
     last: dict[str, Any] = {}
@@ -108,8 +89,5 @@ def train_in(run: Path, *overrides: str) -> dict[str, Any]:
         last |= json.loads(line)
     log = (run / "log.txt").read_text()
     parameters = re.search(r"Model: ([\d,]+) parameters", log)[1].replace(",", "")
-    return {
-        "seconds": last["seconds"],
-        "val_loss": last["val_loss"],
-        "parameters": int(parameters),
-    }
+    return {"seconds": last["seconds"], "val_loss": last["val_loss"],
+            "parameters": int(parameters)}

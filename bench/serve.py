@@ -10,29 +10,31 @@ clients at once. The medians of the rounds are printed, and percentiles over all
 
 from __future__ import annotations
 
-import asyncio
 import json
 import statistics
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from http.client import HTTPConnection
+from typing import Any, Literal
 from urllib.parse import urlsplit
+
+import numpy as np
 
 from bench.decode import SHAPES as GPT2_SHAPES
 from bench.speed import SHAPES as SMALL_SHAPES
-from bench.speed import median_ratio
-from bench.timing import print_header, print_row, write_json
+from bench.timing import BenchSettings, in_turn, median_ratio, print_header, print_row, write_json
 from scripts.server import running_server
-from setting import FilePath, SettingsBase, setting
+from setting import FilePath, setting
 
 SHAPES = {"gpt2": GPT2_SHAPES["gpt2"], "modern": GPT2_SHAPES["modern"],
           "wide": replace(SMALL_SHAPES["wide"][0], block_size=256)}
 
 
 @dataclass(frozen=True)
-class ServeSettings(SettingsBase):
+class ServeSettings(BenchSettings):
     """Settings of the benchmark of the server."""
 
     run: FilePath = setting("", "a run; empty: random weights")
@@ -41,23 +43,7 @@ class ServeSettings(SettingsBase):
     requests: int = setting(32, "of each side in a round", ge=2)
     prompt: int = setting(64, "tokens of a prompt", ge=1)
     tokens: int = setting(64, "tokens of a completion", ge=1)
-    rounds: int = setting(3, "of both sides, in turn", ge=1)
     precision: Literal["auto", "fp32", "bf16"] = setting("auto", "as in serve.py")
-    out: FilePath = setting("", "write the measurements as JSON")
-
-
-class Answered(NamedTuple):
-    """Measurements of one request."""
-
-    first: float  # seconds to the first token
-    tokens: int
-
-
-class Side(NamedTuple):
-    """Measurements of one side in one round."""
-
-    rate: float  # tokens a second
-    firsts: list[float]
 
 
 class Words:
@@ -75,32 +61,24 @@ class Words:
 
 def main(settings: ServeSettings) -> int:
     sides = {"one after another": 1, f"{settings.clients} at once": settings.clients}
-    measured: dict[str, list[Side]] = {name: [] for name in sides}
     with server(settings) as address:
         port = urlsplit(address).port
         print(f"{settings.run or settings.shape}; {settings.requests} completions of "
               f"{settings.tokens} tokens, prompts of {settings.prompt}\n")
         # Warm up.
-        asyncio.run(measure(port, settings, 2, 2))
-        for _ in range(settings.rounds):
-            for name, clients in sides.items():
-                found = asyncio.run(measure(port, settings, clients, settings.requests))
-                measured[name].append(found)
+        measure(port, settings, 2, 2)
+        runs = in_turn(sides, settings.rounds, lambda side: measure(
+            port, settings, sides[side], settings.requests))
     print_header("clients", "tokens/s", "x", "first token p50, ms", "p95, ms")
-    base = [side.rate for side in next(iter(measured.values()))]
-    for name, found in measured.items():
-        rates = [side.rate for side in found]
-        firsts = sorted(first for side in found for first in side.firsts)
-        print_row(name, f"{statistics.median(rates):,.0f}", f"{median_ratio(rates, base):.2f}",
-                  f"{1000 * percentile(firsts, 50):.0f}", f"{1000 * percentile(firsts, 95):.0f}")
-    write_json(settings.out, {name: [side._asdict() for side in found]
-                              for name, found in measured.items()})
+    rates = {side: [run["rate"] for run in of_side] for side, of_side in runs.items()}
+    for side, of_side in runs.items():
+        firsts = np.concatenate([run["firsts"] for run in of_side])
+        p50, p95 = 1000 * np.percentile(firsts, [50, 95], method="inverted_cdf")
+        ratio = median_ratio(rates[side], rates["one after another"])
+        print_row(side, f"{statistics.median(rates[side]):,.0f}", f"{ratio:.2f}", f"{p50:.0f}",
+                  f"{p95:.0f}")
+    write_json(settings.out, runs)
     return 0
-
-
-def percentile(values: list[float], percent: int) -> float:
-    """The smallest of the sorted `values` that at least `percent` percent do not exceed."""
-    return values[-(-percent * len(values) // 100) - 1]
 
 
 def server(settings: ServeSettings) -> AbstractContextManager[str]:
@@ -130,39 +108,35 @@ def serve_random(shape: str) -> None:
     serve.serve(compose(ServeSettings, sys.argv[1:]), open_models)
 
 
-async def measure(port: int, settings: ServeSettings, clients: int, requests: int) -> Side:
-    """Ask for completions from a number of clients at once."""
-    left = iter(range(requests))
-    answers: list[Answered] = []
-
-    async def client() -> None:
-        for number in left:
-            answers.append(await ask(port, settings, number))
-
+def measure(port: int, settings: ServeSettings, clients: int, requests: int) -> dict[str, Any]:
+    """Tokens a second to a number of clients at once, and seconds to the first token of each."""
     start = time.perf_counter()
-    await asyncio.gather(*(client() for _ in range(clients)))
+    with ThreadPoolExecutor(clients) as pool:
+        answers = list(pool.map(lambda number: ask(port, settings, number), range(requests)))
     seconds = time.perf_counter() - start
-    rate = sum(answer.tokens for answer in answers) / seconds
-    return Side(rate, [answer.first for answer in answers])
+    return {"rate": sum(tokens for _, tokens in answers) / seconds,
+            "firsts": [first for first, _ in answers]}
 
 
-async def ask(port: int, settings: ServeSettings, number: int) -> Answered:
-    """Read one stream to its end. A request's number decides its prompt."""
+def ask(port: int, settings: ServeSettings, number: int) -> tuple[float, int]:
+    """Read one stream to its end: seconds to the first token, and the number of tokens.
+
+    A request's number decides its prompt.
+    """
     prompt = [(31 * number + 7 * place) % 20 for place in range(settings.prompt)]
     body = json.dumps({"prompt": prompt, "max_tokens": settings.tokens, "seed": number,
                        "stream": True, "stream_options": {"include_usage": True}})
     start = time.perf_counter()
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    writer.write(f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n"
-                 f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-                 f"{body}".encode())
+    connection = HTTPConnection("127.0.0.1", port)
+    connection.request("POST", "/v1/completions", body,
+                       {"Content-Type": "application/json", "Connection": "close"})
     first, last = 0.0, b""
-    async for line in reader:
-        if line.startswith(b"data: {"):
+    for line in connection.getresponse():
+        # An event, or an error that is not one.
+        if line.startswith((b"data: {", b"{")):
             first = first or time.perf_counter() - start
-            last = line
-    writer.close()
-    usage = json.loads(last.removeprefix(b"data: ")).get("usage")
+            last = line.removeprefix(b"data: ")
+    usage = json.loads(last or b"{}").get("usage")
     if not usage:
         raise ValueError(f"The server answered {last.decode()[:200]}")
-    return Answered(first, usage["completion_tokens"])
+    return first, usage["completion_tokens"]

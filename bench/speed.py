@@ -8,29 +8,24 @@ processes of its own, in turn, and medians are printed.
 
 from __future__ import annotations
 
+import math
 import statistics
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from bench import peer as nanogpt
-from bench.timing import (
-    measure_in_process,
-    peak_bytes,
-    print_header,
-    print_row,
-    write_json,
-)
-from data.loader import Loader
+from bench import timing
+from data.loader import Loader, Prefetch
 from data.shards import Tokens
 from model import GPT, GPTConfig
 from model.loss import loss_options
-from setting import FilePath, SettingsBase, setting
+from setting import setting
 from training.configure import configure
 from training.device import Device
 from training.optim import OptimConfig, Optimizers
@@ -50,19 +45,11 @@ PRODUCT_SIZES = (512, 1024, 2048)
 
 
 @dataclass(frozen=True)
-class SpeedSettings(SettingsBase):
+class SpeedSettings(nanogpt.PeerSettings):
     """Settings of the benchmark of training steps."""
 
-    peer: FilePath = setting("", "a nanoGPT checkout")
     shape: Literal["all", "wide", "narrow", "gpt2"] = setting("all", "gpt2 is GPT-2 124M")
-    rounds: int = setting(3, "processes of each side", ge=1)
     seconds: float = setting(5.0, "of timed steps in each process", gt=0, lt=3600)
-    out: FilePath = setting("", "write the measurements as JSON")
-
-    def problems(self) -> Iterator[str]:
-        """One sentence for each invalid value."""
-        yield from nanogpt.checkout_problems(self.peer)
-        yield from super().problems()
 
 
 def main(settings: SpeedSettings) -> int:
@@ -71,59 +58,51 @@ def main(settings: SpeedSettings) -> int:
     limit = product_rate(device)
     print(f"torch {torch.__version__}, {device.describe()}; fastest matrix product in "
           f"{device.precision}: {limit / 1e9:,.0f} GFLOP/s\n")
-    print_header("shape", "side", "tokens/s", "x", "of product rate", "memory", "x")
+    timing.print_header("shape", "side", "tokens/s", "x", "of product rate", "memory", "x")
     measured: dict[str, Any] = {"precision": device.precision, "product_flops": limit}
-    shapes = list(SHAPES) if settings.shape == "all" else [settings.shape]
-    for shape in shapes:
+    for shape in SHAPES if settings.shape == "all" else [settings.shape]:
         measured[shape] = measure_shape(shape, limit, settings)
-    write_json(settings.out, measured)
+    timing.write_json(settings.out, measured)
     return 0
 
 
 def measure_shape(shape: str, limit: float, settings: SpeedSettings) -> dict[str, Any]:
     """Measure the sides in turn, and print a row for each."""
-    sides = ["nanogpt", "ours"] if settings.peer else ["ours"]
-    runs: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
-    for _ in range(settings.rounds):
-        for side in sides:
-            arguments = (side, shape, settings.seconds, settings.peer)
-            runs[side].append(measure_in_process("bench.speed", *arguments))
+    def measure_side(side: str) -> dict[str, Any]:
+        return timing.measure_in_process("bench.speed", side, shape, settings.seconds,
+                                         settings.peer)
 
+    sides = ["nanogpt", "ours"] if settings.peer else ["ours"]
+    runs = timing.in_turn(sides, settings.rounds, measure_side)
     config, batch_size = SHAPES[shape]
-    tokens = batch_size * config.block_size
     flops_per_token = GPT(config).flops_per_token()
     rates: dict[str, list[float]] = {}
     memory: dict[str, float] = {}
     for side in sides:
-        rates[side] = [tokens / statistics.median(run["seconds"]) for run in runs[side]]
+        rates[side] = [batch_size * config.block_size / statistics.median(run["seconds"])
+                       for run in runs[side]]
         memory[side] = statistics.median(run["peak_bytes"] for run in runs[side])
         rate = statistics.median(rates[side])
-        print_row(
-            shape, side, f"{rate:,.0f}", f"{median_ratio(rates[side], rates[sides[0]]):.2f}",
-            f"{rate * flops_per_token / limit:.0%}",
-            f"{memory[side] / 2**20:,.0f} MB", f"{memory[side] / memory[sides[0]]:.2f}",
-        )
+        ratio = timing.median_ratio(rates[side], rates[sides[0]])
+        timing.print_row(shape, side, f"{rate:,.0f}", f"{ratio:.2f}",
+                         f"{rate * flops_per_token / limit:.0%}", f"{memory[side] / 2**20:,.0f} MB",
+                         f"{memory[side] / memory[sides[0]]:.2f}")
     return {"tokens_per_second": rates, "peak_bytes": memory, "runs": runs}
-
-
-def median_ratio(ours: list[float], theirs: list[float]) -> float:
-    """The median over the rounds of our rate divided by theirs in the same round."""
-    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
 
 
 def product_rate(device: Device) -> float:
     """The highest FLOP/s of a product of square matrices, in the precision of training."""
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    dtype = dtypes[device.precision]
+
+    def multiply(a: Tensor, b: Tensor) -> None:
+        a @ b
+        device.synchronize()
+
     best = 0.0
     for size in PRODUCT_SIZES:
-        a = torch.randn(size, size, device=device.torch, dtype=dtype)
-        b = torch.randn(size, size, device=device.torch, dtype=dtype)
-        for _ in range(8):
-            start = time.perf_counter()
-            a @ b
-            device.synchronize()
-            best = max(best, 2 * size**3 / (time.perf_counter() - start))
+        a, b = (torch.randn(size, size, device=device.torch, dtype=dtypes[device.precision])
+                for _ in range(2))
+        best = max(best, timing.best_rate(2 * size**3, multiply, a, b))
     return best
 
 
@@ -134,15 +113,11 @@ def measure(side: str, shape: str, least_seconds: float, peer: str) -> dict[str,
     if side == "ours":
         device = Device()
         configure(device)
-        step = training_step(config, OptimConfig(), device, loader)
+        step = TrainingStep(GPT(config).to(device.torch), OptimConfig(), device, loader)
     else:
         step = nanogpt_step(Path(peer), config, loader)
-    seconds: list[float] = []
-    while len(seconds) < 4 or sum(seconds[2:]) < least_seconds:
-        start = time.perf_counter()
-        step(len(seconds))
-        seconds.append(time.perf_counter() - start)
-    return {"seconds": seconds[2:], "peak_bytes": peak_bytes()}
+    seconds = timing.step_seconds(step, least_seconds, warm_up=2)
+    return {"seconds": seconds[2:], "peak_bytes": timing.peak_bytes()}
 
 
 def random_loader(config: GPTConfig, batch_size: int, micro_steps: int = 1,
@@ -153,35 +128,35 @@ def random_loader(config: GPTConfig, batch_size: int, micro_steps: int = 1,
                   world_size=world_size)
 
 
-def training_step(
-    config: GPTConfig, optim: OptimConfig, device: Device, loader: Loader
-) -> Callable[[int], dict[str, float]]:
-    """A function that does one training step and returns the seconds of each of its parts."""
-    model = GPT(config).to(device.torch)
-    model.loss_options = loss_options(device.torch, fused=True)
-    loss_fn = BatchLoss(model, device)
-    optimizers = Optimizers(model.parameters_by_role(), optim)
-    scaler = torch.amp.GradScaler(device.type, enabled=device.precision == "fp16")
+class TrainingStep:
+    """A step of one micro-step, as train.py takes it; called with its number."""
 
-    def now() -> float:
-        device.synchronize()
-        return time.perf_counter()
+    def __init__(self, model: GPT, optim: OptimConfig, device: Device, loader: Loader,
+                 compiled: bool = False) -> None:
+        model.loss_options = loss_options(device.torch, fused=True)
+        self.device = device
+        self.grad_clip = optim.grad_clip
+        self.batches = Prefetch(loader, device.torch)
+        self.loss_fn = BatchLoss(torch.compile(model, dynamic=False) if compiled else model, device)
+        self.optimizers = Optimizers(model.parameters_by_role(), optim)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=device.precision == "fp16")
 
-    def step(number: int) -> dict[str, float]:
-        start = now()
-        loss = loss_fn(loader.batch(number))
-        forward = now()
-        scaler.scale(loss).backward()
-        backward = now()
-        optimizers.step(scaler, optimizers.gradient_norm(scaler), optim.grad_clip)
-        end = now()
-        return {
-            "forward": forward - start,
-            "backward": backward - forward,
-            "optimizer": end - backward,
-        }
+    def forward(self, number: int) -> Tensor:
+        return self.loss_fn(self.batches.batch(number))
 
-    return step
+    def backward(self, loss: Tensor) -> None:
+        self.scaler.scale(loss).backward()
+
+    def update(self) -> None:
+        norm = self.optimizers.gradient_norm(self.scaler)
+        # As in train.py, the only value that is read.
+        overflowed = not math.isfinite(norm.item())
+        self.optimizers.step(self.scaler, norm, self.grad_clip, overflowed)
+
+    def __call__(self, number: int) -> None:
+        self.backward(self.forward(number))
+        self.update()
+        self.device.synchronize()
 
 
 def nanogpt_step(peer: Path, config: GPTConfig, loader: Loader) -> Callable[[int], None]:

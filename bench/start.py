@@ -13,49 +13,42 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from bench import peer as nanogpt
-from bench.timing import ROOT, print_header, print_row, write_json
-from setting import FilePath, SettingsBase, setting
+from bench.timing import ROOT, in_turn, print_header, print_row, write_json
+from setting import setting
 
-OURS = ["train.py", "name=new", "training.eval_every=1", "training.eval_tokens=1"]
+OURS = ["name=new", "training.eval_every=1", "training.eval_tokens=1"]
 
 
 @dataclass(frozen=True)
-class StartSettings(SettingsBase):
+class StartSettings(nanogpt.ShakespeareSettings):
     """Settings of the benchmark of start-up."""
 
-    peer: FilePath = setting("", "a nanoGPT checkout, its data/shakespeare_char prepared")
     rounds: int = setting(5, "starts of each side", ge=1)
-    out: FilePath = setting("", "write the measurements as JSON")
-
-    def problems(self) -> Iterator[str]:
-        """One sentence for each invalid value."""
-        yield from nanogpt.shakespeare_problems(self.peer)
-        yield from super().problems()
 
 
 def main(settings: StartSettings) -> int:
-    same_recipe = [*OURS, "experiment=shakespeare_cpu", nanogpt.shakespeare_override(settings.peer)]
-    theirs = ["train.py", *nanogpt.RECIPE, "--eval_iters=1"]
-    seconds: dict[str, list[float]] = {"nanoGPT": [], "the same recipe": [], "the default run": []}
-    with tempfile.TemporaryDirectory() as folder:
-        for number in range(settings.rounds + 1):
-            runs_dir = f"runs_dir={folder}/{number}"
-            out_dir = f"--out_dir={folder}/peer"
-            times = [
-                seconds_until("iter 0:", [*theirs, out_dir], Path(settings.peer)),
-                seconds_until("Step 1:", [*same_recipe, f"{runs_dir}-same"], ROOT),
-                seconds_until("Step 1:", [*OURS, f"{runs_dir}-default"], ROOT),
-            ]
-            # The first round may prepare the data, and is not counted.
-            if number > 0:
-                for side, time_taken in zip(seconds, times, strict=True):
-                    seconds[side].append(time_taken)
+    text = nanogpt.shakespeare_override(settings.peer)
+    recipes = {
+        "nanoGPT": [*nanogpt.RECIPE, "--eval_iters=1"],
+        "the same recipe": [*OURS, "experiment=shakespeare_cpu", text],
+        "the default run": OURS,
+    }
 
+    def measure(side: str) -> float:
+        new = tempfile.mkdtemp(dir=folder)
+        words = ["train.py", *recipes[side]]
+        if side == "nanoGPT":
+            return seconds_until("iter 0:", [*words, f"--out_dir={new}"], Path(settings.peer))
+        return seconds_until("Step 1:", [*words, f"runs_dir={new}"], ROOT)
+
+    with tempfile.TemporaryDirectory() as folder:
+        runs = in_turn(recipes, settings.rounds + 1, measure)
+    # The first round may prepare the data, and is not counted.
+    seconds = {side: of_side[1:] for side, of_side in runs.items()}
     print_header("side", "seconds to the end of the first step", "x")
     reference = statistics.median(seconds["nanoGPT"])
     for side, times in seconds.items():
@@ -72,9 +65,8 @@ def seconds_until(prefix: str, arguments: list[str], folder: Path) -> float:
     """
     start = time.perf_counter()
     command = [sys.executable, "-u", *arguments]
-    with subprocess.Popen(
-        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    ) as process:
+    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                          text=True) as process:
         for line in process.stdout:
             if line.startswith(prefix):
                 seconds = time.perf_counter() - start

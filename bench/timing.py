@@ -1,4 +1,5 @@
-"""Shared by the benchmarks: alternating timings, measurements in fresh processes, tables, JSON."""
+"""Shared by the benchmarks: settings, alternating timings, measurements in fresh processes, tables.
+"""
 
 from __future__ import annotations
 
@@ -11,31 +12,79 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import atomic
+from progress import ProgressBar
+from setting import FilePath, SettingsBase, setting
 
 ROOT = Path(__file__).parent.parent
 # The line of a traceback that names the exception.
 FAILURE = re.compile(r"(\w+\.)*\w*(Error|Exception|Interrupt)\b")
 
 
-def alternating_medians(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median seconds of each call.
+@dataclass(frozen=True)
+class BenchSettings(SettingsBase):
+    """The settings that most benchmarks have."""
 
-    Each round makes every call once, so that a disturbance of the machine affects all of them.
-    The first round warms up and is not counted.
+    rounds: int = setting(3, "how often each side is measured, in turn", ge=1)
+    out: FilePath = setting("", "write the measurements as JSON")
+
+
+def in_turn(sides: Iterable[Any], rounds: int,
+            measure: Callable[[Any], Any]) -> dict[Any, list[Any]]:
+    """What `measure` returns for each side in each round.
+
+    Each round measures every side once, so that a disturbance of the machine affects all of them.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for number in range(rounds + 1):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            if number > 0:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(each) for name, each in seconds.items()}
+    results: dict[Any, list[Any]] = {side: [] for side in sides}
+    with ProgressBar(total=rounds * len(results), desc="Measuring", leave=False) as bar:
+        for _ in range(rounds):
+            for side, of_side in results.items():
+                of_side.append(measure(side))
+                bar.update()
+    return results
+
+
+def seconds_of(call: Callable[..., Any], *arguments: Any) -> float:
+    start = time.perf_counter()
+    call(*arguments)
+    return time.perf_counter() - start
+
+
+def alternating_medians(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Median seconds of each call. The first round warms up and is not counted."""
+    seconds = in_turn(calls, rounds + 1, lambda name: seconds_of(calls[name]))
+    return {name: statistics.median(each[1:]) for name, each in seconds.items()}
+
+
+def step_seconds(step: Callable[[int], Any], least_seconds: float, warm_up: int) -> list[float]:
+    """Seconds of steps, which are given their number.
+
+    After `warm_up` steps there are at least as many again, and at least `least_seconds` of them.
+    """
+    seconds: list[float] = []
+    while len(seconds) < 2 * warm_up or sum(seconds[warm_up:]) < least_seconds:
+        seconds.append(seconds_of(step, len(seconds)))
+    return seconds
+
+
+def best_rate(amount: float, call: Callable[..., Any], *arguments: Any) -> float:
+    """The highest of eight rates at which a call does an amount of work, in units per second."""
+    return max(amount / seconds_of(call, *arguments) for _ in range(8))
+
+
+def medians(runs: list[dict[str, float]]) -> dict[str, float]:
+    """The median over the runs of each of their numbers."""
+    return {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+
+
+def median_ratio(ours: list[float], theirs: list[float]) -> float:
+    """The median over the rounds of our number divided by theirs in the same round."""
+    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
 
 
 def run_command(command: list[str], folder: Path = ROOT, timeout: float | None = None) -> str:

@@ -20,18 +20,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from bench.speed import SHAPES, median_ratio, random_loader
-from bench.timing import (
-    alternating_medians,
-    measure_in_process,
-    peak_bytes,
-    print_header,
-    print_row,
-    write_json,
-)
+from bench import timing
+from bench.speed import SHAPES, random_loader
+from bench.timing import BenchSettings, median_ratio, medians
 from data.loader import Prefetch
 from model import GPT, GPTConfig
-from setting import FilePath, SettingsBase, setting
+from setting import setting
 from training.buckets import GradientBuckets
 from training.config import OptimConfig
 from training.configure import configure
@@ -48,15 +42,13 @@ SIDES = ((1, 2), (1, 1), (2, 1))
 
 
 @dataclass(frozen=True)
-class WorkersSettings(SettingsBase):
+class WorkersSettings(BenchSettings):
     """Settings of the benchmark of several processes."""
 
     shape: Literal["wide", "narrow", "gpt2"] = setting("wide", "gpt2 is GPT-2 124M")
     optimizer: Literal["adamw", "muon"] = setting("muon", "of the step")
     micro_steps: int = setting(4, "of a step, of all processes together", ge=2)
-    rounds: int = setting(3, "starts of each side", ge=1)
     seconds: float = setting(5.0, "of timed steps in each process", gt=0, lt=3600)
-    out: FilePath = setting("", "write the measurements as JSON")
 
     def problems(self) -> Iterator[str]:
         """One sentence for each invalid value."""
@@ -70,31 +62,26 @@ def main(settings: WorkersSettings) -> int:
     config, batch_size = SHAPES[settings.shape]
     print(f"torch {torch.__version__}, {device.describe()}; {settings.micro_steps} x {batch_size} "
           f"sequences of {config.block_size} tokens a step, {settings.optimizer}\n")
-    runs: dict[tuple[int, int], list[dict[str, Any]]] = {side: [] for side in SIDES}
-    for _ in range(settings.rounds):
-        for processes, threads in SIDES:
-            arguments = (settings.shape, settings.optimizer, settings.micro_steps, threads,
-                         settings.seconds)
-            found = measure_in_process("bench.workers", *arguments, processes=processes)
-            runs[processes, threads].append(found)
+    runs = timing.in_turn(SIDES, settings.rounds, lambda side: timing.measure_in_process(
+        "bench.workers", settings.shape, settings.optimizer, settings.micro_steps, side[1],
+        settings.seconds, processes=side[0]))
 
-    print_header("processes x threads", "step, s", "x", "waiting", "memory of each, MB", "x",
-                 "optimizer state of each, MB")
-    first = runs[SIDES[0]]
+    timing.print_header("processes x threads", "step, s", "x", "waiting", "memory of each, MB", "x",
+                        "optimizer state of each, MB")
     for (processes, threads), of_side in runs.items():
-        seconds = [run["seconds"] for run in of_side]
-        ratio = median_ratio(seconds, [run["seconds"] for run in first])
+        ratio, memory_ratio = (
+            median_ratio([run[name] for run in of_side], [run[name] for run in runs[SIDES[0]]])
+            for name in ("seconds", "peak_bytes"))
+        median = medians(of_side)
         waiting = statistics.median(run["waiting"] / run["seconds"] for run in of_side)
-        memory = [run["peak_bytes"] for run in of_side]
-        memory_ratio = median_ratio(memory, [run["peak_bytes"] for run in first])
-        print_row(f"{processes} x {threads}", f"{statistics.median(seconds):.3f}", f"{ratio:.2f}",
-                  f"{waiting:.1%}", f"{statistics.median(memory) / 2**20:,.0f}",
-                  f"{memory_ratio:.2f}", f"{of_side[0]['state_bytes'] / 2**20:,.1f}")
+        timing.print_row(f"{processes} x {threads}", f"{median['seconds']:.3f}", f"{ratio:.2f}",
+                         f"{waiting:.1%}", f"{median['peak_bytes'] / 2**20:,.0f}",
+                         f"{memory_ratio:.2f}", f"{median['state_bytes'] / 2**20:,.1f}")
 
     cost = sum_seconds(config, batch_size, settings, device)
     print(f"\nOne process, {torch.get_num_threads()} threads: gradients added in a tree instead of "
           f"in place: step x {cost['tree'] / cost['plain']:.3f}")
-    write_json(settings.out, {"runs": list(runs.values()), "sum": cost})
+    timing.write_json(settings.out, {"runs": list(runs.values()), "sum": cost})
     return 0
 
 
@@ -163,7 +150,7 @@ def measure(shape: str, optimizer: str, micro_steps: int, threads: int,
             waiting.append(world.waiting)
             seconds.append(time.perf_counter() - start)
         state = sum(tensor.nbytes for _, tensor in own_states(optimizers).values())
-        largest = world.gather(torch.tensor([[peak_bytes(), state]])).amax(0).tolist()
+        largest = world.gather(torch.tensor([[timing.peak_bytes(), state]])).amax(0).tolist()
     if not world.is_first:
         return None
     return {"seconds": statistics.median(seconds[2:]), "waiting": statistics.median(waiting[2:]),
@@ -190,4 +177,4 @@ def sum_seconds(config: GPTConfig, batch_size: int, settings: WorkersSettings,
             weights.grad = None
 
     calls = {"plain": lambda: step(False), "tree": lambda: step(True)}
-    return alternating_medians(calls, 3 * settings.rounds)
+    return timing.alternating_medians(calls, 3 * settings.rounds)

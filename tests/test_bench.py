@@ -91,7 +91,7 @@ def in_this_process(monkeypatch, capsys):
             calls.append(arguments)
             return json.loads(json.dumps(module.measure(*arguments)))
 
-        monkeypatch.setattr(module, "measure_in_process", here)
+        monkeypatch.setattr(timing, "measure_in_process", here)
         return calls
 
     return replace_in
@@ -114,7 +114,7 @@ def test_speed_measures_both_sides_in_turn(tmp_path, monkeypatch, capsys, in_thi
     cells = capsys.readouterr().out.splitlines()[-1].split("|")
     rates = measured["tokens_per_second"]
     assert cells[1:3] == [" narrow ", " ours "]
-    assert float(cells[4]) == pytest.approx(speed.median_ratio(rates["ours"], rates["nanogpt"]), abs=0.01)
+    assert float(cells[4]) == pytest.approx(timing.median_ratio(rates["ours"], rates["nanogpt"]), abs=0.01)
 
 
 @pytest.mark.slow
@@ -142,7 +142,7 @@ def test_the_product_rate_uses_the_precision_of_training(native, precision, monk
 
 
 def test_a_ratio_compares_the_sides_of_one_round():
-    assert speed.median_ratio([20, 300, 1000], [10, 100, 1000]) == 2
+    assert timing.median_ratio([20, 300, 1000], [10, 100, 1000]) == 2
 
 
 @pytest.mark.slow

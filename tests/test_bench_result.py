@@ -70,7 +70,7 @@ def test_each_round_has_another_seed(peer, monkeypatch, tmp_path, capsys):
     seeds = []
     run = {"val_loss": 1.5, "parameters": 1}
     monkeypatch.setattr(peer_module, "train", lambda peer, seed, device: seeds.append(seed) or run | {"seconds": 8.0})
-    monkeypatch.setattr(result, "train_ours", lambda *words: seeds.append(words[-1]) or run | {"seconds": 2.0})
+    monkeypatch.setattr(result, "train_in", lambda folder, *words: seeds.append(words[-1]) or run | {"seconds": 2.0})
     assert result.main(compose(result.ResultSettings, [f"peer={peer}", "rounds=2", f"out={tmp_path / 'r.json'}"])) == 0
     assert seeds == [1337, "seed=1337", "seed=1337", 1338, "seed=1338", "seed=1338"]
     assert "nanoGPT trains 4.0 times as long" in capsys.readouterr().out and (tmp_path / "r.json").is_file()
@@ -144,7 +144,7 @@ def test_starts_are_compared_with_the_first_one_left_out(tmp_path, monkeypatch, 
     times = iter([90, 90, 90, 2, 1, 4, 3, 2, 5])
     monkeypatch.setattr(start, "seconds_until", lambda prefix, arguments, folder: next(times))
     out = tmp_path / "out.json"
-    assert start.main(start.StartSettings(str(tmp_path), rounds=2, out=str(out))) == 0
+    assert start.main(start.StartSettings(peer=str(tmp_path), rounds=2, out=str(out))) == 0
     assert capsys.readouterr().out.splitlines()[2:] == ["| nanoGPT | 2.50 | 1.00 |", "| the same recipe | 1.50 | 0.60 |", "| the default run | 4.50 | 1.80 |"]
     assert json.loads(out.read_text()) == {"nanoGPT": [2, 3], "the same recipe": [1, 2], "the default run": [4, 5]}
 

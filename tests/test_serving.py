@@ -371,9 +371,8 @@ def test_an_answer_that_has_begun_is_continued(server, talker):
 def test_the_benchmark_counts_tokens_and_times_the_first(engine):
     settings = replace(bench.ServeSettings(), prompt=5, tokens=9, requests=6)
     with serving({"tiny": engine}) as running:
-        side = asyncio.run(bench.measure(running.port, settings, 3, 6))
-    assert len(side.firsts) == 6 and min(side.firsts) > 0 and side.rate > 9 / max(side.firsts) / 6
-    assert [bench.percentile([1.0, 2.0, 3.0, 4.0], percent) for percent in (50, 75, 76, 95, 1)] == [2, 3, 4, 4, 1]
+        side = bench.measure(running.port, settings, 3, 6)
+    assert len(side["firsts"]) == 6 and min(side["firsts"]) > 0 and side["rate"] > 9 / max(side["firsts"]) / 6
 
 
 # Limits and errors

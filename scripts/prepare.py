@@ -59,17 +59,17 @@ import numpy as np
 import atomic
 from conf.schema import compose
 from conf.settings import Settings
-from data.contents import Contents
 from data.prepare import describe, load_tokenizer, prepare
-from data.shards import SPLITS, read_meta
+from data.shards import SPLITS, open_parts, read_meta
 from data.tokenizer import Tokenizer
+from progress import ProgressBar
 from report.figures import as_image, new_figure
 from report.labels import log_ticks
 from scripts.unused_tokens import clean
 from terminal import counted, say
 
 FREQUENT = 20  # tokens that are listed
-SHOWN = 600  # characters of a document
+BEGINNING, SHOWN = 2000, 600  # of a document: the tokens that are read, and the characters shown
 
 
 def main(own: PrepareSettings) -> int:
@@ -81,6 +81,53 @@ def main(own: PrepareSettings) -> int:
     if own.inspect:
         inspect(folder, settings, Path(own.out) if own.out else folder / "inspect.png")
     return 0
+
+
+class Contents:
+    """The `counts` of both splits by token id, and the documents of the training split."""
+
+    def __init__(self, folder: Path, tokenizer: Tokenizer) -> None:
+        # Count each token, in both splits.
+        self.train = open_parts(folder, "train")
+        self.counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
+        parts = [*self.train, *open_parts(folder, "val")]
+        with ProgressBar(desc="Counting", total=sum(map(len, parts)), unit="tokens",
+                         unit_scale=True, leave=False) as bar:
+            for tokens in parts:
+                for _, chunk in tokens.chunks():
+                    self.counts += np.bincount(chunk, minlength=len(self.counts))
+                    bar.update(len(chunk))
+
+        # Find the start and the end of each document, without the end-of-text token between two.
+        part, starts, ends = [], [], []
+        for number, tokens in enumerate(self.train):
+            end = np.zeros(0, dtype=np.int64)
+            if tokenizer.end_of_text is not None:
+                end = tokens.positions_of(tokenizer.end_of_text)
+            start, end = np.append(0, end + 1), np.append(end, len(tokens))
+            # The last end of text may end the split, too.
+            is_text = start < len(tokens)
+            starts.append(start[is_text])
+            ends.append(end[is_text])
+            part.append(np.full(len(starts[-1]), number))
+        self.part, self.starts, self.ends = map(np.concatenate, (part, starts, ends))
+
+    def lengths(self) -> tuple[np.ndarray, np.ndarray]:
+        """The edges, in tokens, and the heights of a histogram of document lengths."""
+        # Thirds of octaves, each from half a third below to half a third above.
+        lengths = np.maximum(1, self.ends - self.starts)
+        thirds = np.rint(3 * np.log2(lengths))
+        edges = 2 ** ((np.arange(thirds.min(), thirds.max() + 2) - 0.5) / 3)
+        return edges, np.histogram(lengths, edges)[0]
+
+    def some_documents(self, number: int, seed: int) -> Iterator[tuple[int, int, list[int]]]:
+        """Random documents without replacement: index, length, and the first ids of each."""
+        count = len(self.starts)
+        chosen = np.random.default_rng(seed).choice(count, min(number, count), replace=False)
+        for index in sorted(chosen.tolist()):
+            start, end = int(self.starts[index]), int(self.ends[index])
+            ids = self.train[self.part[index]].read(np.arange(start, min(end, start + BEGINNING)))
+            yield index, end - start, ids.tolist()
 
 
 def inspect(folder: Path, settings: Settings, out: Path) -> None:
@@ -105,7 +152,7 @@ def inspect(folder: Path, settings: Settings, out: Path) -> None:
     # Three documents.
     for index, length, ids in contents.some_documents(3, settings.seed):
         text = decode(tokenizer, ids)
-        say(f"\n--- Document {index + 1:,} of {contents.n_documents:,}: "
+        say(f"\n--- Document {index + 1:,} of {len(contents.starts):,}: "
             f"{counted(length, 'token')}\n"
             f"{text[:SHOWN]}{'...' if len(text) > SHOWN else ''}")
 
@@ -135,7 +182,7 @@ def draw(contents: Contents, title: str, kind: str) -> bytes:
         edges, amounts = contents.lengths()
         right.stairs(amounts, edges, fill=True, color="#9ecae1")
         right.set(xscale="log", xlabel="length (tokens)", ylabel="documents")
-        right.set_title(f"{contents.n_documents:,} documents")
+        right.set_title(f"{len(contents.starts):,} documents")
 
         for axis in (left.xaxis, left.yaxis, right.xaxis):
             log_ticks(axis)

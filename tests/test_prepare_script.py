@@ -15,10 +15,9 @@ import locks
 import train
 from conf.schema import ConfigError, compose
 from data.config import DataConfig
-from data.contents import Contents
 from data.prepare import load_tokenizer, prepare
 from data.shards import open_parts, read_meta
-from scripts.prepare import PrepareSettings, main
+from scripts.prepare import Contents, PrepareSettings, main
 from scripts.unused_tokens import clean, n_bytes
 
 DOCUMENTS = [f"Document {number} " + "word " * number for number in range(120)]
@@ -87,8 +86,8 @@ def test_contents_match_the_texts(folder_of_texts, fresh_data):
     assert contents.counts[:256].tolist() == [everything.count(bytes((byte,))) for byte in range(256)]
     assert contents.counts[256] == 120
     [tokens] = open_parts(folder, "train")
-    texts = [bytes(tokens.read(np.arange(start, end)).tolist()).decode() for start, end in contents.documents(tokens)]
-    assert len(texts) == contents.n_documents and set(texts) <= set(DOCUMENTS)
+    texts = [bytes(tokens.read(np.arange(start, end)).tolist()).decode() for start, end in zip(contents.starts, contents.ends, strict=True)]
+    assert len(texts) == len(contents.starts) and set(texts) <= set(DOCUMENTS)
     edges, heights = contents.lengths()
     assert heights.sum() == len(texts) and np.histogram([len(text) for text in texts], edges)[0].tolist() == heights.tolist()
     assert {index for index, _, _ in contents.some_documents(1000, 0)} == set(range(len(texts)))
@@ -99,12 +98,12 @@ def test_contents_do_not_depend_on_the_chunk_size(folder_of_texts, fresh_data, m
     whole = Contents(folder, load_tokenizer(folder))
     monkeypatch.setattr("data.shards.CHUNK", 100)
     pieces = Contents(folder, load_tokenizer(folder))
-    assert pieces.counts.tolist() == whole.counts.tolist() and pieces.by_length == whole.by_length
+    assert pieces.counts.tolist() == whole.counts.tolist() and pieces.ends.tolist() == whole.ends.tolist()
     assert list(pieces.some_documents(10, 0)) == list(whole.some_documents(10, 0))
 
 
 def test_the_beginning_of_a_document_is_shown(folder_of_texts, fresh_data, monkeypatch):
-    monkeypatch.setattr("data.contents.BEGINNING", 200)
+    monkeypatch.setattr("scripts.prepare.BEGINNING", 200)
     folder = prepare(DataConfig("text", str(folder_of_texts), "byte", val_fraction=0.1))
     shown = list(Contents(folder, load_tokenizer(folder)).some_documents(1000, 0))
     assert {len(ids) < length for _, length, ids in shown} == {True, False}
@@ -117,7 +116,7 @@ def test_documents_of_each_part_of_a_mixture_are_shown(folder_of_texts, tmp_path
     folder = prepare(DataConfig(mix=f"{folder_of_texts}:1 {tmp_path}/digits.txt:1", tokenizer="byte"))
     contents = Contents(folder, load_tokenizer(folder))
     shown = list(contents.some_documents(1000, 0))
-    assert [index for index, _, _ in shown] == list(range(contents.n_documents))
+    assert [index for index, _, _ in shown] == list(range(len(contents.starts)))
     assert [bytes(ids).decode() for _, _, ids in shown][-1] == "0123456789" * 27
 
 
@@ -145,7 +144,7 @@ def test_a_single_text_is_one_document(tmp_path, fresh_data):
     (tmp_path / "a.txt").write_text("abc" * 100)
     folder = prepare(DataConfig("text", str(tmp_path / "a.txt"), "char"))
     contents = Contents(folder, load_tokenizer(folder))
-    assert contents.n_documents == 1 and [length for _, length, _ in contents.some_documents(3, 0)] == [270]
+    assert len(contents.starts) == 1 and [length for _, length, _ in contents.some_documents(3, 0)] == [270]
 
 
 def test_control_characters_in_documents_are_escaped(tmp_path, fresh_data, capsys, monkeypatch):

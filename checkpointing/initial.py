@@ -19,8 +19,7 @@ from conf.presets import preset
 from conf.settings import Settings
 from data.bpe import PUBLISHED, BPETokenizer
 from data.tokenizer import ExtendedTokenizer, Tokenizer
-from data.tokenizer_file import planned_size
-from data.tokenizer_json import fingerprint
+from data.tokenizer_json import fingerprint, planned_size
 from model import GPTConfig
 from setting import as_word
 

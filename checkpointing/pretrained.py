@@ -20,7 +20,7 @@ from conf.convert import rebuild
 from data.bpe import BPETokenizer
 from data.to_hugging_face import byte_letters
 from data.tokenizer import Tokenizer
-from data.tokenizer_file import open_tokenizer
+from data.tokenizer_json import open_tokenizer
 from hardware import check_free
 from model.config import GPTConfig
 from model.formats import CLASSES, config_from, shown

@@ -21,8 +21,7 @@ from data.find import matches
 from data.shards import SPLITS, check, read_meta, write_meta
 from data.store import folder_for, make_once, sha256_of
 from data.tokenizer import CharTokenizer, Tokenizer, bytes_of_counts
-from data.tokenizer_file import open_tokenizer
-from data.tokenizer_json import fingerprint, from_json, read_tokenizer
+from data.tokenizer_json import fingerprint, from_json, open_tokenizer, read_tokenizer
 from progress import ProgressBar
 
 ENDINGS = (".bin", ".npy")

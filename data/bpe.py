@@ -17,7 +17,7 @@ import tiktoken
 
 from data.nfc import normalized
 from data.patterns import PATTERN
-from data.tokenizer import END_OF_TEXT, OTHER_ENDS, Tokenizer, surrogate
+from data.tokenizer import END_OF_TEXT, ENDS_OF_TEXT, Tokenizer, surrogate
 
 # OpenAI's vocabularies, and the files that tiktoken downloads for them.
 OPENAI = "https://openaipublic.blob.core.windows.net"
@@ -28,6 +28,10 @@ PUBLISHED = {
     "o200k_base": (f"{OPENAI}/encodings/o200k_base.tiktoken",),
 }
 PUBLISHED_SIZES = {"gpt2": 50257, "cl100k_base": 100277, "o200k_base": 200019}
+
+# The limits of a tokenizer in a file. No training here makes a longer token.
+LONGEST_TOKEN = 4096  # bytes
+MOST_SPECIAL = 2**16  # ids after the last merged token
 
 # Training keeps each distinct word in memory, about 45 bytes for each byte. In Chinese or base64
 # almost every word is distinct, so training stops reading after this many bytes of distinct words,
@@ -51,11 +55,13 @@ class BPETokenizer(Tokenizer):
                  normalizer: str = "") -> None:
         self.encoding, self.in_text, self.normalizer = encoding, tuple(in_text), normalizer
         self.pattern = encoding._pat_str  # tiktoken has no public name for it
-        self.special = {}
-        for word in encoding.special_tokens_set:
-            self.special[word] = encoding.encode_single_token(word)
+        words = encoding.special_tokens_set
+        self.special = {word: encoding.encode_single_token(word) for word in words}
         self.vocab_size = encoding.n_vocab
-        self.end_of_text = end_of_text_in(self.special)
+        ends = [self.special[word] for word in ENDS_OF_TEXT if word in self.special]
+        if not ends:
+            raise ValueError(f"The tokenizer has no {END_OF_TEXT}.")
+        self.end_of_text = ends[0]
         longest_first = sorted(self.in_text, key=len, reverse=True)
         self.find_in_text = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
 
@@ -89,9 +95,9 @@ class BPETokenizer(Tokenizer):
         Without `special`, the end of text is the last token.
         """
         merged = {token: rank for rank, token in enumerate(ranks) if token}
-        encoding = tiktoken.Encoding(
-            "nanohydra-bpe", pat_str=pattern, special_tokens=special or {END_OF_TEXT: len(ranks)},
-            mergeable_ranks=merged)
+        special = special or {END_OF_TEXT: len(ranks)}
+        encoding = tiktoken.Encoding("nanohydra-bpe", pat_str=pattern, mergeable_ranks=merged,
+                                     special_tokens=special)
         return cls(encoding, in_text, normalizer)
 
     @classmethod
@@ -165,14 +171,6 @@ class BPETokenizer(Tokenizer):
         return saved
 
 
-def end_of_text_in(special: dict[str, int]) -> int:
-    """The id of the end of text among special tokens. Raises ValueError if it has no known name."""
-    for word in (END_OF_TEXT, *OTHER_ENDS):
-        if word in special:
-            return special[word]
-    raise ValueError(f"The tokenizer has no {END_OF_TEXT}.")
-
-
 def with_few_words(texts: Iterable[str], most_bytes: int) -> Iterator[str]:
     """The first of `texts`, until their distinct words have `most_bytes` of UTF-8.
 
@@ -197,20 +195,15 @@ def with_few_words(texts: Iterable[str], most_bytes: int) -> Iterator[str]:
 
 
 def missing_files(name: str, error: Exception) -> str:
-    """The message about a vocabulary that tiktoken cannot load: the files and their folder."""
-    # The folder where tiktoken looks for them.
+    """The message about a vocabulary that tiktoken cannot load: its files and their folder."""
     default = os.path.join(tempfile.gettempdir(), "data-gym-cache")
     folder = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR", default))
-    files = {}
+    place = f"folder {Path(folder).absolute()}" if folder else "folder in TIKTOKEN_CACHE_DIR"
+    files = []
     for url in PUBLISHED[name]:
         # tiktoken names a cached file by the hash of its address.
-        path = Path(folder, hashlib.sha1(url.encode()).hexdigest())
-        files[path] = f"the file {path.name} (a copy of {url})"
-
-    # Name those that are missing, or all if they are there and damaged.
-    missing = [path for path in files if not (folder and path.is_file())]
-    listed = " and ".join(files[path] for path in missing or files)
-    place = f"folder {Path(folder).absolute()}" if folder else "folder in TIKTOKEN_CACHE_DIR"
+        files.append(f"the file {hashlib.sha1(url.encode()).hexdigest()} (a copy of {url})")
     reason = type(error).__name__ if isinstance(error, OSError) else "unexpected content"
-    return (f"The tokenizer {name} needs {listed} in the {place}, which tiktoken could not read or "
-            f"download ({reason}): copy it there, or set TIKTOKEN_CACHE_DIR to a folder with it.")
+    return (f"The tokenizer {name} needs {' and '.join(files)} in the {place}, which tiktoken "
+            f"could not read or download ({reason}): copy it there, or set TIKTOKEN_CACHE_DIR to "
+            f"a folder with it.")

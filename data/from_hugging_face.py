@@ -5,20 +5,20 @@ Needs neither package. Reads no files.
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
-from data.bpe import BPETokenizer
+from data.bpe import LONGEST_TOKEN, MOST_SPECIAL, BPETokenizer
 from data.patterns import BY_ONIGURUMA, GPT2
 from data.to_hugging_face import byte_letters, halves, to_hugging_face
 from data.tokenizer import (
     END_OF_TEXT,
-    OTHER_ENDS,
+    ENDS_OF_TEXT,
     ByteTokenizer,
     CharTokenizer,
     ExtendedTokenizer,
     Tokenizer,
 )
-from data.tokenizer_json import LONGEST_TOKEN, MOST_SPECIAL
 
 # The fields of a BPE model whose other values are not supported, with the supported ones.
 PLAIN_BPE: dict[str, tuple[Any, ...]] = {
@@ -106,20 +106,19 @@ def byte_level_bpe(content: dict[str, Any], vocab: dict[str, int],
     if not pattern:
         raise Unsupported("it merges bytes without splitting a text into words first")
     # Training needs an end of text, which becomes the last token.
-    if not any(word in special for word in (END_OF_TEXT, *OTHER_ENDS)):
+    if special.keys().isdisjoint(ENDS_OF_TEXT):
         special = special | {END_OF_TEXT: max([len(ranks) - 1, *special.values()]) + 1}
     return BPETokenizer.from_ranks(ranks, pattern, special, in_text, normalizer)
 
 
 def normalizer_of(content: dict[str, Any] | None) -> str:
     """The normal form of Unicode that texts are brought to; empty for none."""
-    if content is None:
-        return ""
-    if content["type"] == "Sequence" and len(content["normalizers"]) <= 1:
-        return normalizer_of(next(iter(content["normalizers"]), None))
-    if content["type"] != "NFC":
-        raise Unsupported(f"its normalizer is {content['type']}")
-    return "NFC"
+    match content:
+        case None | {"type": "Sequence", "normalizers": []}:
+            return ""
+        case {"type": "NFC"} | {"type": "Sequence", "normalizers": [{"type": "NFC"}]}:
+            return "NFC"
+    raise Unsupported(f"its normalizer is {content['type']}")
 
 
 def pattern_of(content: dict[str, Any] | None) -> str:
@@ -131,32 +130,20 @@ def pattern_of(content: dict[str, Any] | None) -> str:
     if not steps or not steps[-1] or steps[-1]["type"] != "ByteLevel":
         raise Unsupported("its pre_tokenizer does not end with ByteLevel")
     *before, byte_level = steps
-
-    # ByteLevel itself adds no space, and splits by GPT-2's pattern or not at all.
     if byte_level.get("add_prefix_space", True):
         raise Unsupported("its pre_tokenizer has add_prefix_space=true")
-    if byte_level.get("use_regex", True):
-        if before:
-            raise Unsupported(f"its pre_tokenizer has {before[0]['type']} before ByteLevel's own "
-                              f"pattern")
-        return GPT2
 
-    # Else a single Split before it has the pattern.
-    if not before:
-        return ""
-    if len(before) > 1:
-        raise Unsupported("its pre_tokenizer splits several times")
-    step = before[0]
-    if step["type"] != "Split":
-        raise Unsupported(f"its pre_tokenizer has {step['type']}")
-    # With another behavior, or inverted, the matches would not be the words.
-    if step["behavior"] != "Isolated" or step["invert"]:
-        raise Unsupported(f"its pre_tokenizer has behavior={step['behavior']}, "
-                          f"invert={step['invert']}")
-    pattern = step["pattern"].get("Regex", "")
-    if pattern not in BY_ONIGURUMA:
-        raise Unsupported(f"its pre_tokenizer splits words by an unknown pattern, {pattern!r}")
-    return BY_ONIGURUMA[pattern]
+    # ByteLevel itself splits by GPT-2's pattern or not at all. Else the pattern is in one Split
+    # before it, whose matches are the words.
+    splits = byte_level.get("use_regex", True)
+    match before:
+        case []:
+            return GPT2 if splits else ""
+        case [{"type": "Split", "pattern": {"Regex": str(pattern)}, "behavior": "Isolated",
+               "invert": False}] if not splits and pattern in BY_ONIGURUMA:
+            return BY_ONIGURUMA[pattern]
+    raise Unsupported(f"its pre_tokenizer has other steps before ByteLevel than one Split by a "
+                      f"known pattern: {json.dumps(before):.400}")
 
 
 def tokens_in_text(added: list[dict[str, Any]], is_normalized: bool) -> list[str]:
@@ -211,15 +198,6 @@ def ranks_of(vocab: dict[str, int], merges: list[Any]) -> list[bytes]:
     ranks = [b""] * (max(rank_of.values()) + 1)
     for token, rank in rank_of.items():
         ranks[rank] = token
-        if len(token) > 1 and not is_merged(token, rank_of, pairs):
+        if len(token) > 1 and tuple(halves(token, rank_of)) not in pairs:
             raise Unsupported(f"its token {token!r} is not made by its merges")
     return ranks
-
-
-def is_merged(token: bytes, rank_of: dict[bytes, int], pairs: set[tuple[bytes, bytes]]) -> bool:
-    """Whether the last merge that encodes `token`, when merging by ids, is one of `pairs`."""
-    try:
-        left, right = halves(token, rank_of)
-    except ValueError:
-        return False
-    return (left, right) in pairs

@@ -25,8 +25,7 @@ from data.shards import SPLITS, check, check_shards, prepare_again, read_meta, w
 from data.sources import Files, Source, open_sources, open_validation
 from data.store import BUILDING, data_root, folder_for, make_once, sha256_of
 from data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
-from data.tokenizer_file import find_tokenizer, open_tokenizer
-from data.tokenizer_json import fingerprint, read_tokenizer
+from data.tokenizer_json import find_tokenizer, fingerprint, open_tokenizer, read_tokenizer
 from terminal import counted, say
 
 SAMPLE_BYTES = 2**28  # from the start of the training split, to train a tokenizer

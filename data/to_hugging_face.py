@@ -73,8 +73,12 @@ def byte_pairs(ranks: list[bytes]) -> dict[str, Any]:
     merges = []
     for token in rank_of:
         if len(token) > 1:
+            parts = halves(token, rank_of)
+            if len(parts) > 2:
+                raise ValueError(f"The tokenizer cannot be exported: its token {token!r} is not a "
+                                 f"pair of tokens with lower ids.")
             # Lists of two, because "#version ..." in a single string is read as a comment.
-            merges.append([written(half) for half in halves(token, rank_of)])
+            merges.append([written(half) for half in parts])
     return {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
             "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
             "ignore_merges": False,
@@ -93,7 +97,7 @@ def byte_letters() -> list[str]:
 def halves(token: bytes, rank_of: dict[bytes, int]) -> list[bytes]:
     """The two tokens that were merged into `token`: those before the last merge of encoding it.
 
-    Raises ValueError if there are none.
+    More than two if none were.
     """
     # Merge the pair with the lowest id, until two parts are left.
     parts = [token[i : i + 1] for i in range(len(token))]
@@ -101,8 +105,7 @@ def halves(token: bytes, rank_of: dict[bytes, int]) -> list[bytes]:
         ranks = [rank_of.get(left + right, math.inf) for left, right in pairwise(parts)]
         rank = min(ranks)
         if rank > rank_of[token]:
-            raise ValueError(f"The tokenizer cannot be exported: its token {token!r} is not a pair "
-                             f"of tokens with lower ids.")
+            break
         place = ranks.index(rank)
         parts[place : place + 2] = [parts[place] + parts[place + 1]]
     return parts

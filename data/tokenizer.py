@@ -11,10 +11,8 @@ from typing import Any, Protocol
 import numpy as np
 
 END_OF_TEXT = "<|endoftext|>"  # the token between documents; inside a text, it is plain text
-# Its names in other tokenizers: Llama 3, DeepSeek, Llama 2 and RoBERTa.
-OTHER_ENDS = ("<|end_of_text|>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "</s>")
-
-
+# Its names, also in other tokenizers: Llama 3, DeepSeek, Llama 2 and RoBERTa.
+ENDS_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "</s>")
 UNKNOWN = 2**32 - 1  # the entry of unknown characters in a table of ids
 
 

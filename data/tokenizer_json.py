@@ -1,4 +1,4 @@
-"""The JSON form of tokenizers: reads what `to_json` gave, and refuses anything else."""
+"""Read tokenizers from JSON: what `to_json` gave, or the file that `data.tokenizer=` names."""
 
 from __future__ import annotations
 
@@ -9,21 +9,19 @@ import re
 from pathlib import Path
 from typing import Any
 
-from data.bpe import PUBLISHED, BPETokenizer
+from data.bpe import LONGEST_TOKEN, MOST_SPECIAL, PUBLISHED, PUBLISHED_SIZES, BPETokenizer
+from data.from_hugging_face import from_hugging_face
 from data.patterns import KNOWN
 from data.tokenizer import (
     END_OF_TEXT,
-    OTHER_ENDS,
+    ENDS_OF_TEXT,
     ByteTokenizer,
     CharTokenizer,
     ExtendedTokenizer,
     Tokenizer,
 )
 
-# Limits of a file. No training here makes a longer token.
-LONGEST_TOKEN = 4096  # bytes
 LARGEST_FILE = 2**26  # bytes
-MOST_SPECIAL = 2**16  # ids after the last merged token
 
 
 def from_json(saved: dict[str, Any], place: str) -> Tokenizer:
@@ -46,9 +44,8 @@ def from_json(saved: dict[str, Any], place: str) -> Tokenizer:
             ranks = decode_ranks(encoded)
             longest = max(map(len, ranks), default=0)
             if longest > LONGEST_TOKEN:
-                raise ValueError(f"{place} has a token of {longest:,} bytes, more than the "
-                                 f"{LONGEST_TOKEN:,} allowed: it was not trained here, or is "
-                                 f"damaged.")
+                raise ValueError(f"{place} has a token of {longest:,} bytes, more than the allowed "
+                                 f"{LONGEST_TOKEN:,}: it was not trained here, or is damaged.")
             if ranks and pattern in KNOWN and are_options(rest, ranks):
                 return BPETokenizer.from_ranks(ranks, pattern, **rest)
     raise ValueError(f"{place} is not a nanohydra tokenizer.")
@@ -72,7 +69,7 @@ def are_options(options: dict[str, Any], ranks: list[bytes]) -> bool:
             free = {rank for rank, token in enumerate(ranks) if not token}
             free |= set(range(len(ranks), len(ranks) + MOST_SPECIAL))
             ids = list(special.values())
-            has_end = any(word in special for word in (END_OF_TEXT, *OTHER_ENDS))
+            has_end = not special.keys().isdisjoint(ENDS_OF_TEXT)
             return (are_words(list(special)) and all(type(token) is int for token in ids)
                     and len(set(ids)) == len(ids) and set(ids) <= free and has_end
                     and are_words(in_text) and set(in_text) <= set(special))
@@ -116,3 +113,38 @@ def read_json(path: Path) -> Any:
 def fingerprint(tokenizer: Tokenizer) -> str:
     """A hash that is the same for tokenizers that give the same ids."""
     return hashlib.sha256(json.dumps(tokenizer.to_json(), sort_keys=True).encode()).hexdigest()
+
+
+def find_tokenizer(path: str) -> Path:
+    """The file of a tokenizer: `path` itself, a run's, or the `tokenizer.json` in a folder.
+
+    Raises ValueError if there is none.
+    """
+    place = Path(path)
+    if place.is_file():
+        return place
+    # Of a run, the tokenizer in its last checkpoint.
+    saved = sorted(place.glob("checkpoints/step_*/tokenizer.json"))
+    found = saved[-1] if saved else place / "tokenizer.json"
+    if not found.is_file():
+        raise ValueError(f"data.tokenizer={path} has no tokenizer.json: name such a file, or the "
+                         f"folder of a run, of prepared tokens or of a model.")
+    return found
+
+
+def open_tokenizer(path: str) -> Tokenizer:
+    """The tokenizer at `path`, in nanohydra's or in Hugging Face's format.
+
+    Raises ValueError if there is none, and for a tokenizer with features that are not supported.
+    """
+    file = find_tokenizer(path)
+    content = read_json(file)
+    if isinstance(content, dict) and "kind" in content:
+        return from_json(content, str(file))
+    return from_hugging_face(content, str(file))
+
+
+def planned_size(name: str, vocab_size: int) -> int | None:
+    """The number of tokens of `data.tokenizer=NAME`; None where the text decides it."""
+    sizes = {**PUBLISHED_SIZES, "byte": ByteTokenizer.vocab_size, "bpe": vocab_size, "char": None}
+    return sizes[name] if name in sizes else open_tokenizer(name).vocab_size

@@ -74,7 +74,7 @@ from data.config import DataConfig
 from data.loader import Loader
 from data.prepare import planned
 from data.shards import Tokens, read_meta
-from data.tokenizer_file import planned_size
+from data.tokenizer_json import planned_size
 from hardware import available_memory
 from model import GPT, SkipInit
 from terminal import counted, readable_size, readable_time, say

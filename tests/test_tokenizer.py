@@ -415,14 +415,6 @@ def test_an_empty_cache_variable_is_named(network, monkeypatch):
     assert "in the folder in TIKTOKEN_CACHE_DIR," in sentence and cached_as(PUBLISHED["o200k_base"][0]) in sentence
 
 
-@pytest.mark.parametrize("there", [0, 1])
-def test_only_the_missing_file_is_named(there, network, tmp_path, gpt2_files):
-    kept, missing = PUBLISHED["gpt2"][there], PUBLISHED["gpt2"][1 - there]
-    (tmp_path / cached_as(kept)).write_bytes((gpt2_files / cached_as(kept)).read_bytes())
-    sentence = failure("gpt2")
-    assert missing in sentence and kept not in sentence and "copy it there" in sentence
-
-
 @pytest.mark.parametrize(("outcome", "reason"), [
     (requests.exceptions.ProxyError("no way"), "ProxyError"), (PermissionError(13, "Permission denied"), "PermissionError"),
     (answer(b"not here", 404), "HTTPError"), (answer(b"<html>Please log in to this network</html>"), "unexpected content"),
@@ -468,7 +460,7 @@ def test_a_very_long_token_is_refused(tmp_path):
     longest = base64.b64encode(b"x" * 12_000_000).decode()
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps({"kind": "bpe", "pattern": PATTERN, "ranks": [*BYTES, longest]}))
-    with pytest.raises(ValueError, match=r"tokenizer.json has a token of 12,000,000 bytes, more than the 4,096 allowed"):
+    with pytest.raises(ValueError, match=r"tokenizer.json has a token of 12,000,000 bytes, more than the allowed 4,096"):
         read_tokenizer(path)
 
 

@@ -15,8 +15,7 @@ from data.config import DataConfig
 from data.prepare import load_tokenizer, prepare
 from data.shards import read_meta
 from data.to_hugging_face import to_hugging_face
-from data.tokenizer_file import open_tokenizer
-from data.tokenizer_json import fingerprint
+from data.tokenizer_json import fingerprint, open_tokenizer
 from scripts.plan import describe_data
 from scripts.unused_tokens import COMPLETE
 from train import train

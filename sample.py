@@ -40,7 +40,8 @@ def sample(settings: SampleSettings) -> int:
     device = Device(settings.device, settings.precision)
     configure(device)
     engine = open_chosen(settings, settings.checkpoint, device)
-    decoder = make_decoder(engine, settings)
+    setting = "batch_size" if settings.prompts else "num_samples"
+    decoder = open_decoder(engine, settings, setting, settings.max_new_tokens)
 
     # Complete a file of prompts, talk to the user, or complete one prompt.
     if settings.prompts:
@@ -58,16 +59,6 @@ def sample(settings: SampleSettings) -> int:
             say("This model was trained on conversations: chat=true talks to it.", sys.stderr)
         print_completions(engine, prompt, settings, decoder)
     return 0
-
-
-def make_decoder(engine: Engine, settings: SampleSettings) -> Decoder | None:
-    """A decoder for the whole session, or None without the cache."""
-    setting = "batch_size" if settings.prompts else "num_samples"
-    rows = getattr(settings, setting)
-    decoder, advice = open_decoder(engine, settings, setting, rows, settings.max_new_tokens)
-    for line in advice:
-        say(line, sys.stderr)
-    return decoder
 
 
 def interact(engine: Engine, settings: SampleSettings, decoder: Decoder | None) -> None:

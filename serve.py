@@ -19,7 +19,6 @@ if __name__ == "__main__":
 import errno
 import logging
 import socket
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -61,14 +60,12 @@ def serve(settings: ServeSettings, open_models: OpenModels | None = None) -> int
         thread.start()
         try:
             models = thread.call(make_models).result()
-            server = make_server(uvicorn, make_app(models, settings), thread)
             host = f"[{settings.host}]" if ":" in settings.host else settings.host
             say(f"Serving {', '.join(models)} at http://{host}:{listening.getsockname()[1]}/")
-            server.run([listening])
+            make_server(uvicorn, make_app(models, settings), thread).run([listening])
         finally:
             thread.stop()
-    # Other signals than ignored ones were raised again, and have ended the program.
-    return server.exit_code
+    return 0
 
 
 def listen(settings: ServeSettings) -> socket.socket:
@@ -120,10 +117,7 @@ def changed_arguments(settings: ServeSettings) -> list[str]:
 
 def make_batcher(thread: DecodingThread, engine: Engine, settings: ServeSettings) -> Batcher:
     """What decodes the requests for a model. Called by the thread."""
-    decoder, advice = open_decoder(engine, settings, "batch_size", settings.batch_size,
-                                   engine.model.config.block_size)
-    for line in advice:
-        say(line, sys.stderr)
+    decoder = open_decoder(engine, settings, "batch_size", engine.model.config.block_size)
     engine.model.eval()
     return Batcher(thread, engine, decoder, settings.batch_size, settings.max_requests)
 
@@ -136,10 +130,7 @@ def make_server(uvicorn: Any, app: Any, thread: DecodingThread) -> Any:
     logging.getLogger("asyncio").setLevel(logging.ERROR)
 
     class Server(uvicorn.Server):
-        exit_code = 0
-
         def handle_exit(self, number: int, frame: FrameType | None) -> None:
-            self.exit_code = 128 + number
             thread.stop()
             super().handle_exit(number, frame)
 

@@ -13,7 +13,6 @@ import os
 import platform
 import shlex
 import shutil
-import stat
 import subprocess
 import tempfile
 from contextlib import suppress
@@ -36,8 +35,7 @@ def load_library(source: Path) -> ctypes.CDLL:
     """
     # The compiler and its flags.
     flags = os.environ.get("NANOHYDRA_CFLAGS", "")
-    found = next(filter(shutil.which, COMPILERS), COMPILERS[0])
-    compiler = os.environ.get("CC") or found
+    compiler = os.environ.get("CC") or next(filter(shutil.which, COMPILERS), COMPILERS[0])
 
     # All that decides the compiled code is in the name of the kept file. The processor is, since
     # machines of several kinds can share a home.
@@ -66,7 +64,7 @@ def compile_source(source: Path, compiler: list[str], flags: list[str]) -> bytes
         for step, more in ((COMPILE, flags), (LINK, [])):
             arguments = [word.format(source=source, made=made) for word in step.split()]
             run_compiler([*compiler, *arguments, *more])
-        return own_bytes(f"{made}.so")
+        return Path(f"{made}.so").read_bytes()
 
 
 def run_compiler(command: list[str]) -> None:
@@ -79,8 +77,8 @@ def run_compiler(command: list[str]) -> None:
         raise OSError(f"{shlex.join(command)} failed: {done.stderr.strip()[:300]}")
 
 
-def open_private(folder: Path) -> int:
-    """Open a folder, close it to other users, and return its descriptor.
+def close_to_others(folder: Path) -> None:
+    """Let only this user read and write in a folder.
 
     Raises OSError if it is missing, a relative path, a symbolic link, or belongs to another user.
     """
@@ -88,35 +86,24 @@ def open_private(folder: Path) -> int:
         raise OSError("There is no home folder.")
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
-        if os.fstat(handle).st_uid != os.getuid():
-            raise OSError(f"{folder} belongs to another user.")
+        check_owner(handle)
         os.fchmod(handle, 0o700)
-        return handle
-    except OSError:
+    finally:
         os.close(handle)
-        raise
 
 
-def own_bytes(path: str, folder: int | None = None) -> bytes:
-    """The content of a file; `path` is relative to the descriptor `folder` where given.
-
-    Raises OSError if it is missing, or not a plain file of this user.
-    """
-    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
-    with open(handle, "rb") as file:
-        found = os.fstat(handle)
-        if found.st_uid != os.getuid() or not stat.S_ISREG(found.st_mode):
-            raise OSError(f"{path} is not a plain file of this user.")
-        return file.read()
+def check_owner(handle: int) -> None:
+    """Raise OSError if an open file or folder belongs to another user."""
+    if os.fstat(handle).st_uid != os.getuid():
+        raise OSError("The cache belongs to another user.")
 
 
 def read_cached(path: Path) -> bytes:
     """A library from the cache. Raises OSError unless it can be trusted."""
-    folder = open_private(path.parent)
-    try:
-        content = own_bytes(path.name, folder)
-    finally:
-        os.close(folder)
+    close_to_others(path.parent)
+    with open(atomic.open_regular(path), "rb") as file:
+        check_owner(file.fileno())
+        content = file.read()
     checksum, content = content[:CHECKSUM_BYTES], content[CHECKSUM_BYTES:]
     if hashlib.sha256(content).digest() != checksum:
         raise OSError(f"{path} is damaged.")
@@ -127,7 +114,7 @@ def write_cached(path: Path, content: bytes) -> None:
     """Write a library, after its checksum, for the next process."""
     if path.is_absolute():
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    os.close(open_private(path.parent))
+    close_to_others(path.parent)
     atomic.write_bytes(path, hashlib.sha256(content).digest() + content)
 
 
@@ -140,10 +127,6 @@ def load(content: bytes) -> ctypes.CDLL:
             copy = Path(folder, "library.so")
             atomic.write_bytes(copy, content)
             return ctypes.CDLL(str(copy))
-    try:
-        atomic.write_all(handle, content)
-        # The handle stays open: the loader would take another file of the same name for this one.
-        return ctypes.CDLL(f"/proc/self/fd/{handle}")
-    except OSError:
-        os.close(handle)
-        raise
+    atomic.write_all(handle, content)
+    # The handle stays open: the loader would take another file of the same name for this one.
+    return ctypes.CDLL(f"/proc/self/fd/{handle}")

@@ -96,7 +96,7 @@ class Decoder:
         # Where the kernels are missing, `kernels.library()` is the error.
         self.advice = ""
         reason: object = "it needs a CPU and a model with fp32 weights."
-        if has_fp32_weights(model) and weight.is_cpu and not self.has_kernels:
+        if weight.is_cpu and weight.dtype == torch.float32 and not self.has_kernels:
             reason = kernels.library()
             self.advice = f"Decoding without kernels takes two to four times as long. {reason}"
         if precision == "int8" and not self.has_kernels:
@@ -229,15 +229,12 @@ class Decoder:
 
 def choose_cache(model: GPT) -> type[RaggedCache]:
     """The fastest cache for the device and the type of the weights."""
-    if model.wte.weight.is_cuda:
+    weight = model.wte.weight
+    if weight.is_cuda:
         return StaticCache
-    if model.wte.weight.is_cpu and has_fp32_weights(model) and kernels.available():
+    if weight.is_cpu and weight.dtype == torch.float32 and kernels.available():
         return PackedCache
     return RaggedCache
-
-
-def has_fp32_weights(model: GPT) -> bool:
-    return model.wte.weight.dtype == torch.float32
 
 
 def window_start(length: int, block_size: int) -> int:

@@ -1,6 +1,7 @@
 """Open a trained model and complete text with it.
 
-Prints only which weights are used and which checkpoints are damaged. Changes no global state.
+Prints only which weights are used, what makes decoding slow, and which checkpoints are damaged.
+Changes no global state.
 """
 
 from __future__ import annotations
@@ -257,26 +258,25 @@ def open_checkpoint(run: Path, which: str, device: Device) -> Engine:
     return store.load_of_run(run, which, lambda found: engine_of(own_weights(found), device))
 
 
-def open_decoder(engine: Engine, rules: SamplingConfig, setting: str, rows: int,
-                 positions: int) -> tuple[Decoder | None, list[str]]:
-    """A decoder of `rows` sequences of `positions` tokens, or None without the cache.
+def open_decoder(engine: Engine, rules: SamplingConfig, setting: str,
+                 positions: int) -> Decoder | None:
+    """A decoder of sequences of `positions` tokens, or None without the cache.
 
-    Also returns sentences for the user about its speed. `setting` is the name of the number of
-    rows. Raises ValueError if decoding all rows at once takes more than the free memory.
+    `setting` is the name of the setting that has their number. Says on standard error what makes
+    decoding slow. Raises ValueError if decoding all at once takes more than the free memory.
     """
-    device = engine.device
-    advice = []
+    device, rows = engine.device, getattr(rules, setting)
     decoder = None
     if rules.cache:
         with device.autocast():
             decoder = Decoder(engine.model, rules.decoder_precision)
         if decoder.advice:
-            advice.append(decoder.advice)
-    emulated = device.type == "cpu" and not native(device.precision)
-    if emulated and not (decoder and decoder.has_kernels):
+            say(decoder.advice, sys.stderr)
+    has_kernels = decoder is not None and decoder.has_kernels
+    if device.type == "cpu" and not native(device.precision) and not has_kernels:
         # fp32 is 10 to 30 times as fast as a precision that this CPU emulates.
-        advice.append(f"precision={device.precision} is not native to this processor: computing in "
-                      "fp32.")
+        say(f"precision={device.precision} is not native to this processor: computing in fp32.",
+            sys.stderr)
     # A GPU that runs out of memory says so itself.
     if decoder and device.type == "cpu":
         needed, free = decoder.nbytes(rows, positions), available_memory()
@@ -284,7 +284,7 @@ def open_decoder(engine: Engine, rules: SamplingConfig, setting: str, rows: int,
             raise ValueError(f"{setting}={rows} completions at once take {readable_size(needed)} "
                              f"of memory, {readable_size(free)} are free: choose a smaller "
                              f"{setting}.")
-    return decoder, advice
+    return decoder
 
 
 def own_logprobs(logits: Tensor, tokens: Tensor) -> list[float]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import stat
 import sys
+from pathlib import Path
 
 from terminal import readable_size
 
@@ -19,8 +19,17 @@ def read_text(name: str, path: str) -> str:
     """
     if path == "-":
         content = sys.stdin.buffer.read(MAX_BYTES + 1)
+    elif Path(path).is_dir():
+        raise ValueError(f"{name}={path} is a folder: name a file.")
     else:
-        content = read_bytes(name, path)
+        # Without O_NONBLOCK, opening a named pipe waits for a writer, perhaps forever.
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        os.set_blocking(handle, True)
+        with open(handle, "rb") as file:
+            content = file.read(MAX_BYTES + 1)
+    if not content and Path(path).is_fifo():
+        raise ValueError(f"{name}={path} is a pipe that nothing was written to: start its writer "
+                         "first.")
     if len(content) > MAX_BYTES:
         raise ValueError(f"{name}={path} holds more than {readable_size(MAX_BYTES)}: choose a "
                          "smaller file.")
@@ -30,20 +39,3 @@ def read_text(name: str, path: str) -> str:
     except UnicodeDecodeError as error:
         raise ValueError(f"{name}={path} is not UTF-8 at offset {error.start}: save it as "
                          "UTF-8.") from None
-
-
-def read_bytes(name: str, path: str) -> bytes:
-    """The first bytes of a file, at most one more than `MAX_BYTES`."""
-    # Without O_NONBLOCK, opening a named pipe waits for a writer, perhaps forever.
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    mode = os.fstat(handle).st_mode
-    if stat.S_ISDIR(mode):
-        os.close(handle)
-        raise ValueError(f"{name}={path} is a folder: name a file.")
-    os.set_blocking(handle, True)
-    with open(handle, "rb") as file:
-        content = file.read(MAX_BYTES + 1)
-    if stat.S_ISFIFO(mode) and not content:
-        raise ValueError(f"{name}={path} is a pipe that nothing was written to: start its writer "
-                         "first.")
-    return content

@@ -99,33 +99,21 @@ def count_done(path: Path, jobs: list[Job], settings_id: str) -> int:
 
     Raises ValueError if it holds anything else.
     """
-    other = ValueError(f"out={path} holds something other than completions: choose another file.")
-    # A kill can cut the last line.
     *complete, partial = path.read_bytes().split(b"\n")
-    try:
-        lines = [json.loads(line) for line in complete]
-    except (ValueError, RecursionError):
-        raise other from None
-    if not all(isinstance(line, dict) for line in lines):
-        raise other
-
-    # The lines must be those of the first jobs.
+    lines = [*complete, partial] if partial else complete
+    end = f'"settings": "{settings_id}"}}'.encode()
     for number, (line, (prompt, sample)) in enumerate(zip(lines, jobs, strict=False), 1):
-        if (line.get("prompt"), line.get("sample")) != (prompt, sample):
-            raise ValueError(f"out={path}: line {number} does not belong to the prompt "
+        start = json.dumps({"prompt": prompt, "sample": sample}, ensure_ascii=False)
+        start = start.removesuffix("}").encode() + b", "
+        is_cut = number > len(complete)
+        # A kill can cut a line anywhere.
+        if not line.startswith(start[: len(line)] if is_cut else start):
+            raise ValueError(f"out={path}: line {number} is no completion of the prompt "
                              f"{prompt[:40]!r}: choose another file.")
-        if line.get("settings") != settings_id:
+        if not is_cut and not line.endswith(end):
             raise ValueError(f"out={path}: line {number} is from another model or other settings: "
                              "choose another file.")
-    found = len(lines) + bool(partial)
-    if found > len(jobs):
-        raise ValueError(f"out={path} has {counted(found, 'line')}, more than the "
+    if len(lines) > len(jobs):
+        raise ValueError(f"out={path} has {counted(len(lines), 'line')}, more than the "
                          f"{counted(len(jobs), 'completion')} to write: choose another file.")
-
-    # So must the part of a line, as far as it goes.
-    if partial:
-        prompt, sample = jobs[len(lines)]
-        start = json.dumps({"prompt": prompt, "sample": sample}, ensure_ascii=False)[:-1].encode()
-        if partial[: len(start)] != start[: len(partial)]:
-            raise other
-    return len(lines)
+    return len(complete)

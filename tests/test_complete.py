@@ -135,7 +135,7 @@ def test_another_batch_size_continues_only_in_fp32(fill, tmp_path):
 
 
 @pytest.mark.parametrize(("prompts", "override", "problem"), [
-    (["The", "A"], "seed=1337", "line 2 does not belong to the prompt 'A'"), (["The", "No"], "temperature=0.5", "line 1 is from another model or other settings"),
+    (["The", "A"], "seed=1337", "line 2 is no completion of the prompt 'A'"), (["The", "No"], "temperature=0.5", "line 1 is from another model or other settings"),
     (["The"], "seed=1337", "has 2 lines, more than the 1 completion"), (["The", "café"], "seed=1337", "no character")])
 def test_completions_of_other_prompts_are_not_changed(fill, tmp_path, prompts, override, problem):
     fill(["The", "No"])
@@ -157,13 +157,13 @@ def test_a_cut_line_more_than_asked_for_is_not_changed(fill, tmp_path):
                          ids=lambda content: content[:12])
 def test_a_file_of_something_else_is_not_changed(fill, tmp_path, content):
     """Also one whose last line has no end, and is not the beginning of one of ours."""
-    with pytest.raises(ValueError, match="holds something other than completions"):
+    with pytest.raises(ValueError, match="line 1 is no completion of the prompt 'The'"):
         fill(["The"], content=content)
     assert (tmp_path / "out.jsonl").read_text() == content
 
 
 def test_the_file_of_prompts_is_not_overwritten(fill, tmp_path):
-    with pytest.raises(ValueError, match="holds something other than completions"):
+    with pytest.raises(ValueError, match="line 1 is no completion of the prompt 'The'"):
         fill(["The"], f"out={tmp_path / 'prompts.txt'}")
     assert (tmp_path / "prompts.txt").read_text() == "The"
 

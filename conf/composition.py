@@ -72,8 +72,6 @@ def compose_with_hydra(root: str | type, schema: Any,
     # Let Hydra compose the rest.
     try:
         with unchanged_hydra() as store:
-            # Hydra's plugins register their settings at its start: before its group is replaced.
-            start_hydra()
             name = register(store, root, defaults)
             if own:
                 store.repo["experiment"].add(GIVEN_FILE, own, content)
@@ -105,12 +103,6 @@ class Uncopied(dict[str, Any]):
         return self
 
 
-def start_hydra() -> None:
-    """Set Hydra's global state to a Hydra that reads no folder, only the ConfigStore."""
-    setbase(HYDRA_VERSION)
-    GlobalHydra.instance().hydra = hydra_without_folder()
-
-
 @functools.cache
 def hydra_without_folder() -> Any:
     """It is made once: for this, Hydra looks up the source of every frame of the stack."""
@@ -131,19 +123,23 @@ def hydra_without_presets() -> dict[str, ConfigNode]:
 
 @contextmanager
 def unchanged_hydra() -> Iterator[ConfigStore]:
-    """Restores Hydra's global state at the end, so that a program can use Hydra itself, too."""
+    """Hydra that reads no folder, only the ConfigStore, without its own presets.
+
+    Its global state is restored at the end, so that a program can use Hydra itself, too.
+    """
     with HYDRA_LOCK:
         store, version = ConfigStore.instance(), VersionBase.instance()
-        repo, base, hydra = store.repo, version.getbase(), GlobalHydra.instance().hydra
-        # A shallow copy: nodes that are stored during the composition are dropped with it.
-        store.repo = Uncopied(repo)
-        GlobalHydra.instance().hydra = None
+        before = store.repo, version.getbase(), GlobalHydra.instance().hydra
         try:
+            # The first start registers the settings of Hydra's plugins, for all compositions.
+            GlobalHydra.instance().hydra = None
+            GlobalHydra.instance().hydra = hydra_without_folder()
+            setbase(HYDRA_VERSION)
+            # A shallow copy: nodes that are stored during the composition are dropped with it.
+            store.repo = Uncopied(store.repo, hydra=hydra_without_presets())
             yield store
         finally:
-            store.repo = repo
-            version.version_base = base
-            GlobalHydra.instance().hydra = hydra
+            store.repo, version.version_base, GlobalHydra.instance().hydra = before
 
 
 def own_experiment(overrides: list[str]) -> tuple[Path | None, dict[str, Any], list[str]]:
@@ -156,23 +152,18 @@ def own_experiment(overrides: list[str]) -> tuple[Path | None, dict[str, Any], l
         return None, {}, overrides
     path = Path(given[-1])
     content = nested(read_yaml(path), path)
-    overrides = [word for word in overrides if not word.startswith("experiment=")]
+    others = [word for word in overrides if not word.startswith("experiment=")]
+    # A run's config.yaml has all settings: only presets of the command line apply. Each replaces
+    # the whole of its group.
     if "auto_name" in content:
         drop_derived(content)
-        overrides = without_presets(content, overrides)
-    return path, content, [*overrides, f"experiment={GIVEN_FILE}"]
-
-
-def without_presets(saved: dict[str, Any], overrides: list[str]) -> list[str]:
-    """The overrides that start from `saved`, a run's config.yaml, which has all settings.
-
-    Only presets of the command line apply. Each replaces the whole of its group in `saved`.
-    """
-    chosen = {override.partition("=")[0] for override in overrides} & set(groups())
-    for group in chosen:
-        saved.pop(group, None)
-    removed = [f"~{group}" for group in groups() if group not in chosen and group != "experiment"]
-    return removed + overrides
+        chosen = {word.partition("=")[0] for word in others}
+        for group in groups():
+            if group in chosen:
+                content.pop(group, None)
+            elif group != "experiment":
+                others.append(f"~{group}")
+    return path, content, [*others, f"experiment={GIVEN_FILE}"]
 
 
 def drop_derived(values: dict[str, Any]) -> None:
@@ -185,14 +176,13 @@ def drop_derived(values: dict[str, Any]) -> None:
 
 def register(store: ConfigStore, root: str | type, defaults: dict[str, Any]) -> str:
     """Store the defaults and the YAML files for Hydra; return the root's name there."""
-    store.repo["hydra"] = hydra_without_presets()
     if not isinstance(root, str):
         store.store(root.__name__, defaults)
         return root.__name__
     store.store(f"{root}_defaults", defaults)
     for group in groups():
         store.repo[group] = Group(group)
-    store.repo[f"{root}.yaml"] = config_node(presets.CONF / f"{root}.yaml", None)
+    store.repo[f"{root}.yaml"] = config_node(presets.CONF / f"{root}.yaml", group=None)
     return root
 
 
@@ -213,7 +203,7 @@ def launcher_settings(overrides: list[str]) -> dict[str, Any]:
     Raises ConfigError for names that do not exist.
     """
     try:
-        with unchanged_hydra(), initialize_config_dir(str(presets.CONF), "app", HYDRA_VERSION):
+        with initialize_config_dir(str(presets.CONF), "app", HYDRA_VERSION):
             composed = hydra_compose(overrides=overrides, return_hydra_config=True)
             return OmegaConf.to_container(composed.hydra.launcher)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:

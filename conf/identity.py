@@ -5,6 +5,7 @@ Each setting is of one kind. docs/runs.md explains the kinds with the same table
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -39,16 +40,18 @@ def kind(setting: str) -> str:
     raise KeyError(setting)
 
 
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(values: dict[str, Any]) -> dict[str, Any]:
     """Nested settings as {"model.n_layer": 4, ...}."""
-    found: dict[str, Any] = {}
+    return dict(flat_pairs(values))
+
+
+def flat_pairs(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The full name and the value of each of nested settings."""
     for name, value in values.items():
-        key = f"{prefix}{name}"
         if isinstance(value, dict):
-            found |= flat(value, f"{key}.")
+            yield from flat_pairs(value, f"{prefix}{name}.")
         else:
-            found[key] = value
-    return found
+            yield f"{prefix}{name}", value
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> Changes:

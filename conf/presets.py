@@ -6,7 +6,6 @@ Knows no names of settings.
 from __future__ import annotations
 
 import functools
-import re
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +70,7 @@ class Group(dict[str, Path]):
     def add(self, name: str, path: Path, content: dict[str, Any]) -> None:
         """Add the file `path`, whose content is known, as the preset `name`."""
         self[f"{name}.yaml"] = path
-        self.nodes[f"{name}.yaml"] = config_node(path, self.group, content)
+        self.nodes[f"{name}.yaml"] = node_of(content, path, self.group)
 
     def origins(self) -> dict[str, tuple[str, str]]:
         """By each setting in the files that were read: the file's name in messages, and the group.
@@ -88,46 +87,50 @@ class Group(dict[str, Path]):
         return found
 
 
-def config_node(path: Path, group: str | None, content: dict[str, Any] | None = None) -> ConfigNode:
+def config_node(path: Path, group: str | None) -> ConfigNode:
     """A YAML file as Hydra's ConfigStore keeps it."""
-    text = read_text(path)
-    if content is not None:
-        return node_of(content, path, group, text)
-    return node_of_text(path, group, text)
+    return node_of_text(path, group, read_text(path))
 
 
 @functools.cache
 def node_of_text(path: Path, group: str | None, text: str) -> ConfigNode:
-    """A file with this text, which is parsed once for all compositions of a program."""
-    return node_of(nested(read_yaml(path), path), path, group, text)
+    """A file with this `text`, which is parsed once for all compositions of a program."""
+    return node_of(nested(read_yaml(path), path), path, group)
 
 
-def node_of(content: dict[str, Any], path: Path, group: str | None, text: str) -> ConfigNode:
-    """A file with this text and this content, which can be changed."""
-    refuse_hydras(content, path)
+def node_of(content: dict[str, Any], path: Path, group: str | None) -> ConfigNode:
+    """A file with this content. An experiment sets settings of all groups.
+
+    Raises ConfigError for settings of Hydra's own in a file: they would have no effect.
+    """
+    of_hydra = flat({"hydra": content["hydra"]}) if "hydra" in content else ()
+    if of_hydra:
+        raise ConfigError([not_used(key, path) for key in of_hydra])
+    package = None
     if group == "experiment":
-        content = with_overrides(content, path)
-    # Hydra reads a header "# @package" only from files that it opens itself.
-    header = re.search(r"\A(?:\s*#.*\n)*?\s*#\s*@package\s+(\S+)", text)
-    package = "_global_" if group == "experiment" else None
-    # `_group_` is the default.
-    if header and header[1] != "_group_":
-        package = header[1]
+        content, package = with_overrides(content, path), "_global_"
     return ConfigNode(path.name, OmegaConf.create(content), group, package, provider=None)
+
+
+def not_used(key: str, path: Path) -> str:
+    """The sentence about a setting of Hydra's own in a file."""
+    return f"{key} ({path}) is not used here: {instead_of_hydras(key)}."
 
 
 def with_overrides(content: dict[str, Any], path: Path) -> dict[str, Any]:
     """An experiment whose defaults list has `override /model` in place of `model` or `/model`.
 
-    Raises ConfigError for a preset that is written as a setting, as in `model: gpt2`.
+    Raises ConfigError for a preset that is written as a setting, as in `model: gpt2`, and for a
+    group that does not exist.
     """
-    for group in content.keys() & groups():
+    known = groups()
+    for group in content.keys() & known:
         if not isinstance(content[group], dict):
             raise ConfigError([
                 f"{group}: {as_word(content[group])} ({path}) is not a group of settings: indent "
                 f"settings below {group}, or choose a preset: under defaults, write - override "
-                f"/{group}: NAME."
-            ])
+                f"/{group}: NAME."])
+
     # Each choice of a preset becomes one that replaces the preset of conf/config.yaml.
     choices = content.get("defaults")
     if not isinstance(choices, list):
@@ -137,29 +140,13 @@ def with_overrides(content: dict[str, Any], path: Path) -> dict[str, Any]:
         if isinstance(choice, dict) and len(choice) == 1:
             [(key, value)] = choice.items()
             group = str(key).split()[-1].lstrip("/")
-            if group == "experiment":
-                # The name of another experiment, which this one extends.
-                choice = value
-            elif group in groups():
-                choice = {f"override /{group}": value}
-            else:
-                known = groups()
+            # The name of another experiment, which this one extends, stands alone.
+            choice = value if group == "experiment" else {f"override /{group}": value}
+            if group.startswith("hydra"):
+                raise ConfigError([not_used(group, path)])
+            if group not in known:
                 raise ConfigError([
                     f"{group} (in the defaults of {path}) is no group of presets"
-                    f"{closest(group, known)}: the groups are {', '.join(known)}."
-                ])
+                    f"{closest(group, known)}: the groups are {', '.join(known)}."])
         made.append(choice)
     return content | {"defaults": made}
-
-
-def refuse_hydras(content: dict[str, Any], path: Path) -> None:
-    """Raise ConfigError for settings of Hydra's own in a file: they would have no effect."""
-    keys = list(flat({"hydra": content["hydra"]})) if "hydra" in content else []
-    for choice in content.get("defaults") or []:
-        if isinstance(choice, dict):
-            names = [str(key).split()[-1].lstrip("/") for key in choice]
-            keys += [name for name in names if name.startswith("hydra/")]
-    if keys:
-        raise ConfigError([
-            f"{key} ({path}) is not used here: {instead_of_hydras(key)}." for key in keys
-        ])

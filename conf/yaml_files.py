@@ -16,6 +16,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from conf.identity import flat_pairs
 from terminal import escaped, first_line
 
 YAML_SUFFIXES = (".yaml", ".yml")
@@ -56,73 +57,63 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises ConfigError naming the file if it is not valid YAML, has a key twice or is too large.
     """
     text = read_text(path)
+    count, content, traps = 0, None, []
+    problem = ""
     # PyYAML counts the values, OmegaConf reads them: it knows 1e-3 as a number.
     try:
         root = yaml.compose(text, yaml.SafeLoader)
-        count = expanded_size(root, {})
         # OmegaConf has an assertion against a single number.
-        content = None
-        if count <= MAX_VALUES and not isinstance(root, yaml.ScalarNode):
-            content = OmegaConf.to_container(OmegaConf.create(text))
+        if isinstance(root, yaml.CollectionNode):
+            count = expanded_size(root, {}, traps)
+            if count <= MAX_VALUES:
+                content = OmegaConf.to_container(OmegaConf.create(text))
     except RecursionError:
-        problem = f"{path} is nested too deeply for settings: they have two levels."
-        raise ConfigError([problem]) from None
+        problem = "is nested too deeply for settings: they have two levels"
     except yaml.MarkedYAMLError as error:
         line = f", at line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ConfigError([f"{path} is not valid YAML{line}: {error.problem}."]) from None
+        problem = f"is not valid YAML{line}: {error.problem}"
     except (yaml.YAMLError, OmegaConfBaseException, *BAD_VALUES) as error:
-        raise ConfigError([f"{path} is not valid YAML: {first_line(error)}."]) from None
+        problem = f"is not valid YAML: {first_line(error)}"
     if count > MAX_VALUES:
-        raise ConfigError([
-            f"{path} holds more than {MAX_VALUES:,} values, with its aliases (*name) written out: "
-            "remove the aliases."
-        ])
-    if not isinstance(content, dict):
-        raise ConfigError([f"{path} holds no settings: write lines such as key: value."])
-    refuse_traps(root, path)
+        problem = (f"holds more than {MAX_VALUES:,} values, with its aliases (*name) written out: "
+                   "remove the aliases")
+    elif not problem and not isinstance(content, dict):
+        problem = "holds no settings: write lines such as key: value"
+    if problem:
+        raise ConfigError([f"{path} {problem}."])
+    if traps:
+        raise ConfigError([f"{path}, {trap}." for trap in traps])
     return content
 
 
-def expanded_size(node: yaml.Node | None, sizes: dict[int, float]) -> float:
+def expanded_size(node: yaml.Node, sizes: dict[int, float], traps: list[str]) -> float:
     """The number of values in a YAML node with all aliases written out.
 
     An alias is the same node again: `sizes`, by the nodes' ids, keeps this as fast as reading. A
-    node that contains itself is infinite.
+    node that contains itself is infinite. `traps` gets a sentence about each value that YAML or
+    Hydra reads otherwise than it looks.
     """
-    if node is None or isinstance(node, yaml.ScalarNode):
-        return 1
-    if id(node) not in sizes:
-        # This is the answer if the node is met again inside itself.
-        sizes[id(node)] = math.inf
+    if id(node) in sizes:
+        return sizes[id(node)]
+    # This is the answer if the node is met again inside itself.
+    sizes[id(node)] = math.inf
+    inner = []
+    if isinstance(node, yaml.MappingNode):
+        inner = [part for pair in node.value for part in pair]
+    elif isinstance(node, yaml.SequenceNode):
         inner = node.value
-        if isinstance(node, yaml.MappingNode):
-            inner = [part for pair in node.value for part in pair]
-        sizes[id(node)] = 1 + sum(expanded_size(one, sizes) for one in inner)
+    elif node.value == "???":
+        traps.append(f"{place(node)} marks a missing value: write the value, or remove the line")
+    elif node.tag == "tag:yaml.org,2002:int" and re.match(r"[-+]?0[\d_]|.*:", node.value):
+        number = yaml.SafeLoader("").construct_yaml_int(node)
+        traps.append(f"{place(node)} is the number {number} in YAML: write that, or use quotes")
+    sizes[id(node)] = 1 + sum(expanded_size(one, sizes, traps) for one in inner)
     return sizes[id(node)]
 
 
-def refuse_traps(root: yaml.Node, path: Path) -> None:
-    """Raise ConfigError for values that YAML or Hydra reads otherwise than they look."""
-    # Visit all nodes, and collect the problems of single values.
-    problems = []
-    nodes = [root]
-    while nodes:
-        node = nodes.pop()
-        if isinstance(node, yaml.MappingNode):
-            nodes += [part for pair in node.value for part in pair]
-        elif isinstance(node, yaml.SequenceNode):
-            nodes += node.value
-        elif node.value == "???":
-            problems.append((node, "marks a missing value: write the value, or remove the line"))
-        elif node.tag == "tag:yaml.org,2002:int" and re.match(r"[-+]?0[\d_]|.*:", node.value):
-            number = yaml.SafeLoader("").construct_yaml_int(node)
-            problems.append((node, f"is the number {number} in YAML: write that, or use quotes"))
-    # The last nodes were visited first.
-    if problems:
-        raise ConfigError([
-            f"{path}, line {node.start_mark.line + 1}: {node.value} {problem}."
-            for node, problem in reversed(problems)
-        ])
+def place(node: yaml.Node) -> str:
+    """A value with its place, for messages."""
+    return f"line {node.start_mark.line + 1}: {node.value}"
 
 
 def without_references(values: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -148,30 +139,21 @@ def unresolved(error: OmegaConfBaseException) -> str:
     return f"{error.full_key}: the value cannot be read: {said}."
 
 
-def nested(values: dict[Any, Any], path: Path, prefix: str = "") -> dict[str, Any]:
+def nested(values: dict[Any, Any], path: Path) -> dict[str, Any]:
     """{"training.max_steps": 4} as {"training": {"max_steps": 4}}.
 
     To Hydra, a dot in a key of a file is a character like any other. Raises ConfigError for a
     setting that occurs twice.
     """
     made: dict[str, Any] = {}
-    for key, value in values.items():
-        # Find the group of the key, which may have been written in the other form before.
-        *groups, name = str(key).split(".")
-        twice = ConfigError([f"{prefix}{key} ({path}) is set twice: remove one."])
-        place = made
+    for key, value in flat_pairs(values):
+        *groups, name = key.split(".")
+        inner = made
         for group in groups:
-            place = place.setdefault(group, {})
-            if not isinstance(place, dict):
-                raise twice
-        # Put the value there, or merge two groups that share no setting.
-        if isinstance(value, dict):
-            value = nested(value, path, f"{prefix}{key}.")
-        if name not in place:
-            place[name] = value
-            continue
-        both = isinstance(value, dict) and isinstance(place[name], dict)
-        if not both or value.keys() & place[name].keys():
-            raise twice
-        place[name] |= value
+            inner = inner.setdefault(group, {})
+            if not isinstance(inner, dict):
+                break
+        if not isinstance(inner, dict) or name in inner:
+            raise ConfigError([f"{key} ({path}) is set twice: remove one."])
+        inner[name] = value
     return made

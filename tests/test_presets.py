@@ -62,7 +62,7 @@ def test_an_experiment_sets_settings_of_all_groups(own, preset, header):
 
 
 @pytest.mark.parametrize(("group", "text", "said"), [
-    ("experiment", "training.max_steps: 4\ntraining: {max_steps: 5}", "training (", ),
+    ("experiment", "training.max_steps: 4\ntraining: {max_steps: 5}", "training.max_steps ("),
     ("experiment", "training: 3\ntraining.max_steps: 4", "training.max_steps ("),
     ("experiment", "seed: 1\nseed: 2", "found duplicate key seed"),
     ("model", "n_layer: 1\nn_layer: 2", "line 2: found duplicate key n_layer"),

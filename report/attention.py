@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from report.figures import as_image, new_figure, quiet
+from report.figures import as_image, new_figure
 from report.labels import short_text
 from terminal import escaped
 
@@ -68,7 +68,7 @@ def draw(name: str, labels: list[str], weights: np.ndarray) -> bytes:
 
     # Draw the weights of each head.
     figure, style = new_figure(1.5 + inches * heads, 1.5 + inches * layers, "attention")
-    with style, quiet():
+    with style:
         grid = figure.subplots(layers, heads, squeeze=False, sharex=True, sharey=True)
         for layer in range(layers):
             for head in range(heads):

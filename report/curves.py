@@ -15,41 +15,41 @@ from report.history import AXES, LOSS, History
 from report.labels import abbreviate, log_ticks, short_text
 
 TRAINING, VALIDATION = COLORS[0], COLORS[1]
+BOTH = "training and validation"
 MAX_BANDS = 3  # runs whose training losses are also drawn without smoothing
 DIAGNOSTICS = ("learning rate", "gradient norm", "tokens per second")
 AXIS_LABELS = {"steps": "step", "tokens": "training tokens", "seconds": "seconds of training"}
 
 
+def loss_kinds(runs: list[History]) -> list[str]:
+    """The pictures of losses: for one run, BOTH in one picture; for several, one for each."""
+    return [BOTH] if len(runs) == 1 else ["validation", "training"]
+
+
 def draw_losses(axes: Any, runs: list[History], which: str, axis: str) -> None:
-    """The "training" or "validation" losses of runs against "steps", "tokens" or "seconds"."""
-    training = which == "training"
-    drawn = []
-    for rank, run in worst_first(runs):
-        if run.unit_factor is not None:
-            points = in_unit(run, which)
-            bands = training and len(runs) <= MAX_BANDS
-            drawn += draw_curve(axes, points, axis, training, bands, **line_style(rank, runs))
+    """Losses of runs against "steps", "tokens" or "seconds".
+
+    `which` is "training" or "validation", or BOTH for a single run.
+    """
+    if which == BOTH:
+        training = {"color": TRAINING, "linewidth": 1.5, "label": "training, smoothed"}
+        validation = {"color": VALIDATION, "linewidth": 1.5, "label": "validation"}
+        drawn = draw_curve(axes, runs[0].training, axis, smoothed=True, bands=True, **training)
+        drawn += draw_curve(axes, runs[0].validation, axis, False, False, **validation)
+        axes.legend(loc="upper right")
+    else:
+        drawn = []
+        smoothed = which == "training"
+        bands = smoothed and len(runs) <= MAX_BANDS
+        # The best run comes last: it is drawn on top.
+        for rank, run in reversed(list(enumerate(runs))):
+            if run.unit_factor is not None:
+                points, style = in_unit(run, which), line_style(rank, runs)
+                drawn += draw_curve(axes, points, axis, smoothed, bands, **style)
     limit_losses(axes, runs, drawn)
     unit = "nats per token" if runs[0].measure == LOSS else "bits per byte"
-    axes.set_ylabel(f"{which} loss ({unit})")
+    axes.set_ylabel(f"loss ({unit})" if which == BOTH else f"{which} loss ({unit})")
     label_progress(axes, axis)
-
-
-def draw_both_losses(axes: Any, run: History, axis: str) -> None:
-    """Training and validation loss of one run."""
-    training = {"color": TRAINING, "linewidth": 1.5, "label": "training, smoothed"}
-    validation = {"color": VALIDATION, "linewidth": 1.5, "label": "validation"}
-    drawn = draw_curve(axes, run.training, axis, smoothed=True, bands=True, **training)
-    drawn += draw_curve(axes, run.validation, axis, smoothed=False, bands=False, **validation)
-    limit_losses(axes, [run], drawn)
-    axes.set_ylabel("loss (nats per token)")
-    label_progress(axes, axis)
-    axes.legend(loc="upper right")
-
-
-def worst_first(runs: list[History]) -> list[tuple[int, History]]:
-    """The runs with their ranks in the order of drawing: the best on top."""
-    return list(enumerate(runs))[::-1]
 
 
 def draw_curve(axes: Any, points: np.ndarray, axis: str, smoothed: bool, bands: bool,
@@ -91,12 +91,10 @@ def in_unit(run: History, which: str) -> np.ndarray:
 
 def limit_losses(axes: Any, runs: list[History], drawn: list[np.ndarray]) -> None:
     """Cut off losses above those before training: they would flatten the rest."""
-    values = np.concatenate(drawn) if drawn else np.empty(0)
+    values = np.concatenate([*drawn, []])
     values = values[np.isfinite(values)]
-    if not len(values):
-        return
-    low = values.min()
-    high = min(values.max(), highest_start(runs))
+    low = values.min(initial=math.inf)
+    high = min(values.max(initial=-math.inf), highest_start(runs))
     if high > low:
         margin = 0.04 * (high - low)
         axes.set_ylim(low - margin, high + margin)
@@ -144,7 +142,7 @@ def draw_diagnostic(axes: Any, runs: list[History], name: str) -> None:
     """The learning rate, gradient norm or speed of runs against steps."""
     # Draw the curves.
     peaks = []
-    for rank, run in worst_first(runs):
+    for rank, run in reversed(list(enumerate(runs))):
         points = run.diagnostics.get(name, np.empty((0, 6)))
         bands = name == "gradient norm" and len(runs) <= MAX_BANDS
         smoothed = name in DIAGNOSTICS[1:]

@@ -54,15 +54,12 @@ def new_figure(width: float, height: float, name: str) -> tuple[Any, AbstractCon
     return Figure(figsize=(width, height), layout="constrained"), style
 
 
-def quiet() -> AbstractContextManager[None]:
-    """No warnings about letters of run names that the font lacks: they are drawn as boxes."""
-    return warnings.catch_warnings(action="ignore", category=UserWarning)
-
-
-def as_image(figure: Any, kind: str, dpi: int = 110) -> bytes:
+def as_image(figure: Any, kind: str, dpi: int = 110, **settings: Any) -> bytes:
     """The figure as a file of the type `kind`: png, svg or pdf."""
     picture = io.BytesIO()
-    figure.savefig(picture, format=kind, dpi=dpi)
+    # Letters of run names that the font lacks are drawn as boxes, without a warning.
+    with warnings.catch_warnings(action="ignore", category=UserWarning):
+        figure.savefig(picture, format=kind, dpi=dpi, **settings)
     return picture.getvalue()
 
 
@@ -74,24 +71,18 @@ def svg_element(draw: Callable[[Any], None], names: list[str], title: str,
     the name of the run as their title.
     """
     figure, style = new_figure(*size, title)
-    content = io.StringIO()
-    with style, quiet():
+    with style:
         draw(figure.subplots())
-        figure.savefig(content, format="svg", transparent=True, metadata={"Date": None})
+        svg = as_image(figure, "svg", transparent=True, metadata={"Date": None}).decode()
 
-    # The <svg> element, with the names of the runs and fewer digits.
-    svg = content.getvalue()
-    # Without the XML declaration, and in the colors of the page.
+    # The <svg> element, without the XML declaration, in the colors of the page.
     svg = svg[svg.index("<svg ") :].replace(INK, "var(--ink)").replace(LINE, "var(--line)")
+    svg = svg.replace("<svg ", f'<svg role="img" aria-label="{escape(title)}" ', 1)
 
+    # The names of the runs. A tenth of a point is finer than a screen.
     def with_name(group: re.Match[str]) -> str:
         name = escape(names[int(group[1])])
         return f'<g class="run" data-run="{group[1]}"><title>{name}</title>'
 
-    def rounded(path: re.Match[str]) -> str:
-        # A tenth of a point is finer than a screen.
-        return re.sub(r"(\.\d)\d+", r"\1", path[0])
-
     svg = re.sub(r'<g id="run-(\d+)">', with_name, svg)
-    svg = re.sub(r' d="[^"]*"', rounded, svg)
-    return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(title)}" ', 1)
+    return re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d)\d+", r"\1", path[0]), svg)

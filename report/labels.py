@@ -50,17 +50,13 @@ def label_numbers(axes: Any, numbers: list[float]) -> None:
 
 def log_ticks(axis: Any) -> None:
     """At most six plain numbers along a log axis: 1, 2 and 5 times powers of ten, or fewer."""
-    from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
     # Use the densest of these sets of ticks that has at most six of them in view.
     low, high = sorted(axis.get_view_interval())
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for factors, every in (((1, 2, 5), 1), ((1,), 1), ((1,), 2), ((1,), 5)):
-        ticks = []
-        for power in powers:
-            if power % every == 0:
-                ticks += [factor * 10.0**power for factor in factors]
-        ticks = [tick for tick in ticks if low <= tick <= high]
+    dense = LogLocator(subs=(1, 2, 5), numticks=99)
+    for locator in (dense, LogLocator(numticks=99), LogLocator(numticks=6)):
+        ticks = [tick for tick in locator.tick_values(low, high) if low <= tick <= high]
         if len(ticks) <= 6:
             break
 

@@ -10,8 +10,8 @@ from functools import partial
 from typing import Any
 
 from report.colors import COLORS
-from report.curves import DIAGNOSTICS, draw_both_losses, draw_diagnostic, draw_losses
-from report.figures import as_image, new_figure, quiet, svg_element
+from report.curves import DIAGNOSTICS, draw_diagnostic, draw_losses, loss_kinds
+from report.figures import as_image, new_figure, svg_element
 from report.history import AXES, History
 from report.slices import draw_slice
 
@@ -19,45 +19,38 @@ from report.slices import draw_slice
 def losses_svg(runs: list[History], axis: str) -> str:
     """<svg> elements of the losses: one picture for one run, two for several."""
     names = [run.name for run in runs]
-    if len(runs) == 1:
-        title = f"training and validation loss against {axis}"
-        draw = partial(draw_both_losses, run=runs[0], axis=axis)
-        return svg_element(draw, names, title, (5.4, 3.2))
+    size = (5.4, 3.2) if len(runs) == 1 else (4.8, 3.2)
     pictures = ""
-    for which in ("validation", "training"):
-        title = f"{which} loss against {axis}"
+    for which in loss_kinds(runs):
         draw = partial(draw_losses, runs=runs, which=which, axis=axis)
-        pictures += svg_element(draw, names, title, (4.8, 3.2))
+        pictures += svg_element(draw, names, f"{which} loss against {axis}", size)
     return pictures
 
 
 def diagnostic_svg(runs: list[History], name: str) -> str:
+    draw = partial(draw_diagnostic, runs=runs, name=name)
     names = [run.name for run in runs]
-    title = f"{name} against steps"
-    return svg_element(lambda axes: draw_diagnostic(axes, runs, name), names, title, (3.8, 2.5))
+    return svg_element(draw, names, f"{name} against steps", (3.8, 2.5))
 
 
 def slice_svg(runs: list[History], key: str, ranked: list[History]) -> str:
+    draw = partial(draw_slice, runs=runs, key=key, ranked=ranked)
     names = [run.name for run in ranked]
-    title = f"{runs[0].measure} against {key}"
-    return svg_element(lambda axes: draw_slice(axes, runs, key, ranked), names, title, (3.6, 2.7))
+    return svg_element(draw, names, f"{runs[0].measure} against {key}", (3.6, 2.7))
 
 
 def curves_png(runs: list[History]) -> bytes:
     """All pictures of losses and diagnostics, against steps, tokens and seconds."""
     # A row or two of losses, and one of diagnostics.
-    rows = 2 if len(runs) == 1 else 3
-    figure, style = new_figure(16, 4 * rows, "curves")
-    with style, quiet():
-        grid = figure.subplots(rows, 3, squeeze=False)
-        for column, axis in enumerate(AXES):
-            if len(runs) == 1:
-                draw_both_losses(grid[0][column], runs[0], axis)
-            else:
-                draw_losses(grid[0][column], runs, "validation", axis)
-                draw_losses(grid[1][column], runs, "training", axis)
-        for column, name in enumerate(DIAGNOSTICS):
-            draw_diagnostic(grid[-1][column], runs, name)
+    kinds = loss_kinds(runs)
+    figure, style = new_figure(16, 4 * len(kinds) + 4, "curves")
+    with style:
+        grid = figure.subplots(len(kinds) + 1, 3, squeeze=False)
+        for row, which in enumerate(kinds):
+            for axes, axis in zip(grid[row], AXES, strict=True):
+                draw_losses(axes, runs, which, axis)
+        for axes, name in zip(grid[-1], DIAGNOSTICS, strict=True):
+            draw_diagnostic(axes, runs, name)
         # One legend of the runs for all pictures.
         add_names(figure, grid[-1][0], runs)
         return as_image(figure, "png")
@@ -68,7 +61,7 @@ def slices_png(runs: list[History], keys: list[str], ranked: list[History]) -> b
     columns = min(4, len(keys))
     rows = math.ceil(len(keys) / columns)
     figure, style = new_figure(4 * columns, 3.2 * rows, "slices")
-    with style, quiet():
+    with style:
         grid = figure.subplots(rows, columns, squeeze=False).ravel()
         # The last row may have places without a slice.
         for axes in grid[len(keys) :]:
@@ -84,12 +77,9 @@ def loss_picture(runs: list[History], kind: str) -> bytes:
     One run has its training and validation loss, several have their validation losses.
     """
     figure, style = new_figure(7, 4, "loss")
-    with style, quiet():
+    with style:
         axes = figure.subplots()
-        if len(runs) == 1:
-            draw_both_losses(axes, runs[0], "steps")
-        else:
-            draw_losses(axes, runs, "validation", "steps")
+        draw_losses(axes, runs, loss_kinds(runs)[0], "steps")
         add_names(figure, axes, runs)
         return as_image(figure, kind)
 

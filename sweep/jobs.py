@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import atomic
 import locks
 from checkpointing.run_folder import LOCK, describe_process, first_run
+from report.metrics import Rows, read_new_rows
 from training.interrupt import REQUESTS, WARNINGS
 
 TRAIN = Path(__file__).parent.parent / "train.py"
@@ -57,7 +57,7 @@ class Job:
     best: float = math.inf
     metrics_read: int = 0  # bytes
     log_start: int = 0  # bytes of the log that earlier attempts wrote
-    new_rows: list[dict[str, Any]] = field(default_factory=list)
+    new_rows: Rows = field(default_factory=list)
 
     @property
     def folder(self) -> Path:
@@ -90,27 +90,13 @@ class Job:
     def update(self) -> None:
         """Read the metrics that were written since the last call, into `new_rows`."""
         self.new_rows = []
-        metrics = self.folder / "metrics.jsonl"
-        with suppress(OSError), os.fdopen(atomic.open_regular(metrics), "rb") as file:
-            # A run that resumes cuts its metrics back to the checkpoint.
-            if os.fstat(file.fileno()).st_size < self.metrics_read:
-                self.metrics_read = 0
-            file.seek(self.metrics_read)
-            for line in file:
-                # The last line may still be being written.
-                if not line.endswith(b"\n"):
-                    break
-                self.metrics_read += len(line)
-                with suppress(ValueError):
-                    self._add(atomic.parse_json(line))
-
-    def _add(self, row: Any) -> None:
-        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-            return
-        self.new_rows.append(row)
-        self.step = row["step"]
-        if isinstance(row.get(self.metric), int | float):
-            self.best = min(self.best, row[self.metric])
+        with suppress(OSError):
+            metrics = self.folder / "metrics.jsonl"
+            self.new_rows, _, self.metrics_read = read_new_rows(metrics, self.metrics_read)
+        for row in self.new_rows:
+            self.step = row["step"]
+            if isinstance(row.get(self.metric), int | float):
+                self.best = min(self.best, row[self.metric])
 
     def stop(self) -> None:
         """Ask the process to save and end."""

@@ -25,8 +25,8 @@ import report.page as report_page
 from conf.schema import ConfigError, compose
 from report.colors import COLORS, color
 from report.curves import (
+    BOTH,
     DIAGNOSTICS,
-    draw_both_losses,
     draw_diagnostic,
     draw_losses,
     in_unit,
@@ -253,7 +253,7 @@ def test_the_axes_of_all_curves_have_plain_numbers(tmp_path, steps, rates):
     runs = [replace(base, diagnostics=base.diagnostics | {"learning rate": base.diagnostics["learning rate"] * [1, 1, 1, *[1000 * rate] * 3]}) for rate in rates]
     draws = [functools.partial(draw_diagnostic, runs=runs, name=name) for name in DIAGNOSTICS]
     draws += [functools.partial(draw_losses, runs=runs, which=which, axis=axis) for which, axis in (("training", "tokens"), ("validation", "seconds"))]
-    for draw in [*draws, functools.partial(draw_both_losses, run=runs[0], axis="steps")]:
+    for draw in [*draws, functools.partial(draw_losses, runs=runs[:1], which=BOTH, axis="steps")]:
         for labels in labels_of(draw, (3.8, 2.5)):
             texts = [text for text, _, _ in labels]
             assert len(set(texts)) == len(texts) and all(re.fullmatch(r"[−-]?[\d.]+(e-?\d+)?( [kMG])?", text) for text in texts), texts
@@ -263,7 +263,7 @@ def test_both_losses_of_one_run_share_an_axis(tmp_path):
     pytest.importorskip("matplotlib")
     figure, style = new_figure(6, 4, "test")
     with style:
-        draw_both_losses(axes := figure.subplots(), open_history(write_run(tmp_path / "one"), "one"), "tokens")
+        draw_losses(axes := figure.subplots(), [open_history(write_run(tmp_path / "one"), "one")], BOTH, "tokens")
     lines, names = axes.get_legend_handles_labels()
     assert names == ["training, smoothed", "validation"] and lines[0].get_color() != lines[1].get_color()
     assert list(lines[1].get_xdata()) == [2000, 4000, 6000] and len(lines[0].get_xdata()) == 60

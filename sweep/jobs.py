@@ -7,7 +7,6 @@ and stops, as after SIGTERM. Knows nothing of where jobs come from: grid.py and 
 from __future__ import annotations
 
 import math
-import os
 import signal
 import sys
 import time

@@ -38,7 +38,6 @@ if __name__ == "__main__":
 import contextlib
 import errno
 import io
-import itertools
 import os
 import shutil
 import subprocess
@@ -55,15 +54,8 @@ import locks
 from checkpointing import store
 from checkpointing.format import FILES, MANIFEST
 from conf.schema import compose
-from scripts.verify_resume import (
-    ROOT,
-    compare,
-    finish,
-    last_recorded_step,
-    start,
-    train_under_kills,
-)
-from setting import setting
+from scripts import verify_resume
+from scripts.verify_resume import ROOT, finish
 from train import train
 
 TINY = ("model=nano", "data=text", f"data.path={ROOT / 'README.md'}", "data.tokenizer=char",
@@ -86,15 +78,13 @@ Result = tuple[str, int, int]  # name, number of tries, number of lost runs
 
 
 class FaultyOs:
-    """Replaces `os` in atomic.py and locks.py: the call number `at` that writes fails.
+    """Replaces `os` in atomic.py and locks.py: the call number `at` that writes fails, from 1 on.
 
-    `fault` is one of FAULTS.
+    `fault` is one of FAULTS. `calls` counts the calls.
     """
 
-    def __init__(self, at: int, fault: str) -> None:
-        self.at = at
-        self.fault = fault
-        self.calls = 0
+    def __init__(self, at: int = 0, fault: str = "") -> None:
+        self.at, self.fault, self.calls = at, fault, 0
 
     def __getattr__(self, name: str) -> Callable[..., object]:
         function = getattr(os, name)
@@ -106,20 +96,24 @@ class FaultyOs:
             if self.calls == self.at:
                 self._fail(function, arguments)
             if self.calls > self.at and self.fault == "disk full for good":
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                raise disk_full()
             return function(*arguments)
 
         return call
 
     def _fail(self, function: Callable[..., object], arguments: tuple) -> None:
-        if self.fault == "killed within" and function is os.write:
-            descriptor, content = arguments
-            os.write(descriptor, content[: len(content) // 2])
-        elif self.fault == "killed within":
+        if self.fault == "killed within":
+            if function is os.write:
+                descriptor, content = arguments
+                arguments = descriptor, content[: len(content) // 2]
             function(*arguments)
         if "killed" in self.fault:
             os._exit(9)
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise disk_full()
+
+
+def disk_full() -> OSError:
+    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def torture(settings: TortureSettings) -> int:
@@ -140,10 +134,10 @@ def torture(settings: TortureSettings) -> int:
 
 def is_identical(straight: Path, run: Path) -> bool:
     """Whether two runs are bit-identical; prints the differences."""
-    differences = {part: found for part, found in compare(straight, run).items() if found}
-    if differences:
+    differences = verify_resume.compare(straight, run)
+    if any(differences.values()):
         print(f"{run}: {differences}", file=sys.stderr)
-    return not differences
+    return not any(differences.values())
 
 
 def train_in_fork(overrides: list[str], fault: FaultyOs | None = None) -> int:
@@ -169,72 +163,56 @@ def faults(folder: Path, settings: TortureSettings) -> Iterator[Result]:
     """Let each call that writes fail, in a training that starts from its text."""
     tiny = [*TINY, "training.max_steps=6", "training.checkpoint_every=2", "training.keep_last=1",
             f"runs_dir={folder}"]
-    # The first training loads the modules that torch loads late, once for all forks.
+    # Count the calls. The first training loads the modules that torch loads late, for all forks.
     for name in ("warm_up", "straight"):
+        shutil.rmtree(folder / "data", ignore_errors=True)
+        atomic.os = locks.os = counter = FaultyOs()
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             train(compose("config", [*tiny, f"name={name}"]))
+    atomic.os = locks.os = os
 
-    # Fail the first call, the second, ..., until a training makes fewer calls than that.
-    calls = None
     for fault in FAULTS:
-        tries = lost = 0
-        numbers = itertools.count(1, settings.every)
-        if calls:
-            numbers = range(1, calls, settings.every)
-        for at in ProgressBar(numbers, fault, unit="calls", leave=False):
+        lost = 0
+        tried = range(1, counter.calls + 1, settings.every)
+        for at in ProgressBar(tried, fault, unit="calls", leave=False):
             shutil.rmtree(folder / "data")
             shutil.rmtree(folder / "run", ignore_errors=True)
             code = train_in_fork([*tiny, "name=run"], FaultyOs(at, fault))
-            if fault == "killed before" and code == 0:
-                calls = at
-                break
-
             # The same command without the fault must complete the run.
-            resumed = train_in_fork([*tiny, "name=run"])
-            tries += 1
-            survived = code in (0, 1, 9) and resumed == 0
+            survived = code in (0, 1, 9) and train_in_fork([*tiny, "name=run"]) == 0
             if not survived or not is_identical(folder / "straight", folder / "run"):
                 lost += 1
-        yield f"a call that writes: {fault}", tries, lost
+        yield f"a call that writes: {fault}", len(tried), lost
     shutil.rmtree(folder / "run", ignore_errors=True)
 
 
-def flip_bit(place: float) -> Callable[[bytes], bytes]:
-    """A function that flips one bit at this fraction of a file."""
-    def flip(content: bytes) -> bytes:
-        index = int(place * (len(content) - 1))
-        return content[:index] + bytes([content[index] ^ 1]) + content[index + 1:]
-
-    return flip
-
-
-# A flipped bit, an incomplete or empty file, zeros, a byte too many, an overwritten first page.
-DAMAGES: tuple[Callable[[bytes], bytes], ...] = (
-    *map(flip_bit, (0, 0.05, 0.3, 0.5, 0.9, 1)),
-    lambda content: content[:-1],
-    lambda content: content[: len(content) // 2],
-    lambda content: b"",
-    lambda content: bytes(len(content)),
-    lambda content: content + b"\0",
-    lambda content: bytes(min(4096, len(content))) + content[4096:],
-)
+def damaged(content: bytes) -> list[bytes]:
+    """A file with a flipped bit, cut, empty, zeros, longer, or with another first page."""
+    versions = []
+    for place in (0, 0.05, 0.3, 0.5, 0.9, 1):
+        flipped = bytearray(content)
+        flipped[int(place * (len(content) - 1))] ^= 1
+        versions.append(bytes(flipped))
+    size = len(content)
+    return [*versions, content[:-1], content[: size // 2], b"", bytes(size), content + b"\0",
+            bytes(min(4096, size)) + content[4096:]]
 
 
 def damages(folder: Path, settings: TortureSettings) -> Iterator[Result]:
     """Damage the last checkpoint; the one before it must give the same run."""
-    tiny = [*TINY, f"runs_dir={folder}"]
-    train_in_fork([*tiny, "name=long"])
+    long, run = folder / "long", folder / "run"
+    train_in_fork([*TINY, f"runs_dir={folder}", "name=long"])
+    last = max(long.glob("checkpoints/step_*")).relative_to(long)
     for name in (*FILES, MANIFEST):
         lost = 0
-        tried = DAMAGES[::settings.every]
-        for damage in tried:
-            shutil.copytree(folder / "long", folder / "run")
-            path = max((folder / "run/checkpoints").glob("step_*")) / name
-            path.write_bytes(damage(path.read_bytes()))
-            code = train_in_fork([*tiny, "name=run"])
-            if code != 0 or not is_identical(folder / "long", folder / "run"):
+        tried = damaged((long / last / name).read_bytes())[:: settings.every]
+        for content in tried:
+            shutil.copytree(long, run)
+            (run / last / name).write_bytes(content)
+            code = train_in_fork([*TINY, f"runs_dir={folder}", "name=run"])
+            if code != 0 or not is_identical(long, run):
                 lost += 1
-            shutil.rmtree(folder / "run")
+            shutil.rmtree(run)
         yield f"damaged: {name}", len(tried), lost
 
 
@@ -245,8 +223,9 @@ def full_disks(folder: Path, settings: TortureSettings) -> Iterator[Result]:
     mount = folder / "mount"
     for resource, options in (("space", "size=6m"), ("files", "size=64m,nr_inodes=40")):
         mount.mkdir()
-        command = ["mount", "-t", "tmpfs", "-o", options, "none", mount]
-        if subprocess.run(command, capture_output=True).returncode:
+        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", mount],
+                                 capture_output=True)
+        if mounted.returncode:
             mount.rmdir()
             print(f"  a file system without free {resource}: not tried, mounting is not permitted")
             continue
@@ -262,8 +241,8 @@ def survives_full_disk(overrides: list[str], mount: Path, straight: Path) -> boo
     """Fill the file system `mount` during a training, then free it and train to the end."""
     # Fill the disk after some steps; the training ends with an error.
     run = mount / "run"
-    with start(overrides, run) as process:
-        while process.poll() is None and last_recorded_step(run) < 20:
+    with verify_resume.start(overrides, run) as process:
+        while process.poll() is None and verify_resume.last_recorded_step(run) < 20:
             time.sleep(0.01)
         fill(mount / "ballast")
         printed = process.communicate()[0]
@@ -292,10 +271,10 @@ def kills(folder: Path, settings: TortureSettings) -> Iterator[Result]:
     share, rest = divmod(settings.kills, len(KILLED))
     for number, (name, overrides) in enumerate(KILLED.items()):
         count = share + (number < rest)
-        if count == 0:
-            continue
-        straight, killed = folder / f"straight_{number}", folder / f"killed_{number}"
-        finish([*TINY, *overrides], straight)
-        in_saves, _ = train_under_kills([*TINY, *overrides], killed, count, max_steps=40)
-        lost = not is_identical(straight, killed)
-        yield f"kill -9, {in_saves} during a save: {name}", count, int(lost)
+        if count:
+            words = [*TINY, *overrides]
+            straight, killed = folder / f"straight_{number}", folder / f"killed_{number}"
+            finish(words, straight)
+            in_saves, _ = verify_resume.train_under_kills(words, killed, count, max_steps=40)
+            lost = not is_identical(straight, killed)
+            yield f"kill -9, {in_saves} during a save: {name}", count, int(lost)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from conf.launch import launch
 from setting import SettingsBase, setting
+from training.gpus import GPU_GIGABYTES, PEAK_FLOPS, gpu_named, gpu_problems
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,7 @@ class PlanSettings(SettingsBase):
         """One sentence for each invalid value."""
         yield from super().problems()
         if self.device:
-            # The list of GPUs is in a module that imports torch.
-            from scripts.plan import GPUS, gpu_named
-
-            if not gpu_named(self.device):
-                yield f"device={self.device} is not known: choose one of {', '.join(GPUS)}."
+            yield from gpu_problems(self.device)
 
 
 if __name__ == "__main__":
@@ -48,7 +45,6 @@ if __name__ == "__main__":
 
 import math
 import os
-import re
 import resource
 import shutil
 import sys
@@ -81,10 +77,8 @@ from terminal import counted, readable_size, readable_time, say
 from training.configure import configure
 from training.device import Device
 from training.estimate import Pace, Workload, measure_pace
-from training.gpus import GPU_GIGABYTES, PEAK_FLOPS
 from training.step import BatchLoss, first_loss
 
-GPUS = sorted(name.lower().replace(" ", "-") for name in PEAK_FLOPS)
 # The vocabulary of characters of a text that is not prepared: that of Tiny Shakespeare.
 ASSUMED_CHARACTERS = 65
 # Memory of activations on a CPU divided by their bytes, because of holes in the heap. Measured: 1.1
@@ -98,9 +92,10 @@ def main(plan: PlanSettings) -> int:
     process_bytes = resident_bytes()
     settings, has_data = settings_without_data(list(plan.train))
     gpu = gpu_named(plan.device)
-    # Counting computes nothing: the memory of a GPU is counted on a CPU, in the GPU's precision.
-    device = Device("cpu", "bf16")
-    if not gpu:
+    if gpu:
+        # Counting computes nothing: its memory is counted on a CPU, in the GPU's precision.
+        device = Device("cpu", "bf16")
+    else:
         device = Device(settings.training.device, settings.training.precision)
     configure(device)
 
@@ -138,16 +133,6 @@ def settings_without_data(overrides: list[str]) -> tuple[Settings, bool]:
         # With data that exist, all other problems are still reported.
         existing = ["data.mix=pydocs:1", "data.path=", "data.val_path=", "data.val_split="]
         return compose("config", [*overrides, *existing]), False
-
-
-def gpu_named(name: str) -> str:
-    """The key of PEAK_FLOPS for a name such as h100 or rtx-4090; empty if there is none."""
-    plain = re.sub(r"[^a-z0-9]", "", name.lower())
-    for gpu in PEAK_FLOPS:
-        full = gpu.lower().replace(" ", "")
-        if plain in (full, full.removeprefix("rtx")):
-            return gpu
-    return ""
 
 
 def describe_data(config: DataConfig,
@@ -213,12 +198,9 @@ def plan_memory(plan: PlanSettings, settings: Settings, device: Device, gpu: str
     state_bytes, step_bytes = count_memory(settings, device, gpu_bytes)
 
     # Several processes may each have all weights, or a part of them.
-    choices = {"": False}
-    if plan.ranks > 1:
-        choices = {f" of each of {plan.ranks} processes, training.shard=none": False,
-                   f" of each of {plan.ranks} processes, training.shard=full": True}
-    for title, sharded in choices.items():
-        memory = memory_of_each(settings, state_bytes, step_bytes, plan.ranks, sharded)
+    several = plan.ranks > 1
+    for shard in ("none", "full") if several else ("none",):
+        memory = memory_of_each(settings, state_bytes, step_bytes, plan.ranks, shard == "full")
         # Saving copies the state, and may continue beside the next step.
         saved = state_bytes / plan.ranks
         while_saving = memory["weights and optimizer"] + saved
@@ -227,6 +209,7 @@ def plan_memory(plan: PlanSettings, settings: Settings, device: Device, gpu: str
             memory["Python and torch"] = process_bytes + CPU_RUNTIME
             while_saving += memory["Python and torch"]
         peak_bytes = max(sum(memory.values()), while_saving)
+        title = f" of each of {plan.ranks} processes, training.shard={shard}" if several else ""
         say(f"Memory{title}: {readable_size(peak_bytes)} at the peak; while a checkpoint is saved, "
             f"{readable_size(saved)} more if they are free")
         for name, nbytes in memory.items():
@@ -234,7 +217,7 @@ def plan_memory(plan: PlanSettings, settings: Settings, device: Device, gpu: str
 
     # The last choice is the one that needs least.
     if gpu_bytes and peak_bytes > USABLE_MEMORY * gpu_bytes:
-        fitting = fitting_batch_size(settings, device, gpu_bytes, plan.ranks, plan.ranks > 1)
+        fitting = fitting_batch_size(settings, device, gpu_bytes, plan.ranks, several)
         advice = f"training.batch_size={fitting} does"
         if not fitting:
             advice = "nor does training.batch_size=1"
@@ -246,15 +229,12 @@ def plan_memory(plan: PlanSettings, settings: Settings, device: Device, gpu: str
 def plan_disk(settings: Settings, state_bytes: int) -> None:
     """Print the disk space that checkpoints take."""
     training = settings.training
-    saves = 1
-    if training.checkpoint_every:
-        saves = math.ceil(training.max_steps / training.checkpoint_every)
+    every = training.checkpoint_every or training.max_steps
     # The newest ones and the best one.
-    kept = min(saves, training.keep_last + 1)
+    kept = min(math.ceil(training.max_steps / every), training.keep_last + 1)
     # The file system of the nearest folder that exists.
-    folder = Path(settings.runs_dir).absolute()
-    while not folder.exists():
-        folder = folder.parent
+    runs_dir = Path(settings.runs_dir).absolute()
+    folder = next(each for each in (runs_dir, *runs_dir.parents) if each.exists())
     free = shutil.disk_usage(folder).free
     say(f"Disk: {readable_size((kept + 1) * state_bytes)} for checkpoints of "
         f"{readable_size(state_bytes)}: {kept} that are kept, and one that is being written; "
@@ -263,11 +243,12 @@ def plan_disk(settings: Settings, state_bytes: int) -> None:
 
 def time_by_data_sheet(plan: PlanSettings, gpu: str, flops: float) -> str:
     """The time of training on another GPU, in words."""
-    seconds = flops / (PEAK_FLOPS[gpu] * plan.mfu) / plan.ranks
+    peak = PEAK_FLOPS[gpu]
+    seconds = flops / (peak * plan.mfu) / plan.ranks
     gpus = f"one {gpu}" if plan.ranks == 1 else f"{plan.ranks} x {gpu}"
-    peak = f"{PEAK_FLOPS[gpu] / 1e12:,.0f} TFLOP/s for bf16 in its data sheet"
     return (f"about {readable_time(seconds)} on {gpus}, if training reaches {plan.mfu:.0%} of the "
-            f"{peak} (mfu={plan.mfu}), without evaluation and saving")
+            f"{peak / 1e12:,.0f} TFLOP/s for bf16 in its data sheet (mfu={plan.mfu}), without "
+            "evaluation and saving")
 
 
 def pace_of(settings: Settings, device: Device, meta: dict[str, Any] | None) -> Pace:

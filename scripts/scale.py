@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from conf.launch import launch
 from setting import SettingsBase, setting
+from training.gpus import PEAK_FLOPS, gpu_named, gpu_problems
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,7 @@ class ScaleSettings(SettingsBase):
     def problems(self) -> Iterator[str]:
         """One sentence for each invalid value."""
         yield from super().problems()
-        # The list of GPUs is in a module that imports torch.
-        from scripts.plan import GPUS, gpu_named
-
-        if not gpu_named(self.device):
-            yield f"device={self.device} is not known: choose one of {', '.join(GPUS)}."
+        yield from gpu_problems(self.device)
 
 
 if __name__ == "__main__":
@@ -50,17 +47,17 @@ if __name__ == "__main__":
 import math
 from typing import NamedTuple
 
+import numpy as np
+
 from conf.settings import Settings
 from model import GPT, SkipInit
-from scripts.plan import gpu_named, settings_without_data
+from scripts.plan import settings_without_data
 from terminal import readable_size, say
 from training.adamw import AdamW
 from training.buckets import BUCKET_NUMBERS
 from training.distributed import World
-from training.gpus import PEAK_FLOPS
 from training.muon import NEWTON_SCHULZ_STEPS, Muon
 from training.optim import Optimizers
-from training.sharding import Part
 
 GPU_COUNTS = (1, 8, 16, 32, 64, 128, 256, 512, 1024)
 BYTES = 4  # of a weight, a gradient, a number of the optimizer state: all are fp32
@@ -82,7 +79,7 @@ class Step:
     gather: float  # of weights
     newton_schulz: float
     update: float  # all else in the update
-    state_bytes: int  # of the optimizer, on the GPU that has most
+    state_bytes: float  # of the optimizer, on the GPU that has most
 
     @property
     def optimizer(self) -> float:
@@ -109,10 +106,10 @@ class Step:
 class Share(NamedTuple):
     """What one rank updates."""
 
-    numbers: int
+    numbers: float
     matrix_flops: float  # of Newton-Schulz
-    update_bytes: int  # read and written for all else
-    state_bytes: int
+    update_bytes: float  # read and written for all else
+    state_bytes: float
 
 
 def main(scale: ScaleSettings) -> int:
@@ -210,22 +207,14 @@ def largest_share(model: GPT, settings: Settings, size: int) -> Share:
     world = World({})
     world.size = size
     optimizers = Optimizers(model.parameters_by_role(), settings.optim, world)
-    shares = [share_of(parts, optimizers) for parts in optimizers.parts]
-    return Share(*(max(values) for values in zip(*shares, strict=True)))
-
-
-def share_of(parts: list[Part], optimizers: Optimizers) -> Share:
-    """What the rank does whose parts of the weights these are."""
-    numbers = update_bytes = state_bytes = 0
-    matrix_flops = 0.0
-    for part in parts:
-        keys = optimizers.keys[part.weights]
-        numbers += part.tensor.numel()
-        update_bytes += UPDATE_BYTES[keys] * part.tensor.numel()
-        state_bytes += STATE_BYTES[keys] * part.tensor.numel()
-        if keys == Muon.STATE:
-            matrix_flops += newton_schulz_flops(part.weights.shape)
-    return Share(numbers, matrix_flops, update_bytes, state_bytes)
+    shares = np.zeros((size, len(Share._fields)))
+    for share, parts in zip(shares, optimizers.parts, strict=True):
+        # The parts of the weights that this rank updates.
+        for part in parts:
+            keys, numbers = optimizers.keys[part.weights], part.tensor.numel()
+            flops = newton_schulz_flops(part.weights.shape) if keys == Muon.STATE else 0.0
+            share += numbers, flops, UPDATE_BYTES[keys] * numbers, STATE_BYTES[keys] * numbers
+    return Share(*shares.max(axis=0).tolist())
 
 
 def newton_schulz_flops(shape: tuple[int, ...]) -> float:

@@ -22,6 +22,7 @@ from model import GPT
 from scripts import plan
 from train import train
 from training.device import Device
+from training.gpus import GPUS
 
 ROOT = Path(__file__).parent.parent
 
@@ -244,7 +245,7 @@ def test_a_batch_that_does_not_fit_names_one_that_does(monkeypatch, capsys):
 
 
 def test_gpus_are_found_by_their_names():
-    for name in [*plan.GPUS, "H100 PCIe", "rtx 3090", "4090", "RTX4090"]:
+    for name in [*GPUS, "H100 PCIe", "rtx 3090", "4090", "RTX4090"]:
         found = re.sub("[^a-z0-9]", "", plan.gpu_named(name).lower())
         assert found.endswith(re.sub("[^a-z0-9]", "", name.lower()))
 

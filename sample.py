@@ -24,8 +24,7 @@ from data.tokenizer import Tokenizer
 from generation.chat import Conversation
 from generation.decoder import Decoder
 from generation.engine import Completion, Engine, open_chosen, open_decoder
-from generation.prompts import read_text
-from generation.typed import TypedPrompts
+from generation.prompts import TypedPrompts, read_text
 from scripts.complete import complete_file
 from terminal import has_colors, output, say
 from training.configure import configure

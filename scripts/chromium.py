@@ -17,6 +17,8 @@ FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-
          "--hide-scrollbars", "--remote-debugging-pipe")
 # The protocol's pipes are file descriptors 3 and 4.
 WITH_PIPES = 'exec "$@" 3<&0 4>&1 </dev/null >/dev/null 2>&1'
+# The messages of the protocol that the page or its errors cause.
+CONSOLE = ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded")
 KEYS = {"Enter": (13, "\r"), "Escape": (27, ""), "ArrowLeft": (37, ""), "ArrowRight": (39, ""),
         "Tab": (9, "")}
 
@@ -28,7 +30,7 @@ def find_chromium() -> str | None:
 class Chromium:
     """A page in a browser. Use as a context manager.
 
-    `console` has the messages of the page and its uncaught errors.
+    `console` has the messages of the page and its uncaught errors, as JSON.
     """
 
     def __init__(self, width: int = 1400, height: int = 900) -> None:
@@ -43,8 +45,8 @@ class Chromium:
         self.console: list[str] = []
         self.received = b""
         target = self.send("Target.createTarget", url="about:blank")["targetId"]
-        self.session = self.send("Target.attachToTarget", targetId=target,
-                                 flatten=True)["sessionId"]
+        attached = self.send("Target.attachToTarget", targetId=target, flatten=True)
+        self.session = attached["sessionId"]
         for domain in ("Page", "Runtime", "Log"):
             self.send(f"{domain}.enable")
         self.resize(width, height)
@@ -69,7 +71,8 @@ class Chromium:
             message = self.receive()
             if message.get("id") == self.number:
                 break
-            self.note(message)
+            if message.get("method") in CONSOLE:
+                self.console.append(json.dumps(message["params"]))
         if "error" in message:
             raise RuntimeError(f"{method}: {message['error']['message']}")
         return message["result"]
@@ -83,18 +86,6 @@ class Chromium:
             self.received += part
         message, _, self.received = self.received.partition(b"\0")
         return json.loads(message)
-
-    def note(self, message: dict[str, Any]) -> None:
-        """Keep what a message says about the console."""
-        params = message.get("params", {})
-        match message.get("method"):
-            case "Runtime.consoleAPICalled":
-                self.console.append(" ".join(str(one.get("value")) for one in params["args"]))
-            case "Runtime.exceptionThrown":
-                details = params["exceptionDetails"]
-                self.console.append(details.get("exception", details).get("description", "error"))
-            case "Log.entryAdded":
-                self.console.append(params["entry"]["text"])
 
     def open(self, address: str) -> None:
         """Open a page, and wait until it is loaded."""
@@ -148,10 +139,6 @@ class Chromium:
         self.send("Emulation.setDeviceMetricsOverride", width=width, height=height,
                   deviceScaleFactor=1, mobile=False)
 
-    def picture(self, whole: bool = False) -> bytes:
-        """The window as PNG, or the whole page."""
-        clip = {}
-        if whole:
-            size = self.send("Page.getLayoutMetrics")["cssContentSize"]
-            clip = {"clip": size | {"scale": 1}, "captureBeyondViewport": True}
-        return base64.b64decode(self.send("Page.captureScreenshot", format="png", **clip)["data"])
+    def picture(self) -> bytes:
+        """The window as PNG."""
+        return base64.b64decode(self.send("Page.captureScreenshot", format="png")["data"])

@@ -60,6 +60,7 @@ if __name__ == "__main__":
     launch("scripts.export:main", ExportSettings, __doc__)
 
 import os
+from types import ModuleType
 from typing import Any
 
 from torch import Tensor
@@ -68,10 +69,10 @@ import atomic
 from checkpointing import store
 from checkpointing.find_runs import find_run
 from checkpointing.weights import Weights, own_weights
-from exporting import gguf_file, hub, hugging_face
+from exporting import gguf_file, hugging_face
 from exporting.card import model_card
 from exporting.check import difference, english_text, our_logits, text_ids
-from terminal import counted, readable_size, say
+from terminal import counted, first_line, readable_size, say
 
 
 def main(settings: ExportSettings) -> int:
@@ -80,7 +81,7 @@ def main(settings: ExportSettings) -> int:
     if os.path.lexists(out):
         raise ValueError(f"out={out} exists: choose another name, or remove it.")
     if settings.push_to:
-        hub.import_hub()
+        import_hub()
 
     # Read the checkpoint, and write it in the other format.
     run = find_run(Path(settings.runs_dir), settings.run)
@@ -97,7 +98,7 @@ def main(settings: ExportSettings) -> int:
     size = sum(path.stat().st_size for path in files)
     say(f"Wrote {out} ({readable_size(size)}), for {program}.")
     if settings.push_to:
-        say(f"Uploaded to {hub.push(out, settings.push_to)}")
+        say(f"Uploaded to {push(out, settings.push_to)}")
     return 0
 
 
@@ -149,3 +150,38 @@ def report(ids: Tensor, ours: Tensor, theirs: Tensor, program: str) -> str:
                f"logit, at {ours.size(1):,} of {counted(ids.size(1), 'position')} of a text.")
     say(checked)
     return checked
+
+
+def import_hub() -> ModuleType:
+    """The package. Raises ValueError if it is missing, or if there is no account to upload with."""
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise ValueError("push_to needs the package huggingface_hub: pip install huggingface_hub."
+                         ) from None
+    if not huggingface_hub.get_token():
+        raise ValueError("push_to needs an account of the Hugging Face Hub: run hf auth login, or "
+                         "set HF_TOKEN.")
+    return huggingface_hub
+
+
+def push(folder: Path, name: str) -> str:
+    """Upload a folder to the model OWNER/NAME, which is created private; return its address.
+
+    Raises OSError with one sentence if that fails.
+    """
+    hub = import_hub()
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bars()
+    api = hub.HfApi()
+    try:
+        address = api.create_repo(name, private=True, exist_ok=True)
+        api.upload_folder(repo_id=name, folder_path=folder,
+                          commit_message="Exported by nanohydra")
+    except Exception as error:
+        # Errors of the connection and of the server have no common class.
+        reason = first_line(error)
+        raise OSError(f"push_to={name} failed ({reason[:300]}). {folder} is complete: upload it "
+                      f"later with hf upload {name} {folder}") from None
+    return str(address)

@@ -44,8 +44,8 @@ def make_app(models: Models, settings: ServeSettings) -> Starlette:
     # What answers the page, by the names of the routes.
     answers: dict[str, Callable[[Fields], Awaitable[Json]]] = {
         "settings": lambda fields: asyncio.to_thread(settings_json, models, settings),
-        "losses": lambda fields: losses(take_model(models, fields), fields),
-        "attention": lambda fields: attention(take_model(models, fields), fields),
+        "losses": partial(look_inside, losses, models),
+        "attention": partial(look_inside, attention, models),
         "list": lambda fields: asyncio.to_thread(runs.list),
         "metrics": lambda fields: asyncio.to_thread(runs.metrics, fields),
         "sweep": lambda fields: asyncio.to_thread(runs.sweep, fields),
@@ -157,6 +157,12 @@ def page_route(name: str, answer: Callable[[Fields], Awaitable[Json]]) -> Route:
         return JsonResponse(content)
 
     return Route(f"/page/{name}", post, methods=["POST"])
+
+
+async def look_inside(look: Callable[[Model, Fields], Json], models: Models,
+                      fields: Fields) -> Json:
+    model = take_model(models, fields)
+    return await model.batcher.call(partial(look, model, fields))
 
 
 async def report(request: Request) -> Response:

@@ -1,6 +1,6 @@
 """Look inside a model: the loss of each token of a text, the next token, and attention.
 
-Knows no HTTP. All use the model, so they run in its thread.
+Knows no HTTP. All use the model, so its thread runs them.
 """
 
 from __future__ import annotations
@@ -19,16 +19,12 @@ MAX_ATTENTION = 128  # tokens of a picture
 N_TOP, N_NEXT = 10, 15
 
 
-async def losses(model: Model, fields: Fields) -> Json:
+def losses(model: Model, fields: Fields) -> Json:
     """The loss of each token of `text`, its alternatives, and the most likely next tokens."""
     ids = text_ids(model, fields)
     if len(ids) > MAX_TOKENS:
         raise Refused(f"The text has {len(ids):,} tokens, and the limit is {MAX_TOKENS:,}: "
                          "shorten it.", "text")
-    return await model.batcher.call(lambda: losses_of(model, ids))
-
-
-def losses_of(model: Model, ids: list[int]) -> Json:
     tokenizer = model.engine.tokenizer
     *before, last = predictions(model.engine.model, ids, N_NEXT)
     tokens = []
@@ -49,13 +45,9 @@ def as_texts(top: dict[int, float], tokenizer: Tokenizer) -> list[tuple[str, flo
     return [(token_text(tokenizer, token), value) for token, value in top.items()]
 
 
-async def attention(model: Model, fields: Fields) -> Json:
+def attention(model: Model, fields: Fields) -> Json:
     """The data of the attention page for the last tokens of `text`."""
     ids = text_ids(model, fields)
-    return await model.batcher.call(lambda: attention_of(model, ids))
-
-
-def attention_of(model: Model, ids: list[int]) -> Json:
     gpt, config = model.engine.model, model.engine.model.config
     on_a_page = max_tokens(config.n_layer, config.n_head)
     shown = ids[-min(MAX_ATTENTION, config.block_size, on_a_page) :]

@@ -9,7 +9,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from exporting import hub
 from scripts import export
 from scripts.export import ExportSettings
 
@@ -101,7 +100,7 @@ def test_a_failed_upload_keeps_the_folder(server, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     server.failure = 403
     with pytest.raises(OSError, match=r"^push_to=me/model failed \(.*\)\. .* is complete: upload it later with hf upload me/model ") as caught:
-        hub.push(tmp_path, "me/model")
+        export.push(tmp_path, "me/model")
     assert "\n" not in str(caught.value)
 
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from conf.sampling import SamplingConfig
-from generation.typed import TypedPrompts, changed
+from generation.prompts import TypedPrompts, changed
 from sample import until_next_prompt
 
 

@@ -6,6 +6,7 @@ Knows nothing of Hydra.
 from __future__ import annotations
 
 import types
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -80,15 +81,15 @@ def convert(value: Any, hint: Any) -> Any:
     # A boolean or a number.
     if isinstance(value, str):
         value = from_text(value)
-    if isinstance(value, bool):
-        if hint is bool:
-            return value
-    elif hint is int and isinstance(value, int | float) and value == value // 1:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is bool and isinstance(value, bool):
+        return value
+    if hint is float and is_number:
+        return float(value)
+    if hint is int and is_number and value == value // 1:
         if abs(value) >= 2**127:
             raise ValueError("is too large")
         return int(value)
-    elif hint is float and isinstance(value, int | float):
-        return float(value)
     raise ValueError(f"is not {TYPE_NAMES.get(hint, 'text')}")
 
 
@@ -114,8 +115,6 @@ def from_text(text: str) -> Any:
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     for number in (int, float):
-        try:
+        with suppress(ValueError):
             return number(text)
-        except ValueError:
-            continue
     return text

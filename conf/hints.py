@@ -6,6 +6,7 @@ Only error messages use these tables: they suggest the name on the left for one 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 # The names of other projects by ours. The last part of a name is compared, so
@@ -83,32 +84,27 @@ OTHER_VALUES = {
     "float16": "fp16", "16": "fp16", "half": "fp16",
     "adam": "adamw", "linear": "wsd",
 }
-# Advice by the beginning of a key or flag, mostly of Hydra's; the first that fits counts.
+# Advice by a pattern for the beginning of a key or flag, mostly of Hydra's; the first that fits
+# counts.
 HYDRA = {
-    "hydra.run": "runs_dir=FOLDER and name=NAME say where a run goes",
-    "hydra.sweep.": "runs_dir=FOLDER and name=NAME say where a sweep goes",
-    "hydra.job.": "name=NAME names a run, and the working folder does not change",
-    "hydra.mode": "-m runs a sweep",
-    "hydra.searchpath": "experiment=path/to/own.yaml reads a YAML file from anywhere",
+    r"hydra\.(run|sweep)\b": "runs_dir=FOLDER and name=NAME say where a run or a sweep goes",
+    r"hydra\.job\.": "name=NAME names a run, and the working folder does not change",
+    r"hydra\.mode": "-m runs a sweep",
+    r"hydra\.searchpath|--config-|-c[dnp]$":
+        "experiment=path/to/own.yaml reads a YAML file from anywhere",
     "hydra/launcher": "add -m; a sweep runs two jobs at a time with jobs=2, or on a cluster with "
                       "hydra/launcher=slurm",
-    "hydra.launcher": "add -m and hydra/launcher=slurm; it is for sweeps on a cluster",
-    "hydra/sweeper": "python -m scripts.sweep searches with Optuna",
-    "hydra.sweeper": "python -m scripts.sweep searches with Optuna",
+    r"hydra\.launcher": "add -m and hydra/launcher=slurm; it is for sweeps on a cluster",
+    "hydra[./]sweeper": "python -m scripts.sweep searches with Optuna",
     "gpus_per_job": "add -m and processes_per_job=N; on a machine with GPUs, each process has one",
     "hydra": "Hydra's own settings do nothing; a run's folder holds its log.txt and config.yaml",
-    "--config-": "experiment=path/to/own.yaml reads a YAML file from anywhere",
-    "--info": "--help lists the presets, and --cfg job prints all settings",
+    "--info|-i$": "--help lists the presets, and --cfg job prints all settings",
     "--hydra-help": "--help lists flags, presets and settings",
     "--version": "git describe names the version of a checkout",
-    "--package": "--cfg job prints all settings",
-    "--shell-completion": "completion of settings in the shell is not supported",
+    "--package|-p$": "--cfg job prints all settings",
+    "--shell-completion|-sc$": "completion of settings in the shell is not supported",
     "--experimental-rerun": "experiment=runs/NAME/config.yaml runs the settings of a run again",
-    "--run": "leave it out: without flags, the command runs",
-}
-SHORT_FLAGS = {
-    "-cd": "--config-dir", "-cn": "--config-name", "-cp": "--config-path", "-i": "--info",
-    "-p": "--package", "-sc": "--shell-completion", "-r": "--run",
+    "--run|-r$": "leave it out: without flags, the command runs",
 }
 
 
@@ -133,9 +129,8 @@ def unit_note(key: str) -> str:
 
 def instead_of_hydras(name: str) -> str:
     """The alternative to a setting or flag of Hydra's; empty for any other name."""
-    name = SHORT_FLAGS.get(name, name)
-    for beginning, advice in HYDRA.items():
-        if name.startswith(beginning):
+    for pattern, advice in HYDRA.items():
+        if re.match(pattern, name):
             return advice
     return ""
 

@@ -34,31 +34,24 @@ def unknown(key: str, known: dict[str, Any], place: str, group: str = "") -> str
     program = program_of(key)
     if program and not meant:
         return f"{key} ({place}) is a setting of {program} only; --help lists the settings."
-    meant = meant or close_name(key, known)
+    meant = meant or similar_name(key, known, 0.7)
     guess = f" (did you mean {meant}?){unit_note(key)}" if meant else ""
     return f"{key} ({place}) is not a setting{guess}; --help lists the settings."
 
 
 def likely_name(key: str, known: dict[str, Any]) -> str:
     """The setting or group that others call `key`, or that has its last part; empty for none."""
-    meant = our_name(key, {*known, *choosable(known)})
-    return meant or by_last_part(known).get(last_part(key), "")
+    return our_name(key, {*known, *choosable(known)}) or similar_name(key, known, 1)
 
 
-def close_name(key: str, known: dict[str, Any]) -> str:
-    """The setting or group that is spelled most like `key`; empty where none is close."""
-    # Compare whole names first, then their last parts. A group that is right proves nothing.
-    names = [*known, *choosable(known)]
-    for name in difflib.get_close_matches(key.lower(), names, n=3, cutoff=0.6):
-        if difflib.SequenceMatcher(None, last_part(key), last_part(name)).ratio() >= 0.6:
-            return name
-    by_last = by_last_part(known)
-    near = difflib.get_close_matches(last_part(key), by_last, n=1, cutoff=0.7)
+def similar_name(key: str, known: dict[str, Any], cutoff: float) -> str:
+    """The setting or group whose last part is most like that of `key`; empty where none is close.
+
+    A group that is right proves nothing.
+    """
+    by_last = {last_part(name): name for name in (*choosable(known), *known)}
+    near = difflib.get_close_matches(last_part(key), by_last, n=1, cutoff=cutoff)
     return by_last[near[0]] if near else ""
-
-
-def by_last_part(known: dict[str, Any]) -> dict[str, str]:
-    return {last_part(name): name for name in known}
 
 
 def choosable(known: dict[str, Any]) -> list[str]:

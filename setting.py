@@ -37,31 +37,29 @@ def setting(default: Any, help: str, **limits: float) -> Any:
 
 
 class SettingsBase:
-    """The base of settings dataclasses: by default, only ranges are checked."""
+    """The base of settings dataclasses."""
 
     def problems(self) -> Iterator[str]:
-        """One sentence for each invalid value. Subclasses add the rules between settings."""
-        yield from range_problems(self)
+        """One sentence for each invalid value. Subclasses add the rules between settings.
 
-
-def range_problems(settings: Any) -> Iterator[str]:
-    """One sentence for each number that is outside its range, NaN or infinite."""
-    for one in fields(settings):
-        limits = one.metadata.get("limits", {})
-        value = getattr(settings, one.name)
-        if value is None or not limits:
-            continue
-        # No comparison holds for NaN.
-        wanted = []
-        for name, limit in limits.items():
-            holds, words = LIMITS[name]
-            if not holds(value, limit):
-                wanted.append(f"{words} {limit}")
-        if not wanted and abs(value) == math.inf:
-            wanted.append("finite")
-        if wanted:
-            usual = ", or null" if one.default is None else f"; the default is {one.default}"
-            yield f"{one.name}={value} must be {' and '.join(wanted)}{usual}."
+        Here it is each number that is outside its range, NaN or infinite.
+        """
+        for one in fields(self):
+            limits = one.metadata.get("limits", {})
+            value = getattr(self, one.name)
+            if value is None or not limits:
+                continue
+            # No comparison holds for NaN.
+            wanted = []
+            for name, limit in limits.items():
+                holds, words = LIMITS[name]
+                if not holds(value, limit):
+                    wanted.append(f"{words} {limit}")
+            if not wanted and abs(value) == math.inf:
+                wanted.append("finite")
+            if wanted:
+                usual = ", or null" if one.default is None else f"; the default is {one.default}"
+                yield f"{one.name}={value} must be {' and '.join(wanted)}{usual}."
 
 
 @functools.cache

@@ -20,8 +20,7 @@ class TextConfig:
     """The text whose loss is measured."""
 
     path: FilePath = setting(
-        "", "a file, folder or glob of text, or of .bin or .npy files of tokens, to measure the "
-        "loss on; empty: each run's own validation split")
+        "", "files of text, or of tokens (.bin, .npy); empty: each run's own validation split")
     text_field: str = setting("text", "the field of a record with its text; data.text: nested")
     on_bad_record: Literal["stop", "skip"] = setting("stop", "the reaction to records without text")
     dtype: TokenType = setting("auto", "type of the tokens in .bin files without a header")
@@ -33,19 +32,15 @@ class EvalSettings(ModelChoice):
 
     checkpoint: str = setting("best", "best, last, or the number of a step")
     data: TextConfig = field(default_factory=TextConfig)
-    eval_tokens: int | None = setting(
-        None, "the most tokens of the text to read; null: all of them", ge=1)
+    eval_tokens: int | None = setting(None, "the most tokens of the text to read; null: all", ge=1)
     tasks: FilePaths = setting(
-        "", "standard tasks, as in hellaswag,lambada,piqa, or files of requests "
-        "(docs/evaluation.md)")
-    lm_eval: FilePaths = setting(
-        "", "tasks of lm-evaluation-harness, as in blimp,wikitext, or its .yaml files")
+        "", "standard tasks, as in hellaswag,piqa, or files of requests (docs/evaluation.md)")
+    lm_eval: FilePaths = setting("", "tasks of lm-evaluation-harness: names or .yaml files")
     num_fewshot: int | None = setting(
         None, "examples before each question of lm_eval=; null: as each task says", ge=0)
     apply_chat_template: bool = setting(
         False, "ask the questions of lm_eval= as messages, of a model of conversations")
-    limit: int | None = setting(
-        None, "the number of documents of each task; null: all of them", ge=1)
+    limit: int | None = setting(None, "documents of each task; null: all of them", ge=1)
     batch_tokens: int = setting(8192, "tokens that are read at once", ge=1)
     out: FilePath = setting("", "the JSON file; empty: evaluation.json in each run's folder")
 

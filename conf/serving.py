@@ -19,10 +19,8 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 class ServeSettings(ModelChoice, SamplingConfig):
     """The settings of a server. Those of sampling are the defaults of a request."""
 
-    checkpoint: str = setting(
-        "best", "best, last, or the number of a step; several, separated by commas")
-    host: str = setting("127.0.0.1", "the address to listen on; others than this machine's own "
-                        "need api_key")
+    checkpoint: str = setting("best", "best, last, or the number of a step; several: best,last")
+    host: str = setting("127.0.0.1", "the address; one that others can reach needs api_key")
     port: int = setting(8000, "the port to listen on; 0: any free one", ge=0, le=65535)
     api_key: str = setting("", "a secret that requests must have; empty: none")
     batch_size: int = setting(16, "sequences decoded together, of each run", ge=1)

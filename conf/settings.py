@@ -29,12 +29,9 @@ class Settings(SettingsBase):
     auto_name: str = ""
     seed: int = setting(1337, "random seed of weights, batches and dropout", ge=0, lt=2**63)
     runs_dir: FilePath = setting("runs", "folder that contains the runs' folders")
-    restart: bool = setting(
-        False, "start over: the run in this folder is renamed to NAME.old (docs/runs.md)")
-    allow_drift: bool = setting(
-        False, "resume on another machine or with other versions, not bit-identically")
-    init_from: FilePath = setting(
-        "", "weights to start from: a run or one of its checkpoints (docs/weights.md)")
+    restart: bool = setting(False, "start over: the run in this folder is renamed to NAME.old")
+    allow_drift: bool = setting(False, "resume on other hardware or versions, not bit-identically")
+    init_from: FilePath = setting("", "weights to start from, as of a run (docs/weights.md)")
     # Where these weights were when the run was started, and a hash of them.
     init_source: str = ""
     init_fingerprint: str = ""
@@ -97,14 +94,11 @@ class Settings(SettingsBase):
 class ModelChoice(SettingsBase):
     """The trained model that a program opens, and where it runs."""
 
-    run: FilePaths = setting(
-        "", "names or folders of runs, separated by commas; empty: the latest run")
-    init_from: FilePath = setting(
-        "", "weights to use instead of a run, as in train.py (docs/weights.md)")
+    run: FilePaths = setting("", "runs' names or folders, separated by commas; empty: the latest")
+    init_from: FilePath = setting("", "weights to use instead of a run (docs/weights.md)")
     runs_dir: FilePath = setting("runs", "folder that contains the runs' folders")
     device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "where to run the model")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = setting(
-        "auto", "number format of matrix products")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto", "of matrix products")
 
     def problems(self) -> Iterator[str]:
         """One sentence for each invalid value."""
@@ -129,8 +123,7 @@ class SampleSettings(ModelChoice, SamplingConfig):
     logprobs: bool = setting(False, "print each token with its probability before temperature")
     num_samples: int = setting(1, "number of completions", ge=1)
     interactive: bool = setting(False, "ask for prompts until the input ends")
-    chat: bool = setting(
-        False, "a conversation, line by line, with a model trained with data=chat")
+    chat: bool = setting(False, "a conversation, with a model trained with data=chat")
     system: str = setting("", "chat: instructions that precede the conversation")
 
     def problems(self) -> Iterator[str]:

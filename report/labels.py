@@ -94,17 +94,17 @@ def number_texts(values: list[Any]) -> list[str]:
     # Add digits until different values have different texts.
     different = len(set(map(str, values)))
     for digits in range(3, 18):
-        texts = []
-        for value in values:
-            if isinstance(value, float) and math.isfinite(value):
-                texts.append(number_text(value, digits))
-            elif isinstance(value, list):
-                texts.append(" ".join(map(str, value)))
-            else:
-                texts.append(as_word(value))
+        texts = [setting_text(value, digits) for value in values]
         if len(set(texts)) >= different:
             break
     return texts
+
+
+def setting_text(value: Any, digits: int) -> str:
+    """A setting, rounded to this many significant digits."""
+    if isinstance(value, float) and math.isfinite(value):
+        return number_text(value, digits)
+    return " ".join(map(str, value)) if isinstance(value, list) else as_word(value)
 
 
 def short_text(text: str, longest: int = 20) -> str:

@@ -61,10 +61,8 @@ def read_new_rows(path: Path, offset: int, max_bytes: int = -1) -> tuple[Rows, i
 
 def table(rows: Rows, key: str) -> np.ndarray:
     """Steps, tokens, seconds and the value `key` of the rows that have it, as `[N, 4]`."""
-    values = []
-    for row in rows:
-        if row.get(key) is not None:
-            values.append((row["step"], row.get("tokens", 0), row.get("seconds", 0), row[key]))
+    values = [(row["step"], row.get("tokens", 0), row.get("seconds", 0), row[key])
+              for row in rows if row.get(key) is not None]
     return np.array(values, dtype=float).reshape(-1, 4)
 
 

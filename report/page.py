@@ -7,21 +7,12 @@ from pathlib import Path
 
 import atomic
 from progress import ProgressBar
+from report import sections, tables
 from report.attention import BASE_STYLE
 from report.history import History, open_history
 from report.importance import MIN_RUNS
 from report.pictures import curves_png, slices_png
 from report.runs import best_first, comparable
-from report.sections import (
-    MAX_SLICES,
-    comparisons,
-    diagnostics,
-    importance_of_settings,
-    losses,
-    samples,
-    summary,
-)
-from report.tables import escape, evaluations, leaderboard, side_by_side
 from terminal import escaped
 
 TEMPLATE = Path(__file__).with_suffix(".html")
@@ -62,7 +53,7 @@ def write(chosen: list[tuple[Path, str]], out: Path, title: str,
         contents[out.with_name(f"{out.stem}-curves.png")] = curves_png(runs)
         compared, keys = comparable(runs)
         if len(compared) >= MIN_RUNS and keys:
-            slices = slices_png(compared, keys[:MAX_SLICES], runs)
+            slices = slices_png(compared, keys[: sections.MAX_SLICES], runs)
             contents[out.with_name(f"{out.stem}-slices.png")] = slices
     for path, content in contents.items():
         atomic.write_bytes(path, content)
@@ -79,12 +70,13 @@ def open_runs(chosen: list[tuple[Path, str]]) -> list[History]:
 def page(runs: list[History], title: str) -> str:
     """The page about `runs`, the best first."""
     parts = [
-        *summary(runs, title), *losses(runs), *diagnostics(runs), *leaderboard(runs),
-        *evaluations(runs), *comparisons(runs), *importance_of_settings(runs), *samples(runs),
-        *side_by_side("Settings", [run.settings for run in runs], runs),
-        *side_by_side("Environment", [run.environment for run in runs], runs),
+        *sections.summary(runs, title), *sections.losses(runs), *sections.diagnostics(runs),
+        *tables.leaderboard(runs), *tables.evaluations(runs), *sections.comparisons(runs),
+        *sections.importance_of_settings(runs), *sections.samples(runs),
+        *tables.side_by_side("Settings", [run.settings for run in runs], runs),
+        *tables.side_by_side("Environment", [run.environment for run in runs], runs),
     ]
     template = TEMPLATE.read_text(encoding="utf-8")
     template = template.replace("{{base}}", BASE_STYLE.read_text(encoding="utf-8"))
-    template = template.replace("{{title}}", escape(f"Report: {title}"))
+    template = template.replace("{{title}}", tables.escape(f"Report: {title}"))
     return template.replace("{{body}}", "\n".join(parts))

@@ -15,13 +15,9 @@ COLUMNS = {"loss": ("loss", ".4f"), "perplexity": ("perplexity", ".2f"),
 
 def table(models: list[dict[str, Any]]) -> str:
     """One row for each model and text or task; numbers have their standard errors."""
-    columns = list(zip(*cells(models), strict=True))
-    widths = [max(map(len, column)) for column in columns]
-    lines = []
-    for line in zip(*columns, strict=True):
-        padded = [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
-        lines.append("  ".join(padded).rstrip())
-    return "\n".join(lines)
+    rows = cells(models)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 def cells(models: list[dict[str, Any]]) -> list[list[str]]:
@@ -33,10 +29,9 @@ def cells(models: list[dict[str, Any]]) -> list[list[str]]:
         measured += [(model["name"], one) for one in [*losses, *model["tasks"]]]
 
     # A column for each number that any entry has: those have a standard error beside them.
-    found = dict.fromkeys(name.removesuffix("_se") for _, one in measured for name in one
-                          if name.endswith("_se"))
-    names = [name for name in COLUMNS if name in found]
-    names += [name for name in found if name not in COLUMNS]
+    recorded = dict.fromkeys(name for _, one in measured for name in one)
+    names = dict.fromkeys([*COLUMNS, *(name.removesuffix("_se") for name in recorded)])
+    names = [name for name in names if f"{name}_se" in recorded]
 
     rows = [["model", "on", "size", *(COLUMNS.get(name, (name,))[0] for name in names)]]
     for model, one in measured:

@@ -23,9 +23,8 @@ def leaderboard(runs: list[History]) -> Iterator[str]:
     several = len(runs) > 1
     rows = leaderboard_rows(runs)
     # Columns with a number in any row are aligned to the right.
-    numeric = set()
-    for row in rows:
-        numeric |= {name for name, (value, _) in row.items() if isinstance(value, int | float)}
+    cells = [cell for row in rows for cell in row.items()]
+    numeric = {name for name, (value, _) in cells if isinstance(value, int | float)}
 
     # A row for each run, whose cells have the value to sort by.
     body = ""
@@ -83,9 +82,7 @@ def evaluations(runs: list[History]) -> Iterator[str]:
     titles, *rows = cells([model for run in runs for model in run.evaluated])
     if rows:
         heads = "".join(f"<th>{escape(title)}</th>" for title in titles)
-        body = ""
-        for row in rows:
-            body += f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>"
+        body = "".join(f"<tr>{data(row)}</tr>" for row in rows)
         yield "<h2>Evaluation</h2>"
         yield f'<div class="wide">{table(heads, body, "id", "evaluation")}</div>'
 
@@ -116,8 +113,7 @@ def side_by_side(title: str, values: list[dict[str, Any]], runs: list[History]) 
         texts = number_texts([each.get(key, "-") for each in values])
         differs = ' class="differs"' if len(set(texts)) > 1 else ""
         cells = texts if has_columns else [counts_of(texts)]
-        columns = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
-        body += f"<tr{differs}><th>{escape(key)}</th>{columns}</tr>"
+        body += f"<tr{differs}><th>{escape(key)}</th>{data(cells)}</tr>"
     heads = "<th></th>" + "".join(f"<th>{escape(name)}</th>" for name in names)
     yield f'<div class="wide">{table(heads, body, "class", "settings")}</div>'
 
@@ -128,6 +124,10 @@ def counts_of(texts: list[str]) -> str:
     if len(counts) == 1:
         return texts[0]
     return ", ".join(f"{text} ({count})" for text, count in counts)
+
+
+def data(cells: list[str]) -> str:
+    return "".join(f"<td>{escape(cell)}</td>" for cell in cells)
 
 
 def table(heads: str, body: str, attribute: str, name: str) -> str:

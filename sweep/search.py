@@ -6,9 +6,9 @@ scripts/sweep.py does.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
+import random
 import secrets
 import shlex
 import socket
@@ -49,16 +49,12 @@ class SweepSettings(SettingsBase):
     sweep: FilePath = setting("", "the space: a name in conf/sweep, or a YAML file")
     name: str = setting("", "of the folder and the study; empty: the name of the space")
     runs_dir: FilePath = setting("runs", "where the folder is")
-    trials: int | None = setting(
-        20, "in all, with earlier ones and those of other machines; null: no limit", ge=1)
-    hours: float | None = setting(
-        None, "of this command; trials that run then are saved, to be resumed", gt=0)
+    trials: int | None = setting(20, "in all, on all machines; null: no limit", ge=1)
+    hours: float | None = setting(None, "of this command; then running trials are saved", gt=0)
     jobs: int = setting(1, "trials at a time", ge=1)
     processes_per_job: int = setting(1, "started by torchrun; with GPUs, one for each", ge=1)
-    pruner: Literal["median", "hyperband", "none"] = setting(
-        "median", "how unpromising trials are found, and stopped")
-    storage: str = setting(
-        "", "of the study, a URL for Optuna; empty: a journal in the folder, study.log")
+    pruner: Literal["median", "hyperband", "none"] = setting("median", "stops poor trials")
+    storage: str = setting("", "the study's URL for Optuna; empty: study.log in the folder")
     train: tuple[str, ...] = ()  # overrides for the trials
 
     def problems(self) -> Iterator[str]:
@@ -110,7 +106,7 @@ class Search(JobSource):
         self.settings, self.space, self.folder = settings, space, folder
         # Both raise ValueError for a space without valid points, before anything is written.
         space.draw(seed=0)
-        self.example = space.example
+        self.random_state = space.example.seed
         folder.mkdir(parents=True, exist_ok=True)
         self.metric = comparison_metric(list(space.varied))
         self.lock = FileLock(folder / "turn.lock")
@@ -146,7 +142,7 @@ class Search(JobSource):
         return job
 
     def job_of(self, trial: Any) -> Job:
-        overrides = self.space.overrides({key: trial.params[key] for key in self.space.varied})
+        overrides = self.space.overrides(trial.params)
         max_steps = compose("config", ["name=-", *overrides]).training.max_steps
         return Job(f"trial_{trial.number:04d}", self.folder, overrides, max_steps, self.metric,
                    self.settings.processes_per_job)
@@ -195,8 +191,7 @@ class Search(JobSource):
     def seed(self) -> int:
         """A function of the number of trials, so that a resumed search repeats no suggestion."""
         number = len(self.study.get_trials(deepcopy=False))
-        digest = hashlib.sha256(f"{self.example.seed} {number}".encode()).digest()
-        return int.from_bytes(digest[:4])
+        return random.Random(f"{self.random_state} {number}").getrandbits(32)
 
     def on_metrics(self, job: Job) -> None:
         # Report the results, and stop an unpromising trial.

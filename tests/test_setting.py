@@ -12,16 +12,16 @@ from bench.__main__ import BENCHMARKS
 from conf.help import help_lines
 from conf.launch import imported
 from conf.settings import DERIVED
-from setting import range_problems, setting
+from setting import SettingsBase, setting
 
 
 @dataclass(frozen=True)
-class Inner:
+class Inner(SettingsBase):
     size: int = setting(4, "number of parts", ge=1, le=8)
 
 
 @dataclass(frozen=True)
-class Example:
+class Example(SettingsBase):
     rate: float = setting(0.5, "speed", gt=0)
     part: float = setting(0.1, "", ge=0, lt=1)
     limit: float | None = setting(None, "seconds", gt=0)
@@ -40,13 +40,13 @@ class Example:
     ("part", math.nan, "part=nan must be at least 0 and less than 1; the default is 0.1."),
 ])
 def test_a_number_out_of_range_is_one_sentence(name, value, said):
-    assert list(range_problems(Example(**{name: value}))) == [said]
+    assert list(Example(**{name: value}).problems()) == [said]
 
 
 def test_numbers_at_their_bounds_are_in_range():
-    assert not list(range_problems(Inner(1))) and not list(range_problems(Inner(8)))
-    assert not list(range_problems(Example(part=0, rate=1e-9, limit=1e9, free=-(10**400))))
-    assert len(list(range_problems(Inner(9)))) == len(list(range_problems(Inner(10**400)))) == 1
+    assert not list(Inner(1).problems()) and not list(Inner(8).problems())
+    assert not list(Example(part=0, rate=1e-9, limit=1e9, free=-(10**400)).problems())
+    assert len(list(Inner(9).problems())) == len(list(Inner(10**400).problems())) == 1
 
 
 def test_help_shows_names_values_choices_and_wraps():

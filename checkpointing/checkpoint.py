@@ -12,7 +12,7 @@ import itertools
 import math
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,27 +22,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 import atomic
-from checkpointing.format import (
-    DTYPES,
-    FILES,
-    FORMAT,
-    FORMAT_IN_PARTS,
-    MANIFEST,
-    STATE,
-    TOKENIZER,
-    FileEntry,
-    Tensors,
-    checksum,
-    find_problem,
-    is_complete,
-    parts_of,
-    step_name,
-)
+from checkpointing import format
 from hardware import check_free
 from terminal import first_line
 
 # More than the JSON files ever need.
-MAX_BYTES = {MANIFEST: 2**20, STATE: 2**20, TOKENIZER: 2**24}
+MAX_BYTES = {format.MANIFEST: 2**20, format.STATE: 2**20, format.TOKENIZER: 2**24}
 MAX_NESTING = 4
 # The header of a safetensors file: 1,000 bytes, and 400 for each tensor.
 HEADER_BYTES, HEADER_BYTES_PER_TENSOR = 1000, 400
@@ -64,7 +49,7 @@ class Checkpoint:
     """
 
     folder: Path
-    manifest: dict[str, FileEntry]
+    manifest: dict[str, format.FileEntry]
     state: dict[str, Any]
     verified: set[str] = field(default_factory=set, compare=False)
 
@@ -77,30 +62,32 @@ class Checkpoint:
         # The manifest: complete, in a format that is known, and of files with their sizes.
         if folder.is_symlink():
             raise DamagedCheckpoint(f"{folder} is a link")
-        manifest = parse_json(folder / MANIFEST, read_small(folder / MANIFEST))
-        if manifest.pop("sha256", None) != checksum(manifest):
-            raise DamagedCheckpoint(f"{folder / MANIFEST} does not match its own checksum")
+        manifest = parse_json(folder / format.MANIFEST, read_small(folder / format.MANIFEST))
+        if manifest.pop("sha256", None) != format.checksum(manifest):
+            raise DamagedCheckpoint(f"{folder / format.MANIFEST} does not match its own checksum")
         version = manifest.get("format")
-        if version not in (FORMAT, FORMAT_IN_PARTS):
-            raise ValueError(f"{folder} has checkpoint format {ascii(version)[:40]}; this version "
-                             f"of nanohydra reads format {FORMAT}. Use the version that wrote it.")
+        if version not in (format.FORMAT, format.FORMAT_IN_PARTS):
+            raise ValueError(
+                f"{folder} has checkpoint format {ascii(version)[:40]}; this version of nanohydra "
+                f"reads format {format.FORMAT}. Use the version that wrote it.")
         files = manifest.get("files")
-        if not isinstance(files, dict) or not is_complete(files):
-            raise DamagedCheckpoint(f"{folder / MANIFEST} does not list the files of a checkpoint")
+        if not isinstance(files, dict) or not format.is_complete(files):
+            raise DamagedCheckpoint(f"{folder / format.MANIFEST} does not list the files of a "
+                                    "checkpoint")
         for name, entry in files.items():
             if not isinstance(entry, dict) or file_size(folder / name) != entry.get("bytes"):
                 raise DamagedCheckpoint(f"{folder / name} does not have the size in the manifest")
 
         # The state: as it was written, and of this step.
-        content = read_small(folder / STATE)
-        if hashlib.sha256(content).hexdigest() != files[STATE].get("sha256"):
-            raise DamagedCheckpoint(f"{folder / STATE} does not match its checksum")
-        state = parse_json(folder / STATE, content)
-        problem = find_problem(state)
+        content = read_small(folder / format.STATE)
+        if hashlib.sha256(content).hexdigest() != files[format.STATE].get("sha256"):
+            raise DamagedCheckpoint(f"{folder / format.STATE} does not match its checksum")
+        state = parse_json(folder / format.STATE, content)
+        problem = format.find_problem(state)
         if problem:
-            raise DamagedCheckpoint(f"{folder / STATE} {problem}")
-        if folder.name != step_name(state["step"]):
-            raise DamagedCheckpoint(f"{folder / STATE} is of step {state['step']}")
+            raise DamagedCheckpoint(f"{folder / format.STATE} {problem}")
+        if folder.name != format.step_name(state["step"]):
+            raise DamagedCheckpoint(f"{folder / format.STATE} is of step {state['step']}")
         return cls(folder, files, state)
 
     @property
@@ -109,9 +96,9 @@ class Checkpoint:
 
     def files(self, name: str) -> list[str]:
         """The files that hold the content of one of FILES."""
-        return [name] if name in self.manifest else parts_of(name, self.manifest)
+        return [name] if name in self.manifest else format.parts_of(name, self.manifest)
 
-    def verify(self, names: Iterable[str] = FILES, max_bytes: float = math.inf) -> None:
+    def verify(self, names: Iterable[str] = format.FILES, max_bytes: float = math.inf) -> None:
         """Raise DamagedCheckpoint if a file exceeds `max_bytes` or does not match its checksum."""
         for file_name in itertools.chain.from_iterable(map(self.files, names)):
             path = self.folder / file_name
@@ -127,86 +114,53 @@ class Checkpoint:
 
     def tokenizer(self) -> dict[str, Any]:
         """The content of tokenizer.json."""
-        self.verify([TOKENIZER])
-        return parse_json(self.folder / TOKENIZER, read_small(self.folder / TOKENIZER))
+        self.verify([format.TOKENIZER])
+        path = self.folder / format.TOKENIZER
+        return parse_json(path, read_small(path))
 
     def load_tensors(self, name: str, like: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Read model.safetensors or optimizer.safetensors.
+        """Read model.safetensors or optimizer.safetensors, checked as by `open_tensors`.
 
-        Raises DamagedCheckpoint unless it has the names, shapes and dtypes of `like`, and
-        ValueError if they do not fit in memory. Both come before any memory is allocated.
+        Raises ValueError, before any memory is allocated, if the tensors do not fit in memory.
         """
-        self.check_size(name, like)
-        check_free(sum(tensor.nbytes for tensor in like.values()), self.folder / name)
         tensors = self.open_tensors(name, like)
-        # Without the copy, the tensors would be views of the mapped file.
+        check_free(sum(tensor.nbytes for tensor in tensors.values()), self.folder / name)
+        # Without the copy, they would still be views of the file.
         return {key: tensors[key].clone() for key in like}
 
-    def check_size(self, name: str, like: Tensors) -> None:
-        """Raise DamagedCheckpoint if the files are larger than the tensors of `like`."""
-        names = self.files(name)
-        nbytes = sum(tensor.nbytes for tensor in like.values())
-        headers = HEADER_BYTES * len(names) + HEADER_BYTES_PER_TENSOR * len(like)
-        if sum(file_size(self.folder / one) for one in names) > nbytes + headers:
-            raise DamagedCheckpoint(f"{self.folder / name} is larger than the settings ask for")
+    def open_tensors(self, name: str, like: format.Tensors) -> dict[str, Tensor]:
+        """The tensors of model.safetensors or optimizer.safetensors, as views of the mapped file.
 
-    def open_tensors(self, name: str, like: Tensors) -> Mapping[str, Tensor]:
-        """The tensors of model.safetensors or optimizer.safetensors, read when they are asked for.
-
-        Raises DamagedCheckpoint unless it has the names, shapes and dtypes of `like`. The tensors
-        are views of the mapped file.
+        Raises DamagedCheckpoint unless it has the names, shapes and dtypes of `like`.
         """
         # Check sizes and checksums before the library reads anything.
-        self.check_size(name, like)
+        paths = [self.folder / one for one in self.files(name)]
+        nbytes = sum(tensor.nbytes for tensor in like.values())
+        headers = HEADER_BYTES * len(paths) + HEADER_BYTES_PER_TENSOR * len(like)
+        if sum(map(file_size, paths)) > nbytes + headers:
+            raise DamagedCheckpoint(f"{self.folder / name} is larger than the settings ask for")
         self.verify([name])
 
-        # Find the file of each tensor.
-        wanted = {key: (DTYPES[value.dtype], tuple(value.shape)) for key, value in like.items()}
-        found: dict[str, tuple[str, tuple[int, ...]]] = {}
-        paths: dict[str, Path] = {}
-        for path in (self.folder / one for one in self.files(name)):
+        # Compare the dtype and shape of each tensor with those of `like`; open it if they agree.
+        wanted = {key: (format.DTYPES[value.dtype], list(value.shape))
+                  for key, value in like.items()}
+        found: dict[str, tuple[str, list[int]]] = {}
+        tensors = {}
+        for path in paths:
             with read_errors(path), safe_open(path, "pt") as file:
-                entries = header_of(file)
-            if not found.keys().isdisjoint(entries):
-                raise DamagedCheckpoint(f"{path} has tensors that another file has, too")
-            found |= entries
-            paths |= dict.fromkeys(entries, path)
-
-        # The dtype and shape of each tensor must be those of `like`, and none may be missing.
+                for key in file.keys():  # noqa: SIM118 (it is no dict)
+                    if key in found:
+                        raise DamagedCheckpoint(f"{path} has tensors that another file has, too")
+                    entry = file.get_slice(key)
+                    found[key] = (entry.get_dtype(), entry.get_shape())
+                    if found[key] == wanted.get(key):
+                        tensors[key] = file.get_tensor(key)
         for key in sorted(found.keys() | wanted.keys()):
-            if found.get(key) != wanted.get(key):
+            if key not in tensors:
                 raise DamagedCheckpoint(
                     f"{self.folder / name} has {ascii(key)[:80]} as {found.get(key)}, but the "
                     f"settings ask for {wanted.get(key)}")
-        return LazyTensors(paths)
-
-
-class LazyTensors(Mapping[str, Tensor]):
-    """Tensors of safetensors files, read when they are asked for.
-
-    The pages that are read of an open file stay in memory. So each tensor opens its file, which is
-    closed when the tensor is freed.
-    """
-
-    def __init__(self, paths: dict[str, Path]) -> None:
-        self.paths = paths
-
-    def __getitem__(self, key: str) -> Tensor:
-        path = self.paths[key]
-        with read_errors(path), safe_open(path, "pt") as file:
-            return file.get_tensor(key)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.paths)
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-
-def header_of(file: Any) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """The dtype and the shape of each tensor in an open safetensors file, by name."""
-    slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (it is no dict)
-    return {key: (one.get_dtype(), tuple(one.get_shape())) for key, one in slices.items()}
+        return tensors
 
 
 @contextmanager

@@ -40,20 +40,10 @@ COUNT = (int, 0, MAX_COUNT)
 LOSS = (float | None, 0, sys.float_info.max)
 # The fields of state.json: type, and the lowest and highest value of a number.
 STATE_FIELDS: dict[str, tuple[Any, ...]] = {
-    "step": COUNT,
-    "max_steps": (int, 1, 2**63 - 1),
-    "replanned": (bool,),
-    "seconds": (float, 0, MAX_COUNT),
-    "batches_skipped": COUNT,
-    "nonfinite": COUNT,
-    "scheduled": (bool,),
-    "val_loss": LOSS,
-    "settings": (dict,),
-    "model": (dict,),
-    "environment": (dict,),
-    "scaler": (dict,),
-    "best_val_loss": LOSS,
-    "stale_evaluations": COUNT,
+    "step": COUNT, "max_steps": (int, 1, 2**63 - 1), "replanned": (bool,),
+    "seconds": (float, 0, MAX_COUNT), "batches_skipped": COUNT, "nonfinite": COUNT,
+    "scheduled": (bool,), "val_loss": LOSS, "best_val_loss": LOSS, "stale_evaluations": COUNT,
+    "settings": (dict,), "model": (dict,), "environment": (dict,), "scaler": (dict,),
 }
 
 Tensors = dict[str, Tensor | Divided]

@@ -19,22 +19,7 @@ import torch
 from torch import Tensor
 
 import atomic
-from checkpointing.format import (
-    DTYPES,
-    FORMAT,
-    FORMAT_IN_PARTS,
-    MANIFEST,
-    MODEL,
-    OPTIMIZER,
-    STATE,
-    TOKENIZER,
-    FileEntry,
-    Tensors,
-    checksum,
-    find_problem,
-    part_names,
-    step_name,
-)
+from checkpointing import format
 from checkpointing.peers import Peers
 from terminal import readable_size
 from training.divided import Divided
@@ -50,8 +35,8 @@ class Snapshot:
     Of several processes, each has this process's parts of the tensors.
     """
 
-    model: Tensors
-    optimizer: Tensors
+    model: format.Tensors
+    optimizer: format.Tensors
     tokenizer: dict[str, Any]
     state: dict[str, Any]
 
@@ -88,10 +73,10 @@ def save_checkpoint(checkpoints: Path, snapshot: Snapshot,
     """
     # Check what can be checked before anything is written.
     peers = peers or Peers()
-    folder = checkpoints / step_name(snapshot.state["step"])
+    folder = checkpoints / format.step_name(snapshot.state["step"])
     # The tensors, and a bound on the rest.
     needed = int(1.01 * snapshot.nbytes()) + 2**20
-    problem = find_problem(snapshot.state)
+    problem = format.find_problem(snapshot.state)
     assert not problem, problem
     with ExitStack() as stack:
         # If this process fails before the others write, they are told.
@@ -130,21 +115,22 @@ def write_files(folder: Path, snapshot: Snapshot, peers: Peers) -> None:
             raise error
         files |= written
     # The JSON files, and last the manifest with the checksums of all.
-    contents = {TOKENIZER: json.dumps(snapshot.tokenizer),
-                STATE: json.dumps(snapshot.state, indent=2, allow_nan=False)}
+    contents = {format.TOKENIZER: json.dumps(snapshot.tokenizer),
+                format.STATE: json.dumps(snapshot.state, indent=2, allow_nan=False)}
     for name, content in contents.items():
         files[name] = write_file(folder / name, [content.encode()])
-    manifest = {"format": FORMAT if MODEL in files else FORMAT_IN_PARTS, "files": files}
-    manifest["sha256"] = checksum(manifest)
-    atomic.write_file(folder / MANIFEST, [json.dumps(manifest, indent=2).encode()])
+    version = format.FORMAT if format.MODEL in files else format.FORMAT_IN_PARTS
+    manifest = {"format": version, "files": files}
+    manifest["sha256"] = format.checksum(manifest)
+    atomic.write_file(folder / format.MANIFEST, [json.dumps(manifest, indent=2).encode()])
 
 
 def write_tensors(folder: Path, snapshot: Snapshot,
-                  peers: Peers) -> tuple[dict[str, FileEntry], OSError | None]:
+                  peers: Peers) -> tuple[dict[str, format.FileEntry], OSError | None]:
     """Write this process's share of the tensors; return the files, or the error."""
     # Model and optimizer in turn: the processes must collect the same tensors at the same time.
     files, error = {}, None
-    for name, tensors in ((MODEL, snapshot.model), (OPTIMIZER, snapshot.optimizer)):
+    for name, tensors in ((format.MODEL, snapshot.model), (format.OPTIMIZER, snapshot.optimizer)):
         # One process writes a small model, all write a large one.
         writers = 1
         if snapshot.nbytes() > MAX_BYTES_OF_ONE_WRITER:
@@ -153,7 +139,7 @@ def write_tensors(folder: Path, snapshot: Snapshot,
         # Whole tensors, which arrive from the other processes one by one.
         contents = peers.collect(tensors, writers)
         if peers.rank < writers and not error:
-            file = part_names(name, writers)[peers.rank] if writers > 1 else name
+            file = format.part_names(name, writers)[peers.rank] if writers > 1 else name
             try:
                 files[file] = write_file(folder / file, safetensors_chunks(own, contents))
             except OSError as raised:
@@ -164,7 +150,7 @@ def write_tensors(folder: Path, snapshot: Snapshot,
     return files, error
 
 
-def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> FileEntry:
+def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> format.FileEntry:
     """Write a file; return its entry in the manifest."""
     sha256 = atomic.write_file(path, chunks)
     return {"bytes": path.stat().st_size, "sha256": sha256}
@@ -181,7 +167,7 @@ def safetensors_chunks(tensors: Mapping[str, Tensor], contents: Iterable[Tensor]
     end = 0
     for name, tensor in tensors.items():
         start, end = end, end + tensor.nbytes
-        entry = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape)}
+        entry = {"dtype": format.DTYPES[tensor.dtype], "shape": list(tensor.shape)}
         header[name] = entry | {"data_offsets": [start, end]}
     # The length of the header, the header, padded to 8 bytes, and the bytes of the tensors.
     text = json.dumps(header).encode()

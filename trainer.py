@@ -160,9 +160,8 @@ class Trainer:
                         f"training.nonfinite_limit={self.training.nonfinite_limit}.")
         saved = self.world.first(lambda: self.saver.saved)
         self.world.fail(ValueError(
-            f"{message} Saved so far: {counted(saved, 'step')}. Try a lower optim.lr, "
-            "optim.grad_clip=1, training.precision=fp32, or training.on_nonfinite=skip or "
-            "rollback."))
+            f"{message} Saved so far: {counted(saved, 'step')}. Try optim.grad_clip=1, a lower "
+            "optim.lr, training.precision=fp32, or training.on_nonfinite=skip or rollback."))
 
     def roll_back(self, message: str) -> None:
         """Return to the last scheduled checkpoint; remove the metrics and checkpoints after it."""

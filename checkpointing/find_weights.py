@@ -36,9 +36,9 @@ def find_weights(name: str, runs_dir: Path) -> Weights:
         run = find_run(runs_dir, name)
     except ValueError as error:
         if path.is_dir():
-            raise ValueError(f"init_from={name} is a folder without weights: it has neither the "
-                             f"checkpoints of a run nor {pretrained.CONFIG} nor "
-                             f"{pretrained.NANOGPT}.") from None
+            raise ValueError(
+                f"init_from={name} is a folder without weights: it has neither the checkpoints of "
+                f"a run nor {pretrained.CONFIG} nor {pretrained.NANOGPT}.") from None
         # The values of nanoGPT's init_from include scratch and resume.
         names = ", ".join(published.NAMES)
         raise ValueError(f"{str(error).replace(f'run={name} ', f'init_from={name} ')} Published "

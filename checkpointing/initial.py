@@ -126,8 +126,7 @@ def shape_for_training(settings: Settings, shape: GPTConfig) -> GPTConfig:
     chosen = given_shape(settings, shape)
     if chosen.block_size > shape.block_size:
         raise ValueError(f"model.block_size={chosen.block_size} is longer than the context of "
-                         f"init_from={settings.init_from}, {shape.block_size} tokens: choose at "
-                         "most that, or leave it out.")
+                         f"init_from={settings.init_from}: choose at most {shape.block_size}.")
     return chosen
 
 
@@ -140,9 +139,9 @@ def given_shape(settings: Settings, shape: GPTConfig) -> GPTConfig:
     changed = {name: chosen.pop(name) for name in CHANGEABLE if name in chosen}
     for name, value in chosen.items():
         if value != getattr(shape, name):
-            raise ValueError(f"model.{name}={as_word(value)} contradicts "
-                             f"init_from={settings.init_from}, whose weights have "
-                             f"{as_word(getattr(shape, name))}: leave it out.")
+            found = as_word(getattr(shape, name))
+            raise ValueError(f"model.{name}={as_word(value)} contradicts init_from="
+                             f"{settings.init_from}, whose weights have {found}: leave it out.")
     return replace(shape, **changed)
 
 

@@ -200,8 +200,7 @@ def check_memory(settings: Settings, device: Device) -> None:
         advice = "" if training.recompute else ", or training.recompute=true"
         raise ValueError(f"training.batch_size={training.batch_size} sequences at once take "
                          f"{readable_size(needed)} of memory, {readable_size(free)} are free: "
-                         "choose a smaller one (training.tokens_per_step makes it up)"
-                         f"{advice}.")
+                         f"choose a smaller one (training.tokens_per_step makes it up){advice}.")
 
 
 def most_bytes(settings: Settings) -> int:

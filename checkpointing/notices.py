@@ -120,9 +120,8 @@ def changed_batch_size(settings: Settings, last: Checkpoint) -> str:
     dropout = ""
     if settings.model.dropout > 0:
         dropout = " and dropout draws different numbers"
-    return (f"Resuming with micro-batches of {now} sequences instead of {before}: each step trains "
-            f"on the same sequences as before, but sums are rounded in another order{dropout}, so "
-            f"the result is not bit-identical.")
+    return (f"Resuming with micro-batches of {now} sequences instead of {before}: sums are rounded "
+            f"in another order{dropout}, so the result is not bit-identical.")
 
 
 def changed_world_size(last: Checkpoint, now: int, sharded: bool = False) -> str:
@@ -131,10 +130,7 @@ def changed_world_size(last: Checkpoint, now: int, sharded: bool = False) -> str
     if before == now:
         return ""
     effect = "sums are rounded as before"
-    if sharded or not (is_power_of_two(before) and is_power_of_two(now)):
+    are_powers_of_two = before.bit_count() == now.bit_count() == 1
+    if sharded or not are_powers_of_two:
         effect = "sums are rounded in another order, so the result is not bit-identical"
     return f"Resuming with world_size={now} instead of {before}: {effect}."
-
-
-def is_power_of_two(number: int) -> bool:
-    return number & (number - 1) == 0

@@ -24,14 +24,9 @@ CODE = Path(__file__).parent.parent
 
 def record_start(folder: Path, step: int, environment: dict[str, Any]) -> None:
     """Append a line for a start of training from `step` in this device `environment`."""
-    start = {
-        "step": step,
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": sys.argv,
-        "host": platform.node(),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-    }
+    start = {"step": step, "time": datetime.now(UTC).isoformat(timespec="seconds"),
+             "command": sys.argv, "host": platform.node(), "system": platform.platform(),
+             "python": platform.python_version()}
     with closing(atomic.LineFile(folder / STARTS)) as lines:
         lines.add(json.dumps(start | environment | versions() | git_state()))
 

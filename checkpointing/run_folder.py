@@ -66,9 +66,8 @@ class Run:
         """Raise ValueError if the folder was moved, removed or replaced since it was locked."""
         if not self.lock.in_place():
             raise ValueError(
-                f"{self.folder} was moved, removed or replaced during training. The run stops, and "
-                f"the steps since the last checkpoint are lost. To resume, move the folder back, "
-                f"or pass its new name=.")
+                f"{self.folder} was moved, removed or replaced during training: the steps since "
+                "the last checkpoint are lost. Move it back, or pass its new name=, to resume.")
 
     def rename_to_old(self) -> None:
         """Rename the folder to NAME.old, or NAME.old-2 and so on; it stays locked."""
@@ -112,14 +111,13 @@ def check_file_types(folder: Path) -> None:
             mode = path.lstat().st_mode
         except (FileNotFoundError, NotADirectoryError):
             continue
-        is_right = stat.S_ISDIR(mode) if name in FOLDERS else stat.S_ISREG(mode)
-        if is_right:
-            continue
-        # Say what is in its place.
-        wanted = "folder" if name in FOLDERS else "regular file"
-        found = KINDS.get(stat.S_IFMT(mode), "a socket or a device")
-        raise ValueError(f"{path} is {found}, but a run needs a {wanted} of its own there: move it "
-                         "away.")
+        kind, wanted = stat.S_IFREG, "regular file"
+        if name in FOLDERS:
+            kind, wanted = stat.S_IFDIR, "folder"
+        if stat.S_IFMT(mode) != kind:
+            found = KINDS.get(stat.S_IFMT(mode), "a socket or a device")
+            raise ValueError(f"{path} is {found}, but a run needs a {wanted} of its own there: "
+                             "move it away.")
 
 
 def is_run(folder: Path) -> bool:

@@ -168,8 +168,6 @@ def is_scaler_state(state: dict[str, Any], own: dict[str, Any]) -> bool:
         return not state
     scale, growth = state.get("scale"), state.get("_growth_tracker")
     # All else are constants of the scaler.
-    if state != own | {"scale": scale, "_growth_tracker": growth}:
-        return False
-    if not isinstance(scale, float) or type(growth) is not int:
-        return False
-    return 0 < scale < 2.0**64 and 0 <= growth < 2**31
+    is_known = state == own | {"scale": scale, "_growth_tracker": growth}
+    has_types = isinstance(scale, float) and type(growth) is int
+    return is_known and has_types and 0 < scale < 2.0**64 and 0 <= growth < 2**31

@@ -61,16 +61,10 @@ def by_val_loss(one: Checkpoint) -> tuple[float, int]:
     return val_loss, -one.step
 
 
-def scheduled_first(one: Checkpoint) -> tuple[bool, int]:
-    """Sort key: the newest that `checkpoint_every` asked for; those of interruptions come last."""
-    return not one.state["scheduled"], -one.step
-
-
+# Sort keys by the names of the orders. In "scheduled", those of interruptions come last.
 ORDERS: dict[str, Callable[[Checkpoint], Any]] = {
-    "best": by_val_loss,
-    "last": lambda one: -one.step,
-    "scheduled": scheduled_first,
-}
+    "best": by_val_loss, "last": lambda one: -one.step,
+    "scheduled": lambda one: (not one.state["scheduled"], -one.step)}
 
 
 def load_checkpoint(checkpoints: Path, which: str, load: Callable[[Checkpoint], Loaded],
@@ -113,8 +107,7 @@ def load_first(checkpoints: Path, which: str, load: Callable[[Checkpoint], Loade
             damaged[one.folder] = str(error)
     if damaged:
         raise ValueError(f"All checkpoints in {checkpoints} are damaged: "
-                         f"{'; '.join(damaged.values())}. Restore a copy of one, or pass "
-                         f"restart=true to start over.")
+                         f"{'; '.join(damaged.values())}. Restore a copy, or pass restart=true.")
     return None, "", {}
 
 

@@ -94,7 +94,7 @@ def tokenizer_of(found: Checkpoint) -> Tokenizer:
     given = fingerprint(tokenizer)[:12]
     trained = flat(found.state["settings"]).get("data.tokenizer_fingerprint")
     if trained not in (None, given):
-        raise ValueError(f"{path} (fingerprint {given}) is not the tokenizer that the model was "
-                         f"trained with (fingerprint {in_one_line(str(trained))}): restore that "
-                         "file.")
+        raise ValueError(
+            f"{path} (fingerprint {given}) is not the tokenizer that the model was trained with "
+            f"(fingerprint {in_one_line(str(trained))}): restore that file.")
     return tokenizer

@@ -52,11 +52,9 @@ class CausalSelfAttention(nn.Module):
         # q is [B, H, T, D]; k and v are [B, G, S, D].
         q, k, v = self.project_qkv(x, rotary, cache)
         dropout = self.dropout if self.training else 0.0
-        if context is None:
-            y = attend(q, k, v, None, dropout)
-        else:
-            y = context.attend(q, k, v, dropout)
-        return self.project_output(y)
+        if context is not None:
+            return self.project_output(context.attend(q, k, v, dropout))
+        return self.project_output(attend(q, k, v, None, dropout))
 
     def forward_with_weights(self, x: Tensor, rotary: Tensor | None = None,
                              cache: KVCache | None = None) -> tuple[Tensor, Tensor]:

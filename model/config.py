@@ -25,8 +25,7 @@ class GPTConfig(SettingsBase):
     n_layer: int = setting(12, "transformer blocks", ge=1, le=2**10)
     n_head: int = setting(12, "attention heads of a block; they divide n_embd", ge=1)
     n_kv_head: int | None = setting(
-        None,
-        "heads of keys and values; fewer than n_head: grouped-query attention (arXiv:2305.13245)")
+        None, "key-value heads; fewer than n_head: grouped-query attention (arXiv:2305.13245)")
     n_embd: int = setting(768, "width of the embeddings and the blocks", ge=1, le=2**16)
     # The layers: those of GPT-2, or of later models.
     dropout: float = setting(0.0, "probability of dropout", ge=0, lt=1)
@@ -36,9 +35,8 @@ class GPTConfig(SettingsBase):
         "layer", "normalization; rms has no parameters, rms_gain a gain for each channel")
     qk_norm: bool = setting(False, "normalize queries and keys (arXiv:2010.04245)")
     activation: Literal["gelu", "gelu_erf", "relu2", "swiglu"] = setting(
-        "gelu",
-        "of the MLP: gelu by tanh as in GPT-2, exact gelu, squared relu (arXiv:2109.08668), or "
-        "swiglu (arXiv:2002.05202)")
+        "gelu", "of the MLP: gelu by tanh as in GPT-2, exact gelu, squared relu "
+        "(arXiv:2109.08668), or swiglu (arXiv:2002.05202)")
     zero_init: bool = setting(False, "initialize output projections and an untied head to zero")
     tie_head: bool = setting(True, "the output head shares the weights of the token embedding")
     embedding_norm: bool = setting(False, "normalize the input of the first block")
@@ -52,8 +50,7 @@ class GPTConfig(SettingsBase):
     mup_base_width: int = setting(
         256, "mup: n_embd of the model that rates were tuned on", ge=1, le=2**16)
     mup_base_depth: int | None = setting(
-        None, "mup: its n_layer, to scale residual branches by 1/n_layer (arXiv:2505.01618)",
-        ge=1, le=2**10)
+        None, "mup: its n_layer, to scale branches by depth (arXiv:2505.01618)", ge=1, le=2**10)
     mup_base_head_width: int | None = setting(
         None, "mup: its n_embd / n_head, if wider models have wider heads, not more", ge=1)
 

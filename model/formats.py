@@ -72,24 +72,18 @@ LLAMA = Format(
     gguf_activation="swiglu")
 
 QWEN3 = replace(
-    LLAMA,
-    class_name="Qwen3ForCausalLM",
-    flags=LLAMA.flags | {"qk_norm": (True,)},
+    LLAMA, class_name="Qwen3ForCausalLM", flags=LLAMA.flags | {"qk_norm": (True,)},
     required=REQUIRED | {"use_sliding_window": False})
 
 NANOCHAT = replace(
-    LLAMA,
-    class_name="NanoChatForCausalLM",
+    LLAMA, class_name="NanoChatForCausalLM", gguf_activation="",
     flags=LLAMA.flags | {"norm": ("rms",), "qk_norm": (True,), "activation": ("relu2",),
                          "embedding_norm": (True,)},
-    required=REQUIRED | {"final_logit_softcapping": None},
-    activations={"relu2": "relu2"},
-    gguf_activation="")
+    required=REQUIRED | {"final_logit_softcapping": None}, activations={"relu2": "relu2"})
 
 # A model gets the first layout that has it.
 FORMATS = {"gpt2": GPT2, "nanochat": NANOCHAT, "qwen3": QWEN3, "llama": LLAMA}
 CLASSES = {layout: format.class_name for layout, format in FORMATS.items()}
-LAYOUTS = (*FORMATS, "nanogpt", "gguf-gpt2", "gguf-qwen3", "gguf-llama")
 NANOGPT_SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias")
 # A config.json that lacks one of these means another value than the supported one.
 NEEDED = ("rms_norm_eps", "final_logit_softcapping")
@@ -103,7 +97,6 @@ def config_from(layout: str, published: Mapping[str, Any],
     configuration that this model does not support. `GPTConfig.problems` checks the sizes.
     """
     # The sizes.
-    check_layout(layout, (*FORMATS, "nanogpt"))
     if layout == "nanogpt":
         names = {name: name for name in NANOGPT_SIZES}
         return read_sizes(layout, names, [], published, place) | {"activation": "gelu_erf"}
@@ -241,13 +234,6 @@ def unsupported_flags(format: Format, config: GPTConfig, gguf: bool) -> list[str
             found.append(f"model.{name}={as_word(value)} (only "
                          f"{' and '.join(map(as_word, values))})")
     return found
-
-
-def check_layout(layout: str, supported: tuple[str, ...] = LAYOUTS) -> None:
-    """Raise ValueError for a layout that is not supported."""
-    if layout not in supported:
-        raise ValueError(f"model_type={shown(layout)} is not supported; supported are "
-                         f"{', '.join(supported)}.")
 
 
 def shown(text: Any) -> str:

@@ -136,8 +136,7 @@ class ChunkedLoss(torch.autograd.Function):
         return loss / count
 
     @staticmethod
-    def backward(ctx: Any,
-                 loss_gradient: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, loss_gradient: Tensor) -> tuple[Tensor | None, ...]:
         features_gradient, weight_gradient, count = ctx.saved_tensors
         # Dividing in the chunks would make gradients of a large batch too small for fp16.
         scale = loss_gradient / count

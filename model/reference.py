@@ -137,9 +137,8 @@ class MultiHeadAttentionWrapper(nn.Module):
                  qkv_bias: bool = False) -> None:
         super().__init__()
         check_num_heads(num_heads)
-        self.heads = nn.ModuleList(
-            CausalAttention(d_in, d_out, context_length, dropout, qkv_bias)
-            for _ in range(num_heads))
+        sizes = (d_in, d_out, context_length, dropout, qkv_bias)
+        self.heads = nn.ModuleList(CausalAttention(*sizes) for _ in range(num_heads))
 
     def forward(self, x: Tensor, return_weights: bool = False) -> Output:
         """`x` `[B, T, d_in]` -> `[B, T, H * d_out]`, and weights `[B, H, T, T]`."""

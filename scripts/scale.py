@@ -53,11 +53,10 @@ from conf.settings import Settings
 from model import GPT, SkipInit
 from scripts.plan import settings_without_data
 from terminal import readable_size, say
-from training.adamw import AdamW
 from training.buckets import BUCKET_NUMBERS
 from training.distributed import World
 from training.muon import NEWTON_SCHULZ_STEPS, Muon
-from training.optim import Optimizers
+from training.optim import AdamW, Optimizers
 
 GPU_COUNTS = (1, 8, 16, 32, 64, 128, 256, 512, 1024)
 BYTES = 4  # of a weight, a gradient, a number of the optimizer state: all are fp32

@@ -13,11 +13,10 @@ import pytest
 import torch
 
 from model import GPT, GPTConfig
-from training.adamw import AdamW
 from training.config import OptimConfig
 from training.distributed import World
 from training.muon import Muon, orthogonalize
-from training.optim import Optimizers
+from training.optim import AdamW, Optimizers
 from training.optimizer_state import load_state, state_tensors
 
 NANO = GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=16)

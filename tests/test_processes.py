@@ -228,7 +228,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
                    "LOCAL_WORLD_SIZE": "4"}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(ValueError, match=r"4 processes on a machine with 2 GPUs.* use --nproc-per-node=2, or"), \
+    with pytest.raises(ValueError, match=r"4 processes for 2 GPUs: use --nproc-per-node=2, or"), \
          World(environment).joined():
         pass
 

@@ -177,7 +177,7 @@ def test_a_run_stops_when_its_folder_is_gone(compose_tiny, tmp_path, monkeypatch
     if not locks:
         without_locks(monkeypatch)
     at_step(monkeypatch, 3, do)
-    with pytest.raises(ValueError, match=r"tiny was moved, removed or replaced during training. The run stops"):
+    with pytest.raises(ValueError, match=r"tiny was moved, removed or replaced during training: the steps since the last"):
         program.train(compose_tiny("training.max_steps=5", "training.checkpoint_every=2"))
     assert "could not be written" not in capsys.readouterr().out
     if others:

@@ -374,10 +374,10 @@ def test_a_different_environment_is_refused_unless_allowed(compose_tiny, run, mo
 
 
 def test_auto_keeps_its_meaning(compose_tiny, run, monkeypatch, capsys):
-    monkeypatch.setattr(Device, "_best_precision", lambda device: "bf16")
-    words = ["training.precision=auto", "training.device=auto"]
+    monkeypatch.setenv("NANOHYDRA_NATIVE_BF16", "1")
+    words = ["training.precision=auto", "training.device=auto", "allow_drift=true"]
     program.train(compose_tiny(*words, "training.max_steps=2"))
-    monkeypatch.setattr(Device, "_best_precision", lambda device: "fp32")
+    monkeypatch.setenv("NANOHYDRA_NATIVE_BF16", "0")
     program.train(compose_tiny(*words, "training.max_steps=3"))
     assert last(run).state["environment"]["precision"] == "bf16"
     printed = capsys.readouterr().out

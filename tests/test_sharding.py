@@ -42,7 +42,7 @@ def test_matrices_are_dealt_out_by_shape():
 
 def test_a_slice_is_updated_like_the_whole_by_adamw():
     """The same bits, although vector instructions treat the end of a tensor differently."""
-    from training.adamw import AdamW
+    from training.optim import AdamW
 
     torch.manual_seed(0)
     whole = torch.randn(5000)

@@ -60,7 +60,7 @@ def test_the_shape_is_that_of_the_weights(start, more):
 @pytest.mark.parametrize(("words", "said"), [
     (["model.n_layer=3"], "model.n_layer=3 contradicts init_from=.*, whose weights have 2: leave it out"),
     (["model=modern-nano"], "model.activation=relu2 contradicts"),
-    (["model.block_size=64"], "model.block_size=64 is longer than the context of init_from=.*, 32 tokens"),
+    (["model.block_size=64"], "model.block_size=64 is longer than the context of init_from=.*: choose at most 32"),
     (["data.tokenizer=byte"], r"has a vocabulary of 28 tokens, data.tokenizer=byte one of 257: set data.tokenizer=.*step_00000060\.$"),
 ])
 def test_settings_that_contradict_the_weights_are_refused(start, more, words, said):

@@ -165,8 +165,7 @@ class TrainingConfig(SettingsBase):
             nearest = max(1, round(tokens / one)) * one
             raise ValueError(
                 f"training.tokens_per_step={tokens} is not a multiple of the {one} tokens of a "
-                f"micro-step (batch_size={self.batch_size} x block_size={block_size}): try "
-                f"{nearest}.")
+                f"micro-step ({self.batch_size} sequences of {block_size}): try {nearest}.")
         if tokens // one % world_size:
             raise ValueError(self.indivisible(tokens, block_size, world_size))
         return tokens // one // world_size

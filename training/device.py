@@ -6,7 +6,6 @@ A `Device` only describes; training/configure.py applies it to the process.
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal
@@ -14,6 +13,7 @@ from typing import Literal
 import torch
 
 from hardware import cpu_info, native
+from setting import SettingsBase, setting
 from terminal import counted
 from training.gpus import PEAK_FLOPS
 
@@ -26,12 +26,12 @@ UNKNOWN_GPU_FLOPS = 5e13
 
 
 @dataclass(frozen=True)
-class Environment:
+class Environment(SettingsBase):
     """Everything beside the settings on which the last bits of a result depend."""
 
     device: Literal["cpu", "cuda", "mps"] = "cpu"
     processor: str = ""
-    threads: int = 1
+    threads: int = setting(1, "", ge=1, le=1024)
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     deterministic: bool = False
     compiled: bool = False
@@ -39,14 +39,7 @@ class Environment:
     # Decides the precision of Muon's products.
     native_bf16: bool = False
     # The number of processes, which changes no bits if it is a power of two.
-    world_size: int = 1
-
-    def problems(self) -> Iterator[str]:
-        """One sentence for each invalid value."""
-        if not 1 <= self.threads <= 1024:
-            yield f"threads={self.threads} must lie between 1 and 1024."
-        if not 1 <= self.world_size <= 2**20:
-            yield f"world_size={self.world_size} must lie between 1 and {2**20}."
+    world_size: int = setting(1, "", ge=1, le=2**20)
 
 
 def available() -> dict[str, bool]:
@@ -80,20 +73,16 @@ class Device:
         self.attention = ""
 
         # Choose the precision: by default, the fastest that the device does not emulate.
-        reasons = {"bf16": "native here", "fp16": "bf16 is not native here",
-                   "fp32": "no faster precision is native here"}
-        if precision == "auto":
-            self.precision = self._best_precision()
-            self.reason = reasons[self.precision]
-        else:
+        if precision != "auto":
             self.precision, self.reason = precision, set_by
+        elif self.native_bf16:
+            self.precision, self.reason = "bf16", "native here"
+        elif self.type == "cuda":
+            self.precision, self.reason = "fp16", "bf16 is not native here"
+        else:
+            self.precision, self.reason = "fp32", "no faster precision is native here"
         if self.precision == "bf16" and self.type == "cuda" and not self.native_bf16:
             raise ValueError("precision=bf16 is not native to this GPU: choose auto, fp16 or fp32.")
-
-    def _best_precision(self) -> str:
-        if self.native_bf16:
-            return "bf16"
-        return "fp16" if self.type == "cuda" else "fp32"
 
     def autocast(self) -> AbstractContextManager[None]:
         """A context in which matrix products use the run's precision; weights stay fp32."""

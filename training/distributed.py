@@ -118,9 +118,8 @@ class World:
         """Use the GPU with the number of this process. Raises ValueError if there are too few."""
         gpus = torch.cuda.device_count()
         if self.local_size > gpus:
-            raise ValueError(f"torchrun started {self.local_size} processes on a machine with "
-                             f"{gpus} GPUs, and each needs one: use --nproc-per-node={gpus}, "
-                             "or training.device=cpu.")
+            raise ValueError(f"torchrun started {self.local_size} processes for {gpus} GPUs: use "
+                             f"--nproc-per-node={gpus}, or training.device=cpu.")
         torch.cuda.set_device(self.local_rank)
 
     def first(self, call: Callable[[], T]) -> T:

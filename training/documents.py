@@ -23,7 +23,8 @@ def document_options(inputs: Tensor, boundary: int | None, device: torch.device)
     """
     if boundary is None:
         return {}
-    documents = document_numbers(inputs.to(device, non_blocking=True), boundary)
+    # For each token, the number of its document within the row: [B, T].
+    documents = (inputs.to(device, non_blocking=True) == boundary).cumsum(dim=1)
     return {"document_ids": documents, "max_documents": most_documents(inputs, boundary)}
 
 
@@ -36,10 +37,3 @@ def most_documents(inputs: Tensor, boundary: int) -> int:
     number = len(inputs) + np.count_nonzero(inputs.numpy() == boundary)
     usual = inputs.numel() // LEAST_USUAL_DOCUMENT
     return max(usual, 2 ** math.ceil(math.log2(number)))
-
-
-def document_numbers(inputs: Tensor, boundary: int | None) -> Tensor | None:
-    """For each input token, the number of its document within the row: `[B, T]`."""
-    if boundary is None:
-        return None
-    return (inputs == boundary).cumsum(dim=1)

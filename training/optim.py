@@ -2,18 +2,40 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from training.adamw import ADAM_EPSILON, AdamW
 from training.config import OptimConfig
 from training.distributed import World
 from training.gradient_norm import GradientNorm
-from training.muon import Muon
+from training.muon import Muon, WithoutCompiler
 from training.sharding import Part, deal_out, rows, slices
+
+# torch's default.
+ADAM_EPSILON = 1e-8
+
+
+class AdamW(WithoutCompiler, torch.optim.AdamW):
+    """AdamW (arXiv:1711.05101) by torch's fused kernels.
+
+    Its state is created at once: the sizes of checkpoints need it.
+    """
+
+    STATE = ("step", "exp_avg", "exp_avg_sq")
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+
+    def __init__(self, params: list[dict[str, Any]], lr: float, betas: tuple[float, float],
+                 epsilon: float = ADAM_EPSILON) -> None:
+        super().__init__(params, lr, betas, epsilon, fused=True)
+        for group in self.param_groups:
+            for weights in group["params"]:
+                state = {name: torch.zeros_like(weights) for name in self.STATE}
+                state["step"] = torch.zeros((), dtype=torch.float32, device=weights.device)
+                self.state[weights] = state
 
 
 class Optimizers:

@@ -22,9 +22,8 @@ def slow_cpu_warnings(device: Device, processes: int = 1) -> Iterator[str]:
         return
     # A precision without instructions for it.
     if device.precision != "fp32" and not native(device.precision):
-        yield (f"this processor emulates {device.precision}: a product of 256 x 256 matrices "
-               f"took {times_fp32(device):.1f} times as long as in fp32. "
-               f"Leave training.precision={device.precision} out.")
+        yield (f"this processor emulates {device.precision}: a matrix product took "
+               f"{times_fp32(device):.1f} times as long as in fp32. Leave training.precision out.")
 
     # More threads than CPUs.
     cpus, threads = usable_cpus(), processes * device.threads

@@ -30,9 +30,8 @@ from checkpointing.checkpoint import Checkpoint
 from checkpointing.find_runs import find_runs
 from checkpointing.find_weights import find_weights
 from checkpointing.weights import Weights, own_weights
-from evaluation.cache import ResultCache
 from evaluation.loss import measure_loss, named_text, own_validation_split
-from evaluation.scoring import Scorer
+from evaluation.scoring import ResultCache, Scorer
 from evaluation.tasks import Question, find_tasks, measure_task, read_questions
 from generation.engine import engine_of
 from report.history import EVALUATION
@@ -87,10 +86,16 @@ def run_name(run: Path, runs: list[Path]) -> str:
 def measure_model(settings: EvalSettings, run: Path | None, name: str, device: Device,
                   tasks: dict[str, list[Question]], harness: Any) -> dict[str, Any]:
     """The results of a run, or of the model in `init_from`."""
-    scorer, model, saved = open_model(settings, run, device)
-    model = {"name": name, "tasks": []} | model
+    scorer, found, saved = open_model(settings, run, device)
+    model = {"name": name, "tasks": []} | found
+    # The loss on the named text, or on the validation split of the run.
     if settings.measures_loss:
-        model["loss"] = loss_on_text(settings, scorer, run, saved, name)
+        limits = settings.eval_tokens, settings.batch_tokens
+        if settings.data.path:
+            text = named_text(settings.data, saved, scorer.engine, *limits)
+        else:
+            text = own_validation_split(saved, scorer.engine, run, *limits)
+        model["loss"] = measure_loss(scorer, text, f"{name}: {text.name}")
     for task, questions in tasks.items():
         try:
             model["tasks"].append(measure_task(scorer, task, questions, f"{name}: {task}"))
@@ -114,38 +119,25 @@ def open_harness(settings: EvalSettings) -> Any:
 def open_model(settings: EvalSettings, run: Path | None,
                device: Device) -> tuple[Scorer, dict[str, Any], dict[str, Any]]:
     """The model of a run or of `init_from`, its entry in the results, and the run's settings."""
-    model: dict[str, Any] = {}
-    place = None
+    model: dict[str, Any] = {"precision": device.precision}
     if run is None:
         weights, saved = find_weights(settings.init_from, Path(settings.runs_dir)), {}
-        if settings.out:
-            place = Path(settings.out).with_suffix(CACHE)
+        results = Path(settings.out) if settings.out else None
     else:
         def load(found: Checkpoint) -> tuple[Weights, dict[str, Any], int]:
             return own_weights(found), saved_settings(found), found.step
 
         weights, saved, model["step"] = store.load_of_run(run, settings.checkpoint, load)
-        place = (run / EVALUATION).with_suffix(CACHE)
+        results = run / EVALUATION
 
     # An evaluation that was interrupted resumes from the results in a file.
     cache = ResultCache()
-    if place:
-        cache = ResultCache(place, f"{weights.fingerprint()} {device.precision}")
+    if results:
+        cache = ResultCache(results.with_suffix(CACHE),
+                            f"{weights.fingerprint()} {device.precision}")
     scorer = Scorer(engine_of(weights, device), settings.batch_tokens, cache)
     model["parameters"] = sum(tensor.numel() for tensor in scorer.engine.model.parameters())
-    model["precision"] = device.precision
     return scorer, model, saved
-
-
-def loss_on_text(settings: EvalSettings, scorer: Scorer, run: Path | None, saved: dict[str, Any],
-                 name: str) -> dict[str, Any]:
-    """The loss of a model on the named text, or on the validation split of its run."""
-    engine, most, batch_tokens = scorer.engine, settings.eval_tokens, scorer.batch_tokens
-    if settings.data.path:
-        text = named_text(settings.data, saved, engine, most, batch_tokens)
-    else:
-        text = own_validation_split(saved, engine, run, most, batch_tokens)
-    return measure_loss(engine, text, f"{name}: {text.name}", scorer.cache)
 
 
 def notes(models: list[dict[str, Any]]) -> list[str]:

@@ -14,15 +14,13 @@ from __future__ import annotations
 import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Literal
 
-from bench.timing import print_header
+from bench.timing import print_header, print_row
 from conf.identity import flat
 from conf.schema import compose
-from conf.settings import Settings
 from evaluation import comparison
-from evaluation.comparison import Comparison, compare_all
-from progress import print_line
 from report.runs import differing_settings
 from scripts.compare import CompareSettings, plan_arm, read_arms, results_of, train_all
 from setting import FilePath, SettingsBase, setting
@@ -84,35 +82,28 @@ def main(settings: AblationSettings) -> int:
         [runs] = read_arms(name, Path(own.runs_dir), folder).values()
         results[name] = results_of(runs, "val_loss")
     print_header("without", "validation loss", "more than the recipe", "p", "beyond the noise")
-    for one in compare_all(results, RECIPE):
-        print_line(row(one, results[one.second]))
+    for one in comparison.compare_all(results, RECIPE):
+        print_row(one.second, f"{fmean(results[one.second].values()):.4f}",
+                  f"{one.difference:+.4f} ± {one.error:.4f}", f"{one.p:.2g}",
+                  "yes" if one.is_decided else "no")
     return 0
-
-
-def row(one: Comparison, results: dict[int, float]) -> str:
-    """A line of the table: the mean loss of a variant, and its comparison with the recipe."""
-    mean = sum(results.values()) / len(results)
-    answer = "yes" if one.is_decided else "no"
-    return (f"| {one.second} | {mean:.4f} | {one.difference:+.4f} ± {one.error:.4f} "
-            f"| {one.p:.2g} | {answer} |")
 
 
 def variants_of(recipe: list[str]) -> dict[str, list[str]]:
     """The overrides of each variant that differs from the recipe."""
     settings = compose("config", recipe)
-    limits = settings.training
     variants = {}
     for ngrams in range(1, settings.model.ngrams):
         name = f"n-grams of more than {ngrams}" if ngrams > 1 else "n-grams"
         variants[name] = [f"model.ngrams={ngrams}"]
     variants |= {name: overrides.split() for name, overrides in WITHOUT.items()}
     variants["small batches (2 x, half the steps)"] = [
-        f"training.batch_size={2 * limits.batch_size}",
-        f"training.max_steps={max(1, limits.max_steps // 2)}",
+        f"training.batch_size={2 * settings.training.batch_size}",
+        f"training.max_steps={max(1, settings.training.max_steps // 2)}",
     ]
-    return {name: overrides for name, overrides in variants.items()
-            if differs(settings, compose("config", [*recipe, *overrides]))}
-
-
-def differs(one: Settings, other: Settings) -> bool:
-    return bool(differing_settings([flat(asdict(one)), flat(asdict(other))]))
+    found = {}
+    for name, overrides in variants.items():
+        changed = compose("config", [*recipe, *overrides])
+        if differing_settings([flat(asdict(settings)), flat(asdict(changed))]):
+            found[name] = overrides
+    return found

@@ -22,18 +22,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from bench import timing
 from bench.decode import MODERN, RULES, bytes_read
 from bench.speed import TrainingStep, random_loader
-from bench.timing import (
-    best_rate,
-    measure_in_process,
-    print_header,
-    print_row,
-    run_command,
-    seconds_of,
-    step_seconds,
-    write_json,
-)
+from bench.timing import measure_in_process, print_header, print_row, run_command, write_json
 from generation.decoder import Decoder
 from generation.sampling import generate
 from model import GPT, GPTConfig, attention
@@ -55,6 +47,7 @@ SHAPES = {
 VARIANTS = {"eager": "", "compiled": "", "small chunks": "0.88 or more",
             "unfused loss": "0.88 or more", "unpadded vocabulary": "0.88 or more",
             "fp32 norms": "less than 1"}
+LOSS_CHANGES = {"small chunks": {"max_logits": 2**24}, "unpadded vocabulary": {"multiple": 1}}
 # A case that cannot have this time is left out.
 LEAST_SECONDS = 20.0
 
@@ -166,11 +159,7 @@ def measure(kind: str, shape: str, variant: str, batch_size: int, seconds: float
 def options_of(variant: str, device: Device) -> LossOptions | None:
     """How the loss of a variant is computed."""
     options = loss_options(device.torch, fused=variant != "unfused loss")
-    if options and variant == "small chunks":
-        return replace(options, max_logits=2**24)
-    if options and variant == "unpadded vocabulary":
-        return replace(options, multiple=1)
-    return options
+    return replace(options, **LOSS_CHANGES.get(variant, {})) if options else None
 
 
 def measure_training(config: GPTConfig, variant: str, batch_size: int, least_seconds: float,
@@ -185,7 +174,7 @@ def measure_training(config: GPTConfig, variant: str, batch_size: int, least_sec
     if variant == "fp32 norms":
         # As autocast would have it.
         attention.rms_norm = lambda x: F.rms_norm(x, (x.size(-1),))
-    times = step_seconds(step, least_seconds, warm_up=3)
+    times = timing.step_seconds(step, least_seconds, warm_up=3)
     rate = batch_size * config.block_size / statistics.median(times[3:])
     peak = device.peak_flops()
     share = model.flops_per_token() * rate / peak if peak else None
@@ -206,7 +195,7 @@ def measure_decoding(config: GPTConfig, device: Device) -> dict[str, Any]:
     # The first time captures the graph.
     with device.autocast():
         decoder = Decoder(model)
-        first, short, long = (seconds_of(decode, count) for count in (tokens, 2, tokens))
+        first, short, long = (timing.seconds_of(decode, count) for count in (tokens, 2, tokens))
     rate = (tokens - 2) / max(long - short, 1e-9)
     precision = "fp32" if decoder.dtype == torch.float32 else "bf16"
     read = bytes_read(model, precision, 1, prompt + tokens / 2)
@@ -222,4 +211,4 @@ def copy_rate(device: Device) -> float:
         target.copy_(source)
         device.synchronize()
 
-    return best_rate(2 * source.nbytes, copy)
+    return timing.best_rate(2 * source.nbytes, copy)

@@ -9,20 +9,15 @@ before it.
 from __future__ import annotations
 
 import os
-import re
-import shutil
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import atomic
-from bench.timing import ROOT, alternating_medians, print_header, print_row
+from bench.timing import alternating_medians, measure_command, print_header, print_row
 from data.config import DataConfig
 from data.document import cut_into_pieces
 from data.library import StdLib
@@ -83,9 +78,8 @@ def measure_rates(settings: PrepareSettings, scratch: Path) -> None:
         folder.rename(folder.with_name(f".building-{folder.name}"))
         prepare(config)
 
-    initializer = (load_in_worker, (tokenizer.to_json(),))
-    with ProcessPoolExecutor(n_threads, None, *initializer) as pool:
-        ways: dict[str, Callable[[], object]] = {
+    with ProcessPoolExecutor(n_threads, None, load_in_worker, (tokenizer.to_json(),)) as pool:
+        ways = {
             "bare, threads": lambda: encode_bare(tokenizer, pieces, n_threads),
             "bare, processes": lambda: list(pool.map(encode_in_worker, pieces)),
             "prepared, from file to file": prepare_again,
@@ -117,24 +111,10 @@ def encode_in_worker(text: str) -> object:
 
 
 def measure_memory(settings: PrepareSettings, scratch: Path) -> None:
-    """Print the resident memory of a process while it prepares a large text."""
+    """Print the most memory of a process that prepares a large text."""
     path = scratch / "memory.txt"
     make_text(path, int(settings.gigabytes * 10**9))
-    overrides = ["data=text", f"data.path={path}", f"data.tokenizer={settings.tokenizer}"]
-    command = [sys.executable, "-m", "scripts.prepare", *overrides]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
-    start = time.monotonic()
-    megabytes: list[float] = []
-    while process.poll() is None:
-        status = Path(f"/proc/{process.pid}/status").read_text()
-        resident = re.search(r"VmRSS:\s+(\d+) kB", status)
-        if resident:
-            megabytes.append(int(resident[1]) / 1000)
-        time.sleep(0.25)
-    print(f"\n{settings.gigabytes:g} GB, {settings.tokenizer}: {time.monotonic() - start:.0f} s, "
-          f"at most {max(megabytes):.0f} MB\n")
-    print_header("of the time", "resident, MB")
-    for eighth in range(9):
-        index = (len(megabytes) - 1) * eighth // 8
-        print_row(f"{eighth}/8", f"{megabytes[index]:.0f}")
-    shutil.rmtree(os.environ["NANOHYDRA_DATA"])
+    found = measure_command([sys.executable, "-m", "scripts.prepare", "data=text",
+                             f"data.path={path}", f"data.tokenizer={settings.tokenizer}"])
+    print(f"\n{settings.gigabytes:g} GB, {settings.tokenizer}: {found['seconds']:.0f} s, at most "
+          f"{found['peak_bytes'] / 1e6:.0f} MB")

@@ -21,14 +21,7 @@ import torch
 
 from bench import peer as nanogpt
 from bench.result import train_in
-from bench.timing import (
-    measure_command,
-    median_ratio,
-    medians,
-    print_header,
-    print_row,
-    write_json,
-)
+from bench.timing import measure_command, median_ratio, medians, print_header, print_row, write_json
 from data.bpe import BPETokenizer
 from data.loader import Loader
 from data.shards import Tokens

@@ -11,6 +11,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import jinja2
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
@@ -54,16 +55,12 @@ class Harness(TemplateLM):
     def apply_chat_template(self, chat_history: list[dict[str, str]],
                             add_generation_prompt: bool = True) -> str:
         """The text of messages; without `add_generation_prompt`, the last one is not ended."""
-        markers = chat.markers_of(self.engine.tokenizer)
-        text = self.special_name(markers.end_of_text)
-        for message in chat_history:
-            text += chat.MARKER_OF[message["role"]] + message["content"] + chat.END
-        if add_generation_prompt:
-            return text + chat.MARKER_OF["assistant"]
-        return text.removesuffix(chat.END)
-
-    def special_name(self, token: int) -> str:
-        return next(name for name, one in self.engine.tokenizer.special.items() if one == token)
+        end_of_text = chat.markers_of(self.engine.tokenizer).end_of_text
+        names = {token: name for name, token in self.engine.tokenizer.special.items()}
+        text = jinja2.Template(chat.JINJA).render(
+            messages=chat_history, bos_token=names[end_of_text],
+            add_generation_prompt=add_generation_prompt)
+        return text if add_generation_prompt else text.removesuffix(chat.END)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None,
                    **unused: Any) -> list[int]:
@@ -108,25 +105,17 @@ class Harness(TemplateLM):
         # A sample has the random numbers of its place among the requests.
         cache = self.scorer.cache
         keys = [cache.key(number, one.args) for number, one in enumerate(requests)]
+        left = [number for number, key in enumerate(keys) if key not in cache.results]
         # Requests with the same sampling settings are generated together.
         by_rules: dict[str, list[int]] = defaultdict(list)
-        for number, instance in enumerate(requests):
-            if keys[number] not in cache.results:
-                by_rules[str(instance.args[1])].append(number)
-        left = sum(map(len, by_rules.values()))
-        with ProgressBar(total=len(requests), initial=len(requests) - left, desc=self.title,
+        for number in left:
+            by_rules[str(requests[number].args[1])].append(number)
+        with ProgressBar(total=len(requests), initial=len(requests) - len(left), desc=self.title,
                          unit="texts", leave=False) as bar:
             for numbers in by_rules.values():
                 until, rules = sampling_rules(requests[numbers[0]].args[1])
-                room = self.block_size - rules.max_new_tokens
-                if room < 1:
-                    raise ValueError(f"a task generates {rules.max_new_tokens} tokens, which needs "
-                                     f"a longer context than the model's of {self.block_size}.")
-                # The end of each prompt that leaves space for the new tokens.
-                prompts = {}
-                for number in numbers:
-                    ids = self.tok_encode(requests[number].args[0]) or [self.eot_token_id]
-                    prompts[number] = ids[-room:]
+                prompts = {number: self.prompt(requests[number].args[0], rules.max_new_tokens)
+                           for number in numbers}
                 # Prompts of similar length are batched, so that there is little padding.
                 numbers.sort(key=lambda number: len(prompts[number]), reverse=True)
                 size = max(1, self.scorer.batch_tokens // self.block_size)
@@ -139,6 +128,14 @@ class Harness(TemplateLM):
                     bar.update(len(batch))
         return [cache.results[key] for key in keys]
 
+    def prompt(self, text: str, new_tokens: int) -> list[int]:
+        """The end of a text that leaves space in the context for the new tokens."""
+        room = self.block_size - new_tokens
+        if room < 1:
+            raise ValueError(f"a task generates {new_tokens} tokens, which needs a longer context "
+                             f"than the model's of {self.block_size}.")
+        return (self.tok_encode(text) or [self.eot_token_id])[-room:]
+
 
 def sampling_rules(arguments: dict[str, Any]) -> tuple[list[str], SamplingConfig]:
     """The texts that end a generation, and how to sample, by the arguments of a task."""
@@ -146,10 +143,9 @@ def sampling_rules(arguments: dict[str, Any]) -> tuple[list[str], SamplingConfig
     until = given.get("until") or []
     until = [until] if isinstance(until, str) else until
     temperature = given.get("temperature", 1.0) if given["do_sample"] else 0.0
-    rules = SamplingConfig(max_new_tokens=given["max_gen_toks"], temperature=temperature,
-                           top_k=given.get("top_k", 0), top_p=given.get("top_p", 1.0),
-                           stop=until[0] if until else "")
-    return until, rules
+    return until, SamplingConfig(
+        max_new_tokens=given["max_gen_toks"], temperature=temperature,
+        top_k=given.get("top_k", 0), top_p=given.get("top_p", 1.0), stop=until[0] if until else "")
 
 
 def cut(text: str, until: list[str]) -> str:
@@ -200,11 +196,11 @@ class HarnessTasks:
             found = self.manager.load([name])
         except Exception as error:
             # Whatever the library of datasets raises without a network, or for a damaged file.
-            reason = first_line(error)
             raise ValueError(
-                f"lm_eval={name}: its data could not be loaded ({type(error).__name__}: {reason}). "
-                "It is a dataset of the Hugging Face Hub: run the command once with a network, or "
-                "set HF_HOME to a folder where it has been downloaded.") from None
+                f"lm_eval={name}: its data could not be loaded ({type(error).__name__}: "
+                f"{first_line(error)}). It is a dataset of the Hugging Face Hub: run the command "
+                "once with a network, or set HF_HOME to a folder where it has been downloaded."
+            ) from None
         return list(found["groups"].values() or found["tasks"].values())
 
 

@@ -25,7 +25,7 @@ from data.run_data import markers_in, open_validation
 from data.shards import Tokens, map_shard, read_meta
 from data.sources import open_sources
 from data.tokenizer import Tokenizer
-from evaluation.cache import ResultCache
+from evaluation.scoring import Scorer
 from generation.engine import Engine
 from model.loss import MASKED, next_token_loss
 from progress import ProgressBar
@@ -186,12 +186,12 @@ def batch_size(batch_tokens: int, block_size: int) -> int:
     return max(1, batch_tokens // block_size)
 
 
-def measure_loss(engine: Engine, text: Text, title: str, cache: ResultCache) -> dict[str, Any]:
+def measure_loss(scorer: Scorer, text: Text, title: str) -> dict[str, Any]:
     """The mean loss on a text in nats per token, perplexity and bits per byte, with their errors.
 
     The standard errors treat the sequences as independent samples of the text.
     """
-    sums, counts = sequence_losses(engine, text, title, cache)
+    sums, counts = sequence_losses(scorer, text, title)
 
     # The mean of the parts of a mixture by their shares; its variance is that of a weighted sum.
     loss = variance = 0.0
@@ -214,11 +214,9 @@ def measure_loss(engine: Engine, text: Text, title: str, cache: ResultCache) -> 
 
 
 @torch.inference_mode()
-def sequence_losses(engine: Engine, text: Text, title: str,
-                    cache: ResultCache) -> tuple[np.ndarray, np.ndarray]:
+def sequence_losses(scorer: Scorer, text: Text, title: str) -> tuple[np.ndarray, np.ndarray]:
     """The sum of the losses of each sequence, and the number of its targets."""
-    sums: list[float] = []
-    counts: list[int] = []
+    cache, sums, counts = scorer.cache, [], []
     total = sum(text.validation.n_windows)
     with ProgressBar(total=total, desc=title, unit="sequences", leave=False) as bar:
         for inputs, targets, _ in text.validation:
@@ -226,7 +224,7 @@ def sequence_losses(engine: Engine, text: Text, title: str,
             keys = [cache.key(*pair, text.boundary)
                     for pair in zip(inputs.tolist(), targets.tolist(), strict=True)]
             if not all(key in cache.results for key in keys):
-                losses = row_losses(engine, inputs, targets, text.boundary)
+                losses = row_losses(scorer.engine, inputs, targets, text.boundary)
                 for key, loss in zip(keys, losses, strict=True):
                     cache.add(key, loss)
             losses = [cache.results[key] for key in keys]

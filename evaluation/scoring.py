@@ -7,17 +7,22 @@ to, N scored tokens, C width, H heads, G key-value heads, D head width.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import takewhile
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from evaluation.cache import ResultCache
+import atomic
 from generation.engine import Engine
 from model.attention import AttentionContext, attend
 from progress import ProgressBar
@@ -69,7 +74,8 @@ class Batch:
 
     def n_shared(self, request: Request) -> int:
         """The number of tokens that a request begins with and that need not be read again."""
-        shared = shared_length(self.inputs, request.inputs)
+        pairs = zip(self.inputs, request.inputs, strict=False)
+        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
         # For a few tokens, attention to another row takes longer than reading them.
         return shared if shared >= max(LEAST_SHARED, LEAST_PART_SHARED * len(request.inputs)) else 0
 
@@ -167,6 +173,35 @@ def request_of(engine: Engine, ids: Sequence[int], n_context: int) -> Request:
     return Request(tuple(kept[:-1]), tuple(targets), len(kept) < len(ids))
 
 
+class ResultCache:
+    """Results of one model by their keys: scores, losses or texts. Without a path, in memory only.
+
+    An evaluation that was interrupted resumes from those in a file. A line of it has a key, a hash
+    of the weights, the precision and what was read, and the result as JSON.
+    """
+
+    def __init__(self, path: Path | None = None, model: str = "") -> None:
+        self.model = model
+        self.results: dict[str, Any] = {}
+        self.file = None
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = atomic.LineFile(path)
+            for line in path.read_bytes().splitlines():
+                with suppress(ValueError, TypeError, RecursionError):
+                    key, result = json.loads(line)
+                    self.results[key] = result
+
+    def key(self, *parts: Any) -> str:
+        """The key of the result for `parts`, whose texts differ if they do."""
+        return hashlib.sha256(f"{self.model} {parts}".encode()).hexdigest()[:24]
+
+    def add(self, key: str, result: Any) -> None:
+        self.results[key] = result
+        if self.file:
+            self.file.add(json.dumps([key, result]))
+
+
 @dataclass
 class Scorer:
     """Scores the requests of one model, up to `batch_tokens` tokens at once."""
@@ -204,12 +239,6 @@ def batches(requests: Sequence[Request], numbers: Sequence[int],
         batch.add(number, request)
     if batch.tokens:
         yield batch
-
-
-def shared_length(first: Sequence[int], second: Sequence[int]) -> int:
-    """The number of tokens that two sequences begin with."""
-    pairs = zip(first, second, strict=False)
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 @torch.inference_mode()

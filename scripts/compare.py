@@ -62,6 +62,7 @@ from terminal import counted, say
 TOKENIZER = ("data.tokenizer", "data.tokenizer_fingerprint", "data.vocab_size")
 TRAINING_TEXT = ("data.path", "data.hub_name", "data.hub_config", "data.split", "data.mix",
                  "data.val_fraction", "data.deduplicate")
+FINGERPRINTS = ("data.prepared", "data.tokenizer_fingerprint")
 NOT_THE_TEXT = (*TOKENIZER, "data.prepared", "data.dtype", "data.respect_documents")
 UNITS = {"bits_per_byte": "bits per byte", "val_loss": "nats per token"}
 Arms = dict[str, dict[int, History]]  # the runs of each arm by seed
@@ -73,10 +74,8 @@ def main(settings: CompareSettings) -> int:
     runs_dir = Path(settings.runs_dir)
 
     # Plan and train the arms that are not runs yet.
-    plans = {}
-    for word in words:
-        if is_overrides(word, runs_dir):
-            plans[word] = plan_arm(split_overrides(word), settings)
+    plans = {word: plan_arm(split_overrides(word), settings)
+             for word in words if is_overrides(word, runs_dir)}
     if len(words) == 1 and [plan.swept for plan in plans.values()] == [["seed"]]:
         raise too_few(words)
     refuse_equal(plans)
@@ -96,9 +95,17 @@ def main(settings: CompareSettings) -> int:
         mean = fmean(results_of(runs, metric).values())
         say(f"{name}: {mean:.4f} {UNITS[metric]}, {counted(len(runs), 'seed')}, {steps_of(runs)}")
 
-    # Compare all arms with the first one, or with the best of one sweep, whose arms have no order.
+    # Print a sentence for each comparison.
+    if settings.rule == "speedrun":
+        first, *others = arms
+        for name in others:
+            say(speedrun(first, name, arms))
+        return 0
+    # With the first arm, or with the best of one sweep, whose arms have no order.
     reference = words[0] if words[0] in arms and len(words) > 1 else ""
-    say("\n".join(answers(arms, settings, reference)))
+    results = {name: results_of(runs, metric) for name, runs in arms.items()}
+    for one in comparison.compare_all(results, reference):
+        say(one.sentence(UNITS[metric], settings.smallest))
     return 0
 
 
@@ -157,14 +164,12 @@ def identical(first: str, second: str) -> ValueError:
 
 def train_all(plans: dict[str, Plan]) -> dict[str, Path]:
     """Train what is missing; return the folder of each arm. Exits if a run failed or stopped."""
-    folders = {}
-    for word, plan in plans.items():
+    for plan in plans.values():
         code, _ = run_plan(plan)
         code = code or report_failures(plan.failures)
         if code:
             raise SystemExit(code)
-        folders[word] = plan.folder
-    return folders
+    return {word: plan.folder for word, plan in plans.items()}
 
 
 def read_arms(word: str, runs_dir: Path, folder: Path | None = None) -> Arms:
@@ -185,8 +190,7 @@ def open_finished(folder: Path, name: str) -> History:
     saved = store.list_checkpoints(folder / "checkpoints")
     if saved:
         fingerprints = flat(saved[-1].state["settings"])
-        for key in ("data.prepared", "data.tokenizer_fingerprint"):
-            run.settings[key] = fingerprints.get(key)
+        run.settings |= {key: fingerprints.get(key) for key in FINGERPRINTS}
     return run
 
 
@@ -225,14 +229,13 @@ def too_few(names: list[str]) -> ValueError:
 
 def text_differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
     """How the validation texts of two runs differ, from their flat settings."""
-    # Equal fingerprints of the tokens mean the same text, and different ones with equal settings
-    # another content.
-    keys = {key for key in one | other if key.startswith("data.")} | {"training.eval_tokens"}
-    differing = {key for key in keys if one.get(key) != other.get(key)}
+    differing = {key for key in one | other if one.get(key) != other.get(key)
+                 and (key.startswith("data.") or key == "training.eval_tokens")}
+    # Equal fingerprints of the tokens mean the same text, which can have several paths; different
+    # ones with equal settings mean another content.
     if differing == {"data.prepared"}:
         return ["the content of the text"]
-    if one.get("data.prepared") and one.get("data.prepared") == other.get("data.prepared"):
-        # The same text can have several paths.
+    if one.get("data.prepared") and "data.prepared" not in differing:
         return sorted(differing & {"training.eval_tokens"})
     if one.get("data.val_path"):
         differing -= set(TRAINING_TEXT)
@@ -254,25 +257,16 @@ def results_of(runs: dict[int, History], metric: str) -> comparison.Results:
     return {seed: run.bits_per_byte for seed, run in runs.items()}
 
 
-def answers(arms: Arms, settings: CompareSettings, reference: str) -> list[str]:
-    """One sentence for each comparison."""
-    if settings.rule == "speedrun":
-        first, *others = arms
-        return [speedrun(first, name, arms) for name in others]
-    results = {name: results_of(runs, settings.metric) for name, runs in arms.items()}
-    unit = UNITS[settings.metric]
-    compared = comparison.compare_all(results, reference)
-    return [one.sentence(unit, settings.smallest) for one in compared]
-
-
 def speedrun(first: str, second: str, arms: Arms) -> str:
     """The answer by the rule of modded-nanogpt's track 3."""
+    losses, steps, seeds = [], [], []
     for name in (first, second):
-        comparison.refuse_diverged(name, results_of(arms[name], "val_loss"))
-    pair = [arms[first].values(), arms[second].values()]
-    losses = [fmean(run.best_loss for run in runs) for runs in pair]
-    steps = [fmean(run.reached[0] for run in runs) for runs in pair]
-    score = comparison.speedrun_score(losses, steps, [len(runs) for runs in pair])
+        results = results_of(arms[name], "val_loss")
+        comparison.refuse_diverged(name, results)
+        losses.append(fmean(results.values()))
+        steps.append(fmean(run.reached[0] for run in arms[name].values()))
+        seeds.append(len(results))
+    score = comparison.speedrun_score(losses, steps, seeds)
     needed = comparison.SPEEDRUN_SCORE
     verdict = "is better than" if score >= needed else "is not shown to be better than"
     return (f"{second} {verdict} {first} by the rule of modded-nanogpt's track 3: its score is "

@@ -46,6 +46,7 @@ if __name__ == "__main__":
     # Before the imports below: --help and invalid settings need not wait for torch.
     launch("scripts.coordinate_check:main", CoordinateCheckSettings, __doc__)
 
+import re
 from collections import defaultdict
 from dataclasses import replace
 from typing import Any
@@ -53,6 +54,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from conf.settings import Settings
 from model import GPT, GPTConfig
@@ -136,23 +138,17 @@ def measure(configs: list[GPTConfig], settings: Settings, steps: int) -> Sizes:
 @torch.no_grad()
 def outputs(model: GPT, ids: Tensor) -> dict[str, Tensor]:
     """The outputs of embeddings and linear layers, those of all blocks together, and the logits."""
+    # h.3.attn.c_attn is attn.c_attn of all blocks.
+    kinds = {module: re.sub(r"^h\.\d+\.", "", name) for name, module in model.named_modules()}
     found: dict[str, list[Tensor]] = defaultdict(list)
-    handles = []
-    for name, module in model.named_modules():
+
+    def keep(module: nn.Module, _: Any, output: Tensor) -> None:
         if isinstance(module, nn.Embedding | nn.Linear):
-            # h.3.attn.c_attn is attn.c_attn of all blocks.
-            kind = name.partition(".")[2].partition(".")[2] if name.startswith("h.") else name
+            found[kinds[module]].append(output)
 
-            def keep(_: nn.Module, __: Any, output: Tensor, kind: str = kind) -> None:
-                found[kind].append(output)
-
-            handles.append(module.register_forward_hook(keep))
-    try:
+    with register_module_forward_hook(keep):
         found["logits"] = [model.eval()(ids)]
-    finally:
-        model.train()
-        for handle in handles:
-            handle.remove()
+    model.train()
     return {kind: torch.stack(tensors) for kind, tensors in found.items()}
 
 

@@ -23,6 +23,7 @@ import math
 import shlex
 from bisect import bisect_left
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +40,8 @@ from report.figures import as_image, new_figure
 from report.history import open_history
 from report.labels import abbreviate, log_ticks
 from report.runs import choose, tokens_of
-from scripts.scaling_grid import (
-    GRID,
-    describe,
-    find_grid,
-    jobs_of,
-    plan_grid,
-    size_of,
-    tokens_of_step,
-)
+from scripts import scaling_grid
+from scripts.scaling_grid import GRID, size_of, tokens_of_step
 from sweep.grid import run_plan
 from sweep.jobs import refuse_run
 from sweep.summary import report_failures
@@ -81,8 +75,8 @@ def main(scaling: ScalingSettings) -> int:
     compared = choose(Path(scaling.runs_dir), scaling.held_out)[0] if scaling.held_out else []
 
     # Find the grid, or plan a new one.
-    grid = find_grid(folder, scaling) or plan_grid(folder, scaling)
-    describe(folder, grid)
+    grid = scaling_grid.find_grid(folder, scaling) or scaling_grid.plan_grid(folder, scaling)
+    scaling_grid.describe(folder, grid)
     if scaling.dry_run:
         return 0
     if not (folder / GRID).exists():
@@ -92,7 +86,7 @@ def main(scaling: ScalingSettings) -> int:
     results, unusable = read_results(folder, grid)
     failures: list[str] = []
     if unusable:
-        plan = jobs_of(scaling, name, grid)
+        plan = scaling_grid.jobs_of(scaling, name, grid)
         code, _ = run_plan(plan)
         if code:
             return code
@@ -156,8 +150,7 @@ def print_law(fit: Fit, count: int) -> None:
     law = fit.law
     say(f"Law of {counted(count, 'run')}: L(N, D) = {law.E:.4g} + {law.A:.4g} / N^{law.alpha:.4g} "
         f"+ {law.B:.4g} / D^{law.beta:.4g}; {LEVEL:.0%} intervals:")
-    numbers = {name: lambda law, name=name: getattr(law, name)
-               for name in ("E", "A", "B", "alpha", "beta")}
+    numbers = {name: attrgetter(name) for name in ("E", "A", "B", "alpha", "beta")}
     numbers["a, of N = G (C / 6)^a"] = lambda law: law.beta / (law.alpha + law.beta)
     for name, number in numbers.items():
         low, high = fit.interval(number)
@@ -184,8 +177,8 @@ def print_best(fit: Fit, flops: float, overrides: list[str], epoch_tokens: int) 
     # The best size and tokens of any model.
     law = fit.law
     size, tokens = law.best(flops)
-    (low, high), (fewest, most) = (
-        fit.interval(lambda law, part=part: law.best(flops)[part]) for part in (0, 1))
+    low, high = fit.interval(lambda law: law.best(flops)[0])
+    fewest, most = fit.interval(lambda law: law.best(flops)[1])
     say(f"Best for {flops:.3g} FLOPs: N = {size:,.0f} ({low:,.0f} to {high:,.0f}), "
         f"D = {tokens:,.0f} ({fewest:,.0f} to {most:,.0f})")
     if tokens > epoch_tokens:
@@ -211,8 +204,7 @@ def print_best(fit: Fit, flops: float, overrides: list[str], epoch_tokens: int) 
     low, high = fit.interval_of_run(size, tokens)
     words = [word for word in overrides
              if not word.startswith(("model.n_embd=", "training.max_steps="))]
-    command = ["python", "train.py", *words, f"model.n_embd={width}",
-               f"training.max_steps={steps}"]
+    command = ["python", "train.py", *words, f"model.n_embd={width}", f"training.max_steps={steps}"]
     say(f"The nearest width: N = {size:,.0f}, D = {tokens:,}, predicted "
         f"{law.loss(size, tokens):.4f} ({low:.4f} to {high:.4f})\n  {shlex.join(command)}")
 

@@ -32,6 +32,8 @@ from training.configure import configure
 from training.device import Device
 from training.estimate import Pace
 
+# The index of a size, the number of steps, and the budget.
+GridRun = tuple[int, int, float]
 GRID = "grid.json"
 MIN_STEPS = 100  # of a run
 START_SECONDS = 6.0  # of a job, to import torch and to save
@@ -115,14 +117,13 @@ def points_of(space: Space) -> list[dict[str, Any]]:
     for key, values in space.varied.items():
         if isinstance(values, Range):
             raise ValueError(f"{key} ({space.place}) is a range: list the sizes, as in [32, 64].")
-    points = [dict(zip(space.varied, values, strict=True))
-              for values in product(*space.varied.values())]
-    return [point for point in points if space.allows(point)]
+    points = (dict(zip(space.varied, values, strict=True))
+              for values in product(*space.varied.values()))
+    return list(filter(space.allows, points))
 
 
 def longest_grid(scaling: ScalingSettings, sizes: list[float], paces: list[Pace],
-                 tokens_per_step: int,
-                 epoch_tokens: int) -> tuple[list[tuple[int, int, float]], float]:
+                 tokens_per_step: int, epoch_tokens: int) -> tuple[list[GridRun], float]:
     """The grid with the most runs, and of those the largest budgets, in `hours`; its seconds.
 
     No run reads a token twice. Raises ValueError if that leaves no grid.
@@ -151,8 +152,8 @@ def longest_grid(scaling: ScalingSettings, sizes: list[float], paces: list[Pace]
 
 
 def isoflop_grid(sizes: list[float], budgets: Iterable[float], tokens_per_step: int,
-                 max_tokens: float) -> list[tuple[int, int, float]]:
-    """The runs of a grid: the index of the size, the number of steps, and the budget.
+                 max_tokens: float) -> list[GridRun]:
+    """The runs of a grid.
 
     A budget in FLOPs is divided by 6 times the size. Runs of fewer than MIN_STEPS, or of more
     tokens than `max_tokens`, are left out.
@@ -172,8 +173,8 @@ def jobs_of(scaling: ScalingSettings, name: str, grid: dict[str, Any]) -> Plan:
     for run_name, run in grid["runs"].items():
         words = [*run["overrides"], f"runs_dir={scaling.runs_dir}", f"name={name}"]
         composed[run_name] = words, compose("config", words)
-    swept = [*grid["varied"], "training.max_steps"]
-    return Plan(swept, composed, [], [], GridSettings(scaling.jobs))
+    return Plan([*grid["varied"], "training.max_steps"], composed, [], [],
+                GridSettings(scaling.jobs))
 
 
 def describe(folder: Path, grid: dict[str, Any]) -> None:

@@ -34,6 +34,7 @@ if __name__ == "__main__":
     launch("scripts.transfer:main", TransferSettings, __doc__)
 
 from collections import defaultdict
+from itertools import cycle
 from statistics import fmean
 
 from report.colors import COLORS
@@ -74,10 +75,9 @@ def mean_losses(runs: list[History]) -> Losses:
             found[group, width, rate].append(run.last_loss)
 
     # Average them, by width and rate in ascending order.
-    losses: Losses = {}
-    for group, width, rate in sorted(found):
-        by_width = losses.setdefault(group, {})
-        by_width.setdefault(width, {})[rate] = fmean(found[group, width, rate])
+    losses: Losses = defaultdict(lambda: defaultdict(dict))
+    for (group, width, rate), of_seeds in sorted(found.items()):
+        losses[group][width][rate] = fmean(of_seeds)
 
     # A minimum needs several rates, and a comparison several widths.
     for group, by_width in losses.items():
@@ -119,8 +119,7 @@ def draw(losses: Losses, kind: str) -> bytes:
     with style:
         panels = figure.subplots(1, len(losses), sharey=True, squeeze=False)[0]
         for axes, (group, by_width) in zip(panels, losses.items(), strict=True):
-            for number, (width, of_width) in enumerate(by_width.items()):
-                color = COLORS[number % len(COLORS)]
+            for color, (width, of_width) in zip(cycle(COLORS), by_width.items(), strict=False):
                 axes.plot(list(of_width), list(of_width.values()), color=color, marker="o",
                           markersize=3, label=f"width {width}")
                 # A star marks the best rate.

@@ -89,11 +89,9 @@ def verify(settings: VerifySettings) -> int:
           f"{counted(lost, 'step')} lost and trained again.\n")
     for part, difference in differences.items():
         print(f"  {part:<40} {difference or 'identical'}")
-    if any(differences.values()):
-        print("\nThe runs DIFFER.")
-        return 1
-    print("\nThe runs are bit-identical.")
-    return 0
+    differs = any(differences.values())
+    print("\nThe runs DIFFER." if differs else "\nThe runs are bit-identical.")
+    return int(differs)
 
 
 def start(overrides: list[str], run: Path, processes: int = 1) -> subprocess.Popen[str]:
@@ -124,14 +122,15 @@ def train_under_kills(overrides: list[str], run: Path, kills: int, max_steps: in
         # Start the training, and wait for its step, or for a save after it.
         earlier = partial_checkpoints(run)
         during_save = number % 3 == 0
-        with start(overrides, run, sizes[number % len(sizes)]) as process:
+        size = sizes[number % len(sizes)]
+        with start(overrides, run, size) as process:
             while process.poll() is None and last_recorded_step(run) < step:
                 time.sleep(0.002)
             while during_save and process.poll() is None and partial_checkpoints(run) <= earlier:
                 pass
             # Kill it a moment later: within the save, or within a step.
             time.sleep(random.random() * (0.003 if during_save else 0.1))
-            kill(process, sizes[number % len(sizes)])
+            kill(process, size)
             process.communicate()
 
         # Count a kill during a save, and the steps since the last checkpoint.
@@ -186,12 +185,10 @@ def compare(one: Path, other: Path) -> dict[str, str]:
     # Weights and optimizer state, bit by bit.
     for name in (MODEL, OPTIMIZER):
         tensors, others = all_tensors(saved, name), all_tensors(other_saved, name)
-        numbers = sum(tensor.numel() for tensor in tensors.values())
-        differing = list(tensors.keys() ^ others.keys())
-        for key in tensors.keys() & others.keys():
-            if not torch.equal(tensors[key], others[key]):
-                differing.append(key)
-        part = f"{name}: {numbers:,} numbers"
+        equal = {key for key in tensors.keys() & others.keys()
+                 if torch.equal(tensors[key], others[key])}
+        differing = (tensors.keys() | others.keys()) - equal
+        part = f"{name}: {sum(tensor.numel() for tensor in tensors.values()):,} numbers"
         found[part] = ""
         if differing:
             found[part] = f"{counted(len(differing), 'difference')}, such as {min(differing)}"

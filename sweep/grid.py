@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 
+from conf.hints import last_part
 from conf.identity import flat, kind
 from conf.schema import as_yaml, compose, folder_name
 from conf.settings import Settings, leaves
@@ -110,15 +111,9 @@ def run_plan(plan: Plan) -> tuple[int, list[Job]]:
                 finished.append(job)
             else:
                 left.append(job)
-
-        # Say how many jobs there are, and how many need not or cannot run.
         total = len(jobs) + len(plan.failures)
-        parts = [f"Sweep: {plan.folder}", counted(total, "job")]
-        if finished:
-            parts.append(f"{len(finished)} already finished")
-        if plan.failures:
-            parts.append(f"{len(plan.failures)} invalid (listed at the end)")
-        say(", ".join(parts))
+        say(f"Sweep: {plan.folder}, {counted(total, 'job')}, of which {len(finished)} finished "
+            f"before and {len(plan.failures)} are invalid (listed at the end)")
 
         # Run the others. The best result so far may be that of a finished job.
         progress = Progress(total, len(finished), plan.failures)
@@ -151,8 +146,7 @@ def plan_grid(overrides: list[str]) -> Plan:
     several = [word for word, values in choices.items() if len(values) > 1]
     for word in several:
         if word.startswith("runs_dir="):
-            raise ValueError(f"{word} names several folders, and all jobs of a sweep are in one: "
-                             f"choose one.")
+            raise ValueError(f"{word} names several folders: choose one for the whole sweep.")
     if not several:
         # A sweep of one job, which other values of the same settings can join later.
         several = [word for word in choices if changes_run(word)] or list(choices)
@@ -199,10 +193,6 @@ def compose_all(combinations: list[list[str]],
     if not composed:
         raise next(iter(errors.values()))
     return composed, [f"{name}: {error}" for name, error in errors.items()]
-
-
-def last_part(key: str) -> str:
-    return key.rpartition(".")[2]
 
 
 def job_name(swept: list[str], values: dict[str, object]) -> str:

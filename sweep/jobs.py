@@ -124,13 +124,11 @@ class Job:
     def failure(self, code: int) -> str:
         """The reason for an exit code: the last error message, or the signal that killed it."""
         if code < 0:
-            return (f"killed by {signal.Signals(-code).name}; "
-                    f"run the same command again to resume it")
+            name = signal.Signals(-code).name
+            return f"killed by {name}; run the same command again to resume it"
         # The lines that this attempt wrote; a progress bar separates its states by \r.
-        output = b""
-        if self.log.exists():
-            output = self.log.read_bytes()[self.log_start :]
-        text = output.decode(errors="replace").replace("\r", "\n")
+        output = self.log.read_bytes()[self.log_start :] if self.log.exists() else b""
+        text = output.decode(errors="replace")
         lines = [line.strip() for line in text.splitlines() if line.strip()]
 
         errors = [line for line in lines if line.startswith(("Error: ", "Interrupted: "))]

@@ -148,9 +148,8 @@ class LocalRunner(Runner):
         if all_processes > 1 and self.gpus:
             # With fewer GPUs than processes, the slots go around them.
             first = slot * self.processes
-            own = [self.gpus[number % len(self.gpus)]
-                   for number in range(first, first + min(self.processes, len(self.gpus)))]
-            share["CUDA_VISIBLE_DEVICES"] = ",".join(own)
+            last = first + min(self.processes, len(self.gpus))
+            share["CUDA_VISIBLE_DEVICES"] = ",".join((self.gpus * all_processes)[first:last])
         return os.environ | share
 
     def start(self, jobs: list[Job]) -> None:

@@ -112,10 +112,8 @@ class Space:
 
     def random_point(self, rng: random.Random) -> Point:
         """A point that may violate constraints."""
-        point = {}
-        for key, values in self.varied.items():
-            point[key] = values.draw(rng) if isinstance(values, Range) else rng.choice(values)
-        return point
+        return {key: values.draw(rng) if isinstance(values, Range) else rng.choice(values)
+                for key, values in self.varied.items()}
 
     def draw(self, seed: int) -> Point:
         """A point that satisfies the constraints. Raises ValueError after MAX_DRAWS attempts."""
@@ -138,9 +136,8 @@ class Space:
         parts: dict[str, Any] = {"constraints": sorted(self.constraints)}
         for key, values in self.varied.items():
             parts[f"space of {key}"] = asdict(values) if isinstance(values, Range) else values
-        presets = groups()
         for key, value in self.fixed.items():
-            if key in presets or kind(key) != "free":
+            if key in groups() or kind(key) != "free":
                 parts[key] = value
         return flat(parts)
 
@@ -199,12 +196,11 @@ def key_problems(content: Point, varied: Point, fixed: Point, given: dict[str, s
     for key in content:
         if key not in PARTS:
             yield f"{key} ({place}) is not a part of a space: use {', '.join(PARTS)}."
-    settings = leaves(Settings)
-    presets = groups()
+    known = leaves(Settings)
     for keys, source in (((*varied, *fixed), place), (given, "on the command line")):
         for key in keys:
-            if key not in settings and key not in presets:
-                yield unknown(str(key), settings, source)
+            if key not in known and key not in groups():
+                yield unknown(str(key), known, source)
     # Something must vary, and nothing may both vary and be fixed.
     if not varied:
         yield (f"The space {place} is empty: name the settings that vary, as in optim.lr: "
@@ -220,23 +216,21 @@ def read_values(key: str, values: Any) -> Range | list[Any]:
     if not isinstance(values, list) or not values:
         return read_range(values, hint)
     choices = [convert(value, hint) for value in values]
-    unknown = set(choices) - set(options(key)) if key in groups() else set()
-    if unknown:
-        raise ValueError(f"has no preset {min(unknown)}: use {', '.join(options(key))}")
+    if key in groups() and set(choices) - set(options(key)):
+        missing = min(set(choices) - set(options(key)))
+        raise ValueError(f"has no preset {missing}: use {', '.join(options(key))}")
     return choices
 
 
 def read_range(values: Any, hint: Any) -> Range:
     """A range of numbers of the type `hint`. Raises ValueError saying what is wrong."""
-    if not isinstance(values, dict):
-        raise ValueError(RANGE_FORM)
-    if not {"low", "high"} <= values.keys() <= {"low", "high", "step", "log"}:
+    keys = values.keys() if isinstance(values, dict) else set()
+    if not {"low", "high"} <= keys <= {"low", "high", "step", "log"}:
         raise ValueError(RANGE_FORM)
     numbers = {key: convert(values[key], hint) for key in values if key != "log"}
     for number in numbers.values():
         if type(number) not in (int, float) or not math.isfinite(number):
             raise ValueError("takes no range: list choices, as in [a, b]")
-    # The lowest and the highest value, and how the values between them are chosen.
     low, high, step = numbers["low"], numbers["high"], numbers.get("step")
     log = convert(values.get("log", False), bool)
     if low > high or (step is not None and step <= 0):

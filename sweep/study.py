@@ -31,8 +31,7 @@ def open_study(folder: Path, space: Space, metric: str, storage: str, pruner: st
     `storage` is a URL for Optuna, or empty for the journal in the folder.
     """
     # Create the study with a description of its space, or open it with the earlier one.
-    optuna = import_optuna()
-    description = space.description()
+    optuna, description = import_optuna(), space.description()
     try:
         study = optuna.create_study(
             storage=storage or journal_storage(folder), study_name=folder.name,
@@ -64,13 +63,10 @@ def journal_storage(folder: Path) -> Any:
 
 def new_pruner(name: str, space: Space) -> Any:
     """Optuna's pruner of this name."""
-    pruners = import_optuna().pruners
-    if name == "median":
-        return pruners.MedianPruner()
+    pruners, training = import_optuna().pruners, space.example.training
     if name == "hyperband":
-        training = space.example.training
         return pruners.HyperbandPruner(max(1, training.eval_every), training.max_steps)
-    return pruners.NopPruner()
+    return pruners.MedianPruner() if name == "median" else pruners.NopPruner()
 
 
 class FileLock:

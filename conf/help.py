@@ -7,10 +7,8 @@ from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any, Literal, get_args, get_origin
 
-from conf.convert import freeze
-from conf.presets import default_presets, groups, options
-from conf.schema import SCHEMAS
-from conf.settings import Settings
+from conf.presets import groups, options
+from conf.schema import SCHEMAS, compose
 from setting import as_word, type_hints
 
 FLAGS = """Flags:
@@ -34,11 +32,9 @@ def help_text(root: str | type, doc: str) -> str:
         presets = ["Presets, as in model=gpt2; the files are in conf/:"]
         for group in groups():
             presets += two_columns(f"{group}=", ", ".join(options(group)))
-        # To compose them with Hydra would take longer than all else.
-        values = freeze(Settings, default_presets(), "", [])
-        settings = ["Settings, with their values in the default run:", *help_lines(values)]
-        parts += ["\n".join(presets), "\n".join(settings), FLAGS + SWEEP_FLAG]
-        return "\n\n".join(parts)
+        values = help_lines(compose("config", []))
+        settings = ["Settings, with their values in the default run:", *values]
+        return "\n\n".join([*parts, "\n".join(presets), "\n".join(settings), FLAGS + SWEEP_FLAG])
     # Other commands.
     schema = SCHEMAS.get(root, root)
     if isinstance(schema, type):

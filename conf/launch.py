@@ -34,7 +34,9 @@ from training.parent import stop_with_parent
 # A function or class, or its name as in "train:train", which is imported only when it is needed.
 Target = str | Callable[..., Any]
 
-FLAG_NAMES = {"--help": "--help", "-h": "--help", "-m": "-m", "--multirun": "-m"}
+# --cfg job always resolves ${...}, so --resolve changes nothing.
+FLAG_NAMES = {"--help": "--help", "-h": "--help", "-m": "-m", "--multirun": "-m",
+              "--resolve": "--resolve"}
 # Parts of torch's messages, on a GPU and on a CPU.
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
 # How to need less memory, by conf/NAME.yaml.
@@ -67,6 +69,7 @@ def launch(main: Target, root: str | type, doc: str, multirun: Target = "") -> N
     os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 
     # Run the command, and turn errors into an exit code.
+    code = 1
     try:
         code = run_command(main, root, doc, sys.argv[1:], multirun)
         sys.stdout.flush()
@@ -74,7 +77,6 @@ def launch(main: Target, root: str | type, doc: str, multirun: Target = "") -> N
         # The reader of our output has closed it, as in `| head`. A notebook's stream is no file.
         with suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 1
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         message = user_message(error, root)
         if not message or os.environ.get("HYDRA_FULL_ERROR") == "1":
@@ -84,7 +86,6 @@ def launch(main: Target, root: str | type, doc: str, multirun: Target = "") -> N
             say(f"Error: {message}", sys.stderr)
         if isinstance(error, ValueError):
             stop_restarts(os.environ)
-        code = 1
     except KeyboardInterrupt:
         sys.stdout.flush()
         if not embedded():
@@ -195,9 +196,6 @@ def split_flags(arguments: list[str], known: dict[str, Any]) -> tuple[set[str], 
             flags.add("--cfg")
         elif argument in FLAG_NAMES:
             flags.add(FLAG_NAMES[argument])
-        elif argument == "--resolve":
-            # --cfg job always resolves ${...}.
-            continue
         elif argument.startswith("-"):
             problems.append(unknown_flag(argument, known))
         else:

@@ -36,15 +36,6 @@ def groups_of(conf: Path) -> list[str]:
     return sorted(path.name for path in folders if any(path.glob("*.yaml")))
 
 
-def default_presets() -> dict[str, dict[str, Any]]:
-    """By group, the settings of the presets that conf/config.yaml chooses, read without Hydra."""
-    chosen = {}
-    for choice in read_yaml(CONF / "config.yaml")["defaults"]:
-        if isinstance(choice, dict):
-            chosen |= choice
-    return {group: preset(group, name) for group, name in chosen.items()}
-
-
 def preset(group: str, name: str) -> dict[str, Any]:
     """The settings of a preset, those of the presets in its defaults list included."""
     values = read_yaml(CONF / group / f"{name}.yaml")

@@ -91,14 +91,10 @@ class FileLock:
             atomic.LineFile(self.journal).close()
         return True
 
-    def release(self) -> None:
+    def release(self, *failure: object) -> None:
         self.lock.release()
 
-    def __enter__(self) -> None:
-        self.acquire()
-
-    def __exit__(self, *failure: object) -> None:
-        self.release()
+    __enter__, __exit__ = acquire, release
 
 
 def storage_name(storage: str, folder: Path = Path()) -> str:

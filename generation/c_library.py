@@ -21,8 +21,8 @@ from pathlib import Path
 import atomic
 from hardware import cpu_info
 
-COMPILE = "-O3 -march=native -fno-strict-aliasing -fPIC -c {source} -o {made}.o"
-LINK = "-shared {made}.o -o {made}.so"  # torch has loaded the OpenMP library that the code calls
+# Without an OpenMP library: torch has loaded the one that the code calls.
+OPTIONS = ("-O3", "-march=native", "-fno-strict-aliasing", "-fPIC", "-shared")
 COMPILERS = ("gcc", "clang", "cc")
 CHECKSUM_BYTES = hashlib.sha256().digest_size
 
@@ -33,14 +33,14 @@ def load_library(source: Path) -> ctypes.CDLL:
     Environment: CC is the compiler, NANOHYDRA_CFLAGS are additional flags. Raises OSError, with
     the reason, where it cannot be compiled.
     """
-    # The compiler and its flags.
-    flags = os.environ.get("NANOHYDRA_CFLAGS", "")
     compiler = os.environ.get("CC") or next(filter(shutil.which, COMPILERS), COMPILERS[0])
+    command = [*shlex.split(compiler), *OPTIONS,
+               *shlex.split(os.environ.get("NANOHYDRA_CFLAGS", ""))]
 
     # All that decides the compiled code is in the name of the kept file. The processor is, since
     # machines of several kinds can share a home.
     processor = [platform.machine(), *map(cpu_info, ("model name", "flags", "Features"))]
-    inputs = repr((source.read_bytes(), compiler, COMPILE, flags, LINK, processor))
+    inputs = repr((source.read_bytes(), command, processor))
     name = f"{source.stem}-{hashlib.sha256(inputs.encode()).hexdigest()[:16]}"
     cache_home = os.environ.get("XDG_CACHE_HOME", "")
     if not os.path.isabs(cache_home):
@@ -50,31 +50,26 @@ def load_library(source: Path) -> ctypes.CDLL:
     # Load it from the cache, or else compile and keep it.
     with suppress(OSError):
         return load(read_cached(path))
-    content = compile_source(source, shlex.split(compiler), shlex.split(flags))
+    content = compile_source(source, command)
     # If the folder cannot be used or the disk is full, the next process compiles again.
     with suppress(OSError):
         write_cached(path, content)
     return load(content)
 
 
-def compile_source(source: Path, compiler: list[str], flags: list[str]) -> bytes:
+def compile_source(source: Path, command: list[str]) -> bytes:
     """The content of the compiled library. Raises OSError if compiling fails."""
     with tempfile.TemporaryDirectory() as folder:
-        made = Path(folder, source.stem)
-        for step, more in ((COMPILE, flags), (LINK, [])):
-            arguments = [word.format(source=source, made=made) for word in step.split()]
-            run_compiler([*compiler, *arguments, *more])
-        return Path(f"{made}.so").read_bytes()
-
-
-def run_compiler(command: list[str]) -> None:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
-    except (FileNotFoundError, PermissionError):
-        raise OSError(f"There is no C compiler here ({command[0]}): install gcc, "
-                      "or name one in CC.") from None
-    if done.returncode:
-        raise OSError(f"{shlex.join(command)} failed: {done.stderr.strip()[:300]}")
+        made = Path(folder, "library.so")
+        command = [*command, str(source), "-o", str(made)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+        except (FileNotFoundError, PermissionError):
+            raise OSError(f"There is no C compiler here ({command[0]}): install gcc, "
+                          "or name one in CC.") from None
+        if done.returncode:
+            raise OSError(f"{shlex.join(command)} failed: {done.stderr.strip()[:300]}")
+        return made.read_bytes()
 
 
 def close_to_others(folder: Path) -> None:

@@ -127,7 +127,14 @@ class Decoder:
         """Make room for up to `rows` sequences of up to `positions` tokens, which join later."""
         positions = min(positions, self.config.block_size)
         if self.cache is None or not self.cache.fits(rows, positions):
-            self.allocate(rows, positions)
+            # First free the memory of the old cache.
+            self.cache = None
+            self.graphs: dict[int, CapturedCall] = {}
+            self.warmed_up: set[int] = set()
+            self.cache = self.cache_type(self.config, rows, positions, self.device, self.dtype)
+            # What a step reads.
+            self.last = torch.zeros(rows, 1, dtype=torch.long, device=self.device)
+            self.previous_ids = self.last.new_zeros(rows, self.config.ngrams - 1)
         self.cache.lengths = []
         self.window_starts: list[int] = []
 
@@ -135,16 +142,6 @@ class Decoder:
         """Add a row after the others. The next step prefills it with its sequence."""
         self.cache.join()
         self.window_starts.append(-1)
-
-    def allocate(self, rows: int, positions: int) -> None:
-        """Allocate the cache and the tensors that a step reads."""
-        # First free the memory of the old ones.
-        self.cache = None
-        self.graphs: dict[int, CapturedCall] = {}
-        self.warmed_up: set[int] = set()
-        self.cache = self.cache_type(self.config, rows, positions, self.device, self.dtype)
-        self.last = torch.zeros(rows, 1, dtype=torch.long, device=self.device)
-        self.previous_ids = self.last.new_zeros(rows, self.config.ngrams - 1)
 
     @torch.inference_mode()
     def next_logits(self, sequences: list[list[int]]) -> Tensor:

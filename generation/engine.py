@@ -224,8 +224,7 @@ def open_weights(init_from: str | Path, runs_dir: str | Path = "runs", device: s
 
     Raises ValueError if they do not exist, are invalid, or have no tokenizer.
     """
-    found = find_weights(str(init_from), Path(runs_dir))
-    return engine_of(found, Device(device, precision))
+    return engine_of(find_weights(str(init_from), Path(runs_dir)), Device(device, precision))
 
 
 def open_chosen(settings: ModelChoice, checkpoint: str, device: Device) -> Engine:

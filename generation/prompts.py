@@ -7,13 +7,12 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 
-from conf.convert import convert
+from conf.convert import freeze
 from conf.hints import closest
 from conf.sampling import FIXED, SamplingConfig
-from setting import type_hints
 from terminal import output, readable_size, say
 
 MAX_BYTES = 2**24  # of a file of prompts
@@ -124,19 +123,15 @@ class TypedPrompts:
 
 def changed(rules: SamplingConfig, overrides: list[str]) -> SamplingConfig:
     """The settings with overrides such as "top_k=20". Raises ValueError if one is invalid."""
-    # Convert each value to the type of its setting.
     values = {}
     for override in overrides:
         name, equals, value = override.partition("=")
         if name not in CHANGEABLE or not equals:
             raise ValueError(f"{override} does not set one of {', '.join(CHANGEABLE)}"
                              f"{closest(name, CHANGEABLE)}.")
-        try:
-            values[name] = convert(value, type_hints(SamplingConfig)[name])
-        except ValueError as error:
-            raise ValueError(f"{override} {error}.") from None
-    # Then check the ranges.
-    new = replace(rules, **values)
-    for problem in new.problems():
+        values[name] = value
+    problems: list[str] = []
+    new = freeze(type(rules), vars(rules) | values, "", problems)
+    for problem in [*problems, *new.problems()]:
         raise ValueError(problem)
     return new

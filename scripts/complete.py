@@ -19,7 +19,6 @@ from conf.settings import SampleSettings
 from generation.decoder import Decoder
 from generation.engine import Completion, Engine, Job
 from generation.prompts import read_text
-from model import GPT
 from progress import ProgressBar
 from terminal import counted, say
 
@@ -73,16 +72,13 @@ def identity(engine: Engine, settings: SampleSettings) -> str:
     """A hash of the model and of the settings that decide the completions."""
     rules = {name: getattr(settings, name) for name in asdict(SamplingConfig())}
     rules |= {"precision": settings.precision, "checkpoint": settings.checkpoint,
-              "weights": weights_sum(engine.model)}
+              # The sum of squares of all weights tells models apart.
+              "weights": math.fsum(tensor.double().square().sum().item()
+                                   for tensor in engine.model.parameters())}
     if settings.int8 or engine.device.precision != "fp32":
         # Which kernel multiplies depends on the batch size, and with it the last digits.
         rules["batch_size"] = settings.batch_size
     return hashlib.sha256(json.dumps(rules).encode()).hexdigest()[:12]
-
-
-def weights_sum(model: GPT) -> float:
-    """The sum of squares of all weights, which tells models apart."""
-    return math.fsum(weights.double().square().sum().item() for weights in model.parameters())
 
 
 def as_line(job: Job, completion: Completion, settings_id: str) -> str:

@@ -171,17 +171,13 @@ def push(folder: Path, name: str) -> str:
     Raises OSError with one sentence if that fails.
     """
     hub = import_hub()
-    from huggingface_hub.utils import disable_progress_bars
-
-    disable_progress_bars()
+    hub.utils.disable_progress_bars()
     api = hub.HfApi()
     try:
         address = api.create_repo(name, private=True, exist_ok=True)
-        api.upload_folder(repo_id=name, folder_path=folder,
-                          commit_message="Exported by nanohydra")
+        api.upload_folder(repo_id=name, folder_path=folder, commit_message="Exported by nanohydra")
     except Exception as error:
         # Errors of the connection and of the server have no common class.
-        reason = first_line(error)
-        raise OSError(f"push_to={name} failed ({reason[:300]}). {folder} is complete: upload it "
-                      f"later with hf upload {name} {folder}") from None
+        raise OSError(f"push_to={name} failed ({first_line(error)[:300]}). {folder} is complete: "
+                      f"upload it later with hf upload {name} {folder}") from None
     return str(address)

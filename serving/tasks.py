@@ -173,12 +173,11 @@ def read_conversation(given: list[Any], model: Model, rules: SamplingConfig,
 
 def with_joined_parts(message: Any) -> Any:
     """A message whose content is a text. OpenAI's API also has it as a list of parts."""
-    content = message.get("content") if isinstance(message, dict) else None
-    if not isinstance(content, list) or not all(map(is_text_part, content)):
-        return message
-    return message | {"content": "".join(part["text"] for part in content)}
-
-
-def is_text_part(part: Any) -> bool:
-    return (isinstance(part, dict) and part.get("type") == "text"
-            and isinstance(part.get("text"), str))
+    try:
+        parts = message["content"]
+        if isinstance(parts, list) and all(part["type"] == "text" for part in parts):
+            return message | {"content": "".join(part["text"] for part in parts)}
+    except (TypeError, KeyError):
+        # `read_messages` says what is wrong with it.
+        pass
+    return message

@@ -18,9 +18,11 @@ MAGIC = {20240520: "uint16", 20240801: "uint32"}  # tokens of GPT-2 and of Llama
 
 # Candidate types for files without a header, wider ones first: 16-bit tokens read as 32 bits exceed
 # any vocabulary, while 32-bit tokens read as 16 bits only gain zeros.
-WIDTHS = ("uint64", "uint32", "uint16", "uint8")
+WIDTHS = ("uint64", "uint32", "uint16")
+# The largest vocabulary whose tokens may be single bytes. All bytes are ids of one of 256, so that
+# they would be taken for single bytes in every case.
+MOST_BYTES = 128
 SAMPLE_TOKENS = 2**18  # read at each of three places
-MOST_BYTES = 128  # the largest vocabulary whose tokens may be single bytes
 # Two of them are a valid id of most vocabularies.
 TEXT_BYTES = bytes(range(32, 127)) + b"\t\n\r"
 LEAST_TOKENS = 16  # in fewer, a zero may be a token or the upper half of a wider one
@@ -43,10 +45,8 @@ def describe_bin(path: Path, vocab_size: int, dtype: str) -> dict[str, Any]:
         head = file.read(HEADER_BYTES)
     if not head:
         raise ValueError(f"{path} is empty.")
-    if head.startswith(NUMPY_MAGIC):
+    if head.startswith(NUMPY_MAGIC) or path.suffix.lower() == ".npy":
         shard = describe_numpy(path)
-    elif path.suffix.lower() == ".npy":
-        raise ValueError(f"{path} is not a NumPy file: it does not start like one.")
     else:
         shard = describe_header(path, head.ljust(12, b"\0"))
     if not shard:
@@ -67,7 +67,7 @@ def describe_bin(path: Path, vocab_size: int, dtype: str) -> dict[str, Any]:
 def describe_numpy(path: Path) -> dict[str, Any]:
     """The entry of a NumPy file. Raises ValueError unless it is a 1-D array of integers."""
     try:
-        tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+        tokens = np.lib.format.open_memmap(path, mode="r")
     except (ValueError, EOFError, OSError, OverflowError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise ValueError(f"{path} cannot be read as a NumPy file ({reason}).") from None
@@ -95,7 +95,7 @@ def describe_header(path: Path, head: bytes) -> dict[str, Any] | None:
 
 
 def describe_headerless(path: Path, head: bytes, vocab_size: int, dtype: str) -> dict[str, Any]:
-    """The entry of a file that is full of tokens. Its type is `dtype`, or detected for "auto"."""
+    """The entry of a file without a known header. Its type is `dtype`, or detected for "auto"."""
     if dtype == "auto":
         if len(head) == HEADER_BYTES and any(head[:16]) and not any(head[16:]):
             raise ValueError(f"{path} seems to start with the header of another program, some "
@@ -123,17 +123,14 @@ def detect_dtype(path: Path, vocab_size: int) -> str:
 
     It is the widest type that gives ids in the vocabulary, else the narrowest that can hold it.
     """
-    # Text is a likely mistake.
-    size = path.stat().st_size
-    in_no_text = read_sample(path, "uint8").tobytes().translate(None, TEXT_BYTES)
-    if vocab_size > MOST_BYTES and not in_no_text:
-        raise ValueError(f"{path} is text, not tokens: train on it with data=text.")
-
     # The types that can hold every id.
+    size = path.stat().st_size
     possible = [name for name in WIDTHS if fits(name, vocab_size)]
-    # All bytes are in a vocabulary of 256, so a match with uint8 would prove nothing.
-    if vocab_size > MOST_BYTES and "uint8" in possible:
-        possible.remove("uint8")
+    if vocab_size <= MOST_BYTES:
+        possible.append("uint8")
+    # Text is a likely mistake.
+    elif not read_sample(path, "uint8").tobytes().translate(None, TEXT_BYTES):
+        raise ValueError(f"{path} is text, not tokens: train on it with data=text.")
 
     # The widest type whose ids are all in the vocabulary. It is ambiguous if there are only a few
     # tokens, or if every second one is mostly zero, like the upper halves of wider tokens.

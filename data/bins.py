@@ -18,15 +18,14 @@ from data.bin_format import describe_bin
 from data.config import TOKENIZERS
 from data.files import File
 from data.find import matches
-from data.shards import SPLITS, check, read_meta, write_meta
+from data.shards import SPLITS, Tokens, check, map_shard, read_meta, write_meta
 from data.store import folder_for, make_once, sha256_of
 from data.tokenizer import CharTokenizer, Tokenizer, bytes_of_counts
-from data.tokenizer_json import fingerprint, from_json, open_tokenizer, read_tokenizer
+from data.tokenizer_json import fingerprint, open_tokenizer, read_tokenizer
 from progress import ProgressBar
 
 ENDINGS = (".bin", ".npy")
 SPLIT_NAMES = {"train": "train|training", "val": "val|valid|validation"}
-CHUNK = 2**24  # tokens
 
 
 def prepare_bins(path: str, tokenizer_name: str, dtype: str = "auto") -> Path:
@@ -41,32 +40,32 @@ def prepare_bins(path: str, tokenizer_name: str, dtype: str = "auto") -> Path:
         tokenizer_name = "file"
 
     # All files are checked before the first one is hashed, which takes longer.
-    shards, digests, headerless = {}, {}, {}
+    shards, dtypes = {}, {}
     for split in SPLITS:
         shards[split] = [describe_bin(file, tokenizer.vocab_size, dtype) for file in files[split]]
-    for split in SPLITS:
-        digests[split] = sha256_of(files[split])
-        headerless[split] = [shard["dtype"] for shard in shards[split] if not shard["offset"]]
-        for shard, sha256 in zip(shards[split], digests[split], strict=True):
-            shard["sha256"] = sha256
+        dtypes[split] = [shard["dtype"] for shard in shards[split] if not shard["offset"]]
+    digests = {split: sha256_of(files[split]) for split in SPLITS}
 
     # The types of files without a header are in the recipe if they are not the usual ones.
     recipe = {"source": digests, "tokenizer": tokenizer_name,
               "tokenizer_fingerprint": fingerprint(tokenizer)}
-    if set(chain.from_iterable(headerless.values())) - {"uint16"}:
-        recipe["dtypes"] = headerless
+    if {*dtypes["train"], *dtypes["val"]} - {"uint16"}:
+        recipe["dtypes"] = dtypes
     folder = folder_for(f"bin-{tokenizer_name}", recipe)
 
     # No tokens are written, only a description of those in the files.
     def describe(folder: Path) -> None:
-        splits = {split: count_tokens(shards[split], tokenizer) for split in SPLITS}
-        part: dict[str, Any] = {"source": "bin"}
+        splits, part = {}, {"source": "bin"}
         for split in SPLITS:
+            splits[split] = count_tokens(shards[split], tokenizer)
             part[split] = splits[split] | {"shards": shards[split]}
         atomic.write_bytes(folder / "tokenizer.json", json.dumps(tokenizer.to_json()).encode())
         write_meta(folder, recipe, fingerprint(tokenizer), tokenizer.vocab_size,
                    {"splits": splits, "parts": [part]})
 
+    for split in SPLITS:
+        for shard, sha256 in zip(shards[split], digests[split], strict=True):
+            shard["sha256"] = sha256
     # If the files have moved, only their paths change.
     make_once(folder, describe)
     [part] = read_meta(folder)["parts"]
@@ -84,21 +83,16 @@ def tokenizer_of(folder: Path, name: str) -> Tokenizer:
         if not text.is_file():
             raise ValueError(f"{text} is missing: character tokens need the text that they were "
                              f"made from beside them.")
-        characters: set[str] = set()
-        for piece in File(text).text_pieces():
-            characters.update(piece)
+        characters = set(chain.from_iterable(File(text).text_pieces()))
         return CharTokenizer("".join(sorted(characters)), with_end_of_text=False)
-    # A BPE of ours, saved beside its tokens.
-    if name == "bpe":
-        saved = folder / "tokenizer.json"
-        if not saved.is_file():
-            raise ValueError(f"{saved} is missing: name the tokenizer that made these tokens, as "
-                             f"in data.tokenizer=gpt2.")
-        return read_tokenizer(saved)
-    # One in a file, or one that its name alone describes.
-    if name not in TOKENIZERS:
+    if name != "bpe":
         return open_tokenizer(name)
-    return from_json({"kind": name}, f"data.tokenizer={name}")
+    # A BPE of ours, saved beside its tokens.
+    saved = folder / "tokenizer.json"
+    if not saved.is_file():
+        raise ValueError(f"{saved} is missing: name the tokenizer that made these tokens, as in "
+                         f"data.tokenizer=gpt2.")
+    return read_tokenizer(saved)
 
 
 def find_bins(path: str) -> dict[str, list[Path]]:
@@ -108,14 +102,11 @@ def find_bins(path: str) -> dict[str, list[Path]]:
     """
     # Sort the files into the splits that their names tell.
     place = Path(path)
-    if place.is_dir():
-        files = [file for file in place.iterdir() if file.suffix.lower() in ENDINGS]
-    else:
-        files = matches(place)
     found: dict[str, list[Path]] = {split: [] for split in SPLITS}
-    for file in sorted(files):
+    for file in sorted(place.iterdir() if place.is_dir() else matches(place)):
         # macOS leaves a hidden ._train.bin beside a train.bin that it copies.
-        if file.name.startswith(".") or file.is_dir():
+        is_other = place.is_dir() and file.suffix.lower() not in ENDINGS
+        if is_other or file.name.startswith(".") or file.is_dir():
             continue
         for split, names in SPLIT_NAMES.items():
             if re.search(rf"(?<![a-z])({names})(?![a-z])", file.name.lower()):
@@ -157,10 +148,7 @@ def count_tokens(shards: list[dict[str, Any]], tokenizer: Tokenizer) -> dict[str
     with ProgressBar(desc="Counting tokens", total=total, unit="tokens", unit_scale=True,
                      leave=False, delay=2) as bar:
         for shard in shards:
-            tokens = np.memmap(shard["file"], shard["dtype"], "r", shard["offset"],
-                               (shard["tokens"],))
-            for start in range(0, len(tokens), CHUNK):
-                chunk = tokens[start : start + CHUNK]
+            for start, chunk in Tokens([map_shard(Path(), shard)]).chunks():
                 check_ids(chunk, start, len(counts), shard)
                 counts += np.bincount(chunk.astype(np.int64, copy=False), minlength=len(counts))
                 bar.update(len(chunk))

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import atomic
 from data.bins import prepare_bins
-from data.bpe import DISTINCT_BYTES, PUBLISHED, BPETokenizer, with_few_words
+from data.bpe import DISTINCT_BYTES, BPETokenizer, with_few_words
 from data.chat import markers_of, with_markers
 from data.config import TOKENIZERS, DataConfig
 from data.corpus import Corpus
@@ -24,7 +24,7 @@ from data.encode import segments
 from data.shards import SPLITS, check, check_shards, prepare_again, read_meta, write_meta
 from data.sources import Files, Source, open_sources, open_validation
 from data.store import BUILDING, data_root, folder_for, make_once, sha256_of
-from data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
+from data.tokenizer import CharTokenizer, Tokenizer
 from data.tokenizer_json import find_tokenizer, fingerprint, open_tokenizer, read_tokenizer
 from terminal import counted, say
 
@@ -183,12 +183,8 @@ def make_tokenizer(config: DataConfig, corpora: list[Corpus]) -> Tokenizer:
 
 def tokenizer_for_text(config: DataConfig, corpora: list[Corpus]) -> Tokenizer:
     """The tokenizer of `config`: `bpe` is trained on the training split, `char` knows both."""
-    if config.tokenizer not in TOKENIZERS:
+    if config.tokenizer not in ("bpe", "char"):
         return open_tokenizer(config.tokenizer)
-    if config.tokenizer == "byte":
-        return ByteTokenizer()
-    if config.tokenizer in PUBLISHED:
-        return BPETokenizer.published(config.tokenizer)
     if config.tokenizer == "bpe":
         samples = [corpus.training_text(SAMPLE_BYTES // len(corpora)) for corpus in corpora]
         if len(samples) > 1:

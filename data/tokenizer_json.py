@@ -133,10 +133,12 @@ def find_tokenizer(path: str) -> Path:
 
 
 def open_tokenizer(path: str) -> Tokenizer:
-    """The tokenizer at `path`, in nanohydra's or in Hugging Face's format.
+    """The tokenizer of bytes, a published one, or that at `path` in our or Hugging Face's format.
 
     Raises ValueError if there is none, and for a tokenizer with features that are not supported.
     """
+    if path == "byte" or path in PUBLISHED:
+        return from_json({"kind": path}, f"data.tokenizer={path}")
     file = find_tokenizer(path)
     content = read_json(file)
     if isinstance(content, dict) and "kind" in content:

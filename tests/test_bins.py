@@ -87,7 +87,7 @@ def test_llmcs_shards_are_read_in_order(tmp_path, fresh_data, magic, dtype):
 
 
 def test_counts_are_those_of_all_shards_and_chunks(tmp_path, fresh_data, monkeypatch):
-    monkeypatch.setattr("data.bins.CHUNK", 3)
+    monkeypatch.setattr("data.shards.CHUNK", 3)
     for number, ids in enumerate(([65, 66, 256, 67], [68, 256, 69, 70, 71])):
         llmc(tmp_path / f"train_{number}.bin", ids)
     llmc(tmp_path / "val.bin", [256, 65])
@@ -98,7 +98,7 @@ def test_counts_are_those_of_all_shards_and_chunks(tmp_path, fresh_data, monkeyp
 
 @pytest.mark.parametrize("one", [257, 300])
 def test_an_id_beyond_the_vocabulary_is_named(tmp_path, fresh_data, monkeypatch, one):
-    monkeypatch.setattr("data.bins.CHUNK", 4)
+    monkeypatch.setattr("data.shards.CHUNK", 4)
     llmc(tmp_path / "train.bin", [1, 2, 3, 4, 5, 6, one, 8])
     llmc(tmp_path / "val.bin", [1])
     with pytest.raises(ValueError, match=rf"train.bin has the id {one} \(token 6\), beyond the vocabulary of 257"):

@@ -7,7 +7,7 @@ Knows no files.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from data.bpe import BPETokenizer
@@ -62,9 +62,11 @@ def markers_of(tokenizer: Tokenizer) -> Markers:
     """The markers of a tokenizer. Raises ValueError if it lacks one, or finds one in a text."""
     special = tokenizer.special
     missing = [word for word in MARKERS if word not in special]
-    if missing or tokenizer.end_of_text is None:
-        raise ValueError(f"The tokenizer has no {missing[0] if missing else 'end of text'}: the "
-                         f"model was not trained on conversations (data=chat).")
+    if tokenizer.end_of_text is None:
+        missing.append("end of text")
+    if missing:
+        raise ValueError(f"The tokenizer has no {missing[0]}: the model was not trained on "
+                         f"conversations (data=chat).")
     base = tokenizer.base if isinstance(tokenizer, ExtendedTokenizer) else tokenizer
     if isinstance(base, BPETokenizer) and set(MARKERS) & set(base.in_text):
         raise ValueError("The tokenizer finds the markers of data=chat inside a text, so that a "
@@ -81,18 +83,6 @@ def message_ids(tokenizer: Tokenizer, message: Message) -> list[int]:
     return [start, *tokenizer.encode(message.text), end]
 
 
-def document_of(messages: Sequence[Message]) -> Document:
-    """The conversation as a document."""
-
-    def pieces() -> Iterator[str]:
-        for message in messages:
-            yield SpecialToken(MARKER_OF[message.role])
-            yield from cut_into_pieces([message.text])
-            yield SpecialToken(END)
-
-    return Document(pieces)
-
-
 def read_conversation(record: Any, place: str) -> Document | BadRecord:
     """The conversation in a JSON record: `messages` with `role` and `content`, or `prompt` and
     `completion`.
@@ -105,7 +95,14 @@ def read_conversation(record: Any, place: str) -> Document | BadRecord:
         return BadRecord(f"{place} has no message of the assistant")
     if any(not answer.strip() for answer in answers):
         return BadRecord(f"{place} has an empty answer")
-    return document_of(messages)
+
+    def pieces() -> Iterator[str]:
+        for message in messages:
+            yield SpecialToken(MARKER_OF[message.role])
+            yield from cut_into_pieces([message.text])
+            yield SpecialToken(END)
+
+    return Document(pieces)
 
 
 def read_messages(record: Any, place: str) -> list[Message] | BadRecord:
@@ -129,22 +126,17 @@ def read_messages(record: Any, place: str) -> list[Message] | BadRecord:
 
     # The first invalid message makes the record invalid.
     messages = []
-    for number, one in enumerate(found, 1):
-        message = read_message(one, f"{place}, message {number}")
-        if isinstance(message, BadRecord):
-            return message
-        messages.append(message)
+    for number, message in enumerate(found, 1):
+        place_of_it = f"{place}, message {number}"
+        if not isinstance(message, dict):
+            return BadRecord(f"{place_of_it} is not a message with role and content (it is "
+                             f"{type_name(message)})")
+        role, content = message.get("role"), message.get("content")
+        if not isinstance(role, str) or role not in MARKER_OF:
+            return BadRecord(f"{place_of_it} has the role {role!r:.40}, which is none of "
+                             f"{', '.join(MARKER_OF)}")
+        if not isinstance(content, str):
+            return BadRecord(f"{place_of_it} has no text in its content (it is "
+                             f"{type_name(content)})")
+        messages.append(Message(role, well_formed(content)))
     return messages
-
-
-def read_message(record: Any, place: str) -> Message | BadRecord:
-    if not isinstance(record, dict):
-        return BadRecord(f"{place} is not a message with role and content (it is "
-                         f"{type_name(record)})")
-    role, content = record.get("role"), record.get("content")
-    if not isinstance(role, str) or role not in MARKER_OF:
-        return BadRecord(f"{place} has the role {role!r:.40}, which is none of "
-                         f"{', '.join(MARKER_OF)}")
-    if not isinstance(content, str):
-        return BadRecord(f"{place} has no text in its content (it is {type_name(content)})")
-    return Message(role, well_formed(content))

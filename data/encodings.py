@@ -27,14 +27,12 @@ WITHOUT_MARK = {"utf-8-sig": "utf-8", "utf-16": "utf-16-le", "utf-32": "utf-32-l
 
 # The first bytes of files that are not text, whatever their names.
 OTHER_FORMATS = {
-    b"\x1f\x8b": "gzip: give it the extension .gz",
+    b"\x1f\x8b": "gzip: give it the extension .gz", b"BZh": "bzip2: give it the extension .bz2",
     b"\x28\xb5\x2f\xfd": "zstd: give it the extension .zst",
-    b"BZh": "bzip2: give it the extension .bz2",
     b"\xfd7zXZ": "xz: give it the extension .xz",
     b"PAR1": "Parquet: give it the extension .parquet",
     b"PK\x03\x04": "zip, as are documents of office programs: unpack it, or save it as text",
-    b"%PDF": "PDF: save it as text",
-}
+    b"%PDF": "PDF: save it as text"}
 
 # Encodings that a message may suggest, with the frequent characters of their languages.
 WIDE = ("utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be")
@@ -72,19 +70,15 @@ def decoded(stream: BinaryIO, path: Path, encoding: str = "utf-8",
     `errors` is "strict", which raises ValueError for bytes that are not text, or "replace", which
     decodes them to replacement characters.
     """
-    # Four bytes are the longest mark. `offset` is that of `block` in the stream.
+    # Four bytes are the longest mark.
     block = stream.read(max(4, BLOCK))
-    offset, line = 0, 1
-    for mark, marked_encoding in MARKS.items():
-        if block.startswith(mark):
-            encoding = marked_encoding
-            block = block[len(mark) :]
-            offset = len(mark)
-            break
-
-    # Decode block by block.
-    encoding = codecs.lookup(encoding).name
+    mark = next((mark for mark in MARKS if block.startswith(mark)), b"")
+    block = block[len(mark) :]
+    encoding = codecs.lookup(MARKS.get(mark, encoding)).name
     encoding = WITHOUT_MARK.get(encoding, encoding)
+
+    # Decode block by block. `offset` is that of `block` in the stream.
+    offset, line = len(mark), 1
     decoder = codecs.getincrementaldecoder(encoding)(errors)
     while True:
         # The first bytes of a character that continues in this block.
@@ -119,15 +113,14 @@ def not_text(encoding: str, block: bytes, place: str) -> str:
 
     # Advise the most likely encoding, if another one fits, else what to do about single bytes.
     name = encoding.upper() if encoding.startswith("utf") else encoding
-    replace = "data.errors=replace to read a replacement character there"
+    advice = "set data.encoding=NAME if it has another encoding"
     guess = likely_encoding(block)
     if guess and codecs.lookup(guess).name != encoding:
-        advice = f"it looks like {guess}: set data.encoding={guess}, or {replace}"
+        advice = f"it looks like {guess}: set data.encoding={guess}"
     elif place.startswith("byte 0x00") or (encoding == "utf-8" and 0 in block):
-        return f"is not text: {place}; leave it out, or set data.errors=replace."
-    else:
-        advice = f"set data.encoding=NAME if it has another encoding, or {replace}"
-    return f"is not {name}: {place}; {advice}."
+        name, advice = "text", "leave it out"
+    return (f"is not {name}: {place}; {advice}, or data.errors=replace to read a replacement "
+            f"character there.")
 
 
 def likely_encoding(block: bytes) -> str:

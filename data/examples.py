@@ -56,25 +56,25 @@ class Examples:
         before = np.concatenate(([0], np.cumsum(targets)))
         self.targets = before[last + 1] - before[first]
 
-    def numbers(self, index: np.ndarray) -> np.ndarray:
+    def shuffled(self, index: np.ndarray) -> np.ndarray:
         """The sequences at `index`, counted from the start of the run, by their numbers."""
         epoch, in_epoch = np.divmod(index, self.count)
         return permute(in_epoch, self.count, mix(self.seed ^ mix(epoch.astype(np.uint64))))
 
-    def starts(self, index: np.ndarray) -> np.ndarray:
-        """The first positions of the sequences at `index`."""
-        return self.first_positions[self.numbers(index)] % len(self.tokens)
+    def in_order(self, index: np.ndarray) -> np.ndarray:
+        """The numbers of the sequences in the order of the split."""
+        return index
 
-    def read(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs and targets of the sequences at `index`, each `[N, block_size]`."""
-        return self.read_in_order(self.numbers(index))
+    def starts(self, numbers: np.ndarray) -> np.ndarray:
+        """The first positions of the sequences with these numbers."""
+        return self.first_positions[numbers] % len(self.tokens)
 
-    def n_targets(self, index: np.ndarray) -> np.ndarray:
-        """The number of targets in each of the sequences at `index`."""
-        return self.n_targets_in_order(self.numbers(index))
+    def n_targets(self, numbers: np.ndarray) -> np.ndarray:
+        """The number of targets in each of the sequences with these numbers."""
+        return self.targets[numbers]
 
-    def read_in_order(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs and targets of the sequences with these numbers."""
+    def read(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs and targets of the sequences with these numbers, each `[N, block_size]`."""
         offsets = np.arange(self.block_size + 1)
         # The first conversation starts with the end of text of the last one.
         positions = (self.first_positions[numbers][:, None] + offsets) % len(self.tokens)
@@ -83,10 +83,6 @@ class Examples:
         # [N, block_size]; a target is the token after an input.
         is_target = in_answers(ids, self.markers)[:, 1:] & ~is_padding[:, 1:]
         return ids[:, :-1], np.where(is_target, ids[:, 1:], MASKED)
-
-    def n_targets_in_order(self, numbers: np.ndarray) -> np.ndarray:
-        """The number of targets in each of the sequences with these numbers."""
-        return self.targets[numbers]
 
     def count_within(self, max_tokens: int) -> int:
         """The number of first sequences with at most `max_tokens` tokens, at least one.
@@ -99,7 +95,7 @@ class Examples:
     def questions(self, number: int) -> list[list[int]]:
         """The first sequences up to the beginning of their first answer, to be sampled from."""
         found = []
-        for ids in self.read_in_order(np.arange(min(number, self.count)))[0]:
+        for ids in self.read(np.arange(min(number, self.count)))[0]:
             start = int(np.flatnonzero(ids == self.markers.assistant)[0])
             found.append(ids[: start + 1].tolist())
         return found
@@ -108,8 +104,7 @@ class Examples:
         """The bytes of text in the answers of the first sequences by the number of targets."""
         counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
         for start in range(0, number, SEQUENCES_AT_ONCE):
-            index = np.arange(start, min(start + SEQUENCES_AT_ONCE, number))
-            targets = self.read_in_order(index)[1]
+            targets = self.read(np.arange(start, min(start + SEQUENCES_AT_ONCE, number)))[1]
             counts += np.bincount(targets[targets != MASKED], minlength=len(counts))
         n_targets = int(counts.sum())
         # The end marker of an answer is a target, and no text.

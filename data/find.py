@@ -35,11 +35,17 @@ def find(path: str, skipped: Counter[str] | None = None) -> list[Path]:
     if reason:
         raise ValueError(f"{path} {reason}.")
     is_folder = place.is_dir()
-    base = place if is_folder else Path(place.anchor)
+    base, found = Path(place.anchor), []
+    if is_folder:
+        base = place
+        for parent, _, names in walk(place):
+            found += map(parent.joinpath, names)
+    else:
+        found = matches(place)
 
     # Sorted, so that the order of documents does not depend on the file system.
     files = []
-    for file in sorted(below(place) if is_folder else matches(place)):
+    for file in sorted(found):
         if file.is_dir():
             continue
         if is_hidden(file.relative_to(base), place):
@@ -98,12 +104,6 @@ def matches(glob: Path) -> list[Path]:
         raise ValueError(
             f"{glob} is not a valid glob: ** stands for whole folders, as in 'corpus/**/*.txt'."
         ) from None
-
-
-def below(folder: Path) -> Iterator[Path]:
-    """All files in a folder and its subfolders."""
-    for parent, _, names in walk(folder):
-        yield from map(parent.joinpath, names)
 
 
 def walk(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,9 +53,8 @@ class Hub:
 
         Raises ValueError if the dataset does not exist, or the Hub does not answer and never did.
         """
-        _, files = self.version
         config = self.config
-        recipe = ["hub", config.hub_config, config.split, config.text_field, files]
+        recipe = ["hub", config.hub_config, config.split, config.text_field, self.version[1]]
         return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
 
     def documents(self) -> Iterator[Document]:
@@ -63,8 +63,7 @@ class Hub:
         Raises ValueError with the number of an example that cannot be read, and ConnectionError if
         the connection breaks.
         """
-        commit, _ = self.version
-        builder = self.builder(commit)
+        builder = self.builder(self.version[0])
         # Parquet is read here, other formats by `datasets`.
         read = self.parquet_values if builder.name == "parquet" else self.streamed_values
         self.done, self.bad_records, number = 0.0, 0, 0
@@ -168,7 +167,16 @@ class Hub:
     def files_hash(self, commit: str) -> str:
         """A hash of the split's files at a commit. Raises ValueError if it cannot be opened."""
         paths = self.paths(self.builder(commit))
-        hashes = sha256_of([Path(path) for path in paths]) if self.folder else blob_ids(paths)
+        if self.folder:
+            hashes = sha256_of([Path(path) for path in paths])
+        else:
+            from huggingface_hub import HfFileSystem
+
+            try:
+                # The Git blob ids of files change with their content.
+                hashes = [HfFileSystem().info(path)["blob_id"] for path in paths]
+            except Exception as error:
+                raise no_answer(error) from None
         return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
     def builder(self, commit: str) -> DatasetBuilder:
@@ -180,10 +188,10 @@ class Hub:
         # `datasets` opens the files that the card names, before `paths` can check them.
         if self.folder:
             refuse_paths_outside(self.folder)
-        place = str(self.folder or self.name)
         try:
             builder = datasets.load_dataset_builder(
-                place, self.config.hub_config or None, revision=commit or None)
+                str(self.folder or self.name), self.config.hub_config or None,
+                revision=commit or None)
         except Exception as error:
             raise ValueError(self.open_error(error)) from None
         if builder.name == "cache":
@@ -223,7 +231,7 @@ class Hub:
             raise ValueError(
                 f"data.split={self.config.split}: {self.name} has the splits {', '.join(files)}.")
         # A folder from a stranger can name files anywhere.
-        paths = [path for split in splits for path in files[split]]
+        paths = list(chain.from_iterable(files[split] for split in splits))
         for path in paths:
             if self.folder and not is_file_in(self.folder, path):
                 raise ValueError(
@@ -256,26 +264,14 @@ class Hub:
         self.paths(builder)
         splits, infos = self.config.split.split("+"), builder.info.splits or {}
         total = sum(infos[split].num_examples or 0 for split in splits if split in infos)
-        number = 0
-        for split in splits:
-            for example in builder.as_streaming_dataset(split=split):
-                value = records.look_up(example, self.config.text_field)
-                if value is records.MISSING:
-                    raise records.no_field(self.name, self.config.text_field, list(example))
-                number += 1
-                if total:
-                    self.done = min(1.0, number / total)
-                yield value
-
-
-def blob_ids(paths: list[str]) -> list[str]:
-    """The Git blob ids of files on the Hub, which change with their content."""
-    from huggingface_hub import HfFileSystem
-
-    try:
-        return [HfFileSystem().info(path)["blob_id"] for path in paths]
-    except Exception as error:
-        raise no_answer(error) from None
+        examples = chain.from_iterable(map(builder.as_streaming_dataset, splits))
+        for number, example in enumerate(examples, 1):
+            value = records.look_up(example, self.config.text_field)
+            if value is records.MISSING:
+                raise records.no_field(self.name, self.config.text_field, list(example))
+            if total:
+                self.done = min(1.0, number / total)
+            yield value
 
 
 def import_datasets() -> Any:

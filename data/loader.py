@@ -34,7 +34,7 @@ class Windows:
         self.tokens, self.block_size, self.seed = tokens, block_size, seed
         self.count = (len(tokens) - 1) // block_size
 
-    def starts(self, index: np.ndarray) -> np.ndarray:
+    def shuffled(self, index: np.ndarray) -> np.ndarray:
         """The first positions of the windows at `index`, counted from the start of the run."""
         # Each epoch has its own order, and its own offset of all windows.
         epoch, in_epoch = np.divmod(index, self.count)
@@ -43,16 +43,21 @@ class Windows:
         first = offset + permute(in_epoch, self.count, keys) * self.block_size
         return first % len(self.tokens)
 
-    def read(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs and targets of the windows at `index`, each `[N, block_size]`."""
-        return self.read_at(self.starts(index))
+    def in_order(self, index: np.ndarray) -> np.ndarray:
+        """The first positions of the windows in the order of the split, without an offset."""
+        return index * self.block_size
 
-    def read_in_order(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The same in the order of the split, without an offset."""
-        return self.read_at(index * self.block_size)
+    def starts(self, places: np.ndarray) -> np.ndarray:
+        """The first positions of windows; `places` are the result of `shuffled` or `in_order`."""
+        return places
 
-    def read_at(self, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        positions = starts[:, None] + np.arange(self.block_size + 1)
+    def n_targets(self, places: np.ndarray) -> np.ndarray:
+        """The number of targets in each window."""
+        return np.full(len(places), self.block_size)
+
+    def read(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs and targets of windows, each `[N, block_size]`."""
+        positions = places[:, None] + np.arange(self.block_size + 1)
         # [N, block_size + 1]; a window that reaches the end continues at the start.
         ids = self.tokens.read(positions % len(self.tokens))
         return ids[:, :-1], ids[:, 1:]
@@ -60,12 +65,6 @@ class Windows:
     def count_within(self, max_tokens: int) -> int:
         """The number of windows with at most `max_tokens` tokens, at least one."""
         return min(self.count, max(max_tokens, self.block_size) // self.block_size)
-
-    def n_targets(self, index: np.ndarray) -> np.ndarray:
-        """The number of targets in each window."""
-        return np.full(len(index), self.block_size)
-
-    n_targets_in_order = n_targets
 
 
 class Loader:
@@ -82,14 +81,8 @@ class Loader:
                  markers: Markers | None = None) -> None:
         self.block_size, self.batch_size = block_size, batch_size
         self.micro_steps, self.world_size = micro_steps, world_size
-        if not markers:
-            check_lengths("training", tokens, block_size,
-                          "use more text or a smaller model.block_size")
-        # Each part has its own order.
-        self.parts = []
-        for part, split in enumerate(tokens):
-            part_seed = mix(np.array([seed], dtype=np.uint64)) ^ np.uint64(part)
-            self.parts.append(sequences_of(split, block_size, markers, "training", part_seed))
+        self.parts = open_sequences(tokens, block_size, markers, seed, "training",
+                                    "use more text or a smaller model.block_size")
         self.interleaving = Interleaving(weights or [1] * len(tokens))
 
     @property
@@ -110,21 +103,21 @@ class Loader:
 
     def sequences(self, step: int) -> list[int]:
         """The first positions of all sequences of a step, each in the split of its part."""
-        return self.of_step(step, lambda part, index: part.starts(index)).tolist()
+        return self.of_step(step, lambda part, places: part.starts(places)).tolist()
 
     def n_targets(self, step: int) -> list[int]:
         """The number of targets in each micro-step of a step, of all ranks."""
-        counts = self.of_step(step, lambda part, index: part.n_targets(index))
+        counts = self.of_step(step, lambda part, places: part.n_targets(places))
         return counts.reshape(-1, self.batch_size).sum(axis=1).tolist()
 
     def of_step(self, step: int, value: Callable[..., np.ndarray]) -> np.ndarray:
-        """A value of each sequence of a step, of all ranks, given its part and its index there."""
+        """A value of each sequence of a step, of all ranks, given its part and its place there."""
         count = self.tokens_per_step // self.block_size
         part, index = self.interleaving.at(step * count + np.arange(count, dtype=np.int64))
         values = np.empty(count, dtype=np.int64)
         for number in np.unique(part):
             here = part == number
-            values[here] = value(self.parts[number], index[here])
+            values[here] = value(self.parts[number], self.parts[number].shuffled(index[here]))
         return values
 
     def batch(self, step: int, micro_step: int = 0, rank: int = 0) -> tuple[Tensor, Tensor]:
@@ -140,7 +133,8 @@ class Loader:
         targets = np.empty_like(inputs)
         for number in np.unique(part):
             here = part == number
-            inputs[here], targets[here] = self.parts[number].read(index[here])
+            places = self.parts[number].shuffled(index[here])
+            inputs[here], targets[here] = self.parts[number].read(places)
         return torch.from_numpy(inputs), torch.from_numpy(targets)
 
 
@@ -196,16 +190,13 @@ class Validation:
                  weights: list[int] | None = None, rank: int = 0, world_size: int = 1,
                  markers: Markers | None = None) -> None:
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
-        if not markers:
-            check_lengths("validation", tokens, block_size,
-                          "raise data.val_fraction, use more text, or lower model.block_size")
         weights = weights or [1] * len(tokens)
         self.shares = [weight / sum(weights) for weight in weights]
-        self.parts, self.n_windows = [], []
-        no_seed = np.zeros(1, dtype=np.uint64)
-        for split, share in zip(tokens, self.shares, strict=True):
-            part = sequences_of(split, block_size, markers, "validation", no_seed)
-            self.parts.append(part)
+        self.parts = open_sequences(
+            tokens, block_size, markers, 0, "validation",
+            "raise data.val_fraction, use more text, or lower model.block_size")
+        self.n_windows = []
+        for part, share in zip(self.parts, self.shares, strict=True):
             self.n_windows.append(part.count_within(int(max_tokens * share)))
 
     def questions(self, number: int) -> list[list[int]]:
@@ -226,8 +217,8 @@ class Validation:
         # The batches of all ranks, and the number of targets of each part.
         batches, totals = [], []
         for part, n_windows in enumerate(self.n_windows):
-            all_windows = np.arange(n_windows)
-            totals.append(int(self.parts[part].n_targets_in_order(all_windows).sum()))
+            places = self.parts[part].in_order(np.arange(n_windows))
+            totals.append(int(self.parts[part].n_targets(places).sum()))
             for first in range(0, n_windows, self.batch_size):
                 batches.append((part, first))
 
@@ -236,38 +227,31 @@ class Validation:
         for number in range(self.rank, turns * self.world_size, self.world_size):
             is_own = number < len(batches)
             part, first = batches[number if is_own else 0]
-            n_windows, split = self.n_windows[part], self.parts[part]
-            index = np.arange(first, min(first + self.batch_size, n_windows))
-            inputs, targets = split.read_in_order(index)
+            last = min(first + self.batch_size, self.n_windows[part])
+            places = self.parts[part].in_order(np.arange(first, last))
+            inputs, targets = self.parts[part].read(places)
             # A batch counts by its share of the targets of its part.
-            n_targets = int(split.n_targets_in_order(index).sum())
+            n_targets = int(self.parts[part].n_targets(places).sum())
             weight = self.shares[part] * n_targets / totals[part] if is_own else 0.0
             yield torch.from_numpy(inputs), torch.from_numpy(targets), weight
 
 
-def sequences_of(tokens: Tokens, block_size: int, markers: Markers | None, split: str,
-                 seed: np.ndarray) -> Windows | Examples:
-    """The sequences of a split: windows of text, or whole conversations if there are `markers`."""
-    if markers:
-        return Examples(tokens, block_size, markers, split, seed)
-    return Windows(tokens, block_size, seed)
+def open_sequences(splits: list[Tokens], block_size: int, markers: Markers | None, seed: int,
+                   name: str, advice: str) -> list[Windows | Examples]:
+    """The sequences of each part of a mixture: windows of text, or conversations with `markers`.
 
-
-def document_boundary(tokenizer: Tokenizer) -> int:
-    """The id that starts a document: the end-of-text token of the document before it."""
-    if tokenizer.end_of_text is None:
-        raise ValueError("data.respect_documents=true needs several documents, but this text is a "
-                         "single one and its tokenizer has no end-of-text token. Leave it out, or "
-                         "name several texts.")
-    return tokenizer.end_of_text
-
-
-def check_lengths(split: str, tokens: list[Tokens], block_size: int, advice: str) -> None:
-    """Raise ValueError if the split of a part is shorter than one context."""
-    for part, part_tokens in enumerate(tokens, start=1):
-        which = f" of part {part} of the mixture" if len(tokens) > 1 else ""
-        if len(part_tokens) <= block_size:
-            found = counted(len(part_tokens), "token")
-            raise ValueError(f"The {split} split{which} has {found}, one context "
-                             f"needs {block_size + 1}: {advice}.")
-
+    Raises ValueError, which calls the splits `name`, if one is shorter than one context.
+    """
+    parts: list[Windows | Examples] = []
+    for number, tokens in enumerate(splits):
+        # Each part has its own order.
+        part_seed = mix(np.array([seed], dtype=np.uint64)) ^ np.uint64(number)
+        if markers:
+            parts.append(Examples(tokens, block_size, markers, name, part_seed))
+            continue
+        if len(tokens) <= block_size:
+            which = f" of part {number + 1} of the mixture" if len(splits) > 1 else ""
+            raise ValueError(f"The {name} split{which} has {counted(len(tokens), 'token')}, one "
+                             f"context needs {block_size + 1}: {advice}.")
+        parts.append(Windows(tokens, block_size, part_seed))
+    return parts

@@ -7,10 +7,10 @@ command resumes after the last complete segment and gives identical files.
 from __future__ import annotations
 
 import json
-import operator
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import atomic
@@ -22,11 +22,11 @@ from data.corpus import Corpus
 from data.document import SpecialToken
 from data.encode import segments
 from data.shards import SPLITS, check, check_shards, prepare_again, read_meta, write_meta
-from data.sources import Files, Source, open_sources, open_validation
+from data.sources import Source, open_sources, open_validation
 from data.store import BUILDING, data_root, folder_for, make_once, sha256_of
 from data.tokenizer import CharTokenizer, Tokenizer
 from data.tokenizer_json import find_tokenizer, fingerprint, open_tokenizer, read_tokenizer
-from terminal import counted, say
+from terminal import counted
 
 SAMPLE_BYTES = 2**28  # from the start of the training split, to train a tokenizer
 PROGRESS = "progress.json"  # lists the complete segments while tokens are being prepared
@@ -43,16 +43,7 @@ def prepare(config: DataConfig) -> Path:
     plan = planned(config)
     make_once(plan.folder, lambda building: build(building, plan, config))
     check(plan.folder, plan.recipe)
-    tell_skipped(plan)
     return plan.folder
-
-
-def tell_skipped(plan: Plan) -> None:
-    """Print the number of skipped files, if it has changed since the tokens were made."""
-    for source, part in zip(plan.sources.values(), read_meta(plan.folder)["parts"], strict=True):
-        skipped = isinstance(source, Files) and source.skipped
-        if skipped and source.description() not in part.get("read", ""):
-            say(f"The text is the same as before, now in {source.description()}.")
 
 
 def find_prepared(fingerprint: str) -> Path | None:
@@ -110,12 +101,14 @@ def build(building: Path, plan: Plan, config: DataConfig) -> None:
                               divisible=config.source != "chat"))
 
     # Make the tokenizer, unless an earlier attempt has already encoded segments with it.
-    tokenizer_path = building / "tokenizer.json"
     done = read_progress(building)
-    tokenizer = read_tokenizer(tokenizer_path) if done else make_tokenizer(config, corpora)
+    if done:
+        tokenizer = read_tokenizer(building / "tokenizer.json")
+    else:
+        tokenizer = make_tokenizer(config, corpora)
+        content = json.dumps(tokenizer.to_json()).encode()
+        atomic.write_bytes(building / "tokenizer.json", content)
     made_with = fingerprint(tokenizer)
-    if not done:
-        atomic.write_bytes(tokenizer_path, json.dumps(tokenizer.to_json()).encode())
 
     # Encode the segments that are missing. Each one is noted when it is on the disk.
     title = f"Tokenizing {config.mix or config.source}"
@@ -131,7 +124,15 @@ def build(building: Path, plan: Plan, config: DataConfig) -> None:
         raise ValueError(f"{config.mix or config.path or config.source} changed while it was being "
                          f"read: run the command again.")
 
-    tokens = summarize(done, list(plan.sources), [corpus.summary() for corpus in corpora])
+    # The totals, and those of each part of a mixture.
+    parts = []
+    for number, (name, corpus) in enumerate(zip(plan.sources, corpora, strict=True)):
+        own = [segment for segment in done if segment["part"] == number]
+        parts.append({"source": name, "read": corpus.summary()})
+        for split in SPLITS:
+            shards = chain.from_iterable(segment[split]["shards"] for segment in own)
+            parts[-1][split] = total(own, split) | {"shards": list(shards)}
+    tokens = {"splits": {split: total(done, split) for split in SPLITS}, "parts": parts}
     write_meta(building, plan.recipe, made_with, tokenizer.vocab_size, tokens)
     (building / PROGRESS).unlink()
 
@@ -148,20 +149,6 @@ def read_progress(building: Path) -> list[dict[str, Any]]:
                     break
                 complete.append(segment)
     return complete
-
-
-def summarize(segments: list[dict[str, Any]], names: list[str],
-              descriptions: list[str]) -> dict[str, Any]:
-    """The entries of `meta.json`: the totals, and the parts with the names of their sources."""
-    parts = []
-    for number, (name, description) in enumerate(zip(names, descriptions, strict=True)):
-        part: dict[str, Any] = {"source": name, "read": description}
-        own = [segment for segment in segments if segment["part"] == number]
-        for split in SPLITS:
-            shards = chain.from_iterable(segment[split]["shards"] for segment in own)
-            part[split] = total(own, split) | {"shards": list(shards)}
-        parts.append(part)
-    return {"splits": {split: total(segments, split) for split in SPLITS}, "parts": parts}
 
 
 def total(segments: list[dict[str, Any]], split: str) -> dict[str, Any]:
@@ -219,9 +206,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 def val_bytes_per_token(folder: Path, weights: list[int]) -> float:
     """The mean bytes per validation token; in a mixture, weighted by part."""
-    parts = read_meta(folder)["parts"]
-    means = [part["val"]["bytes_per_token"] for part in parts]
-    return sum(map(operator.mul, weights, means)) / sum(weights)
+    means = [part["val"]["bytes_per_token"] for part in read_meta(folder)["parts"]]
+    return fmean(means, weights)
 
 
 def describe(folder: Path) -> str:

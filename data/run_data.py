@@ -10,7 +10,7 @@ from torch import Tensor
 
 from data.chat import Markers, markers_of
 from data.config import DataConfig
-from data.loader import Loader, Validation, document_boundary
+from data.loader import Loader, Validation
 from data.prepare import load_tokenizer, val_bytes_per_token
 from data.shards import open_parts
 from data.tokenizer import Tokenizer
@@ -46,7 +46,12 @@ def open_data(prepared: Path, config: DataConfig, block_size: int, batch_size: i
     not to cross them.
     """
     tokenizer = load_tokenizer(prepared)
-    boundary = document_boundary(tokenizer) if config.respect_documents else None
+    # A document starts with the end-of-text token of the one before it.
+    boundary = tokenizer.end_of_text if config.respect_documents else None
+    if config.respect_documents and boundary is None:
+        raise ValueError("data.respect_documents=true needs several documents, but this text is a "
+                         "single one and its tokenizer has no end-of-text token. Leave it out, or "
+                         "name several texts.")
     markers = markers_in(config, tokenizer)
     loader = Loader(open_parts(prepared, "train"), block_size, batch_size, micro_steps, seed,
                     world_size, config.weights(), markers)

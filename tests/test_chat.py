@@ -449,7 +449,7 @@ def test_validation_is_the_mean_over_the_targets(counted):
 def test_bits_per_byte_are_those_of_the_answers(counted):
     _, tokens, markers = counted
     examples = Examples(tokens, 32, markers, "training", np.zeros(1, dtype=np.uint64))
-    _, targets = examples.read_in_order(np.arange(examples.count))
+    _, targets = examples.read(np.arange(examples.count))
     learned = targets[targets != MASKED]
     ratio = examples.bytes_per_target(examples.count, with_markers(ByteTokenizer()))
     assert ratio == pytest.approx((learned < 256).sum() / len(learned)) and ratio < 1

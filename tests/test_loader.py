@@ -173,7 +173,7 @@ def test_a_huge_split_takes_no_memory_and_no_time():
     Loader([endless(10**3)], block_size=8, batch_size=4).batch(0)
     tracemalloc.start()
     loader = Loader([endless(10**12)], block_size=8, batch_size=64)
-    starts = loader.parts[0].starts(np.arange(10**6, 10**6 + 64))
+    starts = loader.parts[0].shuffled(np.arange(10**6, 10**6 + 64))
     inputs, _ = loader.batch(10**6)
     _, peak_bytes = tracemalloc.get_traced_memory()
     tracemalloc.stop()

@@ -70,13 +70,16 @@ def compose_with_hydra(root: str | type, schema: Any,
     own, content, parsed = own_experiment(parsed)
 
     # Let Hydra compose the rest.
+    origins: Origins = {}
     try:
         with unchanged_hydra() as store:
             name = register(store, root, defaults)
             if own:
                 store.repo["experiment"].add(GIVEN_FILE, own, content)
             composed = hydra_compose(name, parsed, return_hydra_config=True)
-            origins = origins_in(store)
+            for group in store.repo.values():
+                if isinstance(group, Group):
+                    origins |= group.origins()
             values = resolved(composed, literal)
     except ConfigError:
         raise
@@ -85,15 +88,6 @@ def compose_with_hydra(root: str | type, schema: Any,
         raise ConfigError([sentence.replace(GIVEN_FILE, str(own))]) from None
     experiment = composed.hydra.runtime.choices.get("experiment")
     return values, str(own or experiment), origins
-
-
-def origins_in(store: ConfigStore) -> Origins:
-    """The origins of the settings in all YAML files that were read."""
-    origins: Origins = {}
-    for group in store.repo.values():
-        if isinstance(group, Group):
-            origins |= group.origins()
-    return origins
 
 
 class Uncopied(dict[str, Any]):
@@ -217,9 +211,8 @@ def plain_sentence(error: Exception, overrides: list[str]) -> str:
         try:
             parsed = OverridesParser.create().parse_override(override)
         except (HydraException, ValueError):
-            return (
-                f"{override[:200]}: the value cannot be read; write a number, a word, true, false "
-                "or null.")
+            return (f"{override[:200]}: the value cannot be read; write a number, a word, true, "
+                    "false or null.")
         if parsed.is_sweep_override():
             return f"{override}: {SWEEP_ADVICE}"
     if isinstance(error, OmegaConfBaseException):
@@ -228,7 +221,6 @@ def plain_sentence(error: Exception, overrides: list[str]) -> str:
     said = first_line(error)
     missing = re.search(r"Could not find '(\w+)/([^/]*?)'", said)
     if missing and missing[1] in groups():
-        chosen = [override for override in overrides if override.startswith("experiment=")]
-        where = f" (in {chosen[-1]})" if chosen else ""
-        return wrong_preset(*missing.groups()).replace(":", f"{where}:", 1)
+        where = [f" (in {override})" for override in overrides if override.startswith("experiment")]
+        return wrong_preset(*missing.groups()).replace(":", f"{''.join(where[-1:])}:", 1)
     return f"The configuration cannot be composed: {said}."

@@ -24,6 +24,7 @@ from conf.yaml_files import YAML_SUFFIXES, ConfigError
 from model.config import GPTConfig
 from setting import expanded
 
+OVERRIDE = re.compile(r"(\+\+|\+|~)?([^=]*)(?:=(.*))?", re.DOTALL)
 # The dataclass by the name of its file, conf/NAME.yaml.
 SCHEMAS = {"config": Settings, "sample": SampleSettings}
 
@@ -39,9 +40,8 @@ def compose(root: str | type, overrides: list[str], validate: bool = True) -> An
     schema = SCHEMAS[root] if isinstance(root, str) else root
     known = leaves(schema)
     # The overrides for a training that the script starts are checked by that training.
-    trains = any(field.name == "train" for field in fields(schema))
-    of_training: list[str] = []
-    if trains:
+    of_training = []
+    if hasattr(schema, "train"):
         of_training = [word for word in overrides if word.partition("=")[0] not in known]
         overrides = [word for word in overrides if word not in of_training]
     overrides = parse_overrides(root, known, overrides)
@@ -63,7 +63,7 @@ def compose(root: str | type, overrides: list[str], validate: bool = True) -> An
         raise ConfigError(problems)
 
     # Settings that follow from the others.
-    if trains:
+    if of_training:
         return replace(settings, train=tuple(of_training))
     if isinstance(settings, Settings) and not settings.name:
         return replace(settings, auto_name=automatic_name(overrides, settings, experiment))
@@ -90,8 +90,7 @@ def parse_overrides(root: str | type, known: dict[str, Any], overrides: list[str
     made: list[str] = []
     for override in overrides:
         # A sign of Hydra's, the key and the value.
-        parts = re.fullmatch(r"(\+\+|\+|~)?([^=]*)(?:=(.*))?", override, re.DOTALL)
-        sign, key, value = parts.groups()
+        sign, key, value = OVERRIDE.fullmatch(override).groups()
         is_group = root == "config" and key in groups()
         problem = ""
         # The file of an experiment is a path.
@@ -128,10 +127,10 @@ def automatic_name(overrides: list[str], settings: Settings, experiment: str) ->
     paths = {"data.path": settings.data.path, "data.hub_name": settings.data.hub_name,
              "init_from": settings.init_from}
     named = [f"{key}={value}" for key, value in (paths | choices).items()]
-    # All else by its difference from the run with these presets and paths alone.
+    # All else by its difference from the run with these presets and paths alone. Without the other
+    # overrides, a setting may be missing, or not be used.
     plain = settings
     if set(overrides) - set(named):
-        # Without the other overrides, a setting may be missing, or not be used.
         plain = compose("config", ["name=-", *named], validate=False)
     # The name: the experiment, the presets, the ends of the paths, the differences.
     start = choices.pop("experiment", "" if "data" in choices else experiment)

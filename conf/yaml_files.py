@@ -40,15 +40,13 @@ def read_text(path: Path) -> str:
     """The text of a file of settings. Raises ConfigError if it is not a small UTF-8 file."""
     if not path.is_file():
         raise ConfigError([f"{path} is not a file: name a YAML file."])
-    with path.open("rb") as file:
-        content = file.read(MAX_BYTES + 1)
-    if len(content) > MAX_BYTES:
+    if path.stat().st_size > MAX_BYTES:
         raise ConfigError([f"{path} is too large for settings: the limit is {MAX_BYTES:,} bytes."])
     try:
-        return content.decode("utf-8-sig")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        where = f"at offset {error.start}"
-        raise ConfigError([f"{path} is not UTF-8 {where}: save it as UTF-8."]) from None
+        problem = f"{path} is not UTF-8 at offset {error.start}: save it as UTF-8."
+        raise ConfigError([problem]) from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -129,9 +127,8 @@ def unresolved(error: OmegaConfBaseException) -> str:
     said = first_line(error)
     missing = re.search(r"Environment variable '(.*?)' not found", said)
     if missing:
-        return (
-            f"{error.full_key}: the environment variable {missing[1]} is not set: set it, or give "
-            f"a default, as in ${{oc.env:{missing[1]},100}}.")
+        return (f"{error.full_key}: the environment variable {missing[1]} is not set: set it, or "
+                f"give a default, as in ${{oc.env:{missing[1]},100}}.")
     missing = re.search(r"Interpolation key '(.*?)' not found", said)
     if missing and missing[1] in os.environ:
         return (f"{error.full_key}: ${{{missing[1]}}} is not a setting: write "

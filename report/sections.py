@@ -48,10 +48,10 @@ def losses(runs: list[History]) -> Iterator[str]:
     yield "<h2>Loss</h2>"
     # A legend, unless there are more runs than colors.
     if 1 < len(runs) <= len(COLORS):
-        names = ""
+        yield '<p class="legend">'
         for rank, run in enumerate(runs):
-            names += f'<span data-run="{rank}">{swatch(rank, len(runs))}{escape(run.name)}</span>'
-        yield f'<p class="legend">{names}</p>'
+            yield f'<span data-run="{rank}">{swatch(rank, len(runs))}{escape(run.name)}</span>'
+        yield "</p>"
     # Pictures against each axis, of which the page shows one at a time.
     yield CHOICE_OF_AXIS
     kind = "curves single" if len(runs) == 1 else "curves"
@@ -60,11 +60,10 @@ def losses(runs: list[History]) -> Iterator[str]:
             hidden = "" if axis == "steps" else " hidden"
             svg = pictures.losses_svg(runs, axis)
             yield f'<div class="{kind}" data-axis="{axis}"{hidden}>{svg}</div>'
+        yield f"<p>{' '.join(notes_on_losses(runs))}</p>"
     except ValueError as error:
         # matplotlib is missing.
         yield f"<p>{escape(str(error))}</p>"
-        return
-    yield f"<p>{' '.join(notes_on_losses(runs))}</p>"
 
 
 def notes_on_losses(runs: list[History]) -> Iterator[str]:
@@ -134,12 +133,12 @@ def importance_of_settings(runs: list[History]) -> Iterator[str]:
         yield (f"<p>The share of each setting in the differences of the {finished[0].measure} of "
                f"{len(finished)} finished runs (fANOVA, by Optuna): an estimate, rough for few "
                "runs.</p>")
-        rows = ""
+        yield '<table id="importance">'
         for key, share in shares.items():
             bar = f'<span class="bar" style="width: {16 * share:.2f}rem"></span>'
-            rows += f"<tr><td><code>{escape(key)}</code></td>"
-            rows += f'<td class="number">{share:.0%}</td><td>{bar}</td></tr>'
-        yield f'<table id="importance">{rows}</table>'
+            yield f"<tr><td><code>{escape(key)}</code></td>"
+            yield f'<td class="number">{share:.0%}</td><td>{bar}</td></tr>'
+        yield "</table>"
         # The slices follow in the order of importance.
         keys = list(shares)
     except ValueError as error:
@@ -149,8 +148,7 @@ def importance_of_settings(runs: list[History]) -> Iterator[str]:
         return
     # Without matplotlib, the section about losses says so.
     with suppress(ValueError):
-        drawn = keys[:MAX_SLICES]
-        svg = "".join(pictures.slice_svg(finished, key, runs) for key in drawn)
+        svg = "".join(pictures.slice_svg(finished, key, runs) for key in keys[:MAX_SLICES])
         yield f'<div class="slices">{svg}</div>'
     if len(keys) > MAX_SLICES:
         yield f"<p>{len(keys) - MAX_SLICES} more settings are not drawn.</p>"
@@ -165,18 +163,17 @@ def samples(runs: list[History]) -> Iterator[str]:
     if len(with_samples) > MAX_SAMPLES:
         yield f"<p>Of the best {MAX_SAMPLES} runs.</p>"
     # A card for each run, or of a single run for each sample.
-    cards = ""
+    yield '<div class="cards">'
     for rank, run in with_samples[:MAX_SAMPLES]:
         # The newest ten, the last one first.
-        texts = []
-        for step, text in reversed(run.samples[-10:]):
-            texts.append(f"<p>step {step:,}</p><blockquote>{escape(text)}</blockquote>")
+        last, *earlier = [f"<p>step {step:,}</p><blockquote>{escape(text)}</blockquote>"
+                          for step, text in reversed(run.samples[-10:])]
         if len(runs) == 1:
-            cards = "".join(f'<div class="card">{text}</div>' for text in texts)
+            yield "".join(f'<div class="card">{text}</div>' for text in (last, *earlier))
         else:
-            earlier = ""
-            if len(texts) > 1:
-                earlier = f"<details><summary>earlier</summary>{''.join(texts[1:])}</details>"
-            name = f"<h3>{swatch(rank, len(runs))}{escape(run.name)}</h3>"
-            cards += f'<div class="card" data-run="{rank}">{name}{texts[0]}{earlier}</div>'
-    yield f'<div class="cards">{cards}</div>'
+            yield f'<div class="card" data-run="{rank}">'
+            yield f"<h3>{swatch(rank, len(runs))}{escape(run.name)}</h3>{last}"
+            if earlier:
+                yield f"<details><summary>earlier</summary>{''.join(earlier)}</details>"
+            yield "</div>"
+    yield "</div>"

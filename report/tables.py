@@ -29,17 +29,16 @@ def leaderboard(runs: list[History]) -> Iterator[str]:
     # A row for each run, whose cells have the value to sort by.
     body = ""
     for rank, row in enumerate(rows):
-        cells = ""
+        body += f'<tr data-run="{rank}">'
         for name, (value, text) in row.items():
-            attributes = f'data-value="{escape(str(value))}"'
-            if name in numeric:
-                attributes = f'class="number" {attributes}'
+            attributes = 'class="number" ' if name in numeric else ""
+            attributes += f'data-value="{escape(str(value))}"'
             # A setting that was shortened is shown in full under the mouse.
             if name in runs[rank].settings and as_word(value) != text:
                 attributes += f' title="{escape(str(value))}"'
             dot = swatch(rank, len(runs)) if name == "run" and several else ""
-            cells += f"<td {attributes}>{dot}{escape(text)}</td>"
-        body += f'<tr data-run="{rank}">{cells}</tr>'
+            body += f"<td {attributes}>{dot}{escape(text)}</td>"
+        body += "</tr>"
 
     # The heads, which are buttons; the table is sorted by the measure.
     heads = ""
@@ -121,9 +120,8 @@ def side_by_side(title: str, values: list[dict[str, Any]], runs: list[History]) 
 def counts_of(texts: list[str]) -> str:
     """The most frequent texts, each with how often it occurs, unless it is the only one."""
     counts = Counter(texts).most_common(20)
-    if len(counts) == 1:
-        return texts[0]
-    return ", ".join(f"{text} ({count})" for text, count in counts)
+    several = ", ".join(f"{text} ({count})" for text, count in counts)
+    return several if len(counts) > 1 else texts[0]
 
 
 def data(cells: list[str]) -> str:

@@ -12,7 +12,7 @@ import itertools
 import math
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -124,11 +124,11 @@ class Checkpoint:
         Raises ValueError, before any memory is allocated, if the tensors do not fit in memory.
         """
         tensors = self.open_tensors(name, like)
-        check_free(sum(tensor.nbytes for tensor in tensors.values()), self.folder / name)
+        check_free(sum(tensor.nbytes for tensor in like.values()), self.folder / name)
         # Without the copy, they would still be views of the file.
         return {key: tensors[key].clone() for key in like}
 
-    def open_tensors(self, name: str, like: format.Tensors) -> dict[str, Tensor]:
+    def open_tensors(self, name: str, like: format.Tensors) -> Mapping[str, Tensor]:
         """The tensors of model.safetensors or optimizer.safetensors, as views of the mapped file.
 
         Raises DamagedCheckpoint unless it has the names, shapes and dtypes of `like`.
@@ -141,26 +141,46 @@ class Checkpoint:
             raise DamagedCheckpoint(f"{self.folder / name} is larger than the settings ask for")
         self.verify([name])
 
-        # Compare the dtype and shape of each tensor with those of `like`; open it if they agree.
+        # Compare the dtype and shape of each tensor with those of `like`.
         wanted = {key: (format.DTYPES[value.dtype], list(value.shape))
                   for key, value in like.items()}
         found: dict[str, tuple[str, list[int]]] = {}
-        tensors = {}
+        path_of: dict[str, Path] = {}
         for path in paths:
             with read_errors(path), safe_open(path, "pt") as file:
                 for key in file.keys():  # noqa: SIM118 (it is no dict)
                     if key in found:
                         raise DamagedCheckpoint(f"{path} has tensors that another file has, too")
                     entry = file.get_slice(key)
-                    found[key] = (entry.get_dtype(), entry.get_shape())
-                    if found[key] == wanted.get(key):
-                        tensors[key] = file.get_tensor(key)
+                    found[key], path_of[key] = (entry.get_dtype(), entry.get_shape()), path
         for key in sorted(found.keys() | wanted.keys()):
-            if key not in tensors:
+            if found.get(key) != wanted.get(key):
                 raise DamagedCheckpoint(
                     f"{self.folder / name} has {ascii(key)[:80]} as {found.get(key)}, but the "
                     f"settings ask for {wanted.get(key)}")
-        return tensors
+        return LazyTensors(path_of)
+
+
+class LazyTensors(Mapping[str, Tensor]):
+    """Tensors of safetensors files, read when they are asked for.
+
+    The pages that are read of an open file stay in memory. So each tensor opens its file, which is
+    closed when the tensor is freed.
+    """
+
+    def __init__(self, path_of: dict[str, Path]) -> None:
+        self.path_of = path_of
+
+    def __getitem__(self, key: str) -> Tensor:
+        path = self.path_of[key]
+        with read_errors(path), safe_open(path, "pt") as file:
+            return file.get_tensor(key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.path_of)
+
+    def __len__(self) -> int:
+        return len(self.path_of)
 
 
 @contextmanager

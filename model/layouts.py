@@ -31,13 +31,17 @@ PARTS_LLAMA = {
     "attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm",
     "attn.c_proj": "self_attn.o_proj",
     "mlp.c_gate": "mlp.gate_proj", "mlp.c_fc": "mlp.up_proj", "mlp.c_proj": "mlp.down_proj"}
-PARTS_NANOCHAT = PARTS_LLAMA | {"mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
 PARTS_GGUF = {
     "h.": "blk.", "wte": "token_embd", "wpe": "position_embd", "ln_f": "output_norm",
     "lm_head": "output", "ln_1": "attn_norm", "ln_2": "ffn_norm", "attn.c_attn": "attn_qkv",
     "attn.q": "attn_q", "attn.k": "attn_k", "attn.v": "attn_v",
     "attn.q_norm": "attn_q_norm", "attn.k_norm": "attn_k_norm", "attn.c_proj": "attn_output",
     "mlp.c_gate": "ffn_gate", "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down"}
+
+PARTS = {
+    "nanochat": PARTS_LLAMA | {"mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"},
+    "qwen3": PARTS_LLAMA, "llama": PARTS_LLAMA,
+    "gguf-gpt2": PARTS_GGUF, "gguf-qwen3": PARTS_GGUF, "gguf-llama": PARTS_GGUF}
 
 Change = Literal["", "transposed", "negated", "interleaved"]
 
@@ -99,10 +103,37 @@ class Entry:
 
 def table(layout: str, config: GPTConfig) -> list[Entry]:
     """All tensors of a layout."""
-    shapes = state_shapes(config)
-    if layout in ("gpt2", "nanogpt", "gguf-gpt2"):
-        return list(gpt2_entries(layout, config, shapes))
-    return list(llama_entries(layout, config, shapes))
+    # The published tensors under our names. GPT-2's layers always have biases, and the norms of
+    # Llama and Qwen3 gains: without ours, the biases are zero, and the gains one.
+    is_gpt2 = layout in ("gpt2", "nanogpt", "gguf-gpt2")
+    shapes = published = state_shapes(config)
+    if layout in ("gpt2", "gguf-gpt2"):
+        published = state_shapes(replace(config, bias=True))
+    elif layout not in ("nanogpt", "nanochat"):
+        published = state_shapes(replace(config, norm="rms_gain"))
+
+    # Their names, and how they are stored.
+    entries = []
+    for name, shape in published.items():
+        theirs = published_name(layout, name)
+        ours = name if name in shapes else ""
+        if name.endswith("attn.c_attn.weight") and not is_gpt2:
+            entries += heads_entries(layout, config, name)
+        elif name.endswith(TRANSPOSED) and layout == "gpt2":
+            entries.append(Entry(theirs, shape[::-1], ours, change="transposed"))
+        else:
+            entries.append(Entry(theirs, shape, ours, fill=0.0 if is_gpt2 else 1.0))
+        # The product of relu(x) and x is the squared relu.
+        has_gate = not is_gpt2 and layout != "nanochat" and config.activation == "relu2"
+        if name.endswith("mlp.c_fc.weight") and has_gate:
+            gate = published_name(layout, name.replace("c_fc", "c_gate"))
+            entries.append(Entry(gate, shape, name))
+    if config.tie_head:
+        # nanoGPT stores the shared weights twice.
+        head = published_name(layout, "lm_head.weight")
+        is_left_out = layout != "nanogpt"
+        entries.append(Entry(head, shapes["wte.weight"], "wte.weight", optional=is_left_out))
+    return entries
 
 
 def state_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
@@ -111,67 +142,7 @@ def state_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
         return {name: tuple(tensor.shape) for name, tensor in GPT(config).state_dict().items()}
 
 
-def gpt2_entries(layout: str, config: GPTConfig,
-                 shapes: dict[str, tuple[int, ...]]) -> Iterator[Entry]:
-    """The tensors of GPT-2, of nanoGPT, or of GPT-2 in a GGUF file."""
-    # The shapes of the published tensors under our names.
-    published = shapes
-    if layout != "nanogpt":
-        # Its layers always have biases: without biases of ours they are zero.
-        published = state_shapes(replace(config, bias=True))
-
-    # Their names, and how they are stored.
-    for name, shape in published.items():
-        ours = name if name in shapes else ""
-        if name == NGRAMS:
-            yield Entry(name, shape, ours)
-        elif layout == "gpt2" and name.endswith(TRANSPOSED):
-            yield Entry(f"transformer.{name}", shape[::-1], ours, change="transposed")
-        elif layout == "gguf-gpt2":
-            yield Entry(renamed(name, PARTS_GGUF), shape, ours)
-        else:
-            prefix = "" if name.startswith("lm_head") else "transformer."
-            yield Entry(f"{prefix}{name}", shape, ours)
-    if config.tie_head:
-        head = "output.weight" if layout == "gguf-gpt2" else "lm_head.weight"
-        # nanoGPT stores the shared weights twice.
-        yield Entry(head, shapes["wte.weight"], "wte.weight", optional=layout != "nanogpt")
-
-
-def llama_entries(layout: str, config: GPTConfig,
-                  shapes: dict[str, tuple[int, ...]]) -> Iterator[Entry]:
-    """The tensors of Llama, of Qwen3 and of NanoChat, or of the first two in a GGUF file."""
-    # The names of a model's parts.
-    parts = PARTS_LLAMA
-    if layout == "nanochat":
-        parts = PARTS_NANOCHAT
-    elif layout.startswith("gguf-"):
-        parts = PARTS_GGUF
-    published = shapes
-    if layout != "nanochat":
-        # Its norms always have gains: without gains of ours they are one.
-        published = state_shapes(replace(config, norm="rms_gain"))
-
-    # Their names. Ours has queries, keys and values in one tensor.
-    for name, shape in published.items():
-        ours = name if name in shapes else ""
-        if name.endswith("attn.c_attn.weight"):
-            yield from heads_entries(layout, config, name, parts)
-            continue
-        theirs = name if name == NGRAMS else renamed(name, parts)
-        yield Entry(theirs, shape, ours, fill=1.0)
-        # The product of relu(x) and x is the squared relu.
-        is_c_fc = name.endswith("mlp.c_fc.weight")
-        if is_c_fc and layout != "nanochat" and config.activation == "relu2":
-            gate = name.replace("c_fc", "c_gate")
-            yield Entry(renamed(gate, parts), shape, name)
-    if config.tie_head:
-        head = renamed("lm_head.weight", parts)
-        yield Entry(head, shapes["wte.weight"], "wte.weight", optional=True)
-
-
-def heads_entries(layout: str, config: GPTConfig, name: str,
-                  parts: Mapping[str, str]) -> Iterator[Entry]:
+def heads_entries(layout: str, config: GPTConfig, name: str) -> Iterator[Entry]:
     """The tensors of queries, keys and values, which ours has in one, and the gains of their norms.
 
     `name` is that of ours, as in "h.0.attn.c_attn.weight".
@@ -187,17 +158,22 @@ def heads_entries(layout: str, config: GPTConfig, name: str,
             change = "negated"
         elif letter != "v" and layout == "gguf-llama":
             change = "interleaved"
-        theirs = renamed(name.replace("c_attn", letter), parts)
+        theirs = published_name(layout, name.replace("c_attn", letter))
         yield Entry(theirs, (heads * width, C), name, rows, change, width)
         if letter != "v" and layout in ("qwen3", "gguf-qwen3"):
             # Its norms of queries and keys always have gains; ours have none.
-            gain = renamed(name.replace("c_attn", f"{letter}_norm"), parts)
+            gain = published_name(layout, name.replace("c_attn", f"{letter}_norm"))
             yield Entry(gain, (width,), fill=1.0)
 
 
-def renamed(name: str, parts: Mapping[str, str]) -> str:
-    """Our name of a parameter with the parts that another layout has in their place."""
-    prefix = ""
+def published_name(layout: str, name: str) -> str:
+    """The name of our parameter in a layout."""
+    if name == NGRAMS:
+        return name
+    if layout not in PARTS:
+        return name if name.startswith("lm_head") else f"transformer.{name}"
+    # The parts of the name, and before them the layer.
+    parts, prefix = PARTS[layout], ""
     if name.startswith("h."):
         _, layer, name = name.split(".", 2)
         prefix = f"{parts['h.']}{layer}."

@@ -18,7 +18,7 @@ from checkpointing.weight_files import read_json, read_pickled, read_safetensors
 from checkpointing.weights import Weights
 from conf.convert import rebuild
 from data.bpe import BPETokenizer
-from data.to_hugging_face import byte_letters
+from data.hugging_face import byte_letters
 from data.tokenizer import Tokenizer
 from data.tokenizer_json import open_tokenizer
 from hardware import check_free

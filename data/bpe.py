@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 import tiktoken
 
-from data.nfc import normalized
-from data.patterns import PATTERN
+from data.patterns import PATTERN, normalized
 from data.tokenizer import END_OF_TEXT, ENDS_OF_TEXT, Tokenizer, surrogate
 
 # OpenAI's vocabularies, and the files that tiktoken downloads for them.

@@ -23,30 +23,21 @@ TokenType = Literal["auto", "uint8", "uint16", "int16", "uint32", "int32", "uint
 # What to give as the `path`, or as the `hub_name`, of the sources that need one.
 NEEDED = {
     "text": "name a text file, or a folder or glob of .txt, .md, .jsonl, .csv or .parquet files, "
-    "as in data.path=book.txt",
+            "as in data.path=book.txt",
     "chat": "name a .jsonl file of conversations, or a folder or glob of such files, as in "
-    "data.path=examples.jsonl",
+            "data.path=examples.jsonl",
     "bin": "name the folder where train.bin and val.bin are, as in data.path=nanoGPT/data/owt",
     "hub": "name a dataset of the Hugging Face Hub, as in "
-    "data.hub_name=HuggingFaceFW/fineweb-edu, or a folder with the same layout",
-}
+           "data.hub_name=HuggingFaceFW/fineweb-edu, or a folder with the same layout"}
 
 # The sources that use each of these settings; all sources use the other settings.
+FILES, RECORDS = ("text", "chat", "shakespeare"), ("text", "hub", "shakespeare")
 USED_BY = {
-    "path": ("text", "chat", "bin", "shakespeare"),
-    "val_path": ("text", "chat", "hub", "shakespeare", "pydocs", "stdlib"),
-    "separator": ("text", "shakespeare"),
-    "text_field": ("text", "hub", "shakespeare"),
-    "on_bad_record": ("text", "chat", "hub", "shakespeare"),
-    "encoding": ("text", "chat", "shakespeare"),
-    "errors": ("text", "chat", "shakespeare"),
-    "dtype": ("bin",),
-    "hub_name": ("hub",),
-    "hub_config": ("hub",),
-    "hub_revision": ("hub",),
-    "split": ("hub",),
-    "val_split": ("hub",),
-}
+    "path": (*FILES, "bin"), "val_path": (*FILES, "hub", "pydocs", "stdlib"),
+    "separator": ("text", "shakespeare"), "text_field": RECORDS,
+    "on_bad_record": (*RECORDS, "chat"), "encoding": FILES, "errors": FILES, "dtype": ("bin",),
+    "hub_name": ("hub",), "hub_config": ("hub",), "hub_revision": ("hub",), "split": ("hub",),
+    "val_split": ("hub",)}
 
 
 @dataclass(frozen=True)
@@ -56,15 +47,10 @@ class DataConfig(SettingsBase):
     source: Literal["pydocs", "stdlib", "shakespeare", "text", "chat", "hub", "bin"] = setting(
         "pydocs", "kind of the training text; presets (data=...) choose it")
     path: FilePath = setting(
-        "",
-        "text, chat: a file, folder or glob; bin: the folder of the .bin files; shakespeare: a "
-        "copy",
-    )
+        "", "text, chat: a file, folder or glob; bin: a folder of .bin files; shakespeare: a copy")
     tokenizer: FilePath = setting(
-        "bpe",
-        f"{', '.join(TOKENIZERS)} (which is trained on the text), the path of a tokenizer.json, or "
-        "that of a run",
-    )
+        "bpe", f"{', '.join(TOKENIZERS)} (which is trained on the text), the path of a "
+               f"tokenizer.json, or that of a run")
     vocab_size: int = setting(2048, "number of tokens of tokenizer=bpe", ge=257, le=100_000)
     val_fraction: float = setting(0.1, "part of the text held out for validation", ge=1e-6, lt=1)
     val_path: FilePath = setting("", "text to validate on instead: a file, folder or glob")
@@ -108,9 +94,8 @@ class DataConfig(SettingsBase):
         if not self.text_field:
             yield "text_field is empty: name the field of a record that holds its text."
         if self.tokenizer not in TOKENIZERS and not Path(self.tokenizer).exists():
-            yield (
-                f"tokenizer={self.tokenizer} is not one of {', '.join(TOKENIZERS)}, and there is "
-                f"no such file or folder in {Path.cwd()}.")
+            yield (f"tokenizer={self.tokenizer} is not one of {', '.join(TOKENIZERS)}, and there "
+                   f"is no such file or folder in {Path.cwd()}.")
 
     def mix_problems(self) -> Iterator[str]:
         # A mixture has no validation text of its own.
@@ -124,16 +109,16 @@ class DataConfig(SettingsBase):
             yield f"mix={self.mix}: {error}"
             return
         # The parts must be text, whose settings are valid.
-        for name, has in {"bin": "tokens", "chat": "conversations"}.items():
-            if name in names:
-                yield (f"mix={self.mix}: {name} has {has}, and a mixture is made of text: leave it "
-                       f"out.")
+        problems = []
         for name in names:
+            if name in ("bin", "chat"):
+                has = "tokens" if name == "bin" else "conversations"
+                problems.append(f"{name} has {has}, and a mixture is made of text: leave it out.")
             try:
-                problems = list(self.part(name).path_problems())
+                problems += self.part(name).path_problems()
             except ValueError as error:
-                problems = [f"{name} {error}."]
-            yield from (f"mix={self.mix}: {problem}" for problem in problems)
+                problems.append(f"{name} {error}.")
+        yield from (f"mix={self.mix}: {problem}" for problem in problems)
 
     def path_problems(self) -> Iterator[str]:
         name = "hub_name" if self.source == "hub" else "path"

@@ -14,22 +14,9 @@ from typing import NamedTuple
 
 from data.document import Document, SpecialToken
 from data.sources import Source
-from data.split import (
-    EXPECTED_DOCUMENTS,
-    LEAST_HELD_OUT,
-    Text,
-    choose_tails,
-    gives_tail,
-    held_out_fraction,
-    tail_length,
-)
+from data.split import Text, choose_tails, gives_tail, held_out_fraction, is_large, tail_length
 from progress import ProgressBar
 from terminal import counted
-
-# A corpus with less text than this is split with the lengths of all its documents known.
-KNOWN_CHARACTERS = 2**24
-# The most documents whose lengths are kept in memory.
-KNOWN_DOCUMENTS = 2**17
 
 
 class Piece(NamedTuple):
@@ -67,14 +54,9 @@ class Corpus:
         self.tails: dict[int, tuple[int, int]] = {}
         self.wanted = 0.0  # characters to hold out, if not all lengths are known
 
-        # Whether an end-of-text token follows each document.
-        if validation:
-            self.has_boundaries = self.has_several()
-        else:
-            self.has_boundaries = self.plan_split(val_fraction)
-        if not divisible:
-            # Also the end of a single document is marked.
-            self.has_boundaries = True
+        # Whether an end-of-text token follows each document. That of a single conversation, too.
+        has_several = self.has_several() if validation else self.plan_split(val_fraction)
+        self.has_boundaries = has_several or not divisible
 
     def plan_split(self, val_fraction: float) -> bool:
         """Read documents until it is clear how to split them. Returns whether there are several."""
@@ -215,15 +197,6 @@ class Corpus:
         if self.validation:
             text += f"; validation text: {self.validation.description()}"
         return text
-
-
-def is_large(documents: int, characters: int, val_fraction: float) -> bool:
-    """Whether a corpus of this size or more can be split by the hash of each document alone."""
-    if documents >= KNOWN_DOCUMENTS:
-        return True
-    return (characters >= KNOWN_CHARACTERS
-            and val_fraction * characters >= LEAST_HELD_OUT
-            and val_fraction * documents >= EXPECTED_DOCUMENTS)
 
 
 def measure(document: Document, update: Callable[[], None]) -> tuple[bytes, int]:

@@ -13,12 +13,18 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-from data.csv_records import DELIMITERS, csv_records
 from data.document import Document, cut_into_pieces
 from data.encodings import decoded
-from data.json_records import RecordReader, is_json_lines, json_records, text_of
 from data.parquet import parquet_texts
 from data.records import SUFFIXES, BadRecord
+from data.text_records import (
+    DELIMITERS,
+    RecordReader,
+    csv_records,
+    is_json_lines,
+    json_records,
+    text_of,
+)
 from data.unpack import COMPRESSIONS, decompressed, plain_name, reading
 
 

@@ -67,27 +67,23 @@ class PyDocs(Library):
     def texts(self) -> list[str]:
         """All of them, about 2 MB. Parsing takes seconds, so it is done once."""
         texts: list[str] = []
-        title = "Reading the standard library"
-        for path in ProgressBar(self.files, title, unit="files", leave=False):
+        for path in ProgressBar(self.files, "Reading the standard library", unit="files",
+                                leave=False):
             try:
                 tree = ast.parse(path.read_bytes())
             except (SyntaxError, ValueError):
                 # A template, or an example of broken code.
                 continue
+            # The help topics are the values of the dictionary in `topics = {...}`.
             if path.relative_to(self.folder).as_posix() == "pydoc_data/topics.py":
-                texts += help_topics(tree)
+                for node in tree.body:
+                    if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
+                        texts += ast.literal_eval(node.value).values()
             # The docstrings of the module, and of its classes and functions.
             for node in ast.walk(tree):
                 if isinstance(node, WITH_DOCSTRING):
                     texts.append(ast.get_docstring(node) or "")
         return [text for text in texts if text.strip()]
-
-
-def help_topics(tree: ast.Module) -> Iterator[str]:
-    """The values of the dictionary in `topics = {...}`."""
-    for node in tree.body:
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
-            yield from ast.literal_eval(node.value).values()
 
 
 class StdLib(Library):

@@ -24,15 +24,12 @@ SPLITS = ("train", "val")
 CHUNK = 2**22  # tokens that are counted or compared at a time
 
 
-def token_dtype(vocab_size: int) -> type[np.unsignedinteger]:
-    return np.uint16 if vocab_size <= 2**16 else np.uint32
-
-
 class ShardWriter:
     """Write a shard of one split. The file gets its name only when it is closed."""
 
     def __init__(self, path: Path, vocab_size: int) -> None:
-        self.path, self.vocab_size, self.dtype = path, vocab_size, token_dtype(vocab_size)
+        self.path, self.vocab_size = path, vocab_size
+        self.dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
         self.file: atomic.NewFile | None = None
         self.n_tokens = 0
 
@@ -55,7 +52,7 @@ class ShardWriter:
         """The header of a .npy file. NumPy pads it, so its size is the same for every length."""
         header = io.BytesIO()
         np.lib.format.write_array_header_1_0(header, {
-            "descr": np.dtype(self.dtype).str, "fortran_order": False, "shape": (self.n_tokens,)})
+            "descr": self.dtype.str, "fortran_order": False, "shape": (self.n_tokens,)})
         return header.getvalue()
 
     def close(self) -> list[dict[str, Any]]:
@@ -65,7 +62,7 @@ class ShardWriter:
         with self.file as file:
             file.replace_head(self.header())
         return [{"file": self.path.name, "offset": len(self.header()),
-                 "dtype": np.dtype(self.dtype).name, "tokens": self.n_tokens,
+                 "dtype": self.dtype.name, "tokens": self.n_tokens,
                  "sha256": sha256_of([self.path])[0]}]
 
 
@@ -86,8 +83,8 @@ class ShardFile:
         except FileNotFoundError:
             return
         # A replaced file does no harm, and an unchanged one needs no checksum.
-        replaced = not os.path.samestat(now, before)
-        if replaced or (now.st_size, now.st_mtime_ns) == (before.st_size, before.st_mtime_ns):
+        is_changed = (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns)
+        if not is_changed or not os.path.samestat(now, before):
             return
         if now.st_size != before.st_size or sha256_of([self.path]) != [self.sha256]:
             raise ValueError(f"{self.path} was overwritten while it was being read: restore the "
@@ -196,17 +193,16 @@ def check_shards(folder: Path, shards: list[dict[str, Any]]) -> None:
 
 def fingerprint_of(tokenizer_fingerprint: str, parts: list[dict[str, Any]]) -> str:
     """The fingerprint of tokens: the same for the same ids, order and tokenizer."""
+
+    def content_of(shard: dict[str, Any]) -> str:
+        # The checksum, and the type if no header in the file states it.
+        has_header = shard["offset"] or shard["dtype"] == "uint16"
+        return shard["sha256"] if has_header else f"{shard['sha256']} {shard['dtype']}"
+
     shards = []
     for part in parts:
-        shards.append([[content_of(shard) for shard in part[split]["shards"]] for split in SPLITS])
+        shards.append([list(map(content_of, part[split]["shards"])) for split in SPLITS])
     return hashlib.sha256(json.dumps([tokenizer_fingerprint, shards]).encode()).hexdigest()
-
-
-def content_of(shard: dict[str, Any]) -> str:
-    """The content of a shard: its checksum, and the type if no header in the file states it."""
-    if shard["offset"] or shard["dtype"] == "uint16":
-        return shard["sha256"]
-    return f"{shard['sha256']} {shard['dtype']}"
 
 
 def prepare_again(folder: Path) -> str:

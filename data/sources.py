@@ -11,6 +11,7 @@ import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Protocol
 
@@ -18,13 +19,12 @@ import atomic
 from data import find
 from data.chat import read_conversation
 from data.config import DataConfig
-from data.document import Document
+from data.document import Document, divide, unescaped
 from data.files import File
 from data.hub import Hub
 from data.library import PyDocs, StdLib
 from data.mixture import read_mix
 from data.records import JSON_SUFFIXES, SUFFIXES, skipped_records
-from data.separator import divide, unescaped
 from data.store import data_root, sha256_of
 from terminal import counted, say
 
@@ -49,17 +49,16 @@ class Source(Protocol):
 
 def open_source(config: DataConfig) -> Source:
     """The source that `config` names, which may be downloaded."""
-    if config.source == "pydocs":
-        return PyDocs()
-    if config.source == "stdlib":
-        return StdLib()
-    if config.source == "hub":
-        return Hub(config)
-    # The other sources are files.
-    path = config.path
-    if config.source == "shakespeare" and not path:
-        path = str(fetch(SHAKESPEARE_URL, SHAKESPEARE_SHA256))
-    return Files(path, config)
+    match config.source:
+        case "pydocs":
+            return PyDocs()
+        case "stdlib":
+            return StdLib()
+        case "hub":
+            return Hub(config)
+        case "shakespeare" if not config.path:
+            return Files(str(fetch(SHAKESPEARE_URL, SHAKESPEARE_SHA256)), config)
+    return Files(config.path, config)
 
 
 def open_validation(config: DataConfig) -> Source | None:
@@ -84,7 +83,7 @@ def open_sources(config: DataConfig) -> dict[str, Source]:
 
     # Settings that DataConfig cannot check, because it does not know the files.
     place = config.mix or config.path
-    kinds = {kind for source in sources.values() for kind in kinds_of(source)}
+    kinds = set(chain.from_iterable(map(kinds_of, sources.values())))
     if config.separator and "text" not in kinds:
         raise ValueError(
             f"data.separator={config.separator} divides plain text, and {place} holds only "
@@ -132,19 +131,16 @@ class Files:
         self.separator = unescaped(config.separator)
 
         # Newer settings are left out at their defaults, so that old fingerprints stay valid.
-        self.settings = f"files {config.text_field} {config.errors}"
-        if read:
-            self.settings = f"chat {config.errors}"
+        kind = "chat" if read else f"files {config.text_field}"
+        self.settings = f"{kind} {config.errors}"
         if self.separator:
             self.settings += f" {self.separator!r}"
         if config.encoding or config.on_bad_record != "stop":
             self.settings += f" {config.encoding} {config.on_bad_record}"
 
-        # For the progress of reading.
-        self.sizes = [file.path.stat().st_size for file in self.files]
-        self.total = sum(self.sizes)
-        self.current = self.files[0]
-        self.read_before = 0  # bytes in the files before the current one
+        # For the progress of reading: the bytes in all files, and in those before the current one.
+        self.total = sum(file.path.stat().st_size for file in self.files)
+        self.current, self.read_before = self.files[0], 0
 
     def fingerprint(self) -> str:
         """Changes with any byte of any file, and with the settings that change its documents."""
@@ -155,14 +151,14 @@ class Files:
         return digest.hexdigest()
 
     def documents(self) -> Iterator[Document]:
-        before = 0
-        for file, size in zip(self.files, self.sizes, strict=True):
-            self.current, self.read_before = file, before
+        n_read = 0
+        for file in self.files:
+            self.current, self.read_before = file, n_read
             if self.separator and file.kind == "text":
                 yield from divide(file.text_pieces, self.separator)
             else:
                 yield from file.documents()
-            before += size
+            n_read += file.position()
 
     def fraction(self) -> float:
         return (self.read_before + self.current.position()) / max(1, self.total)

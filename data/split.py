@@ -7,6 +7,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+# A corpus with less text than this is split with the lengths of all its documents known.
+KNOWN_CHARACTERS = 2**24
+# The most documents whose lengths are kept in memory.
+KNOWN_DOCUMENTS = 2**17
 LEAST_HELD_OUT = 2**14  # characters
 # The largest fraction that is held out to reach LEAST_HELD_OUT.
 LARGEST_SHARE = 0.1
@@ -37,6 +41,14 @@ def held_out_fraction(val_fraction: float, characters: int, documents: int | Non
     if documents:
         least = max(least, EXPECTED_DOCUMENTS / documents)
     return max(val_fraction, min(LARGEST_SHARE, least))
+
+
+def is_large(documents: int, characters: int, val_fraction: float) -> bool:
+    """Whether a corpus of this size or more can be split by the hash of each document alone."""
+    if documents >= KNOWN_DOCUMENTS:
+        return True
+    return (characters >= KNOWN_CHARACTERS and val_fraction * characters >= LEAST_HELD_OUT
+            and val_fraction * documents >= EXPECTED_DOCUMENTS)
 
 
 def choose_tails(texts: list[Text], val_fraction: float,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import json
 import os
 import time
@@ -54,8 +55,7 @@ def sha256_of(paths: list[Path]) -> list[str]:
     before = dict(known)
 
     # Hash the files that are new or have changed.
-    digests = []
-    total = sum(path.stat().st_size for path in paths)
+    digests, total = [], sum(path.stat().st_size for path in paths)
     with ProgressBar(desc="Checking files", total=total, unit="B", unit_scale=True, leave=False,
                      delay=2) as bar:
         for path in paths:
@@ -121,20 +121,19 @@ def make_once(folder: Path, make: Callable[[Path], None]) -> None:
     if folder.is_dir():
         return
     with advice_on_disk_errors(folder.parent):
-        lock_path = folder.with_name(f".lock-{folder.name}")
-        lock = wait_for(lock_path)
+        lock = wait_for(lock_of(folder))
         try:
             # The process that had the lock before may have made it.
             if not folder.is_dir():
                 fill(folder, make)
         finally:
-            lock_path.unlink(missing_ok=True)
+            lock_of(folder).unlink(missing_ok=True)
             lock.release()
 
 
-def in_use(building: Path) -> bool:
-    """Whether a process is filling the folder."""
-    return locks.is_locked(building.with_name(f".lock-{building.name.removeprefix(BUILDING)}"))
+def lock_of(folder: Path) -> Path:
+    """The lock of a folder, which has the same one while it is unfinished."""
+    return folder.with_name(f".lock-{folder.name.removeprefix(BUILDING)}")
 
 
 def fill(folder: Path, make: Callable[[Path], None]) -> None:
@@ -159,14 +158,12 @@ def remove_partial_files(folder: Path) -> None:
 
 
 def wait_for(path: Path) -> locks.Lock:
-    waiting = False
-    while True:
+    for attempt in itertools.count():
         try:
             return locks.Lock(path, f"process {os.getpid()}")
         except BlockingIOError as error:
-            if not waiting:
+            if attempt == 0:
                 say(f"Waiting for {error.strerror}, which prepares the same tokens.")
-            waiting = True
             time.sleep(0.2)
 
 
@@ -176,12 +173,12 @@ def advice_on_disk_errors(root: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        # Reading a source can fail, too: an error about another path keeps its message.
         reason = os.strerror(error.errno or 0)
-        inside = error.filename is None or Path(os.fsdecode(error.filename)).is_relative_to(root)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OSError(f"{root} is full ({reason}): free some space, and the same command "
                           f"resumes; or set NANOHYDRA_DATA to a folder on another disk.") from None
+        # Reading a source can fail, too: an error about another path keeps its message.
+        inside = error.filename is None or Path(os.fsdecode(error.filename)).is_relative_to(root)
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and inside:
             raise OSError(f"{root} is not writable ({reason}): set NANOHYDRA_DATA to a folder "
                           f"that is.") from None

@@ -10,18 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from data.bpe import LONGEST_TOKEN, MOST_SPECIAL, PUBLISHED, PUBLISHED_SIZES, BPETokenizer
-from data.from_hugging_face import from_hugging_face
+from data.hugging_face import from_hugging_face
 from data.patterns import KNOWN
-from data.tokenizer import (
-    END_OF_TEXT,
-    ENDS_OF_TEXT,
-    ByteTokenizer,
-    CharTokenizer,
-    ExtendedTokenizer,
-    Tokenizer,
-)
+from data.tokenizer import ENDS_OF_TEXT, ByteTokenizer, CharTokenizer, ExtendedTokenizer, Tokenizer
 
 LARGEST_FILE = 2**26  # bytes
+SURROGATES = "[\ud800-\udfff]"
 
 
 def from_json(saved: dict[str, Any], place: str) -> Tokenizer:
@@ -37,8 +31,8 @@ def from_json(saved: dict[str, Any], place: str) -> Tokenizer:
         case {"kind": str(name), **rest} if name in PUBLISHED and not rest:
             return BPETokenizer.published(name)
         case {"kind": "char", "characters": str(characters), "end_of_text": bool(with_end), **rest}:
-            encodable = not re.search("[\ud800-\udfff]", characters)
-            if encodable and not rest and list(characters) == sorted(set(characters)):
+            is_sorted = list(characters) == sorted(set(characters))
+            if is_sorted and not rest and not re.search(SURROGATES, characters):
                 return CharTokenizer(characters, with_end)
         case {"kind": "bpe", "pattern": pattern, "ranks": list(encoded), **rest}:
             ranks = decode_ranks(encoded)
@@ -54,25 +48,24 @@ def from_json(saved: dict[str, Any], place: str) -> Tokenizer:
 def are_words(words: list[Any]) -> bool:
     """Whether the names of special tokens are distinct texts that UTF-8 can encode."""
     for word in words:
-        if not isinstance(word, str) or not word or re.search("[\ud800-\udfff]", word):
+        if not isinstance(word, str) or not word or re.search(SURROGATES, word):
             return False
     return len(set(words)) == len(words)
 
 
 def are_options(options: dict[str, Any], ranks: list[bytes]) -> bool:
     """Whether these are valid arguments of `BPETokenizer.from_ranks`."""
-    # The ids of special tokens are distinct, are not those of merged tokens, and include the end.
-    default = {"special": {END_OF_TEXT: len(ranks)}, "in_text": [], "normalizer": ""}
+    default = {"special": {ENDS_OF_TEXT[0]: len(ranks)}, "in_text": [], "normalizer": ""}
     match default | options:
-        case {"special": dict(special), "in_text": list(in_text),
-              "normalizer": "" | "NFC", **rest} if not rest:
+        case {"special": dict(special), "in_text": list(in_text), "normalizer": "" | "NFC", **rest}:
+            # The ids of special tokens are not those of merged tokens, and include the end of text.
             free = {rank for rank, token in enumerate(ranks) if not token}
             free |= set(range(len(ranks), len(ranks) + MOST_SPECIAL))
             ids = list(special.values())
+            are_ids = all(type(token) is int for token in ids) and set(ids) <= free
             has_end = not special.keys().isdisjoint(ENDS_OF_TEXT)
-            return (are_words(list(special)) and all(type(token) is int for token in ids)
-                    and len(set(ids)) == len(ids) and set(ids) <= free and has_end
-                    and are_words(in_text) and set(in_text) <= set(special))
+            return (not rest and are_words(list(special)) and are_words(in_text) and are_ids
+                    and len(set(ids)) == len(ids) and has_end and set(in_text) <= set(special))
     return False
 
 

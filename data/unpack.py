@@ -41,18 +41,14 @@ def reading(path: Path) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno is not None:
             raise ValueError(f"{path} cannot be read ({error.strerror}).") from None
         # zstandard is optional, so its exception class cannot be named here.
-        if isinstance(error, DAMAGE) or type(error).__name__ == "ZstdError":
-            raise damaged(path, error) from None
-        raise
-
-
-def damaged(path: Path, error: Exception) -> ValueError:
-    reason = str(error)
-    if "too much memory" in reason or "emory usage limit" in reason:
-        return ValueError(
-            f"{path} is damaged, or needs more memory to decompress than is allowed for a file of "
-            f"its size: compress it again with default settings.")
-    return ValueError(f"{path} is damaged or truncated ({reason}).")
+        if not isinstance(error, DAMAGE) and type(error).__name__ != "ZstdError":
+            raise
+        reason = str(error)
+        if "too much memory" in reason or "emory usage limit" in reason:
+            raise ValueError(f"{path} is damaged, or needs more memory to decompress than is "
+                             f"allowed for a file of its size: compress it again with default "
+                             f"settings.") from None
+        raise ValueError(f"{path} is damaged or truncated ({reason}).") from None
 
 
 def plain_name(path: Path) -> str:
@@ -67,26 +63,25 @@ def decompressed(raw: BinaryIO, path: Path) -> BinaryIO:
 
     Raises ValueError if this needs a package that is not installed.
     """
-    # Python's own streams, where they need little memory.
-    ending = path.suffix.lower()
-    if ending == ".gz":
-        return gzip.GzipFile(fileobj=raw)
-    if ending == ".bz2":
-        return bz2.BZ2File(raw)
-    if ending not in COMPRESSIONS:
-        return raw
     # .xz and .zst need as much memory as the file says, up to a limit.
     window = WINDOW_PER_BYTE * os.fstat(raw.fileno()).st_size
     window = min(max(window, LEAST_WINDOW), LARGEST_WINDOW)
-    if ending == ".xz":
-        new_decompressor = partial(lzma.LZMADecompressor, memlimit=window)
-    else:
-        try:
-            import zstandard
-        except ImportError:
-            raise ValueError(
-                f"{path}: reading .zst needs zstandard: pip install zstandard.") from None
-        new_decompressor = zstandard.ZstdDecompressor(max_window_size=window).decompressobj
+    match path.suffix.lower():
+        case ".gz":
+            return gzip.GzipFile(fileobj=raw)
+        case ".bz2":
+            return bz2.BZ2File(raw)
+        case ".xz":
+            new_decompressor = partial(lzma.LZMADecompressor, memlimit=window)
+        case ".zst":
+            try:
+                import zstandard
+            except ImportError:
+                raise ValueError(f"{path}: reading .zst needs zstandard: pip install "
+                                 f"zstandard.") from None
+            new_decompressor = zstandard.ZstdDecompressor(max_window_size=window).decompressobj
+        case _:
+            return raw
     frames = decompress_frames(raw, new_decompressor)
     return io.BufferedReader(BlockStream(frames), buffer_size=2**16)
 
@@ -99,14 +94,14 @@ def decompress_frames(raw: BinaryIO, new_decompressor: Callable[[], Any]) -> Ite
     frame = new_decompressor()
     while block := raw.read(INPUT_BYTES):
         while block:
-            if frame.eof:
-                # Zeros between frames are padding.
-                block = block.lstrip(b"\0")
-                if not block:
-                    break
+            if not frame.eof:
+                yield frame.decompress(block)
+                block = frame.unused_data
+                continue
+            # Another frame follows. Zeros between frames are padding.
+            block = block.lstrip(b"\0")
+            if block:
                 frame = new_decompressor()
-            yield frame.decompress(block)
-            block = frame.unused_data
     if not frame.eof:
         raise EOFError("its last frame has no end")
 
@@ -123,11 +118,8 @@ class BlockStream(io.RawIOBase):
 
     def readinto(self, buffer: memoryview) -> int:
         # An empty block is not the end.
-        while not self.rest:
-            block = next(self.blocks, None)
-            if block is None:
-                return 0
-            self.rest = memoryview(block)
+        if not self.rest:
+            self.rest = memoryview(next(filter(None, self.blocks), b""))
         size = min(len(buffer), len(self.rest))
         buffer[:size] = self.rest[:size]
         self.rest = self.rest[size:]

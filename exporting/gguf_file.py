@@ -15,8 +15,8 @@ from torch import Tensor
 
 from checkpointing.weights import Weights
 from data.bpe import BPETokenizer
+from data.hugging_face import to_hugging_face
 from data.patterns import CL100K_TIKTOKEN, GPT2, GPT2_TIKTOKEN, LLAMA3, O200K, PATTERN, QWEN2
-from data.to_hugging_face import to_hugging_face
 from data.tokenizer import ExtendedTokenizer, Tokenizer
 from exporting.check import our_logits
 from model import GPTConfig

@@ -20,7 +20,7 @@ import atomic
 from checkpointing.snapshot import safetensors_chunks
 from checkpointing.weights import Weights
 from data.chat import END, JINJA, has_markers
-from data.to_hugging_face import to_hugging_face
+from data.hugging_face import to_hugging_face
 from data.tokenizer import Tokenizer
 from exporting.check import compared_positions, our_logits
 from model import GPTConfig

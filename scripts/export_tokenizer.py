@@ -40,7 +40,7 @@ import atomic
 from checkpointing import store
 from checkpointing.find_runs import find_run
 from checkpointing.weights import tokenizer_of
-from data.to_hugging_face import to_hugging_face
+from data.hugging_face import to_hugging_face
 from terminal import say
 
 

@@ -18,7 +18,7 @@ from data.config import TOKENIZERS, DataConfig
 from data.find import walk
 from data.prepare import PROGRESS
 from data.shards import read_meta
-from data.store import BUILDING, data_root, in_use
+from data.store import BUILDING, data_root, lock_of
 from terminal import readable_size, say
 
 # The names of folders of prepared tokens, complete and unfinished, and of the files in them.
@@ -103,7 +103,7 @@ def why_kept(folder: Path, unfinished: bool, users: dict[str, list[str]]) -> str
     if foreign:
         return f"which has a file that prepared tokens do not have: {foreign[0]}"
     if unfinished:
-        return "which is being prepared" if in_use(folder) else ""
+        return "which is being prepared" if locks.is_locked(lock_of(folder)) else ""
     try:
         tokens = read_meta(folder)["fingerprint"][:12]
     except ValueError:

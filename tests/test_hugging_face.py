@@ -11,9 +11,8 @@ from test_tokenizer import EVERY_CHARACTER, SCRIPTS, TEXT, train_bpe
 
 from data import patterns
 from data.bpe import BPETokenizer
-from data.from_hugging_face import from_hugging_face
-from data.nfc import normalized
-from data.to_hugging_face import to_hugging_face
+from data.hugging_face import from_hugging_face, to_hugging_face
+from data.patterns import normalized
 from data.tokenizer import END_OF_TEXT, ByteTokenizer, CharTokenizer, ExtendedTokenizer
 from data.tokenizer_json import fingerprint, from_json
 

@@ -305,7 +305,7 @@ def test_much_text_is_split_without_knowing_all_of_it(corpus, monkeypatch, known
     """By the hash of each document; a document that is much longer than the others gives its tail."""
     if not known:
         for name in ("KNOWN_CHARACTERS", "LEAST_HELD_OUT"):
-            monkeypatch.setattr(f"data.corpus.{name}", 1)
+            monkeypatch.setattr(f"data.split.{name}", 1)
     texts = ["A long book. " * 10_000, *MANY]
     folder = prepare(corpus(texts, val_fraction=0.1))
     train, val = documents(folder, "train"), documents(folder, "val")

@@ -24,7 +24,7 @@ from checkpointing.weight_files import read_safetensors
 from checkpointing.weights_check import check
 from conf.schema import compose
 from data.bpe import BPETokenizer
-from data.to_hugging_face import to_hugging_face
+from data.hugging_face import to_hugging_face
 from data.tokenizer import ByteTokenizer, CharTokenizer
 from generation import open_weights
 from model import GPT, GPTConfig

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import csv_records, encodings, files, json_records, records
+from data import encodings, files, records, text_records
 from data.parquet import batch_rows, parquet_texts
 
 TEXTS = ["one", "two\nlines, with a comma", 'a "quote"', "žluťoučký 🐎", "\ttab", "[1, 2]"]
@@ -171,8 +171,8 @@ def test_an_array_is_read_the_same_whatever_its_blocks(many, size, escaped):
         ensure_ascii=escaped,
     )
     blocks = (content[start : start + size] for start in range(0, len(content), size))
-    field_text = functools.partial(json_records.text_of, field="text")
-    found = [text for text in json_records.json_records(blocks, ".json", field_text, "a.json") if isinstance(text, str)]
+    field_text = functools.partial(text_records.text_of, field="text")
+    found = [text for text in text_records.json_records(blocks, ".json", field_text, "a.json") if isinstance(text, str)]
     expected = [one.get("text", "x") if isinstance(one, dict) else one for one in many]
     assert found == [records.well_formed(one) for one in expected if isinstance(one, str)]
 
@@ -225,8 +225,7 @@ def test_a_single_object_over_lines_is_told_what_is_read(tmp_path):
     ],
 )
 def test_a_record_that_is_too_long_is_refused(tmp_path, monkeypatch, name, content):
-    for module in (records, json_records, csv_records):
-        monkeypatch.setattr(module, "RECORD_BYTES", 2**20)
+    monkeypatch.setattr(records, "RECORD_BYTES", 2**20)
     monkeypatch.setattr(encodings, "BLOCK", 2**16)
     (tmp_path / name).write_text(content("x" * 2**21))
     with pytest.raises(ValueError, match="longer than 1 MB, the limit for one record"):
@@ -287,8 +286,7 @@ def test_blank_lines_before_the_header_count_as_lines(tmp_path):
 
 
 def test_the_limit_of_a_record_is_not_one_of_the_file(tmp_path, monkeypatch):
-    for module in (records, json_records, csv_records):
-        monkeypatch.setattr(module, "RECORD_BYTES", 100)
+    monkeypatch.setattr(records, "RECORD_BYTES", 100)
     (tmp_path / "a.csv").write_text("text\n" + f"{'x' * 90}\n" * 10)
     (tmp_path / "a.jsonl").write_text(f'{{"text": "{"x" * 80}"}}\n' * 10)
     assert len(read(tmp_path / "a.csv")) == len(read(tmp_path / "a.jsonl")) == 10

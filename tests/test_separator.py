@@ -7,9 +7,9 @@ import random
 
 import pytest
 
-from data import separator
+from data import document
 from data.config import DataConfig
-from data.separator import divide, unescaped
+from data.document import divide, unescaped
 from data.sources import Files, open_sources
 
 
@@ -46,7 +46,7 @@ def test_a_text_is_divided_wherever_its_pieces_end(text, between, documents, lin
 
 
 def test_a_document_larger_than_memory_is_read_again(monkeypatch):
-    monkeypatch.setattr(separator, "IN_MEMORY", 100)
+    monkeypatch.setattr(document, "IN_MEMORY", 100)
     monkeypatch.setattr("data.document.PIECE", 50)
     draw = random.Random(0)
     texts = ["word " * draw.randint(1, 80) for _ in range(30)]

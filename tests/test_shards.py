@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.shards import ShardWriter, Tokens, check, read_meta, token_dtype, write_meta
+from data.shards import ShardWriter, Tokens, check, read_meta, write_meta
 
 
 def write_shards(folder: Path, arrays: list[list[int]], split: str = "train", vocab_size: int = 1000) -> list[Path]:
@@ -32,7 +32,7 @@ def write_shards(folder: Path, arrays: list[list[int]], split: str = "train", vo
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(257, np.uint16), (65_536, np.uint16), (65_537, np.uint32)])
 def test_tokens_take_two_bytes_if_the_vocabulary_allows(tmp_path, vocab_size, dtype):
-    assert token_dtype(vocab_size) is dtype
+    assert ShardWriter(Path(), vocab_size).dtype == dtype
     [path] = write_shards(tmp_path, [[0, vocab_size - 1]], vocab_size=vocab_size)
     assert np.load(path).dtype == dtype
     assert Tokens.open(tmp_path, "train").read(np.arange(2)).tolist() == [0, vocab_size - 1]

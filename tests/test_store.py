@@ -13,8 +13,9 @@ from types import SimpleNamespace
 import pytest
 
 import atomic
+import locks
 from data import store
-from data.store import in_use, make_once, sha256_of
+from data.store import lock_of, make_once, sha256_of
 
 
 @pytest.fixture
@@ -189,13 +190,13 @@ def test_making_leaves_no_file_open(tmp_path):
     descriptors = len(os.listdir("/dev/fd"))
     for name in "abc":
         make_once(tmp_path / name, lambda partial: (partial / "x.json").write_text("1"))
-        assert not in_use(tmp_path / f".building-{name}")
+        assert not locks.is_locked(lock_of(tmp_path / f".building-{name}"))
     assert len(os.listdir("/dev/fd")) == descriptors
 
 
 def test_the_lock_file_of_a_dead_process_is_not_in_use(tmp_path):
     (tmp_path / ".lock-a").write_text("process 1")
-    assert [in_use(tmp_path / ".building-a") for _ in range(3)] == [False] * 3
+    assert [locks.is_locked(lock_of(tmp_path / ".building-a")) for _ in range(3)] == [False] * 3
 
 
 @pytest.mark.parametrize(("number", "words"), [

@@ -27,8 +27,8 @@ from checkpointing import store
 from checkpointing.weights import tokenizer_of
 from conf.schema import ConfigError, compose
 from data.bpe import LONGEST_WORD, PUBLISHED, BPETokenizer, with_few_words
+from data.hugging_face import to_hugging_face
 from data.patterns import PATTERN
-from data.to_hugging_face import to_hugging_face
 from data.tokenizer import (
     END_OF_TEXT,
     ByteTokenizer,

@@ -12,9 +12,9 @@ from test_tokenizer import TEXT, train_bpe
 
 from conf.schema import ConfigError, compose
 from data.config import DataConfig
+from data.hugging_face import to_hugging_face
 from data.prepare import load_tokenizer, prepare
 from data.shards import read_meta
-from data.to_hugging_face import to_hugging_face
 from data.tokenizer_json import fingerprint, open_tokenizer
 from scripts.plan import describe_data
 from scripts.unused_tokens import COMPLETE

@@ -1,7 +1,11 @@
-"""The texts in JSON Lines and in a JSON array, with one record in memory at a time."""
+"""The texts in JSON Lines, in a JSON array, and in a column of CSV or TSV.
+
+One record is in memory at a time.
+"""
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 from collections.abc import Callable, Iterator
@@ -9,19 +13,11 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from data.records import (
-    MISSING,
-    RECORD_BYTES,
-    BadRecord,
-    as_text,
-    lines_of,
-    listed,
-    look_up,
-    too_long,
-    type_name,
-    well_formed,
-)
+from data import records
+from data.records import BadRecord, lines_of
+from terminal import counted
 
+DELIMITERS = {".csv": ",;\t|", ".tsv": "\t"}
 # Makes a text or a document of a JSON record, whose place is given for messages.
 RecordReader = Callable[[Any, str], Any]
 
@@ -29,14 +25,14 @@ RecordReader = Callable[[Any, str], Any]
 def text_of(record: Any, place: str, field: str) -> str | BadRecord:
     """The text of a JSON record: its `field`, or the record itself if it is a string."""
     if isinstance(record, str):
-        return well_formed(record)
+        return records.well_formed(record)
     if not isinstance(record, dict):
-        return BadRecord(f"{place} is not a record with fields (it is {type_name(record)})")
-    value = look_up(record, field)
-    if value is MISSING:
-        fields = f"its fields are {listed(record)}" if record else "it has no fields"
+        return BadRecord(f"{place} is not a record with fields (it is {records.type_name(record)})")
+    value = records.look_up(record, field)
+    if value is records.MISSING:
+        fields = f"its fields are {records.listed(record)}" if record else "it has no fields"
         return BadRecord(f"{place} has no field {field} ({fields})", "set data.text_field=NAME")
-    return as_text(value, field, place)
+    return records.as_text(value, field, place)
 
 
 def json_records(blocks: Iterator[str], kind: str, read: RecordReader, path: Path) -> Iterator[Any]:
@@ -101,8 +97,8 @@ def json_array(blocks: Iterator[str], read: RecordReader, path: Path) -> Iterato
             if not more:
                 place = f"{path}, record {number + 1}"
                 raise ValueError(f"{place} is not JSON ({reason_of(error)}).") from None
-            if len(text) > RECORD_BYTES:
-                raise too_long(f"{path}, record {number + 1}") from None
+            if len(text) > records.RECORD_BYTES:
+                raise records.too_long(f"{path}, record {number + 1}") from None
             text += more
             # Each attempt starts at the beginning of the element. Doubling keeps the time linear.
             n_blocks *= 2
@@ -110,7 +106,7 @@ def json_array(blocks: Iterator[str], read: RecordReader, path: Path) -> Iterato
 
         # An element was read, or the end of the array.
         n_blocks = 1
-        if record is not MISSING:
+        if record is not records.MISSING:
             number += 1
             yield read(record, f"record {number}")
         start = end
@@ -123,11 +119,11 @@ def json_array(blocks: Iterator[str], read: RecordReader, path: Path) -> Iterato
 def array_element(text: str, start: int) -> tuple[Any, int]:
     """The element of an array at `start`, and where the next one starts.
 
-    MISSING at the end of the array. Raises ValueError if the element is incomplete.
+    records.MISSING at the end of the array. Raises ValueError if the element is incomplete.
     """
     start = skip_blanks(text, start)
     if text[start : start + 1] == "]":
-        return MISSING, start + 1
+        return records.MISSING, start + 1
     record, end = json.JSONDecoder().raw_decode(text, start)
     end = skip_blanks(text, end)
     if text[end : end + 1] not in (",", "]"):
@@ -145,3 +141,73 @@ def may_be_cut(error: ValueError | RecursionError) -> bool:
         return False
     # The longest words are -Infinity and escapes such as \u00e9.
     return error.msg.startswith("Unterminated string") or len(error.doc.rstrip()) - error.pos < 10
+
+
+# CSV
+
+
+def csv_records(blocks: Iterator[str], kind: str, field: str,
+                path: Path) -> Iterator[str | BadRecord]:
+    """The text of each row of CSV or TSV, whose first row names the columns.
+
+    Blank lines are skipped. Raises ValueError if there is no such column.
+    """
+    csv.field_size_limit(records.RECORD_BYTES)
+    row_size = 0
+
+    def counted_lines() -> Iterator[str]:
+        nonlocal row_size
+        # Lines can end with \r alone.
+        for number, line in enumerate(lines_of(blocks, "", path), 1):
+            row_size += len(line)
+            if row_size > records.RECORD_BYTES:
+                raise records.too_long(f"{path}: the record on line {number}")
+            yield line
+
+    # Blank lines before the header could not be told from rows with one empty field.
+    lines = counted_lines()
+    n_blank, first = 0, next(lines, "")
+    while first.isspace():
+        n_blank, first = n_blank + 1, next(lines, "")
+    delimiter = delimiter_of(first, kind, field)
+    rows = csv.reader(chain([first], lines), delimiter=delimiter, strict=True)
+
+    # The first row is the header. An invalid row does not end the file.
+    n_columns = 0
+    while True:
+        row_size, line = 0, n_blank + rows.line_num + 1
+        try:
+            row = next(rows, None)
+        except csv.Error as error:
+            yield BadRecord(f"line {line} is not {kind[1:].upper()} ({error})")
+            continue
+        if row is None:
+            return
+        if not row:
+            continue
+        if not n_columns:
+            n_columns, column = len(row), column_of(field, row, path)
+        elif len(row) != n_columns:
+            yield BadRecord(
+                f"line {line} has {counted(len(row), 'field')} and the header has {n_columns:,}")
+        else:
+            yield records.well_formed(row[column])
+
+
+def column_of(field: str, header: list[str], path: Path) -> int:
+    """The index of the column `field`. Raises ValueError unless there is exactly one."""
+    names = [name.strip() for name in header]
+    if field not in names:
+        raise records.no_field(str(path), field, names)
+    if names.count(field) > 1:
+        raise ValueError(f"{path} has several columns {field}: rename all but one.")
+    return names.index(field)
+
+
+def delimiter_of(first: str, kind: str, field: str) -> str:
+    """The delimiter that makes `field` a column name in the first line, or else the usual one."""
+    for delimiter in DELIMITERS[kind]:
+        names = next(csv.reader([first], delimiter=delimiter), [])
+        if field in [name.strip() for name in names]:
+            return delimiter
+    return DELIMITERS[kind][0]

@@ -1,16 +1,17 @@
-"""Read a tokenizer from Hugging Face's `tokenizer.json` (tokenizers, transformers).
+"""Read and write tokenizers as Hugging Face's `tokenizer.json` (tokenizers, transformers).
 
-Needs neither package. Reads no files.
+Needs neither package. Reads and writes no files.
 """
 
 from __future__ import annotations
 
 import json
+import math
+from itertools import count, pairwise
 from typing import Any
 
 from data.bpe import LONGEST_TOKEN, MOST_SPECIAL, BPETokenizer
-from data.patterns import BY_ONIGURUMA, GPT2
-from data.to_hugging_face import byte_letters, halves, to_hugging_face
+from data.patterns import BY_ONIGURUMA, GPT2, for_oniguruma
 from data.tokenizer import (
     END_OF_TEXT,
     ENDS_OF_TEXT,
@@ -20,10 +21,108 @@ from data.tokenizer import (
     Tokenizer,
 )
 
-# The fields of a BPE model whose other values are not supported, with the supported ones.
-PLAIN_BPE: dict[str, tuple[Any, ...]] = {
-    "dropout": (None, 0, 0.0), "continuing_subword_prefix": (None, ""),
-    "end_of_word_suffix": (None, ""), "fuse_unk": (None, False), "byte_fallback": (None, False)}
+BYTES = [bytes((value,)) for value in range(256)]
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False,
+              "use_regex": False}
+EACH_CHARACTER = r"[\s\S]"
+# The fields of a BPE model that must be empty, null, zero or false.
+UNSUPPORTED = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk",
+               "byte_fallback")
+
+
+def to_hugging_face(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The content of a tokenizer.json that gives the same ids as `tokenizer`.
+
+    One difference: special tokens in a text are encoded as such, unless the program that loads the
+    file sets `encode_special_tokens = True`. Unknown characters are an error there too.
+    Raises ValueError for ranks that no training gives.
+    """
+    base = tokenizer.base if isinstance(tokenizer, ExtendedTokenizer) else tokenizer
+    decoder, normalizer, in_text = BYTE_LEVEL, None, ()
+
+    # How a text is split, and the model that makes ids of the pieces.
+    if isinstance(base, CharTokenizer):
+        pre_tokenizers, decoder = [split(EACH_CHARACTER)], {"type": "Fuse"}
+        # Unknown characters map to "unk_token"; without an id, that is an error.
+        vocab = {character: token for token, character in enumerate(base.characters)}
+        model = {"type": "WordLevel", "vocab": vocab, "unk_token": ""}
+    elif isinstance(base, BPETokenizer):
+        pre_tokenizers = [split(for_oniguruma(base.pattern)), BYTE_LEVEL]
+        model, in_text = byte_pairs(base.ranks()), base.in_text
+        if base.normalizer:
+            normalizer = {"type": base.normalizer}
+    else:
+        pre_tokenizers, model = [BYTE_LEVEL], byte_pairs(BYTES)
+
+    # Special tokens are not split. They take their ids from the vocabulary, which allows unused ids
+    # below them.
+    special = dict(sorted(tokenizer.special.items(), key=lambda item: item[1]))
+    model["vocab"] |= special
+    added_tokens = []
+    for word, token in special.items():
+        added_tokens.append({"id": token, "content": word, "single_word": False, "lstrip": False,
+                             "rstrip": False, "normalized": False, "special": word not in in_text})
+    return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added_tokens,
+            "normalizer": normalizer,
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": pre_tokenizers},
+            "post_processor": None, "decoder": decoder, "model": model}
+
+
+def split(pattern: str) -> dict[str, Any]:
+    """Split a text into the matches of `pattern`."""
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
+def byte_pairs(ranks: list[bytes]) -> dict[str, Any]:
+    """A BPE model that merges like tiktoken with these ranks."""
+    letters = byte_letters()
+
+    def written(token: bytes) -> str:
+        return "".join(map(letters.__getitem__, token))
+
+    rank_of = {token: rank for rank, token in enumerate(ranks) if token}
+    merges = []
+    for token in rank_of:
+        if len(token) > 1:
+            parts = halves(token, rank_of)
+            if len(parts) > 2:
+                raise ValueError(f"The tokenizer cannot be exported: its token {token!r} is not a "
+                                 f"pair of tokens with lower ids.")
+            # Lists of two, because "#version ..." in a single string is read as a comment.
+            merges.append([written(half) for half in parts])
+    return {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+            "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": {written(token): rank for token, rank in rank_of.items()}, "merges": merges}
+
+
+def byte_letters() -> list[str]:
+    """GPT-2's letter for each byte: itself if it is visible, else the next one from 256 on."""
+    letters, free = [], count(256)
+    for byte in range(256):
+        is_visible = chr(byte).isprintable() and chr(byte) != " "
+        letters.append(chr(byte if is_visible else next(free)))
+    return letters
+
+
+def halves(token: bytes, rank_of: dict[bytes, int]) -> list[bytes]:
+    """The two tokens that were merged into `token`: those before the last merge of encoding it.
+
+    More than two if none were.
+    """
+    # Merge the pair with the lowest id, until two parts are left.
+    parts = [token[i : i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        ranks = [rank_of.get(left + right, math.inf) for left, right in pairwise(parts)]
+        rank = min(ranks)
+        if rank > rank_of[token]:
+            break
+        place = ranks.index(rank)
+        parts[place : place + 2] = [parts[place] + parts[place + 1]]
+    return parts
+
+
+# Read one
 
 
 def from_hugging_face(content: Any, place: str) -> Tokenizer:
@@ -88,8 +187,8 @@ def byte_level_bpe(content: dict[str, Any], vocab: dict[str, int],
     model = content["model"]
     if model["type"] != "BPE":
         raise Unsupported(f"its model is {model['type']}")
-    for name, supported in PLAIN_BPE.items():
-        if model.get(name) not in supported:
+    for name in UNSUPPORTED:
+        if model.get(name):
             raise Unsupported(f"its model has {name}={model[name]}")
 
     # The steps before the model, and its tokens in the order of their merges.
@@ -99,7 +198,7 @@ def byte_level_bpe(content: dict[str, Any], vocab: dict[str, int],
     ranks = ranks_of(vocab, model["merges"])
 
     # The 256 bytes without merges are how a ByteTokenizer is exported.
-    if ranks == [bytes((value,)) for value in range(256)] and not normalizer and not in_text:
+    if ranks == BYTES and not normalizer and not in_text:
         plain = with_added(ByteTokenizer(), special)
         if plain.special == special:
             return plain
@@ -148,20 +247,18 @@ def pattern_of(content: dict[str, Any] | None) -> str:
 
 def tokens_in_text(added: list[dict[str, Any]], is_normalized: bool) -> list[str]:
     """The added tokens that are also found inside a text."""
-    found = []
-    for one in added:
-        if one.get("special"):
-            continue
-        flags = [name for name in ("single_word", "lstrip", "rstrip") if one.get(name)]
-        if is_normalized and one.get("normalized"):
-            flags.append("normalized")
-        if flags:
-            raise Unsupported(f"its added token {one['content']!r} has {flags[0]}=true")
+    in_text = [one for one in added if not one.get("special")]
+    names = ["single_word", "lstrip", "rstrip"]
+    if is_normalized:
+        names.append("normalized")
+    for one in in_text:
+        for name in names:
+            if one.get(name):
+                raise Unsupported(f"its added token {one['content']!r} has {name}=true")
         # A long text is encoded in pieces, which may end before a blank or after a line end.
         if any(letter.isspace() for letter in one["content"]):
             raise Unsupported(f"its added token {one['content']!r} contains white space")
-        found.append(one["content"])
-    return found
+    return [one["content"] for one in in_text]
 
 
 def ranks_of(vocab: dict[str, int], merges: list[Any]) -> list[bytes]:
@@ -175,9 +272,9 @@ def ranks_of(vocab: dict[str, int], merges: list[Any]) -> list[bytes]:
         rank_of[bytes(map(byte_of.__getitem__, word))] = rank
 
     # Every text can be encoded, and no token is too long.
-    missing = [value for value in range(256) if bytes((value,)) not in rank_of]
+    missing = set(BYTES) - rank_of.keys()
     if missing:
-        raise Unsupported(f"it has no token for the byte {missing[0]}")
+        raise Unsupported(f"it has no token for the byte {min(missing)[0]}")
     longest = max(rank_of, key=len)
     if len(longest) > LONGEST_TOKEN:
         raise Unsupported(f"it has a token of {len(longest):,} bytes")

@@ -133,11 +133,10 @@ def check_ids(chunk: np.ndarray, start: int, vocab_size: int, shard: dict[str, A
     """Raise ValueError for an id that is not below `vocab_size`; `chunk` begins at `start`."""
     for place in (int(chunk.argmax()), int(chunk.argmin())):
         if not 0 <= int(chunk[place]) < vocab_size:
-            raise ValueError(
-                f"{shard['file']} has the id {chunk[place]} (token {start + place}), beyond the "
-                f"vocabulary of {vocab_size}: the tokenizer that made it is another "
-                f"(data.tokenizer=), or the type of its tokens is not {shard['dtype']} "
-                f"(data.dtype=).")
+            raise ValueError(f"{shard['file']} has the id {chunk[place]} (token {start + place}), "
+                             f"beyond the vocabulary of {vocab_size}: the tokenizer that made it "
+                             f"is another (data.tokenizer=), or the type of its tokens is not "
+                             f"{shard['dtype']} (data.dtype=).")
 
 
 def count_tokens(shards: list[dict[str, Any]], tokenizer: Tokenizer) -> dict[str, Any]:

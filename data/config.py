@@ -48,9 +48,8 @@ class DataConfig(SettingsBase):
         "pydocs", "kind of the training text; presets (data=...) choose it")
     path: FilePath = setting(
         "", "text, chat: a file, folder or glob; bin: a folder of .bin files; shakespeare: a copy")
-    tokenizer: FilePath = setting(
-        "bpe", f"{', '.join(TOKENIZERS)} (which is trained on the text), the path of a "
-               f"tokenizer.json, or that of a run")
+    tokenizer: FilePath = setting("bpe", f"{', '.join(TOKENIZERS)} (which is trained on the text), "
+                                  f"the path of a tokenizer.json, or that of a run")
     vocab_size: int = setting(2048, "number of tokens of tokenizer=bpe", ge=257, le=100_000)
     val_fraction: float = setting(0.1, "part of the text held out for validation", ge=1e-6, lt=1)
     val_path: FilePath = setting("", "text to validate on instead: a file, folder or glob")

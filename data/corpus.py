@@ -102,9 +102,8 @@ class Corpus:
             raise ValueError("The validation text is empty: every document of it is blank.")
         if not documents["train"]:
             if self.counts["in_validation"]:
-                raise ValueError(
-                    "Every document of the training text is also in the validation text: nothing "
-                    "is left to train on.")
+                raise ValueError("Every document of the training text is also in the validation "
+                                 "text: nothing is left to train on.")
             raise self.no_text()
         return max(documents.values()) > 1
 
@@ -116,13 +115,9 @@ class Corpus:
     def progress(self, title: str) -> Iterator[Callable[[], None]]:
         """Shows the progress of a long reading. Yields the function that updates it."""
         with ProgressBar(
-            desc=title,
-            total=100,
-            leave=False,
-            delay=2,
+            desc=title, total=100, leave=False, delay=2,
             bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}",
-            plain_format="{desc}: {percentage:.0f}%, {elapsed} elapsed, {remaining} left",
-        ) as bar:
+            plain_format="{desc}: {percentage:.0f}%, {elapsed} elapsed, {remaining} left") as bar:
             yield lambda: bar.update(100 * self.source.fraction() - bar.n)
 
     def distinct(self, update: Callable[[], None] = lambda: None) -> Iterator[Found]:
@@ -253,9 +248,8 @@ class Seen:
         try:
             return self.table.execute(insert, (digest,)).rowcount == 1
         except sqlite3.OperationalError as error:
-            raise OSError(
-                f"No space for temporary files, which find duplicates ({error}): free some disk "
-                f"space, or set SQLITE_TMPDIR to a folder with more.") from None
+            raise OSError(f"No space for temporary files, which find duplicates ({error}): free "
+                          f"some disk space, or set SQLITE_TMPDIR to a folder with more.") from None
 
     def __contains__(self, digest: bytes) -> bool:
         query = "SELECT 1 FROM seen WHERE digest = ?"

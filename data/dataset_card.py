@@ -29,9 +29,8 @@ def refuse_paths_outside(folder: Path) -> None:
         for path in data_files(read_card(card)):
             is_url = "://" in path or "::" in path
             if is_url or ".." in Path(path).parts or path.startswith(("/", "~")):
-                raise ValueError(
-                    f"{card} names {path}, which is not inside the folder: only its own files are "
-                    f"read.")
+                raise ValueError(f"{card} names {path}, which is not inside the folder: only its "
+                                 f"own files are read.")
 
 
 def read_card(card: Path) -> Any:

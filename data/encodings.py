@@ -16,12 +16,8 @@ BLOCK = 2**18  # bytes
 
 # The longer marks come first: the mark of UTF-32 starts with that of UTF-16.
 MARKS = {
-    codecs.BOM_UTF8: "utf-8",
-    codecs.BOM_UTF32_LE: "utf-32-le",
-    codecs.BOM_UTF32_BE: "utf-32-be",
-    codecs.BOM_UTF16_LE: "utf-16-le",
-    codecs.BOM_UTF16_BE: "utf-16-be",
-}
+    codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF32_LE: "utf-32-le", codecs.BOM_UTF32_BE: "utf-32-be",
+    codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
 # Python's decoders of these encodings look for a byte order mark themselves.
 WITHOUT_MARK = {"utf-8-sig": "utf-8", "utf-16": "utf-16-le", "utf-32": "utf-32-le"}
 
@@ -43,22 +39,9 @@ GREEK = "αοιετσνηυρπκμλςάέήίόύώ"
 JAPANESE = "のにはをたがでてとしれさいるなもかっりアイスントルーきくまれみろんちほへ。、"
 KOREAN = "이다는의에을가고하지도로한기은를서사자나인리어만시해그대일"
 CHINESE = "的一是不了在人有我他这這個个上们們国國说說来來到大中。"
-LATIN = {
-    "latin-1": WESTERN,
-    "cp1252": WESTERN,
-    "iso-8859-2": CENTRAL,
-    "cp1250": CENTRAL,
-}
-OTHER_SCRIPTS = {
-    "cp1251": CYRILLIC,
-    "koi8-r": CYRILLIC,
-    "cp1253": GREEK,
-    "cp932": JAPANESE,
-    "euc_jp": JAPANESE,
-    "euc_kr": KOREAN,
-    "gb18030": CHINESE,
-    "big5": CHINESE,
-}
+LATIN = {"latin-1": WESTERN, "cp1252": WESTERN, "iso-8859-2": CENTRAL, "cp1250": CENTRAL}
+OTHER_SCRIPTS = {"cp1251": CYRILLIC, "koi8-r": CYRILLIC, "cp1253": GREEK, "cp932": JAPANESE,
+                 "euc_jp": JAPANESE, "euc_kr": KOREAN, "gb18030": CHINESE, "big5": CHINESE}
 # Of frequent characters among the non-ASCII ones. Wrong encodings have smaller shares.
 LEAST_SHARE = 0.2
 

@@ -115,9 +115,8 @@ class Examples:
         """The numbers of conversations and sequences, and what was cut."""
         size = self.count * self.block_size
         text = (f"{counted(self.n_conversations, 'conversation')} in "
-                f"{counted(self.count, 'sequence')}, "
-                f"{(self.lengths - 1).sum() / size:.0%} of which is not padding and "
-                f"{self.targets.sum() / size:.0%} answers")
+                f"{counted(self.count, 'sequence')}, {(self.lengths - 1).sum() / size:.0%} of "
+                f"which is not padding and {self.targets.sum() / size:.0%} answers")
         if self.n_cut:
             text += f"; {self.n_cut:,} cut at {self.block_size} tokens"
         if self.n_left_out:

@@ -59,10 +59,9 @@ def find(path: str, skipped: Counter[str] | None = None) -> list[Path]:
 
     if not files:
         details = f" ({skipped_files(skipped)})" if skipped else ""
-        raise ValueError(
-            f"{path} holds no file to read{details}: put .txt, .md, .jsonl, .json, .csv, .tsv "
-            f"(also compressed, {', '.join(COMPRESSIONS)}) or .parquet there, or name a single "
-            f"file of any extension.")
+        raise ValueError(f"{path} holds no file to read{details}: put .txt, .md, .jsonl, .json, "
+                         f".csv, .tsv (also compressed, {', '.join(COMPRESSIONS)}) or .parquet "
+                         f"there, or name a single file of any extension.")
     return files
 
 

@@ -83,9 +83,8 @@ class Hub:
             place = f"at example {number + 1:,} ({first_line(error)})"
             if isinstance(error, ValueError) or self.folder:
                 raise ValueError(f"{self.name} cannot be read {place}.") from None
-            raise ConnectionError(
-                f"The connection to {self.name} broke {place}: run the same command again, which "
-                f"resumes.") from None
+            raise ConnectionError(f"The connection to {self.name} broke {place}: run the same "
+                                  f"command again, which resumes.") from None
 
     def fraction(self) -> float:
         return self.done
@@ -120,8 +119,7 @@ class Hub:
 
         # Say if the dataset has changed, and remember the answer.
         if last and known["files"][last] != files:
-            say(
-                f"{self.name} has changed on the Hugging Face Hub since it was last seen: use "
+            say(f"{self.name} has changed on the Hugging Face Hub since it was last seen: use "
                 f"data.hub_revision={last} for the old version.")
         if last != commit:
             known["commits"][revision] = commit
@@ -155,10 +153,9 @@ class Hub:
                 f"data.hub_revision={revision}: {self.name} has no such branch, tag or commit."
             ) from None
         except (errors.HFValidationError, errors.RepositoryNotFoundError):
-            raise ValueError(
-                f"data.hub_name={self.name} is neither a folder nor a dataset on the Hugging Face "
-                f"Hub that you can access: check the spelling, or, if it is private, log in with "
-                f"hf auth login.") from None
+            raise ValueError(f"data.hub_name={self.name} is neither a folder nor a dataset on the "
+                             f"Hugging Face Hub that you can access: check the spelling, or, if it "
+                             f"is private, log in with hf auth login.") from None
         except Exception as error:
             # Each library below has its own exceptions.
             raise no_answer(error) from None
@@ -204,10 +201,9 @@ class Hub:
         # The library tells these cases apart by the text of its messages only.
         reason = first_line(error)
         if "scripts are no longer supported" in reason:
-            return (
-                f"{self.name} is loaded by a script of its own, which is not run: use "
-                f"data.hub_revision=refs/convert/parquet, the Hub's copy without one, if it exists."
-            )
+            return (f"{self.name} is loaded by a script of its own, which is not run: use "
+                    f"data.hub_revision=refs/convert/parquet, the Hub's copy without one, if it "
+                    f"exists.")
         if "gated" in reason:
             return (f"{self.name} is gated: accept its terms at https://huggingface.co/datasets/"
                     f"{self.name}, then log in with hf auth login, or set HF_TOKEN.")
@@ -234,9 +230,8 @@ class Hub:
         paths = list(chain.from_iterable(files[split] for split in splits))
         for path in paths:
             if self.folder and not is_file_in(self.folder, path):
-                raise ValueError(
-                    f"{self.name} names {path}, which is not a file inside that folder: only its "
-                    f"own files are read.")
+                raise ValueError(f"{self.name} names {path}, which is not a file inside that "
+                                 f"folder: only its own files are read.")
         return paths
 
     # Read the files

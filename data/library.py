@@ -18,9 +18,7 @@ from data.document import Document
 from progress import ProgressBar
 
 # Tests, and folders of packages that were installed later.
-SKIPPED = {
-    "site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__"
-}
+SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__"}
 WITH_DOCSTRING = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 

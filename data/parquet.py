@@ -76,9 +76,8 @@ def parquet_column(file: Any, field: str, name: str) -> Iterator[Any]:
 
         # A batch of rows takes little memory.
         rows = batch_rows(chunk.encodings, size, group.num_rows)
-        for batch in file.iter_batches(
-            batch_size=rows, row_groups=[number], columns=[field], use_threads=False
-        ):
+        for batch in file.iter_batches(batch_size=rows, row_groups=[number], columns=[field],
+                                       use_threads=False):
             values = batch.column(0)
             for nested in names[1:]:
                 values = values.field(nested)

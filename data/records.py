@@ -19,14 +19,8 @@ SUFFIXES = (*JSON_SUFFIXES, ".csv", ".tsv", ".parquet")
 RECORD_BYTES = 2**26  # the limit for one record, as it must fit in memory
 MISSING = object()
 JSON_TYPES = {
-    type(None): "null",
-    str: "text",
-    bool: "true or false",
-    int: "a number",
-    float: "a number",
-    list: "a list",
-    dict: "an object with fields",
-}
+    type(None): "null", str: "text", bool: "true or false", int: "a number", float: "a number",
+    list: "a list", dict: "an object with fields"}
 
 
 class BadRecord(NamedTuple):
@@ -93,9 +87,8 @@ def listed(fields: Iterable[str]) -> str:
 
 
 def too_long(place: str) -> ValueError:
-    return ValueError(
-        f"{place} is longer than {RECORD_BYTES // 2**20} MB, the limit for one record: split it, "
-        f"or store long texts as plain text.")
+    return ValueError(f"{place} is longer than {RECORD_BYTES // 2**20} MB, the limit for one "
+                      f"record: split it, or store long texts as plain text.")
 
 
 def lines_of(blocks: Iterator[str], newline: str, path: Path) -> Iterator[str]:

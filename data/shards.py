@@ -61,9 +61,8 @@ class ShardWriter:
             return []
         with self.file as file:
             file.replace_head(self.header())
-        return [{"file": self.path.name, "offset": len(self.header()),
-                 "dtype": self.dtype.name, "tokens": self.n_tokens,
-                 "sha256": sha256_of([self.path])[0]}]
+        return [{"file": self.path.name, "offset": len(self.header()), "dtype": self.dtype.name,
+                 "tokens": self.n_tokens, "sha256": sha256_of([self.path])[0]}]
 
 
 class ShardFile:

@@ -85,15 +85,13 @@ def open_sources(config: DataConfig) -> dict[str, Source]:
     place = config.mix or config.path
     kinds = set(chain.from_iterable(map(kinds_of, sources.values())))
     if config.separator and "text" not in kinds:
-        raise ValueError(
-            f"data.separator={config.separator} divides plain text, and {place} holds only "
-            f"records: leave it out.")
+        raise ValueError(f"data.separator={config.separator} divides plain text, and {place} holds "
+                         f"only records: leave it out.")
     has_records = kinds - {"text"} or config.val_path
     if config.text_field != DataConfig.text_field and not has_records:
-        raise ValueError(
-            f"data.text_field={config.text_field} names a field of records, and {place} holds "
-            f"only plain text: leave it out, or give files of records one of the extensions "
-            f"{', '.join(SUFFIXES)}.")
+        raise ValueError(f"data.text_field={config.text_field} names a field of records, and "
+                         f"{place} holds only plain text: leave it out, or give files of records "
+                         f"one of the extensions {', '.join(SUFFIXES)}.")
     return sources
 
 
@@ -125,9 +123,8 @@ class Files:
             else:
                 self.files.append(file)
         if not self.files:
-            raise ValueError(
-                f"{path} has no conversations: data=chat reads {', '.join(JSON_SUFFIXES)}, also "
-                f"compressed.")
+            raise ValueError(f"{path} has no conversations: data=chat reads "
+                             f"{', '.join(JSON_SUFFIXES)}, also compressed.")
         self.separator = unescaped(config.separator)
 
         # Newer settings are left out at their defaults, so that old fingerprints stay valid.
@@ -180,9 +177,8 @@ def fetch(url: str, sha256: str) -> Path:
     path = data_root() / "downloads" / f"{sha256[:8]}-{url.rsplit('/', 1)[-1]}"
     if path.exists():
         if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
-            raise ValueError(
-                f"{path} is damaged (its sha256 is not {sha256[:12]}...): delete it to download "
-                f"it again.")
+            raise ValueError(f"{path} is damaged (its sha256 is not {sha256[:12]}...): delete it "
+                             f"to download it again.")
         return path
 
     advice = f"Download it yourself and put it at {path}, or name your copy with data.path=FILE."

@@ -22,14 +22,11 @@ from setting import FilePath, setting
 class PrepareSettings:
     """The script's own settings; all others are those of train.py."""
 
-    inspect: bool = setting(
-        False,
-        "print statistics, the most frequent tokens and three documents; and draw token "
-        "frequencies and document lengths (needs matplotlib)")
-    clean: bool = setting(
-        False,
-        "list all prepared tokens, and delete those that no run in runs_dir uses and unfinished "
-        "ones, after a question")
+    inspect: bool = setting(False, "print statistics, the most frequent tokens and three "
+                            "documents; and draw token frequencies and document lengths (needs "
+                            "matplotlib)")
+    clean: bool = setting(False, "list all prepared tokens, and delete those that no run in "
+                          "runs_dir uses and unfinished ones, after a question")
     yes: bool = setting(False, "with clean=true: delete without asking")
     out: FilePath = setting(
         "", "the picture of inspect=true; empty: inspect.png in the folder of the tokens")
@@ -153,8 +150,7 @@ def inspect(folder: Path, settings: Settings, out: Path) -> None:
     for index, length, ids in contents.some_documents(3, settings.seed):
         text = decode(tokenizer, ids)
         say(f"\n--- Document {index + 1:,} of {len(contents.starts):,}: "
-            f"{counted(length, 'token')}\n"
-            f"{text[:SHOWN]}{'...' if len(text) > SHOWN else ''}")
+            f"{counted(length, 'token')}\n{text[:SHOWN]}{'...' if len(text) > SHOWN else ''}")
 
     if not find_spec("matplotlib"):
         say("\nWithout a picture, which needs matplotlib (pip install matplotlib).")

@@ -10,15 +10,24 @@ from model import GPTConfig
 from setting import as_word
 from terminal import escaped
 
-FRONT_MATTER = """\
+PAGE = """\
 ---
 library_name: transformers
 pipeline_tag: text-generation
 tags:
 - nanohydra
 ---
-"""
-USE = """\
+
+# {name}
+
+A language model trained with nanohydra.
+
+| | |
+|---|---|
+{rows}
+
+{checked}
+
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -52,9 +61,7 @@ def model_card(name: str, config: GPTConfig, class_name: str, state: dict[str, A
 
     # The page: front matter, title, table, check, and how to use the model.
     trust = ", trust_remote_code=True" if config.ngrams > 1 else ""
-    lines = [FRONT_MATTER, f"# {plain(name)}\n", "A language model trained with nanohydra.\n",
-             "| | |", "|---|---|", *rows, f"\n{checked}\n", USE.format(trust=trust)]
-    return "\n".join(lines)
+    return PAGE.format(name=plain(name), rows="\n".join(rows), checked=checked, trust=trust)
 
 
 def training_text(settings: dict[str, Any]) -> str:

@@ -45,12 +45,15 @@ def choose_layout(config: GPTConfig, remote_code: bool) -> str:
 def write_folder(folder: Path, weights: Weights, layout: str) -> None:
     """Write the files of a model into an empty folder, tensor by tensor."""
     # The configurations and the tokenizer.
-    tokenizer = weights.tokenizer
+    config, tokenizer = weights.config, weights.tokenizer
+    # The token between documents begins and ends a text. Answers also end at their marker.
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.end_of_text)
+    ends = {"eos_token_id": [tokenizer.end_of_text, tokenizer.special.get(END)]}
     contents: dict[str, Any] = {
-        "config.json": model_config(weights.config, layout, tokenizer),
-        "generation_config.json": generation_config(tokenizer),
+        "config.json": model_config(config, layout) | ids,
+        "generation_config.json": ids | ends if has_markers(tokenizer) else ids,
         "tokenizer.json": to_hugging_face(tokenizer),
-        "tokenizer_config.json": tokenizer_config(weights.config, tokenizer),
+        "tokenizer_config.json": tokenizer_config(config, tokenizer),
     }
     for name, content in contents.items():
         # The list of all tokens has no line for each.
@@ -59,35 +62,21 @@ def write_folder(folder: Path, weights: Weights, layout: str) -> None:
         atomic.write_file(folder / name, [text.encode()])
 
     # The code of a class that transformers does not have, and the weights.
-    if weights.config.ngrams > 1:
+    if config.ngrams > 1:
         atomic.write_file(folder / MODELING.name, [modeling_source(layout).encode()])
-    tensors = weights_to(layout, weights.config, weights.tensors)
+    tensors = weights_to(layout, config, weights.tensors)
     atomic.write_file(folder / WEIGHTS, safetensors_chunks(tensors, metadata={"format": "pt"}))
 
 
-def model_config(config: GPTConfig, layout: str, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The content of config.json."""
-    content = config_to(layout, config) | special_ids(tokenizer) | {"dtype": "float32"}
+def model_config(config: GPTConfig, layout: str) -> dict[str, Any]:
+    """The content of config.json, without special tokens."""
+    content = config_to(layout, config) | {"dtype": "float32"}
     if config.ngrams > 1:
-        module = MODELING.stem
-        content |= {
-            "model_type": "nanohydra", "architectures": ["NanohydraForCausalLM"],
-            "ngrams": config.ngrams, "ngram_rows": config.ngram_rows,
-            "auto_map": {"AutoConfig": f"{module}.NanohydraConfig",
-                         "AutoModelForCausalLM": f"{module}.NanohydraForCausalLM"}}
-    return content
-
-
-def special_ids(tokenizer: Tokenizer) -> dict[str, int | None]:
-    """The token between documents, which begins and ends a text."""
-    return dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.end_of_text)
-
-
-def generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The content of generation_config.json. Answers of conversations also end at their marker."""
-    content: dict[str, Any] = special_ids(tokenizer)
-    if has_markers(tokenizer):
-        content["eos_token_id"] = [tokenizer.end_of_text, tokenizer.special[END]]
+        name = class_name(config, layout)
+        content |= {"model_type": "nanohydra", "architectures": [name],
+                    "ngrams": config.ngrams, "ngram_rows": config.ngram_rows,
+                    "auto_map": {"AutoConfig": f"{MODELING.stem}.NanohydraConfig",
+                                 "AutoModelForCausalLM": f"{MODELING.stem}.{name}"}}
     return content
 
 

@@ -73,15 +73,16 @@ def predictions(model: GPT, ids: Sequence[int], n_top: int) -> Iterator[Predicti
         # The rows of earlier positions of the window are only context.
         start = max(0, done - block_size // 2)
         window = torch.tensor([ids[start : start + block_size]], device=device)
-        logprobs = finite(model(window)[0, done - start :]).float().log_softmax(-1)
-        top = logprobs.topk(min(n_top, logprobs.size(-1)))
-        following = ids[done + 1 : done + 1 + len(logprobs)]
-        for row, values, tokens in zip(logprobs, top.values.tolist(), top.indices.tolist(),
-                                       strict=True):
-            own = row[following[0]].item() if following else None
-            following = following[1:]
-            yield Prediction(own, dict(zip(tokens, values, strict=True)))
-        done += len(logprobs)
+        for row in finite(model(window)[0, done - start :]).float().log_softmax(-1):
+            done += 1
+            following = row[ids[done]].item() if done < len(ids) else None
+            yield Prediction(following, most_likely(row, n_top))
+
+
+def most_likely(logprobs: Tensor, n_top: int) -> dict[int, float]:
+    """Log probabilities of up to `n_top` tokens by their ids, the largest first, of all `[V]`."""
+    values, ids = logprobs.topk(min(n_top, len(logprobs)))
+    return dict(zip(ids.tolist(), values.tolist(), strict=True))
 
 
 def next_tokens(logits: Tensor, tokenizer: Tokenizer) -> list[list[tuple[str, float]]]:

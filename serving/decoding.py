@@ -23,6 +23,7 @@ from torch import Tensor
 from conf.sampling import SamplingConfig
 from generation.decoder import Decoder
 from generation.engine import Completion, Engine
+from generation.inspection import most_likely
 from generation.sampling import Batch, Row
 from serving.fields import Refused
 from training.device import Device
@@ -102,8 +103,7 @@ class Sample(Row):
         generation, completion = self.generation, self.completion
         if generation.top is not None:
             logprobs = logits.float().log_softmax(-1)
-            values, ids = logprobs.topk(generation.top)
-            top = dict(zip(ids.tolist(), values.tolist(), strict=True))
+            top = most_likely(logprobs, generation.top)
             offset = len(completion.text)
             self.tokens.append(Token(token, offset, logprobs[token].item(), top))
         completion.add(token)
@@ -299,7 +299,8 @@ class Batcher:
 
     def end_all(self, error: Exception) -> None:
         """End all generations with an exception. Functions are still called."""
-        generations = [task for task in self.open if isinstance(task, Generation)]
+        # A copy, for the event loop may add to it meanwhile.
+        generations = [task for task in self.open.copy() if isinstance(task, Generation)]
         self.hand_over([(generation, error) for generation in generations])
         self.open.difference_update(generations)
         self.waiting.clear()

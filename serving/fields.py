@@ -69,22 +69,20 @@ class Fields:
 
         `may_be_empty`: max_tokens=0 is valid.
         """
-        given: dict[str, Any] = {}
-        sent_as = {}
+        given, sent_as = {}, {}
         for name, setting in NAMES.items():
             if name in self.values:
-                sent_as[setting] = name
-            default = given.get(setting, getattr(defaults, setting))
-            is_integer = isinstance(getattr(SamplingConfig, setting), int)
-            types = (int,) if is_integer else (int, float)
-            given[setting] = self.take(name, default, *types)
-        rules = replace(SamplingConfig(cache=defaults.cache, int8=defaults.int8), **given)
-        is_empty = may_be_empty and rules.max_new_tokens == 0
-        checked = replace(rules, max_new_tokens=1) if is_empty else rules
+                is_integer = isinstance(getattr(SamplingConfig, setting), int)
+                types = (int,) if is_integer else (int, float)
+                given[setting], sent_as[setting] = self.take(name, None, *types), name
+        rules = replace(defaults, **given)
+        checked = rules
+        if may_be_empty and rules.max_new_tokens == 0:
+            checked = replace(rules, max_new_tokens=1)
         for problem in checked.problems():
-            setting, equals, rest = problem.partition("=")
+            setting, _, rest = problem.partition("=")
             name = sent_as.get(setting, setting)
-            raise Refused(f"{name}{equals}{rest}", name)
+            raise Refused(f"{name}={rest}", name)
         return rules
 
     def stops(self, default: str) -> list[str]:

@@ -26,7 +26,7 @@ from conf.sampling import SamplingConfig
 from conf.schema import ConfigError, compose
 from conf.serving import ServeSettings
 from data.chat import Message, with_markers
-from data.tokenizer import ByteTokenizer
+from data.tokenizer import ByteTokenizer, CharTokenizer
 from generation import open_run
 from generation.chat import Conversation
 from generation.decoder import Decoder
@@ -247,6 +247,18 @@ def test_a_failure_ends_the_requests_and_not_the_thread(engine, monkeypatch):
 
     with decoding(engine) as [batcher]:
         asyncio.run(fail_and_go_on(batcher))
+
+
+def test_a_vocabulary_may_be_smaller_than_the_alternatives():
+    """Such as that of DNA."""
+    async def alternatives(batcher):
+        generation = Generation([([0], 0)], SamplingConfig(3), top=20)
+        batcher.submit(generation)
+        return [len(token.top) async for piece in generation.pieces() for token in piece.tokens]
+
+    model = GPT(GPTConfig(block_size=8, vocab_size=4, n_layer=1, n_head=1, n_embd=8)).eval()
+    with decoding(Engine(model, CharTokenizer("ACGT", with_end_of_text=False), Device("cpu", "fp32"))) as [batcher]:
+        assert asyncio.run(alternatives(batcher)) == [4, 4, 4]
 
 
 def test_stopping_ends_what_is_open(engine):

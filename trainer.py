@@ -41,11 +41,8 @@ def open_trainer(settings: Settings, data: RunData, tasks: dict[str, list[Questi
         run.check_not_moved()
         recorder.sync()
 
-    def open_recorder() -> Recorder:
-        return Recorder(run.folder, state.step, training.max_steps, settings.logger,
-                        asdict(settings))
-
-    with (world.only_first(open_recorder) as recorder,
+    with (world.only_first(lambda: Recorder(run.folder, state.step, training.max_steps,
+                                            settings.logger, asdict(settings))) as recorder,
           Saver(run.checkpoints, training.keep_last, state.step, before_checkpoint, recorder.say,
                 stop_on_error=training.on_save_error == "stop", peers=Peers(world)) as saver):
         yield Trainer(settings, data, tasks, state, device, run, recorder, saver)

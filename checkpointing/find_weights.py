@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from checkpointing import pretrained, published, store
+from checkpointing import pretrained, store
 from checkpointing.checkpoint import Checkpoint
 from checkpointing.find_runs import find_run
 from checkpointing.format import MANIFEST
@@ -19,8 +19,8 @@ def find_weights(name: str, runs_dir: Path) -> Weights:
     """
     path = Path(name)
     # A published model, one of our checkpoints, a folder of Hugging Face, or a file of nanoGPT.
-    if name in published.NAMES:
-        return pretrained.read_folder(published.find_published(name))
+    if name in pretrained.PUBLISHED:
+        return pretrained.read_folder(pretrained.find_published(name))
     if (path / MANIFEST).exists():
         return own_weights(Checkpoint.open(path))
     if (path / pretrained.CONFIG).exists():
@@ -40,7 +40,7 @@ def find_weights(name: str, runs_dir: Path) -> Weights:
                 f"init_from={name} is a folder without weights: it has neither the checkpoints of "
                 f"a run nor {pretrained.CONFIG} nor {pretrained.NANOGPT}.") from None
         # The values of nanoGPT's init_from include scratch and resume.
-        names = ", ".join(published.NAMES)
+        names = ", ".join(pretrained.PUBLISHED)
         raise ValueError(f"{str(error).replace(f'run={name} ', f'init_from={name} ')} Published "
                          f"models are {names}. Without init_from=, a run starts from random "
                          f"weights, or resumes.") from None

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from checkpointing import pretrained, published
+from checkpointing import pretrained
 from checkpointing.changes import last_checkpoint
 from checkpointing.find_weights import find_weights
 from checkpointing.format import STATE
@@ -54,7 +54,7 @@ class InitialWeights:
             return replace(settings, model=given_shape(settings, shape), **kept)
 
         # Check the vocabulary before weights are downloaded, and all else before text is prepared.
-        if settings.init_from in published.NAMES:
+        if settings.init_from in pretrained.PUBLISHED:
             check_vocabulary(settings, pretrained.GPT2_TOKENS, "set data.tokenizer=gpt2")
         weights = find_weights(settings.init_from, Path(settings.runs_dir))
         check_vocabulary(settings, weights.config.vocab_size, how_to_encode(weights))
@@ -103,7 +103,7 @@ def shape_of_weights(settings: Settings) -> GPTConfig:
     """The model of a run that would start now. Published weights are not downloaded."""
     if not settings.init_from:
         return settings.model
-    if settings.init_from in published.NAMES:
+    if settings.init_from in pretrained.PUBLISHED:
         shape = GPTConfig(**preset("model", settings.init_from))
     else:
         shape = find_weights(settings.init_from, Path(settings.runs_dir)).config

@@ -46,9 +46,8 @@ class Snapshot:
 
     def own_nbytes(self) -> int:
         """The size of this process's parts."""
-        tensors = [*self.model.values(), *self.optimizer.values()]
-        own = [tensor.own if isinstance(tensor, Divided) else tensor for tensor in tensors]
-        return sum(tensor.nbytes for tensor in own)
+        tensors = (*self.model.values(), *self.optimizer.values())
+        return sum(getattr(tensor, "own", tensor).nbytes for tensor in tensors)
 
     def copy(self) -> Snapshot:
         """A copy on the CPU that shares no memory with the model and the optimizers."""
@@ -96,8 +95,7 @@ def save_checkpoint(checkpoints: Path, snapshot: Snapshot,
         except OSError as error:
             raise OSError(
                 f"{folder} could not be written ({error.strerror or error}). It needs "
-                f"{readable_size(needed)} of free disk space. Earlier checkpoints are kept."
-            ) from None
+                f"{readable_size(needed)} of free disk space. Earlier ones are kept.") from None
 
 
 def join_save(snapshot: Snapshot, peers: Peers) -> None:

@@ -42,26 +42,20 @@ def check(weights: Weights, fingerprint: str) -> str:
     if ids is None:
         return ""
     if is_comparable(weights):
-        compared = compare_once(weights, fingerprint, ids)
+        # It takes seconds and has the same result the next time, so the sentence is kept.
+        result = data_root() / "checked_weights" / f"{comparison_key(weights, fingerprint)}.txt"
+        with suppress(OSError, ValueError):
+            return f"{result.read_text()} (compared before)"
+        compared = compare(weights, ids)
         if compared:
+            # Without the file, they are compared again.
+            with suppress(OSError):
+                atomic.write_bytes(result, compared.encode())
             return compared
     logits = weights.model()(ids)  # [1, T, V]
     loss = F.cross_entropy(logits[0, :-1], ids[0, 1:]).item()
     return (f"Check of the weights: the loss on a sentence of English is {loss:.2f}; that of a "
             f"guess is {math.log(weights.config.vocab_size):.2f}")
-
-
-def compare_once(weights: Weights, fingerprint: str, ids: Tensor) -> str:
-    """As `compare`. It takes seconds and has the same result the next time, so this is kept."""
-    result = data_root() / "checked_weights" / f"{comparison_key(weights, fingerprint)}.txt"
-    with suppress(OSError, ValueError):
-        return f"{result.read_text()} (compared before)"
-    compared = compare(weights, ids)
-    # Without the file, they are compared again.
-    if compared:
-        with suppress(OSError):
-            atomic.write_bytes(result, compared.encode())
-    return compared
 
 
 def compare(weights: Weights, ids: Tensor) -> str:

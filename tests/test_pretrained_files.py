@@ -248,7 +248,7 @@ def test_nothing_is_downloaded_without_a_network(hub, tmp_path, monkeypatch):
         raise OSError("Name or service not known")
 
     monkeypatch.setattr("socket.getaddrinfo", fail)
-    monkeypatch.setattr("checkpointing.published.getproxies", dict)
+    monkeypatch.setattr("checkpointing.pretrained.getproxies", dict)
     assert "could not be downloaded" in refusal(Path("gpt2"))
     assert all(is_cached for *_, is_cached in hub)
 

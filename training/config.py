@@ -61,16 +61,14 @@ class TrainingConfig(SettingsBase):
     max_seconds: float | None = setting(None, "the run ends after this training time", gt=0)
     batch_size: int = setting(32, "sequences in a micro-step", ge=1, le=2**16)
     tokens_per_step: int | None = setting(
-        None, "tokens in a step; gradients are accumulated over as many micro-steps as that takes",
-        ge=1, le=2**32)
+        None, "tokens in a step, over as many micro-steps as that takes", ge=1, le=2**32)
     # Evaluation, and samples of the model's text.
     eval_every: int = setting(130, "steps; 0: evaluate only after the last step", ge=0)
     patience: int = setting(
         0, "stop after this many evaluations in a row without a lower loss; 0: never", ge=0)
     eval_tokens: int = setting(2**18, "tokens of the validation split to evaluate on", ge=1)
     eval_tasks: str = setting(
-        "", "standard tasks to measure at each evaluation, with a number of documents, as in "
-        "hellaswag:100,piqa:50 (docs/evaluation.md)")
+        "", "tasks to measure at each evaluation, as in hellaswag:100,piqa:50 (docs/evaluation.md)")
     sample_tokens: int = setting(48, "length of the sample at each evaluation; 0: none", ge=0)
     # Checkpoints.
     checkpoint_every: int = setting(130, "steps; 0: save only after the last step", ge=0)
@@ -85,8 +83,7 @@ class TrainingConfig(SettingsBase):
     recompute: bool = setting(
         False, "recompute activations in the backward pass: less memory, a sixth more time")
     shard: Literal["auto", "none", "full"] = setting(
-        "auto", "full: each of several processes has a part of the weights (FSDP2), which takes "
-        "less memory and more time; auto: full where the whole does not fit")
+        "auto", "full: each process has a part of the weights (FSDP2); auto: if they do not fit")
     deterministic: bool = setting(
         False, "on a GPU, use only deterministic kernels where torch has them")
     # Failures.

@@ -11,7 +11,6 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -56,8 +55,7 @@ class Pace:
         """Such as "about 2.9 minutes on this machine: 260 steps of 0.65 s, ..."."""
         steps, evaluations = self.work_left(training, step, seconds)
         duration = readable_time(self.seconds_left(training, step, seconds))
-        return (f"about {duration} on this machine: "
-                f"{counted(steps, 'step')} of {self.step:.3g} s, "
+        return (f"about {duration} on this machine: {counted(steps, 'step')} of {self.step:.3g} s, "
                 f"{counted(evaluations, 'evaluation')} of {self.evaluation:.2g} s")
 
 
@@ -86,28 +84,26 @@ def measure_pace(loss: Callable[[int], Tensor], work: Workload, device: Device,
     counted.
     """
     size = world.size if world else 1
-    time_pass = partial(time_forward_backward, loss, work.roles, device, world)
+
+    def time_pass(sequences: int) -> float:
+        """The seconds that the forward and backward passes of this number of sequences take."""
+        start = now(device)
+        loss(sequences).backward()
+        seconds = now(device) - start
+        if world:
+            # By the first process's clock, so that all repeat a timing equally often.
+            seconds, _ = world.agree(seconds, False)
+        for role in work.roles.values():
+            for weights in role.values():
+                weights.grad = None
+        return seconds
+
     per_sequence = seconds_per_sequence(time_pass, work)
     update = update_seconds(work.roles, work.optim, device) / size
     # A backward pass takes about twice as long as the forward pass, which `recompute` repeats.
     forward_passes = 4 if work.training.recompute else 3
     return Pace(work.step_sequences * per_sequence + update,
                 work.eval_sequences * per_sequence / forward_passes / size)
-
-
-def time_forward_backward(loss: Callable[[int], Tensor], roles: dict[str, dict[str, Tensor]],
-                          device: Device, world: World | None, sequences: int) -> float:
-    """The seconds that the forward and backward passes of this number of sequences take."""
-    start = now(device)
-    loss(sequences).backward()
-    seconds = now(device) - start
-    if world:
-        # By the first process's clock, so that all processes repeat a timing equally often.
-        seconds, _ = world.agree(seconds, False)
-    for role in roles.values():
-        for weights in role.values():
-            weights.grad = None
-    return seconds
 
 
 def seconds_per_sequence(time_pass: Callable[[int], float], work: Workload) -> float:

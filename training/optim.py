@@ -11,6 +11,7 @@ from torch import Tensor
 
 from training.config import OptimConfig
 from training.distributed import World
+from training.fsdp import RowMuon, RowNorm
 from training.gradient_norm import GradientNorm
 from training.muon import Muon, WithoutCompiler
 from training.sharding import Part, deal_out, rows, slices
@@ -79,7 +80,10 @@ class Optimizers:
             self.keys |= dict.fromkeys(matrices, Muon.STATE)
             own = self.assign(matrices, whole=True)
             groups = self.groups(own, config.muon_lr, config.weight_decay)
-            self.all.append(self.make_muon(groups, config))
+            muon = Muon(groups, config.muon_lr, config.momentum)
+            if sharded:
+                muon = RowMuon(groups, config.muon_lr, config.momentum, self.own_parts, self.world)
+            self.all.append(muon)
         else:
             decayed = matrices + decayed
         self.keys |= dict.fromkeys(decayed + vectors, AdamW.STATE)
@@ -93,8 +97,6 @@ class Optimizers:
 
         # How the norm of all gradients is measured.
         if sharded:
-            from training.fsdp import RowNorm
-
             self.norm = RowNorm(self.world, self.own_parts)
         else:
             self.norm = GradientNorm(self.world, list(self.keys), self.parts)
@@ -119,13 +121,6 @@ class Optimizers:
         for rank, some in enumerate(parts):
             self.parts[rank] += some
         return parts[self.world.rank]
-
-    def make_muon(self, groups: list[dict[str, Any]], config: OptimConfig) -> Muon:
-        if not self.sharded:
-            return Muon(groups, config.muon_lr, config.momentum)
-        from training.fsdp import RowMuon
-
-        return RowMuon(groups, config.muon_lr, config.momentum, self.own_parts, self.world)
 
     @property
     def own_parts(self) -> list[Part]:

@@ -63,20 +63,17 @@ def draw(name: str, labels: list[str], weights: np.ndarray) -> bytes:
     row_points = 72 * 0.9 * inches / len(labels)
     every = math.ceil(MIN_POINTS / row_points)
     points = max(MIN_POINTS, min(MAX_POINTS, 0.85 * row_points))
-    ticks = range(0, len(labels), every)
-    texts = [short_text(label) for label in labels[::every]]
+    ticks, texts = range(0, len(labels), every), [short_text(label) for label in labels[::every]]
 
     # Draw the weights of each head.
     figure, style = new_figure(1.5 + inches * heads, 1.5 + inches * layers, "attention")
     with style:
         grid = figure.subplots(layers, heads, squeeze=False, sharex=True, sharey=True)
-        for layer in range(layers):
-            for head in range(heads):
-                axes = grid[layer][head]
-                # Small weights are visible in their square roots.
-                axes.imshow(np.sqrt(weights[layer, head]), cmap="cividis", vmin=0, vmax=1)
-                axes.grid(False)
-                axes.tick_params(length=0)
+        for place, axes in np.ndenumerate(grid):
+            # Small weights are visible in their square roots.
+            axes.imshow(np.sqrt(weights[place]), cmap="cividis", vmin=0, vmax=1)
+            axes.grid(False)
+            axes.tick_params(length=0)
 
         # Label the tokens at the left and at the bottom, the heads at the top.
         grid[0][0].set_yticks(ticks, texts)

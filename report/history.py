@@ -17,6 +17,7 @@ from checkpointing.run_folder import check_file_types
 from conf.identity import flat
 from report import results
 from report.metrics import Rows, read_rows, table, thinned
+from setting import as_word
 from terminal import counted, escaped
 
 # libyaml's loader is ten times as fast, where PyYAML was built with it.
@@ -24,9 +25,8 @@ SAFE_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 AXES = ("steps", "tokens", "seconds")
 LOSS, BITS = "best validation loss", "bits per byte"
 # Settings that can be "auto", and the names of their values in the record of a start.
-RECORDED = {
-    "training.device": "device", "training.precision": "precision", "training.compile": "compiled",
-}
+RECORDED = {"training.device": "device", "training.precision": "precision",
+            "training.compile": "compiled"}
 # In the folder of a run that was evaluated.
 EVALUATION = "evaluation.json"
 # The beginning of the names of metrics on standard tasks.
@@ -34,9 +34,8 @@ TASKS = "tasks/"
 # In the folder of a run that a search stopped early.
 PRUNED = "pruned.json"
 # Errors of reading files that no training wrote.
-DAMAGE = (
-    ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError, yaml.YAMLError,
-)
+DAMAGE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError,
+          yaml.YAMLError)
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,8 +100,7 @@ def read_history(folder: Path, name: str) -> History:
     last_start = starts[-1] if starts else {}
 
     # Summarize the losses in training and in validation.
-    trained = table(rows, "loss")
-    validated = table(rows, "val_loss")
+    trained, validated = table(rows, "loss"), table(rows, "val_loss")
     losses: dict[str, Any] = {}
     reached = (0, 0, 0.0)
     if len(trained):
@@ -159,8 +157,7 @@ def state_of(folder: Path, rows: Rows, reached: tuple[int, int, float],
              settings: dict[str, Any]) -> tuple[bool, str]:
     """Whether a run is finished (a pruned one is not), and its state in words."""
     steps, _, seconds = reached
-    max_steps = settings.get("training.max_steps")
-    max_seconds = settings.get("training.max_seconds")
+    max_steps, max_seconds = map(settings.get, ("training.max_steps", "training.max_seconds"))
     # The rows of the last step: of its training, its validation, tasks and a sample.
     last_rows = takewhile(lambda row: row["step"] == rows[-1]["step"], reversed(rows))
 
@@ -194,11 +191,8 @@ def diagnostics(rows: Rows, settings: dict[str, Any]) -> dict[str, np.ndarray]:
     speeds = speeds[(speeds[:, 0] > 0) & (speeds[:, 3] > 0)]
     tokens_per_step = speeds[:, 1] / speeds[:, 0]
     speeds[:, 3] = 1000 * tokens_per_step / speeds[:, 3]
-    curves = {
-        "learning rate": rates,
-        "gradient norm": table(rows, "gradient_norm"),
-        "tokens per second": speeds,
-    }
+    norms = table(rows, "gradient_norm")
+    curves = {"learning rate": rates, "gradient norm": norms, "tokens per second": speeds}
     tasks = dict.fromkeys(key for row in rows for key in row if key.startswith(TASKS))
     curves |= {key.removeprefix(TASKS): table(rows, key) for key in tasks}
     return {name: thinned(points) for name, points in curves.items() if len(points)}
@@ -206,8 +200,6 @@ def diagnostics(rows: Rows, settings: dict[str, Any]) -> dict[str, np.ndarray]:
 
 def resolved(settings: dict[str, Any], start: dict[str, Any]) -> dict[str, Any]:
     """The settings with the values that "auto" stood for at a start."""
-    values = {}
-    for key, name in RECORDED.items():
-        if settings.get(key) == "auto" and start.get(name) is not None:
-            values[key] = str(start[name]).lower()
+    values = {key: as_word(start[name]) for key, name in RECORDED.items()
+              if settings.get(key) == "auto" and start.get(name) is not None}
     return settings | values

@@ -102,10 +102,8 @@ def differing(runs: list[History]) -> list[str]:
 def comparable(runs: list[History]) -> tuple[list[History], list[str]]:
     """The finished runs that can be compared, and the settings in which they differ."""
     keys = differing(runs)
-    finished = []
-    for run in runs:
-        if run.finished and run.score is not None and run.settings.keys() >= set(keys):
-            finished.append(run)
+    finished = [run for run in runs if run.finished and run.score is not None
+                and run.settings.keys() >= set(keys)]
     return finished, [key for key in differing(finished) if key in keys]
 
 
@@ -149,9 +147,4 @@ def arms_of(runs: list[History]) -> dict[str, dict[int, History]]:
 
 def are_numbers(values: list[Any]) -> bool:
     """Whether all `values` are finite numbers."""
-    for value in values:
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            return False
-        if not math.isfinite(value):
-            return False
-    return True
+    return all(type(value) in (int, float) and math.isfinite(value) for value in values)

@@ -78,11 +78,8 @@ def listed_values(override: Override) -> list[str]:
     words = []
     for value, word in pairs:
         # Text stays as it is: Hydra would write it with quotes and backslashes.
-        if isinstance(value, QuotedString):
-            word = value.text
-        elif isinstance(value, str):
-            word = value
-        words.append(word)
+        text = value.text if isinstance(value, QuotedString) else value
+        words.append(text if isinstance(text, str) else word)
     return words
 
 
@@ -93,14 +90,12 @@ def split_text(value: str) -> list[str]:
     text, and the backslash before a comma or quote, are removed.
     """
     texts: list[str] = []
-    rest: str | None = value
-    while rest is not None:
-        match = QUOTED_TEXT.match(rest)
-        if match:
-            text = match["text"]
-        else:
-            match = PLAIN_TEXT.match(rest)
-            text = match["text"].strip()
+    end = -1
+    while end < len(value):
+        # Start after the comma.
+        quoted = QUOTED_TEXT.match(value, end + 1)
+        match = quoted or PLAIN_TEXT.match(value, end + 1)
+        text = match["text"] if quoted else match["text"].strip()
         texts.append(re.sub(r"""\\([,'"])""", r"\1", text))
-        rest = rest[match.end() + 1 :] if match.end() < len(rest) else None
+        end = match.end()
     return texts

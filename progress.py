@@ -16,9 +16,8 @@ from terminal import can_redraw, escaped
 PLAIN_SECONDS = 10
 # The time between them as a fraction of the elapsed time: a run of a day writes hundreds of lines.
 PLAIN_FRACTION = 0.02
-WITH_TOTAL = (
-    "{desc}{percentage:.0f}%, {n_fmt} of {total_fmt}{unit}, {elapsed} elapsed, "
-    "{remaining} left{postfix}")
+WITH_TOTAL = ("{desc}{percentage:.0f}%, {n_fmt} of {total_fmt}{unit}, {elapsed} elapsed, "
+              "{remaining} left{postfix}")
 WITHOUT_TOTAL = "{desc}{n_fmt}{unit}, {elapsed} elapsed{postfix}"
 
 
@@ -108,8 +107,7 @@ class ProgressBar(tqdm):
             if msg is None:
                 self.fp.write(escaped(self.plain_line(), keep="") + "\n")
                 self.fp.flush()
-                elapsed = self.format_dict["elapsed"]
-                self.mininterval = max(PLAIN_SECONDS, PLAIN_FRACTION * elapsed)
+                self.mininterval = max(PLAIN_SECONDS, PLAIN_FRACTION * self.format_dict["elapsed"])
         return False
 
     def refresh(self, nolock: bool = False, lock_args: Any = None) -> bool | None:

@@ -18,12 +18,8 @@ from typing import Any, NewType, get_type_hints
 FilePath = NewType("FilePath", str)
 FilePaths = NewType("FilePaths", str)
 
-LIMITS = {
-    "ge": (operator.ge, "at least"),
-    "gt": (operator.gt, "more than"),
-    "le": (operator.le, "at most"),
-    "lt": (operator.lt, "less than"),
-}
+LIMITS = {"ge": (operator.ge, "at least"), "gt": (operator.gt, "more than"),
+          "le": (operator.le, "at most"), "lt": (operator.lt, "less than")}
 # A variable of a shell, as a folder's name in a path.
 VARIABLE = re.compile(r"(?:^|/)(\$[A-Za-z_]\w*)")
 

@@ -84,10 +84,8 @@ def compose_with_hydra(root: str | type, schema: Any,
     except ConfigError:
         raise
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        sentence = plain_sentence(error, parsed)
-        raise ConfigError([sentence.replace(GIVEN_FILE, str(own))]) from None
-    experiment = composed.hydra.runtime.choices.get("experiment")
-    return values, str(own or experiment), origins
+        raise ConfigError([plain_sentence(error, parsed).replace(GIVEN_FILE, str(own))]) from None
+    return values, str(own or composed.hydra.runtime.choices.get("experiment")), origins
 
 
 class Uncopied(dict[str, Any]):

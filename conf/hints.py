@@ -21,19 +21,19 @@ OTHER_NAMES = {
     "optim.beta2": "adam_beta2",
     "optim.weight_decay": "wd",
     "optim.optimizer": "optimizer optim_type",
-    "training.max_steps": "max_iters max_iter num_iterations iterations steps num_steps "
-                          "max_train_steps lr_decay_iters num_train_epochs num_epochs max_epochs "
-                          "epochs n_epochs",
+    "training.max_steps":
+        "max_iters max_iter num_iterations iterations steps num_steps max_train_steps "
+        "lr_decay_iters num_train_epochs num_epochs max_epochs epochs n_epochs",
     "training.max_seconds": "max_time time_limit",
-    "training.batch_size": "per_device_train_batch_size train_batch_size micro_batch_size "
-                           "device_batch_size",
+    "training.batch_size":
+        "per_device_train_batch_size train_batch_size micro_batch_size device_batch_size",
     "training.tokens_per_step": "gradient_accumulation_steps grad_accum_steps grad_accumulation "
                                 "accumulate_grad_batches total_batch_size global_batch_size",
-    "training.eval_every": "eval_interval eval_steps val_every val_check_interval eval_strategy "
-                           "evaluation_strategy",
+    "training.eval_every":
+        "eval_interval eval_steps val_every val_check_interval eval_strategy evaluation_strategy",
     "training.eval_tokens": "eval_iters eval_batches val_steps",
-    "training.checkpoint_every": "save_steps save_interval save_every checkpoint_interval "
-                                 "always_save_checkpoint",
+    "training.checkpoint_every":
+        "save_steps save_interval save_every checkpoint_interval always_save_checkpoint",
     "training.keep_last": "save_total_limit save_top_k",
     "training.device": "accelerator use_cuda no_cuda use_cpu gpu gpus",
     "training.precision": "dtype torch_dtype mixed_precision bf16 fp16 amp use_amp",
@@ -79,11 +79,9 @@ UNITS = {
     "eval_iters": "it counts tokens",
 }
 OTHER_VALUES = {
-    "gpu": "cuda", "cuda:0": "cuda", "metal": "mps",
-    "float32": "fp32", "32": "fp32", "single": "fp32", "bfloat16": "bf16",
-    "float16": "fp16", "16": "fp16", "half": "fp16",
-    "adam": "adamw", "linear": "wsd",
-}
+    "gpu": "cuda", "cuda:0": "cuda", "metal": "mps", "float32": "fp32", "32": "fp32",
+    "single": "fp32", "bfloat16": "bf16", "float16": "fp16", "16": "fp16", "half": "fp16",
+    "adam": "adamw", "linear": "wsd"}
 # Advice by a pattern for the beginning of a key or flag, mostly of Hydra's; the first that fits
 # counts.
 HYDRA = {

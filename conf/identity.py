@@ -93,9 +93,8 @@ def in_short(changes: Changes) -> list[str]:
     """Differences as a folder's name has them, without those that follow from others."""
     follow = ("model.vocab_size", "data.tokenizer_fingerprint")
     independent = {key: pair for key, pair in changes.items() if key not in follow}
-    return [
-        f"{key.rpartition('.')[2]}={new}" for key, (_, new) in (independent or changes).items()
-    ]
+    changes = independent or changes
+    return [f"{key.rpartition('.')[2]}={new}" for key, (_, new) in changes.items()]
 
 
 def listed(changes: Changes) -> str:

@@ -45,14 +45,9 @@ def page_data(name: str, labels: list[str], weights: np.ndarray,
               following: list[list[tuple[str, float]]]) -> dict[str, Any]:
     """What the page shows. Weights are 16-bit fractions, in a fifth of JSON's space."""
     fractions = (weights * 65535).round().astype("<u2")
-    return {
-        "name": escaped(name, keep=""),
-        "words": labels,
-        "next": following,
-        "layers": len(weights),
-        "heads": weights.shape[1],
-        "weights": base64.b64encode(fractions.tobytes()).decode(),
-    }
+    content = base64.b64encode(fractions.tobytes()).decode()
+    return {"name": escaped(name, keep=""), "words": labels, "next": following, "weights": content,
+            "layers": len(weights), "heads": weights.shape[1]}
 
 
 def draw(name: str, labels: list[str], weights: np.ndarray) -> bytes:

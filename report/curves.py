@@ -67,8 +67,7 @@ def draw_curve(axes: Any, points: np.ndarray, axis: str, smoothed: bool, bands: 
 
     line = smooth(mean) if smoothed else mean
     # A single point is not a line, and evaluations can be few.
-    few = 1 if smoothed else 30
-    marker = "o" if len(points) <= few else ""
+    marker = "o" if len(points) <= (1 if smoothed else 30) else ""
     axes.plot(x, line, marker=marker, markersize=3, **style)
     return [*drawn, line]
 
@@ -122,8 +121,7 @@ def smooth(values: np.ndarray) -> np.ndarray:
 
     # A straight line to the end.
     if widest:
-        last_fifth = values[-6 * widest - 1 :]
-        _, end = np.polyfit(np.arange(-6 * widest, 1), last_fifth, 1)
+        _, end = np.polyfit(np.arange(-6 * widest, 1), values[-6 * widest - 1 :], 1)
         smoothed[-widest - 1 :] = np.linspace(smoothed[-widest - 1], end, widest + 1)
     return smoothed
 
@@ -145,8 +143,7 @@ def draw_diagnostic(axes: Any, runs: list[History], name: str) -> None:
     for rank, run in reversed(list(enumerate(runs))):
         points = run.diagnostics.get(name, np.empty((0, 6)))
         bands = name == "gradient norm" and len(runs) <= MAX_BANDS
-        smoothed = name in DIAGNOSTICS[1:]
-        draw_curve(axes, points, "steps", smoothed, bands, **line_style(rank, runs))
+        draw_curve(axes, points, "steps", name in DIAGNOSTICS[1:], bands, **line_style(rank, runs))
         peak = points[:, 3].max(initial=0)
         if peak > 0:
             peaks.append(peak)

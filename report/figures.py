@@ -23,8 +23,7 @@ STYLE = {
     "font.size": 9, "svg.fonttype": "none", "legend.frameon": False, "text.parse_math": False,
     "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
     "axes.edgecolor": LINE, "grid.color": LINE, "axes.grid": True, "axes.axisbelow": True,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.formatter.useoffset": False,
-}
+    "axes.spines.top": False, "axes.spines.right": False, "axes.formatter.useoffset": False}
 PICTURES = (".png", ".svg", ".pdf")
 
 
@@ -81,8 +80,7 @@ def svg_element(draw: Callable[[Any], None], names: list[str], title: str,
 
     # The names of the runs. A tenth of a point is finer than a screen.
     def with_name(group: re.Match[str]) -> str:
-        name = escape(names[int(group[1])])
-        return f'<g class="run" data-run="{group[1]}"><title>{name}</title>'
+        return f'<g class="run" data-run="{group[1]}"><title>{escape(names[int(group[1])])}</title>'
 
     svg = re.sub(r'<g id="run-(\d+)">', with_name, svg)
     return re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d)\d+", r"\1", path[0]), svg)

@@ -127,8 +127,7 @@ def read_history(folder: Path, name: str) -> History:
     return History(
         escaped(name, keep=""), resolved(settings, last_start), environment, thinned(trained),
         thinned(validated), diagnostics(rows, settings), samples, reached, finished, state,
-        evaluated=read_evaluation(folder / EVALUATION, name), **losses,
-    )
+        evaluated=read_evaluation(folder / EVALUATION, name), **losses)
 
 
 def read_evaluation(path: Path, name: str) -> tuple[dict[str, Any], ...]:
@@ -189,8 +188,7 @@ def diagnostics(rows: Rows, settings: dict[str, Any]) -> dict[str, np.ndarray]:
     # The speed in tokens per second, by the mean number of tokens of a step.
     speeds = table(rows, "step_ms")
     speeds = speeds[(speeds[:, 0] > 0) & (speeds[:, 3] > 0)]
-    tokens_per_step = speeds[:, 1] / speeds[:, 0]
-    speeds[:, 3] = 1000 * tokens_per_step / speeds[:, 3]
+    speeds[:, 3] = 1000 * speeds[:, 1] / speeds[:, 0] / speeds[:, 3]
     norms = table(rows, "gradient_norm")
     curves = {"learning rate": rates, "gradient norm": norms, "tokens per second": speeds}
     tasks = dict.fromkeys(key for row in rows for key in row if key.startswith(TASKS))

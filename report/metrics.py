@@ -71,8 +71,7 @@ def thinned(points: np.ndarray) -> np.ndarray:
     if not len(points):
         return np.empty((0, 6))
     # Each point of the curve stands for the points from its start up to the next start.
-    count = min(len(points), CURVE_POINTS)
-    starts = np.linspace(0, len(points), count, endpoint=False).astype(int)
+    starts = np.linspace(0, len(points), min(len(points), CURVE_POINTS), endpoint=False).astype(int)
     ends = np.append(starts[1:], len(points))
     values = points[:, 3]
     mean = np.add.reduceat(values, starts) / (ends - starts)

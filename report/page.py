@@ -62,8 +62,7 @@ def write(chosen: list[tuple[Path, str]], out: Path, title: str,
 
 def open_runs(chosen: list[tuple[Path, str]]) -> list[History]:
     """The histories of the chosen runs, the best first."""
-    few = len(chosen) < FEW
-    progress = ProgressBar(chosen, "Reading", unit="runs", leave=False, disable=few)
+    progress = ProgressBar(chosen, "Reading", unit="runs", leave=False, disable=len(chosen) < FEW)
     return best_first([open_history(folder, name) for folder, name in progress])
 
 
@@ -74,8 +73,7 @@ def page(runs: list[History], title: str) -> str:
         *tables.leaderboard(runs), *tables.evaluations(runs), *sections.comparisons(runs),
         *sections.importance_of_settings(runs), *sections.samples(runs),
         *tables.side_by_side("Settings", [run.settings for run in runs], runs),
-        *tables.side_by_side("Environment", [run.environment for run in runs], runs),
-    ]
+        *tables.side_by_side("Environment", [run.environment for run in runs], runs)]
     template = TEMPLATE.read_text(encoding="utf-8")
     template = template.replace("{{base}}", BASE_STYLE.read_text(encoding="utf-8"))
     template = template.replace("{{title}}", tables.escape(f"Report: {title}"))

@@ -29,8 +29,7 @@ def losses_svg(runs: list[History], axis: str) -> str:
 
 def diagnostic_svg(runs: list[History], name: str) -> str:
     draw = partial(draw_diagnostic, runs=runs, name=name)
-    names = [run.name for run in runs]
-    return svg_element(draw, names, f"{name} against steps", (3.8, 2.5))
+    return svg_element(draw, [run.name for run in runs], f"{name} against steps", (3.8, 2.5))
 
 
 def slice_svg(runs: list[History], key: str, ranked: list[History]) -> str:

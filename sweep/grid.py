@@ -135,9 +135,8 @@ def plan_grid(overrides: list[str]) -> Plan:
     names = [word for word in overrides if word.startswith("name=")]
     launcher = [word for word in overrides if word.startswith(LAUNCHER_PREFIXES)]
     settings = compose(GridSettings, own)
-    choices = {
-        word: values_of(word) for word in overrides if word not in (*own, *names, *launcher)
-    }
+    others = [word for word in overrides if word not in (*own, *names, *launcher)]
+    choices = {word: values_of(word) for word in others}
 
     # Find the settings that have several values.
     if not choices:

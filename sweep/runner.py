@@ -159,7 +159,6 @@ class LocalRunner(Runner):
             with closing(atomic.LineFile(job.open_log())) as log:
                 # In a session of its own, a job does not receive Ctrl-C from our terminal.
                 job.process = start(
-                    job.command, stdin=subprocess.PIPE, stdout=log.descriptor,
-                    stderr=log.descriptor, env=self.environment(job.slot),
-                    start_new_session=True)
+                    job.command, env=self.environment(job.slot), start_new_session=True,
+                    stdin=subprocess.PIPE, stdout=log.descriptor, stderr=log.descriptor)
             self.running.append(job)

@@ -37,9 +37,7 @@ from terminal import counted, say
 
 MAX_REJECTED = 100  # suggestions of Optuna in a row that are invalid
 # Optuna's states of a trial, in the order of the summary.
-STATES = {
-    "COMPLETE": "finished", "PRUNED": "pruned", "FAIL": "failed", "RUNNING": "not finished"
-}
+STATES = {"COMPLETE": "finished", "PRUNED": "pruned", "FAIL": "failed", "RUNNING": "not finished"}
 
 
 @dataclass(frozen=True)
@@ -81,8 +79,7 @@ def search(settings: SweepSettings) -> int:
     # Train the trials, those of workers that died first.
     progress = Progress(settings.trials, ended, [])
     try:
-        runner = LocalRunner(settings.jobs, settings.processes_per_job)
-        code = run_jobs(source, runner, progress)
+        code = run_jobs(source, LocalRunner(settings.jobs, settings.processes_per_job), progress)
         print_best_trial(source, resumable=code != 0)
     except Exception as error:
         # Each kind of storage has its own exceptions. These two kinds name their cause themselves.
@@ -174,8 +171,7 @@ class Search(JobSource):
             sampler = self.optuna.samplers.TPESampler(seed=self.seed(), constant_liar=True)
             self.study.sampler = sampler
             trial = self.study.ask()
-            varied = self.space.varied
-            point = {key: suggest(trial, key, values) for key, values in varied.items()}
+            point = {key: suggest(trial, key, values) for key, values in self.space.varied.items()}
 
             # Take it if it is valid; otherwise the trial fails, and is not counted.
             try:
@@ -201,8 +197,7 @@ class Search(JobSource):
             if value is None:
                 continue
             # A resumed trial repeats some of the steps.
-            known = self.study.get_trials(deepcopy=False)[trial.number].intermediate_values
-            if step in known:
+            if step in self.study.get_trials(deepcopy=False)[trial.number].intermediate_values:
                 continue
             trial.report(value, step)
             if step < job.max_steps and not job.stop_requested and trial.should_prune():

@@ -39,9 +39,9 @@ MAX_DRAWS = 10_000  # random points, of which one must satisfy the constraints
 RANGE_FORM = ("is neither a range, as in {low: 1, high: 4}, with step: or log: true, nor choices, "
               "as in [1, 2]")
 ARITHMETIC = (
-    ast.Expression, ast.BoolOp, ast.And, ast.Or, ast.UnaryOp, ast.Not, ast.USub, ast.Compare,
-    ast.cmpop, ast.BinOp, ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.Constant,
-    ast.Name, ast.Load)
+    ast.Expression, ast.BoolOp, ast.boolop, ast.UnaryOp, ast.Not, ast.USub, ast.Compare, ast.cmpop,
+    ast.BinOp, ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.Constant, ast.Name,
+    ast.Load)
 Point = dict[str, Any]  # a value for each setting that varies
 
 

@@ -42,8 +42,7 @@ def open_study(folder: Path, space: Space, metric: str, storage: str, pruner: st
             study.set_user_attr("metric", metric)
     except Exception as error:
         # Each kind of storage has its own exceptions.
-        message = storage_error(storage, error)
-        raise ValueError(message + damaged_line(folder / JOURNAL)) from error
+        raise ValueError(storage_error(storage, error) + damaged_line(folder / JOURNAL)) from error
 
     # Trials of different spaces cannot be compared.
     changes = differences(searched or description, description)
@@ -57,8 +56,7 @@ def journal_storage(folder: Path) -> Any:
     """Optuna's storage in a file, to which each event of the study is appended."""
     storages = import_optuna().storages
     lock = FileLock(folder / "journal.lock", folder / JOURNAL)
-    backend = storages.journal.JournalFileBackend(str(folder / JOURNAL), lock)
-    return storages.JournalStorage(backend)
+    return storages.JournalStorage(storages.journal.JournalFileBackend(str(folder / JOURNAL), lock))
 
 
 def new_pruner(name: str, space: Space) -> Any:

@@ -72,8 +72,7 @@ def listed_values(override: Override) -> list[str]:
         raise too_many_jobs(override.input_line)
     pairs = []
     with suppress(HydraException, ValueError):
-        written = override.sweep_string_iterator()
-        pairs = list(zip(override.sweep_iterator(), written, strict=True))
+        pairs = list(zip(override.sweep_iterator(), override.sweep_string_iterator(), strict=True))
 
     words = []
     for value, word in pairs:

@@ -2,22 +2,25 @@
 
 The settings are those of Hydra's Submitit launcher (pip install hydra-submitit-launcher), but jobs
 are submitted here: the launcher gives up at the first failed job, and leaves others behind after
-Ctrl-C.
+Ctrl-C. On SLURM, squeue tells which jobs are left: submitit asks sacct, which needs accounting.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import os
+import signal
 import subprocess
-from collections.abc import Callable
-from contextlib import closing
+import time
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
 import atomic
 from conf.composition import launcher_settings
 from conf.presets import options
+from progress import print_line
 from sweep.jobs import Job
 from sweep.runner import Runner
 from training.parent import CHILD
@@ -29,6 +32,13 @@ EXECUTORS = {"SlurmLauncher": "slurm", "LocalLauncher": "local"}
 KNOWN_LAUNCHERS = (
     "use slurm, submitit_slurm or submitit_local; without a launcher, jobs run on this machine, "
     "several at a time with jobs=2.")
+# The state of all jobs until the controller of SLURM answers, and of one that it has forgotten.
+UNKNOWN, FORGOTTEN = "UNKNOWN", "FORGOTTEN"
+# States of SLURM's jobs that no other state follows.
+ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY",
+         "PREEMPTED", "TIMEOUT", FORGOTTEN}
+# Seconds until the result of a job that has ended is visible on every node's disk.
+RESULT_SECONDS = 15
 
 
 class ClusterRunner(Runner):
@@ -63,9 +73,13 @@ class ClusterRunner(Runner):
         limits = {}
         if cluster == "slurm":
             limits["slurm_max_num_timeout"] = settings.pop("max_num_timeout")
+            # Since SLURM 22.05, srun otherwise gives a task one CPU.
+            share = "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK"
+            settings["setup"] = [share, *(settings["setup"] or [])]
+        self.queue = Queue() if cluster == "slurm" else None
+        self.place = folder / "submitit" / "%j"
         try:
-            place = folder / "submitit" / "%j"
-            self.executor = submitit.AutoExecutor(place, cluster=cluster, **limits)
+            self.executor = submitit.AutoExecutor(self.place, cluster=cluster, **limits)
         except RuntimeError as error:
             # For example where SLURM is not installed.
             raise ValueError(f"{overrides[0]} is not available here: {error}") from None
@@ -79,14 +93,42 @@ class ClusterRunner(Runner):
         })
 
     def start(self, jobs: list[Job]) -> None:
-        if not jobs:
-            return
+        # An earlier command, which was killed, may have submitted some of them.
+        new = [job for job in jobs if not self.attach(job)]
+        if new:
+            self.submit(new)
+        self.running += jobs
+
+    def submit(self, jobs: list[Job]) -> None:
         commands = [job.command for job in jobs]
         logs = [str(job.open_log()) for job in jobs]
-        submitted = self.executor.map_array(run_on_node(self.processes), commands, logs)
+        try:
+            submitted = self.executor.map_array(node_task(self.processes), commands, logs)
+        except (OSError, RuntimeError) as error:
+            # sbatch is missing, refuses the job, or does not reach the controller.
+            message = " ".join(str(error).split())
+            raise ValueError(f"the cluster did not accept the jobs: {message}") from None
         for job, handle in zip(jobs, submitted, strict=True):
-            job.process = Submitted(handle, job.log)
-        self.running += jobs
+            job.process = Submitted(handle, job.log, self.queue)
+            atomic.write_bytes(self.id_file(job), handle.job_id.encode())
+
+    def id_file(self, job: Job) -> Path:
+        """The file with the number of a job on the cluster."""
+        return self.place.parent / f"{job.name}.id"
+
+    def attach(self, job: Job) -> bool:
+        """Whether the job was in SLURM's queue already; then its result is that job's."""
+        file = self.id_file(job)
+        if not self.queue or not file.exists():
+            return False
+        number = file.read_text()
+        if self.queue.state(number) in ENDED | {UNKNOWN}:
+            return False
+        from submitit import SlurmJob
+
+        job.open_log()
+        job.process = Submitted(SlurmJob(self.place, number), job.log, self.queue)
+        return True
 
 
 def check_size(settings: dict[str, Any], processes: int) -> None:
@@ -103,55 +145,138 @@ def check_size(settings: dict[str, Any], processes: int) -> None:
                          "number.")
 
 
-class Submitted:
-    """A job on the cluster, with the methods of a Popen."""
+class Queue:
+    """SLURM's queue, which also lists jobs that have ended in the last minutes."""
 
-    def __init__(self, job: Any, log: Path) -> None:
-        self.job, self.log, self.cancelled = job, log, False
+    poll_seconds = 10.0
+
+    def __init__(self) -> None:
+        # submitit warns where sacct does not answer, which is not needed here.
+        logging.getLogger("submitit").setLevel(logging.ERROR)
+        self.own: set[str] = set()  # numbers of the jobs of this sweep
+        self.states: dict[str, str] | None = None
+        self.reasons = {"None"}  # for which jobs wait, and which were printed
+        self.read_at = -math.inf
+
+    def update(self) -> None:
+        """Ask squeue. While the controller does not answer, its last answer holds."""
+        command = ["squeue", "--noheader", "--array", "--states=all", f"--user={os.getuid()}",
+                   "--format=%i %T %r"]
+        self.read_at = time.monotonic()
+        try:
+            listed = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        except (OSError, subprocess.SubprocessError):
+            return
+        self.states = {}
+        for line in listed.stdout.splitlines():
+            number, state, reason = line.split(maxsplit=2)
+            self.states[number] = state
+            # Some reasons never go away, such as more CPUs than a node has.
+            if state == "PENDING" and number in self.own and reason not in self.reasons:
+                self.reasons.add(reason)
+                print_line(f"Jobs are waiting in SLURM's queue. Its reason: {reason}")
+
+    def state(self, number: str) -> str:
+        if time.monotonic() - self.read_at >= self.poll_seconds:
+            self.update()
+        return UNKNOWN if self.states is None else self.states.get(number, FORGOTTEN)
+
+
+class Submitted:
+    """A job on the cluster, with the methods of a Popen. `queue` is SLURM's."""
+
+    def __init__(self, job: Any, log: Path, queue: Queue | None) -> None:
+        self.job, self.log, self.queue = job, log, queue
+        self.cancelled = False
+        self.ended_at = math.inf
+        if queue:
+            queue.own.add(job.job_id)
+            queue.read_at = -math.inf
 
     def poll(self) -> int | None:
         """The exit code, or None while it runs. Errors of the cluster are written to the log."""
+        if self.queue and not self.job.paths.result_pickle.exists():
+            return self.poll_queue(self.queue)
         if not self.job.done():
             return None
         try:
             return self.job.result()
         except Exception as error:
-            # The job was lost, timed out or was cancelled; each cluster has its own exceptions.
-            if self.cancelled:
-                return 143
-            message = " ".join(str(error).split())[:300]
-            with closing(atomic.LineFile(self.log)) as lines:
-                lines.add(f"Error: the cluster returned no result: {message}")
-            return 1
+            # The job was lost or was cancelled; each cluster has its own exceptions.
+            return self.no_result(str(error))
+
+    def poll_queue(self, queue: Queue) -> int | None:
+        """The exit code of a job without a result, or None while it runs."""
+        state = queue.state(self.job.job_id)
+        if state not in ENDED:
+            # SLURM may run a job again.
+            self.ended_at = math.inf
+            return None
+        self.ended_at = min(self.ended_at, time.monotonic())
+        if not self.cancelled and time.monotonic() < self.ended_at + RESULT_SECONDS:
+            return None
+        lines = (self.job.stderr() or "").split("\n")
+        return self.no_result(f"its state is {state}. {lines[-1]}")
+
+    def no_result(self, reason: str) -> int:
+        if self.cancelled:
+            return 143
+        message = " ".join(reason.split())[:300]
+        with closing(atomic.LineFile(self.log)) as lines:
+            lines.add(f"Error: the cluster returned no result: {message}")
+        return 1
 
     def terminate(self) -> None:
         self.cancelled = True
         self.job.cancel(check=False)
+        if self.queue:
+            # Ask again soon.
+            self.queue.read_at = -math.inf
 
     kill = terminate
 
 
-def run_on_node(processes: int) -> Callable[[list[str], str], int]:
+def node_task(processes: int) -> Any:
     """The function that a node calls with a command and a log.
 
-    It is a closure so that it is pickled by value: the node cannot import this module.
+    Its class is local so that it is pickled by value: the node cannot import this module.
     """
-    child = {CHILD: "1"}
+    environment = {CHILD: "1"}
+    # The warning before the time limit, which would kill torchrun.
+    warnings = (signal.SIGUSR1, signal.SIGUSR2)
 
-    def run(command: list[str], log: str) -> int:
-        # Several processes share the CPUs of the job.
-        share = {}
-        if processes > 1:
-            share["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // processes))
-        with open(log, "ab") as output:
-            process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=output, stderr=output,
-                env=os.environ | child | share)
-            try:
-                return process.wait()
-            finally:
-                # The cluster cancels the job: the training saves and ends.
-                process.terminate()
-                process.wait()
+    class NodeTask:
+        def __call__(self, command: list[str], log: str) -> int:
+            def ignore_warnings() -> None:
+                for number in warnings:
+                    signal.signal(number, signal.SIG_IGN)
 
-    return run
+            # Several processes share the CPUs of the job.
+            share = {}
+            if processes > 1:
+                share["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // processes))
+            with open(log, "ab") as output:
+                self.process = process = subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=output, stderr=output,
+                    env=os.environ | environment | share, preexec_fn=ignore_warnings)
+                try:
+                    # Submitit's signal handler raises an error at the time limit.
+                    with suppress(Exception):
+                        process.wait()
+                finally:
+                    # The training saves and ends, as it does at the end of its standard input.
+                    process.stdin.close()
+                    process.wait()
+            return process.returncode
+
+        def checkpoint(self, command: list[str], log: str) -> Any:
+            """Submitit calls this at the time limit, before it has SLURM run the job again."""
+            from submitit.helpers import DelayedSubmission
+
+            self.process.stdin.close()
+            # Its `wait` cannot be called again, because a signal has interrupted it.
+            os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
+            del self.process
+            return DelayedSubmission(self, command, log)
+
+    return NodeTask()

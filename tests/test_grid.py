@@ -23,8 +23,8 @@ import train as main
 from checkpointing import store
 from checkpointing.resume import is_finished
 from conf.yaml_files import ConfigError
-from sweep import grid, jobs, summary
-from sweep.cluster import check_size
+from sweep import cluster, grid, jobs, summary
+from sweep.cluster import ClusterRunner, Queue, check_size, node_task
 from sweep.jobs import Job
 from sweep.runner import LocalRunner, run_jobs
 from sweep.summary import Progress
@@ -480,3 +480,83 @@ def test_the_slurm_preset_extends_the_launchers_own():
 
     settings = launcher_settings(["hydra/launcher=slurm", "hydra.launcher.partition=gpu"])
     assert settings["_target_"].endswith("SlurmLauncher") and settings["partition"] == "gpu" and settings["timeout_min"] == 240
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """Commands that stand for SLURM's. Its queue is a file, and sbatch adds a job that waits."""
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    commands = {
+        "srun": "", "sbatch": f'cp "$1" {folder}/job; echo "7 PENDING PartitionConfig" >> {folder}/queue; echo Submitted batch job 7',
+        "squeue": f"cat {folder}/queue", "scancel": f"echo 7 CANCELLED None > {folder}/queue"}
+    for name, text in commands.items():
+        (folder / name).write_text(f"#!/bin/sh\n{text}\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    monkeypatch.setattr(Queue, "poll_seconds", 0.0)
+    monkeypatch.setattr(cluster, "RESULT_SECONDS", 0.0)
+    return folder
+
+
+def submitted(folder):
+    """A runner with a job in SLURM's queue."""
+    runner = ClusterRunner(["hydra/launcher=slurm"], folder / "sweep")
+    job = Job("a", folder / "sweep", [], 1)
+    runner.start([job])
+    return runner, job
+
+
+def test_a_job_that_waits_in_slurm_is_not_submitted_again(slurm, capsys):
+    _, job = submitted(slurm)
+    assert job.process.poll() is None and "PartitionConfig" in capsys.readouterr().out
+    assert "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK" in (slurm / "job").read_text()
+    # A second command, after the first was killed.
+    _, again = submitted(slurm)
+    assert again.process.poll() is None and (slurm / "queue").read_text().count("PENDING") == 1
+    # SLURM has forgotten the job.
+    (slurm / "queue").write_text("")
+    submitted(slurm)
+    assert (slurm / "queue").read_text().count("PENDING") == 1
+
+
+def test_a_job_that_slurm_cancels_ends_without_accounting(slurm):
+    _, job = submitted(slurm)
+    (slurm / "queue").write_text("7 TIMEOUT TimeLimit\n")
+    assert job.process.poll() == 1 and "its state is TIMEOUT" in job.log.read_text()
+    runner, job = submitted(slurm)
+    runner.__exit__(None)
+    assert job.process.poll() == 143
+
+
+def test_a_controller_that_does_not_answer_ends_no_job(slurm):
+    _, job = submitted(slurm)
+    assert job.process.poll() is None
+    (slurm / "squeue").write_text("#!/bin/sh\nexit 1\n")
+    assert job.process.poll() is None
+
+
+def test_jobs_that_slurm_does_not_accept_are_one_sentence(slurm):
+    (slurm / "sbatch").write_text("#!/bin/sh\necho sbatch: error: Invalid partition name >&2\nexit 1\n")
+    with pytest.raises(ValueError, match="did not accept the jobs: sbatch: error: Invalid partition name"):
+        submitted(slurm)
+
+
+@pytest.mark.skipif(not hasattr(os, "waitid"), reason="SLURM runs on Linux")
+def test_a_job_saves_before_slurm_runs_it_again(tmp_path):
+    """Submitit calls `checkpoint` in a signal handler, while the job is waited for."""
+    submitit = pytest.importorskip("submitit")
+    program = "import os, signal, time; os.kill(os.getpid(), signal.SIGUSR2); os.read(0, 1); time.sleep(0.1); print('saved')"
+    task, log, requeued = node_task(2), tmp_path / "log", []
+
+    def at_time_limit(number, frame):
+        requeued.append((task.checkpoint([], ""), log.read_text()))
+        raise submitit.core.utils.UncompletedJobError
+
+    before = signal.signal(signal.SIGUSR1, at_time_limit)
+    timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGUSR1))
+    timer.start()
+    assert task([sys.executable, "-c", program], str(log)) == 0
+    signal.signal(signal.SIGUSR1, before)
+    assert requeued[0][1] == "saved\n" and requeued[0][0].function is task

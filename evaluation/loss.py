@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -122,9 +123,7 @@ def named_text(named: TextConfig, saved: dict[str, Any], engine: Engine, max_tok
     validation = Validation([tokens], block_size, batch_size(batch_tokens, block_size),
                             max_tokens or len(tokens))
 
-    boundary = None
-    if saved.get("data.respect_documents"):
-        boundary = engine.tokenizer.end_of_text
+    boundary = engine.tokenizer.end_of_text if saved.get("data.respect_documents") else None
     return Text(path, path, validation, bytes_per_token, boundary)
 
 
@@ -134,12 +133,11 @@ def bins_of(path: str) -> list[Path]:
     Empty if it names a text. Raises ValueError for a folder or glob without tokens for validation.
     """
     place = Path(path)
-    if place.suffix.lower() in ENDINGS and place.is_file():
+    names_bins = place.suffix.lower() in ENDINGS
+    if names_bins and place.is_file():
         return [place]
     has_bins = place.is_dir() and any(file.suffix.lower() in ENDINGS for file in place.iterdir())
-    if has_bins or place.suffix.lower() in ENDINGS:
-        return find_bins(path)["val"]
-    return []
+    return find_bins(path)["val"] if has_bins or names_bins else []
 
 
 def read_bins(files: list[Path], dtype: str, tokenizer: Tokenizer) -> tuple[Tokens, float]:
@@ -158,27 +156,26 @@ def read_documents(config: DataConfig, tokenizer: Tokenizer,
 
     As in training, each of several documents is followed by the end-of-text token.
     """
-    chunks: list[np.ndarray] = []
-    n_tokens = n_bytes = n_documents = 0
     ends = [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]
     end_of_text = np.array(ends, dtype=np.uint32)
-    for source in open_sources(config).values():
-        for document in source.documents():
-            if n_documents:
-                chunks.append(end_of_text)
-            n_documents += 1
-            for piece in document.pieces():
-                if isinstance(piece, SpecialToken):
-                    continue
-                chunks.append(tokenizer.encode_array(piece).astype(np.uint32))
-                n_tokens += len(chunks[-1])
-                n_bytes += len(piece.encode())
-                # One more token, the target of the last.
-                if max_tokens and n_tokens > max_tokens:
-                    return np.concatenate(chunks), n_bytes
+    chunks = [end_of_text[:0]]
+    n_tokens = n_bytes = n_documents = 0
+    documents = chain.from_iterable(one.documents() for one in open_sources(config).values())
+    for n_documents, document in enumerate(documents, 1):
+        if n_documents > 1:
+            chunks.append(end_of_text)
+        for piece in document.pieces():
+            if isinstance(piece, SpecialToken):
+                continue
+            chunks.append(tokenizer.encode_array(piece).astype(np.uint32))
+            n_tokens += len(chunks[-1])
+            n_bytes += len(piece.encode())
+            # One more token, the target of the last.
+            if max_tokens and n_tokens > max_tokens:
+                return np.concatenate(chunks), n_bytes
     if n_documents > 1:
         chunks.append(end_of_text)
-    return np.concatenate([end_of_text[:0], *chunks]), n_bytes
+    return np.concatenate(chunks), n_bytes
 
 
 def batch_size(batch_tokens: int, block_size: int) -> int:
@@ -195,13 +192,12 @@ def measure_loss(scorer: Scorer, text: Text, title: str) -> dict[str, Any]:
 
     # The mean of the parts of a mixture by their shares; its variance is that of a weighted sum.
     loss = variance = 0.0
-    first = 0
-    for n_windows, share in zip(text.validation.n_windows, text.validation.shares, strict=True):
-        part = slice(first, first + n_windows)
-        mean, part_variance = mean_of_sums(sums[part], counts[part])
+    ends = np.cumsum(text.validation.n_windows)[:-1]
+    parts = zip(np.split(sums, ends), np.split(counts, ends), strict=True)
+    for part, share in zip(parts, text.validation.shares, strict=True):
+        mean, part_variance = mean_of_sums(*part)
         loss += share * mean
         variance += share**2 * part_variance
-        first += n_windows
 
     error = math.sqrt(variance)
     per_byte = 1 / (math.log(2) * text.bytes_per_token)
@@ -257,10 +253,8 @@ def mean_of_sums(sums: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
     For sequences with different numbers of targets, it is the variance of a ratio of means
     (Cochran, Sampling Techniques, section 6.3).
     """
-    mean = sums.sum() / counts.sum()
-    n = len(sums)
+    mean, n = float(sums.sum() / counts.sum()), len(sums)
     if n < 2:
-        return float(mean), math.nan
+        return mean, math.nan
     residuals = sums - mean * counts
-    variance = (residuals**2).sum() / (n - 1) / n / counts.mean() ** 2
-    return float(mean), float(variance)
+    return mean, float((residuals**2).sum() / (n - 1) / n / counts.mean() ** 2)

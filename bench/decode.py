@@ -104,19 +104,19 @@ def cases(settings: DecodeSettings) -> list[Case]:
     The peers decode in bf16 only where the CPU has it natively: emulated it is 30 times as slow.
     """
     batch_precision = "bf16" if native("bf16") else "fp32"
+    in_batch = batch_precision, settings.batch
     found: list[Case] = []
     if SHAPES[settings.shape].position == "learned":
         if settings.peer:
             found.append(Case("nanogpt", "fp32", 1))
         if importlib.util.find_spec("transformers"):
-            found.append(Case("transformers", "fp32", 1))
-            found.append(Case("transformers", batch_precision, 1))
-            found.append(Case("transformers", batch_precision, settings.batch))
-    precisions = ("fp32", "bf16", "int8") if kernels.available() else ("fp32", "bf16")
-    for precision in precisions:
-        found.append(Case("ours", precision, 1))
-    found.append(Case("ours", batch_precision, settings.batch))
-    found.append(Case("ours", "bf16", settings.batch))
+            for precision, batch in (("fp32", 1), (batch_precision, 1), in_batch):
+                found.append(Case("transformers", precision, batch))
+    singles = [("fp32", 1), ("bf16", 1)]
+    if kernels.available():
+        singles.append(("int8", 1))
+    for precision, batch in (*singles, in_batch, ("bf16", settings.batch)):
+        found.append(Case("ours", precision, batch))
     return list(dict.fromkeys(found))
 
 

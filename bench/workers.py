@@ -15,6 +15,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
@@ -104,20 +105,9 @@ class TimedWorld(World):
     def share(self, parts: list[list[Tensor]]) -> None:
         self.timed(super().share, parts)
 
-    def exchange(self, sent: Tensor, sizes: list[int]) -> tuple[Tensor, TimedWork]:
+    def exchange(self, sent: Tensor, sizes: list[int]) -> tuple[Tensor, SimpleNamespace]:
         received, work = super().exchange(sent, sizes)
-        return received, TimedWork(self, work)
-
-
-class TimedWork:
-    """Counts the seconds in which this process waits for what the others send."""
-
-    def __init__(self, world: TimedWorld, work: Any) -> None:
-        self.world = world
-        self.work = work
-
-    def wait(self) -> None:
-        self.world.timed(self.work.wait)
+        return received, SimpleNamespace(wait=lambda: self.timed(work.wait))
 
 
 def measure(shape: str, optimizer: str, micro_steps: int, threads: int,
@@ -137,8 +127,7 @@ def measure(shape: str, optimizer: str, micro_steps: int, threads: int,
         scaler = torch.amp.GradScaler("cpu", enabled=False)
         loader = random_loader(config, batch_size, micro_steps // world.size, world.size)
         batches = Prefetch(loader, device.torch, world.rank)
-        seconds: list[float] = []
-        waiting: list[float] = []
+        seconds, waiting = [], []
         # The first two steps warm up.
         while len(seconds) < 5 or world.agree(sum(seconds[2:]), False)[0] < least_seconds:
             start, world.waiting = time.perf_counter(), 0.0
@@ -173,8 +162,7 @@ def sum_seconds(config: GPTConfig, batch_size: int, settings: WorkersSettings,
                 total.after_backward(micro_step)
         if in_tree:
             total.finish()
-        for weights in parameters:
-            weights.grad = None
+        model.zero_grad()
 
     calls = {"plain": lambda: step(False), "tree": lambda: step(True)}
     return timing.alternating_medians(calls, 3 * settings.rounds)

@@ -54,14 +54,8 @@ from typing import Any
 
 import numpy as np
 
+from checkpointing import memory_plan
 from checkpointing.initial import shape_of_weights
-from checkpointing.memory_plan import (
-    USABLE_MEMORY,
-    count_memory,
-    fitting_batch_size,
-    memory_limit,
-    memory_of_each,
-)
 from conf.schema import compose
 from conf.settings import Settings
 from conf.yaml_files import ConfigError
@@ -194,13 +188,14 @@ def plan_memory(plan: PlanSettings, settings: Settings, device: Device, gpu: str
     if gpu:
         gpu_bytes = GPU_GIGABYTES[gpu] * 2**30
     elif device.type == "cuda":
-        gpu_bytes = memory_limit(device)
-    state_bytes, step_bytes = count_memory(settings, device, gpu_bytes)
+        gpu_bytes = memory_plan.memory_limit(device)
+    state_bytes, step_bytes = memory_plan.count_memory(settings, device, gpu_bytes)
 
     # Several processes may each have all weights, or a part of them.
     several = plan.ranks > 1
     for shard in ("none", "full") if several else ("none",):
-        memory = memory_of_each(settings, state_bytes, step_bytes, plan.ranks, shard == "full")
+        memory = memory_plan.memory_of_each(settings, state_bytes, step_bytes, plan.ranks,
+                                            sharded=shard == "full")
         # Saving copies the state, and may continue beside the next step.
         saved = state_bytes / plan.ranks
         while_saving = memory["weights and optimizer"] + saved
@@ -216,8 +211,8 @@ def plan_memory(plan: PlanSettings, settings: Settings, device: Device, gpu: str
             say(f"  {name:<22} {readable_size(nbytes):>10}")
 
     # The last choice is the one that needs least.
-    if gpu_bytes and peak_bytes > USABLE_MEMORY * gpu_bytes:
-        fitting = fitting_batch_size(settings, device, gpu_bytes, plan.ranks, several)
+    if gpu_bytes and peak_bytes > memory_plan.USABLE_MEMORY * gpu_bytes:
+        fitting = memory_plan.fitting_batch_size(settings, device, gpu_bytes, plan.ranks, several)
         advice = f"training.batch_size={fitting} does"
         if not fitting:
             advice = "nor does training.batch_size=1"

@@ -135,17 +135,17 @@ def main(scale: ScaleSettings) -> int:
     say(f"| {' | '.join(names)} |")
     say("|---" * len(names) + "|")
     for size in GPU_COUNTS:
+        cells = [f"{size:,}", f"{tokens / block_size / size:g}"]
         if tokens // block_size % size:
             # The sequences of a step cannot be divided equally.
-            say(f"| {size:,} | {tokens / block_size / size:g} " + "| " * (len(names) - 3)
-                + "| batch |")
-            continue
-        step = simulate(model, settings, scale, size)
-        parts = (step.compute, step.exchange, step.exposed, step.gather, step.newton_schulz,
-                 step.update, step.seconds)
-        milliseconds = " | ".join(f"{1000 * seconds:,.1f}" for seconds in parts)
-        say(f"| {size:,} | {step.sequences:g} | {milliseconds} | {step.efficiency:.0%} | "
-            f"{readable_size(step.state_bytes)} | {step.limit} |")
+            cells += [""] * (len(names) - 3) + ["batch"]
+        else:
+            step = simulate(model, settings, scale, size)
+            parts = (step.compute, step.exchange, step.exposed, step.gather, step.newton_schulz,
+                     step.update, step.seconds)
+            cells += [*(f"{1000 * seconds:,.1f}" for seconds in parts), f"{step.efficiency:.0%}",
+                      readable_size(step.state_bytes), step.limit]
+        say(f"| {' | '.join(cells)} |")
     return 0
 
 

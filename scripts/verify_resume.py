@@ -147,20 +147,12 @@ def kill(process: subprocess.Popen[str], processes: int) -> None:
         process.kill()
         return
     # torchrun starts them in the order of their ranks.
-    ranks: list[int] = []
+    ranks: list[str] = []
     while process.poll() is None and len(ranks) < 2:
-        ranks = children(process.pid)
+        ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True,
+                               text=True).stdout.split()
     with contextlib.suppress(ProcessLookupError, IndexError):
-        os.kill(random.choice(ranks[:2]), signal.SIGKILL)
-
-
-def children(parent: int) -> list[int]:
-    """The ids of the processes that a process has started and that still run, in order."""
-    table = subprocess.run(["ps", "-A", "-o", "ppid=,pid=,stat="], capture_output=True, text=True,
-                           check=True)
-    rows = [line.split() for line in table.stdout.splitlines()]
-    return sorted(int(pid) for ppid, pid, state in rows
-                  if int(ppid) == parent and not state.startswith("Z"))
+        os.kill(int(random.choice(ranks[:2])), signal.SIGKILL)
 
 
 def partial_checkpoints(run: Path) -> set[Path]:

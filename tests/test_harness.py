@@ -98,8 +98,8 @@ def test_a_chat_template_is_that_of_training(lm_eval):
 def test_a_model_without_conversations_has_no_template(lm_eval, tiny_runs, tmp_path):
     task = tmp_path / "own.yaml"
     task.write_text(HEADER.format(name="choice", data=tmp_path / "own.json") + TASKS["choice"])
-    document = {"question": "The small", "choices": [" dog", " river"], "gold": 0}
-    (tmp_path / "own.json").write_text("\n".join([json.dumps(document)] * 9))
+    documents = [{"question": "The small" * number, "choices": [" dog", " river"], "gold": 0} for number in range(1, 10)]
+    (tmp_path / "own.json").write_text("\n".join(map(json.dumps, documents)))
     words = [f"lm_eval={task}", f"runs_dir={tiny_runs}", "device=cpu", "precision=fp32", f"out={tmp_path / 'out.json'}"]
     assert eval.evaluate(compose(EvalSettings, [*words, "num_fewshot=2"])) == 0
     with pytest.raises(ValueError, match=r"tiny, lm_eval=.*own.yaml: The tokenizer has no <.system.>: the model was not trained on conv"):

@@ -71,7 +71,7 @@ def test_a_checkpoint_is_as_large_as_planned(compose_tiny, tmp_path, optim):
     folder = store.list_checkpoints(tmp_path / "runs/tiny/checkpoints")[-1].folder
     there = sum((folder / name).stat().st_size for name in (MODEL, OPTIMIZER))
     vocab_size = plan.describe_data(settings.data)[0]
-    kept, peak = plan.count_memory(plan.replace(settings, model=plan.replace(settings.model, vocab_size=vocab_size)), Device("cpu", "fp32"))
+    kept, peak = memory_plan.count_memory(plan.replace(settings, model=plan.replace(settings.model, vocab_size=vocab_size)), Device("cpu", "fp32"))
     assert kept <= there <= kept + 20_000 and peak > kept  # the rest is names
 
 
@@ -100,7 +100,7 @@ def test_counting_memory_allocates_none(monkeypatch):
     """A part of GPT-2 XL: more than 8 GB would be needed."""
     settings = compose("config", ["model=gpt2-xl", "model.n_layer=8", "optim=adamw", "training.batch_size=16"])
     before = plan.resident_bytes()
-    kept, peak = plan.count_memory(settings, Device("cpu", "bf16"))
+    kept, peak = memory_plan.count_memory(settings, Device("cpu", "bf16"))
     assert kept > 3.9e9 and peak > 8e9 and plan.resident_bytes() - before < 2**30
 
 
@@ -108,7 +108,7 @@ def test_counting_memory_allocates_none(monkeypatch):
 def test_batches_and_document_masks_cost_memory():
     def activations(*words: str) -> int:
         settings = compose("config", ["model=modern-nano", "data=pydocs", *words])
-        kept, peak = plan.count_memory(plan.replace(settings, model=plan.replace(settings.model, vocab_size=257)), Device("cpu", "fp32"))
+        kept, peak = memory_plan.count_memory(plan.replace(settings, model=plan.replace(settings.model, vocab_size=257)), Device("cpu", "fp32"))
         return peak - kept
 
     small, large = activations("training.batch_size=64"), activations("training.batch_size=128")
@@ -163,7 +163,7 @@ def test_planned_memory_is_within_a_quarter_of_the_measured(tmp_path, prepared_d
 @pytest.fixture
 def uncounted(monkeypatch):
     """The import of fake tensors takes seconds, and other tests count memory."""
-    monkeypatch.setattr(plan, "count_memory", lambda settings, device, gpu_bytes: (10**6, 3 * 10**6))
+    monkeypatch.setattr(memory_plan, "count_memory", lambda settings, device, gpu_bytes: (10**6, 3 * 10**6))
 
 
 @pytest.mark.slow
@@ -231,9 +231,8 @@ def test_a_batch_that_does_not_fit_names_one_that_does(monkeypatch, capsys):
     words = ["model=nano", "data=text", "training=smoke", "training.batch_size=64"]
     settings = compose("config", [*words, f"data.path={ROOT}"])
     world, device = SimpleNamespace(size=1), Device("cpu", "bf16")
-    for module in (plan, memory_plan):
-        monkeypatch.setattr(module, "count_memory", count)
-        monkeypatch.setattr(module, "USABLE_MEMORY", 1.0)
+    monkeypatch.setattr(memory_plan, "count_memory", count)
+    monkeypatch.setattr(memory_plan, "USABLE_MEMORY", 1.0)
     for megabytes, error, said in ((25.5, ValueError, "batch_size=64 does not fit into the 24.3 MB of this GPU: training.batch_size=5 is "),
                                    (20, torch.OutOfMemoryError, "full"), (100, torch.OutOfMemoryError, "full")):
         monkeypatch.setattr(memory_plan, "memory_limit", lambda device, megabytes=megabytes: megabytes * MILLION)

@@ -98,14 +98,12 @@ def describe_headerless(path: Path, head: bytes, vocab_size: int, dtype: str) ->
     """The entry of a file without a known header. Its type is `dtype`, or detected for "auto"."""
     if dtype == "auto":
         if len(head) == HEADER_BYTES and any(head[:16]) and not any(head[16:]):
-            raise ValueError(f"{path} seems to start with the header of another program, some "
-                             f"numbers and then zeros: remove it, or set data.dtype= if these are "
-                             f"tokens.")
+            raise ValueError(f"{path} seems to start with the header of another program: remove "
+                             f"it, or set data.dtype= if these are tokens.")
         dtype = detect_dtype(path, vocab_size)
     size, width = path.stat().st_size, np.dtype(dtype).itemsize
     if size % width:
-        raise ValueError(f"{path} has {size:,} bytes, which is not a whole number of "
-                         f"{8 * width}-bit tokens.")
+        raise ValueError(f"{path} has {size:,} bytes, no whole number of {8 * width}-bit tokens.")
     return {"offset": 0, "dtype": dtype, "tokens": size // width}
 
 

@@ -81,8 +81,7 @@ def tokenizer_of(folder: Path, name: str) -> Tokenizer:
         # nanoGPT saves the characters in a pickle, which is not safe to load.
         text = folder / "input.txt"
         if not text.is_file():
-            raise ValueError(f"{text} is missing: character tokens need the text that they were "
-                             f"made from beside them.")
+            raise ValueError(f"{text} is missing: character tokens need their text beside them.")
         characters = set(chain.from_iterable(File(text).text_pieces()))
         return CharTokenizer("".join(sorted(characters)), with_end_of_text=False)
     if name != "bpe":
@@ -90,8 +89,7 @@ def tokenizer_of(folder: Path, name: str) -> Tokenizer:
     # A BPE of ours, saved beside its tokens.
     saved = folder / "tokenizer.json"
     if not saved.is_file():
-        raise ValueError(f"{saved} is missing: name the tokenizer that made these tokens, as in "
-                         f"data.tokenizer=gpt2.")
+        raise ValueError(f"{saved} is missing: name the tokenizer, as in data.tokenizer=gpt2.")
     return read_tokenizer(saved)
 
 
@@ -115,8 +113,7 @@ def find_bins(path: str) -> dict[str, list[Path]]:
     # No file may be in both splits, and no split without a file or with two copies of its tokens.
     both = set(found["train"]) & set(found["val"])
     if both:
-        raise ValueError(f"{both.pop()} is named for both splits: name it for one of them, because "
-                         f"validation tokens must not be trained on.")
+        raise ValueError(f"{both.pop()} is named for both splits: name it for one of them.")
     missing = [split for split in SPLITS if not found[split]]
     if missing:
         raise ValueError(f"{path} has no .bin or .npy file with {' and none with '.join(missing)} "
@@ -134,9 +131,8 @@ def check_ids(chunk: np.ndarray, start: int, vocab_size: int, shard: dict[str, A
     for place in (int(chunk.argmax()), int(chunk.argmin())):
         if not 0 <= int(chunk[place]) < vocab_size:
             raise ValueError(f"{shard['file']} has the id {chunk[place]} (token {start + place}), "
-                             f"beyond the vocabulary of {vocab_size}: the tokenizer that made it "
-                             f"is another (data.tokenizer=), or the type of its tokens is not "
-                             f"{shard['dtype']} (data.dtype=).")
+                             f"beyond the vocabulary of {vocab_size}: set data.tokenizer= to the "
+                             f"one that made it, or data.dtype= if it is not {shard['dtype']}.")
 
 
 def count_tokens(shards: list[dict[str, Any]], tokenizer: Tokenizer) -> dict[str, Any]:

@@ -203,6 +203,5 @@ def missing_files(name: str, error: Exception) -> str:
         # tiktoken names a cached file by the hash of its address.
         files.append(f"the file {hashlib.sha1(url.encode()).hexdigest()} (a copy of {url})")
     reason = type(error).__name__ if isinstance(error, OSError) else "unexpected content"
-    return (f"The tokenizer {name} needs {' and '.join(files)} in the {place}, which tiktoken "
-            f"could not read or download ({reason}): copy it there, or set TIKTOKEN_CACHE_DIR to "
-            f"a folder with it.")
+    return (f"The tokenizer {name} needs {' and '.join(files)} in the {place}, without a download "
+            f"({reason}): copy it there, or set TIKTOKEN_CACHE_DIR to a folder with it.")

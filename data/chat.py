@@ -69,9 +69,8 @@ def markers_of(tokenizer: Tokenizer) -> Markers:
                          f"conversations (data=chat).")
     base = tokenizer.base if isinstance(tokenizer, ExtendedTokenizer) else tokenizer
     if isinstance(base, BPETokenizer) and set(MARKERS) & set(base.in_text):
-        raise ValueError("The tokenizer finds the markers of data=chat inside a text, so that a "
-                         "message could end itself: make them special tokens (special: true) in "
-                         "its tokenizer.json.")
+        raise ValueError("The tokenizer finds the markers of data=chat inside a text: make them "
+                         "special tokens (special: true) in its tokenizer.json.")
     # Those of the roles that do not answer.
     others = tuple(special[word] for word in MARKERS if word not in (END, MARKER_OF["assistant"]))
     return Markers(tokenizer.end_of_text, special[END], special[MARKER_OF["assistant"]], others)
@@ -127,16 +126,14 @@ def read_messages(record: Any, place: str) -> list[Message] | BadRecord:
     # The first invalid message makes the record invalid.
     messages = []
     for number, message in enumerate(found, 1):
-        place_of_it = f"{place}, message {number}"
+        where = f"{place}, message {number}"
         if not isinstance(message, dict):
-            return BadRecord(f"{place_of_it} is not a message with role and content (it is "
-                             f"{type_name(message)})")
+            return BadRecord(f"{where} has no role and content (it is {type_name(message)})")
         role, content = message.get("role"), message.get("content")
         if not isinstance(role, str) or role not in MARKER_OF:
-            return BadRecord(f"{place_of_it} has the role {role!r:.40}, which is none of "
-                             f"{', '.join(MARKER_OF)}")
+            roles = ", ".join(MARKER_OF)
+            return BadRecord(f"{where} has the role {role!r:.40}, which is none of {roles}")
         if not isinstance(content, str):
-            return BadRecord(f"{place_of_it} has no text in its content (it is "
-                             f"{type_name(content)})")
+            return BadRecord(f"{where} has no text in its content (it is {type_name(content)})")
         messages.append(Message(role, well_formed(content)))
     return messages

@@ -22,13 +22,10 @@ TokenType = Literal["auto", "uint8", "uint16", "int16", "uint32", "int32", "uint
 
 # What to give as the `path`, or as the `hub_name`, of the sources that need one.
 NEEDED = {
-    "text": "name a text file, or a folder or glob of .txt, .md, .jsonl, .csv or .parquet files, "
-            "as in data.path=book.txt",
-    "chat": "name a .jsonl file of conversations, or a folder or glob of such files, as in "
-            "data.path=examples.jsonl",
+    "text": "name a file, or a folder or glob of .txt, .md, .jsonl, .csv or .parquet files",
+    "chat": "name a .jsonl file of conversations, or a folder or glob of such files",
     "bin": "name the folder where train.bin and val.bin are, as in data.path=nanoGPT/data/owt",
-    "hub": "name a dataset of the Hugging Face Hub, as in "
-           "data.hub_name=HuggingFaceFW/fineweb-edu, or a folder with the same layout"}
+    "hub": "name a dataset of the Hugging Face Hub, OWNER/NAME, or a folder with that layout"}
 
 # The sources that use each of these settings; all sources use the other settings.
 FILES, RECORDS = ("text", "chat", "shakespeare"), ("text", "hub", "shakespeare")
@@ -84,8 +81,7 @@ class DataConfig(SettingsBase):
         # The validation text.
         yield from missing_path("val_path", self.val_path)
         if self.val_path and self.val_split:
-            yield (f"val_path={self.val_path} and val_split={self.val_split} exclude each other: "
-                   f"choose one.")
+            yield f"val_path={self.val_path} excludes val_split={self.val_split}: choose one."
         # How the text is read and encoded.
         if self.encoding and not is_text_encoding(self.encoding):
             yield (f"encoding={self.encoding} is not a text encoding of Python: use a name such as "

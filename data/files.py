@@ -119,8 +119,7 @@ class File:
                 read = self.read_record or partial(text_of, field=self.text_field)
                 yield from json_records(self.decoded(stream), self.kind, read, self.path)
             elif self.path.suffix.lower() in COMPRESSIONS:
-                raise ValueError(f"{self.path} is a compressed Parquet file: decompress it first. "
-                                 f"Parquet has its own compression.")
+                raise ValueError(f"{self.path} is a compressed Parquet file: decompress it.")
             else:
                 yield from parquet_texts(stream, self.text_field, self.path)
 

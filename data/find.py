@@ -70,8 +70,7 @@ def unreadable(path: Path) -> str:
     if path.is_symlink() and not path.exists():
         return "is a symbolic link to itself or to nothing"
     if path.exists() and not (path.is_file() or path.is_dir()):
-        return ("is a pipe, a socket or a device, which cannot be read more than once: write its "
-                "content to a file")
+        return "is a pipe, socket or device and cannot be read twice: write its content to a file"
     return ""
 
 

@@ -83,8 +83,8 @@ class Hub:
             place = f"at example {number + 1:,} ({first_line(error)})"
             if isinstance(error, ValueError) or self.folder:
                 raise ValueError(f"{self.name} cannot be read {place}.") from None
-            raise ConnectionError(f"The connection to {self.name} broke {place}: run the same "
-                                  f"command again, which resumes.") from None
+            raise ConnectionError(f"The connection to {self.name} broke {place}: the same command "
+                                  f"resumes.") from None
 
     def fraction(self) -> float:
         return self.done
@@ -201,9 +201,8 @@ class Hub:
         # The library tells these cases apart by the text of its messages only.
         reason = first_line(error)
         if "scripts are no longer supported" in reason:
-            return (f"{self.name} is loaded by a script of its own, which is not run: use "
-                    f"data.hub_revision=refs/convert/parquet, the Hub's copy without one, if it "
-                    f"exists.")
+            return (f"{self.name} is loaded by a script, which is not run: use the Hub's copy "
+                    f"without one, data.hub_revision=refs/convert/parquet, if it exists.")
         if "gated" in reason:
             return (f"{self.name} is gated: accept its terms at https://huggingface.co/datasets/"
                     f"{self.name}, then log in with hf auth login, or set HF_TOKEN.")

@@ -286,8 +286,7 @@ def ranks_of(vocab: dict[str, int], merges: list[Any]) -> list[bytes]:
         pair = bytes(map(byte_of.__getitem__, left)), bytes(map(byte_of.__getitem__, right))
         rank = rank_of[b"".join(pair)]
         if rank < last:
-            raise Unsupported(f"its merge {left!r} {right!r} comes after one that makes a token "
-                              f"with a higher id")
+            raise Unsupported(f"its merge {left!r} {right!r} comes after one with a higher id")
         pairs.add(pair)
         last = rank
 

@@ -198,9 +198,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     tokenizer = read_tokenizer(path)
     found, expected = fingerprint(tokenizer), read_meta(folder)["tokenizer_fingerprint"]
     if found != expected:
-        raise ValueError(f"{path} is not the tokenizer that made the tokens beside it (its "
-                         f"fingerprint is {found[:12]}, expected {expected[:12]}): "
-                         f"{prepare_again(folder)}")
+        raise ValueError(f"{path} did not make the tokens beside it (its fingerprint is "
+                         f"{found[:12]}, expected {expected[:12]}): {prepare_again(folder)}")
     return tokenizer
 
 
@@ -215,7 +214,7 @@ def describe(folder: Path) -> str:
     meta = read_meta(folder)
     train, val = meta["splits"]["train"], meta["splits"]["val"]
     text = (f"{counted(train['tokens'], 'token')} to train on, {val['tokens']:,} to validate on, "
-            f"vocabulary of {meta['vocab_size']:,}, {train['bytes_per_token']:.2f} "
-            f"bytes a token ({folder})")
+            f"vocabulary of {meta['vocab_size']:,}, {train['bytes_per_token']:.2f} bytes a token "
+            f"({folder})")
     sources = [part["read"] for part in meta["parts"] if "read" in part]
     return f"{text}; read from {' and '.join(sources)}" if sources else text

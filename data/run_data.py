@@ -49,9 +49,8 @@ def open_data(prepared: Path, config: DataConfig, block_size: int, batch_size: i
     # A document starts with the end-of-text token of the one before it.
     boundary = tokenizer.end_of_text if config.respect_documents else None
     if config.respect_documents and boundary is None:
-        raise ValueError("data.respect_documents=true needs several documents, but this text is a "
-                         "single one and its tokenizer has no end-of-text token. Leave it out, or "
-                         "name several texts.")
+        raise ValueError("data.respect_documents=true needs several documents, and this text is a "
+                         "single one without an end-of-text token: leave it out.")
     markers = markers_in(config, tokenizer)
     loader = Loader(open_parts(prepared, "train"), block_size, batch_size, micro_steps, seed,
                     world_size, config.weights(), markers)

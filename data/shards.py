@@ -39,8 +39,7 @@ class ShardWriter:
             return
         largest = int(ids.max())
         if largest >= self.vocab_size:
-            raise ValueError(f"{self.path}: the id {largest} is beyond the vocabulary of "
-                             f"{self.vocab_size}.")
+            raise ValueError(f"{self.path}: the id {largest} is not below {self.vocab_size}.")
         # Without tokens there is no file. The length in the header is set when it is closed.
         if self.file is None:
             self.file = atomic.NewFile(self.path)
@@ -185,9 +184,8 @@ def check_shards(folder: Path, shards: list[dict[str, Any]]) -> None:
     digests = sha256_of([folder / shard["file"] for shard in shards])
     for shard, sha256 in zip(shards, digests, strict=True):
         if sha256 != shard["sha256"]:
-            raise ValueError(f"{folder / shard['file']} was changed or belongs to another "
-                             f"meta.json: its SHA-256 is {sha256[:12]}..., expected "
-                             f"{shard['sha256'][:12]}...; {prepare_again(folder)}")
+            raise ValueError(f"{folder / shard['file']} was changed (its SHA-256 is not that in "
+                             f"meta.json, {shard['sha256'][:12]}...): {prepare_again(folder)}")
 
 
 def fingerprint_of(tokenizer_fingerprint: str, parts: list[dict[str, Any]]) -> str:

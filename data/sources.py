@@ -123,8 +123,8 @@ class Files:
             else:
                 self.files.append(file)
         if not self.files:
-            raise ValueError(f"{path} has no conversations: data=chat reads "
-                             f"{', '.join(JSON_SUFFIXES)}, also compressed.")
+            suffixes = ", ".join(JSON_SUFFIXES)
+            raise ValueError(f"{path} has no {suffixes} files, which data=chat reads.")
         self.separator = unescaped(config.separator)
 
         # Newer settings are left out at their defaults, so that old fingerprints stay valid.
@@ -177,8 +177,7 @@ def fetch(url: str, sha256: str) -> Path:
     path = data_root() / "downloads" / f"{sha256[:8]}-{url.rsplit('/', 1)[-1]}"
     if path.exists():
         if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
-            raise ValueError(f"{path} is damaged (its sha256 is not {sha256[:12]}...): delete it "
-                             f"to download it again.")
+            raise ValueError(f"{path} is damaged: delete it, and it is downloaded again.")
         return path
 
     advice = f"Download it yourself and put it at {path}, or name your copy with data.path=FILE."

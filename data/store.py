@@ -180,6 +180,6 @@ def advice_on_disk_errors(root: Path) -> Iterator[None]:
         # Reading a source can fail, too: an error about another path keeps its message.
         inside = error.filename is None or Path(os.fsdecode(error.filename)).is_relative_to(root)
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and inside:
-            raise OSError(f"{root} is not writable ({reason}): set NANOHYDRA_DATA to a folder "
-                          f"that is.") from None
+            raise OSError(f"{root} is not writable ({reason}): set NANOHYDRA_DATA to another "
+                          f"folder.") from None
         raise

@@ -45,9 +45,8 @@ def reading(path: Path) -> Iterator[None]:
             raise
         reason = str(error)
         if "too much memory" in reason or "emory usage limit" in reason:
-            raise ValueError(f"{path} is damaged, or needs more memory to decompress than is "
-                             f"allowed for a file of its size: compress it again with default "
-                             f"settings.") from None
+            raise ValueError(f"{path} is damaged, or needs more memory than is allowed for its "
+                             f"size: compress it again with default settings.") from None
         raise ValueError(f"{path} is damaged or truncated ({reason}).") from None
 
 
@@ -77,8 +76,7 @@ def decompressed(raw: BinaryIO, path: Path) -> BinaryIO:
             try:
                 import zstandard
             except ImportError:
-                raise ValueError(f"{path}: reading .zst needs zstandard: pip install "
-                                 f"zstandard.") from None
+                raise ValueError(f"{path} needs zstandard: pip install zstandard.") from None
             new_decompressor = zstandard.ZstdDecompressor(max_window_size=window).decompressobj
         case _:
             return raw

@@ -22,11 +22,12 @@ from setting import FilePath, setting
 class PrepareSettings:
     """The script's own settings; all others are those of train.py."""
 
-    inspect: bool = setting(False, "print statistics, the most frequent tokens and three "
-                            "documents; and draw token frequencies and document lengths (needs "
-                            "matplotlib)")
-    clean: bool = setting(False, "list all prepared tokens, and delete those that no run in "
-                          "runs_dir uses and unfinished ones, after a question")
+    inspect: bool = setting(
+        False, "print statistics, frequent tokens and three documents; and draw token frequencies "
+               "and document lengths (needs matplotlib)")
+    clean: bool = setting(
+        False, "list all prepared tokens, and delete those that no run in runs_dir uses and "
+               "unfinished ones, after a question")
     yes: bool = setting(False, "with clean=true: delete without asking")
     out: FilePath = setting(
         "", "the picture of inspect=true; empty: inspect.png in the folder of the tokens")

@@ -142,10 +142,10 @@ def test_other_tokens_have_another_folder(nanogpt, fresh_data, name):
 @pytest.mark.parametrize("damage, words", [
     (lambda bins: (bins / "val.bin").unlink(), "has no .bin or .npy file with val in its name"),
     (lambda bins: [path.unlink() for path in bins.glob("*.bin")], "train and none with val in its name"),
-    (lambda bins: os.truncate(bins / "val.bin", 21), "val.bin has 21 bytes, which is not a whole number of 16-bit tokens"),
+    (lambda bins: os.truncate(bins / "val.bin", 21), "val.bin has 21 bytes, no whole number of 16-bit tokens"),
     (lambda bins: llmc(bins / "val.bin", range(50)) or os.truncate(bins / "val.bin", 1100), "val.bin is truncated or damaged: its header says 50"),
     (lambda bins: np.array([1, 300], dtype=np.uint16).tofile(bins / "val.bin"), r"val.bin has the id 300 \(token 1\), beyond the vocabulary of"),
-    (lambda bins: (bins / "input.txt").unlink(), "input.txt is missing: character tokens need the text"),
+    (lambda bins: (bins / "input.txt").unlink(), "input.txt is missing: character tokens need their text"),
     (lambda bins: (bins / "val.bin").write_bytes(b""), r"val.bin is empty"),
     (lambda bins: llmc(bins / "val.bin", range(50), magic=int.from_bytes((20240520).to_bytes(4, "little"), "big") - 2**32), "big-endian byte order"),
     (lambda bins: (bins / "train_val.bin").write_bytes(b"abcd"), "train_val.bin is named for both splits"),

@@ -152,7 +152,7 @@ def test_an_epoch_has_each_answer_once_in_any_order(chats):
     ({"messages": "x"}, r"line 2: messages is not a list"),
     ({"messages": []}, r"line 2 has no message of the assistant"),
     ({"messages": [{"role": "user", "content": "x"}]}, r"line 2 has no message of the assistant"),
-    ({"messages": ["x"]}, r"line 2, message 1 is not a message with role and content \(it is text\)"),
+    ({"messages": ["x"]}, r"line 2, message 1 has no role and content \(it is text\)"),
     ({"messages": [{"role": "tool", "content": "x"}]}, r"line 2, message 1 has the role 'tool', which is none of system, user, assistant"),
     ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, r"line 2, message 1 has no text in its content \(it is a list\)"),
     (pair("x", None), r"line 2, message 2 has no text in its content \(it is null\)"),
@@ -173,7 +173,7 @@ def test_other_files_of_a_folder_are_skipped(chats, tmp_path, fresh_data):
     folder = chats([pair("a", "1")], path=str(tmp_path))
     # Of the two conversations in the folder, one is also that of the validation split.
     assert read_meta(folder)["splits"]["train"]["documents"] == 1
-    with pytest.raises(ValueError, match=r"README.md has no conversations: data=chat reads .jsonl, .jsonlines, .ndjson, .json"):
+    with pytest.raises(ValueError, match=r"README.md has no .jsonl, .jsonlines, .ndjson, .json files, which data=chat reads"):
         chats([pair("a", "1")], path=str(tmp_path / "README.md"))
 
 

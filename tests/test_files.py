@@ -385,7 +385,7 @@ def test_a_pipe_or_socket_is_refused_and_skipped(tmp_path, name):
     else:
         with socket.socket(socket.AF_UNIX) as server:
             server.bind(os.path.relpath(place))
-    with pytest.raises(ValueError, match="is a pipe, a socket or a device, which cannot be read more than once"):
+    with pytest.raises(ValueError, match="is a pipe, socket or device and cannot be read twice"):
         find.find(str(place))
     (tmp_path / "a.txt").write_bytes(b"x")
     for path in (tmp_path, tmp_path / "*.txt"):
@@ -394,7 +394,7 @@ def test_a_pipe_or_socket_is_refused_and_skipped(tmp_path, name):
 
 
 def test_a_device_is_refused():
-    with pytest.raises(ValueError, match="/dev/zero is a pipe, a socket or a device, which cannot be read more than once"):
+    with pytest.raises(ValueError, match="/dev/zero is a pipe, socket or device and cannot be read twice"):
         find.find("/dev/zero")
 
 

@@ -431,7 +431,7 @@ def test_a_broken_connection_says_to_run_the_command_again(hub):
     for name, example in (("me/set", 101), ("me/lines", 2)):
         message = refusal(source(name), ConnectionError)
         assert message.startswith(f"The connection to {name} broke at example {example} (")
-        assert message.endswith("): run the same command again, which resumes.")
+        assert message.endswith("): the same command resumes.")
 
 
 # Without the Hub

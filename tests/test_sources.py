@@ -329,7 +329,7 @@ def test_shakespeare_from_a_local_copy_asks_no_network(tmp_path, monkeypatch):
     ({"val_split": "validation"}, "val_split", "validation"),
     ({"mix": "pydocs:1 stdlib:1", "val_path": __file__}, "val_path", "mixture"),
     ({"source": "bin", "path": __file__, "val_path": __file__}, "val_path", "not used by data=bin"),
-    ({"source": "hub", "hub_name": "a/b", "val_path": __file__, "val_split": "test"}, "val_path", "exclude each other"),
+    ({"source": "hub", "hub_name": "a/b", "val_path": __file__, "val_split": "test"}, "val_path", "excludes val_split"),
 ])
 def test_an_invalid_setting_is_one_problem_with_its_value(settings, field, value):
     [problem] = DataConfig(**settings).problems()

@@ -8,14 +8,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from conf.sampling import SamplingConfig
 from conf.serving import ServeSettings
 from data.chat import has_markers, read_messages
 from data.records import BadRecord
-from generation.chat import Conversation
+from generation.chat import next_answer
 from generation.engine import Engine
 from generation.inspection import Prediction, predictions
 from serving.answers import Answer, ChatAnswer
@@ -87,16 +87,15 @@ async def chat_task(fields: Fields, model: Model, settings: ServeSettings) -> An
     messages = fields.take("messages", [])
     # As in vLLM: the last message is the beginning of the answer.
     has_begun = fields.take("continue_final_message", False)
-    prompt, number = await asyncio.to_thread(read_conversation, messages, model, rules, has_begun)
+    prompt, rules, number = await asyncio.to_thread(read_conversation, messages, model, rules,
+                                                    has_begun)
     n = fields.integer("n", 1, 1, settings.batch_size)
     top = fields.integer("top_logprobs", 0, 0, MAX_TOP)
     if not fields.take("logprobs", False):
         top = None
-    # An answer never goes beyond the context, as in sample.py.
-    most = min(rules.max_new_tokens, model.block_size - len(prompt))
     # The same text as the answer to the same question in sample.py.
     jobs = [(prompt, number + index) for index in range(n)]
-    generation = make_generation(fields, jobs, replace(rules, max_new_tokens=most), settings, top)
+    generation = make_generation(fields, jobs, rules, settings, top)
     return ChatAnswer(model.name, model.engine.tokenizer, generation, len(prompt))
 
 
@@ -154,8 +153,8 @@ def encoded(name: str, model: Model, prompt: str | list[int]) -> list[int]:
 
 
 def read_conversation(given: list[Any], model: Model, rules: SamplingConfig,
-                      has_begun: bool) -> tuple[list[int], int]:
-    """The prompt of the next answer, and the number of questions before the last one."""
+                      has_begun: bool) -> tuple[list[int], SamplingConfig, int]:
+    """What `next_answer` returns for the messages of a request."""
     if not has_markers(model.engine.tokenizer):
         raise Refused(f"{model.name} was not trained on conversations (data=chat): use "
                          "/v1/completions.", "model")
@@ -164,8 +163,7 @@ def read_conversation(given: list[Any], model: Model, rules: SamplingConfig,
     if isinstance(messages, BadRecord):
         raise Refused(f"{messages.problem}.", "messages")
     try:
-        conversation = Conversation(model.engine, rules)
-        return conversation.continued(messages, has_begun), conversation.n_questions
+        return next_answer(model.engine, messages, rules, has_begun)
     except ValueError as error:
         # A question that is too long, or a character that the tokenizer lacks.
         raise Refused(str(error), "messages") from None

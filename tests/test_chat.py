@@ -27,8 +27,8 @@ from data.loader import Loader, Validation
 from data.prepare import load_tokenizer, prepare
 from data.shards import Tokens, open_parts, read_meta
 from data.tokenizer import ByteTokenizer, ExtendedTokenizer
-from generation import open_run
-from generation.chat import Conversation
+from generation import Engine, open_run
+from generation.chat import Conversation, next_answer
 from model import GPT, GPTConfig
 from model import loss as model_loss
 from train import train
@@ -298,11 +298,10 @@ def test_a_conversation_is_answered_line_by_line(talk):
 def test_only_turns_that_fit_are_the_context(parrot, monkeypatch):
     engine = open_run("parrot", runs_dir=parrot[0], device="cpu", precision="fp32")
     rules = SamplingConfig(max_new_tokens=4, temperature=0)
-    assert engine.decode(Conversation(engine, rules, system="ab").start) == "<|endoftext|><|system|>ab<|end|>"
     conversation = Conversation(engine, rules)
     prompts = []
-    prompt_of = conversation.prompt
-    monkeypatch.setattr(conversation, "prompt", lambda asked: prompts.append(prompt_of(asked)) or prompts[-1])
+    stream = Engine.stream
+    monkeypatch.setattr(Engine, "stream", lambda engine, prompt, *rest: prompts.append(prompt) or stream(engine, prompt, *rest))
     for number in range(12):
         question = ["ab", "cd"][number % 2]
         assert "".join(conversation.answer(question)) == ANSWERS[question] and not conversation.was_cut
@@ -316,11 +315,13 @@ def test_only_turns_that_fit_are_the_context(parrot, monkeypatch):
 
 
 def test_many_turns_are_dropped_in_linear_time(parrot):
-    conversation = Conversation(open_run("parrot", runs_dir=parrot[0], device="cpu", precision="fp32"), SamplingConfig(max_new_tokens=4))
-    conversation.turns = [[1] * 8] * 20_000
+    engine = open_run("parrot", runs_dir=parrot[0], device="cpu", precision="fp32")
+    messages = [Message("user", "ab"), Message("assistant", "BA")] * 20_000
     start = time.monotonic()
-    conversation.prompt([1] * 3)
-    assert len(conversation.turns) == 2 and time.monotonic() - start < 2
+    prompt, *_ = next_answer(engine, [Message("system", "ab"), *messages, Message("user", "cd")], SamplingConfig(max_new_tokens=4))
+    turn = "<|user|>ab<|end|><|assistant|>BA<|end|>"
+    assert engine.decode(prompt) == f"<|endoftext|><|system|>ab<|end|>{turn}{turn}<|user|>cd<|end|><|assistant|>"
+    assert time.monotonic() - start < 2
 
 
 def test_a_question_that_is_too_long_is_an_error(talk):
@@ -370,7 +371,7 @@ def test_an_export_talks_alike_in_transformers(parrot, tmp_path):
     tokenizer, model = transformers.AutoTokenizer.from_pretrained(out), transformers.AutoModelForCausalLM.from_pretrained(out)
     ids = tokenizer.apply_chat_template([{"role": "user", "content": "cd"}], add_generation_prompt=True, return_tensors="pt", return_dict=False)
     own = open_run("parrot", runs_dir=parrot[0], device="cpu", precision="fp32")
-    assert ids[0].tolist() == Conversation(own, SamplingConfig()).prompt(message_ids(own.tokenizer, Message("user", "cd")))
+    assert ids[0].tolist() == next_answer(own, [Message("user", "cd")], SamplingConfig())[0]
     [answer] = model.generate(ids, do_sample=False, max_new_tokens=9)
     assert tokenizer.decode(answer[ids.shape[1] :]) == "DC<|end|>"
 

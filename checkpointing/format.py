@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training.divided import Divided
+from training.sharding import Divided
 
 FORMAT = 3
 # As format 3, but several processes have each written a part of the tensors:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from training.distributed import TIMEOUT, World
-from training.divided import Divided
+from training.sharding import Divided
 
 T = TypeVar("T")
 

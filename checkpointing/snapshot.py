@@ -22,7 +22,7 @@ import atomic
 from checkpointing import format
 from checkpointing.peers import Peers
 from terminal import readable_size
-from training.divided import Divided
+from training.sharding import Divided
 
 # Tensors of more bytes are written by several processes, where there are several.
 MAX_BYTES_OF_ONE_WRITER = 8 * 2**30

@@ -19,10 +19,10 @@ from model import GPT, SkipInit
 from model.loss import loss_options
 from training.device import Device
 from training.distributed import World
-from training.divided import Divided
 from training.fsdp import shard
 from training.optim import Optimizers
 from training.optimizer_state import load_state, state_shapes, state_tensors
+from training.sharding import Divided
 
 # The counters, which a checkpoint holds under the names that they have in `State`.
 COUNTERS = ("step", "seconds", "batches_skipped", "nonfinite", "replanned", "best_val_loss",

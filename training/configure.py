@@ -17,7 +17,7 @@ M_TRIM_THRESHOLD, DEFAULT_TRIM_THRESHOLD = -1, 128 * 1024
 M_MMAP_MAX, DEFAULT_MMAP_MAX = -4, 65536
 
 
-class configure:
+class configure(ExitStack):
     """Apply a device's settings to this process. As a context manager, undo that at the end.
 
     Sets the number of threads, TF32, kernels of attention, deterministic kernels and malloc's
@@ -26,44 +26,37 @@ class configure:
     """
 
     def __init__(self, device: Device, dropout: float = 0.0) -> None:
-        # The calls that restore the present state.
-        self.before = ExitStack()
-        self.before.callback(torch.set_rng_state, torch.get_rng_state())
+        super().__init__()
+        # Each callback restores the present state.
+        self.callback(torch.set_rng_state, torch.get_rng_state())
         if device.type == "cuda":
-            self.before.callback(torch.cuda.set_rng_state, torch.cuda.get_rng_state())
+            self.callback(torch.cuda.set_rng_state, torch.cuda.get_rng_state())
 
-        self.before.callback(set_threads, torch.get_num_threads())
+        self.callback(set_threads, torch.get_num_threads())
         set_threads(device.threads)
 
-        self.before.callback(
-            torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+        self.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
         if device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32
             # FlashAttention 3 has no dropout.
             restore = None if dropout else activate_flash_attention_3()
             if restore:
                 device.attention = "FlashAttention 3"
-                self.before.callback(restore)
+                self.callback(restore)
 
         # Also where this device is not deterministic: compiling on a CPU sets it later.
-        self.before.callback(restore_determinism, torch.are_deterministic_algorithms_enabled(),
-                             torch.is_deterministic_algorithms_warn_only_enabled(),
-                             torch.utils.deterministic.fill_uninitialized_memory,
-                             os.environ.get("CUBLAS_WORKSPACE_CONFIG"))
+        self.callback(restore_determinism, torch.are_deterministic_algorithms_enabled(),
+                      torch.is_deterministic_algorithms_warn_only_enabled(),
+                      torch.utils.deterministic.fill_uninitialized_memory,
+                      os.environ.get("CUBLAS_WORKSPACE_CONFIG"))
         if device.type == "cuda":
             set_cublas_workspace()
         if device.deterministic:
             be_deterministic()
 
         if device.keeps_memory:
-            self.before.callback(set_malloc_options, DEFAULT_TRIM_THRESHOLD, DEFAULT_MMAP_MAX)
+            self.callback(set_malloc_options, DEFAULT_TRIM_THRESHOLD, DEFAULT_MMAP_MAX)
             keep_freed_memory()
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *failure: object) -> None:
-        self.before.close()
 
 
 def activate_flash_attention_3() -> Callable[[], None] | None:

@@ -7,9 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from training.divided import Divided
 from training.optim import Optimizers
-from training.sharding import Part
+from training.sharding import Divided, Part
 
 
 def state_shapes(optimizers: Optimizers) -> dict[str, Tensor]:

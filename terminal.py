@@ -96,11 +96,9 @@ def readable_size(nbytes: float) -> str:
     if nbytes < 1000:
         return counted(round(nbytes), "byte")
     # Three digits at most: 1000 of a unit are shown as 0.98 of the next.
-    units = ["KB", "MB", "GB", "TB"]
-    nbytes /= 1024
-    while nbytes >= 1000 and len(units) > 1:
+    for unit in ("KB", "MB", "GB", "TB"):
         nbytes /= 1024
-        units.pop(0)
-    if nbytes < 99.95:
-        return f"{nbytes:.1f}".removesuffix(".0") + f" {units[0]}"
-    return f"{nbytes:,.0f} {units[0]}"
+        if nbytes < 1000:
+            break
+    number = f"{nbytes:,.0f}" if nbytes >= 99.95 else f"{nbytes:.1f}".removesuffix(".0")
+    return f"{number} {unit}"

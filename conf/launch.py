@@ -16,7 +16,7 @@ if sys.platform == "win32":
 
 import os
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from importlib import import_module
 from typing import Any, NoReturn
@@ -85,7 +85,7 @@ def launch(main: Target, root: str | type, doc: str, multirun: Target = "") -> N
         if os.environ.get("LOCAL_RANK", "0") == "0" or not isinstance(error, ValueError):
             say(f"Error: {message}", sys.stderr)
         if isinstance(error, ValueError):
-            stop_restarts(os.environ)
+            stop_restarts()
     except KeyboardInterrupt:
         sys.stdout.flush()
         if not embedded():
@@ -95,13 +95,13 @@ def launch(main: Target, root: str | type, doc: str, multirun: Target = "") -> N
     sys.exit(code)
 
 
-def stop_restarts(environment: Mapping[str, str]) -> None:
+def stop_restarts() -> None:
     """End torchrun, which would otherwise start a command with a mistake again (--max-restarts).
 
     No exit code tells torchrun that. All nodes find a mistake, and each ends its own torchrun.
     """
-    is_first_of_node = environment.get("LOCAL_RANK") == "0"
-    if is_first_of_node and environment.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+    is_first_of_node = os.environ.get("LOCAL_RANK") == "0"
+    if is_first_of_node and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
         os.kill(os.getppid(), signal.SIGTERM)
 
 
@@ -167,8 +167,6 @@ def run_command(main: Target, root: str | type, doc: str, arguments: list[str],
     if "--cfg" in flags:
         output(as_yaml(compose(root, overrides)), end="")
         return 0
-    if root == "config":
-        check_launcher(os.environ)
     settings = compose(root, overrides)
     sleep_while_waiting()
     return imported(main)(settings)
@@ -217,18 +215,6 @@ def unknown_flag(argument: str, known: dict[str, Any]) -> str:
         setting = f"{meant}={value or '...'}"
         return f"{argument}: settings are written without dashes: {setting}{unit_note(name)}."
     return f"{argument}: no such flag; settings are written key=value, and --help lists both."
-
-
-def check_launcher(environment: Mapping[str, str]) -> None:
-    """Raise ValueError if anything but torchrun started several processes for one training."""
-    size = environment.get("OMPI_COMM_WORLD_SIZE", "1")
-    if size in ("", "1"):
-        return
-    if environment.get("OMPI_COMM_WORLD_RANK") != "0":
-        sys.exit(1)
-    raise ValueError(f"mpirun started {size} processes, which would each train the same run: use "
-                     f"torchrun --nproc-per-node={size} train.py. Several runs at a time are a "
-                     f"sweep: -m with jobs={size}.")
 
 
 def imported(target: Target) -> Any:

@@ -54,10 +54,8 @@ class Settings(SettingsBase):
         # The name: a relative path without control characters.
         parts = Path(self.name).parts
         name = escaped(self.name, keep="")
-        if name != self.name:
-            yield f"name={name} contains control characters: remove them."
-        elif self.name != self.name.strip():
-            yield f"name={self.name} begins or ends with white space: remove it."
+        if name != self.name.strip():
+            yield f"name={name} contains control characters or outer white space: remove them."
         if Path(self.name).is_absolute() or ".." in parts or (self.name and not parts):
             yield f"name={name} is outside runs_dir={self.runs_dir}: use a plain name."
         if self.name.startswith("~"):

@@ -1,5 +1,7 @@
 """Draw what a run records at each step: losses, learning rate, gradient norm, speed.
 
+Also the results of runs against the values of a setting.
+
 Lists of runs are sorted, the best first; the rank of a run decides its color.
 """
 
@@ -10,9 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from report import labels
 from report.colors import COLORS, color
+from report.figures import INK
 from report.history import AXES, LOSS, History
-from report.labels import abbreviate, log_ticks, short_text
+from report.runs import are_numbers
 
 TRAINING, VALIDATION = COLORS[0], COLORS[1]
 BOTH = "training and validation"
@@ -73,7 +77,7 @@ def draw_curve(axes: Any, points: np.ndarray, axis: str, smoothed: bool, bands: 
 
 
 def line_style(rank: int, runs: list[History]) -> dict[str, Any]:
-    name = short_text(runs[rank].name, 48)
+    name = labels.short_text(runs[rank].name, 48)
     # matplotlib leaves labels that start with an underscore out of a legend.
     label = f" {name}" if name.startswith("_") else name
     width = 1.5 if len(runs) <= len(COLORS) else 1
@@ -133,7 +137,7 @@ def label_progress(axes: Any, axis: str) -> None:
     axes.set_xlabel(AXIS_LABELS[axis])
     locator = MaxNLocator(7, integer=axis != "seconds", steps=[1, 2, 5, 10], min_n_ticks=1)
     axes.xaxis.set_major_locator(locator)
-    abbreviate(axes.xaxis)
+    labels.abbreviate(axes.xaxis)
 
 
 def draw_diagnostic(axes: Any, runs: list[History], name: str) -> None:
@@ -144,18 +148,70 @@ def draw_diagnostic(axes: Any, runs: list[History], name: str) -> None:
         points = run.diagnostics.get(name, np.empty((0, 6)))
         bands = name == "gradient norm" and len(runs) <= MAX_BANDS
         draw_curve(axes, points, "steps", name in DIAGNOSTICS[1:], bands, **line_style(rank, runs))
-        peak = points[:, 3].max(initial=0)
-        if peak > 0:
-            peaks.append(peak)
+        peaks.append(points[:, 3].max(initial=0))
+    peaks = [peak for peak in peaks if peak > 0]
 
     # Learning rates of very different size are drawn on a log axis, all else from 0.
     if name == "learning rate" and peaks and max(peaks) >= 10 * min(peaks):
         axes.set_yscale("log")
         # Schedules end near 0, which would take most of a log axis.
         axes.set_ylim(min(peaks) / 20, 1.5 * max(peaks))
-        log_ticks(axes.yaxis)
+        labels.log_ticks(axes.yaxis)
     elif peaks:
         axes.set_ylim(0, 1.05 * max(peaks))
-        abbreviate(axes.yaxis)
+        labels.abbreviate(axes.yaxis)
     axes.set_ylabel(name)
     label_progress(axes, "steps")
+
+
+def draw_slice(axes: Any, runs: list[History], key: str, ranked: list[History]) -> None:
+    """The score of each run against its value of the setting `key`; `ranked` are all runs, sorted.
+
+    A triangle is a run that ended above its first loss. A short line is the median of the runs that
+    share a value.
+    """
+    # Place the runs along x: by their numbers, or in categories.
+    values = [run.settings.get(key) for run in runs]
+    values = [value if are_numbers([value]) else str(value) for value in values]
+    different = sorted(set(values), key=lambda value: (isinstance(value, str), value))
+    categories = not are_numbers(different) or spans_zero(different)
+    x = [different.index(value) for value in values] if categories else values
+
+    # Draw a mark for each run, the best on top.
+    highest = highest_start(runs)
+    scores = [min(run.score, highest) for run in runs]
+    axes.margins(x=0.08)
+    for run, place, score in reversed(list(zip(runs, x, scores, strict=True))):
+        marker = "o" if run.score <= highest else "^"
+        rank = ranked.index(run)
+        hue = color(rank, len(ranked))
+        axes.plot([place], [score], marker, markersize=5, color=hue, gid=f"run-{rank}")
+
+    # Label the axes.
+    if categories:
+        labels.label_categories(axes, labels.number_texts(different))
+    else:
+        labels.label_numbers(axes, different)
+    if len(different) <= 8:
+        draw_medians(axes, x, scores)
+    axes.set(xlabel=key, ylabel=runs[0].measure)
+
+
+def spans_zero(values: list[float]) -> bool:
+    """Whether a few numbers from 0 on differ too much for one scale, such as 0, 0.001 and 0.1."""
+    positive = [value for value in values if value > 0]
+    few_from_zero = min(values) == 0 and 1 < len(values) <= 8
+    return few_from_zero and max(positive) >= 100 * min(positive)
+
+
+def draw_medians(axes: Any, x: list[float], scores: list[float]) -> None:
+    """A short line at the median of the scores that share a value, where several do."""
+    # Fix the limits: the lines have the same length in units of the axes.
+    axes.set_xlim(axes.get_xlim())
+    to_axes = axes.transData + axes.transAxes.inverted()
+    for place in set(x):
+        here = [score for at, score in zip(x, scores, strict=True) if at == place]
+        if len(here) > 1:
+            middle = to_axes.transform((place, 1.0))[0]
+            left, right = max(0.0, middle - 0.05), min(1.0, middle + 0.05)
+            axes.axhline(float(np.median(here)), left, right, color=INK, linewidth=1)

@@ -13,7 +13,8 @@ MAX_CATEGORIES = 16  # labels below an axis
 
 
 def label_categories(axes: Any, texts: list[str]) -> None:
-    """Texts at x = 0, 1, 2, ...: level if they fit, else slanted; of many, only some."""
+    """Texts at x = 0, 1, 2, ..., in short: level if they fit, else slanted; of many, only some."""
+    texts = [short_text(text) for text in texts]
     slanted = {}
     if len("".join(texts)) > 32:
         slanted = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}

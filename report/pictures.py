@@ -10,10 +10,9 @@ from functools import partial
 from typing import Any
 
 from report.colors import COLORS
-from report.curves import DIAGNOSTICS, draw_diagnostic, draw_losses, loss_kinds
+from report.curves import DIAGNOSTICS, draw_diagnostic, draw_losses, draw_slice, loss_kinds
 from report.figures import as_image, new_figure, svg_element
 from report.history import AXES, History
-from report.slices import draw_slice
 
 
 def losses_svg(runs: list[History], axis: str) -> str:

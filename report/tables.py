@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+from progress import ProgressBar
 from report.colors import color
 from report.history import BITS, LOSS, History
 from report.labels import number_texts
@@ -70,7 +71,7 @@ def leaderboard_rows(runs: list[History]) -> list[dict[str, tuple[Any, str]]]:
         row["last validation loss"] = formatted(run.last_loss, ".4f")
         row["training loss"] = formatted(run.train_loss, ".4f")
         row["tokens"] = formatted(tokens, ",.0f")
-        row["time"] = (seconds, duration(seconds))
+        row["time"] = (seconds, ProgressBar.format_interval(seconds))
         row["tokens/s"] = formatted(tokens / seconds if seconds else None, ",.0f")
         rows.append(row)
     return rows
@@ -146,9 +147,3 @@ def swatch(rank: int, count: int) -> str:
 def formatted(value: float | None, how: str) -> tuple[Any, str]:
     """The value to sort by and its text; both are empty for None."""
     return ("", "") if value is None else (value, format(value, how))
-
-
-def duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

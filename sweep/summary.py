@@ -37,16 +37,15 @@ class Progress:
     def on_exit(self, job: Job, code: int) -> None:
         """Count a job that has ended, and print how it ended."""
         self.add_result(job)
-        result = f"no {job.metric}"
-        if math.isfinite(job.best):
-            result = f"{job.metric} {job.best:.4f}"
+        has_result = math.isfinite(job.best)
+        result = f"{job.metric} {job.best:.4f}" if has_result else f"no {job.metric}"
         state = "stopped" if code else "done"
         if job.failed(code):
             state, result = "failed", job.failure(code)
             self.failures.append(f"{job.name}: {result} Log: {job.log}")
         self.counts[state] += 1
-        minutes, seconds = divmod(round(time.monotonic() - job.started_at), 60)
-        print_line(f"{job.name}: {state} after {minutes}:{seconds:02d}, {result}")
+        duration = ProgressBar.format_interval(time.monotonic() - job.started_at)
+        print_line(f"{job.name}: {state} after {duration}, {result}")
 
     def show(self, running: list[Job]) -> None:
         # The part of a running job that is done counts too.
@@ -54,8 +53,8 @@ class Progress:
         for job in running:
             self.add_result(job)
             done += min(1.0, job.step / job.max_steps)
-        parts = [f"{len(running)} running"]
-        parts += [f"{count} {state}" for state, count in self.counts.items()]
+        counts = {"running": len(running), **self.counts}
+        parts = [f"{count} {state}" for state, count in counts.items()]
         if self.best_name:
             parts.append(f"best {self.best:.4f} ({self.best_name})")
         self.bar.set_description_str(", ".join(parts), refresh=False)

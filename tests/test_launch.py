@@ -204,26 +204,6 @@ def test_only_training_is_swept():
         command("-m", "seed=1,2", root="sample")
 
 
-MPIRUN = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "4"}
-
-
-def test_only_torchrun_may_start_several_processes(monkeypatch):
-    for name, value in MPIRUN.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match=r"mpirun started 4 processes.*torchrun --nproc-per-node=4"):
-        command()
-    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "1")
-    assert command() == 99
-
-
-def test_only_the_first_of_several_processes_prints_an_error(monkeypatch, capsys):
-    for name, value in (MPIRUN | {"OMPI_COMM_WORLD_RANK": "1"}).items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(SystemExit) as caught:
-        command()
-    assert caught.value.code == 1 and capsys.readouterr().err == ""
-
-
 @pytest.mark.parametrize(("restarts", "local_rank", "ends"), [(3, 0, True), (0, 0, False), (3, 1, False)])
 def test_a_mistake_ends_a_torchrun_with_restarts(monkeypatch, restarts, local_rank, ends):
     """On each of several nodes."""

@@ -29,6 +29,7 @@ from report.curves import (
     DIAGNOSTICS,
     draw_diagnostic,
     draw_losses,
+    draw_slice,
     in_unit,
     label_progress,
     smooth,
@@ -39,7 +40,6 @@ from report.importance import importance
 from report.labels import number_texts
 from report.metrics import CURVE_POINTS, thinned
 from report.runs import choose, comparable, differing
-from report.slices import draw_slice
 from scripts import report as script
 from terminal import escaped
 from train import train

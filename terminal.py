@@ -96,9 +96,9 @@ def readable_size(nbytes: float) -> str:
     if nbytes < 1000:
         return counted(round(nbytes), "byte")
     # Three digits at most: 1000 of a unit are shown as 0.98 of the next.
-    for unit in ("KB", "MB", "GB", "TB"):
-        nbytes /= 1024
-        if nbytes < 1000:
-            break
+    nbytes, unit = nbytes / 1024, "KB"
+    for larger in ("MB", "GB", "TB"):
+        if nbytes >= 1000:
+            nbytes, unit = nbytes / 1024, larger
     number = f"{nbytes:,.0f}" if nbytes >= 99.95 else f"{nbytes:.1f}".removesuffix(".0")
     return f"{number} {unit}"

@@ -76,8 +76,7 @@ class Trainer:
         self.training = self.settings.training
         self.world = world = state.optimizers.world
         # The floating-point operations of this process in a step, for the speed and the MFU.
-        tokens = data.loader.tokens_per_step / world.size
-        self.step_flops = state.model.flops_per_token() * tokens
+        self.step_flops = state.model.flops_per_token() * data.loader.tokens_per_step / world.size
         self.batches = Prefetch(data.loader, self.device.torch, world.rank)
         # The loss to train with; startup.py may replace its model by a compiled one.
         self.loss_fn = BatchLoss(state.model, self.device, data.boundary)

@@ -69,5 +69,4 @@ def open_device(run: Run, settings: Settings, last: Checkpoint | None) -> Device
 
 def saved_environment(saved: Checkpoint) -> Environment:
     """The device environment of a checkpoint. Raises ValueError if it is invalid."""
-    place = f"{saved.folder / STATE}, environment"
-    return rebuild(Environment, saved.state["environment"], place)
+    return rebuild(Environment, saved.state["environment"], f"{saved.folder / STATE}, environment")

@@ -48,8 +48,7 @@ class InitialWeights:
         last = last_checkpoint(settings.folder, settings)
         saved = flat(last.state["settings"]) if last else {}
         if saved.get("init_from") == settings.init_from:
-            place = f"{last.folder / STATE}, model"
-            shape = rebuild(GPTConfig, last.state["model"], place)
+            shape = rebuild(GPTConfig, last.state["model"], f"{last.folder / STATE}, model")
             kept = {name: str(saved.get(name)) for name in ("init_source", "init_fingerprint")}
             return replace(settings, model=given_shape(settings, shape), **kept)
 

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from checkpointing.state import State
 from conf.settings import Settings
 from hardware import available_memory, memory_size
-from model import GPT, SkipInit
+from model import GPT
 from model.loss import loss_options
 from terminal import readable_size
 from training.buckets import BUCKET_NUMBERS, MOST_IN_FLIGHT
@@ -98,8 +98,7 @@ def memory_of_each(settings: Settings, state_bytes: int, peak_bytes: int, proces
 
     `state_bytes` and `peak_bytes` are those of `count_memory`. `sharded` is training.shard=full.
     """
-    with SkipInit("meta"):
-        model = GPT(settings.model)
+    model = GPT.empty(settings.model)
     weights = weight_bytes(model)
     optimizer = state_bytes - weights
     activations = max(0, peak_bytes - state_bytes - weights)
@@ -181,8 +180,7 @@ def exceeds_memory(settings: Settings, world: World, device: Device) -> bool:
         usable /= world.local_size
     if most_bytes(settings) < usable:
         return False
-    state_bytes, peak_bytes = count_memory(settings, device)
-    memory = memory_of_each(settings, state_bytes, peak_bytes, world.size)
+    memory = memory_of_each(settings, *count_memory(settings, device), world.size)
     return sum(memory.values()) > usable
 
 
@@ -206,8 +204,7 @@ def check_memory(settings: Settings, device: Device) -> None:
 def most_bytes(settings: Settings) -> int:
     """A bound on the memory of a step, without the import of fake tensors, which takes seconds."""
     config = settings.model
-    with SkipInit("meta"):
-        weights = weight_bytes(GPT(config))
+    weights = weight_bytes(GPT.empty(config))
     tokens = settings.training.batch_size * config.block_size
     kept = MOST_BYTES_KEPT * tokens * config.n_embd * config.n_layer
     return 8 * weights + kept + 2 * 4 * tokens * config.vocab_size

@@ -138,8 +138,7 @@ def read_nanogpt(path: Path) -> Weights:
 
 def make_config(layout: str, published: dict[str, Any], place: Path | str) -> GPTConfig:
     """The shape in a file. Raises ValueError if it is not supported."""
-    values = config_from(layout, published, str(place))
-    return rebuild(GPTConfig, values, str(place))
+    return rebuild(GPTConfig, config_from(layout, published, str(place)), str(place))
 
 
 def restore(layout: str, config: GPTConfig, tensors: Mapping[str, Tensor],

@@ -27,7 +27,7 @@ from checkpointing.run_folder import Run, check_file_types
 from conf.identity import Changes, in_short, listed
 from conf.schema import folder_name
 from conf.settings import Settings
-from model import GPT, GPTConfig, SkipInit
+from model import GPT, GPTConfig
 from terminal import say
 from training.distributed import World
 
@@ -112,8 +112,7 @@ def load_last(run: Run, settings: Settings, prepared: Path) -> tuple[Checkpoint 
 
 def max_file_bytes(config: GPTConfig) -> int:
     """The bound on any file of a checkpoint: the two moments of AdamW, and the tokenizer."""
-    with SkipInit("meta"):
-        parameters = sum(weights.numel() for weights in GPT(config).parameters())
+    parameters = sum(weights.numel() for weights in GPT.empty(config).parameters())
     return 8 * parameters + MAX_BYTES[TOKENIZER]
 
 

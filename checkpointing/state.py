@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +14,7 @@ from checkpointing.checkpoint import Checkpoint, DamagedCheckpoint
 from checkpointing.format import MODEL, OPTIMIZER, STATE
 from checkpointing.snapshot import Snapshot
 from conf.settings import Settings
-from model import GPT, SkipInit
+from model import GPT
 from model.loss import loss_options
 from training.device import Device
 from training.distributed import World
@@ -96,8 +95,7 @@ class State:
         weights = {name: divided.collect(0, rank) for name, divided in self.weights().items()}
         if rank > 0:
             return None
-        with SkipInit():
-            model = GPT(self.model.config)
+        model = GPT.empty(self.model.config, "cpu")
         model.load_state_dict(weights)
         return model
 
@@ -147,8 +145,7 @@ def new_state(settings: Settings, world: World, device: Device, sharded: bool,
     """
     # All processes have the same initial weights.
     torch.manual_seed(settings.seed)
-    with SkipInit() if skip_init else nullcontext():
-        model = GPT(settings.model)
+    model = GPT.empty(settings.model, "cpu") if skip_init else GPT(settings.model)
     model.recompute = settings.training.recompute
     model.loss_options = loss_options(device.torch, fused=settings.training.compile != "false")
     if sharded:

@@ -84,8 +84,7 @@ def load_checkpoint(checkpoints: Path, which: str, load: Callable[[Checkpoint], 
             if list_folders(checkpoints) == before:
                 raise
             continue
-        complete = used and not damaged
-        if complete or list_folders(checkpoints) == before:
+        if (used and not damaged) or list_folders(checkpoints) == before:
             break
     if damaged:
         warn(f"Warning: {'; '.join(damaged.values())}: using {used} instead.")

@@ -46,8 +46,7 @@ def reading(path: Path) -> Iterator[Path]:
                              "run git lfs pull there, or download it.")
         yield found
     except OSError as error:
-        reason = error.strerror or first_line(error)
-        raise ValueError(f"{path} cannot be read: {reason}.") from None
+        raise ValueError(f"{path} cannot be read: {error.strerror or first_line(error)}.") from None
 
 
 def first_bytes(path: Path, count: int = 1000) -> bytes:

@@ -18,7 +18,7 @@ from conf.convert import rebuild
 from conf.identity import flat, in_one_line
 from data.tokenizer import Tokenizer
 from data.tokenizer_json import fingerprint, from_json
-from model import GPT, GPTConfig, SkipInit
+from model import GPT, GPTConfig
 from terminal import counted
 
 
@@ -60,8 +60,7 @@ class Weights:
 
     def model(self) -> GPT:
         """The model on the CPU, in evaluation mode. It shares the memory of the weights."""
-        with SkipInit("meta"):
-            model = GPT(self.config)
+        model = GPT.empty(self.config)
         model.load_state_dict(self.tensors, assign=True)
         return model.eval()
 
@@ -74,16 +73,13 @@ class Weights:
 
 def own_weights(found: Checkpoint) -> Weights:
     """The weights of a checkpoint. Raises ValueError if its content is invalid."""
-    place = f"{found.folder / STATE}, model"
-    config = rebuild(GPTConfig, found.state["model"], place)
+    config = rebuild(GPTConfig, found.state["model"], f"{found.folder / STATE}, model")
     tokenizer = tokenizer_of(found)
     if tokenizer.vocab_size != config.vocab_size:
         raise ValueError(f"{found.folder} is invalid: its tokenizer has {tokenizer.vocab_size} "
                          f"tokens, its model {config.vocab_size}.")
-    # The model decides which tensors the file must have. On the meta device it takes no memory.
-    with SkipInit("meta"):
-        shapes = GPT(config).state_dict()
-    tensors = found.load_tensors(MODEL, like=shapes)
+    # The model decides which tensors the file must have.
+    tensors = found.load_tensors(MODEL, like=GPT.empty(config).state_dict())
     return Weights(found.folder, config, tensors, tokenizer)
 
 

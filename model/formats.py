@@ -168,8 +168,7 @@ def with_rotary_base(published: Mapping[str, Any]) -> dict[str, Any]:
     scaled = published.get("rope_scaling") or published.get("rope_parameters") or {}
     found = dict(published)
     if isinstance(scaled, Mapping):
-        base = published.get("rope_theta", ROTARY_BASE)
-        found["rope_theta"] = scaled.get("rope_theta", base)
+        found["rope_theta"] = scaled.get("rope_theta", published.get("rope_theta", ROTARY_BASE))
     if scaled and (not isinstance(scaled, Mapping) or scaled.get("rope_type") != "default"):
         # Stretched positions, which this model does not have.
         found["rope_theta"] = scaled

@@ -25,6 +25,7 @@ from model.loss import LossOptions, next_token_loss
 from model.ngram import NGramEmbedding
 from model.parametrization import initial_scale, rate_scale
 from model.rotary import rotary_table
+from model.skip_init import SkipInit
 
 
 def make_norm(config: GPTConfig) -> nn.Module:
@@ -109,6 +110,12 @@ class GPT(nn.Module):
         if not config.tie_head:
             self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         self.init_weights()
+
+    @classmethod
+    def empty(cls, config: GPTConfig, device: str = "meta") -> GPT:
+        """A model whose weights have no values yet; on the device "meta" it takes no memory."""
+        with SkipInit(device):
+            return cls(config)
 
     @torch.no_grad()
     def init_weights(self) -> None:

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from model.config import GPTConfig
 from model.gpt import GPT
-from model.skip_init import SkipInit
 
 # GPT-2 stores these transposed.
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -138,8 +137,7 @@ def table(layout: str, config: GPTConfig) -> list[Entry]:
 
 def state_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
     """The shape of each tensor of `GPT(config)`."""
-    with SkipInit("meta"):
-        return {name: tuple(tensor.shape) for name, tensor in GPT(config).state_dict().items()}
+    return {name: tuple(tensor.shape) for name, tensor in GPT.empty(config).state_dict().items()}
 
 
 def heads_entries(layout: str, config: GPTConfig, name: str) -> Iterator[Entry]:

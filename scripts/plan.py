@@ -66,7 +66,7 @@ from data.prepare import planned
 from data.shards import Tokens, read_meta
 from data.tokenizer_json import planned_size
 from hardware import available_memory
-from model import GPT, SkipInit
+from model import GPT
 from terminal import counted, readable_size, readable_time, say
 from training.configure import configure
 from training.device import Device
@@ -153,8 +153,7 @@ def plan_model(settings: Settings, meta: dict[str, Any] | None) -> float:
     # The model, without memory for its weights.
     training = settings.training
     block_size = settings.model.block_size
-    with SkipInit("meta"):
-        model = GPT(settings.model)
+    model = GPT.empty(settings.model)
     counts: dict[str, int] = {}
     for role, parameters in model.parameters_by_role().items():
         counts[role] = sum(weights.numel() for weights in parameters.values())

@@ -50,7 +50,7 @@ from typing import NamedTuple
 import numpy as np
 
 from conf.settings import Settings
-from model import GPT, SkipInit
+from model import GPT
 from scripts.plan import settings_without_data
 from terminal import readable_size, say
 from training.buckets import BUCKET_NUMBERS
@@ -114,8 +114,7 @@ class Share(NamedTuple):
 def main(scale: ScaleSettings) -> int:
     # The model, without memory for its weights.
     settings, _ = settings_without_data(list(scale.train))
-    with SkipInit("meta"):
-        model = GPT(settings.model)
+    model = GPT.empty(settings.model)
     training, block_size = settings.training, settings.model.block_size
     tokens = training.step_tokens(block_size)
     peak = PEAK_FLOPS[gpu_named(scale.device)]

@@ -23,7 +23,7 @@ from conf.settings import Settings
 from data.prepare import prepare
 from data.shards import read_meta
 from evaluation.scaling_law import MIN_RUNS
-from model import GPT, GPTConfig, SkipInit
+from model import GPT, GPTConfig
 from scripts.plan import pace_of
 from sweep.grid import GridSettings, Plan, job_name
 from sweep.space import Range, Space, read_space
@@ -193,5 +193,4 @@ def tokens_of_step(settings: Settings) -> int:
 
 def size_of(config: GPTConfig) -> float:
     """The size of a model in the law: a sixth of its FLOPs per token."""
-    with SkipInit("meta"):
-        return GPT(config).flops_per_token() / 6
+    return GPT.empty(config).flops_per_token() / 6

@@ -22,7 +22,8 @@ from data.tokenizer_json import fingerprint, from_json
 from generation import open_run
 from generation.decoder import Decoder
 from generation.engine import Completion, Engine, open_checkpoint
-from model import GPT, SkipInit
+from model import GPT
+from model.skip_init import SkipInit
 from training.device import Device
 
 ROOT = Path(__file__).parent.parent

@@ -11,9 +11,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from conf.presets import options, preset
-from model import SkipInit, linear
+from model import linear
 from model.attention import KVCache
 from model.gpt import GPT, MLP, GPTConfig
+from model.skip_init import SkipInit
 
 V = 65
 

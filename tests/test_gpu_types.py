@@ -20,9 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from conf.schema import compose
 from generation.caches import StaticCache
 from generation.decoder import Decoder
-from model import GPT, GPTConfig, SkipInit
+from model import GPT, GPTConfig
 from model.documents import takes_shared_heads
 from model.loss import LossOptions
+from model.skip_init import SkipInit
 from training.config import OptimConfig
 from training.device import Device
 from training.optim import Optimizers

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from conf.schema import compose
-from model import GPT, SkipInit
+from model import GPT
+from model.skip_init import SkipInit
 from scripts import scale
 from scripts.scale import ScaleSettings, newton_schulz_flops, simulate
 

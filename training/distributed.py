@@ -195,8 +195,7 @@ class World:
             return
         # An all-gather needs tensors of one length: pad the own ones, flat, to the longest.
         longest = max(sum(tensor.numel() for tensor in part) for part in parts)
-        example = next(tensor for part in parts for tensor in part)
-        sent = example.new_zeros(longest)
+        sent = next(tensor for part in parts for tensor in part).new_zeros(longest)
         own = parts[self.rank]
         if own:
             flat = torch.cat([tensor.reshape(-1) for tensor in own])

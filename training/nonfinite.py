@@ -35,8 +35,7 @@ def gradient_norms(optimizers: Optimizers) -> dict[str, float]:
     """The norm of the gradients of each block, such as "wte" or "h.0"."""
     blocks: dict[str, list[Tensor]] = {}
     for weights, name in optimizers.names.items():
-        block = re.match(r"\w+(\.\d+)?", name)[0]
-        blocks.setdefault(block, []).append(weights)
+        blocks.setdefault(re.match(r"\w+(\.\d+)?", name)[0], []).append(weights)
     norms = [optimizers.norm.of(parameters) for parameters in blocks.values()]
     # All are read from the device at once.
     return dict(zip(blocks, torch.stack(norms).tolist(), strict=True))

@@ -47,8 +47,7 @@ def state_tensors(optimizers: Optimizers) -> dict[str, Tensor | Divided]:
             _, own = states.get(name, (None, nothing))
             if key == "step":
                 # All processes have the same number.
-                owner = ranges[weights][0][0]
-                tensors[name] = Divided(torch.Size(()), own, [(owner, 0, 1)])
+                tensors[name] = Divided(torch.Size(()), own, [(ranges[weights][0][0], 0, 1)])
             else:
                 tensors[name] = Divided(weights.shape, own, ranges[weights])
     return tensors

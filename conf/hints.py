@@ -9,62 +9,56 @@ import difflib
 import re
 from collections.abc import Iterable
 
-# The names of other projects by ours. The last part of a name is compared, so
-# optimizer.learning_rate is learning_rate.
+# The names of other projects by ours, without those that are spelled alike. The last part of a name
+# is compared, so optimizer.learning_rate is learning_rate.
 OTHER_NAMES = {
     "optim.lr": "learning_rate max_lr peak_lr base_lr",
     "optim.min_lr_ratio": "min_lr min_learning_rate final_lr",
-    "optim.warmup_steps": "warmup_iters warmup num_warmup_steps warmup_ratio",
-    "optim.schedule": "lr_scheduler lr_scheduler_type scheduler decay_lr lr_schedule",
+    "optim.warmup_steps": "warmup warmup_ratio",
+    "optim.schedule": "lr_scheduler_type decay_lr",
     "optim.grad_clip": "max_grad_norm clip_grad gradient_clip_val gradient_clipping clip_grad_norm",
     "optim.beta1": "adam_beta1 betas",
     "optim.beta2": "adam_beta2",
     "optim.weight_decay": "wd",
-    "optim.optimizer": "optimizer optim_type",
+    "optim.optimizer": "optim_type",
     "training.max_steps":
-        "max_iters max_iter num_iterations iterations steps num_steps max_train_steps "
-        "lr_decay_iters num_train_epochs num_epochs max_epochs epochs n_epochs",
+        "num_iterations iterations lr_decay_iters num_train_epochs num_epochs epochs n_epochs",
     "training.max_seconds": "max_time time_limit",
-    "training.batch_size":
-        "per_device_train_batch_size train_batch_size micro_batch_size device_batch_size",
+    "training.batch_size": "per_device_train_batch_size",
     "training.tokens_per_step": "gradient_accumulation_steps grad_accum_steps grad_accumulation "
                                 "accumulate_grad_batches total_batch_size global_batch_size",
     "training.eval_every":
-        "eval_interval eval_steps val_every val_check_interval eval_strategy evaluation_strategy",
+        "eval_interval eval_steps val_check_interval eval_strategy evaluation_strategy",
     "training.eval_tokens": "eval_iters eval_batches val_steps",
-    "training.checkpoint_every":
-        "save_steps save_interval save_every checkpoint_interval always_save_checkpoint",
+    "training.checkpoint_every": "save_steps save_interval save_every always_save_checkpoint",
     "training.keep_last": "save_total_limit save_top_k",
     "training.device": "accelerator use_cuda no_cuda use_cpu gpu gpus",
-    "training.precision": "dtype torch_dtype mixed_precision bf16 fp16 amp use_amp",
-    "training.compile": "torch_compile use_compile",
+    "training.precision": "dtype torch_dtype bf16 fp16 amp use_amp",
     "training.recompute": "gradient_checkpointing activation_checkpointing",
-    "model.n_embd": "n_embed hidden_size d_model embed_dim embedding_dim emb_dim dim width",
-    "model.n_layer": "num_layers n_layers num_hidden_layers depth layers",
-    "model.n_head": "n_heads num_heads num_attention_heads heads",
-    "model.n_kv_head": "n_kv_heads num_key_value_heads num_kv_heads",
+    "model.n_embd": "hidden_size d_model embed_dim embedding_dim emb_dim dim width",
+    "model.n_layer": "num_hidden_layers depth",
+    "model.n_head": "num_attention_heads heads",
+    "model.n_kv_head": "num_key_value_heads",
     "model.block_size": "context_length context_size seq_len seq_length sequence_length "
                         "max_seq_len max_seq_length n_ctx n_positions max_position_embeddings",
     "model.activation": "hidden_act activation_function act_fn",
-    "model.dropout": "attn_pdrop resid_pdrop embd_pdrop dropout_rate",
+    "model.dropout": "attn_pdrop resid_pdrop embd_pdrop",
     "model.tie_head": "tie_word_embeddings weight_tying tie_weights",
     "data.path": "train_file input_file data_path data_dir input corpus file files",
     "data.hub_name": "dataset_name",
     "data.hub_config": "dataset_config_name dataset_config",
-    "data.text_field": "text_column content_field text_key",
-    "data.val_fraction": "val_split validation_split_percentage val_ratio test_size",
-    "data": "dataset",
+    "data.text_field": "text_column text_key",
+    "data.val_fraction": "val_split validation_split_percentage test_size",
     "model": "model_type model_name model_name_or_path",
-    "logger.wandb": "wandb_log use_wandb wandb_mode report_to",
-    "logger.project": "wandb_project project_name",
+    "logger.wandb": "wandb_mode report_to",
     "logger.group": "wandb_group",
     "name": "run_name wandb_run_name experiment_name exp_name",
     "runs_dir": "out_dir output_dir save_dir log_dir logging_dir checkpoint_dir",
     "restart": "overwrite_output_dir",
     "seed": "random_seed manual_seed data_seed",
     "prompt": "start text input_text",  # from here: of sample.py
-    "max_new_tokens": "max_tokens max_length length new_tokens",
-    "num_samples": "num_return_sequences n_samples samples n",
+    "max_new_tokens": "max_length length",
+    "num_samples": "num_return_sequences n",
     "temperature": "temp",
     "precision": "dtype torch_dtype",
     "run": "ckpt_path model_path checkpoint_path",

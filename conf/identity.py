@@ -67,15 +67,11 @@ def identity_differences(old: dict[str, Any], new: dict[str, Any]) -> Changes:
     A setting that only an older version had is one of them.
     """
     before, after = flat(old), flat(new)
-    changes = {}
+    # A step on the same sequences, in other micro-batches, is the same step.
     same_tokens = tokens_per_step(before) == tokens_per_step(after) is not None
-    for key, pair in differences(before, after).items():
-        if key in after and kind(key) != "identity":
-            continue
-        # A step on the same sequences, in other micro-batches, is the same step.
-        if not (same_tokens and key in MICRO_BATCHES):
-            changes[key] = pair
-    return changes
+    ignored = MICRO_BATCHES if same_tokens else ()
+    return {key: pair for key, pair in differences(before, after).items()
+            if key not in ignored and (key not in after or kind(key) == "identity")}
 
 
 def tokens_per_step(values: dict[str, Any]) -> int | None:
@@ -110,9 +106,8 @@ def listed(changes: Changes) -> str:
         parts.insert(0, "the training text has changed")
     if "init_fingerprint" in changes:
         parts.insert(0, "the weights of init_from have changed")
-    if len(parts) > 10:
-        parts[10:] = [f"and {len(parts) - 10} more"]
-    return "; ".join(parts)
+    more = [f"and {len(parts) - 10} more"] if len(parts) > 10 else []
+    return "; ".join(parts[:10] + more)
 
 
 def in_one_line(text: str) -> str:

@@ -25,7 +25,7 @@ from conf.help import help_text
 from conf.hints import instead_of_hydras, unit_note
 from conf.schema import SCHEMAS, as_yaml, compose
 from conf.settings import leaves
-from conf.unknown import likely_name
+from conf.unknown import likely_name, similar_name
 from hardware import sleep_while_waiting, usable_cpus
 from terminal import output, say
 from training.interrupt import embedded
@@ -210,7 +210,7 @@ def unknown_flag(argument: str, known: dict[str, Any]) -> str:
     if advice:
         return f"{flag}: no such flag here; {advice}."
     name = flag.lstrip("-").replace("-", "_")
-    meant = name if name in known else likely_name(name, known)
+    meant = name if name in known else likely_name(name, known) or similar_name(name, known, 0.7)
     if meant:
         setting = f"{meant}={value or '...'}"
         return f"{argument}: settings are written without dashes: {setting}{unit_note(name)}."

@@ -82,8 +82,7 @@ class Job:
         """Note the start of an attempt; return the log that its output is appended to."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self.log.touch()
-        self.log_start = self.log.stat().st_size
-        self.started_at = time.monotonic()
+        self.log_start, self.started_at = self.log.stat().st_size, time.monotonic()
         return self.log
 
     def update(self) -> None:
@@ -136,8 +135,7 @@ class Job:
             # The last lines are torchrun's table.
             return (f"one of its {self.processes} processes ended without a message, perhaps "
                     f"killed; run the same command again to resume it.")
-        last = (errors or lines or [f"exit code {code}"])[-1]
-        return last.removeprefix("Error: ")
+        return (errors or lines or [f"exit code {code}"])[-1].removeprefix("Error: ")
 
 
 @contextmanager

@@ -15,9 +15,10 @@ if __name__ == "__main__":
 
 import math
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from functools import partial
 
+from conf.sampling import SamplingConfig
 from conf.settings import SampleSettings
 from data.chat import has_markers
 from data.tokenizer import Tokenizer
@@ -48,7 +49,7 @@ def sample(settings: SampleSettings) -> int:
     elif settings.chat:
         chat(engine, settings, decoder)
     elif settings.interactive:
-        interact(engine, settings, decoder)
+        for_each_prompt("prompt> ", settings, partial(print_completions, engine, decoder))
     else:
         prompt = settings.prompt
         if settings.prompt_file:
@@ -56,51 +57,48 @@ def sample(settings: SampleSettings) -> int:
         if not prompt and has_markers(engine.tokenizer):
             # It has only learned what follows a question.
             say("This model was trained on conversations: chat=true talks to it.", sys.stderr)
-        print_completions(engine, prompt, settings, decoder)
+        print_completions(engine, decoder, prompt, settings)
     return 0
 
 
-def interact(engine: Engine, settings: SampleSettings, decoder: Decoder | None) -> None:
-    """Complete each prompt that the user types, until the end of the input."""
-    prompts = TypedPrompts("prompt> ", settings)
-    for prompt in prompts:
-        with until_next_prompt(prompts):
-            print_completions(engine, prompt, prompts.rules, decoder)
-
-
 def chat(engine: Engine, settings: SampleSettings, decoder: Decoder | None) -> None:
-    """Answer each question that the user types, until the end of the input."""
+    """Answer each question that the user types."""
     conversation = Conversation(engine, settings, decoder, settings.system)
-    prompts = TypedPrompts("you> ", settings)
-    for question in prompts:
+
+    def answer(question: str, rules: SamplingConfig) -> None:
         if not question.strip():
-            continue
-        conversation.rules = prompts.rules
-        with until_next_prompt(prompts):
-            for piece in conversation.answer(question):
-                output(piece, end="")
-            output("")
-            if conversation.was_cut:
-                say("The answer was cut: raise max_new_tokens, up to half of the context.",
-                    sys.stderr)
-
-
-@contextmanager
-def until_next_prompt(prompts: TypedPrompts) -> Iterator[None]:
-    """Let an error, or Ctrl-C in a terminal, end a text instead of the program."""
-    try:
-        yield
-    except ValueError as error:
-        # Such as a character that the tokenizer lacks: the user types another prompt.
-        say(f"Error: {error}")
-    except KeyboardInterrupt:
-        if not prompts.in_terminal:
-            raise
+            return
+        conversation.rules = rules
+        for piece in conversation.answer(question):
+            output(piece, end="")
         output("")
+        if conversation.was_cut:
+            say("The answer was cut: raise max_new_tokens, up to half of the context.", sys.stderr)
+
+    for_each_prompt("you> ", settings, answer)
 
 
-def print_completions(engine: Engine, prompt: str, settings: SampleSettings,
-                      decoder: Decoder | None) -> None:
+def for_each_prompt(mark: str, settings: SampleSettings,
+                    respond: Callable[[str, SamplingConfig], None]) -> None:
+    """Respond to each prompt that the user types after `mark`, until the end of the input.
+
+    An error, or Ctrl-C in a terminal, ends a text instead of the program.
+    """
+    prompts = TypedPrompts(mark, settings)
+    for prompt in prompts:
+        try:
+            respond(prompt, prompts.rules)
+        except ValueError as error:
+            # Such as a character that the tokenizer lacks: the user types another prompt.
+            say(f"Error: {error}")
+        except KeyboardInterrupt:
+            if not prompts.in_terminal:
+                raise
+            output("")
+
+
+def print_completions(engine: Engine, decoder: Decoder | None, prompt: str,
+                      settings: SampleSettings) -> None:
     """Print one completion while it grows, or each of several when all are complete."""
     if settings.num_samples == 1 and not settings.logprobs:
         # Raises ValueError before anything is printed.

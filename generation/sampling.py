@@ -89,11 +89,15 @@ def pick(logits: Tensor, rules: SamplingConfig, draws: Tensor) -> Tensor:
 
 @dataclass
 class Row:
-    """A sequence that grows. The seed of its rules and its `number` decide its random draws."""
+    """A sequence that grows. The seed of its rules and its `number` decide its random draws.
+
+    `index` is the place of its prompt among those of the caller.
+    """
 
     sequence: list[int]
     rules: SamplingConfig
     number: int
+    index: int = 0
 
     def __post_init__(self) -> None:
         if not self.sequence:
@@ -174,10 +178,9 @@ def generate(model: GPT, prompts: Tensor | Sequence[Sequence[int]], rules: Sampl
     """
     if isinstance(prompts, Tensor):
         prompts = prompts.tolist()
-    # The prompt of each row of the batch.
-    indices = list(range(len(prompts)))
-    rows = [Row(list(prompt), rules, number)
-            for prompt, number in zip(prompts, numbers or indices, strict=True)]
+    numbered = zip(prompts, numbers or range(len(prompts)), strict=True)
+    rows = [Row(list(prompt), rules, number, index)
+            for index, (prompt, number) in enumerate(numbered)]
 
     was_training = model.training
     model.eval()
@@ -195,15 +198,13 @@ def generate(model: GPT, prompts: Tensor | Sequence[Sequence[int]], rules: Sampl
         # One token a row and step, until all are done.
         for _ in range(rules.max_new_tokens):
             tokens, logits = batch.step()
-            yield indices.copy(), tokens, logits
-            finished = [place for place, index in enumerate(indices) if index in done]
-            if len(finished) == len(indices):
-                return
+            yield [row.index for row in batch.rows], tokens, logits
             # From the last one on, so that the places of the others stay.
-            for place in reversed(finished):
-                indices[place] = indices[-1]
-                indices.pop()
-                batch.leave(place)
+            for place in reversed(range(len(batch.rows))):
+                if batch.rows[place].index in done:
+                    batch.leave(place)
+            if not batch.rows:
+                return
     finally:
         model.train(was_training)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from pathlib import Path
@@ -33,6 +34,8 @@ BODY_SECONDS = 30
 MAX_REPORT = 2**27  # bytes
 FILES = page_files()
 LOCAL_NAMES = [f"[{name}]" if ":" in name else name for name in LOOPBACK]
+# A Host header that names this machine, with a port or without.
+LOCAL_HOST = re.compile(rf"({'|'.join(map(re.escape, LOCAL_NAMES))})(:[0-9]+)?", re.IGNORECASE)
 
 Models = dict[str, Model]
 MakeTask = Callable[[Fields, Model, ServeSettings], Awaitable[Answer]]
@@ -91,7 +94,7 @@ class Guard:
     def check(self, headers: Headers, path: str) -> None:
         """Raise Refused for a request that is not to be answered."""
         host = headers.get("host", "")
-        if self.is_local and host_name(host) not in LOCAL_NAMES:
+        if self.is_local and not LOCAL_HOST.fullmatch(host):
             raise Refused(f"Host {host[:100]} is not this machine: use {', '.join(LOCAL_NAMES)}.",
                           code="wrong_host", status=403)
         for origin in headers.getlist("origin"):
@@ -109,12 +112,6 @@ class Guard:
         if not is_open and not has_key:
             raise Refused("Authorization: Bearer API_KEY is missing or wrong.",
                           code="invalid_api_key", status=401)
-
-
-def host_name(host: str) -> str:
-    """A Host header without its port, in small letters."""
-    name, _, port = host.rpartition(":")
-    return (name if port.isdecimal() else host).lower()
 
 
 class JsonResponse(Response):

@@ -93,8 +93,8 @@ class Sample(Row):
 
     def __init__(self, generation: Generation, index: int, completion: Completion) -> None:
         prompt, number = generation.jobs[index]
-        super().__init__(list(prompt), generation.rules, number)
-        self.generation, self.index, self.completion = generation, index, completion
+        super().__init__(list(prompt), generation.rules, number, index)
+        self.generation, self.completion = generation, completion
         self.n_shown = 0
         self.tokens: deque[Token] = deque()
 

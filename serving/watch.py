@@ -80,7 +80,10 @@ class Runs:
 
     def metrics(self, fields: Fields) -> Json:
         """The lines of metrics of `run` after byte `offset`."""
-        folder = listed(fields, "run", self.folders())
+        name = fields.take("run", "")
+        folder = self.folders().get(name)
+        if folder is None:
+            raise not_listed("run", name)
         offset = fields.integer("offset", 0, 0, 2**62)
         rows, start, end = read_new_rows(folder / "metrics.jsonl", offset, MAX_BYTES)
         chosen = [{key: plain(row[key]) for key in KEYS if key in row} for row in rows]
@@ -96,19 +99,15 @@ class Runs:
                 with suppress(ValueError, OSError):
                     histories.append(self.open(run))
         if not histories:
-            raise Refused(f"sweep={name[:100]} is not one that was listed.", "sweep", status=404)
+            raise not_listed("sweep", name)
         histories = best_first(histories)
         rows = [{column: (plain(value), text) for column, (value, text) in row.items()}
                 for row in leaderboard_rows(histories)]
         return {"rows": rows, "sorted_by": histories[0].measure}
 
 
-def listed(fields: Fields, name: str, found: dict[str, Path]) -> Path:
-    """The path of what a field names. Raises Refused if it was not listed."""
-    value = fields.take(name, "")
-    if value not in found:
-        raise Refused(f"{name}={value[:100]} is not one that was listed.", name, status=404)
-    return found[value]
+def not_listed(field: str, name: str) -> Refused:
+    return Refused(f"{field}={name[:100]} is not one that was listed.", field, status=404)
 
 
 def plain(value: Any) -> str | float | None:

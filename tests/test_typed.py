@@ -9,7 +9,7 @@ import pytest
 
 from conf.sampling import SamplingConfig
 from generation.prompts import TypedPrompts, changed
-from sample import until_next_prompt
+from sample import for_each_prompt
 
 
 class Terminal(io.StringIO):
@@ -59,12 +59,15 @@ def test_a_wrong_setting_is_refused_and_changes_nothing(override, problem, typed
     assert capsys.readouterr().out.count("Error: ") == 2
 
 
-def test_ctrl_c_stops_a_text_only_in_a_terminal(typed):
+def test_ctrl_c_stops_a_text_only_in_a_terminal(monkeypatch):
+    def interrupt(prompt, rules):
+        raise KeyboardInterrupt
+
     for stream, goes_on in ((Terminal, True), (io.StringIO, False)):
         stopped = False
         try:
-            with until_next_prompt(typed("", stream)[1]):
-                raise KeyboardInterrupt
+            monkeypatch.setattr(sys, "stdin", stream("a\n"))
+            for_each_prompt("> ", SamplingConfig(), interrupt)
         except KeyboardInterrupt:
             stopped = True
         assert stopped != goes_on

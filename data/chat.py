@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from data.bpe import BPETokenizer
 from data.document import Document, SpecialToken, cut_into_pieces
 from data.records import BadRecord, listed, type_name, well_formed
-from data.tokenizer import ExtendedTokenizer, Tokenizer
+from data.tokenizer import ExtendedTokenizer, Tokenizer, with_special
 
 MARKER_OF = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
 END = "<|end|>"
@@ -49,8 +49,7 @@ def with_markers(tokenizer: Tokenizer) -> Tokenizer:
     A text cannot contain them then. Tokens of its own would have other meanings: GPT-2 has only
     the end of text, which divides documents.
     """
-    missing = [word for word in MARKERS if word not in tokenizer.special]
-    return ExtendedTokenizer(tokenizer, missing) if missing else tokenizer
+    return with_special(tokenizer, MARKERS)
 
 
 def has_markers(tokenizer: Tokenizer) -> bool:

@@ -77,7 +77,12 @@ class DataConfig(SettingsBase):
             yield from self.mix_problems()
         else:
             yield from self.path_problems()
-            yield from self.unused_problems()
+            # A setting that the source does not use would be ignored silently.
+            for name, sources in USED_BY.items():
+                value = getattr(self, name)
+                if self.source not in sources and value != getattr(DataConfig, name):
+                    yield (f"{name}={value} is not used by data={self.source}, only by "
+                           f"data={', '.join(sources)}: choose one of them, or leave it out.")
         # The validation text.
         yield from missing_path("val_path", self.val_path)
         if self.val_path and self.val_split:
@@ -122,14 +127,6 @@ class DataConfig(SettingsBase):
         if self.source in USED_BY["path"]:
             yield from missing_path("path", self.path)
 
-    def unused_problems(self) -> Iterator[str]:
-        """Settings that the source does not use would be ignored silently."""
-        for name, sources in USED_BY.items():
-            value = getattr(self, name)
-            if self.source not in sources and value != getattr(DataConfig, name):
-                yield (f"{name}={value} is not used by data={self.source}, only by "
-                       f"data={', '.join(sources)}: choose one of them, or leave it out.")
-
     def part(self, name: str) -> DataConfig:
         """The settings of one part of a mixture: the source of that name, or else its files."""
         if name in get_args(get_type_hints(DataConfig)["source"]):
@@ -158,8 +155,7 @@ def is_text_encoding(name: str) -> bool:
     try:
         # Some codecs have no decoder of blocks, and others do not decode to text.
         codecs.getincrementaldecoder(name)
-        if codecs.lookup(name).name in ESCAPES:
-            return False
-        return isinstance("a".encode(name).decode(name), str)
+        is_text = isinstance("a".encode(name).decode(name), str)
+        return is_text and codecs.lookup(name).name not in ESCAPES
     except (LookupError, ValueError):
         return False

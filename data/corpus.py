@@ -159,12 +159,12 @@ class Corpus:
 
     def tail_of(self, found: Found) -> int:
         """The characters to hold out at the end of a document, without knowing the others."""
+        if found.split:
+            return found.length if found.split == "val" else 0
         # A long document gives its end. Of the others, the hash decides.
-        may_divide = self.divisible and not found.split
-        if may_divide and gives_tail(found.length, found.length, self.fraction, self.wanted):
+        if self.divisible and gives_tail(found.length, found.length, self.fraction, self.wanted):
             return tail_length(found.length, self.fraction)
-        is_val = found.split == "val" or (not found.split and found.number < self.fraction)
-        return found.length if is_val else 0
+        return found.length if found.number < self.fraction else 0
 
     def training_text(self, most_bytes: int) -> Iterator[str]:
         """The start of the training split, in pieces, to train a tokenizer on."""
@@ -183,7 +183,6 @@ class Corpus:
         documents = counted(self.counts["documents"], "document")
         text = f"{self.source.description()}, {documents}"
 
-        # What was dropped, and the second source.
         if self.counts["duplicates"]:
             text += f", {counted(self.counts['duplicates'], 'exact duplicate')} dropped"
         if self.counts["in_validation"]:

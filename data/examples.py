@@ -146,24 +146,16 @@ def pack(starts: np.ndarray, ends: np.ndarray, kept: np.ndarray,
 
     One that is longer has a sequence of its own. Those that are not `kept` are in no sequence.
     """
-    count = len(starts)
-    index = np.arange(count)
-    # The conversation after those that fit, as if all were kept; the next one that is not kept, and
-    # the next one that is.
-    following = np.maximum(np.searchsorted(ends, starts + length, side="right"), index + 1)
-    left_out = np.append(np.flatnonzero(~kept), count)
-    following = np.minimum(following, left_out[np.searchsorted(left_out, index)])
-    kept_ones = np.append(np.flatnonzero(kept), count)
-    next_kept = kept_ones[np.searchsorted(kept_ones, np.arange(count + 1))]
-    # Follow the jumps from the first sequence to the last.
-    jumps = next_kept[following].tolist()
-    first = []
-    place = int(next_kept[0])
-    while place < count:
-        first.append(place)
-        place = jumps[place]
-    chosen = np.array(first, dtype=np.int64)
-    return chosen, following[chosen] - 1
+    first, last = [], []
+    begins, ends = starts.tolist(), ends.tolist()
+    for number in np.flatnonzero(kept).tolist():
+        # After one that is left out, the rest of a sequence is padding.
+        if last and last[-1] == number - 1 and ends[number] - begins[first[-1]] <= length:
+            last[-1] = number
+        else:
+            first.append(number)
+            last.append(number)
+    return np.array(first, dtype=np.int64), np.array(last, dtype=np.int64)
 
 
 def in_answers(ids: np.ndarray, markers: Markers) -> np.ndarray:

@@ -13,18 +13,11 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
+from data import text_records
 from data.document import Document, cut_into_pieces
 from data.encodings import decoded
 from data.parquet import parquet_texts
 from data.records import SUFFIXES, BadRecord
-from data.text_records import (
-    DELIMITERS,
-    RecordReader,
-    csv_records,
-    is_json_lines,
-    json_records,
-    text_of,
-)
 from data.unpack import COMPRESSIONS, decompressed, plain_name, reading
 
 
@@ -43,7 +36,7 @@ class File:
     errors: str = "strict"
     encoding: str = ""
     on_bad_record: str = "stop"
-    read_record: RecordReader | None = None
+    read_record: text_records.RecordReader | None = None
     bad_records: int = field(default=0, init=False)  # in the latest reading
     raw: BinaryIO | None = field(default=None, init=False)
 
@@ -60,7 +53,7 @@ class File:
         if self.kind == "text":
             document = Document(self.text_pieces)
             first = next((piece for piece in document.pieces() if not piece.isspace()), "")
-            if is_json_lines(first):
+            if text_records.is_json_lines(first):
                 raise ValueError(
                     f"{self.path} has JSON records, but its name is that of a plain text: give it "
                     f"the extension .jsonl, or, to train on the JSON itself, set data.separator, "
@@ -113,11 +106,12 @@ class File:
     def records(self) -> Iterator[str | Document | BadRecord]:
         """The text of each record, or what `read_record` makes of it."""
         with self.opened() as stream:
-            if self.kind in DELIMITERS:
-                yield from csv_records(self.decoded(stream), self.kind, self.text_field, self.path)
-            elif self.kind != ".parquet":
-                read = self.read_record or partial(text_of, field=self.text_field)
-                yield from json_records(self.decoded(stream), self.kind, read, self.path)
+            text, kind = self.decoded(stream), self.kind
+            if kind in text_records.DELIMITERS:
+                yield from text_records.csv_records(text, kind, self.text_field, self.path)
+            elif kind != ".parquet":
+                read = self.read_record or partial(text_records.text_of, field=self.text_field)
+                yield from text_records.json_records(text, kind, read, self.path)
             elif self.path.suffix.lower() in COMPRESSIONS:
                 raise ValueError(f"{self.path} is a compressed Parquet file: decompress it.")
             else:

@@ -14,7 +14,7 @@ from contextlib import suppress
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import atomic
 from data import records
@@ -24,9 +24,6 @@ from data.document import Document
 from data.parquet import open_parquet, parquet_column
 from data.store import data_root, sha256_of
 from terminal import first_line, say
-
-if TYPE_CHECKING:
-    from datasets import DatasetBuilder
 
 TIMEOUT_SECONDS = 10  # for the commit of a revision
 
@@ -176,8 +173,8 @@ class Hub:
                 raise no_answer(error) from None
         return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
-    def builder(self, commit: str) -> DatasetBuilder:
-        """The builder of `datasets` for the configuration at a commit.
+    def builder(self, commit: str) -> Any:
+        """The DatasetBuilder of `datasets` for the configuration at a commit.
 
         Raises ValueError if there is none.
         """
@@ -215,7 +212,7 @@ class Hub:
                     f"{names}; choose one of them.")
         return f"{self.name} cannot be opened: {reason}."
 
-    def paths(self, builder: DatasetBuilder) -> list[str]:
+    def paths(self, builder: Any) -> list[str]:
         """The files of the split, or of several (train+test).
 
         Raises ValueError if there is no such split.
@@ -235,7 +232,7 @@ class Hub:
 
     # Read the files
 
-    def parquet_values(self, builder: DatasetBuilder) -> Iterator[Any]:
+    def parquet_values(self, builder: Any) -> Iterator[Any]:
         """The text of each row. Large other columns are not downloaded.
 
         The reader of `datasets` leaves threads running if it is stopped early, which can abort or
@@ -252,7 +249,7 @@ class Hub:
                     self.done = (index + row / parquet.metadata.num_rows) / len(paths)
                     yield value
 
-    def streamed_values(self, builder: DatasetBuilder) -> Iterator[Any]:
+    def streamed_values(self, builder: Any) -> Iterator[Any]:
         """The text of each example in any other format."""
         # Checks the splits.
         self.paths(builder)

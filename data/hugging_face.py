@@ -19,6 +19,7 @@ from data.tokenizer import (
     CharTokenizer,
     ExtendedTokenizer,
     Tokenizer,
+    with_special,
 )
 
 BYTES = [bytes((value,)) for value in range(256)]
@@ -135,7 +136,8 @@ def from_hugging_face(content: Any, place: str) -> Tokenizer:
     # Whatever is missing or has another type in the file raises one of the errors below.
     try:
         model, added = content["model"], content.get("added_tokens") or []
-        special = {one["content"]: one["id"] for one in added}
+        by_id = sorted(added, key=lambda one: one["id"])
+        special = {one["content"]: one["id"] for one in by_id}
         vocab = {word: token for word, token in model["vocab"].items() if word not in special}
         check_ids(vocab, special)
         if model["type"] == "WordLevel":
@@ -167,17 +169,11 @@ def characters(content: dict[str, Any], vocab: dict[str, int],
                special: dict[str, int]) -> Tokenizer:
     """A character tokenizer that was exported from here."""
     letters = "".join(sorted(set("".join(vocab))))
-    tokenizer = with_added(CharTokenizer(letters, END_OF_TEXT in special), special)
+    tokenizer = with_special(CharTokenizer(letters, END_OF_TEXT in special), special)
     expected = to_hugging_face(tokenizer)
     if any(expected[name] != content[name] for name in ("model", "normalizer", "pre_tokenizer")):
         raise Unsupported("its model is WordLevel")
     return tokenizer
-
-
-def with_added(base: Tokenizer, special: dict[str, int]) -> Tokenizer:
-    """`base` with the special tokens that it lacks, in the order of their ids."""
-    added = [word for word in sorted(special, key=special.__getitem__) if word not in base.special]
-    return ExtendedTokenizer(base, added) if added else base
 
 
 def byte_level_bpe(content: dict[str, Any], vocab: dict[str, int],
@@ -199,7 +195,7 @@ def byte_level_bpe(content: dict[str, Any], vocab: dict[str, int],
 
     # The 256 bytes without merges are how a ByteTokenizer is exported.
     if ranks == BYTES and not normalizer and not in_text:
-        plain = with_added(ByteTokenizer(), special)
+        plain = with_special(ByteTokenizer(), special)
         if plain.special == special:
             return plain
     if not pattern:

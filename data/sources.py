@@ -97,9 +97,9 @@ def open_sources(config: DataConfig) -> dict[str, Source]:
 
 def kinds_of(source: Source) -> set[str]:
     """The kinds of files in a source whose reading has settings."""
-    if isinstance(source, Hub):
-        return {"hub"}
-    return {file.kind for file in source.files} if isinstance(source, Files) else set()
+    if isinstance(source, Files):
+        return {file.kind for file in source.files}
+    return {"hub"} if isinstance(source, Hub) else set()
 
 
 class Files:
@@ -180,19 +180,17 @@ def fetch(url: str, sha256: str) -> Path:
             raise ValueError(f"{path} is damaged: delete it, and it is downloaded again.")
         return path
 
-    advice = f"Download it yourself and put it at {path}, or name your copy with data.path=FILE."
     say(f"Downloading {url}")
     try:
         with urllib.request.urlopen(url, timeout=30) as response:
             content = response.read()
+        # It must be the text that others report losses on.
+        found = hashlib.sha256(content).hexdigest()
+        if found != sha256:
+            raise OSError(f"its sha256 is {found[:12]}..., not {sha256[:12]}...")
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
-        raise ValueError(f"{url} could not be downloaded ({reason}). {advice}") from None
-
-    # It must be the text that others report losses on.
-    found = hashlib.sha256(content).hexdigest()
-    if found != sha256:
-        raise ValueError(
-            f"{url} has changed: its sha256 is {found[:12]}..., not {sha256[:12]}.... {advice}")
+        raise ValueError(f"{url} could not be downloaded ({reason}). Download it yourself and put "
+                         f"it at {path}, or name your copy with data.path=FILE.") from None
     atomic.write_bytes(path, content)
     return path

@@ -36,16 +36,15 @@ def text_of(record: Any, place: str, field: str) -> str | BadRecord:
 
 
 def json_records(blocks: Iterator[str], kind: str, read: RecordReader, path: Path) -> Iterator[Any]:
-    """What `read` makes of each record in a file with this content and suffix (`kind`)."""
+    """What `read` makes of each record in a file with this content and suffix (`kind`).
+
+    A record is an element of an array, which only .json can be, or a line that is not blank.
+    """
     first = next(blocks, "")
     blocks = chain([first], blocks)
     if kind == ".json" and first.lstrip().startswith("["):
-        return json_array(blocks, read, path)
-    return json_lines(blocks, read, path)
-
-
-def json_lines(blocks: Iterator[str], read: RecordReader, path: Path) -> Iterator[Any]:
-    """What `read` makes of the record on each line. Blank lines are skipped."""
+        yield from json_array(blocks, read, path)
+        return
     for number, line in enumerate(lines_of(blocks, "\n", path), 1):
         if line.isspace():
             continue

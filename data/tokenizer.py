@@ -129,3 +129,9 @@ class ExtendedTokenizer(Tokenizer):
 
     def to_json(self) -> dict[str, Any]:
         return self.base.to_json() | {"added": list(self.added)}
+
+
+def with_special(tokenizer: Tokenizer, words: Iterable[str]) -> Tokenizer:
+    """The tokenizer with those of `words` that it lacks as new special tokens, in this order."""
+    missing = [word for word in words if word not in tokenizer.special]
+    return ExtendedTokenizer(tokenizer, missing) if missing else tokenizer

@@ -20,8 +20,8 @@ import atomic
 from bench.timing import alternating_medians, measure_command, print_header, print_row
 from data.config import DataConfig
 from data.document import cut_into_pieces
-from data.library import StdLib
 from data.prepare import load_tokenizer, prepare
+from data.sources import StdLib
 from data.tokenizer import Tokenizer
 from data.tokenizer_json import from_json
 from hardware import usable_cpus

@@ -45,29 +45,25 @@ class DataConfig(SettingsBase):
         "pydocs", "kind of the training text; presets (data=...) choose it")
     path: FilePath = setting(
         "", "text, chat: a file, folder or glob; bin: a folder of .bin files; shakespeare: a copy")
-    tokenizer: FilePath = setting("bpe", f"{', '.join(TOKENIZERS)} (which is trained on the text), "
-                                  f"the path of a tokenizer.json, or that of a run")
+    tokenizer: FilePath = setting(
+        "bpe", f"{', '.join(TOKENIZERS)}, or the path of a tokenizer.json or of a run")
     vocab_size: int = setting(2048, "number of tokens of tokenizer=bpe", ge=257, le=100_000)
     val_fraction: float = setting(0.1, "part of the text held out for validation", ge=1e-6, lt=1)
     val_path: FilePath = setting("", "text to validate on instead: a file, folder or glob")
     val_split: str = setting("", "hub: the split to validate on instead, such as validation")
     deduplicate: bool = setting(True, "remove exact duplicates of documents")
-    separator: str = setting(
-        "", "text between two documents of a plain text file: <|endoftext|>, or \\n\\n")
+    separator: str = setting("", "text between documents of plain text: <|endoftext|>, or \\n\\n")
     text_field: str = setting("text", "the field of a record with its text; data.text: nested")
     on_bad_record: Literal["stop", "skip"] = setting("stop", "the reaction to records without text")
     encoding: str = setting("", "of text files without a byte order mark; empty: UTF-8")
-    errors: Literal["strict", "replace"] = setting(
-        "strict", "the reaction to bytes that cannot be decoded: stop, or use U+FFFD")
+    errors: Literal["strict", "replace"] = setting("strict", "undecodable bytes: stop, or U+FFFD")
     dtype: TokenType = setting("auto", "bin: type of the tokens in files without a header")
-    hub_name: FilePath = setting(
-        "", "hub: OWNER/NAME of a dataset on the Hugging Face Hub, or a folder laid out like one")
+    hub_name: FilePath = setting("", "hub: OWNER/NAME on the Hugging Face Hub, or a folder like it")
     hub_config: str = setting("", "hub: the dataset's configuration; empty: its default")
     hub_revision: str = setting("", "hub: branch, tag or commit; empty: the newest")
     split: str = setting("train", "hub: the split to train on, or several: train+validation")
     mix: str = setting("", "several sources with weights, such as 'pydocs:0.7 book.txt:0.3'")
-    respect_documents: bool = setting(
-        False, "attention does not cross document boundaries, and positions start at each")
+    respect_documents: bool = setting(False, "attention and positions stay within a document")
 
     def problems(self) -> Iterator[str]:
         """One sentence for each invalid value."""

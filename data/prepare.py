@@ -160,27 +160,29 @@ def total(segments: list[dict[str, Any]], split: str) -> dict[str, Any]:
 
 
 def make_tokenizer(config: DataConfig, corpora: list[Corpus]) -> Tokenizer:
-    """The tokenizer of `config`, for conversations with the markers of messages."""
-    tokenizer = tokenizer_for_text(config, corpora)
-    if config.source == "chat":
-        tokenizer = with_markers(tokenizer)
-        markers_of(tokenizer)  # which checks them
-    return tokenizer
+    """The tokenizer of `config`: `bpe` is trained on the training split, `char` knows both.
 
-
-def tokenizer_for_text(config: DataConfig, corpora: list[Corpus]) -> Tokenizer:
-    """The tokenizer of `config`: `bpe` is trained on the training split, `char` knows both."""
-    if config.tokenizer not in ("bpe", "char"):
-        return open_tokenizer(config.tokenizer)
+    That of conversations has the markers of messages.
+    """
     if config.tokenizer == "bpe":
         samples = [corpus.training_text(SAMPLE_BYTES // len(corpora)) for corpus in corpora]
         if len(samples) > 1:
             # Each part of a mixture gets the same share of the different words.
             share = DISTINCT_BYTES // len(samples)
             samples = [with_few_words(sample, share) for sample in samples]
-        return BPETokenizer.train(chain.from_iterable(samples), config.vocab_size)
+        tokenizer = BPETokenizer.train(chain.from_iterable(samples), config.vocab_size)
+    elif config.tokenizer == "char":
+        tokenizer = character_tokenizer(corpora)
+    else:
+        tokenizer = open_tokenizer(config.tokenizer)
+    if config.source == "chat":
+        tokenizer = with_markers(tokenizer)
+        markers_of(tokenizer)  # which checks them
+    return tokenizer
 
-    # char: collect the characters of both splits.
+
+def character_tokenizer(corpora: list[Corpus]) -> CharTokenizer:
+    """A tokenizer of the characters of both splits."""
     characters: set[str] = set()
     for corpus in corpora:
         with corpus.progress("Listing characters") as update:

@@ -5,12 +5,17 @@ Knows files and text; knows no tokens.
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import http.client
+import os
+import platform
+import sysconfig
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Protocol
@@ -22,15 +27,19 @@ from data.config import DataConfig
 from data.document import Document, divide, unescaped
 from data.files import File
 from data.hub import Hub
-from data.library import PyDocs, StdLib
 from data.mixture import read_mix
 from data.records import JSON_SUFFIXES, SUFFIXES, skipped_records
 from data.store import data_root, sha256_of
+from progress import ProgressBar
 from terminal import counted, say
 
 SHAKESPEARE_URL = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt")
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+
+# Tests, and folders of packages that were installed later.
+SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__"}
+WITH_DOCSTRING = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 class Source(Protocol):
@@ -165,6 +174,83 @@ class Files:
         if self.skipped:
             text += f" ({find.skipped_files(self.skipped)})"
         return text + skipped_records(sum(file.bad_records for file in self.files))
+
+
+# Text that every Python comes with, which varies with its version. It is read and never imported.
+
+
+class Library:
+    """A source that reads the standard library, or the Python files in another `folder`."""
+
+    kind: str
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder or Path(sysconfig.get_paths()["stdlib"])
+        self.files: list[Path] = []
+        for parent, subfolders, names in os.walk(self.folder):
+            subfolders[:] = set(subfolders) - SKIPPED
+            self.files += [Path(parent, name) for name in names if name.endswith(".py")]
+        # The order in a folder depends on the file system.
+        self.files.sort()
+
+    def fingerprint(self) -> str:
+        """Changes with the Python version, and with the name or any byte of a file."""
+        # Reading all of it, 12 MB, takes 25 ms.
+        digest = hashlib.sha256(f"{self.kind} {platform.python_version()}\n".encode())
+        for path in self.files:
+            content = path.read_bytes()
+            digest.update(f"{path.relative_to(self.folder)} {len(content)}\n".encode())
+            digest.update(content)
+        return digest.hexdigest()
+
+    def fraction(self) -> float:
+        return 0.0
+
+    def description(self) -> str:
+        return f"{len(self.files):,} files of Python's standard library"
+
+
+class PyDocs(Library):
+    """The language reference in `pydoc_data`, and all docstrings."""
+
+    kind = "pydocs"
+
+    def documents(self) -> Iterator[Document]:
+        yield from map(Document.of, self.texts)
+
+    @cached_property
+    def texts(self) -> list[str]:
+        """All of them, about 2 MB. Parsing takes seconds, so it is done once."""
+        texts: list[str] = []
+        for path in ProgressBar(self.files, "Reading the standard library", unit="files",
+                                leave=False):
+            try:
+                tree = ast.parse(path.read_bytes())
+            except (SyntaxError, ValueError):
+                # A template, or an example of broken code.
+                continue
+            # The help topics are the values of the dictionary in `topics = {...}`.
+            if path.relative_to(self.folder).as_posix() == "pydoc_data/topics.py":
+                for node in tree.body:
+                    if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
+                        texts += ast.literal_eval(node.value).values()
+            # The docstrings of the module, and of its classes and functions.
+            for node in ast.walk(tree):
+                if isinstance(node, WITH_DOCSTRING):
+                    texts.append(ast.get_docstring(node) or "")
+        return [text for text in texts if text.strip()]
+
+
+class StdLib(Library):
+    """The source code, about 12 MB. Each file is a document."""
+
+    kind = "stdlib"
+
+    def documents(self) -> Iterator[Document]:
+        for path in self.files:
+            text = path.read_bytes().decode("utf-8", "replace")
+            if text.strip():
+                yield Document.of(text)
 
 
 def fetch(url: str, sha256: str) -> Path:

@@ -29,8 +29,7 @@ class PrepareSettings:
         False, "list all prepared tokens, and delete those that no run in runs_dir uses and "
                "unfinished ones, after a question")
     yes: bool = setting(False, "with clean=true: delete without asking")
-    out: FilePath = setting(
-        "", "the picture of inspect=true; empty: inspect.png in the folder of the tokens")
+    out: FilePath = setting("", "the picture of inspect=true; empty: inspect.png at the tokens")
     # Overrides of train.py's settings.
     train: tuple[str, ...] = ()
 

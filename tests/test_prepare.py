@@ -344,7 +344,7 @@ def validation(tmp_path):
 @pytest.mark.parametrize("source", [{}, {"source": "pydocs", "path": ""}], ids=["files", "pydocs"])
 def test_a_validation_text_is_the_validation_split(corpus, validation, source, monkeypatch):
     package = Path(asyncio.__file__).parent  # a part of the standard library
-    monkeypatch.setattr("data.library.sysconfig.get_paths", lambda: {"stdlib": package})
+    monkeypatch.setattr("data.sources.sysconfig.get_paths", lambda: {"stdlib": package})
     config = corpus(FEW, val_path=validation(["Another text. " * 9, "And one more. "]), **source)
     folder = prepare(config)
     assert documents(folder, "val") == ["Another text. " * 9, "And one more. "]

@@ -16,8 +16,7 @@ import yaml
 
 from conf import compose
 from data.config import DataConfig
-from data.library import PyDocs, StdLib
-from data.sources import Files, data_root, fetch, open_source, open_sources
+from data.sources import Files, PyDocs, StdLib, data_root, fetch, open_source, open_sources
 
 
 def texts(source):

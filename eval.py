@@ -90,11 +90,10 @@ def measure_model(settings: EvalSettings, run: Path | None, name: str, device: D
     model = {"name": name, "tasks": []} | found
     # The loss on the named text, or on the validation split of the run.
     if settings.measures_loss:
-        limits = settings.eval_tokens, settings.batch_tokens
         if settings.data.path:
-            text = named_text(settings.data, saved, scorer.engine, *limits)
+            text = named_text(settings.data, saved, scorer, settings.eval_tokens)
         else:
-            text = own_validation_split(saved, scorer.engine, run, *limits)
+            text = own_validation_split(saved, scorer, run, settings.eval_tokens)
         model["loss"] = measure_loss(scorer, text, f"{name}: {text.name}")
     for task, questions in tasks.items():
         try:

@@ -118,9 +118,8 @@ class Harness(TemplateLM):
                            for number in numbers}
                 # Prompts of similar length are batched, so that there is little padding.
                 numbers.sort(key=lambda number: len(prompts[number]), reverse=True)
-                size = max(1, self.scorer.batch_tokens // self.block_size)
-                for start in range(0, len(numbers), size):
-                    batch = numbers[start : start + size]
+                for start in range(0, len(numbers), self.scorer.batch_size):
+                    batch = numbers[start : start + self.scorer.batch_size]
                     jobs = [(prompts[number], number) for number in batch]
                     found = self.engine.complete(jobs, rules)
                     for number, completion in zip(batch, found, strict=True):

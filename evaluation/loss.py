@@ -47,8 +47,8 @@ class Text:
     boundary: int | None = None
 
 
-def own_validation_split(saved: dict[str, Any], engine: Engine, run: Path, max_tokens: int | None,
-                         batch_tokens: int) -> Text:
+def own_validation_split(saved: dict[str, Any], scorer: Scorer, run: Path,
+                         max_tokens: int | None) -> Text:
     """The validation split of a run, from the flat settings `saved` in its checkpoint.
 
     Raises ValueError if the tokens are gone and cannot be prepared again.
@@ -59,10 +59,9 @@ def own_validation_split(saved: dict[str, Any], engine: Engine, run: Path, max_t
     tokenizer = load_tokenizer(prepared)
 
     # Read them as training does.
-    block_size = engine.model.config.block_size
     validation, bytes_per_token = open_validation(
-        prepared, config, tokenizer, markers_in(config, tokenizer), block_size,
-        batch_size(batch_tokens, block_size), max_tokens)
+        prepared, config, tokenizer, markers_in(config, tokenizer),
+        scorer.engine.model.config.block_size, scorer.batch_size, max_tokens)
     boundary = tokenizer.end_of_text if config.respect_documents else None
     identity = f"validation split {read_meta(prepared)['fingerprint'][:12]}"
     return Text("validation split", identity, validation, bytes_per_token, boundary)
@@ -94,15 +93,15 @@ def prepared_again(config: DataConfig, expected: str, run: Path) -> Path:
                      f"({problem}): name a text instead, as in data.path=book.txt.")
 
 
-def named_text(named: TextConfig, saved: dict[str, Any], engine: Engine, max_tokens: int | None,
-               batch_tokens: int) -> Text:
-    """The text of files, or their tokens, in the tokens of the engine.
+def named_text(named: TextConfig, saved: dict[str, Any], scorer: Scorer,
+               max_tokens: int | None) -> Text:
+    """The text of files, or their tokens, in the tokens of the model.
 
     `saved` are the flat settings of a run, which say whether attention crosses documents. Raises
     ValueError for a text that is shorter than one context, or that the tokenizer cannot encode.
     """
     # Read the tokens, or encode the text.
-    path = named.path
+    path, tokenizer = named.path, scorer.engine.tokenizer
     config = DataConfig(source="text", path=path, text_field=named.text_field,
                         on_bad_record=named.on_bad_record)
     problems = list(config.problems())
@@ -110,20 +109,18 @@ def named_text(named: TextConfig, saved: dict[str, Any], engine: Engine, max_tok
         raise ValueError(f"data.{problems[0]}")
     bins = bins_of(path)
     if bins:
-        tokens, bytes_per_token = read_bins(bins, named.dtype, engine.tokenizer)
+        tokens, bytes_per_token = read_bins(bins, named.dtype, tokenizer)
     else:
-        ids, n_bytes = read_documents(config, engine.tokenizer, max_tokens)
+        ids, n_bytes = read_documents(config, tokenizer, max_tokens)
         tokens, bytes_per_token = Tokens([ids]), n_bytes / max(1, len(ids))
 
     # Divide them into contexts.
-    block_size = engine.model.config.block_size
+    block_size = scorer.engine.model.config.block_size
     if len(tokens) <= block_size:
         raise ValueError(f"data.path={path} has {counted(len(tokens), 'token')}, one context of "
                          f"the model needs {block_size + 1:,}: name a longer text.")
-    validation = Validation([tokens], block_size, batch_size(batch_tokens, block_size),
-                            max_tokens or len(tokens))
-
-    boundary = engine.tokenizer.end_of_text if saved.get("data.respect_documents") else None
+    validation = Validation([tokens], block_size, scorer.batch_size, max_tokens or len(tokens))
+    boundary = tokenizer.end_of_text if saved.get("data.respect_documents") else None
     return Text(path, path, validation, bytes_per_token, boundary)
 
 
@@ -176,11 +173,6 @@ def read_documents(config: DataConfig, tokenizer: Tokenizer,
     if n_documents > 1:
         chunks.append(end_of_text)
     return np.concatenate(chunks), n_bytes
-
-
-def batch_size(batch_tokens: int, block_size: int) -> int:
-    """The number of sequences that are read at once."""
-    return max(1, batch_tokens // block_size)
 
 
 def measure_loss(scorer: Scorer, text: Text, title: str) -> dict[str, Any]:

@@ -10,11 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import takewhile
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +209,11 @@ class Scorer:
     batch_tokens: int
     cache: ResultCache = field(default_factory=ResultCache)
 
+    @property
+    def batch_size(self) -> int:
+        """The number of whole contexts that are read at once."""
+        return max(1, self.batch_tokens // self.engine.model.config.block_size)
+
     def score(self, requests: Sequence[Request], title: str) -> list[Score]:
         """The score of each request. What several requests begin with is read once."""
         # Those that are not in the cache are computed in batches.
@@ -244,45 +248,37 @@ def batches(requests: Sequence[Request], numbers: Sequence[int],
 @torch.inference_mode()
 def score_batch(engine: Engine, batch: Batch, requests: Sequence[Request]) -> dict[int, Score]:
     """The scores of the requests in a batch, by their numbers in `requests`."""
-    # The index of each token with a target that it predicts; requests can share them.
-    pairs_of = {number: list(zip(indices, requests[number].targets, strict=True))
-                for number, indices in batch.predicting.items()}
-    pairs = {pair for own_pairs in pairs_of.values() for pair in own_pairs}
-
-    # Read the batch once, and compute the logits only where a target is predicted.
+    # Read the batch once, and score the targets of all requests.
     device = engine.device.torch
-    context = TreeAttention(batch, device)
+    targets = [requests[number].targets for number in batch.predicting]
+    flat = [list(chain.from_iterable(lists)) for lists in (batch.predicting.values(), targets)]
     with engine.device.autocast():
         ids = torch.tensor([batch.tokens], device=device)
-        features = engine.model.features(ids, context=context)[0]  # [T, C]
-        found = token_scores(engine, features, sorted(pairs))
+        features = engine.model.features(ids, context=TreeAttention(batch, device))[0]  # [T, C]
+        logprobs, is_greedy = token_scores(engine, features, *torch.tensor(flat, device=device))
 
     # A score is the sum over the targets of a request.
-    scores = {}
-    for number, own_pairs in pairs_of.items():
-        logprobs, is_greedy = zip(*(found[pair] for pair in own_pairs), strict=True)
-        scores[number] = Score(math.fsum(logprobs), all(is_greedy))
-    return scores
+    counts = list(map(len, targets))
+    scored = zip(logprobs.cpu().split(counts), is_greedy.cpu().split(counts), strict=True)
+    return {number: Score(math.fsum(of_targets.tolist()), bool(greedy.all()))
+            for number, (of_targets, greedy) in zip(batch.predicting, scored, strict=True)}
 
 
-def token_scores(engine: Engine, features: Tensor,
-                 pairs: list[tuple[int, int]]) -> dict[tuple[int, int], tuple[float, bool]]:
-    """The log probability of the target of each pair, and whether it is the likeliest token.
+def token_scores(engine: Engine, features: Tensor, indices: Tensor,
+                 targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The log probabilities of `targets` `[N]`, and whether each is the likeliest token.
 
-    `pairs` are sorted, and each has the number of a row of `features` `[N, C]` and a target.
+    `indices` `[N]` are those of the `features` `[T, C]` that predict them.
     """
-    scored = sorted({row for row, _ in pairs})
-    features = features[torch.tensor(scored, device=features.device)]  # [number of rows, C]
-    found: list[tuple[float, bool]] = []
+    logprobs = torch.empty(len(targets), device=targets.device)
+    is_greedy = torch.empty_like(logprobs, dtype=torch.bool)
+    # Logits are computed once where a target is predicted, for some rows at a time.
+    scored, rows = indices.unique(return_inverse=True)
     for start in range(0, len(scored), MAX_POSITIONS):
-        # The pairs of these rows, by bisection, and the place of each among the rows.
-        rows = scored[start : start + MAX_POSITIONS]
-        chunk = pairs[bisect_left(pairs, (rows[0],)) : bisect_left(pairs, (rows[-1] + 1,))]
-        index = torch.tensor([bisect_left(rows, row) for row, _ in chunk], device=features.device)
-        targets = torch.tensor([target for _, target in chunk], device=features.device)
-        logits = engine.model.head(features[start : start + MAX_POSITIONS]).float()  # [rows, V]
+        logits = engine.model.head(features[scored[start : start + MAX_POSITIONS]]).float()
+        own = (start <= rows) & (rows < start + MAX_POSITIONS)
+        pairs = rows[own] - start, targets[own]
         # On CPUs, logsumexp takes seven times as long as log_softmax.
-        logprobs = logits.log_softmax(1)[index, targets]
-        is_greedy = logits.argmax(1)[index] == targets
-        found += zip(logprobs.tolist(), is_greedy.tolist(), strict=True)
-    return dict(zip(pairs, found, strict=True))
+        logprobs[own] = logits.log_softmax(1)[pairs]
+        is_greedy[own] = logits.argmax(1)[pairs[0]] == pairs[1]
+    return logprobs, is_greedy

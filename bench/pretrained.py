@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -20,8 +19,9 @@ import numpy as np
 import torch
 
 from bench import peer as nanogpt
+from bench import timing
 from bench.result import train_in
-from bench.timing import measure_command, median_ratio, medians, print_header, print_row, write_json
+from bench.timing import measure_command, print_header, print_row, with_seconds
 from data.bpe import BPETokenizer
 from data.loader import Loader
 from data.shards import Tokens
@@ -94,14 +94,14 @@ def main(settings: PretrainedSettings) -> int:
         runs = [measured[what, side] for measured in rounds]
         # Compared with the first side that did the same.
         first = next(key for key in rounds[0] if key[0] == what)
-        ratio = median_ratio([run["seconds"] for run in runs],
-                             [measured[first]["seconds"] for measured in rounds])
-        median = medians(runs)
+        ratio = timing.median_ratio([run["seconds"] for run in runs],
+                                    [measured[first]["seconds"] for measured in rounds])
+        median = timing.medians(runs)
         memory = f"{median['peak_bytes'] / 2**20:,.0f} MB" if "peak_bytes" in median else ""
         loss = f"{median['val_loss']:.5f}" if "val_loss" in median else ""
         print_row(what, side, f"{median['seconds']:.2f}", f"{ratio:.2f}", memory, loss)
-    write_json(settings.out, [{": ".join(key): run for key, run in measured.items()}
-                              for measured in rounds])
+    timing.write_json(settings.out, [{": ".join(key): run for key, run in measured.items()}
+                                     for measured in rounds])
     return 0
 
 
@@ -136,28 +136,26 @@ def measure_round(settings: PretrainedSettings, work: Path, weights: Path,
     measured["first token", "ours"] = measure_command([
         python, "sample.py", f"init_from={weights}", f"prompt={PROMPT}", "max_new_tokens=1"])
 
-    tokens = settings.batch_size * settings.block_size
-    start = time.perf_counter()
-    theirs = nanogpt.finetune(work, work / BATCHES, [
+    theirs = with_seconds(nanogpt.finetune, work, work / BATCHES, [
         # Its loop also takes the step of this number, from 0.
         f"--max_iters={settings.steps - 1}", f"--batch_size={settings.batch_size}",
         f"--block_size={settings.block_size}", "--dtype=float32",
         f"--gradient_accumulation_steps={settings.micro_steps}"])
-    between = time.perf_counter()
-    ours = train_in(
-        run, "experiment=finetune_shakespeare", f"init_from={weights}", "data=bin",
+    step_sequences = settings.micro_steps * settings.batch_size
+    ours = with_seconds(
+        train_in, run, "experiment=finetune_shakespeare", f"init_from={weights}", "data=bin",
         f"data.path={work / DATA}", f"seed={settings.seed}",
         f"model.block_size={settings.block_size}", f"training.max_steps={settings.steps}",
         f"training.batch_size={settings.batch_size}", "training.eval_every=0",
         f"training.eval_tokens={settings.eval_windows * settings.block_size}",
-        f"training.tokens_per_step={settings.micro_steps * tokens}",
+        f"training.tokens_per_step={step_sequences * settings.block_size}",
         "training.checkpoint_every=0", "training.device=cpu", "training.precision=fp32")
-    end = time.perf_counter()
-    for side, found in (("nanoGPT", theirs), ("ours", ours)):
+    sides = {"nanoGPT": theirs, "ours": ours}
+    for side, found in sides.items():
         measured["fine-tuning, steps", side] = {
             "seconds": found["seconds"], "val_loss": found["val_loss"]}
-    measured["fine-tuning, in all", "nanoGPT"] = {"seconds": between - start}
-    measured["fine-tuning, in all", "ours"] = {"seconds": end - between}
+    for side, found in sides.items():
+        measured["fine-tuning, in all", side] = {"seconds": found["seconds_in_all"]}
 
     measured["export", "ours"] = measure_command([
         python, "-m", "scripts.export", f"run={run}", f"out={out}"])

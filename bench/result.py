@@ -16,7 +16,6 @@ import json
 import re
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +23,7 @@ from typing import Any, Literal
 import torch
 
 from bench import peer as nanogpt
-from bench.timing import in_turn, medians, print_header, run_command, write_json
+from bench.timing import in_turn, medians, print_header, run_command, with_seconds, write_json
 from progress import print_line
 from setting import setting
 from training.device import Device
@@ -45,7 +44,7 @@ def main(settings: ResultSettings) -> int:
     seeds = dict.fromkeys(sides, settings.seed)
 
     def measure(side: str) -> dict[str, Any]:
-        run = train_side(side, settings, seeds[side])
+        run = with_seconds(train_side, side, settings, seeds[side])
         number = seeds[side] - settings.seed + 1
         print_line(f"| {number} | {side} | {run['parameters']:,} | {run['seconds']:.1f} "
                    f"| {run['seconds_in_all']:.1f} | {run['val_loss']:.4f} |")
@@ -69,15 +68,12 @@ def main(settings: ResultSettings) -> int:
 
 def train_side(side: str, settings: ResultSettings, seed: int) -> dict[str, Any]:
     """Train nanoGPT, or one of our experiments, from a seed."""
-    start = time.perf_counter()
     if side == "nanoGPT":
-        run = nanogpt.train(Path(settings.peer), seed, settings.device)
-    else:
-        text = nanogpt.shakespeare_override(settings.peer)
-        with tempfile.TemporaryDirectory() as folder:
-            run = train_in(Path(folder, "run"), f"experiment={side}", text,
-                           f"training.device={settings.device}", f"seed={seed}")
-    return run | {"seconds_in_all": time.perf_counter() - start}
+        return nanogpt.train(Path(settings.peer), seed, settings.device)
+    text = nanogpt.shakespeare_override(settings.peer)
+    with tempfile.TemporaryDirectory() as folder:
+        return train_in(Path(folder, "run"), f"experiment={side}", text,
+                        f"training.device={settings.device}", f"seed={seed}")
 
 
 def train_in(run: Path, *overrides: str) -> dict[str, Any]:

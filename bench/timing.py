@@ -55,6 +55,12 @@ def seconds_of(call: Callable[..., Any], *arguments: Any) -> float:
     return time.perf_counter() - start
 
 
+def with_seconds(call: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    """What a call returns, and the seconds that it took in all."""
+    start = time.perf_counter()
+    return call(*arguments) | {"seconds_in_all": time.perf_counter() - start}
+
+
 def alternating_medians(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
     """Median seconds of each call. The first round warms up and is not counted."""
     seconds = in_turn(calls, rounds + 1, lambda name: seconds_of(calls[name]))

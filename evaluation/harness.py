@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import jinja2
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
-from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.models.utils import Collator, normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows
 
@@ -105,26 +104,20 @@ class Harness(TemplateLM):
         # A sample has the random numbers of its place among the requests.
         cache = self.scorer.cache
         keys = [cache.key(number, one.args) for number, one in enumerate(requests)]
-        left = [number for number, key in enumerate(keys) if key not in cache.results]
-        # Requests with the same sampling settings are generated together.
-        by_rules: dict[str, list[int]] = defaultdict(list)
-        for number in left:
-            by_rules[str(requests[number].args[1])].append(number)
+        left = [(number, *one.args) for number, one in enumerate(requests)
+                if keys[number] not in cache.results]
+        # Those with the same sampling settings and similar lengths are generated together.
+        collator = Collator(left, lambda job: -len(job[1]), lambda job: job[2], "gen_kwargs")
         with ProgressBar(total=len(requests), initial=len(requests) - len(left), desc=self.title,
                          unit="texts", leave=False) as bar:
-            for numbers in by_rules.values():
-                until, rules = sampling_rules(requests[numbers[0]].args[1])
-                prompts = {number: self.prompt(requests[number].args[0], rules.max_new_tokens)
-                           for number in numbers}
-                # Prompts of similar length are batched, so that there is little padding.
-                numbers.sort(key=lambda number: len(prompts[number]), reverse=True)
-                for start in range(0, len(numbers), self.scorer.batch_size):
-                    batch = numbers[start : start + self.scorer.batch_size]
-                    jobs = [(prompts[number], number) for number in batch]
-                    found = self.engine.complete(jobs, rules)
-                    for number, completion in zip(batch, found, strict=True):
-                        cache.add(keys[number], cut(completion.text, until))
-                    bar.update(len(batch))
+            for batch in collator.get_batched(n=self.scorer.batch_size):
+                until, rules = sampling_rules(batch[0][2])
+                jobs = [(self.prompt(text, rules.max_new_tokens), number)
+                        for number, text, _ in batch]
+                completions = self.engine.complete(jobs, rules)
+                for (_, number), completion in zip(jobs, completions, strict=True):
+                    cache.add(keys[number], cut(completion.text, until))
+                bar.update(len(batch))
         return [cache.results[key] for key in keys]
 
     def prompt(self, text: str, new_tokens: int) -> list[int]:

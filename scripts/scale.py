@@ -67,11 +67,9 @@ STATE_BYTES = {AdamW.STATE: 2 * BYTES, Muon.STATE: BYTES}
 LEAST_SHARE = 0.1
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """The seconds of the parts of a step on a number of GPUs."""
 
-    sequences: float  # of each GPU
     compute: float
     exchange: float  # of gradients, all of it
     exposed: float  # what of it the backward pass does not hide
@@ -79,27 +77,6 @@ class Step:
     newton_schulz: float
     update: float  # all else in the update
     state_bytes: float  # of the optimizer, on the GPU that has most
-
-    @property
-    def optimizer(self) -> float:
-        return self.newton_schulz + self.update
-
-    @property
-    def seconds(self) -> float:
-        return self.compute + self.exposed + self.gather + self.optimizer
-
-    @property
-    def efficiency(self) -> float:
-        """The speed per GPU, compared with a step that only computes forward and backward."""
-        return self.compute / self.seconds
-
-    @property
-    def limit(self) -> str:
-        """What takes most of the step beside forward and backward, if it is much."""
-        network = self.exposed + self.gather
-        if max(network, self.optimizer) < LEAST_SHARE * self.seconds:
-            return "compute"
-        return "network" if network > self.optimizer else "optimizer"
 
 
 class Share(NamedTuple):
@@ -139,13 +116,23 @@ def main(scale: ScaleSettings) -> int:
             # The sequences of a step cannot be divided equally.
             cells += [""] * (len(names) - 3) + ["batch"]
         else:
-            step = simulate(model, settings, scale, size)
-            parts = (step.compute, step.exchange, step.exposed, step.gather, step.newton_schulz,
-                     step.update, step.seconds)
-            cells += [*(f"{1000 * seconds:,.1f}" for seconds in parts), f"{step.efficiency:.0%}",
-                      readable_size(step.state_bytes), step.limit]
+            cells += cells_of(simulate(model, settings, scale, size))
         say(f"| {' | '.join(cells)} |")
     return 0
+
+
+def cells_of(step: Step) -> list[str]:
+    """The seconds of the parts of a step, its efficiency and what limits it."""
+    network, optimizer = step.exposed + step.gather, step.newton_schulz + step.update
+    seconds = step.compute + network + optimizer
+    limit = "network" if network > optimizer else "optimizer"
+    if max(network, optimizer) < LEAST_SHARE * seconds:
+        limit = "compute"
+    # Efficiency compares it with a step that only computes forward and backward.
+    parts = (step.compute, step.exchange, step.exposed, step.gather, step.newton_schulz,
+             step.update, seconds)
+    return [*(f"{1000 * part:,.1f}" for part in parts), f"{step.compute / seconds:.0%}",
+            readable_size(step.state_bytes), limit]
 
 
 def simulate(model: GPT, settings: Settings, scale: ScaleSettings, size: int) -> Step:
@@ -166,7 +153,7 @@ def simulate(model: GPT, settings: Settings, scale: ScaleSettings, size: int) ->
     # The backward pass is two thirds of a micro-step, and the last one hides the exchange.
     hidden = compute / micro_steps * 2 / 3
 
-    return Step(sequences=tokens / block_size, compute=compute, exchange=exchange,
+    return Step(compute=compute, exchange=exchange,
                 exposed=max(0.0, exchange - hidden), gather=gather_seconds(nbytes, scale, size),
                 newton_schulz=share.matrix_flops / flops,
                 update=share.update_bytes / scale.memory / 1e9, state_bytes=share.state_bytes)

@@ -62,7 +62,11 @@ def evaluate(settings: EvalSettings) -> int:
     models = []
     with configure(device):
         for run in runs or [None]:
-            name = run_name(run, runs) if run else settings.init_from
+            # Runs of several sweeps that share a name are named by their paths.
+            name = settings.init_from
+            if run:
+                same_name = {other for other in runs if other.name == run.name}
+                name = run.name if len(same_name) == 1 else str(run)
             models.append(measure_model(settings, run, name, device, tasks, harness))
             if run and not settings.out:
                 write(run / EVALUATION, models[-1:])
@@ -77,18 +81,21 @@ def evaluate(settings: EvalSettings) -> int:
     return 0
 
 
-def run_name(run: Path, runs: list[Path]) -> str:
-    """The name of a run in the results: its path, if runs of several sweeps share its name."""
-    same_name = {other for other in runs if other.name == run.name}
-    return run.name if len(same_name) == 1 else str(run)
-
-
 def measure_model(settings: EvalSettings, run: Path | None, name: str, device: Device,
                   tasks: dict[str, list[Question]], harness: Any) -> dict[str, Any]:
     """The results of a run, or of the model in `init_from`."""
-    scorer, found, saved = open_model(settings, run, device)
-    model = {"name": name, "tasks": []} | found
-    # The loss on the named text, or on the validation split of the run.
+    # Open the model. An evaluation that was interrupted resumes from the results in a file.
+    weights, saved, step, results = open_weights(settings, run)
+    cache = ResultCache()
+    if results:
+        cache = ResultCache(results.with_suffix(CACHE),
+                            f"{weights.fingerprint()} {device.precision}")
+    scorer = Scorer(engine_of(weights, device), settings.batch_tokens, cache)
+    parameters = sum(tensor.numel() for tensor in scorer.engine.model.parameters())
+    model = {"name": name, "tasks": [], **step, "parameters": parameters,
+             "precision": device.precision}
+
+    # The loss on the named text, or on the validation split of the run; then the tasks.
     if settings.measures_loss:
         if settings.data.path:
             text = named_text(settings.data, saved, scorer, settings.eval_tokens)
@@ -105,6 +112,20 @@ def measure_model(settings: EvalSettings, run: Path | None, name: str, device: D
     return model
 
 
+def open_weights(settings: EvalSettings,
+                 run: Path | None) -> tuple[Weights, dict[str, Any], dict[str, int], Path | None]:
+    """The weights of a run or of `init_from`; the run's settings, its step, and the results' file.
+    """
+    if run is None:
+        out = Path(settings.out) if settings.out else None
+        return find_weights(settings.init_from, Path(settings.runs_dir)), {}, {}, out
+
+    def load(found: Checkpoint) -> tuple[Weights, dict[str, Any], dict[str, int]]:
+        return own_weights(found), saved_settings(found), {"step": found.step}
+
+    return *store.load_of_run(run, settings.checkpoint, load), run / EVALUATION
+
+
 def open_harness(settings: EvalSettings) -> Any:
     """Tasks of lm-evaluation-harness. Raises ValueError for an unknown one, or without lm_eval."""
     if not find_spec("lm_eval"):
@@ -113,30 +134,6 @@ def open_harness(settings: EvalSettings) -> Any:
     from evaluation.harness import HarnessTasks
 
     return HarnessTasks(settings)
-
-
-def open_model(settings: EvalSettings, run: Path | None,
-               device: Device) -> tuple[Scorer, dict[str, Any], dict[str, Any]]:
-    """The model of a run or of `init_from`, its entry in the results, and the run's settings."""
-    model: dict[str, Any] = {"precision": device.precision}
-    if run is None:
-        weights, saved = find_weights(settings.init_from, Path(settings.runs_dir)), {}
-        results = Path(settings.out) if settings.out else None
-    else:
-        def load(found: Checkpoint) -> tuple[Weights, dict[str, Any], int]:
-            return own_weights(found), saved_settings(found), found.step
-
-        weights, saved, model["step"] = store.load_of_run(run, settings.checkpoint, load)
-        results = run / EVALUATION
-
-    # An evaluation that was interrupted resumes from the results in a file.
-    cache = ResultCache()
-    if results:
-        cache = ResultCache(results.with_suffix(CACHE),
-                            f"{weights.fingerprint()} {device.precision}")
-    scorer = Scorer(engine_of(weights, device), settings.batch_tokens, cache)
-    model["parameters"] = sum(tensor.numel() for tensor in scorer.engine.model.parameters())
-    return scorer, model, saved
 
 
 def notes(models: list[dict[str, Any]]) -> list[str]:

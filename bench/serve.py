@@ -15,7 +15,6 @@ import statistics
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from http.client import HTTPConnection
 from typing import Any, Literal
@@ -26,7 +25,7 @@ import numpy as np
 from bench.decode import SHAPES as GPT2_SHAPES
 from bench.speed import SHAPES as SMALL_SHAPES
 from bench.timing import BenchSettings, in_turn, median_ratio, print_header, print_row, write_json
-from scripts.server import running_server
+from scripts.server import PROGRAM, running_server
 from setting import FilePath, setting
 
 SHAPES = {"gpt2": GPT2_SHAPES["gpt2"], "modern": GPT2_SHAPES["modern"],
@@ -61,7 +60,11 @@ class Words:
 
 def main(settings: ServeSettings) -> int:
     sides = {"one after another": 1, f"{settings.clients} at once": settings.clients}
-    with server(settings) as address:
+    options = [f"batch_size={settings.clients}", f"precision={settings.precision}"]
+    program = ["-c", f"from bench.serve import serve_random; serve_random({settings.shape!r})"]
+    if settings.run:
+        program = [PROGRAM, f"run={settings.run}"]
+    with running_server(options, program) as address:
         port = urlsplit(address).port
         print(f"{settings.run or settings.shape}; {settings.requests} completions of "
               f"{settings.tokens} tokens, prompts of {settings.prompt}\n")
@@ -79,15 +82,6 @@ def main(settings: ServeSettings) -> int:
                   f"{p95:.0f}")
     write_json(settings.out, runs)
     return 0
-
-
-def server(settings: ServeSettings) -> AbstractContextManager[str]:
-    """The address of the server to measure, while it runs."""
-    options = [f"batch_size={settings.clients}", f"precision={settings.precision}"]
-    if settings.run:
-        return running_server([f"run={settings.run}", *options])
-    start = f"from bench.serve import serve_random; serve_random({settings.shape!r})"
-    return running_server(options, ["-c", start])
 
 
 def serve_random(shape: str) -> None:

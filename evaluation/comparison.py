@@ -160,24 +160,19 @@ def compare(first: str, second: str, results: dict[str, Results]) -> Comparison:
     # In pairs, the noise that a seed has in both cancels.
     shared = sorted(results[first].keys() & results[second].keys())
     paired = len(shared) > 1
-    if paired:
-        a, b = (np.array([results[name][seed] for seed in shared]) for name in (first, second))
-        has_noise = np.ptp(b - a) > ROUNDING
-    else:
-        a, b = (np.array([*results[name].values()]) for name in (first, second))
-        has_noise = max(np.ptp(a), np.ptp(b)) > ROUNDING
+    a, b = (np.array([results[name][seed] for seed in (shared if paired else results[name])])
+            for name in (first, second))
+    noise = np.ptp(b - a) if paired else max(np.ptp(a), np.ptp(b))
 
-    # Without noise, there is nothing to test against.
+    # The standard error of the difference, and the p-value of a t-test. Without noise there is
+    # nothing to test against; equal results mean that the settings have no effect.
     difference = float(b.mean() - a.mean())
-    if not has_noise and abs(difference) < ROUNDING:
-        # The settings in which they differ have no effect.
-        return Comparison(first, second, 0.0, 0.0, 1.0, (len(a), len(b)), paired)
-    if not has_noise:
+    error, p = 0.0, 1.0
+    if noise > ROUNDING:
+        error, p = paired_test(b - a) if paired else unpaired_test(a, b)
+    elif abs(difference) > ROUNDING:
         raise ValueError(f"{first} and {second} differ by {difference:g} for every seed: the seed "
                          f"has no effect, so the noise is unknown.")
-
-    # The standard error of the difference, and the p-value of a t-test.
-    error, p = paired_test(b - a) if paired else unpaired_test(a, b)
     return Comparison(first, second, difference, float(error), float(p), (len(a), len(b)), paired)
 
 

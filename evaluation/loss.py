@@ -109,7 +109,10 @@ def named_text(named: TextConfig, saved: dict[str, Any], scorer: Scorer,
         raise ValueError(f"data.{problems[0]}")
     bins = bins_of(path)
     if bins:
-        tokens, bytes_per_token = read_bins(bins, named.dtype, tokenizer)
+        shards = [describe_bin(file, tokenizer.vocab_size, named.dtype) for file in bins]
+        # Raises ValueError for damaged files, and for an id that the tokenizer does not have.
+        bytes_per_token = count_tokens(shards, tokenizer)["bytes_per_token"]
+        tokens = Tokens([map_shard(Path(), shard) for shard in shards])
     else:
         ids, n_bytes = read_documents(config, tokenizer, max_tokens)
         tokens, bytes_per_token = Tokens([ids]), n_bytes / max(1, len(ids))
@@ -135,16 +138,6 @@ def bins_of(path: str) -> list[Path]:
         return [place]
     has_bins = place.is_dir() and any(file.suffix.lower() in ENDINGS for file in place.iterdir())
     return find_bins(path)["val"] if has_bins or names_bins else []
-
-
-def read_bins(files: list[Path], dtype: str, tokenizer: Tokenizer) -> tuple[Tokens, float]:
-    """The tokens in files, which `tokenizer` must have made, and their mean bytes.
-
-    Raises ValueError for damaged files, and for an id that the tokenizer does not have.
-    """
-    shards = [describe_bin(file, tokenizer.vocab_size, dtype) for file in files]
-    counts = count_tokens(shards, tokenizer)
-    return Tokens([map_shard(Path(), shard) for shard in shards]), counts["bytes_per_token"]
 
 
 def read_documents(config: DataConfig, tokenizer: Tokenizer,

@@ -252,9 +252,8 @@ def steps_of(runs: dict[int, History]) -> str:
 
 def results_of(runs: dict[int, History], metric: str) -> comparison.Results:
     """The lowest validation result of each seed."""
-    if metric == "val_loss":
-        return {seed: run.best_loss for seed, run in runs.items()}
-    return {seed: run.bits_per_byte for seed, run in runs.items()}
+    attribute = "best_loss" if metric == "val_loss" else "bits_per_byte"
+    return {seed: getattr(run, attribute) for seed, run in runs.items()}
 
 
 def speedrun(first: str, second: str, arms: Arms) -> str:

@@ -68,7 +68,10 @@ class Result:
 
 def main(scaling: ScalingSettings) -> int:
     # Name the folder, and find mistakes before anything is trained.
-    require_scipy()
+    try:
+        import scipy.optimize  # noqa: F401
+    except ImportError:
+        raise ValueError("Scaling laws need SciPy: pip install scipy.") from None
     name = scaling.name or folder_name(Path(scaling.sweep).stem)
     folder = Path(scaling.runs_dir) / name
     refuse_run(folder)
@@ -111,13 +114,6 @@ def main(scaling: ScalingSettings) -> int:
     except ValueError as error:
         say(f"No picture: {error}")
     return report_failures(failures)
-
-
-def require_scipy() -> None:
-    try:
-        import scipy.optimize  # noqa: F401
-    except ImportError:
-        raise ValueError("Scaling laws need SciPy: pip install scipy.") from None
 
 
 def read_results(folder: Path, grid: dict[str, Any]) -> tuple[list[Result], list[str]]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from checkpointing.weights import Weights
 from data.tokenizer import Tokenizer
+from terminal import counted
 
 # The largest difference of two logits, as a part of the largest logit. Between programs that add in
 # another order, fp32 has a hundredth to a tenth of it.
@@ -33,12 +34,14 @@ def english_text(tokenizer: Tokenizer) -> str:
     return text
 
 
-def text_ids(weights: Weights, text: str) -> Tensor:
-    """The ids `[1, T]` of `text`, repeated until they fill the context."""
+def reference(weights: Weights) -> tuple[str, Tensor, Tensor]:
+    """A text, its ids `[1, T]`, repeated until they fill the context, and their `our_logits`."""
+    text = english_text(weights.tokenizer)
     length = min(weights.config.block_size, LONGEST_TEXT)
     ids = weights.tokenizer.encode(text[: 20 * length]) or list(range(weights.config.vocab_size))
     ids *= math.ceil(length / len(ids))
-    return torch.tensor([ids[:length]])
+    ids = torch.tensor([ids[:length]])
+    return text, ids, our_logits(weights, ids)
 
 
 def compared_positions(ids: Tensor, vocab_size: int) -> Tensor:
@@ -56,10 +59,10 @@ def our_logits(weights: Weights, ids: Tensor) -> Tensor:
     return model.head(model.features(ids)[:, positions])
 
 
-def difference(ours: Tensor, theirs: Tensor, program: str) -> float:
-    """The largest difference of two logits, as a part of the largest of ours.
+def compare(ours: Tensor, theirs: Tensor, program: str, n_tokens: int) -> str:
+    """A sentence about the largest difference of logits `[1, P, V]` for a text of `n_tokens`.
 
-    Raises ValueError if it exceeds BOUND.
+    Raises ValueError if it exceeds BOUND, as a part of the largest of ours.
     """
     largest = ours.abs().max().item()
     if not math.isfinite(largest):
@@ -69,4 +72,5 @@ def difference(ours: Tensor, theirs: Tensor, program: str) -> float:
     if not found <= BOUND:
         raise ValueError(f"The exported model is not the same: in {program}, logits differ by "
                          f"{found:.1e} of the largest, more than {BOUND:g}. Nothing was written.")
-    return found
+    return (f"The largest difference of a logit in {program} is {found:.1e} of the largest logit, "
+            f"at {ours.size(1):,} of {counted(n_tokens, 'position')} of a text.")

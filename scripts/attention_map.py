@@ -63,7 +63,7 @@ from conf.schema import compose
 from data.tokenizer import ByteTokenizer, Tokenizer
 from generation.engine import open_checkpoint
 from generation.inspection import attention_picture
-from model import GPT, GPTConfig
+from model import GPT
 from report.attention import draw, max_tokens, page
 from terminal import counted, readable_size, say
 from training.device import Device
@@ -71,7 +71,12 @@ from training.device import Device
 
 def main(settings: AttentionMapSettings) -> int:
     model, tokenizer, name, folder = open_model(settings)
-    ids = last_tokens(tokenizer.encode(settings.prompt), model.config)
+    config, ids = model.config, tokenizer.encode(settings.prompt)
+    limit = min(max_tokens(config.n_layer, config.n_head), config.block_size)
+    if len(ids) > limit:
+        say(f"The prompt has {counted(len(ids), 'token')}: the map shows the last {limit:,}, as "
+            "many as the model reads and a page holds.")
+        ids = ids[-limit:]
     out = Path(settings.out) if settings.out else folder / "attention.html"
     labels, weights, following = attention_picture(model, tokenizer, ids)
     content = page(name, labels, weights, following)
@@ -95,17 +100,3 @@ def open_model(settings: AttentionMapSettings) -> tuple[GPT, Tokenizer, str, Pat
     run = find_run(Path(settings.runs_dir), settings.run)
     engine = open_checkpoint(run, settings.checkpoint, Device("cpu", "fp32"))
     return engine.model, engine.tokenizer, run.name, run
-
-
-def last_tokens(ids: list[int], config: GPTConfig) -> list[int]:
-    """The last tokens that fit into the context and on a page; prints if some are left out."""
-    on_a_page = max_tokens(config.n_layer, config.n_head)
-    limit = min(on_a_page, config.block_size)
-    if len(ids) > limit:
-        reason = "as many as the model reads"
-        if on_a_page < config.block_size:
-            reason = (f"as many as fit on a page for {config.n_layer} layers of {config.n_head} "
-                      "heads")
-        say(f"The prompt has {counted(len(ids), 'token')}: the map shows the last {limit:,}, "
-            f"{reason}.")
-    return ids[-limit:]

@@ -63,16 +63,14 @@ import os
 from types import ModuleType
 from typing import Any
 
-from torch import Tensor
-
 import atomic
 from checkpointing import store
 from checkpointing.find_runs import find_run
 from checkpointing.weights import Weights, own_weights
 from exporting import gguf_file, hugging_face
 from exporting.card import model_card
-from exporting.check import difference, english_text, our_logits, text_ids
-from terminal import counted, first_line, readable_size, say
+from exporting.check import compare, reference
+from terminal import first_line, readable_size, say
 
 
 def main(settings: ExportSettings) -> int:
@@ -115,9 +113,10 @@ def export_hugging_face(out: Path, weights: Weights, name: str, state: dict[str,
         # The check loads the written weights: one copy at a time is in memory.
         weights.tensors.clear()
         theirs, program = hugging_face.check_folder(folder, weights, layout, text, ids)
-        checked = report(ids, logits, theirs, program)
+        checked = compare(logits, theirs, program, ids.size(1))
         card = model_card(name, config, class_name, state, parameters, checked)
         atomic.write_file(folder / "README.md", [card.encode()])
+    say(checked)
     return class_name
 
 
@@ -132,24 +131,8 @@ def export_gguf(out: Path, weights: Weights, name: str) -> str:
         gguf_file.write_file(file.partial, weights, layout, name)
         weights.tensors.clear()
         theirs = gguf_file.read_back(file.partial, weights, layout, ids)
-        report(ids, logits, theirs, "this model with the tensors of the file")
+        say(compare(logits, theirs, "this model with the tensors of the file", ids.size(1)))
     return f"llama.cpp (architecture {layout.removeprefix('gguf-')})"
-
-
-def reference(weights: Weights) -> tuple[str, Tensor, Tensor]:
-    """A text, its ids `[1, T]`, and the logits `[1, P, V]` of the weights at some positions."""
-    text = english_text(weights.tokenizer)
-    ids = text_ids(weights, text)
-    return text, ids, our_logits(weights, ids)
-
-
-def report(ids: Tensor, ours: Tensor, theirs: Tensor, program: str) -> str:
-    """Print how much the logits `[1, P, V]` of a program differ, and return the sentence."""
-    found = difference(ours, theirs, program)
-    checked = (f"The largest difference of a logit in {program} is {found:.1e} of the largest "
-               f"logit, at {ours.size(1):,} of {counted(ids.size(1), 'position')} of a text.")
-    say(checked)
-    return checked
 
 
 def import_hub() -> ModuleType:

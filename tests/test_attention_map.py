@@ -142,14 +142,14 @@ def test_bad_settings_are_one_sentence(overrides, words):
 def test_a_prompt_beyond_the_context_keeps_its_last_tokens(tmp_path, capsys):
     _, data = made(tmp_path, f"prompt={'x' * 20}{'y' * 32}")
     assert data["words"] == ["y"] * 32 and weights_of(data).shape[-1] == 32
-    assert capsys.readouterr().out.splitlines()[0] == "The prompt has 52 tokens: the map shows the last 32, as many as the model reads."
+    assert capsys.readouterr().out.splitlines()[0] == "The prompt has 52 tokens: the map shows the last 32, as many as the model reads and a page holds."
 
 
 def test_a_prompt_too_large_for_a_page_keeps_its_last_tokens(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(attention, "MAX_WEIGHTS", 4 * 7**2 + 3)
     _, data = made(tmp_path, "prompt=abcdefghijk")
     assert data["words"] == list("efghijk")
-    assert "11 tokens: the map shows the last 7, as many as fit on a page for 2 layers of 2 heads." in capsys.readouterr().out
+    assert "11 tokens: the map shows the last 7, as many as the model reads and a page holds." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text, label", [

@@ -14,7 +14,10 @@ if __name__ == "__main__":
     # Before the imports below: --help and a wrong setting need not wait for torch.
     launch("train:train", "config", __doc__, multirun="sweep.grid:run_grid")
 
+import platform
+import time
 from contextlib import ExitStack
+from pathlib import Path
 
 import atomic
 from checkpointing import notices, store
@@ -43,6 +46,9 @@ from training.device import Device
 from training.distributed import World
 from training.interrupt import Interrupt
 
+# Network file systems keep what they know of a folder for up to a minute.
+SHARED_SECONDS = 60.0
+
 
 def train(settings: Settings) -> int:
     """Start or resume the run that `settings` describe; return the exit code.
@@ -69,6 +75,8 @@ def train_together(settings: Settings, world: World) -> int:
         # Lock the run's folder, and find its last checkpoint.
         run, settings, last = open_run(settings, data.prepared, world, stack)
         training = settings.training
+        if last:
+            wait_until_shared(last.folder)
         if last and limit_reached(training, last):
             return world.first(lambda: already_finished(run, settings, last, data.prompts))
 
@@ -114,10 +122,24 @@ def train_together(settings: Settings, world: World) -> int:
 def load_data(settings: Settings, world: World) -> RunData:
     """Open the prepared text; the first process prepares it if necessary."""
     prepared = world.first(lambda: prepared_tokens(settings))
+    wait_until_shared(prepared)
     training, block_size = settings.training, settings.model.block_size
     return open_data(prepared, settings.data, block_size, training.batch_size,
                      training.micro_steps(block_size, world.size), training.eval_tokens,
                      settings.seed, world.rank, world.size)
+
+
+def wait_until_shared(folder: Path) -> None:
+    """Wait until this node sees a folder that the first process has opened.
+
+    A network file system may show it late. Raises ValueError if this node has another disk.
+    """
+    until = time.monotonic() + SHARED_SECONDS
+    while not folder.exists():
+        if time.monotonic() > until:
+            raise ValueError(f"{folder} is not on {platform.node()}, but on the first node: all "
+                             f"nodes need the same disk for runs_dir and NANOHYDRA_DATA.")
+        time.sleep(0.5)
 
 
 def check_resources(settings: Settings, state: State, device: Device, run: Run) -> None:

@@ -246,3 +246,11 @@ def test_processes_on_gpus_send_tensors_of_gpus_by_nccl(monkeypatch):
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **options: called.append(backend))
     with World(environment).joined():
         assert called == [1, "cpu:gloo,cuda:nccl"]
+
+
+def test_a_disk_that_a_node_does_not_share_is_a_mistake(compose_tiny, tmp_path, monkeypatch):
+    """The first process has opened the folder of the prepared tokens, on its own disk."""
+    monkeypatch.setattr(program, "SHARED_SECONDS", 0.0)
+    monkeypatch.setattr(program, "prepared_tokens", lambda settings: tmp_path / "prepared")
+    with pytest.raises(ValueError, match=r"prepared is not on .* all nodes need the same disk"):
+        program.train(compose_tiny())

@@ -16,8 +16,7 @@ import numpy as np
 import atomic
 from data.bin_format import describe_bin
 from data.config import TOKENIZERS
-from data.files import File
-from data.find import matches
+from data.files import File, matches
 from data.shards import SPLITS, Tokens, check, map_shard, read_meta, write_meta
 from data.store import folder_for, make_once, sha256_of
 from data.tokenizer import CharTokenizer, Tokenizer, bytes_of_counts

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import codecs
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from fractions import Fraction
+from math import gcd, lcm
 from pathlib import Path
 from typing import Literal, get_args, get_type_hints
 
-from data.find import unreadable
-from data.mixture import read_mix
+from data.files import unreadable
 from setting import FilePath, SettingsBase, expanded, setting
 
 TOKENIZERS = ("char", "byte", "gpt2", "cl100k_base", "o200k_base", "bpe")
@@ -19,6 +21,10 @@ ESCAPES = ("idna", "punycode", "raw-unicode-escape", "unicode-escape", "utf-7")
 
 # The types of the tokens in a .bin file.
 TokenType = Literal["auto", "uint8", "uint16", "int16", "uint32", "int32", "uint64", "int64"]
+
+# Of a mixture.
+LONGEST_PERIOD = 10_000  # sequences; weights with four digits
+EXAMPLE = "write SOURCE:WEIGHT, as in pydocs:0.7 book.txt:0.3"
 
 # What to give as the `path`, or as the `hub_name`, of the sources that need one.
 NEEDED = {
@@ -155,3 +161,42 @@ def is_text_encoding(name: str) -> bool:
         return is_text and codecs.lookup(name).name not in ESCAPES
     except (LookupError, ValueError):
         return False
+
+
+def read_mix(mix: str) -> dict[str, int]:
+    """The number of sequences of each source in a period.
+
+    "pydocs:0.7 book.txt:0.3" gives {"pydocs": 7, "book.txt": 3}. Names with blanks are quoted as in
+    a shell. Raises ValueError with one sentence for an invalid mixture.
+    """
+    # Read the weights as fractions, so that 0.7 and 0.3 are exactly 7 and 3 tenths.
+    try:
+        words = shlex.split(mix)
+    except ValueError:
+        raise ValueError(f"a quotation mark is not closed: {EXAMPLE}.") from None
+    weights: dict[str, Fraction] = {}
+    # A part is SOURCE:WEIGHT; its name may contain colons.
+    for word in words:
+        name, _, number = word.rpartition(":")
+        try:
+            # Fraction alone would compute all digits of 1e-999999999.
+            weight = Fraction(number if "/" in number else str(float(number)))
+        except (ValueError, ZeroDivisionError):
+            weight = Fraction(0)
+        if not name or weight <= 0:
+            raise ValueError(f"{word} is not a source with its weight: {EXAMPLE}.")
+        if name in weights:
+            raise ValueError(f"{name} is given twice: give it one weight.")
+        weights[name] = weight
+    if not weights:
+        raise ValueError(f"the mixture names no source: {EXAMPLE}.")
+
+    # The smallest whole numbers with the same ratios.
+    denominator = lcm(*(weight.denominator for weight in weights.values()))
+    counts = {name: int(weight * denominator) for name, weight in weights.items()}
+    divisor = gcd(*counts.values())
+    period = sum(counts.values()) // divisor
+    if period > LONGEST_PERIOD:
+        raise ValueError(f"the weights repeat only after {period:,} sequences, at most "
+                         f"{LONGEST_PERIOD:,} are supported: round them.")
+    return {name: count // divisor for name, count in counts.items()}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from data.chat import Markers
-from data.permutation import mix, permute
+from data.order import mix, permute
 from data.shards import Tokens
 from data.tokenizer import Tokenizer, bytes_of_counts
 from terminal import counted

@@ -21,7 +21,6 @@ from data import records
 from data.config import DataConfig
 from data.dataset_card import is_file_in, refuse_paths_outside
 from data.document import Document
-from data.parquet import open_parquet, parquet_column
 from data.store import data_root, sha256_of
 from terminal import first_line, say
 
@@ -243,8 +242,8 @@ class Hub:
 
         paths = self.paths(builder)
         for index, path in enumerate(paths):
-            with xopen(path, "rb") as file, open_parquet(file) as parquet:
-                values = parquet_column(parquet, self.config.text_field, self.name)
+            with xopen(path, "rb") as file, records.open_parquet(file) as parquet:
+                values = records.parquet_column(parquet, self.config.text_field, self.name)
                 for row, value in enumerate(values, 1):
                     self.done = (index + row / parquet.metadata.num_rows) / len(paths)
                     yield value

@@ -20,8 +20,7 @@ from torch import Tensor
 
 from data.chat import Markers
 from data.examples import Examples
-from data.mixture import Interleaving
-from data.permutation import mix, permute
+from data.order import Interleaving, mix, permute
 from data.shards import Tokens
 from data.tokenizer import Tokenizer
 from terminal import counted

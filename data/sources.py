@@ -21,13 +21,11 @@ from pathlib import Path
 from typing import Protocol
 
 import atomic
-from data import find
 from data.chat import read_conversation
-from data.config import DataConfig
+from data.config import DataConfig, read_mix
 from data.document import Document, divide, unescaped
-from data.files import File
+from data.files import File, find, skipped_files
 from data.hub import Hub
-from data.mixture import read_mix
 from data.records import JSON_SUFFIXES, SUFFIXES, skipped_records
 from data.store import data_root, sha256_of
 from progress import ProgressBar
@@ -119,7 +117,7 @@ class Files:
 
     def __init__(self, path: str, config: DataConfig = DataConfig()) -> None:
         self.skipped: Counter[str] = Counter()
-        paths = find.find(path, self.skipped)
+        paths = find(path, self.skipped)
 
         # Only JSON can hold conversations.
         read = read_conversation if config.source == "chat" else None
@@ -172,7 +170,7 @@ class Files:
     def description(self) -> str:
         text = counted(len(self.files), "file")
         if self.skipped:
-            text += f" ({find.skipped_files(self.skipped)})"
+            text += f" ({skipped_files(self.skipped)})"
         return text + skipped_records(sum(file.bad_records for file in self.files))
 
 

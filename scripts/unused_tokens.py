@@ -15,7 +15,7 @@ import locks
 from checkpointing import store
 from checkpointing.run_folder import LOCK
 from data.config import TOKENIZERS, DataConfig
-from data.find import walk
+from data.files import walk
 from data.prepare import PROGRESS
 from data.shards import read_meta
 from data.store import BUILDING, data_root, lock_of

@@ -18,9 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiktoken_ext import openai_public
 
-from data import document, encodings, files, find, records
+from data import document, encodings, files, records
 from data.bpe import BPETokenizer
-from data.parquet import parquet_column
+from data.records import parquet_column
 
 RECORDS = ["one", "two\nlines", "žluťoučký 🐎", "  ", "three"]
 KEPT = ["one", "two\nlines", "žluťoučký 🐎", "three"]
@@ -197,11 +197,11 @@ def test_a_folder_gives_all_kinds_a_glob_what_it_says(tmp_path):
         (tmp_path / name).write_bytes(b"x")
 
     def names(path):
-        return [str(one.relative_to(tmp_path)) for one in find.find(str(path))]
+        return [str(one.relative_to(tmp_path)) for one in files.find(str(path))]
     assert names(tmp_path) == ["a.txt", "b.md", "deep/c.jsonl.gz", "deep/d.TXT", "f.txt.zst"]
     assert names(tmp_path / "**/*.gz") == ["deep/c.jsonl.gz", "g.gz"] and names(tmp_path / "?.py") == ["e.py"]
     with pytest.raises(ValueError, match=r"none\*.txt holds no file to read"):
-        find.find(str(tmp_path / "none*.txt"))
+        files.find(str(tmp_path / "none*.txt"))
 
 
 def test_a_folder_is_read_through_links_and_once(tmp_path):
@@ -212,7 +212,7 @@ def test_a_folder_is_read_through_links_and_once(tmp_path):
     (tmp_path / "corpus" / "link").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "corpus" / "deep" / "back").symlink_to(tmp_path / "corpus")
     (tmp_path / "corpus" / "dangling.txt").symlink_to(tmp_path / "nothing")
-    assert [path.name for path in find.find(str(tmp_path / "corpus"))] == ["a.txt", "b.txt"]
+    assert [path.name for path in files.find(str(tmp_path / "corpus"))] == ["a.txt", "b.txt"]
 
 
 def test_a_folder_that_cannot_be_seen_is_an_error(tmp_path, monkeypatch):
@@ -227,7 +227,7 @@ def test_a_folder_that_cannot_be_seen_is_an_error(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "scandir", refusing)
     with pytest.raises(PermissionError, match="hidden"):
-        find.find(str(tmp_path))
+        files.find(str(tmp_path))
 
 
 def test_a_byte_order_mark_before_json_lines_is_no_text(tmp_path):
@@ -238,19 +238,19 @@ def test_a_byte_order_mark_before_json_lines_is_no_text(tmp_path):
 def test_a_glob_gives_no_folders(tmp_path):
     (tmp_path / "folder.txt").mkdir()
     (tmp_path / "a.txt").write_bytes(b"x")
-    assert find.find(str(tmp_path / "*.txt")) == [tmp_path / "a.txt"]
+    assert files.find(str(tmp_path / "*.txt")) == [tmp_path / "a.txt"]
 
 
 def test_a_glob_may_be_relative(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.txt").write_bytes(b"x")
-    assert find.find("*.txt") == [Path("a.txt")]
+    assert files.find("*.txt") == [Path("a.txt")]
 
 
 @pytest.mark.skipif(sys.version_info >= (3, 13), reason="newer Pythons accept it")
 def test_an_invalid_glob_is_explained():
     with pytest.raises(ValueError, match=r"corpus/\*\*.txt is not a valid glob: \*\* stands for whole folders"):
-        find.find("corpus/**.txt")
+        files.find("corpus/**.txt")
 
 
 # Pieces
@@ -373,7 +373,7 @@ def test_all_formats_of_records_are_found_in_a_folder(tmp_path):
     for name in [*names, "h.xml", "i.parquet.gz"]:
         (tmp_path / name).write_bytes(b"x")
     skipped = Counter()
-    assert [path.name for path in find.find(str(tmp_path), skipped)] == names
+    assert [path.name for path in files.find(str(tmp_path), skipped)] == names
     assert skipped == {".xml": 1, ".gz": 1}
 
 
@@ -386,25 +386,25 @@ def test_a_pipe_or_socket_is_refused_and_skipped(tmp_path, name):
         with socket.socket(socket.AF_UNIX) as server:
             server.bind(os.path.relpath(place))
     with pytest.raises(ValueError, match="is a pipe, socket or device and cannot be read twice"):
-        find.find(str(place))
+        files.find(str(place))
     (tmp_path / "a.txt").write_bytes(b"x")
     for path in (tmp_path, tmp_path / "*.txt"):
         skipped = Counter()
-        assert find.find(str(path), skipped) == [tmp_path / "a.txt"] and skipped.total() == 1
+        assert files.find(str(path), skipped) == [tmp_path / "a.txt"] and skipped.total() == 1
 
 
 def test_a_device_is_refused():
     with pytest.raises(ValueError, match="/dev/zero is a pipe, socket or device and cannot be read twice"):
-        find.find("/dev/zero")
+        files.find("/dev/zero")
 
 
 @pytest.mark.parametrize("target", ["a.txt", "nothing"])
 def test_a_link_to_itself_or_to_nothing_is_named(tmp_path, target):
     (tmp_path / "a.txt").symlink_to(tmp_path / target)
     with pytest.raises(ValueError, match=r"a.txt is a symbolic link to itself or to nothing"):
-        find.find(str(tmp_path / "a.txt"))
+        files.find(str(tmp_path / "a.txt"))
     (tmp_path / "b.txt").write_bytes(b"x")
-    assert find.find(str(tmp_path)) == [tmp_path / "b.txt"]
+    assert files.find(str(tmp_path)) == [tmp_path / "b.txt"]
 
 
 # While a file is read

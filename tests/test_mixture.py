@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.config import DataConfig
+from data.config import DataConfig, read_mix
 from data.corpus import Corpus
-from data.mixture import Interleaving, read_mix
+from data.order import Interleaving
 from data.prepare import describe, load_tokenizer, prepare, val_bytes_per_token
 from data.shards import open_parts, read_meta
 

@@ -94,8 +94,7 @@ def main(settings: PretrainedSettings) -> int:
         runs = [measured[what, side] for measured in rounds]
         # Compared with the first side that did the same.
         first = next(key for key in rounds[0] if key[0] == what)
-        ratio = timing.median_ratio([run["seconds"] for run in runs],
-                                    [measured[first]["seconds"] for measured in rounds])
+        ratio = timing.median_ratio(runs, [measured[first] for measured in rounds], "seconds")
         median = timing.medians(runs)
         memory = f"{median['peak_bytes'] / 2**20:,.0f} MB" if "peak_bytes" in median else ""
         loss = f"{median['val_loss']:.5f}" if "val_loss" in median else ""

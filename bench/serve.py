@@ -73,13 +73,12 @@ def main(settings: ServeSettings) -> int:
         runs = in_turn(sides, settings.rounds, lambda side: measure(
             port, settings, sides[side], settings.requests))
     print_header("clients", "tokens/s", "x", "first token p50, ms", "p95, ms")
-    rates = {side: [run["rate"] for run in of_side] for side, of_side in runs.items()}
     for side, of_side in runs.items():
+        rate = statistics.median(run["rate"] for run in of_side)
+        ratio = median_ratio(of_side, runs["one after another"], "rate")
         firsts = np.concatenate([run["firsts"] for run in of_side])
         p50, p95 = 1000 * np.percentile(firsts, [50, 95], method="inverted_cdf")
-        ratio = median_ratio(rates[side], rates["one after another"])
-        print_row(side, f"{statistics.median(rates[side]):,.0f}", f"{ratio:.2f}", f"{p50:.0f}",
-                  f"{p95:.0f}")
+        print_row(side, f"{rate:,.0f}", f"{ratio:.2f}", f"{p50:.0f}", f"{p95:.0f}")
     write_json(settings.out, runs)
     return 0
 

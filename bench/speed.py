@@ -74,20 +74,16 @@ def measure_shape(shape: str, limit: float, settings: SpeedSettings) -> dict[str
 
     sides = ["nanogpt", "ours"] if settings.peer else ["ours"]
     runs = timing.in_turn(sides, settings.rounds, measure_side)
-    config, batch_size = SHAPES[shape]
-    flops_per_token = GPT(config).flops_per_token()
-    rates: dict[str, list[float]] = {}
-    memory: dict[str, float] = {}
-    for side in sides:
-        rates[side] = [batch_size * config.block_size / statistics.median(run["seconds"])
-                       for run in runs[side]]
-        memory[side] = statistics.median(run["peak_bytes"] for run in runs[side])
-        rate = statistics.median(rates[side])
-        ratio = timing.median_ratio(rates[side], rates[sides[0]])
-        timing.print_row(shape, side, f"{rate:,.0f}", f"{ratio:.2f}",
-                         f"{rate * flops_per_token / limit:.0%}", f"{memory[side] / 2**20:,.0f} MB",
-                         f"{memory[side] / memory[sides[0]]:.2f}")
-    return {"tokens_per_second": rates, "peak_bytes": memory, "runs": runs}
+    first = runs[sides[0]]
+    flops_per_token = GPT(SHAPES[shape][0]).flops_per_token()
+    for side, of_side in runs.items():
+        rate = statistics.median(run["rate"] for run in of_side)
+        memory = statistics.median(run["peak_bytes"] for run in of_side)
+        timing.print_row(shape, side, f"{rate:,.0f}",
+                         f"{timing.median_ratio(of_side, first, 'rate'):.2f}",
+                         f"{rate * flops_per_token / limit:.0%}", f"{memory / 2**20:,.0f} MB",
+                         f"{timing.median_ratio(of_side, first, 'peak_bytes'):.2f}")
+    return {"runs": runs}
 
 
 def product_rate(device: Device) -> float:
@@ -107,7 +103,7 @@ def product_rate(device: Device) -> float:
 
 
 def measure(side: str, shape: str, least_seconds: float, peer: str) -> dict[str, Any]:
-    """Seconds of each step of one side, and the peak memory of this process in bytes."""
+    """The tokens a second of one side by its median step, and the peak memory in bytes."""
     config, batch_size = SHAPES[shape]
     loader = random_loader(config, batch_size)
     if side == "ours":
@@ -116,8 +112,9 @@ def measure(side: str, shape: str, least_seconds: float, peer: str) -> dict[str,
         step = TrainingStep(GPT(config).to(device.torch), OptimConfig(), device, loader)
     else:
         step = nanogpt_step(Path(peer), config, loader)
-    seconds = timing.step_seconds(step, least_seconds, warm_up=2)
-    return {"seconds": seconds[2:], "peak_bytes": timing.peak_bytes()}
+    seconds = timing.step_seconds(step, least_seconds, warm_up=2)[2:]
+    rate = batch_size * config.block_size / statistics.median(seconds)
+    return {"seconds": seconds, "rate": rate, "peak_bytes": timing.peak_bytes()}
 
 
 def random_loader(config: GPTConfig, batch_size: int, micro_steps: int = 1,

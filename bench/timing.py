@@ -88,9 +88,9 @@ def medians(runs: list[dict[str, float]]) -> dict[str, float]:
     return {name: statistics.median(run[name] for run in runs) for name in runs[0]}
 
 
-def median_ratio(ours: list[float], theirs: list[float]) -> float:
+def median_ratio(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], name: str) -> float:
     """The median over the rounds of our number divided by theirs in the same round."""
-    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+    return statistics.median(a[name] / b[name] for a, b in zip(ours, theirs, strict=True))
 
 
 def run_command(command: list[str], folder: Path = ROOT, timeout: float | None = None) -> str:

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from bench import timing
 from bench.speed import SHAPES, random_loader
-from bench.timing import BenchSettings, median_ratio, medians
 from data.loader import Prefetch
 from model import GPT, GPTConfig
 from setting import setting
@@ -43,7 +42,7 @@ SIDES = ((1, 2), (1, 1), (2, 1))
 
 
 @dataclass(frozen=True)
-class WorkersSettings(BenchSettings):
+class WorkersSettings(timing.BenchSettings):
     """Settings of the benchmark of several processes."""
 
     shape: Literal["wide", "narrow", "gpt2"] = setting("wide", "gpt2 is GPT-2 124M")
@@ -69,15 +68,15 @@ def main(settings: WorkersSettings) -> int:
 
     timing.print_header("processes x threads", "step, s", "x", "waiting", "memory of each, MB", "x",
                         "optimizer state of each, MB")
+    first = runs[SIDES[0]]
     for (processes, threads), of_side in runs.items():
-        ratio, memory_ratio = (
-            median_ratio([run[name] for run in of_side], [run[name] for run in runs[SIDES[0]]])
-            for name in ("seconds", "peak_bytes"))
-        median = medians(of_side)
+        median = timing.medians(of_side)
         waiting = statistics.median(run["waiting"] / run["seconds"] for run in of_side)
-        timing.print_row(f"{processes} x {threads}", f"{median['seconds']:.3f}", f"{ratio:.2f}",
-                         f"{waiting:.1%}", f"{median['peak_bytes'] / 2**20:,.0f}",
-                         f"{memory_ratio:.2f}", f"{median['state_bytes'] / 2**20:,.1f}")
+        timing.print_row(f"{processes} x {threads}", f"{median['seconds']:.3f}",
+                         f"{timing.median_ratio(of_side, first, 'seconds'):.2f}", f"{waiting:.1%}",
+                         f"{median['peak_bytes'] / 2**20:,.0f}",
+                         f"{timing.median_ratio(of_side, first, 'peak_bytes'):.2f}",
+                         f"{median['state_bytes'] / 2**20:,.1f}")
 
     cost = sum_seconds(config, batch_size, settings, device)
     print(f"\nOne process, {torch.get_num_threads()} threads: gradients added in a tree instead of "

@@ -251,11 +251,11 @@ def score_batch(engine: Engine, batch: Batch, requests: Sequence[Request]) -> di
     # Read the batch once, and score the targets of all requests.
     device = engine.device.torch
     targets = [requests[number].targets for number in batch.predicting]
-    flat = [list(chain.from_iterable(lists)) for lists in (batch.predicting.values(), targets)]
+    pairs = list(zip(chain(*batch.predicting.values()), chain(*targets), strict=True))
     with engine.device.autocast():
         ids = torch.tensor([batch.tokens], device=device)
         features = engine.model.features(ids, context=TreeAttention(batch, device))[0]  # [T, C]
-        logprobs, is_greedy = token_scores(engine, features, *torch.tensor(flat, device=device))
+        logprobs, is_greedy = token_scores(engine, features, torch.tensor(pairs, device=device))
 
     # A score is the sum over the targets of a request.
     counts = list(map(len, targets))
@@ -264,12 +264,12 @@ def score_batch(engine: Engine, batch: Batch, requests: Sequence[Request]) -> di
             for number, (of_targets, greedy) in zip(batch.predicting, scored, strict=True)}
 
 
-def token_scores(engine: Engine, features: Tensor, indices: Tensor,
-                 targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The log probabilities of `targets` `[N]`, and whether each is the likeliest token.
+def token_scores(engine: Engine, features: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor]:
+    """The log probabilities of targets `[N]`, and whether each is the likeliest token.
 
-    `indices` `[N]` are those of the `features` `[T, C]` that predict them.
+    `pairs` `[N, 2]` have the index in `features` `[T, C]` that predicts a target, and the target.
     """
+    indices, targets = pairs.unbind(1)
     logprobs = torch.empty(len(targets), device=targets.device)
     is_greedy = torch.empty_like(logprobs, dtype=torch.bool)
     # Logits are computed once where a target is predicted, for some rows at a time.
@@ -277,8 +277,8 @@ def token_scores(engine: Engine, features: Tensor, indices: Tensor,
     for start in range(0, len(scored), MAX_POSITIONS):
         logits = engine.model.head(features[scored[start : start + MAX_POSITIONS]]).float()
         own = (start <= rows) & (rows < start + MAX_POSITIONS)
-        pairs = rows[own] - start, targets[own]
+        row, target = rows[own] - start, targets[own]
         # On CPUs, logsumexp takes seven times as long as log_softmax.
-        logprobs[own] = logits.log_softmax(1)[pairs]
-        is_greedy[own] = logits.argmax(1)[pairs[0]] == pairs[1]
+        logprobs[own] = logits.log_softmax(1)[row, target]
+        is_greedy[own] = logits.argmax(1)[row] == target
     return logprobs, is_greedy

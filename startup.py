@@ -33,12 +33,11 @@ def start(trainer: Trainer, last: Checkpoint | None, imported: list[str]) -> Non
 
 def describe(trainer: Trainer, last: Checkpoint | None, imported: list[str]) -> None:
     """Describe the run, its data and device, and the changes since it was started."""
-    say, state, world = trainer.recorder.say, trainer.state, trainer.world
-    notices.describe_run(say, trainer.run.folder, trainer.device, state, trainer.data,
-                         world.local_size)
+    say, state = trainer.recorder.say, trainer.state
+    notices.describe_run(say, trainer.run.folder, trainer.device, state, trainer.data)
     for line in imported:
         say(line)
-    notices.describe_changes(say, trainer.settings, state, last, world.size)
+    notices.describe_changes(say, trainer.settings, state, last)
 
 
 def compiled_loss(trainer: Trainer) -> BatchLoss:

@@ -145,7 +145,7 @@ def wait_until_shared(folder: Path) -> None:
 def check_resources(settings: Settings, state: State, device: Device, run: Run) -> None:
     """Raise ValueError unless a micro-step fits in memory, and two checkpoints on the disk."""
     if not state.optimizers.sharded:
-        check_memory(settings, device)
+        check_memory(settings, device, state.optimizers.world.local_size)
     if state.optimizers.world.is_first:
         store.check_free_space(run.checkpoints, state.nbytes())
 

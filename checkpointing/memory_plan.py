@@ -184,12 +184,13 @@ def exceeds_memory(settings: Settings, world: World, device: Device) -> bool:
     return sum(memory.values()) > usable
 
 
-def check_memory(settings: Settings, device: Device) -> None:
+def check_memory(settings: Settings, device: Device, local_processes: int = 1) -> None:
     """Raise ValueError if the activations of a micro-step on a CPU need more than the free memory.
 
-    The system ends a process that asks for too much, without a message.
+    The system ends a process that asks for too much, without a message. `local_processes` train on
+    this machine.
     """
-    free = available_memory()
+    free = available_memory() / local_processes
     if device.type != "cpu" or most_bytes(settings) < free:
         return
     needed = memory_of_each(settings, *count_memory(settings, device))["activations"]

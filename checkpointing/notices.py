@@ -22,7 +22,7 @@ from training.slow_cpu import slow_cpu_warnings
 
 
 def describe_run(say: Callable[[str], None], folder: Path, device: Device, state: State,
-                 data: RunData, local_processes: int) -> None:
+                 data: RunData) -> None:
     """Describe the model, the data, the steps and the device."""
     model, loader = state.model, data.loader
     start = f", from step {state.step}" if state.step else ""
@@ -47,7 +47,7 @@ def describe_run(say: Callable[[str], None], folder: Path, device: Device, state
 
     # The device, and what makes training on it slower than necessary.
     say(f"Device: {device.describe()}")
-    for warning in slow_cpu_warnings(device, local_processes):
+    for warning in slow_cpu_warnings(device, state.optimizers.world.local_size):
         say(f"Warning: {warning}")
     unused = unused_gpus(device.type, loader.world_size)
     if unused:
@@ -64,12 +64,13 @@ def unused_gpus(device_type: str, world_size: int) -> str:
 
 
 def describe_changes(say: Callable[[str], None], settings: Settings, state: State,
-                     last: Checkpoint | None, world_size: int = 1) -> None:
+                     last: Checkpoint | None) -> None:
     """Say what has changed since the checkpoint `last`, and warn of settings without effect."""
     # Of every run.
+    sharded, world_size = state.optimizers.sharded, state.optimizers.world.size
     for warning in settings.warnings():
         say(f"Warning: {warning}")
-    if state.optimizers.sharded:
+    if sharded:
         say(f"Weights: divided among {world_size} processes (training.shard="
             f"{settings.training.shard}); the model is not compiled")
 
@@ -83,7 +84,7 @@ def describe_changes(say: Callable[[str], None], settings: Settings, state: Stat
             state.replanned = True
         say(extension(state.step, settings.optim, planned, max_steps, state.replanned))
     for change in (changed_batch_size(settings, last),
-                   changed_world_size(last, world_size, state.optimizers.sharded)):
+                   changed_world_size(last, world_size, sharded)):
         if change:
             say(change)
 

@@ -212,6 +212,8 @@ def test_memory_check_does_not_count_logits_of_all_chunks(monkeypatch):
     settings = compose("config", ["model.block_size=128", "model.n_layer=1", "model.n_head=1", "model.n_embd=16", "training.batch_size=32"])
     monkeypatch.setattr(memory_plan, "available_memory", lambda: 400e6)
     memory_plan.check_memory(settings, Device("cpu", "fp32"))
+    with pytest.raises(ValueError, match=r"47\.7 MB are free"):  # for each of 8 processes on this machine
+        memory_plan.check_memory(settings, Device("cpu", "fp32"), 8)
 
 
 @pytest.mark.slow

@@ -73,6 +73,7 @@ class Optimizers:
         self.all: list[torch.optim.Optimizer] = []
         # The parts that each rank updates, and the names of each parameter's state.
         self.parts: list[list[Part]] = [[] for _ in range(self.world.size)]
+        self.own_parts = self.parts[self.world.rank]
         self.keys: dict[Tensor, tuple[str, ...]] = {}
 
         # Muon updates the matrices of the blocks; AdamW all else, or everything.
@@ -121,10 +122,6 @@ class Optimizers:
         for rank, some in enumerate(parts):
             self.parts[rank] += some
         return parts[self.world.rank]
-
-    @property
-    def own_parts(self) -> list[Part]:
-        return self.parts[self.world.rank]
 
     def set_scale(self, scale: float) -> None:
         """Set each learning rate to this fraction of its full value."""

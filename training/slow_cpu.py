@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterator
 
 import torch
@@ -45,13 +44,11 @@ def slow_cpu_warnings(device: Device, processes: int = 1) -> Iterator[str]:
 
 def times_fp32(device: Device) -> float:
     """How many times as long as in fp32 a small matrix product takes in the device's precision."""
+    from torch.utils.benchmark import Timer
+
     seconds = []
     for dtype in (torch.float32, device.low_dtype):
         matrix = torch.ones((256, 256), dtype=dtype)
-        times = []
-        for _ in range(4):
-            start = time.perf_counter()
-            matrix @ matrix
-            times.append(time.perf_counter() - start)
-        seconds.append(min(times))
+        timer = Timer("matrix @ matrix", globals={"matrix": matrix}, num_threads=device.threads)
+        seconds.append(timer.timeit(3).mean)
     return seconds[1] / seconds[0]

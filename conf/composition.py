@@ -29,6 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from conf import presets
 from conf.convert import is_text
+from conf.identity import flat
 from conf.presets import Group, config_node, groups
 from conf.settings import DERIVED, leaves
 from conf.unknown import SWEEP_ADVICE, wrong_preset
@@ -54,8 +55,7 @@ def compose_with_hydra(root: str | type, schema: Any,
     file a setting is from, for messages.
     """
     # The defaults of the dataclasses, without what users cannot set.
-    defaults = asdict(schema())
-    drop_derived(defaults)
+    defaults = without_derived(asdict(schema()))
 
     # Hydra's grammar refuses most English text and some references: they are set afterwards.
     known = leaves(schema)
@@ -148,7 +148,7 @@ def own_experiment(overrides: list[str]) -> tuple[Path | None, dict[str, Any], l
     # A run's config.yaml has all settings: only presets of the command line apply. Each replaces
     # the whole of its group.
     if "auto_name" in content:
-        drop_derived(content)
+        content = without_derived(content)
         chosen = {word.partition("=")[0] for word in others}
         for group in groups():
             if group in chosen:
@@ -158,12 +158,10 @@ def own_experiment(overrides: list[str]) -> tuple[Path | None, dict[str, Any], l
     return path, content, [*others, f"experiment={GIVEN_FILE}"]
 
 
-def drop_derived(values: dict[str, Any]) -> None:
-    """Remove the derived settings from nested settings."""
-    for name in DERIVED:
-        group, _, last = name.rpartition(".")
-        inside = values.get(group, {}) if group else values
-        inside.pop(last, None)
+def without_derived(values: dict[str, Any]) -> dict[str, Any]:
+    """Nested settings, without those that users cannot set."""
+    kept = {key: value for key, value in flat(values).items() if key not in DERIVED}
+    return nested(kept, Path())
 
 
 def register(store: ConfigStore, root: str | type, defaults: dict[str, Any]) -> str:

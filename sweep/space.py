@@ -151,7 +151,7 @@ def read_space(name: str, overrides: tuple[str, ...]) -> Space:
     shipped = CONF / "sweep"
     path = Path(name) if name.endswith(YAML_SUFFIXES) else shipped / f"{name}.yaml"
     if not path.is_file():
-        there = ", ".join(sorted(one.stem for one in shipped.glob("*.yaml")))
+        there = ", ".join(options("sweep"))
         raise ConfigError([f"sweep={name} does not exist: use one of {there}, or a YAML file."])
     place = f"in conf/sweep/{path.name}" if path.parent == shipped else f"in {path}"
     content = read_yaml(path)

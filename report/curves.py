@@ -206,12 +206,7 @@ def spans_zero(values: list[float]) -> bool:
 
 def draw_medians(axes: Any, x: list[float], scores: list[float]) -> None:
     """A short line at the median of the scores that share a value, where several do."""
-    # Fix the limits: the lines have the same length in units of the axes.
-    axes.set_xlim(axes.get_xlim())
-    to_axes = axes.transData + axes.transAxes.inverted()
     for place in set(x):
         here = [score for at, score in zip(x, scores, strict=True) if at == place]
         if len(here) > 1:
-            middle = to_axes.transform((place, 1.0))[0]
-            left, right = max(0.0, middle - 0.05), min(1.0, middle + 0.05)
-            axes.axhline(float(np.median(here)), left, right, color=INK, linewidth=1)
+            axes.plot([place], [np.median(here)], "_", markersize=20, color=INK)

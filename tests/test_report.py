@@ -290,7 +290,7 @@ def test_a_slice_marks_medians_and_runs_that_diverged(histories_of):
     with style:
         draw_slice(axes := figure.subplots(), runs, "key", runs)
     drawn = {(line.get_marker(), float(line.get_ydata()[0])) for line in axes.get_lines()}
-    assert drawn == {("o", 3.0), ("o", 3.1), ("o", 3.2), ("^", 8.0), ("None", 3.1)}
+    assert drawn == {("o", 3.0), ("o", 3.1), ("o", 3.2), ("^", 8.0), ("_", 3.1)}
 
 
 @pytest.mark.parametrize("suffix, start", [("png", b"\x89PNG"), ("SVG", b"<?xml"), ("pdf", b"%PDF")])

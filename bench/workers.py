@@ -32,8 +32,7 @@ from training.configure import configure
 from training.device import Device
 from training.distributed import World
 from training.interrupt import Interrupt
-from training.optim import Optimizers
-from training.optimizer_state import own_states
+from training.optim import Optimizers, own_states
 from training.step import BatchLoss, accumulate_gradients
 from training.tree_sum import TreeSum
 

@@ -19,8 +19,7 @@ from model.loss import loss_options
 from training.device import Device
 from training.distributed import World
 from training.fsdp import shard
-from training.optim import Optimizers
-from training.optimizer_state import load_state, state_shapes, state_tensors
+from training.optim import Optimizers, load_state, state_shapes, state_tensors
 from training.sharding import Divided
 
 # The counters, which a checkpoint holds under the names that they have in `State`.

@@ -31,7 +31,7 @@ from generation.engine import Engine
 from model.loss import MASKED, next_token_loss
 from progress import ProgressBar
 from terminal import counted
-from training.documents import document_options
+from training.step import document_options
 
 
 @dataclass(frozen=True)

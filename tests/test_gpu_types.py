@@ -26,8 +26,7 @@ from model.loss import LossOptions
 from model.skip_init import SkipInit
 from training.config import OptimConfig
 from training.device import Device
-from training.optim import Optimizers
-from training.optimizer_state import own_states
+from training.optim import Optimizers, own_states
 from training.step import BatchLoss
 
 

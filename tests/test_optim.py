@@ -16,8 +16,7 @@ from model import GPT, GPTConfig
 from training.config import OptimConfig
 from training.distributed import World
 from training.muon import Muon, orthogonalize
-from training.optim import AdamW, Optimizers
-from training.optimizer_state import load_state, state_tensors
+from training.optim import AdamW, Optimizers, load_state, state_tensors
 
 NANO = GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=16)
 NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
@@ -289,7 +288,7 @@ def test_a_step_does_not_import_torchs_compiler():
 import sys, torch
 from model import GPT, GPTConfig
 from training.optim import OptimConfig, Optimizers
-from training.optimizer_state import load_state, state_tensors
+from training.optim import load_state, state_tensors
 model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=16))
 optimizers = Optimizers(model.parameters_by_role(), OptimConfig(optimizer="muon"))
 scaler, ids = torch.amp.GradScaler("cpu", enabled=False), torch.zeros((1, 8), dtype=torch.int64)

@@ -26,10 +26,9 @@ from training.buckets import GradientBuckets
 from training.config import OptimConfig
 from training.device import Device
 from training.distributed import World
-from training.documents import most_documents
 from training.interrupt import Interrupt
 from training.optim import Optimizers
-from training.step import BatchLoss, accumulate_gradients, evaluate
+from training.step import BatchLoss, accumulate_gradients, evaluate, most_documents
 
 OPERATIONS = {"aten::item", "aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::nonzero"}
 INDEXING = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}

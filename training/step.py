@@ -9,19 +9,21 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from training.buckets import GradientBuckets
 from training.device import Device
 from training.distributed import World
-from training.documents import document_options
 from training.fsdp import RowGradients
 from training.interrupt import Interrupt
 from training.tree_sum import TreeSum
 
+# The documents of a batch are usually longer on average, in tokens.
+LEAST_USUAL_DOCUMENT = 64
 Batch = tuple[Tensor, Tensor]  # inputs and targets, each `[B, T]`
 
 
@@ -146,3 +148,27 @@ def seed_dropout(seed: int, step: int, micro_step: int) -> None:
     """Make dropout a function of the position in training, not of earlier random numbers."""
     digest = hashlib.sha256(f"{seed} {step} {micro_step}".encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:8]))
+
+
+def document_options(inputs: Tensor, boundary: int | None, device: torch.device) -> dict[str, Any]:
+    """The arguments of `GPT.features` for attention within documents; none without a boundary.
+
+    A document starts at each token whose id is the `boundary`.
+    `inputs` `[B, T]` are in the CPU's memory, where counting documents waits for no other device.
+    """
+    if boundary is None:
+        return {}
+    # For each token, the number of its document within the row: [B, T].
+    documents = (inputs.to(device, non_blocking=True) == boundary).cumsum(dim=1)
+    return {"document_ids": documents, "max_documents": most_documents(inputs, boundary)}
+
+
+def most_documents(inputs: Tensor, boundary: int) -> int:
+    """A bound on the number of documents in `inputs` `[B, T]`.
+
+    It is the same for most batches, since a compiled model is compiled again for another one.
+    """
+    # Each sequence begins with the rest of a document.
+    number = len(inputs) + np.count_nonzero(inputs.numpy() == boundary)
+    usual = inputs.numel() // LEAST_USUAL_DOCUMENT
+    return max(usual, 2 ** math.ceil(math.log2(number)))

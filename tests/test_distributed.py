@@ -10,6 +10,7 @@ import sys
 import time
 from datetime import timedelta
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -181,6 +182,18 @@ def test_a_process_that_never_starts_is_not_waited_for(monkeypatch):
     monkeypatch.setattr("training.distributed.CONNECT_TIMEOUT", timedelta(seconds=0.1))
     with pytest.raises(OSError, match="Another process of this run has ended"), \
          World(environment).joined(use_gpus=False):
+        pass
+
+
+@pytest.mark.parametrize("message", [
+    "[gloo/transport/tcp/pair.cc:537] Read error [10.77.0.2]:59538: No route to host.",
+    "[gloo/transport/tcp/pair.cc:537] Read error [10.77.0.1]:37301: Connection timed out."],
+    ids=["no route", "timed out"])
+def test_a_node_that_the_network_has_lost_is_one_sentence(message, monkeypatch):
+    world = World({"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0",
+                   "LOCAL_WORLD_SIZE": "1"})
+    monkeypatch.setattr("training.distributed.dist.rendezvous", Mock(side_effect=RuntimeError(message)))
+    with pytest.raises(OSError, match="has ended or cannot be reached"), world.joined(use_gpus=False):
         pass
 
 

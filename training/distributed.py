@@ -90,8 +90,9 @@ class World:
             # The process that has failed reports its own error.
             if not self.is_first:
                 sys.exit(1)
-            raise OSError("Another process of this run has ended. The run is saved up to its last "
-                          "checkpoint: the same command resumes there.") from error
+            raise OSError("Another process of this run has ended or cannot be reached. The run is "
+                          "saved up to its last checkpoint: the same command resumes there."
+                          ) from error
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
@@ -226,10 +227,10 @@ class Silent:
 
 
 def is_lost_connection(error: RuntimeError) -> bool:
-    """Whether a collective failed because another process ended."""
+    """Whether a collective failed because another process ended, or the network to it."""
     text = str(error).lower()
     words = ("connection closed by peer", "connection reset by peer", "broken pipe",
              "nccl communicator was aborted", "remote process exited", "socket timeout",
              "failed to recv", "connection refused", "connectfullmesh failed",
-             "client socket has timed out", "wait timeout after")
+             "client socket has timed out", "wait timeout after", "gloo/transport/tcp/pair")
     return any(word in text for word in words)

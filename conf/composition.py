@@ -30,7 +30,7 @@ from omegaconf.errors import OmegaConfBaseException
 from conf import presets
 from conf.convert import is_text
 from conf.identity import flat
-from conf.presets import Group, config_node, groups
+from conf.presets import Group, Origins, config_node, groups, node_of
 from conf.settings import DERIVED, leaves
 from conf.unknown import SWEEP_ADVICE, wrong_preset
 from conf.yaml_files import YAML_SUFFIXES, ConfigError, nested, read_yaml, unresolved
@@ -43,8 +43,6 @@ VERBATIM = ("prompt", "stop", "system", "data.separator")
 HYDRA_VERSION = "1.3"
 # All threads share Hydra's state.
 HYDRA_LOCK = threading.RLock()
-# For each setting from a YAML file: the file, as messages name it, and the group of its preset.
-Origins = dict[str, tuple[str, str]]
 
 
 def compose_with_hydra(root: str | type, schema: Any,
@@ -73,13 +71,11 @@ def compose_with_hydra(root: str | type, schema: Any,
     origins: Origins = {}
     try:
         with unchanged_hydra() as store:
-            name = register(store, root, defaults)
+            name = register(store, root, defaults, origins)
             if own:
-                store.repo["experiment"].add(GIVEN_FILE, own, content)
+                node = node_of(content, own, "experiment")
+                store.repo["experiment"].add(f"{GIVEN_FILE}.yaml", own, node)
             composed = hydra_compose(name, parsed, return_hydra_config=True)
-            for group in store.repo.values():
-                if isinstance(group, Group):
-                    origins |= group.origins()
             values = resolved(composed, literal)
     except ConfigError:
         raise
@@ -164,14 +160,15 @@ def without_derived(values: dict[str, Any]) -> dict[str, Any]:
     return nested(kept, Path())
 
 
-def register(store: ConfigStore, root: str | type, defaults: dict[str, Any]) -> str:
+def register(store: ConfigStore, root: str | type, defaults: dict[str, Any],
+             origins: Origins) -> str:
     """Store the defaults and the YAML files for Hydra; return the root's name there."""
     if not isinstance(root, str):
         store.store(root.__name__, defaults)
         return root.__name__
     store.store(f"{root}_defaults", defaults)
     for group in groups():
-        store.repo[group] = Group(group)
+        store.repo[group] = Group(group, origins)
     store.repo[f"{root}.yaml"] = config_node(presets.CONF / f"{root}.yaml", group=None)
     return root
 

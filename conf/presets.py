@@ -18,6 +18,8 @@ from conf.yaml_files import ConfigError, nested, read_text, read_yaml
 from setting import as_word
 
 CONF = Path(__file__).parent
+# For each setting from a YAML file: the file, as messages name it, and the group of its preset.
+Origins = dict[str, tuple[str, str]]
 
 
 def options(group: str) -> list[str]:
@@ -46,36 +48,30 @@ def preset(group: str, name: str) -> dict[str, Any]:
 
 
 class Group(dict[str, Path]):
-    """The YAML files of a group in Hydra's ConfigStore, which are read when they are chosen."""
+    """The YAML files of a group in Hydra's ConfigStore, which are read when they are chosen.
 
-    def __init__(self, group: str) -> None:
+    `origins` gets each setting in them, with the file's name in messages and the group. The group
+    is empty for experiments, which set settings of all groups.
+    """
+
+    def __init__(self, group: str, origins: Origins) -> None:
         super().__init__({f"{name}.yaml": CONF / group / f"{name}.yaml" for name in options(group)})
-        self.group = group
+        self.group, self.origins = group, origins
         self.nodes: dict[str, ConfigNode] = {}
 
     def __getitem__(self, name: str) -> ConfigNode:
         if name not in self.nodes:
-            self.nodes[name] = config_node(super().__getitem__(name), self.group)
+            path = super().__getitem__(name)
+            self.add(name, path, config_node(path, self.group))
         return self.nodes[name]
 
-    def add(self, name: str, path: Path, content: dict[str, Any]) -> None:
-        """Add the file `path`, whose content is known, as the preset `name`."""
-        self[f"{name}.yaml"] = path
-        self.nodes[f"{name}.yaml"] = node_of(content, path, self.group)
-
-    def origins(self) -> dict[str, tuple[str, str]]:
-        """By each setting in the files that were read: the file's name in messages, and the group.
-
-        The group is empty for experiments, which set settings of all groups.
-        """
+    def add(self, name: str, path: Path, node: ConfigNode) -> None:
+        """Add the file `path`, which has been read as `node`."""
+        self[name], self.nodes[name] = path, node
         group = "" if self.group == "experiment" else self.group
-        found = {}
-        for name, node in self.nodes.items():
-            path = super().__getitem__(name)
-            where = f"conf/{path.relative_to(CONF)}" if path.is_relative_to(CONF) else str(path)
-            for key in flat(OmegaConf.to_container(node.node)):
-                found[f"{group}.{key}" if group else key] = (f"in {where}", group)
-        return found
+        where = f"conf/{path.relative_to(CONF)}" if path.is_relative_to(CONF) else str(path)
+        for key in flat(OmegaConf.to_container(node.node)):
+            self.origins[f"{group}.{key}" if group else key] = (f"in {where}", group)
 
 
 def config_node(path: Path, group: str | None) -> ConfigNode:

@@ -14,10 +14,10 @@ from typing import Any
 
 import yaml
 
-from conf.composition import Origins, compose_with_hydra
+from conf.composition import compose_with_hydra
 from conf.convert import freeze, from_text
 from conf.identity import flat, identity_differences, in_short
-from conf.presets import groups
+from conf.presets import Origins, groups
 from conf.settings import SampleSettings, Settings, leaves
 from conf.unknown import not_an_override, unknown, wrong_preset
 from conf.yaml_files import YAML_SUFFIXES, ConfigError

@@ -12,6 +12,7 @@ import os
 import tempfile
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -63,9 +64,8 @@ def main(settings: EvaluationSettings) -> int:
                  "largest difference, nats")
     measured = []
     for name, path in find_tasks(settings.tasks).items():
-        texts: Texts = []
-        for question in read_questions(path, settings.limit):
-            texts += zip(question.contexts, question.continuations, strict=True)
+        questions = read_questions(path, settings.limit)
+        texts = list(chain.from_iterable(question.pairs for question in questions))
         result: dict[str, Any] = {"task": name, "requests": len(texts)}
         result |= compare(engine, settings.batch_tokens, harness, texts, settings.rounds)
         print_row(name, f"{len(texts)}", f"{result['ours']:.2f}", f"{result['harness']:.2f}",

@@ -12,7 +12,6 @@ and the start of the process. Three rounds take about ten minutes on a CPU.
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 import tempfile
@@ -25,6 +24,7 @@ import torch
 from bench import peer as nanogpt
 from bench.timing import in_turn, medians, print_header, run_command, with_seconds, write_json
 from progress import print_line
+from report.history import open_history
 from setting import setting
 from training.device import Device
 
@@ -80,10 +80,7 @@ def train_in(run: Path, *overrides: str) -> dict[str, Any]:
     """Run train.py: seconds of training, final validation loss and number of parameters."""
     fixed = [f"runs_dir={run.parent}", f"name={run.name}", "training.sample_tokens=0"]
     run_command([sys.executable, "train.py", *fixed, *overrides])
-    last: dict[str, Any] = {}
-    for line in (run / "metrics.jsonl").read_text().splitlines():
-        last |= json.loads(line)
-    log = (run / "log.txt").read_text()
-    parameters = re.search(r"Model: ([\d,]+) parameters", log)[1].replace(",", "")
-    return {"seconds": last["seconds"], "val_loss": last["val_loss"],
-            "parameters": int(parameters)}
+    found = open_history(run, run.name)
+    [parameters] = re.findall(r"Model: ([\d,]+) parameters", (run / "log.txt").read_text())
+    return {"seconds": found.reached[2], "val_loss": found.last_loss,
+            "parameters": int(parameters.replace(",", ""))}

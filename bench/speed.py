@@ -88,7 +88,7 @@ def measure_shape(shape: str, limit: float, settings: SpeedSettings) -> dict[str
 
 def product_rate(device: Device) -> float:
     """The highest FLOP/s of a product of square matrices, in the precision of training."""
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    dtype = torch.float32 if device.precision == "fp32" else device.low_dtype
 
     def multiply(a: Tensor, b: Tensor) -> None:
         a @ b
@@ -96,8 +96,7 @@ def product_rate(device: Device) -> float:
 
     best = 0.0
     for size in PRODUCT_SIZES:
-        a, b = (torch.randn(size, size, device=device.torch, dtype=dtypes[device.precision])
-                for _ in range(2))
+        a, b = (torch.randn(size, size, device=device.torch, dtype=dtype) for _ in range(2))
         best = max(best, timing.best_rate(2 * size**3, multiply, a, b))
     return best
 

@@ -37,11 +37,10 @@ SLICE_TOKENS = 2048
 
 @dataclass
 class Question:
-    """A document of a task: its continuations, each with its context, and the right one."""
+    """A document of a task: the contexts and continuations to choose from, and the right one."""
 
     gold: int = 0
-    contexts: list[str] = field(default_factory=list)
-    continuations: list[str] = field(default_factory=list)
+    pairs: list[tuple[str, str]] = field(default_factory=list)
 
 
 def find_tasks(names: str) -> dict[str, Path]:
@@ -99,7 +98,7 @@ def read_slices(counts: dict[str, str], tokenizer: Tokenizer) -> dict[str, list[
             [(name, path)] = find_tasks(task).items()
             slices[name] = read_questions(path, int(count))
             for question in slices[name]:
-                tokenizer.encode("".join([*question.contexts, *question.continuations]))
+                tokenizer.encode("".join(map("".join, question.pairs)))
         except ValueError as error:
             reason = str(error).removeprefix(f"tasks={task}: ")
             raise ValueError(f"training.eval_tasks={task}:{count}: {reason}") from None
@@ -133,8 +132,9 @@ def read_questions(path: Path, limit: int | None) -> list[Question]:
                     break
                 questions[number] = Question(label)
             # Raises TypeError for anything but a text.
-            questions[number].contexts.append("" + record["request"]["context"])
-            questions[number].continuations.append("" + record["request"]["continuation"])
+            request = record["request"]
+            pair = "" + request["context"], "" + request["continuation"]
+            questions[number].pairs.append(pair)
     except (ValueError, LookupError, TypeError, EOFError, RecursionError, zlib.error,
             gzip.BadGzipFile) as error:
         raise ValueError(f"{path} is not a file of requests ({type(error).__name__}: {error}): "
@@ -143,13 +143,13 @@ def read_questions(path: Path, limit: int | None) -> list[Question]:
     # Check the label of each document, and its continuations.
     for number, question in questions.items():
         is_index = isinstance(question.gold, int)
-        if not is_index and len(question.continuations) == 1:
+        if not is_index and len(question.pairs) == 1:
             # A text as the label is that of the only continuation.
             question.gold = 0
-        elif not is_index or not 0 <= question.gold < len(question.continuations):
+        elif not is_index or not 0 <= question.gold < len(question.pairs):
             raise ValueError(f"{path}: document {number} has the label {question.gold!r:.40} and "
-                             f"{len(question.continuations)} continuations: correct the label.")
-        if not all(question.continuations):
+                             f"{len(question.pairs)} continuations: correct the label.")
+        if not all(continuation for _, continuation in question.pairs):
             raise ValueError(f"{path}: document {number} has an empty continuation: remove it.")
     if not questions:
         raise ValueError(f"{path} has no requests.")
@@ -172,14 +172,13 @@ def measure_task(scorer: Scorer, name: str, questions: list[Question],
     # Score the continuations of all questions together.
     requests: list[Request] = []
     for question in questions:
-        pairs = zip(question.contexts, question.continuations, strict=True)
-        requests += [encode_request(scorer.engine, *pair) for pair in pairs]
+        requests += [encode_request(scorer.engine, *pair) for pair in question.pairs]
     scores = iter(scorer.score(requests, title))
 
     # For each question: is the right one the likeliest, and how likely is it?
     correct, correct_normalised, bits_per_byte = [], [], []
     for question in questions:
-        gold, texts = question.gold, question.continuations
+        gold, texts = question.gold, [continuation for _, continuation in question.pairs]
         of_question = [next(scores) for _ in texts]
         if len(texts) == 1:
             # There is nothing to choose from: the model must write it by itself.

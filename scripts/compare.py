@@ -46,7 +46,7 @@ if __name__ == "__main__":
 from statistics import fmean
 
 from checkpointing import store
-from conf.identity import flat
+from conf.identity import differences, flat
 from conf.presets import groups
 from conf.schema import folder_name
 from conf.settings import Settings, leaves
@@ -229,8 +229,8 @@ def too_few(names: list[str]) -> ValueError:
 
 def text_differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
     """How the validation texts of two runs differ, from their flat settings."""
-    differing = {key for key in one | other if one.get(key) != other.get(key)
-                 and (key.startswith("data.") or key == "training.eval_tokens")}
+    differing = {key for key in differences(one, other)
+                 if key.startswith("data.") or key == "training.eval_tokens"}
     # Equal fingerprints of the tokens mean the same text, which can have several paths; different
     # ones with equal settings mean another content.
     if differing == {"data.prepared"}:

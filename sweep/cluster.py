@@ -200,10 +200,14 @@ class Submitted:
         if not self.job.done():
             return None
         try:
-            return self.job.result()
+            code = self.job.result()
         except Exception as error:
             # The job was lost or was cancelled; each cluster has its own exceptions.
             return self.no_result(str(error))
+        # A job that was stopped may be one that SLURM runs again.
+        if code and self.queue and not self.cancelled:
+            return code if self.queue.state(self.job.job_id) in ENDED else None
+        return code
 
     def poll_queue(self, queue: Queue) -> int | None:
         """The exit code of a job without a result, or None while it runs."""

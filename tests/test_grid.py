@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -560,3 +561,12 @@ def test_a_job_saves_before_slurm_runs_it_again(tmp_path):
     assert task([sys.executable, "-c", program], str(log)) == 0
     signal.signal(signal.SIGUSR1, before)
     assert requeued[0][1] == "saved\n" and requeued[0][0].function is task
+
+
+def test_a_job_that_slurm_runs_again_has_not_failed(slurm):
+    """After scontrol requeue or a preemption the training has saved and ended, for now."""
+    _, job = submitted(slurm)
+    job.process.job.paths.result_pickle.write_bytes(pickle.dumps(("success", 143)))
+    for state, code in (("PENDING BeginTime", None), ("RUNNING None", None), ("COMPLETED None", 143)):
+        (slurm / "queue").write_text(f"7 {state}\n")
+        assert job.process.poll() == code

@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from checkpointing import notices, store
-from checkpointing.peers import Peers
 from checkpointing.run_folder import Run
 from checkpointing.saver import Saver
+from checkpointing.snapshot import Peers
 from checkpointing.state import State
 from conf.settings import Settings
 from data.loader import Prefetch

@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from checkpointing import store
-from checkpointing.peers import Peers
-from checkpointing.snapshot import Snapshot, join_save, save_checkpoint
+from checkpointing.snapshot import Peers, Snapshot, join_save, save_checkpoint
 from hardware import available_memory
 from training.interrupt import embedded
 

@@ -180,16 +180,6 @@ class Engine:
             return prompt
         return self.decode([token for token in prompt if token != self.tokenizer.end_of_text])
 
-    def offsets(self, ids: Sequence[int]) -> list[int]:
-        """For each of `ids` the number of characters before it in the text that `shown` gives."""
-        utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        offsets, n_characters = [], 0
-        for token in ids:
-            offsets.append(n_characters)
-            if token != self.tokenizer.end_of_text:
-                n_characters += len(utf8.decode(self.tokenizer.decode_bytes((token,))))
-        return offsets
-
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """The ids of a prompt. An empty text becomes end of text, which precedes each document.
 

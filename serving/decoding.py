@@ -21,6 +21,7 @@ from typing import Any
 from torch import Tensor
 
 from conf.sampling import SamplingConfig
+from data.tokenizer import Tokenizer
 from generation.decoder import Decoder
 from generation.engine import Completion, Engine
 from generation.inspection import most_likely
@@ -91,12 +92,12 @@ class Generation:
 class Sample(Row):
     """A row of the batch: one sequence of a generation, and its text so far."""
 
-    def __init__(self, generation: Generation, index: int, completion: Completion) -> None:
+    def __init__(self, generation: Generation, index: int, tokenizer: Tokenizer) -> None:
         prompt, number = generation.jobs[index]
         super().__init__(list(prompt), generation.rules, number, index)
-        self.generation, self.completion = generation, completion
+        self.generation, self.completion = generation, Completion(tokenizer, *generation.stops)
         self.n_shown = 0
-        self.tokens: deque[Token] = deque()
+        self.tokens: list[Token] = []
 
     def add(self, token: int, logits: Tensor) -> Piece | None:
         """Count a token that the batch has added. Returns the text that it completes."""
@@ -104,8 +105,7 @@ class Sample(Row):
         if generation.top is not None:
             logprobs = logits.float().log_softmax(-1)
             top = most_likely(logprobs, generation.top)
-            offset = len(completion.text)
-            self.tokens.append(Token(token, offset, logprobs[token].item(), top))
+            self.tokens.append(Token(token, len(completion.text), logprobs[token].item(), top))
         completion.add(token)
         if len(completion.tokens) == self.rules.max_new_tokens:
             completion.finish()
@@ -115,9 +115,8 @@ class Sample(Row):
         reason = completion.reason if completion.finished else ""
         # Without the tokens of a stop, and of a character that is not complete.
         n_characters = len(text) + (reason == "end_of_text")
-        tokens = []
-        while self.tokens and self.tokens[0].offset < n_characters:
-            tokens.append(self.tokens.popleft())
+        tokens = [one for one in self.tokens if one.offset < n_characters]
+        self.tokens = self.tokens[len(tokens) :]
         piece = Piece(self.index, text[self.n_shown :], tokens, len(completion.tokens), reason)
         self.n_shown = len(text)
         return piece if piece.text or reason else None
@@ -142,15 +141,7 @@ class DecodingThread(threading.Thread):
     def call(self, function: Callable[[], Any]) -> Future[Any]:
         """Run a function between two steps."""
         future: Future[Any] = Future()
-
-        def run() -> None:
-            if future.set_running_or_notify_cancel():
-                try:
-                    future.set_result(function())
-                except Exception as error:
-                    future.set_exception(error)
-
-        self.inbox.put(run)
+        self.inbox.put(partial(fulfil, future, function))
         return future
 
     def stop(self) -> None:
@@ -166,6 +157,15 @@ class DecodingThread(threading.Thread):
                 function()
         for batcher in self.batchers:
             batcher.end_all(stopped())
+
+
+def fulfil(future: Future[Any], function: Callable[[], Any]) -> None:
+    """Call a function for a future, unless nobody waits for it any more."""
+    if future.set_running_or_notify_cancel():
+        try:
+            future.set_result(function())
+        except Exception as error:
+            future.set_exception(error)
 
 
 def stopped() -> Refused:
@@ -191,41 +191,36 @@ class Batcher:
     # Called by the event loop
 
     def submit(self, generation: Generation) -> None:
-        """Start a generation. Raises Refused if too many requests are open, or after `stop`."""
-        self.check_room()
+        """Start a generation. Raises Refused as `hand_in` does."""
         self.loop = asyncio.get_running_loop()
-        self.open.add(generation)
-        self.thread.inbox.put(partial(self.start, generation))
-        self.check_running()
+        self.hand_in(generation, partial(self.start, generation))
 
     async def call(self, function: Callable[[], Any]) -> Any:
-        """The result of a function that uses the model. Raises as `submit` does."""
-        self.check_room()
-        future = self.thread.call(function)
-        self.open.add(future)
+        """The result of a function that uses the model. Raises Refused as `hand_in` does."""
+        future: Future[Any] = Future()
+        self.hand_in(future, partial(fulfil, future, function))
         try:
-            self.check_running()
             return await asyncio.wrap_future(future)
         finally:
             self.open.discard(future)
 
-    def check_room(self) -> None:
+    def hand_in(self, task: Generation | Future[Any], function: Callable[[], None]) -> None:
+        """Let the thread run `function`. Raises Refused with too many open, and after `stop`."""
         if len(self.open) >= self.max_requests:
             raise Refused(f"{self.max_requests} requests are open, which is the limit: try again "
                           "later.", code="too_many_requests", status=429)
-
-    def check_running(self) -> None:
-        # After a request has been added: a signal may come before.
+        self.open.add(task)
+        self.thread.inbox.put(function)
+        # Afterwards, since a signal may come before.
         if self.thread.stopped:
             raise stopped()
 
     # Called by the thread
 
     def start(self, generation: Generation) -> None:
-        """Let a generation wait for room, and decode unless that is under way."""
-        is_idle = not self.batch.rows and not self.waiting
+        """Let a generation wait for room. If it is alone, no step is in the inbox: begin one."""
         self.waiting.append(generation)
-        if is_idle:
+        if len(self.waiting) == 1 and not self.batch.rows:
             self.advance()
 
     def new_batch(self) -> None:
@@ -264,8 +259,7 @@ class Batcher:
                 return
             self.waiting.popleft()
             for index, (prompt, _) in enumerate(generation.jobs):
-                completion = Completion(self.engine.tokenizer, *generation.stops)
-                self.batch.join(Sample(generation, index, completion))
+                self.batch.join(Sample(generation, index, self.engine.tokenizer))
                 n_tokens += len(prompt)
 
     def step(self) -> None:

@@ -6,6 +6,7 @@ Knows no HTTP.
 from __future__ import annotations
 
 import asyncio
+import codecs
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -73,11 +74,14 @@ async def echo_of(prompt: list[int], model: Model, top: int | None) -> tuple[str
                       "prompt", "context_length_exceeded")
     predicted = await model.batcher.call(
         lambda: list(predictions(model.engine.model, prompt, top)))
-    tokens, offsets = [], model.engine.offsets(prompt)
+    tokenizer, tokens, offset = model.engine.tokenizer, [], -len(text)
+    utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
     # Nothing predicts the first token. The last prediction is of what follows the prompt.
     found = [Prediction(None, None), *predicted[:-1]]
-    for token, offset, one in zip(prompt, offsets, found, strict=True):
-        tokens.append(Token(token, offset - len(text), one.logprob, one.top))
+    for token, one in zip(prompt, found, strict=True):
+        tokens.append(Token(token, offset, one.logprob, one.top))
+        if token != tokenizer.end_of_text:
+            offset += len(utf8.decode(tokenizer.decode_bytes((token,))))
     return text, tokens
 
 

@@ -173,10 +173,7 @@ def stopped() -> Refused:
 
 
 class Batcher:
-    """Decodes up to `rows` sequences of a model at a time, of up to `max_requests` open requests.
-
-    All requests come from one event loop.
-    """
+    """Decodes up to `rows` sequences of a model at once, of up to `max_requests` open requests."""
 
     def __init__(self, thread: DecodingThread, engine: Engine, decoder: Decoder | None, rows: int,
                  max_requests: int) -> None:
@@ -188,7 +185,7 @@ class Batcher:
         self.new_batch()
         thread.batchers.append(self)
 
-    # Called by the event loop
+    # Called by the event loop, which is one for all requests
 
     def submit(self, generation: Generation) -> None:
         """Start a generation. Raises Refused as `hand_in` does."""

@@ -73,7 +73,7 @@ class ClusterRunner(Runner):
         limits = {}
         if cluster == "slurm":
             limits["slurm_max_num_timeout"] = settings.pop("max_num_timeout")
-            # Since SLURM 22.05, srun otherwise gives a task one CPU.
+            # Since SLURM 22.05, srun may otherwise bind a task to one CPU.
             share = "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK"
             settings["setup"] = [share, *(settings["setup"] or [])]
         self.queue = Queue() if cluster == "slurm" else None
@@ -122,7 +122,7 @@ class ClusterRunner(Runner):
         if not self.queue or not file.exists():
             return False
         number = file.read_text()
-        if self.queue.state(number) in ENDED | {UNKNOWN}:
+        if self.queue.state(number) in ENDED | {UNKNOWN, "COMPLETING"}:
             return False
         from submitit import SlurmJob
 
@@ -169,7 +169,8 @@ class Queue:
             return
         self.states = {}
         for line in listed.stdout.splitlines():
-            number, state, reason = line.split(maxsplit=2)
+            number, state, *reasons = line.split(maxsplit=2)
+            reason = " ".join(reasons)
             self.states[number] = state
             # Some reasons never go away, such as more CPUs than a node has.
             if state == "PENDING" and number in self.own and reason not in self.reasons:
@@ -219,8 +220,8 @@ class Submitted:
         self.ended_at = min(self.ended_at, time.monotonic())
         if not self.cancelled and time.monotonic() < self.ended_at + RESULT_SECONDS:
             return None
-        lines = (self.job.stderr() or "").split("\n")
-        return self.no_result(f"its state is {state}. {lines[-1]}")
+        last_error = (self.job.stderr() or "").strip().rpartition("\n")[2]
+        return self.no_result(f"its state is {state}. {last_error}")
 
     def no_result(self, reason: str) -> int:
         if self.cancelled:

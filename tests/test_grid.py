@@ -516,16 +516,19 @@ def test_a_job_that_waits_in_slurm_is_not_submitted_again(slurm, capsys):
     # A second command, after the first was killed.
     _, again = submitted(slurm)
     assert again.process.poll() is None and (slurm / "queue").read_text().count("PENDING") == 1
-    # SLURM has forgotten the job.
-    (slurm / "queue").write_text("")
-    submitted(slurm)
-    assert (slurm / "queue").read_text().count("PENDING") == 1
+    # Neither a job that SLURM has forgotten nor one that is ending is waited for.
+    for queue in ("", "7 COMPLETING None\n"):
+        (slurm / "queue").write_text(queue)
+        submitted(slurm)
+        assert (slurm / "queue").read_text().count("PENDING") == 1
 
 
 def test_a_job_that_slurm_cancels_ends_without_accounting(slurm):
     _, job = submitted(slurm)
     (slurm / "queue").write_text("7 TIMEOUT TimeLimit\n")
-    assert job.process.poll() == 1 and "its state is TIMEOUT" in job.log.read_text()
+    job.process.job.paths.stderr.write_text("srun: error\nslurmstepd: CANCELLED\n")
+    assert job.process.poll() == 1
+    assert "its state is TIMEOUT. slurmstepd: CANCELLED" in job.log.read_text()
     runner, job = submitted(slurm)
     runner.__exit__(None)
     assert job.process.poll() == 143

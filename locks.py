@@ -12,7 +12,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +31,17 @@ NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.E
 @contextmanager
 def exclusive_lock(path: Path) -> Iterator[None]:
     """Lock a file, which is created if necessary. Raises BlockingIOError if it is locked."""
-    descriptor = open_regular(path, os.O_RDWR | os.O_CREAT)
-    marker = None
-    try:
+    with ExitStack() as stack:
+        descriptor = open_regular(path, os.O_RDWR | os.O_CREAT)
+        stack.callback(os.close, descriptor)
         try:
             marker = lock_descriptor(descriptor, path, f"process {os.getpid()}")
         except BlockingIOError:
             raise BlockingIOError(f"{path} is being written by another process: wait for it, or "
                                   "use another file.") from None
-        yield
-    finally:
         if marker:
-            marker.release()
-        os.close(descriptor)
+            stack.callback(marker.release)
+        yield
 
 
 class Lock:

@@ -118,9 +118,7 @@ def changed_batch_size(settings: Settings, last: Checkpoint) -> str:
     before = flat(last.state["settings"]).get("training.batch_size")
     if before in (None, now):
         return ""
-    dropout = ""
-    if settings.model.dropout > 0:
-        dropout = " and dropout draws different numbers"
+    dropout = " and dropout draws different numbers" if settings.model.dropout > 0 else ""
     return (f"Resuming with micro-batches of {now} sequences instead of {before}: sums are rounded "
             f"in another order{dropout}, so the result is not bit-identical.")
 

@@ -130,9 +130,7 @@ def read_nanogpt(path: Path) -> Weights:
         note = f" ({padding} that only pad the vocabulary left out)"
         config = replace(config, vocab_size=GPT2_TOKENS)
         state["wte.weight"] = state["wte.weight"][:GPT2_TOKENS]
-    tokenizer = None
-    if config.vocab_size == GPT2_TOKENS:
-        tokenizer = BPETokenizer.published("gpt2")
+    tokenizer = BPETokenizer.published("gpt2") if config.vocab_size == GPT2_TOKENS else None
     return Weights(path, config, state, tokenizer, note)
 
 

@@ -83,9 +83,7 @@ def match_names(layout: str, entries: list[Entry], given: list[str]) -> dict[str
 
     # Nothing may be missing or left.
     if missing:
-        other = ""
-        if unknown:
-            other = f" They have {shown(unknown[0])}, which {layout} does not have."
+        other = f" They have {shown(unknown[0])}, which {layout} does not have." if unknown else ""
         raise ValueError(f"The weights lack {listed(missing)} that this configuration of {layout} "
                          f"has.{other}")
     if unknown:

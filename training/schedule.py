@@ -22,11 +22,10 @@ def lr_scale(step: int, config: OptimConfig, max_steps: int) -> float:
     if config.schedule == "constant":
         return 1.0
     # 3. The decay: `progress` rises from 0 to 1.
-    start = config.decay_start(max_steps)
-    if config.schedule == "cosine":
-        start = config.warmup_steps
+    is_cosine = config.schedule == "cosine"
+    start = config.warmup_steps if is_cosine else config.decay_start(max_steps)
     progress = min(1.0, max(0, step - start) / max(1, max_steps - start))
-    if config.schedule == "cosine":
+    if is_cosine:
         progress = 0.5 * (1 - math.cos(math.pi * progress))
     return 1.0 - (1.0 - config.min_lr_ratio) * progress
 

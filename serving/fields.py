@@ -93,7 +93,7 @@ class Fields:
         for stop in stops:
             if not isinstance(stop, str) or not 0 < len(stop) <= MAX_STOP:
                 raise Refused(f"stop={shown(stop)} must be a text of 1 to {MAX_STOP} "
-                                 "characters.", "stop")
+                              "characters.", "stop")
         if len(stops) > MAX_STOPS:
             raise Refused(f"stop has {len(stops)} texts, and the limit is {MAX_STOPS}.", "stop")
         return stops
@@ -104,7 +104,7 @@ class Fields:
             # Such as presence_penalty=0 or tools=[].
             if name not in IGNORED and value:
                 raise Refused(f"{name[:100]}={shown(value)} is not supported: leave it out.",
-                                 name[:100], "unsupported_parameter")
+                              name[:100], "unsupported_parameter")
 
 
 JSON_NAMES = {int: "an integer", float: "a number", str: "a text", bool: "true or false",

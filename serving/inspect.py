@@ -24,7 +24,7 @@ def losses(model: Model, fields: Fields) -> Json:
     ids = text_ids(model, fields)
     if len(ids) > MAX_TOKENS:
         raise Refused(f"The text has {len(ids):,} tokens, and the limit is {MAX_TOKENS:,}: "
-                         "shorten it.", "text")
+                      "shorten it.", "text")
     tokenizer = model.engine.tokenizer
     *before, last = predictions(model.engine.model, ids, N_NEXT)
     tokens = []

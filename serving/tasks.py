@@ -108,11 +108,11 @@ def make_generation(fields: Fields, jobs: Sequence[tuple[list[int], int]], rules
     """The generation of `jobs`. Raises Refused if it is too large."""
     if len(jobs) > settings.batch_size:
         raise Refused(f"{len(jobs)} completions are asked for, and the limit is "
-                         f"{settings.batch_size} (batch_size).", "n")
+                      f"{settings.batch_size} (batch_size).", "n")
     n_tokens = len(jobs) * rules.max_new_tokens
     if n_tokens > settings.max_request_tokens:
         raise Refused(f"{n_tokens} tokens are asked for, and the limit is "
-                         f"{settings.max_request_tokens} (max_request_tokens).", "max_tokens")
+                      f"{settings.max_request_tokens} (max_request_tokens).", "max_tokens")
     return Generation(jobs, rules, fields.stops(settings.stop), top)
 
 
@@ -125,7 +125,7 @@ def read_prompts(fields: Fields, model: Model, most: int) -> list[list[int]]:
         raise Refused("prompt is an empty list: give at least one.", "prompt")
     if len(prompts) > most:
         raise Refused(f"prompt has {len(prompts)} prompts, and the limit is {most} "
-                         "(batch_size).", "prompt")
+                      "(batch_size).", "prompt")
     truncates = fields.take("truncate_prompt", False)
     return [read_prompt(prompt, model, truncates) for prompt in prompts]
 
@@ -137,14 +137,14 @@ def read_prompt(prompt: Any, model: Model, truncates: bool) -> list[int]:
         for token in prompt:
             if type(token) is not int or not 0 <= token < n_vocab:
                 raise Refused(f"prompt has {shown(token)} in place of a token id from 0 to "
-                                 f"{n_vocab - 1}.", "prompt")
+                              f"{n_vocab - 1}.", "prompt")
     elif not isinstance(prompt, str):
         raise Refused(f"prompt has {shown(prompt)} in place of a text.", "prompt")
     ids = encoded("prompt", model, prompt or "")
     if len(ids) > model.block_size and not truncates:
         raise Refused(f"The prompt has {len(ids):,} tokens, and the context of the model "
-                         f"{model.block_size:,}: shorten it, or set truncate_prompt.", "prompt",
-                         "context_length_exceeded")
+                      f"{model.block_size:,}: shorten it, or set truncate_prompt.", "prompt",
+                      "context_length_exceeded")
     return ids
 
 
@@ -161,7 +161,7 @@ def read_conversation(given: list[Any], model: Model, rules: SamplingConfig,
     """What `next_answer` returns for the messages of a request."""
     if not has_markers(model.engine.tokenizer):
         raise Refused(f"{model.name} was not trained on conversations (data=chat): use "
-                         "/v1/completions.", "model")
+                      "/v1/completions.", "model")
     joined = [with_joined_parts(message) for message in given]
     messages = read_messages({"messages": joined}, "The request")
     if isinstance(messages, BadRecord):

@@ -216,7 +216,7 @@ def compose_once(name, *words):
 @pytest.mark.slow
 def test_any_prompt_arrives_unchanged(text):
     """The prompt of a composition that Hydra makes of the other words, which are the same each time."""
-    run = "./" + text.replace("${", "")  # which would be a reference; ~ at the beginning would be the home folder
+    run = "./" + text.replace("$", "")  # of a reference or a shell's variable; ~ at the beginning would be the home folder
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(composition, "hydra_compose", lambda name, words, **options: copy.deepcopy(compose_once(name, *words)))
         settings = compose("sample", [f"prompt={text}", f"stop={text}", f"run={run}"])

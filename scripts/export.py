@@ -122,10 +122,10 @@ def export_hugging_face(out: Path, weights: Weights, name: str, state: dict[str,
 
 def export_gguf(out: Path, weights: Weights, name: str) -> str:
     """Write and check a file; return the program that runs it, and its architecture there."""
-    gguf_file.import_gguf()
-    # First those that raise ValueError for a model that GGUF files lack.
+    # First raise ValueError for a model that GGUF files lack: the package would not help it.
     layout = gguf_file.choose_layout(weights.config)
     gguf_file.splitter(weights.tokenizer)
+    gguf_file.import_gguf()
     _, ids, logits = reference(weights)
     with atomic.NewFile(out) as file:
         gguf_file.write_file(file.partial, weights, layout, name)

@@ -251,7 +251,8 @@ def test_a_damaged_gguf_file_is_not_kept(exported, gguf, monkeypatch, tmp_path):
     ([*GPT2, "data.tokenizer=char"], "GGUF files have no tokenizer of characters or bytes"),
     ([*GPT2, "data.tokenizer=byte"], "GGUF files have no tokenizer of characters or bytes"),
 ])
-def test_what_gguf_files_lack_is_refused(exported, gguf, tmp_path, overrides, message):
+def test_what_gguf_files_lack_is_refused(exported, monkeypatch, tmp_path, overrides, message):
+    monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(ValueError, match=re.escape(message)):
         exported(*overrides, format="gguf")
     assert not (tmp_path / "out.gguf").exists()

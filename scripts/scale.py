@@ -114,7 +114,7 @@ def main(scale: ScaleSettings) -> int:
         cells = [f"{size:,}", f"{tokens / block_size / size:g}"]
         if tokens // block_size % size:
             # The sequences of a step cannot be divided equally.
-            cells += [""] * (len(names) - 3) + ["batch"]
+            cells += [*("" for _ in names[3:]), "batch"]
         else:
             cells += cells_of(simulate(model, settings, scale, size))
         say(f"| {' | '.join(cells)} |")
@@ -153,8 +153,8 @@ def simulate(model: GPT, settings: Settings, scale: ScaleSettings, size: int) ->
     # The backward pass is two thirds of a micro-step, and the last one hides the exchange.
     hidden = compute / micro_steps * 2 / 3
 
-    return Step(compute=compute, exchange=exchange,
-                exposed=max(0.0, exchange - hidden), gather=gather_seconds(nbytes, scale, size),
+    return Step(compute, exchange, exposed=max(0.0, exchange - hidden),
+                gather=gather_seconds(nbytes, scale, size),
                 newton_schulz=share.matrix_flops / flops,
                 update=share.update_bytes / scale.memory / 1e9, state_bytes=share.state_bytes)
 

@@ -148,10 +148,8 @@ class BPETokenizer(Tokenizer):
 
     def ranks(self) -> list[bytes]:
         """The merged tokens in the order of their ids; empty ones are ids of special tokens."""
-        ranks = [b""] * (max(self.merged.values()) + 1)
-        for token, rank in self.merged.items():
-            ranks[rank] = token
-        return ranks
+        token_of = {rank: token for token, rank in self.merged.items()}
+        return [token_of.get(rank, b"") for rank in range(max(token_of) + 1)]
 
     def to_json(self) -> dict[str, Any]:
         if self.encoding.name in PUBLISHED:

@@ -36,11 +36,9 @@ class Markers(NamedTuple):
 
     end_of_text: int
     end: int
+    system: int
+    user: int
     assistant: int
-    others: tuple[int, ...]  # the markers of the other roles
-
-    def ids(self) -> list[int]:
-        return [self.end_of_text, self.end, self.assistant, *self.others]
 
 
 def with_markers(tokenizer: Tokenizer) -> Tokenizer:
@@ -70,9 +68,8 @@ def markers_of(tokenizer: Tokenizer) -> Markers:
     if isinstance(base, BPETokenizer) and set(MARKERS) & set(base.in_text):
         raise ValueError("The tokenizer finds the markers of data=chat inside a text: make them "
                          "special tokens (special: true) in its tokenizer.json.")
-    # Those of the roles that do not answer.
-    others = tuple(special[word] for word in MARKERS if word not in (END, MARKER_OF["assistant"]))
-    return Markers(tokenizer.end_of_text, special[END], special[MARKER_OF["assistant"]], others)
+    of_roles = {role: special[word] for role, word in MARKER_OF.items()}
+    return Markers(tokenizer.end_of_text, special[END], **of_roles)
 
 
 def message_ids(tokenizer: Tokenizer, message: Message) -> list[int]:

@@ -42,9 +42,6 @@ class Batch:
     def size(self) -> int:
         return sum(self.n_bytes.values())
 
-    def documents(self, split: str) -> int:
-        return sum(piece.ends for piece in self.pieces if piece.split == split)
-
 
 def batches(corpora: list[Corpus]) -> Iterator[Batch]:
     """The text of all parts in batches of BATCH_BYTES, which may end with a longer piece."""
@@ -133,8 +130,9 @@ def write_segment(folder: Path, number: int, encoded: Iterator[tuple[Batch, dict
         segment["part"] = batch.part
         for split in SPLITS:
             writers[split].add(ids[split])
-            segment[split]["documents"] += batch.documents(split)
             segment[split]["bytes"] += batch.n_bytes[split]
+        for piece in batch.pieces:
+            segment[piece.split]["documents"] += piece.ends
         show(bar, batch)
 
     # A shard gets its name when it is complete.

@@ -164,7 +164,7 @@ def in_answers(ids: np.ndarray, markers: Markers) -> np.ndarray:
     A token does if the last marker before it is the assistant's. The first token of a row does not.
     """
     # The position of the last marker up to each token.
-    is_marker = np.isin(ids, markers.ids())
+    is_marker = np.isin(ids, markers)
     places = np.where(is_marker, np.arange(ids.shape[1]), 0)
     last = np.maximum.accumulate(places, axis=1)[:, :-1]
     after = np.take_along_axis(ids, last, axis=1) == markers.assistant

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,8 +22,9 @@ from data.document import Document, cut_into_pieces
 from data.encodings import COMPRESSIONS, decoded, decompressed, plain_name, reading
 from data.records import SUFFIXES, BadRecord, parquet_texts
 
-# Parquet has its own compression.
+# Of the files that are read in a folder. Parquet has its own compression.
 COMPRESSIBLE = (".txt", ".md", *SUFFIXES[:-1])
+KNOWN = (".parquet", *map("".join, product(COMPRESSIBLE, ("", *COMPRESSIONS))))
 HIDDEN = re.compile(r"\..*|.*~|#.*#", re.DOTALL)
 
 
@@ -41,13 +43,12 @@ def find(path: str, skipped: Counter[str] | None = None) -> list[Path]:
     if reason:
         raise ValueError(f"{path} {reason}.")
     is_folder = place.is_dir()
-    base, found = Path(place.anchor), []
     if is_folder:
-        base = place
+        base, found = place, []
         for parent, _, names in walk(place):
             found += map(parent.joinpath, names)
     else:
-        found = matches(place)
+        base, found = Path(place.anchor), matches(place)
 
     # Sorted, so that the order of documents does not depend on the file system.
     files = []
@@ -58,7 +59,7 @@ def find(path: str, skipped: Counter[str] | None = None) -> list[Path]:
             skipped["hidden"] += 1
         elif not file.is_file():
             skipped["broken links, pipes, sockets or devices"] += 1
-        elif is_folder and not has_known_suffix(file):
+        elif is_folder and not file.name.lower().endswith(KNOWN):
             skipped[file.suffix.lower() or "without an extension"] += 1
         else:
             files.append(file)
@@ -88,10 +89,6 @@ def is_hidden(file: Path, named: Path) -> bool:
     patterns = [part for part in named.parts if HIDDEN.fullmatch(part)]
     hidden = [part for part in file.parts if HIDDEN.fullmatch(part)]
     return any(not any(fnmatch(part, pattern) for pattern in patterns) for part in hidden)
-
-
-def has_known_suffix(path: Path) -> bool:
-    return plain_name(path).endswith(COMPRESSIBLE) or path.suffix.lower() == ".parquet"
 
 
 def skipped_files(skipped: Counter[str]) -> str:

@@ -287,9 +287,8 @@ def ranks_of(vocab: dict[str, int], merges: list[Any]) -> list[bytes]:
         last = rank
 
     # Each token of several bytes must be made by one of the merges.
-    ranks = [b""] * (max(rank_of.values()) + 1)
-    for token, rank in rank_of.items():
-        ranks[rank] = token
+    for token in rank_of:
         if len(token) > 1 and tuple(halves(token, rank_of)) not in pairs:
             raise Unsupported(f"its token {token!r} is not made by its merges")
-    return ranks
+    token_of = {rank: token for token, rank in rank_of.items()}
+    return [token_of.get(rank, b"") for rank in range(max(token_of) + 1)]

@@ -49,14 +49,12 @@ def prepare(config: DataConfig) -> Path:
 def find_prepared(fingerprint: str) -> Path | None:
     """The folder of intact tokens whose fingerprint starts with `fingerprint`, if there is one."""
     for folder in sorted(data_root().glob("*-*-*")):
-        if folder.name.startswith(BUILDING):
+        if not fingerprint or folder.name.startswith(BUILDING):
             continue
-        try:
-            if fingerprint and read_meta(folder)["fingerprint"].startswith(fingerprint):
+        with suppress(ValueError, OSError):
+            if read_meta(folder)["fingerprint"].startswith(fingerprint):
                 check(folder, recipe={})
                 return folder
-        except (ValueError, OSError):
-            continue
     return None
 
 

@@ -48,12 +48,11 @@ def clean(runs_dir: Path, yes: bool) -> int:
         say("Nothing was removed. Pass yes=true to remove them without a question.")
         return 0
     # A run may have started to use one of them meanwhile.
-    still_unused = survey(runs_dir)[1]
-    removed = [folder for folder in sizes if folder in still_unused]
-    for folder in removed:
+    still_unused, freed = survey(runs_dir)[1], 0
+    for folder in sorted(sizes.keys() & still_unused):
         atomic.remove(folder)
         say(f"Removed {folder}")
-    freed = sum(sizes[folder] for folder in removed)
+        freed += sizes[folder]
     say(f"{readable_size(freed)} removed. Training prepares missing tokens again.")
     return 0
 
@@ -79,8 +78,7 @@ def survey(runs_dir: Path) -> tuple[dict[Path, str], dict[Path, str]]:
         raise ValueError(f"{error} Nothing was removed.") from None
 
     # Decide for each folder whether a run needs it.
-    kept: dict[Path, str] = {}
-    unused: dict[Path, str] = {}
+    kept, unused = {}, {}
     for folder in sorted(data_root().glob("*-*-*")):
         unfinished = bool(re.fullmatch(UNFINISHED, folder.name))
         # Never touch what has another name, or lies elsewhere.
@@ -90,10 +88,8 @@ def survey(runs_dir: Path) -> tuple[dict[Path, str], dict[Path, str]]:
         needed = why_kept(folder, unfinished, users)
         if needed:
             kept[folder] = needed
-        elif unfinished:
-            unused[folder] = "left unfinished"
         else:
-            unused[folder] = f"not used by a run in {runs_dir}"
+            unused[folder] = "unfinished" if unfinished else f"not used by a run in {runs_dir}"
     return kept, unused
 
 

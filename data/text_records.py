@@ -86,9 +86,18 @@ def json_array(blocks: Iterator[str], read: RecordReader, path: Path) -> Iterato
     # `text` from `start` on is not yet read.
     text = next(blocks).lstrip()[1:]
     start, number, n_blocks = 0, 0, 1
+    decoder = json.JSONDecoder()
     while True:
         try:
-            record, end = array_element(text, start)
+            start = skip_blanks(text, start)
+            # A comma may stand before the end of the array.
+            is_end = text[start : start + 1] == "]"
+            if not is_end:
+                record, end = decoder.raw_decode(text, start)
+                end = skip_blanks(text, end)
+                if text[end : end + 1] not in (",", "]"):
+                    raise json.JSONDecodeError("Expecting a comma or the end of the array", text,
+                                               end)
         except (ValueError, RecursionError) as error:
             # Read more, if the rest of the element may be in the next blocks.
             text, start = text[start:], 0
@@ -105,29 +114,14 @@ def json_array(blocks: Iterator[str], read: RecordReader, path: Path) -> Iterato
 
         # An element was read, or the end of the array.
         n_blocks = 1
-        if record is not records.MISSING:
-            number += 1
-            yield read(record, f"record {number}")
-        start = end
-        if text[end - 1] == "]":
+        if is_end:
             break
-    if any(block.strip() for block in chain([text[start:]], blocks)):
+        number += 1
+        yield read(record, f"record {number}")
+        # The end of the array is read again.
+        start = end + 1 if text[end] == "," else end
+    if any(block.strip() for block in chain([text[start + 1 :]], blocks)):
         raise ValueError(f"{path} has more text after its array: only one array is read.")
-
-
-def array_element(text: str, start: int) -> tuple[Any, int]:
-    """The element of an array at `start`, and where the next one starts.
-
-    records.MISSING at the end of the array. Raises ValueError if the element is incomplete.
-    """
-    start = skip_blanks(text, start)
-    if text[start : start + 1] == "]":
-        return records.MISSING, start + 1
-    record, end = json.JSONDecoder().raw_decode(text, start)
-    end = skip_blanks(text, end)
-    if text[end : end + 1] not in (",", "]"):
-        raise json.JSONDecodeError("Expecting a comma or the end of the array", text, end)
-    return record, end + 1
 
 
 def skip_blanks(text: str, start: int) -> int:
@@ -136,10 +130,9 @@ def skip_blanks(text: str, start: int) -> int:
 
 def may_be_cut(error: ValueError | RecursionError) -> bool:
     """Whether more text might complete the element that cannot be read."""
-    if not isinstance(error, json.JSONDecodeError):
-        return False
     # The longest words are -Infinity and escapes such as \u00e9.
-    return error.msg.startswith("Unterminated string") or len(error.doc.rstrip()) - error.pos < 10
+    return isinstance(error, json.JSONDecodeError) and (
+        error.msg.startswith("Unterminated string") or len(error.doc.rstrip()) - error.pos < 10)
 
 
 # CSV

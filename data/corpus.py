@@ -130,21 +130,21 @@ class Corpus:
         in_validation, seen = Seen(), Seen()
         if self.validation:
             for index, document in enumerate(self.validation.documents()):
-                digest, length = measure(document, update)
+                digest, number, length = measure(document, update)
                 if in_validation.add(digest) or not self.deduplicate:
-                    yield Found(index, document, number_of(digest), length, "val")
+                    yield Found(index, document, number, length, "val")
 
         # Then the other text. Without a validation text, a hash will choose its split.
         split = "train" if self.validation else ""
         for index, document in enumerate(self.source.documents()):
-            digest, length = measure(document, update)
+            digest, number, length = measure(document, update)
             self.counts["documents"] += 1
             if self.validation and digest in in_validation:
                 self.counts["in_validation"] += 1
             elif self.deduplicate and not seen.add(digest):
                 self.counts["duplicates"] += 1
             else:
-                yield Found(index, document, number_of(digest), length, split)
+                yield Found(index, document, number, length, split)
 
     def pieces(self) -> Iterator[Piece]:
         """All text, in the order of the source, in pieces."""
@@ -193,8 +193,8 @@ class Corpus:
         return text
 
 
-def measure(document: Document, update: Callable[[], None]) -> tuple[bytes, int]:
-    """The hash of a document's text, and its length in characters."""
+def measure(document: Document, update: Callable[[], None]) -> tuple[bytes, float, int]:
+    """The hash of a document's text, as a number in [0, 1) too, and its length in characters."""
     sha256, length = hashlib.sha256(), 0
     for text in document.pieces():
         if isinstance(text, SpecialToken):
@@ -203,12 +203,8 @@ def measure(document: Document, update: Callable[[], None]) -> tuple[bytes, int]
         sha256.update(text.encode())
         length += len(text)
         update()
-    return sha256.digest()[:16], length
-
-
-def number_of(digest: bytes) -> float:
-    """A uniformly distributed number in [0, 1) from a hash."""
-    return int.from_bytes(digest[:8]) / 2**64
+    digest = sha256.digest()[:16]
+    return digest, int.from_bytes(digest[:8]) / 2**64, length
 
 
 def divided(document: Document, length: int, tail: int) -> Iterator[Piece]:

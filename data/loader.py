@@ -22,7 +22,6 @@ from data.chat import Markers
 from data.examples import Examples
 from data.order import Interleaving, mix, permute
 from data.shards import Tokens
-from data.tokenizer import Tokenizer
 from terminal import counted
 
 
@@ -197,14 +196,6 @@ class Validation:
         self.n_windows = []
         for part, share in zip(self.parts, self.shares, strict=True):
             self.n_windows.append(part.count_within(int(max_tokens * share)))
-
-    def questions(self, number: int) -> list[list[int]]:
-        """Some questions of conversations, in tokens, to be answered by a model."""
-        return self.parts[0].questions(number)
-
-    def bytes_per_target(self, tokenizer: Tokenizer) -> float:
-        """The bytes of the answers of conversations by the number of targets."""
-        return self.parts[0].bytes_per_target(self.n_windows[0], tokenizer)
 
     @property
     def n_batches(self) -> int:

@@ -159,20 +159,18 @@ def parquet_column(file: Any, field: str, name: str) -> Iterator[Any]:
     if kind is None:
         raise no_field(name, field, file.schema_arrow.names)
 
-    # Read one row group after the other.
-    for number in range(file.num_row_groups):
-        group = file.metadata.row_group(number)
-        if not is_text(kind):
-            yield from repeat(OfType(str(kind)), group.num_rows)
-            continue
+    if not is_text(kind):
+        yield from repeat(OfType(str(kind)), file.metadata.num_rows)
+        return
 
+    for number in range(file.num_row_groups):
         # A row group is decompressed column by column. Its sizes are known before.
+        group = file.metadata.row_group(number)
         chunk = group.column(columns.index(field))
         packed, size = chunk.total_compressed_size, chunk.total_uncompressed_size
         if size > BOMB_BYTES and size > BOMB_RATIO * packed:
-            raise ValueError(
-                f"{name} decompresses {packed:,} bytes to {size // 2**20:,} MB at once, like a "
-                f"decompression bomb: write it again with smaller row groups.")
+            raise ValueError(f"{name} decompresses {packed:,} bytes to {size // 2**20:,} MB at "
+                             f"once, like a decompression bomb: write it with smaller row groups.")
 
         # A batch of rows takes little memory.
         rows = batch_rows(chunk.encodings, size, group.num_rows)

@@ -58,7 +58,7 @@ def open_data(prepared: Path, config: DataConfig, block_size: int, batch_size: i
                                                   batch_size, eval_tokens, rank, world_size)
     prompts: list[str | list[int]] = [""] * PROMPTS
     if markers:
-        prompts = validation.questions(PROMPTS)
+        prompts = validation.parts[0].questions(PROMPTS)
     return RunData(prepared, tokenizer, loader, validation, bytes_per_token, boundary, prompts)
 
 
@@ -79,7 +79,8 @@ def open_validation(prepared: Path, config: DataConfig, tokenizer: Tokenizer,
     bytes_per_token = val_bytes_per_token(prepared, weights)
     if markers:
         # Of conversations, only the answers are targets.
-        bytes_per_token = validation.bytes_per_target(tokenizer)
+        n_sequences = validation.n_windows[0]
+        bytes_per_token = validation.parts[0].bytes_per_target(n_sequences, tokenizer)
     return validation, bytes_per_token
 
 

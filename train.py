@@ -21,7 +21,7 @@ from pathlib import Path
 
 import atomic
 from checkpointing import notices, store
-from checkpointing.changes import limit_reached, prepared_tokens, with_vocab_size
+from checkpointing.changes import limit_reached
 from checkpointing.checkpoint import Checkpoint
 from checkpointing.environment import open_device
 from checkpointing.initial import InitialWeights
@@ -29,6 +29,7 @@ from checkpointing.memory_plan import check_memory, divides_weights, memory_advi
 from checkpointing.resume import open_run
 from checkpointing.run_folder import Run
 from checkpointing.state import State, new_state
+from checkpointing.tokens import prepared_tokens, with_vocab_size
 from conf.schema import as_yaml
 from conf.settings import Settings
 from data.run_data import RunData, open_data

@@ -16,14 +16,13 @@ from checkpointing.changes import (
     different_settings,
     is_unfinished_restart,
     limit_reached,
-    prepared_tokens,
-    with_vocab_size,
 )
 from checkpointing.checkpoint import MAX_BYTES, Checkpoint
 from checkpointing.environment import resolve_auto
 from checkpointing.format import TOKENIZER
 from checkpointing.initial import InitialWeights
 from checkpointing.run_folder import Run, check_file_types
+from checkpointing.tokens import prepared_tokens, with_vocab_size
 from conf.identity import Changes, in_short, listed
 from conf.schema import folder_name
 from conf.settings import Settings

@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 
 import atomic
-from checkpointing.changes import with_vocab_size
+from checkpointing.tokens import with_vocab_size
 from conf.convert import rebuild
 from conf.schema import compose, folder_name
 from data.prepare import prepare

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 import atomic
-from checkpointing.changes import with_vocab_size
+from checkpointing.tokens import with_vocab_size
 from conf.identity import differences, listed
 from conf.scaling import ScalingSettings
 from conf.schema import compose

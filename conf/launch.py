@@ -33,6 +33,11 @@ from training.parent import stop_with_parent
 
 # A function or class, or its name as in "train:train", which is imported only when it is needed.
 Target = str | Callable[..., Any]
+# Other programs that start several processes, with their variables for the number of processes and
+# for the number of this one: srun, Open MPI, MPICH.
+LAUNCHERS = [("srun", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
+             ("mpirun", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+             ("mpirun", "PMI_SIZE", "PMI_RANK")]
 
 # --cfg job always resolves ${...}, so --resolve changes nothing.
 FLAG_NAMES = {"--help": "--help", "-h": "--help", "-m": "-m", "--multirun": "-m",
@@ -167,6 +172,8 @@ def run_command(main: Target, root: str | type, doc: str, arguments: list[str],
     if "--cfg" in flags:
         output(as_yaml(compose(root, overrides)), end="")
         return 0
+    if root == "config":
+        check_launcher()
     settings = compose(root, overrides)
     sleep_while_waiting()
     return imported(main)(settings)
@@ -215,6 +222,24 @@ def unknown_flag(argument: str, known: dict[str, Any]) -> str:
         setting = f"{meant}={value or '...'}"
         return f"{argument}: settings are written without dashes: {setting}{unit_note(name)}."
     return f"{argument}: no such flag; settings are written key=value, and --help lists both."
+
+
+def check_launcher() -> None:
+    """Raise ValueError if anything but torchrun started several processes for one training."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return
+    for launcher, size, rank in LAUNCHERS:
+        processes = os.environ.get(size) or "1"
+        if processes == "1":
+            continue
+        # One process says so.
+        if os.environ.get(rank) != "0":
+            sys.exit(1)
+        raise ValueError(
+            f"{launcher} started {processes} processes, which would each train the same run: use "
+            f"torchrun --nproc-per-node={processes} train.py (docs/distributed.md has it for "
+            f"several nodes and SLURM). Several runs at a time are a sweep: -m with "
+            f"jobs={processes}.")
 
 
 def imported(target: Target) -> Any:

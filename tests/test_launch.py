@@ -204,6 +204,22 @@ def test_only_training_is_swept():
         command("-m", "seed=1,2", root="sample")
 
 
+@pytest.mark.parametrize(("program", "size", "rank"), launcher.LAUNCHERS)
+def test_only_torchrun_may_start_several_processes(monkeypatch, capsys, program, size, rank):
+    monkeypatch.setenv(size, "4")
+    monkeypatch.setenv(rank, "0")
+    with pytest.raises(ValueError, match=rf"{program} started 4 processes.*torchrun --nproc-per-node=4"):
+        command()
+    # The others end without a message.
+    monkeypatch.setenv(rank, "1")
+    with pytest.raises(SystemExit) as caught:
+        command()
+    assert caught.value.code == 1 and capsys.readouterr().err == ""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "torchrun")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert command() == 99
+
+
 @pytest.mark.parametrize(("restarts", "local_rank", "ends"), [(3, 0, True), (0, 0, False), (3, 1, False)])
 def test_a_mistake_ends_a_torchrun_with_restarts(monkeypatch, restarts, local_rank, ends):
     """On each of several nodes."""

@@ -232,10 +232,9 @@ class Seen:
 
     def __init__(self) -> None:
         self.table = sqlite3.connect("", isolation_level=None)
-        self.table.execute("PRAGMA journal_mode=OFF")
-        self.table.execute("PRAGMA cache_size=-65536")  # KiB
-        self.table.execute("CREATE TABLE seen (digest BLOB PRIMARY KEY) WITHOUT ROWID")
-        self.table.execute("BEGIN")
+        # The size of the cache is in KiB.
+        self.table.executescript("PRAGMA journal_mode=OFF; PRAGMA cache_size=-65536; BEGIN; "
+                                 "CREATE TABLE seen (digest BLOB PRIMARY KEY) WITHOUT ROWID")
 
     def add(self, digest: bytes) -> bool:
         """Returns whether it is new. Raises OSError if the disk for temporary files is full."""

@@ -241,7 +241,6 @@ def check_fields(meta: dict[str, Any]) -> None:
                 if np.dtype(shard["dtype"]).kind not in "ui":
                     raise ValueError(f"{shard['dtype']} is not an integer type")
     # Check the types.
-    if not all(isinstance(text, str) for text in texts):
-        raise TypeError("a text field is not a string")
-    if not all(type(count) is int and count >= 0 for count in counts):
-        raise TypeError("a count is not a non-negative integer")
+    are_counts = all(type(count) is int and count >= 0 for count in counts)
+    if not are_counts or not all(isinstance(text, str) for text in texts):
+        raise TypeError("a field is not a string, or not a non-negative integer")

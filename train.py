@@ -14,10 +14,7 @@ if __name__ == "__main__":
     # Before the imports below: --help and a wrong setting need not wait for torch.
     launch("train:train", "config", __doc__, multirun="sweep.grid:run_grid")
 
-import platform
-import time
 from contextlib import ExitStack
-from pathlib import Path
 
 import atomic
 from checkpointing import notices, store
@@ -28,6 +25,7 @@ from checkpointing.initial import InitialWeights
 from checkpointing.memory_plan import check_memory, divides_weights, memory_advice
 from checkpointing.resume import open_run
 from checkpointing.run_folder import Run
+from checkpointing.shared_disk import wait_until_shared
 from checkpointing.state import State, new_state
 from checkpointing.tokens import prepared_tokens, with_vocab_size
 from conf.schema import as_yaml
@@ -46,9 +44,6 @@ from training.decision import Decision, decide
 from training.device import Device
 from training.distributed import World
 from training.interrupt import Interrupt
-
-# Network file systems keep what they know of a folder for up to a minute.
-SHARED_SECONDS = 60.0
 
 
 def train(settings: Settings) -> int:
@@ -128,19 +123,6 @@ def load_data(settings: Settings, world: World) -> RunData:
     return open_data(prepared, settings.data, block_size, training.batch_size,
                      training.micro_steps(block_size, world.size), training.eval_tokens,
                      settings.seed, world.rank, world.size)
-
-
-def wait_until_shared(folder: Path) -> None:
-    """Wait until this node sees a folder that the first process has opened.
-
-    A network file system may show it late. Raises ValueError if this node has another disk.
-    """
-    until = time.monotonic() + SHARED_SECONDS
-    while not folder.exists():
-        if time.monotonic() > until:
-            raise ValueError(f"{folder} is not on {platform.node()}, but on the first node: all "
-                             f"nodes need the same disk for runs_dir and NANOHYDRA_DATA.")
-        time.sleep(0.5)
 
 
 def check_resources(settings: Settings, state: State, device: Device, run: Run) -> None:

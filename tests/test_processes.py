@@ -20,7 +20,7 @@ from test_runs import last_step, same
 
 import atomic
 import train as program
-from checkpointing import notices
+from checkpointing import notices, shared_disk
 from conf.launch import launch
 from data.loader import Loader
 from data.prepare import prepare
@@ -250,7 +250,7 @@ def test_processes_on_gpus_send_tensors_of_gpus_by_nccl(monkeypatch):
 
 def test_a_disk_that_a_node_does_not_share_is_a_mistake(compose_tiny, tmp_path, monkeypatch):
     """The first process has opened the folder of the prepared tokens, on its own disk."""
-    monkeypatch.setattr(program, "SHARED_SECONDS", 0.0)
+    monkeypatch.setattr(shared_disk, "SHARED_SECONDS", 0.0)
     monkeypatch.setattr(program, "prepared_tokens", lambda settings: tmp_path / "prepared")
     with pytest.raises(ValueError, match=r"prepared is not on .* all nodes need the same disk"):
         program.train(compose_tiny())

@@ -116,7 +116,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float)
 
 
 def unfused_is_faster(v: Tensor) -> bool:
-    """In bf16 on CPUs the fused kernel takes up to three times as long: docs/benchmarks.md."""
+    """In bf16 on CPUs the fused kernel takes up to three times as long: docs/experiments.md."""
     return v.is_cpu and v.dtype == torch.bfloat16
 
 

@@ -1,6 +1,6 @@
 """The linear layer, which trains in fp32 on AMD CPUs with AVX-512 by oneDNN instead of MKL.
 
-MKL is slower there: docs/benchmarks.md has timings. Knows tensors only.
+MKL is slower there: docs/experiments.md has timings. Knows tensors only.
 """
 
 from __future__ import annotations

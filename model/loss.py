@@ -61,7 +61,7 @@ def next_token_loss(features: Tensor, weight: Tensor, targets: Tensor,
 
     `features` are `[N, C]`, `weight` is `[V, C]`. Targets that are MASKED do not count; if all are,
     the loss is 0. On CPUs `torch.nn.functional.linear_cross_entropy` takes 2.6 times as long:
-    docs/benchmarks.md.
+    docs/experiments.md.
     """
     if len(targets) * len(weight) <= MIN_LOGITS:
         logits = linear(features, weight).float()

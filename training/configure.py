@@ -116,7 +116,7 @@ def restore_determinism(enabled: bool, warn_only: bool, fill: bool, cublas: str 
 def keep_freed_memory() -> None:
     """Let glibc keep freed memory, since a step allocates and frees the same hundreds of MB.
 
-    Returned to the system, each page would be faulted in again; see docs/benchmarks.md.
+    Returned to the system, each page would be faulted in again; see docs/experiments.md.
     """
     set_malloc_options(trim_threshold=2**31 - 1, mmap_max=0)
 

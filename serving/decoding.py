@@ -263,19 +263,22 @@ class Batcher:
         """Add a token to each sequence. Those that have ended leave the batch."""
         tokens, logits = self.batch.step()
         tokens, pieces = tokens.tolist(), []
-        # From the last one on, since the last one takes the place of one that leaves.
-        for place in reversed(range(len(tokens))):
-            sample = self.batch.rows[place]
-            generation = sample.generation
-            piece = sample.add(tokens[place], logits[place])
-            if piece:
-                pieces.append((generation, piece))
-            if sample.completion.finished or generation.cancelled:
-                self.batch.leave(place)
-                generation.n_open -= 1
-                if not generation.n_open:
-                    self.open.discard(generation)
-        self.hand_over(pieces)
+        try:
+            # From the last one on, since the last one takes the place of one that leaves.
+            for place in reversed(range(len(tokens))):
+                sample = self.batch.rows[place]
+                generation = sample.generation
+                piece = sample.add(tokens[place], logits[place])
+                if piece:
+                    pieces.append((generation, piece))
+                if sample.completion.finished or generation.cancelled:
+                    self.batch.leave(place)
+                    generation.n_open -= 1
+                    if not generation.n_open:
+                        self.open.discard(generation)
+        finally:
+            # A generation that has ended is not open any more, so a failure does not reach it.
+            self.hand_over(pieces)
 
     def hand_over(self, pieces: Sequence[tuple[Generation, Piece | Exception]]) -> None:
         """Give pieces to those who wait for them. Waking the event loop is slow: once a step."""

@@ -32,7 +32,7 @@ from generation.chat import Conversation, next_answer
 from generation.decoder import Decoder
 from generation.engine import Engine
 from model.gpt import GPT, GPTConfig
-from serving.decoding import Batcher, DecodingThread, Generation
+from serving.decoding import Batcher, DecodingThread, Generation, Sample
 from serving.fields import Refused
 from serving.tasks import Model
 from training.device import Device
@@ -247,6 +247,29 @@ def test_a_failure_ends_the_requests_and_not_the_thread(engine, monkeypatch):
 
     with decoding(engine) as [batcher]:
         asyncio.run(fail_and_go_on(batcher))
+
+
+def test_a_text_that_ends_in_a_step_that_fails_is_given(engine, monkeypatch):
+    add, ready = Sample.add, threading.Event()
+
+    def fail_at_second_token(sample, token, logits):
+        if sample.completion.tokens:
+            raise KeyError(token)
+        return add(sample, token, logits)
+
+    async def submit_two(batcher):
+        long, short = (Generation([([1], 0)], SamplingConfig(n)) for n in (3, 1))
+        batcher.thread.call(ready.wait)
+        batcher.submit(long)
+        batcher.submit(short)
+        ready.set()
+        with pytest.raises(KeyError):
+            await collected(long)
+        assert (await asyncio.wait_for(collected(short), 5))[1] == [1]
+
+    monkeypatch.setattr(Sample, "add", fail_at_second_token)
+    with decoding(engine) as [batcher]:
+        asyncio.run(submit_two(batcher))
 
 
 def test_a_vocabulary_may_be_smaller_than_the_alternatives():

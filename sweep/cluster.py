@@ -158,6 +158,13 @@ class Queue:
         self.reasons = {"None"}  # for which jobs wait, and which were printed
         self.read_at = -math.inf
 
+    def add(self, number: str) -> None:
+        """Watch a job of this sweep. It waits, unless the next answer says otherwise."""
+        self.own.add(number)
+        self.read_at = -math.inf
+        if self.states is not None:
+            self.states.setdefault(number, "PENDING")
+
     def update(self) -> None:
         """Ask squeue. While the controller does not answer, its last answer holds."""
         command = ["squeue", "--noheader", "--array", "--states=all", f"--user={os.getuid()}",
@@ -191,8 +198,7 @@ class Submitted:
         self.cancelled = False
         self.ended_at = math.inf
         if queue:
-            queue.own.add(job.job_id)
-            queue.read_at = -math.inf
+            queue.add(job.job_id)
 
     def poll(self) -> int | None:
         """The exit code, or None while it runs. Errors of the cluster are written to the log."""

@@ -535,10 +535,15 @@ def test_a_job_that_slurm_cancels_ends_without_accounting(slurm):
 
 
 def test_a_controller_that_does_not_answer_ends_no_job(slurm):
-    _, job = submitted(slurm)
+    runner, job = submitted(slurm)
     assert job.process.poll() is None
     (slurm / "squeue").write_text("#!/bin/sh\nexit 1\n")
     assert job.process.poll() is None
+    # Nor a job that was submitted after its last answer.
+    (slurm / "sbatch").write_text("#!/bin/sh\necho Submitted batch job 8\n")
+    later = Job("b", slurm / "sweep", [], 1)
+    runner.start([later])
+    assert later.process.poll() is None
 
 
 def test_jobs_that_slurm_does_not_accept_are_one_sentence(slurm):

@@ -167,8 +167,9 @@ class Queue:
 
     def update(self) -> None:
         """Ask squeue. While the controller does not answer, its last answer holds."""
-        command = ["squeue", "--noheader", "--array", "--states=all", f"--user={os.getuid()}",
-                   "--format=%i %T %r"]
+        # "--all" shows jobs in hidden partitions, too.
+        command = ["squeue", "--noheader", "--all", "--array", "--states=all",
+                   f"--user={os.getuid()}", "--format=%i %T %r"]
         self.read_at = time.monotonic()
         try:
             listed = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)

@@ -111,9 +111,15 @@ def run_plan(plan: Plan) -> tuple[int, list[Job]]:
                 finished.append(job)
             else:
                 left.append(job)
+
+        # Say how many jobs there are, and how many need not or cannot run.
         total = len(jobs) + len(plan.failures)
-        say(f"Sweep: {plan.folder}, {counted(total, 'job')}, of which {len(finished)} finished "
-            f"before and {len(plan.failures)} are invalid (listed at the end)")
+        parts = [f"Sweep: {plan.folder}", counted(total, "job")]
+        if finished:
+            parts.append(f"{len(finished)} finished before")
+        if plan.failures:
+            parts.append(f"{len(plan.failures)} invalid (listed at the end)")
+        say(", ".join(parts))
 
         # Run the others. The best result so far may be that of a finished job.
         progress = Progress(total, len(finished), plan.failures)

@@ -54,4 +54,5 @@ def extension(step: int, config: OptimConfig, old_max_steps: int, max_steps: int
     end = lr_scale(max_steps - 1, config, max_steps)
     return (f"The {config.schedule} schedule for {counted(old_max_steps, 'step')} becomes the one "
             f"for {longer} from here on: the rate was {before:.0%} of its peak, continues at "
-            f"{after:.0%}, and ends at {end:.0%}. A run of {longer} would have had other rates.")
+            f"{after:.0%}, and ends at {end:.0%}. A run planned for {longer} from the start would "
+            f"have had other rates until here.")

@@ -22,11 +22,11 @@ from data.corpus import Corpus
 from data.document import SpecialToken
 from data.encode import segments
 from data.shards import SPLITS, check, check_shards, prepare_again, read_meta, write_meta
-from data.sources import Source, open_sources, open_validation
+from data.sources import Files, Source, open_sources, open_validation
 from data.store import BUILDING, data_root, folder_for, make_once, sha256_of
 from data.tokenizer import CharTokenizer, Tokenizer
 from data.tokenizer_json import find_tokenizer, fingerprint, open_tokenizer, read_tokenizer
-from terminal import counted
+from terminal import counted, say
 
 SAMPLE_BYTES = 2**28  # from the start of the training split, to train a tokenizer
 PROGRESS = "progress.json"  # lists the complete segments while tokens are being prepared
@@ -43,7 +43,16 @@ def prepare(config: DataConfig) -> Path:
     plan = planned(config)
     make_once(plan.folder, lambda building: build(building, plan, config))
     check(plan.folder, plan.recipe)
+    tell_skipped(plan)
     return plan.folder
+
+
+def tell_skipped(plan: Plan) -> None:
+    """Print the number of skipped files, if it has changed since the tokens were made."""
+    for source, part in zip(plan.sources.values(), read_meta(plan.folder)["parts"], strict=True):
+        skipped = isinstance(source, Files) and source.skipped
+        if skipped and source.description() not in part.get("read", ""):
+            say(f"The text is the same as before, now in {source.description()}.")
 
 
 def find_prepared(fingerprint: str) -> Path | None:

@@ -64,6 +64,15 @@ def test_inspect_needs_no_matplotlib(folder_of_texts, fresh_data, capsys, monkey
     assert "needs matplotlib" in capsys.readouterr().out and not list(fresh_data.rglob("*.png"))
 
 
+def test_files_that_are_skipped_later_are_counted(folder_of_texts, fresh_data, capsys):
+    words = ["data=text", f"data.path={folder_of_texts}", "data.tokenizer=byte"]
+    run(*words)
+    assert "same as before" not in capsys.readouterr().out
+    (folder_of_texts / "new.docx").touch()
+    run(*words)
+    assert "same as before, now in 120 files (skipped 1 .docx)." in capsys.readouterr().out
+
+
 def test_a_source_of_skipped_records_says_so(tmp_path, fresh_data):
     (tmp_path / "a.jsonl").write_text('{"text": null}\n' * 3)
     with pytest.raises(ValueError, match=r"every document is empty \(1 file, 3 records without text skipped\)"):

@@ -26,8 +26,8 @@ from terminal import counted, say
 def complete_file(engine: Engine, settings: SampleSettings, decoder: Decoder | None) -> None:
     """Complete each line of `prompts` `num_samples` times into `out`, in order.
 
-    Empty lines are skipped. Raises ValueError or OSError, changing nothing, if `out` holds
-    completions of other prompts or settings, or anything else.
+    Empty lines are skipped. Raises ValueError, changing nothing, if `out` holds completions of
+    other prompts or settings, or anything else.
     """
     jobs = read_jobs(settings)
     for prompt, _ in jobs:
@@ -35,6 +35,8 @@ def complete_file(engine: Engine, settings: SampleSettings, decoder: Decoder | N
         engine.encode(prompt)
     settings_id = identity(engine, settings)
     path = Path(settings.out)
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise ValueError(f"out={path} is not a regular file: choose another.")
     path.parent.mkdir(parents=True, exist_ok=True)
 
     with locks.exclusive_lock(path):

@@ -171,7 +171,7 @@ def test_the_file_of_prompts_is_not_overwritten(fill, tmp_path):
 @pytest.mark.parametrize("make", [Path.mkdir, lambda path: path.symlink_to("real.jsonl"), mkfifo], ids=["folder", "link", "pipe"])
 def test_completions_go_to_regular_files_only(fill, tmp_path, make):
     make(tmp_path / "there")
-    with pytest.raises(OSError, match=r"there is not a regular file, .*: move it away"):
+    with pytest.raises(ValueError, match=r"out=.*there is not a regular file: choose another"):
         fill(["The"], f"out={tmp_path / 'there'}")
 
 

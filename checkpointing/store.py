@@ -106,7 +106,8 @@ def load_first(checkpoints: Path, which: str, load: Callable[[Checkpoint], Loade
             damaged[one.folder] = str(error)
     if damaged:
         raise ValueError(f"All checkpoints in {checkpoints} are damaged: "
-                         f"{'; '.join(damaged.values())}. Restore a copy, or pass restart=true.")
+                         f"{'; '.join(damaged.values())}. Restore a copy of one, or pass "
+                         "restart=true to start over.")
     return None, "", {}
 
 

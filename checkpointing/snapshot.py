@@ -159,7 +159,8 @@ def save_checkpoint(checkpoints: Path, snapshot: Snapshot,
         except OSError as error:
             raise OSError(
                 f"{folder} could not be written ({error.strerror or error}). It needs "
-                f"{readable_size(needed)} of free disk space. Earlier ones are kept.") from None
+                f"{readable_size(needed)} of free disk space. Earlier checkpoints are "
+                "kept.") from None
 
 
 def join_save(snapshot: Snapshot, peers: Peers) -> None:

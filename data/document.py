@@ -25,7 +25,7 @@ CUT = re.compile(rf"(?<={WORD})(?= \S)|(?<=\S\n)(?=[^\s/])|(?<={LETTER})(?={MARK
 # How many characters at the end of a piece are searched for a place to cut: few, then more.
 CUT_WITHIN = (2**10, 2**16)
 
-# A longer document between separators is read again from its file.
+# A longer document between two separators is read again from its file.
 IN_MEMORY = 2**24  # characters
 ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}
 LINE_END = r"(?>\r\n|\n|\r)"
@@ -138,7 +138,7 @@ def with_ends(pieces: Iterator[str], separator: str) -> Iterator[tuple[str, bool
     waiting, after_separator = "", False
     for piece in pieces:
         waiting += piece
-        # They may be in the next piece.
+        # Line ends after a separator may be in the next piece.
         if after_separator:
             waiting = waiting.lstrip("\r\n")
             after_separator = not waiting

@@ -123,7 +123,7 @@ def halves(token: bytes, rank_of: dict[bytes, int]) -> list[bytes]:
     return parts
 
 
-# Read one
+# Read a tokenizer.json
 
 
 def from_hugging_face(content: Any, place: str) -> Tokenizer:

@@ -214,6 +214,7 @@ def plain_sentence(error: Exception, overrides: list[str]) -> str:
     said = first_line(error)
     missing = re.search(r"Could not find '(\w+)/([^/]*?)'", said)
     if missing and missing[1] in groups():
-        where = [f" (in {override})" for override in overrides if override.startswith("experiment")]
-        return wrong_preset(*missing.groups()).replace(":", f"{''.join(where[-1:])}:", 1)
+        chosen = [override for override in overrides if override.startswith("experiment=")]
+        where = f" (in {chosen[-1]})" if chosen else ""
+        return wrong_preset(*missing.groups()).replace(":", f"{where}:", 1)
     return f"The configuration cannot be composed: {said}."

@@ -69,7 +69,7 @@ def write(chosen: list[tuple[Path, str]], out: Path, title: str,
         contents[out.with_name(f"{out.stem}-curves.png")] = curves_png(runs)
         compared, keys = comparable(runs)
         if len(compared) >= MIN_RUNS and keys:
-            slices = slices_png(compared, keys[: MAX_SLICES], runs)
+            slices = slices_png(compared, keys[:MAX_SLICES], runs)
             contents[out.with_name(f"{out.stem}-slices.png")] = slices
     for path, content in contents.items():
         atomic.write_bytes(path, content)

@@ -81,9 +81,10 @@ class Optimizers:
             self.keys |= dict.fromkeys(matrices, Muon.STATE)
             own = self.assign(matrices, whole=True)
             groups = self.groups(own, config.muon_lr, config.weight_decay)
-            muon = Muon(groups, config.muon_lr, config.momentum)
             if sharded:
                 muon = RowMuon(groups, config.muon_lr, config.momentum, self.own_parts, self.world)
+            else:
+                muon = Muon(groups, config.muon_lr, config.momentum)
             self.all.append(muon)
         else:
             decayed = matrices + decayed

@@ -211,8 +211,10 @@ def normalizer_of(content: dict[str, Any] | None) -> str:
     match content:
         case None | {"type": "Sequence", "normalizers": []}:
             return ""
-        case {"type": "NFC"} | {"type": "Sequence", "normalizers": [{"type": "NFC"}]}:
+        case {"type": "NFC"}:
             return "NFC"
+        case {"type": "Sequence", "normalizers": [only]}:
+            return normalizer_of(only)
     raise Unsupported(f"its normalizer is {content['type']}")
 
 

@@ -160,6 +160,7 @@ ADDED = {"id": 300, "content": "<x>", "single_word": False, "lstrip": False, "rs
     ("model.dropout", 0.1, "its model has dropout=0.1"),
     ("normalizer", {"type": "NFKC"}, "its normalizer is NFKC"),
     ("normalizer", {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]}, "its normalizer is Sequence"),
+    ("normalizer", {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "_"}]}, "its normalizer is Prepend"),
     ("pre_tokenizer", {"type": "Metaspace"}, "does not end with ByteLevel"),
     ("pre_tokenizer", None, "does not end with ByteLevel"),
     ("pre_tokenizer", {"type": "ByteLevel", "add_prefix_space": True}, "add_prefix_space=true"),

@@ -226,7 +226,8 @@ def unknown_flag(argument: str, known: dict[str, Any]) -> str:
 
 def check_launcher() -> None:
     """Raise ValueError if anything but torchrun started several processes for one training."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    # In a shell that `srun --pty` has opened, there is one process, whatever the number of tasks.
+    if "TORCHELASTIC_RUN_ID" in os.environ or "SLURM_PTY_PORT" in os.environ:
         return
     for launcher, size, rank in LAUNCHERS:
         processes = os.environ.get(size) or "1"

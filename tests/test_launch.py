@@ -215,6 +215,9 @@ def test_only_torchrun_may_start_several_processes(monkeypatch, capsys, program,
     with pytest.raises(SystemExit) as caught:
         command()
     assert caught.value.code == 1 and capsys.readouterr().err == ""
+    with monkeypatch.context() as in_a_shell:
+        in_a_shell.setenv("SLURM_PTY_PORT", "12345")
+        assert command() == 99
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "torchrun")
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert command() == 99

@@ -40,10 +40,13 @@ def read_text(path: Path) -> str:
     """The text of a file of settings. Raises ConfigError if it is not a small UTF-8 file."""
     if not path.is_file():
         raise ConfigError([f"{path} is not a file: name a YAML file."])
-    if path.stat().st_size > MAX_BYTES:
+    # Special files can have more than the size that the system tells.
+    with path.open("rb") as file:
+        content = file.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
         raise ConfigError([f"{path} is too large for settings: the limit is {MAX_BYTES:,} bytes."])
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         problem = f"{path} is not UTF-8 at offset {error.start}: save it as UTF-8."
         raise ConfigError([problem]) from None

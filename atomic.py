@@ -37,13 +37,15 @@ class NotRegularFile(OSError):
                          f"move it away.")
 
 
-def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
+def open_regular(path: Path, flags: int = os.O_RDONLY, folder: int | None = None) -> int:
     """Open a regular file and return its descriptor, without following links or waiting for FIFOs.
 
+    `folder` is the descriptor of the folder to open it in, if that must be a certain one.
     Raises NotRegularFile for anything else, and OSError if it cannot be opened.
     """
     try:
-        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+        name = path if folder is None else path.name
+        descriptor = os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644, dir_fd=folder)
     except OSError as error:
         if path.is_symlink() or (os.path.lexists(path) and not path.is_file()):
             raise NotRegularFile(path) from error

@@ -72,8 +72,8 @@ def compile_source(source: Path, command: list[str]) -> bytes:
         return made.read_bytes()
 
 
-def close_to_others(folder: Path) -> None:
-    """Let only this user read and write in a folder.
+def open_private(folder: Path) -> int:
+    """Open a folder, close it to other users, and return its descriptor.
 
     Raises OSError if it is missing, a relative path, a symbolic link, or belongs to another user.
     """
@@ -83,8 +83,10 @@ def close_to_others(folder: Path) -> None:
     try:
         check_owner(handle)
         os.fchmod(handle, 0o700)
-    finally:
+        return handle
+    except OSError:
         os.close(handle)
+        raise
 
 
 def check_owner(handle: int) -> None:
@@ -95,10 +97,14 @@ def check_owner(handle: int) -> None:
 
 def read_cached(path: Path) -> bytes:
     """A library from the cache. Raises OSError unless it can be trusted."""
-    close_to_others(path.parent)
-    with open(atomic.open_regular(path), "rb") as file:
-        check_owner(file.fileno())
-        content = file.read()
+    folder = open_private(path.parent)
+    try:
+        # From the folder that was checked, whatever its path names by now.
+        with open(atomic.open_regular(path, folder=folder), "rb") as file:
+            check_owner(file.fileno())
+            content = file.read()
+    finally:
+        os.close(folder)
     checksum, content = content[:CHECKSUM_BYTES], content[CHECKSUM_BYTES:]
     if hashlib.sha256(content).digest() != checksum:
         raise OSError(f"{path} is damaged.")
@@ -109,7 +115,7 @@ def write_cached(path: Path, content: bytes) -> None:
     """Write a library, after its checksum, for the next process."""
     if path.is_absolute():
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    close_to_others(path.parent)
+    os.close(open_private(path.parent))
     atomic.write_bytes(path, hashlib.sha256(content).digest() + content)
 
 

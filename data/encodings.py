@@ -1,39 +1,17 @@
-"""From the bytes of a file to text: decompress them in bounded memory, and decode them.
+"""Decode the bytes of a file to text.
 
-Knows compressions, byte order marks and encodings, and guesses an encoding where none is set. Every
-error names the file, and the offset and the line if it can. Knows no records and no tokens.
+Knows byte order marks and encodings, and guesses an encoding where none is set. Every error names
+the file, and the offset and the line if it can. Knows no records and no tokens.
 """
 
 from __future__ import annotations
 
-import bz2
 import codecs
-import gzip
-import io
-import lzma
-import os
 import re
 import string
-import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
-
-COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
-
-# What Python's readers raise for damaged files.
-DAMAGE = (EOFError, zlib.error, lzma.LZMAError, OSError)
-
-# zstd and xz decompress all of their input at once, and 4 bytes can stand for 128 KB.
-# This many bytes at a time decompress to 16 MB at most.
-INPUT_BYTES = 512
-
-# zstd and xz keep a window of the last text in memory. The smallest limit is the default of the
-# `zstd` command; large files may need up to 2 GB (`zstd --long=31`).
-LEAST_WINDOW, LARGEST_WINDOW = 2**27, 2**31
-WINDOW_PER_BYTE = 16
+from typing import BinaryIO
 
 BLOCK = 2**18  # bytes
 
@@ -67,101 +45,6 @@ OTHER_SCRIPTS = {"cp1251": CYRILLIC, "koi8-r": CYRILLIC, "cp1253": GREEK, "cp932
                  "euc_jp": JAPANESE, "euc_kr": KOREAN, "gb18030": CHINESE, "big5": CHINESE}
 # Of frequent characters among the non-ASCII ones. Wrong encodings have smaller shares.
 LEAST_SHARE = 0.2
-
-
-@contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Turn read errors into a ValueError that names the file."""
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise ValueError(f"{path} cannot be read ({error.strerror}).") from None
-        # zstandard is optional, so its exception class cannot be named here.
-        if not isinstance(error, DAMAGE) and type(error).__name__ != "ZstdError":
-            raise
-        reason = str(error)
-        if "too much memory" in reason or "emory usage limit" in reason:
-            raise ValueError(f"{path} is damaged, or needs more memory than is allowed for its "
-                             f"size: compress it again with default settings.") from None
-        raise ValueError(f"{path} is damaged or truncated ({reason}).") from None
-
-
-def plain_name(path: Path) -> str:
-    """The file name in lower case, without the suffix of a compression format."""
-    name = path.name.lower()
-    stem, ending = os.path.splitext(name)
-    return stem if ending in COMPRESSIONS else name
-
-
-def decompressed(raw: BinaryIO, path: Path) -> BinaryIO:
-    """A stream of the decompressed content of `path`, which is open as `raw`.
-
-    Raises ValueError if this needs a package that is not installed.
-    """
-    # .xz and .zst need as much memory as the file says, up to a limit.
-    window = WINDOW_PER_BYTE * os.fstat(raw.fileno()).st_size
-    window = min(max(window, LEAST_WINDOW), LARGEST_WINDOW)
-    match path.suffix.lower():
-        case ".gz":
-            return gzip.GzipFile(fileobj=raw)
-        case ".bz2":
-            return bz2.BZ2File(raw)
-        case ".xz":
-            new_decompressor = partial(lzma.LZMADecompressor, memlimit=window)
-        case ".zst":
-            try:
-                import zstandard
-            except ImportError:
-                raise ValueError(f"{path} needs zstandard: pip install zstandard.") from None
-            new_decompressor = zstandard.ZstdDecompressor(max_window_size=window).decompressobj
-        case _:
-            return raw
-    frames = decompress_frames(raw, new_decompressor)
-    return io.BufferedReader(BlockStream(frames), buffer_size=2**16)
-
-
-def decompress_frames(raw: BinaryIO, new_decompressor: Callable[[], Any]) -> Iterator[bytes]:
-    """The content of one compressed frame after the other.
-
-    Raises EOFError if the last one is truncated.
-    """
-    frame = new_decompressor()
-    while block := raw.read(INPUT_BYTES):
-        while block:
-            if not frame.eof:
-                yield frame.decompress(block)
-                block = frame.unused_data
-                continue
-            # Another frame follows. Zeros between frames are padding.
-            block = block.lstrip(b"\0")
-            if block:
-                frame = new_decompressor()
-    if not frame.eof:
-        raise EOFError("its last frame has no end")
-
-
-class BlockStream(io.RawIOBase):
-    """An unbuffered stream of the bytes that an iterator yields."""
-
-    def __init__(self, blocks: Iterator[bytes]) -> None:
-        self.blocks = blocks
-        self.rest = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: memoryview) -> int:
-        # An empty block is not the end.
-        if not self.rest:
-            self.rest = memoryview(next(filter(None, self.blocks), b""))
-        size = min(len(buffer), len(self.rest))
-        buffer[:size] = self.rest[:size]
-        self.rest = self.rest[size:]
-        return size
-
-
-# Decode
 
 
 def decoded(stream: BinaryIO, path: Path, encoding: str = "utf-8",

@@ -19,8 +19,10 @@ from typing import BinaryIO
 
 from data import text_records
 from data.document import Document, cut_into_pieces
-from data.encodings import COMPRESSIONS, decoded, decompressed, plain_name, reading
-from data.records import SUFFIXES, BadRecord, parquet_texts
+from data.encodings import decoded
+from data.parquet import parquet_texts
+from data.records import SUFFIXES, BadRecord
+from data.unpack import COMPRESSIONS, decompressed, plain_name, reading
 
 # Of the files that are read in a folder. Parquet has its own compression.
 COMPRESSIBLE = (".txt", ".md", *SUFFIXES[:-1])

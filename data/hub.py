@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import atomic
-from data import records
+from data import parquet, records
 from data.config import DataConfig
 from data.dataset_card import is_file_in, refuse_paths_outside
 from data.document import Document
@@ -242,10 +242,10 @@ class Hub:
 
         paths = self.paths(builder)
         for index, path in enumerate(paths):
-            with xopen(path, "rb") as file, records.open_parquet(file) as parquet:
-                values = records.parquet_column(parquet, self.config.text_field, self.name)
+            with xopen(path, "rb") as file, parquet.open_parquet(file) as opened:
+                values = parquet.parquet_column(opened, self.config.text_field, self.name)
                 for row, value in enumerate(values, 1):
-                    self.done = (index + row / parquet.metadata.num_rows) / len(paths)
+                    self.done = (index + row / opened.metadata.num_rows) / len(paths)
                     yield value
 
     def streamed_values(self, builder: Any) -> Iterator[Any]:

@@ -20,7 +20,7 @@ from tiktoken_ext import openai_public
 
 from data import document, encodings, files, records
 from data.bpe import BPETokenizer
-from data.records import parquet_column
+from data.parquet import parquet_column
 
 RECORDS = ["one", "two\nlines", "žluťoučký 🐎", "  ", "three"]
 KEPT = ["one", "two\nlines", "žluťoučký 🐎", "three"]

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import encodings, files, records, text_records
-from data.records import batch_rows, parquet_texts
+from data.parquet import batch_rows, parquet_texts
 
 TEXTS = ["one", "two\nlines, with a comma", 'a "quote"', "žluťoučký 🐎", "\ttab", "[1, 2]"]
 
@@ -299,7 +299,7 @@ def test_a_parquet_file_that_unpacks_to_much_more_is_refused(tmp_path, monkeypat
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
-    monkeypatch.setattr("data.records.BOMB_BYTES", 2**22)
+    monkeypatch.setattr("data.parquet.BOMB_BYTES", 2**22)
     parquet.write_table(
         pyarrow.table({"text": ["x" * 2**20] * 8}),
         tmp_path / "a.parquet",

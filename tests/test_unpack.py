@@ -9,7 +9,7 @@ import tracemalloc
 
 import pytest
 
-from data import encodings, files
+from data import files, unpack
 
 
 def zstd(content):
@@ -84,7 +84,7 @@ def test_a_small_file_may_not_ask_for_a_large_window(tmp_path, monkeypatch):
     ):
         read(tmp_path / "a.txt.zst")
     # As if the file were large, like those of zstd --long=30.
-    monkeypatch.setattr(encodings, "WINDOW_PER_BYTE", 2**30)
+    monkeypatch.setattr(unpack, "WINDOW_PER_BYTE", 2**30)
     assert read(tmp_path / "a.txt.zst") == ["text " * 1000]
 
 

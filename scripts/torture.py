@@ -91,22 +91,22 @@ class FaultyOs:
         if name not in WRITING:
             return function
 
-        def call(*arguments: object) -> object:
+        def call(*arguments: object, **named: object) -> object:
             self.calls += 1
             if self.calls == self.at:
-                self._fail(function, arguments)
+                self._fail(function, arguments, named)
             if self.calls > self.at and self.fault == "disk full for good":
                 raise disk_full()
-            return function(*arguments)
+            return function(*arguments, **named)
 
         return call
 
-    def _fail(self, function: Callable[..., object], arguments: tuple) -> None:
+    def _fail(self, function: Callable[..., object], arguments: tuple, named: dict) -> None:
         if self.fault == "killed within":
             if function is os.write:
                 descriptor, content = arguments
                 arguments = descriptor, content[: len(content) // 2]
-            function(*arguments)
+            function(*arguments, **named)
         if "killed" in self.fault:
             os._exit(9)
         raise disk_full()

@@ -252,30 +252,33 @@ def score_batch(engine: Engine, batch: Batch, requests: Sequence[Request]) -> di
     device = engine.device.torch
     targets = [requests[number].targets for number in batch.predicting]
     pairs = list(zip(chain(*batch.predicting.values()), chain(*targets), strict=True))
+    indices, labels = torch.tensor(pairs, device=device).unbind(1)
+    # A token may predict targets of several requests: its features are computed once.
+    scored, rows = indices.unique(return_inverse=True)
     with engine.device.autocast():
         ids = torch.tensor([batch.tokens], device=device)
-        features = engine.model.features(ids, context=TreeAttention(batch, device))[0]  # [T, C]
-        logprobs, is_greedy = token_scores(engine, features, torch.tensor(pairs, device=device))
+        context = TreeAttention(batch, device)
+        features = engine.model.features(ids, context=context, at=scored)[0]  # [N, C]
+        logprobs, is_greedy = token_scores(engine, features, rows, labels)
 
     # A score is the sum over the targets of a request.
     counts = list(map(len, targets))
-    scored = zip(logprobs.cpu().split(counts), is_greedy.cpu().split(counts), strict=True)
+    results = zip(logprobs.cpu().split(counts), is_greedy.cpu().split(counts), strict=True)
     return {number: Score(math.fsum(of_targets.tolist()), bool(greedy.all()))
-            for number, (of_targets, greedy) in zip(batch.predicting, scored, strict=True)}
+            for number, (of_targets, greedy) in zip(batch.predicting, results, strict=True)}
 
 
-def token_scores(engine: Engine, features: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor]:
-    """The log probabilities of targets `[N]`, and whether each is the likeliest token.
+def token_scores(engine: Engine, features: Tensor, rows: Tensor,
+                 targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The log probabilities of `targets`, and whether each is the likeliest token.
 
-    `pairs` `[N, 2]` have the index in `features` `[T, C]` that predicts a target, and the target.
+    Target n is predicted by row `rows[n]` of the features `[N, C]`.
     """
-    indices, targets = pairs.unbind(1)
     logprobs = torch.empty(len(targets), device=targets.device)
     is_greedy = torch.empty_like(logprobs, dtype=torch.bool)
-    # Logits are computed once where a target is predicted, for some rows at a time.
-    scored, rows = indices.unique(return_inverse=True)
-    for start in range(0, len(scored), MAX_POSITIONS):
-        logits = engine.model.head(features[scored[start : start + MAX_POSITIONS]]).float()
+    # Logits are computed for some rows at a time.
+    for start in range(0, len(features), MAX_POSITIONS):
+        logits = engine.model.head(features[start : start + MAX_POSITIONS]).float()
         own = (start <= rows) & (rows < start + MAX_POSITIONS)
         row, target = rows[own] - start, targets[own]
         # On CPUs, logsumexp takes seven times as long as log_softmax.

@@ -56,7 +56,7 @@ def our_logits(weights: Weights, ids: Tensor) -> Tensor:
     """The logits `[1, P, V]` of our model at the compared positions."""
     model = weights.model()
     positions = compared_positions(ids, weights.config.vocab_size)
-    return model.head(model.features(ids)[:, positions])
+    return model.head(model.features(ids, at=positions))
 
 
 def compare(ours: Tensor, theirs: Tensor, program: str, n_tokens: int) -> str:

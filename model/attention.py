@@ -47,14 +47,19 @@ class CausalSelfAttention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, rotary: Tensor | None = None, cache: KVCache | None = None,
-                context: AttentionContext | None = None) -> Tensor:
-        """`x` `[B, T, C]` -> `[B, T, C]`; `rotary` is the table of the T positions, if used."""
+                context: AttentionContext | None = None, at: Tensor | None = None) -> Tensor:
+        """`x` `[B, T, C]` -> `[B, T, C]`; `rotary` is the table of the T positions, if used.
+
+        With indices `at` `[N]`, the output `[B, N, C]` is that of these positions only.
+        """
         # q is [B, H, T, D]; k and v are [B, G, S, D].
         q, k, v = self.project_qkv(x, rotary, cache)
         dropout = self.dropout if self.training else 0.0
         if context is not None:
-            return self.project_output(context.attend(q, k, v, dropout))
-        return self.project_output(attend(q, k, v, None, dropout))
+            y = context.attend(q, k, v, dropout)
+        else:
+            y = attend(q, k, v, None, dropout)
+        return self.project_output(y if at is None else y[:, :, at])
 
     def forward_with_weights(self, x: Tensor, rotary: Tensor | None = None,
                              cache: KVCache | None = None) -> tuple[Tensor, Tensor]:

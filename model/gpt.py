@@ -69,9 +69,10 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, rotary: Tensor | None = None, cache: KVCache | None = None,
-                context: AttentionContext | None = None) -> Tensor:
+                context: AttentionContext | None = None, at: Tensor | None = None) -> Tensor:
         """`x` `[B, T, C]` -> `[B, T, C]`; the other arguments are those of the attention."""
-        x = x + self.attn(self.ln_1(x), rotary, cache, context=context)
+        update = self.attn(self.ln_1(x), rotary, cache, context=context, at=at)
+        x = (x if at is None else x[:, at]) + update
         return x + self.mlp(self.ln_2(x))
 
 
@@ -141,13 +142,14 @@ class GPT(nn.Module):
 
     def features(self, idx: Tensor, cache: KVCache | None = None,
                  document_ids: Tensor | None = None, max_documents: int = 0,
-                 context: AttentionContext | None = None) -> Tensor:
-        """Token ids `[B, T]` -> the final residual stream `[B, T, C]`.
+                 context: AttentionContext | None = None, at: Tensor | None = None) -> Tensor:
+        """Token ids `[B, T]` -> the final residual stream `[B, T, C]`, or `[B, N, C]` with `at`.
 
         With a `cache` the ids continue its positions, and it advances by T. With `document_ids`
         `[B, T]`, which increase along a row, each document is a sequence of its own; a bound on
         their number, `max_documents`, saves memory. Any other attention is a `context`, whose
-        positions the caller has checked. Raises ValueError if the positions exceed `block_size`.
+        positions the caller has checked. With the indices `at` `[N]`, the last block computes its
+        output at these only. Raises ValueError if the positions exceed `block_size`.
         """
         # The positions of the ids, which continue those of the cache.
         start = cache.length if cache is not None else 0
@@ -176,10 +178,12 @@ class GPT(nn.Module):
 
         # Each block adds to the residual stream x.
         for block in self.h:
+            # In the last block, positions without output need keys and values only.
+            block_at = at if block is self.h[-1] else None
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, rotary, cache, context, use_reentrant=False)
+                x = checkpoint(block, x, rotary, cache, context, block_at, use_reentrant=False)
             else:
-                x = block(x, rotary, cache, context)
+                x = block(x, rotary, cache, context, block_at)
         if cache is not None:
             cache.length = end
         return self.ln_f(x)

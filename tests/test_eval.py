@@ -167,7 +167,13 @@ def test_shared_beginnings_are_read_once(config, row_tokens, monkeypatch):
     monkeypatch.setattr(scoring, "ROW_TOKENS", row_tokens)
     (batch,) = batches(requests, range(len(requests)), 1000)
     assert len(batch.tokens) == 12 + 1 + 1 + 1 + 9 and len(batch.rows) == (1 if row_tokens > 24 else 5 if row_tokens == 1 else 2)
-    for (before, after), scored in zip(parts, Scorer(engine, 1000).score(requests, ""), strict=True):
+    widths = []
+    hook = model.h[-1].mlp.register_forward_pre_hook(lambda _, inputs: widths.append(inputs[0].size(1)))
+    scores = Scorer(engine, 1000).score(requests, "")
+    hook.remove()
+    # The last block computes its output at the scored positions only.
+    assert widths == [7]
+    for (before, after), scored in zip(parts, scores, strict=True):
         rows = model(torch.tensor([before + after]))[0].log_softmax(1)[len(before) - 1 :]
         assert scored.logprob == pytest.approx(sum(row[token].item() for row, token in zip(rows, after, strict=False)), abs=1e-5)
         assert scored.is_greedy == (rows[: len(after)].argmax(1).tolist() == list(after))

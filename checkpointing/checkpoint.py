@@ -1,7 +1,7 @@
 """Read a checkpoint, and check everything in it by sizes and checksums.
 
 A checkpoint may come from a stranger, who can also write matching checksums: docs/runs.md states
-what is checked. format.py has the files. Knows nothing about models and optimizers.
+what is checked. spec.py has the files. Knows nothing about models and optimizers.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 import atomic
-from checkpointing import format
+from checkpointing import spec
 from hardware import check_free
 from terminal import first_line
 
 # More than the JSON files ever need.
-MAX_BYTES = {format.MANIFEST: 2**20, format.STATE: 2**20, format.TOKENIZER: 2**24}
+MAX_BYTES = {spec.MANIFEST: 2**20, spec.STATE: 2**20, spec.TOKENIZER: 2**24}
 MAX_NESTING = 4
 # The header of a safetensors file: 1,000 bytes, and 400 for each tensor.
 HEADER_BYTES, HEADER_BYTES_PER_TENSOR = 1000, 400
@@ -49,7 +49,7 @@ class Checkpoint:
     """
 
     folder: Path
-    manifest: dict[str, format.FileEntry]
+    manifest: dict[str, spec.FileEntry]
     state: dict[str, Any]
     verified: set[str] = field(default_factory=set, compare=False)
 
@@ -62,32 +62,32 @@ class Checkpoint:
         # The manifest: complete, in a format that is known, and of files with their sizes.
         if folder.is_symlink():
             raise DamagedCheckpoint(f"{folder} is a link")
-        manifest = parse_json(folder / format.MANIFEST, read_small(folder / format.MANIFEST))
-        if manifest.pop("sha256", None) != format.checksum(manifest):
-            raise DamagedCheckpoint(f"{folder / format.MANIFEST} does not match its own checksum")
+        manifest = parse_json(folder / spec.MANIFEST, read_small(folder / spec.MANIFEST))
+        if manifest.pop("sha256", None) != spec.checksum(manifest):
+            raise DamagedCheckpoint(f"{folder / spec.MANIFEST} does not match its own checksum")
         version = manifest.get("format")
-        if version not in (format.FORMAT, format.FORMAT_IN_PARTS):
+        if version not in (spec.FORMAT, spec.FORMAT_IN_PARTS):
             raise ValueError(
                 f"{folder} has checkpoint format {ascii(version)[:40]}; this version of nanohydra "
-                f"reads format {format.FORMAT}. Use the version that wrote it.")
+                f"reads format {spec.FORMAT}. Use the version that wrote it.")
         files = manifest.get("files")
-        if not isinstance(files, dict) or not format.is_complete(files):
-            raise DamagedCheckpoint(f"{folder / format.MANIFEST} does not list the files of a "
+        if not isinstance(files, dict) or not spec.is_complete(files):
+            raise DamagedCheckpoint(f"{folder / spec.MANIFEST} does not list the files of a "
                                     "checkpoint")
         for name, entry in files.items():
             if not isinstance(entry, dict) or file_size(folder / name) != entry.get("bytes"):
                 raise DamagedCheckpoint(f"{folder / name} does not have the size in the manifest")
 
         # The state: as it was written, and of this step.
-        content = read_small(folder / format.STATE)
-        if hashlib.sha256(content).hexdigest() != files[format.STATE].get("sha256"):
-            raise DamagedCheckpoint(f"{folder / format.STATE} does not match its checksum")
-        state = parse_json(folder / format.STATE, content)
-        problem = format.find_problem(state)
+        content = read_small(folder / spec.STATE)
+        if hashlib.sha256(content).hexdigest() != files[spec.STATE].get("sha256"):
+            raise DamagedCheckpoint(f"{folder / spec.STATE} does not match its checksum")
+        state = parse_json(folder / spec.STATE, content)
+        problem = spec.find_problem(state)
         if problem:
-            raise DamagedCheckpoint(f"{folder / format.STATE} {problem}")
-        if folder.name != format.step_name(state["step"]):
-            raise DamagedCheckpoint(f"{folder / format.STATE} is of step {state['step']}")
+            raise DamagedCheckpoint(f"{folder / spec.STATE} {problem}")
+        if folder.name != spec.step_name(state["step"]):
+            raise DamagedCheckpoint(f"{folder / spec.STATE} is of step {state['step']}")
         return cls(folder, files, state)
 
     @property
@@ -96,9 +96,9 @@ class Checkpoint:
 
     def files(self, name: str) -> list[str]:
         """The files that hold the content of one of FILES."""
-        return [name] if name in self.manifest else format.parts_of(name, self.manifest)
+        return [name] if name in self.manifest else spec.parts_of(name, self.manifest)
 
-    def verify(self, names: Iterable[str] = format.FILES, max_bytes: float = math.inf) -> None:
+    def verify(self, names: Iterable[str] = spec.FILES, max_bytes: float = math.inf) -> None:
         """Raise DamagedCheckpoint if a file exceeds `max_bytes` or does not match its checksum."""
         for file_name in itertools.chain.from_iterable(map(self.files, names)):
             path = self.folder / file_name
@@ -114,8 +114,8 @@ class Checkpoint:
 
     def tokenizer(self) -> dict[str, Any]:
         """The content of tokenizer.json."""
-        self.verify([format.TOKENIZER])
-        path = self.folder / format.TOKENIZER
+        self.verify([spec.TOKENIZER])
+        path = self.folder / spec.TOKENIZER
         return parse_json(path, read_small(path))
 
     def load_tensors(self, name: str, like: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -128,7 +128,7 @@ class Checkpoint:
         # Without the copy, they would still be views of the file.
         return {key: tensors[key].clone() for key in like}
 
-    def open_tensors(self, name: str, like: format.Tensors) -> Mapping[str, Tensor]:
+    def open_tensors(self, name: str, like: spec.Tensors) -> Mapping[str, Tensor]:
         """The tensors of model.safetensors or optimizer.safetensors, as views of the mapped file.
 
         Raises DamagedCheckpoint unless it has the names, shapes and dtypes of `like`.
@@ -142,7 +142,7 @@ class Checkpoint:
         self.verify([name])
 
         # Compare the dtype and shape of each tensor with those of `like`.
-        wanted = {key: (format.DTYPES[value.dtype], list(value.shape))
+        wanted = {key: (spec.DTYPES[value.dtype], list(value.shape))
                   for key, value in like.items()}
         found: dict[str, tuple[str, list[int]]] = {}
         path_of: dict[str, Path] = {}

@@ -6,9 +6,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from checkpointing.checkpoint import Checkpoint
-from checkpointing.format import STATE
 from checkpointing.provenance import compiled_at_last_start
 from checkpointing.run_folder import Run
+from checkpointing.spec import STATE
 from conf.convert import rebuild
 from conf.identity import differences, listed
 from conf.settings import Settings

@@ -7,7 +7,7 @@ from pathlib import Path
 from checkpointing import pretrained, store
 from checkpointing.checkpoint import Checkpoint
 from checkpointing.find_runs import find_run
-from checkpointing.format import MANIFEST
+from checkpointing.spec import MANIFEST
 from checkpointing.weight_files import other_kind
 from checkpointing.weights import Weights, own_weights
 

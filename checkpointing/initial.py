@@ -10,7 +10,7 @@ from torch import Tensor
 from checkpointing import pretrained
 from checkpointing.changes import last_checkpoint
 from checkpointing.find_weights import find_weights
-from checkpointing.format import STATE
+from checkpointing.spec import STATE
 from checkpointing.weights import Weights
 from checkpointing.weights_check import check
 from conf.convert import rebuild

@@ -31,6 +31,7 @@ from model.config import GPTConfig
 from model.formats import CLASSES, config_from, shown
 from model.layouts import table
 from model.pretrained import weights_from
+from optional import import_optional
 from terminal import counted
 
 CONFIG, TENSORS = "config.json", "model.safetensors"
@@ -58,14 +59,11 @@ def find_published(name: str) -> Path:
         return Path(name)
     by_hand = (f"put {CONFIG} and {TENSORS} from https://huggingface.co/{OWNER}/{name} into a "
                "folder, and pass init_from=FOLDER")
-    try:
-        from huggingface_hub import hf_hub_download
-    except ImportError:
-        raise ValueError(f"init_from={name} needs the package huggingface_hub: pip install "
-                         f"huggingface_hub; or {by_hand}.") from None
+    hub = import_optional("huggingface_hub", f"init_from={name} needs the package huggingface_hub",
+                          f"huggingface_hub; or {by_hand}")
 
     def fetch(repository: str, is_cached: bool) -> Path:
-        files = [hf_hub_download(repository, file, local_files_only=is_cached)
+        files = [hub.hf_hub_download(repository, file, local_files_only=is_cached)
                  for file in (CONFIG, TENSORS)]
         return Path(files[0]).parent
 

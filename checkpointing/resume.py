@@ -19,9 +19,9 @@ from checkpointing.changes import (
 )
 from checkpointing.checkpoint import MAX_BYTES, Checkpoint
 from checkpointing.environment import resolve_auto
-from checkpointing.format import TOKENIZER
 from checkpointing.initial import InitialWeights
 from checkpointing.run_folder import Run, check_file_types
+from checkpointing.spec import TOKENIZER
 from checkpointing.tokens import prepared_tokens, with_vocab_size
 from conf.identity import Changes, in_short, listed
 from conf.schema import folder_name

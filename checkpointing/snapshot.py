@@ -1,7 +1,7 @@
 """Writes a checkpoint: a folder that gets its name once everything in it is on the disk.
 
 Of several processes, the first one writes the folder, and all write a part of the tensors where
-they are large. Knows nothing about models and optimizers. format.py has the files.
+they are large. Knows nothing about models and optimizers. spec.py has the files.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import atomic
-from checkpointing import format
+from checkpointing import spec
 from terminal import readable_size
 from training.distributed import TIMEOUT, World
 from training.sharding import Divided
@@ -37,8 +37,8 @@ class Snapshot:
     Of several processes, each has this process's parts of the tensors.
     """
 
-    model: format.Tensors
-    optimizer: format.Tensors
+    model: spec.Tensors
+    optimizer: spec.Tensors
     tokenizer: dict[str, Any]
     state: dict[str, Any]
 
@@ -136,10 +136,10 @@ def save_checkpoint(checkpoints: Path, snapshot: Snapshot,
     """
     # Check what can be checked before anything is written.
     peers = peers or Peers()
-    folder = checkpoints / format.step_name(snapshot.state["step"])
+    folder = checkpoints / spec.step_name(snapshot.state["step"])
     # The tensors, and a bound on the rest.
     needed = int(1.01 * snapshot.nbytes()) + 2**20
-    problem = format.find_problem(snapshot.state)
+    problem = spec.find_problem(snapshot.state)
     assert not problem, problem
     with ExitStack() as stack:
         # If this process fails before the others write, they are told.
@@ -178,22 +178,22 @@ def write_files(folder: Path, snapshot: Snapshot, peers: Peers) -> None:
             raise error
         files |= written
     # The JSON files, and last the manifest with the checksums of all.
-    contents = {format.TOKENIZER: json.dumps(snapshot.tokenizer),
-                format.STATE: json.dumps(snapshot.state, indent=2, allow_nan=False)}
+    contents = {spec.TOKENIZER: json.dumps(snapshot.tokenizer),
+                spec.STATE: json.dumps(snapshot.state, indent=2, allow_nan=False)}
     for name, content in contents.items():
         files[name] = write_file(folder / name, [content.encode()])
-    version = format.FORMAT if format.MODEL in files else format.FORMAT_IN_PARTS
+    version = spec.FORMAT if spec.MODEL in files else spec.FORMAT_IN_PARTS
     manifest = {"format": version, "files": files}
-    manifest["sha256"] = format.checksum(manifest)
-    atomic.write_file(folder / format.MANIFEST, [json.dumps(manifest, indent=2).encode()])
+    manifest["sha256"] = spec.checksum(manifest)
+    atomic.write_file(folder / spec.MANIFEST, [json.dumps(manifest, indent=2).encode()])
 
 
 def write_tensors(folder: Path, snapshot: Snapshot,
-                  peers: Peers) -> tuple[dict[str, format.FileEntry], OSError | None]:
+                  peers: Peers) -> tuple[dict[str, spec.FileEntry], OSError | None]:
     """Write this process's share of the tensors; return the files, or the error."""
     # Model and optimizer in turn: the processes must collect the same tensors at the same time.
     files, error = {}, None
-    for name, tensors in ((format.MODEL, snapshot.model), (format.OPTIMIZER, snapshot.optimizer)):
+    for name, tensors in ((spec.MODEL, snapshot.model), (spec.OPTIMIZER, snapshot.optimizer)):
         # One process writes a small model, all write a large one.
         writers = 1
         if snapshot.nbytes() > MAX_BYTES_OF_ONE_WRITER:
@@ -202,7 +202,7 @@ def write_tensors(folder: Path, snapshot: Snapshot,
         # Whole tensors, which arrive from the other processes one by one.
         contents = peers.collect(tensors, writers)
         if peers.rank < writers and not error:
-            file = format.part_names(name, writers)[peers.rank] if writers > 1 else name
+            file = spec.part_names(name, writers)[peers.rank] if writers > 1 else name
             try:
                 files[file] = write_file(folder / file, safetensors_chunks(own, contents))
             except OSError as raised:
@@ -213,7 +213,7 @@ def write_tensors(folder: Path, snapshot: Snapshot,
     return files, error
 
 
-def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> format.FileEntry:
+def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> spec.FileEntry:
     """Write a file; return its entry in the manifest."""
     sha256 = atomic.write_file(path, chunks)
     return {"bytes": path.stat().st_size, "sha256": sha256}
@@ -230,7 +230,7 @@ def safetensors_chunks(tensors: Mapping[str, Tensor], contents: Iterable[Tensor]
     end = 0
     for name, tensor in tensors.items():
         start, end = end, end + tensor.nbytes
-        entry = {"dtype": format.DTYPES[tensor.dtype], "shape": list(tensor.shape)}
+        entry = {"dtype": spec.DTYPES[tensor.dtype], "shape": list(tensor.shape)}
         header[name] = entry | {"data_offsets": [start, end]}
     # The length of the header, the header, padded to 8 bytes, and the bytes of the tensors.
     text = json.dumps(header).encode()

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from checkpointing.checkpoint import Checkpoint, DamagedCheckpoint
-from checkpointing.format import MODEL, OPTIMIZER, STATE
 from checkpointing.snapshot import Snapshot
+from checkpointing.spec import MODEL, OPTIMIZER, STATE
 from conf.settings import Settings
 from model import GPT
 from model.loss import loss_options

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import atomic
 from checkpointing.checkpoint import Checkpoint, DamagedCheckpoint
-from checkpointing.format import step_name
+from checkpointing.spec import step_name
 from terminal import readable_size, say
 
 Loaded = TypeVar("Loaded")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from checkpointing.checkpoint import Checkpoint
-from checkpointing.format import MODEL, STATE, TOKENIZER
+from checkpointing.spec import MODEL, STATE, TOKENIZER
 from conf.convert import rebuild
 from conf.identity import flat, in_one_line
 from data.tokenizer import Tokenizer

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,14 +59,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises ConfigError naming the file if it is not valid YAML, has a key twice or is too large.
     """
     text = read_text(path)
-    count, content, traps = 0, None, []
-    problem = ""
+    root = content = None
+    count, problem = 0, ""
     # PyYAML counts the values, OmegaConf reads them: it knows 1e-3 as a number.
     try:
         root = yaml.compose(text, yaml.SafeLoader)
         # OmegaConf has an assertion against a single number.
         if isinstance(root, yaml.CollectionNode):
-            count = expanded_size(root, {}, traps)
+            count = expanded_size(root, {})
             if count <= MAX_VALUES:
                 content = OmegaConf.to_container(OmegaConf.create(text))
     except RecursionError:
@@ -82,39 +83,45 @@ def read_yaml(path: Path) -> dict[str, Any]:
         problem = "holds no settings: write lines such as key: value"
     if problem:
         raise ConfigError([f"{path} {problem}."])
+    # A value with aliases is met several times.
+    traps = dict.fromkeys(find_traps(root))
     if traps:
         raise ConfigError([f"{path}, {trap}." for trap in traps])
     return content
 
 
-def expanded_size(node: yaml.Node, sizes: dict[int, float], traps: list[str]) -> float:
+def expanded_size(node: yaml.Node, sizes: dict[int, float]) -> float:
     """The number of values in a YAML node with all aliases written out.
 
     An alias is the same node again: `sizes`, by the nodes' ids, keeps this as fast as reading. A
-    node that contains itself is infinite. `traps` gets a sentence about each value that YAML or
-    Hydra reads otherwise than it looks.
+    node that contains itself is infinite.
     """
     if id(node) in sizes:
         return sizes[id(node)]
     # This is the answer if the node is met again inside itself.
     sizes[id(node)] = math.inf
-    inner = []
-    if isinstance(node, yaml.MappingNode):
-        inner = [part for pair in node.value for part in pair]
-    elif isinstance(node, yaml.SequenceNode):
-        inner = node.value
-    elif node.value == "???":
-        traps.append(f"{place(node)} marks a missing value: write the value, or remove the line")
-    elif node.tag == "tag:yaml.org,2002:int" and re.match(r"[-+]?0[\d_]|.*:", node.value):
-        number = yaml.SafeLoader("").construct_yaml_int(node)
-        traps.append(f"{place(node)} is the number {number} in YAML: write that, or use quotes")
-    sizes[id(node)] = 1 + sum(expanded_size(one, sizes, traps) for one in inner)
+    sizes[id(node)] = 1 + sum(expanded_size(one, sizes) for one in inner_nodes(node))
     return sizes[id(node)]
 
 
-def place(node: yaml.Node) -> str:
-    """A value with its place, for messages."""
-    return f"line {node.start_mark.line + 1}: {node.value}"
+def find_traps(node: yaml.Node) -> Iterator[str]:
+    """Yield a sentence about each value that YAML or Hydra reads otherwise than it looks."""
+    place = f"line {node.start_mark.line + 1}: {node.value}"
+    if isinstance(node, yaml.CollectionNode):
+        for one in inner_nodes(node):
+            yield from find_traps(one)
+    elif node.value == "???":
+        yield f"{place} marks a missing value: write the value, or remove the line"
+    elif node.tag == "tag:yaml.org,2002:int" and re.match(r"[-+]?0[\d_]|.*:", node.value):
+        number = yaml.SafeLoader("").construct_yaml_int(node)
+        yield f"{place} is the number {number} in YAML: write that, or use quotes"
+
+
+def inner_nodes(node: yaml.Node) -> list[yaml.Node]:
+    """The keys and values of a mapping, or the items of a sequence."""
+    if isinstance(node, yaml.MappingNode):
+        return [part for pair in node.value for part in pair]
+    return node.value if isinstance(node, yaml.SequenceNode) else []
 
 
 def without_references(values: dict[str, Any], path: Path) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from data.config import DataConfig
 from data.dataset_card import is_file_in, refuse_paths_outside
 from data.document import Document
 from data.store import data_root, sha256_of
+from optional import import_optional
 from terminal import first_line, say
 
 TIMEOUT_SECONDS = 10  # for the commit of a revision
@@ -265,11 +266,7 @@ class Hub:
 
 
 def import_datasets() -> Any:
-    try:
-        import datasets
-    except ImportError:
-        raise ValueError("data=hub needs the package datasets: pip install datasets.") from None
-    return datasets
+    return import_optional("datasets", "data=hub needs the package datasets", "datasets")
 
 
 def no_answer(error: Exception) -> ValueError:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from data.records import RECORD_BYTES, BadRecord, OfType, as_text, no_field
+from optional import import_optional
 from terminal import first_line
 
 BATCH_BYTES = 2**20  # of the rows that are read at a time
@@ -19,10 +20,7 @@ BOMB_BYTES, BOMB_RATIO = 2**28, 200  # columns beyond both are not decompressed
 
 def parquet_texts(file: BinaryIO, field: str, path: Path) -> Iterator[str | BadRecord]:
     """The text of each row. Raises ValueError for damage, and if there is no such column."""
-    try:
-        import pyarrow.parquet  # noqa: F401
-    except ImportError:
-        raise ValueError(f"{path}: reading .parquet needs pyarrow: pip install pyarrow.") from None
+    import_optional("pyarrow", f"{path}: reading .parquet needs pyarrow", "pyarrow")
     try:
         with open_parquet(file, buffer_size=2**18) as opened:
             for row, value in enumerate(parquet_column(opened, field, str(path)), 1):

@@ -17,6 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from optional import import_optional
+
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 
 # What Python's readers raise for damaged files.
@@ -73,10 +75,7 @@ def decompressed(raw: BinaryIO, path: Path) -> BinaryIO:
         case ".xz":
             new_decompressor = partial(lzma.LZMADecompressor, memlimit=window)
         case ".zst":
-            try:
-                import zstandard
-            except ImportError:
-                raise ValueError(f"{path} needs zstandard: pip install zstandard.") from None
+            zstandard = import_optional("zstandard", f"{path} needs zstandard", "zstandard")
             new_decompressor = zstandard.ZstdDecompressor(max_window_size=window).decompressobj
         case _:
             return raw

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from optional import import_optional
 from terminal import counted
 
 # The probability of calling a winner where there is no difference, over all looks together.
@@ -97,10 +98,9 @@ class Comparison:
 
 def import_stats() -> Any:
     """SciPy's statistics. Raises ValueError if SciPy is not installed."""
-    try:
-        from scipy import stats
-    except ImportError:
-        raise ValueError("Comparing runs needs SciPy: pip install scipy.") from None
+    import_optional("scipy", "Comparing runs needs SciPy", "scipy")
+    from scipy import stats
+
     return stats
 
 

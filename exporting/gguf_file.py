@@ -23,6 +23,7 @@ from model import GPTConfig
 from model.formats import EPSILON, GPT2_EPSILON, ROTARY_BASE, layout_for
 from model.layouts import table
 from model.pretrained import weights_from
+from optional import import_optional
 
 # llama.cpp's names of the patterns that split a text into words before merging.
 SPLITTERS = {PATTERN: "llama-bpe", LLAMA3: "llama-bpe", CL100K_TIKTOKEN: "llama-bpe",
@@ -31,11 +32,7 @@ PUBLISHED_SPLITTERS = {"gpt2": "gpt-2", "cl100k_base": "llama-bpe", "o200k_base"
 
 
 def import_gguf() -> ModuleType:
-    try:
-        import gguf
-    except ImportError:
-        raise ValueError("format=gguf needs the package gguf: pip install gguf.") from None
-    return gguf
+    return import_optional("gguf", "format=gguf needs the package gguf", "gguf")
 
 
 def choose_layout(config: GPTConfig) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import atomic
+from optional import import_optional
 from terminal import say
 
 # An SVG on a page takes the colors of the page instead of these two.
@@ -42,13 +43,10 @@ def write_picture(out: str, draw: Callable[[str], bytes]) -> None:
 
 def new_figure(width: float, height: float, name: str) -> tuple[Any, AbstractContextManager[None]]:
     """A figure in inches, and the style to draw it in. Raises ValueError without matplotlib."""
-    try:
-        import matplotlib
+    matplotlib = import_optional("matplotlib", "Curves need matplotlib", "matplotlib")
+    # Not pyplot, which keeps every figure.
+    from matplotlib.figure import Figure
 
-        # Not pyplot, which keeps every figure.
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("Curves need matplotlib: pip install matplotlib.") from None
     style = matplotlib.rc_context(STYLE | {"svg.hashsalt": name})
     return Figure(figsize=(width, height), layout="constrained"), style
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from optional import import_optional
 from report.history import History
 from report.runs import are_numbers
 
@@ -27,12 +28,10 @@ def importance(runs: list[History], keys: list[str]) -> dict[str, float]:
         raise ValueError(f"Importance needs {needed}; there are {len(runs)}.")
     if len({run.score for run in runs}) == 1:
         raise ValueError("Importance cannot be estimated: all losses are the same.")
-    try:
-        import optuna
-        import sklearn  # noqa: F401 (needed by Optuna's fANOVA)
-    except ImportError:
-        raise ValueError("Importance needs Optuna and scikit-learn: pip install optuna "
-                         "scikit-learn.") from None
+    # Optuna's fANOVA needs scikit-learn.
+    for package in ("optuna", "sklearn"):
+        import_optional(package, "Importance needs Optuna and scikit-learn", "optuna scikit-learn")
+    import optuna
     from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 
     # A study with a trial for each run, as if Optuna had suggested its settings.

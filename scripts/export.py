@@ -18,6 +18,7 @@ from typing import Literal
 
 from conf.launch import launch
 from conf.settings import checkpoint_problems
+from optional import import_optional
 from setting import FilePath, setting
 
 # OWNER/NAME of the Hugging Face Hub.
@@ -137,15 +138,12 @@ def export_gguf(out: Path, weights: Weights, name: str) -> str:
 
 def import_hub() -> ModuleType:
     """The package. Raises ValueError if it is missing, or if there is no account to upload with."""
-    try:
-        import huggingface_hub
-    except ImportError:
-        raise ValueError("push_to needs the package huggingface_hub: pip install huggingface_hub."
-                         ) from None
-    if not huggingface_hub.get_token():
+    hub = import_optional("huggingface_hub", "push_to needs the package huggingface_hub",
+                          "huggingface_hub")
+    if not hub.get_token():
         raise ValueError("push_to needs an account of the Hugging Face Hub: run hf auth login, or "
                          "set HF_TOKEN.")
-    return huggingface_hub
+    return hub
 
 
 def push(folder: Path, name: str) -> str:

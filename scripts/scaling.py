@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from conf.launch import launch
 from conf.scaling import ScalingSettings
+from optional import import_optional
 
 if __name__ == "__main__":
     # Before the imports below: --help and invalid settings need not wait for torch.
@@ -68,10 +69,7 @@ class Result:
 
 def main(scaling: ScalingSettings) -> int:
     # Name the folder, and find mistakes before anything is trained.
-    try:
-        import scipy.optimize  # noqa: F401
-    except ImportError:
-        raise ValueError("Scaling laws need SciPy: pip install scipy.") from None
+    import_optional("scipy", "Scaling laws need SciPy", "scipy")
     name = scaling.name or folder_name(Path(scaling.sweep).stem)
     folder = Path(scaling.runs_dir) / name
     refuse_run(folder)

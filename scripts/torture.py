@@ -52,7 +52,7 @@ import torch
 import atomic
 import locks
 from checkpointing import store
-from checkpointing.format import FILES, MANIFEST
+from checkpointing.spec import FILES, MANIFEST
 from conf.schema import compose
 from scripts import verify_resume
 from scripts.verify_resume import ROOT, finish

@@ -51,7 +51,7 @@ from torch import Tensor
 import atomic
 from checkpointing import store
 from checkpointing.checkpoint import Checkpoint
-from checkpointing.format import MODEL, OPTIMIZER
+from checkpointing.spec import MODEL, OPTIMIZER
 from conf.schema import compose
 from report.metrics import read_rows
 from sweep.jobs import python

@@ -20,6 +20,7 @@ from typing import Any
 import atomic
 from conf.composition import launcher_settings
 from conf.presets import options
+from optional import import_optional
 from progress import print_line
 from sweep.jobs import Job
 from sweep.runner import Runner
@@ -58,12 +59,9 @@ class ClusterRunner(Runner):
             key, _, value = override.partition("=")
             if key == "hydra/launcher" and value not in known:
                 raise ValueError(f"{override}: {KNOWN_LAUNCHERS}")
-        try:
-            import hydra_plugins.hydra_submitit_launcher  # noqa: F401
-            import submitit
-        except ImportError:
-            raise ValueError("hydra/launcher= needs the Submitit launcher: "
-                             "pip install hydra-submitit-launcher.") from None
+        import_optional("hydra_plugins.hydra_submitit_launcher",
+                        "hydra/launcher= needs the Submitit launcher", "hydra-submitit-launcher")
+        import submitit
 
         # Find the kind of cluster, and submitit's executor for it.
         settings = launcher_settings(overrides)
@@ -161,9 +159,13 @@ class Queue:
     def add(self, number: str) -> None:
         """Watch a job of this sweep. It waits, unless the next answer says otherwise."""
         self.own.add(number)
-        self.read_at = -math.inf
+        self.expire()
         if self.states is not None:
             self.states.setdefault(number, "PENDING")
+
+    def expire(self) -> None:
+        """Ask again for the next state."""
+        self.read_at = -math.inf
 
     def update(self) -> None:
         """Ask squeue. While the controller does not answer, its last answer holds."""
@@ -242,8 +244,7 @@ class Submitted:
         self.cancelled = True
         self.job.cancel(check=False)
         if self.queue:
-            # Ask again soon.
-            self.queue.read_at = -math.inf
+            self.queue.expire()
 
     kill = terminate
 

@@ -11,16 +11,14 @@ import atomic
 import locks
 from checkpointing.run_folder import describe_process
 from conf.identity import differences, listed
+from optional import import_optional
 from sweep.space import Space
 
 JOURNAL = "study.log"
 
 
 def import_optuna() -> Any:
-    try:
-        import optuna
-    except ImportError:
-        raise ValueError("Searching needs optuna: pip install optuna.") from None
+    optuna = import_optional("optuna", "Searching needs optuna", "optuna")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     return optuna
 

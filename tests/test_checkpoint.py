@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 import atomic
 from checkpointing import checkpoint, store
 from checkpointing.checkpoint import Checkpoint, DamagedCheckpoint
-from checkpointing.format import (
+from checkpointing.snapshot import Snapshot, safetensors_chunks, save_checkpoint
+from checkpointing.spec import (
     DTYPES,
     FILES,
     FORMAT,
@@ -36,7 +37,6 @@ from checkpointing.format import (
     is_complete,
     step_name,
 )
-from checkpointing.snapshot import Snapshot, safetensors_chunks, save_checkpoint
 
 
 def snapshot(step, val_loss=None, scheduled=True, seed=0):

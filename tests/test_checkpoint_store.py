@@ -16,7 +16,7 @@ import atomic
 from checkpointing import store
 from checkpointing.checkpoint import DamagedCheckpoint
 from checkpointing.find_runs import find_run
-from checkpointing.format import FILES, MANIFEST, MODEL
+from checkpointing.spec import FILES, MANIFEST, MODEL
 
 
 def test_pruning_keeps_the_newest_best_and_scheduled(tmp_path):

@@ -19,7 +19,7 @@ from forks import start_forks, wait_for_forks
 import atomic
 import train as program
 from checkpointing import snapshot, store
-from checkpointing.format import MODEL, OPTIMIZER
+from checkpointing.spec import MODEL, OPTIMIZER
 from conf.launch import launch
 from conf.schema import compose
 from scripts.verify_resume import all_tensors

@@ -16,7 +16,7 @@ from test_checkpoint import reseal
 from torch.nn import functional as F
 
 from checkpointing import store
-from checkpointing.format import MODEL, STATE
+from checkpointing.spec import MODEL, STATE
 from conf.sampling import SamplingConfig
 from data.tokenizer_json import fingerprint, from_json
 from generation import open_run

@@ -24,8 +24,8 @@ from test_structure import product
 import atomic
 import train as program
 from checkpointing import saver
-from checkpointing.format import MODEL, OPTIMIZER, STATE
 from checkpointing.snapshot import Snapshot, save_checkpoint
+from checkpointing.spec import MODEL, OPTIMIZER, STATE
 from conf.schema import compose
 from scripts import verify_resume
 from training import step

@@ -10,7 +10,7 @@ import torch
 from forks import start_forks, wait_for_forks
 
 from checkpointing import store
-from checkpointing.format import MODEL, OPTIMIZER
+from checkpointing.spec import MODEL, OPTIMIZER
 from conf.schema import compose
 from scripts.verify_resume import all_tensors
 from train import train, train_together

@@ -10,7 +10,7 @@ from test_checkpoint import reseal
 from test_runs import last
 
 import train as program
-from checkpointing.format import STATE, STATE_FIELDS, TOKENIZER
+from checkpointing.spec import STATE, STATE_FIELDS, TOKENIZER
 from generation.engine import open_checkpoint
 from training.device import Device
 

@@ -17,7 +17,7 @@ from test_runs import last, last_step, same
 import atomic
 import train as program
 import trainer
-from checkpointing.format import MODEL
+from checkpointing.spec import MODEL
 from data.loader import Loader
 from data.prepare import prepare
 from data.shards import open_parts

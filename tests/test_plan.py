@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from checkpointing import memory_plan, store
-from checkpointing.format import MODEL, OPTIMIZER
 from checkpointing.memory_plan import AllocationCounter
+from checkpointing.spec import MODEL, OPTIMIZER
 from conf.schema import ConfigError, compose
 from data.bpe import PUBLISHED
 from data.prepare import prepare

@@ -19,9 +19,9 @@ import startup
 import train as program
 import trainer
 from checkpointing import checkpoint, store
-from checkpointing.format import MODEL, STATE
 from checkpointing.provenance import compiled_at_last_start
 from checkpointing.run_folder import Run
+from checkpointing.spec import MODEL, STATE
 from conf import identity
 from conf.schema import ConfigError, Settings, compose, leaves
 from generation.engine import open_checkpoint

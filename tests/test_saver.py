@@ -10,8 +10,8 @@ import torch
 from test_checkpoint import snapshot
 
 from checkpointing import saver, store
-from checkpointing.format import MODEL
 from checkpointing.saver import Saver
+from checkpointing.spec import MODEL
 
 
 @pytest.fixture

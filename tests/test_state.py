@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from checkpointing.checkpoint import Checkpoint, DamagedCheckpoint
-from checkpointing.format import step_name
 from checkpointing.snapshot import save_checkpoint
+from checkpointing.spec import step_name
 from checkpointing.state import State, is_scaler_state, new_state
 from model import GPT, GPTConfig
 from model.loss import LossOptions

@@ -67,7 +67,7 @@ def test_reports_use_only_the_statistics_of_evaluation():
     """They know only numbers, so that a report does not wait for torch."""
     for path in files("report"):
         assert set(re.findall(r"^ *(?:from|import) (evaluation\S*)", path.read_text(), re.MULTILINE)) <= {"evaluation.comparison"}, path
-    numbers = {"__future__", "collections", "dataclasses", "itertools", "math", "numpy", "scipy", "terminal", "typing"}
+    numbers = {"__future__", "collections", "dataclasses", "itertools", "math", "numpy", "optional", "scipy", "terminal", "typing"}
     assert imports(ROOT / "evaluation" / "comparison.py") <= numbers
 
 

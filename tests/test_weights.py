@@ -14,8 +14,8 @@ import sample as sampling
 import train as program
 from checkpointing import initial, store
 from checkpointing.find_weights import find_weights
-from checkpointing.format import MODEL
 from checkpointing.initial import InitialWeights, shape_of_weights
+from checkpointing.spec import MODEL
 from conf.schema import compose
 from generation import open_run, open_weights
 

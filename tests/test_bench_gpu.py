@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from test_decoder import TracedCall, as_on_a_gpu  # noqa: F401
 
 from bench import gpu
 from model.loss import LossOptions
@@ -28,6 +29,20 @@ def test_each_variant_differs_in_one_option(monkeypatch):
     assert found["small chunks"] == LossOptions(2**24, 64, fused=True)
     assert found["unfused loss"] == LossOptions(2**29, 64, fused=False)
     assert found["unpadded vocabulary"] == LossOptions(2**29, 1, fused=True)
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_no_graph_is_captured_while_decoding_is_timed(monkeypatch):
+    def rate_of(*arguments):
+        before = TracedCall.made
+        rate = best_rate(*arguments)
+        made.append(TracedCall.made - before)
+        return rate
+
+    made, best_rate = [], gpu.timing.best_rate
+    monkeypatch.setattr(gpu.timing, "best_rate", rate_of)
+    assert gpu.measure("decoding", "tiny", "", 2, 0.01, "cpu")["rate"] > 0
+    assert TracedCall.made > 1 and not any(made)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import Mock
+from unittest.mock import MagicMock, Mock
 
 import pytest
 import torch
@@ -19,6 +19,7 @@ import torch
 import train
 from checkpointing.memory_plan import memory_limit
 from model.loss import LossOptions
+from startup import compiled_loss
 from training import slow_cpu
 from training.compiling import check_fused_loss, maybe_compile
 from training.configure import activate_flash_attention_3, configure
@@ -114,14 +115,14 @@ def test_a_later_run_on_a_gpu_can_be_deterministic(pretend_gpu):
     """In the same process: torch looks for this variable at the first product."""
     before = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
     with configure(pretend_gpu):
-        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8" and torch.get_float32_matmul_precision() == "high"
     assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == before
 
 
 @pytest.mark.parametrize(("major", "installed", "dropout", "used"), [
-    (9, True, 0.0, True), (9, True, 0.1, False), (9, False, 0.0, False), (8, True, 0.0, False)])
+    (9, True, 0.0, True), (9, True, 0.1, False), (9, False, 0.0, False), (8, True, 0.0, False), (10, True, 0.0, False)])
 def test_flash_attention_3_is_used_where_it_is(monkeypatch, pretend_gpu, major, installed, dropout, used):
-    """It has no dropout."""
+    """It has no dropout. torch would use cuDNN's kernels before it."""
     calls = []
     monkeypatch.setattr("training.configure.find_spec", lambda name: installed or None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (major, 0))
@@ -131,7 +132,8 @@ def test_flash_attention_3_is_used_where_it_is(monkeypatch, pretend_gpu, major, 
     monkeypatch.setattr(torch.nn.attention, "restore_flash_attention_impl", lambda: calls.append("torch's own"), raising=False)
     with configure(pretend_gpu, dropout):
         assert calls == ["FA3"] * used and pretend_gpu.name() == "NVIDIA H100" + " with FlashAttention 3" * used
-    assert calls == ["FA3", "torch's own"] * used
+        assert torch.backends.cuda.cudnn_sdp_enabled() != used
+    assert calls == ["FA3", "torch's own"] * used and torch.backends.cuda.cudnn_sdp_enabled()
 
 
 @pytest.mark.parametrize("error", [ValueError, RuntimeError, ImportError, OSError, AttributeError])
@@ -189,7 +191,8 @@ def test_the_peak_is_found_by_the_name_of_the_gpu(monkeypatch):
     device = Device("cpu", "bf16")
     assert device.peak_flops() is None
     device.type = "cuda"
-    for name, peak in (("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("?", None)):
+    for name, peak in (("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H200", 989e12), ("NVIDIA GH200 480GB", 989e12),
+                       ("NVIDIA L4", 121e12), ("NVIDIA L40", None), ("NVIDIA RTX A1000 Laptop GPU", None), ("?", None)):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda name=name: name)
         assert device.peak_flops() == peak
 
@@ -229,7 +232,7 @@ class Compiler:
 
     def __init__(self, monkeypatch, fails=False):
         self.said, self.tried, self.fails = [], [], fails
-        monkeypatch.setattr(torch, "compile", lambda model, dynamic: ("compiled", model))
+        monkeypatch.setattr(torch, "compile", lambda model, dynamic: ("compiled" if dynamic is False else "for any shape", model))
         monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/g++")
         monkeypatch.setattr(BatchLoss, "try_backward", lambda *words: self.try_backward(*words))
 
@@ -275,6 +278,15 @@ def test_a_missing_c_compiler_is_named_as_the_cause(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     assert compiler("auto", 1e5) == "model"
     assert "no C++ compiler found" in compiler.said[-1] and not compiler.tried
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_the_loss_is_tried_where_the_model_is_not_compiled(compiled, monkeypatch):
+    tried, trainer = [], MagicMock(**{"training.max_seconds": 0})
+    monkeypatch.setattr("startup.maybe_compile", lambda loss_fn, *rest: "compiled" if compiled else loss_fn)
+    monkeypatch.setattr("startup.check_fused_loss", lambda loss_fn, *rest: tried.append(loss_fn))
+    found = compiled_loss(trainer)
+    assert (found, tried) == (("compiled", []) if compiled else (trainer.loss_fn, [trainer.loss_fn]))
 
 
 def test_a_loss_that_cannot_be_compiled_runs_uncompiled(monkeypatch):

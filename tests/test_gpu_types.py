@@ -29,6 +29,8 @@ from training.device import Device
 from training.optim import Optimizers, own_states
 from training.step import BatchLoss
 
+PRODUCTS = {getattr(torch.ops.aten, name).default for name in ("mm", "addmm", "bmm", "baddbmm")}
+
 
 def let_cuda_be_named():
     """Without CUDA, torch refuses its name in some operations. The guard of another device takes its place."""
@@ -86,7 +88,7 @@ class Types(TorchDispatchMode):
             assert result.device.type == "cuda", function
             if result.size() and result.size(-1) == self.config.mlp_width:
                 self.hidden.add(result.dtype)
-            if function in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            if function in PRODUCTS:
                 assert result.dtype == torch.bfloat16
         return result
 

@@ -149,7 +149,7 @@ def test_products_on_gpus_have_aligned_sizes(in_chunks, monkeypatch):
     assert seen == 2 * [((64, 16), (16, 64)), ((64, 64), (64, 16)), ((64, 64), (64, 16))]
 
 
-@pytest.mark.parametrize(("gigabytes", "chunks"), [(80, 2), (24, 7), (8, 24)])
+@pytest.mark.parametrize(("gigabytes", "chunks"), [(141, 2), (80, 2), (24, 7), (8, 24)])
 def test_chunks_are_equal_and_follow_the_memory_of_a_gpu(monkeypatch, gigabytes, chunks):
     """Of GPT-2's logits for 16 x 1,024 positions."""
     card = SimpleNamespace(total_memory=gigabytes * 2**30 - 2**28)

@@ -17,10 +17,12 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model.gpt
+import model.loss
 import train
 from data.loader import Loader, Prefetch, Validation
 from data.shards import Tokens
 from model import GPT, GPTConfig
+from model.loss import MASKED, LossOptions, next_token_loss
 from trainer import Trainer
 from training.buckets import GradientBuckets
 from training.config import OptimConfig
@@ -38,7 +40,7 @@ METHODS = {"item", "tolist", "cpu", "nonzero", "__bool__", "__float__", "__int__
 class CountMethods(TorchFunctionMode):
     """Counts the methods of tensors that wait for a device. On a CPU, not all of them are operations.
 
-    `numpy` is not among them: it refuses tensors of other devices.
+    `numpy` is not among them: it refuses tensors of other devices. Of `to`, our copies to a device are counted.
     """
 
     def __init__(self):
@@ -47,10 +49,13 @@ class CountMethods(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         # What takes the place of the kernel of documents reads its arguments.
-        is_kernel = sys._getframe(1).f_code.co_filename == test_documents.__file__
-        if getattr(function, "__name__", "") in METHODS and not is_kernel:
-            self.counts[function.__name__] += 1
-        return function(*args, **(kwargs or {}))
+        caller, name, kwargs = sys._getframe(1).f_code.co_filename, getattr(function, "__name__", ""), kwargs or {}
+        if name in METHODS and caller != test_documents.__file__:
+            self.counts[name] += 1
+        has_device = any(isinstance(argument, torch.device) for argument in args)
+        if name == "to" and has_device and not kwargs.get("non_blocking") and not caller.startswith(torch.__path__[0]):
+            self.counts[name] += 1
+        return function(*args, **kwargs)
 
 
 class CountReads(TorchDispatchMode):
@@ -108,6 +113,19 @@ def test_a_step_reads_nothing_from_the_device(tiny, optimizer, boundary, monkeyp
         norm = optimizers.gradient_norm(scaler)
         optimizers.step(scaler, norm, 1.0)
     assert not reads.counts and loss.shape == (3,) and norm.ndim == 0
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_loss_in_chunks_reads_nothing_from_the_device(fused, monkeypatch):
+    """As on GPUs, with masked targets. It is compiled where that is asked for."""
+    compiled = []
+    monkeypatch.setattr(model.loss, "MIN_LOGITS", 0)
+    monkeypatch.setattr(model.loss, "compiled_loss_and_gradient", lambda: compiled.append(True) or model.loss.fusible_loss_and_gradient)
+    features, weight = torch.randn(64, 16, requires_grad=True), torch.randn(37, 16, requires_grad=True)
+    targets = torch.arange(64).remainder(37).masked_fill(torch.arange(64) % 5 == 0, MASKED)
+    with CountReads() as reads:
+        next_token_loss(features, weight, targets, LossOptions(16 * 37, 8, fused)).backward()
+    assert not reads.counts and compiled == [True] * fused and weight.grad.isfinite().all()
 
 
 def test_the_bound_on_documents_rarely_changes():

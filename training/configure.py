@@ -43,6 +43,10 @@ class configure(ExitStack):
             if restore:
                 device.attention = "FlashAttention 3"
                 self.callback(restore)
+                # On a Hopper, torch prefers cuDNN's kernels to those of any FlashAttention.
+                self.callback(torch.backends.cuda.enable_cudnn_sdp,
+                              torch.backends.cuda.cudnn_sdp_enabled())
+                torch.backends.cuda.enable_cudnn_sdp(False)
 
         # Also where this device is not deterministic: compiling on a CPU sets it later.
         self.callback(restore_determinism, torch.are_deterministic_algorithms_enabled(),

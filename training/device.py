@@ -15,7 +15,7 @@ import torch
 from hardware import cpu_info, native
 from setting import SettingsBase, setting
 from terminal import counted
-from training.gpus import PEAK_FLOPS
+from training.gpus import peak_flops
 
 # FLOP/s that training is assumed to reach, to decide whether compiling pays. Nothing is timed,
 # since how busy a machine is must not change what a run computes.
@@ -120,8 +120,7 @@ class Device:
         """The peak FLOP/s in bf16 of the data sheet, or None where it is not known."""
         if self.type != "cuda" or self.precision == "fp32":
             return None
-        name = self.name()
-        return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+        return peak_flops(self.name())
 
     def mfu(self, flops_per_second: float) -> dict[str, str]:
         """Model FLOPs utilisation (arXiv:2204.02311), to show, where the device's peak is known."""

@@ -18,6 +18,15 @@ GPU_GIGABYTES = {
 GPUS = sorted(name.lower().replace(" ", "-") for name in PEAK_FLOPS)
 
 
+def peak_flops(name: str) -> float | None:
+    """The peak of the GPU that the driver calls `name`; None if it is not known."""
+    for gpu, peak in PEAK_FLOPS.items():
+        # An L40 is no L4.
+        if re.search(rf"{gpu}(?![A-Z0-9])", name):
+            return peak
+    return None
+
+
 def gpu_named(name: str) -> str:
     """The key of PEAK_FLOPS for a name such as h100 or rtx-4090; empty if there is none."""
     plain = re.sub(r"[^a-z0-9]", "", name.lower())

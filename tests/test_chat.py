@@ -7,7 +7,6 @@ import io
 import json
 import math
 import re
-import time
 from pathlib import Path
 
 import jinja2
@@ -27,7 +26,7 @@ from data.loader import Loader, Validation
 from data.prepare import load_tokenizer, prepare
 from data.shards import Tokens, open_parts, read_meta
 from data.tokenizer import ByteTokenizer, ExtendedTokenizer
-from generation import Engine, open_run
+from generation import Engine, chat, open_run
 from generation.chat import Conversation, next_answer
 from model import GPT, GPTConfig
 from model import loss as model_loss
@@ -314,14 +313,23 @@ def test_only_turns_that_fit_are_the_context(parrot, monkeypatch):
     assert all(len(ids) <= 28 and text.startswith(start) for ids, text in zip(prompts, texts, strict=True))
 
 
-def test_many_turns_are_dropped_in_linear_time(parrot):
+def test_many_turns_are_dropped_in_linear_time(parrot, monkeypatch):
+    lengths_read = []
+
+    class Ids(list):
+        def __len__(self):
+            lengths_read.append(1)
+            return super().__len__()
+
+    encoded = []
+    monkeypatch.setattr(chat, "message_ids", lambda *message: encoded.append(1) or Ids(message_ids(*message)))
     engine = open_run("parrot", runs_dir=parrot[0], device="cpu", precision="fp32")
-    messages = [Message("user", "ab"), Message("assistant", "BA")] * 20_000
-    start = time.monotonic()
+    messages = [Message("user", "ab"), Message("assistant", "BA")] * 2_000
     prompt, *_ = next_answer(engine, [Message("system", "ab"), *messages, Message("user", "cd")], SamplingConfig(max_new_tokens=4))
     turn = "<|user|>ab<|end|><|assistant|>BA<|end|>"
     assert engine.decode(prompt) == f"<|endoftext|><|system|>ab<|end|>{turn}{turn}<|user|>cd<|end|><|assistant|>"
-    assert time.monotonic() - start < 2
+    # Each message is encoded once, and the turns that do not fit are not counted again and again.
+    assert len(encoded) == len(messages) + 2 and len(lengths_read) < len(messages)
 
 
 def test_a_question_that_is_too_long_is_an_error(talk):

@@ -134,7 +134,8 @@ def cells(case: Case, found: dict[str, Any], eager: dict[str, Any]) -> list[str]
     comparison = ["", ""]
     if case.kind == "training" and "rate" in eager:
         comparison = [f"{found['rate'] / eager['rate']:.2f}", VARIANTS[case.variant]]
-    return [f"{found['rate']:,.0f}", share, f"{found['peak_bytes'] / 2**20:,.0f} MB",
+    note = ", but its loss could not be compiled" if found.get("loss_failed") else ""
+    return [f"{found['rate']:,.0f}{note}", share, f"{found['peak_bytes'] / 2**20:,.0f} MB",
             f"{found['first']:.1f}", *comparison]
 
 
@@ -174,7 +175,7 @@ def measure_training(config: GPTConfig, variant: str, batch_size: int, least_sec
     optim = OptimConfig(optimizer="muon" if config.qk_norm else "adamw")
     step = TrainingStep(model, optim, device, random_loader(config, batch_size),
                         compiled=variant == "compiled")
-    model.loss_options = options_of(variant, device)
+    model.loss_options = options = options_of(variant, device)
     if variant == "fp32 norms":
         # As autocast would have it.
         attention.rms_norm = lambda x: F.rms_norm(x, (x.size(-1),))
@@ -187,9 +188,8 @@ def measure_training(config: GPTConfig, variant: str, batch_size: int, least_sec
     rate = batch_size * config.block_size / statistics.median(times[3:])
     peak = device.peak_flops()
     share = model.flops_per_token() * rate / peak if peak else None
-    options = model.loss_options
     return {"rate": rate, "share": share, "first": compiling + times[0],
-            "fused_loss": options is not None and options.fused}
+            "loss_failed": model.loss_options != options}
 
 
 def measure_decoding(config: GPTConfig, device: Device) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -29,6 +30,15 @@ def test_each_variant_differs_in_one_option(monkeypatch):
     assert found["small chunks"] == LossOptions(2**24, 64, fused=True)
     assert found["unfused loss"] == LossOptions(2**29, 64, fused=False)
     assert found["unpadded vocabulary"] == LossOptions(2**29, 1, fused=True)
+
+
+def test_without_a_compiler_the_loss_is_not_compiled(monkeypatch):
+    monkeypatch.setattr("model.loss.MIN_LOGITS", 0)
+    monkeypatch.setattr("model.loss.compiled_loss_and_gradient", Mock(side_effect=RuntimeError("no compiler")))
+    monkeypatch.setattr(gpu, "options_of", lambda variant, device: LossOptions(2**24, 64, fused=True))
+    case = gpu.Case("training", "tiny", "eager")
+    found = gpu.measure(*case, 2, 0.01, "cpu")
+    assert found["loss_failed"] and gpu.cells(case, found, found)[0].endswith(", but its loss could not be compiled")
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")

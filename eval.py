@@ -19,7 +19,6 @@ if __name__ == "__main__":
 
 import json
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from evaluation.loss import measure_loss, named_text, own_validation_split
 from evaluation.scoring import ResultCache, Scorer
 from evaluation.tasks import Question, find_tasks, measure_task, read_questions
 from generation.engine import engine_of
+from optional import import_optional
 from report.history import EVALUATION
 from report.page import after_training
 from report.results import table
@@ -128,9 +128,7 @@ def open_weights(settings: EvalSettings,
 
 def open_harness(settings: EvalSettings) -> Any:
     """Tasks of lm-evaluation-harness. Raises ValueError for an unknown one, or without lm_eval."""
-    if not find_spec("lm_eval"):
-        raise ValueError(f"lm_eval={settings.lm_eval} needs the package lm_eval (pip install "
-                         "lm_eval).")
+    import_optional("lm_eval", f"lm_eval={settings.lm_eval} needs the package lm_eval", "lm_eval")
     from evaluation.harness import HarnessTasks
 
     return HarnessTasks(settings)

@@ -7,6 +7,7 @@ torch is imported inside functions, since the command line counts threads before
 from __future__ import annotations
 
 import os
+import shutil
 import statistics
 import time
 from collections.abc import Iterator
@@ -180,6 +181,13 @@ def memory_of(group: Path) -> tuple[int, int] | None:
             # There is no such file, or it says "max".
             continue
     return None
+
+
+def free_space(folder: Path) -> tuple[Path, int]:
+    """The free bytes of the disk that `folder` is or will be on, and the nearest that exists."""
+    while not folder.exists():
+        folder = folder.parent
+    return folder, shutil.disk_usage(folder).free
 
 
 def busy_cpus() -> float:

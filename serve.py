@@ -27,6 +27,7 @@ from typing import Any
 from checkpointing.find_runs import find_runs
 from conf.settings import SampleSettings
 from generation.engine import Engine, open_checkpoint, open_chosen, open_decoder
+from optional import import_optional
 from serving.decoding import Batcher, DecodingThread
 from serving.tasks import Model
 from setting import as_word
@@ -41,12 +42,12 @@ OpenModels = Callable[[ServeSettings, Device], Opened]
 
 def serve(settings: ServeSettings, open_models: OpenModels | None = None) -> int:
     """Open the models, and answer requests until a signal ends it."""
-    try:
-        import uvicorn
+    for package in ("starlette", "uvicorn"):
+        import_optional(package, f"serve.py needs {package}", "starlette uvicorn")
+    import uvicorn
 
-        from serving.app import make_app
-    except ModuleNotFoundError as error:
-        raise ValueError(f"serve.py needs {error.name}: pip install starlette uvicorn.") from None
+    from serving.app import make_app
+
     device = Device(settings.device, settings.precision)
     configure(device)
     thread = DecodingThread(device)

@@ -172,8 +172,7 @@ def training_loop(trainer: Trainer, clock: Clock, interrupt: Interrupt) -> Decis
     return decision
 
 
-def already_finished(run: Run, settings: Settings, last: Checkpoint,
-                     prompts: list[Prompt]) -> int:
+def already_finished(run: Run, settings: Settings, last: Checkpoint, prompts: list[Prompt]) -> int:
     """Say that the run is finished; prune and report if a kill prevented that."""
     training = settings.training
     advice = notices.how_to_continue(limit_reached(training, last), settings, last)

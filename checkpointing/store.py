@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any, TypeVar
 import atomic
 from checkpointing.checkpoint import Checkpoint, DamagedCheckpoint
 from checkpointing.spec import step_name
+from hardware import free_space
 from terminal import readable_size, say
 
 Loaded = TypeVar("Loaded")
@@ -174,11 +174,7 @@ def delete_after(checkpoints: Path, step: int) -> None:
 def check_free_space(checkpoints: Path, nbytes: int) -> None:
     """Raise ValueError unless there is space for two checkpoints of `nbytes`."""
     needed = 2 * nbytes
-    # The folders that do not exist yet will be on the disk of the one around them.
-    folder = checkpoints
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
+    folder, free = free_space(checkpoints)
     if free < needed:
         raise ValueError(f"{folder} has {readable_size(free)} free, two checkpoints need "
                          f"{readable_size(needed)}. Free some space, or set another runs_dir=.")

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
@@ -111,12 +112,18 @@ class Loader:
     def of_step(self, step: int, value: Callable[..., np.ndarray]) -> np.ndarray:
         """A value of each sequence of a step, of all ranks, given its part and its place there."""
         count = self.tokens_per_step // self.block_size
-        part, index = self.interleaving.at(step * count + np.arange(count, dtype=np.int64))
         values = np.empty(count, dtype=np.int64)
-        for number in np.unique(part):
-            here = part == number
-            values[here] = value(self.parts[number], self.parts[number].shuffled(index[here]))
+        sequences = step * count + np.arange(count, dtype=np.int64)
+        for here, part, places in self.by_part(sequences):
+            values[here] = value(part, places)
         return values
+
+    def by_part(self, sequences: np.ndarray) -> Iterator[tuple[Any, Windows | Examples, Any]]:
+        """For each part of the mixture: which of the sequences it has, and their places there."""
+        numbers, index = self.interleaving.at(sequences)
+        for number in np.unique(numbers):
+            here, part = numbers == number, self.parts[number]
+            yield here, part, part.shuffled(index[here])
 
     def batch(self, step: int, micro_step: int = 0, rank: int = 0) -> tuple[Tensor, Tensor]:
         """Inputs and targets, each int64 `[batch_size, block_size]`."""
@@ -124,15 +131,12 @@ class Loader:
         # the same as one rank with N.
         micro_batch = (step * self.world_size + rank) * self.micro_steps + micro_step
         sequences = micro_batch * self.batch_size + np.arange(self.batch_size, dtype=np.int64)
-        part, index = self.interleaving.at(sequences)
 
         # One read for each part of the mixture.
         inputs = np.empty((self.batch_size, self.block_size), dtype=np.int64)
         targets = np.empty_like(inputs)
-        for number in np.unique(part):
-            here = part == number
-            places = self.parts[number].shuffled(index[here])
-            inputs[here], targets[here] = self.parts[number].read(places)
+        for here, part, places in self.by_part(sequences):
+            inputs[here], targets[here] = part.read(places)
         return torch.from_numpy(inputs), torch.from_numpy(targets)
 
 

@@ -227,8 +227,8 @@ def row_losses(engine: Engine, inputs: torch.Tensor, targets: torch.Tensor,
         features = model.features(inputs.to(device.torch), **options)  # [B, T, C]
         # Row by row, so that the logits of only one are in memory.
         for row, row_targets in zip(features, targets, strict=True):
-            losses.append(next_token_loss(row, model.head_weight, row_targets,
-                                          model.loss_options))
+            loss = next_token_loss(row, model.head_weight, row_targets, model.loss_options)
+            losses.append(loss)
     return torch.stack(losses).float().tolist()
 
 

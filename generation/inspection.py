@@ -79,21 +79,18 @@ def predictions(model: GPT, ids: Sequence[int], n_top: int) -> Iterator[Predicti
             yield Prediction(following, most_likely(row, n_top))
 
 
-def most_likely(logprobs: Tensor, n_top: int) -> dict[int, float]:
-    """Log probabilities of up to `n_top` tokens by their ids, the largest first, of all `[V]`."""
-    values, ids = logprobs.topk(min(n_top, len(logprobs)))
+def most_likely(values: Tensor, n_top: int) -> dict[int, float]:
+    """The largest of the probabilities `[V]` or their logarithms, by the ids of the tokens."""
+    values, ids = values.topk(min(n_top, len(values)))
     return dict(zip(ids.tolist(), values.tolist(), strict=True))
 
 
 def next_tokens(logits: Tensor, tokenizer: Tokenizer) -> list[list[tuple[str, float]]]:
     """For each position the most likely next tokens, with their probabilities."""
-    top = logits.float().softmax(-1).topk(min(N_NEXT, logits.size(-1)))
     rows = []
-    for ids, probabilities in zip(top.indices.tolist(), top.values.tolist(), strict=True):
-        row = []
-        for token, probability in zip(ids, probabilities, strict=True):
-            row.append((token_label(tokenizer, token), round(probability, 5)))
-        rows.append(row)
+    for probabilities in logits.float().softmax(-1):
+        top = most_likely(probabilities, N_NEXT)
+        rows.append([(token_label(tokenizer, token), round(top[token], 5)) for token in top])
     return rows
 
 

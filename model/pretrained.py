@@ -19,6 +19,8 @@ from model.layouts import Entry, table
 PREFIX = re.compile(r"(_orig_mod\.)?(transformer\.)?")
 # Masks and tables, which some versions store.
 BUFFER = re.compile(r"(^|\.)h\.\d+\.attn\.(bias|masked_bias)$|rotary_emb\.inv_freq$")
+
+
 def weights_from(layout: str, config: GPTConfig,
                  tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state dict of `GPT(config)` from published tensors, in fp32.

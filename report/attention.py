@@ -61,8 +61,7 @@ def draw(name: str, labels: list[str], weights: np.ndarray) -> bytes:
     ticks, texts = range(0, len(labels), every), [short_text(label) for label in labels[::every]]
 
     # Draw the weights of each head.
-    figure, style = new_figure(1.5 + inches * heads, 1.5 + inches * layers, "attention")
-    with style:
+    with new_figure(1.5 + inches * heads, 1.5 + inches * layers, "attention") as figure:
         grid = figure.subplots(layers, heads, squeeze=False, sharex=True, sharey=True)
         for place, axes in np.ndenumerate(grid):
             # Small weights are visible in their square roots.

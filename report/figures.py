@@ -9,7 +9,7 @@ import io
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -41,14 +41,18 @@ def write_picture(out: str, draw: Callable[[str], bytes]) -> None:
     say(f"Drew {path}")
 
 
-def new_figure(width: float, height: float, name: str) -> tuple[Any, AbstractContextManager[None]]:
-    """A figure in inches, and the style to draw it in. Raises ValueError without matplotlib."""
+@contextmanager
+def new_figure(width: float, height: float, name: str) -> Iterator[Any]:
+    """A figure in inches, to be drawn and written inside the block, in the style of reports.
+
+    Raises ValueError without matplotlib.
+    """
     matplotlib = import_optional("matplotlib", "Curves need matplotlib", "matplotlib")
     # Not pyplot, which keeps every figure.
     from matplotlib.figure import Figure
 
-    style = matplotlib.rc_context(STYLE | {"svg.hashsalt": name})
-    return Figure(figsize=(width, height), layout="constrained"), style
+    with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):
+        yield Figure(figsize=(width, height), layout="constrained")
 
 
 def as_image(figure: Any, kind: str, dpi: int = 110, **settings: Any) -> bytes:
@@ -67,8 +71,7 @@ def svg_element(draw: Callable[[Any], None], names: list[str], title: str,
     Lines of the run with the rank n, whose id is "run-n", get the class "run", data-run="n" and
     the name of the run as their title.
     """
-    figure, style = new_figure(*size, title)
-    with style:
+    with new_figure(*size, title) as figure:
         draw(figure.subplots())
         svg = as_image(figure, "svg", transparent=True, metadata={"Date": None}).decode()
 

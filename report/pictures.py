@@ -41,8 +41,7 @@ def curves_png(runs: list[History]) -> bytes:
     """All pictures of losses and diagnostics, against steps, tokens and seconds."""
     # A row or two of losses, and one of diagnostics.
     kinds = loss_kinds(runs)
-    figure, style = new_figure(16, 4 * len(kinds) + 4, "curves")
-    with style:
+    with new_figure(16, 4 * len(kinds) + 4, "curves") as figure:
         grid = figure.subplots(len(kinds) + 1, 3, squeeze=False)
         for row, which in enumerate(kinds):
             for axes, axis in zip(grid[row], AXES, strict=True):
@@ -58,8 +57,7 @@ def slices_png(runs: list[History], keys: list[str], ranked: list[History]) -> b
     """The slices of all `keys`."""
     columns = min(4, len(keys))
     rows = math.ceil(len(keys) / columns)
-    figure, style = new_figure(4 * columns, 3.2 * rows, "slices")
-    with style:
+    with new_figure(4 * columns, 3.2 * rows, "slices") as figure:
         grid = figure.subplots(rows, columns, squeeze=False).ravel()
         # The last row may have places without a slice.
         for axes in grid[len(keys) :]:
@@ -74,8 +72,7 @@ def loss_picture(runs: list[History], kind: str) -> bytes:
 
     One run has its training and validation loss, several have their validation losses.
     """
-    figure, style = new_figure(7, 4, "loss")
-    with style:
+    with new_figure(7, 4, "loss") as figure:
         axes = figure.subplots()
         draw_losses(axes, runs, loss_kinds(runs)[0], "steps")
         add_names(figure, axes, runs)

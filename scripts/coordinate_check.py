@@ -167,8 +167,7 @@ def table(title: str, sizes: Sizes) -> Iterator[str]:
 
 def draw(found: dict[str, Sizes], kind: str) -> bytes:
     """A picture: the sizes by width, one panel for each parametrization."""
-    figure, style = new_figure(8, 3.2, "coordinate check")
-    with style:
+    with new_figure(8, 3.2, "coordinate check") as figure:
         panels = figure.subplots(1, len(found), sharey=True)
         for axes, (title, sizes) in zip(panels, found.items(), strict=True):
             for name, by_width in sizes.items():

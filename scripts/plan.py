@@ -46,7 +46,6 @@ if __name__ == "__main__":
 import math
 import os
 import resource
-import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -65,7 +64,7 @@ from data.loader import Loader
 from data.prepare import planned
 from data.shards import Tokens, read_meta
 from data.tokenizer_json import planned_size
-from hardware import available_memory
+from hardware import available_memory, free_space
 from model import GPT
 from terminal import counted, readable_size, readable_time, say
 from training.configure import configure
@@ -226,10 +225,7 @@ def plan_disk(settings: Settings, state_bytes: int) -> None:
     every = training.checkpoint_every or training.max_steps
     # The newest ones and the best one.
     kept = min(math.ceil(training.max_steps / every), training.keep_last + 1)
-    # The file system of the nearest folder that exists.
-    runs_dir = Path(settings.runs_dir).absolute()
-    folder = next(each for each in (runs_dir, *runs_dir.parents) if each.exists())
-    free = shutil.disk_usage(folder).free
+    _, free = free_space(Path(settings.runs_dir))
     say(f"Disk: {readable_size((kept + 1) * state_bytes)} for checkpoints of "
         f"{readable_size(state_bytes)}: {kept} that are kept, and one that is being written; "
         f"{readable_size(free)} are free")

@@ -165,8 +165,7 @@ def decode(tokenizer: Tokenizer, ids: list[int]) -> str:
 
 def draw(contents: Contents, title: str, kind: str) -> bytes:
     """A picture of token frequencies by rank and of document lengths, in the file type `kind`."""
-    figure, style = new_figure(10, 4, "contents")
-    with style:
+    with new_figure(10, 4, "contents") as figure:
         left, right = figure.subplots(1, 2)
         # Zipf's law is a straight line here.
         frequencies = np.sort(contents.counts[contents.counts > 0])[::-1]

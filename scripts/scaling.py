@@ -205,8 +205,7 @@ def print_best(fit: Fit, flops: float, overrides: list[str], epoch_tokens: int) 
 
 def draw(fit: Fit, results: list[Result], held_out: list[Result]) -> bytes:
     """The losses by size, with the law for each budget, as a PNG."""
-    figure, style = new_figure(6.4, 4.2, "scaling")
-    with style:
+    with new_figure(6.4, 4.2, "scaling") as figure:
         axes = figure.subplots()
         axes.set_xscale("log")
         axes.set_xlabel("size N, FLOPs per token / 6")
@@ -231,7 +230,7 @@ def draw(fit: Fit, results: list[Result], held_out: list[Result]) -> bytes:
         log_ticks(axes.xaxis)
         abbreviate(axes.xaxis)
         axes.legend()
-    return as_image(figure, "png")
+        return as_image(figure, "png")
 
 
 def draw_budget(axes: Any, fit: Fit, flops: float, sizes: list[float], **style: str) -> Any:

@@ -115,8 +115,7 @@ def rates_of(by_width: dict[int, dict[float, float]]) -> list[float]:
 
 def draw(losses: Losses, kind: str) -> bytes:
     """A picture: the loss by rate, a line for each width, a panel for each group."""
-    figure, style = new_figure(3 * len(losses), 3, "learning rate transfer")
-    with style:
+    with new_figure(3 * len(losses), 3, "learning rate transfer") as figure:
         panels = figure.subplots(1, len(losses), sharey=True, squeeze=False)[0]
         for axes, (group, by_width) in zip(panels, losses.items(), strict=True):
             for color, (width, of_width) in zip(cycle(COLORS), by_width.items(), strict=False):

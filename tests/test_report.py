@@ -97,8 +97,7 @@ def histories_of(tmp_path):
 
 def labels_of(draw, size=(3.6, 2.7)) -> list[list]:
     """What stands at the ticks of both axes, each as text and its box in pixels, and other texts along the axes."""
-    figure, style = new_figure(*size, "test")
-    with style:
+    with new_figure(*size, "test") as figure:
         draw(axes := figure.subplots())
         figure.draw_without_rendering()
         axes_labels = [[label for label in [*axis.get_ticklabels(), *axis.get_minorticklabels()] if label.get_text()]
@@ -261,8 +260,7 @@ def test_the_axes_of_all_curves_have_plain_numbers(tmp_path, steps, rates):
 
 def test_both_losses_of_one_run_share_an_axis(tmp_path):
     pytest.importorskip("matplotlib")
-    figure, style = new_figure(6, 4, "test")
-    with style:
+    with new_figure(6, 4, "test") as figure:
         draw_losses(axes := figure.subplots(), [open_history(write_run(tmp_path / "one"), "one")], BOTH, "tokens")
     lines, names = axes.get_legend_handles_labels()
     assert names == ["training, smoothed", "validation"] and lines[0].get_color() != lines[1].get_color()
@@ -286,8 +284,7 @@ def test_a_slice_marks_medians_and_runs_that_diverged(histories_of):
     pytest.importorskip("matplotlib")
     runs = histories_of([True, True, True, False])
     runs[-1] = replace(runs[-1], best_loss=1e6)
-    figure, style = new_figure(4, 3, "test")
-    with style:
+    with new_figure(4, 3, "test") as figure:
         draw_slice(axes := figure.subplots(), runs, "key", runs)
     drawn = {(line.get_marker(), float(line.get_ydata()[0])) for line in axes.get_lines()}
     assert drawn == {("o", 3.0), ("o", 3.1), ("o", 3.2), ("^", 8.0), ("_", 3.1)}
@@ -623,8 +620,7 @@ def test_a_training_ends_with_its_report(compose_tiny, tmp_path, capsys):
 
 def test_a_run_of_one_step_has_one_tick():
     pytest.importorskip("matplotlib")
-    figure, style = new_figure(4, 3, "one")
-    with style:
+    with new_figure(4, 3, "one") as figure:
         axes = figure.subplots()
         axes.plot([1], [3.0])
         label_progress(axes, "steps")

@@ -38,8 +38,7 @@ class Bucket:
     def send(self) -> None:
         """Start to send the gradients to the owners of their parts, and drop them."""
         # A gradient that is missing here is missing in all processes.
-        existing = [[part for part in some if part.weights.grad is not None]
-                    for some in self.parts]
+        existing = [[part for part in some if part.weights.grad is not None] for some in self.parts]
         gradients = [part.of(part.weights.grad).reshape(-1) for some in existing for part in some]
         # The numbers for each rank, in the order in which the gradients are concatenated.
         sizes = [sum(part.tensor.numel() for part in some) for some in existing]

@@ -109,6 +109,8 @@ def print_completions(engine: Engine, decoder: Decoder | None, prompt: str,
         output("")
         return
 
+
+    # Several completions are decoded together, and printed one after the other.
     jobs = [(prompt, number) for number in range(settings.num_samples)]
     completions = engine.complete(jobs, settings, decoder, settings.logprobs)
     for number, completion in enumerate(completions, 1):

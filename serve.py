@@ -48,6 +48,7 @@ def serve(settings: ServeSettings, open_models: OpenModels | None = None) -> int
 
     from serving.app import make_app
 
+    # The models are opened, and used, by one thread beside the event loop.
     device = Device(settings.device, settings.precision)
     configure(device)
     thread = DecodingThread(device)
@@ -57,6 +58,7 @@ def serve(settings: ServeSettings, open_models: OpenModels | None = None) -> int
         return {name: Model(name, engine, make_batcher(thread, engine, settings), arguments)
                 for name, (engine, arguments) in opened.items()}
 
+    # Take the port first: opening models takes longer than finding that it is in use.
     with listen(settings) as listening:
         thread.start()
         try:

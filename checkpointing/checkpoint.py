@@ -65,11 +65,13 @@ class Checkpoint:
         manifest = parse_json(folder / spec.MANIFEST, read_small(folder / spec.MANIFEST))
         if manifest.pop("sha256", None) != spec.checksum(manifest):
             raise DamagedCheckpoint(f"{folder / spec.MANIFEST} does not match its own checksum")
+        # Another version's format is no damage: this ValueError ends the command.
         version = manifest.get("format")
         if version not in (spec.FORMAT, spec.FORMAT_IN_PARTS):
             raise ValueError(
                 f"{folder} has checkpoint format {ascii(version)[:40]}; this version of nanohydra "
                 f"reads format {spec.FORMAT}. Use the version that wrote it.")
+        # All files are there, with the sizes that the manifest lists.
         files = manifest.get("files")
         if not isinstance(files, dict) or not spec.is_complete(files):
             raise DamagedCheckpoint(f"{folder / spec.MANIFEST} does not list the files of a "
@@ -146,6 +148,7 @@ class Checkpoint:
                   for key, value in like.items()}
         found: dict[str, tuple[str, list[int]]] = {}
         path_of: dict[str, Path] = {}
+        # The headers of the files have both; no tensor is read yet.
         for path in paths:
             with read_errors(path), safe_open(path, "pt") as file:
                 for key in file.keys():  # noqa: SIM118 (it is no dict)

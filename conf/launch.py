@@ -199,6 +199,7 @@ def split_flags(arguments: list[str], known: dict[str, Any]) -> tuple[set[str], 
                 problems.append(f"--cfg {value}: use --cfg job, which prints all settings; "
                                 f"the settings of Hydra itself are not used.")
             flags.add("--cfg")
+        # A flag that has one name here, an unknown one, or an override.
         elif argument in FLAG_NAMES:
             flags.add(FLAG_NAMES[argument])
         elif argument.startswith("-"):

@@ -44,6 +44,7 @@ def find(path: str, skipped: Counter[str] | None = None) -> list[Path]:
     reason = unreadable(place)
     if reason:
         raise ValueError(f"{path} {reason}.")
+    # All that is in the folder, or matches the glob.
     is_folder = place.is_dir()
     if is_folder:
         base, found = place, []

@@ -140,6 +140,7 @@ def from_hugging_face(content: Any, place: str) -> Tokenizer:
         special = {one["content"]: one["id"] for one in by_id}
         vocab = {word: token for word, token in model["vocab"].items() if word not in special}
         check_ids(vocab, special)
+        # Only our own exports of character tokenizers have such a model.
         if model["type"] == "WordLevel":
             return characters(content, vocab, special)
         return byte_level_bpe(content, vocab, special)

@@ -40,11 +40,14 @@ def json_records(blocks: Iterator[str], kind: str, read: RecordReader, path: Pat
 
     A record is an element of an array, which only .json can be, or a line that is not blank.
     """
+    # Look at the beginning of the file, and put it back.
     first = next(blocks, "")
     blocks = chain([first], blocks)
     if kind == ".json" and first.lstrip().startswith("["):
         yield from json_array(blocks, read, path)
         return
+
+    # JSON Lines. A line that is not JSON does not end the file.
     for number, line in enumerate(lines_of(blocks, "\n", path), 1):
         if line.isspace():
             continue
@@ -175,6 +178,7 @@ def csv_records(blocks: Iterator[str], kind: str, field: str,
             continue
         if row is None:
             return
+        # A blank line.
         if not row:
             continue
         if not n_columns:

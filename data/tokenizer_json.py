@@ -30,10 +30,12 @@ def from_json(saved: dict[str, Any], place: str) -> Tokenizer:
             return ByteTokenizer()
         case {"kind": str(name), **rest} if name in PUBLISHED and not rest:
             return BPETokenizer.published(name)
+        # Characters in order, and none that UTF-8 cannot encode.
         case {"kind": "char", "characters": str(characters), "end_of_text": bool(with_end), **rest}:
             is_sorted = list(characters) == sorted(set(characters))
             if is_sorted and not rest and not re.search(SURROGATES, characters):
                 return CharTokenizer(characters, with_end)
+        # Byte-pair encoding, by one of the patterns that are supported.
         case {"kind": "bpe", "pattern": pattern, "ranks": list(encoded), **rest}:
             ranks = decode_ranks(encoded)
             longest = max(map(len, ranks), default=0)

@@ -67,6 +67,7 @@ def decompressed(raw: BinaryIO, path: Path) -> BinaryIO:
     # .xz and .zst need as much memory as the file says, up to a limit.
     window = WINDOW_PER_BYTE * os.fstat(raw.fileno()).st_size
     window = min(max(window, LEAST_WINDOW), LARGEST_WINDOW)
+    # Python's own streams for gzip and bzip2, which need little memory.
     match path.suffix.lower():
         case ".gz":
             return gzip.GzipFile(fileobj=raw)

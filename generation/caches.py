@@ -59,6 +59,7 @@ class RaggedCache(KVCache):
 
     def copy_row(self, source: int, target: int) -> None:
         length = self.lengths[target] = self.lengths[source]
+        # Each is [rows, G, positions, D].
         for tensor in (*self.keys, *self.values):
             tensor[target, :, :length] = tensor[source, :, :length]
 
@@ -95,6 +96,7 @@ class RaggedCache(KVCache):
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """As `KVCache.extend`, for one new position at the end of each row."""
+        # k and v are [B, G, 1, D], and keys and values [B, G, positions, D].
         rows = k.size(0)
         keys, values = self.keys[layer][:rows], self.values[layer][:rows]
         for cached, new in ((keys, k), (values, v)):

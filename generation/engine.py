@@ -82,6 +82,7 @@ class Completion:
         """The text without a trailing part that could still become a stop."""
         if self.finished:
             return self.text
+        # The longest end of the text that is the beginning of a stop.
         longest = max(map(len, self.stops), default=0)
         for length in range(min(longest - 1, len(self.text)), 0, -1):
             end = self.text[-length:]
@@ -133,6 +134,7 @@ class Engine:
     def stream(self, prompt: Prompt, rules: SamplingConfig, decoder: Decoder | None = None,
                number: int = 0) -> Generator[str, None, Completion]:
         """The text of one completion, piece by piece; the generator returns the completion."""
+        # The text grows, and a new piece is what has not been shown yet.
         shown = 0
         for (completion,) in self.steps([(prompt, number)], rules, decoder):
             text = completion.printable()

@@ -72,7 +72,7 @@ def predictions(model: GPT, ids: Sequence[int], n_top: int) -> Iterator[Predicti
     while done < len(ids):
         # The rows of earlier positions of the window are only context.
         start = max(0, done - block_size // 2)
-        window = torch.tensor([ids[start : start + block_size]], device=device)
+        window = torch.tensor([ids[start : start + block_size]], device=device)  # [1, T]
         for row in finite(model(window)[0, done - start :]).float().log_softmax(-1):
             done += 1
             following = row[ids[done]].item() if done < len(ids) else None

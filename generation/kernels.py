@@ -76,6 +76,7 @@ def product(weight: Tensor, bias: Tensor | None, precision: str) -> Callable[[Te
 
     def multiply(x: Tensor) -> Tensor:
         assert x.dtype == torch.float32
+        # [..., in] -> [..., padded], in consecutive memory.
         x = F.pad(x, (0, padded - inputs)) if padded > inputs else x.contiguous()
         y = torch.empty(*x.shape[:-1], outputs)
         rows = y.numel() // outputs
@@ -105,6 +106,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, scores
     """
     B, H, _, D = q.shape
     G = k.size(1)
+    # One row of numbers for each row of the batch: [B, H * D], and [B, G * D] for k and v.
     q, k, v = (x.float().flatten(1) for x in (q, k, v))
     y = torch.empty(B, H, 1, D)
     kind = FP32 if keys.dtype == torch.float32 else BF16_CACHE

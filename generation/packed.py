@@ -28,8 +28,10 @@ def pack(model: GPT, make_product: Callable[[Tensor, Tensor | None], Product]) -
     Everything else is the model's own code on the same tensors, so a flag of the model needs no
     code here unless it changes the head or attention; tests/test_decoder.py compares every flag.
     """
+    # To `deepcopy`, tensors in its memo are copied already: the two models share them.
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     packed = copy.deepcopy(model, shared).eval()
+    # The head, and then each linear layer.
     packed.head = make_product(packed.head_weight.detach(), None)
     if not model.config.tie_head:
         del packed.lm_head

@@ -52,7 +52,8 @@ def candidates(logits: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor
     # Without top_k, all tokens compete, but sorting a few of them is nearly always enough.
     sizes = [top_k] if top_k else [FIRST_SORTED, logits.size(-1)]
     for size in sizes:
-        largest, ids = logits.topk(min(size, logits.size(-1)))
+        largest, ids = logits.topk(min(size, logits.size(-1)))  # [B, K]
+        # The softmax of the largest alone, or of all.
         competing = largest if top_k else logits
         probabilities = (largest - competing.logsumexp(-1, keepdim=True)).exp()
         cumulative = cumulative_sum(probabilities)
@@ -68,10 +69,12 @@ def pick(logits: Tensor, rules: SamplingConfig, draws: Tensor) -> Tensor:
     `draws` `[B]` are random numbers from (0, 1]. Raises ValueError if a logit is not finite.
     """
     logits = finite(logits.float())
+    # Without randomness, the most likely token.
     if rules.temperature < MIN_TEMPERATURE:
         return logits.argmax(-1)
     logits = logits / rules.temperature
 
+    # The probabilities of all tokens, [B, V], or of the K candidates with their ids, [B, K].
     ids = None
     if rules.top_k or rules.top_p < 1:
         probabilities, ids = candidates(logits, rules.top_k, rules.top_p)
@@ -81,7 +84,8 @@ def pick(logits: Tensor, rules: SamplingConfig, draws: Tensor) -> Tensor:
     # Invert the cumulative distribution: draws are scaled to its total, which may not be 1.
     cumulative = cumulative_sum(probabilities)
     # The first place that reaches the draw cannot have probability 0.
-    places = torch.searchsorted(cumulative, draws[:, None] * cumulative[:, -1:])
+    places = torch.searchsorted(cumulative, draws[:, None] * cumulative[:, -1:])  # [B, 1]
+    # A place among candidates is not yet the id of a token.
     if ids is not None:
         places = ids.gather(-1, places)
     return places.squeeze(-1)
@@ -134,11 +138,13 @@ class Batch:
     @torch.inference_mode()
     def step(self) -> tuple[Tensor, Tensor]:
         """Add a token to each row; the tokens `[B]`, and the logits `[B, V]` they are from."""
+        # The logits of what follows each sequence.
         sequences = [row.sequence for row in self.rows]
         if self.decoder:
             logits = self.decoder.next_logits(sequences)
         else:
             logits = uncached_logits(self.model, sequences)
+        # A row draws from its own stream, so that the other rows do not change its text.
         draws = torch.tensor([1 - row.stream.random() for row in self.rows], device=logits.device)
         tokens = self.pick_by_rules(logits, draws)
         for row, token in zip(self.rows, tokens.tolist(), strict=True):
@@ -147,11 +153,13 @@ class Batch:
 
     def pick_by_rules(self, logits: Tensor, draws: Tensor) -> Tensor:
         """As `pick`, where each row has its own rules: rows of the same rules together."""
+        # The places of the rows with the same rules.
         by_rules: dict[tuple[float, int, float], list[int]] = {}
         for place, row in enumerate(self.rows):
             rules = row.rules
             key = (rules.temperature, rules.top_k, rules.top_p)
             by_rules.setdefault(key, []).append(place)
+        # Usually all rows have the same.
         if len(by_rules) == 1:
             return pick(logits, self.rows[0].rules, draws)
         tokens = torch.empty(len(self.rows), dtype=torch.long, device=logits.device)
@@ -212,9 +220,11 @@ def generate(model: GPT, prompts: Tensor | Sequence[Sequence[int]], rules: Sampl
 def uncached_logits(model: GPT, sequences: list[list[int]]) -> Tensor:
     """Logits `[B, V]` for the next tokens, by a whole forward pass for each length of sequence."""
     logits = torch.empty(len(sequences), model.config.vocab_size, device=model.wte.weight.device)
+    # Rows of one length are a rectangle, which needs no padding.
     for length in {len(sequence) for sequence in sequences}:
         rows = [row for row, sequence in enumerate(sequences) if len(sequence) == length]
         start = window_start(length, model.config.block_size)
+        # [rows, T], of which only the last position is needed.
         window = torch.tensor([sequences[row][start:] for row in rows], device=logits.device)
         with native_autocast(model):
             logits[rows] = model.head(model.features(window)[:, -1]).float()

@@ -128,12 +128,13 @@ def unfused_is_faster(v: Tensor) -> bool:
 def attend_in_chunks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout: float) -> Tensor:
     """As `attend`, by unfused attention on chunks of queries; `mask` hides later positions."""
     T, S = q.size(2), k.size(2)
+    # A short sequence is one chunk.
     if T <= QUERY_CHUNK:
         return unfused_attention(q, k, v, mask, dropout)[0]
     outputs = []
     end = S - T
     for queries, rows in zip(q.split(QUERY_CHUNK, 2), mask.split(QUERY_CHUNK, -2), strict=True):
-        # These queries attend to no key after their own positions.
+        # These queries, [B, H, chunk, D], attend to no key after their own positions.
         end += queries.size(2)
         # The weights of a long context would take most of a step's memory, so the backward pass
         # computes them again.
@@ -193,6 +194,7 @@ class KVCache:
 
     def __init__(self, config: GPTConfig, batch_size: int, device: torch.device | str = "cpu",
                  dtype: torch.dtype = torch.float32, positions: int | None = None) -> None:
+        # [B, G, positions, D], of which the first `length` positions are in use.
         shape = (batch_size, config.kv_heads, positions or config.block_size, config.head_width)
         self.keys = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
         self.values = [torch.empty_like(keys) for keys in self.keys]

@@ -53,6 +53,7 @@ class DocumentAttention(AttentionContext):
         # Importing it takes a second.
         from torch.nn.attention.varlen import varlen_attn
 
+        # Heads that share keys and values need copies of them in older versions of torch.
         B, H, T, _ = q.shape
         options = {}
         if k.size(1) != H and takes_shared_heads(varlen_attn):
@@ -63,7 +64,7 @@ class DocumentAttention(AttentionContext):
         q, k, v = (x.to(v.dtype).transpose(1, 2).flatten(0, 1) for x in (q, k, v))
         y = varlen_attn(q, k, v, self.cu_seqlens, self.cu_seqlens, T, T, window_size=(-1, 0),
                         **options)
-        return y.unflatten(0, (B, T)).transpose(1, 2)
+        return y.unflatten(0, (B, T)).transpose(1, 2)  # [B, H, T, D]
 
 
 def takes_shared_heads(varlen_attn: Callable[..., Tensor]) -> bool:

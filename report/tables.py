@@ -63,6 +63,7 @@ def leaderboard_rows(runs: list[History]) -> list[dict[str, tuple[Any, str]]]:
     rows = []
     for rank, run in enumerate(runs):
         _, tokens, seconds = run.reached
+        # The result at the best step, the settings that differ, and then the end of the run.
         row = {"run": (run.name, run.name), "state": (run.state, run.state)}
         row[LOSS] = formatted(run.best_loss, ".4f")
         row["at step"] = formatted(run.best_step, ",d")

@@ -70,6 +70,7 @@ from training.device import Device
 
 
 def main(settings: AttentionMapSettings) -> int:
+    # The end of the prompt that the model reads and a page holds.
     model, tokenizer, name, folder = open_model(settings)
     config, ids = model.config, tokenizer.encode(settings.prompt)
     limit = min(max_tokens(config.n_layer, config.n_head), config.block_size)
@@ -77,6 +78,8 @@ def main(settings: AttentionMapSettings) -> int:
         say(f"The prompt has {counted(len(ids), 'token')}: the map shows the last {limit:,}, as "
             "many as the model reads and a page holds.")
         ids = ids[-limit:]
+
+    # Compute the weights, and write the page and the picture.
     out = Path(settings.out) if settings.out else folder / "attention.html"
     labels, weights, following = attention_picture(model, tokenizer, ids)
     content = page(name, labels, weights, following)

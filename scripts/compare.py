@@ -203,6 +203,7 @@ def check(arms: Arms, metric: str) -> None:
     one = next(iter(runs.values())).settings
     for name, of_name in others:
         other = next(iter(of_name.values())).settings
+        # The same validation text, and for losses per token the same tokens.
         differing = text_differences(one, other)
         if differing:
             raise ValueError(f"{first} and {name} were validated on different texts "
@@ -213,10 +214,12 @@ def check(arms: Arms, metric: str) -> None:
             raise ValueError(f"{first} and {name} have different tokenizers, so losses per token "
                              f"cannot be compared: use metric=bits_per_byte, without "
                              f"rule=speedrun.")
+        # Something besides the seed must differ, or the seeds themselves.
         if not differing_settings([one | {"seed": 0}, other | {"seed": 0}]):
             if runs.keys() & of_name.keys():
                 raise identical(first, name)
             say(f"{first} and {name} have the same settings, with other seeds.")
+    # More steps alone give a lower loss.
     if len({steps_of(runs) for runs in arms.values()}) > 1:
         steps = ", ".join(f"{name} {steps_of(runs)}" for name, runs in arms.items())
         say(f"The arms were trained for different numbers of steps: {steps}.")

@@ -222,6 +222,7 @@ def full_disks(folder: Path, settings: TortureSettings) -> Iterator[Result]:
     finish(tiny, folder / "straight_400")
     mount = folder / "mount"
     for resource, options in (("space", "size=6m"), ("files", "size=64m,nr_inodes=40")):
+        # Without permission to mount, this is left out.
         mount.mkdir()
         mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", mount],
                                  capture_output=True)

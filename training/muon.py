@@ -126,6 +126,7 @@ def orthogonalize_wide(x: Tensor) -> Tensor:
     """
     a, b, c = NEWTON_SCHULZ
     gram = x @ x.mT  # [N, rows, rows]
+    # The product of all P so far, [N, rows, rows].
     total = None
     for step in range(NEWTON_SCHULZ_STEPS):
         factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)

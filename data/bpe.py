@@ -57,10 +57,7 @@ class BPETokenizer(Tokenizer):
         words = encoding.special_tokens_set
         self.special = {word: encoding.encode_single_token(word) for word in words}
         self.vocab_size = encoding.n_vocab
-        ends = [self.special[word] for word in ENDS_OF_TEXT if word in self.special]
-        if not ends:
-            raise ValueError(f"The tokenizer has no {END_OF_TEXT}.")
-        self.end_of_text = ends[0]
+        self.end_of_text = next(self.special[word] for word in ENDS_OF_TEXT if word in self.special)
         longest_first = sorted(self.in_text, key=len, reverse=True)
         self.find_in_text = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
 

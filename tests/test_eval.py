@@ -265,9 +265,12 @@ def test_tasks_while_training_change_no_weight(compose_tiny, package, tmp_path):
 # Errors
 
 
-def test_an_unknown_task_is_named_with_the_likely_one(measure, package):
-    with pytest.raises(ValueError, match=r"tasks=piqaa: no such task .did you mean piqa"):
-        measure("tasks=piqaa")
+@pytest.mark.parametrize(("task", "says"), [
+    ("piqaa", r"tasks=piqaa: no such task .did you mean piqa"), ("none.jsonl", "there is no such file in"),
+])
+def test_an_unknown_task_is_named_with_the_likely_one(measure, package, task, says):
+    with pytest.raises(ValueError, match=says):
+        measure(f"tasks={task}")
 
 
 @pytest.mark.parametrize(("task", "package", "says"), [

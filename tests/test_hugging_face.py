@@ -11,7 +11,7 @@ from test_tokenizer import EVERY_CHARACTER, SCRIPTS, TEXT, train_bpe
 
 from data import patterns
 from data.bpe import BPETokenizer
-from data.hugging_face import from_hugging_face, to_hugging_face
+from data.hugging_face import byte_letters, from_hugging_face, to_hugging_face
 from data.patterns import normalized
 from data.tokenizer import END_OF_TEXT, ByteTokenizer, CharTokenizer, ExtendedTokenizer
 from data.tokenizer_json import fingerprint, from_json
@@ -149,6 +149,7 @@ def changed(path, value):
 
 
 SPLIT, BYTES = to_hugging_face(train_bpe(300))["pre_tokenizer"]["pretokenizers"]
+BYTE_VOCAB = {letter: byte for byte, letter in enumerate(byte_letters())}
 ADDED = {"id": 300, "content": "<x>", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
 
 
@@ -176,6 +177,9 @@ ADDED = {"id": 300, "content": "<x>", "single_word": False, "lstrip": False, "rs
     ("added_tokens", [ADDED | {"id": 10**9}], "its largest id is 1,000,000,000"),
     ("model.merges", [], "is not made by its merges"),
     ("model.vocab", {"a": 0}, "has no token for the byte 0"),
+    ("model.vocab", {"a b": 0}, "its token 'a b' is not written in the letters"),
+    ("model.vocab", BYTE_VOCAB | {"a" * 5000: 256}, "it has a token of 5,000 bytes"),
+    ("model.type", "WordLevel", "its model is WordLevel"),
 ])
 def test_an_unsupported_feature_is_named(path, value, reason):
     with pytest.raises(ValueError, match=f"^own.json cannot be used as a tokenizer: .*{reason}.* Supported is byte-level BPE"):

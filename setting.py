@@ -11,7 +11,7 @@ import operator
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, NewType, get_type_hints
 
 # Types of settings that name one path, or several separated by commas. `expanded` completes them.
@@ -56,6 +56,13 @@ class SettingsBase:
             if wanted:
                 usual = ", or null" if one.default is None else f"; the default is {one.default}"
                 yield f"{one.name}={value} must be {' and '.join(wanted)}{usual}."
+
+
+@dataclass(frozen=True)
+class ScriptSettings(SettingsBase):
+    """The settings of a script that takes those of train.py, too, as the overrides `train`."""
+
+    train: tuple[str, ...] = ()
 
 
 @functools.cache

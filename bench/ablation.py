@@ -23,7 +23,7 @@ from conf.schema import compose
 from evaluation import comparison
 from report.runs import differing_settings
 from scripts.compare import CompareSettings, plan_arm, read_arms, results_of, train_all
-from setting import FilePath, SettingsBase, setting
+from setting import FilePath, ScriptSettings, setting
 
 RECIPE = "the recipe"
 # Smaller runs, by `size`, on one core. Results do not depend on how busy the machine is.
@@ -53,7 +53,7 @@ WITHOUT = {
 
 
 @dataclass(frozen=True)
-class AblationSettings(SettingsBase):
+class AblationSettings(ScriptSettings):
     """Settings of the ablation; all others are those of train.py."""
 
     seeds: int = setting(8, "runs of each variant; 4 or fewer cannot decide", ge=2)
@@ -62,7 +62,6 @@ class AblationSettings(SettingsBase):
         "full", "small: 2 blocks of width 96, 100 steps of 1,024 tokens, in fp32 on one core; "
         "medium: width 128, 200 steps of 2,048 tokens")
     runs_dir: FilePath = setting("runs/ablation", "folder for the runs of all variants")
-    train: tuple[str, ...] = ()
 
 
 def main(settings: AblationSettings) -> int:

@@ -18,18 +18,17 @@ from bench.speed import TrainingStep, random_loader
 from bench.timing import medians, print_header, print_row
 from conf.schema import compose
 from model import GPT
-from setting import FilePath, SettingsBase, setting
+from setting import FilePath, ScriptSettings, setting
 from training.configure import configure
 from training.device import Device
 
 
 @dataclass(frozen=True)
-class ProfileSettings(SettingsBase):
+class ProfileSettings(ScriptSettings):
     """Settings of the profile; all others are those of train.py."""
 
     rows: int = setting(12, "operations in the table", ge=1)
     trace: FilePath = setting("", "write a trace for chrome://tracing")
-    train: tuple[str, ...] = ()
 
 
 def main(own: ProfileSettings) -> int:

@@ -45,7 +45,6 @@ class EvalSettings(ModelChoice):
     out: FilePath = setting("", "the JSON file; empty: evaluation.json in each run's folder")
 
     def problems(self) -> Iterator[str]:
-        """One sentence for each invalid value."""
         yield from super().problems()
         yield from checkpoint_problems(self.checkpoint)
         if self.init_from and self.measures_loss and not self.data.path:

@@ -30,7 +30,6 @@ class SamplingConfig(SettingsBase):
         False, "8-bit weights, on a CPU with gcc or clang: 2 to 3 times as fast, less accurate")
 
     def problems(self) -> Iterator[str]:
-        """One sentence for each invalid value."""
         yield from super().problems()
         if self.int8 and not self.cache:
             yield "int8=true needs the cache: leave out cache=false."

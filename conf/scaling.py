@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from conf.settings import Settings
-from setting import FilePath, FilePaths, SettingsBase, setting
+from setting import FilePath, FilePaths, ScriptSettings, setting
 
 
 @dataclass(frozen=True)
-class ScalingSettings(SettingsBase):
+class ScalingSettings(ScriptSettings):
     """The settings of a grid and of its law; all others are those of train.py."""
 
     sweep: FilePath = setting("isoflop", "the sizes: a name in conf/sweep, or a YAML file")
@@ -23,10 +23,7 @@ class ScalingSettings(SettingsBase):
     dry_run: bool = setting(False, "print the grid, and train nothing")
     predict: float | None = setting(None, "FLOPs: print the best size and tokens for them", gt=0)
     held_out: FilePaths = setting("", "runs, separated by commas, to compare with the law")
-    # Overrides of the training.
-    train: tuple[str, ...] = ()
 
     def problems(self) -> Iterator[str]:
-        """One sentence for each invalid value."""
         yield from super().problems()
         yield from Settings(name=self.name, runs_dir=self.runs_dir).problems()

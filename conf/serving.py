@@ -28,7 +28,6 @@ class ServeSettings(ModelChoice, SamplingConfig):
     max_request_tokens: int = setting(8192, "the most tokens that one request may generate", ge=1)
 
     def problems(self) -> Iterator[str]:
-        """One sentence for each invalid value."""
         yield from super().problems()
         for checkpoint in self.checkpoint.split(","):
             yield from checkpoint_problems(checkpoint)

@@ -99,7 +99,6 @@ class ModelChoice(SettingsBase):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto", "of matrix products")
 
     def problems(self) -> Iterator[str]:
-        """One sentence for each invalid value."""
         yield from super().problems()
         if self.init_from and self.run:
             yield f"run={self.run} and init_from={self.init_from} exclude each other: choose one."
@@ -125,7 +124,6 @@ class SampleSettings(ModelChoice, SamplingConfig):
     system: str = setting("", "chat: instructions that precede the conversation")
 
     def problems(self) -> Iterator[str]:
-        """One sentence for each invalid value."""
         yield from super().problems()
         # What is completed: one prompt, a file of prompts, what the user types, or a conversation.
         inputs = (self.prompt, self.prompt_file, self.prompts, self.interactive, self.chat)

@@ -72,7 +72,6 @@ class DataConfig(SettingsBase):
     respect_documents: bool = setting(False, "attention and positions stay within a document")
 
     def problems(self) -> Iterator[str]:
-        """One sentence for each invalid value."""
         yield from super().problems()
         # The source, or the parts of a mixture.
         if self.mix:

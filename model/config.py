@@ -93,7 +93,6 @@ class GPTConfig(SettingsBase):
         return math.sqrt(self.mup_base_head_width / self.head_width)
 
     def problems(self) -> Iterator[str]:
-        """One sentence for each invalid value."""
         yield from super().problems()
         # The checks below divide by them.
         if self.n_head < 1 or self.n_embd < 1:

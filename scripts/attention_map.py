@@ -34,7 +34,6 @@ class AttentionMapSettings(SettingsBase):
     png: bool = setting(False, "also draw all heads, beside the page (needs matplotlib)")
 
     def problems(self) -> Iterator[str]:
-        """One sentence for each invalid value."""
         yield from super().problems()
         presets = options("model")
         if self.run and self.fresh:

@@ -19,11 +19,11 @@ from typing import Any, Literal
 
 from conf.launch import launch
 from evaluation.comparison import SMALLEST
-from setting import FilePath, SettingsBase, setting
+from setting import FilePath, ScriptSettings, setting
 
 
 @dataclass(frozen=True)
-class CompareSettings(SettingsBase):
+class CompareSettings(ScriptSettings):
     """The settings of a comparison; all other words on the command line are its arms."""
 
     seeds: int = setting(5, "the number of seeds of each recipe: 0, 1, ...", ge=2)
@@ -35,8 +35,6 @@ class CompareSettings(SettingsBase):
     smallest: float = setting(SMALLEST, "the difference that matters, in the unit of metric=", gt=0)
     rule: Literal["sequential", "speedrun"] = setting(
         "sequential", "the test; speedrun is that of modded-nanogpt's track 3, for its recipe")
-    # The arms.
-    train: tuple[str, ...] = ()
 
 
 if __name__ == "__main__":

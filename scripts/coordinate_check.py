@@ -17,11 +17,11 @@ from typing import Literal
 
 from conf.launch import launch
 from report.figures import picture_problems
-from setting import FilePath, SettingsBase, setting
+from setting import FilePath, ScriptSettings, setting
 
 
 @dataclass(frozen=True)
-class CoordinateCheckSettings(SettingsBase):
+class CoordinateCheckSettings(ScriptSettings):
     """The widths that are compared; all other settings are those of train.py."""
 
     widths: str = setting("64 128 256 512", "widths of the models; the first is the base")
@@ -30,11 +30,8 @@ class CoordinateCheckSettings(SettingsBase):
     limit: float = setting(
         0.2, "the largest exponent of the width that counts as independent of it", gt=0)
     out: FilePath = setting("", "also draw a picture: .png, .svg or .pdf; needs matplotlib")
-    # Overrides of the training.
-    train: tuple[str, ...] = ()
 
     def problems(self) -> Iterator[str]:
-        """One sentence for each invalid value."""
         yield from super().problems()
         yield from picture_problems(self.out)
         words = self.widths.split()

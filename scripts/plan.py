@@ -15,12 +15,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from conf.launch import launch
-from setting import SettingsBase, setting
+from setting import ScriptSettings, setting
 from training.gpus import GPU_GIGABYTES, PEAK_FLOPS, gpu_named, gpu_problems
 
 
 @dataclass(frozen=True)
-class PlanSettings(SettingsBase):
+class PlanSettings(ScriptSettings):
     """The settings of a plan; all others are those of train.py."""
 
     measure: bool = setting(True, "time a few micro-steps on this machine; false prints no time")
@@ -29,11 +29,8 @@ class PlanSettings(SettingsBase):
     mfu: float = setting(
         0.4, "part of that GPU's peak FLOP/s that training is assumed to reach", gt=0, le=1)
     ranks: int = setting(1, "plan for this number of processes of torchrun", ge=1, le=2**20)
-    # Overrides of the training.
-    train: tuple[str, ...] = ()
 
     def problems(self) -> Iterator[str]:
-        """One sentence for each invalid value."""
         yield from super().problems()
         if self.device:
             yield from gpu_problems(self.device)

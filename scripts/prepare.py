@@ -15,11 +15,11 @@ from dataclasses import dataclass
 
 from conf.launch import launch
 from report.figures import picture_problems
-from setting import FilePath, setting
+from setting import FilePath, ScriptSettings, setting
 
 
 @dataclass(frozen=True)
-class PrepareSettings:
+class PrepareSettings(ScriptSettings):
     """The script's own settings; all others are those of train.py."""
 
     inspect: bool = setting(
@@ -30,8 +30,6 @@ class PrepareSettings:
                "unfinished ones, after a question")
     yes: bool = setting(False, "with clean=true: delete without asking")
     out: FilePath = setting("", "the picture of inspect=true; empty: inspect.png at the tokens")
-    # Overrides of train.py's settings.
-    train: tuple[str, ...] = ()
 
     def problems(self) -> Iterator[str]:
         """One sentence for each invalid value."""

@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from conf.launch import launch
-from setting import SettingsBase, setting
+from setting import ScriptSettings, setting
 from training.gpus import PEAK_FLOPS, gpu_named, gpu_problems
 
 
 @dataclass(frozen=True)
-class ScaleSettings(SettingsBase):
+class ScaleSettings(ScriptSettings):
     """The GPUs and what connects them; all other settings are those of train.py."""
 
     device: str = setting("h100", "a GPU with a data sheet, as in scripts.plan")
@@ -31,11 +31,8 @@ class ScaleSettings(SettingsBase):
     message: float = setting(2.0, "microseconds for each process that it sends to", ge=0)
     two_levels: bool = setting(
         False, "as if gradients were added within a node, then between nodes: not implemented")
-    # Overrides of the training.
-    train: tuple[str, ...] = ()
 
     def problems(self) -> Iterator[str]:
-        """One sentence for each invalid value."""
         yield from super().problems()
         yield from gpu_problems(self.device)
 

@@ -17,17 +17,15 @@ from dataclasses import dataclass
 
 from conf.launch import launch
 from progress import ProgressBar
-from setting import SettingsBase, setting
+from setting import ScriptSettings, setting
 
 
 @dataclass(frozen=True)
-class VerifySettings(SettingsBase):
+class VerifySettings(ScriptSettings):
     """The settings of the proof; all others are those of train.py."""
 
     kills: int = setting(20, "how often to kill the training", ge=0)
     processes: int = setting(1, "train with 1, 2, 4, ... processes, up to this number", ge=1)
-    # Overrides of the training.
-    train: tuple[str, ...] = ()
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from conf.schema import compose, folder_name
 from conf.settings import Settings
 from conf.yaml_files import ConfigError
 from report.history import PRUNED
-from setting import FilePath, SettingsBase, setting
+from setting import FilePath, ScriptSettings, setting
 from sweep.jobs import INTERRUPTED, Job, refuse_run
 from sweep.runner import JobSource, LocalRunner, run_jobs
 from sweep.space import Range, Space, read_space
@@ -41,7 +41,7 @@ STATES = {"COMPLETE": "finished", "PRUNED": "pruned", "FAIL": "failed", "RUNNING
 
 
 @dataclass(frozen=True)
-class SweepSettings(SettingsBase):
+class SweepSettings(ScriptSettings):
     """The settings of a search itself; its other overrides are for the trials."""
 
     sweep: FilePath = setting("", "the space: a name in conf/sweep, or a YAML file")
@@ -53,7 +53,6 @@ class SweepSettings(SettingsBase):
     processes_per_job: int = setting(1, "started by torchrun; with GPUs, one for each", ge=1)
     pruner: Literal["median", "hyperband", "none"] = setting("median", "stops poor trials")
     storage: str = setting("", "the study's URL for Optuna; empty: study.log in the folder")
-    train: tuple[str, ...] = ()  # overrides for the trials
 
     def problems(self) -> Iterator[str]:
         """One sentence for each value that is invalid."""

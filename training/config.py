@@ -94,7 +94,6 @@ class TrainingConfig(SettingsBase):
         "continue", "the reaction to a checkpoint that cannot be written")
 
     def problems(self) -> Iterator[str]:
-        """One sentence for each invalid value."""
         yield from super().problems()
         if self.shard == "full" and self.compile == "true":
             yield "shard=full does not support compile=true: leave one of them out."

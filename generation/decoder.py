@@ -52,13 +52,19 @@ class CapturedCall:
         # ask for it again after each evaluation.
         side = capture_stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.device(device), torch.cuda.stream(side):
-            # Beside it, a thread of the training may allocate pinned memory.
-            self.graph.capture_begin(capture_error_mode="thread_local")
-            try:
-                self.result = call()
-            finally:
-                self.graph.capture_end()
+        try:
+            with torch.cuda.device(device), torch.cuda.stream(side):
+                # Beside it, a thread of the training may allocate pinned memory.
+                self.graph.capture_begin(capture_error_mode="thread_local")
+                try:
+                    self.result = call()
+                finally:
+                    self.graph.capture_end()
+        except RuntimeError:
+            # The random number generator is still in capture mode, where dropout raises an error.
+            generator = torch.cuda.default_generators[device.index]
+            generator.graphsafe_set_state(generator.clone_state())
+            raise
         torch.cuda.current_stream(device).wait_stream(side)
 
     def replay(self) -> Tensor:

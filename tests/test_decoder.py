@@ -397,6 +397,8 @@ def test_a_step_is_captured_on_one_stream_for_all(fails, monkeypatch):
     cuda.CUDAGraph().capture_end.side_effect = RuntimeError("the capture was invalidated") if fails else None
     for name in ("CUDAGraph", "Stream", "current_stream", "device", "stream", "empty_cache", "synchronize"):
         monkeypatch.setattr(torch.cuda, name, getattr(cuda, name))
+    generator = MagicMock(spec=torch.Generator)
+    monkeypatch.setattr(torch.cuda, "default_generators", {None: generator})
     decoding.capture_stream.cache_clear()
     cuda.reset_mock()
     decoder = Decoder(make())
@@ -417,6 +419,7 @@ def test_a_step_is_captured_on_one_stream_for_all(fails, monkeypatch):
     after = ["current_stream", "current_stream().wait_stream", "CUDAGraph().replay", "step().clone"]
     assert said == ["CUDAGraph", "Stream", *before, *capture, *(["step"] if fails else [*after, "CUDAGraph", *before, *capture, *after])]
     cuda.CUDAGraph().capture_begin.assert_called_with(capture_error_mode="thread_local")
+    assert generator.graphsafe_set_state.called == fails  # which ends its capture mode
     decoding.capture_stream.cache_clear()
 
 

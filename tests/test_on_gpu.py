@@ -19,7 +19,7 @@ import train
 from checkpointing import store
 from checkpointing.memory_plan import count_memory
 from conf.sampling import SamplingConfig
-from generation.decoder import Decoder
+from generation.decoder import CapturedCall, Decoder
 from generation.sampling import Batch, Row
 from model import GPT
 from model.loss import loss_options, next_token_loss
@@ -87,11 +87,12 @@ def test_a_cuda_graph_decodes_as_without_it(gpu, name):
     """Past the positions of one graph, for rows that join and leave, while another thread pins memory."""
     torch.manual_seed(0)
     model = GPT(replace(tiny_presets()[name], block_size=512)).to(gpu.torch).eval()
-    done = threading.Event()
+    done, pinned = threading.Event(), []
 
     def pin():
         while not done.wait(0.001):
-            torch.empty(10_000).pin_memory()
+            # Memory that is freed would be given out again, without a call of CUDA.
+            pinned.append(torch.empty(10_000).pin_memory())
 
     thread = threading.Thread(target=pin)
     thread.start()
@@ -120,20 +121,22 @@ def test_a_cuda_graph_decodes_as_without_it(gpu, name):
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_the_loss_on_a_gpu_is_that_of_cross_entropy(gpu, fused):
+    """It does not wait for the GPU, once it is compiled."""
     torch.manual_seed(0)
     features, weight = torch.randn(600, 64, device="cuda"), torch.randn(50257, 64, device="cuda") / 8
     targets = torch.randint(50257, (600,), device="cuda")
     targets[5:9] = -100
     results = []
-    for chunked in (True, False):
+    for chunked in (True, True, False):
         x, w = features.clone().requires_grad_(), weight.clone().requires_grad_()
         with gpu.autocast():
             options = replace(loss_options(gpu.torch, fused=fused), max_logits=2**23)
             loss = next_token_loss(x, w, targets, options) if chunked else F.cross_entropy(F.linear(x, w).float(), targets)
         loss.backward()
         results.append((loss.detach(), x.grad, w.grad))
-    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-3, atol=1e-3)
-    for one, other in zip(results[0][1:], results[1][1:], strict=True):
+        torch.cuda.set_sync_debug_mode("default" if results[1:] else "error")
+    torch.testing.assert_close(results[1][0], results[2][0], rtol=1e-3, atol=1e-3)
+    for one, other in zip(results[1][1:], results[2][1:], strict=True):
         assert (one - other).norm() < 0.02 * other.norm()
 
 
@@ -152,6 +155,18 @@ def test_a_step_takes_the_memory_that_is_planned(gpu, compose_tiny):
         BatchLoss(model, gpu)((ids, ids)).backward()
     optimizers.step(scaler, optimizers.gradient_norm(scaler), 1.0)
     assert 0.8 < (torch.cuda.max_memory_allocated() - before) / planned < 1.25
+
+
+def test_a_failed_capture_leaves_the_gpu_as_it_was(gpu):
+    """Afterwards, dropout draws random numbers as before, and another capture succeeds."""
+    device = torch.ones(1, device="cuda").device
+    with pytest.raises(RuntimeError, match="captur"):
+        CapturedCall(lambda: torch.ones(1, device=device).cpu(), device)
+    torch.manual_seed(0)
+    drawn = torch.rand(3, device=device)
+    torch.cuda.manual_seed(0)
+    assert torch.equal(drawn, torch.rand(3, device=device))
+    assert CapturedCall(lambda: drawn + 1, device).replay().tolist() == (drawn + 1).tolist()
 
 
 def test_the_memory_of_this_gpu_is_in_a_plan(gpu, capsys):

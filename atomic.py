@@ -144,6 +144,11 @@ def write_bytes(final: Path, content: bytes) -> None:
         file.write(content)
 
 
+def write_json(final: Path, value: Any, indent: int | None = None) -> None:
+    """Write or replace a JSON file."""
+    write_bytes(final, json.dumps(value, indent=indent).encode())
+
+
 class NewFile:
     """A file with a temporary name, which gets its final name at the end of the `with` block.
 

@@ -5,7 +5,6 @@ The files stay where they are and are read through memory maps, like our own sha
 
 from __future__ import annotations
 
-import json
 import re
 from itertools import chain
 from pathlib import Path
@@ -58,7 +57,7 @@ def prepare_bins(path: str, tokenizer_name: str, dtype: str = "auto") -> Path:
         for split in SPLITS:
             splits[split] = count_tokens(shards[split], tokenizer)
             part[split] = splits[split] | {"shards": shards[split]}
-        atomic.write_bytes(folder / "tokenizer.json", json.dumps(tokenizer.to_json()).encode())
+        atomic.write_json(folder / "tokenizer.json", tokenizer.to_json())
         write_meta(folder, recipe, fingerprint(tokenizer), tokenizer.vocab_size,
                    {"splits": splits, "parts": [part]})
 

@@ -123,7 +123,7 @@ class Hub:
             known["files"][commit] = files
             # The folder of prepared tokens may be read-only.
             with suppress(OSError):
-                atomic.write_bytes(self.memory, json.dumps(known, indent=2).encode())
+                atomic.write_json(self.memory, known, indent=2)
         return commit, files
 
     def remembered(self) -> dict[str, dict[str, Any]]:

@@ -6,7 +6,6 @@ command resumes after the last complete segment and gives identical files.
 
 from __future__ import annotations
 
-import json
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
@@ -113,16 +112,14 @@ def build(building: Path, plan: Plan, config: DataConfig) -> None:
         tokenizer = read_tokenizer(building / "tokenizer.json")
     else:
         tokenizer = make_tokenizer(config, corpora)
-        content = json.dumps(tokenizer.to_json()).encode()
-        atomic.write_bytes(building / "tokenizer.json", content)
+        atomic.write_json(building / "tokenizer.json", tokenizer.to_json())
     made_with = fingerprint(tokenizer)
 
     # Encode the segments that are missing. Each one is noted when it is on the disk.
     title = f"Tokenizing {config.mix or config.source}"
     for segment in segments(corpora, tokenizer, building, len(done), title):
         done.append(segment)
-        progress = {"tokenizer": made_with, "segments": done}
-        atomic.write_bytes(building / PROGRESS, json.dumps(progress).encode())
+        atomic.write_json(building / PROGRESS, {"tokenizer": made_with, "segments": done})
 
     # The tokens must be those of the recipe, so the sources must not have changed.
     now = [source.fingerprint() for source in plan.sources.values()]

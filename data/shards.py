@@ -212,7 +212,7 @@ def write_meta(folder: Path, recipe: dict[str, Any], tokenizer_fingerprint: str,
     """Write `meta.json`: the recipe, the tokenizer, the tokens, and their fingerprint."""
     meta = recipe | {"tokenizer_fingerprint": tokenizer_fingerprint, "vocab_size": vocab_size,
                      "fingerprint": fingerprint_of(tokenizer_fingerprint, tokens["parts"])}
-    atomic.write_bytes(folder / "meta.json", json.dumps(meta | tokens, indent=2).encode())
+    atomic.write_json(folder / "meta.json", meta | tokens, indent=2)
 
 
 def read_meta(folder: Path) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def sha256_of(paths: list[Path]) -> list[str]:
     if known != before:
         # Without the cache, the files are hashed again.
         with suppress(OSError):
-            atomic.write_bytes(cache, json.dumps(known, indent=0).encode())
+            atomic.write_json(cache, known, indent=0)
     return digests
 
 

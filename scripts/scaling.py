@@ -19,7 +19,6 @@ if __name__ == "__main__":
     # Before the imports below: --help and invalid settings need not wait for torch.
     launch("scripts.scaling:main", ScalingSettings, __doc__)
 
-import json
 import math
 import shlex
 from bisect import bisect_left
@@ -81,7 +80,7 @@ def main(scaling: ScalingSettings) -> int:
     if scaling.dry_run:
         return 0
     if not (folder / GRID).exists():
-        atomic.write_bytes(folder / GRID, json.dumps(grid, indent=2).encode())
+        atomic.write_json(folder / GRID, grid, indent=2)
 
     # Train the runs that are not finished.
     results, unusable = read_results(folder, grid)

@@ -6,7 +6,6 @@ scripts/sweep.py does.
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import secrets
@@ -213,7 +212,7 @@ class Search(JobSource):
         elif code in INTERRUPTED and job in self.pruned:
             # Only reports read the file.
             with suppress(OSError):
-                atomic.write_bytes(job.folder / PRUNED, json.dumps({"step": job.step}).encode())
+                atomic.write_json(job.folder / PRUNED, {"step": job.step})
             self.study.tell(trial, state=states.PRUNED)
         elif code in INTERRUPTED or (code != 0 and not (job.folder / "nonfinite").exists()):
             # A kill or a full disk has nothing to do with the settings: resume the trial later.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from pathlib import Path
@@ -25,7 +24,7 @@ def report(run: Path, number: int, optimizers: Optimizers, content: dict[str, An
     content = content | {"loss": to_json(content["loss"]), "gradient_norms": norms}
     path = run / "nonfinite" / f"{number:02d}-step_{content['step']:08d}.json"
     try:
-        atomic.write_bytes(path, json.dumps(content, indent=2).encode())
+        atomic.write_json(path, content, indent=2)
     except OSError as error:
         return f"; the report of it could not be written ({error.strerror})."
     return f": see {path}."

@@ -5,7 +5,6 @@ The local files are complete: a failure of W&B is one warning, and training cont
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import shlex
@@ -110,7 +109,7 @@ def init_wandb(wandb: Any, folder: Path, config: LoggerConfig, settings: dict[st
     """Start or resume the W&B run whose id is in `wandb.json`."""
     id_file = folder / "wandb.json"
     run_id = atomic.read_json(id_file)["id"] if id_file.exists() else secrets.token_hex(4)
-    atomic.write_bytes(id_file, json.dumps({"id": run_id}).encode())
+    atomic.write_json(id_file, {"id": run_id})
     quiet = wandb.Settings(silent=True, console="off", init_timeout=60)
     run = wandb.init(project=config.project, name=settings["name"], id=run_id, resume="allow",
                      group=config.group or None, tags=config.tags.split(), mode=mode, dir=folder,

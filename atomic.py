@@ -131,6 +131,12 @@ def remove(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
 
 
+def remove_partial(folder: Path) -> None:
+    """Delete what a killed process left in a folder under temporary names."""
+    for partial in folder.glob(f"{PARTIAL}*"):
+        remove(partial)
+
+
 def unused_name(path: Path) -> Path:
     """`path`, or the first of `path-2`, `path-3` and so on that does not exist, even as a link."""
     numbered = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))

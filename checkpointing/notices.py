@@ -30,9 +30,7 @@ def describe_run(say: Callable[[str], None], folder: Path, device: Device, state
     say(f"Data: {describe(data.prepared)}")
 
     # The parameters by role.
-    counts = {}
-    for role, parameters in model.parameters_by_role().items():
-        counts[role] = sum(weights.numel() for weights in parameters.values())
+    counts = model.parameter_counts()
     parts = ", ".join(f"{role} {count:,}" for role, count in counts.items() if count)
     say(f"Model: {sum(counts.values()):,} parameters ({parts}), "
         f"{model.flops_per_token() / 1e6:,.1f} MFLOPs a token")

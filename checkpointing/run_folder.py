@@ -55,8 +55,7 @@ class Run:
     def remove_partial(self) -> None:
         """Delete the partial files of a killed process."""
         for folder in (self.folder, self.checkpoints, self.folder / "nonfinite"):
-            for partial in folder.glob(f"{atomic.PARTIAL}*"):
-                atomic.remove(partial)
+            atomic.remove_partial(folder)
 
     def has_checkpoints(self) -> bool:
         """Whether anything was saved, damaged or not."""

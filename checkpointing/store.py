@@ -159,9 +159,7 @@ def prune(checkpoints: Path, keep_last: int) -> None:
     for one in found:
         if one.folder not in kept:
             atomic.remove(one.folder)
-    # The partial checkpoints of a killed process.
-    for partial in checkpoints.glob(f"{atomic.PARTIAL}*"):
-        atomic.remove(partial)
+    atomic.remove_partial(checkpoints)
 
 
 def delete_after(checkpoints: Path, step: int) -> None:

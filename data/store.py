@@ -140,21 +140,16 @@ def fill(folder: Path, make: Callable[[Path], None]) -> None:
     # It exists after a kill, and `make` then resumes.
     building = folder.with_name(f"{BUILDING}{folder.name}")
     building.mkdir(exist_ok=True)
-    remove_partial_files(building)
+    atomic.remove_partial(building)
     try:
         make(building)
     except BaseException as failure:
-        remove_partial_files(building)
+        atomic.remove_partial(building)
         # After a ValueError, the repaired source has another folder.
         if isinstance(failure, ValueError) or not any(building.glob("*.json")):
             atomic.remove(building)
         raise
     atomic.publish_folder(building, folder)
-
-
-def remove_partial_files(folder: Path) -> None:
-    for partial in folder.glob(f"{atomic.PARTIAL}*"):
-        partial.unlink()
 
 
 def wait_for(path: Path) -> locks.Lock:

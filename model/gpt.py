@@ -254,6 +254,11 @@ class GPT(nn.Module):
             roles[role][name] = weights
         return roles
 
+    def parameter_counts(self) -> dict[str, int]:
+        """The number of parameters of each role."""
+        return {role: sum(weights.numel() for weights in parameters.values())
+                for role, parameters in self.parameters_by_role().items()}
+
     def rate_scales(self, optimizer: str) -> dict[str, float]:
         """The factors of the learning rates of the parameters, by name."""
         return {name: rate_scale(self.config, name, optimizer)

@@ -150,9 +150,7 @@ def plan_model(settings: Settings, meta: dict[str, Any] | None) -> float:
     training = settings.training
     block_size = settings.model.block_size
     model = GPT.empty(settings.model)
-    counts: dict[str, int] = {}
-    for role, parameters in model.parameters_by_role().items():
-        counts[role] = sum(weights.numel() for weights in parameters.values())
+    counts = model.parameter_counts()
     n_parameters = sum(counts.values())
     say(f"Model: {n_parameters:,} parameters")
     for role, count in counts.items():

@@ -92,7 +92,7 @@ def main(scale: ScaleSettings) -> int:
     training, block_size = settings.training, settings.model.block_size
     tokens = training.step_tokens(block_size)
     peak = PEAK_FLOPS[gpu_named(scale.device)]
-    n_parameters = sum(weights.numel() for weights in model.parameters())
+    n_parameters = sum(model.parameter_counts().values())
 
     # Print what is simulated and what is assumed.
     say(f"Simulated: {n_parameters:,} parameters, {settings.optim.optimizer}, {tokens:,} tokens a "

@@ -26,7 +26,7 @@ from typing import Any
 PARTIAL = ".partial-"
 # The largest single write, so that other threads can run in between.
 CHUNK_BYTES = 2**24
-MAX_JSON_BYTES = 2**28
+MAX_JSON_BYTES = 2**26
 
 
 class NotRegularFile(OSError):
@@ -34,7 +34,7 @@ class NotRegularFile(OSError):
 
     def __init__(self, path: Path) -> None:
         super().__init__(f"{path} is not a regular file, but a link, a folder or a device: "
-                         f"move it away.")
+                         f"use another name, or move it away.")
 
 
 def open_regular(path: Path, flags: int = os.O_RDONLY, folder: int | None = None) -> int:
@@ -158,10 +158,13 @@ def write_json(final: Path, value: Any, indent: int | None = None) -> None:
 class NewFile:
     """A file with a temporary name, which gets its final name at the end of the `with` block.
 
-    After an exception it is removed.
+    After an exception it is removed. Raises NotRegularFile for the name of a folder or a device.
     """
 
     def __init__(self, final: Path) -> None:
+        # A rename would replace a device, even /dev/null.
+        if final.exists() and not final.is_file():
+            raise NotRegularFile(final)
         self.final = final
         self.partial = temporary_name(final)
         self.descriptor = create(self.partial)

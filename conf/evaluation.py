@@ -60,8 +60,8 @@ class EvalSettings(ModelChoice):
         if self.eval_tokens and not self.measures_loss:
             yield (f"eval_tokens={self.eval_tokens} is for a text: use limit= to read less of each "
                    "task.")
-        if self.out and Path(self.out).is_dir():
-            yield f"out={self.out} is a folder: name a file, as in out=results.json."
+        if self.out and Path(self.out).exists() and not Path(self.out).is_file():
+            yield f"out={self.out} is a folder or a device: name a file, as in out=results.json."
 
     @property
     def has_tasks(self) -> bool:

@@ -145,9 +145,9 @@ def from_hugging_face(content: Any, place: str) -> Tokenizer:
             return characters(content, vocab, special)
         return byte_level_bpe(content, vocab, special)
     except Unsupported as error:
-        raise ValueError(f"{place} cannot be used as a tokenizer: {error}. Supported is byte-level "
-                         f"BPE as of GPT-2, GPT-4, Llama 3 and Qwen 2.") from None
-    except (LookupError, TypeError, AttributeError, ValueError):
+        raise ValueError(f"{place} cannot be used as a tokenizer: {str(error)[:500]}. Supported is "
+                         f"byte-level BPE as of GPT-2, GPT-4, Llama 3 and Qwen 2.") from None
+    except (LookupError, TypeError, AttributeError, ValueError, RecursionError):
         raise ValueError(f"{place} is not a tokenizer: give a tokenizer.json of Hugging Face or of "
                          f"nanohydra.") from None
 

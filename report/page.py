@@ -159,7 +159,7 @@ def diagnostics(runs: list[History]) -> Iterator[str]:
         # Without matplotlib, the section about losses says so.
         with suppress(ValueError):
             svg = "".join(diagnostic_svg(runs, name) for name in recorded)
-            yield f"<h2>{', '.join(recorded).capitalize()}</h2>"
+            yield f"<h2>{escape(', '.join(recorded).capitalize())}</h2>"
             yield f'<div class="slices">{svg}</div>'
 
 

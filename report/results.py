@@ -38,7 +38,7 @@ def cells(models: list[dict[str, Any]]) -> list[list[str]]:
         unit = "document" if "task" in one else "token"
         size = counted(one[f"{unit}s"], unit)
         numbers = [number(one, name) for name in names]
-        rows.append([model, one.get("text") or one["task"], size, *numbers])
+        rows.append([model, str(one.get("text") or one["task"]), size, *numbers])
     return rows
 
 

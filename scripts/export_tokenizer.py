@@ -50,7 +50,7 @@ def main(settings: ExportTokenizerSettings) -> int:
     tokenizer = store.load_of_run(run, "last", tokenizer_of)
     content = json.dumps(to_hugging_face(tokenizer), ensure_ascii=False).encode()
     # The file may be one of nanohydra's own tokenizers, which have the same name.
-    if out.exists() and out.read_bytes() != content:
+    if out.exists() and (not out.is_file() or out.read_bytes() != content):
         raise ValueError(f"{out} exists and is not this tokenizer: remove it, or name another file "
                          f"with out=FILE.")
     atomic.write_bytes(out, content)

@@ -24,6 +24,7 @@ from data.prepare import prepare
 from data.shards import read_meta
 from evaluation.scaling_law import MIN_RUNS
 from model import GPT, GPTConfig
+from report.runs import are_numbers
 from scripts.plan import pace_of
 from sweep.grid import GridSettings, Plan, job_name
 from sweep.space import Range, Space, read_space
@@ -48,9 +49,10 @@ def find_grid(folder: Path, scaling: ScalingSettings) -> dict[str, Any] | None:
     if not (folder / GRID).exists():
         return None
     try:
-        grid = atomic.parse_json((folder / GRID).read_bytes())
+        grid = atomic.read_json(folder / GRID)
         known = grid["asked"]
-    except (ValueError, KeyError, TypeError):
+        check_fields(grid)
+    except (ValueError, LookupError, TypeError, AttributeError):
         raise ValueError(f"{folder / GRID} is damaged: use another name=.") from None
     # A command that only asks about the law need not repeat how the grid was planned.
     if scaling.hours is None and not scaling.train:
@@ -60,6 +62,17 @@ def find_grid(folder: Path, scaling: ScalingSettings) -> dict[str, Any] | None:
         raise ValueError(f"{folder} has a grid that was planned otherwise: {listed(changes)}. Use "
                          f"another name=, or restore the old values.")
     return grid
+
+
+def check_fields(grid: dict[str, Any]) -> None:
+    """Raise LookupError, TypeError or AttributeError for missing fields or those of wrong types."""
+    numbers, words = [grid["seconds"], grid["epoch_tokens"]], [*grid["varied"]]
+    for run in grid["runs"].values():
+        numbers += [run["size"], run["budget"], run["tokens"]]
+        words += run["overrides"]
+    if len(numbers) == 2 or not are_numbers(numbers) or min(numbers) <= 0:
+        raise TypeError("a number is missing or invalid")
+    "".join(words)
 
 
 def asked(scaling: ScalingSettings, space: Space) -> dict[str, Any]:

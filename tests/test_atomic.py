@@ -291,6 +291,10 @@ def test_only_regular_files_are_read_and_written(tmp_path, monkeypatch, kind):
     for use in USES:
         with pytest.raises(atomic.NotRegularFile, match="file is not a regular file"):
             use(Path("file"))
+    # A new file takes the place of a link, but not that of a device.
+    if "link" not in kind or kind == "link to a FIFO":
+        with pytest.raises(atomic.NotRegularFile, match="use another name"):
+            atomic.write_bytes(Path("file"), b"new")
     assert (tree(tmp_path) if kind == "link" else {}) == before and not Path("nowhere").exists()
 
 

@@ -219,9 +219,14 @@ def test_results_are_kept_and_an_evaluation_resumes(compose_tiny, tmp_path, task
     assert resumed["models"][0]["name"] == "tiny"
     eval.evaluate(settings)
     assert sum(read) == 16
-    (folder / "evaluation.cache.jsonl").unlink()
+    # A damaged result is not used.
+    cache = folder / "evaluation.cache.jsonl"
+    cache.write_text(cache.read_text().replace("[-", "[-1", 1))
     eval.evaluate(settings)
-    assert sum(read) == 32 and json.loads((folder / "evaluation.json").read_text()) == resumed
+    assert sum(read) == 17 and json.loads((folder / "evaluation.json").read_text()) == resumed
+    cache.unlink()
+    eval.evaluate(settings)
+    assert sum(read) == 33 and json.loads((folder / "evaluation.json").read_text()) == resumed
 
 
 def test_the_loss_on_a_text_resumes(measure, tmp_path, book, monkeypatch):
@@ -309,6 +314,13 @@ def test_requests_that_are_not_compressed_are_refused(measure, tmp_path):
         measure(f"tasks={tmp_path / 'bad.jsonl.gz'}")
 
 
+def test_a_long_line_of_requests_is_refused(measure, tmp_path, monkeypatch):
+    monkeypatch.setattr("evaluation.tasks.MAX_LINE", 1000)
+    (tmp_path / "bad.jsonl.gz").write_bytes(gzip.compress(b"x" * 2000))
+    with pytest.raises(ValueError, match="a line has more than 1,000 characters"):
+        measure(f"tasks={tmp_path / 'bad.jsonl.gz'}")
+
+
 def test_a_character_that_the_model_lacks_is_refused(measure, task_file):
     with pytest.raises(ValueError, match=r"tiny cannot read own: .*Ω"):
         measure(f"tasks={task_file((['The Ω'], [' dog'], 0))}")
@@ -317,7 +329,7 @@ def test_a_character_that_the_model_lacks_is_refused(measure, task_file):
 @pytest.mark.parametrize(("overrides", "says"), [
     (["init_from=gpt2"], "has no validation split"), (["limit=3"], "limit=3 is for tasks="),
     (["run=a", "init_from=b"], "exclude each other"), (["checkpoint=bset"], "did you mean best"),
-    (["out=/"], "out=/ is a folder"), (["tasks=piqa", "eval_tokens=9"], "use limit="),
+    (["out=/"], "out=/ is a folder"), (["out=/dev/null"], "out=/dev/null is a folder or a device"), (["tasks=piqa", "eval_tokens=9"], "use limit="),
     (["tasks=piqa", "num_fewshot=0"], "num_fewshot=0 is for lm_eval=; tasks= has variants"),
 ])
 def test_invalid_settings_are_refused(overrides, says):

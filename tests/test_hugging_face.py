@@ -200,6 +200,16 @@ def test_other_json_is_not_imported(content):
         from_hugging_face(content, "own.json")
 
 
+def test_hostile_features_are_refused_in_a_short_sentence():
+    deep = {"type": "NFC"}
+    for _ in range(2000):
+        deep = {"type": "Sequence", "normalizers": [deep]}
+    for normalizer in (deep, {"type": "x" * 10_000}):
+        with pytest.raises(ValueError) as refusal:
+            from_hugging_face(changed("normalizer", normalizer), "own.json")
+        assert len(str(refusal.value)) < 1000
+
+
 def test_an_end_of_text_is_added_where_there_is_none():
     content = changed("added_tokens", [])
     del content["model"]["vocab"][END_OF_TEXT]

@@ -381,7 +381,9 @@ def test_runs_of_any_name_are_drawn_and_printed_safely(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     names = ["\x1b[2J<b>", "_hidden", "$x^2$", "中文", "a" * 200, "x\ny"]
     for name in names:
-        write_run(tmp_path / "\x9btitle" / name)
+        run = write_run(tmp_path / "\x9btitle" / name)
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": 60, "tasks/<b>\x1b": 0.5}) + "\n")
     assert script.main(compose(script.ReportSettings, [f"runs_dir={tmp_path}", f"runs={tmp_path / 'title'}".replace("title", "\x9btitle")])) == 0
     page, said = (tmp_path / "\x9btitle/report.html").read_text(), capsys.readouterr()
     assert not re.search("[\x1b\x9b]", page + said.out) and said.err == "" and "<b>" not in page
@@ -406,11 +408,26 @@ BOMB = "a0: &a0 {x: 1}\n" + "".join(f"a{n}: &a{n} {{x: *a{n - 1}, y: *a{n - 1}}}
 
 @pytest.mark.parametrize("settings, row", [
     ("training: {max_steps: lots}", ""), ("training: {max_steps: [1]}", ""), ("a: &a {b: *a}", ""), (BOMB, ""), ("seed: 1", '{"step": 1%s, "loss": 1}' % ("0" * 400)),
-    ("seed: 1", '{"step": 1, "val_loss": 1.0, "bits_per_byte": "few"}')])
+    ("seed: 1", '{"step": 1, "val_loss": 1.0, "bits_per_byte": "few"}'), ("seed: 1", '{"step": 1, "loss": 1.0, "seconds": Infinity}')])
 def test_content_that_no_training_wrote_is_one_sentence(tmp_path, settings, row):
     run = write_run(tmp_path / "one")
     (run / "config.yaml").write_text(settings)
     (run / "metrics.jsonl").write_text(row)
+    with pytest.raises(ValueError, match="one is not a run that nanohydra wrote"):
+        open_history(run, "one")
+
+
+@pytest.mark.parametrize("task", [{}, {"task": [1], "documents": 2}, {"task": "x", "documents": "two"}])
+def test_an_evaluation_of_any_content_is_shown_or_left_out(tmp_path, task):
+    run = write_run(tmp_path / "one")
+    (run / "evaluation.json").write_text(json.dumps({"models": [{"name": "x", "tasks": [task]}]}))
+    assert "one" in report_page.page([open_history(run, "one")], "title")
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "environment.jsonl"])
+def test_files_that_are_too_large_are_not_read(tmp_path, name):
+    run = write_run(tmp_path / "one")
+    os.truncate(run / name, 2**31)
     with pytest.raises(ValueError, match="one is not a run that nanohydra wrote"):
         open_history(run, "one")
 

@@ -158,6 +158,11 @@ def test_a_grid_is_planned_fitted_and_used(command, tmp_path, capsys):
     nearest = min(range(4, 400, 4), key=lambda width: abs(scaling.size_of(replace(settings.model, vocab_size=40, n_embd=width)) - found))
     assert width == nearest
     assert (tmp_path / "isoflop/scaling.png").exists() == bool(find_spec("matplotlib"))
+    for damage in ({"runs": {}}, {"runs": {"a": {}}}, {"seconds": "1"}, {"varied": [1]}):
+        (tmp_path / "isoflop/grid.json").write_text(json.dumps(grid | damage))
+        with pytest.raises(ValueError, match=r"grid.json is damaged: use another name="):
+            command("predict=1e11", train=False)
+    (tmp_path / "isoflop/grid.json").write_text(json.dumps(grid))
     with pytest.raises(ValueError, match=r"planned otherwise: hours was 100.0, now 2.0. Use another name="):
         command("hours=2")
     write_run(tmp_path / "other", replace(settings, data=replace(settings.data, separator="x")), 0)

@@ -596,6 +596,11 @@ def test_a_runs_export_is_loaded_by_the_package(compose_tiny, tokenizers, export
     with pytest.raises(ValueError, match=r"tokenizer.json exists and is not this tokenizer: .*out=FILE"):
         export(f"out={ours}")
     assert ours.read_bytes() == before
+    os.mkfifo(tmp_path / "pipe.json")
+    for place in ("pipe.json", "runs.json"):
+        (tmp_path / "runs.json").mkdir(exist_ok=True)
+        with pytest.raises(ValueError, match=f"{place} exists and is not this tokenizer"):
+            export(f"out={tmp_path / place}")
 
 
 def test_another_tokenizer_in_a_checkpoint_is_refused(compose_tiny, export, tmp_path):

@@ -53,6 +53,7 @@ def evaluate(settings: EvalSettings) -> int:
     if settings.tasks:
         for name, path in find_tasks(settings.tasks).items():
             tasks[name] = read_questions(path, settings.limit)
+    # The models: several runs, or weights without a run.
     runs = []
     if not settings.init_from:
         runs = find_runs(Path(settings.runs_dir), settings.run)

@@ -97,6 +97,7 @@ class Peers:
 
     def own_share(self, tensors: Mapping[str, Tensor | Divided], writers: int) -> list[str]:
         """The names of the tensors that this process writes, if `writers` processes do."""
+        # In each round, every writer takes one tensor.
         return in_rounds(tensors, writers)[self.rank :: writers] if self.rank < writers else []
 
     def collect(self, tensors: Mapping[str, Tensor | Divided], writers: int) -> Iterator[Tensor]:

@@ -50,6 +50,7 @@ class EvalSettings(ModelChoice):
         if self.init_from and self.measures_loss and not self.data.path:
             yield (f"init_from={self.init_from} has no validation split: name a text, as in "
                    "data.path=book.txt, or tasks=.")
+        # Settings of tasks, and settings of a text.
         if self.limit and not self.has_tasks:
             yield f"limit={self.limit} is for tasks=: use eval_tokens= to read less of a text."
         for name in ("num_fewshot", "apply_chat_template"):

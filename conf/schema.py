@@ -103,6 +103,7 @@ def parse_overrides(root: str | type, known: dict[str, Any], overrides: list[str
         if sign == "~" and key:
             problem = (f"{override}: settings cannot be removed: write key=value, as in "
                        "training.max_seconds=null.")
+        # It must have a value, and the name of a setting or group.
         elif value is None or not key:
             problem = not_an_override(override, known)
         elif key not in known and not is_group:

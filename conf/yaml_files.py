@@ -76,6 +76,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         problem = f"is not valid YAML{line}: {error.problem}"
     except (yaml.YAMLError, OmegaConfBaseException, *BAD_VALUES) as error:
         problem = f"is not valid YAML: {first_line(error)}"
+    # Too many values, or none that are settings.
     if count > MAX_VALUES:
         problem = (f"holds more than {MAX_VALUES:,} values, with its aliases (*name) written out: "
                    "remove the aliases")
@@ -83,7 +84,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         problem = "holds no settings: write lines such as key: value"
     if problem:
         raise ConfigError([f"{path} {problem}."])
-    # A value with aliases is met several times.
+    # Values that are valid, but not what they look like. One with aliases is met several times.
     traps = dict.fromkeys(find_traps(root))
     if traps:
         raise ConfigError([f"{path}, {trap}." for trap in traps])

@@ -197,6 +197,7 @@ class Hub:
         """Why `datasets` cannot open the dataset, and what to do."""
         # The library tells these cases apart by the text of its messages only.
         reason = first_line(error)
+        # A script, a license to accept, no data.
         if "scripts are no longer supported" in reason:
             return (f"{self.name} is loaded by a script, which is not run: use the Hub's copy "
                     f"without one, data.hub_revision=refs/convert/parquet, if it exists.")
@@ -205,6 +206,7 @@ class Hub:
                     f"{self.name}, then log in with hf auth login, or set HF_TOKEN.")
         if isinstance(error, FileNotFoundError):
             return f"{self.name} holds no files that can be read as a dataset: {reason}."
+        # No configuration of that name.
         configs = re.search(r"[Cc]onfig.*\[(.*)\]", str(error), re.DOTALL)
         if configs:
             names = configs[1].replace("'", "")

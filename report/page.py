@@ -196,6 +196,7 @@ def importance_of_settings(runs: list[History]) -> Iterator[str]:
     if len(runs) < MIN_RUNS or not keys:
         return
     yield "<h2>Importance of settings</h2>"
+    # A bar for each setting.
     try:
         shares = importance(finished, keys)
         yield (f"<p>The share of each setting in the differences of the {finished[0].measure} of "

@@ -41,6 +41,7 @@ class Chromium:
         self.process = subprocess.Popen(
             ["sh", "-c", WITH_PIPES, "sh", program, *FLAGS, f"--user-data-dir={self.profile.name}"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        # A tab of its own, and the session that commands for it are sent to.
         self.number, self.session = 0, ""
         self.console: list[str] = []
         self.received = b""
@@ -61,12 +62,14 @@ class Chromium:
 
     def send(self, method: str, **params: Any) -> Any:
         """The result of a command of the protocol."""
+        # Send it. Messages end with a zero byte.
         self.number += 1
         command = {"id": self.number, "method": method, "params": params}
         if self.session:
             command["sessionId"] = self.session
         self.process.stdin.write(json.dumps(command).encode() + b"\0")
         self.process.stdin.flush()
+        # Events of the page arrive before the answer.
         while True:
             message = self.receive()
             if message.get("id") == self.number:

@@ -103,6 +103,7 @@ def main(plan: PlanSettings) -> int:
         say(f"Warning: {warning}")
     if gpu:
         say(f"Time: {time_by_data_sheet(plan, gpu, flops)}")
+    # Only this machine can be timed, with one process.
     elif plan.ranks > 1:
         say("Time: is planned for one process, or by device=")
     elif plan.measure and peak_bytes > available_memory():

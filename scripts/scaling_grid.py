@@ -154,6 +154,7 @@ def longest_grid(scaling: ScalingSettings, sizes: list[float], paces: list[Pace]
         raise ValueError(f"The text has {epoch_tokens:,} tokens, too few for a grid of "
                          f"{MIN_RUNS} runs in one epoch: use a longer text, or smaller models.")
 
+    # Those that can be trained in time.
     fitting = [(grid, seconds) for grid, seconds in grids if seconds <= 3600 * scaling.hours]
     if not fitting:
         least = min(seconds for _, seconds in grids) / 3600

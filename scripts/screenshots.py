@@ -47,6 +47,7 @@ def main(settings: ScreenshotSettings) -> int:
             browser.open(address)
             fill_in(browser)
             save(browser, settings, "page")
+        # A report and a page of attention, which open from disk.
         report, page = Path(folder, "report.html"), Path(folder, "attention.html")
         write([(run, run.name)], report, run.name, pictures=False)
         browser.open(report.as_uri())

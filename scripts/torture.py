@@ -142,9 +142,11 @@ def is_identical(straight: Path, run: Path) -> bool:
 
 def train_in_fork(overrides: list[str], fault: FaultyOs | None = None) -> int:
     """Train silently in a forked process; return its exit code, 1 for an OSError."""
+    # The parent only waits.
     child = os.fork()
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    # The child trains, and ends without the exit handlers that it has from its parent.
     code = UNEXPECTED
     try:
         null = os.open(os.devnull, os.O_WRONLY)

@@ -69,16 +69,19 @@ class Fields:
 
         `may_be_empty`: max_tokens=0 is valid.
         """
+        # The settings that were sent, and the names that they were sent under.
         given, sent_as = {}, {}
         for name, setting in NAMES.items():
             if name in self.values:
                 is_integer = isinstance(getattr(SamplingConfig, setting), int)
                 types = (int,) if is_integer else (int, float)
                 given[setting], sent_as[setting] = self.take(name, None, *types), name
+        # The ranges are those of sample.py, which always generates a token.
         rules = replace(defaults, **given)
         checked = rules
         if may_be_empty and rules.max_new_tokens == 0:
             checked = replace(rules, max_new_tokens=1)
+        # The first problem, with the name that the client knows.
         for problem in checked.problems():
             setting, _, rest = problem.partition("=")
             name = sent_as.get(setting, setting)

@@ -51,6 +51,7 @@ class WandbCopy:
                     # Otherwise W&B regards the id as in use.
                     wandb.teardown()
             else:
+                # Started, perhaps offline in place of online.
                 if attempt != mode:
                     upload = f"wandb sync {shlex.quote(str(folder))}/wandb/offline-run-*"
                     self.say(f"Warning: W&B cannot be used online ({problem}); "

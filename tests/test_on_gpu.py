@@ -166,7 +166,8 @@ def test_a_failed_capture_leaves_the_gpu_as_it_was(gpu):
     drawn = torch.rand(3, device=device)
     torch.cuda.manual_seed(0)
     assert torch.equal(drawn, torch.rand(3, device=device))
-    assert CapturedCall(lambda: drawn + 1, device).replay().tolist() == (drawn + 1).tolist()
+    expected = drawn + 1  # also loads the kernel, which cannot be done in a capture
+    assert torch.equal(CapturedCall(lambda: drawn + 1, device).replay(), expected)
 
 
 def test_the_memory_of_this_gpu_is_in_a_plan(gpu, capsys):

@@ -111,4 +111,4 @@ def test_the_loss_in_chunks_is_in_the_same_graph(graphs, monkeypatch):
     losses = [each(idx, idx.roll(-1, 1)) for each in (gpt, compiled)]
     losses[1].backward()
     torch.testing.assert_close(*losses)
-    assert len(found) == 1
+    assert len(found) == 1 and any("logsumexp" in part.code for part in found[0].modules() if hasattr(part, "code"))

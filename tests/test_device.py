@@ -273,6 +273,14 @@ def test_compile_true_fails_with_the_cause_and_advice(monkeypatch):
         Compiler(monkeypatch, fails=True)("true", 1)
 
 
+def test_a_full_gpu_is_no_reason_to_train_uncompiled(monkeypatch):
+    """Which takes more memory."""
+    compiler = Compiler(monkeypatch)
+    monkeypatch.setattr(compiler, "try_backward", Mock(side_effect=torch.OutOfMemoryError("full")))
+    with pytest.raises(torch.OutOfMemoryError):
+        compiler("auto", 1e5)
+
+
 def test_a_missing_c_compiler_is_named_as_the_cause(monkeypatch):
     compiler = Compiler(monkeypatch)
     monkeypatch.setattr(shutil, "which", lambda name: None)

@@ -242,6 +242,20 @@ def test_varlen_casts_queries_and_keys_to_the_values_dtype():
     assert (rounded - documents.attend(q, k, v, 0.0)).abs().max() < 0.05
 
 
+def test_before_torch_2_12_keys_and_values_are_repeated(monkeypatch):
+    from torch.nn.attention import varlen
+
+    def without_shared_heads(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size):
+        assert q.size(1) == k.size(1) == v.size(1)
+        return varlen_attn(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, window_size=window_size)
+
+    varlen_attn, documents = varlen.varlen_attn, DocumentAttention(packed_rows()[1], varlen=True)
+    q, k, v = torch.randn(3, 4, T, 8), torch.randn(3, 2, T, 8), torch.randn(3, 2, T, 8)
+    expected = documents.attend(q, k, v, 0.0)
+    monkeypatch.setattr(varlen, "varlen_attn", without_shared_heads)
+    torch.testing.assert_close(documents.attend(q, k, v, 0.0), expected)
+
+
 @pytest.mark.parametrize(("changes", "device", "autocast", "training", "expected"), [
     ({}, "cuda", torch.bfloat16, True, True),
     ({"dropout": 0.1}, "cuda", torch.bfloat16, True, False),

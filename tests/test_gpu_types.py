@@ -55,6 +55,7 @@ def attention_of_a_gpu(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, 
 @pytest.fixture
 def gpu(monkeypatch):
     """A GPU with bfloat16. Tensors have no content."""
+    monkeypatch.setenv("NANOHYDRA_NATIVE_BF16", "0")  # of the CPU
     monkeypatch.setattr(FakeTensorMode, "avoid_device_init", True)  # whatever is_available answers
     if not torch.cuda.is_available():
         if torch.backends.cuda.is_built():
@@ -207,4 +208,4 @@ def test_an_update_on_a_gpu_keeps_weights_in_fp32(gpu, optimizer):
     with Types(model.config):
         optimizers.step(scaler, optimizers.gradient_norm(scaler), 1.0)
     states = [state for _, state in own_states(optimizers).values()]
-    assert {tensor.dtype for tensor in (*model.parameters(), *states)} == {torch.float32}
+    assert {(tensor.dtype, tensor.device.type) for tensor in (*model.parameters(), *states)} == {(torch.float32, "cuda")}

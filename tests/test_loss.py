@@ -161,6 +161,11 @@ def test_chunks_are_equal_and_follow_the_memory_of_a_gpu(monkeypatch, gigabytes,
     assert loss_options(torch.device("cpu")) is None
 
 
+def test_the_loss_is_compiled_for_one_shape(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: (function, dynamic))
+    assert loss.compiled_loss_and_gradient.__wrapped__() == (fusible_loss_and_gradient, False)
+
+
 @pytest.mark.slow
 def test_fused_operations_write_no_logits_in_fp32():
     if not any(map(shutil.which, ("c++", "g++", "clang++"))):

@@ -350,6 +350,15 @@ def test_logits_that_are_not_finite_are_an_error(value, temperature):
         pick(torch.tensor([[0.0, value]]), temperature, 0, 1.0, torch.ones(1))
 
 
+@pytest.mark.parametrize("rules", [(1.0, 0, 1.0), (1.0, 3, 1.0), (0.5, 0, 0.8)])
+def test_sampling_adds_probabilities_by_that_function_only(rules, monkeypatch):
+    """`cumulative_sum`, which has an answer where torch has no deterministic sum."""
+    added = []
+    monkeypatch.setattr("generation.sampling.cumulative_sum", lambda x: added.append(x) or torch.from_numpy(x.numpy().cumsum(-1)))
+    monkeypatch.setattr(torch.Tensor, "cumsum", None)
+    assert pick(torch.zeros(2, 5), *rules, torch.tensor([0.1, 0.9])).shape == (2,) and added
+
+
 def test_on_a_gpu_deterministic_sums_are_added_on_the_cpu(monkeypatch):
     """torch raises an error for the sum of a GPU. The device "meta" stands in for one, and gives back no content."""
     moved = []

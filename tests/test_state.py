@@ -93,6 +93,12 @@ def test_a_missing_scaler_has_an_empty_state():
     assert is_scaler_state({}, {}) and not is_scaler_state(SCALER, {}) and not is_scaler_state({}, SCALER)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_only_fp16_scales_the_loss(precision, compose_tiny):
+    state = new_state(compose_tiny(), World({}), Device("cpu", precision), sharded=False)
+    assert state.scaler.is_enabled() == (precision == "fp16")
+
+
 @pytest.mark.parametrize(("choice", "fused"), [("auto", True), ("true", True), ("false", False)])
 def test_the_loss_on_a_gpu_is_compiled_if_nothing_else_is(choice, fused, compose_tiny, monkeypatch):
     """Unless that is turned off."""

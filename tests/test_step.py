@@ -30,7 +30,13 @@ from training.device import Device
 from training.distributed import World
 from training.interrupt import Interrupt
 from training.optim import Optimizers
-from training.step import BatchLoss, accumulate_gradients, evaluate, most_documents
+from training.step import (
+    BatchLoss,
+    accumulate_gradients,
+    document_options,
+    evaluate,
+    most_documents,
+)
 
 OPERATIONS = {"aten::item", "aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::nonzero"}
 INDEXING = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
@@ -132,7 +138,7 @@ def test_the_bound_on_documents_rarely_changes():
     inputs = torch.ones(4, 256, dtype=torch.int64)
     for count, bound in ((0, 16), (12, 16), (13, 32), (60, 64)):
         inputs.flatten()[:count] = 0
-        assert most_documents(inputs, 0) == bound
+        assert most_documents(inputs, 0) == document_options(inputs, 0, inputs.device)["max_documents"] == bound
 
 
 def test_the_loss_of_a_step_is_the_mean_of_its_micro_steps(tiny):

@@ -165,6 +165,9 @@ def test_shared_beginnings_are_read_once(config, row_tokens, monkeypatch):
     parts = [(context, (3, 4)), (other, (1, 2)), (context, (3, 5, 6)), (context[:9], (2, 3)), (context, (7,))]
     requests = [request_of(engine, before + after, len(before)) for before, after in parts]
     monkeypatch.setattr(scoring, "ROW_TOKENS", row_tokens)
+    # The logits are computed for four rows and seven tokens of the vocabulary at a time.
+    monkeypatch.setattr(scoring, "ROWS_ON_CPUS", 4)
+    monkeypatch.setattr(scoring, "TOKENS_ON_CPUS", 7)
     (batch,) = batches(requests, range(len(requests)), 1000)
     assert len(batch.tokens) == 12 + 1 + 1 + 1 + 9 and len(batch.rows) == (1 if row_tokens > 24 else 5 if row_tokens == 1 else 2)
     widths = []

@@ -8,8 +8,6 @@
 docs/evaluation.md explains the numbers.
 """
 
-from __future__ import annotations
-
 from conf.evaluation import EvalSettings
 from conf.launch import launch
 

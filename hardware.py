@@ -4,8 +4,6 @@ Where a format is not native, torch emulates it: on a CPU bf16 then takes 30 tim
 torch is imported inside functions, since the command line counts threads before it needs torch.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import statistics

@@ -1,7 +1,5 @@
 """Optional packages, which are imported in the function that needs them."""
 
-from __future__ import annotations
-
 from importlib import import_module
 from types import ModuleType
 

@@ -1,7 +1,5 @@
 """Progress: a bar on a terminal, a plain line now and then in a file, a pipe or a notebook."""
 
-from __future__ import annotations
-
 import math
 import sys
 from collections.abc import Iterable

@@ -5,8 +5,6 @@
   python sample.py run=NAME chat=true     of a run that was trained with data=chat
 """
 
-from __future__ import annotations
-
 from conf.launch import launch
 
 if __name__ == "__main__":

@@ -7,8 +7,6 @@
 docs/serving.md explains the page and the API.
 """
 
-from __future__ import annotations
-
 from conf.launch import launch
 from conf.serving import ServeSettings
 

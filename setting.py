@@ -3,8 +3,6 @@
 The dataclasses live beside the code that reads them. Knows nothing of the command line.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import operator

@@ -1,7 +1,5 @@
 """Before the first step: describe the run, compile the model, estimate the time of training."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 
 from checkpointing import notices

@@ -6,8 +6,6 @@ printed by `say` or `output`, which escape control characters. Like atomic.py, t
 no other module of the project, so that all of them can use it.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 import unicodedata

@@ -6,8 +6,6 @@
   python train.py -m optim.lr=1e-3,3e-3                a sweep
 """
 
-from __future__ import annotations
-
 from conf.launch import launch
 
 if __name__ == "__main__":

@@ -1,7 +1,5 @@
 """Compare the settings of a command with those of a run's checkpoint."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The device, precision and threads that a run was started with, which it keeps when it resumes."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, replace
 from pathlib import Path
 

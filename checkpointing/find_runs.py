@@ -1,7 +1,5 @@
 """Find the folder of a run: by its name, the run saved last, or the best one of a sweep."""
 
-from __future__ import annotations
-
 import math
 import os
 import sys

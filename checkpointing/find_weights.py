@@ -1,7 +1,5 @@
 """Find weights by name: of a run, of a checkpoint, of a published model, or of another program."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from checkpointing import pretrained, store

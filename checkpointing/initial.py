@@ -1,7 +1,5 @@
 """The weights that a run starts from: they decide some of its settings, and must fit the others."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 Counted on tensors without content. Knows nothing about the memory of Python and torch themselves.
 """
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager

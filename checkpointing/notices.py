@@ -1,7 +1,5 @@
 """Messages about a run: its description, changes when it resumes, how to train further."""
 
-from __future__ import annotations
-
 import shlex
 import sys
 from collections.abc import Callable

@@ -4,8 +4,6 @@ Files may come from a stranger: weight_files.py reads them. model/pretrained.py 
 the tensors, and model/formats.py the supported configurations.
 """
 
-from __future__ import annotations
-
 import os
 import socket
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Records how a run was computed: versions, machine, git commit; one line per start of training."""
 
-from __future__ import annotations
-
 import functools
 import json
 import platform

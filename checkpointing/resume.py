@@ -3,8 +3,6 @@
 docs/runs.md has the rules.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """The disk that the nodes of a run share: wait until it shows a folder on this node, too."""
 
-from __future__ import annotations
-
 import platform
 import time
 from pathlib import Path

@@ -11,8 +11,6 @@ Of a large model that several processes train, each process writes a part of the
 snapshot.py writes this format, and checkpoint.py reads it.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import sys

@@ -1,7 +1,5 @@
 """The mutable training state, to and from a checkpoint. All else is a function of it."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The checkpoints of a run: list them, load the best or the last one, delete old ones."""
 
-from __future__ import annotations
-
 import math
 import os
 import sys

@@ -1,7 +1,5 @@
 """The prepared tokens of a run: of its text as it is now, or those that it was started with."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path

@@ -5,8 +5,6 @@ Files may come from a stranger. Nothing in them is run: a pickle is only opened 
 sentence about the file. Knows no names of tensors.
 """
 
-from __future__ import annotations
-
 import codecs
 import errno
 import os

@@ -3,8 +3,6 @@
 Knows neither training nor text generation.
 """
 
-from __future__ import annotations
-
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path

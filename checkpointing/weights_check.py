@@ -1,7 +1,5 @@
 """Check imported weights by the logits of transformers, or by the loss on a sentence."""
 
-from __future__ import annotations
-
 import hashlib
 import importlib.util
 import inspect

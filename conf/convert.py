@@ -3,8 +3,6 @@
 Knows nothing of Hydra.
 """
 
-from __future__ import annotations
-
 import types
 from contextlib import suppress
 from dataclasses import fields, is_dataclass

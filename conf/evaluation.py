@@ -3,8 +3,6 @@
 They are here, below `evaluation`, since the command line checks them before it imports torch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The text of --help: presets, settings with their values, flags."""
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass

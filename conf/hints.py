@@ -3,8 +3,6 @@
 Only error messages use these tables: they suggest the name on the left for one on the right.
 """
 
-from __future__ import annotations
-
 import difflib
 import re
 from collections.abc import Iterable

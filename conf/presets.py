@@ -3,8 +3,6 @@
 Knows no names of settings.
 """
 
-from __future__ import annotations
-
 import functools
 from pathlib import Path
 from typing import Any

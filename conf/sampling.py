@@ -3,8 +3,6 @@
 They are here, below `generation`, since the command line checks them before it imports torch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """The settings of `python -m scripts.scaling`."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 

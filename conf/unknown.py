@@ -1,7 +1,5 @@
 """Error messages about settings and presets that do not exist, with a similar name."""
 
-from __future__ import annotations
-
 import difflib
 import os
 from pathlib import Path

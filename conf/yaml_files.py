@@ -4,8 +4,6 @@ The files may come from strangers, so their size is limited, and every error is 
 no names of settings.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import re

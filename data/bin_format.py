@@ -3,8 +3,6 @@
 Knows the files of nanoGPT (plain integers), of llm.c and of NumPy. Reads no more than a sample.
 """
 
-from __future__ import annotations
-
 import struct
 from pathlib import Path
 from typing import Any

@@ -3,8 +3,6 @@
 The files stay where they are and are read through memory maps, like our own shards.
 """
 
-from __future__ import annotations
-
 import re
 from itertools import chain
 from pathlib import Path

@@ -5,8 +5,6 @@ number of messages and nothing between them. The markers are special tokens, whi
 Knows no files.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 

@@ -3,8 +3,6 @@
 Knows text; knows no tokens.
 """
 
-from __future__ import annotations
-
 import hashlib
 import sqlite3
 from collections import Counter

@@ -4,8 +4,6 @@ A folder laid out like a dataset of the Hugging Face Hub may come from a strange
 a program open other files.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Iterator

@@ -4,8 +4,6 @@ Batches and segments depend only on the text, so every machine makes the same sh
 interruption.
 """
 
-from __future__ import annotations
-
 import time
 from collections import deque
 from collections.abc import Callable, Iterator

@@ -4,8 +4,6 @@ Knows byte order marks and encodings, and guesses an encoding where none is set.
 the file, and the offset and the line if it can. Knows no records and no tokens.
 """
 
-from __future__ import annotations
-
 import codecs
 import re
 import string

@@ -5,8 +5,6 @@ conversation that is longer than a sequence is cut at its end, and left out if n
 remains. A sequence starts with the end of text before its first conversation, as in sampling.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 from data.chat import Markers

@@ -4,8 +4,6 @@ Knows text and the optional package `datasets`; knows no tokens. `datasets` find
 configuration and a split. They are read by range requests, and nothing of them is stored.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

@@ -3,8 +3,6 @@
 Needs neither package. Reads and writes no files.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from itertools import count, pairwise

@@ -3,8 +3,6 @@
 It is frozen: another one would change the batches of resumed runs.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 FEISTEL_ROUNDS = 6

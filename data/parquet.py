@@ -3,8 +3,6 @@
 Needs the optional package `pyarrow`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from itertools import repeat
 from pathlib import Path

@@ -3,8 +3,6 @@
 The patterns are a fixed list, so that no tokenizer file can bring one that takes forever.
 """
 
-from __future__ import annotations
-
 import re
 import unicodedata
 

@@ -4,8 +4,6 @@ The readers of JSON, CSV and Parquet yield a text or a BadRecord for each record
 what happens to bad records.
 """
 
-from __future__ import annotations
-
 import io
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice

@@ -1,7 +1,5 @@
 """The data of a run: its prepared text, as batches to train on and to validate on."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path

@@ -3,8 +3,6 @@
 Knows files and text; knows no tokens.
 """
 
-from __future__ import annotations
-
 import ast
 import hashlib
 import http.client

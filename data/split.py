@@ -3,8 +3,6 @@
 Knows no documents and no files.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 # A corpus with less text than this is split with the lengths of all its documents known.

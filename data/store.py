@@ -3,8 +3,6 @@
 Knows nothing about their content.
 """
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import itertools

@@ -3,8 +3,6 @@
 One record is in memory at a time.
 """
 
-from __future__ import annotations
-
 import csv
 import io
 import json

@@ -3,8 +3,6 @@
 Byte-pair encoding is in bpe.py. `to_json` is what tokenizer_json.py reads back.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 

@@ -1,7 +1,5 @@
 """Read tokenizers from JSON: what `to_json` gave, or the file that `data.tokenizer=` names."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json

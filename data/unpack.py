@@ -3,8 +3,6 @@
 Knows bytes; knows no text.
 """
 
-from __future__ import annotations
-
 import bz2
 import gzip
 import io

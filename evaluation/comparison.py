@@ -4,8 +4,6 @@ The rule stays valid when the results are looked at after every seed. Lower resu
 Knows only numbers: the result of each seed. Needs SciPy (pip install scipy).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -3,8 +3,6 @@
 The text is read in sequences of one context each, without overlap, as training validates.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, fields
 from itertools import chain

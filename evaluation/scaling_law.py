@@ -5,8 +5,6 @@ L(N, D) = E + A / N^alpha + B / D^beta is fitted as in approach 3 of Hoffmann et
 Numbers only: knows nothing of runs.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

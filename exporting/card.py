@@ -1,7 +1,5 @@
 """The model card: README.md beside exported weights, with the facts of the run."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

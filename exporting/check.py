@@ -1,7 +1,5 @@
 """Whether an exported model computes the same as ours: the logits of both on the same text."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -3,8 +3,6 @@
 Needs the package gguf. The check reads the file back and runs its tensors in our own model.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType

@@ -4,8 +4,6 @@ Knows no command line. The check is by transformers if it is installed; otherwis
 weights are read back into our own model.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import json
 from dataclasses import replace

@@ -5,8 +5,6 @@ the user alone, its checksum must agree, and it is loaded from a copy in memory 
 change.
 """
 
-from __future__ import annotations
-
 import ctypes
 import hashlib
 import os

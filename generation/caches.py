@@ -3,8 +3,6 @@
 Shapes: B rows, H heads, G key-value heads, D head width, S positions so far.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

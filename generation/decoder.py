@@ -3,8 +3,6 @@
 Knows token ids and logits, no sampling rules. Shapes: B rows, V vocabulary.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress

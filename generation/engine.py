@@ -4,8 +4,6 @@ Prints only which weights are used, what makes decoding slow, and which checkpoi
 Changes no global state.
 """
 
-from __future__ import annotations
-
 import codecs
 import math
 import sys

@@ -1,7 +1,5 @@
 """What a model computes for a text: attention weights, the most likely next tokens, and losses."""
 
-from __future__ import annotations
-
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ A decoding step computes little with each weight that it reads, so memory bandwi
 docs/benchmarks.md has measurements. Shapes: B rows, H heads, G key-value heads, D head width.
 """
 
-from __future__ import annotations
-
 import ctypes
 import math
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Pack a model's weights for decoding: the model's own code with faster matrix products."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """Prompts: from a file, and typed, with editing and history, over several lines, with commands."""
 
-from __future__ import annotations
-
 import os
 import shlex
 import sys

@@ -1,7 +1,5 @@
 """The samples that a run prints when it has been trained."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Sequence
 from pathlib import Path

@@ -3,8 +3,6 @@
 Knows token ids only; the tokenizer knows their text. Shapes: B rows, V vocabulary.
 """
 
-from __future__ import annotations
-
 import math
 import random
 from collections.abc import Container, Iterator, Sequence

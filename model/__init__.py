@@ -3,8 +3,6 @@
 `GPT` is imported on first use, so the settings can be read without torch.
 """
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING, Any
 
 from model.config import GPTConfig

@@ -4,8 +4,6 @@ Their kernels add up in fp32 anyway, so fp32 would only be more memory to read a
 on CPUs leaves these operations alone.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

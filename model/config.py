@@ -1,7 +1,5 @@
 """The shape of a model: sizes and flags. Shared by all of `model/`."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass

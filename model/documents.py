@@ -3,8 +3,6 @@
 Shapes: B batch, T time, H heads, G key-value heads, D head width, M the most documents in a batch.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable
 

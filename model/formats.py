@@ -7,8 +7,6 @@ nanoGPT's checkpoints, "nanogpt", and GGUF files, "gguf-gpt2", "gguf-qwen3" and 
 Knows plain dicts: opens no file. The weights are in pretrained.py.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any

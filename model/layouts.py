@@ -4,8 +4,6 @@ One table for each layout (formats.py) lists its tensors, and serves both direct
 and tensors: opens no file.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal

@@ -3,8 +3,6 @@
 MKL is slower there: docs/experiments.md has timings. Knows tensors only.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

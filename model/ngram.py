@@ -4,8 +4,6 @@ After arXiv:2501.16975 and arXiv:2412.09871. Knows tensors only.
 Shapes: B batch, T time, C width, N the length of the longest n-gram.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F

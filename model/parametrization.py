@@ -10,8 +10,6 @@ AdamW and Muon, a factor of a weight matrix in the model is equal to the same fa
 size and in its rate. So logits and residual branches have none.
 """
 
-from __future__ import annotations
-
 from model.config import GPTConfig
 
 

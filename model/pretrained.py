@@ -3,8 +3,6 @@
 Knows tensors only: opens no file.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping
 

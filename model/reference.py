@@ -8,8 +8,6 @@ the output. With `return_weights=True` each class also returns its attention wei
 dropout: row t has the weights of all positions in the output of position t.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

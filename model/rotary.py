@@ -3,8 +3,6 @@
 Shapes: B batch, T time, H heads, D head width.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

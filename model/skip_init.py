@@ -1,7 +1,5 @@
 """Construct a model without initializing its weights, when they are loaded from a file."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A page and a picture of attention weights. Knows arrays and labels only, no model."""
 
-from __future__ import annotations
-
 import base64
 import json
 import math

@@ -1,7 +1,5 @@
 """The colors of runs by their ranks, the same in all pictures and tables."""
 
-from __future__ import annotations
-
 # These can be told apart on white and on black.
 COLORS = ("#2f7fc1", "#d9702b", "#2f9e6e", "#c2569b", "#8a6fd1", "#a37f1f", "#d14d57", "#2f9fae")
 # The ends of a scale for more runs than colors.

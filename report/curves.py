@@ -5,8 +5,6 @@ Also the results of runs against the values of a setting.
 Lists of runs are sorted, the best first; the rank of a run decides its color.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -3,8 +3,6 @@
 Knows nothing about runs.
 """
 
-from __future__ import annotations
-
 import io
 import re
 import warnings

@@ -3,8 +3,6 @@
 So runs of a grid, of a search and runs that were started by hand are treated alike.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from optional import import_optional

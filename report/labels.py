@@ -1,7 +1,5 @@
 """The labels of axes: categories, numbers and powers of ten, each in few letters."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -4,8 +4,6 @@ A run that is training or was killed can leave an incomplete last line: lines th
 are skipped.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from contextlib import suppress

@@ -4,8 +4,6 @@ The functions of its sections take the runs sorted, the best first, and give not
 nothing to show. The tables are in tables.py.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import suppress
 from importlib.util import find_spec

@@ -3,8 +3,6 @@
 Lists of runs are sorted, the best first.
 """
 
-from __future__ import annotations
-
 import math
 from functools import partial
 from typing import Any

@@ -1,7 +1,5 @@
 """The results of evaluations, `evaluation.json`, as a table."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Several runs: those that names select, their order, and the settings in which they differ."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections import Counter

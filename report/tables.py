@@ -1,7 +1,5 @@
 """Tables of runs as HTML: the leaderboard, results of evaluations, settings side by side."""
 
-from __future__ import annotations
-
 import html
 from collections import Counter
 from collections.abc import Iterator

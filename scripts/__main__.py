@@ -1,7 +1,5 @@
 """python -m scripts: list the scripts."""
 
-from __future__ import annotations
-
 import ast
 import signal
 from pathlib import Path

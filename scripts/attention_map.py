@@ -4,8 +4,6 @@
   python -m scripts.attention_map fresh=gpt2 prompt="an untrained model"
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path

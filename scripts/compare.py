@@ -10,8 +10,6 @@ The same command resumes, and with more seeds trains only the new ones. Looking 
 every seed is allowed: docs/evaluation.md. Needs SciPy (pip install scipy).
 """
 
-from __future__ import annotations
-
 import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path

@@ -3,8 +3,6 @@
 The same command again continues after the lines that are there.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

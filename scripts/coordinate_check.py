@@ -9,8 +9,6 @@ tokens. The change of each layer's output since the start must not depend on the
 otherwise the exit code is 1. See docs/transfer.md.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal

@@ -8,8 +8,6 @@
 docs/weights.md lists the models that each format has.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -6,8 +6,6 @@ It gives the same ids, except that <|endoftext|> in a text is encoded as the spe
 the program that loads the file sets `encode_special_tokens = True`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path

@@ -9,8 +9,6 @@ shapes but no content. On a CPU, the memory of the process without a model and t
 the heap are added. The data need not exist; their number of tokens is known once they are prepared.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 

@@ -8,8 +8,6 @@
 They are written to data/prepared, or to $NANOHYDRA_DATA. Takes all settings of train.py, too.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 

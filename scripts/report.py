@@ -11,8 +11,6 @@ report-slices.png if four or more finished runs differ in settings. Needs matplo
 matplotlib).
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Iterator

@@ -7,8 +7,6 @@ Takes the settings of train.py, too. Nothing is measured: the assumptions are pr
 in docs/scale.md.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 

@@ -9,8 +9,6 @@ The same command again resumes the grid. Takes all settings of train.py, too, fo
 SciPy. docs/scaling.md explains the numbers.
 """
 
-from __future__ import annotations
-
 from conf.launch import launch
 from conf.scaling import ScalingSettings
 from optional import import_optional

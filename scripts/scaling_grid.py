@@ -4,8 +4,6 @@ A budget is a number of FLOPs: at each one, all sizes are trained for as many to
 The grid is a file, grid.json, so that the same command resumes it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from itertools import product
 from pathlib import Path

@@ -5,8 +5,6 @@
 Needs Chromium, and pip install starlette uvicorn matplotlib.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

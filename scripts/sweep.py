@@ -9,8 +9,6 @@ the folder, it works on the same study. Unpromising trials are pruned. At the en
 command line of the best trial. sweep/space.py documents the YAML file of a space.
 """
 
-from __future__ import annotations
-
 from conf.launch import launch
 from sweep.search import SweepSettings, search
 

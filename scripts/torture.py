@@ -13,8 +13,6 @@ Each time the same command resumes the run, and the result must be bit-identical
 training. Prints a table, and exits with 1 if anything was lost.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 

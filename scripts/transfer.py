@@ -6,8 +6,6 @@
 docs/transfer.md has the commands of such grids. Runs that differ in their seeds are averaged.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """List prepared tokens, and delete those that no run uses: python -m scripts.prepare clean=true."""
 
-from __future__ import annotations
-
 import os
 import re
 import sys

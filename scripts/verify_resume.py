@@ -11,8 +11,6 @@ table, and exits with 1 if anything differs. Takes the settings of train.py; wit
 training is short.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from conf.launch import launch

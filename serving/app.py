@@ -1,7 +1,5 @@
 """The server's routes: the page, and OpenAI's API. Checks who asks, and answers errors as JSON."""
 
-from __future__ import annotations
-
 import asyncio
 import hmac
 import json

@@ -4,8 +4,6 @@ uvicorn waits without a limit for a client that sends no request, or does not re
 refuses all others once too many connections are open.
 """
 
-from __future__ import annotations
-
 from asyncio import Transport
 
 from uvicorn.protocols.http.h11_impl import H11Protocol

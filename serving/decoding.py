@@ -4,8 +4,6 @@ The sequences of a request join the batch between two steps and leave it when th
 request waits for room, but never for the end of another one. Knows no HTTP and no JSON.
 """
 
-from __future__ import annotations
-
 import asyncio
 import queue
 import threading

@@ -1,7 +1,5 @@
 """Read the fields of a request's JSON object, each with its type and its range."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from typing import Any

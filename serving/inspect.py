@@ -3,8 +3,6 @@
 Knows no HTTP. All use the model, so its thread runs them.
 """
 
-from __future__ import annotations
-
 import math
 
 from data.tokenizer import Tokenizer

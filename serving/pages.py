@@ -1,7 +1,5 @@
 """The files of the page, the settings that it shows, and the reports of runs."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 from dataclasses import fields

@@ -3,8 +3,6 @@
 Knows no HTTP.
 """
 
-from __future__ import annotations
-
 import asyncio
 import codecs
 import time

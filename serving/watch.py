@@ -3,8 +3,6 @@
 Knows no HTTP. A request names a run, a sweep or a report that was listed, never a path.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 import secrets

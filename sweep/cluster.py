@@ -5,8 +5,6 @@ are submitted here: the launcher gives up at the first failed job, and leaves ot
 Ctrl-C. On SLURM, squeue tells which jobs are left: submitit asks sacct, which needs accounting.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import os

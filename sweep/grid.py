@@ -4,8 +4,6 @@ Jobs run in processes of their own (runner.py) or on a cluster (cluster.py), and
 stops no other.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import asdict, dataclass
 from itertools import product

@@ -4,8 +4,6 @@ A child whose parent ends, even by `kill -9`, notices that its standard input wa
 and stops, as after SIGTERM. Knows nothing of where jobs come from: grid.py and search.py do.
 """
 
-from __future__ import annotations
-
 import math
 import signal
 import sys

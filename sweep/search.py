@@ -4,8 +4,6 @@ Several workers, also on other machines, can share one study. Knows nothing of t
 scripts/sweep.py does.
 """
 
-from __future__ import annotations
-
 import math
 import random
 import secrets

@@ -12,8 +12,6 @@
 Knows nothing of how a space is searched.
 """
 
-from __future__ import annotations
-
 import ast
 import math
 import random

@@ -1,7 +1,5 @@
 """Optuna's study of a search: where it is stored, its lock, and its errors in one sentence."""
 
-from __future__ import annotations
-
 import re
 import time
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The progress and the results of a sweep's jobs, in words."""
 
-from __future__ import annotations
-
 import math
 import shlex
 import time

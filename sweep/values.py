@@ -3,8 +3,6 @@
 Numbers and presets follow Hydra's grammar; text is split at its commas.
 """
 
-from __future__ import annotations
-
 import re
 from contextlib import suppress
 

@@ -5,8 +5,6 @@ stage 2, arXiv:1910.02054). Gradients are sent in buckets, as in DistributedData
 (arXiv:2006.15704): those of the last layers are complete first, so they are sent first.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 

@@ -1,7 +1,5 @@
 """Compile a model where that pays, and do without where it fails."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from dataclasses import replace

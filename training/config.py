@@ -3,8 +3,6 @@
 This module does not import torch, so that settings are checked before torch is loaded.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal

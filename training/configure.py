@@ -1,7 +1,5 @@
 """Apply the settings of a device to this process, and undo that at the end."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 from collections.abc import Callable

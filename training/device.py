@@ -3,8 +3,6 @@
 A `Device` only describes; training/configure.py applies it to the process.
 """
 
-from __future__ import annotations
-
 import platform
 from contextlib import AbstractContextManager
 from dataclasses import dataclass

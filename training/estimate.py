@@ -4,8 +4,6 @@ Times part of a micro-step and of an optimizer step, without training anything. 
 no data: it is given a function that returns a loss.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections import Counter

@@ -5,8 +5,6 @@ nevertheless. Knows no files. See
 https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from typing import Any
 from warnings import filterwarnings

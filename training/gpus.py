@@ -1,7 +1,5 @@
 """Data sheets of GPUs, by parts of their names."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 

@@ -4,8 +4,6 @@ A sum depends on the order of its terms, so the norm is taken in two stages: of 
 parameter, which one process has whole, and then of the norms of all chunks, in a fixed order.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import torch

@@ -3,8 +3,6 @@
 Knows neither the processes nor which parameters it is given.
 """
 
-from __future__ import annotations
-
 import inspect
 import math
 from typing import Any

@@ -1,7 +1,5 @@
 """The report of a loss or gradient that is NaN or infinite."""
 
-from __future__ import annotations
-
 import math
 import re
 from pathlib import Path

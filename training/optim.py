@@ -1,7 +1,5 @@
 """AdamW and Muon: the parameters that each updates in each process, and the state of both."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Mapping
 from typing import Any

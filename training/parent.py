@@ -1,7 +1,5 @@
 """Stop a process once its parent has ended: a sweep, or torchrun."""
 
-from __future__ import annotations
-
 import os
 import signal
 import threading

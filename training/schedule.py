@@ -1,7 +1,5 @@
 """The learning rate of each step, and how it changes when a run is extended."""
 
-from __future__ import annotations
-
 import math
 
 from terminal import counted

@@ -1,7 +1,5 @@
 """Why training on a CPU is slower than necessary: its precision, its threads, other programs."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 

@@ -3,8 +3,6 @@
 Knows no files and no settings: it is given a model that returns its loss, and batches.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Callable, Iterator

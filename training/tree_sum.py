@@ -4,8 +4,6 @@ Floating-point addition depends on its order: (a + b) + (c + d) has other last b
 ((a + b) + c) + d.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from torch import Tensor

@@ -3,8 +3,6 @@
 The local files are complete: a failure of W&B is one warning, and training continues.
 """
 
-from __future__ import annotations
-
 import os
 import secrets
 import shlex

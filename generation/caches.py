@@ -31,6 +31,7 @@ class RaggedCache(KVCache):
                  dtype: torch.dtype) -> None:
         super().__init__(config, batch_size, device, dtype, positions)
         self.dtype, self.batch_size = dtype, batch_size
+        self.heads_per_group = config.n_head // config.kv_heads
         self.lengths: list[int] = []
         self.rows = torch.arange(batch_size, device=device)
         self.attention_context = self
@@ -87,10 +88,14 @@ class RaggedCache(KVCache):
             self.mask = self.length_mask()
 
     def length_mask(self) -> Tensor:
-        """-infinity behind each row's new position, else 0: `[B, 1, 1, end]`, added to scores."""
+        """-infinity behind each row's new position, else 0: `[B, 1, H / G, end]`, added to scores.
+
+        Not a view that is expanded to all queries: cuDNN's attention may not support one.
+        """
         later = torch.arange(self.end, device=self.rows.device) > self.positions  # [B, end]
+        later = later[:, None, None].expand(-1, 1, self.heads_per_group, -1)
         mask = torch.zeros(later.shape, device=later.device, dtype=self.dtype)
-        return mask.masked_fill_(later, -torch.inf)[:, None, None]
+        return mask.masked_fill_(later, -torch.inf)
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """As `KVCache.extend`, for one new position at the end of each row."""

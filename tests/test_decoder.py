@@ -232,11 +232,14 @@ def test_a_row_that_takes_another_place_is_not_refilled(monkeypatch):
 
 @pytest.mark.parametrize("kind", [StaticCache, RaggedCache])
 def test_attention_may_return_any_memory_layout(kind, monkeypatch):
-    """As the GPU kernels for grouped heads do."""
+    """As the GPU kernels for grouped heads do. Those of cuDNN have a mask for each query."""
+    def of_a_gpu(q, k, v, attn_mask=None, **more):
+        assert attn_mask is None or attn_mask.ndim == 2 or attn_mask.shape[2:] == (q.size(2), k.size(2))
+        return attention(q, k, v, attn_mask=attn_mask, **more).transpose(1, 2).contiguous().transpose(1, 2)
+
     attention = F.scaled_dot_product_attention
     monkeypatch.setattr(decoding, "choose_cache", lambda model: kind)
-    monkeypatch.setattr(F, "scaled_dot_product_attention",
-                        lambda *args, **more: attention(*args, **more).transpose(1, 2).contiguous().transpose(1, 2))
+    monkeypatch.setattr(F, "scaled_dot_product_attention", of_a_gpu)
     decoder = Decoder(make(position="rotary", n_kv_head=2))
     decoder.uses_graphs = False
     for sequences, logits in steps(decoder, prompts_of(5, 9), 1):

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from typing import Any
 
+from setting import as_word
 from terminal import escaped
 
 # The first pattern that matches a setting's name decides. `free` settings may change at any time,
@@ -100,7 +101,8 @@ def listed(changes: Changes) -> str:
     """
     hidden = (*OF_THE_TOKENS, "init_fingerprint")
     shown = {key: pair for key, pair in changes.items() if key not in hidden}
-    parts = [in_one_line(f"{key} was {old}, now {new}") for key, (old, new) in shown.items()]
+    parts = [in_one_line(f"{key} was {as_word(old) or 'empty'}, now {as_word(new) or 'empty'}")
+             for key, (old, new) in shown.items()]
     # A changed setting of the text explains the changed fingerprint.
     if changes.keys() & set(OF_THE_TOKENS) and not any(key.startswith("data.") for key in shown):
         parts.insert(0, "the training text has changed")

@@ -57,16 +57,14 @@ def compose(root: str | type, overrides: list[str], validate: bool = True) -> An
     settings = freeze(schema, values, "", problems)
     if isinstance(settings, Settings) and settings.init_from:
         settings = replace(settings, model_given=chosen_for_model(overrides, origins))
+    if isinstance(settings, Settings) and not settings.name and not problems:
+        settings = replace(settings, auto_name=automatic_name(overrides, settings, experiment))
     if validate and not problems:
         problems = list(settings.problems())
     if problems:
         raise ConfigError(problems)
-
-    # Settings that follow from the others.
     if of_training:
         return replace(settings, train=tuple(of_training))
-    if isinstance(settings, Settings) and not settings.name:
-        return replace(settings, auto_name=automatic_name(overrides, settings, experiment))
     return settings
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -66,6 +67,9 @@ class Settings(SettingsBase):
         for group, settings in vars(self).items():
             if is_dataclass(settings):
                 found += [f"{group}.{problem}" for problem in settings.problems()]
+        # A run that resumes can use the tokens of a text that is gone.
+        if not os.path.isdir(self.folder / "checkpoints"):
+            found += [f"data.{problem}" for problem in self.data.missing_files()]
         yield from found
         # The weights of init_from decide the length of a sequence, unless it is set.
         is_known = not self.init_from or "block_size" in self.model_given.split()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import shlex
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import gcd, lcm
@@ -85,7 +86,6 @@ class DataConfig(SettingsBase):
                     yield (f"{name}={value} is not used by data={self.source}, only by "
                            f"data={', '.join(sources)}: choose one of them, or leave it out.")
         # The validation text.
-        yield from missing_path("val_path", self.val_path)
         if self.val_path and self.val_split:
             yield f"val_path={self.val_path} excludes val_split={self.val_split}: choose one."
         # How the text is read and encoded.
@@ -94,6 +94,23 @@ class DataConfig(SettingsBase):
                    f"latin-1, cp1252, utf-16 or gb18030.")
         if not self.text_field:
             yield "text_field is empty: name the field of a record that holds its text."
+
+    def missing_files(self) -> Iterator[str]:
+        """One sentence for each path that cannot be read.
+
+        A run that resumes may need none of them, because its tokens were prepared before.
+        """
+        parts, start = [self], ""
+        if self.mix:
+            parts, start = [], f"mix={self.mix}: "
+            # `problems` reports an invalid mixture.
+            with suppress(ValueError):
+                parts = [self.part(name) for name in read_mix(self.mix)]
+        paths = [(f"{start}path", part.path) for part in parts if part.source in USED_BY["path"]]
+        for name, path in [*paths, ("val_path", self.val_path)]:
+            reason = unreadable(Path(path)) if path else ""
+            if reason:
+                yield f"{name}={path} {reason}."
         if self.tokenizer not in TOKENIZERS and not Path(self.tokenizer).exists():
             yield (f"tokenizer={self.tokenizer} is not one of {', '.join(TOKENIZERS)}, and there "
                    f"is no such file or folder in {Path.cwd()}.")
@@ -125,8 +142,6 @@ class DataConfig(SettingsBase):
         name = "hub_name" if self.source == "hub" else "path"
         if self.source in NEEDED and not getattr(self, name):
             yield f"{name} is missing: {NEEDED[self.source]}."
-        if self.source in USED_BY["path"]:
-            yield from missing_path("path", self.path)
 
     def part(self, name: str) -> DataConfig:
         """The settings of one part of a mixture: the source of that name, or else its files."""
@@ -137,18 +152,6 @@ class DataConfig(SettingsBase):
     def weights(self) -> list[int]:
         """The number of sequences of each source in a period."""
         return list(read_mix(self.mix).values()) if self.mix else [1]
-
-
-def missing_path(setting: str, path: str) -> Iterator[str]:
-    """The problem of a path that does not exist. A glob is checked when it is read."""
-    place = Path(path)
-    if not path or place.exists():
-        return
-    if place.is_symlink():
-        yield f"{setting}={path} {unreadable(place)}."
-    elif not set(path) & set("*?["):
-        yield (f"{setting}={path} does not exist: check the spelling, and that it is relative to "
-               f"{Path.cwd()}.")
 
 
 def is_text_encoding(name: str) -> bool:

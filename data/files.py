@@ -76,11 +76,13 @@ def find(path: str, skipped: Counter[str] | None = None) -> list[Path]:
 
 
 def unreadable(path: Path) -> str:
-    """Why an existing path is not a file that can be read twice; empty if it may be one."""
+    """Why a path names no files that can be read twice; empty if it may, as a glob may."""
     if path.is_symlink() and not path.exists():
         return "is a symbolic link to itself or to nothing"
     if path.exists() and not (path.is_file() or path.is_dir()):
         return "is a pipe, socket or device and cannot be read twice: write its content to a file"
+    if not path.exists() and not set(str(path)) & set("*?["):
+        return f"does not exist: check the spelling, and that it is relative to {Path.cwd()}"
     return ""
 
 

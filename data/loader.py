@@ -196,7 +196,8 @@ class Validation:
         self.shares = [weight / sum(weights) for weight in weights]
         self.parts = open_sequences(
             tokens, block_size, markers, 0, "validation",
-            "raise data.val_fraction, use more text, or lower model.block_size")
+            "use more text, a larger data.val_fraction (where that decides), or a smaller "
+            "model.block_size")
         self.n_windows = []
         for part, share in zip(self.parts, self.shares, strict=True):
             self.n_windows.append(part.count_within(int(max_tokens * share)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -150,6 +151,8 @@ def read_settings(path: Path) -> dict[str, Any]:
     A few lines with aliases can stand for more than any memory holds.
     """
     config = atomic.read_regular(path, MAX_SETTINGS)
+    # libyaml refuses the bytes of file names that are not UTF-8, which YAML writes as surrogates.
+    config = re.sub(rb"\\uDC[89A-F].", rb"\\uFFFD", config)
     if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(config, SAFE_LOADER)):
         raise ValueError("config.yaml has aliases")
     return flat(yaml.load(config, SAFE_LOADER))

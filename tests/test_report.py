@@ -390,6 +390,11 @@ def test_runs_of_any_name_are_drawn_and_printed_safely(tmp_path, capsys):
     assert all(escape(escaped(name, keep="")) in page for name in names)
 
 
+def test_a_run_of_a_text_whose_name_is_not_utf8_is_reported(tmp_path):
+    run = write_run(tmp_path / "one", data__path="b\udcff.txt")
+    (run / "environment.jsonl").write_text(json.dumps({"command": "train.py data.path=b\udcff.txt"}) + "\n")
+    assert report_page.page([open_history(run, "one")], "one").encode().count(b"b\\xff.txt") + 1
+
 
 @pytest.mark.parametrize("words, complaint", [
     ("nothing", "^nothing is neither a folder in .*runs nor a path"), ("empty", "empty is not a run and holds none: a run's folder has a config.yaml"),

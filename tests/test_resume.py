@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -12,8 +13,10 @@ import startup
 import train as program
 from checkpointing import store
 from checkpointing.resume import is_finished
+from conf.schema import ConfigError, compose
 from data import prepare as preparation
 from data.prepare import prepare
+from data.tokenizer import ByteTokenizer
 from scripts.verify_resume import compare
 
 
@@ -94,6 +97,25 @@ def test_different_settings_are_refused_although_tokens_exist(stopped, text, tmp
     text.write_text(text.read_text() + "\nOne more sentence.")
     with pytest.raises(ValueError, match="was trained with different settings"):
         program.train(settings(*(word.format(other=tmp_path / "other.txt") for word in words)))
+
+
+@pytest.mark.parametrize("setting", ["path", "val_path", "tokenizer"])
+def test_a_deleted_file_is_not_needed_to_resume(text, tmp_path, capsys, monkeypatch, setting):
+    monkeypatch.chdir(tmp_path)
+    deleted = tmp_path / "deleted.json" if setting == "tokenizer" else tmp_path / "deleted.txt"
+    deleted.write_text(json.dumps(ByteTokenizer().to_json()) if setting == "tokenizer" else text.read_text()[::-1])
+    paths = {"path": text, "tokenizer": "byte", setting: deleted}
+
+    def settings(*more):
+        words = [f"data.{key}={value}" for key, value in paths.items()]
+        return compose("config", ["name=tiny", "training=smoke", "model=nano", "data=text", "training.sample_tokens=0", "logger.report=false", *words, *more])
+
+    program.train(settings("training.max_steps=1"))
+    deleted.unlink()
+    assert program.train(settings("training.max_steps=2")) == 0
+    assert f"{deleted} " in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=rf"^data\.{setting}={deleted} "):
+        settings("name=other")
 
 
 def test_a_text_that_was_moved_resumes(stopped, text, tmp_path):

@@ -95,6 +95,7 @@ def test_a_different_run_with_the_same_name_is_refused(compose_tiny, run):
                              "the old value, or pass restart=true to start over (the old run is kept as ", "/runs/tiny.old)."]),
         (["training.precision=bf16"], ["training.precision was fp32, now bf16"]),
         (["training.batch_size=2"], ["training.batch_size was 4, now 2"]),
+        (["data.separator=x", "data.deduplicate=false"], ["data.separator was empty, now x", "data.deduplicate was true, now false"]),
     ]:
         with pytest.raises(ValueError) as refusal:
             program.train(compose_tiny(*words))

@@ -199,6 +199,15 @@ def test_an_unknown_flag_names_the_alternative(words, said):
     assert said in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_removed_folder_is_named(monkeypatch, tmp_path):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with pytest.raises(ValueError, match="current folder was removed"):
+        command()
+
+
 def test_only_training_is_swept():
     with pytest.raises(ValueError, match=r"only train\.py runs sweeps"):
         command("-m", "seed=1,2", root="sample")

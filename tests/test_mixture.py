@@ -34,7 +34,7 @@ def test_an_invalid_mixture_is_explained(mix, words):
 
 
 def test_an_invalid_mixture_is_a_problem_of_the_settings():
-    [problem] = DataConfig(mix="pydocs:1 no/such.txt:1").problems()
+    [problem] = DataConfig(mix="pydocs:1 no/such.txt:1").missing_files()
     assert problem.startswith("mix=") and "no/such.txt does not exist" in problem
     [problem] = DataConfig(mix="pydocs").problems()
     assert problem.startswith("mix=pydocs: pydocs is not a source with its weight")

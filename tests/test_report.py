@@ -393,7 +393,7 @@ def test_runs_of_any_name_are_drawn_and_printed_safely(tmp_path, capsys):
 def test_a_run_of_a_text_whose_name_is_not_utf8_is_reported(tmp_path):
     run = write_run(tmp_path / "one", data__path="b\udcff.txt")
     (run / "environment.jsonl").write_text(json.dumps({"command": "train.py data.path=b\udcff.txt"}) + "\n")
-    assert report_page.page([open_history(run, "one")], "one").encode().count(b"b\\xff.txt") + 1
+    assert "b\ufffd.txt" in report_page.page([open_history(run, "one")], "one").encode().decode()
 
 
 @pytest.mark.parametrize("words, complaint", [

@@ -331,7 +331,8 @@ def test_shakespeare_from_a_local_copy_asks_no_network(tmp_path, monkeypatch):
     ({"source": "hub", "hub_name": "a/b", "val_path": __file__, "val_split": "test"}, "val_path", "excludes val_split"),
 ])
 def test_an_invalid_setting_is_one_problem_with_its_value(settings, field, value):
-    [problem] = DataConfig(**settings).problems()
+    config = DataConfig(**settings)
+    [problem] = [*config.problems(), *config.missing_files()]
     assert problem.startswith(field) and value in problem
 
 
@@ -366,7 +367,7 @@ def test_a_setting_that_a_source_does_not_use_is_a_problem(settings, name):
 
 def test_a_link_to_itself_is_a_problem(tmp_path):
     (tmp_path / "a").symlink_to(tmp_path / "a")
-    [problem] = DataConfig("text", str(tmp_path / "a")).problems()
+    [problem] = DataConfig("text", str(tmp_path / "a")).missing_files()
     assert "is a symbolic link to itself or to nothing" in problem
 
 

@@ -9,7 +9,10 @@ from pathlib import Path
 
 import atomic
 from checkpointing.run_folder import check_file_types, first_run, is_run
+from conf.hints import closest
 from terminal import say
+
+LISTED = 20  # runs in a message
 
 
 def find_run(runs_dir: Path, name: str) -> Path:
@@ -57,8 +60,10 @@ def search_run(runs_dir: Path, name: str) -> Path:
     problem = "is not a run" if any(map(os.path.exists, places)) else "does not exist"
     if not runs:
         raise ValueError(f"run={name} {problem}, and {none}")
-    names = ", ".join(str(run.relative_to(runs_dir)) for run in runs)
-    raise ValueError(f"run={name} {problem}. There are: {names}.")
+    names = [str(run.relative_to(runs_dir)) for run in runs]
+    more = f" and {len(names) - LISTED:,} more" if len(names) > LISTED else ""
+    raise ValueError(f"run={name} {problem}{closest(name, names)}. There are: "
+                     f"{', '.join(names[:LISTED])}{more}.")
 
 
 def is_sweep(folder: Path) -> bool:

@@ -46,6 +46,8 @@ def number(measured: dict[str, Any], name: str) -> str:
     if value is None:
         return ""
     style = COLUMNS.get(name, ("", ".4f"))[1]
+    if abs(value) >= 1e9:
+        style = ".2e"
     if error is None or not math.isfinite(error):
         return format(value, style)
     return f"{format(value, style)} ± {format(error, style)}"

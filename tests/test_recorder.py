@@ -89,6 +89,13 @@ def test_samples_are_printed_and_cut_back_with_the_metrics(tmp_path, capsys):
     assert [row["step"] for row in rows(tmp_path)] == [2, 2]
 
 
+@pytest.mark.parametrize("loss, shown", [(4.3085, "74.33"), (39334.4539, "1.01e+304")])
+def test_a_perplexity_has_few_digits(tmp_path, capsys, loss, shown):
+    with Recorder(tmp_path, 0, 9, LoggerConfig(), {}) as recorder:
+        recorder.record_validation(1, loss, 4.0)
+    assert f"perplexity {shown}, " in capsys.readouterr().out
+
+
 def test_nan_and_infinity_are_null_in_json(tmp_path):
     with Recorder(tmp_path, 0, 9, LoggerConfig(), {}) as recorder:
         recorder.record(1, loss=float("inf"), gradient_norm=float("nan"), skipped=True)

@@ -72,6 +72,14 @@ def test_a_folder_without_logs_is_not_a_sweep(make_run, tmp_path):
         find_run(tmp_path, "mine")
 
 
+def test_of_many_runs_the_closest_and_some_are_listed(tmp_path):
+    for number in range(30):
+        (tmp_path / f"lr={number}" / "checkpoints/step_00000001").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"run=LR=17 does not exist \(did you mean lr=17\?\). There are: lr=0, .* and 10 more.$") as refusal:
+        find_run(tmp_path, "LR=17")
+    assert str(refusal.value).count(", ") == 19
+
+
 def test_runs_are_found_by_name_path_and_age(tmp_path):
     for name in ("old", "sweep/lr=0.1"):
         (tmp_path / name / "checkpoints/step_00000001").mkdir(parents=True)

@@ -70,7 +70,9 @@ class Recorder:
         perplexity = math.exp(min(val_loss, 700))
         bits_per_byte = val_loss / math.log(2) / bytes_per_token
         self.record(step, val_loss=val_loss, perplexity=perplexity, bits_per_byte=bits_per_byte)
-        self.say(f"Step {step}: validation loss {val_loss:.4f}, perplexity {perplexity:.2f}, "
+        # That of a model that has diverged would have hundreds of digits.
+        shown = f"{perplexity:.2f}" if perplexity < 1e9 else f"{perplexity:.2e}"
+        self.say(f"Step {step}: validation loss {val_loss:.4f}, perplexity {shown}, "
                  f"{bits_per_byte:.4f} bits per byte")
 
     def record_tasks(self, step: int, measured: dict[str, float]) -> None:

@@ -148,8 +148,10 @@ def open_streams() -> None:
 def run_command(main: Target, root: str | type, doc: str, arguments: list[str],
                 multirun: Target = "") -> int:
     """Run the command that the command line's `arguments` describe; return the exit code."""
-    if not os.path.exists(os.curdir):
-        raise ValueError("The current folder was removed: change to another one.")
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise ValueError("The current folder was removed: change to another one.") from None
     known = leaves(SCHEMAS[root]) if root in SCHEMAS else {}
     flags, overrides = split_flags(arguments, known)
 

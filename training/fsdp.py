@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from training.device import Device
 from training.distributed import World
-from training.muon import Muon, orthogonalize_all
+from training.muon import Muon
 from training.sharding import Part, row_range
 
 
@@ -98,8 +98,8 @@ class RowMuon(Muon):
     """
 
     def __init__(self, params: list[dict[str, Any]], lr: float, momentum: float,
-                 parts: list[Part], world: World) -> None:
-        super().__init__(params, lr, momentum)
+                 normalize_rows: bool, parts: list[Part], world: World) -> None:
+        super().__init__(params, lr, momentum, normalize_rows)
         self.rank, self.size = world.rank, world.size
         self.shapes = {part.tensor: part.weights.shape for part in parts}
 
@@ -118,7 +118,7 @@ class RowMuon(Muon):
         matrices = [torch.cat(rows) for rows in zip(*received, strict=True)]
 
         # Orthogonalize them, and send each process its rows.
-        whole = orthogonalize_all(matrices)
+        whole = self.whole_updates(matrices)
         sent = [[self.rows(update, target) for update in whole] for target in ranks]
         expected = [[self.rows_shape(shape, self.rank) for shape in some] for some in shapes]
         # From each process come the rows of its matrices.

@@ -32,13 +32,16 @@ class WithoutCompiler(torch.optim.Optimizer):
 class Muon(WithoutCompiler):
     """Muon (Jordan 2024), for matrices, orthogonalizing those of one shape in one batch.
 
-    Equal to `torch.optim.Muon`, which orthogonalizes one matrix after another.
+    Equal to `torch.optim.Muon`, which orthogonalizes one matrix after another. With
+    `normalize_rows`, the rows of an update have equal norms.
     """
 
     STATE = ("momentum_buffer",)
 
-    def __init__(self, params: list[dict[str, Any]], lr: float, momentum: float) -> None:
+    def __init__(self, params: list[dict[str, Any]], lr: float, momentum: float,
+                 normalize_rows: bool = False) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": 0.0})
+        self.normalize_rows = normalize_rows
         for group in self.param_groups:
             for weights in group["params"]:
                 self.state[weights] = {"momentum_buffer": torch.zeros_like(weights)}
@@ -79,7 +82,14 @@ class Muon(WithoutCompiler):
 
     def updates(self, batch: list[Tensor], directions: list[Tensor]) -> list[Tensor]:
         """The orthogonalized directions of the matrices in a batch."""
-        return orthogonalize_all(directions)
+        return self.whole_updates(directions)
+
+    def whole_updates(self, directions: list[Tensor]) -> list[Tensor]:
+        """The updates of matrices that this process has whole."""
+        updates = orthogonalize_all(directions)
+        if self.normalize_rows:
+            return [equal_rows(update) for update in updates]
+        return updates
 
 
 def wide(matrix: Tensor) -> Tensor:
@@ -94,6 +104,15 @@ def orthogonalize_all(matrices: list[Tensor]) -> list[Tensor]:
     found = orthogonalize(torch.stack([wide(matrix) for matrix in matrices]))
     return [result.mT if matrix.size(0) > matrix.size(1) else result
             for matrix, result in zip(matrices, found, strict=True)]
+
+
+def equal_rows(update: Tensor) -> Tensor:
+    """The update with rows of equal norms, and with the same norm as a whole.
+
+    NorMuon (arXiv:2510.05491), without its running average of the rows' norms.
+    """
+    norms = update.norm(dim=1, keepdim=True).clamp(min=1e-7)
+    return update / norms * (update.norm() / math.sqrt(len(update)))
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:

@@ -80,9 +80,10 @@ class Optimizers:
             own = self.assign(matrices, whole=True)
             groups = self.groups(own, config.muon_lr, config.weight_decay)
             if sharded:
-                muon = RowMuon(groups, config.muon_lr, config.momentum, self.own_parts, self.world)
+                muon = RowMuon(groups, config.muon_lr, config.momentum, config.normalize_rows,
+                               self.own_parts, self.world)
             else:
-                muon = Muon(groups, config.muon_lr, config.momentum)
+                muon = Muon(groups, config.muon_lr, config.momentum, config.normalize_rows)
             self.all.append(muon)
         else:
             decayed = matrices + decayed

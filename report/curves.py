@@ -57,6 +57,7 @@ def draw_losses(axes: Any, runs: list[History], which: str, axis: str) -> None:
 def draw_curve(axes: Any, points: np.ndarray, axis: str, smoothed: bool, bands: bool,
                **style: Any) -> list[np.ndarray]:
     """Draw one curve `[n, 6]` and return the values. `bands` adds the values before smoothing."""
+    points = finite(points)
     x = points[:, AXES.index(axis)]
     mean, lowest, highest = points[:, 3:].T
     drawn = []
@@ -72,6 +73,11 @@ def draw_curve(axes: Any, points: np.ndarray, axis: str, smoothed: bool, bands: 
     marker = "o" if len(points) <= (1 if smoothed else 30) else ""
     axes.plot(x, line, marker=marker, markersize=3, **style)
     return [*drawn, line]
+
+
+def finite(points: np.ndarray) -> np.ndarray:
+    """The points of a curve `[n, 6]` without NaN and infinite values, as of a step that failed."""
+    return points[np.isfinite(points).all(1)]
 
 
 def line_style(rank: int, runs: list[History]) -> dict[str, Any]:
@@ -143,7 +149,7 @@ def draw_diagnostic(axes: Any, runs: list[History], name: str) -> None:
     # Draw the curves.
     peaks = []
     for rank, run in reversed(list(enumerate(runs))):
-        points = run.diagnostics.get(name, np.empty((0, 6)))
+        points = finite(run.diagnostics.get(name, np.empty((0, 6))))
         bands = name == "gradient norm" and len(runs) <= MAX_BANDS
         draw_curve(axes, points, "steps", name in DIAGNOSTICS[1:], bands, **line_style(rank, runs))
         peaks.append(points[:, 3].max(initial=0))

@@ -69,8 +69,9 @@ class History:
 
     @property
     def score(self) -> float | None:
-        """The result that runs are compared by; lower is better."""
-        return self.best_loss if self.measure == LOSS else self.bits_per_byte
+        """The result that runs are compared by; lower is better. None if it is not finite."""
+        score = self.best_loss if self.measure == LOSS else self.bits_per_byte
+        return score if score is not None and math.isfinite(score) else None
 
     @property
     def unit_factor(self) -> float | None:

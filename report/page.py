@@ -200,12 +200,12 @@ def importance_of_settings(runs: list[History]) -> Iterator[str]:
         yield (f"<p>The share of each setting in the differences of the {finished[0].measure} of "
                f"{len(finished)} finished runs (fANOVA, by Optuna): an estimate, rough for few "
                "runs.</p>")
-        yield '<table id="importance">'
+        yield '<div class="wide"><table id="importance">'
         for key, share in shares.items():
             bar = f'<span class="bar" style="width: {16 * share:.2f}rem"></span>'
             yield f"<tr><td><code>{escape(key)}</code></td>"
             yield f'<td class="number">{share:.0%}</td><td>{bar}</td></tr>'
-        yield "</table>"
+        yield "</table></div>"
         # The slices follow in the order of importance.
         keys = list(shares)
     except ValueError as error:

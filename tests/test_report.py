@@ -557,6 +557,21 @@ def test_up_to_eight_runs_have_a_color_each():
 
 
 @pytest.mark.slow
+def test_a_run_whose_loss_is_nan_is_reported_last(histories_of):
+    first, *others = histories_of([1, 2, 3])
+    first = replace(first, best_loss=math.nan)
+    assert report_page.best_first([others[0], first, others[1]]) == [*others, first]
+
+
+def test_values_that_are_not_finite_are_left_out(tmp_path):
+    pytest.importorskip("matplotlib")
+    run = write_run(tmp_path / "one")
+    text = (run / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text(text.replace('"gradient_norm": 0.025', '"gradient_norm": Infinity').replace('"val_loss": 3.', '"val_loss": NaN, "x": 3.'))
+    page = make(tmp_path / "one", pictures=True)
+    assert "gradient norm against steps" in page and (tmp_path / "one/report-curves.png").exists()
+
+
 def test_runs_without_a_loss_are_reported_last(tmp_path):
     pytest.importorskip("matplotlib")
     write_run(tmp_path / "runs/empty", steps=0)

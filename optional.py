@@ -5,7 +5,7 @@ from types import ModuleType
 
 
 def import_optional(name: str, needed_by: str, packages: str) -> ModuleType:
-    """Import a package. Without it, raises ValueError: what needs it, and what to install."""
+    """Import a module. Without it, raises ValueError: what needs it, and what to install."""
     try:
         return import_module(name)
     except ImportError:

@@ -66,7 +66,7 @@ class Result:
 
 def main(scaling: ScalingSettings) -> int:
     # Name the folder, and find mistakes before anything is trained.
-    import_optional("scipy", "Scaling laws need SciPy", "scipy")
+    import_optional("scipy.optimize", "Scaling laws need SciPy", "scipy")
     name = scaling.name or folder_name(Path(scaling.sweep).stem)
     folder = Path(scaling.runs_dir) / name
     refuse_run(folder)

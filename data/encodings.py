@@ -29,6 +29,11 @@ OTHER_FORMATS = {
     b"PK\x03\x04": "zip, as are documents of office programs: unpack it, or save it as text",
     b"%PDF": "PDF: save it as text"}
 
+# The first bytes of a file that is text, but stands for another one that was not downloaded.
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+# Of a tar archive, at this offset; before it is the name of its first file.
+TAR = (257, b"ustar")
+
 # Encodings that a message may suggest, with the frequent characters of their languages.
 WIDE = ("utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be")
 WESTERN = "éèêëáàâäãåæçíìîïñóòôöõøœßúùûüýÿÉÀÄÖÜ\u2019\u2018\u201c\u201d\u2013\u2014\u2026«»°§©"
@@ -54,6 +59,8 @@ def decoded(stream: BinaryIO, path: Path, encoding: str = "utf-8",
     """
     # Four bytes are the longest mark.
     block = stream.read(max(4, BLOCK))
+    if block.startswith(LFS_POINTER):
+        raise ValueError(f"{path} is a pointer of Git LFS to its content: run git lfs pull there.")
     mark = next((mark for mark in MARKS if block.startswith(mark)), b"")
     block = block[len(mark) :]
     encoding = codecs.lookup(MARKS.get(mark, encoding)).name
@@ -89,6 +96,8 @@ def decoded(stream: BinaryIO, path: Path, encoding: str = "utf-8",
 
 def not_text(encoding: str, block: bytes, place: str) -> str:
     """Why a block is not text in `encoding`, and what to do."""
+    if block.startswith(TAR[1], TAR[0]):
+        return "is not text but a tar archive: unpack it."
     for start, advice in OTHER_FORMATS.items():
         if block.startswith(start):
             return f"is not text but {advice}."

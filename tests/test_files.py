@@ -473,11 +473,19 @@ def test_rows_of_parquet_without_text_are_told_by_what_they_are(tmp_path, kind, 
 
 @pytest.mark.parametrize("content, words", [
     (gzip.compress(b"x", mtime=0), "gzip: give it the extension .gz"), (b"PK\x03\x04\0\xff", "zip, as are documents"), (b"%PDF-1.7\n%\xff\0", "PDF"),
+    (b"a.txt".ljust(257, b"\0") + b"ustar\x0000", "a tar archive: unpack it"),
     (b"PAR1\0\xff", "Parquet: give it the extension .parquet")])
 def test_a_file_of_another_format_is_named(tmp_path, content, words):
     (tmp_path / "a.txt").write_bytes(content)
     with pytest.raises(ValueError, match=f"a.txt is not text but {words}"):
         read(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv"])
+def test_a_pointer_of_git_lfs_is_named(tmp_path, name):
+    (tmp_path / name).write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 12345\n")
+    with pytest.raises(ValueError, match=f"{name} is a pointer of Git LFS to its content: run git lfs pull"):
+        read(tmp_path / name)
 
 
 def test_parquet_that_was_compressed_once_more_is_refused(tmp_path):

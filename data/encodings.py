@@ -29,8 +29,6 @@ OTHER_FORMATS = {
     b"PK\x03\x04": "zip, as are documents of office programs: unpack it, or save it as text",
     b"%PDF": "PDF: save it as text"}
 
-# The first bytes of a file that is text, but stands for another one that was not downloaded.
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 # Of a tar archive, at this offset; before it is the name of its first file.
 TAR = (257, b"ustar")
 
@@ -59,8 +57,6 @@ def decoded(stream: BinaryIO, path: Path, encoding: str = "utf-8",
     """
     # Four bytes are the longest mark.
     block = stream.read(max(4, BLOCK))
-    if block.startswith(LFS_POINTER):
-        raise ValueError(f"{path} is a pointer of Git LFS to its content: run git lfs pull there.")
     mark = next((mark for mark in MARKS if block.startswith(mark)), b"")
     block = block[len(mark) :]
     encoding = codecs.lookup(MARKS.get(mark, encoding)).name

@@ -27,6 +27,8 @@ from data.unpack import COMPRESSIONS, decompressed, plain_name, reading
 # Of the files that are read in a folder. Parquet has its own compression.
 COMPRESSIBLE = (".txt", ".md", *SUFFIXES[:-1])
 KNOWN = (".parquet", *map("".join, product(COMPRESSIBLE, ("", *COMPRESSIONS))))
+# The first bytes of a file whose content was not downloaded.
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 HIDDEN = re.compile(r"\..*|.*~|#.*#", re.DOTALL)
 
 
@@ -200,6 +202,10 @@ class File:
         """
         with reading(self.path), open(self.path, "rb") as self.raw:
             before = os.fstat(self.raw.fileno())
+            if self.raw.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise ValueError(f"{self.path} is a pointer of Git LFS to its content: run git lfs "
+                                 f"pull there.")
+            self.raw.seek(0)
             yield decompressed(self.raw, self.path)
             # By path: the file may have been replaced.
             after = os.stat(self.path)

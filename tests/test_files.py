@@ -481,7 +481,7 @@ def test_a_file_of_another_format_is_named(tmp_path, content, words):
         read(tmp_path / "a.txt")
 
 
-@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv"])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv.gz", "a.parquet"])
 def test_a_pointer_of_git_lfs_is_named(tmp_path, name):
     (tmp_path / name).write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 12345\n")
     with pytest.raises(ValueError, match=f"{name} is a pointer of Git LFS to its content: run git lfs pull"):

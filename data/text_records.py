@@ -168,10 +168,15 @@ def csv_records(blocks: Iterator[str], kind: str, field: str,
     # The first row is the header. An invalid row does not end the file.
     n_columns = 0
     while True:
-        row_size, line = 0, n_blank + rows.line_num + 1
+        row_size, n_read = 0, rows.line_num
+        line = n_blank + n_read + 1
         try:
             row = next(rows, None)
         except csv.Error as error:
+            # One bad record may be skipped, but not all the lines that follow it.
+            if "unexpected end of data" in str(error) and rows.line_num > n_read + 1:
+                raise ValueError(f"{path}, line {line} opens a quotation mark that is never "
+                                 f"closed: close or remove it.") from None
             yield BadRecord(f"line {line} is not {kind[1:].upper()} ({error})")
             continue
         if row is None:

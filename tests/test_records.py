@@ -246,7 +246,7 @@ def test_a_record_that_is_too_long_is_refused(tmp_path, monkeypatch, name, conte
         (b"id,text\n1,a\n2\n", "a.csv, line 3 has 1 field and the header has 2"),
         (
             b'id,text\n1,"never closed\n2,b\n',
-            r"a.csv, line 2 is not CSV \(unexpected end of data\)",
+            "a.csv, line 2 opens a quotation mark that is never closed",
         ),
         (
             b"id,text\n1,caf\xe9\n",
@@ -259,6 +259,16 @@ def test_a_table_that_cannot_be_read_is_told_by_its_line(tmp_path, content, word
     (tmp_path / "a.csv").write_bytes(content)
     with pytest.raises(ValueError, match=words):
         read(tmp_path / "a.csv")
+
+
+def test_skipping_never_skips_the_rest_of_a_table(tmp_path):
+    """A row that a download has cut is skipped; one that takes all the lines after it is an error."""
+    (tmp_path / "a.csv").write_text('text\na\n"cut here')
+    file = files.File(tmp_path / "a.csv", on_bad_record="skip")
+    assert len(list(file.documents())) == 1 and file.bad_records == 1
+    (tmp_path / "a.csv").write_text('text\na\n"open\nb\nc\n')
+    with pytest.raises(ValueError, match="line 3 opens a quotation mark that is never closed"):
+        list(files.File(tmp_path / "a.csv", on_bad_record="skip").documents())
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n", b"text\n", b"id,text\n1,\n2,  \n"])

@@ -3,8 +3,6 @@
 Each setting is of one kind. docs/runs.md explains the kinds with the same table.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from typing import Any

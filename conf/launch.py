@@ -5,8 +5,6 @@ sentence, without a traceback, with exit code 1. HYDRA_FULL_ERROR=1 shows the tr
 points import this module first and torch later, so that --help and a wrong setting are fast.
 """
 
-from __future__ import annotations
-
 import sys
 
 if sys.platform == "win32":

@@ -4,8 +4,6 @@ The defaults are those of the dataclasses. All problems come in one report: unkn
 types, values out of range. Hydra's part of the work is in composition.py.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 from dataclasses import asdict, fields, replace

@@ -1,7 +1,5 @@
 """The settings of train.py and sample.py, and the name and type of each."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass

@@ -3,8 +3,6 @@
 A file is text, JSON, CSV or Parquet, plain or compressed. Knows no tokens.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections import Counter

@@ -8,8 +8,6 @@ token stays at the edge of its window. The parts of a mixture are cut and shuffl
 interleaved by weight. Sequences of conversations hold whole ones instead (data/examples.py).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor

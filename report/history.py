@@ -1,7 +1,5 @@
 """Read a run's folder: settings, losses, samples, environment. Changes nothing."""
 
-from __future__ import annotations
-
 import math
 import re
 from dataclasses import dataclass

@@ -68,7 +68,7 @@ def test_auto_on_an_old_gpu_is_fp16(monkeypatch):
 
 
 def test_a_missing_device_is_an_error_that_lists_the_others(no_accelerator):
-    with pytest.raises(ValueError, match=r"device=cuda is not available .*: choose auto or one of cpu"):
+    with pytest.raises(ValueError, match=r"device=cuda is not available .*: choose auto or cpu"):
         Device("cuda")
 
 

@@ -60,7 +60,7 @@ class Device:
         here = [name for name, is_here in available().items() if is_here]
         if device not in ("auto", *here):
             raise ValueError(f"device={device} is not available on this machine: "
-                             f"choose auto or one of {', '.join(here)}.")
+                             f"choose {' or '.join(['auto', *here])}.")
         self.type = here[0] if device == "auto" else device
         self.torch = torch.device(self.type)
         self.threads = threads or torch.get_num_threads()

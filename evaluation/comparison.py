@@ -146,7 +146,7 @@ def unpaired_test(first: np.ndarray, second: np.ndarray) -> tuple[Any, Any]:
 
 
 def compare(first: str, second: str, results: dict[str, Results]) -> Comparison:
-    """Compare two of the `results`: by the seeds that both have, or all if fewer than two.
+    """Compare two of the `results`: by the seeds that both have, or all if these are few.
 
     Raises ValueError for a single seed, a run that diverged, and where the seed has no effect.
     """
@@ -155,9 +155,10 @@ def compare(first: str, second: str, results: dict[str, Results]) -> Comparison:
         if len(results[name]) < 2:
             raise ValueError(f"{name} has {len(results[name])} seed, and the noise between seeds "
                              f"is unknown: train it with two seeds or more.")
-    # In pairs, the noise that a seed has in both cancels.
+    # In pairs, the noise that a seed has in both cancels. A few pairs would leave out most results.
     shared = sorted(results[first].keys() & results[second].keys())
-    paired = len(shared) > 1
+    fewer = min(len(results[first]), len(results[second]))
+    paired = len(shared) > 1 and 2 * len(shared) >= fewer
     a, b = (np.array([results[name][seed] for seed in (shared if paired else results[name])])
             for name in (first, second))
     noise = np.ptp(b - a) if paired else max(np.ptp(a), np.ptp(b))

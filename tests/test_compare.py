@@ -84,6 +84,10 @@ def test_shared_seeds_are_paired_and_others_are_not():
     assert paired.error < 0.01 and paired.is_decided
     [unpaired] = compare_all({"a": a, "b": {3: 0.9, 4: 1.91, 5: 2.9}}, "a")
     assert not unpaired.paired and unpaired.seeds == (4, 3) and unpaired.error > 1 and not unpaired.is_decided
+    # Two pairs alone could decide nothing.
+    noise = [0.1, 0.3, 0.2, 0.0, 0.2, 0.1, 0.3, 0.0]
+    [few] = compare_all({"a": dict(enumerate(noise)), "b": dict(enumerate(np.add(noise, 2), 6))}, "a")
+    assert few.seeds == (8, 8) and few.is_decided
 
 
 @needs_scipy

@@ -203,6 +203,7 @@ def check_memory(settings: Settings, device: Device, local_processes: int = 1) -
 def most_bytes(settings: Settings) -> int:
     """A bound on the memory of a step, without the import of fake tensors, which takes seconds."""
     config = settings.model
+    # Twice the weights, gradients and moments; what layers keep; the logits and their gradient.
     weights = weight_bytes(GPT.empty(config))
     tokens = settings.training.batch_size * config.block_size
     kept = MOST_BYTES_KEPT * tokens * config.n_embd * config.n_layer

@@ -60,6 +60,7 @@ class Saver:
             self.thread.join()
             self.thread = None
             self.waiting_seconds += time.perf_counter() - start
+        # An error is reported once.
         error, self.error = self.error, None
         if isinstance(error, OSError) and not self.stop_on_error:
             self.warn(f"Warning: {error}")

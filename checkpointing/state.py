@@ -128,6 +128,7 @@ class State:
 
     def roll_back(self, saved: Checkpoint) -> None:
         """Load a checkpoint, and skip all batches since then, including the present one."""
+        # What the checkpoint does not know: how far the data was read, and what has happened since.
         next_batch, nonfinite, replanned = self.batch + 1, self.nonfinite, self.replanned
         self.restore(saved)
         self.batches_skipped = next_batch - self.step

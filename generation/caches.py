@@ -82,6 +82,7 @@ class RaggedCache(KVCache):
 
     def update(self) -> None:
         """Set `positions` `[B, 1]`, `end`, the number of positions attended to, and `mask`."""
+        # Rows of one length need no mask.
         self.end, self.mask = self.length + 1, None
         self.positions = torch.tensor(self.lengths, device=self.rows.device)[:, None]
         if min(self.lengths) < self.length:
@@ -176,6 +177,7 @@ class PackedCache(RaggedCache):
         """Nothing to do: the kernels read no position that was not written."""
 
     def fill(self, layer: int, row: int, k: Tensor, v: Tensor) -> None:
+        # Keys as matrices [T, D] of each head, values as [D, T].
         k = kernels.in_panels(k.to(self.dtype))
         v = kernels.in_panels(v.mT.to(self.dtype), self.values[layer].size(4))
         self.keys[layer][row, :, : k.size(1)] = k

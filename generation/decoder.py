@@ -122,6 +122,7 @@ class Decoder:
 
     def nbytes(self, rows: int, positions: int) -> int:
         """The bytes that decoding takes: those of the cache, the logits and the probabilities."""
+        # The layout of a cache decides its bytes, so one row is made and measured.
         positions = min(positions, self.config.block_size)
         one_row = self.cache_type(self.config, 1, positions, self.device, self.dtype)
         cache_bytes = sum(tensor.nbytes for tensor in (*one_row.keys, *one_row.values))
@@ -136,7 +137,7 @@ class Decoder:
             self.graphs: dict[int, CapturedCall] = {}
             self.warmed_up: set[int] = set()
             self.cache = self.cache_type(self.config, rows, positions, self.device, self.dtype)
-            # What a step reads.
+            # What a step reads: the last tokens [rows, 1], and the n - 1 before them for n-grams.
             self.last = torch.zeros(rows, 1, dtype=torch.long, device=self.device)
             self.previous_ids = self.last.new_zeros(rows, self.config.ngrams - 1)
         self.cache.lengths = []
@@ -150,6 +151,7 @@ class Decoder:
     @torch.inference_mode()
     def next_logits(self, sequences: list[list[int]]) -> Tensor:
         """Logits `[B, V]` for the next tokens; each sequence is one token longer than last time."""
+        # Cache what precedes the last token of each.
         rows = len(sequences)
         self.prefill(sequences)
         self.cache.begin_step()
@@ -183,6 +185,7 @@ class Decoder:
             self.prefill_row(row, earlier)
 
     def prefill_row(self, row: int, ids: tuple[int, ...]) -> None:
+        # A sequence of one token has nothing before it.
         self.cache.lengths[row] = len(ids)
         if ids:
             idx = torch.tensor([ids], device=self.device)
@@ -202,6 +205,7 @@ class Decoder:
 
     def graph_step(self) -> Tensor:
         """The same by a CUDA graph, from the second step that attends to `cache.end` positions."""
+        # A graph has fixed shapes, so there is one for each number of positions attended to.
         end = self.cache.end
         if end not in self.warmed_up:
             # Libraries set themselves up in their first call, which cannot be captured.

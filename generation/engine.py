@@ -111,7 +111,7 @@ class Engine:
         An empty text is the beginning of a document, one token. Raises ValueError if the text is
         longer than the model's context.
         """
-        ids = torch.tensor([self.prompt_ids(text)], device=self.device.torch)
+        ids = torch.tensor([self.prompt_ids(text)], device=self.device.torch)  # [1, T]
         with torch.no_grad(), self.device.autocast(), native_autocast(self.model):
             return self.model(ids)[0].float()
 
@@ -278,6 +278,7 @@ def open_decoder(engine: Engine, rules: SamplingConfig, setting: str,
 
 def own_logprobs(logits: Tensor, tokens: Tensor) -> list[float]:
     """Log probabilities of `tokens` `[B]` by `logits` `[B, V]`, before any sampling rule."""
+    # log softmax of the chosen logits alone, without that of all others.
     logits = logits.float()
     return (logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(1)).tolist()
 

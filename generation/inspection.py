@@ -27,13 +27,14 @@ def attention_weights(model: GPT, ids: Tensor) -> tuple[Tensor, Tensor]:
     def keep_weights(attention: CausalSelfAttention, inputs: Any, output: Any) -> None:
         weights.append(attention.forward_with_weights(*inputs)[1])
 
+    # A second forward pass of each attention, which returns its weights.
     handles = [block.attn.register_forward_hook(keep_weights) for block in model.h]
     try:
         logits = model(ids)[0]
     finally:
         for handle in handles:
             handle.remove()
-    return logits, torch.cat(weights)
+    return logits, torch.cat(weights)  # [T, V], [L, H, T, T]
 
 
 def attention_picture(model: GPT, tokenizer: Tokenizer, ids: list[int]) -> tuple[Any, Any, Any]:

@@ -31,6 +31,7 @@ def library() -> ctypes.CDLL | OSError:
         found = load_library(SOURCE)
     except OSError as error:
         return error
+    # Without these, ctypes would pass pointers as 32-bit integers.
     pointer, number = ctypes.c_void_p, ctypes.c_long
     found.product.argtypes = [ctypes.c_int] + [pointer] * 5 + [number] * 3
     found.attend.argtypes = [ctypes.c_int] + [pointer] * 8 + [number] * 9 + [ctypes.c_float]
@@ -47,6 +48,7 @@ def in_panels(matrix: Tensor, width: int = PANEL) -> Tensor:
     `[..., out / width, in / n, width, n]`, with n numbers in 4 bytes; both sizes are padded with
     zeros.
     """
+    # Zeros up to whole panels, and whole groups of n numbers.
     n = 4 // matrix.itemsize
     padding = (0, -matrix.size(-1) % n, 0, -matrix.size(-2) % width)
     if any(padding):

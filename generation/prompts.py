@@ -94,6 +94,7 @@ class TypedPrompts:
         """A line, or the lines between two BLOCK. Raises EOFError at the end of the input."""
         if self.in_terminal:
             output("")
+        # A single line, or the first of several.
         line = input(self.mark if self.in_terminal else "")
         if not self.in_terminal or not line.startswith(BLOCK):
             return line

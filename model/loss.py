@@ -154,7 +154,7 @@ def chunk_size(n_targets: int, vocab_size: int, options: LossOptions) -> int:
 
 def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """The sum of the losses of logits `[N, V]`."""
-    log_probabilities = logits.log_softmax(dim=1, dtype=torch.float32)
+    log_probabilities = logits.log_softmax(dim=1, dtype=torch.float32)  # [N, V]
     return F.nll_loss(log_probabilities, targets, ignore_index=MASKED, reduction="sum")
 
 
@@ -185,6 +185,7 @@ def fusible_loss_and_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, 
     masked = targets == MASKED
     # No column is MASKED.
     is_target = torch.arange(logits.size(1), device=logits.device) == targets[:, None]
+    # The loss of a row is its normalizer less the logit of its target, both [N].
     logits = logits.float()
     log_normalizers = logits.logsumexp(dim=1)
     target_logits = logits.gather(1, targets.clamp(min=0)[:, None])[:, 0]

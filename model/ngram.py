@@ -41,7 +41,7 @@ class NGramEmbedding(nn.Module):
     def row_indices(self, idx: Tensor, previous_ids: Tensor | None = None,
                     positions: Tensor | None = None, parents: Tensor | None = None) -> Tensor:
         """Rows of the table `[B, T, N - 1]`, those of the shortest n-grams first."""
-        ids = self.prepend(idx, previous_ids)
+        ids = self.prepend(idx, previous_ids)  # [B, N - 1 + T]
         hashes = earlier = idx
         indices = []
         for distance in range(1, self.n_previous + 1):

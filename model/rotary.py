@@ -11,6 +11,7 @@ def rotary_table(block_size: int, head_width: int, base: float = 10_000.0) -> Te
     """Cosines and sines `[2, block_size, D]` of the angles at each position."""
     # Equation 15 of the paper: the wavelengths of the pairs grow from 2 pi to 2 pi * base.
     frequencies = base ** (-torch.arange(0, head_width, 2, dtype=torch.float32) / head_width)
+    # [block_size, D/2], and twice, since both numbers of a pair turn by the same angle.
     angles = torch.arange(block_size, dtype=torch.float32).outer(frequencies).repeat(1, 2)
     return torch.stack((angles.cos(), angles.sin()))
 

@@ -85,6 +85,7 @@ def rows(parameters: list[Tensor], rank: int, size: int) -> list[list[Part]]:
 
 def row_range(n_rows: int, rank: int, size: int) -> tuple[int, int]:
     """The first row of a rank, and the one after its last, as `torch.chunk` divides them."""
+    # All ranks have equally many, except the last ones, which may have none.
     most = math.ceil(n_rows / size)
     return min(rank * most, n_rows), min((rank + 1) * most, n_rows)
 

@@ -113,6 +113,7 @@ def accumulate_gradients(loss_fn: BatchLoss, batches: Batches,
 
 def read_losses(losses: Tensor, norm: Tensor) -> tuple[float, float]:
     """The sum of the losses, in order, and the norm: read from the device at once."""
+    # In one transfer: each one would wait for the device.
     *values, norm_value = torch.cat((losses, norm.to(losses.dtype)[None])).tolist()
     return sum(values), norm_value
 
@@ -123,6 +124,7 @@ def evaluate(loss_fn: BatchLoss, validation: Validation, world: World) -> float:
     loss_fn.model.eval()
     # Each process has every size-th batch.
     turns = math.ceil(validation.n_batches / world.size)
+    # Kept on the device until all are there: [turns].
     dtype = loss_fn.device.sum_dtype
     losses = torch.zeros(turns, dtype=dtype, device=loss_fn.device.torch)
     for turn, (inputs, targets, weight) in enumerate(validation):

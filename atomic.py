@@ -15,7 +15,6 @@ import os
 import secrets
 import shutil
 import stat
-import tempfile
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -95,9 +94,9 @@ def new_folder(final: Path) -> Iterator[Path]:
     After an exception it is removed. A `final` that another process created meanwhile is kept. The
     parent must exist: if it was removed, it is not created again.
     """
-    partial = Path(tempfile.mkdtemp(prefix=f"{PARTIAL}{final.name}-", dir=final.parent))
+    partial = temporary_name(final)
+    partial.mkdir()
     try:
-        partial.chmod(0o755)
         yield partial
         publish_folder(partial, final)
     finally:

@@ -68,7 +68,17 @@ def test_a_folder_gets_its_final_name_when_it_is_complete(tmp_path):
         assert not final.exists()
     assert tree(tmp_path) == {"checkpoints/step_1/a": b"one", "checkpoints/step_1/b": b"two"}
     assert list(final.parent.iterdir()) == [final]
-    assert final.stat().st_mode & 0o777 == 0o755  # others may read it, unlike what mkdtemp makes
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o755), (0o077, 0o700)])
+def test_a_folder_is_as_open_as_the_umask_says(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        with atomic.new_folder(tmp_path / "final"):
+            pass
+    finally:
+        os.umask(before)
+    assert (tmp_path / "final").stat().st_mode & 0o777 == mode
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])

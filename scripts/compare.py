@@ -186,7 +186,7 @@ def open_finished(folder: Path, name: str) -> History:
     saved = store.list_checkpoints(folder / "checkpoints")
     if saved:
         fingerprints = flat(saved[-1].state["settings"])
-        run.settings |= {key: fingerprints.get(key) for key in FINGERPRINTS}
+        run.settings.update((key, fingerprints.get(key)) for key in FINGERPRINTS)
     return run
 
 

@@ -249,6 +249,10 @@ def test_what_cannot_be_compared_is_one_sentence(arm, tmp_path, changes, words, 
         answer(tmp_path, *words)
 
 
+def test_a_run_has_the_fingerprint_of_its_tokens(tiny_runs):
+    assert script.open_finished(tiny_runs / "tiny", "tiny").settings["data.prepared"]
+
+
 @needs_scipy
 def test_a_seed_that_is_not_a_number_is_named(tmp_path):
     for name in "ab":

@@ -65,8 +65,8 @@ class Settings(SettingsBase):
         for group, settings in vars(self).items():
             if is_dataclass(settings):
                 found += [f"{group}.{problem}" for problem in settings.problems()]
-        # A run that resumes can use the tokens of a text that is gone.
-        if not os.path.isdir(self.folder / "checkpoints"):
+        # A run or sweep that resumes can use the tokens of a text that is gone.
+        if not os.path.isdir(self.folder):
             found += [f"data.{problem}" for problem in self.data.missing_files()]
         yield from found
         # The weights of init_from decide the length of a sequence, unless it is set.

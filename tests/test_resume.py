@@ -116,6 +116,9 @@ def test_a_deleted_file_is_not_needed_to_resume(text, tmp_path, capsys, monkeypa
     assert f"{deleted} " in capsys.readouterr().out
     with pytest.raises(ConfigError, match=rf"^data\.{setting}={deleted} "):
         settings("name=other")
+    # The folder of a sweep has no checkpoints of its own.
+    (tmp_path / "runs/sweep").mkdir()
+    settings("name=sweep")
 
 
 def test_a_text_that_was_moved_resumes(stopped, text, tmp_path):

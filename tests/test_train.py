@@ -181,7 +181,7 @@ def test_respecting_documents_resumes_and_is_part_of_identity(compose_letters, t
     program.train(compose_letters("name=halves", *respectful, "training.max_steps=6"))
     whole, halves = (load_file(tmp_path / "runs" / name / "checkpoints/step_00000006/model.safetensors") for name in ("whole", "halves"))
     assert all(torch.equal(weights, halves[name]) for name, weights in whole.items())
-    with pytest.raises(ValueError, match=r"data\.respect_documents was True, now False"):
+    with pytest.raises(ValueError, match=r"data\.respect_documents was true, now false"):
         program.train(compose_letters("name=whole", *respectful[1:], "training.max_steps=6"))
 
 
@@ -256,5 +256,5 @@ def test_a_run_resumes_only_with_the_same_native_bf16(compose_tiny, monkeypatch)
     monkeypatch.setenv("NANOHYDRA_NATIVE_BF16", "0")
     program.train(compose_tiny("optim=muon", "training.max_steps=2"))
     monkeypatch.setenv("NANOHYDRA_NATIVE_BF16", "1")
-    with pytest.raises(ValueError, match="native_bf16 was False, now True"):
+    with pytest.raises(ValueError, match="native_bf16 was false, now true"):
         program.train(compose_tiny("optim=muon", "training.max_steps=3"))

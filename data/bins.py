@@ -13,7 +13,7 @@ import numpy as np
 import atomic
 from data.bin_format import describe_bin
 from data.config import TOKENIZERS
-from data.files import File, matches
+from data.files import File, matches, unreadable
 from data.shards import SPLITS, Tokens, check, map_shard, read_meta, write_meta
 from data.store import folder_for, make_once, sha256_of
 from data.tokenizer import CharTokenizer, Tokenizer, bytes_of_counts
@@ -94,8 +94,12 @@ def find_bins(path: str) -> dict[str, list[Path]]:
 
     Raises ValueError for a split without files or with both endings, and for a file of both splits.
     """
-    # Sort the files into the splits that their names tell.
     place = Path(path)
+    reason = unreadable(place)
+    if reason:
+        raise ValueError(f"{path} {reason}.")
+
+    # Sort the files into the splits that their names tell.
     found: dict[str, list[Path]] = {split: [] for split in SPLITS}
     for file in sorted(place.iterdir() if place.is_dir() else matches(place)):
         # macOS leaves a hidden ._train.bin beside a train.bin that it copies.

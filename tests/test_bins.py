@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -141,6 +142,7 @@ def test_other_tokens_have_another_folder(nanogpt, fresh_data, name):
 
 @pytest.mark.parametrize("damage, words", [
     (lambda bins: (bins / "val.bin").unlink(), "has no .bin or .npy file with val in its name"),
+    (shutil.rmtree, "does not exist: check the spelling"),
     (lambda bins: [path.unlink() for path in bins.glob("*.bin")], "train and none with val in its name"),
     (lambda bins: os.truncate(bins / "val.bin", 21), "val.bin has 21 bytes, no whole number of 16-bit tokens"),
     (lambda bins: llmc(bins / "val.bin", range(50)) or os.truncate(bins / "val.bin", 1100), "val.bin is truncated or damaged: its header says 50"),
@@ -150,7 +152,7 @@ def test_other_tokens_have_another_folder(nanogpt, fresh_data, name):
     (lambda bins: llmc(bins / "val.bin", range(50), magic=int.from_bytes((20240520).to_bytes(4, "little"), "big") - 2**32), "big-endian byte order"),
     (lambda bins: (bins / "train_val.bin").write_bytes(b"abcd"), "train_val.bin is named for both splits"),
     (lambda bins: (bins / "input.txt").write_bytes(b"\xff"), "input.txt is not UTF-8"),
-], ids=["no val", "none", "odd", "cut", "beyond", "no text", "empty", "swapped", "both", "no utf-8"])
+], ids=["no val", "no folder", "none", "odd", "cut", "beyond", "no text", "empty", "swapped", "both", "no utf-8"])
 def test_unusable_files_are_explained(nanogpt, fresh_data, damage, words):
     damage(nanogpt)
     with pytest.raises(ValueError, match=words):

@@ -40,13 +40,13 @@ class Corpus:
 
     The validation split is a part of it (data/split.py), or the documents of `validation`, which
     are then dropped from training. Each document is in one split if they are not `divisible`.
-    Raises ValueError if one of two sources holds no text.
+    `name` is that of the source in messages. Raises ValueError if one of two sources holds no text.
     """
 
     def __init__(self, source: Source, val_fraction: float, validation: Source | None = None,
-                 deduplicate: bool = True, divisible: bool = True) -> None:
+                 deduplicate: bool = True, divisible: bool = True, name: str = "") -> None:
         self.source, self.validation, self.deduplicate = source, validation, deduplicate
-        self.divisible, self.fraction = divisible, val_fraction
+        self.divisible, self.fraction, self.name = divisible, val_fraction, name
         self.counts: Counter[str] = Counter()  # of documents in the latest reading
         # The length and tail of each document by its index, if all are known.
         self.tails: dict[int, tuple[int, int]] = {}
@@ -106,7 +106,7 @@ class Corpus:
         return max(documents.values()) > 1
 
     def no_text(self) -> ValueError:
-        return ValueError(f"The source holds no text: every document is empty "
+        return ValueError(f"{self.name} holds no text: every document is empty "
                           f"({self.source.description()}).")
 
     @contextmanager

@@ -102,9 +102,10 @@ def build(building: Path, plan: Plan, config: DataConfig) -> None:
 
     # Divide each source into its splits.
     corpora = []
-    for source in plan.sources.values():
+    for name, source in plan.sources.items():
+        place = name if config.mix else config.path or name
         corpora.append(Corpus(source, config.val_fraction, plan.validation, config.deduplicate,
-                              divisible=config.source != "chat"))
+                              divisible=config.source != "chat", name=place))
 
     # Make the tokenizer, unless an earlier attempt has already encoded segments with it.
     done = read_progress(building)

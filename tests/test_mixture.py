@@ -124,3 +124,9 @@ def test_each_part_of_a_mixture_is_checked(mixed):
             prepare(config)
         path.write_bytes(whole)
     assert prepare(config) == folder
+
+
+def test_a_part_without_text_is_named(mixed, tmp_path):
+    (tmp_path / "b.txt").write_text(" \n")
+    with pytest.raises(ValueError, match=r"b.txt holds no text: every document is empty \(1 file\)"):
+        prepare(mixed())

@@ -363,7 +363,7 @@ def test_validation_documents_are_dropped_from_training(corpus, validation, dedu
 
 @pytest.mark.parametrize("train, val, words", [
     (MANY, MANY, "Every document of the training text is also in the validation text"), (MANY, [" "], "validation text is empty"),
-    ([" "], ["a"], "source holds no text")])
+    ([" "], ["a"], "/corpus holds no text")])
 def test_an_empty_split_is_an_error(corpus, validation, train, val, words):
     with pytest.raises(ValueError, match=words):
         prepare(corpus(train, val_path=validation(val)))

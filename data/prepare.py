@@ -20,7 +20,15 @@ from data.config import TOKENIZERS, DataConfig
 from data.corpus import Corpus
 from data.document import SpecialToken
 from data.encode import segments
-from data.shards import SPLITS, check, check_shards, prepare_again, read_meta, write_meta
+from data.shards import (
+    SPLITS,
+    check,
+    check_shards,
+    checksum_of,
+    prepare_again,
+    read_meta,
+    write_meta,
+)
 from data.sources import Files, Source, open_sources, open_validation
 from data.store import BUILDING, data_root, folder_for, make_once, sha256_of
 from data.tokenizer import CharTokenizer, Tokenizer
@@ -119,7 +127,7 @@ def build(building: Path, plan: Plan, config: DataConfig) -> None:
     # Encode the segments that are missing. Each one is noted when it is on the disk.
     title = f"Tokenizing {config.mix or config.source}"
     for segment in segments(corpora, tokenizer, building, len(done), title):
-        done.append(segment)
+        done.append(segment | {"checksum": checksum_of(segment)})
         atomic.write_json(building / PROGRESS, {"tokenizer": made_with, "segments": done})
 
     # The tokens must be those of the recipe, so the sources must not have changed.
@@ -151,6 +159,8 @@ def read_progress(building: Path) -> list[dict[str, Any]]:
             for segment in progress["segments"]:
                 check_shards(building, [*segment["train"]["shards"], *segment["val"]["shards"]])
                 if segment["number"] != len(complete):
+                    break
+                if segment["checksum"] != checksum_of(segment):
                     break
                 complete.append(segment)
     return complete

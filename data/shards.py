@@ -173,7 +173,10 @@ def check(folder: Path, recipe: dict[str, Any]) -> None:
         for split in SPLITS:
             shards += part[split]["shards"]
     check_shards(folder, shards)
-    if meta["fingerprint"] != fingerprint_of(meta["tokenizer_fingerprint"], meta["parts"]):
+    fingerprint = fingerprint_of(meta["tokenizer_fingerprint"], meta["parts"])
+    checksum = checksum_of(meta)
+    # Older tokens have no checksum.
+    if meta["fingerprint"] != fingerprint or meta.get("checksum", checksum) != checksum:
         raise ValueError(f"{folder / 'meta.json'} was changed: {prepare_again(folder)}")
 
 
@@ -202,6 +205,12 @@ def fingerprint_of(tokenizer_fingerprint: str, parts: list[dict[str, Any]]) -> s
     return hashlib.sha256(json.dumps([tokenizer_fingerprint, shards]).encode()).hexdigest()
 
 
+def checksum_of(content: dict[str, Any]) -> str:
+    """A hash of all entries of a JSON object but the checksum itself."""
+    entries = {name: value for name, value in content.items() if name != "checksum"}
+    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
+
+
 def prepare_again(folder: Path) -> str:
     """The end of a message about damaged tokens."""
     return f"delete {folder}, and the same command prepares it again."
@@ -209,10 +218,10 @@ def prepare_again(folder: Path) -> str:
 
 def write_meta(folder: Path, recipe: dict[str, Any], tokenizer_fingerprint: str, vocab_size: int,
                tokens: dict[str, Any]) -> None:
-    """Write `meta.json`: the recipe, the tokenizer, the tokens, and their fingerprint."""
+    """Write `meta.json`: the recipe, the tokenizer, the tokens, their fingerprint, a checksum."""
     meta = recipe | {"tokenizer_fingerprint": tokenizer_fingerprint, "vocab_size": vocab_size,
-                     "fingerprint": fingerprint_of(tokenizer_fingerprint, tokens["parts"])}
-    atomic.write_json(folder / "meta.json", meta | tokens, indent=2)
+                     "fingerprint": fingerprint_of(tokenizer_fingerprint, tokens["parts"])} | tokens
+    atomic.write_json(folder / "meta.json", meta | {"checksum": checksum_of(meta)}, indent=2)
 
 
 def read_meta(folder: Path) -> dict[str, Any]:

@@ -606,13 +606,18 @@ def damaged(path: Path) -> None:
     path.write_bytes(content)
 
 
+def replaced(path: Path, old: str, new: str) -> None:
+    path.write_text(path.read_text().replace(old, new, 1))
+
+
 @pytest.mark.parametrize("damage, words", [
     (lambda folder: os.truncate(folder / "train_00000.npy", 200), r"train_00000.npy has 200 bytes instead of [\d,]+: delete"),
     (lambda folder: damaged(folder / "val_00000.npy"), r"val_00000.npy was changed"),
     (lambda folder: (folder / "val_00000.npy").unlink(), r"val_00000.npy is missing: delete"),
+    (lambda folder: replaced(folder / "meta.json", '"bytes": ', '"bytes": 1'), r"meta.json was changed: delete"),
     (lambda folder: (folder / "meta.json").write_text("{}"), r"meta.json cannot be read: delete"),
     (lambda folder: (folder / "meta.json").unlink(), r"meta.json cannot be read: delete"),
-], ids=["truncated", "changed", "missing", "no meta", "meta gone"])
+], ids=["truncated", "changed", "missing", "a number", "no meta", "meta gone"])
 def test_damaged_tokens_are_named(corpus, damage, words):
     config = corpus(MANY)
     damage(folder := prepare(config))
@@ -660,9 +665,10 @@ def test_a_source_that_changes_meanwhile_is_refused(corpus, fresh_data, monkeypa
     lambda partial: (partial / "progress.json").write_bytes(b"\xff"),
     lambda partial: (partial / "progress.json").write_text(json.dumps(json.loads((partial / "progress.json").read_text()) | {"segments": [1]})),
     lambda partial: damaged(partial / "train_00000.npy"),
+    lambda partial: replaced(partial / "progress.json", '"bytes": ', '"bytes": 1'),
     lambda partial: (lambda saved: (partial / "progress.json").write_text(json.dumps(saved | {"segments": saved["segments"][1:]})))(
         json.loads((partial / "progress.json").read_text())),
-], ids=["another tokenizer", "keys", "binary", "no segments", "changed", "first one gone"])
+], ids=["another tokenizer", "keys", "binary", "no segments", "changed", "a number", "first one gone"])
 def test_damage_before_a_resume_is_repaired(corpus, tmp_path, monkeypatch, small_steps, damage):
     config = corpus(MANY, tokenizer="bpe", vocab_size=270)
     straight = {name: content for name, (content, _) in files(prepare(config)).items()}

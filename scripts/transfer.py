@@ -31,6 +31,7 @@ class TransferSettings:
 if __name__ == "__main__":
     launch("scripts.transfer:main", TransferSettings, __doc__)
 
+import math
 from collections import defaultdict
 from itertools import cycle
 from statistics import fmean
@@ -70,7 +71,9 @@ def mean_losses(runs: list[History]) -> Losses:
             if not are_numbers([width, rate]):
                 raise ValueError(f"{run.name} has no learning rate of {' or '.join(RATES)}, or no "
                                  "width: leave it out.")
-            found[group, width, rate].append(run.last_loss)
+            # No number is less than NaN, so that it could stay the lowest loss.
+            diverged = math.isnan(run.last_loss)
+            found[group, width, rate].append(math.inf if diverged else run.last_loss)
 
     # Average them, by width and rate in ascending order.
     losses: Losses = defaultdict(lambda: defaultdict(dict))

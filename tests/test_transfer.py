@@ -54,6 +54,14 @@ def test_best_rates_and_their_distance_are_printed(grid, capsys):
         assert mup.endswith("1 of 2 steps of the grid apart")
 
 
+def test_a_rate_whose_loss_is_nan_is_not_the_best(grid, capsys):
+    for number in (1, 2):
+        path = grid / f"adamw/run{number}/metrics.jsonl"
+        path.write_text(re.sub(r'"val_loss": \S+}', '"val_loss": NaN}', path.read_text()))
+    assert run(grid, "runs=adamw") == 0
+    assert "adamw, standard: best rate 0.04 at width 64 (loss " in capsys.readouterr().out
+
+
 def test_losses_are_drawn(grid):
     pytest.importorskip("matplotlib")
     assert run(grid, "runs=adamw,muon", f"out={grid / 'transfer.png'}") == 0

@@ -21,6 +21,8 @@ class TextConfig:
         "", "files of text, or of tokens (.bin, .npy); empty: each run's own validation split")
     text_field: str = setting("text", "the field of a record with its text; data.text: nested")
     on_bad_record: Literal["stop", "skip"] = setting("stop", "the reaction to records without text")
+    encoding: str = setting("", "of text files without a byte order mark; empty: UTF-8")
+    errors: Literal["strict", "replace"] = setting("strict", "undecodable bytes: stop, or U+FFFD")
     dtype: TokenType = setting("auto", "type of the tokens in .bin files without a header")
 
 

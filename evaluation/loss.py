@@ -101,7 +101,8 @@ def named_text(named: TextConfig, saved: dict[str, Any], scorer: Scorer,
     # Read the tokens, or encode the text.
     path, tokenizer = named.path, scorer.engine.tokenizer
     config = DataConfig(source="text", path=path, text_field=named.text_field,
-                        on_bad_record=named.on_bad_record)
+                        on_bad_record=named.on_bad_record, encoding=named.encoding,
+                        errors=named.errors)
     problems = list(config.problems())
     if problems:
         raise ValueError(f"data.{problems[0]}")

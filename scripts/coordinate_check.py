@@ -83,7 +83,7 @@ def main(settings: CoordinateCheckSettings) -> int:
 
     # Under muP, no size may grow or shrink with the width.
     dependent = [name for name, sizes in found["mup"].items()
-                 if abs(exponent(sizes)) > settings.limit]
+                 if not abs(exponent(sizes)) <= settings.limit]
     if dependent:
         raise ValueError(f"under mup, the size of {', '.join(dependent)} depends on the width: the "
                          f"exponent is not within {settings.limit} of 0.")

@@ -40,6 +40,11 @@ def test_a_broken_rule_is_found(monkeypatch, rule, of, layer):
         check(f"optim={optim}")
 
 
+def test_a_diverged_model_is_no_success():
+    with pytest.raises(ValueError, match=r"under mup, the size of .*logits"):
+        check("optim=adamw", "optim.lr=1e9")
+
+
 def test_invalid_widths_are_refused():
     with pytest.raises(ValueError, match="widths=64 must be two or more different numbers"):
         compose(CoordinateCheckSettings, ["widths=64"])

@@ -108,6 +108,16 @@ def test_the_loss_of_a_text_and_its_standard_error(measure, tiny_runs, tmp_path)
     assert first["loss"]["loss_se"] == pytest.approx(statistics.stdev(losses) / math.sqrt(3), abs=1e-6)
 
 
+def test_a_text_of_another_encoding_is_read(measure, book, tmp_path):
+    found = []
+    for encoding in ("utf-8", "utf-16-le"):
+        path = tmp_path / encoding
+        path.write_bytes(book.read_text()[999:1999].encode(encoding))
+        (model,), _ = measure(f"data.path={path}", f"data.encoding={encoding}")
+        found.append(model["loss"]["loss"])
+    assert found[0] == found[1]
+
+
 def test_runs_with_the_same_name_are_told_apart(measure, tiny_runs, tmp_path):
     places = [tmp_path / sweep / "trial_0001" for sweep in ("one", "two")]
     for place in places:

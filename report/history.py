@@ -154,7 +154,8 @@ def read_settings(path: Path) -> dict[str, Any]:
     config = re.sub(rb"\\uDC[89A-F].", rb"\\uFFFD", config)
     if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(config, SAFE_LOADER)):
         raise ValueError("config.yaml has aliases")
-    return flat(yaml.load(config, SAFE_LOADER))
+    settings = flat(yaml.load(config, SAFE_LOADER))
+    return {escaped(key, keep=""): value for key, value in settings.items()}
 
 
 def state_of(folder: Path, rows: Rows, reached: tuple[int, int, float],
@@ -197,7 +198,7 @@ def diagnostics(rows: Rows, settings: dict[str, Any]) -> dict[str, np.ndarray]:
     norms = table(rows, "gradient_norm")
     curves = {"learning rate": rates, "gradient norm": norms, "tokens per second": speeds}
     tasks = dict.fromkeys(key for row in rows for key in row if key.startswith(TASKS))
-    curves |= {key.removeprefix(TASKS): table(rows, key) for key in tasks}
+    curves |= {escaped(key.removeprefix(TASKS), keep=""): table(rows, key) for key in tasks}
     return {name: thinned(points) for name, points in curves.items() if len(points)}
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from setting import as_word
+from terminal import escaped
 
 MAX_CATEGORIES = 16  # labels below an axis
 
@@ -107,7 +108,8 @@ def setting_text(value: Any, digits: int) -> str:
 
 
 def short_text(text: str, longest: int = 20) -> str:
-    """A long text without its middle."""
+    """A text in which control characters are escaped, if it is long without its middle."""
+    text = escaped(text, keep="")
     if len(text) <= longest:
         return text
     half = longest // 2

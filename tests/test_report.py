@@ -381,7 +381,7 @@ def test_runs_of_any_name_are_drawn_and_printed_safely(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     names = ["\x1b[2J<b>", "_hidden", "$x^2$", "中文", "a" * 200, "x\ny"]
     for name in names:
-        run = write_run(tmp_path / "\x9btitle" / name)
+        run = write_run(tmp_path / "\x9btitle" / name, **{"\x1b[2J": name})
     with open(run / "metrics.jsonl", "a") as file:
         file.write(json.dumps({"step": 60, "tasks/<b>\x1b": 0.5}) + "\n")
     assert script.main(compose(script.ReportSettings, [f"runs_dir={tmp_path}", f"runs={tmp_path / 'title'}".replace("title", "\x9btitle")])) == 0

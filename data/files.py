@@ -48,8 +48,12 @@ def find(path: str, skipped: Counter[str] | None = None) -> list[Path]:
     is_folder = place.is_dir()
     if is_folder:
         base, found = place, []
-        for parent, _, names in walk(place):
+        for parent, subfolders, names in walk(place):
             found += map(parent.joinpath, names)
+            # Runs that are stored beside their text are no part of it, nor are a sweep's logs.
+            runs = {name for name in subfolders if is_run(parent / name)}
+            if runs:
+                subfolders[:] = set(subfolders) - runs - {"logs"}
     else:
         base, found = Path(place.anchor), matches(place)
 
@@ -73,6 +77,11 @@ def find(path: str, skipped: Counter[str] | None = None) -> list[Path]:
                          f".csv, .tsv (also compressed, {', '.join(COMPRESSIONS)}) or .parquet "
                          f"there, or name a single file of any extension.")
     return files
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a training has written this folder."""
+    return (folder / "lock").is_file() and (folder / "config.yaml").is_file()
 
 
 def unreadable(path: Path) -> str:

@@ -204,6 +204,16 @@ def test_a_folder_gives_all_kinds_a_glob_what_it_says(tmp_path):
         files.find(str(tmp_path / "none*.txt"))
 
 
+def test_runs_beside_a_text_are_not_part_of_it(tmp_path):
+    for name in ("a.txt", "logs/b.txt", "runs/one/log.txt", "runs/sweep/lr=1/log.txt", "runs/sweep/logs/lr=1.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    for run in ("runs/one", "runs/sweep/lr=1"):
+        (tmp_path / run / "lock").touch()
+        (tmp_path / run / "config.yaml").touch()
+    assert files.find(str(tmp_path)) == [tmp_path / "a.txt", tmp_path / "logs/b.txt"]
+
+
 def test_a_folder_is_read_through_links_and_once(tmp_path):
     (tmp_path / "corpus" / "deep").mkdir(parents=True)
     (tmp_path / "elsewhere").mkdir()

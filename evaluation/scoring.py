@@ -160,6 +160,9 @@ def encode_request(engine: Engine, context: str, continuation: str) -> Request:
     if stripped:
         before = engine.encode(stripped)
         ids = engine.encode(stripped + continuation)
+        # Where a token crosses the end of the context, the context alone has others.
+        if len(ids) > len(before):
+            ids[: len(before)] = before
     else:
         before = engine.prompt_ids("")
         ids = before + engine.encode(continuation)

@@ -8,6 +8,7 @@ import math
 import shutil
 import statistics
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -162,6 +163,13 @@ def test_batches_and_long_contexts_change_no_score(measure, task_file, tiny_runs
     (alone,), _ = measure(f"tasks={path}", "batch_tokens=1")
     assert together["tasks"][0] == pytest.approx(alone["tasks"][0] | {"task": "own"}, abs=1e-5)
     assert together["tasks"][0]["requests_cut"] == 1 and "the beginning of 1 request was left out" in printed.err
+
+
+def test_a_context_has_its_own_tokens_as_in_lm_eval():
+    """Also where the continuation goes on within a word."""
+    ids = {"ab": [1, 2], "abc": [1, 3, 4]}
+    engine = SimpleNamespace(encode=lambda text: list(ids[text]), model=SimpleNamespace(config=GPTConfig()))
+    assert scoring.encode_request(engine, "ab", "c") == scoring.Request((1, 2), (4,))
 
 
 @pytest.mark.parametrize("row_tokens", [1, 14, 100])

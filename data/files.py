@@ -50,10 +50,8 @@ def find(path: str, skipped: Counter[str] | None = None) -> list[Path]:
         base, found = place, []
         for parent, subfolders, names in walk(place):
             found += map(parent.joinpath, names)
-            # Runs that are stored beside their text are no part of it, nor are a sweep's logs.
-            runs = {name for name in subfolders if is_run(parent / name)}
-            if runs:
-                subfolders[:] = set(subfolders) - runs - {"logs"}
+            # Runs and sweeps that are stored beside their text are no part of it.
+            subfolders[:] = [name for name in subfolders if not holds_run(parent / name)]
     else:
         base, found = Path(place.anchor), matches(place)
 
@@ -79,9 +77,10 @@ def find(path: str, skipped: Counter[str] | None = None) -> list[Path]:
     return files
 
 
-def is_run(folder: Path) -> bool:
-    """Whether a training has written this folder."""
-    return (folder / "lock").is_file() and (folder / "config.yaml").is_file()
+def holds_run(folder: Path) -> bool:
+    """Whether a training or a sweep has written this folder."""
+    is_sweep = any((folder / name).is_file() for name in ("sweep.lock", "turn.lock"))
+    return is_sweep or ((folder / "lock").is_file() and (folder / "config.yaml").is_file())
 
 
 def unreadable(path: Path) -> str:

@@ -208,9 +208,8 @@ def test_runs_beside_a_text_are_not_part_of_it(tmp_path):
     for name in ("a.txt", "logs/b.txt", "runs/one/log.txt", "runs/sweep/lr=1/log.txt", "runs/sweep/logs/lr=1.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x")
-    for run in ("runs/one", "runs/sweep/lr=1"):
-        (tmp_path / run / "lock").touch()
-        (tmp_path / run / "config.yaml").touch()
+    for name in ("one/lock", "one/config.yaml", "sweep/sweep.lock"):
+        (tmp_path / "runs" / name).touch()
     assert files.find(str(tmp_path)) == [tmp_path / "a.txt", tmp_path / "logs/b.txt"]
 
 

@@ -229,6 +229,14 @@ def test_a_step_of_a_run_reads_the_device_once(reads_of_a_run, words):
     assert found == [("take_step", {"tolist": 1}), ("evaluate", {"tolist": 1})] * 2
 
 
+def test_in_fp16_a_gradient_that_overflows_is_no_failure(compose_tiny, monkeypatch):
+    """The loss scaler passes over it."""
+    measure = Optimizers.gradient_norm
+    monkeypatch.setattr(Optimizers, "gradient_norm", lambda self, scaler: measure(self, scaler) * math.inf)
+    monkeypatch.setattr(Trainer, "handle_nonfinite", lambda *_: pytest.fail("was handled as one"))
+    assert train.train(compose_tiny("training.max_steps=2", "training.precision=fp16")) == 0
+
+
 def test_masked_targets_are_not_counted_on_the_device(reads_of_a_run, tmp_path):
     lines = [json.dumps({"prompt": f"{number}?", "completion": f"{number}."}) + "\n" for number in range(200)]
     (tmp_path / "chats.jsonl").write_text("".join(lines))

@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -111,6 +112,8 @@ def test_a_step_reads_nothing_from_the_device(tiny, optimizer, boundary, monkeyp
     """The training loop itself reads loss and norm, once."""
     monkeypatch.setattr(model.gpt, "supports_varlen", lambda *_: True)
     gpt, batches = tiny
+    if boundary is not None:
+        gpt = GPT(replace(gpt.config, position="rotary"))  # whose angles are looked up by documents
     config, device = OptimConfig(optimizer=optimizer), Device("cpu", "fp32")
     optimizers = Optimizers(gpt.parameters_by_role(), config)
     scaler = torch.amp.GradScaler("cpu", enabled=False)

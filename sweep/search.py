@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -65,6 +65,8 @@ def search(settings: SweepSettings) -> int:
     """Start or resume a search; print its best trial. Returns the exit code."""
     # Read the space, and open the study.
     space = read_space(settings.sweep, settings.train)
+    if space.sampler == "grid":
+        settings = replace(settings, trials=grid_trials(settings.trials, len(space.grid())))
     folder = Path(settings.runs_dir) / (settings.name or folder_name(Path(settings.sweep).stem))
     refuse_run(folder)
     source = Search(settings, space, folder)
@@ -85,6 +87,14 @@ def search(settings: SweepSettings) -> int:
     finally:
         source.release()
     return code or report_failures(progress.failures)
+
+
+def grid_trials(limit: int | None, points: int) -> int:
+    """The number of trials of a grid. Says so if the limit leaves out points."""
+    if limit is None or limit >= points:
+        return points
+    say(f"The grid has {counted(points, 'point')}, of which trials={limit} trains the first.")
+    return limit
 
 
 class Search(JobSource):
@@ -162,6 +172,14 @@ class Search(JobSource):
             if attempt >= MAX_REJECTED:
                 # Optuna keeps suggesting invalid points.
                 self.study.enqueue_trial(self.space.draw(self.seed()))
+
+            if self.space.sampler == "grid":
+                # Points that are invalid settings have been tried, too.
+                tried = [trial.params for trial in self.study.get_trials(deepcopy=False)]
+                rest = [point for point in self.space.grid() if point not in tried]
+                if not rest:
+                    return None
+                self.study.enqueue_trial(rest[0])
 
             # Ask for a suggestion. A new sampler, since its seed depends on the trials so far.
             sampler = self.optuna.samplers.TPESampler(seed=self.seed(), constant_liar=True)

@@ -9,10 +9,12 @@
     constraints:
       - model.n_embd % model.n_head == 0            # arithmetic, comparisons, and, or, not
 
-Knows nothing of how a space is searched.
+With `sampler: grid`, each point of a space of choices is trained once. Knows nothing of how a space
+is searched.
 """
 
 import ast
+import itertools
 import math
 import random
 from collections.abc import Iterator
@@ -31,7 +33,8 @@ from conf.unknown import unknown
 from conf.yaml_files import YAML_SUFFIXES, ConfigError, read_yaml, without_references
 from setting import as_word
 
-PARTS = ("space", "fixed", "constraints")
+PARTS = ("space", "fixed", "constraints", "sampler")
+SAMPLERS = ("tpe", "grid")
 MAX_INVALID = 20  # random points, of which one must be valid settings
 MAX_DRAWS = 10_000  # random points, of which one must satisfy the constraints
 RANGE_FORM = ("is neither a range, as in {low: 1, high: 4}, with step: or log: true, nor choices, "
@@ -71,6 +74,7 @@ class Space:
     varied: dict[str, Range | list[Any]]
     fixed: dict[str, str]  # values as on a command line
     constraints: dict[str, CodeType]
+    sampler: str = "tpe"
 
     @cached_property
     def example(self) -> Settings:
@@ -107,6 +111,12 @@ class Space:
 
     def allows(self, point: Point) -> bool:
         return all(self.holds(constraint, point) for constraint in self.constraints)
+
+    def grid(self) -> list[Point]:
+        """All points of a space of choices that satisfy the constraints."""
+        points = [dict(zip(self.varied, values, strict=True))
+                  for values in itertools.product(*self.varied.values())]
+        return [point for point in points if self.allows(point)]
 
     def random_point(self, rng: random.Random) -> Point:
         """A point that may violate constraints."""
@@ -153,7 +163,8 @@ def read_space(name: str, overrides: tuple[str, ...]) -> Space:
         raise ConfigError([f"sweep={name} does not exist: use one of {there}, or a YAML file."])
     place = f"in conf/sweep/{path.name}" if path.parent == shipped else f"in {path}"
     content = read_yaml(path)
-    varied, fixed, constraints = (content.get(part) or {} for part in PARTS)
+    varied, fixed, constraints = (content.get(part) or {} for part in PARTS[:3])
+    sampler = content.get("sampler", "tpe")
     if not isinstance(varied, dict) or not isinstance(fixed, dict):
         raise ConfigError([f"{path}: space and fixed must map settings to values."])
     if constraints and not isinstance(constraints, list):
@@ -182,9 +193,15 @@ def read_space(name: str, overrides: tuple[str, ...]) -> Space:
             # The last two: the expression is too deep.
             reason = error if type(error) is ValueError else "is not a valid expression"
             problems.append(f"the constraint {text!r} ({place}) {reason}.")
+    if sampler not in SAMPLERS:
+        problems.append(f"sampler: {sampler} ({place}) does not exist: use "
+                        f"{' or '.join(SAMPLERS)}.")
+    if sampler == "grid":
+        problems += [f"{key} ({place}) is a range, and sampler: grid takes choices: list them, as "
+                     "in [1, 2]." for key, values in ranges.items() if isinstance(values, Range)]
     if problems:
         raise ConfigError(problems)
-    return Space(place, ranges, fixed, compiled)
+    return Space(place, ranges, fixed, compiled, sampler)
 
 
 def key_problems(content: Point, varied: Point, fixed: Point, given: dict[str, str],

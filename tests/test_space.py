@@ -135,8 +135,29 @@ def test_a_setting_cannot_be_varied_and_fixed(space):
 
 
 def test_a_missing_space_is_named_with_the_existing_ones():
-    with pytest.raises(ConfigError, match=r"sweep=lr_widht does not exist: use one of isoflop, lr_width, or a YAML file"):
+    with pytest.raises(ConfigError, match=r"sweep=lr_widht does not exist: use one of isoflop, lr_transfer, lr_width, or a YAML file"):
         read_space("lr_widht", ())
+
+
+def test_a_grid_has_all_points_that_the_constraints_allow(space):
+    text = "sampler: grid\nspace: {model.n_head: [1, 2], model.n_embd: [33, 64]}\nconstraints: [model.n_embd % model.n_head == 0]"
+    assert [tuple(point.values()) for point in space(text).grid()] == [(1, 33), (1, 64), (2, 64)]
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    ("sampler: grid\nspace: {optim.lr: {low: 1e-3, high: 1e-2}}", r"optim.lr \(in .*\) is a range, and sampler: grid takes choices"),
+    ("sampler: gird\nspace: {seed: [1]}", r"sampler: gird \(in .*\) does not exist: use tpe or grid"),
+])
+def test_an_invalid_sampler_is_refused(space, text, said):
+    with pytest.raises(ConfigError, match=said):
+        space(text)
+
+
+def test_the_shipped_grid_of_rates_is_complete():
+    shipped = read_space("lr_transfer", ())
+    assert len(shipped.grid()) == 20 == SweepSettings().trials
+    for point in shipped.grid()[::7]:
+        assert compose("config", ["name=-", *shipped.overrides(point)]).model.mup_base_width == 128
 
 
 @pytest.mark.slow

@@ -93,6 +93,24 @@ def test_an_unpromising_trial_is_pruned(begin, pruner, stopped):
     assert not job.stop_requested
 
 
+def test_a_grid_trains_each_point_once(begin):
+    """Also by several workers, after a failure, and where a point is invalid: three heads do not divide the width."""
+    grid = "sampler: grid\nspace:\n  model.n_head: [3, 2]\n  seed: [1, 2, 3]\n"
+    one = begin(grid)
+    first, second = take(one), take(one)
+    other = begin(grid)
+    third = take(other)
+    go(one, first, 2.0)
+    one.on_exit(second, 1)
+    assert take(one) is None and take(other) is None and take(begin(grid)) is None
+    assert [job.overrides[-1] for job in (first, second, third)] == ["seed=1", "seed=2", "seed=3"]
+
+
+def test_a_limit_of_a_grid_is_told(capsys):
+    assert [sweep_search.grid_trials(limit, 6) for limit in (None, 20, 6)] == [6, 6, 6] and capsys.readouterr().out == ""
+    assert sweep_search.grid_trials(4, 6) == 4 and "6 points, of which trials=4 trains the first" in capsys.readouterr().out
+
+
 def test_hyperband_prunes_too(begin):
     search = begin(trials=40, pruner="hyperband")
     for number in range(20):

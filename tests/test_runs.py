@@ -366,6 +366,7 @@ def test_a_different_environment_is_refused_unless_allowed(compose_tiny, run, mo
     with monkeypatch.context() as patch:
         patch.setattr(Device, "environment", lambda *words: replace(environment(*words), **changes))
         program.train(compose_tiny("training.max_steps=2"))
+    changes |= {"deterministic": "true", "compiled": "true"}
     words = ["training.max_steps=3", "training.compile=false"]
     with pytest.raises(ValueError, match=r"not be bit-identical on this machine: .*allow_drift=true") as refusal:
         program.train(compose_tiny(*words))

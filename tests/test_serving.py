@@ -517,9 +517,11 @@ def test_settings_that_are_refused(words, problem):
         compose(ServeSettings, words)
 
 
-def test_a_missing_package_is_one_sentence(monkeypatch, tiny_runs):
-    monkeypatch.setitem(sys.modules, "uvicorn", None)
-    with pytest.raises(ValueError, match=r"serve.py needs uvicorn: pip install starlette uvicorn"):
+@pytest.mark.parametrize(("missing", "there"), [("starlette", "uvicorn"), ("uvicorn", "starlette")])
+def test_a_missing_package_is_one_sentence(monkeypatch, tiny_runs, missing, there):
+    monkeypatch.setitem(sys.modules, missing, None)
+    monkeypatch.setitem(sys.modules, there, types.ModuleType(there))
+    with pytest.raises(ValueError, match=f"serve.py needs {missing}: pip install starlette uvicorn"):
         serve.serve(compose(ServeSettings, [f"runs_dir={tiny_runs}"]))
 
 

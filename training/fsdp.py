@@ -118,7 +118,7 @@ class RowMuon(Muon):
         matrices = [torch.cat(rows) for rows in zip(*received, strict=True)]
 
         # Orthogonalize them, and send each process its rows.
-        whole = self.whole_updates(matrices)
+        whole = super().updates(batch[self.rank :: self.size], matrices)
         sent = [[self.rows(update, target) for update in whole] for target in ranks]
         expected = [[self.rows_shape(shape, self.rank) for shape in some] for some in shapes]
         # From each process come the rows of its matrices.

@@ -82,10 +82,6 @@ class Muon(WithoutCompiler):
 
     def updates(self, batch: list[Tensor], directions: list[Tensor]) -> list[Tensor]:
         """The orthogonalized directions of the matrices in a batch."""
-        return self.whole_updates(directions)
-
-    def whole_updates(self, directions: list[Tensor]) -> list[Tensor]:
-        """The updates of matrices that this process has whole."""
         updates = orthogonalize_all(directions)
         if self.normalize_rows:
             return [equal_rows(update) for update in updates]

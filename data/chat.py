@@ -5,6 +5,7 @@ number of messages and nothing between them. The markers are special tokens, whi
 Knows no files.
 """
 
+import json
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -16,6 +17,9 @@ from data.tokenizer import ExtendedTokenizer, Tokenizer, with_special
 MARKER_OF = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
 END = "<|end|>"
 MARKERS = (*MARKER_OF.values(), END)
+# Fields of an answer that would change what is learned from it, and their values that do not.
+FIELDS_OF_ANSWERS = ("weight", "train", "training", "loss", "tool_calls", "function_call")
+NO_EFFECT = (None, 1, [])
 # The template as Hugging Face's tokenizer_config.json has it.
 JINJA = ("{{ bos_token }}{% for message in messages %}{{ '<|' + message['role'] + '|>' + "
          "message['content'] + '<|end|>' }}{% endfor %}"
@@ -88,6 +92,15 @@ def read_conversation(record: Any, place: str) -> Document | BadRecord:
         return BadRecord(f"{place} has no message of the assistant")
     if any(not answer.strip() for answer in answers):
         return BadRecord(f"{place} has an empty answer")
+    # OpenAI's format excludes an answer from the loss by "weight": 0.
+    for number, message in enumerate(record.get("messages", ()), 1):
+        for name in FIELDS_OF_ANSWERS if message["role"] == "assistant" else ():
+            if message.get(name) not in NO_EFFECT:
+                value = json.dumps(message[name])
+                return BadRecord(
+                    f"{place}, message {number} has {name} {value:.40}, which is not supported: "
+                    f"data=chat learns the text of each answer",
+                    f"remove {name} to learn this one, too")
 
     def pieces() -> Iterator[str]:
         for message in messages:

@@ -5,6 +5,7 @@ stops no other.
 """
 
 import math
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -206,9 +207,12 @@ def job_name(swept: list[str], values: dict[str, object]) -> str:
 def automatic_name(choices: dict[str, list[str]], swept: list[str]) -> str:
     """The name of a sweep does not depend on the values, so that new ones join its folder."""
     fixed = [values[0] for word, values in choices.items() if word.partition("=")[0] not in swept]
-    try:
-        base = compose("config", fixed).auto_name
-    except ConfigError:
+    base = ""
+    with suppress(ConfigError):
+        settings = compose("config", fixed, validate=False)
+        # A sweep that resumes can use the tokens of a text that is gone.
+        gone = {f"data.{problem}" for problem in settings.data.missing_files()}
         # Some settings are only valid together with the swept ones.
-        base = "sweep"
-    return folder_name(f"{base}-by-{','.join(map(last_part, swept))}")
+        if gone.issuperset(settings.problems()):
+            base = settings.auto_name
+    return folder_name(f"{base or 'sweep'}-by-{','.join(map(last_part, swept))}")

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import atomic
 import locks
 from checkpointing.run_folder import describe_process
-from conf.schema import compose, folder_name
+from conf.schema import folder_name
 from conf.settings import Settings
 from conf.yaml_files import ConfigError
 from report.history import PRUNED
@@ -64,12 +64,12 @@ class SweepSettings(ScriptSettings):
 def search(settings: SweepSettings) -> int:
     """Start or resume a search; print its best trial. Returns the exit code."""
     # Read the space, and open the study.
-    space = read_space(settings.sweep, settings.train)
-    if space.sampler == "grid":
-        settings = replace(settings, trials=grid_trials(settings.trials, len(space.grid())))
     folder = Path(settings.runs_dir) / (settings.name or folder_name(Path(settings.sweep).stem))
+    space = read_space(settings.sweep, settings.train, folder)
+    if space.sampler == "grid":
+        settings = replace(settings, trials=grid_trials(settings.trials, len(space.grid)))
     refuse_run(folder)
-    source = Search(settings, space, folder)
+    source = Search(settings, space)
     ended = sum(trial.state.is_finished() for trial in source.trained())
     before = f", {counted(ended, 'trial')} before" if ended else ""
     say(f"Sweep: {folder}, study in {storage_name(settings.storage, folder)}{before}")
@@ -104,13 +104,13 @@ class Search(JobSource):
     so others find the trials of a worker that died. A trial without a worker was invalid.
     """
 
-    def __init__(self, settings: SweepSettings, space: Space, folder: Path) -> None:
+    def __init__(self, settings: SweepSettings, space: Space) -> None:
         self.optuna = import_optuna()
-        self.settings, self.space, self.folder = settings, space, folder
+        self.settings, self.space, self.folder = settings, space, space.folder
         # Both raise ValueError for a space without valid points, before anything is written.
         space.draw(seed=0)
         self.random_state = space.example.seed
-        folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         self.metric = comparison_metric(list(space.varied))
         self.lock = FileLock(folder / "turn.lock")
         self.trials: dict[Job, Any] = {}
@@ -118,7 +118,7 @@ class Search(JobSource):
         self.last_asked, self.pending = -math.inf, False
         self.deadline = time.monotonic() + 3600 * (settings.hours or math.inf)
         with self.lock:
-            self.study = open_study(folder, space, self.metric, settings.storage, settings.pruner)
+            self.study = open_study(self.folder, space, self.metric, settings.storage, settings.pruner)
         self.worker = f"{socket.gethostname()}-{secrets.token_hex(4)}"
         self.worker_lock = locks.Lock(self.worker_file(self.worker), describe_process())
 
@@ -145,10 +145,9 @@ class Search(JobSource):
         return job
 
     def job_of(self, trial: Any) -> Job:
-        overrides = self.space.overrides(trial.params)
-        max_steps = compose("config", ["name=-", *overrides]).training.max_steps
-        return Job(f"trial_{trial.number:04d}", self.folder, overrides, max_steps, self.metric,
-                   self.settings.processes_per_job)
+        max_steps = self.space.settings(trial.params).training.max_steps
+        return Job(f"trial_{trial.number:04d}", self.folder, self.space.overrides(trial.params),
+                   max_steps, self.metric, self.settings.processes_per_job)
 
     def abandoned_trial(self) -> Any:
         """A trial whose worker died, if its training has ended too: it may still be saving."""
@@ -171,11 +170,14 @@ class Search(JobSource):
                 return None
             if self.space.sampler == "grid":
                 # Points that are invalid settings have been tried, too.
-                tried = [trial.params for trial in self.study.get_trials(deepcopy=False)]
-                rest = [point for point in self.space.grid() if point not in tried]
-                if not rest:
+                trials = self.study.get_trials(deepcopy=False)
+                tried = {frozenset(trial.params.items()) for trial in trials}
+                rest = (point for point in self.space.grid
+                        if frozenset(point.items()) not in tried)
+                point = next(rest, None)
+                if point is None:
                     return None
-                self.study.enqueue_trial(rest[0])
+                self.study.enqueue_trial(point)
             elif attempt >= MAX_REJECTED:
                 # Optuna keeps suggesting invalid points.
                 self.study.enqueue_trial(self.space.draw(self.seed()))
@@ -189,7 +191,7 @@ class Search(JobSource):
             # Take it if it is valid; otherwise the trial fails, and is not counted.
             try:
                 if self.space.allows(point):
-                    compose("config", ["name=-", *self.space.overrides(point)])
+                    self.space.settings(point)
                     return trial
             except ConfigError as error:
                 invalid = error

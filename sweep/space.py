@@ -35,6 +35,7 @@ from setting import as_word
 
 PARTS = ("space", "fixed", "constraints", "sampler")
 SAMPLERS = ("tpe", "grid")
+MAX_POINTS = 10_000  # of a grid, before its constraints
 MAX_INVALID = 20  # random points, of which one must be valid settings
 MAX_DRAWS = 10_000  # random points, of which one must satisfy the constraints
 RANGE_FORM = ("is neither a range, as in {low: 1, high: 4}, with step: or log: true, nor choices, "
@@ -75,6 +76,15 @@ class Space:
     fixed: dict[str, str]  # values as on a command line
     constraints: dict[str, CodeType]
     sampler: str = "tpe"
+    folder: Path = Path("-")  # of the sweep
+
+    def settings(self, point: Point) -> Settings:
+        """The settings that train `point`. Raises ConfigError if they are invalid.
+
+        A text may be gone once the folder of the sweep exists: a trial keeps its tokens.
+        """
+        place = [f"runs_dir={self.folder.parent}", f"name={self.folder.name}"]
+        return compose("config", [*self.overrides(point), *place])
 
     @cached_property
     def example(self) -> Settings:
@@ -82,7 +92,7 @@ class Space:
         rng = random.Random(0)
         for _ in range(MAX_INVALID):
             try:
-                return compose("config", ["name=-", *self.overrides(self.random_point(rng))])
+                return self.settings(self.random_point(rng))
             except ConfigError as error:
                 last_error = error
         raise last_error
@@ -112,6 +122,7 @@ class Space:
     def allows(self, point: Point) -> bool:
         return all(self.holds(constraint, point) for constraint in self.constraints)
 
+    @cached_property
     def grid(self) -> list[Point]:
         """All points of a space of choices that satisfy the constraints."""
         points = [dict(zip(self.varied, values, strict=True))
@@ -150,8 +161,10 @@ class Space:
         return flat(parts)
 
 
-def read_space(name: str, overrides: tuple[str, ...]) -> Space:
+def read_space(name: str, overrides: tuple[str, ...], folder: Path = Path("-")) -> Space:
     """The space `conf/sweep/NAME.yaml`, or that of a YAML file; `overrides` fix more settings.
+
+    The sweep is in `folder`.
 
     Raises ConfigError that lists all problems.
     """
@@ -199,9 +212,15 @@ def read_space(name: str, overrides: tuple[str, ...]) -> Space:
     if sampler == "grid":
         problems += [f"{key} ({place}) is a range, and sampler: grid takes choices: list them, as "
                      "in [1, 2]." for key, values in ranges.items() if isinstance(values, Range)]
+    if sampler == "grid" and not problems:
+        points = math.prod(map(len, ranges.values()))
+        if points > MAX_POINTS:
+            problems.append(f"sampler: grid ({place}) has {points:,} points, at most "
+                            f"{MAX_POINTS:,} are supported: list fewer values, or use "
+                            "sampler: tpe.")
     if problems:
         raise ConfigError(problems)
-    return Space(place, ranges, fixed, compiled, sampler)
+    return Space(place, ranges, fixed, compiled, sampler, folder)
 
 
 def key_problems(content: Point, varied: Point, fixed: Point, given: dict[str, str],

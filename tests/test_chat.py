@@ -156,6 +156,9 @@ def test_an_epoch_has_each_answer_once_in_any_order(chats):
     ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, r"line 2, message 1 has no text in its content \(it is a list\)"),
     (pair("x", None), r"line 2, message 2 has no text in its content \(it is null\)"),
     (pair("x", " \n"), r"line 2 has an empty answer"),
+    ({"messages": [{"role": "assistant", "content": "x", "weight": 0}]}, r"line 2, message 1 has weight 0, which is not supported: data=chat learns"),
+    ({"messages": [{"role": "assistant", "content": "x", "train": False}]}, r"line 2, message 1 has train false, .* remove train to learn this one"),
+    ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{"id": 1}]}]}, r"line 2, message 1 has tool_calls \[\{\"id\": 1\}\], which"),
     (pair("x", "y") | {"messages": []}, r"line 2 has both messages and prompt with completion: leave one of them out"),
 ])
 def test_a_bad_record_is_refused_or_skipped(chats, record, problem):

@@ -109,6 +109,18 @@ def test_the_folder_of_a_sweep_does_not_depend_on_the_values():
                                ["data.path"]) == "sweep-by-path"  # data=text is invalid without a path
 
 
+def test_a_sweep_keeps_its_folder_when_its_text_is_gone(tmp_path):
+    book = tmp_path / "book.txt"
+    words = [f"runs_dir={tmp_path}", "data=text", f"data.path={book}", "seed=1,2"]
+    book.touch()
+    folder = grid.plan_grid(words).folder
+    folder.mkdir()
+    book.unlink()
+    assert grid.plan_grid(words).folder == folder
+    with pytest.raises(ConfigError, match=r"book\.txt does not exist"):
+        grid.plan_grid([*words, "optim.lr=0.5"])
+
+
 def test_a_sweep_of_one_job_is_named_by_its_identity():
     plan = grid.plan_grid(["runs_dir=elsewhere", "training=smoke", "seed=1", "logger.report=false"])
     assert plan.swept == ["seed"] and list(plan.composed) == ["seed=1"]

@@ -141,12 +141,13 @@ def test_a_missing_space_is_named_with_the_existing_ones():
 
 def test_a_grid_has_all_points_that_the_constraints_allow(space):
     text = "sampler: grid\nspace: {model.n_head: [1, 2], model.n_embd: [33, 64]}\nconstraints: [model.n_embd % model.n_head == 0]"
-    assert [tuple(point.values()) for point in space(text).grid()] == [(1, 33), (1, 64), (2, 64)]
+    assert [tuple(point.values()) for point in space(text).grid] == [(1, 33), (1, 64), (2, 64)]
 
 
 @pytest.mark.parametrize(("text", "said"), [
     ("sampler: grid\nspace: {optim.lr: {low: 1e-3, high: 1e-2}}", r"optim.lr \(in .*\) is a range, and sampler: grid takes choices"),
     ("sampler: gird\nspace: {seed: [1]}", r"sampler: gird \(in .*\) does not exist: use tpe or grid"),
+    (f"sampler: grid\nspace: {{seed: {[*range(1000)]}, model.n_layer: {[*range(1, 900)]}}}", r"has 899,000 points, at most 10,000 are supported: list fewer"),
 ])
 def test_an_invalid_sampler_is_refused(space, text, said):
     with pytest.raises(ConfigError, match=said):
@@ -155,9 +156,17 @@ def test_an_invalid_sampler_is_refused(space, text, said):
 
 def test_the_shipped_grid_of_rates_is_complete():
     shipped = read_space("lr_transfer", ())
-    assert len(shipped.grid()) == 20 == SweepSettings().trials
-    for point in shipped.grid()[::7]:
+    assert len(shipped.grid) == 20 == SweepSettings().trials
+    for point in shipped.grid[::7]:
         assert compose("config", ["name=-", *shipped.overrides(point)]).model.mup_base_width == 128
+
+
+def test_a_sweep_that_exists_needs_no_text(space, tmp_path):
+    words = ["space: {seed: [1, 2]}\nfixed: {data: text}", f"data.path={tmp_path / 'gone.txt'}"]
+    with pytest.raises(ConfigError, match=r"gone\.txt does not exist"):
+        _ = space(*words).example
+    (tmp_path / "study").mkdir()
+    assert read_space(str(tmp_path / "mine.yaml"), tuple(words[1:]), tmp_path / "study").example.folder == tmp_path / "study"
 
 
 @pytest.mark.slow

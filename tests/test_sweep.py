@@ -39,9 +39,7 @@ def begin(book, tmp_path):
     def make(text="space:\n  optim.lr: {low: 1e-4, high: 1e-1, log: true}\n", *overrides, **settings):
         path = tmp_path / "space.yaml"
         path.write_text(f"{text}\nfixed:\n  model: nano\n  training: smoke\n  data: text\n  data.path: {book}\n")
-        space = read_space(str(path), overrides)
-        (tmp_path / "study").mkdir(exist_ok=True)
-        return Search(SweepSettings(sweep=str(path), **settings), space, tmp_path / "study")
+        return Search(SweepSettings(sweep=str(path), **settings), read_space(str(path), overrides, tmp_path / "study"))
     return make
 
 

@@ -106,11 +106,12 @@ class Search(JobSource):
 
     def __init__(self, settings: SweepSettings, space: Space) -> None:
         self.optuna = import_optuna()
-        self.settings, self.space, self.folder = settings, space, space.folder
+        self.settings, self.space = settings, space
+        self.folder = folder = space.folder
         # Both raise ValueError for a space without valid points, before anything is written.
         space.draw(seed=0)
         self.random_state = space.example.seed
-        self.folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         self.metric = comparison_metric(list(space.varied))
         self.lock = FileLock(folder / "turn.lock")
         self.trials: dict[Job, Any] = {}
@@ -118,7 +119,7 @@ class Search(JobSource):
         self.last_asked, self.pending = -math.inf, False
         self.deadline = time.monotonic() + 3600 * (settings.hours or math.inf)
         with self.lock:
-            self.study = open_study(self.folder, space, self.metric, settings.storage, settings.pruner)
+            self.study = open_study(folder, space, self.metric, settings.storage, settings.pruner)
         self.worker = f"{socket.gethostname()}-{secrets.token_hex(4)}"
         self.worker_lock = locks.Lock(self.worker_file(self.worker), describe_process())
 

@@ -37,7 +37,17 @@ def pack(model: GPT, make_product: Callable[[Tensor, Tensor | None], Product]) -
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):
                 bias = child.bias if child.bias is None else child.bias.detach()
-                # The name of a child module accepts modules only.
-                delattr(module, name)
-                setattr(module, name, make_product(child.weight.detach(), bias))
+                call = make_product(child.weight.detach(), bias)
+            elif isinstance(child, nn.Dropout):
+                call = unchanged
+            else:
+                continue
+            # The name of a child module accepts modules only.
+            delattr(module, name)
+            setattr(module, name, call)
     return packed
+
+
+def unchanged(x: Tensor) -> Tensor:
+    """Dropout in evaluation. Its modules would take 8% of the time of a step beside products."""
+    return x

@@ -2,6 +2,7 @@
 
 import math
 import re
+import sys
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -17,7 +18,7 @@ from conf.identity import flat
 from report import results
 from report.metrics import Rows, read_rows, table, thinned
 from setting import as_word
-from terminal import counted, escaped
+from terminal import counted, escaped, say
 
 # libyaml's loader is ten times as fast, where PyYAML was built with it.
 SAFE_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -140,7 +141,10 @@ def read_evaluation(path: Path, name: str) -> tuple[dict[str, Any], ...]:
         # Whether they can be shown.
         results.cells(models)
         return tuple(models)
+    except FileNotFoundError:
+        return ()
     except (OSError, *DAMAGE):
+        say(f"{path} is damaged and left out: run eval.py again.", sys.stderr)
         return ()
 
 

@@ -38,7 +38,8 @@ def open_study(folder: Path, space: Space, metric: str, storage: str, pruner: st
             study.set_user_attr("metric", metric)
     except Exception as error:
         # Each kind of storage has its own exceptions.
-        raise ValueError(storage_error(storage, error) + damaged_line(folder / JOURNAL)) from error
+        damage = "" if storage or isinstance(error, OSError) else damage_of(folder / JOURNAL)
+        raise ValueError(storage_error(storage, error) + damage) from error
 
     # Trials of different spaces cannot be compared.
     changes = differences(searched or description, description)
@@ -102,15 +103,16 @@ def storage_error(storage: str, error: Exception) -> str:
             f"({type(error).__name__}: {reason}).")
 
 
-def damaged_line(journal: Path) -> str:
-    """A message about the first damaged line of a journal; empty if there is none."""
-    lines = journal.read_bytes().splitlines() if journal.is_file() else []
-    for number, line in enumerate(lines, 1):
+def damage_of(journal: Path) -> str:
+    """A message about a damaged journal, with the first line that is not JSON, if there is one."""
+    place = f" {journal}"
+    for number, line in enumerate(journal.read_bytes().split(b"\n")[:-1], 1):
         try:
             atomic.parse_json(line)
         except ValueError:
-            return f" Line {number} of {journal} is damaged: restore a copy, or use another name=."
-    return ""
+            place = f" Line {number} of {journal}"
+            break
+    return f"{place} is damaged: restore a copy, or use another name= (the runs stay as they are)."
 
 
 def hide_password(text: str) -> str:

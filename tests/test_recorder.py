@@ -54,6 +54,7 @@ def test_cutting_back_drops_damaged_lines_and_keeps_losses(tmp_path):
         recorder.cut_back(1)
         assert list(recorder.recent) == [3.0] and recorder.bar.n == 1
     assert rows(tmp_path) == [{"step": 1, "loss": 3.0}]
+    assert (tmp_path / "log.txt").read_text() == f"{tmp_path}/metrics.jsonl had 7 damaged lines, removed now.\n"
 
 
 def test_a_closed_terminal_does_not_stop_a_run(tmp_path, monkeypatch):

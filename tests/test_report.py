@@ -423,10 +423,13 @@ def test_content_that_no_training_wrote_is_one_sentence(tmp_path, settings, row)
 
 
 @pytest.mark.parametrize("task", [{}, {"task": [1], "documents": 2}, {"task": "x", "documents": "two"}])
-def test_an_evaluation_of_any_content_is_shown_or_left_out(tmp_path, task):
+def test_an_evaluation_of_any_content_is_shown_or_left_out(tmp_path, task, capsys):
     run = write_run(tmp_path / "one")
     (run / "evaluation.json").write_text(json.dumps({"models": [{"name": "x", "tasks": [task]}]}))
     assert "one" in report_page.page([open_history(run, "one")], "title")
+    (run / "evaluation.json").write_text("damaged")
+    assert open_history(run, "one").evaluated == ()
+    assert capsys.readouterr().err.endswith("one/evaluation.json is damaged and left out: run eval.py again.\n")
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "environment.jsonl"])

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import math
 from collections import deque
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import atomic
 from progress import ProgressBar, print_line
-from terminal import escaped
+from terminal import counted, escaped
 from training.config import LoggerConfig
 from training.wandb_copy import WandbCopy
 
@@ -85,11 +84,10 @@ class Recorder:
         """Remove the metrics after `step`, and damaged lines."""
         self.metrics.close()
         # Read the lines to keep, with their losses and samples.
-        kept, losses = [], []
+        kept, losses, damaged = [], [], 0
         self.samples = []
         for line in self.metrics.path.read_bytes().splitlines(keepends=True):
-            # A damaged line is dropped, as is one with a number that is too large for a float.
-            with suppress(ValueError, KeyError, TypeError, OverflowError):
+            try:
                 row = atomic.parse_json(line)
                 if row["step"] > step:
                     continue
@@ -98,6 +96,11 @@ class Recorder:
                 if "sample" in row:
                     self.samples.append((row["step"], row["sample"]))
                 kept.append(line)
+            except (ValueError, KeyError, TypeError, OverflowError):
+                # One with a number that is too large for a float is damaged, too.
+                damaged += 1
+        if damaged:
+            self.say(f"{self.metrics.path} had {counted(damaged, 'damaged line')}, removed now.")
         # Write the file with these, and continue at its end.
         atomic.truncate(self.metrics.path, b"".join(kept))
         self.metrics = atomic.LineFile(self.metrics.path)

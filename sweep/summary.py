@@ -9,6 +9,8 @@ from progress import ProgressBar, print_line
 from sweep.jobs import Job
 from terminal import say
 
+# The part of a job after which the time left is estimated.
+FIRST_ESTIMATE = 0.1
 RESUME = "Run the same command again to resume."
 
 
@@ -56,7 +58,9 @@ class Progress:
         if self.best_name:
             parts.append(f"best {self.best:.4f} ({self.best_name})")
         self.bar.set_description_str(", ".join(parts), refresh=False)
-        self.bar.update(done - self.bar.n)
+        # At first a job only imports and opens its data, which says little about the time left.
+        has_begun = done - self.bar.initial >= FIRST_ESTIMATE
+        self.bar.update(done - self.bar.n if has_begun else 0)
 
     def add_result(self, job: Job) -> None:
         if job.best < self.best:

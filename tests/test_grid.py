@@ -173,6 +173,17 @@ def test_a_failed_job_stops_no_other_and_names_its_last_error(job, tmp_path, cap
     assert "0 running, 1 done, 0 stopped, 4 failed" in printed.err
 
 
+def test_the_time_left_is_unknown_while_a_job_starts(job, monkeypatch, capsys):
+    monkeypatch.setattr("progress.PLAIN_SECONDS", 0)
+    progress, ran = Progress(3, 1, []), job()
+    ran.max_steps = 100
+    for ran.step in (1, 9, 10):
+        progress.bar.start_t, progress.bar.mininterval = progress.bar.start_t - 50, 0
+        progress.show([ran])
+    lines = capsys.readouterr().err.splitlines()[-3:]
+    assert [line.rpartition(", ")[2] for line in lines] == ["? left", "? left", "47:30 left"]
+
+
 @pytest.mark.parametrize(("printed", "reason"), [
     ("Error: too wide", "too wide"), ("Interrupted: 4 of 9 steps are saved", "Interrupted: 4 of 9 steps are saved"),
     ("failed (exitcode: -9) local_rank: 0", "one of its 2 processes ended without a message")])

@@ -55,6 +55,16 @@ def open_regular(path: Path, flags: int = os.O_RDONLY, folder: int | None = None
     return descriptor
 
 
+def is_regular(path: Path) -> bool:
+    """Whether a path leads to a regular file on a disk.
+
+    Those of /proc and /sys, whose size is mostly 0, call themselves regular, but reading may block.
+    """
+    if not path.is_file():
+        return False
+    return path.stat().st_size > 0 or path.resolve().parts[1] not in ("proc", "sys")
+
+
 def read_regular(path: Path, max_bytes: int) -> bytes:
     """Read a regular file. Raises ValueError, reading nothing, if it exceeds `max_bytes`."""
     with os.fdopen(open_regular(path), "rb") as file:

@@ -37,7 +37,7 @@ def reading(path: Path) -> Iterator[Path]:
         found = Path(os.path.realpath(path))
         if not found.exists():
             raise FileNotFoundError(errno.ENOENT, "it does not exist")
-        if not found.is_file():
+        if not atomic.is_regular(found):
             raise ValueError(f"{path} is not a regular file.")
         if first_bytes(found).startswith(LFS_POINTER):
             raise ValueError(f"{path} is a pointer of Git LFS, without the content of the file: "

@@ -15,6 +15,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+import atomic
 from conf.identity import flat_pairs
 from terminal import escaped, first_line
 
@@ -37,7 +38,7 @@ class ConfigError(ValueError):
 
 def read_text(path: Path) -> str:
     """The text of a file of settings. Raises ConfigError if it is not a small UTF-8 file."""
-    if not path.is_file():
+    if not atomic.is_regular(path):
         raise ConfigError([f"{path} is not a file: name a YAML file."])
     # Special files can have more than the size that the system tells.
     with path.open("rb") as file:

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+import atomic
+
 NUMPY_MAGIC = b"\x93NUMPY"
 # llm.c's header has 256 int32: a magic number, a version, the number of tokens, and zeros.
 HEADER_BYTES = 1024
@@ -32,7 +34,7 @@ def describe_bin(path: Path, vocab_size: int, dtype: str) -> dict[str, Any]:
     Raises ValueError for a damaged or unsupported file, or a type too small for the vocabulary.
     """
     # Files that are not supported.
-    if not path.is_file():
+    if not atomic.is_regular(path):
         raise ValueError(f"{path} is not a regular file: give files of tokens.")
     if path.with_suffix(".idx").exists():
         raise ValueError(f"{path} is in Megatron-LM's format, as its .idx file shows, which is not "

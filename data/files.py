@@ -15,6 +15,7 @@ from itertools import product
 from pathlib import Path
 from typing import BinaryIO
 
+import atomic
 from data import text_records
 from data.document import Document, cut_into_pieces
 from data.encodings import decoded
@@ -39,7 +40,7 @@ def find(path: str, skipped: Counter[str] | None = None) -> list[Path]:
     skipped = Counter() if skipped is None else skipped
     place = Path(path)
     # The characters of a glob can also be those of a file name.
-    if place.is_file():
+    if atomic.is_regular(place):
         return [place]
     reason = unreadable(place)
     if reason:
@@ -62,7 +63,7 @@ def find(path: str, skipped: Counter[str] | None = None) -> list[Path]:
             continue
         if is_hidden(file.relative_to(base), place):
             skipped["hidden"] += 1
-        elif not file.is_file():
+        elif not atomic.is_regular(file):
             skipped["broken links, pipes, sockets or devices"] += 1
         elif is_folder and not file.name.lower().endswith(KNOWN):
             skipped[file.suffix.lower() or "without an extension"] += 1
@@ -87,7 +88,7 @@ def unreadable(path: Path) -> str:
     """Why a path names no files that can be read twice; empty if it may, as a glob may."""
     if path.is_symlink() and not path.exists():
         return "is a symbolic link to itself or to nothing"
-    if path.exists() and not (path.is_file() or path.is_dir()):
+    if path.exists() and not (atomic.is_regular(path) or path.is_dir()):
         return "is a pipe, socket or device and cannot be read twice: write its content to a file"
     if not path.exists() and not set(str(path)) & set("*?["):
         return f"does not exist: check the spelling, and that it is relative to {Path.cwd()}"

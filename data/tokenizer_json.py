@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import atomic
 from data.bpe import LONGEST_TOKEN, MOST_SPECIAL, PUBLISHED, PUBLISHED_SIZES, BPETokenizer
 from data.hugging_face import from_hugging_face
 from data.patterns import KNOWN
@@ -94,11 +95,13 @@ def read_json(path: Path) -> Any:
 
     Raises ValueError if it is larger than a tokenizer is.
     """
-    if path.is_file() and path.stat().st_size > LARGEST_FILE:
+    if not atomic.is_regular(path):
+        return {}
+    if path.stat().st_size > LARGEST_FILE:
         raise ValueError(f"{path} has {path.stat().st_size // 2**20:,} MB, more than the "
                          f"{LARGEST_FILE // 2**20} MB of a tokenizer.")
     try:
-        return json.loads(path.read_text()) if path.is_file() else {}
+        return json.loads(path.read_text())
     except (OSError, ValueError, RecursionError):
         return {}
 

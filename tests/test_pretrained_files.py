@@ -371,6 +371,9 @@ def test_a_fifo_is_refused(tmp_path):
     (tmp_path / "small/model.safetensors").unlink()
     os.mkfifo(tmp_path / "small/model.safetensors")
     assert "model.safetensors is not a regular file" in refusal(tmp_path / "small")
+    (tmp_path / "small/config.json").unlink()
+    (tmp_path / "small/config.json").symlink_to("/proc/version")
+    assert sys.platform != "linux" or "config.json is not a regular file" in refusal(tmp_path / "small")
 
 
 @pytest.mark.slow

@@ -16,8 +16,12 @@ HUBER = 1e-3
 # The exponents that a fit starts from, each pair with the best E, A and B for it.
 START_EXPONENTS = np.array([0.1, 0.2, 0.3, 0.45, 0.65, 0.9, 1.2])
 STARTS = 3  # pairs of exponents that L-BFGS starts from
-# Of E, A, B, alpha and beta. Without the limits, noise can make an exponent negative.
-BOUNDS = [(None, None)] * 3 + [(0.05, 3.0)] * 2
+# Each term starts from at least this part of the loss. The gradient of the log of a smaller one is
+# so small that it can stay where it is.
+SMALLEST_START = 0.1
+# Of log E, the logs of both other terms, alpha and beta. Without the limits, noise can make an
+# exponent negative, or A or B zero.
+BOUNDS = [(-30.0, None)] * 3 + [(0.05, 3.0)] * 2
 LEVEL = 0.95  # the part of intervals that contain the true number
 MIN_RUNS = 8  # for five constants and their intervals
 # The values that the correlation of the noise of runs of one size can have.
@@ -96,9 +100,8 @@ class LogLaw:
                 columns = np.stack((np.ones_like(losses), np.exp(-alpha * self.u),
                                     np.exp(-beta * self.v)), axis=1)
                 scales, error = nnls(columns / losses[:, None], np.ones_like(losses))
-                # A term that is zero starts small instead, or its gradient would be zero.
-                logs = np.log(np.maximum(scales, 0.01 * losses.min()))
-                found.append((error, np.array([*logs, alpha, beta])))
+                with np.errstate(divide="ignore"):
+                    found.append((error, np.array([*np.log(scales), alpha, beta])))
         found.sort(key=lambda pair: pair[0])
         return [x for _, x in found[:STARTS]]
 
@@ -106,9 +109,10 @@ class LogLaw:
         """The best of the minima that L-BFGS finds from `starts`."""
         from scipy.optimize import minimize
 
+        lowest = np.array([math.log(SMALLEST_START * losses.min())] * 3 + [-np.inf] * 2)
         results = [
-            minimize(self.objective, x, args=(np.log(losses),), jac=True, method="L-BFGS-B",
-                     bounds=BOUNDS,
+            minimize(self.objective, np.maximum(x, lowest), args=(np.log(losses),), jac=True,
+                     method="L-BFGS-B", bounds=BOUNDS,
                      options={"maxiter": 1000, "maxcor": 20, "ftol": 1e-12, "gtol": 1e-6})
             for x in starts
         ]
@@ -116,7 +120,8 @@ class LogLaw:
 
     def law(self, x: np.ndarray) -> ScalingLaw:
         e, a, b, alpha, beta = map(float, x)
-        return ScalingLaw(math.exp(e), math.exp(a + alpha * self.means[0]),
+        # Rounded, as a fit cannot reach an E of exactly zero.
+        return ScalingLaw(round(math.exp(e), 6), math.exp(a + alpha * self.means[0]),
                           math.exp(b + beta * self.means[1]), alpha, beta)
 
 
@@ -139,7 +144,8 @@ class Fit:
 
 
 def quantiles(values: np.ndarray) -> tuple[float, float]:
-    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    # This method's intervals contain LEVEL of further draws, even if there are few draws.
+    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], method="weibull")
     return float(low), float(high)
 
 

@@ -53,6 +53,20 @@ def test_intervals_cover_the_true_law():
     assert covered >= 21
 
 
+@needs_scipy
+def test_a_fit_without_e_has_intervals_that_cover_it():
+    """The noise of these nine runs hides E. A redrawn fit that starts from zero can leave it."""
+    law = ScalingLaw(2.6, 30.0, 300.0, 0.25, 0.4)
+    size, tokens = np.repeat([9e4, 2.7e5, 8e5], 3), np.tile([1e6, 4e6, 1.6e7], 3)
+    errors = np.random.default_rng(5).normal(0, 0.01, 9)
+    fit = fit_law(size, tokens, law.loss(size, tokens) * np.exp(errors), draws=12)
+    assert fit.law.E == 0
+    for name in ("E", "A", "alpha"):
+        low, high = fit.interval(lambda law, name=name: getattr(law, name))
+        assert low <= getattr(law, name) <= high
+    assert np.isfinite([law.best(1e14) for law in fit.laws]).all()
+
+
 @pytest.mark.parametrize("correlation", [0.0, 0.8])
 def test_noise_of_one_size_is_drawn_as_correlated_as_it_is(correlation):
     rng = np.random.default_rng(0)

@@ -176,7 +176,11 @@ class NewFile:
             raise NotRegularFile(final)
         self.final = final
         self.partial = temporary_name(final)
-        self.descriptor = create(self.partial)
+        try:
+            self.descriptor = create(self.partial)
+        except OSError as error:
+            error.filename = str(final)
+            raise
 
     def write(self, chunk: bytes | memoryview) -> None:
         with errors_of(self.final):

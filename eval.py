@@ -60,22 +60,25 @@ def evaluate(settings: EvalSettings) -> int:
 
     # Measure one model after the other. The results of a run are kept in its folder.
     models = []
-    with configure(device):
-        for run in runs or [None]:
-            # Runs of several sweeps that share a name are named by their paths.
-            name = settings.init_from
-            if run:
-                same_name = {other for other in runs if other.name == run.name}
-                name = run.name if len(same_name) == 1 else str(run)
-            models.append(measure_model(settings, run, name, device, tasks, harness))
-            if run and not settings.out:
-                write(run / EVALUATION, models[-1:])
-                if (run / "report.html").exists():
-                    after_training(run)
-
-    if settings.out:
-        write(Path(settings.out), models)
-    output(table(models))
+    try:
+        with configure(device):
+            for run in runs or [None]:
+                # Runs of several sweeps that share a name are named by their paths.
+                name = settings.init_from
+                if run:
+                    same_name = {other for other in runs if other.name == run.name}
+                    name = run.name if len(same_name) == 1 else str(run)
+                models.append(measure_model(settings, run, name, device, tasks, harness))
+                if run and not settings.out:
+                    write(run / EVALUATION, models[-1:])
+                    if (run / "report.html").exists():
+                        after_training(run)
+        if settings.out:
+            write(Path(settings.out), models)
+    finally:
+        # The numbers are shown even if they cannot be written.
+        if models:
+            output(table(models))
     for note in notes(models):
         say(note, sys.stderr)
     return 0
@@ -116,14 +119,14 @@ def open_weights(settings: EvalSettings,
                  run: Path | None) -> tuple[Weights, dict[str, Any], dict[str, int], Path | None]:
     """The weights of a run or of `init_from`; the run's settings, its step, and the results' file.
     """
+    out = Path(settings.out) if settings.out else None
     if run is None:
-        out = Path(settings.out) if settings.out else None
         return find_weights(settings.init_from, Path(settings.runs_dir)), {}, {}, out
 
     def load(found: Checkpoint) -> tuple[Weights, dict[str, Any], dict[str, int]]:
         return own_weights(found), saved_settings(found), {"step": found.step}
 
-    return *store.load_of_run(run, settings.checkpoint, load), run / EVALUATION
+    return *store.load_of_run(run, settings.checkpoint, load), out or run / EVALUATION
 
 
 def open_harness(settings: EvalSettings) -> Any:

@@ -4,6 +4,7 @@ import math
 import sys
 from collections.abc import Iterable
 from contextlib import suppress
+from time import monotonic
 from typing import Any
 
 from tqdm import tqdm
@@ -49,6 +50,9 @@ class ProgressBar(tqdm):
             settings |= {"mininterval": PLAIN_SECONDS, "delay": PLAIN_SECONDS}
         settings |= {"file": sys.stderr, "dynamic_ncols": True, "miniters": 0}
         super().__init__(iterable, desc, **settings)
+        # tqdm uses the time of day, which can be set back or forward.
+        self._time = monotonic
+        self.last_print_t = self.start_t = monotonic()
 
     def expect(self, seconds: float, limited: bool = False) -> None:
         """Start now with an estimate of the time left, with the weight of a tenth of the work.
@@ -58,11 +62,15 @@ class ProgressBar(tqdm):
         left = self.total - self.n
         if left <= 0:
             return
-        self.initial, self.start_t = self.n, self._time()
+        self.start_here()
         if limited:
             self.expected, self.time_limit = None, seconds
         else:
             self.expected, self.time_limit = seconds / left, math.inf
+
+    def start_here(self) -> None:
+        """Leave out what is done so far in the estimate of the time left."""
+        self.initial, self.start_t = self.n, self._time()
 
     @property
     def format_dict(self) -> dict[str, Any]:

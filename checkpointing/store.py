@@ -168,9 +168,12 @@ def delete_after(checkpoints: Path, step: int) -> None:
 
 
 def check_free_space(checkpoints: Path, nbytes: int) -> None:
-    """Raise ValueError unless there is space for two checkpoints of `nbytes`."""
+    """Raise ValueError unless there is space for two checkpoints of `nbytes`, or OSError."""
     needed = 2 * nbytes
     folder, free = free_space(checkpoints)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise OSError(f"{folder} is not writable: change its permissions, or set another "
+                      "runs_dir=.")
     if free < needed:
         raise ValueError(f"{folder} has {readable_size(free)} free, two checkpoints need "
                          f"{readable_size(needed)}. Free some space, or set another runs_dir=.")

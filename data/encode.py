@@ -4,7 +4,6 @@ Batches and segments depend only on the text, so every machine makes the same sh
 interruption.
 """
 
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -110,7 +109,7 @@ def skip_segments(batches: Iterator[Batch], first: int, bar: ProgressBar) -> Ite
         else:
             show(bar, batch)
             # Skipping is fast, so it must not count in the estimate of the time left.
-            bar.initial, bar.start_t = bar.n, time.time()
+            bar.start_here()
 
 
 def write_segment(folder: Path, number: int, encoded: Iterator[tuple[Batch, dict[str, np.ndarray]]],

@@ -3,6 +3,7 @@
 A file is text, JSON, CSV or Parquet, plain or compressed. Knows no tokens.
 """
 
+import errno
 import os
 import re
 from collections import Counter
@@ -80,8 +81,10 @@ def find(path: str, skipped: Counter[str] | None = None) -> list[Path]:
 
 def holds_run(folder: Path) -> bool:
     """Whether a training or a sweep has written this folder."""
-    is_sweep = any((folder / name).is_file() for name in ("sweep.lock", "turn.lock"))
-    return is_sweep or ((folder / "lock").is_file() and (folder / "config.yaml").is_file())
+    # A folder that cannot be searched has none of these files: `walk` refuses it.
+    found = {name for name in ("sweep.lock", "turn.lock", "lock", "config.yaml")
+             if os.path.isfile(folder / name)}
+    return bool(found & {"sweep.lock", "turn.lock"}) or {"lock", "config.yaml"} <= found
 
 
 def unreadable(path: Path) -> str:
@@ -111,10 +114,19 @@ def skipped_files(skipped: Counter[str]) -> str:
 
 
 def matches(glob: Path) -> list[Path]:
-    """The files and folders that a glob matches. Raises ValueError if the glob is invalid."""
-    base = Path(glob.anchor)
+    """The files and folders that a glob matches. Raises ValueError if the glob is invalid.
+
+    Raises PermissionError for a folder that cannot be listed, which `Path.glob` would leave out.
+    """
+    base, pattern = Path(glob.anchor), glob.relative_to(glob.anchor)
     try:
-        return list(base.glob(str(glob.relative_to(base))))
+        for folders in reversed(pattern.parents[:-1]):
+            part = pattern.parts[len(folders.parts)]
+            mode = os.R_OK | os.X_OK if set(part) & set("*?[") else os.X_OK
+            for folder in base.glob(str(folders)):
+                if folder.is_dir() and not os.access(folder, mode):
+                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+        return list(base.glob(str(pattern)))
     except ValueError:
         raise ValueError(
             f"{glob} is not a valid glob: ** stands for whole folders, as in 'corpus/**/*.txt'."

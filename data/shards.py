@@ -225,12 +225,12 @@ def write_meta(folder: Path, recipe: dict[str, Any], tokenizer_fingerprint: str,
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """Read `meta.json`. Raises ValueError if it is missing or damaged."""
+    """Read `meta.json`. Raises ValueError if it is missing or damaged, else OSError."""
     path = folder / "meta.json"
     try:
         meta = json.loads(path.read_text())
         check_fields(meta)
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+    except (FileNotFoundError, ValueError, LookupError, TypeError, RecursionError):
         raise ValueError(f"{path} cannot be read: {prepare_again(folder)}") from None
     return meta
 

@@ -272,6 +272,18 @@ def test_the_loss_on_a_text_resumes(measure, tmp_path, book, monkeypatch):
     assert measure(*words)[0] == resumed
 
 
+def test_results_that_cannot_be_written_are_shown(tiny_runs, tmp_path, book, monkeypatch, capsys):
+    def full(path, models):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(eval, "write", full)
+    with pytest.raises(OSError, match="No space left"):
+        eval.evaluate(compose(EvalSettings, ["run=tiny", f"runs_dir={tiny_runs}", "device=cpu", "precision=fp32",
+                                             f"data.path={book}", "eval_tokens=160", f"out={tmp_path / 'out.json'}"]))
+    # The folder of the run may be another user's.
+    assert "tiny" in capsys.readouterr().out and (tmp_path / "out.cache.jsonl").exists()
+
+
 def test_tasks_while_training_change_no_weight(compose_tiny, package, tmp_path):
     """They are in the metrics and, as the results of eval.py, in the report."""
     weights = []

@@ -101,6 +101,13 @@ def test_a_full_disk_stops_the_run_if_asked(compose_tiny, run, monkeypatch):
     assert program.train(compose_tiny(*words, "training.max_steps=6")) == 0
 
 
+def test_checkpoints_without_permissions_are_refused(compose_tiny, run, monkeypatch):
+    program.train(compose_tiny(*EVERY_2, "training.max_steps=2"))
+    monkeypatch.setattr(os, "access", lambda path, mode: path != run / "checkpoints")
+    with pytest.raises(OSError, match="checkpoints is not writable: change its permissions"):
+        program.train(compose_tiny(*EVERY_2))
+
+
 def test_a_disk_too_small_for_two_checkpoints_is_refused(compose_tiny, run, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     with pytest.raises(ValueError, match=r"1 KB free, two checkpoints need \d"):

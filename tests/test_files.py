@@ -239,6 +239,21 @@ def test_a_folder_that_cannot_be_seen_is_an_error(tmp_path, monkeypatch):
         files.find(str(tmp_path))
 
 
+@pytest.mark.parametrize("glob, refused", [("**/*.txt", True), ("*/*.txt", True), ("b*/*.txt", False)])
+def test_a_folder_that_a_glob_cannot_list_is_an_error(tmp_path, monkeypatch, glob, refused):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.txt").write_bytes(b"x")
+    # As on a machine whose folder of home folders cannot be listed.
+    denied = {str(tmp_path / "a"): os.R_OK, str(tmp_path.parent): os.R_OK}
+    monkeypatch.setattr(os, "access", lambda path, mode: not mode & denied.get(str(path), 0))
+    if refused:
+        with pytest.raises(PermissionError, match=rf"{tmp_path / 'a'}'$"):
+            files.find(str(tmp_path / glob))
+    else:
+        assert files.find(str(tmp_path / glob)) == [tmp_path / "b/x.txt"]
+
+
 def test_a_byte_order_mark_before_json_lines_is_no_text(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + json_lines(RECORDS))
     assert read(tmp_path / "a.jsonl") == KEPT

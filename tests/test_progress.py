@@ -24,7 +24,7 @@ class Screen(io.StringIO):
 def clock(monkeypatch):
     """The time that tqdm sees, in a list of one number."""
     now = [1000.0]
-    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    monkeypatch.setattr("progress.monotonic", lambda: now[0])
     return now
 
 
@@ -44,6 +44,15 @@ def work(bar: ProgressBar, clock: list[float], steps: int, seconds: float) -> No
     for _ in range(steps):
         clock[0] += seconds
         bar.update()
+
+
+def test_progress_does_not_follow_the_time_of_day(clock, streams, monkeypatch):
+    _, err = streams(io.StringIO)
+    monkeypatch.setattr("tqdm.std.time", lambda: -5000.0 * clock[0])
+    with ProgressBar(total=20, unit="steps") as bar:
+        work(bar, clock, 20, 1.0)
+    assert err.getvalue().splitlines() == [
+        "50%, 10 of 20 steps, 00:10 elapsed, 00:10 left", "100%, 20 of 20 steps, 00:20 elapsed, 00:00 left"]
 
 
 @pytest.mark.parametrize("kind, term", [(io.StringIO, "xterm"), (Screen, "dumb"), (Screen, "")])

@@ -137,6 +137,17 @@ def test_a_field_of_a_wrong_type_is_a_damaged_meta_file(tmp_path, field, value):
         check(tmp_path, {})
 
 
+def test_a_meta_file_without_permissions_is_not_damaged(tmp_path, monkeypatch):
+    write_shards(tmp_path, [[1, 2, 3]])
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(PermissionError, match=r"meta\.json"):
+        check(tmp_path, {})
+
+
 @pytest.mark.parametrize("change, refused", [
     (lambda path: path.write_bytes(path.read_bytes()[:-2]), True),
     (lambda path: path.write_bytes(path.read_bytes() + b"xx"), True),

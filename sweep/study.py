@@ -1,5 +1,6 @@
 """Optuna's study of a search: where it is stored, its lock, and its errors in one sentence."""
 
+import os
 import re
 import time
 from pathlib import Path
@@ -52,6 +53,8 @@ def open_study(folder: Path, space: Space, metric: str, storage: str, pruner: st
 def journal_storage(folder: Path) -> Any:
     """Optuna's storage in a file, to which each event of the study is appended."""
     storages = import_optuna().storages
+    # Optuna would wait for the writer of a FIFO, perhaps forever.
+    os.close(atomic.open_regular(folder / JOURNAL, os.O_RDWR | os.O_CREAT))
     lock = FileLock(folder / "journal.lock", folder / JOURNAL)
     return storages.JournalStorage(storages.journal.JournalFileBackend(str(folder / JOURNAL), lock))
 

@@ -218,6 +218,10 @@ def test_a_damaged_line_of_the_journal_is_named(begin, tmp_path):
     journal.write_bytes(b"".join(lines).replace(b"user_attr", b"user_atur"))
     with pytest.raises(ValueError, match=said.format(r"\. ")):
         begin()
+    journal.unlink()
+    os.mkfifo(journal)
+    with pytest.raises(ValueError, match=r"study.log is not a regular file"):
+        begin()
 
 
 def test_a_resumed_search_repeats_no_suggestion(begin):

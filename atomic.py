@@ -7,7 +7,6 @@ OSError and keep the existing file.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import itertools
 import json
@@ -291,11 +290,9 @@ class LineFile:
         if not self.waiting:
             return
         try:
-            # A disk that fills up takes only a part.
-            if os.write(self.descriptor, self.waiting) < len(self.waiting):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            write_all(self.descriptor, self.waiting)
         except OSError as error:
-            # The part will be written again with the rest.
+            # A part that was written will be written again with the rest.
             os.ftruncate(self.descriptor, self.size)
             raise OSError(f"{self.path} takes no more lines ({error.strerror})") from None
         self.size += len(self.waiting)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,10 +42,13 @@ class Saver:
         # Training changes the tensors while the thread writes, so the thread gets a copy.
         start = time.perf_counter()
         if available_memory() > 1.5 * snapshot.own_nbytes():
-            self.thread = threading.Thread(target=self._write, args=[snapshot.copy()], daemon=True)
-            self.thread.start()
-        else:
-            # There is no memory for a copy, so training waits.
+            thread = threading.Thread(target=self._write, args=[snapshot.copy()], daemon=True)
+            # The system may allow no more threads.
+            with suppress(RuntimeError):
+                thread.start()
+                self.thread = thread
+        if not self.thread:
+            # There is no memory for a copy, or no thread, so training waits.
             self._write(snapshot)
         self.waiting_seconds += time.perf_counter() - start
 

@@ -114,6 +114,8 @@ def user_message(error: Exception, root: str | type) -> str:
     out_of_memory = any(text in str(error) for text in OUT_OF_MEMORY)
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and out_of_memory):
         return f"out of memory: {SMALLER.get(root, 'ask for less at once')}."
+    if isinstance(error, RuntimeError) and "start new thread" in str(error):
+        return "the system allows no more threads: raise the limits of ulimit -u and ulimit -v."
     if isinstance(error, RuntimeError):
         return ""
     if isinstance(error, FileExistsError | NotADirectoryError) and error.filename is not None:

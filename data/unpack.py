@@ -23,8 +23,8 @@ COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 DAMAGE = (EOFError, zlib.error, lzma.LZMAError, OSError)
 
 # zstd and xz decompress all of their input at once, and 4 bytes can stand for 128 KB.
-# This many bytes at a time decompress to 16 MB at most.
-INPUT_BYTES = 512
+# This many bytes at a time decompress to 16 MB at most. bzip2 takes a limit of the output instead.
+INPUT_BYTES, OUTPUT_BYTES = 512, 2**20
 
 # zstd and xz keep a window of the last text in memory. The smallest limit is the default of the
 # `zstd` command; large files may need up to 2 GB (`zstd --long=31`).
@@ -65,12 +65,12 @@ def decompressed(raw: BinaryIO, path: Path) -> BinaryIO:
     # .xz and .zst need as much memory as the file says, up to a limit.
     window = WINDOW_PER_BYTE * os.fstat(raw.fileno()).st_size
     window = min(max(window, LEAST_WINDOW), LARGEST_WINDOW)
-    # Python's own streams for gzip and bzip2, which need little memory.
     match path.suffix.lower():
         case ".gz":
+            # Python's own stream needs little memory. That for bzip2 ignores damage after a frame.
             return gzip.GzipFile(fileobj=raw)
         case ".bz2":
-            return bz2.BZ2File(raw)
+            new_decompressor = bz2.BZ2Decompressor
         case ".xz":
             new_decompressor = partial(lzma.LZMADecompressor, memlimit=window)
         case ".zst":
@@ -88,10 +88,13 @@ def decompress_frames(raw: BinaryIO, new_decompressor: Callable[[], Any]) -> Ite
     Raises EOFError if the last one is truncated.
     """
     frame = new_decompressor()
+    limit = [OUTPUT_BYTES] if isinstance(frame, bz2.BZ2Decompressor) else []
     while block := raw.read(INPUT_BYTES):
         while block:
             if not frame.eof:
-                yield frame.decompress(block)
+                yield frame.decompress(block, *limit)
+                while limit and not (frame.needs_input or frame.eof):
+                    yield frame.decompress(b"", *limit)
                 block = frame.unused_data
                 continue
             # Another frame follows. Zeros between frames are padding.

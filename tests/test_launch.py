@@ -277,3 +277,8 @@ def test_a_file_in_the_place_of_a_folder_is_explained(tmp_path, below):
     with pytest.raises(OSError, match=r"file") as caught:
         (tmp_path / "file" / below).mkdir(parents=True)
     assert "a file is where a folder is needed" in launcher.user_message(caught.value, "config")
+
+
+def test_a_limit_on_threads_is_explained():
+    assert "ulimit -u" in launcher.user_message(RuntimeError("can't start new thread"), "config")
+    assert not launcher.user_message(RuntimeError("a bug"), "config")

@@ -56,6 +56,18 @@ def test_an_error_waits_for_the_save_and_ctrl_c_does_not(slow, tmp_path):
     other.thread.join()
 
 
+def test_a_limit_on_threads_saves_in_this_thread(slow, monkeypatch):
+    def refuse(self):
+        raise RuntimeError("can't start new thread")
+
+    one, go, _ = slow()
+    go.set()
+    monkeypatch.setattr("threading.Thread.start", refuse)
+    with one:
+        one.save(snapshot(1))
+    assert one.saved == 1
+
+
 @pytest.mark.parametrize("stop", [True, False])
 def test_a_write_error_is_a_warning_or_raised_by_finish(slow, monkeypatch, stop):
     one, go, warnings = slow(stop)

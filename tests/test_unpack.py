@@ -49,6 +49,7 @@ def test_damaged_compression_is_one_sentence(tmp_path, ending, name):
         b"",
         b"no such format",
         content[:8] + b"\xff" * 8 + content[16:],
+        content + b"no such format",
     ):
         (tmp_path / f"{name}{ending}").write_bytes(damage)
         if not damage and ending == ".gz":
@@ -60,7 +61,7 @@ def test_damaged_compression_is_one_sentence(tmp_path, ending, name):
 
 
 @pytest.mark.parametrize(
-    "line, ending", [(b"a line of text\n", ".zst"), (b"x", ".xz"), (b"x", ".gz")]
+    "line, ending", [(b"a line of text\n", ".zst"), (b"x", ".xz"), (b"x", ".bz2")]
 )
 def test_a_small_file_of_much_text_takes_little_memory(tmp_path, ending, line):
     path = tmp_path / f"a.txt{ending}"

@@ -187,7 +187,8 @@ class NewFile:
 
     def replace_head(self, head: bytes) -> None:
         """Overwrite the first bytes of the file."""
-        os.pwrite(self.descriptor, head, 0)
+        with errors_of(self.final):
+            os.pwrite(self.descriptor, head, 0)
 
     def __enter__(self) -> NewFile:
         return self
@@ -284,7 +285,8 @@ class LineFile:
         """Bring all lines to the disk. Raises OSError if that fails."""
         with self.mutex:
             self._flush()
-        os.fsync(self.descriptor)
+        with errors_of(self.path):
+            os.fsync(self.descriptor)
 
     def _flush(self) -> None:
         if not self.waiting:

@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from atomic import create, open_regular, read_json, temporary_name, write_all
+from atomic import create, errors_of, open_regular, read_json, temporary_name, write_all
 
 # The suffix of the file that replaces a lock on file systems without locks.
 MARKER_SUFFIX = ".held"
@@ -85,8 +85,9 @@ class Lock:
             if is_same_file(path, self.descriptor):
                 break
             self.release()
-        os.ftruncate(self.descriptor, 0)
-        os.pwrite(self.descriptor, holder.encode(), 0)
+        with errors_of(path):
+            os.ftruncate(self.descriptor, 0)
+            os.pwrite(self.descriptor, holder.encode(), 0)
 
     def in_place(self) -> bool:
         """Whether the locked file still has this path: it was not moved, removed or replaced."""
@@ -165,7 +166,8 @@ class Marker:
             except FileExistsError:
                 found = read_marker(self.path)
             else:
-                write_all(self.descriptor, json.dumps(own).encode())
+                with errors_of(self.path):
+                    write_all(self.descriptor, json.dumps(own).encode())
                 return
 
             # The file exists: does its process still run? If the file is gone by now, try again.

@@ -127,7 +127,12 @@ def export_gguf(out: Path, weights: Weights, name: str) -> str:
     gguf_file.import_gguf()
     _, ids, logits = reference(weights)
     with atomic.NewFile(out) as file:
-        gguf_file.write_file(file.partial, weights, layout, name)
+        try:
+            gguf_file.write_file(file.partial, weights, layout, name)
+        except OSError as error:
+            # The errors of the package and of NumPy name no file.
+            raise OSError(f"{out} could not be written ({error.strerror or error}): is the disk "
+                          "full?") from None
         weights.tensors.clear()
         theirs = gguf_file.read_back(file.partial, weights, layout, ids)
         say(compare(logits, theirs, "this model with the tensors of the file", ids.size(1)))

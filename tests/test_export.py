@@ -243,6 +243,10 @@ def test_a_damaged_gguf_file_is_not_kept(exported, gguf, monkeypatch, tmp_path):
     with pytest.raises(ValueError, match=r"Nothing was written"):
         exported(*GPT2, *BPE, format="gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+    # NumPy's error of a full disk has only numbers.
+    monkeypatch.setattr(gguf_file, "write_file", lambda *arguments: (_ for _ in ()).throw(OSError("9600 requested and 8672 written")))
+    with pytest.raises(OSError, match=r"out\.gguf could not be written .*is the disk full"):
+        export.main(ExportSettings(run="tiny", runs_dir=str(tmp_path / "runs"), out=str(tmp_path / "out.gguf"), format="gguf"))
 
 
 @pytest.mark.parametrize(("overrides", "message"), [

@@ -50,6 +50,15 @@ def test_a_lock_moves_with_its_folder(tmp_path):
     lock.release()
 
 
+def test_a_full_disk_is_named_with_the_lock(tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(OSError, match=r"No space left on device: .*/lock'"):
+        locks.Lock(tmp_path / "lock", "me")
+
+
 # A file system without locks
 
 NO_LOCK_CODES = [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from conf.schema import compose
-from model import gpt, parametrization
+from model import GPTConfig, gpt, parametrization
 from scripts import coordinate_check
 from scripts.coordinate_check import CoordinateCheckSettings
 
-TINY = ["widths=16 64", "model=modern-nano", "model.n_layer=1"]
+TINY = ["widths=32 128", "model=modern-nano", "model.n_layer=1"]
 
 
 def check(*overrides):
@@ -27,17 +27,45 @@ def test_sizes_grow_with_the_width_only_without_mup(capsys, overrides):
     assert exponents["logits"] > 0.4 and exponents["mlp.c_fc"] > 0.3
 
 
-@pytest.mark.parametrize(("rule", "of", "layer"), [
-    ("rate_scale", parametrization.is_hidden, "mlp.c_fc"),
-    ("rate_scale", lambda name: name.startswith("lm_head"), "logits"),
-    ("initial_scale", parametrization.is_hidden, "attn.c_attn"),
+def of_head(name):
+    return name.startswith("lm_head")
+
+
+def of_last_norm(name):
+    return name.startswith("ln_f")
+
+
+def of_projections(name):
+    return ".c_proj." in name
+
+
+ADAMW, MUON = ["optim=adamw"], ["optim=muon"]
+TIED = ["optim=adamw", "model.tie_head=true", "model.norm=rms_gain"]
+DEEP = ["optim=muon", "depths=1 4"]
+
+
+@pytest.mark.parametrize(("rule", "of", "broken", "overrides"), [
+    ("rate_scale", parametrization.is_hidden, "mlp.c_fc", ADAMW),
+    ("rate_scale", of_head, "logits", ADAMW),
+    ("rate_scale", of_last_norm, "effect of ln_f.weight", TIED),
+    ("rate_scale", of_projections, "effect of attn.c_proj.weight", DEEP),
+    ("initial_scale", parametrization.is_hidden, "attn.c_attn", MUON),
+    ("initial_scale", of_last_norm, "logits", TIED),
 ])
-def test_a_broken_rule_is_found(monkeypatch, rule, of, layer):
+def test_a_broken_rule_is_found(monkeypatch, rule, of, broken, overrides):
     right = getattr(gpt, rule)
+    assert check(*overrides) == 0
     monkeypatch.setattr(gpt, rule, lambda config, name, *rest: 1.0 if of(name) else right(config, name, *rest))
-    optim = "muon" if rule == "initial_scale" else "adamw"
-    with pytest.raises(ValueError, match=rf"under mup, the size of .*\b{layer}\b.* depends on the width"):
-        check(f"optim={optim}")
+    with pytest.raises(ValueError, match=rf"under mup, the size of .*\b{broken}\b.* depends on the (width|depth)"):
+        check(*overrides)
+
+
+def test_a_wrong_scale_of_attention_is_found(monkeypatch):
+    wide = ["optim=muon", "heads=wider", "widths=32 256"]
+    assert check(*wide) == 0
+    monkeypatch.setattr(GPTConfig, "query_scale", 1.0)
+    with pytest.raises(ValueError, match=r"the size of attn\.scores depends on the width"):
+        check(*wide)
 
 
 def test_a_diverged_model_is_no_success():
@@ -45,9 +73,10 @@ def test_a_diverged_model_is_no_success():
         check("optim=adamw", "optim.lr=1e9")
 
 
-def test_invalid_widths_are_refused():
-    with pytest.raises(ValueError, match="widths=64 must be two or more different numbers"):
-        compose(CoordinateCheckSettings, ["widths=64"])
+@pytest.mark.parametrize("word", ["widths=64", "depths=4", "depths=2 0"])
+def test_invalid_sizes_are_refused(word):
+    with pytest.raises(ValueError, match=f"{word} must be two or more different numbers"):
+        compose(CoordinateCheckSettings, [word])
 
 
 def test_the_sizes_are_drawn(tmp_path):

@@ -28,6 +28,8 @@ from training.optim import Optimizers
 # The part of a device's memory that training may be planned to take. The rest is for libraries, and
 # lost by fragmentation.
 USABLE_MEMORY = 0.9
+# Of a model with more than three times as many, the memory of layers is extrapolated.
+COUNTED_LAYERS = 6
 # A bound on the bytes that are kept for the backward pass, for each number of a layer's residual
 # stream. A tenth of it is usual.
 MOST_BYTES_KEPT = 512
@@ -63,9 +65,27 @@ class AllocationCounter(TorchDispatchMode):
 def count_memory(settings: Settings, device: Device, gpu_bytes: float = 0) -> tuple[int, int]:
     """Bytes of the state that a checkpoint holds, and of the peak in a step, state included.
 
-    Both are those of one process, counted in a training step on fake tensors, which have no
-    content. `gpu_bytes` is the memory of a GPU for which this is planned on another device.
+    Both are those of one process. `gpu_bytes` is the memory of a GPU for which this is planned on
+    another device. Counting takes a tenth of a second a layer, so that of a deep model only some
+    are counted.
     """
+    n_layer = settings.model.n_layer
+    if n_layer <= 3 * COUNTED_LAYERS:
+        return count_step(settings, device, gpu_bytes)
+    # Each further pair of layers takes the same.
+    counts = []
+    fewest = COUNTED_LAYERS + n_layer % 2
+    for counted in (fewest, fewest + COUNTED_LAYERS):
+        model = replace(settings.model, n_layer=counted)
+        counts.append(count_step(replace(settings, model=model), device, gpu_bytes))
+    further = (n_layer - fewest) // 2
+    state, peak = (few + further * (more - few) // (COUNTED_LAYERS // 2)
+                   for few, more in zip(*counts, strict=True))
+    return state, peak
+
+
+def count_step(settings: Settings, device: Device, gpu_bytes: float) -> tuple[int, int]:
+    """The same for any depth, in a training step on fake tensors, which have no content."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     # Build the model and the optimizers as for a run.

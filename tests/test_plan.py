@@ -63,6 +63,12 @@ def test_sizes_of_published_vocabularies(gpt2_files):
     assert BPETokenizer.published("gpt2").vocab_size == PUBLISHED_SIZES["gpt2"]
 
 
+def test_a_deep_model_is_planned_by_some_of_its_layers(monkeypatch):
+    monkeypatch.setattr(memory_plan, "COUNTED_LAYERS", 2)
+    settings = compose("config", ["name=-", "model=nano", "model.n_layer=7", "model.n_embd=32"])
+    assert memory_plan.count_memory(settings, Device("cpu", "fp32")) == memory_plan.count_step(settings, Device("cpu", "fp32"), 0)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("optim", ["adamw", "muon"])
 def test_a_checkpoint_is_as_large_as_planned(compose_tiny, tmp_path, optim):

@@ -33,7 +33,7 @@ from conf.identity import flat
 from conf.presets import Group, Origins, config_node, groups, node_of
 from conf.settings import DERIVED, leaves
 from conf.unknown import SWEEP_ADVICE, wrong_preset
-from conf.yaml_files import YAML_SUFFIXES, ConfigError, nested, read_yaml, unresolved
+from conf.yaml_files import ConfigError, is_yaml, nested, read_yaml, unresolved
 from terminal import first_line
 
 # Hydra's name for an experiment that is given by its path.
@@ -136,7 +136,7 @@ def own_experiment(overrides: list[str]) -> tuple[Path | None, dict[str, Any], l
     Also returns the overrides, which then choose it by the name GIVEN_FILE.
     """
     given = [word.partition("=")[2] for word in overrides if word.startswith("experiment=")]
-    if not given or Path(given[-1]).suffix not in YAML_SUFFIXES:
+    if not given or not is_yaml(given[-1]):
         return None, {}, overrides
     path = Path(given[-1])
     content = nested(read_yaml(path), path)

@@ -18,7 +18,7 @@ from conf.identity import flat, identity_differences, in_short
 from conf.presets import Origins, groups
 from conf.settings import SampleSettings, Settings, leaves
 from conf.unknown import not_an_override, unknown, wrong_preset
-from conf.yaml_files import YAML_SUFFIXES, ConfigError
+from conf.yaml_files import ConfigError, is_yaml
 from model.config import GPTConfig
 from setting import expanded
 
@@ -90,7 +90,7 @@ def parse_overrides(root: str | type, known: dict[str, Any], overrides: list[str
         is_group = root == "config" and key in groups()
         problem = ""
         # The file of an experiment is a path.
-        if key == "experiment" and value and Path(value).suffix in YAML_SUFFIXES:
+        if key == "experiment" and value and is_yaml(value):
             try:
                 value = expanded(value)
             except ValueError as error:
@@ -131,7 +131,7 @@ def automatic_name(overrides: list[str], settings: Settings, experiment: str) ->
         plain = compose("config", ["name=-", *named], validate=False)
     # The name: the experiment, the presets, the ends of the paths, the differences.
     start = choices.pop("experiment", "" if "data" in choices else experiment)
-    if Path(start).suffix in YAML_SUFFIXES:
+    if is_yaml(start):
         start = Path(start).stem
     choices.pop("logger", None)
     sources = [Path(settings.data.path).stem, Path(chosen.get("data.hub_name", "")).name,

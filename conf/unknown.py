@@ -2,13 +2,12 @@
 
 import difflib
 import os
-from pathlib import Path
 from typing import Any
 
 from conf.hints import closest, instead_of_hydras, last_part, our_name, unit_note
 from conf.presets import groups, options
 from conf.settings import SampleSettings, Settings, leaves
-from conf.yaml_files import YAML_SUFFIXES
+from conf.yaml_files import is_yaml
 
 SWEEP_ADVICE = "several values are a sweep: add -m to run them all, or choose one."
 OF_SWEEPS = ("jobs", "processes_per_job", "trials", "pruner", "sweep")
@@ -70,7 +69,7 @@ def wrong_preset(group: str, value: str) -> str:
     """The sentence about a preset or an experiment's file that does not exist; empty if it does."""
     if value in options(group):
         return ""
-    is_file = group == "experiment" and Path(value).suffix in YAML_SUFFIXES
+    is_file = group == "experiment" and is_yaml(value)
     # Commas separate the values of a sweep, but a file's name may contain them.
     if is_file and ("," not in value or os.path.exists(value)):
         return ""
@@ -87,7 +86,7 @@ def not_an_override(word: str, known: dict[str, Any]) -> str:
     meant = "write key=value, as in training.max_steps=100"
     if "run" in known and word and "=" not in word:
         meant = f"write run={word} for a run"
-    elif Path(word).suffix in YAML_SUFFIXES:
+    elif is_yaml(word):
         meant = f"write experiment={word} for a file of settings"
     elif word and os.path.exists(word):
         meant = f"write data=text data.path={word} to train on it"

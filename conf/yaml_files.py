@@ -19,7 +19,6 @@ import atomic
 from conf.identity import flat_pairs
 from terminal import escaped, first_line
 
-YAML_SUFFIXES = (".yaml", ".yml")
 MAX_BYTES = 100_000
 # In one file, with each alias (*name) written out.
 MAX_VALUES = 10_000
@@ -34,6 +33,11 @@ class ConfigError(ValueError):
         problems = [escaped(problem, keep="") for problem in problems]
         count = f"{len(problems)} problems in the configuration:\n  "
         super().__init__(("" if len(problems) == 1 else count) + "\n  ".join(problems))
+
+
+def is_yaml(name: str) -> bool:
+    """Whether a name is that of a YAML file."""
+    return name.lower().endswith((".yaml", ".yml"))
 
 
 def read_text(path: Path) -> str:

@@ -8,7 +8,7 @@ from itertools import repeat
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from data.records import RECORD_BYTES, BadRecord, OfType, as_text, no_field
+from data.records import RECORD_BYTES, BadRecord, OfType, as_text, no_field, several_fields
 from optional import import_optional
 from terminal import first_line
 
@@ -52,6 +52,8 @@ def parquet_column(file: Any, field: str, name: str) -> Iterator[Any]:
     columns = [file.schema.column(number).path for number in range(len(file.schema))]
     names = [field] if field in file.schema_arrow.names else field.split(".")
     kind = column_type(file.schema_arrow, names)
+    if columns.count(field) > 1:
+        raise several_fields(name, field)
     if kind is None:
         raise no_field(name, field, file.schema_arrow.names)
 

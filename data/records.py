@@ -79,6 +79,10 @@ def no_field(name: str, field: str, fields: list[str]) -> ValueError:
         f"{name} has no field {field} (its fields are {listed(fields)}): set data.text_field=NAME.")
 
 
+def several_fields(name: str, field: str) -> ValueError:
+    return ValueError(f"{name} has several columns {field}: rename all but one.")
+
+
 def listed(fields: Iterable[str]) -> str:
     """The first names of fields, for a message."""
     return ", ".join(name[:40] for name in islice(fields, 10))

@@ -199,7 +199,7 @@ def column_of(field: str, header: list[str], path: Path) -> int:
     if field not in names:
         raise records.no_field(str(path), field, names)
     if names.count(field) > 1:
-        raise ValueError(f"{path} has several columns {field}: rename all but one.")
+        raise records.several_fields(str(path), field)
     return names.index(field)
 
 

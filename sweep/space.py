@@ -30,7 +30,7 @@ from conf.presets import CONF, groups, options
 from conf.schema import compose
 from conf.settings import Settings, leaves
 from conf.unknown import unknown
-from conf.yaml_files import YAML_SUFFIXES, ConfigError, read_yaml, without_references
+from conf.yaml_files import ConfigError, is_yaml, read_yaml, without_references
 from setting import as_word
 
 PARTS = ("space", "fixed", "constraints", "sampler")
@@ -170,7 +170,7 @@ def read_space(name: str, overrides: tuple[str, ...], folder: Path = Path("-")) 
     """
     # Find and read the file.
     shipped = CONF / "sweep"
-    path = Path(name) if name.endswith(YAML_SUFFIXES) else shipped / f"{name}.yaml"
+    path = Path(name) if is_yaml(name) else shipped / f"{name}.yaml"
     if not path.is_file():
         there = ", ".join(options("sweep"))
         raise ConfigError([f"sweep={name} does not exist: use one of {there}, or a YAML file."])

@@ -423,8 +423,8 @@ def test_a_path_may_begin_at_home(monkeypatch, tmp_path):
     (tmp_path / "a.txt").write_text("text")
     assert compose("config", ["data=text", "data.path=~/a.txt"]).data.path == f"{tmp_path}/a.txt"
     assert compose("config", ["data.mix=~/a.txt:1"]).data.part("~/a.txt").path == f"{tmp_path}/a.txt"
-    (tmp_path / "own.yaml").write_text("seed: 7\nruns_dir: ~/runs")
-    made = compose("config", ["experiment=~/own.yaml"])
+    (tmp_path / "own.YAML").write_text("seed: 7\nruns_dir: ~/runs")
+    made = compose("config", ["experiment=~/own.YAML"])
     assert (made.seed, made.runs_dir) == (7, f"{tmp_path}/runs")
 
 

@@ -101,6 +101,9 @@ def test_parquet_is_a_document_a_row(tmp_path):
     assert read(tmp_path / "a.parquet") == KEPT * 200
     with pytest.raises(ValueError, match=r"a.parquet has no field body \(its fields are text, n\): set data.text_field"):
         read(tmp_path / "a.parquet", "body")
+    parquet.write_table(pyarrow.Table.from_arrays([pyarrow.array(RECORDS)] * 2, ["text", "text"]), tmp_path / "c.parquet")
+    with pytest.raises(ValueError, match=r"c.parquet has several columns text: rename all but one\.$"):
+        read(tmp_path / "c.parquet")
     (tmp_path / "b.parquet").write_bytes(b"no parquet at all")
     with pytest.raises(ValueError, match=r"b.parquet is damaged, or not a Parquet file"):
         read(tmp_path / "b.parquet")

@@ -78,12 +78,12 @@ def test_references_and_groups_are_read(space, monkeypatch):
 
 def test_a_file_at_home_is_read_with_limits(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "mine.yaml").write_text("space: {seed: [1, 2]}")
-    settings = compose(SweepSettings, ["sweep=~/mine.yaml"])
+    (tmp_path / "mine.YML").write_text("space: {seed: [1, 2]}")
+    settings = compose(SweepSettings, ["sweep=~/mine.YML"])
     assert read_space(settings.sweep, ()).varied == {"seed": [1, 2]}
-    (tmp_path / "mine.yaml").write_text("space:\n  seed: &a [1, 2, 3, 4, 5, 6, 7, 8, 9]\n" + "".join(
+    (tmp_path / "mine.YML").write_text("space:\n  seed: &a [1, 2, 3, 4, 5, 6, 7, 8, 9]\n" + "".join(
         f"a{n}: &a{n} [{', '.join(['*a' + (str(n - 1) if n else '')] * 9)}]\n" for n in range(9)))
-    with pytest.raises(ConfigError, match=r"mine\.yaml holds more than 10,000 values"):
+    with pytest.raises(ConfigError, match=r"mine\.YML holds more than 10,000 values"):
         read_space(settings.sweep, ())
 
 

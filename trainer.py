@@ -260,7 +260,8 @@ class Trainer:
         if self.world.first(self.is_unsaved):
             self.world.fail(OSError(
                 f"Only {self.saver.saved} of {counted(self.state.step, 'step')} are saved in "
-                f"{self.run.folder}: free some disk space and run the command again."))
+                f"{self.run.folder}: free some disk space, or make it writable, "
+                "and run the command again."))
 
     def is_unsaved(self) -> bool:
         return self.saver.saved < self.state.step

@@ -68,7 +68,8 @@ def describe_numpy(path: Path) -> dict[str, Any]:
     """The entry of a NumPy file. Raises ValueError unless it is a 1-D array of integers."""
     try:
         tokens = np.lib.format.open_memmap(path, mode="r")
-    except (ValueError, EOFError, OSError, OverflowError) as error:
+    except Exception as error:
+        # NumPy parses the header as Python: the errors for a damaged one have no common class.
         reason = str(error).splitlines()[0].rstrip(".")
         raise ValueError(f"{path} cannot be read as a NumPy file ({reason}).") from None
     if tokens.ndim != 1 or tokens.dtype.kind not in "ui":

@@ -298,7 +298,7 @@ def test_numpy_files_without_tokens_are_refused(tmp_path, fresh_data, array, wor
 
 
 @pytest.mark.parametrize("damage", [lambda content: content[:-1], lambda content: content + b"x", lambda content: b"x" + content,
-                                    lambda content: content[:20]])
+                                    lambda content: content[:20], lambda content: content[:10] + b"{(" * 30 + content[70:]])
 def test_a_damaged_numpy_file_is_explained(tmp_path, fresh_data, damage):
     for name in ("train.npy", "val.npy"):
         np.save(tmp_path / name, some_ids(256).astype(np.uint16))

@@ -83,7 +83,7 @@ def test_a_disk_that_stays_full_keeps_the_old_checkpoints(compose_tiny, run, mon
     capsys.readouterr()
     with monkeypatch.context() as patch:
         patch.setattr(atomic, "os", FullDisk(run / "checkpoints/step_00000004"))
-        with pytest.raises(OSError, match=r"Only 4 of 10 steps are saved in .*free some disk"):
+        with pytest.raises(OSError, match=r"Only 4 of 10 steps are saved in .*free some disk space, or make it writable"):
             program.train(compose_tiny(*EVERY_2))
     assert "could not be written" in capsys.readouterr().out
     assert last_step(run) == 4

@@ -143,7 +143,13 @@ def count_tokens(shards: list[dict[str, Any]], tokenizer: Tokenizer) -> dict[str
     with ProgressBar(desc="Counting tokens", total=total, unit="tokens", unit_scale=True,
                      leave=False, delay=2) as bar:
         for shard in shards:
-            for start, chunk in Tokens([map_shard(Path(), shard)]).chunks():
+            try:
+                tokens = map_shard(Path(), shard)
+            except ValueError:
+                # Its message is for files in a folder of prepared tokens, and says to delete that.
+                raise ValueError(f"{shard['file']} changed while it was read: run the command "
+                                 "again when it is complete.") from None
+            for start, chunk in Tokens([tokens]).chunks():
                 check_ids(chunk, start, len(counts), shard)
                 counts += np.bincount(chunk.astype(np.int64, copy=False), minlength=len(counts))
                 bar.update(len(chunk))

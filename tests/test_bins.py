@@ -10,6 +10,7 @@ import shutil
 import numpy as np
 import pytest
 
+from data import bins
 from data.bpe import BPETokenizer
 from data.config import DataConfig
 from data.prepare import describe, load_tokenizer, prepare
@@ -306,6 +307,15 @@ def test_a_damaged_numpy_file_is_explained(tmp_path, fresh_data, damage):
     with pytest.raises(ValueError, match=r"val.npy (cannot be read as a NumPy file|is damaged|is not a NumPy file)") as caught:
         prepare(config(tmp_path, "byte"))
     assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_changes_while_it_is_read_is_explained(tmp_path, fresh_data, monkeypatch):
+    for name in ("train.npy", "val.npy"):
+        np.save(tmp_path / name, some_ids(256).astype(np.uint16))
+    hash_files = bins.sha256_of
+    monkeypatch.setattr(bins, "sha256_of", lambda paths: [hash_files(paths), os.truncate(tmp_path / "val.npy", 200)][0])
+    with pytest.raises(ValueError, match=r"val\.npy changed while it was read: run the command again"):
+        prepare(config(tmp_path, "byte"))
 
 
 def test_an_unknown_header_is_not_read_as_tokens(tmp_path, fresh_data, gpt2_files):

@@ -38,7 +38,8 @@ def draw_losses(axes: Any, runs: list[History], which: str, axis: str) -> None:
         validation = {"color": VALIDATION, "linewidth": 1.5, "label": "validation"}
         drawn = draw_curve(axes, runs[0].training, axis, smoothed=True, bands=True, **training)
         drawn += draw_curve(axes, runs[0].validation, axis, False, False, **validation)
-        axes.legend(loc="upper right")
+        if drawn:
+            axes.legend(loc="upper right")
     else:
         drawn = []
         smoothed = which == "training"
@@ -58,6 +59,9 @@ def draw_curve(axes: Any, points: np.ndarray, axis: str, smoothed: bool, bands: 
                **style: Any) -> list[np.ndarray]:
     """Draw one curve `[n, 6]` and return the values. `bands` adds the values before smoothing."""
     points = finite(points)
+    # A line without points would still be named in the legend.
+    if not len(points):
+        return []
     x = points[:, AXES.index(axis)]
     mean, lowest, highest = points[:, 3:].T
     drawn = []
@@ -178,7 +182,7 @@ def draw_slice(axes: Any, runs: list[History], key: str, ranked: list[History]) 
     values = [run.settings.get(key) for run in runs]
     values = [value if are_numbers([value]) else str(value) for value in values]
     different = sorted(set(values), key=lambda value: (isinstance(value, str), value))
-    categories = not are_numbers(different) or spans_zero(different)
+    categories = not are_numbers(different) or spans_zero(different) or exceeds_axis(different)
     x = [different.index(value) for value in values] if categories else values
 
     # Draw a mark for each run, the best on top.
@@ -206,6 +210,11 @@ def spans_zero(values: list[float]) -> bool:
     positive = [value for value in values if value > 0]
     few_from_zero = min(values) == 0 and 1 < len(values) <= 8
     return few_from_zero and max(positive) >= 100 * min(positive)
+
+
+def exceeds_axis(values: list[float]) -> bool:
+    """Whether some of the numbers are so large or small that matplotlib's margins overflow."""
+    return any(value and not 1e-100 < abs(value) < 1e100 for value in values)
 
 
 def draw_medians(axes: Any, x: list[float], scores: list[float]) -> None:

@@ -59,6 +59,9 @@ def log_ticks(axis: Any) -> None:
         ticks = [tick for tick in locator.tick_values(low, high) if low <= tick <= high]
         if len(ticks) <= 6:
             break
+    # matplotlib finds none between 1e-300 and 1e300.
+    if not ticks:
+        ticks = [low, high]
 
     # Label them, and hide those between.
     axis.set_ticks(ticks)

@@ -116,7 +116,8 @@ def losses(runs: list[History]) -> Iterator[str]:
     if 1 < len(runs) <= len(COLORS):
         yield '<p class="legend">'
         for rank, run in enumerate(runs):
-            yield f'<span data-run="{rank}">{swatch(rank, len(runs))}{escape(run.name)}</span>'
+            if len(run.training) or len(run.validation):
+                yield f'<span data-run="{rank}">{swatch(rank, len(runs))}{escape(run.name)}</span>'
         yield "</p>"
     # Pictures against each axis, of which the page shows one at a time.
     yield CHOICE_OF_AXIS

@@ -4,6 +4,7 @@ Lists of runs are sorted, the best first.
 """
 
 import math
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -47,7 +48,7 @@ def curves_png(runs: list[History]) -> bytes:
         for axes, name in zip(grid[-1], DIAGNOSTICS, strict=True):
             draw_diagnostic(axes, runs, name)
         # One legend of the runs for all pictures.
-        add_names(figure, grid[-1][0], runs)
+        add_names(figure, grid.flat, runs)
         return as_image(figure, "png")
 
 
@@ -73,17 +74,23 @@ def loss_picture(runs: list[History], kind: str) -> bytes:
     with new_figure(7, 4, "loss") as figure:
         axes = figure.subplots()
         draw_losses(axes, runs, loss_kinds(runs)[0], "steps")
-        add_names(figure, axes, runs)
+        add_names(figure, [axes], runs)
         return as_image(figure, kind)
 
 
-def add_names(figure: Any, axes: Any, runs: list[History]) -> None:
-    """The name of one run or a legend of several above a figure; of many, only the best's name."""
+def add_names(figure: Any, panels: Iterable[Any], runs: list[History]) -> None:
+    """The name of one run or a legend of several above a figure; of many, only the best's name.
+
+    The legend names the runs that are drawn in any of the panels.
+    """
     if len(runs) == 1:
         figure.suptitle(runs[0].name)
     elif len(runs) <= len(COLORS):
-        lines, names = axes.get_legend_handles_labels()
+        drawn = {}
+        for axes in panels:
+            drawn |= {line.get_gid(): line for line in axes.get_legend_handles_labels()[0]}
+        lines = [drawn[gid] for gid in map("run-{}".format, range(len(runs))) if gid in drawn]
         columns = min(3, len(runs))
-        figure.legend(lines[::-1], names[::-1], loc="outside upper center", ncols=columns)
+        figure.legend(handles=lines, loc="outside upper center", ncols=columns)
     else:
         figure.suptitle(f"{len(runs)} runs; the best is orange: {runs[0].name}")

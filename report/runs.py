@@ -2,6 +2,7 @@
 
 import math
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,6 +12,8 @@ from typing import Any
 from checkpointing.find_runs import find_run, is_sweep
 from conf.identity import kind
 from report.history import BITS, History
+
+MAX_FLOAT = sys.float_info.max
 
 
 def choose(runs_dir: Path, names: str) -> tuple[list[tuple[Path, str]], list[Path]]:
@@ -144,5 +147,5 @@ def arms_of(runs: list[History]) -> dict[str, dict[int, History]]:
 
 
 def are_numbers(values: list[Any]) -> bool:
-    """Whether all `values` are finite numbers."""
-    return all(type(value) in (int, float) and math.isfinite(value) for value in values)
+    """Whether all `values` are finite numbers, and integers not too large for a float."""
+    return all(type(value) in (int, float) and abs(value) <= MAX_FLOAT for value in values)

@@ -225,7 +225,9 @@ SLICES = {
     "40 presets": [f"preset-{n}" for n in range(40)], "from 0": [0.0, 0.001, 0.1], "few": [0.0, 0.1, 0.22], "three rates": [1e-4, 3e-4, 1e-3], "words": ["adamw", "muon"],
     "booleans": [True, False, True, False], "missing": [None, 3, 3.5, "auto"], "not finite": [math.inf, 1.0, 2.0], "one value": [0.01, 0.01, 0.01], "large": [4096, 131072, 1048576, 8192],
     "five decades": [10.0 ** (-6 + n / 8) for n in range(41)], "a decade": [0.01 * 10 ** (n / 49) for n in range(50)], "within a decade": [0.001 + 0.00016 * n for n in range(50)],
-    "near": [0.0123451, 0.0123452, 0.0123453], "lr_width": [0.0011, 0.0047, 0.0098, 0.031, 0.0723, 0.0981], "widths": [64, 96, 128, 160, 192, 224, 256], "tiny": [1e-9, 2e-9, 7e-9, 9.5e-9, 1.1e-9, 3e-9]}
+    "near": [0.0123451, 0.0123452, 0.0123453], "lr_width": [0.0011, 0.0047, 0.0098, 0.031, 0.0723, 0.0981], "widths": [64, 96, 128, 160, 192, 224, 256], "tiny": [1e-9, 2e-9, 7e-9, 9.5e-9, 1.1e-9, 3e-9],
+    "extreme": [1e-300, 1.0, 1e300], "all floats": [5e-324, 1e-300, 1e-9, 1.0, 3.0, 1e300, 1.7e308], "both signs": [-1e300, 0.0, 1e-300, 1e300], "negative": [-1e-3, -10.0, -1e6],
+    "from 0 to 1e300": [0.0, 1.0, 1e300], "large integers": [1, 10**18, 10**400]}
 
 
 @pytest.mark.parametrize("values", SLICES.values(), ids=SLICES)
@@ -242,7 +244,7 @@ def test_the_labels_of_a_slice_neither_overlap_nor_repeat(histories_of, values):
         assert labels[0][2].get_ha() == "right" and boxes[1].x1 - boxes[0].x1 >= labels[0][2].get_fontsize()
 
 
-RATES = {"one run": [0.01], "12 runs": [10 ** (-3 + n / 6) for n in range(12)], "40 runs": [10 ** (-6 + n / 8) for n in range(40)], "alike": [0.003] * 3, "none": [0.0, 0.0]}
+RATES = {"one run": [0.01], "12 runs": [10 ** (-3 + n / 6) for n in range(12)], "40 runs": [10 ** (-6 + n / 8) for n in range(40)], "alike": [0.003] * 3, "none": [0.0, 0.0], "extreme": [1e-300, 1e300]}
 
 
 @pytest.mark.parametrize("steps, rates", [(1, RATES["12 runs"]), *((60, rates) for rates in RATES.values())])
@@ -255,7 +257,7 @@ def test_the_axes_of_all_curves_have_plain_numbers(tmp_path, steps, rates):
     for draw in [*draws, functools.partial(draw_losses, runs=runs[:1], which=BOTH, axis="steps")]:
         for labels in labels_of(draw, (3.8, 2.5)):
             texts = [text for text, _, _ in labels]
-            assert len(set(texts)) == len(texts) and all(re.fullmatch(r"[−-]?[\d.]+(e-?\d+)?( [kMG])?", text) for text in texts), texts
+            assert len(set(texts)) == len(texts) > 0 and all(re.fullmatch(r"[−-]?[\d.]+(e-?\d+)?( [kMG])?", text) for text in texts), texts
 
 
 def test_both_losses_of_one_run_share_an_axis(tmp_path):
@@ -265,6 +267,10 @@ def test_both_losses_of_one_run_share_an_axis(tmp_path):
     lines, names = axes.get_legend_handles_labels()
     assert names == ["training, smoothed", "validation"] and lines[0].get_color() != lines[1].get_color()
     assert list(lines[1].get_xdata()) == [2000, 4000, 6000] and len(lines[0].get_xdata()) == 60
+    without = replace(open_history(tmp_path / "one", "one"), validation=np.empty((0, 6)))
+    with new_figure(6, 4, "test") as figure:
+        draw_losses(axes := figure.subplots(), [without], BOTH, "tokens")
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["training, smoothed"]
     page = make(tmp_path / "one")
     assert page.count("<svg ") == 6 and page.count('aria-label="training and validation loss against') == 3
     assert "Learning rate, gradient norm, tokens per second" in page

@@ -11,8 +11,8 @@ from model.attention import CausalSelfAttention
 from model.gpt import GPT, MLP
 
 Product = Callable[[Tensor], Tensor]
-# A packed model calls `forward` of these itself: the checks of `nn.Module.__call__` take a large part
-# of a step, whose weights replace what the processor's caches hold.
+# A packed model calls `forward` of these itself. The checks of `nn.Module.__call__` take much of a
+# step, since the weights replace what the processor's caches hold.
 CALLED_DIRECTLY = (CausalSelfAttention, MLP, nn.LayerNorm, nn.RMSNorm)
 
 

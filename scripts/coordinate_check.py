@@ -94,7 +94,8 @@ def main(settings: CoordinateCheckSettings) -> int:
     # Under muP, no size may grow or shrink.
     dependent = [name for name in found["mup"]
                  if not is_independent(name, found["mup"], settings.limit)]
-    limits = f"within {settings.limit} of 0, or {2 * settings.limit} for effects"
+    limits = (f"within {settings.limit} of 0, or {2 * settings.limit} for effects; scores may "
+              "shrink, and small effects are not judged")
     if dependent:
         raise ValueError(f"under mup, the size of {', '.join(dependent)} depends on the "
                          f"{measured}: the exponent is not {limits}.")
@@ -134,6 +135,7 @@ def measure(configs: dict[int, GPTConfig], settings: Settings, steps: int) -> Si
     """
     draw = torch.Generator().manual_seed(settings.seed)
     ids = torch.randint(VOCABULARY, (SEQUENCES, TOKENS + 1), generator=draw)
+    inputs, targets = ids[:, :-1], ids[:, 1:]
     sizes: Sizes = defaultdict(dict)
     for number, config in configs.items():
         # Build the model and the optimizer as training does.
@@ -144,13 +146,13 @@ def measure(configs: dict[int, GPTConfig], settings: Settings, steps: int) -> Si
         scaler = torch.amp.GradScaler("cpu", enabled=False)
 
         # Train it, and compare the outputs of its layers.
-        before = outputs(model, ids[:, :-1])
+        before = outputs(model, inputs)
         initial = {name: weights.detach().clone() for name, weights in model.named_parameters()}
         for _ in range(steps):
-            model(ids[:, :-1], ids[:, 1:]).backward()
+            model(inputs, targets).backward()
             norm = optimizers.gradient_norm(scaler)
             optimizers.step(scaler, norm, settings.optim.grad_clip)
-        after = outputs(model, ids[:, :-1])
+        after = outputs(model, inputs)
         for name, output in after.items():
             # Of more blocks, each has to change less.
             if config.mup_base_depth is None or name == "logits":
@@ -161,7 +163,7 @@ def measure(configs: dict[int, GPTConfig], settings: Settings, steps: int) -> Si
         for name, weights in initial.items():
             groups[kind_of(name)][name] = weights
         for kind, weights in groups.items():
-            logits = logits_with(model, weights, ids[:, :-1])
+            logits = logits_with(model, weights, inputs)
             effect = root_mean_square(after["logits"][0] - logits)
             # With zero_init, the first steps do not update all parameters.
             if effect:
@@ -194,8 +196,10 @@ class KeptScores:
 
 @torch.no_grad()
 def outputs(model: GPT, ids: Tensor) -> dict[str, Tensor]:
-    """The outputs of embeddings and linear layers, those of all blocks together, the attention
-    scores, and the logits."""
+    """The outputs of embeddings and linear layers, attention scores, and the logits.
+
+    Those of all blocks are together.
+    """
     kinds = {module: kind_of(name) for name, module in model.named_modules()}
     found: dict[str, list[Tensor]] = defaultdict(list)
 
